@@ -1,0 +1,40 @@
+# Every target works on a fresh machine with Python >= 3.11 and make: those that need the environment make it first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check fix smoke docs bench nightly
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/strop demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not nightly"
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/architecture
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smoke: setup
+	$(BIN)/python -m pytest -n 2 -m "not nightly" tests/smoke
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+nightly: setup
+	$(BIN)/python -m pytest -n 2 --timeout 3600

@@ -1,0 +1,34 @@
+"""strop: post-training for language models. One YAML file in, a fine-tuned model out.
+
+Names load late, so that `import strop.config` and `strop --help` bring in no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from strop.config import RunConfig, load_config
+    from strop.data.preference import load_preference_jsonl
+    from strop.train import train
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "__version__", "load_config", "load_preference_jsonl", "train"]
+
+_HOMES = {
+    "RunConfig": "strop.config",
+    "load_config": "strop.config",
+    "load_preference_jsonl": "strop.data.preference",
+    "train": "strop.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'strop' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,211 @@
+"""Groups to tensors: the micro-batch that a policy scores and what an objective sees of it. Floor 1.
+
+Shapes: B rows, T tokens a row, M scored tokens, C completions, G groups. The M scored tokens stand in the order
+group by group, completion by completion, token by token, whatever the rows look like; so log-probs of one row
+layout can be laid beside those of any other.
+
+Shifting happens here and nowhere else: `scored_positions[m]` is the position whose hidden state predicts
+`targets[m]`. A completion's last token predicts nothing and is not fed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from strop.types import Completion, Group
+
+Unit = Literal["groups", "completions", "tokens", "chosen_tokens"]
+"""What a loss term is divided by: groups, completions, scored tokens, or scored tokens of the first completions."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """Where a group lies in a shared-prefix row: prompt at [start, start + prompt), then the completions."""
+
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.completions)
+
+
+class Membership:
+    """Which completion each scored token belongs to, and which group each completion: what losses are counted by."""
+
+    completion_index: Tensor
+    group_index: Tensor
+
+    @property
+    def num_groups(self) -> int:
+        return int(self.group_index[-1]) + 1
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.group_index)
+
+    @property
+    def is_first(self) -> Tensor:
+        """[C] bool: the first completion of its group (the chosen one of a pair)."""
+        first = torch.ones_like(self.group_index, dtype=torch.bool)
+        first[1:] = self.group_index[1:] != self.group_index[:-1]
+        return first
+
+    def count(self, unit: Unit) -> int:
+        """How many of `unit` are here. Over a whole step, this is what a term with that unit is divided by."""
+        match unit:
+            case "groups":
+                return self.num_groups
+            case "completions":
+                return self.num_completions
+            case "tokens":
+                return len(self.completion_index)
+            case "chosen_tokens":
+                return int(self.is_first[self.completion_index].sum())
+
+
+@dataclass(frozen=True)
+class Batch(Membership):
+    """A micro-batch.
+
+    input_ids, position_ids: [B, T] int64. `layout` is set for one shared-prefix row (B = 1, no padding);
+    `attention_mask` [B, T] bool is set for plain rows, one completion each, right-padded.
+    scored_positions: [M] int64 into the flattened B * T. targets: [M] int64. completion_index: [M] int64 in [0, C).
+    group_index: [C] int64 in [0, G). ref_logps: [M] float32, where the objective needs them.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    layout: tuple[GroupSpan, ...] | None
+    scored_positions: Tensor
+    targets: Tensor
+    completion_index: Tensor
+    group_index: Tensor
+    ref_logps: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens fed to the model, padding left out."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Scores(Membership):
+    """What an objective sees: log-probs of the scored tokens and which completion and group each belongs to.
+
+    logps: [M] natural log, under the policy. ref_logps: [M], under the reference, or None.
+    completion_index: [M]. group_index: [C]. Sums over tokens are taken in float64: in float32 a sum near -2500
+    is off by 5e-4, which the gradient of a preference loss shows.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    completion_index: Tensor
+    group_index: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, logps: Tensor) -> Scores:
+        return cls(logps, batch.ref_logps, batch.completion_index, batch.group_index)
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of several micro-batches as if they had been one."""
+        completions = groups = 0
+        completion_index, group_index = [], []
+        for p in parts:
+            completion_index.append(p.completion_index + completions)
+            group_index.append(p.group_index + groups)
+            completions += len(p.group_index)
+            groups += p.num_groups
+        refs = [p.ref_logps for p in parts if p.ref_logps is not None]
+        assert len(refs) in (0, len(parts))
+        return cls(
+            torch.cat([p.logps for p in parts]),
+            torch.cat(refs) if refs else None,
+            torch.cat(completion_index),
+            torch.cat(group_index),
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """[C] float64: scored tokens of each completion."""
+        return self.sums(torch.ones_like(self.logps, dtype=torch.float64))
+
+    def sums(self, per_token: Tensor) -> Tensor:
+        """[M] -> [C] float64: the sum over each completion's scored tokens."""
+        zeros = torch.zeros(self.num_completions, dtype=torch.float64, device=per_token.device)
+        return zeros.index_add(0, self.completion_index, per_token.double())
+
+
+def pack(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> Batch:
+    """One shared-prefix row: each prompt once, then its completions, whose positions restart at the prompt's length."""
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[GroupSpan] = []
+    scored: list[int] = []
+    for group in groups:
+        start, prompt = len(ids), len(group.prompt_ids)
+        ids.extend(group.prompt_ids)
+        positions.extend(range(prompt))
+        for completion in group.completions:
+            # token j of the completion is predicted from the one before it; token 0 from the prompt's last
+            first = len(ids)
+            scored.extend(
+                first + j - 1 if j else start + prompt - 1 for j, trained in enumerate(completion.loss_mask) if trained
+            )
+            ids.extend(completion.ids[:-1])
+            positions.extend(range(prompt, prompt + len(completion.ids) - 1))
+        spans.append(GroupSpan(start, prompt, tuple(len(c.ids) - 1 for c in group.completions)))
+    return _batch(groups, torch.tensor([ids]), torch.tensor([positions]), None, tuple(spans), scored, ref_logps)
+
+
+def pad(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> Batch:
+    """Plain rows: every completion after its own copy of the prompt, padded at the right to the longest."""
+    rows = [(g, c) for g in groups for c in g.completions]
+    width = max(len(g.prompt_ids) + len(c.ids) - 1 for g, c in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)  # padding is masked, so its id does not matter
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    scored: list[int] = []
+    for i, (group, completion) in enumerate(rows):
+        row = [*group.prompt_ids, *completion.ids[:-1]]
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+        before_first = i * width + len(group.prompt_ids) - 1
+        scored.extend(before_first + j for j, trained in enumerate(completion.loss_mask) if trained)
+    positions = torch.arange(width).expand(len(rows), width).contiguous()
+    return _batch(groups, ids, positions, mask, None, scored, ref_logps)
+
+
+def _batch(
+    groups: Sequence[Group],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    layout: tuple[GroupSpan, ...] | None,
+    scored: list[int],
+    ref_logps: Sequence[Tensor] | None,
+) -> Batch:
+    completions: list[Completion] = [c for g in groups for c in g.completions]
+    targets = [t for c in completions for t, trained in zip(c.ids, c.loss_mask, strict=True) if trained]
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        layout=layout,
+        scored_positions=torch.tensor(scored),
+        targets=torch.tensor(targets),
+        completion_index=torch.repeat_interleave(torch.tensor([c.num_scored for c in completions])),
+        group_index=torch.repeat_interleave(torch.tensor([len(g.completions) for g in groups])),
+        ref_logps=torch.cat(list(ref_logps)) if ref_logps is not None else None,
+    )

@@ -1,0 +1,92 @@
+"""Which groups make which optimizer step, and how a step is cut into micro-batches. Floor 2.
+
+Nothing here has state: the groups of a step are a function of (seed, number of groups, groups_per_step, step), so the
+step number is all that a resume has to know. How a step is cut depends on the hardware and changes no result.
+
+Steps count from 1; epochs and the steps inside one from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+
+from strop.types import Group
+
+RowTokens = Callable[[Sequence[Group]], int]
+"""Tokens that a micro-batch of these groups makes a model compute, padding included."""
+
+
+def packed_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of one shared-prefix row."""
+    return sum(g.num_tokens for g in groups)
+
+
+def padded_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of plain rows padded to the longest, one row a completion."""
+    rows = [len(g.prompt_ids) + len(c.ids) - 1 for g in groups for c in g.completions]
+    return len(rows) * max(rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe of a run as data: `num_groups` rows, `groups_per_step` of them a step, for `num_steps` steps.
+
+    Every epoch is its own permutation; its last step takes what is left.
+    """
+
+    num_groups: int
+    groups_per_step: int
+    num_steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, num_groups: int, groups_per_step: int, num_epochs: int, max_steps: int | None, seed: int) -> Plan:
+        """`max_steps`, where given, decides the length of the run; else `num_epochs`."""
+        steps_per_epoch = ceil(num_groups / groups_per_step)
+        return cls(num_groups, groups_per_step, max_steps or num_epochs * steps_per_epoch, seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return ceil(self.num_groups / self.groups_per_step)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, step in the epoch), both from 0, of step `step`, from 1."""
+        return divmod(step - 1, self.steps_per_epoch)
+
+    def groups(self, step: int) -> tuple[int, ...]:
+        """Indices of the groups of step `step`, from 1."""
+        epoch, inside = self.position(step)
+        order = _epoch_order(self.seed, epoch, self.num_groups)
+        return tuple(int(i) for i in order[inside * self.groups_per_step : (inside + 1) * self.groups_per_step])
+
+    def all_groups(self) -> list[int]:
+        """Every group that the run will meet, in ascending order: all of them, unless it ends in its first epoch."""
+        if self.num_steps >= self.steps_per_epoch:
+            return list(range(self.num_groups))
+        return sorted(i for step in range(1, self.num_steps + 1) for i in self.groups(step))
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_groups)
+
+
+def cut(groups: Iterable[Group], budget: int, tokens: RowTokens) -> list[list[Group]]:
+    """Groups, in order, into micro-batches of at most `budget` tokens; one that is longer stands alone."""
+    batches: list[list[Group]] = []
+    for group in groups:
+        if batches and tokens([*batches[-1], group]) <= budget:
+            batches[-1].append(group)
+        else:
+            batches.append([group])
+    return batches
+
+
+def default_budget(groups: Iterable[Group], batch_size: int, tokens: RowTokens) -> int:
+    """`batch_size` times the longest group: what a batch of that size may cost at worst."""
+    return batch_size * max(tokens([g]) for g in groups)

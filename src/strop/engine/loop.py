@@ -1,0 +1,314 @@
+"""The training loop: step, log, evaluate, save, until the plan is done. Floor 3.
+
+    for each step of the plan:
+        forward and backward over its micro-batches  (step.py)
+        refuse or clip the gradient, update          (optim.py)
+        log, evaluate, save when due                 (metrics.py, evaluate.py, checkpoint.py)
+
+Everything that a resume needs beside weights and optimizer fits in `TrainState`: the order of the data and the state
+of dropout are functions of the step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from strop.batch import Batch
+from strop.config import RunConfig
+from strop.config.methods import MethodSettings
+from strop.data.plan import Plan, RowTokens, cut
+from strop.engine.metrics import MetricWindow, UpdateProbe, means
+from strop.engine.evaluate import evaluate
+from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
+from strop.engine.step import StepScores, forward_backward
+from strop.errors import ConfigError, Interrupted, TrainingError
+from strop.objectives.base import Objective
+from strop.policy.policy import Policy
+from strop.types import Group
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Non-finite steps that may be left out one after the other before a run stops."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Groups, the reference log-probs of each (None where the objective needs none), and how to cut them."""
+
+    groups: Sequence[Group]
+    ref_logps: Mapping[int, Tensor] | None
+    budget_tokens: int
+
+    def batches(self, policy: Policy, indices: Sequence[int], tokens: RowTokens) -> list[Batch]:
+        place = {id(self.groups[i]): i for i in indices}
+        return [
+            policy.collate(part, [self.ref_logps[place[id(g)]] for g in part] if self.ref_logps is not None else None)
+            for part in cut((self.groups[i] for i in indices), self.budget_tokens, tokens)
+        ]
+
+
+@dataclass
+class TrainState:
+    """What a run knows at the end of a step, besides weights and optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_value: float | None = None
+    best_step: int | None = None
+    stale_evals: int = 0
+    skipped_in_a_row: int = 0
+    num_skipped: int = 0
+    window: dict[str, Any] = field(default_factory=lambda: MetricWindow().state_dict())
+
+
+class Outputs(Protocol):
+    """Where the loop puts what it finds; the wiring decides what stands behind it."""
+
+    def record(self, record: Mapping[str, Any]) -> None: ...
+    def margins(self, epoch: int, step_in_epoch: int, step: int, margins: Tensor) -> None: ...
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> str: ...
+    def stepped(self, step: int, shown: Mapping[str, float]) -> None: ...
+    def evaluating(self, num_groups: int) -> Callable[[int], None]: ...
+    def note(self, text: str) -> None: ...
+
+
+class Loop:
+    """One run over one plan."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        objective: Objective[MethodSettings],
+        plan: Plan,
+        train: Rows,
+        validation: Rows | None,
+        tokens: RowTokens,
+        outputs: Outputs,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.training = config, config.training
+        self.policy, self.objective, self.plan = policy, objective, plan
+        self.train, self.validation, self.tokens = train, validation, tokens
+        self.outputs, self.should_stop = outputs, should_stop
+        self.parameters = policy.trainable()
+        self.optimizer = build_optimizer(self.parameters, self.training)
+        device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=policy.precision.scaler)
+        self.state = TrainState()
+        self.window = MetricWindow()
+        self._mark = (0.0, 0)  # seconds and tokens at the last log line
+
+    # -- the road ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainState:
+        """Train to the end of the plan, or to early stopping; the weights are then those of the last step.
+
+        Raises:
+            TrainingError: a step that is not finite.
+            Interrupted: stopped by a signal, after a checkpoint.
+        """
+        state, plan = self.state, self.plan
+        if state.step == 0:
+            self._evaluate()
+        while state.step < plan.num_steps and not self._stopped_early():
+            self._step(state.step + 1)
+            last = state.step == plan.num_steps
+            if state.step % self.training.logging_steps == 0 or last:
+                self._log()
+            improved = (state.step % self.training.eval_steps == 0 or last) and self._evaluate()
+            stop = self.should_stop()
+            if stop or improved or (state.step % self.training.save_steps == 0 and not last):
+                path = self._save()
+                if stop and not last:
+                    raise Interrupted(state.step, path)
+        return state
+
+    def restore(self, tensors_into: Callable[[Mapping[str, Tensor]], None], saved: Mapping[str, Any]) -> None:
+        """Take weights and optimizer (loaded in place) and the state of a checkpoint."""
+        tensors, _ = self._tensors()
+        tensors_into(tensors)
+        set_optimizer_numbers(self.optimizer, self.parameters, saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.state = TrainState(**saved["train"])
+        self.window.load_state_dict(self.state.window)
+        self._mark = (self.state.seconds, self.state.tokens)
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> None:
+        started = time.perf_counter()
+        indices = self.plan.groups(step)
+        batches = self.train.batches(self.policy, indices, self.tokens)
+        scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
+        result = forward_backward(
+            self.policy, self.objective, batches, seed=(self.config.seed, step), scale=scale
+        )
+        rate = learning_rate(step, self.plan.num_steps, self.training)
+        groups = [self.train.groups[i] for i in indices]
+        self._update(step, rate, result, groups)
+        epoch, inside = self.plan.position(step)
+        self.state.step = step
+        self.state.tokens += sum(b.num_tokens for b in batches)
+        self.state.seconds += time.perf_counter() - started
+        self.window.add_totals(
+            num_groups=len(groups),
+            num_zero_signal_groups=sum(_has_no_signal(g) for g in groups),
+            num_scored_tokens=result.scores.count("tokens"),
+        )
+        if result.margins is not None and self.config.logging.margins:
+            self.outputs.margins(epoch, inside, step, result.margins)
+        shown = {"loss": result.loss, "epoch": step / self.plan.steps_per_epoch, "tokens": self.state.tokens}
+        if "rewards/margins" in result.metrics:
+            total, count = result.metrics["rewards/margins"]
+            shown["rewards/margins"] = float(total) / count
+        self.outputs.stepped(step, shown)
+
+    def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> None:
+        """Check, clip, step. The weights stay as they are where anything is not finite."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        limit = self.training.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        if math.isfinite(result.loss) and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            probe = UpdateProbe(self.parameters) if step % self.training.logging_steps == 0 else None
+            self.scaler.step(self.optimizer)
+            self.state.skipped_in_a_row = 0
+            self.window.add_means({f"loss/{t}": (share, 1) for t, share in result.terms.items() if len(result.terms) > 1})
+            self.window.add_means({"loss": (result.loss, 1), "grad_norm": (norm, 1), "clipped": (float(norm > limit), 1)})
+            self.window.add_means(result.metrics)
+            if probe:
+                self.window.add_means(probe.measure())
+        else:
+            self._refuse_or_skip(step, result, norm, groups)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _refuse_or_skip(self, step: int, result: StepScores, norm: float, groups: Sequence[Group]) -> None:
+        overflow = self.scaler.is_enabled() and math.isfinite(result.loss)  # the scaler lowers its scale and goes on
+        self.state.skipped_in_a_row += 1
+        self.state.num_skipped += 1
+        what = f"the loss is {result.loss} and the norm of the gradient {norm}"
+        rows = _suspect_rows(result, groups)
+        allowed = overflow or self.training.on_nonfinite == "skip"
+        if not allowed or self.state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"{what}; the update was not made. Rows: {rows}",
+                where=f"step {step}",
+                expected="finite numbers",
+                fix="look at these rows; lower training.learning_rate; use bf16 instead of fp16; "
+                f"on_nonfinite: skip leaves out up to {MAX_SKIPPED_IN_A_ROW} such steps in a row",
+            )
+        self.window.add_totals(num_skipped_steps=1)
+        self.outputs.note(f"step {step}: {what}; skipped ({self.state.skipped_in_a_row} in a row). Rows: {rows}")
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # it sees the infinities and leaves the weights alone
+
+    # -- log, evaluate, save -----------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        state = self.state
+        seconds, tokens = state.seconds - self._mark[0], state.tokens - self._mark[1]
+        self._mark = (state.seconds, state.tokens)
+        measured = self.window.flush()
+        self.outputs.record(
+            {
+                "step": state.step,
+                "epoch": state.step / self.plan.steps_per_epoch,
+                "split": "train",
+                "loss": measured.pop("loss", None),
+                "learning_rate": learning_rate(state.step, self.plan.num_steps, self.training),
+                "grad_norm": measured.pop("grad_norm", None),
+                "tokens": state.tokens,
+                "tokens_per_second": tokens / seconds if seconds else None,
+                "seconds": state.seconds,
+                "peak_memory_gib": self.policy.peak_memory_gib(),
+                **measured,
+            }
+        )
+
+    def _evaluate(self) -> bool:
+        """Evaluate, where there are validation rows; true when this is the best model so far and to be kept."""
+        if self.validation is None:
+            return False
+        started = time.perf_counter()
+        rows = self.validation
+        with self.policy.scoring():
+            batches = rows.batches(self.policy, range(len(rows.groups)), self.tokens)
+            result = evaluate(self.policy, self.objective, batches, self.outputs.evaluating(len(rows.groups)))
+        metrics = means(
+            {n: float(total) for n, (total, _) in result.metrics.items()},
+            {n: count for n, (_, count) in result.metrics.items()},
+        )
+        record = {
+            "step": self.state.step,
+            "epoch": self.state.step / self.plan.steps_per_epoch,
+            "split": "eval",
+            "loss": result.loss,
+            **({f"loss/{t}": share for t, share in result.terms.items()} if len(result.terms) > 1 else {}),
+            "num_groups": result.scores.num_groups,
+            "num_scored_tokens": result.scores.count("tokens"),
+            "seconds": time.perf_counter() - started,
+            **metrics,
+        }
+        self.outputs.record(record)
+        # the model before training is no candidate: a run that never gets better than it should not return it unseen
+        return self._is_best(record) if self.state.step else False
+
+    def _is_best(self, record: Mapping[str, Any]) -> bool:
+        options = self.config.finetuning
+        if not options.load_best_model_at_end and options.early_stopping_patience is None:
+            return False
+        name = options.metric_for_best_model.removeprefix("eval_")
+        if name not in record:
+            raise ConfigError(
+                f"no evaluation has a metric {name!r}",
+                where=f"finetuning.metric_for_best_model: {options.metric_for_best_model}",
+                expected="one of " + ", ".join(sorted(k for k, v in record.items() if isinstance(v, float))),
+                fix="name one of these",
+            )
+        value, best = float(record[name]), self.state.best_value
+        better = best is None or (value > best if options.greater_is_better else value < best)
+        if better:
+            self.state.best_value, self.state.best_step, self.state.stale_evals = value, self.state.step, 0
+        else:
+            self.state.stale_evals += 1
+        return better and options.load_best_model_at_end
+
+    def _stopped_early(self) -> bool:
+        patience = self.config.finetuning.early_stopping_patience
+        return patience is not None and self.state.stale_evals >= patience
+
+    def _save(self) -> str:
+        self.state.window = self.window.state_dict()
+        tensors, numbers = self._tensors()
+        state = {"train": asdict(self.state), "optimizer": numbers, "scaler": self.scaler.state_dict()}
+        best = [self.state.best_step] if self.state.best_step and self.config.finetuning.load_best_model_at_end else []
+        return self.outputs.save(self.state.step, tensors, state, best)
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, numbers = optimizer_tensors(self.optimizer, self.parameters)
+        return {**{f"policy.{n}": p.detach() for n, p in self.parameters.items()}, **tensors}, numbers
+
+
+def _has_no_signal(group: Group) -> bool:
+    """Whether no preference can be learnt from a group: its completions are the same tokens."""
+    first, *rest = group.completions
+    return bool(rest) and all(c == first for c in rest)
+
+
+def _suspect_rows(result: StepScores, groups: Sequence[Group], most: int = 8) -> str:
+    """The rows with log-probs that are not finite; where all are finite, all rows of the step."""
+    sums = result.scores.sums(result.scores.logps)
+    bad = result.scores.group_index[~torch.isfinite(sums)].unique().tolist()
+    rows = [str(groups[i].origin) for i in bad or range(len(groups))]
+    return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")

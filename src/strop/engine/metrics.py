@@ -1,0 +1,76 @@
+"""Metrics as sums and counts, added up between two log lines and divided once. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strop.objectives.base import Mean
+
+
+class MetricWindow:
+    """Means and totals over the steps since the last log line. Its state goes into checkpoints."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
+
+    def add_means(self, metrics: Mapping[str, Mean]) -> None:
+        for name, (total, count) in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(total)
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def add_totals(self, **totals: int) -> None:
+        for name, value in totals.items():
+            self._totals[name] = self._totals.get(name, 0) + value
+
+    def flush(self) -> dict[str, float | int]:
+        """The window's metrics; the next window starts empty."""
+        record = {**means(self._sums, self._counts), **self._totals}
+        for part in (self._sums, self._counts, self._totals):
+            part.clear()
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts), "totals": dict(self._totals)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums, self._counts, self._totals = dict(state["sums"]), dict(state["counts"]), dict(state["totals"])
+
+
+def means(sums: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """Sum by count, for every metric that was counted at all."""
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+class UpdateProbe:
+    """How far one optimizer step moved the weights, on a sample of at most `per_tensor` evenly spaced weights each.
+
+    update_ratio: norm of the change by norm of the weights. changed_fraction: share of weights whose bits changed;
+    near 0 when the learning rate is below the resolution of the weights.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], per_tensor: int = 4096) -> None:
+        self._views = [
+            p.detach().view(-1)[:: max(1, p.numel() // per_tensor)] if p.is_contiguous() else p.detach()
+            for p in parameters.values()
+        ]
+        self._before = [v.clone() for v in self._views]
+
+    def measure(self) -> dict[str, Mean]:
+        """Call after the step."""
+        moved = torch.stack([(a - b).double().norm() for a, b in zip(self._views, self._before, strict=True)]).norm()
+        size = torch.stack([b.double().norm() for b in self._before]).norm()
+        changed = sum(int((a != b).sum()) for a, b in zip(self._views, self._before, strict=True))
+        return {
+            "update_ratio": (_ratio(moved, size), 1),
+            "changed_fraction": (changed / sum(v.numel() for v in self._views), 1),
+        }
+
+
+def _ratio(moved: Tensor, size: Tensor) -> float:
+    return float(moved / size) if size > 0 else float(moved > 0)

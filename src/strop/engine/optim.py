@@ -1,0 +1,115 @@
+"""The optimizer, its state as flat tensors, and the learning rate as a function of the step. Floor 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strop.config.sections import TrainingSection
+from strop.errors import ConfigError
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSection) -> torch.optim.Optimizer:
+    """AdamW over `parameters`, in their order. Vectors (norms, biases) are not decayed.
+
+    Raises:
+        ConfigError: an 8-bit optimizer without the package bitsandbytes.
+    """
+    decayed = [p for p in parameters.values() if p.ndim >= 2]
+    exempt = [p for p in parameters.values() if p.ndim < 2]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, training.weight_decay), (exempt, 0.0))
+        if params
+    ]
+    assert training.learning_rate is not None
+    lr = training.learning_rate
+    if training.optim in ("adamw_torch", "adamw_torch_fused"):
+        return torch.optim.AdamW(groups, lr=lr, fused=training.optim == "adamw_torch_fused")
+    try:
+        import bitsandbytes as bnb
+    except ImportError as e:
+        raise ConfigError(
+            "the package bitsandbytes is not installed",
+            where=f"training.optim: {training.optim}",
+            expected="bitsandbytes, which is the extra `bnb`",
+            fix="pip install 'strop[bnb]', or choose optim: adamw_torch",
+        ) from e
+    kind = bnb.optim.PagedAdamW8bit if training.optim == "paged_adamw_8bit" else bnb.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, lr=lr)
+    return optimizer
+
+
+def learning_rate(step: int, num_steps: int, training: TrainingSection) -> float:
+    """The rate of step `step` (from 1) of `num_steps`: linear warm-up to the peak, then the schedule.
+
+    The first step has peak / warm-up steps, not 0; linear and cosine would reach 0 one step after the last, so no
+    step is wasted.
+    """
+    assert training.learning_rate is not None
+    warmup = warmup_steps(num_steps, training)
+    if step <= warmup:
+        return training.learning_rate * step / warmup
+    left = (num_steps - step + 1) / max(1, num_steps - warmup)
+    match training.lr_scheduler:
+        case "constant":
+            factor = 1.0
+        case "linear":
+            factor = left
+        case "cosine":
+            factor = 0.5 * (1 - math.cos(math.pi * left))
+    return training.learning_rate * factor
+
+
+def warmup_steps(num_steps: int, training: TrainingSection) -> int:
+    """Steps of warm-up, from `warmup_ratio` where it is given."""
+    if training.warmup_ratio is not None:
+        return math.ceil(training.warmup_ratio * num_steps)
+    assert training.warmup_steps is not None
+    return training.warmup_steps
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as flat names: its tensors, to be saved or loaded into, and its plain numbers.
+
+    An optimizer makes its state at its first step, so one that has not stepped yet takes an empty one here: with zero
+    gradients and rate 0 it leaves every weight as it is.
+    """
+    if not optimizer.state:
+        _empty_step(optimizer)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{key}.{name}"] = value
+    return tensors, numbers
+
+
+def set_optimizer_numbers(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], numbers: Mapping[str, Any]
+) -> None:
+    """Give back the plain numbers of `optimizer_tensors`."""
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        for key in state:
+            full = f"optimizer.{key}.{name}"
+            if full in numbers:
+                state[key] = numbers[full]
+
+
+def _empty_step(optimizer: torch.optim.Optimizer) -> None:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

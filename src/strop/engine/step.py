@@ -1,0 +1,103 @@
+"""One optimizer step's forward and backward: scores, the loss of the whole step, its gradients. Floor 3.
+
+Shapes: M scored tokens of a micro-batch.
+
+The loss of a step is sum over terms of (the term's sum over the step) / (the count of its unit over the step). The
+counts follow from the batches' structure, so they are known before the first forward pass and every micro-batch's
+share is divided by the same number: how the step is cut changes nothing.
+
+An objective whose terms hold a statistic of the whole step gets the whole step: a pass without gradients collects
+all log-probs, the objective is differentiated with respect to them, and a second pass carries these coefficients
+d loss / d logp back. A step of one micro-batch is the whole step already and needs no extra pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strop.batch import Batch, Scores, Unit
+from strop.config.methods import MethodSettings
+from strop.objectives.base import Mean, Objective
+
+Forward = Callable[[Batch], Tensor]
+"""A policy: micro-batch -> [M] log-probs of its scored tokens."""
+
+Counts = Mapping[str, int]
+"""Term name -> what its sum is divided by."""
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """What a step's (or an evaluation's) forward passes gave, with no gradients attached.
+
+    loss: float64 scalar. terms: each term's share of it. metrics: (sum, count). margins: [G] or None.
+    """
+
+    scores: Scores
+    loss: float
+    terms: Mapping[str, float]
+    metrics: Mapping[str, Mean]
+    margins: Tensor | None
+
+
+def count_units(units: Mapping[str, Unit], batches: Sequence[Batch]) -> Counts:
+    """Term name -> the count of its unit over the whole step."""
+    return {term: sum(b.count(unit) for b in batches) for term, unit in units.items()}
+
+
+def step_loss(objective: Objective[MethodSettings], scores: Scores, counts: Counts) -> Tensor:
+    """The share that `scores` has in the loss of a step with these counts; a float64 scalar."""
+    terms = objective.terms(scores)
+    return torch.stack([terms[t] / counts[t] for t in sorted(terms)]).sum()
+
+
+def forward_backward(
+    policy: Forward,
+    objective: Objective[MethodSettings],
+    batches: Sequence[Batch],
+    *,
+    seed: tuple[int, int] = (0, 0),
+    scale: float = 1.0,
+) -> StepScores:
+    """Add the gradients of one step's loss, times `scale`, to the weights and return its scores.
+
+    Args:
+        batches: the micro-batches of the step.
+        seed: (run seed, step): dropout's random state is a function of it and of the micro-batch's place.
+        scale: the loss scale of float16.
+    """
+    counts = count_units(objective.units, batches)
+    if objective.whole_step and len(batches) > 1:
+        with torch.no_grad():
+            first = [_seeded(policy, b, seed, i) for i, b in enumerate(batches)]
+        whole = Scores.join([Scores.of(b, lp) for b, lp in zip(batches, first, strict=True)])
+        leaf = whole.logps.detach().requires_grad_()
+        loss = step_loss(objective, Scores(leaf, whole.ref_logps, whole.completion_index, whole.group_index), counts)
+        (coefficients,) = torch.autograd.grad(loss, leaf)
+        for i, (batch, share) in enumerate(zip(batches, coefficients.split([len(x) for x in first]), strict=True)):
+            ((_seeded(policy, batch, seed, i) * share).sum() * scale).backward()  # type: ignore[no-untyped-call]
+        return summarise(objective, whole)
+    parts = []
+    for i, batch in enumerate(batches):
+        logps = _seeded(policy, batch, seed, i)
+        (step_loss(objective, Scores.of(batch, logps), counts) * scale).backward()  # type: ignore[no-untyped-call]
+        parts.append(Scores.of(batch, logps.detach()))
+    return summarise(objective, Scores.join(parts))
+
+
+def summarise(objective: Objective[MethodSettings], scores: Scores) -> StepScores:
+    """Loss, metrics and margins of scores that are a whole step (or a whole evaluation)."""
+    with torch.no_grad():
+        terms = objective.terms(scores)
+        shares = {t: float(terms[t] / scores.count(unit)) for t, unit in objective.units.items()}
+        return StepScores(scores, sum(shares.values()), shares, objective.metrics(scores), objective.margins(scores))
+
+
+def _seeded(policy: Forward, batch: Batch, seed: tuple[int, int], micro_batch: int) -> Tensor:
+    torch.manual_seed(int(np.random.SeedSequence([*seed, micro_batch]).generate_state(1)[0]))
+    return policy(batch)

@@ -1,0 +1,68 @@
+"""The contract of an objective: what it needs, what it divides by, and a pure function of log-probs. Floor 2.
+
+Shapes: M scored tokens, C completions, G groups. An objective returns sums. The engine counts each term's unit over
+the whole optimizer step (all micro-batches, all ranks) and divides once, so a loss does not depend on how the
+step was cut. What a step's loss is: sum over terms of terms[t] / count(units[t]).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from strop.batch import Scores, Unit
+from strop.config.methods import MethodSettings
+from strop.types import RowShape
+
+S = TypeVar("S", bound=MethodSettings)
+
+Mean = tuple[Tensor | float, int]
+"""A metric as (sum, count): means are taken over whatever the caller has added up."""
+
+
+class Objective(ABC, Generic[S]):
+    """One method, with its settings.
+
+    Declared on the class: `rows`, what the data must keep together; `needs_reference`, whether reference log-probs
+    are scored before training. Declared by the instance, since variants differ: `units`, what each term is divided
+    by; `whole_step`, whether the terms hold a statistic of the whole step. The engine then calls `terms` once with
+    the scores of the whole step; otherwise once a micro-batch.
+    """
+
+    rows: ClassVar[RowShape]
+    needs_reference: ClassVar[bool] = False
+
+    def __init__(self, settings: S) -> None:
+        self.settings = settings
+
+    @property
+    def whole_step(self) -> bool:
+        return False
+
+    @property
+    @abstractmethod
+    def units(self) -> Mapping[str, Unit]:
+        """Term name -> what its sum over the step is divided by."""
+
+    @abstractmethod
+    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        """Term name -> its sum over `scores`, a float64 scalar that can be differentiated."""
+
+    @abstractmethod
+    def metrics(self, scores: Scores) -> Mapping[str, Mean]:
+        """Metric name -> (sum, count) over `scores`, without gradients."""
+
+    def margins(self, scores: Scores) -> Tensor | None:
+        """[G] float64: the raw log-ratio difference of each pair; None where the method has none."""
+        return None
+
+
+def build_objective(settings: MethodSettings) -> Objective[MethodSettings]:
+    """The objective that takes these settings, as their class declares."""
+    module, _, name = settings.OBJECTIVE.partition(":")
+    cls: type[Objective[MethodSettings]] = getattr(import_module(f"strop.objectives.{module}"), name)
+    return cls(settings)

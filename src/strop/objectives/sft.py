@@ -1,0 +1,37 @@
+"""Supervised fine-tuning: the negative log-likelihood of the completions.
+
+tokens:     loss = - sum_t logp_t / (trained tokens of the step)
+sequences:  loss = - sum_y a(y) / (sequences of the step),   a(y) = mean over y's trained tokens of logp_t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from strop.batch import Scores, Unit
+from strop.config.methods import SftSettings
+from strop.objectives.base import Mean, Objective
+from strop.types import RowShape
+
+
+class Sft(Objective[SftSettings]):
+    """Token or sequence mean, exact over the whole step."""
+
+    rows: ClassVar[RowShape] = "single"
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return {"nll": "tokens" if self.settings.loss_reduction == "tokens" else "completions"}
+
+    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        logps = scores.sums(scores.logps)
+        return {"nll": -(logps if self.settings.loss_reduction == "tokens" else logps / scores.lengths).sum()}
+
+    def metrics(self, scores: Scores) -> Mapping[str, Mean]:
+        return {
+            "nll": (-scores.logps.double().sum(), scores.count("tokens")),
+            "lengths/completion": (scores.lengths.sum(), scores.num_completions),
+        }

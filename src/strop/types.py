@@ -1,0 +1,89 @@
+"""The two forms that data takes on its way: an Example is text, a Group is tokens. Floor 0: stdlib only.
+
+row --formats--> Example --chat--> Group --plan--> Batch (batch.py)
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: `role`, `content`, and what else the chat template of the model reads."""
+
+Turns = tuple[Message, ...] | str
+"""A conversation (or its continuation) as messages, or raw text."""
+
+RowShape = Literal["single", "pair"]
+"""What a method keeps together: one completion a row, or a chosen and a rejected one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from: the file (or data set) and its physical line, from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as text: a prompt and its completions, all messages or all raw text.
+
+    `completions` holds one for single rows; (chosen, rejected) for pairs. Assistant turns in `prompt` are context;
+    every assistant turn in a completion is trained. A multi-turn SFT conversation is split before its first
+    assistant turn: the rest is the completion, with several trained spans.
+    """
+
+    prompt: Turns
+    completions: tuple[Turns, ...]
+    origin: Origin
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The tokens that follow the prompt, and which of them are trained.
+
+    ids: n token ids. loss_mask: n bytes, 1 = trained; at least one is.
+    """
+
+    ids: array[int]
+    loss_mask: bytes
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.loss_mask) > 0
+        assert 1 in self.loss_mask
+
+    @property
+    def num_scored(self) -> int:
+        return self.loss_mask.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its n completions, as tokens: what everything after the data room works on.
+
+    prompt_ids: at least one token (the first completion token needs a position that predicts it).
+    """
+
+    prompt_ids: array[int]
+    completions: tuple[Completion, ...]
+    origin: Origin
+
+    def __post_init__(self) -> None:
+        assert len(self.prompt_ids) > 0 and self.completions
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the shared-prefix row: the prompt once, then every completion without its last token."""
+        return len(self.prompt_ids) + sum(len(c.ids) - 1 for c in self.completions)
+
+    @property
+    def num_scored(self) -> int:
+        return sum(c.num_scored for c in self.completions)

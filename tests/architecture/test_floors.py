@@ -1,0 +1,101 @@
+"""The house stands as docs/architecture.md says: imports go down, rooms on one floor are closed, modules stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[2] / "src" / "strop"
+FLOORS = {
+    "errors": 0,
+    "types": 0,
+    "config": 1,
+    "batch": 1,
+    "distributed": 1,
+    "rundir": 1,
+    "data": 2,
+    "policy": 2,
+    "objectives": 2,
+    "engine": 3,
+    "train": 4,
+    "demo": 4,
+    "cli": 5,
+    "__main__": 5,
+    "__init__": 5,
+}
+# batch and distributed are the two rooms of floor 1 that read their neighbour's plain data classes
+NEIGHBOURS = {("distributed", "config")}
+TORCH_FREE = ("errors", "types", "config", "cli", "__init__", "__main__")
+MODULES = sorted(SRC.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    """Absolute names of what a module imports; imports for type checkers only are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    checking = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names: list[str] = []
+    for node in nodes:
+        if id(node) in checking:
+            continue
+        if isinstance(node, ast.Import):
+            names += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(str(node.module))
+            names += [f"{node.module}.{a.name}" for a in node.names if node.module == "strop"]
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_go_down(path: Path) -> None:
+    here = room(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "strop" or len(parts) < 2 or parts[1] == "__version__":
+            continue
+        there = parts[1]
+        assert there in FLOORS, f"{there} has no floor"
+        assert there == here or FLOORS[there] < FLOORS[here] or (here, there) in NEIGHBOURS, f"{here} imports {there}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if room(p) in TORCH_FREE], ids=lambda p: str(p.relative_to(SRC)))
+def test_no_torch_before_it_is_needed(path: Path) -> None:
+    for name in imports(path, top_level_only=True):
+        assert name.split(".")[0] not in {"torch", "transformers", "peft", "datasets", "numpy", "safetensors"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 420
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 62, f"{node.name} has {length} lines"
+
+
+def test_no_drawers_for_everything() -> None:
+    names = {part for p in MODULES for part in p.relative_to(SRC).with_suffix("").parts}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_the_engine_names_no_method() -> None:
+    from strop.config.methods import METHODS
+
+    for path in SRC.joinpath("engine").glob("*.py"):
+        strings = {
+            n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
+        assert not strings & set(METHODS), f"{path.name} compares a method's name"

@@ -1,0 +1,62 @@
+"""The plan is a pure function of seed and step, and cutting loses nothing."""
+
+from __future__ import annotations
+
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strop.data.plan import Plan, cut, default_budget, packed_tokens, padded_tokens
+from strop.types import Completion, Group, Origin
+
+plans = st.builds(
+    Plan.of, st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.none() | st.integers(1, 12), st.integers(0, 9)
+)
+
+
+@given(plans)
+def test_an_epoch_meets_every_group_once(plan: Plan) -> None:
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch + 1, (epoch + 1) * plan.steps_per_epoch + 1)
+        met = [i for s in steps for i in plan.groups(s)]
+        assert sorted(met) == list(range(plan.num_groups))
+        assert all(len(plan.groups(s)) == plan.groups_per_step for s in list(steps)[:-1])
+
+
+@given(plans)
+def test_positions_count_epochs_and_steps_from_zero(plan: Plan) -> None:
+    assert plan.position(1) == (0, 0)
+    assert plan.position(plan.steps_per_epoch + 1) == (1, 0)
+
+
+@given(plans)
+def test_all_groups_is_what_the_steps_meet(plan: Plan) -> None:
+    assert plan.all_groups() == sorted({i for s in range(1, plan.num_steps + 1) for i in plan.groups(s)})
+
+
+def test_epochs_and_seeds_differ() -> None:
+    plan = Plan.of(32, 32, 2, None, 0)
+    assert plan.groups(1) != plan.groups(2)
+    assert plan.groups(1) != Plan.of(32, 32, 2, None, 1).groups(1)
+    assert plan.groups(1) == Plan.of(32, 32, 5, None, 0).groups(1)
+
+
+lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)
+
+
+@given(lengths, st.integers(1, 60), st.booleans())
+def test_cutting_keeps_order_and_budget(sizes: list[tuple[int, int, int]], budget: int, packed: bool) -> None:
+    tokens = packed_tokens if packed else padded_tokens
+    groups = [_group(*s) for s in sizes]
+    parts = cut(groups, budget, tokens)
+    assert [g for part in parts for g in part] == groups
+    assert all(len(part) == 1 or tokens(part) <= budget for part in parts)
+    whole = default_budget(groups, len(groups), tokens)
+    assert len(cut(groups, whole, tokens)) == 1, "a batch of that many groups must fit, whatever their lengths"
+
+
+def _group(prompt: int, *answers: int) -> Group:
+    return Group(
+        array("i", [1] * prompt), tuple(Completion(array("i", [2] * n), b"\1" * n) for n in answers), Origin("rows", 1)
+    )

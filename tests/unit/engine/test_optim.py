@@ -1,0 +1,88 @@
+"""Learning rates, decay groups and optimizer state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from strop.config.sections import TrainingSection
+from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
+
+
+def section(**changes: object) -> TrainingSection:
+    return TrainingSection(**{"learning_rate": 1e-3, "warmup_steps": 0, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_schedules_agree_with_transformers_after_the_warmup(name: str, warmup: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = "constant_with_warmup" if name == "constant" else name
+    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+    for step in range(1, 21):
+        if step > warmup:
+            ours = learning_rate(step, 20, section(lr_scheduler=name, warmup_steps=warmup))
+            assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_no_step_of_the_warmup_is_wasted() -> None:
+    rates = [learning_rate(s, 20, section(warmup_steps=4)) for s in range(1, 7)]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert all(r > 0 for r in rates)
+    assert learning_rate(2, 20, section(warmup_steps=None, warmup_ratio=0.2)) == rates[1]
+
+
+def test_vectors_are_not_decayed() -> None:
+    layer = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    optimizer = build_optimizer(dict(layer.named_parameters()), section(weight_decay=0.1))
+    decayed = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert {n: decayed[id(p)] for n, p in layer.named_parameters()} == {
+        "0.weight": 0.1,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+    }
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+def test_state_goes_out_and_in_exactly(optim: str) -> None:
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    settings = section(optim=optim, weight_decay=0.1)
+
+    def model() -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(96, 64)  # more than 4096 weights: bitsandbytes keeps smaller tensors in 32 bits
+
+    def train(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for s in steps:
+            torch.manual_seed(s)
+            layer(torch.randn(5, 96)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    unbroken = model()
+    optimizer = build_optimizer(dict(unbroken.named_parameters()), settings)
+    train(unbroken, optimizer, range(3))
+    tensors, numbers = optimizer_tensors(optimizer, dict(unbroken.named_parameters()))
+    saved = {k: v.clone() for k, v in tensors.items()}
+    weights = {k: v.clone() for k, v in unbroken.state_dict().items()}
+    train(unbroken, optimizer, range(3, 5))
+
+    resumed = model()
+    other = build_optimizer(dict(resumed.named_parameters()), settings)
+    into, _ = optimizer_tensors(other, dict(resumed.named_parameters()))
+    for name, parameter in model().named_parameters():
+        assert torch.equal(parameter, dict(resumed.named_parameters())[name]), "making the state moved a weight"
+    assert {k: (v.shape, v.dtype) for k, v in into.items()} == {k: (v.shape, v.dtype) for k, v in saved.items()}
+    for k, v in saved.items():
+        into[k].copy_(v)
+    set_optimizer_numbers(other, dict(resumed.named_parameters()), numbers)
+    resumed.load_state_dict(weights)
+    train(resumed, other, range(3, 5))
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
