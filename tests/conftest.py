@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,3 +88,13 @@ def model_dir(tmp_path: Path) -> Path:
     build_model().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LlamaForCausalLM]:
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    return build_tokenizer

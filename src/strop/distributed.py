@@ -28,7 +28,11 @@ def pick_device(gpu: GpuSection) -> tuple[torch.device, list[str]]:
     ids = gpu.device_ids or ()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not available:
-        notes = [f"gpu.device_ids {list(ids)}: this machine has no GPU; training on its CPU, in one process."] if ids else []
+        notes = (
+            [f"gpu.device_ids {list(ids)}: this machine has no GPU; training on its CPU, in one process."]
+            if ids
+            else []
+        )
         return torch.device("cpu"), notes
     missing = [i for i in ids if not 0 <= i < available]
     if missing:

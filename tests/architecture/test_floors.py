@@ -96,6 +96,8 @@ def test_the_engine_names_no_method() -> None:
 
     for path in SRC.joinpath("engine").glob("*.py"):
         strings = {
-            n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            n.value
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
         assert not strings & set(METHODS), f"{path.name} compares a method's name"

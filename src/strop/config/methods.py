@@ -6,12 +6,12 @@ A setting that the chosen method or loss does not read is an error, never ignore
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from strop.config.section import Section
+from strop.config.section import Problem, Section, SectionError
 
 NEUTRAL: Mapping[str, Any] = {
     "label_smoothing": 0.0,
@@ -21,6 +21,12 @@ NEUTRAL: Mapping[str, Any] = {
     "loss_reduction": "tokens",
 }
 """The value of each setting that says nothing about methods which do not read it."""
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether this value of a setting says nothing: null, or the one in `NEUTRAL`."""
+    neutral = NEUTRAL.get(name)
+    return value is None or (value == neutral and isinstance(value, bool) == isinstance(neutral, bool))
 
 
 class MethodSettings(Section):
@@ -36,13 +42,40 @@ class MethodSettings(Section):
         """Settings that stand in this class but not for this variant of the method: name -> who reads it."""
         return {}
 
-    @model_validator(mode="after")
-    def _no_dead_setting(self) -> Self:
+    def problems(self) -> Iterator[Problem]:
         for name, readers in self.unread().items():
             value = getattr(self, name)
-            if name in self.model_fields_set and value is not None and value != NEUTRAL.get(name):
-                raise ValueError(f"{name}: {value!r} is not read here; it is read by {readers}; remove it")
-        return self
+            if name in self.model_fields_set and not is_neutral(name, value):
+                yield Problem(
+                    (name,),
+                    f"{name} is {value!r}, but it is read by {readers} only",
+                    fix=f"remove {name}, or choose {readers}",
+                )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_method(cls, data: Any) -> Any:
+        """Drops settings of other methods that are null or neutral, and refuses the others."""
+        if not isinstance(data, Mapping):
+            return data
+        admitted, problems = {}, []
+        for name, value in data.items():
+            readers = [method for method, settings in METHODS.items() if name in settings.model_fields]
+            if name in cls.model_fields or not readers:
+                admitted[name] = value  # unknown everywhere: refused with the nearest name
+            elif not is_neutral(name, value):
+                method = cls.model_fields["method"].default
+                problems.append(
+                    Problem(
+                        (name,),
+                        f"{name} is {value!r}, but method {method} does not read it",
+                        f"the settings of {method}: {', '.join(n for n in cls.model_fields if n != 'method')}",
+                        f"remove {name}, or set method: {' or '.join(readers)}",
+                    )
+                )
+        if problems:
+            raise SectionError(problems)
+        return admitted
 
 
 class SftSettings(MethodSettings):
@@ -88,45 +121,15 @@ class DpoSettings(MethodSettings):
             dead["ipo_norm"] = "loss_type ipo"
         return dead
 
-    @model_validator(mode="after")
-    def _one_reference(self) -> Self:
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if self.ref_model_id is not None and not self.use_ref_model:
-            raise ValueError(
-                "ref_model_id names a reference model while use_ref_model is false; "
-                "set use_ref_model: true or drop ref_model_id"
+            yield Problem(
+                ("ref_model_id", "use_ref_model"),
+                f"ref_model_id names the reference model {self.ref_model_id!r} while use_ref_model is false",
+                fix="set use_ref_model: true, or remove ref_model_id",
             )
-        return self
 
 
 PostTraining = Annotated[SftSettings | DpoSettings, Field(discriminator="method")]
 METHODS: Mapping[str, type[MethodSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
-
-
-def admit(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The `post_training` block as its method's class wants it: settings of other methods that are null or neutral
-    are dropped, the method is filled in.
-
-    Raises:
-        ValueError: a setting of another method has a value; the message says who reads it.
-    """
-    method = block.get("method", "sft")
-    settings = METHODS.get(method) if isinstance(method, str) else None
-    if settings is None:
-        return dict(block)  # the union says which methods there are
-    admitted: dict[str, Any] = {"method": method}
-    for name, value in block.items():
-        if name in settings.model_fields:
-            if value is not None or settings.model_fields[name].default is None:
-                admitted[name] = value
-            continue
-        readers = [m for m, s in METHODS.items() if name in s.model_fields]
-        if readers and (value is None or value == NEUTRAL.get(name)):
-            continue
-        if readers:
-            read = ", ".join(f for f in settings.model_fields if f != "method")
-            raise ValueError(
-                f"{name}: {value!r} is not read by method {method} (it is read by {', '.join(readers)}); "
-                f"{method} reads {read}"
-            )
-        admitted[name] = value  # unknown everywhere: refused with the nearest name
-    return admitted

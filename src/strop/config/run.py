@@ -1,13 +1,15 @@
-"""The whole configuration and the rules that cross sections. Floor 1, no torch."""
+"""The whole configuration, the rules that cross sections, and where each value came from. Floor 1, no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from strop.config.methods import PostTraining, SftSettings, admit
-from strop.config.section import ListOf, Section
+from strop.config.methods import PostTraining, SftSettings
+from strop.config.section import ListOf, Problem, Section
 from strop.config.sections import (
     DatasetSection,
     FinetuningSection,
@@ -22,36 +24,74 @@ from strop.config.sections import (
 class RunConfig(Section):
     """Everything a run is made of. What is null here and derived later is written out in the run's config.yaml."""
 
-    preset: str | None = None
-    """A preset under this configuration: cpu, gpu-bf16, gpu-fp16, memory-efficient, or a path."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Decides the order of the rows, the validation split, new weights and dropout."""
     models: ListOf[ModelSection] = Field(min_length=1)
     """Models to train, one after the other."""
     dataset: DatasetSection = DatasetSection()
     post_training: PostTraining = SftSettings()
-    lora: LoraSection = LoraSection()
+    lora: LoraSection = LoraSection(enabled=False)
     training: TrainingSection = TrainingSection()
     gpu: GpuSection = GpuSection()
     finetuning: FinetuningSection = FinetuningSection()
     logging: LoggingSection = LoggingSection()
 
+    _origins: dict[str, str] | None = PrivateAttr(default=None)
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Dotted key -> where its value came from: `default...`, `preset NAME`, `FILE:LINE`, `command line`, `python`.
+
+        Every key of the configuration has an entry. A copy with changed values keeps the entries of the original.
+        """
+        if self._origins is None:
+            self._origins = {key: "python" if given else "default" for key, _, given in self.leaves()}
+        return MappingProxyType(self._origins)
+
+    def with_origins(self, origins: Mapping[str, str]) -> Self:
+        """This configuration, with these origins."""
+        copy = self.model_copy()
+        copy._origins = dict(origins)
+        return copy
+
+    def leaves(self) -> Iterator[tuple[str, Any, bool]]:
+        """Every key with a value, in the order of the schema: (dotted key, value, whether it was given)."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if name == "models":
+                sections = {f"models.{i}": model for i, model in enumerate(value)}
+            elif isinstance(value, Section):
+                sections = {name: value}
+            else:
+                yield name, value, name in self.model_fields_set
+                continue
+            for prefix, section in sections.items():
+                for key in type(section).model_fields:
+                    given = name in self.model_fields_set and key in section.model_fields_set
+                    yield f"{prefix}.{key}", getattr(section, key), given
+
+    def __eq__(self, other: object) -> bool:
+        # two configurations are equal whatever their origins
+        return self.__dict__ == other.__dict__ if isinstance(other, RunConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__.values()))
+
     @model_validator(mode="before")
     @classmethod
-    def _sections(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        if isinstance(data.get("post_training"), dict):
-            data["post_training"] = admit(data["post_training"])
-        if isinstance(data.get("lora"), dict) and data["lora"].get("enabled") is None:
-            data["lora"] = {**data["lora"], "enabled": True}
+    def _default_method(cls, data: Any) -> Any:
+        method = data.get("post_training") if isinstance(data, Mapping) else None
+        if isinstance(method, Mapping) and method.get("method") is None:
+            return {**data, "post_training": {**method, "method": "sft"}}
         return data
 
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [m.name for m in self.models]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"models: the name {name!r} is given twice; run folders need different names")
-        return self
+    def problems(self) -> Iterator[Problem]:
+        names = [model.name for model in self.models]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                yield Problem(
+                    (f"models.{i}.name", f"models.{i}.huggingface_id"),
+                    f"models.{names.index(name)} and models.{i} are both named {name!r}",
+                    "names that differ, since they name the run folders",
+                    "give each model its own `name:`",
+                )

@@ -1,11 +1,49 @@
-"""What every section of the configuration is. Floor 1, no torch."""
+"""What every section of the configuration is. Floor 1, no torch.
+
+A section is frozen and strict; null for a key that does not admit null means its default; rules that join several
+keys are said by `problems`, all at once, so that a user sees every mistake in one go.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+from strop.redact import redact
+
+LARGEST_INT = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with a section, in the words of an error message.
+
+    keys: the keys involved, dotted, relative to the section; the message points at the place of the first.
+    """
+
+    keys: tuple[str, ...]
+    found: str
+    expected: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join(part for part in (self.found, self.expected and f"expected {self.expected}", self.fix) if part)
+
+
+class SectionError(ValueError):
+    """Problems of one section; pydantic carries it inside its ValidationError."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__(" | ".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+def admits_null(annotation: Any) -> bool:
+    """Whether a type takes null."""
+    return annotation is type(None) or any(admits_null(part) for part in get_args(annotation))
 
 
 class Section(BaseModel):
@@ -15,9 +53,55 @@ class Section(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with this section beyond the type and range of its single keys."""
+        return iter(())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        fields = cls.model_fields
+
+        def stays(name: str, value: Any) -> bool:
+            return value is not None or name not in fields or admits_null(fields[name].annotation)
+
+        return {name: value for name, value in data.items() if stays(name, value)}
+
+    @model_validator(mode="after")
+    def _no_problems(self) -> Self:
+        found = [p for name, value in self.__dict__.items() for p in _unusable(name, value)]
+        found += self.problems()
+        if found:
+            raise SectionError(found)
+        return self
+
+
+def _unusable(name: str, value: Any) -> Iterator[Problem]:
+    """Texts and numbers that no key of any section can mean."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, int) and abs(item) > LARGEST_INT:
+            yield Problem((name,), f"{name} is larger than 64 bits can hold", "a smaller whole number")
+        elif not isinstance(item, str):
+            continue
+        elif not item.strip():
+            yield Problem((name,), f"{name} is empty", fix=f"write a value, or remove {name}")
+        elif "\0" in item or any("\ud800" <= c <= "\udfff" for c in item):
+            yield Problem((name,), f"{name} holds a NUL or half a surrogate pair", "plain text")
+        elif redact(item) != item:
+            yield Problem(
+                (name,),
+                f"{name} holds an access token or a password (not shown)",
+                "nothing secret: the configuration is copied into the run folder",
+                "put tokens into the environment (HF_TOKEN) and replace this one, since it stands in a file",
+            )
+        elif "${" in item:
+            yield Problem((name,), f"{name} holds ${{...}}; variables are not replaced here", fix="write the value")
+
 
 def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
 
 T = TypeVar("T")

@@ -5,20 +5,35 @@ Every field says its unit and range; the reference page of the documentation and
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from strop.config.section import ListOf, Section
+from strop.config.section import ListOf, Problem, Section
+
+
+def _last_part(data: dict[str, Any]) -> str:
+    return re.split(r"[/\\]", str(data.get("huggingface_id", "")).rstrip("/\\"))[-1]
+
+
+def _half_of_max_seq_length(data: dict[str, Any]) -> int:
+    return int(data.get("max_seq_length", 512)) // 2
 
 
 class ModelSection(Section):
     """One model to train."""
 
-    name: str = Field(default="", pattern=r"^[^/\\\x00]*$")
-    """Name of the run's folder under `training.output_dir`; default: the last part of `huggingface_id`."""
-    huggingface_id: str = Field(min_length=1)
+    huggingface_id: str = Field(min_length=1, json_schema_extra={"x-type": "a hub id or a folder"})
     """Hub id, or a folder with the model and its tokenizer."""
+    name: str = Field(
+        default_factory=_last_part,
+        pattern=r"^[^/\\\x00-\x1f\x7f]+$",
+        json_schema_extra={"x-default": "the last part of huggingface_id", "x-type": "a folder name, without slashes"},
+    )
+    """Name of the run's folder under `training.output_dir`; default: the last part of `huggingface_id`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read it."""
     revision: str | None = None
@@ -29,18 +44,18 @@ class ModelSection(Section):
     """Null: shared-prefix attention where the architecture allows it. A name that transformers knows (`sdpa`,
     `eager`, ...): that attention, on plain padded rows."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_from_id(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("name") and isinstance(data.get("huggingface_id"), str):
-            return {**data, "name": data["huggingface_id"].rstrip("/").split("/")[-1]}
-        return data
-
-    @model_validator(mode="after")
-    def _name_is_a_folder(self) -> Self:
-        if self.name in ("", ".", ".."):
-            raise ValueError(f"name: {self.name!r} cannot be the name of a folder")
-        return self
+    def problems(self) -> Iterator[Problem]:
+        if (
+            self.name in ("", ".", "..")
+            or len(self.name.encode(errors="replace")) > 200
+            or re.search(r"[/\\]", self.name)
+        ):
+            yield Problem(
+                ("name", "huggingface_id"),
+                f"name {self.name[:60]!r} cannot be the name of a folder",
+                "a folder name of at most 200 bytes, without slashes",
+                "give the model a `name:`",
+            )
 
 
 class DatasetSection(Section):
@@ -75,21 +90,33 @@ class DatasetSection(Section):
     filter_overlength_samples: bool = False
     """Drop rows that are longer than the limits instead of truncating them."""
 
+    def problems(self) -> Iterator[Problem]:
+        if self.subset is not None and "[" in self.subset:
+            yield Problem(
+                ("subset",),
+                f"subset is {self.subset!r}, a slice; subset names a configuration of a hub data set",
+                fix=f"write it behind the split, as in split: {self.split}[:10%]",
+            )
+
 
 class LoraSection(Section):
     """Low-rank adapters (arXiv 2106.09685). The section's presence switches them on."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=True, json_schema_extra={"x-default": "true if the section is given, else false"})
     """Train adapters instead of all weights; true when a `lora` section is given, else false."""
     r: int = Field(default=16, gt=0)
     """Rank."""
-    lora_alpha: float = Field(default=32, gt=0)
+    lora_alpha: float = Field(
+        default_factory=lambda data: 2.0 * data.get("r", 16), gt=0, json_schema_extra={"x-default": "2 r"}
+    )
     """Scale: the adapter's output is multiplied by lora_alpha / r. Default 2 r."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout probability on the adapter's input."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained too."""
-    target_modules: ListOf[str] | str = "auto"
+    target_modules: ListOf[str] | str = Field(
+        default="auto", json_schema_extra={"x-type": "auto, all-linear, or a list of module names"}
+    )
     """Module names; `auto`: by the model's family; `all-linear`: every linear layer but the head."""
     modules_to_save: ListOf[str] | None = None
     """Modules that are trained in full and saved with the adapter."""
@@ -99,13 +126,6 @@ class LoraSection(Section):
     """Rank-stabilised scale lora_alpha / sqrt(r) (arXiv 2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed adapters (arXiv 2402.09353)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _alpha_from_rank(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("lora_alpha") is None and isinstance(data.get("r"), int):
-            return {**data, "lora_alpha": 2 * data["r"]}
-        return data
 
 
 class TrainingSection(Section):
@@ -128,20 +148,30 @@ class TrainingSection(Section):
     micro_batch_tokens: int | None = Field(default=None, gt=0)
     """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group. Changes memory and speed,
     never the result."""
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(
+        default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, dpo 5e-7)"}
+    )
     """Peak learning rate; null: by method (sft 2e-5, dpo 5e-7)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, to 0 at the last step; constant does not decay."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(
+        default=None, ge=0, json_schema_extra={"x-default": "100 unless warmup_ratio is given"}
+    )
     """Steps of linear warm-up; null: warmup_ratio, else 100."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """Warm-up as a share of all steps; not together with warmup_steps."""
     max_seq_length: int = Field(default=512, gt=1)
     """Tokens of a prompt and one completion together, at most."""
-    max_prompt_length: int | None = Field(default=256, gt=0)
-    """Tokens of a prompt, cut at the left by whole messages first; null: max_seq_length alone decides."""
-    max_completion_length: int | None = Field(default=256, gt=0)
-    """Tokens of a completion, cut at the right; null: max_seq_length alone decides."""
+    max_prompt_length: int | None = Field(
+        default_factory=_half_of_max_seq_length, gt=0, json_schema_extra={"x-default": "half of max_seq_length"}
+    )
+    """Tokens of a prompt, cut at the left by whole messages first; null: max_seq_length alone decides. Default: half
+    of max_seq_length."""
+    max_completion_length: int | None = Field(
+        default_factory=_half_of_max_seq_length, gt=0, json_schema_extra={"x-default": "half of max_seq_length"}
+    )
+    """Tokens of a completion, cut at the right; null: max_seq_length alone decides. Default: half of
+    max_seq_length."""
     logging_steps: int = Field(default=10, gt=0)
     """Write metrics every so many steps."""
     save_steps: int = Field(default=500, gt=0)
@@ -158,7 +188,9 @@ class TrainingSection(Section):
     """bf16 where the device supports it and neither bf16 nor fp16 is given."""
     fp32_logits: bool = False
     """Compute logits in float32 whatever the precision of the rest."""
-    gradient_checkpointing: bool | float = False
+    gradient_checkpointing: bool | float = Field(
+        default=False, json_schema_extra={"x-type": "true, false, or a number above 0 and below 1"}
+    )
     """Recompute activations in the backward pass: true, false, or the share of layers in (0, 1)."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
     """Optimizer; the 8-bit ones need the extra `bnb`."""
@@ -171,43 +203,91 @@ class TrainingSection(Section):
     mount_dir: str | None = None
     """The final model and the logs are also copied to {mount_dir}/{model name}/ when the run ends."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def problems(self) -> Iterator[Problem]:
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both true; choose one")
+            yield Problem(("bf16", "fp16"), "bf16 and fp16 are both true", "at most one of them", "remove one")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("warmup_steps and warmup_ratio are both given; choose one")
-        ratio = self.gradient_checkpointing
-        if not isinstance(ratio, bool) and not 0 < ratio < 1:
-            raise ValueError(f"gradient_checkpointing: {ratio} is neither true, false nor a share in (0, 1)")
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_seq_length:
-            raise ValueError(
-                f"max_prompt_length {self.max_prompt_length} leaves no token for a completion within "
-                f"max_seq_length {self.max_seq_length}; lower it or raise max_seq_length"
+            yield Problem(
+                ("warmup_ratio", "warmup_steps"), "warmup_ratio and warmup_steps are both given", fix="remove one"
             )
-        return self
+        share = self.gradient_checkpointing
+        if not isinstance(share, bool) and not 0 < share < 1:
+            yield Problem(
+                ("gradient_checkpointing",),
+                f"gradient_checkpointing is {share}",
+                "true, false, or a share of the layers above 0 and below 1",
+            )
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_seq_length:
+            yield Problem(
+                ("max_prompt_length", "max_seq_length"),
+                f"max_prompt_length {self.max_prompt_length} leaves no token for a completion within max_seq_length "
+                f"{self.max_seq_length}",
+                fix="lower max_prompt_length or raise max_seq_length",
+            )
+        yield from _unsafe_folder("output_dir", self.output_dir)
+        if self.mount_dir is not None:
+            yield from _unsafe_folder("mount_dir", self.mount_dir)
+
+
+SYSTEM = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "sbin", "sys", "usr/bin", "usr/lib", "usr/sbin")
+"""Folders below the root that belong to the operating system with all that is in them."""
+CROWDED = ("", "home", "usr", "usr/local", "var")
+"""Folders that others share; run folders in them are a slip."""
+
+
+def _unsafe_folder(key: str, text: str) -> Iterator[Problem]:
+    """A folder that nobody wants run folders in, links followed."""
+    expected = "a folder of your own, such as ./outputs"
+    if "\0" in text or not text.strip():
+        return  # said already
+    if text.startswith("$") or (not text.strip("./\\") and text not in (".", "./")):
+        yield Problem((key,), f"{key} is {text!r}, which names no folder of its own", expected)
+        return
+    try:
+        home = Path("~").expanduser().resolve()
+        real = Path(text).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, a home that nobody has
+        yield Problem((key,), f"{key} is {text!r}, which cannot be followed: {error}", expected)
+        return
+    inside = {Path("/", name).resolve() for name in SYSTEM} & {real, *real.parents}
+    if Path("/dev/shm") in real.parents:
+        inside.clear()
+    if inside or real in {Path(real.anchor), *(Path("/", name).resolve() for name in CROWDED)}:
+        yield Problem((key,), f"{key} is {text!r}: {real} is a folder of the operating system", expected)
+    elif real == home and text.startswith("~"):
+        yield Problem((key,), f"{key} is {text!r}, your home folder itself", expected, "write ~/outputs")
 
 
 class GpuSection(Section):
     """Devices."""
 
-    device_ids: ListOf[int] | None = None
+    device_ids: ListOf[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     """GPUs to use; null: the first one, or the CPU where there is none."""
     use_ddp: bool = False
     """Data parallelism over several device_ids."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.device_ids and len(set(self.device_ids)) < len(self.device_ids):
+            yield Problem(("device_ids",), f"device_ids {list(self.device_ids)} names a device twice")
 
 
 class FinetuningSection(Section):
     """Resuming, the best model, early stopping."""
 
     resume_from_checkpoint: str | None = None
-    """`auto` (the newest complete checkpoint of the run folder) or the path of a checkpoint."""
+    """As `--resume`: `auto` (the newest complete checkpoint of the run folder) or the path of a checkpoint."""
     load_best_model_at_end: bool = True
     """The final model is the one with the best evaluation; needs validation rows."""
-    metric_for_best_model: str = "eval_loss"
+    metric_for_best_model: str = Field(
+        default="eval_loss",
+        pattern=r"^[A-Za-z]\w*(/\w+)*$",
+        json_schema_extra={"x-type": "the name of a metric, such as eval_loss or eval_rewards/accuracies"},
+    )
     """A metric of the evaluation, with or without the prefix `eval_`."""
-    greater_is_better: bool | None = None
-    """null: false for losses, true for everything else."""
+    greater_is_better: bool | None = Field(
+        default=None, json_schema_extra={"x-default": "by metric (false for losses)"}
+    )
+    """null: false for losses (`loss`, `nll`, `perplexity`), true for everything else."""
     early_stopping_patience: int | None = Field(default=3, gt=0)
     """Stop after so many evaluations in a row that were not better; null: never."""
 

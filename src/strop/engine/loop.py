@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +25,9 @@ from strop.batch import Batch
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.data.plan import Plan, RowTokens, cut
-from strop.engine.metrics import MetricWindow, UpdateProbe, means
+from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import evaluate
+from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
 from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
 from strop.engine.step import StepScores, forward_backward
 from strop.errors import ConfigError, Interrupted, TrainingError
@@ -73,8 +75,10 @@ class Outputs(Protocol):
 
     def record(self, record: Mapping[str, Any]) -> None: ...
     def margins(self, epoch: int, step_in_epoch: int, step: int, margins: Tensor) -> None: ...
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> str: ...
-    def stepped(self, step: int, shown: Mapping[str, float]) -> None: ...
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]
+    ) -> Path: ...
+    def stepped(self, shown: Mapping[str, float]) -> None: ...
     def evaluating(self, num_groups: int) -> Callable[[int], None]: ...
     def note(self, text: str) -> None: ...
 
@@ -100,8 +104,8 @@ class Loop:
         self.outputs, self.should_stop = outputs, should_stop
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, self.training)
-        device = next(iter(self.parameters.values())).device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=policy.precision.scaler)
+        self.device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.precision.scaler)
         self.state = TrainState()
         self.window = MetricWindow()
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
@@ -128,13 +132,25 @@ class Loop:
             if stop or improved or (state.step % self.training.save_steps == 0 and not last):
                 path = self._save()
                 if stop and not last:
-                    raise Interrupted(state.step, path)
+                    raise Interrupted(state.step, str(path))
+        if not self.window.is_empty:
+            self._log()
         return state
 
-    def restore(self, tensors_into: Callable[[Mapping[str, Tensor]], None], saved: Mapping[str, Any]) -> None:
-        """Take weights and optimizer (loaded in place) and the state of a checkpoint."""
+    def load_best(self, open_best: Callable[[int], Checkpoint]) -> int:
+        """Take the weights of the best evaluation, where that is asked for; the step they are of."""
+        best, options = self.state.best_step, self.config.finetuning
+        if not options.load_best_model_at_end or best is None or best == self.state.step:
+            return self.state.step
         tensors, _ = self._tensors()
-        tensors_into(tensors)
+        open_best(best).load_into(tensors)
+        return best
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: its weights, optimizer and state."""
+        saved = checkpoint.state
+        tensors, _ = self._tensors()
+        checkpoint.load_into(tensors)
         set_optimizer_numbers(self.optimizer, self.parameters, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.state = TrainState(**saved["train"])
@@ -148,9 +164,7 @@ class Loop:
         indices = self.plan.groups(step)
         batches = self.train.batches(self.policy, indices, self.tokens)
         scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
-        result = forward_backward(
-            self.policy, self.objective, batches, seed=(self.config.seed, step), scale=scale
-        )
+        result = forward_backward(self.policy, self.objective, batches, seed=(self.config.seed, step), scale=scale)
         rate = learning_rate(step, self.plan.num_steps, self.training)
         groups = [self.train.groups[i] for i in indices]
         self._update(step, rate, result, groups)
@@ -169,7 +183,7 @@ class Loop:
         if "rewards/margins" in result.metrics:
             total, count = result.metrics["rewards/margins"]
             shown["rewards/margins"] = float(total) / count
-        self.outputs.stepped(step, shown)
+        self.outputs.stepped(shown)
 
     def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> None:
         """Check, clip, step. The weights stay as they are where anything is not finite."""
@@ -183,8 +197,12 @@ class Loop:
             probe = UpdateProbe(self.parameters) if step % self.training.logging_steps == 0 else None
             self.scaler.step(self.optimizer)
             self.state.skipped_in_a_row = 0
-            self.window.add_means({f"loss/{t}": (share, 1) for t, share in result.terms.items() if len(result.terms) > 1})
-            self.window.add_means({"loss": (result.loss, 1), "grad_norm": (norm, 1), "clipped": (float(norm > limit), 1)})
+            self.window.add_means(
+                {f"loss/{t}": (share, 1) for t, share in result.terms.items() if len(result.terms) > 1}
+            )
+            self.window.add_means(
+                {"loss": (result.loss, 1), "grad_norm": (norm, 1), "clipped": (float(norm > limit), 1)}
+            )
             self.window.add_means(result.metrics)
             if probe:
                 self.window.add_means(probe.measure())
@@ -231,7 +249,7 @@ class Loop:
                 "tokens": state.tokens,
                 "tokens_per_second": tokens / seconds if seconds else None,
                 "seconds": state.seconds,
-                "peak_memory_gib": self.policy.peak_memory_gib(),
+                "peak_memory_gib": peak_memory_gib(self.device),
                 **measured,
             }
         )
@@ -288,7 +306,7 @@ class Loop:
         patience = self.config.finetuning.early_stopping_patience
         return patience is not None and self.state.stale_evals >= patience
 
-    def _save(self) -> str:
+    def _save(self) -> Path:
         self.state.window = self.window.state_dict()
         tensors, numbers = self._tensors()
         state = {"train": asdict(self.state), "optimizer": numbers, "scaler": self.scaler.state_dict()}
@@ -309,6 +327,6 @@ def _has_no_signal(group: Group) -> bool:
 def _suspect_rows(result: StepScores, groups: Sequence[Group], most: int = 8) -> str:
     """The rows with log-probs that are not finite; where all are finite, all rows of the step."""
     sums = result.scores.sums(result.scores.logps)
-    bad = result.scores.group_index[~torch.isfinite(sums)].unique().tolist()
+    bad = sorted(set(result.scores.group_index[~torch.isfinite(sums)].tolist()))
     rows = [str(groups[i].origin) for i in bad or range(len(groups))]
     return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")

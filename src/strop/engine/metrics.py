@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +30,10 @@ class MetricWindow:
         for name, value in totals.items():
             self._totals[name] = self._totals.get(name, 0) + value
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self._sums or self._totals)
+
     def flush(self) -> dict[str, float | int]:
         """The window's metrics; the next window starts empty."""
         record = {**means(self._sums, self._counts), **self._totals}
@@ -45,6 +51,14 @@ class MetricWindow:
 def means(sums: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
     """Sum by count, for every metric that was counted at all."""
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the device, or, on the CPU, its largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class UpdateProbe:

@@ -79,13 +79,14 @@ def forward_backward(
         leaf = whole.logps.detach().requires_grad_()
         loss = step_loss(objective, Scores(leaf, whole.ref_logps, whole.completion_index, whole.group_index), counts)
         (coefficients,) = torch.autograd.grad(loss, leaf)
-        for i, (batch, share) in enumerate(zip(batches, coefficients.split([len(x) for x in first]), strict=True)):
-            ((_seeded(policy, batch, seed, i) * share).sum() * scale).backward()  # type: ignore[no-untyped-call]
+        shares = torch.split(coefficients, [len(x) for x in first])
+        for i, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+            torch.autograd.backward((_seeded(policy, batch, seed, i) * share).sum() * scale)
         return summarise(objective, whole)
     parts = []
     for i, batch in enumerate(batches):
         logps = _seeded(policy, batch, seed, i)
-        (step_loss(objective, Scores.of(batch, logps), counts) * scale).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(step_loss(objective, Scores.of(batch, logps), counts) * scale)
         parts.append(Scores.of(batch, logps.detach()))
     return summarise(objective, Scores.join(parts))
 

@@ -1,0 +1,6 @@
+"""`python -m strop`: the command line, also for torchrun. Floor 5."""
+
+from strop.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(prog="python -m strop"))

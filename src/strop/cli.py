@@ -1,0 +1,281 @@
+"""The command line: `strop train`, `strop demo`, `strop schema`. Floor 5.
+
+In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
+and saved, with the command that goes on. Configuration and torch are imported inside the commands, so that
+`strop --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from strop.errors import ConfigError, Interrupted, StropError
+
+RESUMABLE = 75
+STOPPED = 130
+log = logging.getLogger("strop")
+
+HELP = """\
+usage: strop COMMAND ...
+
+  train    train every model of a configuration (strop train --help)
+  demo     a real training run on this machine in a minute, with nothing to download
+  schema   print the JSON Schema of configuration files
+
+  --help, --version
+"""
+
+TRAIN_HELP = """\
+usage: strop train --config FILE [--preset NAME] [--dry-run] [--resume [auto|PATH]] [any key of the configuration]
+
+  --config FILE          the configuration
+  --preset NAME          cpu, gpu-bf16, gpu-fp16, memory-efficient, or a path
+  --dry-run              validate, read the data, show one example and the plan, stop
+  --model-index N        train only the N-th model of the file, from 0
+  --resume [auto|PATH]   go on from the newest complete checkpoint, or from this one; start where there is none
+  --overwrite            start anew in a folder that holds another run
+  --allow-changes        resume although data or settings that change the result have changed; it is recorded
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Strict: no abbreviations, no flag twice, errors are raised."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"strop {command}", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        close = difflib.get_close_matches(unknown, self.flags, n=1)
+        if unknown:
+            message = f"unknown flag {unknown}" if unknown.startswith("-") else f"{unknown!r} belongs to no flag"
+        raise ConfigError(message, fix=f"did you mean {close[0]}?" if close else f"see {self.prog} --help")
+
+    @property
+    def flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def once(self, *flags: str, **settings: Any) -> None:
+        """A flag that may be given once."""
+        self.add_argument(*flags, action=_Once, **settings)
+
+
+class _Once(argparse.Action):
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if self.dest in (seen := vars(namespace).setdefault("_seen", set())):
+            raise ConfigError(f"{option_string} is given twice")
+        seen.add(self.dest)
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
+    """Runs a command and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except StropError as error:
+        _complain(str(error))
+        return 1
+    except Interrupted as stop:
+        if _rank() == 0:
+            way_on = f"go on with: {_resume(arguments, prog)}"
+            _complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
+        return RESUMABLE
+    except KeyboardInterrupt:
+        _complain("stopped")
+        return STOPPED
+    except BrokenPipeError:  # the reader (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("-h", "--help", "help"):
+        return _print(HELP)
+    if command == "--version":
+        from strop import __version__
+
+        return _print(f"strop {__version__}\n")
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        flags = "strop train " + shlex.join(arguments) if command.startswith("--") else ""
+        fix = f"did you mean strop {close[0]}?" if close else f"did you mean {flags}?" if flags else ""
+        found = f"there is no command {command[:80]!r}" if command else "no command is given"
+        raise ConfigError(found, expected=", ".join(COMMANDS), fix=fix)
+    return COMMANDS[command](rest)
+
+
+# ---- commands
+
+
+def _train(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _train_help()
+    from strop.config import load_config
+    from strop.config.flags import split_flags
+
+    parser = _Parser("train")
+    parser.once("--config")
+    parser.once("--preset")
+    parser.once("--model-index", type=int)
+    parser.once("--resume", nargs="?", const="auto")
+    for switch in ("--dry-run", "--overwrite", "--allow-changes"):
+        parser.once(switch, nargs=0, default=False)
+    overrides, rest = split_flags(arguments, parser.flags)
+    options = parser.parse_args(rest)
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume and --overwrite are both given", fix="choose one")
+    if options.resume == "":
+        raise ConfigError("--resume is empty", expected="auto, the path of a checkpoint, or nothing after it")
+    config = load_config(options.config, preset=options.preset, overrides=overrides)
+    _log_to_terminal(config.logging.log_level)
+    index = options.model_index
+    if index is not None and not 0 <= index < len(config.models):
+        names = ", ".join(f"{i} = {model.name}" for i, model in enumerate(config.models))
+        raise ConfigError(f"there is no model {index}", where="--model-index", expected=names)
+
+    if options.dry_run:
+        from strop.dryrun import dry_run
+
+        dry_run(config, model_index=index)
+        return 0
+
+    from strop.train import train
+
+    train(
+        config,
+        model_index=index,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        allow_changes=options.allow_changes,
+    )
+    return 0
+
+
+def _train_help() -> int:
+    from strop.config.reference import LAYERS, key_help
+
+    width = min(shutil.get_terminal_size().columns, 120)
+    return _print(f"{TRAIN_HELP}\n{LAYERS}\n{key_help(width)}")
+
+
+def _demo(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print("usage: strop demo [--seed N] [--output-dir DIR]\n")
+    parser = _Parser("demo")
+    parser.once("--seed", type=int, default=0)
+    parser.once("--output-dir", default="runs/demo")
+    options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**32:
+        raise ConfigError(f"--seed is {options.seed}", expected="a whole number of at least 0 and below 4294967296")
+    _log_to_terminal("info")
+
+    from strop.demo import run_demo
+
+    run_demo(options.seed, Path(options.output_dir))
+    return 0
+
+
+def _schema(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print("usage: strop schema [--format json|markdown]\n")
+    parser = _Parser("schema")
+    parser.once("--format", choices=("json", "markdown"), default="json")
+    options = parser.parse_args(arguments)
+
+    from strop.config.reference import json_schema, markdown
+
+    return _print(json_schema() if options.format == "json" else markdown())
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "schema": _schema}
+
+
+# ---- the terminal
+
+
+def _print(text: str) -> int:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return 0
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def _complain(message: str) -> None:
+    rank = _rank()
+    text = (f"[rank {rank}] " if rank else "") + message + "\n"
+    sys.stderr.write(text.encode(errors="backslashreplace").decode())
+    sys.stderr.flush()
+
+
+def _resume(arguments: Sequence[str], prog: str) -> str:
+    """The same command line, going on from the newest checkpoint."""
+    kept: list[str] = []
+    skipping = False  # the value of --resume
+    for token in arguments:
+        if token == "--resume" or token.startswith("--resume=") or token == "--overwrite":
+            skipping = token == "--resume"
+        elif skipping and not token.startswith("-"):
+            skipping = False
+        else:
+            skipping = False
+            kept.append(token)
+    if prog.endswith("train.py"):
+        kept = kept[1:]
+    line = shlex.join([*prog.split(), *kept, "--resume"])
+    return f"the same torchrun command, ending in: {line}" if "TORCHELASTIC_RUN_ID" in os.environ else line
+
+
+class _Plain(logging.Formatter):
+    """Information as it is, everything else with its level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+class _Terminal(logging.StreamHandler[Any]):
+    """The one handler that this module installs."""
+
+
+def _log_to_terminal(level: str) -> None:
+    """Sends the logger `strop` to stderr, and quiets other packages unless `level` is debug.
+
+    Only the first process of several speaks; the others say errors.
+    """
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
+    else:
+        handler = _Terminal(sys.stderr)
+        handler.setFormatter(_Plain())
+    handler.set_name("strop terminal")
+    for old in [h for h in log.handlers if h.get_name() == handler.get_name()]:
+        log.removeHandler(old)
+    log.addHandler(handler)
+    log.setLevel(level.upper() if _rank() == 0 else logging.ERROR)
+    if level != "debug":
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for name in ("transformers", "datasets", "huggingface_hub", "peft", "torch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")

@@ -1,0 +1,49 @@
+"""The configuration room: what a run is, said in YAML, on the command line or in Python. Floor 1, no torch.
+
+In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows where each value came from.
+
+    section, methods, sections, run   the schema, by section
+    schema, names                     its keys in words; names as people write them
+    yamlfile, layers                  reading, and merging defaults < preset < file < overrides
+    explain                           every problem with its place and what to do
+    guidance, dump                    what is left open, decided; warnings; the resolved configuration as YAML
+    flags, reference                  the command line's keys; help, documentation and JSON Schema from the classes
+"""
+
+from strop.config.dump import to_yaml
+from strop.config.guidance import advice, resolve
+from strop.config.layers import CommandLine, load_config
+from strop.config.methods import METHODS, DpoSettings, MethodSettings, PostTraining, SftSettings
+from strop.config.run import RunConfig
+from strop.config.section import Section
+from strop.config.sections import (
+    DatasetSection,
+    FinetuningSection,
+    GpuSection,
+    LoggingSection,
+    LoraSection,
+    ModelSection,
+    TrainingSection,
+)
+
+__all__ = [
+    "METHODS",
+    "CommandLine",
+    "DatasetSection",
+    "DpoSettings",
+    "FinetuningSection",
+    "GpuSection",
+    "LoggingSection",
+    "LoraSection",
+    "MethodSettings",
+    "ModelSection",
+    "PostTraining",
+    "RunConfig",
+    "Section",
+    "SftSettings",
+    "TrainingSection",
+    "advice",
+    "load_config",
+    "resolve",
+    "to_yaml",
+]

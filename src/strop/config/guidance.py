@@ -1,0 +1,87 @@
+"""What a configuration leaves open, decided and written down; what its values are likely to do. Floor 1, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from strop.config.methods import METHODS, DpoSettings
+from strop.config.run import RunConfig
+from strop.config.schema import key_at
+from strop.config.section import Section
+from strop.config.sections import FinetuningSection
+
+WARMUP_STEPS = 100
+LOSSES = frozenset({"loss", "nll", "perplexity"})
+"""Last parts of metrics that are better when smaller."""
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fills in what needs neither data nor devices; a resolved configuration stays as it is.
+
+    `training.learning_rate` by method, `training.warmup_steps` unless a ratio is given,
+    `finetuning.greater_is_better` by metric.
+    """
+    training, finetuning = config.training, config.finetuning
+    found: dict[str, Any] = {}
+    if training.learning_rate is None:
+        found["training.learning_rate"] = METHODS[config.post_training.method].LEARNING_RATE
+    if training.warmup_steps is None and training.warmup_ratio is None:
+        found["training.warmup_steps"] = WARMUP_STEPS
+    if finetuning.greater_is_better is None:
+        found["finetuning.greater_is_better"] = _greater_is_better(finetuning)
+    if not found:
+        return config
+    origins = {**config.origins, **{key: default_origin(key) for key in found}}
+    sections: dict[str, Section] = {}
+    for key, value in found.items():
+        name, _, field = key.partition(".")
+        sections[name] = sections.get(name, getattr(config, name)).model_copy(update={field: value})
+    return config.model_copy(update=sections).with_origins(origins)
+
+
+def _greater_is_better(finetuning: FinetuningSection) -> bool:
+    last = finetuning.metric_for_best_model.removeprefix("eval_").rpartition("/")[2]
+    return last not in LOSSES and not last.endswith("_loss")
+
+
+def default_origin(key: str) -> str:
+    """The origin of a value that nobody gave: `default`, with the rule where it depends on other keys."""
+    path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    found = key_at(path)
+    words = found.extra("x-default") if found else ""
+    return f"default: {words}" if words else "default"
+
+
+def advice(config: RunConfig) -> list[str]:
+    """Warnings about values that are allowed and likely to disappoint; the caller prints them."""
+    return list(_advice(config))
+
+
+def _advice(config: RunConfig) -> Iterator[str]:
+    method, training = config.post_training, config.training
+    rate = training.learning_rate
+    if method.method != "sft" and rate is not None:
+        if rate > 1e-5:
+            yield (
+                f"training.learning_rate {rate:g} is high for {method.method}: above 1e-5 preference training tends to "
+                "collapse into nonsense; 5e-7 to 1e-6 is recommended"
+            )
+        elif rate < 1e-7:
+            yield (
+                f"training.learning_rate {rate:g} is low for {method.method}: below 1e-7 very little is learned; "
+                "5e-7 to 1e-6 is recommended"
+            )
+    beta = getattr(method, "beta", None)
+    if beta is not None and not 0.01 <= beta <= 1:
+        effect = (
+            "leaves the policy almost free of the reference" if beta < 0.01 else "holds the policy to the reference"
+        )
+        yield f"post_training.beta {beta:g} lies outside 0.01 to 1: it {effect}; 0.1 to 0.3 is a usual start"
+    if isinstance(method, DpoSettings) and not method.use_ref_model and config.lora.enabled:
+        yield (
+            "post_training.use_ref_model false changes nothing under LoRA: the reference is the model without its new "
+            "adapter, and takes no memory of its own"
+        )
+    if training.auto_precision and (training.bf16 is not None or training.fp16 is not None):
+        yield "training.auto_precision changes nothing: bf16 or fp16 is given"

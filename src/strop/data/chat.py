@@ -1,0 +1,315 @@
+"""Examples to text: renders the chat template and finds the row's words and the trained spans in it. Floor 2.
+
+In: an Example. Out: one Rendered for each completion: the whole conversation as text, with character spans.
+
+Where a template puts a message is found by marks: every content is wrapped in characters of a private-use plane, the
+conversation is rendered, and the marks are taken out again. The spans count only if what is left equals the plain
+rendering, so a template that looks into contents cannot mislead. Where marks do not work (a tool call in place of a
+content, a template that rewrites contents) a trained turn is what its rendering adds to that of the turns before it,
+if both are beginnings of the whole; where that does not hold either, the row is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from strop.data.marks import Marks, Span
+from strop.data.rows import RowRefused
+from strop.errors import ConfigError
+from strop.types import Example, Message, Turns
+
+Content = tuple[int, int, bool]
+"""What the row has written: start, stop, and whether it is an assistant turn."""
+
+Tools = Sequence[Mapping[str, Any]] | None
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'tool' %}{{ 'Tool: ' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""For tokenizers without a chat template. `plain_template` puts a BOS token in front where the tokenizer has one."""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+WRITES_MORE = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"})
+"""Keys of an assistant turn that a template renders besides its content."""
+
+TEMPLATE_ERRORS = (
+    jinja2.exceptions.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise on a row it was not written for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text.
+
+    boundary: where the prompt ends. trained: the assistant's words, each at or after the boundary. contents: what the
+    row has written, by start; all else is the template's. starts_bare: no template has written a BOS token, so the
+    tokenizer's own belongs in front.
+    """
+
+    text: str
+    boundary: int
+    trained: tuple[Span, ...]
+    contents: tuple[Content, ...]
+    starts_bare: bool = False
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The built-in template; it begins with the BOS token where the tokenizer puts one in front of a text."""
+    return ("{{ bos_token }}" if leading_tokens(tokenizer) else "") + PLAIN_TEMPLATE
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts in front of a text by itself: its BOS token, or nothing."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    full = tokenizer("x", add_special_tokens=True)["input_ids"]
+    return list(full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)])
+
+
+class Renderer:
+    """Renders examples by the tokenizer's chat template, or by the built-in one.
+
+    Args:
+        mode: `dataset.render`; decides about rows of plain texts, messages always go through a template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: Literal["auto", "chat", "raw"]) -> None:
+        self._tokenizer = tokenizer
+        self._mode = mode
+        self._controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = dict(tokenizer.special_tokens_map)
+        self.own_template = bool(tokenizer.chat_template)
+        self.wraps_text = mode == "chat" or (mode == "auto" and self.own_template)
+        # a tokenizer can have one template for rows with tools and one for the others; this is that of the others
+        self.template = str(tokenizer.get_chat_template()) if self.own_template else plain_template(tokenizer)
+
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    def is_raw(self, example: Example) -> bool:
+        """Whether the example is trained as the text that it is."""
+        return isinstance(example.prompt, str) and not self.wraps_text
+
+    def render(self, example: Example) -> tuple[Rendered, ...]:
+        """Each completion after the prompt.
+
+        Raises:
+            RowRefused: the template fails on this row, drops a part of it, or its trained spans cannot be found.
+            ConfigError: messages under `dataset.render: raw`.
+        """
+        if self.is_raw(example):
+            return tuple(_raw(str(example.prompt), str(completion)) for completion in example.completions)
+        prompt = _as_turns(example.prompt, "user")
+        if self._mode == "raw":
+            raise ConfigError(
+                "dataset.render is raw, and the row holds messages",
+                where=str(example.origin),
+                expected="rows of plain texts; messages need a template",
+                fix="set dataset.render: auto",
+            )
+        opening = self._text(prompt, example.tools, generation_prompt=True) if prompt else ""
+        return tuple(
+            self._conversation(prompt, _as_turns(completion, "assistant"), opening, example.tools)
+            for completion in example.completions
+        )
+
+    def _conversation(
+        self, prompt: tuple[Message, ...], completion: tuple[Message, ...], opening: str, tools: Tools
+    ) -> Rendered:
+        messages = prompt + completion
+        text = self._text(messages, tools)
+        _refuse_lone_surrogates(text)
+        _refuse_dropped_calls(messages, tools, text)
+        boundary = len(opening) if opening and text.startswith(opening) else None
+        found = self._by_marks(messages, len(prompt), text, boundary, tools)
+        if found is None:
+            found = self._by_prefix(messages, len(prompt), text, tools), ()
+        trained, contents = found
+        start = trained[0][0] if boundary is None else boundary
+        clipped = tuple((max(a, start), b) for a, b in trained if b >= start)
+        if not clipped:
+            raise _unverified("no part of the answer follows the generation prompt")
+        return Rendered(text, start, clipped, contents)
+
+    def _by_marks(
+        self, messages: Sequence[Message], first: int, text: str, boundary: int | None, tools: Tools
+    ) -> tuple[tuple[Span, ...], tuple[Content, ...]] | None:
+        """Trained spans and contents of `text`; None where marks do not work."""
+        marks = Marks.unused_in(text, len(messages))
+        if marks is None:
+            return None
+        for outside in (True, False):
+            # a template that trims contents trims no marks: then they go inside of the white space
+            marked = marks.put(messages, outside=outside)
+            wrapped = [i for i, message in enumerate(messages) if marked[i] is not message]
+            rendered, blocks = self._tracked(marked, tools)
+            read = marks.take(rendered)
+            verified = read.text == text
+            unseen = (i for i in wrapped if i not in read.seen)
+            _refuse_dropped(messages, [i for i in unseen if verified or not _stands(messages[i], text)])
+            if verified:
+                break
+        else:
+            return None
+        spans = read.spans
+        if any(i not in spans for i in wrapped):
+            return None
+        contents = tuple(sorted((*spans[i], messages[i]["role"] == "assistant") for i in wrapped))
+        answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        own = [spans[i] for i in answers if i in spans and not WRITES_MORE & messages[i].keys()]
+        floor = max((spans[i][1] for i in wrapped if i < first), default=0) if boundary is None else boundary
+        blocks = [block for block in read.moved(blocks) if floor <= block[0] < block[1]]
+        if blocks and all(any(a <= s and t <= b for a, b in blocks) for s, t in own):
+            return tuple(blocks), contents
+        if len(own) < len(answers):
+            return None
+        return _with_lead(text, boundary, own), contents
+
+    def _by_prefix(self, messages: Sequence[Message], first: int, text: str, tools: Tools) -> tuple[Span, ...]:
+        """The trained spans as what each assistant turn adds to the rendering of the turns before it."""
+        for i, message in enumerate(messages):
+            if control := next((c for c in self._controls if c in message.get("content", "")), None):
+                raise _unverified(
+                    f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart"
+                )
+        spans = []
+        for i in range(first, len(messages)):
+            if messages[i]["role"] != "assistant":
+                continue
+            before = self._text(messages[:i], tools, generation_prompt=True) if i else ""
+            after = self._text(messages[: i + 1], tools)
+            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+                raise _unverified(f"turn {i + 1} is rendered differently when turns follow it")
+            start = len(before)
+            if not WRITES_MORE & messages[i].keys():
+                # a template without a generation prompt has its header here; an answer that it rewrites is taken whole
+                start = max(start, text.find(messages[i]["content"].strip(), start, len(after)))
+            spans.append((start, start + len(text[start : len(after)].rstrip())))
+        return tuple(spans)
+
+    def _text(self, messages: Sequence[Message], tools: Tools, *, generation_prompt: bool = False) -> str:
+        return self._render(messages, tools, generation_prompt, track=False)[0]
+
+    def _tracked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
+        """The rendering and the spans of its generation blocks."""
+        return self._render(messages, tools, False, track=True)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Tools, generation_prompt: bool, track: bool
+    ) -> tuple[str, list[Span]]:
+        template = self.template
+        if tools and self.own_template:
+            template = str(self._tokenizer.get_chat_template(tools=list(tools)))
+        track = track and _has_generation_blocks(template)
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                tools=list(tools) if tools else None,
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=track,
+                **self._special,
+            )
+        except TEMPLATE_ERRORS as error:
+            raise RowRefused(
+                "template_error",
+                f"the chat template fails on this row: {str(error)[:200] or type(error).__name__}",
+                expected="messages that the chat template of the model knows",
+            ) from error
+        return texts[0], [(start, stop) for start, stop in spans[0]] if track else []
+
+
+@lru_cache
+def _has_generation_blocks(template: str) -> bool:
+    return GENERATION.search(template) is not None
+
+
+def _raw(prompt: str, completion: str) -> Rendered:
+    text = prompt + completion
+    return Rendered(text, len(prompt), ((len(prompt), len(text)),), ((0, len(text), False),), starts_bare=True)
+
+
+def _as_turns(turns: Turns, role: str) -> tuple[Message, ...]:
+    return ({"role": role, "content": turns},) if isinstance(turns, str) else turns
+
+
+def _with_lead(text: str, boundary: int | None, spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The spans with the white space that the template puts between the generation prompt and an answer.
+
+    The model has to write it itself, so it is trained, in every turn.
+    """
+    lead = text[boundary : spans[0][0]] if boundary is not None else ""
+    if not lead or not lead.isspace():
+        return tuple(spans)
+    return tuple((a - len(lead) if text.endswith(lead, 0, a) else a, b) for a, b in spans)
+
+
+def _stands(message: Message, text: str) -> bool:
+    return str(message["content"]).strip() in text
+
+
+def _refuse_dropped(messages: Sequence[Message], dropped: Sequence[int]) -> None:
+    if dropped:
+        role = messages[dropped[0]]["role"]
+        raise RowRefused(
+            "dropped_by_template",
+            f"the chat template leaves turn {dropped[0] + 1}, a {role} turn, out",
+            expected=f"a chat template that renders {role} turns, or rows without them",
+        )
+
+
+def _refuse_dropped_calls(messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Tool calls and tools are not marked (templates serialise them), but their names have to be there."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    for kind, items in (("a tool call", calls), ("a tool", tools or ())):
+        for item in items:
+            function = item.get("function", item)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if isinstance(name, str) and name not in text:
+                raise RowRefused(
+                    "dropped_by_template",
+                    f"the chat template leaves {kind}, {name[:40]!r}, out",
+                    expected="a chat template that knows tools, or rows without them",
+                )
+
+
+def _refuse_lone_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowRefused(
+            "lone_surrogate",
+            "the rendered conversation holds half a surrogate pair",
+            expected="text that can be written as UTF-8",
+        ) from error
+
+
+def _unverified(problem: str) -> RowRefused:
+    return RowRefused(
+        "spans_not_found",
+        f"where the answers lie in the rendering cannot be told: {problem}",
+        expected="a chat template with {% generation %} blocks, or one that renders every turn as it is",
+    )

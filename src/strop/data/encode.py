@@ -1,0 +1,316 @@
+"""Text to tokens: ids and loss masks of rendered conversations, each encoded once and as a whole. Floor 2.
+
+In: the Rendered of each completion of an example. Out: prompt ids, and completions as ids with a mask.
+
+    control tokens in contents   are encoded as the text they are; only the template writes control tokens
+    the boundary                 the prompt's ids are those that inference sees: where the conversation's tokens differ
+                                 from the prompt's alone, the text around the boundary is encoded again in two parts
+    trained                      every token that overlaps a trained span, and the end token that follows it; without
+                                 one, the last span gets the tokenizer's EOS
+    the end                      tokens after the last trained one are left out: nothing depends on them
+
+Text between two added tokens is encoded on its own by every tokenizer of the package `tokenizers`; this is what makes
+it right to encode a part again, and to encode the second side of a pair from its last shared added token on.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, chain, islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from strop.data.chat import Rendered, leading_tokens
+from strop.data.rows import RowRefused
+from strop.errors import ModelError
+
+ANCHORS = ("\n", "x", ".")
+"""Text to put in front of a part that stood inside a text, so that it is not encoded as a beginning."""
+
+
+@dataclass(slots=True)
+class Tokens:
+    """Token ids with the characters [starts, ends) that each stands for.
+
+    Ends never fall, and no character lies between two tokens: white space that a tokenizer trims from its offsets
+    belongs to the token after it.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, encoding: Any) -> Tokens:
+        starts, stops = zip(*encoding.offsets, strict=True) if len(encoding) else ((), ())
+        ends = list(accumulate(stops, max))
+        return cls(encoding.ids, list(map(min, starts, chain((0,), ends))), ends)
+
+    def __getitem__(self, part: slice) -> Tokens:
+        return Tokens(self.ids[part], self.starts[part], self.ends[part])
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.ids + other.ids, self.starts + other.starts, self.ends + other.ends)
+
+    def shifted(self, by: int) -> Tokens:
+        return Tokens(list(self.ids), [s + by for s in self.starts], [e + by for e in self.ends])
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSide:
+    """A completion: its ids and one byte a token, 1 = trained."""
+
+    ids: list[int]
+    mask: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An example as tokens, before any limit.
+
+    num_split: sides with a token across the boundary. num_controls: control tokens that were kept as text.
+    """
+
+    prompt_ids: list[int]
+    sides: tuple[EncodedSide, ...]
+    num_split: int
+    num_controls: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    prompt_ids: list[int]
+    ids: list[int]
+    mask: bytes
+    was_split: bool
+    num_controls: int
+
+
+class Encoder:
+    """Encodes by one tokenizer.
+
+    Args:
+        template: the chat template in use. Added tokens that are not special but stand in it (`<tool_call>`) are
+            control tokens in the mouths of others; an assistant may write them.
+
+    Raises:
+        ModelError: the tokenizer gives no offsets.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "") -> None:
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"the tokenizer {type(tokenizer).__name__} is a slow one: it does not say which token is which text",
+                expected="a fast tokenizer (a folder with tokenizer.json)",
+                fix="convert it: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)",
+            )
+        self._backend = tokenizer.backend_tokenizer
+        self._eos: int | None = tokenizer.eos_token_id
+        self._unknown: int | None = tokenizer.unk_token_id
+        self._leading = leading_tokens(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self._added = {i: str(token.content) for i, token in added.items()}
+        self._strips_right = frozenset(i for i, token in added.items() if token.rstrip)
+        self._special = frozenset(i for i, token in added.items() if token.special) | set(tokenizer.all_special_ids)
+        in_template = {i for i, text in self._added.items() if text in template and not text.isspace()}
+        self._controls = self._special | in_template
+        self._anchor = next((i for i in sorted(self._special & added.keys()) if i not in self._strips_right), None)
+        self._part = lru_cache(maxsize=1024)(self._encode_part)
+
+    def is_end_token(self, token: int) -> bool:
+        """Whether a completion that ends with this token is complete: the only control tokens in it are end tokens."""
+        return token in self._special
+
+    def encode(self, examples: Sequence[Sequence[Rendered]]) -> list[Encoded | RowRefused]:
+        """All sides of all examples, in two calls of the tokenizer; a refusal stands where its example stood."""
+        firsts = self._batch([sides[0].text for sides in examples])
+        heads = [
+            self._shared(sides[0], tokens, side)
+            for sides, tokens in zip(examples, firsts, strict=True)
+            for side in sides[1:]
+        ]
+        others = [side for sides in examples for side in sides[1:]]
+        tails = self._batch([side.text[shift:] for side, (_, shift) in zip(others, heads, strict=True)])
+        rest = (head + tail.shifted(shift) for (head, shift), tail in zip(heads, tails, strict=True))
+        results: list[Encoded | RowRefused] = []
+        for sides, first in zip(examples, firsts, strict=True):
+            tokens = [first, *islice(rest, len(sides) - 1)]
+            try:
+                results.append(_joined([self._side(r, t) for r, t in zip(sides, tokens, strict=True)]))
+            except RowRefused as refusal:
+                results.append(refusal)
+        return results
+
+    def _shared(self, first: Rendered, tokens: Tokens, other: Rendered) -> tuple[Tokens, int]:
+        """The tokens of `first` up to the last added token of the prompt that `other` has too, and where they end."""
+        stop = first.boundary
+        if other.boundary != stop or other.text[:stop] != first.text[:stop]:
+            return tokens[:0], 0
+        i = bisect_right(tokens.ends, stop) - 1
+        while i >= 0 and not self._is_added(first.text, tokens, i):
+            i -= 1
+        return (tokens[:i], tokens.starts[i]) if i >= 0 else (tokens[:0], 0)
+
+    def _side(self, rendered: Rendered, tokens: Tokens) -> _Side:
+        tokens, num_controls = self._with_controls_as_text(rendered, tokens)
+        tokens, start, was_split = self._split(rendered.text, tokens, rendered.boundary)
+        ids, mask = self._completion(rendered, tokens, start)
+        leading = self._leading if rendered.starts_bare else []
+        return _Side(leading + tokens.ids[:start], ids, mask, was_split, num_controls)
+
+    def _with_controls_as_text(self, rendered: Rendered, tokens: Tokens) -> tuple[Tokens, int]:
+        count = 0
+        content_starts = [content[0] for content in rendered.contents]
+        for i in [i for i, token in enumerate(tokens.ids) if token in self._controls][::-1]:
+            token, start, stop = tokens.ids[i], tokens.starts[i], tokens.ends[i]
+            words = rendered.text[start:stop]
+            if not self._is_written(token, words):
+                continue
+            # white space around it that the token takes in can be the template's
+            left, right = stop - len(words.lstrip()), start + len(words.rstrip())
+            last = bisect_left(content_starts, right) - 1  # of those that begin before its end
+            if last < 0 or rendered.contents[last][1] <= left:
+                continue
+            if token in self._special or not rendered.contents[last][2]:
+                tokens = tokens[:i] + self._part(words, False).shifted(start) + tokens[i + 1 :]
+                count += 1
+        return tokens, count
+
+    def _is_written(self, token: int, words: str) -> bool:
+        """Whether a control token comes from its own text; the unknown token can come from any."""
+        return token != self._unknown or words.strip() == self._added.get(token)
+
+    def _is_added(self, text: str, tokens: Tokens, i: int) -> bool:
+        token = tokens.ids[i]
+        return token in self._added and self._is_written(token, text[tokens.starts[i] : tokens.ends[i]])
+
+    def _split(self, text: str, tokens: Tokens, boundary: int) -> tuple[Tokens, int, bool]:
+        """The tokens with none across the boundary, how many stand before it, and whether one stood across."""
+        stop = bisect_right(tokens.ends, boundary)
+        if stop < len(tokens.ids) and tokens.starts[stop] < boundary and tokens.ids[stop] in self._strips_right:
+            return tokens, stop + 1, False  # it takes in the white space that follows it, at inference too
+        start = stop
+        while start > 0 and not self._is_added(text, tokens, start - 1):
+            start -= 1
+        left = tokens.ends[start - 1] if start else 0
+        alone = self._part(text[left:boundary], start == 0)
+        across = stop < len(tokens.ids) and tokens.starts[stop] < boundary
+        if alone.ids == tokens.ids[start:stop] and not across:
+            return tokens, stop, False
+        end = stop
+        if across:
+            while end < len(tokens.ids) and (tokens.starts[end] < boundary or not self._is_added(text, tokens, end)):
+                end += 1
+        right = tokens.starts[end] if end < len(tokens.ids) else len(text)
+        after = self._part(text[boundary:right], False).shifted(boundary) if across else tokens[:0]
+        return tokens[:start] + alone.shifted(left) + after + tokens[end:], start + len(alone.ids), across
+
+    def _completion(self, rendered: Rendered, tokens: Tokens, start: int) -> tuple[list[int], bytes]:
+        """Ids and mask from token `start` on, to the end token that closes the last trained span."""
+        mask = bytearray(len(tokens.ids))
+        closed, after = False, start
+        for begin, stop in rendered.trained:
+            after = bisect_right(tokens.ends, begin, start)
+            while after < len(mask) and tokens.starts[after] < stop:
+                mask[after] = 1
+                after += 1
+            closed = after > start and bool(mask[after - 1]) and tokens.ids[after - 1] in self._special
+            end = None if closed else self._end_token(rendered, tokens, stop, after)
+            if end is not None:
+                mask[after : end + 1] = bytes([1]) * (end + 1 - after)
+                closed = True
+        stop = mask.rfind(1) + 1
+        if closed:
+            return tokens.ids[start:stop], bytes(mask[start:stop])
+        if self._eos is None:
+            raise ModelError(
+                "the chat template closes no answer with an end token, and the tokenizer has no EOS token",
+                expected="one of the two, so that the model learns to stop",
+                fix="set eos_token in the tokenizer's configuration",
+            )
+        stop = max(stop, after)
+        return [*tokens.ids[start:stop], self._eos], bytes(mask[start:stop]) + b"\1"
+
+    def _end_token(self, rendered: Rendered, tokens: Tokens, stop: int, after: int) -> int | None:
+        """The control token that closes the span that ends at `stop`; only white space may stand between."""
+        text, contents = rendered.text, rendered.contents
+        place = stop + len(text[stop:]) - len(text[stop:].lstrip())
+        end = bisect_right(tokens.ends, place, after)
+        if not contents or end == len(tokens.ids) or tokens.ids[end] not in self._special:
+            return None
+        if not self._is_written(tokens.ids[end], text[tokens.starts[end] : tokens.ends[end]]):
+            return None
+        following = min((a for a, _, _ in contents if a >= place), default=None)
+        if following is None or tokens.ids[end] == self._eos:
+            return end
+        # the header of the next turn may begin with a control token: then the answer has none of its own
+        header = tokens.ids[end + 1 : bisect_left(tokens.starts, following, end + 1)]
+        return end if any(token in self._special for token in header) else None
+
+    def _encode_part(self, text: str, at_start: bool) -> Tokens:
+        """A part of a text as plain text, without control tokens, as it is encoded after an added token."""
+        if not text:
+            return Tokens([], [], [])
+        tokens = self._between(text, at_start)
+        for token, start, stop in zip(tokens.ids, tokens.starts, tokens.ends, strict=True):
+            words = text[start:stop]
+            if token in self._controls and self._is_written(token, words):
+                # not special, so the tokenizer always takes it for itself: break it up after its first character
+                cut = stop - len(words.lstrip()) + 1
+                if cut >= stop:
+                    raise RowRefused("control_token", f"the tokenizer cannot write {words!r} as text")
+                return self._part(text[:cut], at_start) + self._part(text[cut:], False).shifted(cut)
+        return tokens
+
+    def _between(self, text: str, at_start: bool) -> Tokens:
+        anchor = None if at_start else self._anchor
+        if at_start or anchor is not None:
+            (tokens,) = self._batch([text if anchor is None else self._added[anchor] + text])
+            if anchor is not None:
+                assert tokens.ids[0] == anchor
+                tokens = tokens[1:].shifted(-tokens.ends[0])
+            if not self._controls.intersection(tokens.ids):
+                return tokens
+        # the text of a special token is in it; as text it needs another anchor, since an added token is none then
+        for prefix in ("",) if at_start else (*ANCHORS, ""):
+            (tokens,) = self._batch([prefix + text], as_text=True)
+            first = bisect_right(tokens.ends, len(prefix)) if prefix else 0
+            if tokens.starts[first] >= len(prefix):
+                break
+        return tokens[first:].shifted(-len(prefix))
+
+    def _batch(self, texts: Sequence[str], *, as_text: bool = False) -> list[Tokens]:
+        backend = self._backend
+        # a tokenizer.json can switch these on, and transformers sets them with every call of its own
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = as_text
+        try:
+            return [Tokens.of(encoding) for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+        finally:
+            backend.encode_special_tokens = False
+
+
+def _joined(sides: Sequence[_Side]) -> Encoded:
+    """The sides with their common prompt; what of a prompt is not common is context in front of the completions."""
+    prompts = [side.prompt_ids for side in sides]
+    ids = [side.prompt_ids + side.ids for side in sides]
+    masks = [bytes(len(side.prompt_ids)) + side.mask for side in sides]
+    shared = min(len(prompt) for prompt in prompts)
+    if any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
+        shared = next(i for i in range(shared) if len({prompt[i] for prompt in prompts}) > 1)
+    if shared == 0:
+        # a prompt has at least one token: the first one, which nothing predicts
+        if len({side[0] for side in ids}) > 1:
+            raise RowRefused("no_common_prompt", "the two sides have no token in common before their answers")
+        shared = 1
+    return Encoded(
+        ids[0][:shared],
+        tuple(EncodedSide(i[shared:], m[shared:]) for i, m in zip(ids, masks, strict=True)),
+        num_split=sum(side.was_split for side in sides),
+        num_controls=sum(side.num_controls for side in sides),
+    )

@@ -1,0 +1,12 @@
+"""`strop demo`: a small model learns a small task for real, by SFT and then DPO, without a download. Floor 4.
+
+task.py   the lists, the demonstrators, the pairs, the check of an answer
+model.py  the model and tokenizer, and their answers
+run.py    the whole demo
+"""
+
+from __future__ import annotations
+
+from strop.demo.run import run_demo
+
+__all__ = ["run_demo"]

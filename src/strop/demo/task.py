@@ -1,0 +1,124 @@
+"""The demo's task: sort a shopping list. Who demonstrates it, what is preferred, and how an answer is checked. Floor 4.
+
+In: a seed. Out: files of demonstrations, of preference pairs and of held-out prompts.
+
+Demonstrators know how to sort, but most of them rush when a list is long: they put the first three items in order and
+leave the rest as it stood. SFT learns the form, the skill and the rush. The preference pairs put the sorted list above
+the rushed one, and DPO carries that over to lists that stand in no file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# fmt: off
+ITEMS = (
+    "apples", "bananas", "beans", "bread", "butter", "carrots", "cheese", "coffee", "eggs", "fish", "flour", "garlic",
+    "grapes", "honey", "jam", "lemons", "milk", "oats", "onions", "pasta", "peas", "rice", "salt", "soup", "tea",
+    "yogurt",
+)
+# fmt: on
+NUM_ITEMS = range(3, 7)
+"""How long the lists are."""
+SORTED_BY_RUSH = 3
+"""A demonstrator in a rush puts this many items in order."""
+RUSH = 2 / 3
+"""Share of the demonstrations that are made in a rush."""
+ASK = "Sort:"
+
+Items = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does. The defaults are what `strop demo` runs: about a minute on two cores."""
+
+    num_demonstrations: int = 10_000
+    num_pairs: int = 2_000
+    num_validation: int = 200
+    num_heldout_per_length: int = 100
+    sft_epochs: int = 4
+
+
+def in_rush(items: Items) -> Items:
+    """The answer of somebody who stops sorting after the first few items."""
+    return (*sorted(items[:SORTED_BY_RUSH]), *items[SORTED_BY_RUSH:])
+
+
+def shopping_lists(rng: random.Random, avoid: set[frozenset[str]]) -> Iterator[Items]:
+    """Lists without end, no two alike, none with the same items as one in `avoid`."""
+    seen: set[Items] = set()
+    while True:
+        items = tuple(rng.sample(ITEMS, rng.choice(NUM_ITEMS)))
+        if items not in seen and frozenset(items) not in avoid:
+            seen.add(items)
+            yield items
+
+
+def heldout_lists(rng: random.Random, num_per_length: int) -> list[Items]:
+    """The same number of lists of each length, no two with the same items."""
+    found: dict[frozenset[str], Items] = {}
+    for length in NUM_ITEMS:
+        goal = len(found) + num_per_length
+        while len(found) < goal:
+            items = tuple(rng.sample(ITEMS, length))
+            found.setdefault(frozenset(items), items)
+    return list(found.values())
+
+
+def prompt_of(items: Iterable[str]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{ASK} {' '.join(items)}"}]
+
+
+def completion_of(items: Iterable[str]) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": " ".join(items)}]
+
+
+def write_data(folder: Path, seed: int, size: Size) -> tuple[list[Items], Path]:
+    """Write demonstrations, pairs and held-out prompts.
+
+    Returns:
+        The held-out lists and their file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    heldout = heldout_lists(rng, size.num_heldout_per_length)
+    lists = shopping_lists(rng, avoid={frozenset(items) for items in heldout})
+
+    def demonstration() -> dict[str, Any]:
+        items = next(lists)
+        shown = in_rush(items) if rng.random() < RUSH else sorted(items)
+        return {"messages": prompt_of(items) + completion_of(shown)}
+
+    def pair() -> dict[str, Any]:
+        items = next(i for i in lists if in_rush(i) != tuple(sorted(i)))
+        return {
+            "prompt": prompt_of(items),
+            "chosen": completion_of(sorted(items)),
+            "rejected": completion_of(in_rush(items)),
+        }
+
+    for name, row, num_train in (("sft", demonstration, size.num_demonstrations), ("dpo", pair, size.num_pairs)):
+        _write_jsonl(folder / f"{name}.train.jsonl", [row() for _ in range(num_train)])
+        _write_jsonl(folder / f"{name}.val.jsonl", [row() for _ in range(size.num_validation)])
+    path = folder / "heldout.jsonl"
+    _write_jsonl(path, [{"prompt": prompt_of(items), "answer": " ".join(sorted(items))} for items in heldout])
+    return heldout, path
+
+
+def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def accuracy(heldout: Sequence[Items], answers: Sequence[str]) -> float:
+    """Share of the lists that were answered sorted and whole, in [0, 1]."""
+    return sum(is_right(items, given) for items, given in zip(heldout, answers, strict=True)) / len(heldout)
+
+
+def is_right(items: Items, given: str) -> bool:
+    return given.split() == sorted(items)

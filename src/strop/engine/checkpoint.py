@@ -1,0 +1,400 @@
+"""Checkpoints: everything a run needs to go on, whole or absent, and never trusted without its hashes. Floor 3.
+
+In: named tensors of any dtype and shape, and a JSON state. Out: a folder
+
+    checkpoint-{step}/
+        shard-00001-model-0000i-of-0000n.safetensors   the tensors, by torch.distributed.checkpoint
+        state.json                                     the state
+        MANIFEST.json                                  step, size and SHA-256 of every file, versions, its own hash
+
+There is no pickle in it. A save writes all of this under a temporary name, syncs every file and the folder, renames,
+syncs the run folder, and only then lets older checkpoints go. A load takes the newest one whose files are exactly
+those of its manifest; a damaged one is set aside and said, and the next older one is tried.
+
+Steps are compared as numbers and never by a clock. Nothing that lacks our manifest is ever removed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
+from torch.distributed.tensor import DTensor
+
+from strop import durable
+from strop.engine.manifest import Damaged, FileEntry, Manifest, carries_manifest, read_manifest, verify_files
+from strop.errors import CheckpointError
+from strop.rundir import CHECKPOINT_NAME, MANIFEST, free_bytes, in_words
+
+logger = logging.getLogger(__name__)
+
+JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
+
+STATE = "state.json"
+MAX_FILE_BYTES = 2**30
+"""Tensors go into files of about this size: a save holds one file's worth of them in host memory at a time."""
+SHOWN = 8
+"""Differences listed in a message."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    step: the optimizer steps it stands after. state: as it was saved. identity: what the run was made from (hashes of
+    configuration and data, by name), for the caller to compare. versions: of the code that wrote it.
+    """
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    identity: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def load_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the saved tensors into the given ones, in place, on whatever device they are.
+
+        Raises:
+            CheckpointError: a name, shape or dtype is not the same on both sides; nothing has been copied then.
+        """
+        reader = HuggingFaceStorageReader(str(self.path))
+        try:
+            saved = reader.read_metadata().state_dict_metadata
+            self._compare(cast(Mapping[str, TensorStorageMetadata], saved), tensors)
+            if tensors:
+                with _dcp(self.path, "read"):
+                    read_tensors(
+                        {name: tensor.detach() for name, tensor in tensors.items()},
+                        storage_reader=reader,
+                        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                        no_dist=True,
+                    )
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(self.path)) from error
+
+    def _compare(self, saved: Mapping[str, TensorStorageMetadata], wanted: Mapping[str, Tensor]) -> None:
+        differences = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
+        differences += [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
+        for name in saved.keys() & wanted.keys():
+            there = (tuple(saved[name].size), saved[name].properties.dtype)
+            here = (tuple(wanted[name].shape), wanted[name].dtype)
+            if there != here:
+                differences.append(f"{name}: {_words(*there)} in the checkpoint, {_words(*here)} in this run")
+        if differences:
+            shown = sorted(differences)[:SHOWN]
+            more = len(differences) - len(shown)
+            raise CheckpointError(
+                "its tensors are not those of this run:"
+                + "".join(f"\n    {line}" for line in shown)
+                + (f"\n    and {more} more" if more else ""),
+                where=str(self.path),
+                expected="the same names, shapes and dtypes on both sides",
+                fix="resume with the model, adapter, precision and optimizer settings that the run was started with",
+            )
+
+
+def _words(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+# ---- saving
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, JSON],
+    *,
+    keep: int | None,
+    protect: Collection[int] = (),
+    identity: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write checkpoint-{step} and let older ones go. When this returns, the checkpoint survives a power cut.
+
+    keep: checkpoints to keep besides the protected ones, this one included; null: all. protect: steps never to let go.
+    A failure leaves every older checkpoint as it was, and nothing of this one.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written, or a tensor holds NaN or an infinity.
+    """
+    assert step >= 0 and (keep is None or keep > 0)
+    _refuse_nonfinite(step, tensors)
+    target = run_dir / f"checkpoint-{step}"
+    needed = num_bytes(tensors)
+    ensure_space(run_dir, needed)
+    temp = run_dir / durable.hidden_name("tmp", str(step))
+    try:
+        durable.make_folder(temp)
+        files = _write_tensors(temp, tensors)
+        files[STATE] = _write(temp / STATE, json.dumps(state, indent=1))
+        _write(temp / MANIFEST, Manifest.of(step, files, identity).to_text())
+        durable.sync_folder(temp)
+        if os.path.lexists(target) and not carries_manifest(target):
+            _make_way(target)
+        durable.replace_folder(temp, target)
+    except OSError as error:
+        raise _save_failed(target, needed, error) from error
+    finally:
+        _remove_quietly(temp)
+    _rotate(run_dir, step, keep, protect)
+    return target
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes on disk that a checkpoint of `tensors` takes, nearly: headers and the state come on top."""
+    return sum(t.nbytes for t in tensors.values()) + 256 * len(tensors) + 4096
+
+
+def ensure_space(path: Path, needed: int) -> None:
+    """Raises CheckpointError where the disk of `path` has fewer than `needed` bytes free."""
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise CheckpointError(
+            f"the disk is too full: {in_words(needed)} needed, {in_words(free)} free",
+            where=str(path),
+            fix="make room, lower training.save_total_limit, or choose another training.output_dir",
+        )
+
+
+def _refuse_nonfinite(step: int, tensors: Mapping[str, Tensor]) -> None:
+    # a checkpoint with a NaN in it would push the good ones out
+    ranges = {
+        name: torch.stack(torch.aminmax(t.detach()))
+        for name, t in tensors.items()
+        if t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and t.numel()
+    }
+    bad = [name for name, extremes in ranges.items() if not extremes.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"no checkpoint of step {step}: NaN or infinity in {', '.join(bad[:SHOWN])}"
+            + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""),
+            fix="resume from the last checkpoint, with a lower learning rate or another precision",
+        )
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
+    """The tensor files, synced; name -> bytes and hash of each."""
+    if not tensors:
+        return {}
+    assert not any(isinstance(t, DTensor) for t in tensors.values()), "one process saves whole tensors"
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
+    recorder = _RecordedFiles()
+    writer.fs = recorder  # so that every byte goes through our own files, which hash and sync
+    writer.sync_files = False
+    with _dcp(folder, "written"):
+        write_tensors(
+            _separate(tensors),
+            storage_writer=writer,
+            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+    return recorder.written
+
+
+class _RecordedFiles(FileSystem):
+    """The files that torch.distributed.checkpoint writes, as durable ones."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, FileEntry] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
+        assert mode == "wb"
+        with durable.NewFile(Path(path)) as file:
+            yield cast(IO[bytes], file)
+        self.written[Path(path).name] = FileEntry(bytes=file.num_bytes, sha256=file.sha256)
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Tensor name -> number of the file it goes to, from 1, in the order given."""
+    index, filled = 1, 0
+    files = {}
+    for name, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > MAX_FILE_BYTES:
+            index, filled = index + 1, 0
+        files[name] = index
+        filled += tensor.nbytes
+    return files
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with a dense memory of its own, as safetensors wants them; those that have it are not copied."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        dense = tensor.detach().contiguous()
+        memory = dense.untyped_storage().data_ptr()
+        separate[name] = dense.clone() if memory in seen else dense
+        seen.add(memory)
+    return separate
+
+
+def _write(path: Path, text: str) -> FileEntry:
+    with durable.NewFile(path) as file:
+        file.write(text.encode())
+    return FileEntry(bytes=file.num_bytes, sha256=file.sha256)
+
+
+def _make_way(target: Path) -> None:
+    # hours into a run, what somebody else named so is moved rather than met with an error, and never removed
+    aside = _free_name(target, "foreign")
+    durable.rename(target, aside)
+    logger.warning("%s had no %s, so strop did not write it; it is now %s", target, MANIFEST, aside.name)
+
+
+def _save_failed(target: Path, needed: int, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint could not be written: {error.strerror or error}; {in_words(needed)} needed, "
+        f"{in_words(free_bytes(target))} free",
+        where=str(target),
+        expected="older checkpoints are untouched",
+        fix="make room or mend the disk, then go on with --resume",
+    )
+
+
+def _remove_quietly(path: Path) -> None:
+    try:
+        durable.remove(path)
+    except OSError as error:  # the next start removes it
+        logger.warning("%s could not be removed: %s", path, error)
+
+
+def _rotate(run_dir: Path, saved: int, keep: int | None, protect: Collection[int]) -> None:
+    if keep is None:
+        return
+    try:
+        ours = {at: path for at, path in _numbered(run_dir).items() if _is_sound(path, at)}
+        others = sorted(ours.keys() - {saved, *protect}, reverse=True)
+        for at in others[keep if saved in protect else keep - 1 :]:
+            durable.discard_folder(ours[at])
+    except OSError as error:  # the new checkpoint is safe; an old one too many is no reason to stop a run
+        logger.warning("%s: an older checkpoint could not be removed: %s", run_dir, error)
+
+
+def _is_sound(path: Path, step: int) -> bool:
+    try:
+        return read_manifest(path, step).step == step
+    except Damaged:
+        return False
+
+
+# ---- finding and verifying
+
+
+def newest(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that is exactly what was saved, or null. Damaged ones are renamed and said."""
+    if not run_dir.is_dir():
+        return None
+    durable.restore_replaced(run_dir)
+    for at, path in sorted(_numbered(run_dir).items(), reverse=True):
+        if not carries_manifest(path):
+            logger.warning("%s is ignored: it has no %s, so it is no checkpoint that strop finished", path, MANIFEST)
+            continue
+        try:
+            return _open(path, at)
+        except Damaged as damage:
+            logger.warning("%s is damaged and not used: %s. %s", path, damage, _quarantine(path))
+    return None
+
+
+def _quarantine(path: Path) -> str:
+    """Rename a damaged checkpoint; says how that went."""
+    aside = _free_name(path, "bad")
+    try:
+        durable.rename(path, aside)
+    except OSError as error:
+        return f"It could not be renamed: {error}"
+    return f"It is now {aside.name}"
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, which was asked for by name: that one or none.
+
+    Raises:
+        CheckpointError: it is not there, or it is not what was saved.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            "there is no such folder", where=str(path), expected="a checkpoint-{step} folder of a run"
+        )
+    try:
+        return _open(path, None)
+    except Damaged as damage:
+        raise CheckpointError(
+            f"the checkpoint cannot be used: {damage}",
+            where=str(path),
+            expected=f"exactly the files that its {MANIFEST} lists, unchanged",
+            fix="name another checkpoint, or let `--resume auto` take the newest good one",
+        ) from damage
+
+
+def retire_newer(run_dir: Path, step: int) -> list[Path]:
+    """Set aside checkpoints after `step`, as a resume from an older one needs it: they are of another course now.
+
+    They are renamed to .retired-checkpoint-N, not removed. Returns where they are.
+    """
+    newer = sorted((at, p) for at, p in _numbered(run_dir).items() if at > step and carries_manifest(p))
+    moved = []
+    for _, path in newer:
+        aside = _free_name(path, "retired")
+        durable.rename(path, aside)
+        moved.append(aside)
+    return moved
+
+
+def _numbered(run_dir: Path) -> dict[int, Path]:
+    """Step -> folder of everything named like a checkpoint; links are not followed."""
+    with os.scandir(run_dir) as entries:
+        names = [e.name for e in entries if CHECKPOINT_NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    return {int(name.removeprefix("checkpoint-")): run_dir / name for name in names}
+
+
+def _free_name(path: Path, kind: str) -> Path:
+    number, aside = 1, path.parent / f".{kind}-{path.name}"
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.parent / f".{kind}-{path.name}-{number}"
+    return aside
+
+
+def _open(path: Path, step: int | None) -> Checkpoint:
+    """Verify everything, then read what is small."""
+    manifest = read_manifest(path, step)
+    verify_files(path, manifest)
+    try:
+        state = json.loads((path / STATE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{STATE}: {error}") from error
+    return Checkpoint(path, manifest.step, state, manifest.identity, manifest.versions)
+
+
+@contextmanager
+def _dcp(path: Path, verb: str) -> Iterator[None]:
+    """torch.distributed.checkpoint without its say on single processes, and with its errors as what they were."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            yield
+    except CheckpointException as error:  # not an Exception; it wraps what went wrong on each rank
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError) or not isinstance(cause, Exception):
+            raise cause from error
+        raise CheckpointError(f"the tensors could not be {verb}: {cause}", where=str(path)) from cause

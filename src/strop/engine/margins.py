@@ -1,0 +1,86 @@
+"""The margins of every optimizer step: a summary line each, and the full array. Floor 3.
+
+    logs/margins/margins_log.jsonl          one object a step, fields below
+    logs/margins/epoch_000/step_00000.npy   float32 [G], one margin a group of the step
+
+A margin is the raw log-ratio difference of chosen and rejected, not times beta. Fields: epoch and step (both from 0,
+the step within its epoch), global_step (the optimizer step, from 1), batch_size, mean, std (of the values themselves,
+ddof 0), min, p10, median, p90, max, pos_frac (share above 0), npy (the array's path from this folder), sample (the
+first values).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strop import durable
+from strop.durable import JsonLines
+
+SAMPLE = 8
+
+
+class MarginsLog:
+    """Writes, and after a resume cuts, one run's margins; `folder` is `{logging_dir}/margins`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lines = JsonLines(folder / "margins_log.jsonl")
+
+    def write(self, epoch: int, step_in_epoch: int, global_step: int, margins: NDArray[Any]) -> None:
+        """Log one step. margins: [G], at least one.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        values = np.asarray(margins, dtype=np.float32).reshape(-1)
+        assert len(values)
+        name = f"epoch_{epoch:03d}/step_{step_in_epoch:05d}.npy"
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = io.BytesIO()
+        np.save(whole, values, allow_pickle=False)
+        # the array first: a line never names one that is not there, and `cut` removes one without a line
+        path.write_bytes(whole.getvalue())
+        self._lines.append(
+            {"epoch": epoch, "step": step_in_epoch, "global_step": global_step, **_summary(values), "npy": name}
+        )
+
+    def cut(self, global_step: int) -> None:
+        """Drop what comes after the optimizer step `global_step`, lines and arrays.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if not self.folder.is_dir():
+            return
+        durable.recover(self.folder)
+        self._lines.cut(lambda line: isinstance(at := line.get("global_step"), int) and at <= global_step)
+        named = {line.get("npy") for line in self._lines.read()}
+        for path in sorted(self.folder.glob("epoch_*/step_*.npy")):
+            if path.relative_to(self.folder).as_posix() not in named:
+                durable.remove(path)
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def _summary(values: NDArray[np.float32]) -> dict[str, object]:
+    wide = values.astype(np.float64)
+    p10, median, p90 = (float(q) for q in np.percentile(wide, (10, 50, 90)))
+    return {
+        "batch_size": len(values),
+        "mean": float(wide.mean()),
+        "std": float(wide.std()),
+        "min": float(wide.min()),
+        "p10": p10,
+        "median": median,
+        "p90": p90,
+        "max": float(wide.max()),
+        "pos_frac": float((wide > 0).mean()),
+        "sample": [float(v) for v in values[:SAMPLE]],
+    }

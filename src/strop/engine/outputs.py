@@ -1,0 +1,92 @@
+"""What the loop finds, on its way to the run folder, the trackers and the terminal. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from strop.config import RunConfig
+from strop.engine import checkpoint
+from strop.engine.margins import MarginsLog
+from strop.engine.progress import Progress
+from strop.engine.recipe import recipe_of
+from strop.engine.trackers import Trackers
+from strop.errors import CheckpointError
+from strop.rundir import RunDir
+
+
+class RunOutputs:
+    """One run's outputs; see the protocol `Outputs` of the loop for what each method is told."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDir,
+        trackers: Trackers,
+        progress: Progress,
+        *,
+        fingerprint: str,
+        num_steps: int,
+        resumed_at: int,
+    ) -> None:
+        self.config, self.run, self.trackers, self.progress = config, run, trackers, progress
+        self.fingerprint = fingerprint
+        self.margins_log = MarginsLog(run.logs / "margins")
+        self.training = progress.task("training", num_steps, completed=resumed_at)
+
+    def cut(self, step: int) -> None:
+        """Drop what an earlier process wrote after `step`, so that every step stands there once."""
+        self.run.cut_metrics(step)
+        with _as_error(self.margins_log.folder):
+            self.margins_log.cut(step)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        self.run.append_metrics(record)
+        self.trackers.log(record)
+        self.training.record(record)
+
+    def margins(self, epoch: int, step_in_epoch: int, step: int, margins: Tensor) -> None:
+        with _as_error(self.margins_log.folder):
+            self.margins_log.write(epoch, step_in_epoch, step, margins.cpu().numpy())
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
+        return checkpoint.save(
+            self.run.path,
+            step,
+            tensors,
+            {**state, "recipe": recipe_of(self.config)},
+            keep=self.config.training.save_total_limit,
+            protect=protect,
+            identity={"data": self.fingerprint},
+        )
+
+    def stepped(self, shown: Mapping[str, float]) -> None:
+        self.training.step(shown)
+
+    def evaluating(self, num_groups: int) -> Callable[[int], None]:
+        task = self.progress.task("evaluation", num_groups)
+        return lambda n: task.step(n=n)
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def close(self) -> None:
+        self.training.close()
+        self.margins_log.close()
+        self.trackers.close()
+
+
+@contextmanager
+def _as_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the margins cannot be written: {error.strerror or error}",
+            where=str(folder),
+            fix="make room or give the permission and go on with --resume; `logging.margins: false` leaves them out",
+        ) from error

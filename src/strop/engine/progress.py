@@ -1,0 +1,251 @@
+"""What the terminal shows of a run, and what a person there can say to it. Floor 3.
+
+In: tasks with a total, steps with a few numbers, records, notes. Out: on standard error, a live bar a task where that
+is a terminal, with log lines and notes above it; plain lines elsewhere, one a record. Showing costs a step some ten
+microseconds: the bar is drawn by a thread, four times a second at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from types import FrameType, TracebackType
+from typing import Any, Self, TextIO
+
+import rich.progress
+from rich.console import Console
+from rich.text import Text
+
+DRAWS_PER_SECOND = 4
+HEARTBEAT_SECONDS = 30.0
+"""Without a terminal, a task that is not the training says where it is this often."""
+WORTH_A_LINE_SECONDS = 5.0
+SPEED_STEPS = 20
+"""Tokens per second are those of the last so many steps."""
+RECORD_LINE = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm", "tokens_per_second")
+"""Metrics of a record's line, in this order, where the record has them."""
+NAMES = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
+
+
+class Progress:
+    """The terminal for the time of a `with` block.
+
+    stream: default standard error. live: a bar that moves; default: where the stream is a terminal that can.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None, live: bool | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._console = Console(file=self._stream, stderr=True)
+        self.live = self._can_move() if live is None else live
+        self._bars = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[shown]}", markup=False),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            refresh_per_second=DRAWS_PER_SECOND,
+            speed_estimate_period=600,  # steps can take minutes
+            redirect_stdout=sys.stdout.isatty(),
+            expand=True,
+        )
+        self._exit = ExitStack()
+        self._lost = False  # the terminal has gone away; the run goes on
+
+    def _can_move(self) -> bool:
+        return self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+    def __enter__(self) -> Self:
+        if self.live:
+            before = sys.stderr
+            self._exit.callback(self._quietly, self._bars.stop)
+            self._quietly(self._bars.start)
+            for handler in _handlers_on(before):
+                handler.setStream(sys.stderr)  # which now prints above the bars
+                self._exit.callback(handler.setStream, before)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def task(self, name: str, total: int, *, completed: int = 0) -> Task:
+        """Begin something with `total` parts, `completed` of which an earlier process did."""
+        return Task(self, name, total, completed)
+
+    def note(self, text: str) -> None:
+        """A line for the person at the terminal; above the bars where they move."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        clean = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        if self.live:
+            self._quietly(lambda: self._console.print(Text(clean)))
+        else:
+            self._quietly(lambda: self._stream.write(clean + "\n"))
+            self._quietly(self._stream.flush)
+
+    def _quietly(self, draw: Callable[[], object]) -> None:
+        if not self._lost:
+            try:
+                draw()
+            except (OSError, ValueError):  # hung up, or closed
+                self._lost = True
+
+
+class Task:
+    """One thing that progresses. It ends by itself with its last part, or by `close`."""
+
+    def __init__(self, progress: Progress, name: str, total: int, completed: int) -> None:
+        self._progress, self.name, self.total, self.completed = progress, name, total, completed
+        self._started = self._spoken = time.monotonic()
+        self._first = completed
+        self._tokens: deque[tuple[float, float]] = deque(maxlen=SPEED_STEPS + 1)
+        self._closed = False
+        self._text = ""
+        if progress.live:
+            self._bar = progress._bars.add_task(name, total=total, completed=completed, shown="")
+
+    def step(self, metrics: Mapping[str, Any] | None = None, *, n: int = 1) -> None:
+        """`n` parts are done. metrics: what the bar shows of `epoch`, `loss`, `rewards/margins` and `tokens` (all so
+        far, from which it computes the speed)."""
+        self.completed += n
+        if self._progress.live:
+            if metrics:
+                self._text = self._shown(metrics)
+            self._progress._bars.update(self._bar, completed=self.completed, shown=self._text)
+        elif metrics is None:
+            self._heartbeat()
+        if self.completed >= self.total:
+            self.close()
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl. Without a terminal it is shown; above a bar only evaluations are."""
+        if self._progress.live and record.get("split") == "train":
+            return
+        parts = [f"{record.get('split', '')} step {record.get('step')}/{self.total}".strip()]
+        if isinstance(epoch := record.get("epoch"), int | float):
+            parts.append(f"epoch {epoch:.2f}")
+        parts += [f"{NAMES.get(k, k)} {_number(v)}" for k in RECORD_LINE if (v := record.get(k)) is not None]
+        if record.get("split") == "train":
+            parts.append(f"{_clock(time.monotonic() - self._started)} elapsed")
+            if (left := self._seconds_left()) is not None:
+                parts.append(f"{_clock(left)} left")
+        self._progress._print("  ".join(parts))
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        if self._closed:
+            return
+        self._closed = True
+        seconds = time.monotonic() - self._started
+        if self._progress.live:
+            self._progress._bars.remove_task(self._bar)
+        if seconds >= WORTH_A_LINE_SECONDS:
+            self._progress._print(f"{self.name}: {self.completed} of {self.total} in {_clock(seconds)}")
+
+    def _shown(self, metrics: Mapping[str, Any]) -> str:
+        parts = []
+        if (epoch := metrics.get("epoch")) is not None:
+            parts.append(f"epoch {epoch:.2f}")
+        if (loss := metrics.get("loss")) is not None:
+            parts.append(f"loss {_number(loss)}")
+        if (margin := metrics.get("rewards/margins")) is not None:
+            parts.append(f"margin {_number(margin)}")
+        if (tokens := metrics.get("tokens")) is not None:
+            now = time.monotonic()
+            self._tokens.append((now, tokens))
+            then, before = self._tokens[0]
+            if now > then:
+                parts.append(f"{(tokens - before) / (now - then):,.0f} tokens/s")
+        return "  ".join(parts)
+
+    def _heartbeat(self) -> None:
+        now = time.monotonic()
+        if now - self._spoken >= HEARTBEAT_SECONDS:
+            self._spoken = now
+            left = self._seconds_left()
+            tail = f", {_clock(left)} left" if left is not None else ""
+            self._progress._print(
+                f"{self.name}: {self.completed} of {self.total}, {_clock(now - self._started)} elapsed{tail}"
+            )
+
+    def _seconds_left(self) -> float | None:
+        done = self.completed - self._first
+        if done <= 0:
+            return None
+        return (time.monotonic() - self._started) / done * max(0, self.total - self.completed)
+
+
+def _handlers_on(stream: TextIO) -> list[logging.StreamHandler[TextIO]]:
+    """Every logging handler that writes to `stream`."""
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    return [h for x in loggers for h in x.handlers if isinstance(h, logging.StreamHandler) and h.stream is stream]
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a wish that the loop asks for between two steps.
+
+    Ctrl-C a second time changes nothing and says so; a third time gives up at once, by KeyboardInterrupt. SIGTERM never
+    does more than the first time: schedulers send it several times. Outside of the main thread, where Python takes no
+    signals, nothing is installed. A Ctrl-C that the process was told to ignore stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._num_interrupts = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before = signal.getsignal(number)
+                if before is not signal.SIG_IGN:
+                    self._before[number] = before if before is not None else signal.SIG_DFL
+                    signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if number == signal.SIGINT:
+            self._num_interrupts += 1
+            if self._num_interrupts >= 3:
+                raise KeyboardInterrupt
+        if first:
+            _say(f"{signal.Signals(number).name}: finishing the step, then saving")
+        elif number == signal.SIGINT:
+            _say("already stopping; one more Ctrl-C gives up at once, without saving")
+
+
+def _say(text: str) -> None:
+    # a handler may run in the middle of a write to the same stream, so it goes around Python's buffers and locks
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

@@ -1,0 +1,79 @@
+"""What a checkpoint's run was configured and fed with, and whether a resume may go on from it. Floor 3."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from strop.config import RunConfig
+from strop.engine.checkpoint import Checkpoint
+from strop.errors import CheckpointError
+
+log = logging.getLogger("strop")
+
+FREE_SECTIONS = ("gpu", "logging", "dataset")
+"""Sections that change no result: what `dataset` makes of the rows is compared as the fingerprint of the groups."""
+FREE_KEYS = frozenset(
+    {
+        "training.output_dir",
+        "training.per_device_train_batch_size",  # groups_per_step stands for the batch
+        "training.per_device_eval_batch_size",
+        "training.gradient_accumulation_steps",
+        "training.micro_batch_tokens",
+        "training.logging_steps",
+        "training.save_steps",
+        "training.save_total_limit",
+        "training.mount_dir",
+        "training.gradient_checkpointing",
+        "training.auto_precision",  # bf16 and fp16 say what came of it
+        "training.max_seq_length",  # seen in the groups, as the next two
+        "training.max_prompt_length",
+        "training.max_completion_length",
+        "finetuning.resume_from_checkpoint",
+    }
+)
+
+
+def recipe_of(config: RunConfig) -> dict[str, Any]:
+    """Every setting that decides the result of a run, by dotted key, as JSON holds it."""
+    keys = {
+        key: value
+        for key, value, _ in config.leaves()
+        if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS and not key.endswith(".name")
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(keys))
+    return plain
+
+
+def check_recipe(checkpoint: Checkpoint, config: RunConfig, fingerprint: str, allow_changes: bool) -> None:
+    """Compare this run with the one that wrote `checkpoint`.
+
+    Raises:
+        CheckpointError: a setting or the data differ; every difference is listed. With `allow_changes` they are
+            only said, and the run's new config.yaml and data.json record them.
+    """
+    differences = _differences(checkpoint.state["recipe"], recipe_of(config))
+    if checkpoint.identity["data"] != fingerprint:
+        differences.append("data: the training or validation groups are not those of the run (see data.json)")
+    if not differences:
+        return
+    listed = "".join(f"\n    {line}" for line in differences)
+    if not allow_changes:
+        raise CheckpointError(
+            f"this run is not the one that wrote the checkpoint:{listed}",
+            where=str(checkpoint.path),
+            expected="the same settings and data, so that the resumed run equals an unbroken one",
+            fix="put these back, or accept another result with --allow-changes",
+        )
+    log.warning("going on from %s with changes:%s", checkpoint.path, listed)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    missing = "absent"
+    return [
+        f"{key}: {before.get(key, missing)} then, {now.get(key, missing)} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+    ]

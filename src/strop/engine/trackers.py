@@ -1,0 +1,92 @@
+"""Trackers: where a run's records go besides metrics.jsonl. Floor 3.
+
+A record is one line of metrics.jsonl. A tracker that fails, on a full disk or a lost connection, is said once and left
+out from then on: no chart is worth a run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from strop.redact import redact
+
+logger = logging.getLogger(__name__)
+
+FAILURES = (OSError, RuntimeError, ValueError)
+"""What writing and sending fails with; anything else is a bug and shows."""
+NOT_CHARTED = ("step", "split")
+
+
+class Tracker(Protocol):
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one record: `step`, `split` and numbers."""
+
+    def close(self) -> None:
+        """Write out what is still held."""
+
+
+class TensorBoard:
+    """Every number of a record as `{split}/{name}`, in an events file of `folder`.
+
+    resumed_at: the step of the checkpoint that the run goes on from. What earlier files have beyond it is not shown.
+    """
+
+    def __init__(self, folder: Path, *, resumed_at: int | None = None, config: str = "") -> None:
+        from torch.utils.tensorboard import SummaryWriter  # 0.3 s that only runs with this tracker pay
+
+        self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
+        if config and resumed_at is None:
+            self._writer.add_text("config", "".join(f"    {line}\n" for line in redact(config).splitlines()))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name not in NOT_CHARTED and isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        self._writer.flush()  # or a killed run lacks the two minutes before its last checkpoint
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Trackers:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(record)
+            except FAILURES as error:
+                del self._trackers[name]
+                logger.warning("%s failed and gets no more records: %s. The run goes on.", name, error)
+                self._close(name, tracker)
+
+    def close(self) -> None:
+        for name, tracker in self._trackers.items():
+            self._close(name, tracker)
+        self._trackers.clear()
+
+    def _close(self, name: str, tracker: Tracker) -> None:
+        try:
+            tracker.close()
+        except FAILURES as error:
+            logger.warning("%s could not be closed; its last records may be missing: %s", name, error)
+
+
+def open_trackers(
+    report_to: Sequence[str], logging_dir: Path, *, resumed_at: int | None = None, config: str = ""
+) -> Trackers:
+    """The trackers that `logging.report_to` names. config: the run's configuration as text, shown beside the charts."""
+    opened: dict[str, Tracker] = {}
+    for name in report_to:
+        assert name == "tensorboard", name  # the configuration admits no other
+        try:
+            opened[name] = TensorBoard(logging_dir / "tensorboard", resumed_at=resumed_at, config=config)
+        except FAILURES as error:
+            logger.warning("%s could not be started; the run goes on without it: %s", name, error)
+    return Trackers(opened)

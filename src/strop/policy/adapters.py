@@ -1,0 +1,331 @@
+"""LoRA adapters: which modules get them, new ones, and continuing old ones. Floor 2.
+
+A model and the `lora` section come in, a peft model goes out whose trainable weights are exactly the adapter's,
+in float32 (float64 on a float64 model); everything else is frozen. The head is evaluated outside its own forward, so
+it can be trained in full (`modules_to_save`) but not adapted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from strop.config.sections import LoraSection, ModelSection
+from strop.errors import ModelError
+from strop.policy.folder import check_exists, fetch, first_line, place_of, read_json, source_of
+from strop.policy.load import LOAD_ERRORS, quiet
+
+logger = logging.getLogger("strop")
+
+# the attention projections by family, as the guides of these models adapt them; the first line that fits is taken
+_FAMILIES = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # llama, mistral, qwen, gemma, olmo, cohere, granite, starcoder2 ...
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # opt, gpt_neo, gptj
+    ("q_proj", "k_proj", "v_proj", "dense"),  # phi
+    ("qkv_proj", "o_proj"),  # phi3
+    ("query_key_value",),  # gpt_neox (pythia), bloom, falcon
+    ("c_attn",),  # gpt2, gpt_bigcode
+    ("Wqkv",),  # mpt
+)
+# what an adapter of another making may hold that cannot be continued here, and peft's name for it
+_FOREIGN = (
+    "megatron_config",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+_INITS = (True, False, "gaussian", "orthogonal")
+_SHARED = ("r", "lora_alpha", "bias", "use_rslora", "use_dora")
+
+
+def add_adapters(
+    module: PreTrainedModel, lora: LoraSection, model: ModelSection, *, seed: int, master: torch.dtype
+) -> PeftModel:
+    """New adapters, drawn from `seed` alone; `module` is on the CPU and is changed in place.
+
+    Raises:
+        ModelError: `target_modules` or `modules_to_save` do not fit the model.
+    """
+    where = place_of(model)
+    targets = resolve_targets(module, lora.target_modules, where)
+    saved = _resolve_saved(module, lora.modules_to_save or (), where)
+    linears = linear_layers(module)
+    transposed = any(isinstance(linears[name], Conv1D) for name in linears if _names(targets, name))
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        bias=lora.bias,
+        target_modules=list(targets),
+        exclude_modules=head_names(module),
+        modules_to_save=list(saved) or None,
+        task_type=lora.task_type,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        fan_in_fan_out=transposed,
+        ensure_weight_tying=_is_tied(module) and any(_is_embedding(module, name) for name in saved),
+        base_model_name_or_path=source_of(model.huggingface_id),
+        revision=model.revision,
+    )
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(module, config)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"adapters cannot be added: {first_line(error)}", where=where) from error
+    logger.info("%s: adapters of rank %d on %s", where, lora.r, ", ".join(targets))
+    return _finish(adapted, master, where)
+
+
+def continue_adapters(
+    module: PreTrainedModel, lora: LoraSection, model: ModelSection, *, master: torch.dtype
+) -> PeftModel:
+    """The adapter of `models[].adapter`, trainable. Its own rank, scale and targets hold; only `lora_dropout` is the
+    configuration's. `module` is on the CPU and is changed in place.
+
+    Raises:
+        ModelError: it cannot be read, is no LoRA adapter, does not fit the model, or `lora` says something else.
+    """
+    assert model.adapter is not None
+    where = f"{place_of(model)}, adapter {model.adapter}"
+    settings, weights = _read_adapter(model.adapter, where)
+    config = _adapter_config(settings, lora, where)
+    made_from = settings.get("base_model_name_or_path")
+    source = source_of(model.huggingface_id)
+    if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
+        logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
+    config.base_model_name_or_path, config.revision = source, model.revision
+    stored = load_file(weights)
+    try:
+        with quiet():
+            adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"it does not fit the model: {first_line(error)}", where=where) from error
+    _check_loaded(adapted, stored, where)
+    if any(_is_head_or_embedding(module, name) for name, part in _adapted_parts(adapted)):
+        raise ModelError("it adapts the head or the embedding", where=where, fix="merge it into the model first")
+    targets = ", ".join(sorted(_as_list(config.target_modules)))
+    logger.info("%s: continued, rank %d, alpha %g, on %s", where, config.r, config.lora_alpha, targets)
+    return _finish(adapted, master, where)
+
+
+def trainable_names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that train, by the names they have in a saved folder (peft leaves the adapter's name out)."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not isinstance(module, PeftModel):
+        return named
+    saved = get_peft_model_state_dict(module, save_embedding_layers=False)
+    by_place = {tensor.data_ptr(): name for name, tensor in reversed(saved.items())}
+    return {by_place[p.data_ptr()]: p for p in named.values()}
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by full name, the head left out."""
+    head = head_names(module)
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in head}
+
+
+def head_names(module: nn.Module) -> list[str]:
+    """The full name of the head."""
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, part in module.named_modules() if part is head]
+
+
+def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str) -> tuple[str, ...]:
+    """Module names as peft takes them: the last parts of full names, or whole full names.
+
+    Raises:
+        ModelError: a name that no linear layer has, or the head's.
+    """
+    layers = linear_layers(module)
+    last_parts = sorted({name.rpartition(".")[2] for name in layers})
+    if wanted == "all-linear":
+        return tuple(last_parts)
+    if wanted == "auto":
+        fitting = (family for family in _FAMILIES if set(family) <= set(last_parts))
+        return next(fitting, tuple(last_parts))
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    for name in names:
+        if any(_names((name,), head) for head in head_names(module)):
+            raise ModelError(
+                f"lora.target_modules: {name} is the head, which cannot carry an adapter: its log-probs are computed "
+                "in chunks, outside the layer",
+                where=where,
+                fix=f"leave it out; to train the head in full, name {name} in lora.modules_to_save",
+            )
+        if not any(_names((name,), layer) for layer in layers):
+            matching = _by_pattern(name, layers) if isinstance(wanted, str) else ()
+            if matching:
+                return matching
+            nearest = difflib.get_close_matches(name, last_parts, n=1)
+            raise ModelError(
+                f"lora.target_modules: no linear layer is called {name!r}",
+                where=where,
+                expected=f"auto, all-linear, or names among {', '.join(last_parts)}",
+                fix=f"did you mean {nearest[0]}?" if nearest else "",
+            )
+    return names
+
+
+def _by_pattern(pattern: str, layers: Iterable[str]) -> tuple[str, ...]:
+    """Full names that a regular expression matches whole, as peft reads a string."""
+    try:
+        return tuple(name for name in layers if re.fullmatch(pattern, name))
+    except re.error:
+        return ()
+
+
+def _names(targets: Iterable[str], full: str) -> bool:
+    return any(full == t or full.endswith(f".{t}") for t in targets)
+
+
+def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tuple[str, ...]:
+    parts = [name for name, _ in module.named_modules() if name]
+    for name in wanted:
+        if not any(_names((name,), part) for part in parts):
+            last_parts = sorted({p.rpartition(".")[2] for p in parts if not p.rpartition(".")[2].isdigit()})
+            nearest = difflib.get_close_matches(name, last_parts, n=1)
+            raise ModelError(
+                f"lora.modules_to_save: no module is called {name!r}",
+                where=where,
+                expected=f"names among {', '.join(last_parts)}",
+                fix=f"did you mean {nearest[0]}?" if nearest else "",
+            )
+        if _is_tied(module) and _is_head_or_embedding(module, name) and name.rpartition(".")[2] != "embed_tokens":
+            raise ModelError(
+                f"lora.modules_to_save: {name} shares its weights with the "
+                f"{'embedding' if not _is_embedding(module, name) else 'head'}; a copy of its own would part them",
+                where=where,
+                fix="name embed_tokens, which trains both, where the model has it; else leave it out",
+            )
+    return wanted
+
+
+def _is_tied(module: nn.Module) -> bool:
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return head is not None and head.weight is module.get_input_embeddings().weight  # type: ignore[operator]
+
+
+def _is_embedding(module: nn.Module, name: str) -> bool:
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    return any(part is embedding for full, part in module.named_modules() if _names((name,), full))
+
+
+def _is_head_or_embedding(module: nn.Module, name: str) -> bool:
+    return _is_embedding(module, name) or any(_names((name,), head) for head in head_names(module))
+
+
+def _finish(adapted: PeftModel, master: torch.dtype, where: str) -> PeftModel:
+    """Weights that train to the master dtype; nothing trains that would not be saved."""
+    config = adapted.peft_config["default"]
+    config.target_modules = sorted(_as_list(config.target_modules))  # peft's set would be saved in any order
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(master)
+    try:
+        names = trainable_names(adapted)
+    except KeyError:
+        raise ModelError("adapters make weights trainable that peft does not save", where=where) from None
+    assert names, "adapters without weights"
+    return adapted
+
+
+def _read_adapter(adapter: str, where: str) -> tuple[dict[str, Any], Path]:
+    source = source_of(adapter)
+    check_exists(adapter, where)
+    config = fetch(source, "adapter_config.json", None, where)
+    if config is None:
+        raise ModelError("there is no adapter_config.json", where=where, expected="an adapter that peft has saved")
+    weights = fetch(source, "adapter_model.safetensors", None, where)
+    if weights is None:
+        raise ModelError(
+            "there is no adapter_model.safetensors",
+            where=where,
+            expected="safetensors; a pickle (adapter_model.bin) can run code when it is read",
+            fix="if you trust the source, load and save it with peft, which writes safetensors",
+        )
+    return read_json(config, where), weights
+
+
+def _adapter_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
+    if settings.get("peft_type") != "LORA":
+        raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
+    foreign = [name for name in _FOREIGN if settings.get(name)]
+    if foreign or settings.get("init_lora_weights", True) not in _INITS:
+        raise ModelError(
+            f"it uses {', '.join(foreign) or 'init_lora_weights: ' + str(settings['init_lora_weights'])}, "
+            "which cannot be continued",
+            where=where,
+            fix="merge it into the model with peft and train that",
+        )
+    known = {k: v for k, v in settings.items() if k in LoraConfig.__dataclass_fields__ and k != "auto_mapping"}
+    try:
+        config = LoraConfig(**{**known, "inference_mode": False, "lora_dropout": lora.lora_dropout})
+    except LOAD_ERRORS as error:
+        raise ModelError(f"adapter_config.json: {first_line(error)}", where=where) from error
+    _check_same(config, lora, where)
+    return config
+
+
+def _check_same(config: LoraConfig, lora: LoraSection, where: str) -> None:
+    """Settings that are not the section's defaults must be the adapter's own: they cannot be changed any more."""
+    default, differing = LoraSection(), []
+    for name in _SHARED:
+        ours, theirs = getattr(lora, name), getattr(config, name)
+        derived = name == "lora_alpha" and ours == 2 * lora.r
+        if ours != theirs and ours != getattr(default, name) and not derived:
+            differing.append(f"{name}: {ours} here, {theirs} in the adapter")
+    for name in ("target_modules", "modules_to_save"):
+        ours, theirs = _as_list(getattr(lora, name)), _as_list(getattr(config, name))
+        if ours and ours not in (["auto"], ["all-linear"]) and set(ours) != set(theirs):
+            differing.append(f"{name}: {', '.join(ours)} here, {', '.join(sorted(theirs))} in the adapter")
+    if differing:
+        raise ModelError(
+            f"the lora section differs from the adapter that is to be continued: {'; '.join(differing)}",
+            where=where,
+            fix="remove these keys from lora, or remove models[].adapter to start a new adapter",
+        )
+
+
+def _as_list(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _check_loaded(adapted: PeftModel, stored: Mapping[str, Tensor], where: str) -> None:
+    inside = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(set(inside) - set(stored)):
+        raise ModelError(f"{len(missing)} of its weights are missing, the first is {missing[0]}", where=where)
+    if left := sorted(set(stored) - set(inside)):
+        raise ModelError(
+            f"{len(left)} of its weights have no place in the model, the first is {left[0]}",
+            where=where,
+            fix="name the model that the adapter was made on in huggingface_id",
+        )
+    for name, tensor in inside.items():
+        if not torch.equal(tensor, stored[name].to(tensor.dtype)) or not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} was not read as it is stored, or is not finite", where=where)
+
+
+def _adapted_parts(adapted: PeftModel) -> list[tuple[str, nn.Module]]:
+    base = adapted.get_base_model()
+    return [(name, part) for name, part in base.named_modules() if isinstance(part, BaseTunerLayer)]

@@ -1,0 +1,284 @@
+"""What a model folder or hub repository holds, looked at before any of it is loaded. Floor 2.
+
+A `ModelSection` comes in, `ModelFiles` go out: the configuration without anything that could run code or name a
+kernel, and safetensors files that are all there. Nothing here unpickles, imports or executes what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from strop.config.sections import ModelSection
+from strop.errors import ModelError
+
+logger = logging.getLogger("strop")
+
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_STRIPPED = ("auto_map", "trust_remote_code", "custom_pipelines")
+_DROPPED = ("attn_implementation", "experts_implementation", "fusion_config", "distributed_config", "kernel_config")
+_HARMLESS = ("_name_or_path", "_commit_hash", "_attn_implementation_autoset")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """source: a folder or a hub id. revision: the commit, for the hub. config: config.json, cleaned.
+    weights: safetensors files. stored: dtype that holds most of the weights."""
+
+    source: str
+    revision: str | None
+    config: Mapping[str, Any]
+    weights: tuple[Path, ...]
+    stored: torch.dtype
+
+
+def place_of(model: ModelSection) -> str:
+    """How messages name the model."""
+    return f"model {model.name} ({model.huggingface_id})"
+
+
+def source_of(model_id: str) -> str:
+    """A folder as an absolute path, so that it is found from any working directory; a hub id as it is."""
+    folder = Path(model_id).expanduser()
+    return os.path.abspath(folder) if folder.is_dir() else model_id
+
+
+def inspect_model(model: ModelSection) -> ModelFiles:
+    """Look at a model before loading it.
+
+    Raises:
+        ModelError: there is no such model, or it is not a model that may be loaded.
+    """
+    where, source = place_of(model), source_of(model.huggingface_id)
+    check_exists(model.huggingface_id, where)
+    config_file = fetch(source, "config.json", model.revision, where)
+    adapter_file = fetch(source, "adapter_config.json", model.revision, where, optional=True)
+    if adapter_file is not None:
+        raise ModelError(
+            "it is an adapter, not a model",
+            where=where,
+            fix="put its base model in huggingface_id and this one in adapter",
+        )
+    if config_file is None:
+        raise ModelError("there is no config.json", where=where, expected="a folder that transformers can load")
+    revision = _commit_of(config_file) or model.revision
+    config = read_json(config_file, where)
+    if not model.trust_remote_code:
+        config = _clean(config, where)
+    if config.get("quantization_config"):
+        raise ModelError(
+            "its weights are quantised (quantization_config in config.json), which cannot be trained",
+            where=where,
+            fix="name the model it was made from, in 16 or 32 bits",
+        )
+    weights = _weight_files(source, revision, where)
+    return ModelFiles(source, revision, config, weights, _stored_dtype(weights, where))
+
+
+def check_exists(model_id: str, where: str) -> None:
+    """Refuse what looks like a path and is none, before it is asked for on the hub."""
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return
+    looks_like_path = model_id.startswith((".", "~", os.sep)) or model_id.count("/") > 1 or "\\" in model_id
+    if path.exists() or looks_like_path:
+        raise ModelError(
+            "the path is a file" if path.exists() else "there is no such folder",
+            where=where,
+            expected="a folder with config.json, *.safetensors and tokenizer.json, or a hub id like owner/name",
+            fix="correct models[].huggingface_id",
+        )
+
+
+def fetch(source: str, name: str, revision: str | None, where: str, optional: bool = False) -> Path | None:
+    """One file of the model: from its folder, the hub's cache or the hub; None where a folder has no such file, or
+    where an optional one cannot be had.
+
+    Raises:
+        ModelError: the file is not optional and the hub does not have it, or cannot be reached while it is not in the
+            cache; or the file is a link that leads out of the folder.
+    """
+    if os.path.isdir(source):
+        file = Path(source, name)
+        return _contained(file, Path(source), where) if file.exists() or file.is_symlink() else None
+    try:
+        found = cached_file(
+            source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=not optional,
+            _raise_exceptions_for_connection_errors=not optional,
+        )
+    except (OSError, ValueError) as error:
+        if optional:
+            return None
+        raise ModelError(
+            first_line(error),
+            where=where,
+            expected="a folder on this machine, or a hub id that can be reached or is in the hub's cache",
+            fix="check the name; without a network, download the model elsewhere and give its folder",
+        ) from error
+    return None if found is None else Path(found)
+
+
+def read_json(file: Path, where: str) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file.name} cannot be read: {first_line(error)}", where=where) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file.name} holds no JSON object", where=where)
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message: what other libraries say below it is advice about their own API."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _contained(file: Path, folder: Path, where: str) -> Path:
+    """Refuse links out of the folder; the hub's cache links snapshots/COMMIT/* to blobs/* beside snapshots."""
+    real, root = file.resolve(), folder.resolve()
+    in_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parents[1] / "blobs")
+    if not (real.is_relative_to(root) or in_cache):
+        raise ModelError(f"{file.name} is a link that leads out of the folder, to {real}", where=where)
+    if not real.is_file():
+        raise ModelError(f"{file.name} is no file", where=where)
+    return file
+
+
+def _commit_of(file: Path) -> str | None:
+    return file.parent.name if file.parent.parent.name == "snapshots" else None
+
+
+def _clean(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """config.json without what makes transformers import the model's own code or fetch kernels.
+
+    Keys of transformers' internals and names of kernels are refused: no honest file has them. `auto_map`, which
+    natively supported models ship too, is dropped; what stands there is then not used.
+    """
+    stripped: list[str] = []
+    cleaned = _without(config, "", stripped, where)
+    if stripped:
+        logger.warning("%s: ignored in config.json, since trust_remote_code is false: %s", where, ", ".join(stripped))
+    return cleaned
+
+
+def _without(config: Mapping[str, Any], path: str, stripped: list[str], where: str) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{path}{key}"
+        if key in _STRIPPED:
+            stripped.append(name)
+        elif key in _DROPPED or key.startswith("_"):
+            if _names_code(key, value):
+                raise ModelError(
+                    f"config.json names code to be fetched and run: {name}: {value!r}",
+                    where=where,
+                    fix="do not use this model unless you trust its source; then remove the key",
+                )
+            internal = key in _DROPPED or "implementation" in key
+            if not internal and key not in _HARMLESS:
+                kept[key] = value  # such as _sliding_window_pattern
+            elif internal and value is not None and key not in _HARMLESS:
+                stripped.append(name)
+        elif isinstance(value, Mapping):
+            kept[key] = _without(value, f"{name}.", stripped, where)
+        else:
+            kept[key] = value
+    return kept
+
+
+def _names_code(key: str, value: Any) -> bool:
+    """Attention and kernel settings name hub repositories as owner/name; transformers never writes *_internal."""
+    if key == "_name_or_path":
+        return False
+    return (key.endswith("_implementation_internal") and value is not None) or any("/" in t for t in _texts(value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _weight_files(source: str, revision: str | None, where: str) -> tuple[Path, ...]:
+    single = fetch(source, "model.safetensors", revision, where, optional=True)
+    if single is not None:
+        return (single,)
+    index = fetch(source, "model.safetensors.index.json", revision, where, optional=True)
+    if index is None:
+        raise _no_safetensors(source, revision, where)
+    names = read_json(index, where).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise ModelError("model.safetensors.index.json has no weight_map", where=where)
+    files = []
+    for name in sorted(set(names.values())):
+        if not name.endswith(".safetensors") or name != os.path.basename(name) or "\\" in name:
+            raise ModelError(f"model.safetensors.index.json names {name!r}, which is no file beside it", where=where)
+        file = fetch(source, name, revision, where)
+        if file is None:
+            raise ModelError(
+                f"{name} is missing, which model.safetensors.index.json names",
+                where=where,
+                fix="download the model again, completely",
+            )
+        files.append(file)
+    return tuple(files)
+
+
+def _no_safetensors(source: str, revision: str | None, where: str) -> ModelError:
+    if os.path.isdir(source):
+        pickled = sorted(f.name for f in Path(source).iterdir() if f.suffix in _PICKLED)
+    else:
+        names = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+        pickled = [n for n in names if fetch(source, n, revision, where, optional=True) is not None]
+    if pickled:
+        return ModelError(
+            f"its weights are pickles ({pickled[0]}), which can run code when they are read",
+            where=where,
+            expected="model.safetensors",
+            fix="if you trust the source, convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
+        )
+    fetch(source, "model.safetensors", revision, where)  # on the hub: why it could not be had
+    return ModelError("there are no weights", where=where, expected="model.safetensors, or an index with its shards")
+
+
+def _stored_dtype(files: tuple[Path, ...], where: str) -> torch.dtype:
+    """The dtype of most weights, read from the files' headers; config.json's `dtype` is only a claim."""
+    elements: Counter[str] = Counter()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    part = tensors.get_slice(key)
+                    size = 1
+                    for length in part.get_shape():
+                        size *= length
+                    elements[part.get_dtype()] += size
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(
+                f"{file.name} is damaged: {first_line(error)}", where=where, fix="download or copy the file again"
+            ) from error
+    known = [name for name, _ in elements.most_common() if name in _STORED]
+    if not known:
+        raise ModelError(f"{files[0].name} holds no floating point weights", where=where)
+    return _STORED[known[0]]

@@ -1,0 +1,297 @@
+"""A model section to a tokenizer and a model, or to one clear message. Floor 2.
+
+Loading is strict: safetensors only, every weight of the model in the files and every shape right, finite numbers, a
+vocabulary that covers the tokenizer. The model's own dropout is switched off: only `lora.lora_dropout` acts.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from strop.config.sections import ModelSection
+from strop.errors import ModelError
+from strop.policy.folder import ModelFiles, check_exists, first_line, inspect_model, place_of, source_of
+from strop.policy.precision import short_name
+
+logger = logging.getLogger("strop")
+
+# what transformers, tokenizers, safetensors and huggingface_hub raise at broken or foreign files
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    RuntimeError,
+    AssertionError,
+    SafetensorError,
+    StrictDataclassError,
+)
+_OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "Reward", "NextSentence", "MultipleChoice")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """module: in eval mode, on the CPU. stored: dtype of the weights in the files. config: the model's configuration
+    as it was before strop changed it for training, which is what is saved with the result."""
+
+    module: PreTrainedModel
+    stored: torch.dtype
+    config: PreTrainedConfig
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and warnings of transformers and peft off the terminal; warnings go to the debug log."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        for warning in caught:
+            logger.debug("%s", warning.message)
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, untouched: no padding token is added, since padding is masked whatever its id.
+
+    Raises:
+        ModelError: there is none, it cannot be read, or it has no end-of-sequence token.
+    """
+    where, source = place_of(model), source_of(model.huggingface_id)
+    check_exists(model.huggingface_id, where)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise ModelError(
+            f"its tokenizer cannot be loaded: {first_line(error)}",
+            where=where,
+            expected="tokenizer.json and tokenizer_config.json in the model's folder or repository",
+            fix="copy the tokenizer of the model it was made from into the folder",
+        ) from error
+    for how in ("is_local", "local_files_only"):  # how it was found; not to be saved with it
+        tokenizer.init_kwargs.pop(how, None)
+    if len(tokenizer.get_vocab()) == 0:
+        raise ModelError(
+            "its tokenizer has no tokens", where=where, fix="copy the right tokenizer.json into the folder"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "its tokenizer has no end-of-sequence token, so no completion could ever learn to end",
+            where=where,
+            fix='name one in tokenizer_config.json, such as "eos_token": "<|endoftext|>"',
+        )
+    return tokenizer
+
+
+def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
+    """The model on the CPU, its weights in `dtype`, its dropout off.
+
+    Raises:
+        ModelError: it cannot be loaded completely and safely as a causal language model.
+    """
+    where, files = place_of(model), inspect_model(model)
+    config = _build_config(model, files, where)
+    _check_task(config, where)
+    original = copy.deepcopy(config)
+    silenced = _silence_config(config)
+    attention = _plain_attention(model, where)
+    try:
+        with quiet():
+            module, report = AutoModelForCausalLM.from_pretrained(
+                files.source,
+                config=config,
+                revision=files.revision,
+                dtype=dtype,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, with the tensors' names
+                output_loading_info=True,
+                **attention,
+            )
+    except LOAD_ERRORS as error:
+        raise ModelError(f"it cannot be loaded: {first_line(error)}", where=where) from error
+    _check_complete(report, where)
+    _check_finite(module, where)
+    silenced |= _silence_modules(module)
+    if silenced:
+        values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))
+        logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
+    module.config.use_cache = False
+    return LoadedModel(module, files.stored, original)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, module: nn.Module, where: str) -> None:
+    """Every token must have an embedding.
+
+    Raises:
+        ModelError: the tokenizer has ids beyond the embedding's rows.
+    """
+    rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        raise ModelError(
+            f"its tokenizer has {len(beyond)} tokens without an embedding, the first is {beyond[0][1]!r} "
+            f"with id {beyond[0][0]}",
+            where=where,
+            expected=f"ids below {rows}, the rows of the model's embedding",
+            fix="use the tokenizer that belongs to the model, or resize the model's embedding and save it first",
+        )
+
+
+def _build_config(model: ModelSection, files: ModelFiles, where: str) -> PreTrainedConfig:
+    kind = files.config.get("model_type")
+    has_code = model.trust_remote_code and "auto_map" in files.config
+    if not has_code:
+        _check_kind(kind, model, where)
+    try:
+        with quiet():
+            if has_code:
+                return AutoConfig.from_pretrained(files.source, revision=files.revision, trust_remote_code=True)
+            return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(files.config)))
+    except LOAD_ERRORS as error:
+        detail = " ".join(str(error).split())
+        raise ModelError(f"config.json does not describe a model: {detail}", where=where) from error
+
+
+def _check_kind(kind: Any, model: ModelSection, where: str) -> None:
+    known = list(CONFIG_MAPPING.keys())
+    if isinstance(kind, str) and kind in known:
+        return
+    if kind is None:
+        raise ModelError("config.json names no model_type", where=where, expected='such as "model_type": "llama"')
+    nearest = difflib.get_close_matches(str(kind), known, n=1)
+    raise ModelError(
+        f"its model_type {kind!r} is unknown to this version of transformers",
+        where=where,
+        expected=f"an architecture of transformers{f', such as {nearest[0]!r}' if nearest else ''}",
+        fix="upgrade transformers; or, if the model brings its own code and you have read it, "
+        "set models[].trust_remote_code: true",
+    )
+
+
+def _check_task(config: PreTrainedConfig, where: str) -> None:
+    fix = "choose a decoder-only model with a language modelling head"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError("it is an encoder-decoder model", where=where, expected="a causal language model", fix=fix)
+    native = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not native and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(f"{config.model_type} is not a causal language model", where=where, expected="one", fix=fix)
+    for name in getattr(config, "architectures", None) or ():
+        if any(task in name for task in _OTHER_TASKS):
+            raise ModelError(
+                f"it was saved as {name}, without a language modelling head",
+                where=where,
+                expected="a causal language model",
+                fix=fix,
+            )
+
+
+def _plain_attention(model: ModelSection, where: str) -> dict[str, str]:
+    name = model.attn_implementation
+    if name is None:
+        return {}
+    if "/" in name and not model.trust_remote_code:
+        raise ModelError(
+            f"attn_implementation: {name!r} names a kernel on the hub, which is code",
+            where=where,
+            expected="sdpa, eager, flash_attention_2, ...",
+            fix="set models[].trust_remote_code: true if you trust its source",
+        )
+    return {"attn_implementation": name}
+
+
+def _check_complete(report: Mapping[str, Any], where: str) -> None:
+    """transformers fills gaps with random numbers and a warning; here every gap is an error."""
+    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ModelError(
+            f"{len(mismatched)} weights have another shape than config.json says, the first is {name}: {list(found)}",
+            where=where,
+            expected=str(list(expected)),
+            fix="use the config.json and the weights of one and the same model",
+        )
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing from its files, the first is {missing[0]}",
+            where=where,
+            expected="every weight of the model; a missing one would be random",
+            fix="download the model again, completely",
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%s: %d tensors in its files are not part of the model and are left out, the first is %s",
+            where,
+            len(unexpected),
+            unexpected[0],
+        )
+
+
+def _check_finite(module: nn.Module, where: str) -> None:
+    for name, weight in module.named_parameters():
+        low, high = torch.aminmax(weight.detach()) if weight.numel() else (torch.zeros(()), torch.zeros(()))
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ModelError(
+                f"{name} holds NaN or infinity (as {short_name(weight.dtype)})",
+                where=where,
+                expected="finite weights",
+                fix="download the model again; if it is whole, it is broken, or too large for float16",
+            )
+
+
+def _silence_config(config: PreTrainedConfig) -> dict[str, float]:
+    """Set every dropout and jitter of the configuration and its parts to 0; what they were."""
+    silenced: dict[str, float] = {}
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            silenced |= _silence_config(value)
+        elif ("drop" in name or "jitter" in name) and isinstance(value, int | float) and value is not True and value:
+            setattr(config, name, type(value)(0))
+            silenced[name] = float(value)
+    return silenced
+
+
+def _silence_modules(module: nn.Module) -> dict[str, float]:
+    """Modules that were built with a dropout of their own, whatever the configuration says."""
+    silenced: dict[str, float] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p:
+            silenced[name] = part.p
+            part.p = 0.0
+    return silenced

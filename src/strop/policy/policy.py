@@ -1,0 +1,342 @@
+"""The policy: a module whose forward takes a batch and returns the log-probs of its scored tokens. Floor 2.
+
+Shapes: B rows, T tokens a row, M scored tokens, D width.
+
+The base body is called, not the causal language model around it; hidden states are gathered where something is scored
+and go through the chunked head of logprobs.py. Body and head meet inside `forward`, so that what wraps the module
+(sharding, hooks) sees both. The module stays in train mode always: gradient checkpointing works only there, and
+dropout, which is only lora_dropout, is switched by `scoring()`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from strop.batch import Batch, pack, pad
+from strop.config.run import RunConfig
+from strop.config.sections import ModelSection
+from strop.errors import ConfigError, ModelError
+from strop.policy import sharing
+from strop.policy.adapters import add_adapters, continue_adapters, trainable_names
+from strop.policy.attention import NAME, AttentionPlan, register_attention
+from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.folder import place_of
+from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
+from strop.policy.logprobs import LogitTransform, token_logps
+from strop.policy.precision import Precision, resolve_precision, short_name
+from strop.types import Group
+
+logger = logging.getLogger("strop")
+
+
+class Policy(nn.Module):
+    """A causal language model as the engine sees it.
+
+    Args:
+        loaded: the model, with or without adapters around `loaded.module` (given as `model`).
+        share_prefix: whether groups become shared-prefix rows (else plain padded rows).
+        fp32_logits: the head's matrix products in float32 whatever the precision.
+        where: how messages name the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loaded: LoadedModel,
+        precision: Precision,
+        *,
+        share_prefix: bool,
+        fp32_logits: bool = False,
+        where: str = "",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.precision, self.share_prefix, self.where = precision, share_prefix, where
+        self.head_dtype = torch.float32 if fp32_logits and precision.is_low else precision.compute
+        self.kernel = "groups"
+        self._loaded_config, self._stored = loaded.config, loaded.stored
+        self._plain_attention: str = loaded.module.config._attn_implementation
+        self._attention = self._plain_attention
+        self._transform = logit_transform(loaded.config)
+        self._row_limit = sharing.rope_threshold(loaded.config)
+        register_attention()
+        self.train()
+
+    @property
+    def base(self) -> Any:
+        """The transformers model inside."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def has_adapters(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    def collate(self, groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> Batch:
+        """Groups to a micro-batch on the policy's device: a shared-prefix row, or plain rows."""
+        return (pack if self.share_prefix else pad)(groups, ref_logps).to(self.device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[M] float32 (float64 on a float64 model): natural log-probs of the batch's scored tokens."""
+        with self.precision.autocast(batch.input_ids.device):
+            hidden = self._hidden(batch)
+        # float32 before the gather: a prompt's last token is gathered once a completion, and its gradients add up
+        hidden = hidden.to(self.precision.master).flatten(0, 1).index_select(0, batch.scored_positions)
+        head = self.base.get_output_embeddings()
+        return token_logps(
+            hidden,
+            head.weight,
+            getattr(head, "bias", None),
+            batch.targets,
+            transform=self._transform,
+            compute=self.head_dtype,
+        )
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """No gradients and no dropout, in train mode: reference log-probs, evaluation, passes over a whole step."""
+        dropouts = [m for m in self.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+        before = [m.p for m in dropouts]
+        try:
+            for m in dropouts:
+                m.p = 0.0
+            with torch.no_grad():
+                yield
+        finally:
+            for m, p in zip(dropouts, before, strict=True):
+                m.p = p
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The weights that train, by the names they have in a saved folder."""
+        return trainable_names(self.model)
+
+    def describe(self) -> list[str]:
+        """Lines for the terminal: sizes, dtypes, rows."""
+        trained = sum(p.numel() for p in self.trainable().values())
+        total = sum(p.numel() for p in self.model.parameters())
+        shared = f"each prompt once, shared by its completions; attention by {self.kernel}"
+        plain = f"plain, padded; attention {self._plain_attention}"
+        return [
+            f"{total:,} weights, {trained:,} of them trained ({100 * trained / total:.2f} %)",
+            self.precision.describe(self.has_adapters),
+            f"rows: {shared if self.share_prefix else plain}",
+        ]
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """What a fully trained model is saved in: the dtype it came in if training computed in that dtype, so that a
+        bfloat16 model trained with bf16 is saved as one; else the dtype of the weights that trained."""
+        return self._stored if self._stored == self.precision.compute else self.precision.master
+
+    def save_pretrained(self, folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write what loads with plain peft (adapters, in float32) or transformers (a full model, in `saved_dtype`),
+        and the tokenizer with its chat template."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with quiet():
+            if isinstance(self.model, PeftModel):
+                self.model.save_pretrained(str(folder), save_embedding_layers=False)
+            else:
+                self._save_full(Path(folder))
+            tokenizer.save_pretrained(str(folder))
+
+    def _save_full(self, folder: Path) -> None:
+        casts: dict[int, Tensor] = {}  # by place, so that tied weights stay one tensor
+
+        def cast(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point() or tensor.dtype == self.saved_dtype:
+                return tensor
+            return casts.setdefault(tensor.data_ptr(), tensor.to(self.saved_dtype))
+
+        training_config, self.base.config = self.base.config, self._loaded_config
+        try:
+            self.base.save_pretrained(
+                folder, state_dict={name: cast(tensor) for name, tensor in self.base.state_dict().items()}
+            )
+            self._loaded_config.dtype = short_name(self.saved_dtype)
+            self._loaded_config.save_pretrained(folder)
+        finally:
+            self.base.config = training_config
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """[B, T, D] after the body's last norm."""
+        shared = batch.layout is not None
+        self._use_attention(NAME if shared else self._plain_attention)
+        body = getattr(self.base, self.base.base_model_prefix)
+        if batch.layout is not None:
+            plan = AttentionPlan(batch.layout, batch.input_ids.device, self.kernel)
+            out = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, strop_plan=plan)
+            return _last_hidden(out)
+        assert batch.attention_mask is not None
+        if self._row_limit is not None and batch.input_ids.shape[1] > self._row_limit:
+            return self._hidden_row_by_row(body, batch.input_ids, batch.attention_mask)
+        # rows are padded at the right, where a model's own positions are those of the batch
+        return _last_hidden(body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False))
+
+    def _hidden_row_by_row(self, body: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Every row in a call of its own length, since a longer one beside it would change its rotary embedding."""
+        rows = []
+        for ids, own in zip(input_ids, mask, strict=True):
+            length = int(own.sum())
+            out = body(input_ids=ids[None, :length], attention_mask=own[None, :length], use_cache=False)
+            rows.append(nn.functional.pad(_last_hidden(out)[0], (0, 0, 0, len(ids) - length)))
+        return torch.stack(rows)
+
+    def _use_attention(self, name: str) -> None:
+        if name != self._attention:
+            self.base.set_attn_implementation(name)
+            self._attention = name
+
+
+def _last_hidden(out: Any) -> Tensor:
+    hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
+    return hidden
+
+
+def logit_transform(config: PreTrainedConfig) -> LogitTransform:
+    """Scale and soft cap of a model's logits, as its configuration names them; the probe at load checks it."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name, inverse in (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False)):
+        value = getattr(text, name, None)
+        if isinstance(value, int | float):
+            scale *= 1 / value if inverse else value
+    cap = getattr(text, "final_logit_softcapping", None)
+    return LogitTransform(float(scale), None if cap is None else float(cap))
+
+
+def build_policy(
+    config: RunConfig, model: ModelSection, device: torch.device, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Policy:
+    """The policy of one model of the configuration, as it is before the first step.
+
+    Raises:
+        ModelError, ConfigError: it cannot be built as the configuration says.
+    """
+    where, training = place_of(model), config.training
+    precision = resolve_precision(training, device)
+    adapted = config.lora.enabled or model.adapter is not None
+    loaded = load_model(model, dtype=precision.compute if adapted else precision.master)
+    check_vocabulary(load_tokenizer(model) if tokenizer is None else tokenizer, loaded.module, where)
+    _check_length(loaded, training.max_seq_length, where)
+    module: nn.Module = loaded.module
+    if model.adapter is not None:
+        module = continue_adapters(loaded.module, config.lora, model, master=precision.master)
+    elif adapted:
+        module = add_adapters(loaded.module, config.lora, model, seed=config.seed, master=precision.master)
+    random = adapted and config.lora.lora_dropout > 0
+    checkpoint_layers(module, training.gradient_checkpointing, random=random, where=where)
+    return assemble(module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits)
+
+
+def assemble(
+    module: nn.Module, loaded: LoadedModel, precision: Precision, model: ModelSection, *, fp32_logits: bool
+) -> Policy:
+    """A policy around a model that is on its device, with the rows that are right for it, probed.
+
+    Raises:
+        ModelError: the model's own logits differ from the policy's, or it sees later tokens.
+    """
+    where = place_of(model)
+    reason = sharing.reason_against(loaded.config)
+    if model.attn_implementation is not None:
+        reason = f"attn_implementation is {model.attn_implementation}"
+    if getattr(loaded.config.get_text_config(), "output_router_logits", False):
+        logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
+    policy = Policy(module, loaded, precision, share_prefix=reason is None, fp32_logits=fp32_logits, where=where)
+    reason = _probe(policy) or reason
+    if reason is not None:
+        policy.share_prefix = False
+        logger.info("%s: plain padded rows, prompts are not shared: %s", where, reason)
+    return policy
+
+
+def _probe(policy: Policy) -> str | None:
+    """Score one small group in every way there is; why shared rows are not right, or None.
+
+    Raises:
+        ModelError: the policy's log-probs are not those of the model's own logits.
+    """
+    head = policy.base.get_output_embeddings()
+    kind = policy.base.config.model_type
+    if head is None or getattr(head, "weight", torch.empty(0)).ndim != 2:
+        raise ModelError(
+            f"the architecture {kind} has no linear head, so it cannot be trained here", where=policy.where
+        )
+    group = sharing.probe_group(policy.base.get_input_embeddings().weight.shape[0])
+    plain, shared = pad([group]).to(policy.device), pack([group]).to(policy.device)
+    compute = policy.precision.compute
+    with policy.scoring():
+        own, largest = _own_logps(policy, plain)
+        tolerance = sharing.logit_tolerance(compute, largest)
+        first, third = own[: sharing.PROBE_UNCHANGED], own[-sharing.PROBE_LENGTHS[1] :][: sharing.PROBE_UNCHANGED]
+        if not sharing.furthest(first, third) <= tolerance:
+            raise ModelError(
+                f"it sees later tokens, so it is no causal language model (architecture {kind})", where=policy.where
+            )
+        logps = policy(plain)
+        if not (apart := sharing.furthest(logps, own)) <= tolerance:
+            raise ModelError(
+                f"its log-probs are not those of a linear head over its hidden states (off by {apart:.2g}), "
+                f"so the architecture {kind} cannot be trained here",
+                where=policy.where,
+            )
+        if not policy.share_prefix:
+            return None
+        alone = torch.cat([policy(pad([_alone(group, i)]).to(policy.device)) for i in range(len(group.completions))])
+        apart = sharing.furthest(policy(shared), logps)
+        if not apart <= sharing.sharing_tolerance(compute, sharing.furthest(alone, logps)):
+            return f"shared rows gave other log-probs than plain ones (off by {apart:.2g})"
+    return None
+
+
+def _alone(group: Group, index: int) -> Group:
+    return Group(group.prompt_ids, (group.completions[index],), group.origin)
+
+
+def _own_logps(policy: Policy, plain: Batch) -> tuple[Tensor, float]:
+    """[M] log-probs from the model's own logits, and the largest logit."""
+    with policy.precision.autocast(policy.device):
+        out = policy.model(input_ids=plain.input_ids, attention_mask=plain.attention_mask, use_cache=False)
+    logits = out.logits.to(policy.precision.master).flatten(0, 1)[plain.scored_positions]
+    logps = logits.log_softmax(-1).gather(1, plain.targets[:, None]).squeeze(1)
+    return logps, float(logits.abs().max())
+
+
+def _check_length(loaded: LoadedModel, max_seq_length: int, where: str) -> None:
+    """Rows that are longer than the model's positions: impossible where positions are learned, said where rotary."""
+    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    kind = sharing.rope_by_length(loaded.config)
+    threshold = sharing.rope_threshold(loaded.config)
+    if kind == "dynamic" and threshold is not None and max_seq_length > threshold:
+        raise ConfigError(
+            f"training.max_seq_length is {max_seq_length}; with dynamic rotary scaling, rows of more than {threshold} "
+            "tokens have log-probs that depend on the rows before them",
+            where=where,
+            fix=f"set training.max_seq_length to {threshold} or less",
+        )
+    if not isinstance(limit, int) or max_seq_length <= limit:
+        return
+    learned = [m for n, m in loaded.module.named_modules() if isinstance(m, nn.Embedding) and _is_position(n)]
+    if learned:
+        raise ConfigError(
+            f"training.max_seq_length is {max_seq_length}, but the model has {limit} positions",
+            where=where,
+            fix=f"set training.max_seq_length to {limit} or less",
+        )
+    logger.warning("%s: max_seq_length %d is beyond the %d positions it was made for", where, max_seq_length, limit)
+
+
+def _is_position(name: str) -> bool:
+    return name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings")

@@ -1,0 +1,85 @@
+"""In which dtype a run computes and keeps its weights. Floor 2: configuration and device in, `Precision` out.
+
+`bf16` and `fp16` mean: matrix products in 16 bits (torch.autocast), weights that train and the optimizer's state in
+float32. Pure 16-bit weights round away updates of a learning rate of 5e-7. What does not train (the base under LoRA)
+is stored in the compute dtype, since no update ever touches it.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from strop.config.sections import TrainingSection
+from strop.errors import ConfigError
+
+logger = logging.getLogger("strop")
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """compute: dtype of the matrix products, and of weights that do not train. scaler: losses are scaled before the
+    backward pass (float16, whose smallest number is 6e-8)."""
+
+    compute: torch.dtype
+    scaler: bool = False
+
+    @property
+    def master(self) -> torch.dtype:
+        """dtype of weights that train and of the optimizer's state."""
+        return torch.float32 if self.compute in _LOW else self.compute
+
+    @property
+    def is_low(self) -> bool:
+        return self.compute in _LOW
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Around forward passes: torch.autocast for 16 bits, nothing for float32 and float64."""
+        return torch.autocast(device.type, dtype=self.compute) if self.is_low else nullcontext()
+
+    def describe(self, adapters: bool) -> str:
+        """One line for the terminal: the dtypes of weights, compute and optimizer."""
+        master, compute = short_name(self.master), short_name(self.compute)
+        weights = f"adapters {master} on a base in {compute}" if adapters else master
+        scaled = ", with a gradient scaler" if self.scaler else ""
+        return f"weights {weights}, compute {compute}{scaled}, optimizer {master}"
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_precision(training: TrainingSection, device: torch.device) -> Precision:
+    """What `training.bf16`, `fp16` and `auto_precision` mean on this device.
+
+    `auto_precision` chooses bf16 on NVIDIA GPUs that compute it in hardware, if neither bf16 nor fp16 is given
+    (false counts as given); on the CPU it keeps float32, since few processors compute bf16 natively.
+
+    Raises:
+        ConfigError: the device cannot compute in the dtype that is asked for.
+    """
+    bf16, fp16 = training.bf16, training.fp16
+    if training.auto_precision and bf16 is None and fp16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if bf16:
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError(
+                f"training.bf16 is true, but {torch.cuda.get_device_name(device)} does not compute bfloat16",
+                expected="a GPU of compute capability 8.0 or higher",
+                fix="use --fp16 instead, or neither (float32)",
+            )
+        return Precision(torch.bfloat16)
+    if fp16:
+        if device.type == "cpu":
+            logger.warning(
+                "fp16 on the CPU: most processors emulate it, some 80 times slower than float32; "
+                "use --bf16 or neither unless you only try a GPU's configuration out"
+            )
+        return Precision(torch.float16, scaler=True)
+    return Precision(torch.float32)

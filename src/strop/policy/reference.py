@@ -1,0 +1,133 @@
+"""Reference log-probs, taken once before the first step. Floor 2.
+
+Groups come in, one tensor a group goes out: the log-probs of its scored tokens under the reference. The reference is
+the policy as it is before its first step (no second model in memory, full training too), or another model by id, which
+must have the same vocabulary and is freed when its log-probs are taken.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from strop.config.run import RunConfig
+from strop.config.sections import ModelSection
+from strop.errors import ModelError
+from strop.policy.folder import place_of
+from strop.policy.load import check_vocabulary, load_model, load_tokenizer
+from strop.policy.policy import Policy, assemble
+from strop.types import Group
+
+logger = logging.getLogger("strop")
+
+Progress = Callable[[int, int], None]
+"""Called with tokens done and tokens in all."""
+
+
+def reference_logps(
+    policy: Policy, groups: Sequence[Group], micro_batch_tokens: int, progress: Progress | None = None
+) -> list[Tensor]:
+    """One [scored tokens of the group] tensor a group, on the CPU, in the order of `groups`.
+
+    float32, or float64 on a float64 model. micro_batch_tokens: tokens of one pass; a group that is larger alone makes
+    a pass of its own. How groups are cut into passes changes rounding only.
+    """
+    results: list[Tensor | None] = [None] * len(groups)
+    total, done = sum(g.num_tokens for g in groups), 0
+    with policy.scoring():
+        for indices in cut_by_tokens(groups, micro_batch_tokens, policy.share_prefix):
+            batch = [groups[i] for i in indices]
+            logps = policy(policy.collate(batch)).cpu()
+            for i, part in zip(indices, logps.split([g.num_scored for g in batch]), strict=True):
+                results[i] = part.clone()  # a view would keep its whole pass in memory
+            done += sum(g.num_tokens for g in batch)
+            if progress is not None:
+                progress(done, total)
+    return [r for r in results if r is not None]
+
+
+def cut_by_tokens(groups: Sequence[Group], budget: int, shared: bool) -> list[list[int]]:
+    """Indices of groups in passes of at most `budget` tokens, padding included, longest groups first."""
+    order = sorted(range(len(groups)), key=lambda i: _width(groups[i], shared), reverse=True)
+    passes: list[list[int]] = []
+    used, width = 0, 0
+    for i in order:
+        group = groups[i]
+        if shared:
+            size = used + group.num_tokens
+        else:  # the first group of a pass is its longest, so it sets the width of every row
+            rows = used + len(group.completions)
+            size = rows * width
+        if passes and passes[-1] and size <= budget:
+            passes[-1].append(i)
+            used = size if shared else rows
+        else:
+            passes.append([i])
+            width = _width(group, shared)
+            used = group.num_tokens if shared else len(group.completions)
+    return passes
+
+
+def _width(group: Group, shared: bool) -> int:
+    if shared:
+        return group.num_tokens
+    return len(group.prompt_ids) + max(len(c.ids) for c in group.completions) - 1
+
+
+@contextmanager
+def reference_policy(
+    config: RunConfig, model: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Policy]:
+    """What scores as the reference: `policy` itself, or the model of `ref_model_id`, which leaves the memory at the
+    end of the block. Enter before the first step is taken and before a checkpoint is loaded.
+
+    Raises:
+        ModelError: `ref_model_id` cannot be loaded or has another vocabulary.
+    """
+    ref_model_id = getattr(config.post_training, "ref_model_id", None)
+    if ref_model_id is None:
+        yield policy
+        return
+    section = ModelSection(huggingface_id=ref_model_id, trust_remote_code=model.trust_remote_code)
+    reference = _load_reference(config, section, policy, tokenizer)
+    try:
+        yield reference
+    finally:
+        reference.model = nn.Identity()  # the caller's name for it may outlive the block
+        del reference
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load_reference(
+    config: RunConfig, section: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase
+) -> Policy:
+    where = f"reference {place_of(section)}"
+    its_tokenizer = load_tokenizer(section)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        differing = len(set(its_tokenizer.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
+        raise ModelError(
+            f"its tokenizer is not the policy's: {differing} entries differ",
+            where=where,
+            expected="a model with the same vocabulary",
+            fix="choose another post_training.ref_model_id, or drop it: the reference is then the initial policy",
+        )
+    loaded = load_model(section, dtype=policy.precision.compute)
+    check_vocabulary(its_tokenizer, loaded.module, where)
+    rows, own = (m.get_input_embeddings().weight.shape[0] for m in (loaded.module, policy.base))
+    if rows != own:
+        raise ModelError(
+            f"its embedding has {rows} rows, the policy's {own}",
+            where=where,
+            expected="a model with the same vocabulary",
+            fix="choose another post_training.ref_model_id",
+        )
+    module = loaded.module.to(policy.device).requires_grad_(False)
+    return assemble(module, loaded, policy.precision, section, fp32_logits=config.training.fp32_logits)

@@ -1,0 +1,123 @@
+"""Where shared-prefix rows are right, and how that is checked on the loaded model. Floor 2.
+
+Three gates: an allowlist of architectures whose only mixing of tokens is attention that goes through transformers'
+interface and hands keywords on (each is tested); settings of one model that break it; and, at load, a probe: one small
+group of random tokens as a shared row and as plain rows. The probe also holds the log-probs of strop's head beside
+those of the model's own logits, and looks whether the model sees later tokens.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from strop.types import Completion, Group, Origin
+
+ARCHITECTURES = frozenset(
+    {
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    }
+)
+"""transformers' model_type of the architectures that shared-prefix rows are tested with."""
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def reason_against(config: PreTrainedConfig) -> str | None:
+    """Why this model gets plain rows; None where shared rows are right."""
+    if config.model_type not in ARCHITECTURES:
+        return f"the architecture {config.model_type} is not among those it is tested with"
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if others:
+        return f"it has layers of the kind {', '.join(sorted(others))}"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is bidirectional"
+    if (kind := rope_by_length(config)) is not None:
+        return f"its rotary embedding ({kind}) depends on the longest row of a batch"
+    return None
+
+
+def rope_by_length(config: PreTrainedConfig) -> str | None:
+    """The kind of rotary scaling, where frequencies depend on the longest row; else None."""
+    kinds = {p.get("rope_type") for p in _rope_parameters(config)}
+    return next((kind for kind in _LENGTH_DEPENDENT if kind in kinds), None)
+
+
+def rope_threshold(config: PreTrainedConfig) -> int | None:
+    """Up to this many tokens a row's length does not matter to the rotary embedding."""
+    if rope_by_length(config) is None:
+        return None
+    limits = [
+        p["original_max_position_embeddings"]
+        for p in _rope_parameters(config)
+        if "original_max_position_embeddings" in p
+    ]
+    own = getattr(config, "original_max_position_embeddings", None)
+    return int(min(limits or [own or config.max_position_embeddings]))
+
+
+def _rope_parameters(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
+    """The rotary settings, which stand in one mapping or in one a layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    yield parameters
+    yield from (inner for inner in parameters.values() if isinstance(inner, Mapping))
+
+
+PROBE_LENGTHS = (7, 5, 4)
+"""Tokens of the probe's prompt, first (and third) and second completion."""
+PROBE_UNCHANGED = 3
+"""Scored tokens of the third completion that come before the token in which it differs from the first."""
+
+
+def probe_group(num_ids: int) -> Group:
+    """A group of random ids below `num_ids`, always the same; the third completion is the first with another id in
+    its last token but one (the last is only a target)."""
+    draw = torch.Generator().manual_seed(0)
+    prompt, first, second = (array("q", torch.randint(num_ids, (n,), generator=draw).tolist()) for n in PROBE_LENGTHS)
+    third = array("q", [*first[:-2], (first[-2] + 1) % num_ids, first[-1]])
+    completions = tuple(Completion(c, bytes([1]) * len(c)) for c in (first, second, third))
+    return Group(prompt, completions, Origin("probe", 1))
+
+
+def logit_tolerance(compute: torch.dtype, largest: float) -> float:
+    """How far two evaluations of the same log-prob may lie apart: rounding of logits as large as `largest`."""
+    eps = torch.finfo(compute).eps
+    return (8 if eps > 1e-4 else 1000) * eps * max(1.0, largest)
+
+
+def sharing_tolerance(compute: torch.dtype, noise: float) -> float:
+    """The same for two row layouts, whose rounding differs in every layer. noise: what another layout of the same
+    plain rows moves."""
+    floor = {torch.float64: 1e-8, torch.float32: 2e-3}.get(compute, 0.3)
+    return floor + 8 * noise
+
+
+def furthest(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference."""
+    return float((a.double() - b.double()).abs().max())

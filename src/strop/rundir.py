@@ -1,0 +1,319 @@
+"""The run folder: who may use it, what lies in it, and how it gets there whole. Floor 1, no torch.
+
+    {output_dir}/{model name}/
+        config.yaml environment.json data.json metrics.jsonl rejected.jsonl report.html
+        logs/margins/ logs/tensorboard/
+        checkpoint-{step}/        written and read by the engine
+        final/                    the finished model; its presence means that the run is done
+        .lock .lock-holder.json   one process at a time
+
+Nothing that strop did not write is ever removed, not with `overwrite` either: files are known by their names above,
+checkpoints by the manifest in them, leftovers of a crash by names that nobody else gives.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import filelock
+
+from strop import durable
+from strop.durable import JsonLines, to_json
+from strop.errors import CheckpointError
+from strop.redact import redact
+
+logger = logging.getLogger(__name__)
+
+RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl", "report.html")
+FINAL = "final"
+LOG_FOLDERS = ("margins", "tensorboard")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+SET_ASIDE_NAME = re.compile(r"\.(bad|retired)-checkpoint-[0-9]+(-[0-9]+)?")
+MANIFEST = "MANIFEST.json"
+"""Makes a `checkpoint-{step}` folder one of ours."""
+
+
+class RunDir:
+    """One run folder. `RunDir(path)` names its parts; `RunDir.open` also takes the lock that writing needs."""
+
+    def __init__(self, path: Path | str, *, logging_dir: str = "./logs") -> None:
+        self.path = Path(path).expanduser().absolute()
+        logs = Path(os.path.normpath(self.path / Path(logging_dir).expanduser()))
+        # a folder that several runs may share gets one folder a run
+        self.logs = logs if logs.is_relative_to(self.path) else logs / self.path.name
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self._lock: filelock.BaseFileLock | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, *, resume: bool, overwrite: bool, logging_dir: str = "./logs") -> Self:
+        """Make or enter the folder, alone, and leave it ready: leftovers of a dead run cleared up, old runs let be.
+
+        resume: a run may be there and is kept. overwrite: a run may be there and is removed. Neither: none may be.
+
+        Raises:
+            CheckpointError: no folder can be there, it cannot be written, another process uses it, or it holds a run.
+        """
+        if resume and overwrite:
+            raise CheckpointError("resume and overwrite exclude each other", fix="give one of --resume and --overwrite")
+        run = cls(path, logging_dir=logging_dir)
+        run._make()
+        run._acquire()
+        try:
+            run._settle(resume, overwrite)
+        except OSError as error:
+            run.close()
+            raise _unusable(run.path, error) from error
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def close(self) -> None:
+        """Release the folder."""
+        self.metrics.close()
+        if self._lock is not None:
+            try:
+                durable.remove(self._holder)
+            except OSError as error:
+                logger.warning("%s could not be removed: %s", self._holder, error)
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- entering
+
+    @property
+    def _holder(self) -> Path:
+        return self.path / ".lock-holder.json"
+
+    def _make(self) -> None:
+        probe = self.path / durable.hidden_name("tmp", "probe")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with durable.NewFile(probe) as file:
+                file.write(b"can this folder be written?\n")
+            durable.remove(probe)
+        except OSError as error:
+            raise _unusable(self.path, error) from error
+
+    def _acquire(self) -> None:
+        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise CheckpointError(
+                f"another run is using the folder: {self._describe_holder()}",
+                where=str(self.path),
+                fix="wait for it, stop it, or give this run another training.output_dir",
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"the folder cannot be locked: {error}",
+                where=str(self.path),
+                fix="choose a training.output_dir on a file system with locks",
+            ) from error
+        self._lock = lock
+        try:
+            durable.write_file(self._holder, to_json({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except OSError as error:
+            self.close()
+            raise _unusable(self.path, error) from error
+
+    def _describe_holder(self) -> str:
+        try:
+            holder = json.loads(self._holder.read_text(encoding="utf-8"))
+            return f"process {holder['pid']} on host {holder['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "it has not said yet which process it is"  # it is starting at this moment
+
+    def _refuse_links(self) -> None:
+        for name in (*RUN_FILES, FINAL, *(p.name for p in self._checkpoints())):
+            self._refuse_link(self.path / name)
+        for name in LOG_FOLDERS:
+            self._refuse_link(self.logs / name)
+
+    def _refuse_link(self, path: Path) -> None:
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path.name} is a link to {os.readlink(path)}",
+                where=str(path),
+                expected="a file or folder of the run itself: strop writes and removes nothing through links",
+                fix=f"remove the link, or let training.output_dir lie where it points to: rm {path}",
+            )
+
+    def _settle(self, resume: bool, overwrite: bool) -> None:
+        """With the lock held: clear up after a dead process, and see what to do about a run that is here."""
+        self._refuse_links()
+        for folder in (self.path, self.logs):
+            if folder.is_dir():
+                durable.recover(folder)
+        if overwrite:
+            self._clear()
+        elif not resume and (present := self.present()):
+            raise CheckpointError(
+                f"the folder holds another run: {', '.join(present)}",
+                where=str(self.path),
+                fix="--resume to go on with it, --overwrite to remove it, or another training.output_dir",
+            )
+        self.logs.mkdir(parents=True, exist_ok=True)
+
+    def _checkpoints(self) -> list[Path]:
+        """Every entry with a checkpoint's name and our manifest in it."""
+        return sorted(p for p in self.path.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
+
+    def present(self) -> list[str]:
+        """Names in the folder that make it the folder of a run."""
+        names = [name for name in (*RUN_FILES, FINAL) if (self.path / name).exists()]
+        return names + [p.name for p in self._checkpoints()]
+
+    def _clear(self) -> None:
+        aside = [p for p in self.path.iterdir() if SET_ASIDE_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
+        for folder in (*self._checkpoints(), *aside, self.path / FINAL, *(self.logs / name for name in LOG_FOLDERS)):
+            if folder.is_dir() and not folder.is_symlink():
+                durable.discard_folder(folder)
+        for name in RUN_FILES:
+            durable.remove(self.path / name)
+        durable.sync_folder(self.path)
+
+    # ---- writing
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Create or replace one of the run's files, whole; credentials in it are masked."""
+        assert name in RUN_FILES, name
+        clean = redact(text)
+        if clean != text:
+            logger.warning("%s: a token or key stood in it and was masked", name)
+        path = self.path / name
+        try:
+            durable.write_file(path, clean.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise _unusable(path, error) from error
+        return path
+
+    def write_json(self, name: str, value: object) -> Path:
+        """The same, of a value that JSON can hold; NaN and the infinities become null."""
+        return self.write_text(name, to_json(value, indent=2) + "\n")
+
+    def write_lines(self, name: str, records: Iterable[Mapping[str, object]]) -> Path:
+        """The same, one record a line."""
+        return self.write_text(name, "".join(f"{to_json(record)}\n" for record in records))
+
+    def append_metrics(self, record: Mapping[str, object]) -> None:
+        """Add a line to metrics.jsonl; NaN and the infinities become null."""
+        try:
+            self.metrics.append(record)
+        except OSError as error:
+            raise _unusable(self.metrics.path, error) from error
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop what metrics.jsonl has after `step`, as a resume from there needs it; a half-written end goes too."""
+        try:
+            self.metrics.cut(lambda record: isinstance(at := record.get("step"), int) and at <= step)
+        except OSError as error:
+            raise _unusable(self.metrics.path, error) from error
+
+    # ---- the end of a run
+
+    @property
+    def final(self) -> Path:
+        return self.path / FINAL
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: `final/` appears whole, as the last thing."""
+        return self.final.is_dir()
+
+    def publish_final(self, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a folder, and make that folder `final/` once it is whole and on disk."""
+        return self._publish(write, self.final)
+
+    def mirror(self, mount_dir: Path | str) -> Path:
+        """Copy `final/` and the logs to {mount_dir}/{model name}/, folder by folder, each whole or not at all.
+
+        Raises:
+            CheckpointError: the target lies in the run folder or cannot be written. The run itself is not touched.
+        """
+        target = Path(mount_dir).expanduser().absolute() / self.path.name
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            inside = target.resolve()
+            if any(
+                inside.is_relative_to(p.resolve()) or p.resolve().is_relative_to(inside) for p in (self.path, self.logs)
+            ):
+                raise CheckpointError(
+                    "the mirror of a run cannot lie in the run folder, nor around it",
+                    where=f"training.mount_dir: {mount_dir}",
+                    fix="choose a training.mount_dir apart from training.output_dir",
+                )
+            durable.recover(target)
+        except OSError as error:
+            raise _unusable(target, error) from error
+        for source, name in ((self.final, FINAL), (self.logs, "logs")):
+            if source.is_dir():
+                self._publish(partial(_copy, source), target / name)
+        return target
+
+    def _publish(self, write: Callable[[Path], None], target: Path) -> Path:
+        temp = target.parent / durable.hidden_name("tmp", target.name)
+        try:
+            durable.make_folder(temp)
+            try:
+                write(temp)
+                durable.sync_tree(temp)
+                durable.replace_folder(temp, target)
+            finally:
+                durable.remove(temp)
+        except OSError as error:
+            raise _unusable(target, error) from error
+        return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that a file at `path`, which need not exist, could take; null where the system does not say."""
+    for folder in (path, *path.parents):
+        try:
+            return shutil.disk_usage(folder).free
+        except OSError:
+            continue
+    return None
+
+
+def in_words(num_bytes: int | None) -> str:
+    """Bytes for a person."""
+    if num_bytes is None:
+        return "unknown"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _unusable(path: Path, error: OSError) -> CheckpointError:
+    """What the operating system said, for a person."""
+    return CheckpointError(
+        f"cannot be written: {error.strerror or error}; {in_words(free_bytes(path))} free",
+        where=str(path),
+        expected="a folder that this user can write, on a disk with room",
+        fix="make room or give the permission, or choose another training.output_dir",
+    )

@@ -1,0 +1,283 @@
+"""The wiring, and the only one: a configuration becomes objects, the objects become a run. Floor 4.
+
+config -> device, run folder -> tokenizer, groups, plan -> policy -> reference log-probs -> loop -> final model
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from strop.config import RunConfig, advice, resolve, to_yaml
+from strop.config.methods import MethodSettings
+from strop.config.sections import ModelSection
+from strop.data.load import LoadedData, load_data
+from strop.data.plan import Plan, RowTokens, default_budget, packed_tokens, padded_tokens
+from strop.distributed import pick_device
+from strop.engine import checkpoint
+from strop.engine.checkpoint import Checkpoint
+from strop.engine.environment import describe_environment
+from strop.engine.loop import Loop, Rows
+from strop.engine.outputs import RunOutputs
+from strop.engine.progress import Progress, StopSignal
+from strop.engine.recipe import check_recipe
+from strop.engine.trackers import open_trackers
+from strop.errors import ConfigError, StropError, TrainingError
+from strop.objectives.base import Objective, build_objective
+from strop.policy.load import load_tokenizer
+from strop.policy.policy import Policy, build_policy
+from strop.policy.precision import resolve_precision
+from strop.policy.reference import reference_logps, reference_policy
+from strop.rundir import RunDir
+from strop.types import Group
+
+log = logging.getLogger("strop")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One model's finished run: `final` holds the model, `run_dir` everything else."""
+
+    name: str
+    run_dir: Path
+    step: int
+
+    @property
+    def final(self) -> Path:
+        return self.run_dir / "final"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any weight is loaded: rows as groups, the objective, the recipe resolved for this data."""
+
+    config: RunConfig
+    model: ModelSection
+    tokenizer: PreTrainedTokenizerBase
+    data: LoadedData
+    objective: Objective[MethodSettings]
+    plan: Plan
+
+
+def train(
+    config: RunConfig,
+    *,
+    model_index: int | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    allow_changes: bool = False,
+) -> list[RunResult]:
+    """Train the models of `config`, one after the other.
+
+    Args:
+        model_index: train only this one, from 0.
+        resume: "auto" goes on from the newest complete checkpoint of the run folder (or starts, where there is none);
+            a path goes on from that checkpoint. Default: `finetuning.resume_from_checkpoint`.
+        overwrite: delete the run that stands in the run folder.
+        allow_changes: resume although settings or data that change the result are not those of the run.
+
+    Raises:
+        StropError: something that the user can mend. With several models, every model is tried first.
+        Interrupted: stopped by a signal after a checkpoint.
+    """
+    config = resolve(config)
+    results: list[RunResult] = []
+    failures: list[tuple[str, StropError]] = []
+    for model in select_models(config, model_index):
+        try:
+            results.append(_train_model(config, model, resume, overwrite, allow_changes))
+        except StropError as error:
+            if len(config.models) == 1 or model_index is not None:
+                raise
+            log.error("%s failed: %s", model.name, error)
+            failures.append((model.name, error))
+    if failures:
+        raise TrainingError(
+            f"{len(failures)} of {len(config.models)} models failed: "
+            + "; ".join(
+                f"{name}: {error.where + ': ' if error.where else ''}{error.found}" for name, error in failures
+            ),
+            fix="the messages above say what to do for each",
+        )
+    return results
+
+
+def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelSection]:
+    """All models, or the one at `model_index`."""
+    if model_index is None:
+        return config.models
+    if not 0 <= model_index < len(config.models):
+        raise ConfigError(
+            f"there is no model {model_index}",
+            where="--model-index",
+            expected=f"0 to {len(config.models) - 1}: "
+            + ", ".join(f"{i} = {m.name}" for i, m in enumerate(config.models)),
+            fix="name one of these",
+        )
+    return [config.models[model_index]]
+
+
+def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
+    """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
+    objective = build_objective(config.post_training)
+    tokenizer = load_tokenizer(model)
+    data = load_data(config, tokenizer, objective.rows)
+    training, finetuning = config.training, config.finetuning
+    if not data.eval and finetuning.load_best_model_at_end:
+        if not config.origins["finetuning.load_best_model_at_end"].startswith("default"):
+            raise ConfigError(
+                "there are no validation rows to choose the best model by",
+                where="finetuning.load_best_model_at_end: true",
+                expected="dataset.val_file, a validation file in splits_dir, or dataset.validation_split above 0",
+                fix="give validation rows, or set load_best_model_at_end: false",
+            )
+        finetuning = finetuning.model_copy(update={"load_best_model_at_end": False, "early_stopping_patience": None})
+    groups_per_step = training.groups_per_step
+    if groups_per_step is None and checkpoint is not None:
+        groups_per_step = checkpoint.state["recipe"]["training.groups_per_step"]
+    groups_per_step = groups_per_step or training.per_device_train_batch_size * training.gradient_accumulation_steps
+    training = training.model_copy(update={"groups_per_step": groups_per_step})
+    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed)
+    config = config.model_copy(update={"models": (model,), "training": training, "finetuning": finetuning})
+    return Prepared(config, model, tokenizer, data, objective, plan)
+
+
+def _train_model(
+    config: RunConfig, model: ModelSection, resume: str | None, overwrite: bool, allow_changes: bool
+) -> RunResult:
+    device, notes = pick_device(config.gpu)
+    for note in (*notes, *advice(config)):
+        log.warning(note)
+    config = _with_precision(config, device)
+    resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
+    folder = Path(config.training.output_dir).expanduser() / model.name
+    logging_dir = config.logging.logging_dir
+    with (
+        RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
+        Progress() as progress,
+    ):
+        saved = _checkpoint_to_resume(run, resume)
+        if resume and run.is_finished:
+            log.info("%s is finished: its model is in %s", model.name, run.final)
+            return RunResult(model.name, run.path, saved.step if saved else 0)
+        prepared = prepare(config, model, saved)
+        policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
+        for line in policy.describe():
+            log.info("%s: %s", model.name, line)
+        if saved:
+            check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
+        tokens = packed_tokens if policy.share_prefix else padded_tokens
+        return _run(_with_budget(prepared, tokens), policy, tokens, run, progress, saved)
+
+
+def _run(
+    prepared: Prepared,
+    policy: Policy,
+    tokens: RowTokens,
+    run: RunDir,
+    progress: Progress,
+    saved: Checkpoint | None,
+) -> RunResult:
+    config, data, plan = prepared.config, prepared.data, prepared.plan
+    _write_papers(prepared, run)
+    train, validation = _with_references(prepared, policy, tokens, progress)
+    resumed_at = saved.step if saved else 0
+    trackers = open_trackers(
+        config.logging.report_to, run.logs, resumed_at=resumed_at if saved else None, config=to_yaml(config)
+    )
+    outputs = RunOutputs(
+        config,
+        run,
+        trackers,
+        progress,
+        fingerprint=data.report.fingerprint,
+        num_steps=plan.num_steps,
+        resumed_at=resumed_at,
+    )
+    try:
+        with StopSignal() as stop:
+            loop = Loop(
+                config, policy, prepared.objective, plan, train, validation, tokens, outputs, lambda: stop.requested
+            )
+            if saved:
+                loop.restore(saved)
+                checkpoint.retire_newer(run.path, saved.step)
+            outputs.cut(resumed_at if saved else -1)
+            state = loop.run()
+            step = loop.load_best(lambda best: checkpoint.open_checkpoint(run.path / f"checkpoint-{best}"))
+    finally:
+        outputs.close()
+    run.publish_final(partial(policy.save_pretrained, tokenizer=prepared.tokenizer))
+    if config.training.mount_dir:
+        log.info("mirrored to %s", run.mirror(config.training.mount_dir))
+    log.info("%s: %d steps; the model of step %d is in %s", prepared.model.name, state.step, step, run.final)
+    return RunResult(prepared.model.name, run.path, state.step)
+
+
+def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
+    if resume is None:
+        return None
+    if resume != "auto":
+        return checkpoint.open_checkpoint(Path(resume).expanduser())
+    found = checkpoint.newest(run.path)
+    log.info("going on from %s", found.path) if found else log.info("no checkpoint in %s: starting", run.path)
+    return found
+
+
+def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """What `auto_precision` chose, written down."""
+    precision = resolve_precision(config.training, device)
+    if not config.training.auto_precision or not precision.is_low:
+        return config
+    return config.model_copy(update={"training": config.training.model_copy(update={"bf16": True, "fp16": False})})
+
+
+def _with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
+    """`micro_batch_tokens` from the longest group, where the configuration leaves it open."""
+    training = prepared.config.training
+    if training.micro_batch_tokens is not None:
+        return prepared
+    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens)
+    training = training.model_copy(update={"micro_batch_tokens": budget})
+    return replace(prepared, config=prepared.config.model_copy(update={"training": training}))
+
+
+def _write_papers(prepared: Prepared, run: RunDir) -> None:
+    run.write_text("config.yaml", to_yaml(prepared.config))
+    run.write_json("environment.json", describe_environment(seed=prepared.config.seed))
+    run.write_json("data.json", prepared.data.report.as_dict())
+    if prepared.data.rejected:
+        run.write_lines("rejected.jsonl", prepared.data.rejected)
+
+
+def _with_references(
+    prepared: Prepared, policy: Policy, tokens: RowTokens, progress: Progress
+) -> tuple[Rows, Rows | None]:
+    """The rows with the log-probs of the reference, scored before the first step: training and validation."""
+    training, data, plan = prepared.config.training, prepared.data, prepared.plan
+    assert training.micro_batch_tokens is not None
+    eval_budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens) if data.eval else 0
+    if not prepared.objective.needs_reference:
+        return Rows(data.train, None, training.micro_batch_tokens), _validation_rows(data, None, eval_budget)
+    needed = plan.all_groups()
+    groups = [*(data.train[i] for i in needed), *data.eval]
+    with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
+        scored = _score(reference, groups, training.micro_batch_tokens, progress)
+    train = Rows(data.train, dict(zip(needed, scored, strict=False)), training.micro_batch_tokens)
+    return train, _validation_rows(data, dict(enumerate(scored[len(needed) :])), eval_budget)
+
+
+def _validation_rows(data: LoadedData, ref_logps: dict[int, Tensor] | None, budget: int) -> Rows | None:
+    return Rows(data.eval, ref_logps, budget) if data.eval else None
+
+
+def _score(reference: Policy, groups: Sequence[Group], budget: int, progress: Progress) -> list[Tensor]:
+    task = progress.task("reference log-probs", sum(g.num_tokens for g in groups))
+    return reference_logps(reference, groups, budget, lambda done, total: task.step(n=done - task.completed))

@@ -1,0 +1,248 @@
+"""Shared rows = padded rows = one plain row at a time through transformers, logps and gradients, every architecture."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from strop.batch import pack, pad
+from strop.config.sections import ModelSection
+from strop.policy import sharing
+from strop.policy.load import LoadedModel
+from strop.policy.policy import Policy, assemble
+from strop.policy.precision import Precision
+from strop.types import Completion, Group, Origin
+
+VOCABULARY = 97
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# windows of 4 are shorter than the prompts of 7 and 9 below
+WINDOWED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": WINDOWED,
+    "gemma": {"head_dim": 8},
+    "gemma2": {
+        **WINDOWED,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {**WINDOWED, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0,
+        "resid_pdrop": 0,
+        "embd_pdrop": 0,
+    },
+    "gpt_neox": {"rotary_pct": 0.5},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "mistral": {"sliding_window": 4},
+    "mixtral": {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo3": WINDOWED,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"sliding_window": 4, "resid_pdrop": 0.0},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "starcoder2": {"sliding_window": 4, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+}
+# these models' own code computes norms or routers in float32 by a method that the float64 stand-in does not reach
+ROUNDED = ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen3_moe")
+
+
+class Float64Torch:
+    """Stands for torch in a modelling file, so that its float32 norms and softmaxes are float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def make_policy(kind: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float64) -> Policy:
+    config = CONFIG_MAPPING[kind](**{**TINY, **OWN.get(kind, {})})
+    config._experts_implementation = "eager"  # the grouped kernel has no float64
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for weight in model.parameters():
+        if weight.ndim == 1:  # norms and biases that are not 1 and 0
+            weight.data += 0.2 * torch.randn_like(weight)
+    if dtype == torch.float64:
+        monkeypatch.setattr(sys.modules[type(model).__module__], "torch", Float64Torch())
+    loaded = LoadedModel(model, dtype, copy.deepcopy(config))
+    return assemble(model, loaded, Precision(dtype), ModelSection(huggingface_id=kind), fp32_logits=False)
+
+
+def make_group(prompt: int, completions: Sequence[int], seed: int) -> Group:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> array[int]:
+        return array("q", torch.randint(3, VOCABULARY, (n,), generator=generator).tolist())
+
+    # a token in the middle is not trained, as between two assistant turns
+    return Group(
+        draw(prompt),
+        tuple(
+            Completion(draw(n), bytes(int(j != 1 or n == 1) for j in range(n)) if n > 1 else b"\1") for n in completions
+        ),
+        Origin("rows", seed),
+    )
+
+
+GROUPS = [make_group(7, (5, 4), 0), make_group(3, (1, 6, 2), 1), make_group(9, (3,), 2)]
+
+
+def oracle(policy: Policy, attention: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """One row at a time through the causal language model itself, without padding, and its gradients."""
+    model = copy.deepcopy(policy.model)
+    model.set_attn_implementation(attention)
+    parts = []
+    for group in GROUPS:
+        for completion in group.completions:
+            row = [*group.prompt_ids, *completion.ids]
+            logps = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+            first = len(group.prompt_ids)
+            parts += [logps[first + j - 1, t] for j, t in enumerate(completion.ids) if completion.loss_mask[j]]
+    logps = torch.stack(parts)
+    (logps * coefficients(len(logps))).sum().backward()
+    return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def run(policy: Policy, batches: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs of several micro-batches, and the gradients of one function of them all."""
+    policy.zero_grad()
+    weights = coefficients(sum(len(b.targets) for b in batches))
+    parts = []
+    for batch in batches:
+        logps = policy(batch)
+        (logps * weights[: len(logps)]).sum().backward()
+        weights = weights[len(logps) :]
+        parts.append(logps.detach())
+    gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    return torch.cat(parts), gradients
+
+
+def coefficients(n: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def assert_same(
+    got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[str, Tensor]], tolerance: float
+) -> None:
+    torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=tolerance)
+    assert got[1].keys() == want[1].keys()
+    size = torch.stack([g.norm() for g in want[1].values()]).norm()
+    for name, gradient in want[1].items():
+        # some gradients are zero but for rounding (a key's bias), so they are measured by all of them
+        assert (got[1][name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01 * size), name
+
+
+@pytest.mark.parametrize("kind", sorted(sharing.ARCHITECTURES))
+def test_layouts_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(kind, monkeypatch)
+    assert policy.share_prefix
+    tolerance = 1e-6 if kind in ROUNDED else 1e-9
+    shared = run(policy, [pack(GROUPS)])
+    assert_same(run(policy, [pad(GROUPS)]), shared, tolerance)
+    assert_same(oracle(policy, "eager"), shared, tolerance)
+    if policy._plain_attention == "sdpa":
+        assert_same(oracle(policy, "sdpa"), shared, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_kernels_and_cuts_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(kind, monkeypatch)
+    tolerance = 1e-6 if kind in ROUNDED else 1e-9
+    whole = run(policy, [pack(GROUPS)])
+    assert_same(run(policy, [pack([g]) for g in GROUPS]), whole, tolerance)
+    assert_same(run(policy, [pad([g]) for g in GROUPS]), whole, tolerance)
+    policy.kernel = "dense"
+    assert_same(run(policy, [pack(GROUPS)]), whole, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_agree_in_the_dtypes_of_training(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = run(make_policy("llama", monkeypatch), [pack(GROUPS)])
+    monkeypatch.undo()
+    policy = make_policy("llama", monkeypatch, torch.float32)
+    policy.precision, policy.head_dtype = Precision(dtype), dtype
+    errors = []
+    for layout in (pack, pad):
+        logps, gradients = run(policy, [layout(GROUPS)])
+        want = torch.cat([g.flatten() for g in exact[1].values()])
+        got = torch.cat([g.flatten() for g in gradients.values()])
+        errors.append(((logps - exact[0]).abs().max(), (got - want).norm() / want.norm()))
+    shared, plain = errors
+    floor = 100 * torch.finfo(torch.float32).eps
+    # sharing rounds no worse than plain rows do
+    assert shared[0] <= 2 * plain[0] + floor
+    assert shared[1] <= 2 * plain[1] + floor
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_completions_are_blind_to_each_other(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(kind, monkeypatch, torch.float32)
+    group = GROUPS[1]
+    first, second, third = group.completions
+    other = Completion(array("q", [5, 6, 7, 8, 9, 10]), second.loss_mask)
+    with policy.scoring():
+        before = policy(pack([group]))
+        after = policy(pack([Group(group.prompt_ids, (first, other, third), group.origin)]))
+    assert torch.equal(before[: first.num_scored], after[: first.num_scored])
+    assert torch.equal(before[-third.num_scored :], after[-third.num_scored :])
+    assert not torch.equal(before, after)
+
+
+def test_groups_are_blind_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy("llama", monkeypatch, torch.float32)
+    with policy.scoring():
+        together = policy(pack([GROUPS[0], GROUPS[1]]))
+        beside_another = policy(pack([GROUPS[0], make_group(3, (1, 6, 2), 9)]))
+    n = GROUPS[0].num_scored
+    assert torch.equal(together[:n], beside_another[:n])
+    assert not torch.equal(together[n:], beside_another[n:])
+
+
+def test_same_batch_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy("llama", monkeypatch, torch.float32)
+    one, two = run(policy, [pack(GROUPS)]), run(policy, [pack(GROUPS)])
+    assert torch.equal(one[0], two[0])
+    assert all(torch.equal(one[1][name], two[1][name]) for name in one[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_layouts_agree_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    policy = make_policy(kind, monkeypatch, torch.float32)
+    on_cpu = run(policy, [pack(GROUPS)])[0]
+    policy.cuda()
+    with policy.scoring():
+        for batch in (pack(GROUPS), pad(GROUPS)):
+            torch.testing.assert_close(policy(batch.to(policy.device)).cpu(), on_cpu, rtol=1e-3, atol=1e-3)

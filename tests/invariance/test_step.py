@@ -1,0 +1,158 @@
+"""One optimizer step of a real model in float64: however it is cut, packed or padded, loss and gradients are the same.
+
+The oracle is plain transformers: the causal language model on padded rows, full logits, log_softmax.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from strop.batch import Batch, pack, pad
+from strop.config.methods import DpoSettings, MethodSettings, SftSettings
+from strop.config.sections import ModelSection
+from strop.data.plan import cut, packed_tokens
+from strop.engine.step import forward_backward
+from strop.objectives.base import build_objective
+from strop.policy.load import LoadedModel
+from strop.policy.policy import Policy, assemble
+from strop.policy.precision import Precision
+from strop.types import Completion, Group, Origin
+
+SETTINGS: list[MethodSettings] = [
+    SftSettings(),
+    SftSettings(loss_reduction="sequences"),
+    DpoSettings(),
+    DpoSettings(label_smoothing=0.1),
+    DpoSettings(loss_type="hinge"),
+    DpoSettings(loss_type="ipo"),
+    DpoSettings(loss_type="kto_pair"),
+]
+RELATIVE = 1e-9
+
+
+class PlainTransformers(nn.Module):
+    """The model's own forward on padded rows: the oracle."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        assert batch.attention_mask is not None
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logps = logits.flatten(0, 1)[batch.scored_positions].log_softmax(-1)
+        return logps.gather(1, batch.targets[:, None]).squeeze(1)
+
+
+class Float64Torch:
+    """Stands for torch in the modelling file, whose norms and rotary tables would round to float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def model(make_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    built = make_model(dtype=torch.float64)
+    monkeypatch.setattr(sys.modules[type(built).__module__], "torch", Float64Torch())
+    return built
+
+
+def policy_of(model: nn.Module) -> Policy:
+    own = copy.deepcopy(model)
+    section = ModelSection(huggingface_id="tiny")
+    loaded = LoadedModel(own, torch.float64, copy.deepcopy(own.config))
+    policy = assemble(own, loaded, Precision(torch.float64), section, fp32_logits=False)
+    assert policy.share_prefix
+    return policy
+
+
+def make_groups(rows: str) -> list[Group]:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(n: int) -> array[int]:
+        return array("i", torch.randint(4, 400, (n,), generator=generator).tolist())
+
+    groups = []
+    for i in range(8):
+        lengths = (3 + 5 * (i % 3), 2 + i)
+        masks = [b"\0" * (i % 2) + b"\1" * (n - i % 2) for n in lengths]
+        answers = tuple(Completion(draw(n), m) for n, m in zip(lengths, masks, strict=True))
+        groups.append(Group(draw(4 + 3 * i), answers if rows == "pair" else answers[:1], Origin("rows", i + 1)))
+    return groups
+
+
+def one_step(
+    forward: nn.Module, settings: MethodSettings, batches_of: Callable[[Sequence[Group], Sequence[Tensor]], list[Batch]]
+) -> tuple[float, dict[str, Tensor]]:
+    objective = build_objective(settings)
+    groups = make_groups(objective.rows)
+    generator = torch.Generator().manual_seed(6)
+    # as a reference would have scored: some nats a token, so that z of kto_pair is not 0
+    refs = [-6.5 * torch.rand(g.num_scored, generator=generator, dtype=torch.float64) - 3 for g in groups]
+    forward.zero_grad()
+    result = forward_backward(forward, objective, batches_of(groups, refs))
+    gradients = {n.removeprefix("model."): p.grad.clone() for n, p in forward.named_parameters() if p.grad is not None}
+    return result.loss, gradients
+
+
+def in_parts(sizes: Sequence[int], layout: Callable[..., Batch]) -> Callable[..., list[Batch]]:
+    def batches(groups: Sequence[Group], refs: Sequence[Tensor]) -> list[Batch]:
+        bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        return [layout(groups[a:b], refs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    return batches
+
+
+def by_budget(tokens: int) -> Callable[..., list[Batch]]:
+    def batches(groups: Sequence[Group], refs: Sequence[Tensor]) -> list[Batch]:
+        place = {id(g): i for i, g in enumerate(groups)}
+        return [pack(part, [refs[place[id(g)]] for g in part]) for part in cut(groups, tokens, packed_tokens)]
+
+    return batches
+
+
+CUTS: dict[str, Callable[..., list[Batch]]] = {
+    "1x8": in_parts([1] * 8, pack),
+    "8x1 padded": in_parts([8], pad),
+    "2x4 padded": in_parts([4, 4], pad),
+    "budget 60": by_budget(60),
+    "budget 200": by_budget(200),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_cut_and_layout_is_the_same_step(settings: MethodSettings, model: nn.Module) -> None:
+    loss, gradients = one_step(PlainTransformers(copy.deepcopy(model)), settings, in_parts([8], pad))
+    assert all(torch.isfinite(g).all() for g in gradients.values()) and gradients["lm_head.weight"].norm() > 0
+    policy = policy_of(model)
+    for name, batches_of in {"8x1": in_parts([8], pack), **CUTS}.items():
+        cut_loss, cut_gradients = one_step(policy, settings, batches_of)
+        assert cut_loss == pytest.approx(loss, rel=RELATIVE), name
+        assert cut_gradients.keys() == gradients.keys()
+        for weight, expected in gradients.items():
+            error = float((cut_gradients[weight] - expected).norm() / expected.norm())
+            assert error < RELATIVE, f"{name}: gradient of {weight}"
+
+
+def test_a_completion_does_not_see_its_sibling(model: nn.Module) -> None:
+    policy = policy_of(model)
+    (group, *_) = make_groups("pair")
+    chosen, rejected = group.completions
+    other = Completion(array("i", [(t + 7) % 400 for t in chosen.ids]), chosen.loss_mask)
+    with policy.scoring():
+        before = policy(pack([group]))
+        after = policy(pack([Group(group.prompt_ids, (other, rejected), group.origin)]))
+    n = chosen.num_scored
+    assert torch.equal(before[n:], after[n:]), "bit for bit"
+    assert not torch.equal(before[:n], after[:n])

@@ -1,0 +1,233 @@
+"""What a user reads: the place, the key, the value found, the values expected, and what to do."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from strop.config import load_config
+from strop.errors import ConfigError
+
+MODEL = "models:\n  - huggingface_id: org/model\n"
+
+
+def message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, **arguments: object) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config("c.yaml", **arguments)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+CASES = {
+    # text after the model, what the message says, line by line
+    "text for a number": (
+        "training:\n  learning_rate: '5e-7'\n",
+        "c.yaml:4: training.learning_rate is '5e-7' (text)\n  expected: a number above 0, or null\n"
+        "  to do:    write 5e-07, without quotes, leading zeros or underscores",
+    ),
+    "leading zero": (
+        "training:\n  num_epochs: 012\n",
+        "c.yaml:4: training.num_epochs is '012' (text)\n  expected: a whole number of at least 1\n"
+        "  to do:    write 12, without quotes, leading zeros or underscores",
+    ),
+    "yes": (
+        "training:\n  bf16: yes\n",
+        "c.yaml:4: training.bf16 is 'yes' (text)\n  expected: true or false, or null\n  to do:    write true",
+    ),
+    "off": (
+        "training:\n  auto_precision: off\n",
+        "c.yaml:4: training.auto_precision is 'off' (text)\n  expected: true or false\n  to do:    write false",
+    ),
+    "a boolean for a number": (
+        "training:\n  num_epochs: true\n",
+        "c.yaml:4: training.num_epochs is true\n  expected: a whole number of at least 1",
+    ),
+    "a fraction for a whole number": (
+        "training:\n  num_epochs: 2.0\n",
+        "c.yaml:4: training.num_epochs is 2.0\n  expected: a whole number of at least 1\n  to do:    write 2",
+    ),
+    "negative": (
+        "training:\n  num_epochs: -1\n",
+        "c.yaml:4: training.num_epochs is -1\n  expected: a whole number of at least 1",
+    ),
+    "nan": (
+        "training:\n  learning_rate: .nan\n",
+        "c.yaml:4: training.learning_rate is nan\n  expected: a finite number above 0, or null",
+    ),
+    "too large for a float": (
+        "training:\n  weight_decay: 1e400\n",
+        "c.yaml:4: training.weight_decay is inf\n  expected: a finite number of at least 0",
+    ),
+    "out of range": (
+        "dataset:\n  validation_split: 1.0\n",
+        "c.yaml:4: dataset.validation_split is 1.0\n  expected: a number of at least 0 and below 1",
+    ),
+    "an unknown choice": (
+        "training:\n  lr_scheduler: Cosin\n",
+        "c.yaml:4: training.lr_scheduler is 'Cosin' (text)\n  expected: one of linear, cosine, constant\n"
+        "  to do:    did you mean cosine?",
+    ),
+    "a number for text": (
+        "dataset:\n  name: 3\n",
+        "c.yaml:4: dataset.name is 3\n  expected: text, or null\n  to do:    write it in quotes",
+    ),
+    "one for a list": (
+        "gpu:\n  device_ids: 0\n",
+        "c.yaml:4: gpu.device_ids is 0\n  expected: a list of whole numbers of at least 0, or null\n"
+        "  to do:    write a list: [0]",
+    ),
+    "an element of a list": (
+        "logging:\n  report_to: [tensorboard, wandbee]\n",
+        "c.yaml:4: logging.report_to is the list ['tensorboard', 'wandbee']\n  expected: a list of these: tensorboard",
+    ),
+    "a union": (
+        "training:\n  gradient_checkpointing: maybe\n",
+        "c.yaml:4: training.gradient_checkpointing is 'maybe' (text)\n"
+        "  expected: true, false, or a number above 0 and below 1",
+    ),
+    "a misspelt key": (
+        "training:\n  learning_rat: 1.0\n",
+        "c.yaml:4: unknown key training.learning_rat\n  to do:    did you mean training.learning_rate?",
+    ),
+    "a key of another section": (
+        "training:\n  beta: 0.2\n",
+        "c.yaml:4: unknown key training.beta\n  to do:    beta belongs in post_training: post_training.beta",
+    ),
+    "a key of another tool": (
+        "training:\n  lr: 0.2\n",
+        "c.yaml:4: unknown key training.lr\n  to do:    did you mean training.learning_rate?",
+    ),
+    "a key at the top": (
+        "learning_rate: 0.2\n",
+        "c.yaml:3: unknown key learning_rate\n  to do:    learning_rate belongs in training: training.learning_rate",
+    ),
+    "a misspelt section": (
+        "trainin:\n  bf16: true\n",
+        "c.yaml:3: unknown key trainin\n  to do:    did you mean training?",
+    ),
+    "a value for a section": (
+        "training: 5\n",
+        "c.yaml:3: training is 5\n  expected: a section with keys (output_dir, num_epochs, max_steps, ...)",
+    ),
+    "an unknown method": (
+        "post_training:\n  method: dpoo\n",
+        "c.yaml:4: post_training.method is 'dpoo' (text)\n  expected: one of sft, dpo\n  to do:    did you mean dpo?",
+    ),
+    "a method that is none": (
+        "post_training:\n  method: [dpo]\n",
+        "c.yaml:4: post_training.method is the list ['dpo']\n  expected: one of sft, dpo",
+    ),
+    "a setting in the union": (
+        "post_training:\n  method: dpo\n  beta: -1\n",
+        "c.yaml:5: post_training.beta is -1\n  expected: a number above 0",
+    ),
+    "a misspelt setting": (
+        "post_training:\n  method: dpo\n  betta: 1.0\n",
+        "c.yaml:5: unknown key post_training.betta\n  to do:    did you mean post_training.beta?",
+    ),
+    "a setting of another method": (
+        "post_training:\n  beta: 0.1\n",
+        "c.yaml:4: post_training.beta is 0.1, but method sft does not read it\n"
+        "  expected: the settings of sft: loss_reduction\n  to do:    remove beta, or set method: dpo",
+    ),
+    "a setting of another loss": (
+        "post_training:\n  method: dpo\n  loss_type: hinge\n  label_smoothing: 0.1\n",
+        "c.yaml:6: post_training.label_smoothing is 0.1, but it is read by loss_type sigmoid only\n"
+        "  to do:    remove label_smoothing, or choose loss_type sigmoid",
+    ),
+    "two keys together": (
+        "training:\n  max_seq_length: 100\n  max_prompt_length: 200\n",
+        "c.yaml:5 and c.yaml:4: training.max_prompt_length 200 leaves no token for a completion within max_seq_length "
+        "100\n  to do:    lower max_prompt_length or raise max_seq_length",
+    ),
+    "a huge number": (
+        "seed: " + "9" * 90 + "\n",
+        "c.yaml:3: seed is a number of more than 60 digits\n"
+        "  expected: a whole number of at least 0 and below 4294967296",
+    ),
+    "a folder of the system": (
+        "training:\n  output_dir: /\n",
+        "c.yaml:4: training.output_dir is '/', which names no folder of its own\n"
+        "  expected: a folder of your own, such as ./outputs",
+    ),
+    "variables": (
+        "dataset:\n  train_file: ${DATA}/x.jsonl\n",
+        "c.yaml:4: dataset.train_file holds ${...}; variables are not replaced here\n  to do:    write the value",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    text, expected = CASES[case]
+    assert message(tmp_path, monkeypatch, MODEL + text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [("seed: 1\n", ""), ("models:\n", ""), ("models: []\n", "c.yaml:1: ")],
+)
+def test_missing_models_say_what_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, where: str
+) -> None:
+    found = message(tmp_path, monkeypatch, text)
+    assert found.startswith(where)
+    assert "- huggingface_id: org/model" in found
+    assert "--model org/model" in found
+
+
+def test_a_model_without_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = "models.0.huggingface_id is missing\n  expected: a hub id or a folder"
+    assert message(tmp_path, monkeypatch, "models:\n  - name: x\n") == f"c.yaml:2: {found}"
+    assert message(tmp_path, monkeypatch, "seed: 1\n", overrides={"models.0.name": "x"}).endswith(f"]: {found}")
+
+
+@pytest.mark.parametrize(
+    "text", ["models: org/model\n", "models: {huggingface_id: a}\n", "models: [a]\n", "models: [[1]]\n"]
+)
+def test_models_that_are_no_list_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    assert message(tmp_path, monkeypatch, text).startswith("c.yaml:1: models")
+
+
+def test_all_problems_are_listed_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = MODEL + (
+        "dataset:\n  nam: x\ntraining:\n  num_epochs: 0\n  gradient_checkpointing: often\n  target_modules: [1]\n"
+        "post_training:\n  method: dpo\n  beta: 0\n"
+    )
+    found = message(tmp_path, monkeypatch, text).splitlines()
+    assert found[0] == "5 problems in the configuration"
+    assert [line.split()[1] for line in found if line.startswith("- ")] == [
+        "c.yaml:4:",
+        "c.yaml:11:",
+        "c.yaml:6:",
+        "c.yaml:7:",
+        "c.yaml:8:",
+    ]
+
+
+def test_a_thousand_problems_are_counted_in_good_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.perf_counter()
+    found = message(tmp_path, monkeypatch, MODEL + "".join(f"key{i}: 1\n" for i in range(5000)))
+    assert found.count("unknown key") == 20
+    assert "4980 more" in found
+    assert time.perf_counter() - start < 10
+
+
+def test_secrets_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + "a1B2" * 9
+    for text in (
+        f"seed: {token}\n",
+        f"dataset:\n  name: {token}\n",
+        f"gpu:\n  device_ids: [{token}]\n",
+        f"{token}: 1\n",
+    ):
+        assert token not in message(tmp_path, monkeypatch, MODEL + text)
+
+
+def test_messages_show_no_control_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = message(tmp_path, monkeypatch, MODEL + '"\\e[31m\\u202e": 1\nseed: "\\e[31m"\n')
+    assert "\x1b" not in found
+    assert "\u202e" not in found

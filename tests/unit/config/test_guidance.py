@@ -1,0 +1,147 @@
+"""What is left open is decided once and stays; harmful values are warned of; the resolved YAML loads as its equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strop.config import METHODS, ModelSection, RunConfig, TrainingSection, advice, load_config, resolve, to_yaml
+
+MODEL = ModelSection(huggingface_id="org/model")
+
+
+def load(**overrides: Any) -> RunConfig:
+    return load_config(overrides={"models": [MODEL], **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+
+@pytest.mark.parametrize(("method", "rate"), [("sft", 2e-5), ("dpo", 5e-7)])
+def test_the_learning_rate_follows_the_method(method: str, rate: float) -> None:
+    config = load(method=method)
+    assert config.training.learning_rate == rate == METHODS[method].LEARNING_RATE
+    assert load(method=method, learning_rate=3e-6).training.learning_rate == 3e-6
+
+
+def test_warm_up_is_100_steps_unless_something_is_given() -> None:
+    assert load().training.warmup_steps == 100
+    assert load(warmup_steps=0).training.warmup_steps == 0
+    assert load(warmup_ratio=0.1).training.warmup_steps is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_loss", False),
+        ("loss", False),
+        ("nll", False),
+        ("eval_nll", False),
+        ("eval_val_loss", False),
+        ("eval_rewards/accuracies", True),
+        ("rewards/margins", True),
+        ("accuracy", True),
+    ],
+)
+def test_losses_are_better_when_smaller(metric: str, greater: bool) -> None:
+    config = load(metric_for_best_model=metric)
+    assert config.finetuning.greater_is_better is greater
+    assert load(metric_for_best_model=metric, greater_is_better=not greater).finetuning.greater_is_better is not greater
+
+
+def test_resolving_is_idempotent_and_the_same_for_python_and_yaml() -> None:
+    raw = RunConfig(models=(MODEL,), training=TrainingSection(learning_rate=None, max_steps=5))
+    resolved = resolve(raw)
+    assert raw.training.learning_rate is None
+    assert resolve(resolved) is resolved
+    assert resolved == load(max_steps=5)
+    assert resolved.origins["training.learning_rate"] == "default: by method (sft 2e-5, dpo 5e-7)"
+    assert resolved.origins["training.max_steps"] == "python"
+
+
+# ---- warnings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        ({"method": "dpo", "learning_rate": 2e-5}, "collapse"),
+        ({"method": "dpo", "learning_rate": 2e-5, "lora.r": 8}, "collapse"),
+        ({"method": "dpo", "learning_rate": 5e-8}, "very little"),
+        ({"method": "dpo", "beta": 0.001}, "beta"),
+        ({"method": "dpo", "beta": 3.0}, "beta"),
+        ({"method": "dpo", "use_ref_model": False, "lora.enabled": True}, "use_ref_model"),
+        ({"auto_precision": True, "bf16": False}, "auto_precision"),
+    ],
+)
+def test_values_that_are_warned_of(overrides: dict[str, Any], word: str) -> None:
+    (line,) = advice(load(**overrides))
+    assert word in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"learning_rate": 2e-4},
+        {"method": "dpo"},
+        {"method": "dpo", "learning_rate": 1e-5, "beta": 1.0},
+        {"method": "dpo", "learning_rate": 1e-7, "beta": 0.01},
+        {"method": "dpo", "use_ref_model": False},
+        {"auto_precision": True},
+    ],
+)
+def test_values_that_are_not(overrides: dict[str, Any]) -> None:
+    assert advice(load(**overrides)) == []
+
+
+# ---- the resolved configuration as YAML
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10).filter(
+    lambda s: bool(s.strip()) and "\0" not in s and "${" not in s
+)
+RATES = st.floats(1e-12, 1e3)
+OVERRIDES = st.fixed_dictionaries(
+    {"dataset.name": TEXT | st.none(), "dataset.prompt_column": TEXT, "seed": st.integers(0, 2**32 - 1)},
+    optional={
+        "training.learning_rate": RATES,
+        "training.weight_decay": st.floats(0, 10),
+        "training.bf16": st.booleans() | st.none(),
+        "training.max_steps": st.integers(1, 2**60),
+        "training.gradient_checkpointing": st.booleans() | st.floats(0.01, 0.99),
+        "training.max_seq_length": st.integers(2, 2**40),
+        "training.warmup_ratio": st.floats(0, 1),
+        "post_training.method": st.sampled_from(sorted(METHODS)),
+        "lora.target_modules": TEXT | st.lists(TEXT, max_size=3),
+        "lora.enabled": st.booleans(),
+        "lora.r": st.integers(1, 500),
+        "gpu.device_ids": st.none() | st.lists(st.integers(0, 9), min_size=1, unique=True),
+        "finetuning.greater_is_better": st.booleans() | st.none(),
+        "logging.report_to": st.sampled_from([(), ("tensorboard",)]),
+    },
+)
+
+
+@given(OVERRIDES, st.lists(st.tuples(TEXT, TEXT.map(lambda s: s.replace("/", "_"))), min_size=1, max_size=2))
+def test_the_resolved_yaml_loads_as_an_equal_configuration(
+    tmp_path_factory: pytest.TempPathFactory, overrides: dict[str, Any], models: list[tuple[str, str]]
+) -> None:
+    names = [f"m{i}" for i in range(len(models))]
+    overrides["models"] = [{"huggingface_id": m[0], "name": n} for m, n in zip(models, names, strict=True)]
+    config = load_config(overrides=overrides)
+    file = tmp_path_factory.getbasetemp() / "resolved.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    again = load_config(file)
+    assert again == config
+    assert to_yaml(again.with_origins(config.origins)) == to_yaml(config)
+
+
+def test_the_resolved_yaml_tells_where_values_came_from(tmp_path: Path) -> None:
+    path = tmp_path / "a\u202eb.yaml"
+    path.write_text("models: [{huggingface_id: org/model}]\npost_training: {method: dpo, beta: 0.2}\n")
+    text = to_yaml(load_config(path, preset="gpu-bf16"))
+    assert "  bf16: true  # preset gpu-bf16\n" in text
+    assert f"  beta: 0.2  # {tmp_path}/a?b.yaml:2\n" in text
+    assert "  lr_scheduler: linear\n" in text
+    assert "\u202e" not in text

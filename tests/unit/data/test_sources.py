@@ -1,0 +1,119 @@
+"""Sources: which one wins, what is not read is said, what is not there is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from strop.config import RunConfig
+from strop.data.sources import Sources, choose_sources
+from strop.errors import ConfigError, DataError
+
+Make = Callable[..., RunConfig]
+
+
+def write(path: Path, *names: str) -> str:
+    path.write_text("".join(json.dumps({"prompt": name, "completion": "x"}) + "\n" for name in names))
+    return str(path)
+
+
+def prompts(sources: Sources) -> tuple[list[str], list[str] | None]:
+    train = [str(row.data and row.data["prompt"]) for row in sources.train.read()]
+    held = sources.eval and [str(row.data and row.data["prompt"]) for row in sources.eval.read()]
+    return train, held
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("train.jsonl", "val.jsonl", "train.dpo.jsonl", "val.dpo.jsonl"):
+        write(tmp_path / name, name)
+    write(tmp_path / "own.jsonl", "own")
+    return tmp_path
+
+
+def test_train_file_wins_over_splits_dir_wins_over_name(folder: Path, make_config: Make) -> None:
+    own, other = str(folder / "own.jsonl"), str(folder / "val.dpo.jsonl")
+
+    def chosen(**dataset: str) -> tuple[list[str], list[str] | None]:
+        return prompts(choose_sources(make_config(**dataset).dataset, "single"))
+
+    assert chosen(name=own) == (["own"], None)
+    assert chosen(name=other, splits_dir=str(folder)) == (["train.jsonl"], ["val.jsonl"])
+    assert chosen(name=other, splits_dir=str(folder), train_file=own) == (["own"], ["val.jsonl"])
+    assert chosen(splits_dir=str(folder), val_file=own) == (["train.jsonl"], ["own"])
+    assert chosen(train_file=own, val_file=other) == (["own"], ["val.dpo.jsonl"])
+
+
+def test_preferences_have_their_own_split_files(folder: Path, make_config: Make) -> None:
+    sources = choose_sources(make_config(splits_dir=str(folder)).dataset, "pair")
+    assert prompts(sources) == (["train.dpo.jsonl"], ["val.dpo.jsonl"])
+
+
+def test_a_source_that_is_not_read_is_said(folder: Path, make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    own = str(folder / "own.jsonl")
+    with caplog.at_level(logging.WARNING, logger="strop"):
+        choose_sources(make_config(train_file=own).dataset, "single")
+        choose_sources(make_config(train_file=own, splits_dir=str(folder)).dataset, "single")
+        assert not caplog.records
+        choose_sources(make_config(train_file=own, name="x", splits_dir=str(folder), val_file=own).dataset, "single")
+    assert [record.getMessage() for record in caplog.records] == [
+        "dataset.splits_dir is not read: dataset.train_file wins over it",
+        "dataset.name is not read: dataset.train_file wins over it",
+    ]
+
+
+@pytest.mark.parametrize(("gone", "key"), [("train.jsonl", "dataset.train_file"), ("val.jsonl", "dataset.val_file")])
+def test_a_missing_split_file_is_named(folder: Path, make_config: Make, gone: str, key: str) -> None:
+    (folder / gone).unlink()
+    with pytest.raises(DataError) as error:
+        choose_sources(make_config(splits_dir=str(folder)).dataset, "single")
+    assert gone in error.value.found and key in error.value.fix
+
+
+def test_no_source_names_the_keys(make_config: Make) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.train_file, dataset\.splits_dir or dataset\.name"):
+        choose_sources(make_config(val_file="x.jsonl").dataset, "single")
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.csv", "gone.jsonl.gz", "gone.parquet"])
+def test_a_name_that_looks_like_a_file_is_one(make_config: Make, name: str) -> None:
+    for key in ("name", "train_file"):
+        with pytest.raises(DataError, match="no such file"):
+            choose_sources(make_config(**{key: name}).dataset, "single")
+
+
+def test_an_unknown_extension_is_refused(tmp_path: Path, make_config: Make) -> None:
+    path = tmp_path / "rows.xlsx"
+    path.touch()
+    with pytest.raises(DataError, match=r"\.jsonl"):
+        choose_sources(make_config(train_file=str(path)).dataset, "single")
+
+
+def test_saved_data_sets_are_read_by_split_and_slice(tmp_path: Path, make_config: Make) -> None:
+    table = datasets.Dataset.from_list([{"prompt": str(i), "completion": "x"} for i in range(10)])
+    datasets.DatasetDict({"train": table, "extra": table.select(range(2))}).save_to_disk(tmp_path / "both")
+    table.save_to_disk(tmp_path / "one")
+
+    def read(name: str, split: str) -> list[str]:
+        return prompts(choose_sources(make_config(name=str(tmp_path / name), split=split).dataset, "single"))[0]
+
+    assert read("both", "train") == [str(i) for i in range(10)]
+    assert read("both", "train[:20%]+extra") == ["0", "1", "0", "1"]
+    assert read("one", "train[8:]") == ["8", "9"]
+    source = choose_sources(make_config(name=str(tmp_path / "both"), split="train[3:5]").dataset, "single").train
+    assert [str(row.origin) for row in source.read()] == [f"{tmp_path / 'both'}[train]:{i}" for i in (4, 5)]
+    with pytest.raises(DataError, match="cannot be read"):
+        read("both", "nothing")
+    with pytest.raises(DataError, match="save_to_disk"):
+        prompts(choose_sources(make_config(name=str(tmp_path)).dataset, "single"))
+
+
+def test_a_hub_data_set_out_of_reach_is_one_clear_error(make_config: Make) -> None:
+    source = choose_sources(make_config(name="nobody/nothing", subset="x").dataset, "single").train
+    with pytest.raises(DataError, match=r"dataset\.name: nobody/nothing, subset x, split train"):
+        next(source.read())

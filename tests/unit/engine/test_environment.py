@@ -1,0 +1,48 @@
+"""environment.json says what a run was made with, and no secret."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from strop.durable import to_json
+from strop.engine.environment import describe_environment
+
+SECRET = "hf_" + "a1B2c3D4e5" * 3
+KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_ODD_VARIABLE", "never-written-down")
+    facts = describe_environment(seed=7, world_size=2, command=["strop", "train"])
+    assert facts["python"] == platform.python_version()
+    packages = facts["packages"]
+    assert isinstance(packages, dict) and packages["torch"] == torch.__version__ and packages["strop"]
+    assert (facts["seed"], facts["world_size"], facts["command"]) == (7, 2, ["strop", "train"])
+    assert json.loads(to_json(facts)) == facts
+    assert "never-written-down" not in to_json(facts)
+
+
+def test_no_secret_of_the_command_line_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    command = ["strop", "train", "--hub-token", "x" * 20, f"--name={SECRET}", f"https://u:pw@host/{KEY}"]
+    text = to_json(describe_environment(seed=1, command=command))
+    assert not any(s in text for s in (SECRET, KEY, "x" * 20, "pw@"))
+
+
+def test_the_commit_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert describe_environment(seed=1)["git_commit"] is None
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = describe_environment(seed=1)["git_commit"]
+    assert isinstance(commit, str) and len(commit) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
+    assert describe_environment(seed=1)["git_commit"] is None

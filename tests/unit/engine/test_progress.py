@@ -1,0 +1,207 @@
+"""What the terminal shows, with and without a terminal, and what a signal does."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from strop.engine import progress
+from strop.engine.progress import Progress, StopSignal
+
+SHOWN = {"loss": 0.6931, "epoch": 0.5, "rewards/margins": 0.0125, "tokens": 100}
+RECORD = {"step": 3, "epoch": 0.25, "split": "train", "loss": 0.5, "rewards/margins": -0.1, "learning_rate": 5e-7}
+
+
+def test_without_a_terminal_one_plain_line_a_record() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as shown:
+        assert not shown.live
+        task = shown.task("training", 12)
+        for step in range(1, 5):
+            task.step(SHOWN)
+            if step == 3:
+                task.record({**RECORD, "tokens_per_second": 12345.6})
+        shown.note("a note with [brackets] and \x1b[31mescapes\x07")
+        task.record({**RECORD, "split": "eval"})
+    first, note, evaluation = stream.getvalue().splitlines()
+    assert first.startswith(
+        "train step 3/12  epoch 0.25  loss 0.5000  rewards/margins -0.1000  lr 5.00e-07  tokens/s 12,346"
+    )
+    assert "elapsed" in first and "left" in first
+    assert note == "a note with [brackets] and \N{REPLACEMENT CHARACTER}[31mescapes\N{REPLACEMENT CHARACTER}"
+    assert evaluation.startswith("eval step 3/12  epoch 0.25  loss 0.5000") and "left" not in evaluation
+
+
+def test_a_long_task_without_a_terminal_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Progress(stream=stream) as shown:
+        task = shown.task("reference log-probs", 10)
+        for _ in range(10):
+            now += 7.0
+            task.step()
+    assert stream.getvalue().splitlines() == [
+        "reference log-probs: 5 of 10, 0:35 elapsed, 0:35 left",
+        "reference log-probs: 10 of 10, 1:10 elapsed, 0:00 left",
+        "reference log-probs: 10 of 10 in 1:10",
+    ]
+
+
+def test_a_short_task_without_a_terminal_says_nothing() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as shown:
+        shown.task("evaluation", 2).step(n=2)
+    assert stream.getvalue() == ""
+
+
+SCRIPT = """
+import logging, sys, time
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from strop.engine.progress import Progress
+with Progress() as shown:
+    print("live", shown.live, file=sys.stderr)
+    task = shown.task("training", 40, completed=20)
+    for step in range(20):
+        time.sleep(0.02)
+        task.step({"loss": 0.6931, "epoch": 0.5, "rewards/margins": 0.0125, "tokens": 100 * step})
+        if step == 10:
+            logging.info("a log line")
+            shown.note("a note [red]")
+            task.record({"step": 30, "split": "eval", "loss": 0.25})
+            inner = shown.task("evaluation", 3)
+            for _ in range(3):
+                inner.step()
+logging.info("after")
+"""
+
+
+def run_in_a_terminal(term: str) -> str:
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stderr=follower, stdout=subprocess.DEVNULL,
+        env={**os.environ, "TERM": term, "COLUMNS": "160"},
+    ) as process:  # fmt: skip
+        os.close(follower)
+        chunks = []
+        while True:
+            try:
+                chunk = os.read(leader, 65536)
+            except OSError:  # how a terminal says that its other end is closed
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+        assert process.wait() == 0
+    os.close(leader)
+    return b"".join(chunks).decode()
+
+
+def test_in_a_terminal_a_bar_with_lines_above_it() -> None:
+    text = run_in_a_terminal("xterm")
+    assert "live True" in text
+    for piece in ("training", "/40", "loss 0.6931", "epoch 0.50", "margin 0.0125", "tokens/s"):
+        assert piece in text
+    for line in ("a log line", "a note [red]", "eval step 30/40  loss 0.2500", "after"):
+        assert any(part.strip().endswith(line) for part in text.replace("\x1b[2K", "\n").splitlines()), line
+    assert text.count("\x1b[2K") < 30  # drawn a few times a second, not at every step
+
+
+def test_a_dumb_terminal_gets_plain_lines() -> None:
+    text = run_in_a_terminal("dumb")
+    assert "live False" in text and "\x1b" not in text and "eval step 30/40" in text
+
+
+def test_a_terminal_that_goes_away_does_not_stop_the_run() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    for live in (False, True):
+        with Progress(stream=Gone(), live=live) as shown:
+            task = shown.task("training", 3)
+            for _ in range(3):
+                task.step(SHOWN)
+                task.record(RECORD)
+                shown.note("text")
+
+
+def test_log_handlers_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("some.library")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    with Progress(live=True):
+        pass
+    assert handler.stream is stream and sys.stderr is stream
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_step_costs_next_to_nothing(live: bool) -> None:
+    with Progress(stream=io.StringIO(), live=live) as shown:
+        task = shown.task("training", 10_000)
+        task.step(SHOWN)
+        started = time.perf_counter()
+        for _ in range(1000):
+            task.step(SHOWN)
+        assert (time.perf_counter() - started) / 1000 < 1e-3  # measured: 2e-5; a busy machine may be slow
+
+
+# ---- signals
+
+
+def test_the_first_signal_is_a_wish_and_the_handlers_come_back() -> None:
+    before = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with StopSignal() as stop:
+            assert not stop.requested
+            os.kill(os.getpid(), number)
+            assert stop.requested
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_only_the_third_interrupt_gives_up(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    said = capfd.readouterr().err
+    assert said.count("finishing the step, then saving") == 1 and said.count("already stopping") == 2
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_outside_of_the_main_thread_nothing_is_installed() -> None:
+    seen: list[object] = []
+
+    def work() -> None:
+        with StopSignal() as stop:
+            seen.append(stop.requested)
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False, before]

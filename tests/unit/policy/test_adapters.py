@@ -1,0 +1,334 @@
+"""Adapters train what they should and nothing else, load again with plain peft, and go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from strop.batch import pack
+from strop.config.run import RunConfig
+from strop.config.sections import ModelSection
+from strop.errors import ModelError
+from strop.policy.adapters import linear_layers, resolve_targets
+from strop.policy.load import load_tokenizer
+from strop.policy.policy import Policy, build_policy
+from strop.types import Group
+
+MakePolicy = Callable[..., Policy]
+# plain peft 0.21 on transformers 5.23, as users load the result
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def adapted(policy: Policy) -> set[str]:
+    return {n.split(".lora_A")[0].rpartition(".")[2] for n in policy.trainable() if ".lora_A" in n}
+
+
+def train_a_little(policy: Policy, groups: list[Group]) -> None:
+    """Random steps, so that no trained weight is what it was drawn as."""
+    policy(policy.collate(groups)).sum().backward()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in policy.trainable().values():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+
+
+def logps_of(model: nn.Module, groups: list[Group]) -> Tensor:
+    """Plain transformers, a row at a time."""
+    parts = []
+    with torch.no_grad():
+        for group in groups:
+            for c in group.completions:
+                logps = model(input_ids=torch.tensor([[*group.prompt_ids, *c.ids]])).logits[0].log_softmax(-1)
+                parts += [logps[len(group.prompt_ids) + j - 1, t] for j, t in enumerate(c.ids)]
+    return torch.stack(parts)
+
+
+@pytest.mark.parametrize(
+    ("lora", "others"),
+    [
+        ({}, ""),
+        ({"use_rslora": True, "r": 4}, ""),
+        ({"use_dora": True}, ""),
+        ({"target_modules": "all-linear", "lora_dropout": 0.0}, ""),
+        ({"target_modules": ["q_proj", "down_proj"]}, ""),
+        ({"target_modules": ["layers.1.mlp.up_proj"]}, ""),
+        ({"target_modules": r".*layers\.0\..*_proj"}, ""),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ({"modules_to_save": ["embed_tokens", "norm"]}, "embed_tokens.weight norm.weight"),
+        ({"bias": "all"}, "bias"),
+        ({"bias": "lora_only", "target_modules": ["q_proj"]}, "q_proj.base_layer.bias"),
+    ],
+    ids=str,
+)
+def test_trains_the_adapter_alone_and_loads_with_peft(
+    lora: dict[str, Any], others: str, build: MakePolicy, model_dir: Path, groups: list[Group], tmp_path: Path
+) -> None:
+    if "bias" in lora:  # a model with biases
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING["llama"](**json.loads((model_dir / "config.json").read_text()) | {"attention_bias": True})
+        ).save_pretrained(model_dir)
+    policy = build(lora=lora)
+    frozen = {n: p.clone() for n, p in policy.named_parameters() if not p.requires_grad}
+    names = set(policy.trainable())
+    assert all("lora_" in n or any(n.endswith(o) for o in others.split()) for n in names)
+    assert all(any(n.endswith(o) for n in names) for o in others.split())
+    train_a_little(policy, groups)
+    assert all(p.grad is not None for p in policy.trainable().values())
+    assert all(p.grad is None and torch.equal(p, frozen[n]) for n, p in policy.named_parameters() if n in frozen)
+
+    policy.save_pretrained(tmp_path / "final", tokenizer=load_tokenizer_of(model_dir))
+    saved = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert saved.keys() == names
+    assert all(torch.equal(saved[n], p) for n, p in policy.trainable().items())
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    with policy.scoring():
+        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+
+
+def load_tokenizer_of(folder: Path) -> Any:
+    return load_tokenizer(ModelSection(huggingface_id=str(folder)))
+
+
+def test_the_saved_config_names_the_base(build: MakePolicy, model_dir: Path, tmp_path: Path) -> None:
+    policy = build(lora={"r": 4}, revision="main")
+    policy.save_pretrained(tmp_path / "final", load_tokenizer_of(model_dir))
+    config = json.loads((tmp_path / "final" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model_dir)
+    assert (config["r"], config["lora_alpha"], config["task_type"], config["revision"]) == (4, 8, "CAUSAL_LM", "main")
+    assert not list((tmp_path / "final").glob("*.bin"))
+    assert (tmp_path / "final" / "chat_template.jinja").exists()
+
+
+def test_weights_that_train_are_float32_on_a_low_base(build: MakePolicy, groups: list[Group]) -> None:
+    policy = build(lora={"modules_to_save": ["lm_head"]}, training={"bf16": True})
+    kinds = {p.requires_grad: p.dtype for p in policy.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    policy(policy.collate(groups)).sum().backward()
+    assert {p.grad.dtype for p in policy.trainable().values() if p.grad is not None} == {torch.float32}
+
+
+def test_new_adapters_change_nothing_and_are_drawn_from_the_seed(
+    configure: Callable[..., RunConfig], groups: list[Group]
+) -> None:
+    drawn = []
+    for seed, disturbance in ((1, 0), (1, 5), (2, 0)):
+        config = configure(lora={}).model_copy(update={"seed": seed})
+        torch.manual_seed(disturbance)
+        state = torch.get_rng_state()
+        policy = build_policy(config, config.models[0], torch.device("cpu"))
+        assert torch.equal(torch.get_rng_state(), state)
+        with policy.scoring():
+            with_adapter = policy(pack(groups))
+            with policy.model.disable_adapter():  # type: ignore[operator, union-attr]
+                assert torch.equal(policy(pack(groups)), with_adapter)
+        drawn.append(torch.cat([p.flatten() for n, p in policy.trainable().items() if "lora_A" in n]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "want"),
+    [
+        ("llama", QKVO),
+        ("qwen3", QKVO),
+        ("gemma2", QKVO),
+        ("olmo2", QKVO),
+        ("gpt2", {"c_attn"}),
+        ("gpt_neox", {"query_key_value"}),
+        ("bloom", {"query_key_value"}),
+        ("falcon", {"query_key_value"}),
+        ("phi", {"q_proj", "k_proj", "v_proj", "dense"}),
+        ("phi3", {"qkv_proj", "o_proj"}),
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("gptj", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("codegen", {"qkv_proj", "out_proj", "fc_in", "fc_out"}),
+    ],
+)
+def test_auto_targets_by_family(kind: str, want: set[str]) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    if kind in ("gptj", "codegen"):
+        sizes |= {"rotary_dim": 4, "n_embd": 16, "n_head": 4}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, pad_token_id=0))
+    assert set(resolve_targets(model, "auto", "here")) == want
+    everything = set(resolve_targets(model, "all-linear", "here"))
+    assert want <= everything and not {"lm_head", "embed_out"} & everything
+    assert everything == {n.rpartition(".")[2] for n in linear_layers(model)}
+
+
+def test_layers_that_lie_the_other_way_round(
+    model_dir: Path, build: MakePolicy, groups: list[Group], tmp_path: Path
+) -> None:
+    """gpt2's Conv1D."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=16, n_layer=2, n_head=2, n_positions=512, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(model_dir)
+    policy = build(lora={})
+    assert adapted(policy) == {"c_attn"}
+    train_a_little(policy, groups)
+    policy.save_pretrained(tmp_path / "final", load_tokenizer_of(model_dir))
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    with policy.scoring():
+        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (
+            {"target_modules": ["q_proj", "vproj"]},
+            r"no linear layer is called 'vproj'\n.*down_proj.*\n.*did you mean v_proj",
+        ),
+        ({"target_modules": "qq_proj"}, "no linear layer is called 'qq_proj'"),
+        ({"target_modules": "(unclosed"}, "no linear layer is called"),
+        ({"target_modules": ["lm_head"]}, "is the head.*\n.*lora.modules_to_save"),
+        ({"target_modules": ["embed_tokens"]}, "no linear layer is called 'embed_tokens'"),
+        ({"modules_to_save": ["head"]}, "lora.modules_to_save: no module is called 'head'\n.*lm_head"),
+    ],
+    ids=str,
+)
+def test_names_that_do_not_fit(lora: dict[str, Any], said: str, build: MakePolicy) -> None:
+    with pytest.raises(ModelError, match=said):
+        build(lora=lora)
+
+
+@pytest.fixture
+def tied_dir(model_dir: Path) -> Path:
+    torch.manual_seed(0)
+    config = json.loads((model_dir / "config.json").read_text()) | {"tie_word_embeddings": True}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**config)).save_pretrained(model_dir)
+    return model_dir
+
+
+def test_tied_embeddings_stay_tied(tied_dir: Path, build: MakePolicy, groups: list[Group], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="shares its weights with the embedding"):
+        build(lora={"modules_to_save": ["lm_head"]})
+    policy = build(lora={"modules_to_save": ["embed_tokens"]})
+    train_a_little(policy, groups)
+    policy.save_pretrained(tmp_path / "final", load_tokenizer_of(tied_dir))
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    with policy.scoring():
+        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+
+
+# --- continuing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter_dir(build: MakePolicy, model_dir: Path, groups: list[Group], tmp_path: Path) -> Path:
+    policy = build(lora={"r": 4, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]})
+    train_a_little(policy, groups)
+    policy.save_pretrained(tmp_path / "adapter", load_tokenizer_of(model_dir))
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("lora", [None, {}, {"r": 4, "lora_dropout": 0.3}, {"target_modules": ["up_proj", "q_proj"]}])
+def test_goes_on_from_an_adapter(
+    lora: dict[str, Any] | None,
+    adapter_dir: Path,
+    build: MakePolicy,
+    model_dir: Path,
+    groups: list[Group],
+    tmp_path: Path,
+) -> None:
+    policy = build(lora=lora, adapter=str(adapter_dir))
+    saved = load_file(adapter_dir / "adapter_model.safetensors")
+    assert {n: p.dtype for n, p in policy.trainable().items()} == dict.fromkeys(saved, torch.float32)
+    assert all(torch.equal(p, saved[n]) for n, p in policy.trainable().items())
+    assert adapted(policy) == {"q_proj", "up_proj"}
+    dropouts = {m.p for m in policy.modules() if isinstance(m, nn.Dropout)}
+    assert dropouts == {(lora or {}).get("lora_dropout", 0.05)}
+    again = AutoPeftModelForCausalLM.from_pretrained(adapter_dir).eval()
+    with policy.scoring():
+        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+    policy.save_pretrained(tmp_path / "next", load_tokenizer_of(model_dir))
+    assert load_file(tmp_path / "next" / "adapter_model.safetensors").keys() == saved.keys()
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"r": 8}, "r: 8 here, 4 in the adapter"),
+        ({"r": 4, "lora_alpha": 5}, "lora_alpha: 5.0 here, 8 in the adapter"),
+        ({"use_dora": True, "bias": "all"}, "bias: all here, none in the adapter; use_dora: True here"),
+        ({"target_modules": ["v_proj"]}, "target_modules: v_proj here, q_proj, up_proj in the adapter"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save: norm here, lm_head in the adapter"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_the_adapters(
+    lora: dict[str, Any], said: str, adapter_dir: Path, build: MakePolicy
+) -> None:
+    with pytest.raises(ModelError, match=said):
+        build(lora=lora, adapter=str(adapter_dir))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: edit(d, peft_type="IA3"), "of the kind IA3"),
+        (lambda d: edit(d, init_lora_weights="pissa"), "init_lora_weights: pissa, which cannot be continued"),
+        (lambda d: edit(d, trainable_token_indices=[1]), "trainable_token_indices"),
+        (lambda d: edit(d, r=8), "does not fit"),
+        (lambda d: edit(d, r="many"), "does not fit|adapter_config.json"),
+        (lambda d: edit(d, target_modules=["nothing"]), "does not fit"),
+        (lambda d: edit(d, target_modules=["q_proj"]), "have no place in the model"),
+        (lambda d: edit(d, target_modules=["q_proj", "up_proj", "k_proj"]), "weights are missing"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
+        (lambda d: (d / "adapter_config.json").unlink(), "no adapter_config.json"),
+        (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), "a pickle"),
+        (lambda d: edit_weights(d, lambda t: t.pop(Q)), "1 of its weights are missing"),
+        (lambda d: edit_weights(d, lambda t: t.update({Q: torch.zeros(9, 9)})), "does not fit"),
+        (lambda d: edit_weights(d, lambda t: t[Q].fill_(float("nan"))), "lora_A.weight.*not finite"),
+    ],
+)
+def test_broken_adapters(damage: Callable[[Path], object], said: str, adapter_dir: Path, build: MakePolicy) -> None:
+    damage(adapter_dir)
+    with pytest.raises(ModelError, match=said):
+        build(adapter=str(adapter_dir))
+
+
+def test_an_adapter_that_is_not_there(build: MakePolicy) -> None:
+    with pytest.raises(ModelError, match="there is no such folder"):
+        build(adapter="./nowhere")
+
+
+def test_another_base_is_said(adapter_dir: Path, build: MakePolicy, caplog: pytest.LogCaptureFixture) -> None:
+    edit(adapter_dir, base_model_name_or_path="someone/else")
+    with caplog.at_level(logging.WARNING, "strop"):
+        build(adapter=str(adapter_dir))
+    assert "it was made on someone/else" in caplog.text
+
+
+def test_an_adapter_on_the_head_is_refused(build: MakePolicy, model_dir: Path, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), LoraConfig(target_modules=["lm_head"]))
+    assert isinstance(model, PeftModel)
+    model.save_pretrained(tmp_path / "on-head", save_embedding_layers=False)
+    with pytest.raises(ModelError, match="adapts the head"):
+        build(adapter=str(tmp_path / "on-head"))

@@ -1,0 +1,117 @@
+"""The chunked head: the naive head's numbers and gradients, without its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from strop.policy import logprobs
+from strop.policy.logprobs import LogitTransform, naive_token_logps, token_logps
+
+M, D, V = 13, 6, 31
+TRANSFORMS = [LogitTransform(), LogitTransform(0.25), LogitTransform(softcap=2.0), LogitTransform(3.0, 1.5)]
+
+
+def make_head(dtype: torch.dtype = torch.float64, bias: bool = True, spread: float = 1.0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((M, D), (V, D), (V,)))
+    targets = torch.randint(V, (M,), generator=generator)
+    return (spread * hidden).to(dtype), weight.to(dtype), b.to(dtype) if bias else None, targets  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 5, 13, 100])
+@pytest.mark.parametrize("trained", ["hidden", "weight bias", "hidden weight bias", "hidden bias"])
+def test_is_the_naive_head(transform: LogitTransform, chunk: int, trained: str) -> None:
+    hidden, weight, bias, targets = make_head()
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    for name in trained.split():
+        leaves[name].requires_grad_()
+    inputs = [leaves[name] for name in trained.split()]
+    coefficients = torch.randn(M, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    want = naive_token_logps(hidden, weight, bias, targets, transform=transform)
+    got = token_logps(hidden, weight, bias, targets, transform=transform, chunk_tokens=chunk)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(got @ coefficients, inputs),
+        torch.autograd.grad(want @ coefficients, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_by_finite_differences(transform: LogitTransform, frozen: bool) -> None:
+    hidden, weight, bias, targets = make_head()
+    inputs = [x.requires_grad_() for x in ([hidden] if frozen else [hidden, weight, bias])]
+
+    def function(*changed: Tensor) -> Tensor:
+        head = (*changed, weight, bias)[:3] if frozen else changed
+        return token_logps(*head, targets, transform=transform, chunk_tokens=4)  # type: ignore[misc]
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_without_bias_and_without_gradients() -> None:
+    hidden, weight, _, targets = make_head(bias=False)
+    got = token_logps(hidden.requires_grad_(), weight, None, targets)
+    torch.testing.assert_close(got, naive_token_logps(hidden, weight, None, targets))
+    with torch.no_grad():
+        assert not token_logps(hidden, weight, None, targets).requires_grad
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_bfloat16_is_no_worse_than_the_naive_head(trained: bool) -> None:
+    """float32 is the truth; the chunked head may be as far from it as the naive one in bfloat16."""
+    errors = []
+    exact = make_head(torch.float32, spread=3.0)
+    for head in (token_logps, naive_token_logps, None):
+        hidden, weight, bias, targets = make_head(torch.float32, spread=3.0)
+        leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
+        if head is token_logps:
+            logps = token_logps(hidden, weight, bias, targets, compute=torch.bfloat16, chunk_tokens=4)
+            assert logps.dtype == torch.float32
+        elif head is naive_token_logps:
+            logps = naive_token_logps(hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), targets)
+        else:
+            logps = naive_token_logps(hidden, weight, bias, targets)
+        logps.sum().backward()
+        errors.append([logps.detach(), *(x.grad for x in leaves if x.requires_grad)])
+    ours, naive, truth = errors
+    assert exact[0].dtype == torch.float32
+    for a, b, c in zip(ours, naive, truth, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-5
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, weight, bias, targets = make_head(torch.float32, spread=1e4)
+    logps = token_logps(hidden.requires_grad_(), weight, bias, targets)
+    logps.sum().backward()
+    assert torch.isfinite(logps).all() and torch.isfinite(hidden.grad).all()
+    assert (logps <= 0).all()
+
+
+def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix product with V columns has at most one chunk's rows, whatever trains."""
+    rows = []
+
+    def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        rows.append(len(x))
+        return x @ w.t() if b is None else x @ w.t() + b
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return linear if name == "linear" else getattr(torch.nn.functional, name)
+
+    monkeypatch.setattr(logprobs, "F", Watched())
+    hidden, weight, bias, targets = make_head()
+    for trains in (False, True):
+        token_logps(
+            hidden.requires_grad_(), weight.requires_grad_(trains), bias, targets, chunk_tokens=4
+        ).sum().backward()
+    assert rows == [4, 4, 4, 1] * 3  # once with a frozen head, twice with one that trains

@@ -1,0 +1,355 @@
+"""The policy as the engine uses it: scoring, precision, what is saved, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    dynamic_module_utils,
+)
+
+from strop.batch import GroupSpan, pack, pad
+from strop.config.run import RunConfig
+from strop.errors import ConfigError, ModelError
+from strop.policy import attention
+from strop.policy import policy as policy_module
+from strop.policy.logprobs import LogitTransform
+from strop.policy.policy import Policy, build_policy
+from strop.types import Group
+
+MakePolicy = Callable[..., Policy]
+
+
+def rewrite(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    """The tiny model again, with another configuration; `...` takes a key away."""
+    torch.manual_seed(0)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {k: v for k, v in config.items() if v is not ...}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.pop("model_type")](**config))
+    model.to(dtype).save_pretrained(folder)
+
+
+def test_full_training_trains_everything_in_float32(model_dir: Path, build: MakePolicy, groups: list[Group]) -> None:
+    rewrite(model_dir, torch.bfloat16)
+    policy = build(training={"bf16": True})
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert policy.trainable().keys() == load_file(model_dir / "model.safetensors").keys()
+    policy(policy.collate(groups)).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.trainable().values())
+
+
+@pytest.mark.parametrize("training", [{}, {"bf16": True}, {"bf16": True, "fp32_logits": True}, {"fp16": True}], ids=str)
+@pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
+def test_low_precision_stays_near_float32(
+    training: dict[str, bool], lora: dict[str, Any] | None, build: MakePolicy, groups: list[Group]
+) -> None:
+    exact = build()
+    policy = build(training=training, lora=lora)
+    with exact.scoring(), policy.scoring():
+        logps, want = policy(pack(groups)), exact(pack(groups))
+    assert logps.dtype == torch.float32
+    tolerance = 0.1 if training else 1e-6
+    torch.testing.assert_close(logps, want, rtol=0, atol=tolerance)
+    if training:
+        assert not torch.equal(logps, want)
+
+
+def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head computes in float32; the body's bfloat16 stays."""
+    exact = build()
+    errors = []
+    for fp32_logits in (False, True):
+        policy = build(training={"bf16": True, "fp32_logits": fp32_logits})
+        # the same hidden states for all three, so that only the head differs
+        monkeypatch.setattr(policy, "_hidden", exact._hidden)
+        monkeypatch.setattr(type(policy.precision), "autocast", lambda self, device: torch.no_grad())
+        with policy.scoring(), exact.scoring():
+            errors.append(float((policy(pack(groups)) - exact(pack(groups))).abs().max()))
+    assert errors[0] > 1e-4 and errors[1] == 0
+
+
+def test_scoring_is_free_of_dropout_and_gradients_and_leaves_no_trace(build: MakePolicy, groups: list[Group]) -> None:
+    policy = build(lora={"lora_dropout": 0.5})
+    for name, weight in policy.trainable().items():
+        if "lora_B" in name:
+            nn.init.constant_(weight, 0.1)
+    batch = policy.collate(groups)
+    flags = {n: p.requires_grad for n, p in policy.named_parameters()}
+    assert not torch.equal(policy(batch), policy(batch))
+    with pytest.raises(ZeroDivisionError), policy.scoring():
+        first, second = policy(batch), policy(batch)
+        assert torch.equal(first, second) and not first.requires_grad
+        assert all(m.training for m in policy.modules())
+        raise ZeroDivisionError
+    assert not torch.equal(policy(batch), policy(batch))
+    assert policy(batch).requires_grad and all(m.training for m in policy.modules())
+    assert {n: p.requires_grad for n, p in policy.named_parameters()} == flags
+
+
+def test_collate_follows_the_rows(build: MakePolicy, groups: list[Group], caplog: pytest.LogCaptureFixture) -> None:
+    refs = [-torch.rand(g.num_scored) for g in groups]
+    shared = build().collate(groups, refs)
+    assert shared.layout is not None and shared.ref_logps is not None
+    with caplog.at_level(logging.INFO, "strop"):
+        policy = build(attn_implementation="eager")
+    assert "prompts are not shared: attn_implementation is eager" in caplog.text
+    plain = policy.collate(groups, refs)
+    assert plain.attention_mask is not None and plain.layout is None
+    with policy.scoring():
+        torch.testing.assert_close(policy(plain), build()(shared), rtol=1e-5, atol=1e-5)
+    assert "plain, padded; attention eager" in "\n".join(policy.describe())
+    assert "shared by its completions" in "\n".join(build(lora={}).describe())
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "training", "saved"),
+    [
+        (torch.float32, {}, torch.float32),
+        (torch.float32, {"bf16": True}, torch.float32),
+        (torch.bfloat16, {}, torch.float32),
+        (torch.bfloat16, {"bf16": True}, torch.bfloat16),
+        (torch.bfloat16, {"fp16": True}, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_full_model_loads_with_transformers(
+    stored: torch.dtype,
+    training: dict[str, bool],
+    saved: torch.dtype,
+    tied: bool,
+    model_dir: Path,
+    tmp_path: Path,
+    build: MakePolicy,
+    groups: list[Group],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rewrite(model_dir, stored, tie_word_embeddings=tied, attention_dropout=0.25)
+    GenerationConfig(temperature=0.7, top_p=0.9, do_sample=True, eos_token_id=[3, 1]).save_pretrained(model_dir)
+    policy = build(training=training)
+    with torch.no_grad():
+        for weight in policy.trainable().values():
+            weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    final = tmp_path / "final"
+    policy.save_pretrained(final, tokenizer)
+
+    tensors = load_file(final / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {saved}
+    assert tensors.keys() == load_file(model_dir / "model.safetensors").keys()
+    assert ("lm_head.weight" in tensors) != tied
+    again = AutoModelForCausalLM.from_pretrained(final, dtype="auto")
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, policy.trainable()[name].to(saved)), name
+    assert again.dtype == saved and again.generation_config.temperature == 0.7
+    assert again.generation_config.eos_token_id == [3, 1]
+    before, after = (json.loads((d / "config.json").read_text()) for d in (model_dir, final))
+    before["dtype"] = str(saved).removeprefix("torch.")
+    assert after == before
+    read = AutoTokenizer.from_pretrained(final)
+    assert read.get_vocab() == tokenizer.get_vocab() and read.chat_template == tokenizer.chat_template
+    # saving takes nothing away from the policy: it goes on
+    policy(policy.collate(groups)).sum().backward()
+    assert policy.base.config.use_cache is False and policy.base.config.attention_dropout == 0
+
+
+def test_saving_twice_gives_the_same_bytes(
+    build: MakePolicy, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for lora in (None, {}):
+        policy = build(lora=lora)
+        for name in ("one", "two"):
+            policy.save_pretrained(tmp_path / name, tokenizer)
+        for file in (tmp_path / "one").iterdir():
+            assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+# --- what is refused or changed at load -----------------------------------------------------------------------------
+
+
+def test_a_head_that_is_not_linear_is_refused(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, build: MakePolicy
+) -> None:
+    monkeypatch.setattr(policy_module, "logit_transform", lambda config: LogitTransform(0.9))
+    with pytest.raises(ModelError, match="log-probs are not those of a linear head"):
+        build()
+
+
+def test_shared_rows_that_differ_become_plain_rows(
+    build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leaky(span: GroupSpan, device: torch.device, window: int | None = None) -> Tensor:
+        return torch.ones(span.stop - span.start, span.stop - span.start, dtype=torch.bool).tril()
+
+    monkeypatch.setattr(attention, "group_mask", leaky)
+    with caplog.at_level(logging.INFO, "strop"):
+        policy = build()
+    assert not policy.share_prefix
+    assert "shared rows gave other log-probs than plain ones" in caplog.text
+
+
+def test_learned_positions_have_an_end(model_dir: Path, configure: Callable[..., RunConfig]) -> None:
+    config = GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=40)
+    GPT2LMHeadModel(config).save_pretrained(model_dir)
+    short = {"max_seq_length": 40, "max_prompt_length": 20}
+    run = configure(training=short)
+    assert build_policy(run, run.models[0], torch.device("cpu")).share_prefix
+    run = configure(training={**short, "max_seq_length": 41})
+    with pytest.raises(ConfigError, match="the model has 40 positions"):
+        build_policy(run, run.models[0], torch.device("cpu"))
+
+
+def test_rotary_positions_beyond_the_models_are_said(build: MakePolicy, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "strop"):
+        build(training={"max_seq_length": 1000})
+    assert "max_seq_length 1000 is beyond the 512 positions" in caplog.text
+
+
+LONGROPE = {
+    "model_type": "phi3",
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 12,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "long_factor": [4.0, 3.0, 2.0, 5.0],
+        "short_factor": [1.0, 1.1, 1.0, 1.2],
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+def test_a_row_does_not_change_the_rotary_embedding_of_another(
+    model_dir: Path, build: MakePolicy, groups: list[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(model_dir, **LONGROPE)
+    with caplog.at_level(logging.INFO, "strop"):
+        policy = build(training={"max_seq_length": 64, "max_prompt_length": 32})
+    assert "its rotary embedding (longrope) depends on the longest row" in caplog.text
+    with policy.scoring():
+        together = policy(pad(groups))  # rows of 3 to 16 tokens, on both sides of the 12
+        alone = torch.cat([policy(pad([g])) for g in groups])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    rows = [(g, c) for g in groups for c in g.completions]
+    own = []
+    for group, completion in rows:
+        logps = model(input_ids=torch.tensor([[*group.prompt_ids, *completion.ids[:-1]]])).logits[0].log_softmax(-1)
+        own += [logps[len(group.prompt_ids) - 1 + j, t] for j, t in enumerate(completion.ids)]
+    torch.testing.assert_close(together, torch.stack(own).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_rotary_scaling_has_a_limit(model_dir: Path, build: MakePolicy) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    rewrite(model_dir, max_position_embeddings=32, rope_parameters=dynamic)
+    with pytest.raises(ConfigError, match="dynamic rotary scaling"):
+        build(training={"max_seq_length": 33, "max_prompt_length": 16})
+    assert not build(training={"max_seq_length": 32, "max_prompt_length": 16}).share_prefix
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("bloom", {"n_layer": 1, "n_head": 2}, "bloom is not among those it is tested with"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 is not among"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}, "gpt_oss is not among"),
+        ("falcon", {"alibi": False, "head_dim": ...}, "falcon is not among"),
+    ],
+)
+def test_other_architectures_train_on_plain_rows(
+    kind: str,
+    changes: dict[str, Any],
+    reason: str,
+    model_dir: Path,
+    build: MakePolicy,
+    groups: list[Group],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rewrite(model_dir, model_type=kind, **changes)
+    with caplog.at_level(logging.INFO, "strop"):
+        policy = build()
+    assert reason in caplog.text and not policy.share_prefix
+    with policy.scoring():
+        together = policy(policy.collate(groups))
+        alone = torch.cat([policy(policy.collate([g])) for g in groups])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_auxiliary_loss_of_a_router_is_said_to_be_off(
+    model_dir: Path, build: MakePolicy, groups: list[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(model_dir, model_type="mixtral", num_local_experts=4, output_router_logits=True)
+    with caplog.at_level(logging.WARNING, "strop"):
+        policy = build()
+    assert "auxiliary loss for the router" in caplog.text
+    policy(policy.collate(groups)).sum().backward()
+
+
+def test_a_model_with_nan_weights_is_not_probed(model_dir: Path, build: MakePolicy) -> None:
+    file = model_dir / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][:] = 3e38  # finite, and infinite as soon as it is used
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        build()
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class HouseConfig(LlamaConfig):
+    model_type = "house_llama"
+class HouseForCausalLM(LlamaForCausalLM):
+    config_class = HouseConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_when_trusted(
+    model_dir: Path,
+    tmp_path: Path,
+    build: MakePolicy,
+    groups: list[Group],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    want = build()
+    (model_dir / "house.py").write_text(CODE)
+    config = json.loads((model_dir / "config.json").read_text())
+    code = {"AutoConfig": "house.HouseConfig", "AutoModelForCausalLM": "house.HouseForCausalLM"}
+    (model_dir / "config.json").write_text(json.dumps(config | {"model_type": "house_llama", "auto_map": code}))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        build()
+    policy = build(trust_remote_code=True)
+    assert not policy.share_prefix  # nobody has tested that architecture
+    with policy.scoring(), want.scoring():
+        torch.testing.assert_close(policy(pad(groups)), want(pad(groups)))
+    policy.save_pretrained(tmp_path / "final", tokenizer)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "final", trust_remote_code=True)
+    assert type(again).__name__ == "HouseForCausalLM"
+
+
+def test_the_real_base_model(shared: Path, groups: list[Group]) -> None:
+    folder = shared / "models" / "base-12m"
+    config = RunConfig(models=[{"huggingface_id": str(folder)}], lora={"r": 4}, training={"bf16": True})
+    policy = build_policy(config, config.models[0], torch.device("cpu"))
+    assert policy.share_prefix
+    with policy.scoring():
+        shared_logps, plain = policy(pack(groups)), policy(pad(groups))
+    torch.testing.assert_close(shared_logps, plain, rtol=0, atol=0.2)

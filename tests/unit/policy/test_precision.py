@@ -1,0 +1,78 @@
+"""What bf16, fp16 and auto_precision mean."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from strop.config.sections import TrainingSection
+from strop.errors import ConfigError
+from strop.policy.precision import Precision, resolve_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FP32, BF16 = Precision(torch.float32), Precision(torch.bfloat16)
+FP16 = Precision(torch.float16, scaler=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "on_old_gpu", "on_gpu"),
+    [
+        ({}, FP32, FP32),
+        ({"fp16": True}, FP16, FP16),
+        ({"bf16": False, "fp16": True}, FP16, FP16),
+        ({"auto_precision": True}, FP32, BF16),
+        ({"auto_precision": True, "bf16": False}, FP32, FP32),
+        ({"auto_precision": True, "fp16": False}, FP32, FP32),
+        ({"auto_precision": True, "fp16": True}, FP16, FP16),
+        ({"bf16": True}, None, BF16),
+    ],
+)
+def test_on_gpus(
+    keys: dict[str, bool], on_old_gpu: Precision | None, on_gpu: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    for supported, want in ((False, on_old_gpu), (True, on_gpu)):
+
+        def native(including_emulation: bool = True, supported: bool = supported) -> bool:
+            return supported or including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", native)
+        if want is None:
+            with pytest.raises(ConfigError, match="Old GPU does not compute bfloat16"):
+                resolve_precision(TrainingSection(**keys), GPU)
+        else:
+            assert resolve_precision(TrainingSection(**keys), GPU) == want
+
+
+def test_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve_precision(TrainingSection(auto_precision=True), CPU) == FP32
+    assert resolve_precision(TrainingSection(bf16=True), CPU) == BF16
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "strop"):
+        assert resolve_precision(TrainingSection(fp16=True), CPU) == FP16
+    assert "fp16 on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("precision", "master", "product"),
+    [
+        (FP32, torch.float32, torch.float32),
+        (BF16, torch.float32, torch.bfloat16),
+        (FP16, torch.float32, torch.float16),
+        (Precision(torch.float64), torch.float64, torch.float64),
+    ],
+)
+def test_masters_and_autocast(precision: Precision, master: torch.dtype, product: Any) -> None:
+    assert precision.master == master
+    x = torch.ones(2, 2, dtype=master)
+    with precision.autocast(CPU):
+        assert (x @ x).dtype == product
+
+
+def test_descriptions_name_every_dtype() -> None:
+    assert BF16.describe(adapters=False) == "weights float32, compute bfloat16, optimizer float32"
+    assert BF16.describe(adapters=True).startswith("weights adapters float32 on a base in bfloat16,")
+    assert "scaler" in FP16.describe(adapters=False)

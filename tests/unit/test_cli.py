@@ -1,0 +1,309 @@
+"""The command line: what reaches the training, exit codes, and one clear message for every mistake."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from strop import cli
+from strop.errors import ConfigError, DataError, Interrupted
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Calls(list[tuple[str, Any, dict[str, Any]]]):
+    """What was called, and what the next call raises."""
+
+    error: Exception | None = None
+
+    def record(self, name: str) -> Callable[..., Any]:
+        def call(first: Any, *rest: Any, **named: Any) -> Any:
+            self.append((name, first, {"rest": rest, **named}))
+            if self.error is not None:
+                raise self.error
+            return []
+
+        return call
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Stand-ins for training, the dry run and the demo."""
+    found = Calls()
+    for module, names in {"train": ["train"], "dryrun": ["dry_run"], "demo": ["run_demo"]}.items():
+        stand_in = ModuleType(f"strop.{module}")
+        for name in names:
+            setattr(stand_in, name, found.record(name))
+        monkeypatch.setitem(sys.modules, f"strop.{module}", stand_in)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # so that the command line need not set it
+    loggers = [
+        logging.getLogger(name) for name in ("strop", "transformers", "datasets", "huggingface_hub", "peft", "torch")
+    ]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = Path("c.yaml")
+    path.write_text("models:\n  - huggingface_id: org/a\n  - huggingface_id: org/b\n")
+    return path
+
+
+def test_everything_reaches_the_training(config: Path, calls: Calls) -> None:
+    line = "train --config c.yaml --preset cpu --model-index 1 --resume --allow-changes --learning-rate 1e-6 --no-bf16"
+    assert cli.main(line.split()) == 0
+    ((name, loaded, named),) = calls
+    assert name == "train"
+    assert named == {"rest": (), "model_index": 1, "resume": "auto", "overwrite": False, "allow_changes": True}
+    assert loaded.training.learning_rate == 1e-6
+    assert loaded.origins["training.learning_rate"] == "command line"
+    assert loaded.origins["training.gradient_accumulation_steps"] == "preset cpu"
+
+
+@pytest.mark.parametrize(
+    ("line", "resume", "overwrite"),
+    [
+        ("", None, False),
+        ("--resume", "auto", False),
+        ("--resume auto", "auto", False),
+        ("--resume=a/b", "a/b", False),
+        ("--overwrite", None, True),
+    ],
+)
+def test_resume_and_overwrite(config: Path, calls: Calls, line: str, resume: str | None, overwrite: bool) -> None:
+    assert cli.main(["train", "--config", "c.yaml", *line.split(), "--seed", "3"]) == 0
+    assert calls[0][2]["resume"] == resume
+    assert calls[0][2]["overwrite"] is overwrite
+    assert calls[0][1].seed == 3
+
+
+def test_a_run_without_a_file(calls: Calls) -> None:
+    assert cli.main(["train", "--model", "org/a", "--train-file", "a.jsonl"]) == 0
+    assert calls[0][1].models[0].name == "a"
+
+
+def test_the_dry_run(config: Path, calls: Calls) -> None:
+    assert cli.main(["train", "--config", "c.yaml", "--dry-run", "--model-index=0"]) == 0
+    assert [(name, named["model_index"]) for name, _, named in calls] == [("dry_run", 0)]
+
+
+def test_the_demo(calls: Calls) -> None:
+    assert cli.main(["demo"]) == 0
+    assert cli.main(["demo", "--seed", "3", "--output-dir", "there"]) == 0
+    assert [(seed, named["rest"]) for _, seed, named in calls] == [(0, (Path("runs/demo"),)), (3, (Path("there"),))]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "no command is given"),
+        ("trian --config c.yaml", "did you mean strop train?"),
+        ("--config c.yaml", "did you mean strop train --config c.yaml?"),
+        ("train --confg c.yaml", "unknown flag --confg\n  to do:    did you mean --config?"),
+        ("train --conf c.yaml", "unknown flag --conf\n"),  # no abbreviations
+        ("train --config c.yaml --learnin-rate 1", "did you mean --learning-rate?"),
+        ("train --config c.yaml --config c.yaml", "--config is given twice"),
+        ("train --config c.yaml --dry-run --dry-run", "--dry-run is given twice"),
+        ("train --config", "expected one argument"),
+        ("train c.yaml", "'c.yaml' belongs to no flag\n  to do:    did you mean --config c.yaml?"),
+        ("train --config c.yaml d.yaml", "'d.yaml' belongs to no flag"),
+        ("train --config c.yaml --model-index x", "invalid int value"),
+        ("train --config c.yaml --model-index 2", "--model-index: there is no model 2\n  expected: 0 = a, 1 = b"),
+        ("train --config c.yaml --model-index -1", "there is no model -1"),
+        ("train --config c.yaml --resume --overwrite", "--resume and --overwrite are both given"),
+        ("train --config c.yaml --resume=", "--resume is empty"),
+        ("train --config c.yaml --overwrite=yes", "--overwrite"),
+        ("train --config none.yaml", "none.yaml: the configuration cannot be read"),
+        ("train --config c.yaml --preset none", "there is no preset 'none'"),
+        ("train --config c.yaml --model x", "--model: huggingface_id could mean any of the 2 models"),
+        ("train --config c.yaml --num-epochs 0", "--num-epochs: training.num_epochs is 0"),
+        ("train", "no model is given"),
+        ("demo --seed x", "invalid int value"),
+        ("demo --seed -1", "--seed is -1"),
+        ("demo --sed 1", "did you mean --seed?"),
+        ("schema --format yaml", "invalid choice"),
+    ],
+)
+def test_mistakes_exit_with_1_and_one_message(
+    config: Path, calls: Calls, capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
+    assert cli.main(line.split()) == 1
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert calls == []
+
+
+def test_errors_of_the_training_exit_with_1(config: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (DataError("no rows", where="a.jsonl:3", fix="add rows"), ConfigError("wrong \ud800")):
+        calls.error = error
+        assert cli.main(["train", "--config", "c.yaml"]) == 1
+    printed = capsys.readouterr().err
+    assert "a.jsonl:3: no rows\n  to do:    add rows" in printed
+    assert "\\ud800" in printed
+
+
+def test_anything_else_is_a_bug_and_is_not_hidden(config: Path, calls: Calls) -> None:
+    calls.error = KeyError("bug")
+    with pytest.raises(KeyError):
+        cli.main(["train", "--config", "c.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("line", "again"),
+    [
+        ("train --config c.yaml", "strop train --config c.yaml --resume"),
+        ("train --overwrite --config c.yaml", "strop train --config c.yaml --resume"),
+        ("train --resume --config c.yaml", "strop train --config c.yaml --resume"),
+        ("train --resume a/b --config c.yaml --bf16", "strop train --config c.yaml --bf16 --resume"),
+        ("train --resume=a/b --config c.yaml", "strop train --config c.yaml --resume"),
+        ("train --config c.yaml --split train[:10%]", "strop train --config c.yaml --split 'train[:10%]' --resume"),
+    ],
+)
+def test_an_interrupted_run_says_how_to_go_on(
+    config: Path, calls: Calls, capsys: pytest.CaptureFixture[str], line: str, again: str
+) -> None:
+    calls.error = Interrupted(7, "outputs/a/checkpoint-7")
+    assert cli.main(line.split()) == 75
+    printed = capsys.readouterr().err
+    assert "stopped after step 7" in printed
+    assert "outputs/a/checkpoint-7" in printed
+    assert printed.endswith(f"go on with: {again}\n")
+    calls.error = None
+    assert cli.main(again.replace("'", "").split()[1:]) == 0  # what it says works
+    assert calls[-1][2]["resume"] == "auto"
+
+
+def test_the_way_on_names_the_program(
+    config: Path, calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls.error = Interrupted(7, "x")
+    assert cli.main(["train", "--config", "c.yaml"], prog="python scripts/train.py") == 75
+    assert capsys.readouterr().err.endswith("python scripts/train.py --config c.yaml --resume\n")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert cli.main(["train", "--config", "c.yaml"], prog="python -m strop") == 75
+    assert "the same torchrun command" in capsys.readouterr().err
+
+
+def test_control_c_before_anything_is_saved(
+    config: Path, calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["strop.train"], "train", stop)
+    assert cli.main(["train", "--config", "c.yaml"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ---- the terminal
+
+
+def test_the_logger_follows_log_level_and_is_set_up_once(
+    config: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert cli.main(["train", "--config", "c.yaml"]) == 0
+    log = logging.getLogger("strop")
+    log.info("hello")
+    log.warning("careful")
+    log.debug("hidden")
+    printed = capsys.readouterr()
+    assert printed.err == "hello\nwarning: careful\n"
+    assert printed.out == ""
+    assert logging.getLogger("transformers").level == logging.ERROR
+    assert cli.main(["train", "--config", "c.yaml", "--log-level", "error"]) == 0
+    log.warning("careful")
+    assert capsys.readouterr().err == ""
+
+
+def test_of_several_processes_the_first_one_speaks(
+    config: Path, calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "--config", "c.yaml"]) == 0
+    logging.getLogger("strop").warning("careful")
+    assert cli.main(["train", "--config", "c.yaml", "--num-epochs", "0"]) == 1
+    assert capsys.readouterr().err.startswith("[rank 1] --num-epochs")
+
+
+# ---- help
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    top = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"  {command} " in top
+        assert cli.main([command, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: strop {command}")
+    assert cli.main(["--version"]) == 0
+
+
+def test_the_help_of_train_explains_layers_and_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    from strop.config.schema import KEYS
+
+    cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "built-in defaults  <  preset  <  configuration file  <  command line" in text
+    for flag in ("--config", "--preset", "--dry-run", "--model-index", "--resume", "--overwrite", "--allow-changes"):
+        assert f"  {flag}" in text
+    for key in KEYS:
+        assert f"  --{key.name.replace('_', '-')}  (" in text or f"  --{key.dotted.replace('.N.', '.0.')}  (" in text
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, **options)
+
+
+def test_the_help_answers_at_once() -> None:
+    best = min(_seconds("-m", "strop", "--help") for _ in range(3))
+    assert best < 0.5
+
+
+def _seconds(*arguments: str) -> float:
+    start = time.perf_counter()
+    assert run(*arguments).returncode == 0
+    return time.perf_counter() - start
+
+
+def test_three_roads_to_the_same_place(tmp_path: Path) -> None:
+    script = str(ROOT / "scripts" / "train.py")
+    answers = [
+        run("-m", "strop", "train", "--config", "none.yaml", cwd=tmp_path),
+        run(script, "--config", "none.yaml", cwd=tmp_path),
+        run(
+            "-c", "from strop.cli import main; raise SystemExit(main(['train', '--config', 'none.yaml']))", cwd=tmp_path
+        ),
+    ]
+    assert {answer.returncode for answer in answers} == {1}
+    assert len({answer.stderr for answer in answers}) == 1
+    assert answers[0].stderr.startswith("none.yaml: ")
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m strop schema | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
