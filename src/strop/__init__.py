@@ -5,15 +5,13 @@ Names load late, so that `import strop.config` and `strop --help` bring in no to
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from strop.config import RunConfig, load_config
     from strop.data.preference import load_preference_jsonl
-    from strop.train import train
+    from strop.wiring import train
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "load_config", "load_preference_jsonl", "train"]
@@ -22,7 +20,7 @@ _HOMES = {
     "RunConfig": "strop.config",
     "load_config": "strop.config",
     "load_preference_jsonl": "strop.data.preference",
-    "train": "strop.train",
+    "train": "strop.wiring",
 }
 
 
@@ -34,14 +32,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `strop.train` the function: importing the module `strop.train` would else bind that module to the name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

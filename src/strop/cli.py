@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `strop demo`, `strop schema`. Floor 5.
+"""The command line: `strop train`, `strop demo`, `strop schema`. Floor 6.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on. Configuration and torch are imported inside the commands, so that
@@ -153,7 +153,7 @@ def _train(arguments: list[str]) -> int:
         dry_run(config, model_index=index)
         return 0
 
-    from strop.train import train
+    from strop.wiring import train
 
     train(
         config,
@@ -276,6 +276,6 @@ def _log_to_terminal(level: str) -> None:
     log.setLevel(level.upper() if _rank() == 0 else logging.ERROR)
     if level != "debug":
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        for name in ("transformers", "datasets", "huggingface_hub", "peft", "torch"):
+        for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch"):
             logging.getLogger(name).setLevel(logging.ERROR)
             warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")

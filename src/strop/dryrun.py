@@ -1,4 +1,4 @@
-"""`--dry-run`: the road up to the weights, told instead of run. Floor 4.
+"""`--dry-run`: the road up to the weights, told instead of run. Floor 5.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
 what the run would be. Loads no weights, touches no GPU and writes nothing.
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from strop.config import RunConfig, advice, resolve
-from strop.data.plan import cut, default_budget, packed_tokens
+from strop.config import RunConfig, TrainingSection, advice, resolve
+from strop.config.yamlfile import write_value
+from strop.data.plan import cut, packed_tokens
 from strop.data.show import show_group
 from strop.distributed import pick_device
 from strop.engine.optim import warmup_steps
 from strop.errors import ConfigError
-from strop.train import Prepared, prepare, select_models
+from strop.wiring import Prepared, prepare, select_models, with_budget
 
 
 def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:
@@ -28,35 +28,36 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
         StropError: whatever would stop the run before its weights are loaded.
     """
     console = console or Console(soft_wrap=True)
+
+    def say(text: str = "") -> None:
+        console.print(Text(text))
+
     config = resolve(config)
-    console.print(_values(config))
+    # prompts are taken to be shared; whether the architecture can is seen when its weights are loaded
+    runs = [with_budget(prepare(config, model), packed_tokens) for model in select_models(config, model_index)]
+    say("The configuration: key, value, where it came from\n")
+    for line in _values(config, runs[0].config.training):
+        say(line)
     for note in (*_device_notes(config), *advice(config)):
-        console.print(Text(f"note: {note}"))
-    for model in select_models(config, model_index):
-        prepared = prepare(config, model)
-        console.rule(Text(model.name))
+        say(f"note: {note}")
+    for prepared in runs:
+        say(f"\n== {prepared.model.name}")
         for line in (*prepared.data.report.lines(), *_recipe(prepared)):
-            console.print(Text(line))
-        console.print(Text("\nThe first example, trained tokens marked:"))
-        console.print(show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal))
-    console.print(Text("\ndry run: nothing was trained and nothing was written"))
+            say(line)
+        say("\nThe first example, trained tokens marked:")
+        shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
+        console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
+    say("\ndry run: nothing was trained and nothing was written")
 
 
-def _values(config: RunConfig) -> Table:
-    table = Table(title="Configuration", title_justify="left", box=None, pad_edge=False)
-    for heading in ("key", "value", "from"):
-        table.add_column(heading, overflow="fold")
+def _values(config: RunConfig, training: TrainingSection) -> list[str]:
+    """One line a key; `training` is the section as the data resolved it."""
+    rows = []
     for key, value, _ in config.leaves():
-        table.add_row(Text(key), Text(_shown(value)), Text(config.origins.get(key, "")))
-    return table
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        section, _, field = key.partition(".")
+        rows.append((key, write_value(getattr(training, field) if section == "training" else value)))
+    keys, values = (max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1))
+    return [f"{key:{keys}}  {value:{values}}  {config.origins.get(key, '')}" for key, value in rows]
 
 
 def _device_notes(config: RunConfig) -> list[str]:
@@ -87,9 +88,11 @@ def _recipe(prepared: Prepared) -> Iterator[str]:
             f"{training.learning_rate:g} at the last step at best. Lower training.warmup_steps or use warmup_ratio"
         )
     tokens = sum(packed_tokens([data.train[i] for i in plan.groups(s)]) for s in range(1, plan.steps_per_epoch + 1))
-    budget = training.micro_batch_tokens or default_budget(data.train, batch, packed_tokens)
-    parts = [p for s in range(1, plan.steps_per_epoch + 1) for p in cut(map(data.train.__getitem__, plan.groups(s)), budget, packed_tokens)]
+    budget = training.micro_batch_tokens
+    assert budget is not None
+    steps_groups = ([data.train[i] for i in plan.groups(s)] for s in range(1, plan.steps_per_epoch + 1))
+    num_parts = sum(len(cut(groups, budget, packed_tokens)) for groups in steps_groups)
     yield (
-        f"tokens: {tokens:,} an epoch with prompts shared, in {len(parts)} micro-batches of at most {budget:,}, "
-        f"{100 * tokens / (len(parts) * budget):.0f} % full"
+        f"tokens: {tokens:,} an epoch with prompts shared, in {num_parts} micro-batches of at most {budget:,}, "
+        f"{100 * tokens / (num_parts * budget):.0f} % full"
     )

@@ -11,6 +11,8 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "strop"
 FLOORS = {
     "errors": 0,
     "types": 0,
+    "durable": 0,
+    "redact": 0,
     "config": 1,
     "batch": 1,
     "distributed": 1,
@@ -19,11 +21,12 @@ FLOORS = {
     "policy": 2,
     "objectives": 2,
     "engine": 3,
-    "train": 4,
-    "demo": 4,
-    "cli": 5,
-    "__main__": 5,
-    "__init__": 5,
+    "wiring": 4,
+    "dryrun": 5,
+    "demo": 5,
+    "cli": 6,
+    "__main__": 6,
+    "__init__": 6,
 }
 # batch and distributed are the two rooms of floor 1 that read their neighbour's plain data classes
 NEIGHBOURS = {("distributed", "config")}

@@ -76,7 +76,7 @@ training:
   per_device_train_batch_size: 32
   per_device_eval_batch_size: 50
   gradient_accumulation_steps: 1
-  learning_rate: 0.0001
+  learning_rate: 0.0001       # a hundred times too high for a pretrained model; strop warns of it
   warmup_steps: 5
   max_seq_length: 32
   max_prompt_length: 16
@@ -195,8 +195,8 @@ def _what_metrics_say(name: str, metrics: Path) -> str:
     first, last = evals[0], evals[-1]
     text = f"   step {last['step']}: validation loss {first['loss']:.3f} -> {last['loss']:.3f}"
     if name == "dpo":
-        for key in ("rewards/margins", "rewards/accuracies"):
-            text += f", {key} {first[key]:.2f} -> {last[key]:.2f}"
+        text += f", rewards/margins {first['rewards/margins']:.2f} -> {last['rewards/margins']:.2f}"
+        text += f", rewards/accuracies {last['rewards/accuracies']:.2f}"
     return text
 
 

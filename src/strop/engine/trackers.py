@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,18 +65,16 @@ class Trackers:
             except FAILURES as error:
                 del self._trackers[name]
                 logger.warning("%s failed and gets no more records: %s. The run goes on.", name, error)
-                self._close(name, tracker)
+                with suppress(*FAILURES):
+                    tracker.close()
 
     def close(self) -> None:
         for name, tracker in self._trackers.items():
-            self._close(name, tracker)
+            try:
+                tracker.close()
+            except FAILURES as error:
+                logger.warning("%s could not be closed; its last records may be missing: %s", name, error)
         self._trackers.clear()
-
-    def _close(self, name: str, tracker: Tracker) -> None:
-        try:
-            tracker.close()
-        except FAILURES as error:
-            logger.warning("%s could not be closed; its last records may be missing: %s", name, error)
 
 
 def open_trackers(

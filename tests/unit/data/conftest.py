@@ -112,7 +112,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """make_tokenizer(kind, template, adds_bos): a tokenizer with the special tokens above and `<think>`, not special."""
+    """make_tokenizer(kind, template, adds_bos): a tokenizer with the special tokens above, and two added ones."""
     built = {kind: build() for kind, build in KINDS.items()}
 
     def make(kind: str = "byte_level", template: str | None = CHATML, adds_bos: bool = False, **changes: Any) -> Any:
@@ -144,3 +144,15 @@ def make_config() -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def templates() -> dict[str, str]:
+    """Chat templates by what is peculiar about them."""
+    return TEMPLATES
+
+
+@pytest.fixture(scope="session")
+def kinds() -> tuple[str, ...]:
+    """The kinds of tokenizers that `make_tokenizer` makes."""
+    return tuple(KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,9 @@ def test_a_disk_that_fills_up_costs_only_the_charts(
     for step in range(2, 100):
         trackers.log(record(step))
     trackers.close()
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_AsyncWriterThread":
+            thread.join(10)  # its death is reported in this test, not in the next one
     assert len([r for r in caplog.records if "No space left" in r.message]) == 1
 
 

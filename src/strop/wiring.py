@@ -168,13 +168,17 @@ def _train_model(
             log.info("%s is finished: its model is in %s", model.name, run.final)
             return RunResult(model.name, run.path, saved.step if saved else 0)
         prepared = prepare(config, model, saved)
+        for line in prepared.data.report.lines():
+            log.info("%s: %s", model.name, line)
+        if prepared.data.chat_template is not None:
+            prepared.tokenizer.chat_template = prepared.data.chat_template  # goes into final/, for whoever generates
         policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
         for line in policy.describe():
             log.info("%s: %s", model.name, line)
         if saved:
             check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
         tokens = packed_tokens if policy.share_prefix else padded_tokens
-        return _run(_with_budget(prepared, tokens), policy, tokens, run, progress, saved)
+        return _run(with_budget(prepared, tokens), policy, tokens, run, progress, saved)
 
 
 def _run(
@@ -239,7 +243,7 @@ def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     return config.model_copy(update={"training": config.training.model_copy(update={"bf16": True, "fp16": False})})
 
 
-def _with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
+def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
     """`micro_batch_tokens` from the longest group, where the configuration leaves it open."""
     training = prepared.config.training
     if training.micro_batch_tokens is not None:

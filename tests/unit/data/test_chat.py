@@ -1,0 +1,206 @@
+"""Chat rendering: spans lie where the words lie, for every kind of template, or the row is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from strop.data.chat import Rendered, Renderer
+from strop.data.marks import Marks
+from strop.data.rows import RowRefused
+from strop.errors import ConfigError
+from strop.types import Example, Message, Origin
+
+Make = Callable[..., PreTrainedTokenizerFast]
+HERE = Origin("rows.jsonl", 1)
+CALL = {"type": "function", "function": {"name": "search", "arguments": "{}"}}
+
+THINKING = (
+    "{% for m in messages %}{% set c = m['content'] %}"
+    "{% if m['role'] == 'assistant' and '</think>' in c and not loop.last %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|start|>' + m['role'] + '\n' + c + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+CALLING = (
+    "{% if tools %}{{ '<|start|>tools\n' + (tools | tojson) + '<|end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + (m['content'] or '') }}"
+    "{% for c in m['tool_calls'] %}{{ '<tool_call>' + (c['function'] | tojson) }}{% endfor %}"
+    "{{ '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def turn(role: str, content: str | None, **more: Any) -> Message:
+    return {"role": role, "content": content, **more} if content is not None else {"role": role, **more}
+
+
+def render(tokenizer: PreTrainedTokenizerFast, *messages: Message, tools: Any = None) -> Rendered:
+    """The conversation, split before its first assistant turn."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    (rendered,) = Renderer(tokenizer, "auto").render(Example(messages[:first], (messages[first:],), HERE, tools))
+    return rendered
+
+
+def words(rendered: Rendered, spans: Any) -> list[str]:
+    return [rendered.text[span[0] : span[1]] for span in spans]
+
+
+# no character of the two private-use planes, which the marks come from, and no half surrogate pairs
+text = st.text(st.characters(max_codepoint=0xEFFFF, exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    str.strip
+)
+KINDS = ("chatml", "generation_blocks", "trimming", "mistral", "system_into_user", "no_end_token", "role_tokens")
+
+
+@pytest.mark.parametrize("name", KINDS)
+@given(contents=st.lists(text, min_size=4, max_size=4), system=st.none() | text)
+@settings(max_examples=25, deadline=None)
+def test_the_trained_spans_are_the_assistants_words(
+    name: str, contents: list[str], system: str | None, make_tokenizer: Make, templates: dict[str, str]
+) -> None:
+    tokenizer = make_tokenizer(template=templates[name])
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [turn(role, content) for role, content in zip(roles, contents, strict=True)]
+    if system is not None and name != "no_end_token":
+        messages = [turn("system", system), *messages]
+    rendered = render(tokenizer, *messages)
+
+    assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
+    as_rendered = str.strip if name == "trimming" else str
+    assert sorted(words(rendered, rendered.contents)) == sorted(as_rendered(m["content"]) for m in messages)
+    end = "<|end|>" if name == "generation_blocks" else ""
+    # the space after the prompt is the model's to write
+    lead = " " if name in ("mistral", "system_into_user", "no_end_token") else ""
+    assert words(rendered, rendered.trained) == [lead + as_rendered(contents[i]) + end for i in (1, 3)]
+    # the prompt is what inference sees
+    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    opening = tokenizer.apply_chat_template(messages[:first], tokenize=False, add_generation_prompt=True)
+    assert rendered.text[: rendered.boundary] == opening
+    assert all(start >= rendered.boundary for start, _ in rendered.trained)
+
+
+def test_white_space_at_the_ends_of_contents(make_tokenizer: Make, templates: dict[str, str]) -> None:
+    messages = (turn("user", "q"), turn("assistant", "  two words \n"))
+    kept = render(make_tokenizer(template=templates["chatml"]), *messages)
+    assert words(kept, kept.trained) == ["  two words \n"]
+    trimmed = render(make_tokenizer(template=templates["trimming"]), *messages)
+    assert words(trimmed, trimmed.trained) == ["two words"]
+
+
+def test_an_empty_answer_has_a_place(make_tokenizer: Make) -> None:
+    rendered = render(
+        make_tokenizer(), turn("user", "q"), turn("assistant", ""), turn("user", "r"), turn("assistant", "y")
+    )
+    assert words(rendered, rendered.trained) == ["", "y"]
+    assert rendered.text[rendered.trained[0][0] :].startswith("<|end|>")
+
+
+def test_a_template_that_drops_a_turn_is_refused_for_rows_that_have_it(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=NO_SYSTEM)
+    render(tokenizer, turn("user", "q"), turn("assistant", "x"))
+    with pytest.raises(RowRefused) as refusal:
+        render(tokenizer, turn("system", "q"), turn("user", "q"), turn("assistant", "x"))
+    assert refusal.value.reason == "dropped_by_template" and "system" in refusal.value.found
+
+
+def test_a_template_that_rewrites_answers_is_verified_by_prefixes(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=THINKING)
+    thoughts = "<think>hm</think>x"
+    last = render(tokenizer, turn("user", "q"), turn("assistant", thoughts))
+    assert words(last, last.trained) == [thoughts]
+    # in front of another turn the thoughts go: an answer that is trained cannot be told, one that is context can
+    messages = turn("user", "q"), turn("assistant", thoughts), turn("user", "r"), turn("assistant", "y")
+    with pytest.raises(RowRefused) as refusal:
+        render(tokenizer, *messages)
+    assert refusal.value.reason == "spans_not_found"
+    (context,) = Renderer(tokenizer, "auto").render(Example(messages[:3], (messages[3:],), HERE))
+    assert words(context, context.trained) == ["y<|end|>"]
+    # without marks a control token in a content cannot be told from the template's
+    with pytest.raises(RowRefused) as refusal:
+        Renderer(tokenizer, "auto").render(Example((*messages[:2], turn("user", "</s>")), (messages[3:],), HERE))
+    assert refusal.value.reason == "spans_not_found" and "</s>" in refusal.value.found
+
+
+def test_tool_calls_are_trained_whole_and_never_dropped(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=CALLING)
+    calling = turn("assistant", None, tool_calls=[CALL])
+    rendered = render(tokenizer, turn("user", "q"), calling, turn("tool", "12"), turn("assistant", "x"))
+    trained = words(rendered, rendered.trained)
+    assert trained[0].startswith("<tool_call>") and "search" in trained[0] and trained[0].endswith("<|end|>")
+    assert trained[1] == "x<|end|>"
+    # a template without tools: a call in place of a content fails, a call beside one and a tool list are left out
+    cases: list[tuple[str, Message, Any]] = [
+        ("template_error", calling, None),
+        ("dropped_by_template", turn("assistant", "x", tool_calls=[CALL]), None),
+        ("dropped_by_template", turn("assistant", "x"), ({"name": "search"},)),
+    ]
+    for reason, answer, tools in cases:
+        with pytest.raises(RowRefused) as refusal:
+            render(make_tokenizer(), turn("user", "q"), answer, tools=tools)
+        assert refusal.value.reason == reason
+
+
+def test_a_template_that_fails_refuses_the_row(make_tokenizer: Make) -> None:
+    for template in ("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[9]['content'] + 1 }}", "{{ oops( }}"):
+        with pytest.raises(RowRefused) as refusal:
+            render(make_tokenizer(template=template), turn("user", "q"), turn("assistant", "x"))
+        assert refusal.value.reason == "template_error"
+
+
+def test_rows_that_hold_marks_themselves(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    for content in ("\U000f0000\U000f0001", "\U00100000x\U000f0003"):
+        rendered = render(tokenizer, turn("user", content), turn("assistant", content))
+        assert [w.removesuffix("<|end|>") for w in words(rendered, rendered.trained)] == [content]
+    assert Marks.unused_in("\U00100000\U000f0003", 1) is None
+
+
+def test_text_rows_are_wrapped_or_not(make_tokenizer: Make) -> None:
+    example = Example("q", (" x", " y"), HERE)
+    raw, _ = Renderer(make_tokenizer(), "raw").render(example)
+    assert (raw.text, raw.boundary, raw.trained, raw.starts_bare) == ("q x", 1, ((1, 3),), True)
+    for mode in ("auto", "chat"):
+        chat, _ = Renderer(make_tokenizer(), mode).render(example)  # type: ignore[arg-type]
+        assert chat.text == "<|start|>user\nq<|end|>\n<|start|>assistant\n x<|end|>\n" and not chat.starts_bare
+    bare = make_tokenizer(template=None)
+    assert Renderer(bare, "auto").render(example)[0].text == "q x"
+    assert Renderer(bare, "chat").render(example)[0].text == "User: q\n\nAssistant:  x</s>\n\n"
+    with pytest.raises(ConfigError, match="raw") as error:
+        Renderer(make_tokenizer(), "raw").render(Example((turn("user", "q"),), ((turn("assistant", "x"),),), HERE))
+    assert error.value.where == str(HERE)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_built_in_template_goes_for_tokenizers_without_one(make_tokenizer: Make, adds_bos: bool) -> None:
+    tokenizer = make_tokenizer(template=None, adds_bos=adds_bos)
+    messages = (
+        turn("system", "b"),
+        turn("user", "q"),
+        turn("assistant", "x"),
+        turn("user", "r"),
+        turn("assistant", "y"),
+    )
+    rendered = render(tokenizer, *messages)
+    begin = "<s>" if adds_bos else ""
+    assert rendered.text == f"{begin}b\n\nUser: q\n\nAssistant: x</s>\n\nUser: r\n\nAssistant: y</s>\n\n"
+    assert words(rendered, rendered.trained) == [" x</s>", " y</s>"]
+    tokenizer.chat_template = Renderer(tokenizer, "auto").template
+    assert tokenizer.apply_chat_template(list(messages), tokenize=False) == rendered.text
+
+
+def test_a_tokenizer_with_two_templates_uses_the_one_for_tools(make_tokenizer: Make, templates: dict[str, str]) -> None:
+    tokenizer = make_tokenizer(template=None)
+    tokenizer.chat_template = {"default": templates["chatml"], "tool_use": CALLING}
+    with_tools = render(tokenizer, turn("user", "q"), turn("assistant", "x"), tools=({"name": "search"},))
+    assert with_tools.text.startswith("<|start|>tools")
+    assert not render(tokenizer, turn("user", "q"), turn("assistant", "x")).text.startswith("<|start|>tools")
