@@ -25,7 +25,7 @@ FLOORS = {
     "dryrun": 5,
     "demo": 5,
     "cli": 6,
-    "__main__": 6,
+    "__main__": 7,
     "__init__": 6,
 }
 # batch and distributed are the two rooms of floor 1 that read their neighbour's plain data classes

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, islice
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,8 +28,11 @@ from strop.data.chat import Rendered, leading_tokens
 from strop.data.rows import RowRefused
 from strop.errors import ModelError
 
+Place = Literal["start", "after added", "inside"]
+"""Where a part stands: at the start of the text, right after an added token, or after other text."""
+
 ANCHORS = ("\n", "x", ".")
-"""Text to put in front of a part that stood inside a text, so that it is not encoded as a beginning."""
+"""Text to put in front of a part that stands inside, so that it is not encoded as a beginning."""
 
 
 @dataclass(slots=True)
@@ -118,7 +121,8 @@ class Encoder:
         self._special = frozenset(i for i, token in added.items() if token.special) | set(tokenizer.all_special_ids)
         in_template = {i for i, text in self._added.items() if text in template and not text.isspace()}
         self._controls = self._special | in_template
-        self._anchor = next((i for i in sorted(self._special & added.keys()) if i not in self._strips_right), None)
+        clean = (self._added[i] for i in sorted(self._special & added.keys()) if i not in self._strips_right)
+        self._anchor = next(clean, "")
         self._part = lru_cache(maxsize=1024)(self._encode_part)
 
     def is_end_token(self, token: int) -> bool:
@@ -176,7 +180,7 @@ class Encoder:
             if last < 0 or rendered.contents[last][1] <= left:
                 continue
             if token in self._special or not rendered.contents[last][2]:
-                tokens = tokens[:i] + self._part(words, False).shifted(start) + tokens[i + 1 :]
+                tokens = tokens[:i] + self._part(words, "inside").shifted(start) + tokens[i + 1 :]
                 count += 1
         return tokens, count
 
@@ -197,7 +201,7 @@ class Encoder:
         while start > 0 and not self._is_added(text, tokens, start - 1):
             start -= 1
         left = tokens.ends[start - 1] if start else 0
-        alone = self._part(text[left:boundary], start == 0)
+        alone = self._part(text[left:boundary], "after added" if start else "start")
         across = stop < len(tokens.ids) and tokens.starts[stop] < boundary
         if alone.ids == tokens.ids[start:stop] and not across:
             return tokens, stop, False
@@ -206,7 +210,7 @@ class Encoder:
             while end < len(tokens.ids) and (tokens.starts[end] < boundary or not self._is_added(text, tokens, end)):
                 end += 1
         right = tokens.starts[end] if end < len(tokens.ids) else len(text)
-        after = self._part(text[boundary:right], False).shifted(boundary) if across else tokens[:0]
+        after = self._part(text[boundary:right], "inside").shifted(boundary) if across else tokens[:0]
         return tokens[:start] + alone.shifted(left) + after + tokens[end:], start + len(alone.ids), across
 
     def _completion(self, rendered: Rendered, tokens: Tokens, start: int) -> tuple[list[int], bytes]:
@@ -244,18 +248,18 @@ class Encoder:
             return None
         if not self._is_written(tokens.ids[end], text[tokens.starts[end] : tokens.ends[end]]):
             return None
-        following = min((a for a, _, _ in contents if a >= place), default=None)
+        following = min((a for a, _, _ in contents if a > place), default=None)
         if following is None or tokens.ids[end] == self._eos:
             return end
         # the header of the next turn may begin with a control token: then the answer has none of its own
         header = tokens.ids[end + 1 : bisect_left(tokens.starts, following, end + 1)]
         return end if any(token in self._special for token in header) else None
 
-    def _encode_part(self, text: str, at_start: bool) -> Tokens:
-        """A part of a text as plain text, without control tokens, as it is encoded after an added token."""
+    def _encode_part(self, text: str, place: Place) -> Tokens:
+        """A part of a text as plain text, without control tokens, as it is encoded at its place."""
         if not text:
             return Tokens([], [], [])
-        tokens = self._between(text, at_start)
+        tokens = self._at_place(text, place)
         for token, start, stop in zip(tokens.ids, tokens.starts, tokens.ends, strict=True):
             words = text[start:stop]
             if token in self._controls and self._is_written(token, words):
@@ -263,23 +267,24 @@ class Encoder:
                 cut = stop - len(words.lstrip()) + 1
                 if cut >= stop:
                     raise RowRefused("control_token", f"the tokenizer cannot write {words!r} as text")
-                return self._part(text[:cut], at_start) + self._part(text[cut:], False).shifted(cut)
+                return self._part(text[:cut], place) + self._part(text[cut:], "inside").shifted(cut)
         return tokens
 
-    def _between(self, text: str, at_start: bool) -> Tokens:
-        anchor = None if at_start else self._anchor
-        if at_start or anchor is not None:
-            (tokens,) = self._batch([text if anchor is None else self._added[anchor] + text])
-            if anchor is not None:
-                assert tokens.ids[0] == anchor
-                tokens = tokens[1:].shifted(-tokens.ends[0])
-            if not self._controls.intersection(tokens.ids):
-                return tokens
-        # the text of a special token is in it; as text it needs another anchor, since an added token is none then
-        for prefix in ("",) if at_start else (*ANCHORS, ""):
-            (tokens,) = self._batch([prefix + text], as_text=True)
+    def _at_place(self, text: str, place: Place) -> Tokens:
+        inside = (*ANCHORS, "")
+        prefixes = {"start": ("",), "after added": (self._anchor,), "inside": inside}[place]
+        tokens = self._after(prefixes, text, as_text=False)
+        if self._controls.intersection(tokens.ids):
+            # it holds the text of a special token; added tokens are no anchors when special tokens are text
+            tokens = self._after(("",) if place == "start" else inside, text, as_text=True)
+        return tokens
+
+    def _after(self, prefixes: Sequence[str], text: str, *, as_text: bool) -> Tokens:
+        """The tokens of `text` after the first prefix that shares no token with it, or else after the last."""
+        for prefix in prefixes:
+            (tokens,) = self._batch([prefix + text], as_text=as_text)
             first = bisect_right(tokens.ends, len(prefix)) if prefix else 0
-            if tokens.starts[first] >= len(prefix):
+            if first == len(tokens.ids) or tokens.starts[first] >= len(prefix):
                 break
         return tokens[first:].shifted(-len(prefix))
 

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 STATE = "state.json"
-MAX_FILE_BYTES = 2**30
+MAX_FILE_BYTES = 2**28
 """Tensors go into files of about this size: a save holds one file's worth of them in host memory at a time."""
 SHOWN = 8
 """Differences listed in a message."""

@@ -194,7 +194,8 @@ class Loop:
         if math.isfinite(result.loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            probe = UpdateProbe(self.parameters) if step % self.training.logging_steps == 0 else None
+            logged = step % self.training.logging_steps == 0 or step == self.plan.num_steps
+            probe = UpdateProbe(self.parameters) if logged else None
             self.scaler.step(self.optimizer)
             self.state.skipped_in_a_row = 0
             self.window.add_means(

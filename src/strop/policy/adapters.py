@@ -77,7 +77,6 @@ def add_adapters(
         lora_dropout=lora.lora_dropout,
         bias=lora.bias,
         target_modules=list(targets),
-        exclude_modules=head_names(module),
         modules_to_save=list(saved) or None,
         task_type=lora.task_type,
         use_rslora=lora.use_rslora,
@@ -159,11 +158,12 @@ def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str
     """
     layers = linear_layers(module)
     last_parts = sorted({name.rpartition(".")[2] for name in layers})
-    if wanted == "all-linear":
-        return tuple(last_parts)
-    if wanted == "auto":
-        fitting = (family for family in _FAMILIES if set(family) <= set(last_parts))
-        return next(fitting, tuple(last_parts))
+    if wanted in ("auto", "all-linear"):
+        fitting = [family for family in _FAMILIES if set(family) <= set(last_parts)]
+        chosen = fitting[0] if wanted == "auto" and fitting else tuple(last_parts)
+        if not any(_names(chosen, head) for head in head_names(module)):
+            return chosen
+        return tuple(layer for layer in layers if _names(chosen, layer))  # the head shares a last part with a layer
     names = (wanted,) if isinstance(wanted, str) else wanted
     for name in names:
         if any(_names((name,), head) for head in head_names(module)):

@@ -42,7 +42,8 @@ class Policy(nn.Module):
     """A causal language model as the engine sees it.
 
     Args:
-        loaded: the model, with or without adapters around `loaded.module` (given as `model`).
+        model: `loaded.module`, or the peft model around it, on its device.
+        loaded: what was loaded.
         share_prefix: whether groups become shared-prefix rows (else plain padded rows).
         fp32_logits: the head's matrix products in float32 whatever the precision.
         where: how messages name the model.
@@ -89,7 +90,11 @@ class Policy(nn.Module):
         return (pack if self.share_prefix else pad)(groups, ref_logps).to(self.device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """[M] float32 (float64 on a float64 model): natural log-probs of the batch's scored tokens."""
+        """[M] float32 (float64 on a float64 model): natural log-probs of the batch's scored tokens.
+
+        Batches between a forward pass and its backward pass must all have one kind of rows, as `collate` makes them:
+        with gradient checkpointing, layers run again under the attention of the latest batch.
+        """
         with self.precision.autocast(batch.input_ids.device):
             hidden = self._hidden(batch)
         # float32 before the gather: a prompt's last token is gathered once a completion, and its gradients add up

@@ -91,7 +91,7 @@ def test_ids_are_those_of_the_chat_template(
         assert both == whole[: len(both)]
         # nothing is left out but what follows the last end token
         assert tokenizer.decode(whole[len(both) :]).strip() == ""
-    assert tokenizer.decode(both) == tokenizer.decode(whole[: len(whole)]).rstrip("\n") or name != "chatml"
+    assert tokenizer.decode(both).strip() == tokenizer.decode(whole).strip()
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
@@ -106,8 +106,8 @@ def test_trained_are_the_answers_and_their_end_tokens(
     encoded = encode(tokenizer, messages[:first], messages[first:])
     first_run, second_run = runs(tokenizer, encoded)
     assert first_run == contents[1] + "<|end|>"
-    # a newline of the second header may stand in one token with those that the answer begins with
-    assert second_run.removeprefix("\n") == (contents[3] + "<|end|>").removeprefix("\n")
+    # the newline of the second header can be part of the token that the answer begins with
+    assert second_run in (contents[3] + "<|end|>", "\n" + contents[3] + "<|end|>")
 
 
 def test_the_empty_answer_is_its_end_token(make_tokenizer: Make) -> None:
@@ -195,19 +195,19 @@ def test_a_bos_token_is_never_doubled(make_tokenizer: Make, templates: dict[str,
 
 def test_a_token_across_the_boundary_is_split_and_counted(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(template=None)
-    whole = tokenizer("hello")["input_ids"]
-    assert len(whole) == 1
-    encoded = encode(tokenizer, "hel", "lo")
-    assert encoded.num_split == 1
-    assert encoded.prompt_ids == tokenizer("hel")["input_ids"]
-    assert encoded.sides[0].ids[:-1] == tokenizer("lo")["input_ids"]
-    # through a template: the header's newline and those of the answer are one token
+    for word in [w for w in tokenizer.get_vocab() if len(w) > 1 and w.isascii() and w.isalpha()]:
+        assert len(tokenizer(word)["input_ids"]) == 1
+        encoded = encode(tokenizer, word[:-1], word[-1:])
+        assert encoded.num_split == 1
+        assert encoded.prompt_ids == tokenizer(word[:-1])["input_ids"]
+        assert encoded.sides[0].ids[:-1] == tokenizer(word[-1:])["input_ids"]
+    # through a template: the header's newline and the first of the answer's are one token
     chat = make_tokenizer()
     assert len(chat("\n\n")["input_ids"]) == 1
-    encoded = encode(chat, turns("q"), turns("q", "\nx")[1:])
+    encoded = encode(chat, turns("q"), turns("q", "\n\nx")[1:])
     assert encoded.num_split == 1
     assert encoded.prompt_ids == ids_of(chat, turns("q"), add_generation_prompt=True)
-    assert runs(chat, encoded) == ["\nx<|end|>"]
+    assert runs(chat, encoded) == ["\n\nx<|end|>"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -282,13 +282,13 @@ def test_the_base_models_tokenizer(shared: Path) -> None:
 def check_real_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     renderer = Renderer(tokenizer, "auto")
     tokenizer.chat_template = renderer.template
-    clean = turns("What is it?", "A dog.", "Say 日本 to 👩‍👧", "naïve – it’s ok\n")
+    clean = turns("What is it?", "A dog.", "Say 日本 to 👩‍👧", "naïve, it is ok\n")
     encoded = encode(tokenizer, clean[:1], clean[1:])
     both = encoded.prompt_ids + encoded.sides[0].ids
     assert both == ids_of(tokenizer, clean)[: len(both)]
     assert encoded.prompt_ids == ids_of(tokenizer, clean[:1], add_generation_prompt=True)
     end = str(tokenizer.eos_token)
-    assert [run.lstrip(" ") for run in runs(tokenizer, encoded)] == ["A dog." + end, "naïve – it’s ok\n" + end]
+    assert [run.lstrip(" ") for run in runs(tokenizer, encoded)] == ["A dog." + end, "naïve, it is ok\n" + end]
 
     controls = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     few = [*sorted(controls)[:12], *sorted(controls)[-3:]]
@@ -298,7 +298,6 @@ def check_real_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = encode(tokenizer, messages[:1], messages[1:])
     assert [t for t in encoded.prompt_ids + encoded.sides[0].ids if t in controls] == expected
     assert [run.lstrip(" ") for run in runs(tokenizer, encoded)] == [nasty + end, nasty + "!" + end]
-    for row in (encode(tokenizer, "a" + nasty, nasty, mode="raw"),):
-        assert not set(row.sides[0].ids[:-1]) & controls.keys()
-        assert row.prompt_ids[: len(row.prompt_ids)].count(tokenizer.bos_token_id or -1) <= 1
-        assert not set(row.prompt_ids[1:]) & controls.keys()
+    raw = encode(tokenizer, "a" + nasty, nasty, mode="raw")
+    leading = len(tokenizer("a")["input_ids"]) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
+    assert not {*raw.prompt_ids[leading:], *raw.sides[0].ids[:-1]} & controls.keys()

@@ -168,6 +168,22 @@ def test_auto_targets_by_family(kind: str, want: set[str]) -> None:
     assert everything == {n.rpartition(".")[2] for n in linear_layers(model)}
 
 
+class Namesakes(nn.Module):
+    """A head whose name ends as a layer's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"out": nn.Linear(2, 2), "up": nn.Linear(2, 2)})])
+        self.out = nn.Linear(2, 2)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out
+
+
+def test_the_head_is_not_adapted_by_its_name() -> None:
+    assert resolve_targets(Namesakes(), "all-linear", "here") == ("layers.0.out", "layers.0.up")
+
+
 def test_layers_that_lie_the_other_way_round(
     model_dir: Path, build: MakePolicy, groups: list[Group], tmp_path: Path
 ) -> None:

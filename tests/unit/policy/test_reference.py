@@ -32,6 +32,7 @@ def test_one_tensor_a_group_whatever_the_cut(
     with policy.scoring():
         for group, result in zip(groups, results, strict=True):
             assert not result.requires_grad and result.dtype == torch.float32
+            assert result.untyped_storage().nbytes() == 4 * len(result)  # no view of its whole pass
             torch.testing.assert_close(result, policy(policy.collate([group])), rtol=1e-5, atol=1e-5)
     total = sum(g.num_tokens for g in groups)
     assert seen[-1] == (total, total) and [d for d, _ in seen] == sorted(d for d, _ in seen)

@@ -1,0 +1,164 @@
+"""The same rows, model, order and optimizer in TRL 1.16's trainers: the same losses and the same first gradient.
+
+Variants whose definitions agree: dpo sigmoid, hinge, ipo (ipo_norm mean) and sft with the token mean. (kto_pair: TRL
+takes its KL over the micro-batch, lets gradients through it, and averages the two halves.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+import strop
+from strop.config import RunConfig
+from strop.data.plan import Plan
+from strop.engine.step import forward_backward
+from strop.objectives.base import build_objective
+from strop.policy.policy import build_policy
+from strop.policy.reference import reference_logps
+from strop.wiring import prepare
+
+trl = pytest.importorskip("trl", reason="TRL is the oracle of these tests; install the extra `dev`")
+pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies warn of their own future
+
+STEPS, BATCH, ACCUMULATION = 5, 2, 2
+# no newline after the end of a turn: TRL would train it, strop never trains what follows the end token
+CHATML = (
+    "{% for m in messages %}{{ '\n' if not loop.first }}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+)
+QUESTIONS = ["hello world", "what is this", "yes or no", "count again", "the quick brown fox"]
+
+
+def row(i: int, pair: bool) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": f"{QUESTIONS[i % 5]} {i}"}]
+    good = [{"role": "assistant", "content": "yes, maybe " * (1 + i % 4) + "over"}]
+    bad = [{"role": "assistant", "content": "no dog " * (1 + (i * 3) % 5) + "lazy"}]
+    return {"prompt": prompt, "chosen": good, "rejected": bad} if pair else {"prompt": prompt, "completion": good}
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, make_model: Callable[..., Any], make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> Path:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def config_of(folder: Path, method: dict[str, Any]) -> RunConfig:
+    rows = [row(i, method["method"] != "sft") for i in range(STEPS * BATCH * ACCUMULATION)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return strop.load_config(
+        overrides={
+            "models": [{"huggingface_id": str(folder / "model")}],
+            "dataset.train_file": str(folder / "rows.jsonl"),
+            "dataset.validation_split": 0.0,
+            "post_training": method,
+            "training": {
+                "output_dir": str(folder / "out"),
+                "per_device_train_batch_size": BATCH,
+                "gradient_accumulation_steps": ACCUMULATION,
+                "learning_rate": 1e-3,
+                "warmup_steps": 0,
+                "max_grad_norm": None,
+                "logging_steps": 1,
+            },
+        }
+    )
+
+
+def ours(config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
+    (result,) = strop.train(config)
+    records = map(json.loads, (result.run_dir / "metrics.jsonl").read_text().splitlines())
+    losses = [r["loss"] for r in records if r["split"] == "train"]
+
+    prepared = prepare(config, config.models[0])
+    policy = build_policy(config, config.models[0], torch.device("cpu"))
+    groups = [prepared.data.train[i] for i in prepared.plan.groups(1)]
+    objective = build_objective(config.post_training)
+    refs = reference_logps(policy, groups, 10_000) if objective.needs_reference else None
+    forward_backward(policy, objective, [policy.collate(groups, refs)])
+    return losses, {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
+
+
+class FirstGradient(TrainerCallback):
+    def __init__(self) -> None:
+        self.taken: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.taken:
+            self.taken = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def theirs(folder: Path, method: dict[str, Any], make_model: Callable[..., Any]) -> tuple[list[float], dict[str, Tensor]]:
+    from datasets import Dataset
+
+    pair = method["method"] != "sft"
+    num = STEPS * BATCH * ACCUMULATION
+    plan = Plan.of(num, BATCH * ACCUMULATION, 1, None, 42)
+    rows = [row(i, pair) for step in range(1, STEPS + 1) for i in plan.groups(step)]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+        "max_length": 512,
+    }
+    first = FirstGradient()
+    common = {"model": make_model(), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    if pair:
+        args = trl.DPOConfig(**settings, beta=method.get("beta", 0.1), loss_type=method.get("loss_type", "sigmoid"))
+        trainer = trl.DPOTrainer(**common, ref_model=make_model(), args=args, callbacks=[first])
+    else:
+        trainer = trl.SFTTrainer(**common, args=trl.SFTConfig(**settings), callbacks=[first])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    return [r["loss"] for r in trainer.state.log_history if "loss" in r], first.taken
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "sft"},
+        {"method": "dpo"},
+        {"method": "dpo", "loss_type": "hinge", "beta": 0.3},
+        {"method": "dpo", "loss_type": "ipo"},
+    ],
+    ids=lambda m: "-".join(map(str, m.values())),
+)
+def test_losses_and_first_gradient_are_those_of_trl(
+    method: dict[str, Any], folder: Path, make_model: Callable[..., Any]
+) -> None:
+    our_losses, our_gradient = ours(config_of(folder, method))
+    their_losses, their_gradient = theirs(folder, method, make_model)
+    assert len(our_losses) == len(their_losses) == STEPS
+    assert our_losses == pytest.approx(their_losses, rel=1e-5)
+    assert our_losses[-1] != pytest.approx(our_losses[0], rel=1e-2), "nothing was learnt"
+    assert our_gradient.keys() == their_gradient.keys()
+    apart = math.sqrt(sum(float((our_gradient[n] - g).square().sum()) for n, g in their_gradient.items()))
+    size = math.sqrt(sum(float(g.square().sum()) for g in their_gradient.values()))
+    assert apart / size < 1e-4

@@ -1,0 +1,227 @@
+"""A run that dies at any step and goes on is the run that never died: weights bit for bit, metrics but for timings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import strop
+from strop.engine.loop import Loop
+from strop.errors import CheckpointError
+
+STEPS = 7
+TIMINGS = {"seconds", "tokens_per_second", "peak_memory_gib"}
+
+
+def rows(path: Path, pair: bool, n: int = 17) -> Path:
+    lines = []
+    for i in range(n):
+        prompt = [{"role": "user", "content": f"question {i % 5} " + "hello " * (i % 3)}]
+        answers = [[{"role": "assistant", "content": w * (1 + i % 3)}] for w in ("yes ", "no maybe ")]
+        lines.append(
+            {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+            if pair
+            else {"prompt": prompt, "completion": answers[i % 2]}
+        )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def settings(folder: Path, model: Path, method: str, lora: bool, **training: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "models": [{"name": "run", "huggingface_id": str(model)}],
+        "dataset": {"train_file": str(rows(folder / "rows.jsonl", method != "sft")), "validation_split": 0.25},
+        "post_training": {"method": method},
+        "training": {
+            "output_dir": str(folder / "out"),
+            "num_epochs": 2,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "logging_steps": 2,
+            "eval_steps": 3,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            **training,
+        },
+    }
+    if lora:
+        found["lora"] = {"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"}
+    return found
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = (run / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def margins(run: Path) -> list[str]:
+    file = run / "logs" / "margins" / "margins_log.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    one, two = final_weights(a), final_weights(b)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert metrics(a) == metrics(b)
+    assert margins(a) == margins(b)
+
+
+class Died(BaseException):
+    """Stands for kill -9: nothing in strop may catch it."""
+
+
+def die_in_step(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    unbroken = Loop._step
+
+    def step(self: Loop, number: int) -> None:
+        if number == at:
+            raise Died
+        unbroken(self, number)
+
+    monkeypatch.setattr(Loop, "_step", step)
+
+
+@pytest.mark.parametrize(
+    ("method", "lora", "training"),
+    [("sft", False, {}), ("dpo", True, {}), ("dpo", True, {"bf16": True, "optim": "adamw_torch_fused"})],
+    ids=["sft-full", "dpo-lora-dropout", "dpo-lora-bf16"],
+)
+def test_dying_in_any_step_changes_nothing(
+    method: str, lora: bool, training: dict[str, Any], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, resume: str | None = None) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = strop.load_config(overrides=settings(tmp_path / name, model_dir, method, lora, **training))
+        return strop.train(config, resume=resume)[0].run_dir
+
+    unbroken = run("unbroken")
+    for at in range(1, STEPS + 1):
+        with monkeypatch.context() as patch:
+            die_in_step(patch, at)
+            with pytest.raises(Died):
+                run(f"died-{at}")
+        assert_same_run(run(f"died-{at}", resume="auto"), unbroken)
+
+
+def test_dying_again_and_again(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, resume: str | None) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return strop.train(
+            strop.load_config(overrides=settings(tmp_path / name, model_dir, "sft", False)), resume=resume
+        )[0].run_dir
+
+    for at in range(1, STEPS + 1):
+        with monkeypatch.context() as patch:
+            die_in_step(patch, at)
+            with pytest.raises(Died):
+                run("broken", "auto")
+    assert_same_run(run("broken", "auto"), run("unbroken", None))
+
+
+def test_a_finished_run_says_so(tmp_path: Path, model_dir: Path) -> None:
+    config = strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False))
+    run = strop.train(config)[0].run_dir
+    before = (run / "metrics.jsonl").read_bytes()
+    strop.train(config, resume="auto")
+    assert (run / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(CheckpointError, match="holds another run"):
+        strop.train(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 2e-3}, "training.learning_rate: 0.001 then, 0.002 now"),
+        ({"groups_per_step": 5}, "training.groups_per_step: 4 then, 5 now"),
+        ({"max_steps": 9}, "training.max_steps: 7 then, 9 now"),
+    ],
+)
+def test_changes_of_the_recipe_are_refused(
+    change: dict[str, Any], named: str, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 5)
+        with pytest.raises(Died):
+            strop.train(strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False)))
+    changed = strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False, **change))
+    with pytest.raises(CheckpointError, match="allow-changes") as refused:
+        strop.train(changed, resume="auto")
+    assert named in str(refused.value)
+    assert strop.train(changed, resume="auto", allow_changes=True)[0].final.is_dir()
+
+
+def test_other_hardware_is_no_change_and_other_data_is(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 5)
+        with pytest.raises(Died):
+            strop.train(strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False)))
+    config = settings(tmp_path, model_dir, "sft", False)
+    file = Path(config["dataset"]["train_file"])
+    file.write_text(file.read_text().replace("question 1", "question one"))
+    with pytest.raises(CheckpointError, match="data: the training or validation groups"):
+        strop.train(strop.load_config(overrides=config), resume="auto")
+    smaller = settings(tmp_path, model_dir, "sft", False, per_device_train_batch_size=1)  # a batch half as large, but
+    (result,) = strop.train(strop.load_config(overrides=smaller), resume="auto")  # groups_per_step stands
+    assert result.step == STEPS
+    assert "groups_per_step: 4" in (result.run_dir / "config.yaml").read_text()
+
+
+def start(folder: Path, model: Path, *flags: str) -> subprocess.Popen[str]:
+    (folder / "c.json").write_text(json.dumps(settings(folder, model, "dpo", True, max_steps=400, save_steps=1)))
+    command = [sys.executable, "-m", "strop", "train", "--config", str(folder / "c.json"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, model_dir: Path) -> None:
+    process = start(tmp_path, model_dir)
+    run = tmp_path / "out" / "run"
+    wait_for(lambda: any(run.glob("checkpoint-*/MANIFEST.json")), process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "--resume" in said and "Traceback" not in said
+    process = start(tmp_path, model_dir, "--resume", "--allow-changes", "--max-steps", "20")
+    _, said = process.communicate(timeout=120)
+    assert "going on from" in said
+
+
+def test_kill_9_leaves_something_to_go_on_from(tmp_path: Path, model_dir: Path) -> None:
+    process = start(tmp_path, model_dir)
+    run = tmp_path / "out" / "run"
+    wait_for(lambda: len(list(run.glob("checkpoint-*/MANIFEST.json"))) > 1, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path, model_dir, "--resume", "--allow-changes", "--max-steps", "2")
+    _, said = process.communicate(timeout=120)
+    assert "going on from" in said and process.returncode == 0, said

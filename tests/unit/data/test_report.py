@@ -1,0 +1,66 @@
+"""The report: lengths, tokens and a fingerprint of the content."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strop.data.report import DataReport, Rendering, SplitCounts, fingerprint, group_statistics, length_summary
+from strop.types import Completion, Group, Origin
+
+
+def group(prompt: Sequence[int], *completions: Sequence[int], masks: Sequence[bytes] = (), line: int = 1) -> Group:
+    masks = masks or [b"\1" * len(c) for c in completions]
+    sides = tuple(Completion(array("i", c), m) for c, m in zip(completions, masks, strict=True))
+    return Group(array("i", prompt), sides, Origin("f", line))
+
+
+def test_the_fingerprint_is_of_tokens_masks_and_order_alone() -> None:
+    base = [group([1], [2, 3]), group([4], [5])]
+    assert fingerprint(base) == fingerprint([group([1], [2, 3], line=9), group([4], [5])])
+    others = [
+        base[::-1],
+        base[:1],
+        [group([1, 2], [3]), group([4], [5])],
+        [group([1], [2, 3], masks=[b"\0\1"]), group([4], [5])],
+        [group([1], [2], [3]), group([4], [5])],
+        [],
+    ]
+    assert len({fingerprint(groups) for groups in [base, *others]}) == 7
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=300))
+def test_percentiles_are_lengths_that_occur(lengths: list[int]) -> None:
+    summary = length_summary(lengths)
+    for percent in (50, 90, 99):
+        value = summary[f"p{percent}"]
+        assert sum(n <= value for n in lengths) >= percent / 100 * len(lengths)
+        assert value in lengths and sum(n < value for n in lengths) < percent / 100 * len(lengths)
+    assert summary["max"] == max(lengths)
+
+
+def test_token_counts() -> None:
+    statistics = group_statistics([group([1, 2, 3], [4, 5], [6]), group([1], [2, 3], masks=[b"\0\1"])])
+    assert statistics["num_groups"] == 2
+    assert statistics["tokens"] == {"plain": 12, "trained": 4, "saved_by_prefix_sharing": 3 / 12}
+    assert statistics["lengths"]["total"]["max"] == 5
+    assert group_statistics([])["lengths"]["prompt"] == {}
+
+
+def test_a_report_is_json_and_says_what_was_lost() -> None:
+    counts = SplitCounts("rows.jsonl", rows_read=3, kept=1, prompts_cut=1)
+    counts.refused["empty_field"] += 1
+    counts.dropped["nothing_trained"] += 1
+    groups = [group([1], [2])]
+    report = DataReport.of({"train": counts}, {"train": groups}, Rendering(1, 0, "plain", "abc"))
+    saved = json.loads(json.dumps(report.as_dict()))
+    assert saved["splits"]["train"]["refused"] == {"empty_field": 1}
+    assert saved["splits"]["train"]["fingerprint"] == fingerprint(groups)
+    assert saved["rendering"]["template_sha256"] == "abc"
+    lines = "\n".join(report.lines())
+    for words in ("1 of 3 rows", "1 rows refused: empty_field", "1 rows dropped: nothing_trained", "1 prompts cut"):
+        assert words in lines
