@@ -90,8 +90,9 @@ def _recipe(prepared: Prepared) -> Iterator[str]:
     tokens = sum(packed_tokens([data.train[i] for i in plan.groups(s)]) for s in range(1, plan.steps_per_epoch + 1))
     budget = training.micro_batch_tokens
     assert budget is not None
-    steps_groups = ([data.train[i] for i in plan.groups(s)] for s in range(1, plan.steps_per_epoch + 1))
-    num_parts = sum(len(cut(groups, budget, packed_tokens)) for groups in steps_groups)
+    num_parts = sum(
+        len(cut(data.train, plan.groups(s), budget, packed_tokens)) for s in range(1, plan.steps_per_epoch + 1)
+    )
     yield (
         f"tokens: {tokens:,} an epoch with prompts shared, in {num_parts} micro-batches of at most {budget:,}, "
         f"{100 * tokens / (num_parts * budget):.0f} % full"

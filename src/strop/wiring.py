@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig, advice, resolve, to_yaml
@@ -36,7 +35,6 @@ from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import reference_logps, reference_policy
 from strop.rundir import RunDir
-from strop.types import Group
 
 log = logging.getLogger("strop")
 
@@ -207,9 +205,7 @@ def _run(
     )
     try:
         with StopSignal() as stop:
-            loop = Loop(
-                config, policy, prepared.objective, plan, train, validation, tokens, outputs, lambda: stop.requested
-            )
+            loop = Loop(config, policy, prepared.objective, plan, train, validation, outputs, lambda: stop.requested)
             if saved:
                 loop.restore(saved)
                 checkpoint.retire_newer(run.path, saved.step)
@@ -264,24 +260,28 @@ def _write_papers(prepared: Prepared, run: RunDir) -> None:
 def _with_references(
     prepared: Prepared, policy: Policy, tokens: RowTokens, progress: Progress
 ) -> tuple[Rows, Rows | None]:
-    """The rows with the log-probs of the reference, scored before the first step: training and validation."""
-    training, data, plan = prepared.config.training, prepared.data, prepared.plan
+    """Training and validation rows, with the reference's log-probs scored before the first step where needed."""
+    training, data = prepared.config.training, prepared.data
     assert training.micro_batch_tokens is not None
-    eval_budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens) if data.eval else 0
+    train, validation = Rows(data.train, training.micro_batch_tokens, tokens), None
+    if data.eval:
+        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens)
+        validation = Rows(data.eval, budget, tokens)
     if not prepared.objective.needs_reference:
-        return Rows(data.train, None, training.micro_batch_tokens), _validation_rows(data, None, eval_budget)
-    needed = plan.all_groups()
-    groups = [*(data.train[i] for i in needed), *data.eval]
+        return train, validation
     with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
-        scored = _score(reference, groups, training.micro_batch_tokens, progress)
-    train = Rows(data.train, dict(zip(needed, scored, strict=False)), training.micro_batch_tokens)
-    return train, _validation_rows(data, dict(enumerate(scored[len(needed) :])), eval_budget)
+        train = _scored(reference, train, train.in_any_order(prepared.plan.all_groups()), progress)
+        # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
+        validation = validation and _scored(reference, validation, validation.in_any_order(), progress)
+    return train, validation
 
 
-def _validation_rows(data: LoadedData, ref_logps: dict[int, Tensor] | None, budget: int) -> Rows | None:
-    return Rows(data.eval, ref_logps, budget) if data.eval else None
-
-
-def _score(reference: Policy, groups: Sequence[Group], budget: int, progress: Progress) -> list[Tensor]:
-    task = progress.task("reference log-probs", sum(g.num_tokens for g in groups))
-    return reference_logps(reference, groups, budget, lambda done, total: task.step(n=done - task.completed))
+def _scored(reference: Policy, rows: Rows, parts: list[list[int]], progress: Progress) -> Rows:
+    indices = [i for part in parts for i in part]
+    task = progress.task("reference log-probs", sum(rows.groups[i].num_tokens for i in indices))
+    scored = reference_logps(
+        reference,
+        [[rows.groups[i] for i in part] for part in parts],
+        lambda done, total: task.step(n=done - task.completed),
+    )
+    return replace(rows, ref_logps=dict(zip(indices, scored, strict=True)))

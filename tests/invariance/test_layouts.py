@@ -94,6 +94,8 @@ def make_policy(kind: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype =
             weight.data += 0.2 * torch.randn_like(weight)
     if dtype == torch.float64:
         monkeypatch.setattr(sys.modules[type(model).__module__], "torch", Float64Torch())
+    if kind == "gemma2":  # as load_model does for capped scores
+        model.set_attn_implementation("eager")
     loaded = LoadedModel(model, dtype, copy.deepcopy(config))
     return assemble(model, loaded, Precision(dtype), ModelSection(huggingface_id=kind), fp32_logits=False)
 

@@ -9,6 +9,7 @@ import copy
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -109,15 +110,15 @@ def one_step(
 def in_parts(sizes: Sequence[int], layout: Callable[..., Batch]) -> Callable[..., list[Batch]]:
     def batches(groups: Sequence[Group], refs: Sequence[Tensor]) -> list[Batch]:
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return [layout(groups[a:b], refs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [layout(groups[a:b], refs[a:b]) for a, b in pairwise(bounds)]
 
     return batches
 
 
 def by_budget(tokens: int) -> Callable[..., list[Batch]]:
     def batches(groups: Sequence[Group], refs: Sequence[Tensor]) -> list[Batch]:
-        place = {id(g): i for i, g in enumerate(groups)}
-        return [pack(part, [refs[place[id(g)]] for g in part]) for part in cut(groups, tokens, packed_tokens)]
+        parts = cut(groups, range(len(groups)), tokens, packed_tokens)
+        return [pack([groups[i] for i in part], [refs[i] for i in part]) for part in parts]
 
     return batches
 

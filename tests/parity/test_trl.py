@@ -86,7 +86,7 @@ def ours(config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
     policy = build_policy(config, config.models[0], torch.device("cpu"))
     groups = [prepared.data.train[i] for i in prepared.plan.groups(1)]
     objective = build_objective(config.post_training)
-    refs = reference_logps(policy, groups, 10_000) if objective.needs_reference else None
+    refs = reference_logps(policy, [groups]) if objective.needs_reference else None
     forward_backward(policy, objective, [policy.collate(groups, refs)])
     return losses, {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
 
@@ -100,7 +100,9 @@ class FirstGradient(TrainerCallback):
             self.taken = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def theirs(folder: Path, method: dict[str, Any], make_model: Callable[..., Any]) -> tuple[list[float], dict[str, Tensor]]:
+def theirs(
+    folder: Path, method: dict[str, Any], make_model: Callable[..., Any]
+) -> tuple[list[float], dict[str, Tensor]]:
     from datasets import Dataset
 
     pair = method["method"] != "sft"

@@ -137,3 +137,9 @@ def test_only_its_own_folder_is_written_over(tmp_path: Path) -> None:
     assert [p.name for p in other.iterdir()] == ["base"]
     with pytest.raises(ConfigError, match="did not write"):
         run._write_configs(mine / "sft.yaml", seed=0, size=SIZE)
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run._write_configs(tmp_path / "file" / "below", seed=0, size=SIZE)

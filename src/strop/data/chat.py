@@ -24,7 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from strop.data.marks import Marks, Span
 from strop.data.rows import RowRefused
-from strop.errors import ConfigError
+from strop.errors import ConfigError, ModelError
 from strop.types import Example, Message, Turns
 
 Content = tuple[int, int, bool]
@@ -85,7 +85,7 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer puts in front of a text by itself: its BOS token, or nothing."""
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     full = tokenizer("x", add_special_tokens=True)["input_ids"]
-    return list(full[: next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)])
+    return list(full[: next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)])
 
 
 class Renderer:
@@ -93,6 +93,9 @@ class Renderer:
 
     Args:
         mode: `dataset.render`; decides about rows of plain texts, messages always go through a template.
+
+    Raises:
+        ModelError: the tokenizer has several templates and no default.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: Literal["auto", "chat", "raw"]) -> None:
@@ -103,7 +106,18 @@ class Renderer:
         self.own_template = bool(tokenizer.chat_template)
         self.wraps_text = mode == "chat" or (mode == "auto" and self.own_template)
         # a tokenizer can have one template for rows with tools and one for the others; this is that of the others
-        self.template = str(tokenizer.get_chat_template()) if self.own_template else plain_template(tokenizer)
+        self.template = self._own_template() if self.own_template else plain_template(tokenizer)
+
+    def _own_template(self, tools: Tools = None) -> str:
+        try:
+            return str(self._tokenizer.get_chat_template(tools=list(tools) if tools else None))
+        except ValueError as error:
+            names = ", ".join(self._tokenizer.chat_template)
+            raise ModelError(
+                f"the tokenizer has several chat templates ({names}) and none of them is the default",
+                expected="a template named default",
+                fix="save the tokenizer with one chat template",
+            ) from error
 
     @property
     def template_sha256(self) -> str:
@@ -222,7 +236,7 @@ class Renderer:
     ) -> tuple[str, list[Span]]:
         template = self.template
         if tools and self.own_template:
-            template = str(self._tokenizer.get_chat_template(tools=list(tools)))
+            template = self._own_template(tools)
         track = track and _has_generation_blocks(template)
         try:
             texts, spans = render_jinja_template(

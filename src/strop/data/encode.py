@@ -90,7 +90,8 @@ class _Side:
     ids: list[int]
     mask: bytes
     was_split: bool
-    num_controls: int
+    boundary: int
+    controls: list[int]
 
 
 class Encoder:
@@ -160,14 +161,15 @@ class Encoder:
         return (tokens[:i], tokens.starts[i]) if i >= 0 else (tokens[:0], 0)
 
     def _side(self, rendered: Rendered, tokens: Tokens) -> _Side:
-        tokens, num_controls = self._with_controls_as_text(rendered, tokens)
+        tokens, controls = self._with_controls_as_text(rendered, tokens)
         tokens, start, was_split = self._split(rendered.text, tokens, rendered.boundary)
         ids, mask = self._completion(rendered, tokens, start)
         leading = self._leading if rendered.starts_bare else []
-        return _Side(leading + tokens.ids[:start], ids, mask, was_split, num_controls)
+        return _Side(leading + tokens.ids[:start], ids, mask, was_split, rendered.boundary, controls)
 
-    def _with_controls_as_text(self, rendered: Rendered, tokens: Tokens) -> tuple[Tokens, int]:
-        count = 0
+    def _with_controls_as_text(self, rendered: Rendered, tokens: Tokens) -> tuple[Tokens, list[int]]:
+        """The tokens without control tokens inside of contents, and at which characters there were any."""
+        places = []
         content_starts = [content[0] for content in rendered.contents]
         for i in [i for i, token in enumerate(tokens.ids) if token in self._controls][::-1]:
             token, start, stop = tokens.ids[i], tokens.starts[i], tokens.ends[i]
@@ -181,12 +183,15 @@ class Encoder:
                 continue
             if token in self._special or not rendered.contents[last][2]:
                 tokens = tokens[:i] + self._part(words, "inside").shifted(start) + tokens[i + 1 :]
-                count += 1
-        return tokens, count
+                places.append(left)
+        return tokens, places
 
     def _is_written(self, token: int, words: str) -> bool:
         """Whether a control token comes from its own text; the unknown token can come from any."""
         return token != self._unknown or words.strip() == self._added.get(token)
+
+    def _is_special(self, text: str, tokens: Tokens, i: int) -> bool:
+        return tokens.ids[i] in self._special and self._is_added(text, tokens, i)
 
     def _is_added(self, text: str, tokens: Tokens, i: int) -> bool:
         token = tokens.ids[i]
@@ -202,9 +207,9 @@ class Encoder:
             start -= 1
         left = tokens.ends[start - 1] if start else 0
         alone = self._part(text[left:boundary], "after added" if start else "start")
-        across = stop < len(tokens.ids) and tokens.starts[stop] < boundary
-        if alone.ids == tokens.ids[start:stop] and not across:
+        if alone.ids == tokens.ids[start:stop]:
             return tokens, stop, False
+        across = stop < len(tokens.ids) and tokens.starts[stop] < boundary
         end = stop
         if across:
             while end < len(tokens.ids) and (tokens.starts[end] < boundary or not self._is_added(text, tokens, end)):
@@ -222,7 +227,7 @@ class Encoder:
             while after < len(mask) and tokens.starts[after] < stop:
                 mask[after] = 1
                 after += 1
-            closed = after > start and bool(mask[after - 1]) and tokens.ids[after - 1] in self._special
+            closed = after > start and bool(mask[after - 1]) and self._is_special(rendered.text, tokens, after - 1)
             end = None if closed else self._end_token(rendered, tokens, stop, after)
             if end is not None:
                 mask[after : end + 1] = bytes([1]) * (end + 1 - after)
@@ -244,9 +249,7 @@ class Encoder:
         text, contents = rendered.text, rendered.contents
         place = stop + len(text[stop:]) - len(text[stop:].lstrip())
         end = bisect_right(tokens.ends, place, after)
-        if not contents or end == len(tokens.ids) or tokens.ids[end] not in self._special:
-            return None
-        if not self._is_written(tokens.ids[end], text[tokens.starts[end] : tokens.ends[end]]):
+        if not contents or end == len(tokens.ids) or not self._is_special(text, tokens, end):
             return None
         following = min((a for a, _, _ in contents if a > place), default=None)
         if following is None or tokens.ids[end] == self._eos:
@@ -305,6 +308,8 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
     prompts = [side.prompt_ids for side in sides]
     ids = [side.prompt_ids + side.ids for side in sides]
     masks = [bytes(len(side.prompt_ids)) + side.mask for side in sides]
+    # what stands in the prompt is met on every side, but counts once
+    controls = {(0 if at < side.boundary else n + 1, at) for n, side in enumerate(sides) for at in side.controls}
     shared = min(len(prompt) for prompt in prompts)
     if any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
         shared = next(i for i in range(shared) if len({prompt[i] for prompt in prompts}) > 1)
@@ -317,5 +322,5 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
         ids[0][:shared],
         tuple(EncodedSide(i[shared:], m[shared:]) for i, m in zip(ids, masks, strict=True)),
         num_split=sum(side.was_split for side in sides),
-        num_controls=sum(side.num_controls for side in sides),
+        num_controls=len(controls),
     )

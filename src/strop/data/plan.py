@@ -76,15 +76,20 @@ def _epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_groups)
 
 
-def cut(groups: Iterable[Group], budget: int, tokens: RowTokens) -> list[list[Group]]:
-    """Groups, in order, into micro-batches of at most `budget` tokens; one that is longer stands alone."""
-    batches: list[list[Group]] = []
-    for group in groups:
-        if batches and tokens([*batches[-1], group]) <= budget:
-            batches[-1].append(group)
+def cut(groups: Sequence[Group], indices: Iterable[int], budget: int, tokens: RowTokens) -> list[list[int]]:
+    """Indices of groups, in order, into micro-batches of at most `budget` tokens; one that is longer stands alone."""
+    parts: list[list[int]] = []
+    for i in indices:
+        if parts and tokens([groups[j] for j in (*parts[-1], i)]) <= budget:
+            parts[-1].append(i)
         else:
-            batches.append([group])
-    return batches
+            parts.append([i])
+    return parts
+
+
+def longest_first(groups: Sequence[Group], indices: Iterable[int]) -> list[int]:
+    """For passes in which order means nothing: alike lengths side by side, and what needs the most memory first."""
+    return sorted(indices, key=lambda i: groups[i].num_tokens, reverse=True)
 
 
 def default_budget(groups: Iterable[Group], batch_size: int, tokens: RowTokens) -> int:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
 
 def _split_file(folder: str, name: str, key: str) -> Source:
     path = Path(folder) / name
-    if not path.is_file():
+    if not isfile(path):
         raise DataError(
             f"{name} is not in the folder of dataset.splits_dir",
             where=folder,
@@ -103,16 +104,15 @@ def _file(path: str) -> Source:
             where=path,
             expected="a name that ends in " + ", ".join(READERS) + " (.gz after the text formats)",
         )
-    if not Path(path).is_file():
+    if not isfile(path):
         raise DataError("there is no such file", where=path, fix="check the path; it is relative to the working folder")
     return Source(path, partial(READERS[kind], path))
 
 
 def _named(name: str, subset: str | None, split: str) -> Source:
-    path = Path(name)
-    if path.is_dir():
+    if isdir(name):
         return Source(name, partial(_read_saved, name, split))
-    if path.is_file() or file_kind(name) is not None:
+    if isfile(name) or file_kind(name) is not None:
         return _file(name)
     return Source(f"{name} ({split})", partial(_read_hub, name, subset, split))
 

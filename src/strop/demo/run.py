@@ -149,25 +149,32 @@ def _one_thread() -> Iterator[None]:
 
 def _write_configs(output_dir: Path, seed: int, size: Size) -> dict[str, Path]:
     """Make the folder and write both configurations: they mark it as the demo's before anything else is in it."""
+    other = "give another folder: strop demo --output-dir runs/another"
     paths = {name: output_dir / f"{name}.yaml" for name in ("sft", "dpo")}
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        ours = paths["sft"].is_file() and paths["sft"].read_bytes().startswith(WRITTEN_BY.encode())
-    else:
-        ours = not output_dir.exists() or output_dir.is_dir()
-    if not ours:
-        raise ConfigError(
-            "there is something there that the demo did not write",
-            where=str(output_dir),
-            expected="an empty folder, an earlier demo's, or none",
-            fix="give another folder: strop demo --output-dir runs/another",
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
     here = json.dumps(output_dir.as_posix(), ensure_ascii=False)[1:-1]  # a YAML double-quoted string is a JSON one
-    for name, text in (("sft", SFT_YAML), ("dpo", DPO_YAML)):
-        paths[name].write_text(
-            WRITTEN_BY + text.format(here=here, seed=seed, sft_epochs=size.sft_epochs), encoding="utf-8"
-        )
+    try:
+        if not _may_use(output_dir, paths["sft"]):
+            raise ConfigError(
+                "there is something there that the demo did not write",
+                where=str(output_dir),
+                expected="an empty folder, an earlier demo's, or none",
+                fix=other,
+            )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in (("sft", SFT_YAML), ("dpo", DPO_YAML)):
+            filled = text.format(here=here, seed=seed, sft_epochs=size.sft_epochs)
+            paths[name].write_text(WRITTEN_BY + filled, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror or error}", where=str(output_dir), fix=other) from error
     return paths
+
+
+def _may_use(folder: Path, marker: Path) -> bool:
+    if not folder.is_dir():
+        return not folder.exists()
+    if not any(folder.iterdir()):
+        return True
+    return marker.is_file() and marker.read_bytes().startswith(WRITTEN_BY.encode())
 
 
 # ---- what the terminal shows

@@ -72,10 +72,12 @@ def heldout_lists(rng: random.Random, num_per_length: int) -> list[Items]:
 
 
 def prompt_of(items: Iterable[str]) -> list[dict[str, str]]:
+    """The question, as messages."""
     return [{"role": "user", "content": f"{ASK} {' '.join(items)}"}]
 
 
 def completion_of(items: Iterable[str]) -> list[dict[str, str]]:
+    """`items` in this order as an answer, as messages."""
     return [{"role": "assistant", "content": " ".join(items)}]
 
 
@@ -121,4 +123,5 @@ def accuracy(heldout: Sequence[Items], answers: Sequence[str]) -> float:
 
 
 def is_right(items: Items, given: str) -> bool:
+    """Whether `given` is the sorted list, whole and nothing else."""
     return given.split() == sorted(items)

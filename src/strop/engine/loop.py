@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from torch import Tensor
 from strop.batch import Batch
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.data.plan import Plan, RowTokens, cut
+from strop.data.plan import Plan, RowTokens, cut, longest_first
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import evaluate
 from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
@@ -41,18 +41,25 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Rows:
-    """Groups, the reference log-probs of each (None where the objective needs none), and how to cut them."""
+    """Groups, how they are cut into micro-batches, and the reference log-probs of each group, by index (None where
+    the objective needs none)."""
 
     groups: Sequence[Group]
-    ref_logps: Mapping[int, Tensor] | None
     budget_tokens: int
+    tokens: RowTokens
+    ref_logps: Mapping[int, Tensor] | None = None
 
-    def batches(self, policy: Policy, indices: Sequence[int], tokens: RowTokens) -> list[Batch]:
-        place = {id(self.groups[i]): i for i in indices}
-        return [
-            policy.collate(part, [self.ref_logps[place[id(g)]] for g in part] if self.ref_logps is not None else None)
-            for part in cut((self.groups[i] for i in indices), self.budget_tokens, tokens)
-        ]
+    def parts(self, indices: Iterable[int]) -> list[list[int]]:
+        """Indices of groups, cut into micro-batches."""
+        return cut(self.groups, indices, self.budget_tokens, self.tokens)
+
+    def in_any_order(self, indices: Iterable[int] | None = None) -> list[list[int]]:
+        """The same for a pass in which order means nothing: evaluation, reference. Default: all groups."""
+        return self.parts(longest_first(self.groups, range(len(self.groups)) if indices is None else indices))
+
+    def batch(self, policy: Policy, part: Sequence[int]) -> Batch:
+        refs = None if self.ref_logps is None else [self.ref_logps[i] for i in part]
+        return policy.collate([self.groups[i] for i in part], refs)
 
 
 @dataclass
@@ -94,13 +101,12 @@ class Loop:
         plan: Plan,
         train: Rows,
         validation: Rows | None,
-        tokens: RowTokens,
         outputs: Outputs,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.training = config, config.training
         self.policy, self.objective, self.plan = policy, objective, plan
-        self.train, self.validation, self.tokens = train, validation, tokens
+        self.train, self.validation = train, validation
         self.outputs, self.should_stop = outputs, should_stop
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, self.training)
@@ -162,7 +168,7 @@ class Loop:
     def _step(self, step: int) -> None:
         started = time.perf_counter()
         indices = self.plan.groups(step)
-        batches = self.train.batches(self.policy, indices, self.tokens)
+        batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
         scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
         result = forward_backward(self.policy, self.objective, batches, seed=(self.config.seed, step), scale=scale)
         rate = learning_rate(step, self.plan.num_steps, self.training)
@@ -262,7 +268,7 @@ class Loop:
         started = time.perf_counter()
         rows = self.validation
         with self.policy.scoring():
-            batches = rows.batches(self.policy, range(len(rows.groups)), self.tokens)
+            batches = (rows.batch(self.policy, part) for part in rows.in_any_order())
             result = evaluate(self.policy, self.objective, batches, self.outputs.evaluating(len(rows.groups)))
         metrics = means(
             {n: float(total) for n, (total, _) in result.metrics.items()},

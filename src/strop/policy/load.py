@@ -130,7 +130,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
     _check_task(config, where)
     original = copy.deepcopy(config)
     silenced = _silence_config(config)
-    attention = _plain_attention(model, where)
+    attention = _plain_attention(model, config, where)
     try:
         with quiet():
             module, report = AutoModelForCausalLM.from_pretrained(
@@ -222,10 +222,19 @@ def _check_task(config: PreTrainedConfig, where: str) -> None:
             )
 
 
-def _plain_attention(model: ModelSection, where: str) -> dict[str, str]:
+def _plain_attention(model: ModelSection, config: PreTrainedConfig, where: str) -> dict[str, str]:
+    """The attention of plain rows, where it is not transformers' choice; its choice for capped scores has been sdpa,
+    which leaves the cap out."""
     name = model.attn_implementation
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if name is None:
-        return {}
+        return {"attn_implementation": "eager"} if capped else {}
+    if capped and name == "sdpa":
+        raise ModelError(
+            "attn_implementation: sdpa cannot cap attention scores, as this model does (attn_logit_softcapping)",
+            where=where,
+            fix="set models[].attn_implementation to eager, or leave it out",
+        )
     if "/" in name and not model.trust_remote_code:
         raise ModelError(
             f"attn_implementation: {name!r} names a kernel on the hub, which is code",

@@ -31,53 +31,24 @@ Progress = Callable[[int, int], None]
 
 
 def reference_logps(
-    policy: Policy, groups: Sequence[Group], micro_batch_tokens: int, progress: Progress | None = None
+    policy: Policy, micro_batches: Sequence[Sequence[Group]], progress: Progress | None = None
 ) -> list[Tensor]:
-    """One [scored tokens of the group] tensor a group, on the CPU, in the order of `groups`.
+    """One [scored tokens of the group] tensor a group, on the CPU, in the order of `micro_batches`.
 
-    float32, or float64 on a float64 model. micro_batch_tokens: tokens of one pass; a group that is larger alone makes
-    a pass of its own. How groups are cut into passes changes rounding only.
+    float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; a later pass
+    over the same micro-batches by the same model gives the same bits.
     """
-    results: list[Tensor | None] = [None] * len(groups)
-    total, done = sum(g.num_tokens for g in groups), 0
+    results: list[Tensor] = []
+    total, done = sum(g.num_tokens for batch in micro_batches for g in batch), 0
     with policy.scoring():
-        for indices in cut_by_tokens(groups, micro_batch_tokens, policy.share_prefix):
-            batch = [groups[i] for i in indices]
+        for batch in micro_batches:
             logps = policy(policy.collate(batch)).cpu()
-            for i, part in zip(indices, logps.split([g.num_scored for g in batch]), strict=True):
-                results[i] = part.clone()  # a view would keep its whole pass in memory
+            # clones, since a view would keep its whole micro-batch in memory
+            results += [part.clone() for part in logps.split([g.num_scored for g in batch])]
             done += sum(g.num_tokens for g in batch)
             if progress is not None:
                 progress(done, total)
-    return [r for r in results if r is not None]
-
-
-def cut_by_tokens(groups: Sequence[Group], budget: int, shared: bool) -> list[list[int]]:
-    """Indices of groups in passes of at most `budget` tokens, padding included, longest groups first."""
-    order = sorted(range(len(groups)), key=lambda i: _width(groups[i], shared), reverse=True)
-    passes: list[list[int]] = []
-    used, width = 0, 0
-    for i in order:
-        group = groups[i]
-        if shared:
-            size = used + group.num_tokens
-        else:  # the first group of a pass is its longest, so it sets the width of every row
-            rows = used + len(group.completions)
-            size = rows * width
-        if passes and passes[-1] and size <= budget:
-            passes[-1].append(i)
-            used = size if shared else rows
-        else:
-            passes.append([i])
-            width = _width(group, shared)
-            used = group.num_tokens if shared else len(group.completions)
-    return passes
-
-
-def _width(group: Group, shared: bool) -> int:
-    if shared:
-        return group.num_tokens
-    return len(group.prompt_ids) + max(len(c.ids) for c in group.completions) - 1
+    return results
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from strop.data.chat import Rendered, Renderer
 from strop.data.marks import Marks
 from strop.data.rows import RowRefused
-from strop.errors import ConfigError
+from strop.errors import ConfigError, ModelError
 from strop.types import Example, Message, Origin
 
 Make = Callable[..., PreTrainedTokenizerFast]
@@ -131,6 +131,22 @@ def test_a_template_that_rewrites_answers_is_verified_by_prefixes(make_tokenizer
     assert refusal.value.reason == "spans_not_found" and "</s>" in refusal.value.found
 
 
+def test_a_template_that_repeats_contents_is_verified_by_prefixes(make_tokenizer: Make) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '|' + m['content'] + '</s>' }}{% endfor %}"
+    rendered = render(make_tokenizer(template=template), turn("user", "q"), turn("assistant", "x"))
+    assert words(rendered, rendered.trained) == ["x|x</s>"] and rendered.contents == ()
+
+
+def test_what_the_generation_prompt_writes_of_an_answer_is_prompt(
+    make_tokenizer: Make, templates: dict[str, str]
+) -> None:
+    template = templates["chatml"].replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    tokenizer = make_tokenizer(template=template)
+    rendered = render(tokenizer, turn("user", "q"), turn("assistant", "<think>hm</think>x"))
+    assert rendered.text[: rendered.boundary].endswith("<|start|>assistant\n<think>")
+    assert words(rendered, rendered.trained) == ["hm</think>x"]
+
+
 def test_tool_calls_are_trained_whole_and_never_dropped(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(template=CALLING)
     calling = turn("assistant", None, tool_calls=[CALL])
@@ -204,3 +220,6 @@ def test_a_tokenizer_with_two_templates_uses_the_one_for_tools(make_tokenizer: M
     with_tools = render(tokenizer, turn("user", "q"), turn("assistant", "x"), tools=({"name": "search"},))
     assert with_tools.text.startswith("<|start|>tools")
     assert not render(tokenizer, turn("user", "q"), turn("assistant", "x")).text.startswith("<|start|>tools")
+    tokenizer.chat_template = {"tool_use": CALLING, "rag": templates["chatml"]}
+    with pytest.raises(ModelError, match="tool_use, rag"):
+        Renderer(tokenizer, "auto")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from strop.data.chat import Renderer
@@ -71,7 +72,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["chatml", "generation_blocks", "mistral", "role_tokens"])
+@pytest.mark.parametrize("name", ["chatml", "generation_blocks", "trimming", "mistral", "role_tokens"])
 @given(contents=st.lists(plain, min_size=4, max_size=4), system=st.none() | plain)
 @settings(max_examples=20, deadline=None)
 def test_ids_are_those_of_the_chat_template(
@@ -124,6 +125,37 @@ def test_no_end_token_means_the_eos_token(kind: str, make_tokenizer: Make, templ
         # the header of the next turn is no end token, though in role_tokens it begins with a control token
         assert first.strip() == "a dog" and second.strip() == "the fox</s>"
         assert encoded.sides[0].ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_an_eos_token_in_front_of_a_header_of_words_is_an_end_token(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(
+        template="{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
+    )
+    encoded = encode(tokenizer, turns("q"), turns("q", "a dog", "r", "the fox")[1:])
+    assert runs(tokenizer, encoded) == ["a dog</s>", "the fox</s>"]
+
+
+def test_an_empty_answer_without_an_end_token_keeps_its_header(make_tokenizer: Make, templates: dict[str, str]) -> None:
+    tokenizer = make_tokenizer(template=templates["role_tokens"])
+    encoded = encode(tokenizer, turns("q"), turns("q", "a dog", "r", "")[1:])
+    assert runs(tokenizer, encoded) == ["a dog", "</s>"]
+    both = tokenizer.decode(encoded.prompt_ids + encoded.sides[0].ids)
+    assert both == "<|user|>\nq<|assistant|>\na dog<|user|>\nr<|assistant|>\n</s>"
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_no_control_token(templates: dict[str, str]) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "dog": 3, "user": 4, "assistant": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = template
+    encoded = encode(tokenizer, turns("a cat"), turns("", "a cow")[1:])
+    # the unknown word at the end closes nothing, so the EOS token follows; the header is context
+    assert encoded.prompt_ids == [4, 2, 0]
+    assert (encoded.sides[0].ids, encoded.sides[0].mask) == ([5, 2, 0, 1], b"\0\1\1\1")
+    assert encoded.num_controls == 0
+    written = encode(tokenizer, turns("a <unk>"), turns("", "a dog")[1:])
+    assert written.num_controls == 1
 
 
 def test_white_space_before_the_end_token_is_trained(make_tokenizer: Make, templates: dict[str, str]) -> None:
@@ -263,9 +295,13 @@ def test_slow_tokenizers_are_refused(make_tokenizer: Make, monkeypatch: pytest.M
 
 def test_a_tokenizer_that_truncates_by_itself_does_not(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
+    renderer = Renderer(tokenizer, "auto")
+    encoder = Encoder(tokenizer, renderer.template)
+    rendered = renderer.render(Example(turns("a dog a dog a dog"), (turns("", "the fox the fox")[1:],), HERE))
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    encoded = encode(tokenizer, turns("a dog a dog a dog"), turns("", "the fox the fox")[1:])
+    (encoded,) = encoder.encode([rendered])
+    assert isinstance(encoded, Encoded)
     assert runs(tokenizer, encoded) == ["the fox the fox<|end|>"]
     assert tokenizer.decode(encoded.prompt_ids).count("dog") == 3
 

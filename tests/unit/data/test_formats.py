@@ -193,6 +193,7 @@ def test_a_tool_call_may_have_no_content_and_keeps_its_keys() -> None:
     assert completion[0] == {"role": "assistant", "tool_calls": CALL}
     assert completion[1] == turns[2] and completion[2] == a("x")
     assert example.tools == ({"name": "f"},)
+    assert read({"messages": [u("q"), a("", tool_calls=CALL)]}, "single").completions == ((a("", tool_calls=CALL),),)
 
 
 def test_messy_rows_line_by_line(shared: Path) -> None:

@@ -202,6 +202,14 @@ def test_completions_that_lose_their_end_token_are_counted(
     assert (counts.kept, counts.completions_cut, counts.without_end_token) == (4, 2, 2)
 
 
+def test_what_the_encoder_had_to_change_is_counted(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
+    rows = [pair(0), pair(1, prompt="a</s>b</s>"), {**pair(2), "chosen": "\n\nx", "rejected": "\n\ny"}]
+    config = make_config(train_file=write(tmp_path / "rows.jsonl", rows), validation_split=0.0)
+    counts = load_data(config, make_tokenizer(), "pair").report.splits["train"]
+    # both sides hold the prompt, whose control tokens count once
+    assert (counts.controls_as_text, counts.boundaries_split) == (2, 2)
+
+
 def test_the_report_says_how_rows_became_text(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     texts = write(tmp_path / "texts.jsonl", map(pair, range(3)))
     turns = write(
@@ -224,9 +232,14 @@ def test_the_report_says_how_rows_became_text(tmp_path: Path, make_config: Make,
         how(turns, own, "raw")
 
 
-def test_all_tokens_of_real_rows_are_accounted_for(shared: Path, make_config: Make, make_tokenizer: Make) -> None:
-    path = str(shared / "data" / "messy.jsonl")
-    data = load_data(make_config(train_file=path, on_error="skip"), make_tokenizer(), "pair")
+def test_real_broken_rows_are_accounted_for(
+    shared: Path, tmp_path: Path, make_config: Make, make_tokenizer: Make
+) -> None:
+    rows = (shared / "data" / "messy.jsonl").read_bytes().split(b"\n")
+    longest = max(rows, key=len)  # one row of 300 thousand characters is enough, and there are two
+    path = tmp_path / "messy.jsonl"
+    path.write_bytes(b"\n".join(b"" if row is longest else row for row in rows))
+    data = load_data(make_config(train_file=str(path), on_error="skip"), make_tokenizer(), "pair")
     check_counts(data)
     read = sum(counts.rows_read + counts.blank_lines for counts in data.report.splits.values())
     assert read == 300

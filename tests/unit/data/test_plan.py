@@ -7,7 +7,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.plan import Plan, cut, default_budget, packed_tokens, padded_tokens
+from strop.data.plan import Plan, cut, default_budget, longest_first, packed_tokens, padded_tokens
 from strop.types import Completion, Group, Origin
 
 plans = st.builds(
@@ -49,11 +49,14 @@ lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1
 def test_cutting_keeps_order_and_budget(sizes: list[tuple[int, int, int]], budget: int, packed: bool) -> None:
     tokens = packed_tokens if packed else padded_tokens
     groups = [_group(*s) for s in sizes]
-    parts = cut(groups, budget, tokens)
-    assert [g for part in parts for g in part] == groups
-    assert all(len(part) == 1 or tokens(part) <= budget for part in parts)
-    whole = default_budget(groups, len(groups), tokens)
-    assert len(cut(groups, whole, tokens)) == 1, "a batch of that many groups must fit, whatever their lengths"
+    order = longest_first(groups, range(len(groups)))
+    assert sorted(order) == list(range(len(groups)))
+    for indices in (range(len(groups)), order):
+        parts = cut(groups, indices, budget, tokens)
+        assert [i for part in parts for i in part] == list(indices)
+        assert all(len(part) == 1 or tokens([groups[i] for i in part]) <= budget for part in parts)
+        whole = default_budget(groups, len(groups), tokens)
+        assert len(cut(groups, indices, whole, tokens)) == 1, "a batch of that many groups must fit"
 
 
 def _group(prompt: int, *answers: int) -> Group:

@@ -50,6 +50,7 @@ def test_lines_end_at_lf_alone_and_cr_bom_and_blank_lines_do_no_harm(tmp_path: P
     assert [row.data for row in rows] == [json.loads(text), None, None, json.loads(text)]
     assert [row.origin.line for row in rows] == [1, 2, 3, 4]
     assert all(row.refusal is None for row in rows)
+    assert rows[0].raw_text == text
 
 
 @given(st.binary(max_size=60))

@@ -93,6 +93,15 @@ def test_both_sides_of_a_pair_are_cut_by_the_same_bound(row: Encoded, limit: Lim
         assert alone.group is not None and alone.group.completions == (done.group.completions[n],)
 
 
+def test_a_cut_prompt_keeps_its_bos_token_and_its_end() -> None:
+    row = Encoded([BOS, 1, 2, 3, 4], (EncodedSide([9], b"\1"),), 0, 0)
+    for limit, expected in ((3, [BOS, 3, 4]), (2, [BOS, 4]), (1, [4])):
+        done = cut(row, Limits(10, prompt=limit), HERE, bos=BOS)
+        assert done.group is not None and list(done.group.prompt_ids) == expected and done.prompt_cut
+    other = cut(row, Limits(10, prompt=3), HERE, bos=None)
+    assert other.group is not None and list(other.group.prompt_ids) == [2, 3, 4]
+
+
 def side(ids: Sequence[int], mask: bytes | None = None) -> EncodedSide:
     return EncodedSide(list(ids), mask or b"\1" * len(ids))
 

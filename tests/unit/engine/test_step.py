@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def make_groups(rows: str) -> list[Group]:
 
     groups = []
     for i in range(8):
-        answers = tuple(Completion(draw(n), b"\1" * (n - 1) + b"\1") for n in ((3 + i, 2 + i % 3)))
+        answers = tuple(Completion(draw(n), b"\1" * n) for n in ((3 + i, 2 + i % 3)))
         groups.append(Group(draw(2 + i % 4), answers if rows == "pair" else answers[:1], Origin("rows", i + 1)))
     return groups
 
@@ -61,7 +62,7 @@ def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepSco
     generator = torch.Generator().manual_seed(2)
     refs = [-torch.rand(g.num_scored, generator=generator).double() for g in groups]
     bounds = [0, *cuts, len(groups)]
-    batches = [layout(groups[a:b], refs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    batches = [layout(groups[a:b], refs[a:b]) for a, b in pairwise(bounds)]
     result = forward_backward(policy, objective, batches)
     assert policy.table.grad is not None
     return result, policy.table.grad, policy.num_calls
@@ -110,7 +111,7 @@ def test_the_gradient_is_that_of_the_loss(settings: MethodSettings) -> None:
 
 
 def _statistic_of_the_step(settings, objective, batch, policy):  # type: ignore[no-untyped-def]
-    """The loss as a function of the log-probs alone; kto_pair's z is a constant of the step, not a path of gradients."""
+    """The loss as a function of the log-probs; kto_pair's z is a constant of the step, not a path of gradients."""
     if not (isinstance(settings, DpoSettings) and settings.loss_type == "kto_pair"):
         return lambda scores: objective.terms(scores)[next(iter(objective.units))]
     with torch.no_grad():

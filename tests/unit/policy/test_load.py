@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertLMHeadModel, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
@@ -250,6 +250,21 @@ def test_attention_of_ones_own_choice(model_dir: Path) -> None:
     assert load(model_dir, attn_implementation="eager").module.config._attn_implementation == "eager"
     assert "kernel on the hub" in refusal(lambda: load(model_dir, attn_implementation="some/kernel"))
     assert "cannot be loaded" in refusal(lambda: load(model_dir, attn_implementation="nonsense"))
+
+
+def test_capped_attention_is_not_left_to_sdpa(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+        num_key_value_heads=1,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    assert load(tmp_path / "gemma2").module.config._attn_implementation == "eager"
+    assert "cannot cap" in refusal(lambda: load(tmp_path / "gemma2", attn_implementation="sdpa"))
 
 
 def test_dropout_is_off_and_said_and_still_in_the_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
