@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/strop demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not nightly"
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -31,10 +31,10 @@ fix: setup
 	$(BIN)/ruff format .
 
 smoke: setup
-	$(BIN)/python -m pytest -n 2 -m "not nightly" tests/smoke
+	$(BIN)/python -m pytest -n 2 tests/smoke
 
 docs: setup
 	$(BIN)/python docs/generate.py
 
 nightly: setup
-	$(BIN)/python -m pytest -n 2 --timeout 3600
+	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly" --timeout 3600
