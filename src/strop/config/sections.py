@@ -149,9 +149,9 @@ class TrainingSection(Section):
     """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group. Changes memory and speed,
     never the result."""
     learning_rate: float | None = Field(
-        default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, dpo 5e-7)"}
+        default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )
-    """Peak learning rate; null: by method (sft 2e-5, dpo 5e-7)."""
+    """Peak learning rate; null: by method (sft 2e-5, preferences 5e-7)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, to 0 at the last step; constant does not decay."""
     warmup_steps: int | None = Field(

@@ -28,13 +28,14 @@ class Objective(ABC, Generic[S]):
     """One method, with its settings.
 
     Declared on the class: `rows`, what the data must keep together; `needs_reference`, whether reference log-probs
-    are scored before training. Declared by the instance, since variants differ: `units`, what each term is divided
-    by; `whole_step`, whether the terms hold a statistic of the whole step. The engine then calls `terms` once with
-    the scores of the whole step; otherwise once a micro-batch.
+    are scored before training; `METRICS`, how to read each metric. Declared by the instance, since variants differ:
+    `units`, what each term is divided by; `whole_step`, whether the terms hold a statistic of the whole step. The
+    engine then calls `terms` once with the scores of the whole step; otherwise once a micro-batch.
     """
 
     rows: ClassVar[RowShape]
     needs_reference: ClassVar[bool] = False
+    METRICS: ClassVar[Mapping[str, str]]
 
     def __init__(self, settings: S) -> None:
         self.settings = settings

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from strop.config.methods import METHODS
 from strop.config.reference import json_schema, key_help, markdown
 from strop.config.schema import KEYS
 
@@ -39,7 +40,7 @@ def test_the_schema_knows_unions_and_refuses_unknown_keys() -> None:
     assert schema["required"] == ["models"]
     assert list(schema["properties"])[:2] == ["preset", "seed"]
     union = schema["properties"]["post_training"]
-    assert {part["$ref"].rpartition("/")[2] for part in union["oneOf"]} == {"SftSettings", "DpoSettings"}
+    assert {part["$ref"].rpartition("/")[2] for part in union["oneOf"]} == {s.__name__ for s in METHODS.values()}
     assert schema["$defs"]["DpoSettings"]["required"] == ["method"]
     assert "required" not in schema["$defs"]["SftSettings"]
 

@@ -9,22 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strop.batch import Batch, Scores, pack, pad
+from papers import Step, step_loss
+from strop.batch import Batch, pack, pad
 from strop.config.methods import DpoSettings, MethodSettings, SftSettings
 from strop.engine.step import StepScores, forward_backward
 from strop.objectives.base import build_objective
 from strop.types import Completion, Group, Origin
-
-SETTINGS: list[MethodSettings] = [
-    SftSettings(),
-    SftSettings(loss_reduction="sequences"),
-    DpoSettings(),
-    DpoSettings(label_smoothing=0.2),
-    DpoSettings(loss_type="hinge"),
-    DpoSettings(loss_type="ipo"),
-    DpoSettings(loss_type="ipo", ipo_norm="sum"),
-    DpoSettings(loss_type="kto_pair"),
-]
+from variants import SETTINGS, name
 
 
 class Bigram(nn.Module):
@@ -68,7 +59,7 @@ def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepSco
     return result, policy.table.grad, policy.num_calls
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 3, 4, 5, 6, 7], [3, 4]], ids=str)
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_the_cut_changes_nothing(settings: MethodSettings, cuts: list[int], layout) -> None:  # type: ignore[no-untyped-def]
@@ -76,9 +67,9 @@ def test_the_cut_changes_nothing(settings: MethodSettings, cuts: list[int], layo
     cut, cut_gradient, _ = run(settings, cuts, layout)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-12)
     torch.testing.assert_close(cut_gradient, gradient, rtol=1e-10, atol=1e-14)
-    for name, (total, count) in whole.metrics.items():
-        assert cut.metrics[name][1] == count
-        assert float(cut.metrics[name][0]) == pytest.approx(float(total), rel=1e-10)
+    for metric, (total, count) in whole.metrics.items():
+        assert cut.metrics[metric][1] == count
+        assert float(cut.metrics[metric][0]) == pytest.approx(float(total), rel=1e-10)
 
 
 def test_only_a_statistic_over_several_micro_batches_costs_a_second_pass() -> None:
@@ -87,8 +78,8 @@ def test_only_a_statistic_over_several_micro_batches_costs_a_second_pass() -> No
     assert run(DpoSettings(loss_type="kto_pair"), [4])[2] == 4
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_gradient_is_that_of_the_loss(settings: MethodSettings) -> None:
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
+def test_the_gradient_of_the_weights_is_that_of_the_loss(settings: MethodSettings) -> None:
     objective = build_objective(settings)
     groups = make_groups(objective.rows)
     batch = pack(groups, [-torch.rand(g.num_scored).double() for g in groups])
@@ -96,35 +87,21 @@ def test_the_gradient_is_that_of_the_loss(settings: MethodSettings) -> None:
     forward_backward(policy, objective, [batch])
     assert policy.table.grad is not None
     direction = torch.randn(12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    frozen = _statistic_of_the_step(settings, objective, batch, policy)
 
-    def loss_at(step: float) -> float:
+    def step_at(distance: float) -> Step:
         with torch.no_grad():
             moved = Bigram()
-            moved.table += step * direction
-            scores = Scores.of(batch, moved(batch))
-            return float(frozen(scores) / scores.count(next(iter(objective.units.values()))))
+            moved.table += distance * direction
+            logps = moved(batch)
+        assert batch.ref_logps is not None
+        sizes = [c.num_scored for g in groups for c in g.completions]
+        completions = iter(zip(logps.split(sizes), batch.ref_logps.split(sizes), strict=True))
+        return [[tuple(x.numpy() for x in next(completions)) for _ in g.completions] for g in groups]  # type: ignore[misc]
 
     eps = 1e-6
-    numeric = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
-    assert float((policy.table.grad * direction).sum()) == pytest.approx(numeric, rel=1e-6, abs=1e-8)
-
-
-def _statistic_of_the_step(settings, objective, batch, policy):  # type: ignore[no-untyped-def]
-    """The loss as a function of the log-probs; kto_pair's z is a constant of the step, not a path of gradients."""
-    if not (isinstance(settings, DpoSettings) and settings.loss_type == "kto_pair"):
-        return lambda scores: objective.terms(scores)[next(iter(objective.units))]
-    with torch.no_grad():
-        at = Scores.of(batch, policy(batch))
-        ratios = at.sums(at.logps - batch.ref_logps)
-    z_c, z_r = ratios[0::2].mean().clamp(min=0), ratios[1::2].mean().clamp(min=0)
-    beta = settings.beta
-
-    def loss(scores: Scores) -> Tensor:
-        u = scores.sums(scores.logps - batch.ref_logps)
-        return (2 - torch.sigmoid(beta * (u[0::2] - z_r)) - torch.sigmoid(beta * (z_c - u[1::2]))).sum()
-
-    return loss
+    ahead, behind = (step_loss(settings, step_at(e), at=step_at(0)) for e in (eps, -eps))
+    along = float((policy.table.grad * direction).sum())
+    assert along == pytest.approx((ahead - behind) / (2 * eps), rel=1e-6, abs=1e-7)
 
 
 def test_dropout_is_a_function_of_seed_step_and_micro_batch() -> None:
