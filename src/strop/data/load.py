@@ -164,6 +164,8 @@ class _Workshop:
                 results.append(None)
             except RowRefused as refusal:
                 results.append(refusal)
+            except RecursionError:
+                results.append(RowRefused("deep_nesting", "the row is nested too deeply to be rendered"))
         encoded = iter(self._encoder.encode(rendered))
         return [next(encoded) if result is None else result for result in results]
 
