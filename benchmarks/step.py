@@ -174,7 +174,8 @@ def main() -> None:
     seconds = {s: statistics.median(m["seconds_a_pair"] for m in ms) for s, ms in found.items()}
     peak = {s: statistics.median(m["peak_gib"] for m in ms) for s, ms in found.items()}
     print(
-        f"seconds a pair: strop {seconds['strop']:.3f}, TRL {seconds['trl']:.3f}: {seconds['trl'] / seconds['strop']:.2f} x"
+        f"seconds a pair: strop {seconds['strop']:.3f}, TRL {seconds['trl']:.3f}: "
+        f"{seconds['trl'] / seconds['strop']:.2f} x"
     )
     print(f"peak GiB: strop {peak['strop']:.2f}, TRL {peak['trl']:.2f}: {peak['strop'] / peak['trl']:.2f} of TRL")
     return None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from strop.config import RunConfig, TrainingSection, advice, resolve
+from strop.config import RunConfig, advice, resolve
 from strop.config.yamlfile import write_value
 from strop.data.plan import cut, packed_tokens
 from strop.data.show import show_group
@@ -36,7 +36,7 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     # prompts are taken to be shared; whether the architecture can is seen when its weights are loaded
     runs = [with_budget(prepare(config, model), packed_tokens) for model in select_models(config, model_index)]
     say("The configuration: key, value, where it came from\n")
-    for line in _values(config, runs[0].config.training):
+    for line in _values(config, runs[0].config):
         say(line)
     for note in (*_device_notes(config), *advice(config)):
         say(f"note: {note}")
@@ -50,14 +50,15 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     say("\ndry run: nothing was trained and nothing was written")
 
 
-def _values(config: RunConfig, training: TrainingSection) -> list[str]:
-    """One line a key; `training` is the section as the data resolved it."""
+def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
+    """One line a key; `resolved` has the values and origins that the data decided (and only its own model)."""
+    decided = {key: value for key, value, _ in resolved.leaves()}
     rows = []
     for key, value, _ in config.leaves():
-        section, _, field = key.partition(".")
-        rows.append((key, write_value(getattr(training, field) if section == "training" else value)))
-    keys, values = (max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1))
-    return [f"{key:{keys}}  {value:{values}}  {config.origins.get(key, '')}" for key, value in rows]
+        settled = resolved if not key.startswith("models.") else config
+        rows.append((key, write_value(decided[key] if settled is resolved else value), settled.origins.get(key, "")))
+    widths = [max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1)]
+    return [f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows]
 
 
 def _device_notes(config: RunConfig) -> list[str]:

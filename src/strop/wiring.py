@@ -127,24 +127,36 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     objective = build_objective(config.post_training)
     tokenizer = load_tokenizer(model)
     data = load_data(config, tokenizer, objective.rows)
-    training, finetuning = config.training, config.finetuning
-    if not data.eval and finetuning.load_best_model_at_end:
-        if not config.origins["finetuning.load_best_model_at_end"].startswith("default"):
-            raise ConfigError(
-                "there are no validation rows to choose the best model by",
-                where="finetuning.load_best_model_at_end: true",
-                expected="dataset.val_file, a validation file in splits_dir, or dataset.validation_split above 0",
-                fix="give validation rows, or set load_best_model_at_end: false",
-            )
-        finetuning = finetuning.model_copy(update={"load_best_model_at_end": False, "early_stopping_patience": None})
+    if not data.eval:
+        config = _without_validation(config)
+    training = config.training
     groups_per_step = training.groups_per_step
-    if groups_per_step is None and checkpoint is not None:
-        groups_per_step = checkpoint.state["recipe"]["training.groups_per_step"]
-    groups_per_step = groups_per_step or training.per_device_train_batch_size * training.gradient_accumulation_steps
-    training = training.model_copy(update={"groups_per_step": groups_per_step})
+    if groups_per_step is None:
+        effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        groups_per_step, origin = effective, "batch size x accumulation steps x devices"
+        if checkpoint is not None:
+            groups_per_step, origin = checkpoint.state["recipe"]["training.groups_per_step"], "the resumed run"
+        config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
     plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed)
-    config = config.model_copy(update={"models": (model,), "training": training, "finetuning": finetuning})
-    return Prepared(config, model, tokenizer, data, objective, plan)
+    return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
+
+
+def _without_validation(config: RunConfig) -> RunConfig:
+    """The configuration of a run that cannot be evaluated.
+
+    Raises:
+        ConfigError: a setting that needs evaluations was given.
+    """
+    neutral = {"finetuning.load_best_model_at_end": False, "finetuning.early_stopping_patience": None}
+    for key, value, _ in config.leaves():
+        if key in neutral and value != neutral[key] and not config.origins[key].startswith("default"):
+            raise ConfigError(
+                "there are no validation rows to evaluate the model by",
+                where=f"{key}: {value} ({config.origins[key]})",
+                expected="dataset.val_file, a validation file in splits_dir, or dataset.validation_split above 0",
+                fix="give validation rows, or drop this key",
+            )
+    return config.with_values(neutral, "no validation rows")
 
 
 def _train_model(
@@ -233,10 +245,11 @@ def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
 
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """What `auto_precision` chose, written down."""
-    precision = resolve_precision(config.training, device)
-    if not config.training.auto_precision or not precision.is_low:
+    training = config.training
+    chosen = training.auto_precision and training.bf16 is None and training.fp16 is None
+    if not chosen or not resolve_precision(training, device).is_low:
         return config
-    return config.model_copy(update={"training": config.training.model_copy(update={"bf16": True, "fp16": False})})
+    return config.with_values({"training.bf16": True, "training.fp16": False}, "auto_precision")
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
@@ -245,8 +258,8 @@ def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
     if training.micro_batch_tokens is not None:
         return prepared
     budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens)
-    training = training.model_copy(update={"micro_batch_tokens": budget})
-    return replace(prepared, config=prepared.config.model_copy(update={"training": training}))
+    origin = "batch size x the longest group"
+    return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
 
 
 def _write_papers(prepared: Prepared, run: RunDir) -> None:
