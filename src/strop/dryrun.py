@@ -6,19 +6,16 @@ what the run would be. Loads no weights, touches no GPU and writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from rich.console import Console
 from rich.text import Text
 
 from strop.config import RunConfig, advice, resolve
 from strop.config.yamlfile import write_value
-from strop.data.plan import cut, packed_tokens
+from strop.data.plan import packed_tokens
 from strop.data.show import show_group
 from strop.distributed import pick_device
-from strop.engine.optim import warmup_steps
 from strop.errors import ConfigError
-from strop.wiring import Prepared, prepare, select_models, with_budget
+from strop.wiring import prepare, select_models, with_budget
 
 
 def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:
@@ -42,7 +39,7 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
         say(f"note: {note}")
     for prepared in runs:
         say(f"\n== {prepared.model.name}")
-        for line in (*prepared.data.report.lines(), *_recipe(prepared)):
+        for line in (*prepared.data.report.lines(), *prepared.describe(packed_tokens)):
             say(line)
         say("\nThe first example, trained tokens marked:")
         shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
@@ -67,34 +64,3 @@ def _device_notes(config: RunConfig) -> list[str]:
         return pick_device(config.gpu)[1]
     except ConfigError as error:
         return [f"this would stop a run here: {error}"]
-
-
-def _recipe(prepared: Prepared) -> Iterator[str]:
-    config, plan, data = prepared.config, prepared.plan, prepared.data
-    training = config.training
-    assert training.groups_per_step is not None
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    if training.groups_per_step == batch * accumulation:
-        made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
-    else:
-        made = ""
-    yield f"effective batch: {training.groups_per_step} groups a step{made}"
-    steps = plan.num_steps
-    epochs = steps / plan.steps_per_epoch
-    warmup = warmup_steps(steps, training)
-    yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
-    if warmup >= steps:
-        yield (
-            f"note: the warm-up never ends: {warmup} steps of {steps}; the learning rate reaches "
-            f"{training.learning_rate:g} at the last step at best. Lower training.warmup_steps or use warmup_ratio"
-        )
-    tokens = sum(packed_tokens([data.train[i] for i in plan.groups(s)]) for s in range(1, plan.steps_per_epoch + 1))
-    budget = training.micro_batch_tokens
-    assert budget is not None
-    num_parts = sum(
-        len(cut(data.train, plan.groups(s), budget, packed_tokens)) for s in range(1, plan.steps_per_epoch + 1)
-    )
-    yield (
-        f"tokens: {tokens:,} an epoch with prompts shared, in {num_parts} micro-batches of at most {budget:,}, "
-        f"{100 * tokens / (num_parts * budget):.0f} % full"
-    )

@@ -6,7 +6,7 @@ config -> device, run folder -> tokenizer, groups, plan -> policy -> reference l
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from strop.config import RunConfig, advice, resolve, to_yaml
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import Plan, RowTokens, default_budget, packed_tokens, padded_tokens
+from strop.data.plan import Plan, RowTokens, cut, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
 from strop.engine.loop import Loop, Rows
+from strop.engine.optim import learning_rate, warmup_steps
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_recipe
@@ -62,6 +63,30 @@ class Prepared:
     data: LoadedData
     objective: Objective[MethodSettings]
     plan: Plan
+
+    def describe(self, tokens: RowTokens) -> Iterator[str]:
+        """Lines for a person: what the run will be, once `micro_batch_tokens` is settled for rows that cost `tokens`."""
+        plan, training, groups = self.plan, self.config.training, self.data.train
+        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
+        own = training.groups_per_step != batch * accumulation
+        yield f"effective batch: {training.groups_per_step} groups a step{'' if own else made}"
+        steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
+        epochs = steps / plan.steps_per_epoch
+        yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
+        if warmup >= steps > 1:
+            yield (
+                f"note: the warm-up takes the whole run: the learning rate ends at {learning_rate(steps, steps, training):g}"
+                f" of {training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
+            )
+        budget = training.micro_batch_tokens
+        assert budget is not None
+        parts = [p for s in range(1, plan.steps_per_epoch + 1) for p in cut(groups, plan.groups(s), budget, tokens)]
+        total = sum(tokens([groups[i] for i in part]) for part in parts)
+        yield (
+            f"tokens: {total:,} an epoch, in {len(parts)} micro-batches of at most {budget:,}, "
+            f"{100 * total / (len(parts) * budget):.0f} % full"
+        )
 
 
 def train(
@@ -188,7 +213,10 @@ def _train_model(
         if saved:
             check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
         tokens = packed_tokens if policy.share_prefix else padded_tokens
-        return _run(with_budget(prepared, tokens), policy, tokens, run, progress, saved)
+        prepared = with_budget(prepared, tokens)
+        for line in prepared.describe(tokens):
+            log.info("%s: %s", model.name, line)
+        return _run(prepared, policy, tokens, run, progress, saved)
 
 
 def _run(
