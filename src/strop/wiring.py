@@ -65,7 +65,7 @@ class Prepared:
     plan: Plan
 
     def describe(self, tokens: RowTokens) -> Iterator[str]:
-        """Lines for a person: what the run will be, once `micro_batch_tokens` is settled for rows that cost `tokens`."""
+        """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
         plan, training, groups = self.plan, self.config.training, self.data.train
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
@@ -75,9 +75,10 @@ class Prepared:
         epochs = steps / plan.steps_per_epoch
         yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
         if warmup >= steps > 1:
+            last = learning_rate(steps, steps, training)
             yield (
-                f"note: the warm-up takes the whole run: the learning rate ends at {learning_rate(steps, steps, training):g}"
-                f" of {training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
+                f"note: the warm-up takes the whole run: the learning rate ends at {last:g} of "
+                f"{training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
             )
         budget = training.micro_batch_tokens
         assert budget is not None
