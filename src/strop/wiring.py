@@ -197,12 +197,13 @@ def _train_model(
     logging_dir = config.logging.logging_dir
     with (
         RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
-        Progress() as progress,
+        Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
         saved = _checkpoint_to_resume(run, resume)
         if resume and run.is_finished:
             log.info("%s is finished: its model is in %s", model.name, run.final)
-            return RunResult(model.name, run.path, saved.step if saved else 0)
+            _mirror(config, run)
+            return RunResult(model.name, run.path, max(record["step"] for record in run.metrics.read()))
         prepared = prepare(config, model, saved)
         for line in prepared.data.report.lines():
             log.info("%s: %s", model.name, line)
@@ -229,7 +230,6 @@ def _run(
     saved: Checkpoint | None,
 ) -> RunResult:
     config, data, plan = prepared.config, prepared.data, prepared.plan
-    _write_papers(prepared, run)
     train, validation = _with_references(prepared, policy, tokens, progress)
     resumed_at = saved.step if saved else 0
     trackers = open_trackers(
@@ -249,15 +249,16 @@ def _run(
             loop = Loop(config, policy, prepared.objective, plan, train, validation, outputs, lambda: stop.requested)
             if saved:
                 loop.restore(saved)
+                _look_for_best(loop, run, saved)
                 checkpoint.retire_newer(run.path, saved.step)
+            _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
             outputs.cut(resumed_at if saved else -1)
             state = loop.run()
-            step = loop.load_best(lambda best: checkpoint.open_checkpoint(run.path / f"checkpoint-{best}"))
+            step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
     finally:
         outputs.close()
     run.publish_final(partial(policy.save_pretrained, tokenizer=prepared.tokenizer))
-    if config.training.mount_dir:
-        log.info("mirrored to %s", run.mirror(config.training.mount_dir))
+    _mirror(config, run)
     log.info("%s: %d steps; the model of step %d is in %s", prepared.model.name, state.step, step, run.final)
     return RunResult(prepared.model.name, run.path, state.step)
 
@@ -272,13 +273,31 @@ def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
     return found
 
 
+def _best(run: RunDir, saved: Checkpoint | None, step: int) -> Path:
+    """Where the checkpoint of the best evaluation is, which may be from before the resume, from another folder."""
+    return (saved.path.parent if saved and step <= saved.step else run.path) / f"checkpoint-{step}"
+
+
+def _look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
+    """Say it now, not after the training, where the best model so far is gone."""
+    best = loop.state.best_step
+    if best is not None and loop.config.finetuning.load_best_model_at_end and not _best(run, saved, best).is_dir():
+        log.warning("the best model so far, %s, is gone: a later one will be final", _best(run, saved, best))
+        loop.state.best_step = None
+
+
+def _mirror(config: RunConfig, run: RunDir) -> None:
+    if config.training.mount_dir:
+        log.info("mirrored to %s", run.mirror(config.training.mount_dir))
+
+
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """What `auto_precision` chose, written down."""
     training = config.training
-    chosen = training.auto_precision and training.bf16 is None and training.fp16 is None
-    if not chosen or not resolve_precision(training, device).is_low:
+    if not training.auto_precision or training.bf16 is not None or training.fp16 is not None:
         return config
-    return config.with_values({"training.bf16": True, "training.fp16": False}, "auto_precision")
+    low = resolve_precision(training, device).is_low
+    return config.with_values({"training.bf16": low, "training.fp16": False}, "auto_precision")
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
