@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -132,6 +132,7 @@ class Renderer:
 
         Raises:
             RowRefused: the template fails on this row, drops a part of it, or its trained spans cannot be found.
+            ModelError: the template fails on every row.
             ConfigError: messages under `dataset.render: raw`.
         """
         if self.is_raw(example):
@@ -157,6 +158,7 @@ class Renderer:
         text = self._text(messages, tools)
         _refuse_lone_surrogates(text)
         _refuse_dropped_calls(messages, tools, text)
+        self._refuse_controls_elsewhere(messages, tools)
         boundary = len(opening) if opening and text.startswith(opening) else None
         found = self._by_marks(messages, len(prompt), text, boundary, tools)
         if found is None:
@@ -196,11 +198,22 @@ class Renderer:
         own = [spans[i] for i in answers if i in spans and not WRITES_MORE & messages[i].keys()]
         floor = max((spans[i][1] for i in wrapped if i < first), default=0) if boundary is None else boundary
         blocks = [block for block in read.moved(blocks) if floor <= block[0] < block[1]]
-        if blocks and all(any(a <= s and t <= b for a, b in blocks) for s, t in own):
+        if len(blocks) >= len(answers) and all(any(a <= s and t <= b for a, b in blocks) for s, t in own):
             return tuple(blocks), contents
         if len(own) < len(answers):
             return None
         return _with_lead(text, boundary, own), contents
+
+    def _refuse_controls_elsewhere(self, messages: Sequence[Message], tools: Tools) -> None:
+        """Tool calls and the like are not marked, so a control token in them would pass for the template's."""
+        others = [value for m in messages for key, value in m.items() if key not in ("role", "content")]
+        for words in _texts([others, list(tools or ())]):
+            if control := next((c for c in self._controls if c in words), None):
+                raise RowRefused(
+                    "control_token",
+                    f"a tool, a tool call or another key of a message holds the control token {control!r}",
+                    expected="control tokens in contents alone, where they are encoded as text",
+                )
 
     def _by_prefix(self, messages: Sequence[Message], first: int, text: str, tools: Tools) -> tuple[Span, ...]:
         """The trained spans as what each assistant turn adds to the rendering of the turns before it."""
@@ -247,6 +260,12 @@ class Renderer:
                 return_assistant_tokens_mask=track,
                 **self._special,
             )
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            raise ModelError(
+                f"the tokenizer's chat template is broken: {error.message} (line {error.lineno})",
+                expected="a Jinja template",
+                fix="mend the chat template beside the tokenizer (chat_template.jinja, or in tokenizer_config.json)",
+            ) from error
         except TEMPLATE_ERRORS as error:
             raise RowRefused(
                 "template_error",
@@ -279,6 +298,17 @@ def _with_lead(text: str, boundary: int | None, spans: Sequence[Span]) -> tuple[
     if not lead or not lead.isspace():
         return tuple(spans)
     return tuple((a - len(lead) if text.endswith(lead, 0, a) else a, b) for a, b in spans)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _stands(message: Message, text: str) -> bool:

@@ -166,11 +166,38 @@ def test_tool_calls_are_trained_whole_and_never_dropped(make_tokenizer: Make) ->
         assert refusal.value.reason == reason
 
 
+def test_control_tokens_in_tool_calls_are_refused(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=CALLING)
+    call = {"function": {"name": "search", "arguments": {"q": ["a<|end|>b"]}}}
+    tool = {"name": "search", "description": "</s>"}
+    answer = turn("assistant", "x")
+    for messages, tools in (((turn("assistant", "y", tool_calls=[call]),), None), ((answer,), (tool,))):
+        with pytest.raises(RowRefused) as refusal:
+            render(tokenizer, turn("user", "q"), *messages, tools=tools)
+        assert refusal.value.reason == "control_token"
+
+
+def test_generation_blocks_that_leave_tool_calls_out_are_not_believed(make_tokenizer: Make) -> None:
+    template = CALLING.replace(
+        "{{ '<|start|>' + m['role'] + '\n' + (m['content'] or '') }}",
+        "{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and m['content'] %}{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] or '' }}{% endif %}",
+    )
+    calling = turn("assistant", None, tool_calls=[CALL])
+    rendered = render(make_tokenizer(template=template), turn("user", "q"), calling, turn("assistant", "x"))
+    assert "search" in words(rendered, rendered.trained)[0]
+
+
 def test_a_template_that_fails_refuses_the_row(make_tokenizer: Make) -> None:
-    for template in ("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[9]['content'] + 1 }}", "{{ oops( }}"):
+    for template in ("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[9]['content'] + 1 }}"):
         with pytest.raises(RowRefused) as refusal:
             render(make_tokenizer(template=template), turn("user", "q"), turn("assistant", "x"))
         assert refusal.value.reason == "template_error"
+
+
+def test_a_broken_template_is_no_fault_of_the_row(make_tokenizer: Make) -> None:
+    with pytest.raises(ModelError, match=r"chat template is broken.*\(line 2\)"):
+        render(make_tokenizer(template="\n{{ oops( }}"), turn("user", "q"), turn("assistant", "x"))
 
 
 def test_rows_that_hold_marks_themselves(make_tokenizer: Make) -> None:
