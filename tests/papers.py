@@ -1,6 +1,7 @@
 """Every loss in plain numpy and float64, one pair at a time, written from the papers: the oracle of the objectives.
 
 A step is a list of groups, a group a list of completions, a completion two arrays of log-probs: policy, reference.
+Labelled groups are desirable and undesirable by turns, the first one is desirable; `others` are the completions of z0.
 Statistics of the step that carry no gradient are taken from `at`, so that finite differences can hold them still.
 """
 
@@ -24,9 +25,11 @@ def log_sigma(x: float) -> float:
     return -float(np.logaddexp(0.0, -x))
 
 
-def step_loss(s: Any, step: Step, at: Step | None = None) -> float:
+def step_loss(s: Any, step: Step, at: Step | None = None, others: Step = ()) -> float:
     """The loss of a whole step under the settings `s`."""
     at = step if at is None else at
+    if s.method == "kto":
+        return kto(s, step, others)
     if s.method == "sft":
         rows = [group[0][0] for group in step]
         if s.loss_reduction == "tokens":
@@ -48,6 +51,20 @@ def step_loss(s: Any, step: Step, at: Step | None = None) -> float:
     if s.method == "ipo":
         return float(np.mean([regression(s, group) for group in step]))
     return float(np.mean(dpo_losses(s, step, at))) + s.sft_weight * chosen_nll
+
+
+def kto(s: Any, step: Step, others: Step) -> float:
+    z0 = 0.0
+    if s.kto_loss == "kto":
+        z0 = max(0.0, float(np.mean([float(p.sum() - q.sum()) for ((p, q),) in others])))
+    losses = []
+    for i, ((p, q),) in enumerate(step):
+        u = float(p.sum() - q.sum())
+        if i % 2 == 0:
+            losses.append(s.desirable_weight * (1 - sigma(s.beta * (u - z0))))
+        else:
+            losses.append(s.undesirable_weight * (1 - sigma(s.beta * (z0 - u))))
+    return float(np.mean(losses))
 
 
 def odds(logps: Array) -> float:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from strop.batch import Batch, pack, pad
-from strop.config.methods import CpoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
+from strop.config.methods import CpoSettings, KtoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
 from strop.config.sections import ModelSection
+from strop.data.mismatch import Mismatched
 from strop.data.plan import cut, packed_tokens
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
@@ -37,6 +38,7 @@ SETTINGS: list[MethodSettings] = [
     OrpoSettings(),
     SimpoSettings(),
     CpoSettings(),
+    KtoSettings(),
 ]
 """One of each way to sum: the cut of the others is that of `tests/unit/engine/test_step.py`."""
 RELATIVE = 1e-9
@@ -92,7 +94,8 @@ def make_groups(rows: str) -> list[Group]:
         lengths = (3 + 5 * (i % 3), 2 + i)
         masks = [b"\0" * (i % 2) + b"\1" * (n - i % 2) for n in lengths]
         answers = tuple(Completion(draw(n), m) for n, m in zip(lengths, masks, strict=True))
-        groups.append(Group(draw(4 + 3 * i), answers if rows == "pair" else answers[:1], Origin("rows", i + 1)))
+        label = i % 3 == 0 if rows == "labelled" else None
+        groups.append(Group(draw(4 + 3 * i), answers if rows == "pair" else answers[:1], Origin("rows", i + 1), label))
     return groups
 
 
@@ -104,8 +107,11 @@ def one_step(
     generator = torch.Generator().manual_seed(6)
     # as a reference would have scored: some nats a token, so that z of kto_pair is not 0
     refs = [-6.5 * torch.rand(g.num_scored, generator=generator, dtype=torch.float64) - 3 for g in groups]
+    others = Mismatched(groups, num_epochs=1, seed=0, max_tokens=64) if objective.needs_mismatched else ()
+    apart_refs = [-9.5 * torch.ones(g.num_scored, dtype=torch.float64) for g in others]
     forward.zero_grad()
-    result = forward_backward(forward, objective, batches_of(groups, refs))
+    apart = batches_of(others, apart_refs) if others else []
+    result = forward_backward(forward, objective, batches_of(groups, refs), apart)
     gradients = {n.removeprefix("model."): p.grad.clone() for n, p in forward.named_parameters() if p.grad is not None}
     return result.loss, gradients
 

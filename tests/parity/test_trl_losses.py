@@ -7,6 +7,7 @@ lists what agrees and what deviates, and why.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from strop.batch import Scores
-from strop.config.methods import CpoSettings, DpoSettings, IpoSettings, MethodSettings, OrpoSettings, SimpoSettings
+from strop.config.methods import (
+    CpoSettings,
+    DpoSettings,
+    IpoSettings,
+    KtoSettings,
+    MethodSettings,
+    OrpoSettings,
+    SimpoSettings,
+)
 from strop.engine.step import step_loss
 from strop.objectives.base import build_objective
 from strop.objectives.pairs import means
@@ -35,6 +44,14 @@ def make_scores() -> Scores:
     logps, refs = (-3 * torch.rand(int(lengths.sum()), generator=generator) for _ in range(2))
     index = torch.arange(len(LENGTHS)).repeat_interleave(2)
     return Scores(logps.requires_grad_(), refs, torch.repeat_interleave(lengths), index)
+
+
+def make_labelled_scores() -> Scores:
+    """Every completion a row of its own, two of three desirable; others for z0, likelier under the policy."""
+    scores = make_scores()
+    groups = torch.arange(scores.num_completions)
+    apart = Scores(scores.logps.detach() / 2, scores.ref_logps, scores.completion_index, groups)
+    return replace(scores, group_index=groups, labels=groups % 3 != 0, mismatched=apart)
 
 
 class Accelerator:
@@ -134,7 +151,49 @@ def orpo_loss(s: Any, scores: Scores) -> Tensor:
     return -scores.sums(scores.logps)[0::2].sum() / scores.count("chosen_tokens") - losses.mean()
 
 
-THEIRS = {"dpo": dpo_loss, "ipo": dpo_loss, "cpo": cpo_loss, "simpo": cpo_loss, "orpo": orpo_loss}
+def kto_loss(s: Any, scores: Scores) -> Tensor:
+    assert scores.ref_logps is not None and scores.labels is not None and scores.mismatched is not None
+
+    def answers(per_token: Tensor, at: Scores) -> SimpleNamespace:
+        rows = pad_sequence(list(per_token.split(at.lengths.int().tolist())), batch_first=True)
+        aside = torch.zeros_like(rows)
+        return SimpleNamespace(log_probs=rows, entropy=aside, mean_logits=aside)
+
+    policy, apart = answers(scores.logps, scores), scores.mismatched
+    assert apart.ref_logps is not None
+
+    def rows_of(at: Scores, prefix: str) -> dict[str, Tensor]:
+        mask = pad_sequence([torch.ones(int(n)) for n in at.lengths], batch_first=True)
+        mask = torch.cat([torch.zeros(len(mask), 1), mask], 1).long()
+        return {f"{prefix}input_ids": mask, f"{prefix}attention_mask": mask, f"{prefix}completion_mask": mask}
+
+    class Model(torch.nn.Module):
+        def forward(self, **_: Any) -> SimpleNamespace:
+            return policy if torch.is_grad_enabled() else answers(apart.logps, apart)
+
+    batch = {**rows_of(scores, ""), **rows_of(apart, "KL_"), "label": scores.labels}
+    batch["ref_logps"], batch["ref_KL_logps"] = scores.sums(scores.ref_logps), apart.sums(apart.ref_logps)
+    model = Model()
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=Accelerator(),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=s.kto_loss == "kto",
+        loss_type=s.kto_loss,
+        beta=s.beta,
+        desirable_weight=s.desirable_weight,
+        undesirable_weight=s.undesirable_weight,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    trainer._compute_kl_logps = lambda *inputs: trl.KTOTrainer._compute_kl_logps(trainer, *inputs)
+    loss: Tensor = trl.KTOTrainer._compute_loss(trainer, model, batch, False)
+    return loss
+
+
+THEIRS = {"kto": kto_loss, "dpo": dpo_loss, "ipo": dpo_loss, "cpo": cpo_loss, "simpo": cpo_loss, "orpo": orpo_loss}
 
 AGREEING: list[MethodSettings] = [
     *(
@@ -152,6 +211,9 @@ AGREEING: list[MethodSettings] = [
     *(dpo(loss, ld_alpha=0.5) for loss in ("sigmoid", "nca_pair", "aot")),
     dpo(sft_weight=0.3),
     IpoSettings(beta=0.3),
+    KtoSettings(),
+    KtoSettings(beta=0.5, desirable_weight=1.3, undesirable_weight=0.4),
+    KtoSettings(kto_loss="apo_zero_unpaired"),
     OrpoSettings(),
     SimpoSettings(),
     SimpoSettings(simpo_beta=10.0, simpo_gamma=0.3, sft_weight=0.2),
@@ -163,7 +225,7 @@ AGREEING: list[MethodSettings] = [
 def both(settings: MethodSettings) -> tuple[tuple[float, Tensor], tuple[float, Tensor]]:
     """Loss and gradient with respect to every log-prob: ours, TRL's."""
     objective = build_objective(settings)
-    scores = make_scores()
+    scores = make_labelled_scores() if objective.rows == "labelled" else make_scores()
     ours = step_loss(objective, scores, {t: scores.count(unit) for t, unit in objective.units.items()})
     theirs = THEIRS[settings.method](settings, scores)
     return (

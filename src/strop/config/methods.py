@@ -20,6 +20,8 @@ NEUTRAL: Mapping[str, Any] = {
     "f_divergence": "reverse_kl",
     "sft_weight": 0.0,
     "ld_alpha": 1.0,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
     "use_ref_model": True,
     "loss_reduction": "tokens",
 }
@@ -229,6 +231,22 @@ class IpoSettings(ReferenceSettings):
     """Log-ratios per token (`mean`, as TRL) or per completion (`sum`, as the paper)."""
 
 
+class KtoSettings(ReferenceSettings):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): completions that are desirable or not, without pairs."""
+
+    OBJECTIVE: ClassVar[str] = "kto:Kto"
+
+    method: Literal["kto"] = "kto"
+    """Kahneman-Tversky optimisation."""
+    kto_loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`kto`: against the divergence from the reference, estimated over the step. `apo_zero_unpaired` (arXiv
+    2408.06266): against 0, which spares that estimate."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the desirable completions' loss; keep weight times number alike on both sides."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the undesirable completions' loss."""
+
+
 class OrpoSettings(MethodSettings):
     """Odds ratio preference optimisation (arXiv 2403.07691): likelihood and preference at once, without a reference."""
 
@@ -271,7 +289,7 @@ class CpoSettings(MethodSettings):
 
 
 PostTraining = Annotated[
-    SftSettings | DpoSettings | IpoSettings | OrpoSettings | SimpoSettings | CpoSettings,
+    SftSettings | DpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings | CpoSettings,
     Field(discriminator="method"),
 ]
 METHODS: Mapping[str, type[MethodSettings]] = {

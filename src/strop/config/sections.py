@@ -72,7 +72,8 @@ class DatasetSection(Section):
     val_file: str | None = None
     """Validation rows; wins over `splits_dir` and `validation_split`."""
     splits_dir: str | None = None
-    """Folder with `train.jsonl` and `val.jsonl` (sft) or `train.dpo.jsonl` and `val.dpo.jsonl` (preferences)."""
+    """Folder with `train.jsonl` and `val.jsonl` (sft), `train.dpo.jsonl` and `val.dpo.jsonl` (pairs),
+    or `train.kto.jsonl` and `val.kto.jsonl` (kto)."""
     prompt_column: str = "prompt"
     """Column with the prompt (text or a list of messages)."""
     chosen_column: str = "chosen"

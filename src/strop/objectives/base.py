@@ -28,9 +28,12 @@ class Objective(ABC, Generic[S]):
     """One method, with its settings.
 
     Declared on the class: `rows`, what the data must keep together; `needs_reference`, whether reference log-probs
-    are scored before training; `METRICS`, how to read each metric. Declared by the instance, since variants differ:
-    `units`, what each term is divided by; `whole_step`, whether the terms hold a statistic of the whole step. The
-    engine then calls `terms` once with the scores of the whole step; otherwise once a micro-batch.
+    are scored before training; `METRICS`, how to read each metric of its variants.
+
+    Declared by the instance, since variants differ: `units`, what each term is divided by; `whole_step`, whether the
+    terms hold a statistic of the whole step: `terms` is then called once with the scores of the whole step, else once a
+    micro-batch; `needs_mismatched`, whether they read `scores.mismatched`: then every prompt of the step is scored with
+    a completion of another, drawn anew each epoch, first and without gradients.
     """
 
     rows: ClassVar[RowShape]
@@ -42,6 +45,10 @@ class Objective(ABC, Generic[S]):
 
     @property
     def whole_step(self) -> bool:
+        return False
+
+    @property
+    def needs_mismatched(self) -> bool:
         return False
 
     @property
