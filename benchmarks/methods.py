@@ -3,9 +3,10 @@
     python benchmarks/methods.py --base BASE --data DATA --out OUT [--methods dpo kto] [--steps 100] [--trl]
 
 A short SFT by strop on instruct_sft, then each method for so many steps from that model, through the command line, on
-the first rows of hh_helpful (kto: kto_unpaired). Prints one JSON line a method and side: the training loss of the first
-and the last tenth of the steps, and the held-out metrics before and after. With --trl, TRL trains on the same rows in
-the same order from the same model; both models are judged by strop's evaluation, since trainers average differently.
+rows of hh_helpful (kto: kto_unpaired) that need no truncation, which trainers do differently. Prints one JSON line a
+method and side: the training loss of the first and the last tenth of the steps, and the held-out metrics before and
+after. With --trl, TRL trains on the same rows in the same order from the same model; both models are judged by strop's
+evaluation, since trainers average differently.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import strop
 from strop.config import METHODS
 from strop.wiring import prepare
 
-SEED, BATCH, HELD_OUT = 42, 4, 96
+SEED, BATCH, HELD_OUT, LONGEST = 42, 4, 300, 192
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected", "nll")
 VARIANTS = {"exo_pair": {"label_smoothing": 1e-3}}
 
@@ -49,7 +50,7 @@ def write_config(method: str, model: Path, out: Path, args: argparse.Namespace, 
     config = {
         "seed": SEED,
         "models": [{"name": "model", "huggingface_id": str(model)}],
-        "dataset": {"train_file": str(train_rows), "val_file": str(val), "max_samples": args.steps * BATCH},
+        "dataset": {"train_file": str(train_rows), "val_file": str(val), "filter_overlength_samples": True},
         "post_training": settings,
         "training": {
             "output_dir": str(out),
@@ -59,9 +60,9 @@ def write_config(method: str, model: Path, out: Path, args: argparse.Namespace, 
             "gradient_accumulation_steps": 1,
             "learning_rate": 3e-4 if method == "sft" else args.rate,
             "warmup_steps": 0,
-            "max_seq_length": 160,
-            "max_prompt_length": 96,
-            "max_completion_length": 64,
+            "max_seq_length": LONGEST,
+            "max_prompt_length": LONGEST * 2 // 3,
+            "max_completion_length": LONGEST // 3,
             "logging_steps": 1,
             "eval_steps": 10_000,
             "save_steps": 10_000,
@@ -128,10 +129,8 @@ def run_trl(method: str, start: Path, out: Path, args: argparse.Namespace) -> tu
         own |= {"beta": s.simpo_beta, "simpo_gamma": s.simpo_beta * s.simpo_gamma}
     else:
         own |= {"beta": s.beta}
-    lengths: dict[str, Any] = {"max_length": 160}
-    if name in ("orpo", "cpo", "simpo"):
-        lengths |= {"max_completion_length": 64}
-    else:
+    lengths: dict[str, Any] = {"max_length": LONGEST}
+    if name in ("dpo", "ipo", "kto"):
         own |= {"train_sampling_strategy": "sequential"}
     given = config_class(
         output_dir=str(out / "trl"),
