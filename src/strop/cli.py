@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `strop demo`, `strop schema`. Floor 6.
+"""The command line: `strop train`, `demo`, `methods`, `schema`. Floor 6.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on. Configuration and torch are imported inside the commands, so that
@@ -30,6 +30,7 @@ usage: strop COMMAND ...
 
   train    train every model of a configuration (strop train --help)
   demo     a real training run on this machine in a minute, with nothing to download
+  methods  what there is to train by; strop methods NAME: formula, settings, data, metrics
   schema   print the JSON Schema of configuration files
 
   --help, --version
@@ -201,7 +202,31 @@ def _schema(arguments: list[str]) -> int:
     return _print(json_schema() if options.format == "json" else markdown())
 
 
-COMMANDS: Mapping[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "schema": _schema}
+def _methods(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print("usage: strop methods [NAME]\n")
+    from strop.config.methods import METHODS
+
+    if len(arguments) > 1 or (arguments and arguments[0] not in METHODS):
+        given = " ".join(arguments)[:80]
+        close = difflib.get_close_matches(given, METHODS, n=1)
+        raise ConfigError(
+            f"there is no method {given!r}",
+            expected=f"one of {', '.join(METHODS)}",
+            fix=f"did you mean strop methods {close[0]}?" if close else "",
+        )
+    from strop import catalogue
+
+    width = min(shutil.get_terminal_size().columns, 120)
+    return _print(catalogue.explanation(arguments[0], width) if arguments else catalogue.listing())
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "demo": _demo,
+    "methods": _methods,
+    "schema": _schema,
+}
 
 
 # ---- the terminal

@@ -125,8 +125,7 @@ class ReferenceSettings(MethodSettings):
     """What methods that hold the policy to a reference have in common."""
 
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the policy is held to the reference (higher stays closer); under orpo the weight of the odds
-    ratio, under cpo the scale of the margin."""
+    """How strongly the policy is held to the reference; higher stays closer."""
     use_ref_model: bool = True
     """true or false, the reference is the model as it is when training starts; its log-probs are taken before the
     first step and no second model stays in memory. false only forbids naming another one in `ref_model_id`."""
@@ -190,10 +189,10 @@ class DpoSettings(ReferenceSettings):
     loss_type: LossType = "sigmoid"
     """The loss on the pair; `strop methods dpo` has the formulas."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the labels taken to be flipped, in [0, 0.5). dpo: read by `sigmoid` (conservative DPO), `robust`, `aot`,
+    """Share of the labels taken to be flipped, in [0, 0.5). Read by `sigmoid` (conservative DPO), `robust`, `aot`,
     `aot_unpaired` and `exo_pair`, which needs it above 0."""
     ipo_norm: Literal["mean", "sum"] = "mean"
-    """IPO: log-ratios per token (`mean`, as TRL) or per completion (`sum`, as the paper). dpo: read by `ipo`."""
+    """Read by `ipo`: log-ratios per token (`mean`, as TRL) or per completion (`sum`, as the paper)."""
     bco_delta: Literal["mean", "zero"] = "mean"
     """Read by `bco_pair`: the rewards' shift is their mean over the step, or 0 (as TRL)."""
     discopop_tau: float = Field(default=0.05, gt=0)

@@ -71,6 +71,11 @@ class Objective(ABC, Generic[S]):
 
 def build_objective(settings: MethodSettings) -> Objective[MethodSettings]:
     """The objective that takes these settings, as their class declares."""
+    return objective_class(type(settings))(settings)
+
+
+def objective_class(settings: type[MethodSettings]) -> type[Objective[MethodSettings]]:
+    """The class of that objective."""
     module, _, name = settings.OBJECTIVE.partition(":")
     cls: type[Objective[MethodSettings]] = getattr(import_module(f"strop.objectives.{module}"), name)
-    return cls(settings)
+    return cls
