@@ -27,7 +27,7 @@ import strop
 from strop.config import METHODS
 from strop.wiring import prepare
 
-SEED, BATCH, HELD_OUT, LONGEST = 42, 4, 300, 192
+SEED, BATCH, SFT_STEPS, HELD_OUT, LONGEST = 42, 4, 300, 300, 192
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected", "nll")
 VARIANTS = {"exo_pair": {"label_smoothing": 1e-3}}
 
@@ -50,11 +50,16 @@ def write_config(method: str, model: Path, out: Path, args: argparse.Namespace, 
     config = {
         "seed": SEED,
         "models": [{"name": "model", "huggingface_id": str(model)}],
-        "dataset": {"train_file": str(train_rows), "val_file": str(val), "filter_overlength_samples": True},
+        "dataset": {
+            "train_file": str(train_rows),
+            "val_file": str(val),
+            "max_samples": None if method == "sft" else args.rows,
+            "filter_overlength_samples": True,
+        },
         "post_training": settings,
         "training": {
             "output_dir": str(out),
-            "max_steps": args.steps,
+            "max_steps": SFT_STEPS if method == "sft" else args.steps,
             "per_device_train_batch_size": BATCH,
             "per_device_eval_batch_size": 8,
             "gradient_accumulation_steps": 1,
@@ -180,6 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != "sft"])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=500, help="rows to choose from; those that fit are met repeatedly")
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--trl", action="store_true")
     args = parser.parse_args()

@@ -26,13 +26,6 @@ REFERENCE = {
 }
 
 
-def listing() -> str:
-    """Every method with its purpose, a line each."""
-    width = max(map(len, METHODS))
-    lines = [f"  {name:{width}}  {_purpose(settings)}" for name, settings in METHODS.items()]
-    return "\n".join(lines) + "\n\n  strop methods NAME explains one\n"
-
-
 def explanation(method: str, width: int) -> str:
     """A method for the terminal."""
     settings, objective = METHODS[method], objective_class(METHODS[method])
@@ -61,10 +54,6 @@ def markdown(method: str) -> str:
         ["## Metrics", "", "| name | how to read it |", "|---|---|", *metrics],
     ]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
-
-
-def _purpose(settings: type[MethodSettings]) -> str:
-    return " ".join((settings.__doc__ or "").split())
 
 
 def _formula(objective: type[Objective[MethodSettings]]) -> str:

@@ -215,10 +215,13 @@ def _methods(arguments: list[str]) -> int:
             expected=f"one of {', '.join(METHODS)}",
             fix=f"did you mean strop methods {close[0]}?" if close else "",
         )
-    from strop import catalogue
+    if not arguments:
+        from strop.config.reference import method_list
 
-    width = min(shutil.get_terminal_size().columns, 120)
-    return _print(catalogue.explanation(arguments[0], width) if arguments else catalogue.listing())
+        return _print(method_list())
+    from strop.catalogue import explanation
+
+    return _print(explanation(arguments[0], min(shutil.get_terminal_size().columns, 120)))
 
 
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = {

@@ -150,6 +150,7 @@ QUICK = {
     "a wrong flag": "from strop.cli import main; main(['train', '--nonsense'])",
     "a wrong file": "from strop.cli import main; main(['train', '--config', 'none.yaml'])",
     "schema": "from strop.cli import main; main(['schema'])",
+    "methods": "from strop.cli import main; main(['methods'])",
 }
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from papers import Step, step_loss
 from strop.batch import Batch, pack, pad
-from strop.config.methods import DpoSettings, KtoSettings, MethodSettings, SftSettings
+from strop.config.methods import KtoSettings, MethodSettings, SftSettings
 from strop.engine.evaluate import evaluate
 from strop.engine.step import StepScores, forward_backward
 from strop.objectives.base import build_objective
 from strop.types import Completion, Group, Origin
-from variants import SETTINGS, name
+from variants import SETTINGS, dpo, name
 
 
 class Bigram(nn.Module):
@@ -85,9 +85,13 @@ def test_the_cut_changes_nothing(settings: MethodSettings, cuts: list[int], layo
 
 
 def test_only_a_statistic_over_several_micro_batches_costs_a_second_pass() -> None:
-    assert run(DpoSettings(), [4])[2] == 2
-    assert run(DpoSettings(loss_type="kto_pair"), [])[2] == 1
-    assert run(DpoSettings(loss_type="kto_pair"), [4])[2] == 4
+    for loss_type in ("kto_pair", "bco_pair", "aot", "aot_unpaired"):
+        assert run(dpo(loss_type), [])[2] == 1
+        assert run(dpo(loss_type), [4])[2] == 4
+    alone = [s for s in SETTINGS if not build_objective(s).whole_step and not build_objective(s).needs_mismatched]
+    assert len(alone) > len(SETTINGS) / 2
+    for settings in alone:
+        assert run(settings, [4])[2] == 2
 
 
 def test_mismatched_completions_alone_are_scored_once_more() -> None:
