@@ -162,6 +162,8 @@ def _read_saved(folder: str, split: str) -> Iterator[Row]:
 def _read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
     import datasets
 
+    if not datasets.config.HF_HUB_OFFLINE:
+        logger.info("data set %s: asking %s for it", name, datasets.config.HF_ENDPOINT)
     try:
         loaded: Any = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
