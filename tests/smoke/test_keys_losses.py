@@ -17,7 +17,7 @@ def first(run: Any, name: str = "loss") -> float:
 
 
 def slope(run: Any) -> float:
-    """The norm of the first gradient, where the loss depends on the margin alone: |d loss / d margin| times the same."""
+    """The norm of the first gradient: |d loss / d margin| times the same, where the loss is one of the margin."""
     value: float = run.series("grad_norm")[0]
     return value
 
