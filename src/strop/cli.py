@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `strop demo`, `strop schema`. Floor 6.
+"""The command line: `strop train`, `demo`, `methods`, `schema`. Floor 6.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on; 130: stopped by Ctrl-C where nothing could be saved. Configuration and torch
@@ -32,6 +32,7 @@ usage: strop COMMAND ...
 
   train    train every model of a configuration (strop train --help)
   demo     a real training run on this machine in a minute, with nothing to download
+  methods  what there is to train by; strop methods NAME: formula, settings, data, metrics
   schema   print the JSON Schema of configuration files
 
   --help, --version
@@ -206,7 +207,34 @@ def _schema(arguments: list[str]) -> int:
     return _print(json_schema() if options.format == "json" else markdown())
 
 
-COMMANDS: Mapping[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "schema": _schema}
+def _methods(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print("usage: strop methods [NAME]\n")
+    from strop.config.methods import METHODS
+
+    if len(arguments) > 1 or (arguments and arguments[0] not in METHODS):
+        given = " ".join(arguments)[:80]
+        close = difflib.get_close_matches(given, METHODS, n=1)
+        raise ConfigError(
+            f"there is no method {given!r}",
+            expected=f"one of {', '.join(METHODS)}",
+            fix=f"did you mean strop methods {close[0]}?" if close else "",
+        )
+    if not arguments:
+        from strop.config.reference import method_list
+
+        return _print(method_list())
+    from strop.catalogue import explanation
+
+    return _print(explanation(arguments[0], min(shutil.get_terminal_size().columns, 120)))
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "demo": _demo,
+    "methods": _methods,
+    "schema": _schema,
+}
 
 
 # ---- the terminal

@@ -19,6 +19,7 @@ MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
 """Roles whose content may be an empty text: a tool can have nothing to say."""
 
 PAIR_METHODS = "post_training.method: dpo"
+LABELLED_METHODS = "post_training.method: kto"
 SINGLE_METHODS = "post_training.method: sft"
 
 
@@ -41,11 +42,31 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
     Raises:
         RowRefused: the row is not of that shape, or something in it cannot be trained on.
     """
-    if rows == "pair":
-        prompt, completions = _pair(data, columns)
-    else:
+    label = None
+    if rows == "labelled" and not (columns.chosen in data and columns.rejected in data):
+        prompt, completions, label = _labelled(data, columns)
+    elif rows == "single":
         prompt, completions = _single(data, columns)
-    return Example(prompt, completions, origin, _tools(data))
+    else:
+        prompt, completions = _pair(data, columns)
+    return Example(prompt, completions, origin, _tools(data), label)
+
+
+def _labelled(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...], bool]:
+    expected = f"{columns.prompt}, completion and label, or {columns.prompt}, {columns.chosen} and {columns.rejected}"
+    if "messages" in data and "completion" not in data:
+        raise RowRefused(
+            "wrong_shape",
+            "the row has 'messages' and no 'completion' and 'label': nothing says whether it is desirable",
+            expected=expected,
+            fix=f"set {SINGLE_METHODS}",
+        )
+    _require(data, (columns.prompt, "completion", "label"), expected)
+    label = {"true": True, "false": False}.get(str(data["label"]).lower())  # a CSV file has texts only
+    if label is None:
+        raise _wrong_type("label", data["label"], "true (desirable) or false")
+    prompt, completions = _explicit(data, columns.prompt, ("completion",))
+    return prompt, completions, label
 
 
 def _single(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...]]:
@@ -56,7 +77,7 @@ def _single(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Tur
             "wrong_shape",
             "the row has a true/false label: it is an unpaired preference row",
             expected="a conversation or a prompt with a completion to imitate",
-            fix="keep the rows to imitate and remove the column label",
+            fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column label",
         )
     if "completion" not in data and columns.chosen in data and columns.rejected in data:
         raise RowRefused(
@@ -89,7 +110,7 @@ def _pair(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns
             "wrong_shape",
             f"the row has {found!r} and no {columns.chosen!r} and {columns.rejected!r}: it has nothing to compare",
             expected=f"{columns.prompt}, {columns.chosen} and {columns.rejected}",
-            fix=f"set {SINGLE_METHODS}",
+            fix=f"set {LABELLED_METHODS if 'label' in data else SINGLE_METHODS}",
         )
     _require(data, sides, f"{columns.prompt}, {columns.chosen} and {columns.rejected}")
     _same_kind(data, sides)

@@ -69,7 +69,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
     """Reads, renders, encodes and cuts the rows that the configuration names.
 
     Args:
-        rows: what the method needs: one completion a row, or pairs.
+        rows: what the method needs: one completion a row, pairs, or labelled completions (made of pairs, too).
 
     Raises:
         ConfigError: no source is named; messages under `dataset.render: raw`.
@@ -88,7 +88,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
         everything = list(zip(outcomes["train"], _hold_out(outcomes["train"], config, rows), strict=True))
         outcomes = {name: [o for o, held in everything if held is (name == "eval")] for name in ("train", "eval")}
         labels["eval"] = f"{sources.train.label} (held out)"
-    groups = {name: _groups(part) for name, part in outcomes.items()}
+    groups = {name: _groups(part, rows) for name, part in outcomes.items()}
     for name in ("train", "eval") if sources.eval is not None else ("train",):
         if not groups[name]:
             raise _nothing_left(outcomes[name], labels[name], workshop.limits)
@@ -191,11 +191,12 @@ class _Workshop:
         if result is None or not isinstance(example, Example):
             return _Outcome()
         encoded = short or result
-        done = cut(encoded, self.limits, row.origin, bos=self._bos, prompt_cut=short is not None)
+        short_prompt = short is not None
+        done = cut(encoded, self.limits, row.origin, bos=self._bos, prompt_cut=short_prompt, label=example.label)
         completions = done.group.completions if done.group is not None else ()
         return _Outcome(
             cut=done,
-            prompt_key=_prompt_key(example) if self._rows == "pair" else b"",
+            prompt_key=_prompt_key(example) if self._rows != "single" else b"",
             is_raw=self.renderer.is_raw(example),
             num_split=encoded.num_split,
             num_controls=encoded.num_controls,
@@ -210,13 +211,16 @@ def _prompt_key(example: Example) -> bytes:
 
 def _hold_out(outcomes: Sequence[_Outcome], config: RunConfig, rows: RowShape) -> list[bool]:
     """True for the outcomes to evaluate on; what is neither group nor dropped stays with the training rows."""
-    keys = [o.prompt_key if rows == "pair" else i for i, o in enumerate(outcomes) if o.cut is not None]
+    keys = [o.prompt_key if rows != "single" else i for i, o in enumerate(outcomes) if o.cut is not None]
     flags = iter(held_out(keys, config.dataset.validation_split, config.seed))
     return [next(flags) if o.cut is not None else False for o in outcomes]
 
 
-def _groups(outcomes: Sequence[_Outcome]) -> tuple[Group, ...]:
-    return tuple(o.cut.group for o in outcomes if o.cut is not None and o.cut.group is not None)
+def _groups(outcomes: Sequence[_Outcome], rows: RowShape) -> tuple[Group, ...]:
+    groups = [o.cut.group for o in outcomes if o.cut is not None and o.cut.group is not None]
+    if rows != "labelled":
+        return tuple(groups)
+    return tuple(part for g in groups for part in (g.unpaired() if g.label is None else (g,)))
 
 
 def _counts(outcomes: Sequence[_Outcome], label: str) -> SplitCounts:

@@ -141,6 +141,8 @@ def fingerprint(groups: Sequence[Group]) -> str:
     for group in groups:
         digest.update(_bytes(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
         digest.update(_bytes(group.prompt_ids))
+        if group.label is not None:
+            digest.update(bytes([group.label]))
         for completion in group.completions:
             digest.update(_bytes(completion.ids) + completion.loss_mask)
     return digest.hexdigest()

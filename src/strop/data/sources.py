@@ -27,6 +27,7 @@ logger = logging.getLogger("strop")
 SPLIT_FILES: dict[RowShape, tuple[str, str]] = {
     "single": ("train.jsonl", "val.jsonl"),
     "pair": ("train.dpo.jsonl", "val.dpo.jsonl"),
+    "labelled": ("train.kto.jsonl", "val.kto.jsonl"),
 }
 
 

@@ -16,7 +16,11 @@ PAGE = (ROOT / "docs" / "data.md").read_text()
 
 
 def test_the_rows_in_the_page_are_read() -> None:
-    sections: dict[str, RowShape] = {"Rows for sft": "single", "Rows for preferences": "pair"}
+    sections: dict[str, RowShape] = {
+        "Rows for sft": "single",
+        "Rows for preferences": "pair",
+        "Labelled rows (kto)": "labelled",
+    }
     for title, shape in sections.items():
         section = PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
         rows = [line for block in re.findall(r"```json\n(.*?)```", section, re.S) for line in block.splitlines()]
