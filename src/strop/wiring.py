@@ -25,7 +25,7 @@ from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
 from strop.engine.loop import Loop, Rows
-from strop.engine.optim import learning_rate, warmup_steps
+from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_recipe
@@ -35,7 +35,7 @@ from strop.objectives.base import Objective, build_objective
 from strop.policy.load import load_tokenizer
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import reference_logps, reference_policy
+from strop.policy.reference import check_reference, reference_logps, reference_policy
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -113,9 +113,17 @@ def train(
         Interrupted: stopped by a signal after a checkpoint.
     """
     config = resolve(config)
+    models = select_models(config, model_index)
+    if len(models) > 1 and (resume or config.finetuning.resume_from_checkpoint or "auto") != "auto":
+        raise ConfigError(
+            f"one checkpoint cannot be gone on from by {len(models)} models",
+            where=f"--resume {resume or config.finetuning.resume_from_checkpoint}",
+            expected="auto, which finds each model's own",
+            fix="choose the model of this checkpoint with --model-index",
+        )
     results: list[RunResult] = []
     failures: list[tuple[str, StropError]] = []
-    for model in select_models(config, model_index):
+    for model in models:
         try:
             results.append(_train_model(config, model, resume, overwrite, allow_changes))
         except StropError as error:
@@ -152,7 +160,9 @@ def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelS
 def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
     """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
     objective = build_objective(config.post_training)
+    require_optimizer(config.training)
     tokenizer = load_tokenizer(model)
+    check_reference(config, model, tokenizer)
     data = load_data(config, tokenizer, objective.rows)
     if objective.needs_mismatched:
         _check_mismatched(data)
@@ -207,6 +217,8 @@ def _train_model(
             log.info("%s is finished: its model is in %s", model.name, run.final)
             _mirror(config, run)
             return RunResult(model.name, run.path, _last_step(run))
+        if config.training.mount_dir:
+            run.mirror_target(config.training.mount_dir)  # now, not after hours
         prepared = prepare(config, model, saved)
         for line in prepared.data.report.lines():
             log.info("%s: %s", model.name, line)
