@@ -79,6 +79,8 @@ class DatasetSection(Section):
     """Column with the preferred completion."""
     rejected_column: str = "rejected"
     """Column with the other completion."""
+    completion_column: str = "completion"
+    """Column with the completion of sft rows."""
     max_samples: int | None = Field(default=None, gt=0)
     """Use only the first rows of the training data, validation split included; null: all."""
     validation_split: float = Field(default=0.1, ge=0, lt=1)

@@ -124,8 +124,8 @@ class Renderer:
         return hashlib.sha256(self.template.encode()).hexdigest()
 
     def is_raw(self, example: Example) -> bool:
-        """Whether the example is trained as the text that it is."""
-        return isinstance(example.prompt, str) and not self.wraps_text
+        """Whether the example is trained as the text that it is; a text without a prompt has no turns."""
+        return isinstance(example.prompt, str) and (not self.wraps_text or not example.prompt)
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
         """Each completion after the prompt.
@@ -136,6 +136,7 @@ class Renderer:
         """
         if self.is_raw(example):
             return tuple(_raw(str(example.prompt), str(completion)) for completion in example.completions)
+        self._refuse_unknown_tools(example)
         prompt = _as_turns(example.prompt, "user")
         if self._mode == "raw":
             raise ConfigError(
@@ -149,6 +150,22 @@ class Renderer:
             self._conversation(prompt, _as_turns(completion, "assistant"), opening, example.tools)
             for completion in example.completions
         )
+
+    def _refuse_unknown_tools(self, example: Example) -> None:
+        """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
+        turns = [turn for part in (example.prompt, *example.completions) if not isinstance(part, str) for turn in part]
+        calls = any("tool_calls" in turn for turn in turns)
+        if not (calls or example.tools):
+            return
+        template = self._own_template(example.tools) if example.tools and self.own_template else self.template
+        for there, key, what in ((calls, "tool_calls", "tool calls"), (bool(example.tools), "tools", "tools")):
+            if there and key not in template:
+                raise RowRefused(
+                    "dropped_by_template",
+                    f"the row has {what}, and the chat template has no place for them",
+                    expected="a chat template that knows tools, or rows without them",
+                    fix="set dataset.template to one that does, such as qwen2.5_instruct",
+                )
 
     def _conversation(
         self, prompt: tuple[Message, ...], completion: tuple[Message, ...], opening: str, tools: Tools

@@ -6,12 +6,14 @@ known and in order; a pair's sides share their prompt and differ after it. `docs
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from strop.config import DatasetSection
 from strop.data.rows import RowRefused
+from strop.data.shapes import own_shape
 from strop.types import Example, Message, Origin, RowShape, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -24,15 +26,29 @@ SINGLE_METHODS = "post_training.method: sft"
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the columns of a preference row are called."""
+    """What the columns of a row are called.
+
+    keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`.
+    """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    completion: str = "completion"
+    keeps_transcripts: bool = False
 
     @classmethod
     def of(cls, dataset: DatasetSection) -> Columns:
-        return cls(dataset.prompt_column, dataset.chosen_column, dataset.rejected_column)
+        return cls(
+            dataset.prompt_column,
+            dataset.chosen_column,
+            dataset.rejected_column,
+            dataset.completion_column,
+            keeps_transcripts=dataset.render == "raw",
+        )
+
+    def completions(self, rows: RowShape) -> tuple[str, ...]:
+        return (self.chosen, self.rejected) if rows == "pair" else (self.completion,)
 
 
 def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns: Columns) -> Example:
@@ -41,6 +57,13 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
     Raises:
         RowRefused: the row is not of that shape, or something in it cannot be trained on.
     """
+    data = own_shape(
+        data,
+        rows,
+        prompt=columns.prompt,
+        completions=columns.completions(rows),
+        keeps_transcripts=columns.keeps_transcripts,
+    )
     if rows == "pair":
         prompt, completions = _pair(data, columns)
     else:
@@ -51,24 +74,26 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
 def _single(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...]]:
     if data.get("messages") is not None:
         return _conversation(data["messages"])
-    if isinstance(data.get("label"), bool) and "completion" in data:
+    if isinstance(data.get("label"), bool) and columns.completion in data:
         raise RowRefused(
             "wrong_shape",
             "the row has a true/false label: it is an unpaired preference row",
             expected="a conversation or a prompt with a completion to imitate",
             fix="keep the rows to imitate and remove the column label",
         )
-    if "completion" not in data and columns.chosen in data and columns.rejected in data:
+    if columns.completion not in data and columns.chosen in data and columns.rejected in data:
         raise RowRefused(
             "wrong_shape",
             f"the row has {columns.chosen!r} and {columns.rejected!r}: it is a preference pair",
-            expected="messages, or prompt and completion",
+            expected=f"messages, or {columns.prompt} and {columns.completion}",
             fix=f"set {PAIR_METHODS}",
         )
-    if "messages" in data and "completion" not in data:
+    if "messages" in data and columns.completion not in data:
         raise _null("messages")
-    _require(data, (columns.prompt, "completion"), "messages, or prompt and completion")
-    return _explicit(data, columns.prompt, ("completion",))
+    if "text" in data and columns.prompt not in data and columns.completion not in data:
+        return "", (_text(data["text"], "text"),)
+    _require(data, (columns.prompt, columns.completion), f"messages, or {columns.prompt} and {columns.completion}")
+    return _explicit(data, columns.prompt, (columns.completion,))
 
 
 def _conversation(value: Any) -> tuple[Turns, tuple[Turns, ...]]:
@@ -83,8 +108,8 @@ def _conversation(value: Any) -> tuple[Turns, tuple[Turns, ...]]:
 
 def _pair(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...]]:
     sides = (columns.chosen, columns.rejected)
-    if not any(side in data for side in sides) and ("messages" in data or "completion" in data):
-        found = "messages" if "messages" in data else "completion"
+    found = next((key for key in ("messages", "completion", "text", "input_ids") if key in data), None)
+    if found is not None and not any(side in data for side in sides):
         raise RowRefused(
             "wrong_shape",
             f"the row has {found!r} and no {columns.chosen!r} and {columns.rejected!r}: it has nothing to compare",
@@ -256,6 +281,8 @@ def _message(message: Any, field: str) -> Message:
         isinstance(c, Mapping) for c in turn["tool_calls"]
     ):
         raise _wrong_type(f"{field}.tool_calls", turn["tool_calls"], "a list of objects")
+    else:
+        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
     calls = role == "assistant" and "tool_calls" in turn
     if "content" in turn:
         turn["content"] = _content(turn["content"], f"{field}.content", may_be_empty=calls or role in MAY_BE_EMPTY)
@@ -264,6 +291,21 @@ def _message(message: Any, field: str) -> Message:
             raise _null(f"{field}.content")
         raise RowRefused("missing_field", f"{field} has no content", expected="an object with role and content")
     return turn
+
+
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The call with its arguments as an object: templates write them as JSON, which would quote a text once more."""
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
 
 
 def _content(value: Any, field: str, *, may_be_empty: bool) -> str:

@@ -26,6 +26,7 @@ from strop.data.report import DataReport, Rendering, SplitCounts
 from strop.data.rows import Row, RowRefused
 from strop.data.sources import Source, choose_sources
 from strop.data.split import held_out
+from strop.data.tokens import from_tokens, is_tokenised
 from strop.data.truncate import Cut, Limits, cut, shorten_prompts
 from strop.errors import DataError
 from strop.types import Example, Group, RowShape
@@ -111,6 +112,7 @@ class _Workshop:
         self._columns = Columns.of(config.dataset)
         self._stops_at_errors = config.dataset.on_error == "error"
         self._bos: int | None = tokenizer.bos_token_id
+        self._vocabulary = len(tokenizer)
         self.limits = Limits.of(config.training, config.dataset.filter_overlength_samples)
         self.renderer = Renderer(tokenizer, config.dataset.render)
         self._encoder = Encoder(tokenizer, self.renderer.template)
@@ -145,10 +147,12 @@ class _Workshop:
             for i, (row, example, result) in enumerate(zip(rows, examples, results, strict=True))
         ]
 
-    def _example(self, row: Row) -> Example | RowRefused | None:
+    def _example(self, row: Row) -> Example | Encoded | RowRefused | None:
         if row.data is None:
             return row.refusal
         try:
+            if self._rows == "single" and is_tokenised(row.data):
+                return from_tokens(row.data, self._vocabulary)
             return to_example(row.data, row.origin, self._rows, self._columns)
         except RowRefused as refusal:
             return refusal
@@ -170,7 +174,7 @@ class _Workshop:
         return [next(encoded) if result is None else result for result in results]
 
     def _shortened(
-        self, examples: Sequence[Example | RowRefused | None], results: Sequence[Encoded | RowRefused | None]
+        self, examples: Sequence[Example | Encoded | RowRefused | None], results: Sequence[Encoded | RowRefused | None]
     ) -> dict[int, Encoded]:
         """Row number -> the row without the messages that its prompt has too many of."""
         if self.limits.drop:
@@ -184,19 +188,25 @@ class _Workshop:
         return {i: encoded for i, encoded in zip(long, found, strict=True) if encoded is not None}
 
     def _outcome(
-        self, row: Row, example: Example | RowRefused | None, result: Encoded | RowRefused | None, short: Encoded | None
+        self,
+        row: Row,
+        example: Example | Encoded | RowRefused | None,
+        result: Encoded | RowRefused | None,
+        short: Encoded | None,
     ) -> _Outcome:
         if isinstance(result, RowRefused):
             return _Outcome(row, result)
-        if result is None or not isinstance(example, Example):
+        if result is None or isinstance(example, RowRefused) or example is None:
             return _Outcome()
         encoded = short or result
-        done = cut(encoded, self.limits, row.origin, bos=self._bos, prompt_cut=short is not None)
+        is_raw = isinstance(example, Encoded) or self.renderer.is_raw(example)
+        limits = self.limits.of_whole_rows() if isinstance(example, Encoded) or not example.prompt else self.limits
+        done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=short is not None)
         completions = done.group.completions if done.group is not None else ()
         return _Outcome(
             cut=done,
-            prompt_key=_prompt_key(example) if self._rows == "pair" else b"",
-            is_raw=self.renderer.is_raw(example),
+            prompt_key=_prompt_key(example) if self._rows == "pair" and isinstance(example, Example) else b"",
+            is_raw=is_raw,
             num_split=encoded.num_split,
             num_controls=encoded.num_controls,
             without_end_token=sum(not self._encoder.is_end_token(c.ids[-1]) for c in completions),

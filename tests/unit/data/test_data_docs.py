@@ -9,6 +9,7 @@ from pathlib import Path
 from strop.data.chat import PLAIN_TEMPLATE
 from strop.data.formats import Columns, to_example
 from strop.data.load import FIXES
+from strop.data.tokens import from_tokens, is_tokenised
 from strop.types import Origin, RowShape
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,7 +23,11 @@ def test_the_rows_in_the_page_are_read() -> None:
         rows = [line for block in re.findall(r"```json\n(.*?)```", section, re.S) for line in block.splitlines()]
         assert len(rows) >= 3
         for row in rows:
-            to_example(json.loads(row), Origin("docs/data.md", 1), shape, Columns())
+            data = json.loads(row)
+            if is_tokenised(data):
+                from_tokens(data, vocabulary=20)
+            else:
+                to_example(data, Origin("docs/data.md", 1), shape, Columns())
 
 
 def test_the_page_names_every_reason() -> None:
