@@ -87,6 +87,9 @@ class DatasetSection(Section):
     """Share of the training rows held out for evaluation where no validation source is given; 0: none."""
     render: Literal["auto", "chat", "raw"] = "auto"
     """Text rows: `chat` wraps them by the chat template, `raw` does not, `auto`: chat where the tokenizer has one."""
+    template: str | None = None
+    """Chat template: a shipped one (`llama3_instruct`, `qwen2.5_instruct`, `olmo2_instruct`, `mistral`, `gemma`,
+    `zephyr`, `plain`), or the path of a YAML template or a Jinja file. Null: the tokenizer's, or else `plain`."""
     on_error: Literal["error", "skip"] = "error"
     """A row that cannot be read: stop with its file and line, or skip it, count it and write it to rejected.jsonl."""
     filter_overlength_samples: bool = False
@@ -98,6 +101,12 @@ class DatasetSection(Section):
                 ("subset",),
                 f"subset is {self.subset!r}, a slice; subset names a configuration of a hub data set",
                 fix=f"write it behind the split, as in split: {self.split}[:10%]",
+            )
+        if self.render == "raw" and self.template is not None:
+            yield Problem(
+                ("template",),
+                "template is given, and render is raw: rows are trained as they are, by no template",
+                fix="remove template, or set render: auto",
             )
 
 

@@ -114,7 +114,7 @@ class _Workshop:
         self._bos: int | None = tokenizer.bos_token_id
         self._vocabulary = len(tokenizer)
         self.limits = Limits.of(config.training, config.dataset.filter_overlength_samples)
-        self.renderer = Renderer(tokenizer, config.dataset.render)
+        self.renderer = Renderer(tokenizer, config.dataset.render, config.dataset.template)
         self._encoder = Encoder(tokenizer, self.renderer.template)
 
     def read(self, source: Source, limit: int | None) -> list[_Outcome]:
@@ -255,8 +255,7 @@ def _rendering(outcomes: Sequence[_Outcome], renderer: Renderer) -> Rendering:
     num_raw = sum(o.is_raw for o in good)
     if num_raw == len(good):
         return Rendering(0, num_raw, None, None)
-    name = "tokenizer" if renderer.own_template else "plain"
-    return Rendering(len(good) - num_raw, num_raw, name, renderer.template_sha256)
+    return Rendering(len(good) - num_raw, num_raw, renderer.chosen.name, renderer.template_sha256)
 
 
 def _rejected(outcome: _Outcome) -> Mapping[str, Any]:

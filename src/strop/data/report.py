@@ -48,7 +48,8 @@ class SplitCounts:
 class Rendering:
     """How rows became text.
 
-    template: `tokenizer`, `plain` (the built-in one), or null where every row was trained as the text that it is.
+    template: `tokenizer`, the name of a shipped one, the path of a file, or null where every row was trained as the
+    text that it is.
     """
 
     num_chat: int

@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-from strop.data.chat import PLAIN_TEMPLATE
 from strop.data.formats import Columns, to_example
 from strop.data.load import FIXES
+from strop.data.template import FOLDER
 from strop.data.tokens import from_tokens, is_tokenised
 from strop.types import Origin, RowShape
 
@@ -39,5 +39,6 @@ def test_the_page_names_every_reason() -> None:
 
 
 def test_the_page_shows_the_built_in_template() -> None:
+    plain = (FOLDER / "plain.yaml").read_text()
     for words in ("User: ", "Assistant:"):
-        assert words in PAGE and words in PLAIN_TEMPLATE
+        assert words in PAGE and words in plain
