@@ -34,7 +34,11 @@ smoke: setup
 	$(BIN)/python -m pytest -n 2 tests/smoke
 
 docs: setup
-	$(BIN)/python docs/generate.py
+	$(BIN)/strop schema > configs/schema.json
+	$(BIN)/strop schema --format markdown > docs/configuration.md
+
+bench: setup
+	$(BIN)/python benchmarks/step.py
 
 nightly: setup
 	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly" --timeout 3600

@@ -3,7 +3,9 @@
     python benchmarks/quality.py --base BASE --data DATA --out OUT [--trainer strop|trl|both] [--sft-rate ...]
 
 SFT on instruct_sft, then DPO on hh_helpful, one epoch each, float32, full training, rows in the same order. Each side
-trains DPO from its own SFT model. Prints one JSON line a stage and side: held-out loss, reward accuracy, seconds.
+trains DPO from its own SFT model. Both sides' models are judged by one ruler on the .val files (strop's evaluation:
+token mean; reward accuracy over all pairs), since trainers average batches differently. Prints one JSON line a stage
+and side: held-out loss, reward accuracy and margin, seconds of training and evaluations.
 """
 
 from __future__ import annotations
@@ -12,14 +14,23 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import strop
 from strop.config import RunConfig
+from strop.data.plan import default_budget, packed_tokens
+from strop.engine.evaluate import evaluate
+from strop.engine.loop import Rows
+from strop.policy.policy import build_policy
+from strop.policy.reference import reference_logps
 from strop.wiring import prepare
 
 BATCH, ACCUMULATION, SEED = 8, 2, 42
+JUDGED = {"strop": "strop/{}/final", "trl": "trl/{}"}
 
 
 def config_of(stage: str, model: Path, args: argparse.Namespace) -> RunConfig:
@@ -53,12 +64,27 @@ def config_of(stage: str, model: Path, args: argparse.Namespace) -> RunConfig:
     )
 
 
+def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args: argparse.Namespace) -> None:
+    """Held-out figures of `model`, whose reference is `start`."""
+    config = config_of(stage, model, args)
+    prepared = prepare(config, config.models[0])
+    rows = Rows(prepared.data.eval, default_budget(prepared.data.eval, BATCH, packed_tokens), packed_tokens)
+    parts = rows.in_any_order()
+    device = torch.device("cpu")
+    if prepared.objective.needs_reference:
+        reference = build_policy(config, config_of(stage, start, args).models[0], device)
+        scored = reference_logps(reference, [[rows.groups[i] for i in part] for part in parts])
+        rows = replace(rows, ref_logps=dict(zip((i for part in parts for i in part), scored, strict=True)))
+    policy = build_policy(config, config.models[0], device)
+    with policy.scoring():
+        result = evaluate(policy, prepared.objective, (rows.batch(policy, part) for part in parts))
+    found = {name: float(total) / count for name, (total, count) in result.metrics.items() if "rewards" in name}
+    row = {"side": side, "stage": stage, "loss": result.loss, **found, "seconds": round(seconds, 1)}
+    print("RESULT " + json.dumps(row), flush=True)
+
+
 def run_strop(stage: str, model: Path, args: argparse.Namespace) -> Path:
-    started = time.perf_counter()
     (result,) = strop.train(config_of(stage, model, args), overwrite=True)
-    records = map(json.loads, (result.run_dir / "metrics.jsonl").read_text().splitlines())
-    last = [r for r in records if r["split"] == "eval"][-1]
-    report("strop", stage, last["loss"], last.get("rewards/accuracies"), last.get("rewards/margins"), started)
     return result.final
 
 
@@ -67,7 +93,6 @@ def run_trl(stage: str, model: Path, args: argparse.Namespace) -> Path:
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    started = time.perf_counter()
     config = config_of(stage, model, args)
     plan = prepare(config, config.models[0]).plan
     order = [i for step in range(1, plan.num_steps + 1) for i in plan.groups(step)]
@@ -108,17 +133,8 @@ def run_trl(stage: str, model: Path, args: argparse.Namespace) -> Path:
         reference = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
         trainer = trl.DPOTrainer(**common, ref_model=reference, args=trl.DPOConfig(**settings, beta=0.1))
     trainer.train()
-    found = trainer.evaluate()
     trainer.save_model(str(out))
-    accuracy, margin = found.get("eval_rewards/accuracies"), found.get("eval_rewards/margins")
-    report("trl", stage, found["eval_loss"], accuracy, margin, started)
     return out
-
-
-def report(side: str, stage: str, loss: float, accuracy: float | None, margin: float | None, started: float) -> None:
-    seconds = round(time.perf_counter() - started, 1)
-    row = {"side": side, "stage": stage, "loss": loss, "accuracy": accuracy, "margin": margin, "seconds": seconds}
-    print("RESULT " + json.dumps(row), flush=True)
 
 
 def main() -> None:
@@ -130,10 +146,16 @@ def main() -> None:
     parser.add_argument("--sft-rate", type=float, default=3e-4)
     parser.add_argument("--dpo-rate", type=float, default=2e-5)
     parser.add_argument("--max-steps", type=int, default=None)
+    parser.add_argument("--judge", action="store_true", help="only judge the models that an earlier run left in OUT")
     args = parser.parse_args()
     for side, run in (("strop", run_strop), ("trl", run_trl)):
         if args.trainer in (side, "both"):
-            run("dpo", run("sft", args.base, args), args)
+            start = args.base
+            for stage in ("sft", "dpo"):
+                started = time.perf_counter()
+                model = run(stage, start, args) if not args.judge else args.out / JUDGED[side].format(stage)
+                judge(side, stage, model, start, time.perf_counter() - started, args)
+                start = model
 
 
 if __name__ == "__main__":

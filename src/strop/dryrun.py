@@ -6,19 +6,16 @@ what the run would be. Loads no weights, touches no GPU and writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from rich.console import Console
 from rich.text import Text
 
-from strop.config import RunConfig, TrainingSection, advice, resolve
+from strop.config import RunConfig, advice, resolve
 from strop.config.yamlfile import write_value
-from strop.data.plan import cut, packed_tokens
+from strop.data.plan import packed_tokens
 from strop.data.show import show_group
 from strop.distributed import pick_device
-from strop.engine.optim import warmup_steps
 from strop.errors import ConfigError
-from strop.wiring import Prepared, prepare, select_models, with_budget
+from strop.wiring import prepare, select_models, with_budget
 
 
 def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:
@@ -36,13 +33,13 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     # prompts are taken to be shared; whether the architecture can is seen when its weights are loaded
     runs = [with_budget(prepare(config, model), packed_tokens) for model in select_models(config, model_index)]
     say("The configuration: key, value, where it came from\n")
-    for line in _values(config, runs[0].config.training):
+    for line in _values(config, runs[0].config):
         say(line)
     for note in (*_device_notes(config), *advice(config)):
         say(f"note: {note}")
     for prepared in runs:
         say(f"\n== {prepared.model.name}")
-        for line in (*prepared.data.report.lines(), *_recipe(prepared)):
+        for line in (*prepared.data.report.lines(), *prepared.describe(packed_tokens)):
             say(line)
         say("\nThe first example, trained tokens marked:")
         shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
@@ -50,14 +47,15 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     say("\ndry run: nothing was trained and nothing was written")
 
 
-def _values(config: RunConfig, training: TrainingSection) -> list[str]:
-    """One line a key; `training` is the section as the data resolved it."""
+def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
+    """One line a key; `resolved` has the values and origins that the data decided (and only its own model)."""
+    decided = {key: value for key, value, _ in resolved.leaves()}
     rows = []
     for key, value, _ in config.leaves():
-        section, _, field = key.partition(".")
-        rows.append((key, write_value(getattr(training, field) if section == "training" else value)))
-    keys, values = (max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1))
-    return [f"{key:{keys}}  {value:{values}}  {config.origins.get(key, '')}" for key, value in rows]
+        settled = resolved if not key.startswith("models.") else config
+        rows.append((key, write_value(decided[key] if settled is resolved else value), settled.origins.get(key, "")))
+    widths = [max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1)]
+    return [f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows]
 
 
 def _device_notes(config: RunConfig) -> list[str]:
@@ -66,34 +64,3 @@ def _device_notes(config: RunConfig) -> list[str]:
         return pick_device(config.gpu)[1]
     except ConfigError as error:
         return [f"this would stop a run here: {error}"]
-
-
-def _recipe(prepared: Prepared) -> Iterator[str]:
-    config, plan, data = prepared.config, prepared.plan, prepared.data
-    training = config.training
-    assert training.groups_per_step is not None
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    if training.groups_per_step == batch * accumulation:
-        made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
-    else:
-        made = ""
-    yield f"effective batch: {training.groups_per_step} groups a step{made}"
-    steps = plan.num_steps
-    epochs = steps / plan.steps_per_epoch
-    warmup = warmup_steps(steps, training)
-    yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
-    if warmup >= steps:
-        yield (
-            f"note: the warm-up never ends: {warmup} steps of {steps}; the learning rate reaches "
-            f"{training.learning_rate:g} at the last step at best. Lower training.warmup_steps or use warmup_ratio"
-        )
-    tokens = sum(packed_tokens([data.train[i] for i in plan.groups(s)]) for s in range(1, plan.steps_per_epoch + 1))
-    budget = training.micro_batch_tokens
-    assert budget is not None
-    num_parts = sum(
-        len(cut(data.train, plan.groups(s), budget, packed_tokens)) for s in range(1, plan.steps_per_epoch + 1)
-    )
-    yield (
-        f"tokens: {tokens:,} an epoch with prompts shared, in {num_parts} micro-batches of at most {budget:,}, "
-        f"{100 * tokens / (num_parts * budget):.0f} % full"
-    )

@@ -186,6 +186,12 @@ def remove(path: Path) -> None:
     os.rmdir(path)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing; any other, and none, is left as it is."""
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
 def recover(folder: Path) -> None:
     """Clear up after a process that died: see the table above. The caller holds the folder's lock."""
     restore_replaced(folder)

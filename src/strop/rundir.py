@@ -8,11 +8,13 @@
         .lock .lock-holder.json   one process at a time
 
 Nothing that strop did not write is ever removed, not with `overwrite` either: files are known by their names above,
-checkpoints by the manifest in them, leftovers of a crash by names that nobody else gives.
+checkpoints by the manifest in them, leftovers of a crash by names that nobody else gives. A run that comes to nothing
+before its first file leaves nothing, and removes no earlier run.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +22,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl", "report.html")
 FINAL = "final"
+LOCK = ".lock"
 LOG_FOLDERS = ("margins", "tensorboard")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 SET_ASIDE_NAME = re.compile(r"\.(bad|retired)-checkpoint-[0-9]+(-[0-9]+)?")
@@ -53,12 +57,15 @@ class RunDir:
         self.logs = logs if logs.is_relative_to(self.path) else logs / self.path.name
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self._lock: filelock.BaseFileLock | None = None
+        self._made: list[Path] = []  # what was not there before, innermost first
+        self._replaces = False  # an earlier run goes when this one begins
 
     @classmethod
     def open(cls, path: Path | str, *, resume: bool, overwrite: bool, logging_dir: str = "./logs") -> Self:
         """Make or enter the folder, alone, and leave it ready: leftovers of a dead run cleared up, old runs let be.
 
-        resume: a run may be there and is kept. overwrite: a run may be there and is removed. Neither: none may be.
+        resume: a run may be there and is kept. overwrite: a run may be there and is removed with the first file that
+        this one writes. Neither: none may be.
 
         Raises:
             CheckpointError: no folder can be there, it cannot be written, another process uses it, or it holds a run.
@@ -86,6 +93,7 @@ class RunDir:
                 durable.remove(self._holder)
             except OSError as error:
                 logger.warning("%s could not be removed: %s", self._holder, error)
+            self._tidy()
             self._lock.release()
             self._lock = None
 
@@ -97,6 +105,17 @@ class RunDir:
     ) -> None:
         self.close()
 
+    def _tidy(self) -> None:
+        """Take away what was made for a run that never began; the lock is held until its file is gone."""
+        if self.present():
+            return
+        for path in self._made:
+            if path.name == LOCK:
+                with suppress(OSError):  # Windows removes no open file
+                    durable.remove(path)
+            else:
+                durable.remove_if_empty(path)
+
     # ---- entering
 
     @property
@@ -105,16 +124,22 @@ class RunDir:
 
     def _make(self) -> None:
         probe = self.path / durable.hidden_name("tmp", "probe")
+        self._will_make(self.path / LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with durable.NewFile(probe) as file:
                 file.write(b"can this folder be written?\n")
             durable.remove(probe)
         except OSError as error:
+            for path in self._made:
+                durable.remove_if_empty(path)
             raise _unusable(self.path, error) from error
 
+    def _will_make(self, path: Path) -> None:
+        self._made[:0] = [p for p in (path, *path.parents) if not os.path.lexists(p)]
+
     def _acquire(self) -> None:
-        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        lock = filelock.FileLock(self.path / LOCK, timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout as error:
@@ -164,14 +189,14 @@ class RunDir:
         for folder in (self.path, self.logs):
             if folder.is_dir():
                 durable.recover(folder)
-        if overwrite:
-            self._clear()
-        elif not resume and (present := self.present()):
+        self._replaces = overwrite
+        if not resume and not overwrite and (present := self.present()):
             raise CheckpointError(
                 f"the folder holds another run: {', '.join(present)}",
                 where=str(self.path),
                 fix="--resume to go on with it, --overwrite to remove it, or another training.output_dir",
             )
+        self._will_make(self.logs)
         self.logs.mkdir(parents=True, exist_ok=True)
 
     def _checkpoints(self) -> list[Path]:
@@ -182,6 +207,12 @@ class RunDir:
         """Names in the folder that make it the folder of a run."""
         names = [name for name in (*RUN_FILES, FINAL) if (self.path / name).exists()]
         return names + [p.name for p in self._checkpoints()]
+
+    def _begin(self) -> None:
+        """Before the first file of this run: the run that it replaces goes away."""
+        if self._replaces:
+            self._replaces = False
+            self._clear()
 
     def _clear(self) -> None:
         aside = [p for p in self.path.iterdir() if SET_ASIDE_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
@@ -202,6 +233,7 @@ class RunDir:
             logger.warning("%s: a token or key stood in it and was masked", name)
         path = self.path / name
         try:
+            self._begin()
             durable.write_file(path, clean.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise _unusable(path, error) from error
@@ -218,6 +250,7 @@ class RunDir:
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add a line to metrics.jsonl; NaN and the infinities become null."""
         try:
+            self._begin()
             self.metrics.append(record)
         except OSError as error:
             raise _unusable(self.metrics.path, error) from error
@@ -273,6 +306,7 @@ class RunDir:
     def _publish(self, write: Callable[[Path], None], target: Path) -> Path:
         temp = target.parent / durable.hidden_name("tmp", target.name)
         try:
+            self._begin()
             durable.make_folder(temp)
             try:
                 write(temp)
@@ -311,6 +345,14 @@ def in_words(num_bytes: int | None) -> str:
 
 def _unusable(path: Path, error: OSError) -> CheckpointError:
     """What the operating system said, for a person."""
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        in_the_way = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), path)
+        return CheckpointError(
+            f"no folder can be made here: {in_the_way} is in the way",
+            where=str(path),
+            expected="a folder, or a name that is free",
+            fix="remove or rename what is in the way, or choose another training.output_dir",
+        )
     return CheckpointError(
         f"cannot be written: {error.strerror or error}; {in_words(free_bytes(path))} free",
         where=str(path),

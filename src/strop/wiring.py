@@ -6,7 +6,7 @@ config -> device, run folder -> tokenizer, groups, plan -> policy -> reference l
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from strop.config import RunConfig, advice, resolve, to_yaml
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import Plan, RowTokens, default_budget, packed_tokens, padded_tokens
+from strop.data.plan import Plan, RowTokens, cut, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
 from strop.engine.loop import Loop, Rows
+from strop.engine.optim import learning_rate, warmup_steps
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_recipe
@@ -62,6 +63,31 @@ class Prepared:
     data: LoadedData
     objective: Objective[MethodSettings]
     plan: Plan
+
+    def describe(self, tokens: RowTokens) -> Iterator[str]:
+        """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
+        plan, training, groups = self.plan, self.config.training, self.data.train
+        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
+        own = training.groups_per_step != batch * accumulation
+        yield f"effective batch: {training.groups_per_step} groups a step{'' if own else made}"
+        steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
+        epochs = steps / plan.steps_per_epoch
+        yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
+        if warmup >= steps > 1:
+            last = learning_rate(steps, steps, training)
+            yield (
+                f"note: the warm-up takes the whole run: the learning rate ends at {last:g} of "
+                f"{training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
+            )
+        budget = training.micro_batch_tokens
+        assert budget is not None
+        parts = [p for s in range(1, plan.steps_per_epoch + 1) for p in cut(groups, plan.groups(s), budget, tokens)]
+        total = sum(tokens([groups[i] for i in part]) for part in parts)
+        yield (
+            f"tokens: {total:,} an epoch, in {len(parts)} micro-batches of at most {budget:,}, "
+            f"{100 * total / (len(parts) * budget):.0f} % full"
+        )
 
 
 def train(
@@ -127,24 +153,36 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     objective = build_objective(config.post_training)
     tokenizer = load_tokenizer(model)
     data = load_data(config, tokenizer, objective.rows)
-    training, finetuning = config.training, config.finetuning
-    if not data.eval and finetuning.load_best_model_at_end:
-        if not config.origins["finetuning.load_best_model_at_end"].startswith("default"):
-            raise ConfigError(
-                "there are no validation rows to choose the best model by",
-                where="finetuning.load_best_model_at_end: true",
-                expected="dataset.val_file, a validation file in splits_dir, or dataset.validation_split above 0",
-                fix="give validation rows, or set load_best_model_at_end: false",
-            )
-        finetuning = finetuning.model_copy(update={"load_best_model_at_end": False, "early_stopping_patience": None})
+    if not data.eval:
+        config = _without_validation(config)
+    training = config.training
     groups_per_step = training.groups_per_step
-    if groups_per_step is None and checkpoint is not None:
-        groups_per_step = checkpoint.state["recipe"]["training.groups_per_step"]
-    groups_per_step = groups_per_step or training.per_device_train_batch_size * training.gradient_accumulation_steps
-    training = training.model_copy(update={"groups_per_step": groups_per_step})
+    if groups_per_step is None:
+        effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        groups_per_step, origin = effective, "batch size x accumulation steps x devices"
+        if checkpoint is not None:
+            groups_per_step, origin = checkpoint.state["recipe"]["training.groups_per_step"], "the resumed run"
+        config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
     plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed)
-    config = config.model_copy(update={"models": (model,), "training": training, "finetuning": finetuning})
-    return Prepared(config, model, tokenizer, data, objective, plan)
+    return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
+
+
+def _without_validation(config: RunConfig) -> RunConfig:
+    """The configuration of a run that cannot be evaluated.
+
+    Raises:
+        ConfigError: a setting that needs evaluations was given.
+    """
+    neutral = {"finetuning.load_best_model_at_end": False, "finetuning.early_stopping_patience": None}
+    for key, value, _ in config.leaves():
+        if key in neutral and value != neutral[key] and not config.origins[key].startswith("default"):
+            raise ConfigError(
+                "there are no validation rows to evaluate the model by",
+                where=f"{key}: {value} ({config.origins[key]})",
+                expected="dataset.val_file, a validation file in splits_dir, or dataset.validation_split above 0",
+                fix="give validation rows, or drop this key",
+            )
+    return config.with_values(neutral, "no validation rows")
 
 
 def _train_model(
@@ -159,12 +197,13 @@ def _train_model(
     logging_dir = config.logging.logging_dir
     with (
         RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
-        Progress() as progress,
+        Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
         saved = _checkpoint_to_resume(run, resume)
         if resume and run.is_finished:
             log.info("%s is finished: its model is in %s", model.name, run.final)
-            return RunResult(model.name, run.path, saved.step if saved else 0)
+            _mirror(config, run)
+            return RunResult(model.name, run.path, max(record["step"] for record in run.metrics.read()))
         prepared = prepare(config, model, saved)
         for line in prepared.data.report.lines():
             log.info("%s: %s", model.name, line)
@@ -176,7 +215,10 @@ def _train_model(
         if saved:
             check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
         tokens = packed_tokens if policy.share_prefix else padded_tokens
-        return _run(with_budget(prepared, tokens), policy, tokens, run, progress, saved)
+        prepared = with_budget(prepared, tokens)
+        for line in prepared.describe(tokens):
+            log.info("%s: %s", model.name, line)
+        return _run(prepared, policy, tokens, run, progress, saved)
 
 
 def _run(
@@ -188,7 +230,6 @@ def _run(
     saved: Checkpoint | None,
 ) -> RunResult:
     config, data, plan = prepared.config, prepared.data, prepared.plan
-    _write_papers(prepared, run)
     train, validation = _with_references(prepared, policy, tokens, progress)
     resumed_at = saved.step if saved else 0
     trackers = open_trackers(
@@ -208,15 +249,16 @@ def _run(
             loop = Loop(config, policy, prepared.objective, plan, train, validation, outputs, lambda: stop.requested)
             if saved:
                 loop.restore(saved)
+                _look_for_best(loop, run, saved)
                 checkpoint.retire_newer(run.path, saved.step)
+            _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
             outputs.cut(resumed_at if saved else -1)
             state = loop.run()
-            step = loop.load_best(lambda best: checkpoint.open_checkpoint(run.path / f"checkpoint-{best}"))
+            step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
     finally:
         outputs.close()
     run.publish_final(partial(policy.save_pretrained, tokenizer=prepared.tokenizer))
-    if config.training.mount_dir:
-        log.info("mirrored to %s", run.mirror(config.training.mount_dir))
+    _mirror(config, run)
     log.info("%s: %d steps; the model of step %d is in %s", prepared.model.name, state.step, step, run.final)
     return RunResult(prepared.model.name, run.path, state.step)
 
@@ -231,12 +273,31 @@ def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
     return found
 
 
+def _best(run: RunDir, saved: Checkpoint | None, step: int) -> Path:
+    """Where the checkpoint of the best evaluation is, which may be from before the resume, from another folder."""
+    return (saved.path.parent if saved and step <= saved.step else run.path) / f"checkpoint-{step}"
+
+
+def _look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
+    """Say it now, not after the training, where the best model so far is gone."""
+    best = loop.state.best_step
+    if best is not None and loop.config.finetuning.load_best_model_at_end and not _best(run, saved, best).is_dir():
+        log.warning("the best model so far, %s, is gone: a later one will be final", _best(run, saved, best))
+        loop.state.best_step = None
+
+
+def _mirror(config: RunConfig, run: RunDir) -> None:
+    if config.training.mount_dir:
+        log.info("mirrored to %s", run.mirror(config.training.mount_dir))
+
+
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """What `auto_precision` chose, written down."""
-    precision = resolve_precision(config.training, device)
-    if not config.training.auto_precision or not precision.is_low:
+    training = config.training
+    if not training.auto_precision or training.bf16 is not None or training.fp16 is not None:
         return config
-    return config.model_copy(update={"training": config.training.model_copy(update={"bf16": True, "fp16": False})})
+    low = resolve_precision(training, device).is_low
+    return config.with_values({"training.bf16": low, "training.fp16": False}, "auto_precision")
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
@@ -245,8 +306,8 @@ def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
     if training.micro_batch_tokens is not None:
         return prepared
     budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens)
-    training = training.model_copy(update={"micro_batch_tokens": budget})
-    return replace(prepared, config=prepared.config.model_copy(update={"training": training}))
+    origin = "batch size x the longest group"
+    return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
 
 
 def _write_papers(prepared: Prepared, run: RunDir) -> None:

@@ -55,7 +55,7 @@ def test_a_fresh_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["out", "out/model", "out/model/deeper"])
 def test_a_file_in_the_way_is_named(tmp_path: Path, where: str) -> None:
     (tmp_path / "out").write_text("not a folder")
-    with pytest.raises(CheckpointError, match=r"out.*(exists|directory)"):
+    with pytest.raises(CheckpointError, match=r"no folder can be made here: .*out is in the way"):
         RunDir.open(tmp_path / where, resume=False, overwrite=False)
 
 
@@ -92,8 +92,30 @@ def test_other_peoples_files_are_no_run_and_stay(tmp_path: Path) -> None:
         (tmp_path / name).write_text("precious")
     before = names(tmp_path)
     for overwrite in (False, True):
-        RunDir.open(tmp_path, resume=False, overwrite=overwrite).close()
+        with RunDir.open(tmp_path, resume=False, overwrite=overwrite) as run:
+            run.write_text("config.yaml", "")
+        (tmp_path / "config.yaml").unlink()
         assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("foreign", [(), ("notes.txt",), ("logs/mine.log",)])
+def test_a_run_that_comes_to_nothing_leaves_nothing(tmp_path: Path, foreign: tuple[str, ...]) -> None:
+    folder = tmp_path / "out" / "model"
+    for name in foreign:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    for logging_dir in ("logs", "deep/logs", str(tmp_path / "elsewhere")):
+        with RunDir.open(folder, resume=True, overwrite=False, logging_dir=logging_dir):
+            assert folder.is_dir()
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_comes_to_nothing_overwrites_nothing(tmp_path: Path) -> None:
+    fill(tmp_path)
+    before = {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    RunDir.open(tmp_path, resume=False, overwrite=True).close()
+    assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {**before, tmp_path / ".lock": ""}
 
 
 def test_overwrite_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
@@ -102,8 +124,10 @@ def test_overwrite_removes_a_run_and_nothing_else(tmp_path: Path) -> None:
     for name in foreign:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("precious")
-    RunDir.open(tmp_path, resume=False, overwrite=True).close()
-    assert names(tmp_path) == foreign
+    with RunDir.open(tmp_path, resume=False, overwrite=True) as run:
+        run.write_text("config.yaml", "")
+        run.write_text("data.json", "")
+    assert names(tmp_path) == foreign | {"config.yaml", "data.json"}
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "final", "checkpoint-4", "logs/margins"])
@@ -258,6 +282,11 @@ def test_a_failing_writer_leaves_no_final_and_no_litter(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def overwrite(folder: Path) -> None:
+    with RunDir.open(folder, resume=False, overwrite=True) as run:
+        run.write_text("config.yaml", "")
+
+
 def test_killed_while_overwriting_then_overwritten_again(tmp_path: Path, on_disk: Callable[..., Any]) -> None:
     at = 0
     while True:
@@ -265,12 +294,12 @@ def test_killed_while_overwriting_then_overwritten_again(tmp_path: Path, on_disk
         folder = tmp_path / f"run-{at}"
         fill(folder)
         (folder / "notes.txt").write_text("precious")
-        disk = on_disk(at, None, lambda f=folder: RunDir.open(f, resume=False, overwrite=True).close())
+        disk = on_disk(at, None, lambda f=folder: overwrite(f))
         if not disk.dead:
             break
         # filelock releases with the process; here the object that holds the lock is gone
-        RunDir.open(folder, resume=False, overwrite=True).close()
-        assert names(folder) == {"notes.txt"}
+        overwrite(folder)
+        assert names(folder) == {"notes.txt", "config.yaml"}
     assert at > 20
 
 

@@ -171,6 +171,8 @@ def _fix(key: Key, value: Any) -> str:
             return f"write {bare}, without quotes, leading zeros or underscores"
         if bool in kinds and isinstance(bare, bool):
             return f"write {str(bare).lower()}, without quotes"
+    if tuple in kinds and isinstance(value, list | tuple) and key.choices:
+        return f"remove {', '.join(str(v) for v in value if v not in key.choices)}"[:100]
     if tuple in kinds and not isinstance(value, list | tuple | Mapping):
         return f"write a list: {write_value([value])}"[:100]
     if int in kinds and isinstance(value, float) and value.is_integer():

@@ -57,7 +57,8 @@ def split_flags(tokens: Sequence[str], own: Collection[str]) -> tuple[CommandLin
             keys = ", ".join(f"--{path[0]}.{key}" for key in list(SECTIONS[str(path[0])])[:3])
             raise ConfigError(f"{flag} is a section", fix=f"give its keys: {keys}, ...")
         if path in given:
-            raise ConfigError(f"{dotted(path)} is given twice", where=f"{given[path]} and {flag}")
+            where = f"{given[path]} and {flag}"
+            raise ConfigError(f"{dotted(path)} is given twice", where=where, fix="keep one of the two")
         given[path] = flag
         overrides[name] = _value(flag, key, negated, text if equals else None, waiting)
         overrides.flags[name] = flag

@@ -8,7 +8,6 @@ from typing import Any
 from strop.config.methods import METHODS, DpoSettings
 from strop.config.run import RunConfig
 from strop.config.schema import key_at
-from strop.config.section import Section
 from strop.config.sections import FinetuningSection
 
 WARMUP_STEPS = 100
@@ -30,14 +29,7 @@ def resolve(config: RunConfig) -> RunConfig:
         found["training.warmup_steps"] = WARMUP_STEPS
     if finetuning.greater_is_better is None:
         found["finetuning.greater_is_better"] = _greater_is_better(finetuning)
-    if not found:
-        return config
-    origins = {**config.origins, **{key: default_origin(key) for key in found}}
-    sections: dict[str, Section] = {}
-    for key, value in found.items():
-        name, _, field = key.partition(".")
-        sections[name] = sections.get(name, getattr(config, name)).model_copy(update={field: value})
-    return config.model_copy(update=sections).with_origins(origins)
+    return config.with_values(found, {key: default_origin(key) for key in found}) if found else config
 
 
 def _greater_is_better(finetuning: FinetuningSection) -> bool:

@@ -54,6 +54,18 @@ class RunConfig(Section):
         copy._origins = dict(origins)
         return copy
 
+    def with_values(self, values: Mapping[str, Any], origin: str | Mapping[str, str]) -> Self:
+        """A copy in which these keys (`section.key`, or a top-level key) have these values and this origin."""
+        update: dict[str, Any] = {}
+        for key, value in values.items():
+            section, _, field = key.partition(".")
+            if field:
+                update[section] = update.get(section, getattr(self, section)).model_copy(update={field: value})
+            else:
+                update[key] = value
+        origins = {key: origin if isinstance(origin, str) else origin[key] for key in values}
+        return self.model_copy(update=update).with_origins({**self.origins, **origins})
+
     def leaves(self) -> Iterator[tuple[str, Any, bool]]:
         """Every key with a value, in the order of the schema: (dotted key, value, whether it was given)."""
         for name in type(self).model_fields:

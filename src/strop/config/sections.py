@@ -48,12 +48,12 @@ class ModelSection(Section):
         if (
             self.name in ("", ".", "..")
             or len(self.name.encode(errors="replace")) > 200
-            or re.search(r"[/\\]", self.name)
+            or re.search(r"[/\\\x00-\x1f\x7f]", self.name)
         ):
             yield Problem(
                 ("name", "huggingface_id"),
                 f"name {self.name[:60]!r} cannot be the name of a folder",
-                "a folder name of at most 200 bytes, without slashes",
+                "a folder name of at most 200 bytes, without slashes and control characters",
                 "give the model a `name:`",
             )
 

@@ -75,11 +75,13 @@ def read_file(path: Path, name: str) -> Document:
     """
     try:
         if path.is_dir():
-            raise ConfigError("this is a folder", where=name, expected="a YAML file")
+            raise ConfigError("this is a folder", where=name, expected="a YAML file", fix=_beside(path / "x"))
         if path.exists() and not path.is_file():
             raise ConfigError("this is not a regular file", where=name, expected="a YAML file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(f"the configuration cannot be read: {reason}", where=name, fix=_beside(path)) from None
@@ -91,7 +93,8 @@ def _beside(path: Path) -> str:
         files = sorted(str(f) for f in path.parent.glob("*.y*ml"))[:8]
     except (OSError, ValueError):
         files = []
-    return f"YAML files in that folder: {', '.join(files)}" if files else ""
+    there = f"; YAML files in that folder: {', '.join(files)}" if files else ""
+    return f"check the path; it is relative to the folder where strop is started{there}"
 
 
 def parse(data: bytes, name: str) -> Document:

@@ -109,6 +109,7 @@ class Renderer:
 
         Raises:
             RowRefused: the template fails on this row, drops a part of it, or its trained spans cannot be found.
+            ModelError: the template fails on every row.
             ConfigError: messages under `dataset.render: raw`.
         """
         if self.is_raw(example):
@@ -253,6 +254,12 @@ class Renderer:
                 return_assistant_tokens_mask=track,
                 **self._special,
             )
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            raise ModelError(
+                f"the tokenizer's chat template is broken: {error.message} (line {error.lineno})",
+                expected="a Jinja template",
+                fix="mend the chat template beside the tokenizer (chat_template.jinja, or in tokenizer_config.json)",
+            ) from error
         except TEMPLATE_ERRORS as error:
             raise RowRefused(
                 "template_error",

@@ -267,7 +267,9 @@ def _rejected(outcome: _Outcome) -> Mapping[str, Any]:
 def _nothing_read(outcomes: Sequence[_Outcome], label: str) -> DataError:
     refused = [o for o in outcomes if o.refusal is not None]
     if not refused:
-        return DataError("there are no rows", where=label, expected="at least one row")
+        return DataError(
+            "there are no rows", where=label, expected="at least one row", fix="name a file that has some, or fill it"
+        )
     row, refusal = refused[0].row, refused[0].refusal
     assert row is not None and refusal is not None
     reasons = Counter(o.refusal.reason for o in refused if o.refusal is not None)

@@ -227,7 +227,9 @@ def read_parquet(path: str) -> Iterator[Row]:
                     yield Row(Origin(path, number), data)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"the Parquet file cannot be read: {str(error).splitlines()[0]}", where=f"{path}:{number + 1}"
+            f"the Parquet file cannot be read: {str(error).splitlines()[0]}",
+            where=f"{path}:{number + 1}",
+            fix="write or download the file again",
         ) from error
 
 
@@ -254,4 +256,5 @@ def _open(path: str) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], file)
     except (OSError, EOFError, zlib.error) as error:
         problem = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"the file cannot be read: {problem}", where=path) from error
+        fix = "check that the file is whole, readable for this user, and what its name says"
+        raise DataError(f"the file cannot be read: {problem}", where=path, fix=fix) from error

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from os.path import isdir, isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,13 @@ def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
 
 def _split_file(folder: str, name: str, key: str) -> Source:
     path = Path(folder) / name
+    if not isdir(folder):
+        raise DataError(
+            "there is no such folder",
+            where=f"dataset.splits_dir: {folder}",
+            expected=f"a folder with {name}",
+            fix="check the path; it is relative to the folder where strop is started",
+        )
     if not isfile(path):
         raise DataError(
             f"{name} is not in the folder of dataset.splits_dir",
@@ -97,15 +104,27 @@ def _file(path: str) -> Source:
     Raises:
         DataError: it is not there, or its extension says nothing that can be read.
     """
+    if isdir(path):
+        raise DataError(
+            "this is a folder",
+            where=path,
+            expected="a file with rows",
+            fix="name a file in it; a folder goes into dataset.splits_dir (split files) or dataset.name (save_to_disk)",
+        )
     kind = file_kind(path)
-    if kind is None:
+    if kind is None and exists(path):
         raise DataError(
             "the extension of the file says no format that can be read",
             where=path,
             expected="a name that ends in " + ", ".join(READERS) + " (.gz after the text formats)",
+            fix="rename the file by what is in it, or convert it",
         )
-    if not isfile(path):
-        raise DataError("there is no such file", where=path, fix="check the path; it is relative to the working folder")
+    if kind is None or not isfile(path):
+        raise DataError(
+            "there is no such file",
+            where=path,
+            fix="check the path; it is relative to the folder where strop is started",
+        )
     return Source(path, partial(READERS[kind], path))
 
 

@@ -134,6 +134,8 @@ class Loop:
             if state.step % self.training.logging_steps == 0 or last:
                 self._log()
             improved = (state.step % self.training.eval_steps == 0 or last) and self._evaluate()
+            if self._stopped_early() and not self.window.is_empty:
+                self._log()  # before the checkpoint, so that a resume from it does not log the same steps again
             stop = self.should_stop()
             if stop or improved or (state.step % self.training.save_steps == 0 and not last):
                 path = self._save()
@@ -286,13 +288,15 @@ class Loop:
             **metrics,
         }
         self.outputs.record(record)
+        value = self._deciding(record)
         # the model before training is no candidate: a run that never gets better than it should not return it unseen
-        return self._is_best(record) if self.state.step else False
+        return self._is_best(value) if self.state.step and value is not None else False
 
-    def _is_best(self, record: Mapping[str, Any]) -> bool:
+    def _deciding(self, record: Mapping[str, Any]) -> float | None:
+        """What the best model is chosen by and early stopping goes by; None where there is neither."""
         options = self.config.finetuning
         if not options.load_best_model_at_end and options.early_stopping_patience is None:
-            return False
+            return None
         name = options.metric_for_best_model.removeprefix("eval_")
         if name not in record:
             raise ConfigError(
@@ -301,8 +305,12 @@ class Loop:
                 expected="one of " + ", ".join(sorted(k for k, v in record.items() if isinstance(v, float))),
                 fix="name one of these",
             )
-        value, best = float(record[name]), self.state.best_value
+        return float(record[name])
+
+    def _is_best(self, value: float) -> bool:
+        options, best = self.config.finetuning, self.state.best_value
         better = best is None or (value > best if options.greater_is_better else value < best)
+        better = better and math.isfinite(value)
         if better:
             self.state.best_value, self.state.best_step, self.state.stale_evals = value, self.state.step, 0
         else:

@@ -72,7 +72,8 @@ class RunOutputs:
         return lambda n: task.step(n=n)
 
     def note(self, text: str) -> None:
-        self.progress.note(text)
+        if self.config.logging.log_level != "error":
+            self.progress.note(text)
 
     def close(self) -> None:
         self.training.close()

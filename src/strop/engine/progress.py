@@ -38,12 +38,14 @@ class Progress:
     """The terminal for the time of a `with` block.
 
     stream: default standard error. live: a bar that moves; default: where the stream is a terminal that can.
+    quiet: nothing but notes.
     """
 
-    def __init__(self, *, stream: TextIO | None = None, live: bool | None = None) -> None:
+    def __init__(self, *, stream: TextIO | None = None, live: bool | None = None, quiet: bool = False) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._console = Console(file=self._stream, stderr=True)
-        self.live = self._can_move() if live is None else live
+        self.quiet = quiet
+        self.live = not quiet and (self._can_move() if live is None else live)
         self._bars = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(bar_width=None),
@@ -85,6 +87,11 @@ class Progress:
     def note(self, text: str) -> None:
         """A line for the person at the terminal; above the bars where they move."""
         self._print(text)
+
+    def _report(self, text: str) -> None:
+        """A line about how far a task is."""
+        if not self.quiet:
+            self._print(text)
 
     def _print(self, text: str) -> None:
         clean = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -140,7 +147,7 @@ class Task:
             parts.append(f"{_clock(time.monotonic() - self._started)} elapsed")
             if (left := self._seconds_left()) is not None:
                 parts.append(f"{_clock(left)} left")
-        self._progress._print("  ".join(parts))
+        self._progress._report("  ".join(parts))
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -151,7 +158,7 @@ class Task:
         if self._progress.live:
             self._progress._bars.remove_task(self._bar)
         if seconds >= WORTH_A_LINE_SECONDS:
-            self._progress._print(f"{self.name}: {self.completed} of {self.total} in {_clock(seconds)}")
+            self._progress._report(f"{self.name}: {self.completed} of {self.total} in {_clock(seconds)}")
 
     def _shown(self, metrics: Mapping[str, Any]) -> str:
         parts = []
@@ -175,7 +182,7 @@ class Task:
             self._spoken = now
             left = self._seconds_left()
             tail = f", {_clock(left)} left" if left is not None else ""
-            self._progress._print(
+            self._progress._report(
                 f"{self.name}: {self.completed} of {self.total}, {_clock(now - self._started)} elapsed{tail}"
             )
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -28,17 +30,25 @@ _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _STRIPPED = ("auto_map", "trust_remote_code", "custom_pipelines")
 _DROPPED = ("attn_implementation", "experts_implementation", "fusion_config", "distributed_config", "kernel_config")
+_MODEL_FOLDER = "a folder with config.json, *.safetensors and tokenizer.json"
 _HARMLESS = ("_name_or_path", "_commit_hash", "_attn_implementation_autoset")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """source: a folder or a hub id. revision: the commit, for the hub. config: config.json, cleaned.
-    weights: safetensors files. stored: dtype that holds most of the weights."""
+class ConfigFile:
+    """source: a folder or a hub id. revision: the commit, for the hub. config: config.json, cleaned. ignored: the
+    keys that were left out of it."""
 
     source: str
     revision: str | None
     config: Mapping[str, Any]
+    ignored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles(ConfigFile):
+    """weights: safetensors files. stored: dtype that holds most of the weights."""
+
     weights: tuple[Path, ...]
     stored: torch.dtype
 
@@ -54,36 +64,45 @@ def source_of(model_id: str) -> str:
     return os.path.abspath(folder) if folder.is_dir() else model_id
 
 
-def inspect_model(model: ModelSection) -> ModelFiles:
-    """Look at a model before loading it.
+def inspect_config(model: ModelSection) -> ConfigFile:
+    """Look at config.json alone.
 
     Raises:
-        ModelError: there is no such model, or it is not a model that may be loaded.
+        ModelError: there is no such model, it cannot be had, or its configuration is not one that may be loaded.
     """
     where, source = place_of(model), source_of(model.huggingface_id)
     check_exists(model.huggingface_id, where)
-    config_file = fetch(source, "config.json", model.revision, where)
-    adapter_file = fetch(source, "adapter_config.json", model.revision, where, optional=True)
-    if adapter_file is not None:
+    file = fetch(source, "config.json", model.revision, where)
+    if fetch(source, "adapter_config.json", model.revision, where, optional=True) is not None:
         raise ModelError(
             "it is an adapter, not a model",
             where=where,
             fix="put its base model in huggingface_id and this one in adapter",
         )
-    if config_file is None:
-        raise ModelError("there is no config.json", where=where, expected="a folder that transformers can load")
-    revision = _commit_of(config_file) or model.revision
-    config = read_json(config_file, where)
+    if file is None:
+        raise ModelError("there is no config.json", where=where, expected=_MODEL_FOLDER, fix="check the path")
+    content = read_json(file, where)
+    ignored: list[str] = []
     if not model.trust_remote_code:
-        config = _clean(config, where)
-    if config.get("quantization_config"):
+        content = _without(content, "", ignored, where)
+    if content.get("quantization_config"):
         raise ModelError(
             "its weights are quantised (quantization_config in config.json), which cannot be trained",
             where=where,
             fix="name the model it was made from, in 16 or 32 bits",
         )
-    weights = _weight_files(source, revision, where)
-    return ModelFiles(source, revision, config, weights, _stored_dtype(weights, where))
+    return ConfigFile(source, _commit_of(file) or model.revision, content, tuple(ignored))
+
+
+def inspect_model(model: ModelSection) -> ModelFiles:
+    """Look at a model before loading it; its weights are fetched from the hub, and not read.
+
+    Raises:
+        ModelError: there is no such model, or it is not a model that may be loaded.
+    """
+    where, file = place_of(model), inspect_config(model)
+    weights = _weight_files(file.source, file.revision, where)
+    return ModelFiles(file.source, file.revision, file.config, file.ignored, weights, _stored_dtype(weights, where))
 
 
 def check_exists(model_id: str, where: str) -> None:
@@ -96,8 +115,8 @@ def check_exists(model_id: str, where: str) -> None:
         raise ModelError(
             "the path is a file" if path.exists() else "there is no such folder",
             where=where,
-            expected="a folder with config.json, *.safetensors and tokenizer.json, or a hub id like owner/name",
-            fix="correct models[].huggingface_id",
+            expected=f"{_MODEL_FOLDER}, or a hub id like owner/name",
+            fix="check the path; it is relative to the folder where strop is started",
         )
 
 
@@ -124,12 +143,20 @@ def fetch(source: str, name: str, revision: str | None, where: str, optional: bo
         if optional:
             return None
         raise ModelError(
-            first_line(error),
+            _why_not(source, error),
             where=where,
             expected="a folder on this machine, or a hub id that can be reached or is in the hub's cache",
             fix="check the name; without a network, download the model elsewhere and give its folder",
         ) from error
     return None if found is None else Path(found)
+
+
+def _why_not(source: str, error: Exception) -> str:
+    """What kept the hub from giving a file."""
+    if not isinstance(error.__cause__, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return first_line(error)
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} could not be reached"
+    return f"there is no folder {source!r} here, and the hub could not be asked for it: {reason}"
 
 
 def read_json(file: Path, where: str) -> dict[str, Any]:
@@ -164,20 +191,12 @@ def _commit_of(file: Path) -> str | None:
     return file.parent.name if file.parent.parent.name == "snapshots" else None
 
 
-def _clean(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _without(config: Mapping[str, Any], path: str, stripped: list[str], where: str) -> dict[str, Any]:
     """config.json without what makes transformers import the model's own code or fetch kernels.
 
     Keys of transformers' internals and names of kernels are refused: no honest file has them. `auto_map`, which
     natively supported models ship too, is dropped; what stands there is then not used.
     """
-    stripped: list[str] = []
-    cleaned = _without(config, "", stripped, where)
-    if stripped:
-        logger.warning("%s: ignored in config.json, since trust_remote_code is false: %s", where, ", ".join(stripped))
-    return cleaned
-
-
-def _without(config: Mapping[str, Any], path: str, stripped: list[str], where: str) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{path}{key}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
-from strop.policy.folder import ModelFiles, check_exists, first_line, inspect_model, place_of, source_of
+from strop.policy.folder import ConfigFile, first_line, inspect_config, inspect_model, place_of
 from strop.policy.precision import short_name
 
 logger = logging.getLogger("strop")
@@ -87,22 +88,28 @@ def quiet() -> Iterator[None]:
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer, untouched: no padding token is added, since padding is masked whatever its id.
 
+    The model beside it is looked at first, as far as that is quick: before hours of data, and so that what is wrong
+    with a model is not said of its tokenizer.
+
     Raises:
-        ModelError: there is none, it cannot be read, or it has no end-of-sequence token.
+        ModelError: there is no such model or no tokenizer, it cannot be read, or has no end-of-sequence token.
     """
-    where, source = place_of(model), source_of(model.huggingface_id)
-    check_exists(model.huggingface_id, where)
+    where, source = place_of(model), _look_at(model)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
     except Exception as error:  # the tokenizers library raises Exception itself
+        local = os.path.isdir(source)
+        absent = local and not os.path.exists(os.path.join(source, "tokenizer.json"))
         raise ModelError(
-            f"its tokenizer cannot be loaded: {first_line(error)}",
+            "there is no tokenizer.json" if absent else f"its tokenizer cannot be loaded: {first_line(error)}",
             where=where,
             expected="tokenizer.json and tokenizer_config.json in the model's folder or repository",
-            fix="copy the tokenizer of the model it was made from into the folder",
+            fix="copy the tokenizer of the model it was made from into the folder"
+            if local
+            else "choose a model with a tokenizer, or download the model and add one to its folder",
         ) from error
     for how in ("is_local", "local_files_only"):  # how it was found; not to be saved with it
         tokenizer.init_kwargs.pop(how, None)
@@ -126,6 +133,11 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
         ModelError: it cannot be loaded completely and safely as a causal language model.
     """
     where, files = place_of(model), inspect_model(model)
+    if files.ignored:
+        names = ", ".join(files.ignored)
+        logger.warning("%s: ignored in config.json, since trust_remote_code is false: %s", where, names)
+    if model.revision is not None and os.path.isdir(files.source):
+        logger.warning("%s: revision %s is not read: the model is a folder on this machine", where, model.revision)
     config = _build_config(model, files, where)
     _check_task(config, where)
     original = copy.deepcopy(config)
@@ -145,7 +157,11 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
                 **attention,
             )
     except LOAD_ERRORS as error:
-        raise ModelError(f"it cannot be loaded: {first_line(error)}", where=where) from error
+        raise ModelError(
+            f"it cannot be loaded: {first_line(error)}",
+            where=where,
+            fix="check models[].attn_implementation" if attention else "download or save the model again",
+        ) from error
     _check_complete(report, where)
     _check_finite(module, where)
     silenced |= _silence_modules(module)
@@ -174,7 +190,20 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, module: nn.Module, wher
         )
 
 
-def _build_config(model: ModelSection, files: ModelFiles, where: str) -> PreTrainedConfig:
+def _look_at(model: ModelSection) -> str:
+    """Refuse what cannot be trained by what is quickly seen: config.json, and the weights' headers in a folder.
+
+    Returns:
+        The folder, or the hub id.
+    """
+    where, file = place_of(model), inspect_config(model)
+    if model.trust_remote_code and "auto_map" in file.config:
+        return file.source  # its code runs when it is loaded
+    _check_task(_build_config(model, file, where), where)
+    return inspect_model(model).source if os.path.isdir(file.source) else file.source
+
+
+def _build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrainedConfig:
     kind = files.config.get("model_type")
     has_code = model.trust_remote_code and "auto_map" in files.config
     if not has_code:

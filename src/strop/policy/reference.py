@@ -81,7 +81,8 @@ def _load_reference(
     config: RunConfig, section: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> Policy:
     where = f"reference {place_of(section)}"
-    its_tokenizer = load_tokenizer(section)
+    with _named(where):
+        its_tokenizer = load_tokenizer(section)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         differing = len(set(its_tokenizer.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
         raise ModelError(
@@ -90,7 +91,8 @@ def _load_reference(
             expected="a model with the same vocabulary",
             fix="choose another post_training.ref_model_id, or drop it: the reference is then the initial policy",
         )
-    loaded = load_model(section, dtype=policy.precision.compute)
+    with _named(where):
+        loaded = load_model(section, dtype=policy.precision.compute)
     check_vocabulary(its_tokenizer, loaded.module, where)
     rows, own = (m.get_input_embeddings().weight.shape[0] for m in (loaded.module, policy.base))
     if rows != own:
@@ -102,3 +104,12 @@ def _load_reference(
         )
     module = loaded.module.to(policy.device).requires_grad_(False)
     return assemble(module, loaded, policy.precision, section, fp32_logits=config.training.fp32_logits)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say of the reference what is wrong with it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(error.found, where=where, expected=error.expected, fix=error.fix) from error

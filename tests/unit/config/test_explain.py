@@ -81,7 +81,8 @@ CASES = {
     ),
     "an element of a list": (
         "logging:\n  report_to: [tensorboard, wandbee]\n",
-        "c.yaml:4: logging.report_to is the list ['tensorboard', 'wandbee']\n  expected: a list of these: tensorboard",
+        "c.yaml:4: logging.report_to is the list ['tensorboard', 'wandbee']\n  expected: a list of these: tensorboard\n"
+        "  to do:    remove wandbee",
     ),
     "a union": (
         "training:\n  gradient_checkpointing: maybe\n",

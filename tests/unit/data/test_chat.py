@@ -189,10 +189,15 @@ def test_generation_blocks_that_leave_tool_calls_out_are_not_believed(make_token
 
 
 def test_a_template_that_fails_refuses_the_row(make_tokenizer: Make) -> None:
-    for template in ("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[9]['content'] + 1 }}", "{{ oops( }}"):
+    for template in ("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[9]['content'] + 1 }}"):
         with pytest.raises(RowRefused) as refusal:
             render(make_tokenizer(template=template), turn("user", "q"), turn("assistant", "x"))
         assert refusal.value.reason == "template_error"
+
+
+def test_a_broken_template_is_no_fault_of_the_row(make_tokenizer: Make) -> None:
+    with pytest.raises(ModelError, match=r"chat template is broken.*\(line 2\)"):
+        render(make_tokenizer(template="\n{{ oops( }}"), turn("user", "q"), turn("assistant", "x"))
 
 
 def test_rows_that_hold_marks_themselves(make_tokenizer: Make) -> None:

@@ -77,10 +77,28 @@ def test_a_file_is_no_folder(model_dir: Path) -> None:
     assert "is a file" in refusal(lambda: load(model_dir / "config.json"))
 
 
-def test_no_hub() -> None:
-    message = refusal(lambda: load("someone/some-model"))
-    assert "without a network" in message
-    assert "tokenizer cannot be loaded" in refusal(lambda: load_tokenizer(ModelSection(huggingface_id="some/model")))
+@pytest.mark.parametrize("name", ["some/model", "no-such-folder"])
+def test_no_hub(name: str) -> None:
+    for action in (load, lambda folder: load_tokenizer(ModelSection(huggingface_id=folder))):
+        message = refusal(lambda: action(name))  # noqa: B023 (called at once)
+        assert f"there is no folder '{name}' here, and the hub could not be asked for it: HF_HUB_OFFLINE" in message
+        assert "without a network" in message and "tokenizer" not in message
+
+
+def test_a_broken_model_is_not_said_of_its_tokenizer(model_dir: Path) -> None:
+    section = ModelSection(huggingface_id=str(model_dir))
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    assert "pickle" in refusal(lambda: load_tokenizer(section))
+    edit_config(model_dir, num_attention_heads=5)
+    assert "config.json does not describe a model" in refusal(lambda: load_tokenizer(section))
+    (model_dir / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(lambda: load_tokenizer(section))
+
+
+def test_a_revision_of_a_folder_is_said_to_be_unread(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="strop"):
+        load(model_dir, revision="v2")
+    assert "revision v2 is not read" in caplog.text
 
 
 @pytest.mark.parametrize(
