@@ -147,7 +147,11 @@ def runs(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer: 
         make_model(seed).save_pretrained(path)
         make_tokenizer().save_pretrained(path)
     pairs = [
-        {"prompt": f"question {i} " + "hello " * (i % 3), "chosen": "yes " * (1 + i % 4), "rejected": "no maybe " * (2 + i % 3)}
+        {
+            "prompt": f"question {i} " + "hello " * (i % 3),
+            "chosen": "yes " * (1 + i % 4),
+            "rejected": "no maybe " * (2 + i % 3),
+        }
         for i in range(NUM_ROWS)
     ]
     singles = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]

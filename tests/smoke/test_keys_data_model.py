@@ -109,7 +109,9 @@ def test_models__revision(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_models__adapter(runs: Any) -> None:
     first = runs({**LORA, "max_steps": 4, "method": "sft"})
     for method in ("sft", "dpo"):
-        second = runs({"models.0.adapter": str(first.path / "final"), "method": method, "enabled": True, "max_steps": 1})
+        second = runs(
+            {"models.0.adapter": str(first.path / "final"), "method": method, "enabled": True, "max_steps": 1}
+        )
         assert second.adapter["r"] == 4
         assert second.final.keys() == first.final.keys()
         start = second.series("loss", "eval")[0]
@@ -262,7 +264,9 @@ def test_post_training__method(runs: Any) -> None:
 
 
 def test_post_training__loss_reduction(runs: Any, logps_by_hand: ByHand) -> None:
-    found = {name: runs(method="sft", loss_reduction=name).series("loss", "eval")[0] for name in ("tokens", "sequences")}
+    found = {
+        name: runs(method="sft", loss_reduction=name).series("loss", "eval")[0] for name in ("tokens", "sequences")
+    }
     groups = runs.prepare(method="sft").data.eval
     by_tokens, by_sequences = token_means(runs.files["model"], groups, logps_by_hand)
     assert found == {"tokens": pytest.approx(by_tokens, rel=1e-5), "sequences": pytest.approx(by_sequences, rel=1e-5)}

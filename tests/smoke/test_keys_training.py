@@ -509,7 +509,11 @@ def test_finetuning__metric_for_best_model_that_is_none(runs: Any, forwards: lis
 
 
 def test_finetuning__greater_is_better(runs: Any) -> None:
-    for name, given, resolved in (("eval_loss", None, False), ("rewards/margins", None, True), ("eval_loss", True, True)):
+    for name, given, resolved in (
+        ("eval_loss", None, False),
+        ("rewards/margins", None, True),
+        ("eval_loss", True, True),
+    ):
         run = runs(metric_for_best_model=name, greater_is_better=given, load_best_model_at_end=True)
         assert run.config["finetuning"]["greater_is_better"] is resolved
         assert run.checkpoints[-1] == (2 if (name, resolved) == ("eval_loss", True) else 4)

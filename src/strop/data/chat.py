@@ -25,7 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from strop.data.marks import Marks, Span
 from strop.data.rows import RowRefused
 from strop.data.template import choose_template, tokenizers_template
-from strop.errors import ConfigError
+from strop.errors import ConfigError, ModelError
 from strop.types import Example, Message, Turns
 
 Content = tuple[int, int, bool]

@@ -1,20 +1,20 @@
 """What became of the rows: counts by reason, lengths, and a fingerprint of the tokens. Floor 2.
 
 In: what happened to each row, and the groups. Out: a DataReport, which is the run's data.json. In every split
-rows_read = kept + refused + dropped; blank lines stand beside it.
+rows_read = kept + not_used + refused + dropped; blank lines stand beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
-from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from strop.types import Group
+import numpy as np
+
+from strop.data.table import Groups
 
 PERCENTILES = (50, 90, 99)
 
@@ -25,13 +25,15 @@ class SplitCounts:
 
     refused: by reason, rows that could not be read or rendered. dropped: by reason, rows with nothing to train on
     within the limits. prompts_cut: rows. completions_cut, without_end_token, boundaries_split: completions.
-    controls_as_text: control tokens that stood in contents and were encoded as text.
+    controls_as_text: control tokens that stood in contents and were encoded as text. not_used: good rows that a
+    source's `fraction` leaves out. double_bos: rows that begin with two BOS tokens.
     """
 
     source: str
     rows_read: int = 0
     blank_lines: int = 0
     kept: int = 0
+    not_used: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     prompts_cut: int = 0
@@ -39,6 +41,7 @@ class SplitCounts:
     without_end_token: int = 0
     boundaries_split: int = 0
     controls_as_text: int = 0
+    double_bos: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "refused": dict(self.refused), "dropped": dict(self.dropped)}
@@ -68,7 +71,7 @@ class DataReport:
     rendering: Rendering
 
     @classmethod
-    def of(cls, counts: Mapping[str, SplitCounts], groups: Mapping[str, Sequence[Group]], how: Rendering) -> DataReport:
+    def of(cls, counts: Mapping[str, SplitCounts], groups: Mapping[str, Groups], how: Rendering) -> DataReport:
         statistics = {name: group_statistics(groups[name]) for name in counts}
         together = hashlib.sha256("".join(str(s["fingerprint"]) for s in statistics.values()).encode())
         return cls(counts, statistics, together.hexdigest(), how)
@@ -103,52 +106,42 @@ class DataReport:
         return lines
 
 
-def group_statistics(groups: Sequence[Group]) -> dict[str, Any]:
+def group_statistics(groups: Groups) -> dict[str, Any]:
     """Lengths in tokens, token counts and the fingerprint of groups in their order.
 
     `saved_by_prefix_sharing` is the share of the tokens of plain rows that rows with one prompt a group do without.
     """
-    completions = [completion for group in groups for completion in group.completions]
-    plain = sum(len(g.prompt_ids) + len(c.ids) for g in groups for c in g.completions)
-    shared = sum(len(g.prompt_ids) * (len(g.completions) - 1) for g in groups)
+    lengths = groups.lengths
+    prompt, pairs = lengths.prompt.astype(np.int64), lengths.second > 0
+    completion = np.concatenate([lengths.first, lengths.second[pairs]]).astype(np.int64)
+    total = completion + np.concatenate([prompt, prompt[pairs]])
+    plain, shared = int(total.sum()), int(prompt[pairs].sum())
     return {
         "num_groups": len(groups),
         "lengths": {
-            "prompt": length_summary([len(g.prompt_ids) for g in groups]),
-            "completion": length_summary([len(c.ids) for c in completions]),
-            "total": length_summary([len(g.prompt_ids) + len(c.ids) for g in groups for c in g.completions]),
+            "prompt": length_summary(prompt),
+            "completion": length_summary(completion),
+            "total": length_summary(total),
         },
         "tokens": {
             "plain": plain,
-            "trained": sum(c.num_scored for c in completions),
+            "trained": int(groups.column("scored").sum()),
             "saved_by_prefix_sharing": shared / plain if plain else 0.0,
         },
         "fingerprint": fingerprint(groups),
     }
 
 
-def length_summary(lengths: Sequence[int]) -> dict[str, float]:
+def length_summary(lengths: np.ndarray) -> dict[str, float]:
     """Mean, nearest-rank percentiles and maximum; empty for no lengths."""
-    if not lengths:
+    if not len(lengths):
         return {}
-    ordered = sorted(lengths)
-    ranks = {f"p{p}": ordered[max(0, -(-len(ordered) * p // 100) - 1)] for p in PERCENTILES}
-    return {"mean": sum(ordered) / len(ordered), **ranks, "max": ordered[-1]}
+    ordered = np.sort(lengths)
+    ranks = {f"p{p}": int(ordered[max(0, -(-len(ordered) * p // 100) - 1)]) for p in PERCENTILES}
+    return {"mean": int(ordered.sum()) / len(ordered), **ranks, "max": int(ordered[-1])}
 
 
-def fingerprint(groups: Sequence[Group]) -> str:
-    """SHA-256 over token ids and masks in order: the same data gives the same, wherever and whenever it was read."""
-    digest = hashlib.sha256()
-    for group in groups:
-        digest.update(_bytes(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
-        digest.update(_bytes(group.prompt_ids))
-        for completion in group.completions:
-            digest.update(_bytes(completion.ids) + completion.loss_mask)
-    return digest.hexdigest()
-
-
-def _bytes(ids: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        ids = array("i", ids)
-        ids.byteswap()
-    return ids.tobytes()
+def fingerprint(groups: Groups) -> str:
+    """SHA-256 over hashes of token ids and masks in order: the same data gives the same, wherever and whenever it was
+    read."""
+    return hashlib.sha256(groups.column("digest").tobytes()).hexdigest()

@@ -115,7 +115,7 @@ def test_no_row_raises_anything_but_data_errors(
     assert sum(c.rows_read + c.blank_lines for c in counts) == len(content)
     assert len(refused) == sum(c.refused.total() for c in counts) and len(groups) == sum(c.kept for c in counts)
     assert groups and len({r["reason"] for r in data.rejected}) > 8, seed
-    json.dumps(data.rejected).encode()
+    json.dumps(list(data.rejected)).encode()
     # no control token comes from a row: as many as the template writes
     controls = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     for group in (*data.train, *data.eval):

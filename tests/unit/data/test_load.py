@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from strop.config import RunConfig
-from strop.data import load
+from strop.data import crew
 from strop.data.load import LoadedData, load_data
 from strop.errors import ConfigError, DataError
 
@@ -51,7 +51,8 @@ def test_groups_keep_the_order_of_the_rows(
     assert lines(data.train) == sorted(lines(data.train)) and lines(data.eval) == sorted(lines(data.eval))
     assert data.report.splits["train"].blank_lines == 1
     # how many rows are worked on at once changes nothing
-    monkeypatch.setattr(load, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(crew, "ROWS_AT_ONCE", 7)
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     again = load_data(config, make_tokenizer(), "pair")
     assert (again.train, again.eval, again.report) == (data.train, data.eval, data.report)
 
