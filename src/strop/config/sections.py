@@ -126,6 +126,13 @@ class DatasetSection(Section):
     `zephyr`, `plain`), or the path of a YAML template or a Jinja file. Null: the tokenizer's, or else `plain`."""
     on_error: Literal["error", "skip"] = "error"
     """A row that cannot be read: stop with its file and line, or skip it, count it and write it to rejected.jsonl."""
+    max_dropped_fraction: float | None = Field(
+        default_factory=lambda data: 0.05 if data.get("on_error") == "skip" else None,
+        ge=0,
+        le=1,
+        json_schema_extra={"x-default": "0.05 under on_error: skip, else null"},
+    )
+    """Stop where more than this share of a source's rows is refused or left with nothing to train; null: never."""
     num_workers: int | None = Field(default=None, gt=0, le=256)
     """Processes that tokenise; null: by the number of processors, for files of some thousand rows and more."""
     filter_overlength_samples: bool = False

@@ -10,7 +10,8 @@ encode                text -> ids and loss masks
 truncate              limits: cut or drop
 workshop, crew        all of these for some rows at a time, here or in several processes
 table, cache          groups on disk, memory-mapped; found again by what they were made of
-split, report         what is held out; what became of every row
+split                 what is held out
+report, doctor        what became of every row; what may be wrong with the good ones
 load                  all of it, wired
 preference, show      preference files for other tools; one group for the eye
 plan                  which groups make which step

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -66,15 +67,14 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
         parts["eval"] = [_Part.of(sources.eval, _tokenise(sources.eval, None, workshop, identity, config), 1.0, 0)]
         views["eval"] = parts["eval"][0].whole
     elif dataset.validation_split > 0:
-        # rows of sft that share a prompt have each their own answer to learn; pairs would tell the answer
-        keys = groups.column("prompt_hash") if rows == "pair" else np.arange(len(groups))
-        flags = held_out(keys, dataset.validation_split, config.seed)
+        flags = held_out(groups.column("prompt_hash"), dataset.validation_split, config.seed)
         views["eval"] = groups.taken(np.flatnonzero(flags))
         groups = groups.taken(np.flatnonzero(~flags))
     views["train"] = groups
     for name in parts:
         if not len(views[name]):
             raise _nothing_left(parts[name], workshop.limits)
+        _refuse_losses(parts[name], dataset.max_dropped_fraction)
     names: list[str] = [name for name in ("train", "eval") if name in views]
     counts = {name: _counts(parts.get(name, []), views[name], train) for name in names}
     how = _rendering(views, workshop)
@@ -172,6 +172,23 @@ def _rendering(views: Mapping[str, Groups], workshop: Workshop) -> Rendering:
     return Rendering(num_rows - num_raw, num_raw, renderer.chosen.name, renderer.template_sha256)
 
 
+def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
+    """Rows may be skipped, but not most of a file without a word. Rows that were to be dropped are not lost."""
+    lost = sum((part.tokens.refused + part.tokens.dropped for part in parts), Counter[str]())
+    lost -= Counter({reason: n for reason, n in lost.items() if reason in ASKED_FOR})
+    num_rows = sum(len(part.tokens.shard) for part in parts) + lost.total()
+    if most is None or lost.total() <= most * num_rows:
+        return
+    rejected = islice((row for part in parts for row in part.tokens.rejected), 5)
+    examples = ", ".join(f"{row['file']}:{row['line']} ({row['reason']})" for row in rejected)
+    raise DataError(
+        f"{lost.total()} of {num_rows} rows are lost: " + ", ".join(f"{n} {why}" for why, n in lost.most_common()),
+        where=", ".join(part.source.label for part in parts),
+        expected=f"at most {100 * most:g} % (dataset.max_dropped_fraction)",
+        fix=(f"look at {examples}; mend" if examples else "mend") + " the rows, or raise dataset.max_dropped_fraction",
+    )
+
+
 def _nothing_left(parts: Sequence[_Part], limits: Limits) -> DataError:
     reasons = sum((part.tokens.dropped for part in parts), Counter[str]())
     listed = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
@@ -184,12 +201,15 @@ def _nothing_left(parts: Sequence[_Part], limits: Limits) -> DataError:
     )
 
 
+ASKED_FOR = frozenset({"prompt_too_long", "completion_too_long", "sequence_too_long"})
+"""Reasons that `dataset.filter_overlength_samples` gives."""
+
 FIXES = {
     "nothing_trained": "raise training.max_seq_length or lower training.max_prompt_length, so that a completion fits",
     "equal_after_truncation": "raise training.max_completion_length and training.max_seq_length",
     "equal_tokens": "check the rows: chosen and rejected are the same tokens",
     **dict.fromkeys(
-        ("prompt_too_long", "completion_too_long", "sequence_too_long"),
+        sorted(ASKED_FOR),
         "raise the limit, or set dataset.filter_overlength_samples: false to cut the rows",
     ),
 }

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from strop.data.doctor import Findings, examine
 from strop.data.table import Groups
 
 PERCENTILES = (50, 90, 99)
@@ -67,21 +68,26 @@ class DataReport:
 
     splits: Mapping[str, SplitCounts]
     statistics: Mapping[str, Mapping[str, Any]]
+    findings: Mapping[str, Findings]
     fingerprint: str
     rendering: Rendering
 
     @classmethod
     def of(cls, counts: Mapping[str, SplitCounts], groups: Mapping[str, Groups], how: Rendering) -> DataReport:
+        """From what became of the rows of every split; there is a split `train`."""
         statistics = {name: group_statistics(groups[name]) for name in counts}
         together = hashlib.sha256("".join(str(s["fingerprint"]) for s in statistics.values()).encode())
-        return cls(counts, statistics, together.hexdigest(), how)
+        return cls(counts, statistics, examine(groups), together.hexdigest(), how)
 
     def as_dict(self) -> dict[str, Any]:
         """What json.dump takes."""
         return {
             "fingerprint": self.fingerprint,
             "rendering": vars(self.rendering),
-            "splits": {name: {**c.as_dict(), **self.statistics[name]} for name, c in self.splits.items()},
+            "splits": {
+                name: {**c.as_dict(), **self.statistics[name], "findings": self.findings[name].as_dict()}
+                for name, c in self.splits.items()
+            },
         }
 
     def lines(self) -> list[str]:
@@ -92,10 +98,12 @@ class DataReport:
         for name, c in self.splits.items():
             tokens = self.statistics[name]["tokens"]
             lines.append(f"{name}: {c.kept} of {c.rows_read} rows from {c.source}, {tokens['trained']} trained tokens")
+            lines += [f"{name}: {words}" for words in self._lengths(name)]
             lines += [f"{name}: {n} rows refused: {reason}" for reason, n in c.refused.most_common()]
             lines += [f"{name}: {n} rows dropped: {reason}" for reason, n in c.dropped.most_common()]
             notes = {
                 "blank lines": c.blank_lines,
+                "rows not used, by the fraction of their source": c.not_used,
                 "prompts cut at the left": c.prompts_cut,
                 "completions cut at the right": c.completions_cut,
                 "completions without an end token after the cut": c.without_end_token,
@@ -103,7 +111,21 @@ class DataReport:
                 "control tokens in the rows' words, encoded as text": c.controls_as_text,
             }
             lines += [f"{name}: {n} {what}" for what, n in notes.items() if n]
+            lines += [f"{name}: {sentence}" for sentence in self.findings[name].sentences()]
         return lines
+
+    def _lengths(self, name: str) -> Iterator[str]:
+        """How long rows are, and what sharing prompts saves."""
+        lengths, tokens = self.statistics[name]["lengths"], self.statistics[name]["tokens"]
+        if not lengths["total"]:
+            return
+        parts = [
+            f"{part} " + " / ".join(str(summary[p]) for p in ("p50", "p90", "p99", "max"))
+            for part, summary in lengths.items()
+        ]
+        yield f"tokens (median / 90 % / 99 % / most): {', '.join(parts)}"
+        if tokens["saved_by_prefix_sharing"]:
+            yield f"shared prompts save {100 * tokens['saved_by_prefix_sharing']:.0f} % of {tokens['plain']} tokens"
 
 
 def group_statistics(groups: Groups) -> dict[str, Any]:

@@ -246,7 +246,8 @@ def _read_hub(name: str, subset: str | None, split: str, streaming: bool) -> Ite
     import datasets
 
     with _hub_errors(name, subset, split):
-        loaded: Any = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+        how = {"streaming": True} if streaming else {}
+        loaded: Any = datasets.load_dataset(name, subset, split=split, **how)
         for i, data in enumerate(loaded):
             yield Row(Origin(f"{name}[{split}]", i + 1), data)
 

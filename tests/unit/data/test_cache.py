@@ -79,7 +79,7 @@ def test_b13_damage_is_found_and_mended(
 ) -> None:  # fmt: skip
     path = tmp_path / "rows.jsonl"
     path.write_text(Path(rows(path, 9)).read_text() + "{\n")
-    config = make_config(train_file=str(path), on_error="skip")
+    config = make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0)
     first = load_data(config, make_tokenizer(), "single")
     (entry,) = entries(cache)
     victim = entry / name
@@ -108,7 +108,7 @@ def test_b7_bad_rows_stop_a_strict_run_although_a_lenient_one_has_been_there(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(Path(rows(path, 9)).read_text() + "{\n")
-    load_data(make_config(train_file=str(path), on_error="skip"), make_tokenizer(), "single")
+    load_data(make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0), make_tokenizer(), "single")
     for _ in range(2):
         with pytest.raises(DataError, match="truncated_json") as error:
             load_data(make_config(train_file=str(path)), make_tokenizer(), "single")
@@ -150,7 +150,12 @@ def test_b13_processes_change_nothing(
     for num_workers in (1, 2):
         monkeypatch.setenv("STROP_CACHE", str(tmp_path / f"cache {num_workers}"))
         config = make_config(
-            train_file=str(path), on_error="skip", num_workers=num_workers, max_samples=limit, validation_split=0.0
+            train_file=str(path),
+            on_error="skip",
+            max_dropped_fraction=1.0,
+            num_workers=num_workers,
+            max_samples=limit,
+            validation_split=0.0,
         )
         data = load_data(config, make_tokenizer(), "single")
         found.append((list(data.train), list(data.rejected), data.report))

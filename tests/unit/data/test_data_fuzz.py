@@ -105,7 +105,9 @@ def test_no_row_raises_anything_but_data_errors(
     path.write_bytes(b"\n".join(content))
     tokenizer = make_tokenizer(kind, templates[template] if template else None)
     training = {"max_seq_length": 48, "max_prompt_length": 24, "max_completion_length": 24}
-    data = load_data(make_config(training, train_file=str(path), on_error="skip"), tokenizer, rows)
+    data = load_data(
+        make_config(training, train_file=str(path), on_error="skip", max_dropped_fraction=1.0), tokenizer, rows
+    )
 
     # every line is somewhere, once
     refused = {r["line"] for r in data.rejected}

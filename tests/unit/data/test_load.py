@@ -91,7 +91,9 @@ def test_prompts_of_pairs_are_not_on_both_sides(tmp_path: Path, make_config: Mak
 
 def test_max_samples_are_the_first_good_rows(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = write(tmp_path / "rows.jsonl", [pair(0), "{", pair(2), pair(3), "["])
-    config = make_config(train_file=path, max_samples=2, on_error="skip", validation_split=0.0)
+    config = make_config(
+        train_file=path, max_samples=2, on_error="skip", max_dropped_fraction=1.0, validation_split=0.0
+    )
     data = load_data(config, make_tokenizer(), "pair")
     assert lines(data.train) == [1, 3] and data.report.splits["train"].rows_read == 3
     # a row behind them is not even looked at
@@ -111,7 +113,11 @@ def test_the_first_bad_row_stops(tmp_path: Path, make_config: Make, make_tokeniz
 
 def test_bad_rows_are_left_out_counted_and_kept_aside(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = write(tmp_path / "rows.jsonl", BAD)
-    data = load_data(make_config(train_file=path, on_error="skip", validation_split=0.0), make_tokenizer(), "pair")
+    data = load_data(
+        make_config(train_file=path, on_error="skip", max_dropped_fraction=1.0, validation_split=0.0),
+        make_tokenizer(),
+        "pair",
+    )
     check_counts(data)
     assert lines(data.train) == [1, 4, 6]
     reasons = {"truncated_json": 1, "empty_field": 1, "chosen_equals_rejected": 1}
@@ -130,7 +136,11 @@ def test_rows_that_the_template_refuses_are_skipped_too(
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
     rows = [{"messages": turns}, {"messages": [{"role": "system", "content": "b"}, *turns]}]
     path = write(tmp_path / "rows.jsonl", rows)
-    data = load_data(make_config(train_file=path, on_error="skip"), make_tokenizer(template=template), "single")
+    data = load_data(
+        make_config(train_file=path, on_error="skip", max_dropped_fraction=1.0),
+        make_tokenizer(template=template),
+        "single",
+    )
     assert lines(data.train) == [1] and data.rejected[0]["reason"] == "dropped_by_template"
     with pytest.raises(DataError, match="dropped_by_template"):
         load_data(make_config(train_file=path), make_tokenizer(template=template), "single")
@@ -140,7 +150,10 @@ def test_rows_that_the_template_refuses_are_skipped_too(
 def test_an_empty_file_is_an_error(tmp_path: Path, make_config: Make, make_tokenizer: Make, content: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    for config in (make_config(train_file=str(path), on_error="skip"), make_config(train_file=str(path))):
+    for config in (
+        make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0),
+        make_config(train_file=str(path)),
+    ):
         with pytest.raises(DataError, match="no rows"):
             load_data(config, make_tokenizer(), "pair")
 
@@ -148,7 +161,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, make_config: Make, make_token
 def test_nothing_but_bad_rows_is_an_error(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = write(tmp_path / "rows.jsonl", ["{", {"messages": []}, {"messages": []}])
     with pytest.raises(DataError, match="all 3 rows are bad") as error:
-        load_data(make_config(train_file=path, on_error="skip"), make_tokenizer(), "pair")
+        load_data(make_config(train_file=path, on_error="skip", max_dropped_fraction=1.0), make_tokenizer(), "pair")
     assert "2 wrong_shape" in error.value.found and error.value.where == f"{path}:1"
 
 
@@ -240,7 +253,9 @@ def test_real_broken_rows_are_accounted_for(
     longest = max(rows, key=len)  # one row of 300 thousand characters is enough, and there are two
     path = tmp_path / "messy.jsonl"
     path.write_bytes(b"\n".join(b"" if row is longest else row for row in rows))
-    data = load_data(make_config(train_file=str(path), on_error="skip"), make_tokenizer(), "pair")
+    data = load_data(
+        make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0), make_tokenizer(), "pair"
+    )
     check_counts(data)
     read = sum(counts.rows_read + counts.blank_lines for counts in data.report.splits.values())
     assert read == 300

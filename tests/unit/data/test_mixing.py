@@ -68,7 +68,7 @@ def test_b1_prefixes(tmp_path: Path, load: Make, make_config: Make, make_tokeniz
     odd.write_text('{"text": "x"}\n')
     saved = tmp_path / "saved"
     datasets.Dataset.from_dict({"text": ["y", "z"]}).save_to_disk(str(saved))
-    data = load([f"text:{text}", f"jsonl:{odd}", f"local:{saved}"], on_error="skip")
+    data = load([f"text:{text}", f"jsonl:{odd}", f"local:{saved}"], on_error="skip", max_dropped_fraction=1.0)
     assert [g.origin.line for g in data.train] == [1, 3, 1, 1, 2]
     assert [r["reason"] for r in data.rejected] == ["invalid_utf8"]
     one = load_data(make_config(train_file=f"text:{text}", max_samples=1), make_tokenizer(), "single")

@@ -167,7 +167,9 @@ CALLING = (
 
 def test_b3_tools_and_tool_calls(shared: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = str(shared / "data" / "sft_toolcalls.train.jsonl")
-    config = make_config({"max_seq_length": 8192}, train_file=path, on_error="skip", validation_split=0.0)
+    config = make_config(
+        {"max_seq_length": 8192}, train_file=path, on_error="skip", max_dropped_fraction=1.0, validation_split=0.0
+    )
     tokenizer = make_tokenizer(template=CALLING)
     data = load_data(config, tokenizer, "single")
     assert len(data.train) == 300
@@ -195,7 +197,8 @@ def test_b_real_files_are_counted_right(
 ) -> None:  # fmt: skip
     config = make_config(
         {"max_seq_length": 65536, "max_prompt_length": None, "max_completion_length": None},
-        train_file=str(shared / "data" / f"{name}.jsonl"), on_error="skip", validation_split=0.0, **dataset,
+        train_file=str(shared / "data" / f"{name}.jsonl"), on_error="skip", max_dropped_fraction=1.0,
+        validation_split=0.0, **dataset,
     )  # fmt: skip
     counts = load_data(config, make_tokenizer(), shape).report.splits["train"]
     assert (counts.kept, dict(counts.refused), counts.dropped.total()) == (kept, refused, 0)
