@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `strop demo`, `strop schema`. Floor 6.
+"""The command line: `strop train`, `strop demo`, `strop prepare`, `strop schema`. Floor 6.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on. Configuration and torch are imported inside the commands, so that
@@ -30,6 +30,7 @@ usage: strop COMMAND ...
 
   train    train every model of a configuration (strop train --help)
   demo     a real training run on this machine in a minute, with nothing to download
+  prepare  files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)
   schema   print the JSON Schema of configuration files
 
   --help, --version
@@ -45,6 +46,22 @@ usage: strop train --config FILE [--preset NAME] [--dry-run] [--resume [auto|PAT
   --resume [auto|PATH]   go on from the newest complete checkpoint, or from this one; start where there is none
   --overwrite            start anew in a folder that holds another run
   --allow-changes        resume although data or settings that change the result have changed; it is recorded
+"""
+
+
+PREPARE_HELP = """\
+usage: strop prepare --input FILE ... --output-dir DIR [--method sft|dpo] [options]
+       strop prepare --example sft|dpo --output-dir DIR
+
+  --input FILE ...       JSON Lines, a JSON array, CSV or Parquet (jsonl:PATH, text:PATH, local:FOLDER)
+  --output-dir DIR       gets train.jsonl and val.jsonl (sft), or train.dpo.jsonl and val.dpo.jsonl (dpo), and
+                         statistics.json; refused rows go to rejected.jsonl. It is what dataset.splits_dir names
+  --method sft|dpo       what the rows are for (default: sft); dpo for all that train on pairs
+  --val-input FILE ...   validation rows, instead of a share of the others
+  --val-fraction SHARE   share of the rows to hold out (default: 0.1)
+  --seed N               what decides which (default: 42)
+  --keep-duplicates      keep rows that are there before
+  --prompt-column, --completion-column, --chosen-column, --rejected-column NAME
 """
 
 
@@ -189,6 +206,52 @@ def _demo(arguments: list[str]) -> int:
     return 0
 
 
+def _prepare(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print(PREPARE_HELP)
+    parser = _Parser("prepare")
+    for files in ("--input", "--val-input"):
+        parser.add_argument(files, nargs="+", action="extend", default=[])
+    parser.once("--output-dir")
+    parser.once("--method", choices=("sft", "dpo"), default="sft")
+    parser.once("--example", choices=("sft", "dpo"))
+    parser.once("--val-fraction", type=float, default=0.1)
+    parser.once("--seed", type=int, default=42)
+    parser.once("--keep-duplicates", nargs=0, default=False)
+    columns = ("prompt", "chosen", "rejected", "completion")
+    for name in columns:
+        parser.once(f"--{name}-column", default=name)
+    options = parser.parse_args(arguments)
+    if not options.output_dir:
+        raise ConfigError("--output-dir is missing", fix="see strop prepare --help")
+    if bool(options.input) == bool(options.example):
+        raise ConfigError("one of --input and --example has to be given", fix="see strop prepare --help")
+    if not 0 <= options.val_fraction < 1:
+        raise ConfigError(f"--val-fraction is {options.val_fraction}", expected="a share of at least 0 and below 1")
+    _log_to_terminal("info")
+
+    from strop.data.formats import Columns
+    from strop.data.prepare import prepare_files, write_example
+
+    folder = Path(options.output_dir)
+    if options.example:
+        result = write_example(options.example, folder)
+    else:
+        result = prepare_files(
+            options.input,
+            folder,
+            "single" if options.method == "sft" else "pair",
+            val_inputs=options.val_input,
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+            columns=Columns(**{name: getattr(options, f"{name}_column") for name in columns}),
+            keep_duplicates=options.keep_duplicates,
+        )
+    method = options.example or options.method
+    lines = [*result.lines(), f"train on it with: dataset.splits_dir: {folder} and post_training.method: {method}"]
+    return _print("\n".join(lines) + "\n")
+
+
 def _schema(arguments: list[str]) -> int:
     if any(token in ("-h", "--help") for token in arguments):
         return _print("usage: strop schema [--format json|markdown]\n")
@@ -201,7 +264,12 @@ def _schema(arguments: list[str]) -> int:
     return _print(json_schema() if options.format == "json" else markdown())
 
 
-COMMANDS: Mapping[str, Callable[[list[str]], int]] = {"train": _train, "demo": _demo, "schema": _schema}
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "demo": _demo,
+    "prepare": _prepare,
+    "schema": _schema,
+}
 
 
 # ---- the terminal

@@ -87,7 +87,7 @@ def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
             logger.warning("dataset.%s is not read: dataset.%s wins over it", key, named[0])
     train_name, val_name = SPLIT_FILES[rows]
     if dataset.train_file is not None:
-        train = [_file(dataset.train_file)]
+        train = [file_source(dataset.train_file)]
     elif dataset.splits_dir is not None:
         train = [_split_file(dataset.splits_dir, train_name, "dataset.train_file")]
     elif dataset.sources:
@@ -96,7 +96,7 @@ def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
         assert dataset.name is not None
         train = [_named(dataset.name, dataset.subset, dataset.split, dataset.streaming)]
     if dataset.val_file is not None:
-        return Sources(tuple(train), _file(dataset.val_file))
+        return Sources(tuple(train), file_source(dataset.val_file))
     if dataset.splits_dir is not None:
         return Sources(tuple(train), _split_file(dataset.splits_dir, val_name, "dataset.val_file"))
     return Sources(tuple(train), None)
@@ -123,10 +123,10 @@ def _split_file(folder: str, name: str, key: str) -> Source:
             expected=str(path),
             fix=f"add the file, or set {key}",
         )
-    return _file(str(path))
+    return file_source(str(path))
 
 
-def _file(path: str) -> Source:
+def file_source(path: str) -> Source:
     """A file by its extension.
 
     Raises:
@@ -181,7 +181,7 @@ def _content(path: str, kind: str) -> str:
 def _named(name: str, subset: str | None, split: str, streaming: bool) -> Source:
     prefix, path = _prefix(name)
     if prefix in ("jsonl:", "text:"):
-        return _file(name)
+        return file_source(name)
     if prefix == "local:" and not isdir(path):
         raise DataError(
             "there is no such folder",
@@ -193,7 +193,7 @@ def _named(name: str, subset: str | None, split: str, streaming: bool) -> Source
             return Source(path, partial(_read_saved, path, split), partial(_saved_identity, path, split))
         return _from_hub(path, subset, split, streaming)  # a folder of files, which the package datasets reads
     if isfile(path) or file_kind(path) is not None:
-        return _file(path)
+        return file_source(path)
     return _from_hub(path, subset, split, streaming)
 
 
