@@ -1,23 +1,25 @@
 """The command line: `strop train`, `strop demo`, `strop prepare`, `strop schema`. Floor 6.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
-and saved, with the command that goes on. Configuration and torch are imported inside the commands, so that
-`strop --help` answers at once.
+and saved, with the command that goes on; 130: stopped by Ctrl-C where nothing could be saved. Configuration and torch
+are imported inside the commands, so that `strop --help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from strop.errors import ConfigError, Interrupted, StropError
 
@@ -100,8 +102,10 @@ class _Once(argparse.Action):
 def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
     """Runs a command and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     try:
-        return _dispatch(arguments)
+        with redirect_stdout(cast(TextIO, _StandardOutput(sys.stdout))):
+            return _dispatch(arguments)
     except StropError as error:
         _complain(str(error))
         return 1
@@ -111,10 +115,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
             _complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
         return RESUMABLE
     except KeyboardInterrupt:
-        _complain("stopped")
+        began = arguments[:1] == ["train"] and "--dry-run" not in arguments
+        way_on = f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
+        _complain("stopped" + way_on * began)
         return STOPPED
-    except BrokenPipeError:  # the reader (head, less) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _ReaderLeft:
         return 0
 
 
@@ -281,6 +286,58 @@ def _print(text: str) -> int:
     return 0
 
 
+class _ReaderLeft(Exception):  # noqa: N818 (it is not an error)
+    """What standard output went to (head, less) has seen enough."""
+
+
+class _StandardOutput:
+    """Standard output, with errors that a command can end with, whichever library writes to it.
+
+    What its encoding cannot write comes as an escape.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._failing():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._failing():
+            self._stream.flush()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # what Python still holds must not fail again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise _ReaderLeft from error
+            raise ConfigError(
+                f"standard output cannot be written: {error.strerror or error}", fix="make room where it goes to"
+            ) from error
+
+
+def _open_standard_streams() -> None:
+    """A stream that the caller has closed becomes /dev/null: else the next file opened would get its number, and
+    everything that is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
 def _rank() -> int:
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdecimal() else 0
@@ -289,8 +346,9 @@ def _rank() -> int:
 def _complain(message: str) -> None:
     rank = _rank()
     text = (f"[rank {rank}] " if rank else "") + message + "\n"
-    sys.stderr.write(text.encode(errors="backslashreplace").decode())
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody listens any more
+        sys.stderr.write(text.encode(errors="backslashreplace").decode())
+        sys.stderr.flush()
 
 
 def _resume(arguments: Sequence[str], prog: str) -> str:
@@ -343,7 +401,8 @@ def _log_to_terminal(level: str) -> None:
     log.addHandler(handler)
     log.setLevel(level.upper() if _rank() == 0 else logging.ERROR)
     if level != "debug":
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # they set their own level when imported
+            os.environ.setdefault(variable, "error")
         for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch"):
             logging.getLogger(name).setLevel(logging.ERROR)
             warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")

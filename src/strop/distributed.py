@@ -13,7 +13,7 @@ from strop.errors import ConfigError
 def pick_device(gpu: GpuSection) -> tuple[torch.device, list[str]]:
     """The device and what has to be said about it: notes for the user, in full sentences.
 
-    A machine without any GPU trains on its CPU whatever `gpu.device_ids` says, with a note.
+    A machine without any GPU trains on its CPU whatever `gpu` says, with a note.
 
     Raises:
         ConfigError: a device that is not there on a machine that has others; several devices or processes.
@@ -28,11 +28,8 @@ def pick_device(gpu: GpuSection) -> tuple[torch.device, list[str]]:
     ids = gpu.device_ids or ()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not available:
-        notes = (
-            [f"gpu.device_ids {list(ids)}: this machine has no GPU; training on its CPU, in one process."]
-            if ids
-            else []
-        )
+        asked = ", ".join([f"device_ids {list(ids)}"] * bool(ids) + ["use_ddp true"] * gpu.use_ddp)
+        notes = [f"gpu.{asked}: this machine has no GPU; training on its CPU, in one process."] if asked else []
         return torch.device("cpu"), notes
     missing = [i for i in ids if not 0 <= i < available]
     if missing:

@@ -58,6 +58,7 @@ class RunDir:
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self._lock: filelock.BaseFileLock | None = None
         self._made: list[Path] = []  # what was not there before, innermost first
+        self._has_begun = False  # it has written a file
         self._replaces = False  # an earlier run goes when this one begins
 
     @classmethod
@@ -107,7 +108,7 @@ class RunDir:
 
     def _tidy(self) -> None:
         """Take away what was made for a run that never began; the lock is held until its file is gone."""
-        if self.present():
+        if self._has_begun:
             return
         for path in self._made:
             if path.name == LOCK:
@@ -197,7 +198,10 @@ class RunDir:
                 fix="--resume to go on with it, --overwrite to remove it, or another training.output_dir",
             )
         self._will_make(self.logs)
-        self.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(self.logs, error, "logging.logging_dir") from error
 
     def _checkpoints(self) -> list[Path]:
         """Every entry with a checkpoint's name and our manifest in it."""
@@ -210,6 +214,7 @@ class RunDir:
 
     def _begin(self) -> None:
         """Before the first file of this run: the run that it replaces goes away."""
+        self._has_begun = True
         if self._replaces:
             self._replaces = False
             self._clear()
@@ -297,7 +302,7 @@ class RunDir:
                 )
             durable.recover(target)
         except OSError as error:
-            raise _unusable(target, error) from error
+            raise _unusable(target, error, "training.mount_dir") from error
         for source, name in ((self.final, FINAL), (self.logs, "logs")):
             if source.is_dir():
                 self._publish(partial(_copy, source), target / name)
@@ -343,19 +348,19 @@ def in_words(num_bytes: int | None) -> str:
     return f"{num_bytes} bytes"
 
 
-def _unusable(path: Path, error: OSError) -> CheckpointError:
-    """What the operating system said, for a person."""
+def _unusable(path: Path, error: OSError, key: str = "training.output_dir") -> CheckpointError:
+    """What the operating system said, for a person. key: the setting that decides where `path` is."""
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         in_the_way = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), path)
         return CheckpointError(
             f"no folder can be made here: {in_the_way} is in the way",
             where=str(path),
             expected="a folder, or a name that is free",
-            fix="remove or rename what is in the way, or choose another training.output_dir",
+            fix=f"remove or rename what is in the way, or choose another {key}",
         )
     return CheckpointError(
         f"cannot be written: {error.strerror or error}; {in_words(free_bytes(path))} free",
         where=str(path),
         expected="a folder that this user can write, on a disk with room",
-        fix="make room or give the permission, or choose another training.output_dir",
+        fix=f"make room or give the permission, or choose another {key}",
     )

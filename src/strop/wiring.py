@@ -203,7 +203,7 @@ def _train_model(
         if resume and run.is_finished:
             log.info("%s is finished: its model is in %s", model.name, run.final)
             _mirror(config, run)
-            return RunResult(model.name, run.path, max(record["step"] for record in run.metrics.read()))
+            return RunResult(model.name, run.path, _last_step(run))
         prepared = prepare(config, model, saved)
         for line in prepared.data.report.lines():
             log.info("%s: %s", model.name, line)
@@ -284,6 +284,11 @@ def _look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
     if best is not None and loop.config.finetuning.load_best_model_at_end and not _best(run, saved, best).is_dir():
         log.warning("the best model so far, %s, is gone: a later one will be final", _best(run, saved, best))
         loop.state.best_step = None
+
+
+def _last_step(run: RunDir) -> int:
+    steps = [step for record in run.metrics.read() if isinstance(step := record.get("step"), int)]
+    return max(steps, default=0)
 
 
 def _mirror(config: RunConfig, run: RunDir) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,16 @@ class Runs:
     def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
         self.folder, self.files = folder, files
         self._made: dict[str, Run] = {}
+        self.watched = False
         self._num_folders = 0
+
+    @staticmethod
+    def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+        """Whether these are the same weights, bit for bit."""
+        return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    def same_run(self, one: Run, two: Run) -> bool:
+        return self.same(one.final, two.final) and one.untimed == two.untimed
 
     def config(self, keys: Mapping[str, Any] | None = None, **bare: Any) -> strop.RunConfig:
         """Keys are dotted, or bare where that is clear."""
@@ -122,12 +132,17 @@ class Runs:
         return self.folder / str(self._num_folders)
 
     def __call__(self, keys: Mapping[str, Any] | None = None, *, fresh: bool = False, **bare: Any) -> Run:
-        """fresh: not one that was made before."""
+        """fresh: a run of its own, as all are in a test that watches what happens inside."""
         name = json.dumps({**(keys or {}), **bare}, sort_keys=True)
-        if fresh or name not in self._made:
+        known = {} if fresh or self.watched else self._made
+        if name not in known:
             (result,) = strop.train(self.config(keys, **bare))
-            self._made[name] = Run(result.run_dir)
-        return self._made[name]
+            known[name] = Run(result.run_dir)
+        return known[name]
+
+    def at(self, path: Path) -> Run:
+        """A run that a test has made otherwise."""
+        return Run(path)
 
     def prepare(self, keys: Mapping[str, Any] | None = None, **bare: Any) -> wiring.Prepared:
         """The road up to the weights."""
@@ -161,22 +176,36 @@ def runs(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer: 
     return Runs(folder, files)
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These runs are compared bit for bit and with float32, wherever the tests run."""
+    if "runs" in request.fixturenames:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, Batch]]:
+def watched(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """To watch or change what happens inside of runs; each is a fresh one then."""
+    monkeypatch.setattr(runs, "watched", True)
+    return monkeypatch
+
+
+@pytest.fixture
+def forwards(watched: pytest.MonkeyPatch) -> list[tuple[bool, Batch]]:
     """Every forward pass of every policy, in order: whether gradients are on, and the batch."""
     seen: list[tuple[bool, Batch]] = []
     forward = Policy.forward
 
-    def watched(self: Policy, batch: Batch) -> Tensor:
+    def noted(self: Policy, batch: Batch) -> Tensor:
         seen.append((torch.is_grad_enabled(), batch))
         return forward(self, batch)
 
-    monkeypatch.setattr(Policy, "forward", watched)
+    watched.setattr(Policy, "forward", noted)
     return seen
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[Policy]:
+def built(watched: pytest.MonkeyPatch) -> list[Policy]:
     """Every policy that a run builds; after the run, in its last state."""
     policies: list[Policy] = []
 
@@ -184,8 +213,20 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Policy]:
         policies.append(build_policy(*args, **kwargs))
         return policies[-1]
 
-    monkeypatch.setattr(wiring, "build_policy", build)
+    watched.setattr(wiring, "build_policy", build)
     return policies
+
+
+@pytest.fixture
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that call the command line, which sets up the loggers of the whole process."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # so that the command line need not set it
+    names = ("strop", "transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch")
+    before = [(logger, logger.level, list(logger.handlers)) for logger in map(logging.getLogger, names)]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 def _logps_by_hand(model: nn.Module, group: Group) -> list[Tensor]:

@@ -50,7 +50,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def _logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # so that the command line need not set it
+    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(variable, "error")  # so that the command line need not set it
     loggers = [
         logging.getLogger(name) for name in ("strop", "transformers", "datasets", "huggingface_hub", "peft", "torch")
     ]

@@ -115,7 +115,7 @@ def test_a_run_that_comes_to_nothing_overwrites_nothing(tmp_path: Path) -> None:
     fill(tmp_path)
     before = {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
     RunDir.open(tmp_path, resume=False, overwrite=True).close()
-    assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {**before, tmp_path / ".lock": ""}
+    assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_overwrite_removes_a_run_and_nothing_else(tmp_path: Path) -> None:

@@ -357,3 +357,11 @@ class LoggingSection(Section):
     """How much the terminal says."""
     margins: bool = True
     """Write every step's margins to {logging_dir}/margins (methods with a margin)."""
+
+    def problems(self) -> Iterator[Problem]:
+        if re.match(r"(\./+)*(final|checkpoint-[^/]*|[^/]+\.(yaml|json|jsonl|html))(/|$)", self.logging_dir):
+            yield Problem(
+                ("logging_dir",),
+                f"logging_dir is {self.logging_dir!r}, a name that the run folder has for something else",
+                "another name, such as ./logs",
+            )

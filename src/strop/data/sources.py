@@ -256,6 +256,8 @@ def _read_hub(name: str, subset: str | None, split: str, streaming: bool) -> Ite
 def _hub_errors(name: str, subset: str | None, split: str) -> Iterator[None]:
     import datasets
 
+    if not datasets.config.HF_HUB_OFFLINE:
+        logger.info("data set %s: asking %s for it", name, datasets.config.HF_ENDPOINT)
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:

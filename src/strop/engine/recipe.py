@@ -35,11 +35,14 @@ FREE_KEYS = frozenset(
     }
 )
 
+NULL_MEANS = {"training.bf16": False, "training.fp16": False}
+"""What null stands for, where writing it out changes nothing."""
+
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
     """Every setting that decides the result of a run, by dotted key, as JSON holds it."""
     keys = {
-        key: value
+        key: NULL_MEANS.get(key) if value is None else value
         for key, value, _ in config.leaves()
         if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS and not key.endswith(".name")
     }

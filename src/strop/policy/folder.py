@@ -164,9 +164,10 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file.name} cannot be read: {first_line(error)}", where=where) from error
+        fix = "download or copy the file again"
+        raise ModelError(f"{file.name} cannot be read: {first_line(error)}", where=where, fix=fix) from error
     if not isinstance(content, dict):
-        raise ModelError(f"{file.name} holds no JSON object", where=where)
+        raise ModelError(f"{file.name} holds no JSON object", where=where, expected="{...}")
     return content
 
 

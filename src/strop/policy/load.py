@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -34,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
-from strop.policy.folder import ConfigFile, first_line, inspect_config, inspect_model, place_of
+from strop.policy.folder import ConfigFile, first_line, inspect_config, inspect_model, place_of, source_of
 from strop.policy.precision import short_name
 
 logger = logging.getLogger("strop")
@@ -94,7 +95,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is no such model or no tokenizer, it cannot be read, or has no end-of-sequence token.
     """
-    where, source = place_of(model), _look_at(model)
+    where, (source, rows) = place_of(model), _look_at(model)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -123,6 +124,8 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
             where=where,
             fix='name one in tokenizer_config.json, such as "eos_token": "<|endoftext|>"',
         )
+    if rows is not None:
+        _check_ids(tokenizer, rows, where)
     return tokenizer
 
 
@@ -178,7 +181,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, module: nn.Module, wher
     Raises:
         ModelError: the tokenizer has ids beyond the embedding's rows.
     """
-    rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    _check_ids(tokenizer, module.get_input_embeddings().weight.shape[0], where)  # type: ignore[operator]
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if beyond:
         raise ModelError(
@@ -190,17 +196,24 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, module: nn.Module, wher
         )
 
 
-def _look_at(model: ModelSection) -> str:
+def _look_at(model: ModelSection) -> tuple[str, int | None]:
     """Refuse what cannot be trained by what is quickly seen: config.json, and the weights' headers in a folder.
 
     Returns:
-        The folder, or the hub id.
+        The folder, or the hub id; and the rows of the embedding, where config.json says them.
     """
-    where, file = place_of(model), inspect_config(model)
+    where = place_of(model)
+    if not os.path.isdir(source_of(model.huggingface_id)) and not constants.HF_HUB_OFFLINE:
+        logger.info("%s: asking %s for it", where, constants.ENDPOINT)
+    file = inspect_config(model)
     if model.trust_remote_code and "auto_map" in file.config:
-        return file.source  # its code runs when it is loaded
-    _check_task(_build_config(model, file, where), where)
-    return inspect_model(model).source if os.path.isdir(file.source) else file.source
+        return file.source, None  # its code runs when it is loaded
+    config = _build_config(model, file, where)
+    _check_task(config, where)
+    if os.path.isdir(file.source):
+        inspect_model(model)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return file.source, rows if isinstance(rows, int) else None
 
 
 def _build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrainedConfig:
@@ -215,7 +228,9 @@ def _build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrai
             return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(files.config)))
     except LOAD_ERRORS as error:
         detail = " ".join(str(error).split())
-        raise ModelError(f"config.json does not describe a model: {detail}", where=where) from error
+        raise ModelError(
+            f"config.json does not describe a model: {detail}", where=where, fix="download or copy the file again"
+        ) from error
 
 
 def _check_kind(kind: Any, model: ModelSection, where: str) -> None:

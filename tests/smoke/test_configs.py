@@ -1,0 +1,258 @@
+"""What is shipped and shown works as it stands: configurations, commands on every page, the published guides."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import logging
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+PRESETS = ("cpu", "gpu-bf16", "gpu-fp16", "memory-efficient")
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/*.md"), *CONFIGS})
+SMALL = "--max-steps 2 --max-samples 8 --max-seq-length 64 --max-prompt-length 32 --max-completion-length 32"
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) -> Path:
+    """A model, rows of both shapes, and split files."""
+    folder: Path = tmp_path_factory.mktemp("ground")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    single = [{"prompt": f"question {i}", "completion": "yes " * (1 + i % 3)} for i in range(24)]
+    pairs = [{"prompt": f"question {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no maybe"} for i in range(24)]
+    splits = folder / "data" / "splits"
+    splits.mkdir(parents=True)
+    for rows, name in ((single, ""), (pairs, ".dpo")):
+        for split in ("train", "val"):
+            (splits / f"{split}{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder like that of the project, with a small model and data."""
+    folder = tmp_path / "here"
+    shutil.copytree(ground, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(variable, "error")  # so that the command line need not set it
+    names = ("strop", "transformers", "datasets", "huggingface_hub", "peft", "torch", "bitsandbytes")
+    before = [(logger := logging.getLogger(name), logger.level, list(logger.handlers)) for name in names]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that were reached; none of them does anything."""
+    import strop.demo
+    import strop.dryrun
+    import strop.wiring
+
+    names: list[str] = []
+    for module, name in ((strop.wiring, "train"), (strop.dryrun, "dry_run"), (strop.demo, "run_demo")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: names.append(name))
+    return names
+
+
+def with_local_files(text: str) -> str:
+    """A configuration with the models and data sets of the hub replaced."""
+    rows = "train.jsonl" if re.search(r"^  method: sft", text, flags=re.MULTILINE) else "train.dpo.jsonl"
+    text = re.sub(r"^( *(?:- )?huggingface_id: )\S+", r"\1model", text, flags=re.MULTILINE)
+    return re.sub(r"^(dataset:\n(?: .*\n)*?  name: )\S+", rf"\1data/splits/{rows}", text, flags=re.MULTILINE)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# ---- configurations
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_dry_runs_and_touches_nothing(
+    path: Path, preset: str | None, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = with_local_files(path.read_text(encoding="utf-8"))
+    assert "trl-lib/" not in re.sub("#.*", "", text) and "data/splits" in text
+    Path("local.yaml").write_text(text, encoding="utf-8")
+    before = tree(here)
+    assert cli.main(["train", "--config", "local.yaml", "--dry-run", *(["--preset", preset] if preset else [])]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing was trained and nothing was written" in shown
+    assert "«" in shown  # an example with its trained tokens marked
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_trains(path: Path, here: Path) -> None:
+    Path("local.yaml").write_text(with_local_files(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert cli.main(shlex.split(f"train --config local.yaml --output-dir out {SMALL}")) == 0
+    runs = list(Path("out").iterdir())
+    assert len(runs) == (3 if path.stem == "multi_model_dpo" else 1)
+    assert all((run / "final").is_dir() for run in runs)
+
+
+@pytest.fixture
+def guide(shared: Path, here: Path) -> Path:
+    """The published configuration guide, its blocks as one file."""
+    (page,) = (shared / "seeds").glob("001_*.txt")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    path = here / "guide.yaml"
+    path.write_text("\n".join(blocks), encoding="utf-8")
+    return path
+
+
+def test_the_published_guide_dry_runs_and_trains(guide: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "train --config guide.yaml --model model --dataset.name data/splits/train.dpo.jsonl --subset null"
+    before = tree(here)
+    assert cli.main(shlex.split(f"{line} --dry-run")) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert tree(here) == before
+    assert cli.main(shlex.split(f"{line} {SMALL} --warmup-steps 0")) == 0
+    run = here / "outputs" / "model-name"
+    assert (run / "final" / "adapter_model.safetensors").is_file()
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+# ---- scripts/train.py
+
+
+def script(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """`python scripts/train.py ...`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", *shlex.split(line)])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path("scripts/train.py", run_name="__main__")
+    assert isinstance(done.value.code, int)
+    return done.value.code
+
+
+def test_the_commands_of_the_published_guides_are_understood(
+    shared: Path, here: Path, reached: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They say `uv run scripts/train.py` or `uv run src/train.py`; what follows is the same command line."""
+    num_train, num_dry = 0, 0
+    for page in sorted((shared / "seeds").glob("00[01]_*.txt")):
+        for command in commands(page.read_text(encoding="utf-8")):
+            _, found, rest = command.partition("/train.py ")
+            if found:
+                assert script(rest, monkeypatch) == 0, command
+                num_dry += "--dry-run" in rest
+                num_train += "--dry-run" not in rest
+    assert num_train >= 8 and num_dry >= 1
+    assert (reached.count("train"), reached.count("dry_run")) == (num_train, num_dry)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--preset cpu --config configs/sft.yaml --splits-dir ./data/splits --output-dir ./results",
+        "--preset gpu-fp16 --bf16 --config configs/sft.yaml --splits-dir ./data/splits --output-dir ./results",
+        "--config configs/dpo.yaml --splits-dir ./data/splits --output-dir ./results",
+        "--config configs/dpo.yaml --output-dir ./results --dpo-train-file data/splits/train.dpo.jsonl "
+        "--dpo-val-file data/splits/val.dpo.jsonl --auto-precision",
+    ],
+)
+def test_the_script_trains(line: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert script(f"{line} --model model --models.0.name m {SMALL}", monkeypatch) == 0
+    assert Path("results/m/final/adapter_model.safetensors").is_file()
+    assert ("bf16: true" in Path("results/m/config.yaml").read_text()) is ("--bf16" in line)
+
+
+# ---- what pages show
+
+
+def commands(page: str) -> list[str]:
+    """Every command in a block (fenced or indented) or between backticks, without its comment."""
+    page = re.sub(r"^#( |$)", "", page, flags=re.MULTILINE) if page.startswith("# yaml") else page
+    page = page.replace("\\\n", " ")
+    shell = r"(?:uv run |\$ )?((?:strop|make|python3?|torchrun|uv run) [^`\n]+)"
+    found = re.findall(rf"^ *{shell}$", "\n".join(blocks(page)), flags=re.MULTILINE)
+    found += re.findall(rf"`{shell}`", page)
+    return [re.sub(r"\s+#.*", "", command).strip() for command in found]
+
+
+def blocks(page: str) -> list[str]:
+    fenced = re.findall(r"^```(?:\w*)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    return [*fenced, *re.findall(r"^(?: {4}| {2}(?=strop)).*$", page, flags=re.MULTILINE)]
+
+
+def test_commands_are_found() -> None:
+    page = (
+        "```sh\n# a\nstrop train --config a.yaml \\\n  --bf16   # x\n```\n\n    make demo   # y\n\nsay `strop demo`\n"
+    )
+    assert commands(page) == ["strop train --config a.yaml    --bf16", "make demo", "strop demo"]
+    assert sum(len(commands(path.read_text(encoding="utf-8"))) for path in PAGES) >= 12
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_on_a_page_is_understood(path: Path, here: Path, reached: list[str]) -> None:
+    page = path.read_text(encoding="utf-8")
+    for name, text in shown_files(page):
+        Path(name).write_text(text, encoding="utf-8")
+    for command in commands(page):
+        assert understood(shlex.split(command)), command
+
+
+def shown_files(page: str) -> list[tuple[str, str]]:
+    """Blocks whose first line is a comment with a file's name."""
+    return re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def understood(command: list[str]) -> bool:
+    """Whether a command can be typed as it is shown; capitals and dots stand for something else."""
+    program, *rest = [word for word in command if word != "..."]
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return set(rest) <= set(targets)
+    if program in ("python", "python3"):
+        if rest[:2] == ["-m", "strop"]:
+            return understood(["strop", *rest[2:]])
+        if rest[0] == "-c":
+            return bool(ast.parse(rest[1]))
+        if rest[0] == "-m":
+            return importlib.util.find_spec(rest[1]) is not None
+        if rest[0] == "scripts/train.py":
+            return understood(["strop", "train", *rest[1:]])
+        source = (ROOT / rest[0]).read_text(encoding="utf-8")
+        flags = [word.partition("=")[0] for word in rest[1:] if word.startswith("--")]
+        return bool(ast.parse(source)) and all(f'"{flag}"' in source for flag in flags)
+    assert program == "strop", f"no idea how to check {program}"
+    if rest[:1] == ["train"] and not {"--help", "--config", "--model"} & set(rest):
+        rest += ["--config", "configs/dpo.yaml"]
+    rest = ["configs/dpo.yaml" if word == "FILE" else word for word in rest]
+    return cli.main(rest) == 0
+
+
+def test_what_the_readme_shows_dry_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = shown_files((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert shown
+    for name, text in shown:
+        text = re.sub(r"train_file: \S+", "train_file: data/splits/train.dpo.jsonl", with_local_files(text))
+        Path(name).write_text(text, encoding="utf-8")
+        assert cli.main(["train", "--config", name, "--dry-run"]) == 0
+    assert "nothing was written" in capsys.readouterr().out

@@ -1,0 +1,305 @@
+"""What a run does from its first evaluation to the folder it leaves: the road as users meet it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import strop
+from strop import cli
+from strop.engine import loop
+from strop.engine.recipe import recipe_of
+from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, TrainingError
+from strop.policy.policy import Policy
+from strop.rundir import RunDir
+
+LORA = {"r": 4, "lora_dropout": 0.5}
+
+
+# ---- evaluations and records
+
+
+@pytest.mark.parametrize("keys", [{}, LORA, {"bf16": True}, {"attn_implementation": "sdpa"}], ids=str)
+def test_dpo_starts_at_ln_2(keys: dict[str, Any], runs: Any) -> None:
+    start = runs(keys).metrics[0]
+    assert (start["split"], start["step"], start["epoch"]) == ("eval", 0, 0)
+    assert start["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert {start[f"rewards/{name}"] for name in ("margins", "chosen", "rejected", "accuracies")} == {0}
+
+
+def test_evaluations_frame_the_training(runs: Any) -> None:
+    assert runs(eval_steps=100).steps("eval") == [0, 4]
+    assert [(r["split"], r["step"]) for r in runs(max_steps=2, eval_steps=1).metrics] == [
+        ("eval", 0), ("train", 1), ("eval", 1), ("train", 2), ("eval", 2),
+    ]  # fmt: skip
+
+
+ALWAYS = {"step", "epoch", "split", "loss", "num_groups", "num_scored_tokens", "seconds"}
+TRAIN = {
+    "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gib", "clipped", "update_ratio",
+    "changed_fraction", "num_zero_signal_groups",
+}  # fmt: skip
+METHODS = {
+    "sft": {"nll", "lengths/completion"},
+    "dpo": {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    | {f"{name}/{side}" for name in ("logps", "logps_per_token", "lengths") for side in ("chosen", "rejected")},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_fields_of_a_record(method: str, runs: Any) -> None:
+    run, data = runs(method=method), runs.prepare(method=method).data
+    for record in run.metrics:
+        assert record.keys() == ALWAYS | METHODS[method] | (TRAIN if record["split"] == "train" else set())
+        assert all(isinstance(value, int | float) for name, value in record.items() if name != "split")
+    train = [record for record in run.metrics if record["split"] == "train"]
+    assert [record["epoch"] for record in train] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3])
+    assert train[2]["tokens"] == sum(group.num_tokens for group in data.train)  # an epoch
+    assert sum(record["num_scored_tokens"] for record in train[:3]) == sum(group.num_scored for group in data.train)
+    for growing in ("step", "tokens", "seconds"):
+        assert all(a[growing] < b[growing] for a, b in pairwise(train))
+    assert all(record["changed_fraction"] > 0 and record["update_ratio"] > 0 for record in train)
+
+
+def test_the_margins_of_every_step(runs: Any) -> None:
+    run = runs(groups_per_step=5, num_epochs=2, max_steps=None)
+    assert [(line["epoch"], line["step"], line["global_step"]) for line in run.margins] == [
+        (0, 0, 1), (0, 1, 2), (0, 2, 3), (1, 0, 4), (1, 1, 5), (1, 2, 6),
+    ]  # fmt: skip
+    for line in run.margins:
+        values = np.load(run.path / "logs" / "margins" / line["npy"])
+        assert line["npy"] == f"epoch_{line['epoch']:03d}/step_{line['step']:05d}.npy"
+        assert (values.dtype, values.shape) == (np.float32, (line["batch_size"],))
+        wide = values.astype(float)
+        wanted = {"mean": wide.mean(), "std": wide.std(ddof=0), "min": wide.min(), "max": wide.max()}
+        wanted |= {"p10": np.quantile(wide, 0.1), "median": np.median(wide), "p90": np.quantile(wide, 0.9)}
+        wanted |= {"pos_frac": (wide > 0).mean()}
+        names = {"epoch", "step", "global_step", "batch_size", "npy", "sample"}
+        assert line.keys() == wanted.keys() | names
+        assert {name: line[name] for name in wanted} == pytest.approx(wanted)
+        assert line["sample"] == values[:8].tolist()
+    assert run.margins[-1]["std"] > 0
+
+
+def test_an_evaluation_that_is_not_finite_is_not_the_best(runs: Any, watched: pytest.MonkeyPatch) -> None:
+    evaluate, num = loop.evaluate, 0
+
+    def broken_once(*args: Any) -> Any:
+        nonlocal num
+        num += 1
+        return replace(evaluate(*args), **({"loss": math.nan} if num == 2 else {}))
+
+    watched.setattr(loop, "evaluate", broken_once)
+    run = runs(load_best_model_at_end=True, eval_steps=1, max_steps=3)
+    assert run.series("loss", "eval")[1] is None
+    assert run.checkpoints == [2, 3]
+
+
+# ---- what is left behind
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("keys", [{"method": "sft"}, {"bf16": True}, LORA], ids=["full", "bf16", "lora"])
+def test_final_is_the_policy_for_everybody(
+    keys: dict[str, Any], runs: Any, built: list[Policy], logps_by_hand: Callable[..., list[Tensor]]
+) -> None:
+    final = runs(keys).path / "final"
+    (policy,) = built
+    base = runs.files["model"] if policy.has_adapters else final
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = PeftModel.from_pretrained(plain, final) if policy.has_adapters else plain
+    trained = {weight.data_ptr(): name for name, weight in policy.model.named_parameters()}
+    loaded = dict(model.named_parameters())
+    assert all(torch.equal(loaded[trained[w.data_ptr()]], w) for w in policy.trainable().values())
+    tolerance = 0.1 if "bf16" in keys else 1e-4
+    with policy.scoring():
+        for group in runs.prepare(keys).data.eval:
+            by_hand = torch.cat(logps_by_hand(model.eval(), group))
+            torch.testing.assert_close(policy(policy.collate([group])).double(), by_hand, rtol=0, atol=tolerance)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False).startswith(
+        "<|im_start|>"
+    )
+
+
+@pytest.mark.parametrize(
+    "keys", [{"auto_precision": True}, {**LORA, "load_best_model_at_end": True}], ids=["full", "lora"]
+)
+def test_config_yaml_makes_the_run_again(keys: dict[str, Any], runs: Any) -> None:
+    first = runs(keys)
+    again = strop.load_config(first.path / "config.yaml")
+    (result,) = strop.train(again, overwrite=True)
+    assert strop.load_config(result.run_dir / "config.yaml") == again
+    elsewhere = strop.load_config(first.path / "config.yaml", overrides={"output_dir": str(runs.new_folder())})
+    (result,) = strop.train(elsewhere)
+    second = runs.at(result.run_dir)
+    assert runs.same_run(first, second) and first.margins == second.margins
+    assert first.data == second.data
+
+
+def test_environment_json_says_what_the_run_was_made_with(runs: Any) -> None:
+    found = json.loads((runs().path / "environment.json").read_text())
+    assert torch.__version__.startswith(found["packages"]["torch"])
+    assert (found["seed"], found["world_size"]) == (42, 1)
+
+
+# ---- stopping
+
+
+def test_early_stopping_logs_the_last_steps_once(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"method": "sft", "greater_is_better": True, "early_stopping_patience": 1, "eval_steps": 1}
+    keys |= {"logging_steps": 10, "save_steps": 1, "output_dir": str(runs.new_folder())}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "publish_final", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        runs(keys)  # dies between the last checkpoint and final/
+    (result,) = strop.train(runs.config(keys), resume="auto")
+    run = runs.at(result.run_dir)
+    assert [(r["split"], r["step"]) for r in run.metrics] == [("eval", 0), ("eval", 1), ("eval", 2), ("train", 2)]
+    assert run.series("num_groups") == [8]
+
+
+def test_a_signal_stops_after_the_step_and_the_rest_follows(
+    runs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unbroken = runs(LORA)
+    models = [{"name": name, "huggingface_id": str(runs.files["model"])} for name in ("run", "next")]
+    config = runs.config({**LORA, "models": models})
+    step = loop.Loop._step
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped(self: loop.Loop, number: int) -> None:
+        step(self, number)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setattr(loop.Loop, "_step", stopped)
+        strop.train(config)
+    assert stop.value.step == 2 and Path(stop.value.checkpoint).name == "checkpoint-2"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (Path(config.training.output_dir) / "next").exists()
+    results = strop.train(config, resume="auto")
+    assert [result.step for result in results] == [4, 4]
+    assert all(runs.same_run(runs.at(result.run_dir), unbroken) for result in results)
+
+
+def test_writing_out_what_null_stands_for_is_no_change(runs: Any) -> None:
+    plain = runs.config()
+    written = runs.config(bf16=False, fp16=False, output_dir=plain.training.output_dir)
+    assert recipe_of(plain) == recipe_of(written) != recipe_of(runs.config(bf16=True))
+
+
+# ---- several models
+
+
+@pytest.mark.usefixtures("logging_as_before")
+def test_one_model_that_fails_stops_no_other(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = {"one": runs.files["model"], "gone": tmp_path / "gone", "two": runs.files["other"]}
+    models = [{"name": name, "huggingface_id": str(place)} for name, place in places.items()]
+    config = runs.config({"models": models, "output_dir": str(tmp_path / "out"), "max_steps": 1})
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    with pytest.raises(TrainingError, match="1 of 3 models failed: gone: "):
+        strop.train(config)
+    folder = tmp_path / "out"
+    assert [(folder / name / "final").is_dir() for name in places] == [True, False, True]
+    assert cli.main(["train", "--config", str(file), "--overwrite"]) == 1
+    said = capsys.readouterr().err
+    assert "gone failed" in said and "1 of 3 models failed" in said and "Traceback" not in said
+    assert [(folder / name / "final").is_dir() for name in places] == [True, False, True]
+
+    indexed = ["train", "--config", str(file), "--output-dir", str(tmp_path / "indexed"), "--model-index"]
+    assert cli.main([*indexed, "2"]) == 0
+    assert [path.name for path in (tmp_path / "indexed").iterdir()] == ["two"]
+    assert cli.main([*indexed, "1"]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="there is no model 3"):
+        strop.train(config, model_index=3)
+
+
+# ---- from Python
+
+
+def test_training_twice_in_a_row(runs: Any) -> None:
+    config = runs.config(LORA)
+    (first,) = strop.train(config)
+    with pytest.raises(CheckpointError, match="the folder holds another run"):
+        strop.train(config)
+    kept = runs.at(first.run_dir)
+    weights, records = kept.final, kept.untimed
+    (second,) = strop.train(config, overwrite=True)
+    assert second == first
+    assert runs.same(kept.final, weights) and kept.untimed == records
+    assert strop.train(config, resume="auto") == [first]  # finished: nothing to do
+
+
+def test_a_configuration_made_in_python(runs: Any) -> None:
+    config = strop.RunConfig(
+        models=[{"huggingface_id": str(runs.files["model"]), "name": "run"}],
+        dataset={"train_file": str(runs.files["singles"])},
+        training={"output_dir": str(runs.new_folder()), "max_steps": 1, "warmup_ratio": 0.0},
+    )
+    (result,) = strop.train(config)
+    assert runs.at(result.run_dir).series("learning_rate") == [2e-5]  # the default of sft
+    assert (result.final / "model.safetensors").is_file()
+
+
+def test_what_fails_before_the_first_step_leaves_no_run(
+    runs: Any, tmp_path: Path, make_model: Any, make_tokenizer: Any
+) -> None:
+    foreign = make_tokenizer()
+    foreign.add_tokens(["<more>"])
+    foreign.save_pretrained(tmp_path / "foreign")
+    make_model(vocab_size=401).save_pretrained(tmp_path / "foreign")
+    keys = {"output_dir": str(runs.new_folder()), "max_steps": 1}
+    for error, wrong in (
+        (DataError, {"train_file": str(tmp_path / "none.jsonl")}),
+        (ModelError, {"models.0.huggingface_id": str(tmp_path / "none")}),
+        (ModelError, {"ref_model_id": str(tmp_path / "foreign")}),
+        (ModelError, {"target_modules": ["none"], "enabled": True}),
+    ):
+        with pytest.raises(error):
+            runs({**keys, **wrong})
+    assert runs(keys).steps() == [1]
+
+
+def test_a_mirror_that_failed_is_made_up_for(runs: Any, tmp_path: Path) -> None:
+    folder = runs.new_folder()
+    inside = runs.config(output_dir=str(folder), mount_dir=str(folder / "run"), max_steps=1)
+    with pytest.raises(CheckpointError, match="mirror"):
+        strop.train(inside)
+    assert (folder / "run" / "final").is_dir()
+    apart = runs.config(output_dir=str(folder), mount_dir=str(tmp_path), max_steps=1)
+    (result,) = strop.train(apart, resume="auto")
+    assert result.step == 1
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_the_best_model_may_be_from_before_the_resume(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    keys = {"save_steps": 1, "save_total_limit": None, "load_best_model_at_end": True, "greater_is_better": True}
+    first = runs(keys)  # the first evaluation is the best one
+    assert runs.same(first.final, first.weights(2))
+    checkpoint = first.path / "checkpoint-3"
+    (result,) = strop.train(runs.config(keys), resume=str(checkpoint))  # into another folder
+    assert runs.same(runs.at(result.run_dir).final, first.final)
+    moved = runs.new_folder()
+    moved.mkdir(parents=True)
+    shutil.copytree(checkpoint, moved / "checkpoint-3")
+    (result,) = strop.train(runs.config(keys), resume=str(moved / "checkpoint-3"))  # it is gone: said at once
+    assert "checkpoint-2, is gone" in caplog.text
+    assert not runs.same(runs.at(result.run_dir).final, first.final)
