@@ -144,8 +144,7 @@ class Shard:
         if name == "digest":
             flat = [np.frombuffer(p.buffers()[1], np.uint8, 16 * len(p), 16 * p.offset).reshape(-1, 16) for p in parts]
             return np.concatenate(flat) if flat else np.zeros((0, 16), np.uint8)
-        dtype = SCHEMA.field(name).type.to_pandas_dtype()
-        return np.concatenate([p.to_numpy() for p in parts]) if parts else np.zeros(0, dtype)
+        return np.concatenate([p.to_numpy() for p in parts]) if parts else np.zeros(0, np.int64)
 
     def group(self, row: int) -> Group:
         n = bisect_right(self._starts, row) - 1

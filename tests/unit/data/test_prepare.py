@@ -18,7 +18,7 @@ from strop.data.prepare import prepare_files
 from strop.errors import DataError
 
 Make = Callable[..., Any]
-ROWS = [{"prompt": f"q {i} \u4e16", "completion": f"x {i}, \"y\"", "more": "z"} for i in range(20)]
+ROWS = [{"prompt": f"q {i} \u4e16", "completion": f'x {i}, "y"', "more": "z"} for i in range(20)]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -74,7 +74,9 @@ def test_b6_duplicates_and_leaks_go(tmp_path: Path) -> None:
     kept = prepare_files([str(tmp_path / "rows.jsonl")], tmp_path / "all", "single", keep_duplicates=True)
     assert kept.duplicates == 0 and sum(split["rows"] for split in kept.splits.values()) == 24
     (tmp_path / "val").mkdir()
-    given = as_file(tmp_path / "val", "jsonl", [ROWS[0], {**ROWS[1], "completion": "z"}, {"prompt": "n", "completion": "x"}])
+    given = as_file(
+        tmp_path / "val", "jsonl", [ROWS[0], {**ROWS[1], "completion": "z"}, {"prompt": "n", "completion": "x"}]
+    )
     leaks = prepare_files([str(tmp_path / "rows.jsonl")], tmp_path / "given", "single", val_inputs=[given])
     assert (leaks.duplicates, leaks.leaks) == (4, 1)
     assert [row["prompt"] for row in written(tmp_path / "given")[1]] == ["n"]
@@ -85,7 +87,10 @@ def test_b6_refused_rows_are_kept_aside(tmp_path: Path) -> None:
     path.write_text('{"prompt": "q", "chosen": "x", "rejected": "y"}\n\n{"prompt": "q"}\n{\n')
     result = prepare_files([str(path)], tmp_path / "out", "pair")
     assert result.refused == {"missing_field": 1, "truncated_json": 1} and result.num_read == 3
-    assert [(r["line"], r["raw"]) for r in lines(tmp_path / "out" / "rejected.jsonl")] == [(3, '{"prompt": "q"}'), (4, "{")]
+    assert [(r["line"], r["raw"]) for r in lines(tmp_path / "out" / "rejected.jsonl")] == [
+        (3, '{"prompt": "q"}'),
+        (4, "{"),
+    ]
     with pytest.raises(DataError, match="there already"):
         prepare_files([str(path)], tmp_path / "out", "pair")
     path.write_text("{}\n")

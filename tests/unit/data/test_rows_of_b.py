@@ -202,3 +202,114 @@ def test_b_real_files_are_counted_right(
     )  # fmt: skip
     counts = load_data(config, make_tokenizer(), shape).report.splits["train"]
     assert (counts.kept, dict(counts.refused), counts.dropped.total()) == (kept, refused, 0)
+
+
+def test_b2_splits_dir_and_files_that_win_over_it(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    write(splits / "train.jsonl", [{"prompt": "q", "completion": "x"}] * 2)
+    with pytest.raises(DataError, match=r"val\.jsonl"):
+        load_data(make_config(splits_dir=str(splits)), make_tokenizer(), "single")
+    write(splits / "val.jsonl", [{"prompt": "r", "completion": "x"}])
+    data = load_data(make_config(splits_dir=str(splits), validation_split=0.5), make_tokenizer(), "single")
+    assert (len(data.train), len(data.eval)) == (2, 1)
+    own = write(tmp_path / "own.jsonl", [{"prompt": "s", "completion": "x"}] * 3)
+    data = load_data(make_config(splits_dir=str(splits), train_file=own), make_tokenizer(), "single")
+    assert (len(data.train), len(data.eval)) == (3, 1)
+
+
+def test_b5_preferences_for_other_tools(tmp_path: Path) -> None:
+    import strop
+
+    path = write(tmp_path / "rows.jsonl", [{"system": "b", "question": "q", "chosen": "x", "rejected": "y"}, HH])
+    table = strop.load_preference_jsonl(path)
+    assert table.column_names == ["prompt", "chosen", "rejected"] and len(table) == 2
+    assert [turn["role"] for turn in table[0]["prompt"]] == ["system", "user"]
+    assert table[1]["chosen"] == [{"role": "assistant", "content": "x"}]
+
+
+def test_b7_every_messy_line_is_where_it_belongs(shared: Path, make_config: Make, make_tokenizer: Make) -> None:
+    expected = json.loads((shared / "data" / "messy.expected.json").read_text())["lines"]
+    config = make_config(
+        {"max_seq_length": 2048}, train_file=str(shared / "data" / "messy.jsonl"), on_error="skip",
+        max_dropped_fraction=1.0, validation_split=0.0,
+    )  # fmt: skip
+    data = load_data(config, make_tokenizer(), "pair")
+    kept = {group.origin.line for group in data.train}
+    refused = {row["line"]: row["reason"] for row in data.rejected}
+    assert not kept & refused.keys() and all(set(row) == {"file", "line", "reason", "raw"} for row in data.rejected)
+    raw = (shared / "data" / "messy.jsonl").read_bytes().split(b"\n")
+    for row in data.rejected:
+        assert row["raw"] == raw[row["line"] - 1].rstrip(b"\r").removeprefix(b"\xef\xbb\xbf").decode(
+            errors="backslashreplace"
+        )
+    num_dropped = data.report.splits["train"].dropped.total()
+    lost = []
+    for number, what in expected.items():
+        line = int(number)
+        if what["valid"] is None:
+            assert line not in kept and line not in refused
+        elif not what.get("policy"):
+            assert what["valid"] is (line not in refused), (line, what, refused.get(line))
+            lost += [line] if what["valid"] and line not in kept else []
+    assert len(lost) <= num_dropped
+
+
+SPECIAL_WORDS = "a</s>b <s> [INST]c[/INST] <|im_start|>system <|endoftext|><pad> {{ eos_token }}"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral-tekken-131k", "mistral-v3-32k"])
+@pytest.mark.parametrize("template", [None, "qwen2.5_instruct", "mistral"])
+def test_b9_control_tokens_are_written_by_the_template_alone(
+    name: str, template: str | None, shared: Path, tmp_path: Path, make_config: Make
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+    def counts(words: str) -> list[int]:
+        rows = [
+            {"messages": [{"role": r, "content": f"x {words} y"} for r in ("user", "assistant", "user", "assistant")]}
+        ]
+        config = make_config(
+            {"max_prompt_length": None, "max_completion_length": None},
+            train_file=write(tmp_path / f"{len(words)}.jsonl", rows), template=template, validation_split=0.0,
+        )  # fmt: skip
+        (group,) = load_data(config, tokenizer, "single").train
+        completion = group.completions[0]
+        assert completion.ids[-1] in special and completion.loss_mask[-1]  # closed once, and it is trained
+        if words:
+            assert words in tokenizer.decode(completion.ids)
+        return [i for i in (*group.prompt_ids, *completion.ids) if i in special]
+
+    assert counts(SPECIAL_WORDS) == counts("")
+
+
+def test_b10_prompt_and_completion_come_from_one_pass(shared: Path, tmp_path: Path, make_config: Make) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "mistral-v3-32k")
+    row = {"prompt": [{"role": "user", "content": "What is it?"}], "chosen": "It is a dog.", "rejected": "Itself."}
+    config = make_config(train_file=write(tmp_path / "rows.jsonl", [row]), validation_split=0.0)
+    (group,) = load_data(config, tokenizer, "pair").train
+    assert list(group.prompt_ids).count(tokenizer.bos_token_id) == 1
+    for completion, words in zip(group.completions, ("It is a dog.", "Itself."), strict=True):
+        ids = tokenizer.apply_chat_template(
+            [*row["prompt"], {"role": "assistant", "content": words}], return_dict=False
+        )
+        assert [*group.prompt_ids, *completion.ids] == ids
+        assert completion.ids[-1] == tokenizer.eos_token_id and list(completion.ids).count(tokenizer.eos_token_id) == 1
+
+
+def test_b11_both_sides_of_a_pair_are_cut_by_the_same_bound(
+    tmp_path: Path, make_config: Make, make_tokenizer: Make
+) -> None:
+    row = {"prompt": "what is it? " * 20, "chosen": "dog " * 60, "rejected": "fox " * 60 + "end"}
+    limits = {"max_seq_length": 60, "max_prompt_length": 40, "max_completion_length": 30}
+    config = make_config(limits, train_file=write(tmp_path / "rows.jsonl", [row]), validation_split=0.0)
+    data = load_data(config, make_tokenizer(), "pair")
+    (group,) = data.train
+    assert len(group.prompt_ids) == 40 and [len(c.ids) for c in group.completions] == [20, 20]
+    counts = data.report.splits["train"]
+    assert (counts.prompts_cut, counts.completions_cut, counts.without_end_token) == (1, 2, 2)
