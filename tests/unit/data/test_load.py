@@ -244,21 +244,3 @@ def test_the_report_says_how_rows_became_text(tmp_path: Path, make_config: Make,
     assert how(turns, bare)[:4] == (3, 0, "plain", False)
     with pytest.raises(ConfigError, match="raw"):
         how(turns, own, "raw")
-
-
-def test_real_broken_rows_are_accounted_for(
-    shared: Path, tmp_path: Path, make_config: Make, make_tokenizer: Make
-) -> None:
-    rows = (shared / "data" / "messy.jsonl").read_bytes().split(b"\n")
-    longest = max(rows, key=len)  # one row of 300 thousand characters is enough, and there are two
-    path = tmp_path / "messy.jsonl"
-    path.write_bytes(b"\n".join(b"" if row is longest else row for row in rows))
-    data = load_data(
-        make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0), make_tokenizer(), "pair"
-    )
-    check_counts(data)
-    read = sum(counts.rows_read + counts.blank_lines for counts in data.report.splits.values())
-    assert read == 300
-    for group in (*data.train, *data.eval):
-        for completion in group.completions:
-            assert completion.loss_mask[-1] == 1 and len(group.prompt_ids) + len(completion.ids) <= 512

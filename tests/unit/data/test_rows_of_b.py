@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from strop.data.load import LoadedData, load_data
 from strop.errors import DataError
 
 Make = Callable[..., Any]
+
+
+@lru_cache
+def real_tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -263,9 +270,7 @@ SPECIAL_WORDS = "a</s>b <s> [INST]c[/INST] <|im_start|>system <|endoftext|><pad>
 def test_b9_control_tokens_are_written_by_the_template_alone(
     name: str, template: str | None, shared: Path, tmp_path: Path, make_config: Make
 ) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    tokenizer = real_tokenizer(shared / "tokenizers" / name)
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def counts(words: str) -> list[int]:
@@ -287,9 +292,7 @@ def test_b9_control_tokens_are_written_by_the_template_alone(
 
 
 def test_b10_prompt_and_completion_come_from_one_pass(shared: Path, tmp_path: Path, make_config: Make) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "mistral-v3-32k")
+    tokenizer = real_tokenizer(shared / "tokenizers" / "mistral-v3-32k")
     row = {"prompt": [{"role": "user", "content": "What is it?"}], "chosen": "It is a dog.", "rejected": "Itself."}
     config = make_config(train_file=write(tmp_path / "rows.jsonl", [row]), validation_split=0.0)
     (group,) = load_data(config, tokenizer, "pair").train
