@@ -34,8 +34,7 @@ smoke: setup
 	$(BIN)/python -m pytest -n 2 tests/smoke
 
 docs: setup
-	$(BIN)/strop schema > configs/schema.json
-	$(BIN)/strop schema --format markdown > docs/configuration.md
+	$(BIN)/python docs/generate.py
 
 bench: setup
 	$(BIN)/python benchmarks/step.py

@@ -77,7 +77,8 @@ class Batch(Membership):
     input_ids, position_ids: [B, T] int64. `layout` is set for one shared-prefix row (B = 1, no padding);
     `attention_mask` [B, T] bool is set for plain rows, one completion each, right-padded.
     scored_positions: [M] int64 into the flattened B * T. targets: [M] int64. completion_index: [M] int64 in [0, C).
-    group_index: [C] int64 in [0, G). ref_logps: [M] float32, where the objective needs them.
+    group_index: [C] int64 in [0, G). ref_logps: [M] float32, where the objective needs them. labels: [G] bool, where
+    the groups have them.
     """
 
     input_ids: Tensor
@@ -89,6 +90,7 @@ class Batch(Membership):
     completion_index: Tensor
     group_index: Tensor
     ref_logps: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -105,22 +107,26 @@ class Scores(Membership):
     """What an objective sees: log-probs of the scored tokens and which completion and group each belongs to.
 
     logps: [M] natural log, under the policy. ref_logps: [M], under the reference, or None.
-    completion_index: [M]. group_index: [C]. Sums over tokens are taken in float64: in float32 a sum near -2500
-    is off by 5e-4, which the gradient of a preference loss shows.
+    completion_index: [M]. group_index: [C]. labels: [G] bool, or None. mismatched: where the objective asks for them,
+    the scores of the step's prompts with completions of others; of the whole step in each of its micro-batches, and
+    without gradients. Sums over tokens are taken in float64: in float32 a sum near -2500 is off by 5e-4, which the
+    gradient of a preference loss shows.
     """
 
     logps: Tensor
     ref_logps: Tensor | None
     completion_index: Tensor
     group_index: Tensor
+    labels: Tensor | None = None
+    mismatched: Scores | None = None
 
     @classmethod
-    def of(cls, batch: Batch, logps: Tensor) -> Scores:
-        return cls(logps, batch.ref_logps, batch.completion_index, batch.group_index)
+    def of(cls, batch: Batch, logps: Tensor, mismatched: Scores | None = None) -> Scores:
+        return cls(logps, batch.ref_logps, batch.completion_index, batch.group_index, batch.labels, mismatched)
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
-        """The scores of several micro-batches as if they had been one."""
+        """The scores of several micro-batches of a step as if they had been one."""
         completions = groups = 0
         completion_index, group_index = [], []
         for p in parts:
@@ -128,13 +134,13 @@ class Scores(Membership):
             group_index.append(p.group_index + groups)
             completions += len(p.group_index)
             groups += p.num_groups
-        refs = [p.ref_logps for p in parts if p.ref_logps is not None]
-        assert len(refs) in (0, len(parts))
         return cls(
             torch.cat([p.logps for p in parts]),
-            torch.cat(refs) if refs else None,
+            _joined([p.ref_logps for p in parts]),
             torch.cat(completion_index),
             torch.cat(group_index),
+            _joined([p.labels for p in parts]),
+            parts[0].mismatched,
         )
 
     @property
@@ -146,6 +152,13 @@ class Scores(Membership):
         """[M] -> [C] float64: the sum over each completion's scored tokens."""
         zeros = torch.zeros(self.num_completions, dtype=torch.float64, device=per_token.device)
         return zeros.index_add(0, self.completion_index, per_token.double())
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """All parts have it, or none has."""
+    found = [p for p in parts if p is not None]
+    assert len(found) in (0, len(parts))
+    return torch.cat(found) if found else None
 
 
 def pack(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> Batch:
@@ -197,6 +210,8 @@ def _batch(
     ref_logps: Sequence[Tensor] | None,
 ) -> Batch:
     completions: list[Completion] = [c for g in groups for c in g.completions]
+    labels = [g.label for g in groups if g.label is not None]
+    assert len(labels) in (0, len(groups))
     targets = [t for c in completions for t, trained in zip(c.ids, c.loss_mask, strict=True) if trained]
     return Batch(
         input_ids=input_ids,
@@ -208,4 +223,5 @@ def _batch(
         completion_index=torch.repeat_interleave(torch.tensor([c.num_scored for c in completions])),
         group_index=torch.repeat_interleave(torch.tensor([len(g.completions) for g in groups])),
         ref_logps=torch.cat(list(ref_logps)) if ref_logps is not None else None,
+        labels=torch.tensor(labels) if labels else None,
     )

@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `strop demo`, `strop prepare`, `strop schema`. Floor 6.
+"""The command line: `strop train`, `demo`, `methods`, `prepare`, `schema`. Floor 6.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on; 130: stopped by Ctrl-C where nothing could be saved. Configuration and torch
@@ -32,6 +32,7 @@ usage: strop COMMAND ...
 
   train    train every model of a configuration (strop train --help)
   demo     a real training run on this machine in a minute, with nothing to download
+  methods  what there is to train by; strop methods NAME: formula, settings, data, metrics
   prepare  files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)
   schema   print the JSON Schema of configuration files
 
@@ -48,22 +49,6 @@ usage: strop train --config FILE [--preset NAME] [--dry-run] [--resume [auto|PAT
   --resume [auto|PATH]   go on from the newest complete checkpoint, or from this one; start where there is none
   --overwrite            start anew in a folder that holds another run
   --allow-changes        resume although data or settings that change the result have changed; it is recorded
-"""
-
-
-PREPARE_HELP = """\
-usage: strop prepare --input FILE ... --output-dir DIR [--method sft|dpo] [options]
-       strop prepare --example sft|dpo --output-dir DIR
-
-  --input FILE ...       JSON Lines, a JSON array, CSV or Parquet (jsonl:PATH, text:PATH, local:FOLDER)
-  --output-dir DIR       gets train.jsonl and val.jsonl (sft), or train.dpo.jsonl and val.dpo.jsonl (dpo), and
-                         statistics.json; refused rows go to rejected.jsonl. It is what dataset.splits_dir names
-  --method sft|dpo       what the rows are for (default: sft); dpo for all that train on pairs
-  --val-input FILE ...   validation rows, instead of a share of the others
-  --val-fraction SHARE   share of the rows to hold out (default: 0.1)
-  --seed N               what decides which (default: 42)
-  --keep-duplicates      keep rows that are there before
-  --prompt-column, --completion-column, --chosen-column, --rejected-column NAME
 """
 
 
@@ -212,49 +197,24 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _prepare(arguments: list[str]) -> int:
+    from strop.data.prepare import HELP, prepare
+
     if any(token in ("-h", "--help") for token in arguments):
-        return _print(PREPARE_HELP)
+        return _print(HELP)
     parser = _Parser("prepare")
     for files in ("--input", "--val-input"):
         parser.add_argument(files, nargs="+", action="extend", default=[])
     parser.once("--output-dir")
-    parser.once("--method", choices=("sft", "dpo"), default="sft")
-    parser.once("--example", choices=("sft", "dpo"))
+    parser.once("--method", choices=("sft", "dpo", "kto"), default="sft")
+    parser.once("--example", choices=("sft", "dpo", "kto"))
     parser.once("--val-fraction", type=float, default=0.1)
     parser.once("--seed", type=int, default=42)
     parser.once("--keep-duplicates", nargs=0, default=False)
-    columns = ("prompt", "chosen", "rejected", "completion")
-    for name in columns:
+    for name in ("prompt", "chosen", "rejected", "completion"):
         parser.once(f"--{name}-column", default=name)
     options = parser.parse_args(arguments)
-    if not options.output_dir:
-        raise ConfigError("--output-dir is missing", fix="see strop prepare --help")
-    if bool(options.input) == bool(options.example):
-        raise ConfigError("one of --input and --example has to be given", fix="see strop prepare --help")
-    if not 0 <= options.val_fraction < 1:
-        raise ConfigError(f"--val-fraction is {options.val_fraction}", expected="a share of at least 0 and below 1")
     _log_to_terminal("info")
-
-    from strop.data.formats import Columns
-    from strop.data.prepare import prepare_files, write_example
-
-    folder = Path(options.output_dir)
-    if options.example:
-        result = write_example(options.example, folder)
-    else:
-        result = prepare_files(
-            options.input,
-            folder,
-            "single" if options.method == "sft" else "pair",
-            val_inputs=options.val_input,
-            val_fraction=options.val_fraction,
-            seed=options.seed,
-            columns=Columns(**{name: getattr(options, f"{name}_column") for name in columns}),
-            keep_duplicates=options.keep_duplicates,
-        )
-    method = options.example or options.method
-    lines = [*result.lines(), f"train on it with: dataset.splits_dir: {folder} and post_training.method: {method}"]
-    return _print("\n".join(lines) + "\n")
+    return _print("\n".join(prepare(options)) + "\n")
 
 
 def _schema(arguments: list[str]) -> int:
@@ -269,9 +229,32 @@ def _schema(arguments: list[str]) -> int:
     return _print(json_schema() if options.format == "json" else markdown())
 
 
+def _methods(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print("usage: strop methods [NAME]\n")
+    from strop.config.methods import METHODS
+
+    if len(arguments) > 1 or (arguments and arguments[0] not in METHODS):
+        given = " ".join(arguments)[:80]
+        close = difflib.get_close_matches(given, METHODS, n=1)
+        raise ConfigError(
+            f"there is no method {given!r}",
+            expected=f"one of {', '.join(METHODS)}",
+            fix=f"did you mean strop methods {close[0]}?" if close else "",
+        )
+    if not arguments:
+        from strop.config.reference import method_list
+
+        return _print(method_list())
+    from strop.catalogue import explanation
+
+    return _print(explanation(arguments[0], min(shutil.get_terminal_size().columns, 120)))
+
+
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
     "train": _train,
     "demo": _demo,
+    "methods": _methods,
     "prepare": _prepare,
     "schema": _schema,
 }

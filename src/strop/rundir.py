@@ -288,6 +288,14 @@ class RunDir:
         Raises:
             CheckpointError: the target lies in the run folder or cannot be written. The run itself is not touched.
         """
+        target = self.mirror_target(mount_dir)
+        for source, name in ((self.final, FINAL), (self.logs, "logs")):
+            if source.is_dir():
+                self._publish(partial(_copy, source), target / name)
+        return target
+
+    def mirror_target(self, mount_dir: Path | str) -> Path:
+        """{mount_dir}/{model name}/, made where it is missing; the same errors as `mirror`."""
         target = Path(mount_dir).expanduser().absolute() / self.path.name
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -303,9 +311,6 @@ class RunDir:
             durable.recover(target)
         except OSError as error:
             raise _unusable(target, error, "training.mount_dir") from error
-        for source, name in ((self.final, FINAL), (self.logs, "logs")):
-            if source.is_dir():
-                self._publish(partial(_copy, source), target / name)
         return target
 
     def _publish(self, write: Callable[[Path], None], target: Path) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
@@ -16,8 +16,8 @@ Message = Mapping[str, Any]
 Turns = tuple[Message, ...] | str
 """A conversation (or its continuation) as messages, or raw text."""
 
-RowShape = Literal["single", "pair"]
-"""What a method keeps together: one completion a row, or a chosen and a rejected one."""
+RowShape = Literal["single", "pair", "labelled"]
+"""What a method keeps together: one completion a row, a chosen and a rejected one, or one with a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,15 @@ class Example:
 
     `completions` holds one for single rows; (chosen, rejected) for pairs. Assistant turns in `prompt` are context;
     every assistant turn in a completion is trained. A multi-turn SFT conversation is split before its first
-    assistant turn: the rest is the completion, with several trained spans.
+    assistant turn: the rest is the completion, with several trained spans. `label`: whether the completion of a
+    labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of.
     """
 
     prompt: Turns
     completions: tuple[Turns, ...]
     origin: Origin
     tools: tuple[Mapping[str, Any], ...] | None = None
+    label: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,14 @@ class GroupLengths:
 class Group:
     """One prompt and its n completions, as tokens: what everything after the data room works on.
 
-    prompt_ids: at least one token (the first completion token needs a position that predicts it).
+    prompt_ids: at least one token (the first completion token needs a position that predicts it). label: as in
+    Example.
     """
 
     prompt_ids: array[int]
     completions: tuple[Completion, ...]
     origin: Origin
+    label: bool | None = None
 
     def __post_init__(self) -> None:
         assert len(self.prompt_ids) > 0 and self.completions
@@ -109,3 +113,8 @@ class Group:
     @property
     def num_scored(self) -> int:
         return sum(c.num_scored for c in self.completions)
+
+    def unpaired(self) -> tuple[Group, Group]:
+        """A pair as two labelled groups: chosen is desirable, rejected is not."""
+        chosen, rejected = self.completions
+        return replace(self, completions=(chosen,), label=True), replace(self, completions=(rejected,), label=False)

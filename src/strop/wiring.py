@@ -18,23 +18,24 @@ from strop.config import RunConfig, advice, resolve, to_yaml
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
+from strop.data.mismatch import Mismatched
 from strop.data.plan import Plan, RowTokens, cut, default_budget, lengths, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
 from strop.engine.loop import Loop, Rows
-from strop.engine.optim import learning_rate, warmup_steps
+from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_recipe
 from strop.engine.trackers import open_trackers
-from strop.errors import ConfigError, StropError, TrainingError
+from strop.errors import ConfigError, DataError, StropError, TrainingError
 from strop.objectives.base import Objective, build_objective
 from strop.policy.load import load_tokenizer
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import reference_logps, reference_policy
+from strop.policy.reference import check_reference, reference_logps, reference_policy
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -112,9 +113,17 @@ def train(
         Interrupted: stopped by a signal after a checkpoint.
     """
     config = resolve(config)
+    models = select_models(config, model_index)
+    if len(models) > 1 and (resume or config.finetuning.resume_from_checkpoint or "auto") != "auto":
+        raise ConfigError(
+            f"one checkpoint cannot be gone on from by {len(models)} models",
+            where=f"--resume {resume or config.finetuning.resume_from_checkpoint}",
+            expected="auto, which finds each model's own",
+            fix="choose the model of this checkpoint with --model-index",
+        )
     results: list[RunResult] = []
     failures: list[tuple[str, StropError]] = []
-    for model in select_models(config, model_index):
+    for model in models:
         try:
             results.append(_train_model(config, model, resume, overwrite, allow_changes))
         except StropError as error:
@@ -151,8 +160,12 @@ def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelS
 def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
     """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
     objective = build_objective(config.post_training)
+    require_optimizer(config.training)
     tokenizer = load_tokenizer(model)
+    check_reference(config, model, tokenizer)
     data = load_data(config, tokenizer, objective.rows)
+    if objective.needs_mismatched:
+        _check_mismatched(data)
     if not data.eval:
         config = _without_validation(config)
     training = config.training
@@ -204,6 +217,8 @@ def _train_model(
             log.info("%s is finished: its model is in %s", model.name, run.final)
             _mirror(config, run)
             return RunResult(model.name, run.path, _last_step(run))
+        if config.training.mount_dir:
+            run.mirror_target(config.training.mount_dir)  # now, not after hours
         prepared = prepare(config, model, saved)
         for line in prepared.data.report.lines():
             log.info("%s: %s", model.name, line)
@@ -333,16 +348,45 @@ def _with_references(
     if data.eval:
         budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens)
         validation = Rows(data.eval, budget, tokens)
-    if not prepared.objective.needs_reference:
+    objective, plan = prepared.objective, prepared.plan
+    if objective.needs_mismatched:
+        train = _with_mismatched(train, prepared.config, plan.num_epochs)
+        validation = validation and _with_mismatched(validation, prepared.config, 1)
+    if not objective.needs_reference:
         return train, validation
     with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
-        train = _scored(reference, train, train.in_any_order(prepared.plan.all_groups()), progress)
+        train = _scored(reference, train, progress, plan.all_groups(), plan.all_visits())
         # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
-        validation = validation and _scored(reference, validation, validation.in_any_order(), progress)
+        validation = validation and _scored(reference, validation, progress)
     return train, validation
 
 
-def _scored(reference: Policy, rows: Rows, parts: list[list[int]], progress: Progress) -> Rows:
+def _check_mismatched(data: LoadedData) -> None:
+    for name, groups in (("training", data.train), ("validation", data.eval)):
+        if len(groups) == 1:
+            raise DataError(
+                f"there is one {name} row, {groups[0].origin}, and no other one to take a completion from",
+                expected="at least two: the method compares with completions of other rows",
+                fix="give more rows, or set dataset.validation_split: 0 if there is to be no evaluation",
+            )
+
+
+def _with_mismatched(rows: Rows, config: RunConfig, num_epochs: int) -> Rows:
+    """The rows, and their prompts with completions of others for so many epochs."""
+    limit = config.training.max_seq_length
+    others = Mismatched(rows.groups, num_epochs=num_epochs, seed=config.seed, max_tokens=limit)
+    return replace(rows, mismatched=replace(rows, groups=others))
+
+
+def _scored(
+    reference: Policy,
+    rows: Rows,
+    progress: Progress,
+    indices: list[int] | None = None,
+    visits: list[int] | None = None,
+) -> Rows:
+    """The rows with the reference's log-probs of these groups and of these visits' mismatched ones (default: all)."""
+    parts = rows.in_any_order(indices)
     indices = [i for part in parts for i in part]
     task = progress.task("reference log-probs", sum(rows.groups[i].num_tokens for i in indices))
     scored = reference_logps(
@@ -350,4 +394,5 @@ def _scored(reference: Policy, rows: Rows, parts: list[list[int]], progress: Pro
         [[rows.groups[i] for i in part] for part in parts],
         lambda done, total: task.step(n=done - task.completed),
     )
-    return replace(rows, ref_logps=dict(zip(indices, scored, strict=True)))
+    others = rows.mismatched and _scored(reference, rows.mismatched, progress, visits)
+    return replace(rows, ref_logps=dict(zip(indices, scored, strict=True)), mismatched=others)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from strop.config import load_config
+from strop.config import METHODS, DpoSettings, load_config
 from strop.config.schema import KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,13 +19,13 @@ ids = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 
 
 def test_they_are_there() -> None:
-    assert {path.stem for path in CONFIGS} >= {"sft", "dpo", "dpo_example", "simple_dpo", "multi_model_dpo"}
+    assert {path.stem for path in CONFIGS} >= {*METHODS, "dpo_example", "simple_dpo", "multi_model_dpo"}
 
 
 @ids
 def test_it_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.post_training.method == ("sft" if path.stem == "sft" else "dpo")
+    assert config.post_training.method == (path.stem if path.stem in METHODS else "dpo")
     assert len(config.models) == (3 if path.stem == "multi_model_dpo" else 1)
     assert config.dataset.name
 
@@ -51,13 +51,14 @@ def test_the_example_explains_every_key_that_dpo_reads() -> None:
 def test_what_the_example_comments_out_can_be_commented_in(tmp_path: Path) -> None:
     text = (ROOT / "configs" / "dpo_example.yaml").read_text(encoding="utf-8")
     options = re.findall(r"^( *)# ([a-z0-9_]+): (\S+)", text, flags=re.MULTILINE)
-    assert len(options) == 7
+    assert len(options) == 10
     for _, name, value in options:
         source = re.sub(rf"^( *)# ({name}: )", r"\1\2", text, flags=re.MULTILINE)
         if name == "warmup_ratio":
             source = source.replace("  warmup_steps:", "  # warmup_steps:")
-        if name == "ipo_norm":
-            source = source.replace("loss_type: sigmoid", "loss_type: ipo")
+        if name in DpoSettings.READ_BY:
+            setting, (reader, *_) = DpoSettings.READ_BY[name]
+            source = re.sub(rf"^(  {setting}: )\S+", rf"\g<1>{reader}", source, flags=re.MULTILINE)
         path = tmp_path / f"{name}.yaml"
         path.write_text(source, encoding="utf-8")
         assert load_config(path) is not None, value
@@ -149,6 +150,7 @@ QUICK = {
     "a wrong flag": "from strop.cli import main; main(['train', '--nonsense'])",
     "a wrong file": "from strop.cli import main; main(['train', '--config', 'none.yaml'])",
     "schema": "from strop.cli import main; main(['schema'])",
+    "methods": "from strop.cli import main; main(['methods'])",
 }
 
 

@@ -23,6 +23,7 @@ FLOORS = {
     "engine": 3,
     "wiring": 4,
     "dryrun": 5,
+    "catalogue": 5,
     "demo": 5,
     "cli": 6,
     "__main__": 7,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from strop.batch import Batch, pack, pad
-from strop.config.methods import DpoSettings, MethodSettings, SftSettings
+from strop.config.methods import CpoSettings, KtoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
 from strop.config.sections import ModelSection
+from strop.data.mismatch import Mismatched
 from strop.data.plan import cut, packed_tokens
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
@@ -26,16 +27,20 @@ from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy, assemble
 from strop.policy.precision import Precision
 from strop.types import Completion, Group, Origin
+from variants import dpo, name
 
 SETTINGS: list[MethodSettings] = [
     SftSettings(),
     SftSettings(loss_reduction="sequences"),
-    DpoSettings(),
-    DpoSettings(label_smoothing=0.1),
-    DpoSettings(loss_type="hinge"),
-    DpoSettings(loss_type="ipo"),
-    DpoSettings(loss_type="kto_pair"),
+    dpo(),
+    dpo(sft_weight=0.5, ld_alpha=0.5),
+    *(dpo(loss) for loss in ("ipo", "kto_pair", "bco_pair", "aot", "aot_unpaired")),
+    OrpoSettings(),
+    SimpoSettings(),
+    CpoSettings(),
+    KtoSettings(),
 ]
+"""One of each way to sum: the cut of the others is that of `tests/unit/engine/test_step.py`."""
 RELATIVE = 1e-9
 
 
@@ -89,7 +94,8 @@ def make_groups(rows: str) -> list[Group]:
         lengths = (3 + 5 * (i % 3), 2 + i)
         masks = [b"\0" * (i % 2) + b"\1" * (n - i % 2) for n in lengths]
         answers = tuple(Completion(draw(n), m) for n, m in zip(lengths, masks, strict=True))
-        groups.append(Group(draw(4 + 3 * i), answers if rows == "pair" else answers[:1], Origin("rows", i + 1)))
+        label = i % 3 == 0 if rows == "labelled" else None
+        groups.append(Group(draw(4 + 3 * i), answers if rows == "pair" else answers[:1], Origin("rows", i + 1), label))
     return groups
 
 
@@ -101,8 +107,11 @@ def one_step(
     generator = torch.Generator().manual_seed(6)
     # as a reference would have scored: some nats a token, so that z of kto_pair is not 0
     refs = [-6.5 * torch.rand(g.num_scored, generator=generator, dtype=torch.float64) - 3 for g in groups]
+    others = Mismatched(groups, num_epochs=1, seed=0, max_tokens=64) if objective.needs_mismatched else ()
+    apart_refs = [-9.5 * torch.ones(g.num_scored, dtype=torch.float64) for g in others]
     forward.zero_grad()
-    result = forward_backward(forward, objective, batches_of(groups, refs))
+    apart = batches_of(others, apart_refs) if others else []
+    result = forward_backward(forward, objective, batches_of(groups, refs), apart)
     gradients = {n.removeprefix("model."): p.grad.clone() for n, p in forward.named_parameters() if p.grad is not None}
     return result.loss, gradients
 
@@ -132,18 +141,18 @@ CUTS: dict[str, Callable[..., list[Batch]]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
 def test_every_cut_and_layout_is_the_same_step(settings: MethodSettings, model: nn.Module) -> None:
     loss, gradients = one_step(PlainTransformers(copy.deepcopy(model)), settings, in_parts([8], pad))
     assert all(torch.isfinite(g).all() for g in gradients.values()) and gradients["lm_head.weight"].norm() > 0
     policy = policy_of(model)
-    for name, batches_of in {"8x1": in_parts([8], pack), **CUTS}.items():
+    for how, batches_of in {"8x1": in_parts([8], pack), **CUTS}.items():
         cut_loss, cut_gradients = one_step(policy, settings, batches_of)
-        assert cut_loss == pytest.approx(loss, rel=RELATIVE), name
+        assert cut_loss == pytest.approx(loss, rel=RELATIVE), how
         assert cut_gradients.keys() == gradients.keys()
         for weight, expected in gradients.items():
             error = float((cut_gradients[weight] - expected).norm() / expected.norm())
-            assert error < RELATIVE, f"{name}: gradient of {weight}"
+            assert error < RELATIVE, f"{how}: gradient of {weight}"
 
 
 def test_a_completion_does_not_see_its_sibling(model: nn.Module) -> None:

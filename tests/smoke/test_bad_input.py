@@ -244,7 +244,7 @@ CASES = {
     "warm-up twice": case(f"{SFT} --warmup-ratio 0.1", "--warmup-ratio and --warmup-steps", "remove one"),
     "a setting of another method": case(f"{SFT} --beta 0.1", "method sft does not read it", "set method: dpo"),
     "a setting of another loss": case(
-        f"{DPO} --loss-type hinge --label-smoothing 0.1", "read by loss_type sigmoid only"
+        f"{DPO} --loss-type hinge --label-smoothing 0.1", "loss_type hinge does not read it"
     ),
     "a forbidden reference": case(f"{DPO} --ref-model-id a/b --no-use-ref-model", "while use_ref_model is false"),
     "a prompt that takes all": case(f"{SFT} --max-prompt-length 64", "leaves no token for a completion"),

@@ -244,7 +244,7 @@ def understood(command: list[str]) -> bool:
     assert program == "strop", f"no idea how to check {program}"
     if rest[:1] == ["train"] and not {"--help", "--config", "--model"} & set(rest):
         rest += ["--config", "configs/dpo.yaml"]
-    rest = ["configs/dpo.yaml" if word == "FILE" else word for word in rest]
+    rest = [{"FILE": "configs/dpo.yaml", "NAME": "dpo"}.get(word, word) for word in rest]
     return cli.main(rest) == 0
 
 

@@ -278,15 +278,19 @@ def test_what_fails_before_the_first_step_leaves_no_run(
     assert runs(keys).steps() == [1]
 
 
-def test_a_mirror_that_failed_is_made_up_for(runs: Any, tmp_path: Path) -> None:
-    folder = runs.new_folder()
-    inside = runs.config(output_dir=str(folder), mount_dir=str(folder / "run"), max_steps=1)
-    with pytest.raises(CheckpointError, match="mirror"):
-        strop.train(inside)
-    assert (folder / "run" / "final").is_dir()
-    apart = runs.config(output_dir=str(folder), mount_dir=str(tmp_path), max_steps=1)
-    (result,) = strop.train(apart, resume="auto")
-    assert result.step == 1
+def test_a_mirror_that_failed_is_made_up_for(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = runs.config(output_dir=str(runs.new_folder()), mount_dir=str(tmp_path), max_steps=1)
+
+    def full(self: RunDir, mount_dir: str) -> Path:
+        raise CheckpointError("no room", where=mount_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "mirror", full)
+        with pytest.raises(CheckpointError, match="no room"):
+            strop.train(config)
+    assert not (tmp_path / "run" / "final").exists()
+    (result,) = strop.train(config, resume="auto")
+    assert result.step == 1 and result.final.is_dir()
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
@@ -303,3 +307,24 @@ def test_the_best_model_may_be_from_before_the_resume(runs: Any, caplog: pytest.
     (result,) = strop.train(runs.config(keys), resume=str(moved / "checkpoint-3"))  # it is gone: said at once
     assert "checkpoint-2, is gone" in caplog.text
     assert not runs.same(runs.at(result.run_dir).final, first.final)
+
+
+def test_one_checkpoint_is_not_for_several_models(tmp_path: Path, model_dir: Path) -> None:
+    models = [{"name": name, "huggingface_id": str(model_dir)} for name in ("a", "b")]
+    config = strop.load_config(overrides={"models": models, "training.output_dir": str(tmp_path / "out")})
+    with pytest.raises(ConfigError, match="--model-index"):
+        strop.train(config, resume=str(tmp_path / "checkpoint-1"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_mount_dir_is_found_before_training(tmp_path: Path, model_dir: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = strop.load_config(
+        overrides={
+            "models": [{"huggingface_id": str(model_dir)}],
+            "training": {"output_dir": str(tmp_path / "out"), "mount_dir": str(tmp_path / "file" / "below")},
+            "dataset.train_file": str(tmp_path / "nothing-is-read-yet.jsonl"),
+        }
+    )
+    with pytest.raises(CheckpointError, match="mount_dir"):
+        strop.train(config)

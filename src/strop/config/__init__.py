@@ -13,7 +13,18 @@ In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows
 from strop.config.dump import to_yaml
 from strop.config.guidance import advice, resolve
 from strop.config.layers import CommandLine, load_config
-from strop.config.methods import METHODS, DpoSettings, MethodSettings, PostTraining, SftSettings
+from strop.config.methods import (
+    METHODS,
+    CpoSettings,
+    DpoSettings,
+    IpoSettings,
+    KtoSettings,
+    MethodSettings,
+    OrpoSettings,
+    PostTraining,
+    SftSettings,
+    SimpoSettings,
+)
 from strop.config.run import RunConfig
 from strop.config.section import Section
 from strop.config.sections import (
@@ -29,18 +40,23 @@ from strop.config.sections import (
 __all__ = [
     "METHODS",
     "CommandLine",
+    "CpoSettings",
     "DatasetSection",
     "DpoSettings",
     "FinetuningSection",
     "GpuSection",
+    "IpoSettings",
+    "KtoSettings",
     "LoggingSection",
     "LoraSection",
     "MethodSettings",
     "ModelSection",
+    "OrpoSettings",
     "PostTraining",
     "RunConfig",
     "Section",
     "SftSettings",
+    "SimpoSettings",
     "TrainingSection",
     "advice",
     "load_config",

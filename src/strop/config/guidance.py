@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from strop.config.methods import METHODS, DpoSettings
+from strop.config.methods import METHODS, ReferenceSettings, SimpoSettings
 from strop.config.run import RunConfig
 from strop.config.schema import key_at
 from strop.config.sections import FinetuningSection
@@ -64,13 +64,18 @@ def _advice(config: RunConfig) -> Iterator[str]:
                 f"training.learning_rate {rate:g} is low for {method.method}: below 1e-7 very little is learned; "
                 "5e-7 to 1e-6 is recommended"
             )
-    beta = getattr(method, "beta", None)
-    if beta is not None and not 0.01 <= beta <= 1:
-        effect = (
-            "leaves the policy almost free of the reference" if beta < 0.01 else "holds the policy to the reference"
+    if isinstance(method, ReferenceSettings) and not 0.01 <= method.beta <= 1:
+        effect = "leaves the policy almost free of" if method.beta < 0.01 else "holds the policy to"
+        yield (
+            f"post_training.beta {method.beta:g} lies outside 0.01 to 1: it {effect} the reference; 0.1 to 0.3 is a "
+            "usual start"
         )
-        yield f"post_training.beta {beta:g} lies outside 0.01 to 1: it {effect}; 0.1 to 0.3 is a usual start"
-    if isinstance(method, DpoSettings) and not method.use_ref_model and config.lora.enabled:
+    if isinstance(method, SimpoSettings) and method.simpo_beta < 1:
+        yield (
+            f"post_training.simpo_beta {method.simpo_beta:g} is low: it scales a margin per token, and 2 to 10 is "
+            "usual; the beta of dpo scales one per completion"
+        )
+    if isinstance(method, ReferenceSettings) and not method.use_ref_model and config.lora.enabled:
         yield (
             "post_training.use_ref_model false changes nothing under LoRA: the reference is the model without its new "
             "adapter, and takes no memory of its own"

@@ -6,8 +6,8 @@ A setting that the chosen method or loss does not read is an error, never ignore
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,11 @@ NEUTRAL: Mapping[str, Any] = {
     "label_smoothing": 0.0,
     "loss_type": "sigmoid",
     "ipo_norm": "mean",
+    "f_divergence": "reverse_kl",
+    "sft_weight": 0.0,
+    "ld_alpha": 1.0,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
     "use_ref_model": True,
     "loss_reduction": "tokens",
 }
@@ -29,27 +34,53 @@ def is_neutral(name: str, value: Any) -> bool:
     return value is None or (value == neutral and isinstance(value, bool) == isinstance(neutral, bool))
 
 
+class Readers(NamedTuple):
+    """Who reads a setting that not every variant of its method reads: `setting` must have one of `values`."""
+
+    setting: str
+    values: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.setting} {either(self.values)}"
+
+
+def either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    *front, last = names
+    return f"{', '.join(front)} or {last}" if front else last
+
+
 class MethodSettings(Section):
     """What the settings of all methods have in common."""
 
-    LEARNING_RATE: ClassVar[float]
+    LEARNING_RATE: ClassVar[float] = 5e-7
     """The default of `training.learning_rate` under this method."""
 
     OBJECTIVE: ClassVar[str]
     """`module:class` of the objective that takes these settings, below `strop.objectives`."""
 
-    def unread(self) -> Mapping[str, str]:
-        """Settings that stand in this class but not for this variant of the method: name -> who reads it."""
-        return {}
+    READ_BY: ClassVar[Mapping[str, Readers]] = {}
+    """Settings that some variants of the method do not read, and which do."""
+
+    method: str
+
+    def unread(self) -> Mapping[str, Readers]:
+        """Settings that stand in this class but not for this variant of the method, and who reads them."""
+        return {name: who for name, who in self.READ_BY.items() if getattr(self, who.setting) not in who.values}
 
     def problems(self) -> Iterator[Problem]:
-        for name, readers in self.unread().items():
+        unread = self.unread()
+        read = ", ".join(name for name in type(self).model_fields if name not in unread and name != "method")
+        for name, readers in unread.items():
             value = getattr(self, name)
-            if name in self.model_fields_set and not is_neutral(name, value):
+            is_default = value == type(self).model_fields[name].default
+            if name in self.model_fields_set and not is_default and not is_neutral(name, value):
+                variant = f"{readers.setting} {getattr(self, readers.setting)}"
                 yield Problem(
                     (name,),
-                    f"{name} is {value!r}, but it is read by {readers} only",
-                    fix=f"remove {name}, or choose {readers}",
+                    f"{name} is {value!r}, but {variant} does not read it",
+                    f"the settings of {self.method} with {variant}: {read}",
+                    f"remove {name}, or choose {readers}",
                 )
 
     @model_validator(mode="before")
@@ -70,7 +101,7 @@ class MethodSettings(Section):
                         (name,),
                         f"{name} is {value!r}, but method {method} does not read it",
                         f"the settings of {method}: {', '.join(n for n in cls.model_fields if n != 'method')}",
-                        f"remove {name}, or set method: {' or '.join(readers)}",
+                        f"remove {name}, or set method: {either(readers)}",
                     )
                 )
         if problems:
@@ -90,36 +121,16 @@ class SftSettings(MethodSettings):
     """`tokens`: mean over the step's trained tokens. `sequences`: mean over sequences of each one's token mean."""
 
 
-class DpoSettings(MethodSettings):
-    """Direct preference optimisation (arXiv 2305.18290) and its loss variants."""
+class ReferenceSettings(MethodSettings):
+    """What methods that hold the policy to a reference have in common."""
 
-    LEARNING_RATE: ClassVar[float] = 5e-7
-    OBJECTIVE: ClassVar[str] = "dpo:Dpo"
-    SMOOTHED: ClassVar[frozenset[str]] = frozenset({"sigmoid"})
-
-    method: Literal["dpo"] = "dpo"
-    """Direct preference optimisation."""
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to the reference; higher stays closer."""
-    loss_type: Literal["sigmoid", "hinge", "ipo", "kto_pair"] = "sigmoid"
-    """The loss on the margin; see the documentation of dpo."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the labels taken to be flipped (conservative DPO), in [0, 0.5). Read by `sigmoid`."""
-    ipo_norm: Literal["mean", "sum"] = "mean"
-    """Read by `ipo`: log-ratios per token (`mean`, as TRL) or per completion (`sum`, as the paper)."""
     use_ref_model: bool = True
     """true or false, the reference is the model as it is when training starts; its log-probs are taken before the
     first step and no second model stays in memory. false only forbids naming another one in `ref_model_id`."""
     ref_model_id: str | None = None
     """Hub id or folder of another model to be the reference; it must share the policy's vocabulary."""
-
-    def unread(self) -> Mapping[str, str]:
-        dead = {}
-        if self.loss_type not in self.SMOOTHED:
-            dead["label_smoothing"] = "loss_type sigmoid"
-        if self.loss_type != "ipo":
-            dead["ipo_norm"] = "loss_type ipo"
-        return dead
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -131,5 +142,156 @@ class DpoSettings(MethodSettings):
             )
 
 
-PostTraining = Annotated[SftSettings | DpoSettings, Field(discriminator="method")]
-METHODS: Mapping[str, type[MethodSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "kto_pair",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+]
+"""The losses of method dpo; `strop.objectives.dpo` has their formulas."""
+
+
+def _losses(*but: str) -> Readers:
+    return Readers("loss_type", tuple(name for name in get_args(LossType) if name not in but))
+
+
+class DpoSettings(ReferenceSettings):
+    """Direct preference optimisation (arXiv 2305.18290) and its loss variants on pairs."""
+
+    OBJECTIVE: ClassVar[str] = "dpo:Dpo"
+    READ_BY: ClassVar[Mapping[str, Readers]] = {
+        "label_smoothing": Readers("loss_type", ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")),
+        "ipo_norm": Readers("loss_type", ("ipo",)),
+        "bco_delta": Readers("loss_type", ("bco_pair",)),
+        "discopop_tau": Readers("loss_type", ("discopop",)),
+        # of the other losses the partition function does not cancel
+        "f_divergence": Readers(
+            "loss_type", ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
+        ),
+        "f_alpha": Readers("f_divergence", ("alpha",)),
+        # these are divided by the length
+        "ld_alpha": _losses("ipo", "sigmoid_norm"),
+    }
+
+    method: Literal["dpo"] = "dpo"
+    """Direct preference optimisation."""
+    loss_type: LossType = "sigmoid"
+    """The loss on the pair; `strop methods dpo` has the formulas."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the labels taken to be flipped, in [0, 0.5). Read by `sigmoid` (conservative DPO), `robust`, `aot`,
+    `aot_unpaired` and `exo_pair`, which needs it above 0."""
+    ipo_norm: Literal["mean", "sum"] = "mean"
+    """Read by `ipo`: log-ratios per token (`mean`, as TRL) or per completion (`sum`, as the paper)."""
+    bco_delta: Literal["mean", "zero"] = "mean"
+    """Read by `bco_pair`: the rewards' shift is their mean over the step, or 0 (as TRL)."""
+    discopop_tau: float = Field(default=0.05, gt=0)
+    """Read by `discopop`: temperature of the mixture of its two losses."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """The divergence from the reference (arXiv 2309.16240); other than `reverse_kl` for losses on the difference of
+    the two sides: `sigmoid`, `hinge`, `ipo`, `robust`, `exo_pair`, `discopop`, `sigmoid_norm`."""
+    f_alpha: float = Field(default=0.5, ge=0, le=1)
+    """Read by f_divergence `alpha`: 0 is forward_kl, 1 is reverse_kl (1 minus the alpha of the paper)."""
+    ld_alpha: float = Field(default=1.0, ge=0, le=1)
+    """Weight of the tokens of the longer completion beyond the length of the shorter one (arXiv 2409.06411); 1: off.
+    Not for the losses per token, `ipo` and `sigmoid_norm`."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen completions' negative log-likelihood per token, added to the loss (arXiv 2404.19733)."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.loss_type == "exo_pair" and self.label_smoothing == 0:
+            yield Problem(
+                ("label_smoothing", "loss_type"),
+                "label_smoothing is 0, and loss_type exo_pair takes its logarithm",
+                "a number above 0 and below 0.5",
+                "set label_smoothing: 0.001, as the paper does",
+            )
+
+
+class IpoSettings(ReferenceSettings):
+    """Identity preference optimisation (arXiv 2310.12036): a regression of the margin to 1 / (2 beta)."""
+
+    OBJECTIVE: ClassVar[str] = "ipo:Ipo"
+
+    method: Literal["ipo"] = "ipo"
+    """Identity preference optimisation."""
+    ipo_norm: Literal["mean", "sum"] = "mean"
+    """Log-ratios per token (`mean`, as TRL) or per completion (`sum`, as the paper)."""
+
+
+class KtoSettings(ReferenceSettings):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): completions that are desirable or not, without pairs."""
+
+    OBJECTIVE: ClassVar[str] = "kto:Kto"
+
+    method: Literal["kto"] = "kto"
+    """Kahneman-Tversky optimisation."""
+    kto_loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`kto`: against the divergence from the reference, estimated over the step. `apo_zero_unpaired` (arXiv
+    2408.06266): against 0, which spares that estimate."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the desirable completions' loss; keep weight times number alike on both sides."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the undesirable completions' loss."""
+
+
+class OrpoSettings(MethodSettings):
+    """Odds ratio preference optimisation (arXiv 2403.07691): likelihood and preference at once, without a reference."""
+
+    OBJECTIVE: ClassVar[str] = "orpo:Orpo"
+
+    method: Literal["orpo"] = "orpo"
+    """Odds ratio preference optimisation."""
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds ratio beside the negative log-likelihood (lambda in the paper)."""
+
+
+class SimpoSettings(MethodSettings):
+    """Simple preference optimisation (arXiv 2405.14734): a margin per token, without a reference."""
+
+    OBJECTIVE: ClassVar[str] = "simpo:Simpo"
+
+    method: Literal["simpo"] = "simpo"
+    """Simple preference optimisation."""
+    simpo_beta: float = Field(default=2.0, gt=0)
+    """Scale of the margin per token; about 2, twenty times the beta of dpo."""
+    simpo_gamma: float = Field(default=0.5, ge=0)
+    """The margin per token to reach; the gamma of the paper is simpo_beta times this one."""
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen completions' negative log-likelihood per token, added to the loss."""
+
+
+class CpoSettings(MethodSettings):
+    """Contrastive preference optimisation (arXiv 2401.08417): DPO with a uniform reference, and likelihood."""
+
+    OBJECTIVE: ClassVar[str] = "cpo:Cpo"
+
+    method: Literal["cpo"] = "cpo"
+    """Contrastive preference optimisation."""
+    beta: float = Field(default=0.1, gt=0)
+    """Scale of the difference of the two completions' log-probs."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the labels taken to be flipped, in [0, 0.5)."""
+    cpo_alpha: float = Field(default=1.0, ge=0)
+    """Weight of the chosen completions' negative log-likelihood per token; 0: none."""
+
+
+PostTraining = Annotated[
+    SftSettings | DpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings | CpoSettings,
+    Field(discriminator="method"),
+]
+METHODS: Mapping[str, type[MethodSettings]] = {
+    settings.model_fields["method"].default: settings for settings in get_args(get_args(PostTraining)[0])
+}
+"""Every method by its name."""

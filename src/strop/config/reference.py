@@ -97,6 +97,13 @@ def _purpose(section: str) -> str:
     return " ".join((getattr(annotation, "__doc__", None) or "").split())
 
 
+def method_list() -> str:
+    """Every method with its purpose, a line each."""
+    width = max(map(len, METHODS))
+    lines = [f"  {name:{width}}  {' '.join((cls.__doc__ or '').split())}" for name, cls in METHODS.items()]
+    return "\n".join(lines) + "\n\n  strop methods NAME explains one\n"
+
+
 def key_help(width: int) -> str:
     """Every key as a flag, with what it takes, its default and its meaning."""
     lines: list[str] = []

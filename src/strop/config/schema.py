@@ -6,6 +6,7 @@ In: the classes. Out: `KEYS` for error messages, the command line and the refere
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from types import UnionType
@@ -125,15 +126,15 @@ def _all_keys() -> Iterable[Key]:
             yield from (Key(name, key, f) for key, f in ModelSection.model_fields.items())
         elif name == "post_training":
             names = dict.fromkeys(key for settings in METHODS.values() for key in settings.model_fields)
-            yield from (_setting(key) for key in names)
+            yield from (setting(key) for key in names)
         elif isinstance(annotation, type) and issubclass(annotation, Section):
             yield from (Key(name, key, f) for key, f in annotation.model_fields.items())
         else:
             yield Key("", name, field)
 
 
-def _setting(name: str, method: str | None = None) -> Key:
-    """A key of post_training, as `method` (else the first method that reads it) declares it."""
+def setting(name: str, method: str | None = None) -> Key:
+    """A key of post_training, as `method` declares it; else the first that reads it, with the meanings of all."""
     readers = {m: settings.model_fields[name] for m, settings in METHODS.items() if name in settings.model_fields}
     if name == "method":
         field = FieldInfo(
@@ -142,8 +143,19 @@ def _setting(name: str, method: str | None = None) -> Key:
             description="The method. Each reads its own settings; a setting that it does not read is refused.",
         )
     else:
-        field = readers.get(method or "", next(iter(readers.values())))
+        field = readers.get(method or "") or _with_all_meanings(readers)
     return Key("post_training", name, field, tuple(readers))
+
+
+def _with_all_meanings(readers: Mapping[str, FieldInfo]) -> FieldInfo:
+    """The first field; where methods mean different things by the name, described by method."""
+    meanings: dict[str, list[str]] = {}
+    for method, field in readers.items():
+        meanings.setdefault(field.description or "", []).append(method)
+    field = copy(next(iter(readers.values())))
+    if len(meanings) > 1:
+        field.description = " ".join(f"{', '.join(who)}: {meaning}" for meaning, who in meanings.items())
+    return field
 
 
 KEYS: tuple[Key, ...] = tuple(_all_keys())
@@ -165,7 +177,7 @@ def key_at(path: KeyPath, method: str | None = None) -> Key | None:
         case ("models", int(), str(name), *_):
             return SECTIONS["models"].get(name)
         case ("post_training", str(name), *_):
-            return _setting(name, method) if name in SECTIONS["post_training"] else None
+            return setting(name, method) if name in SECTIONS["post_training"] else None
         case (str(section), str(name), *_) if section in SECTIONS:
             return SECTIONS[section].get(name)
         case (str(name), *_):

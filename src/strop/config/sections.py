@@ -106,7 +106,8 @@ class DatasetSection(Section):
     val_file: str | None = None
     """Validation rows; wins over `splits_dir` and `validation_split`."""
     splits_dir: str | None = None
-    """Folder with `train.jsonl` and `val.jsonl` (sft) or `train.dpo.jsonl` and `val.dpo.jsonl` (preferences)."""
+    """Folder with `train.jsonl` and `val.jsonl` (sft), `train.dpo.jsonl` and `val.dpo.jsonl` (pairs),
+    or `train.kto.jsonl` and `val.kto.jsonl` (kto)."""
     prompt_column: str = "prompt"
     """Column with the prompt (text or a list of messages)."""
     chosen_column: str = "chosen"
@@ -203,9 +204,9 @@ class TrainingSection(Section):
     """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group. Changes memory and speed,
     never the result."""
     learning_rate: float | None = Field(
-        default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, dpo 5e-7)"}
+        default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )
-    """Peak learning rate; null: by method (sft 2e-5, dpo 5e-7)."""
+    """Peak learning rate; null: by method (sft 2e-5, preferences 5e-7)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, to 0 at the last step; constant does not decay."""
     warmup_steps: int | None = Field(

@@ -2,7 +2,8 @@
 
 sources, readers      where rows come from, and one reader a file format
 rows                  a row with its origin, and the refusal of one
-shapes, formats       row -> Example: other tools' shapes, our own, validation
+shapes, formats       row -> Example: other tools' shapes, our own
+messages              their messages and texts, validated
 tokens                rows that are tokens already
 template              which chat template: the tokenizer's, a file, a YAML template compiled to Jinja
 chat, marks           Example -> text, with what is trained and what the row has written
@@ -14,5 +15,6 @@ split                 what is held out
 report, doctor        what became of every row; what may be wrong with the good ones
 load                  all of it, wired
 preference, show      preference files for other tools; one group for the eye
-plan                  which groups make which step
+plan, mismatch        which groups make which step; prompts with completions of others
+prepare               files into split files
 """

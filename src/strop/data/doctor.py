@@ -22,7 +22,8 @@ MUCH_LONGER = 1.25
 class Findings:
     """Of one split. Rows where no other unit is named.
 
-    duplicates: rows that are there before. contradictions: pairs that stand there the other way round, too.
+    duplicates: rows that are there before. contradictions: pairs that
+    stand there the other way round, too, and completions that have both labels.
     missing_eos: completions without an end token. double_bos: prompts with two BOS tokens. leaked_prompts: rows whose
     prompt is trained on as well (eval), leaked_rows: rows that are, completions and all. length: of pairs, mean tokens
     of both sides and the share of pairs whose chosen side is the longer one; empty for other rows.
@@ -43,7 +44,7 @@ class Findings:
         """What a person should look at; nothing where all is well."""
         notes = {
             "rows stand there more than once, with the same tokens": self.duplicates,
-            "pairs stand there the other way round, too": self.contradictions,
+            "rows are contradicted by another (a pair the other way round, or the other label)": self.contradictions,
             "prompts begin with two BOS tokens": self.double_bos,
             "rows have a prompt that is trained on as well": self.leaked_prompts,
             "rows are trained on as well, completions and all": self.leaked_rows,
@@ -75,6 +76,8 @@ def _of(groups: Groups, rows: np.ndarray, train: np.ndarray | None) -> Findings:
     whole = _joined(rows)
     pairs = groups.lengths.second > 0
     turned = _joined(rows[pairs][:, [0, 2, 1]])
+    labelled = rows[groups.column("label") >= 0]
+    relabelled = _joined(np.stack([*labelled[:, :2].T, np.uint64(3) - labelled[:, 2]], axis=1))
     first, second = groups.lengths.first[pairs], groups.lengths.second[pairs]
     length = {}
     if len(first):
@@ -85,7 +88,7 @@ def _of(groups: Groups, rows: np.ndarray, train: np.ndarray | None) -> Findings:
         }
     return Findings(
         duplicates=len(whole) - len(np.unique(whole)),
-        contradictions=int(np.isin(turned, whole).sum()),
+        contradictions=int(np.isin(turned, whole).sum() + np.isin(relabelled, whole).sum()),
         missing_eos=int(groups.column("without_end_token").sum()),
         double_bos=int(groups.column("double_bos").sum()),
         leaked_prompts=0 if train is None else int(np.isin(rows[:, 0], train[:, 0]).sum()),

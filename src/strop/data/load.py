@@ -22,7 +22,7 @@ from strop.data.crew import work_all
 from strop.data.report import DataReport, Rendering, SplitCounts
 from strop.data.sources import Source, choose_sources
 from strop.data.split import held_out, sample
-from strop.data.table import Groups
+from strop.data.table import Groups, Shard
 from strop.data.truncate import Limits
 from strop.data.workshop import Worked, Workshop
 from strop.errors import DataError
@@ -48,7 +48,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
     """Reads, renders, encodes and cuts the rows that the configuration names, or finds that done.
 
     Args:
-        rows: what the method needs: one completion a row, or pairs.
+        rows: what the method needs: one completion a row, pairs, or labelled completions (made of pairs, too).
 
     Raises:
         ConfigError: no source is named; messages under `dataset.render: raw`.
@@ -114,7 +114,7 @@ def _train_parts(
         tokens = _tokenise(source, limit, workshop, identity, config)
         parts.append(_Part.of(source, tokens, source.share, config.seed))
         if missing is not None:
-            missing -= len(tokens.shard) + tokens.dropped.total()
+            missing -= _num_rows(tokens.shard) + tokens.dropped.total()
     return parts
 
 
@@ -127,6 +127,11 @@ def _tokenise(
 
     whole = {**identity, "source": source.identity(), "limit": limit}
     return fetch(whole, source.label, make, strict=workshop.stops_at_errors)
+
+
+def _num_rows(groups: Shard | Groups) -> int:
+    """Rows that the groups are of: two labelled ones can be of one pair."""
+    return len(groups) - int(groups.column("again").sum())
 
 
 def _joined(parts: Sequence[Groups]) -> Groups:
@@ -153,9 +158,8 @@ def _counts(parts: Sequence[_Part], kept: Groups, train: Sequence[_Part]) -> Spl
         counts.refused += part.tokens.refused
         counts.dropped += part.tokens.dropped
         counts.blank_lines += part.tokens.blank_lines
-        if not_used := len(part.tokens.shard) - len(part.whole):
-            counts.not_used += not_used
-    counts.kept = len(kept)
+        counts.not_used += _num_rows(part.tokens.shard) - _num_rows(part.whole)
+    counts.kept = _num_rows(kept)
     counts.rows_read = counts.kept + counts.not_used + counts.refused.total() + counts.dropped.total()
     counts.prompts_cut = int(kept.column("prompt_cut").sum())
     for field in ("completions_cut", "without_end_token", "boundaries_split", "controls_as_text", "double_bos"):
@@ -164,7 +168,7 @@ def _counts(parts: Sequence[_Part], kept: Groups, train: Sequence[_Part]) -> Spl
 
 
 def _rendering(views: Mapping[str, Groups], workshop: Workshop) -> Rendering:
-    num_rows = sum(len(view) for view in views.values())
+    num_rows = sum(_num_rows(view) for view in views.values())
     num_raw = sum(int(view.column("raw").sum()) for view in views.values())
     if num_raw == num_rows:
         return Rendering(0, num_raw, None, None)
@@ -176,7 +180,7 @@ def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
     """Rows may be skipped, but not most of a file without a word. Rows that were to be dropped are not lost."""
     lost = sum((part.tokens.refused + part.tokens.dropped for part in parts), Counter[str]())
     lost -= Counter({reason: n for reason, n in lost.items() if reason in ASKED_FOR})
-    num_rows = sum(len(part.tokens.shard) for part in parts) + lost.total()
+    num_rows = sum(_num_rows(part.tokens.shard) for part in parts) + lost.total()
     if most is None or lost.total() <= most * num_rows:
         return
     rejected = islice((row for part in parts for row in part.tokens.rejected), 5)

@@ -73,6 +73,20 @@ class Plan:
         order = _epoch_order(self.seed, epoch, self.num_groups)
         return tuple(int(i) for i in order[inside * self.groups_per_step : (inside + 1) * self.groups_per_step])
 
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run begins."""
+        return ceil(self.num_steps / self.steps_per_epoch)
+
+    def visits(self, step: int) -> tuple[int, ...]:
+        """The groups of step `step` counted over all epochs: epoch * num_groups + index."""
+        epoch, _ = self.position(step)
+        return tuple(epoch * self.num_groups + i for i in self.groups(step))
+
+    def all_visits(self) -> list[int]:
+        """Every visit of the run."""
+        return [visit for step in range(1, self.num_steps + 1) for visit in self.visits(step)]
+
     def all_groups(self) -> list[int]:
         """Every group that the run will meet, in ascending order: all of them, unless it ends in its first epoch."""
         if self.num_steps >= self.steps_per_epoch:

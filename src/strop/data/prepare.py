@@ -23,31 +23,46 @@ from strop.data.rows import Row, RowRefused
 from strop.data.sources import SPLIT_FILES, file_source
 from strop.data.split import held_out
 from strop.data.tokens import is_tokenised
-from strop.errors import DataError
+from strop.errors import ConfigError, DataError
 from strop.types import Example, RowShape
 
-EXAMPLES: Mapping[str, tuple[RowShape, Sequence[Mapping[str, Any]]]] = {
-    "sft": (
-        "single",
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": f"What is {a} + {b}?"},
-                    {"role": "assistant", "content": f"{a + b}."},
-                ]
-            }
-            for a in range(1, 6)
-            for b in range(1, 9)
-        ],
-    ),
-    "dpo": (
-        "pair",
-        [
-            {"prompt": f"What is {a} + {b}?", "chosen": f"{a + b}.", "rejected": f"It could be {a + b + 1}, I think."}
-            for a in range(1, 6)
-            for b in range(1, 9)
-        ],
-    ),
+HELP = """\
+usage: strop prepare --input FILE ... --output-dir DIR [--method sft|dpo|kto] [options]
+       strop prepare --example sft|dpo|kto --output-dir DIR
+
+  --input FILE ...       JSON Lines, a JSON array, CSV or Parquet (jsonl:PATH, text:PATH, local:FOLDER)
+  --output-dir DIR       gets train.jsonl and val.jsonl (sft), or train.dpo.jsonl and val.dpo.jsonl (dpo), ...,
+                         and statistics.json; refused rows go to rejected.jsonl. It is what dataset.splits_dir names
+  --method sft|dpo|kto   what the rows are for (default: sft); dpo for all that train on pairs
+  --val-input FILE ...   validation rows, instead of a share of the others
+  --val-fraction SHARE   share of the rows to hold out (default: 0.1)
+  --seed N               what decides which (default: 42)
+  --keep-duplicates      keep rows that are there before
+  --prompt-column, --completion-column, --chosen-column, --rejected-column NAME
+"""
+
+SHAPES: Mapping[str, RowShape] = {"sft": "single", "dpo": "pair", "kto": "labelled"}
+"""What the rows of a method are like."""
+
+_SUMS = [(a, b) for a in range(1, 6) for b in range(1, 9)]
+EXAMPLES: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "sft": [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {a} + {b}?"},
+                {"role": "assistant", "content": f"{a + b}."},
+            ]
+        }
+        for a, b in _SUMS
+    ],
+    "dpo": [
+        {"prompt": f"What is {a} + {b}?", "chosen": f"{a + b}.", "rejected": f"It could be {a + b + 1}, I think."}
+        for a, b in _SUMS
+    ],
+    "kto": [
+        {"prompt": f"What is {a} + {b}?", "completion": f"{a + b + (a + b) % 2}.", "label": (a + b) % 2 == 0}
+        for a, b in _SUMS
+    ],
 }
 """Rows of `strop prepare --example`."""
 
@@ -131,13 +146,40 @@ def prepare_files(
     return result
 
 
-def write_example(kind: str, output_dir: Path) -> Prepared:
-    """A small set of rows to try things with; `kind` is one of EXAMPLES."""
-    rows, examples = EXAMPLES[kind]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"example.{kind}.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples), encoding="utf-8")
-    return prepare_files([str(path)], output_dir, rows)
+def prepare(options: Any) -> list[str]:
+    """What `strop prepare` does; `options` are its flags. What became of the rows, in words.
+
+    Raises:
+        StropError: a flag is wrong, or as `prepare_files`.
+    """
+    if not options.output_dir:
+        raise ConfigError("--output-dir is missing", fix="see strop prepare --help")
+    if bool(options.input) == bool(options.example):
+        raise ConfigError("one of --input and --example has to be given", fix="see strop prepare --help")
+    if not 0 <= options.val_fraction < 1:
+        raise ConfigError(f"--val-fraction is {options.val_fraction}", expected="a share of at least 0 and below 1")
+    method, folder = options.example or options.method, Path(options.output_dir)
+    inputs = [_write_example(method, folder)] if options.example else options.input
+    result = prepare_files(
+        inputs,
+        folder,
+        SHAPES[method],
+        val_inputs=options.val_input,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        columns=Columns(
+            options.prompt_column, options.chosen_column, options.rejected_column, options.completion_column
+        ),
+        keep_duplicates=options.keep_duplicates,
+    )
+    return [*result.lines(), f"train on it with: dataset.splits_dir: {folder} and post_training.method: {method}"]
+
+
+def _write_example(method: str, folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"example.{method}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES[method]), encoding="utf-8")
+    return str(path)
 
 
 class _Sorter:
@@ -185,7 +227,7 @@ class _Sorter:
 
 
 def _words(example: Example) -> list[Any]:
-    return [example.prompt, *example.completions, example.tools]
+    return [example.prompt, *example.completions, example.tools, example.label]
 
 
 def _json(value: Any) -> str:

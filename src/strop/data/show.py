@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from strop.types import Group
 
 LABELS = {1: ("completion",), 2: ("chosen", "rejected")}
+DESIRABLE = {True: ("desirable completion",), False: ("undesirable completion",), None: None}
 BRACKETS = ("\u00ab", "\u00bb")  # guillemets: rare in texts
 COLOURS = ("\x1b[1;32m", "\x1b[0m")
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -29,7 +30,11 @@ def show_group(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool
     begin, end = COLOURS if colour else BRACKETS
     prompt = list(group.prompt_ids)
     lines = [f"prompt ({len(prompt)} tokens)", _text(tokenizer, [], prompt)]
-    labels = LABELS.get(len(group.completions)) or [f"completion {i + 1}" for i in range(len(group.completions))]
+    labels = (
+        DESIRABLE[group.label]
+        or LABELS.get(len(group.completions))
+        or [f"completion {i + 1}" for i in range(len(group.completions))]
+    )
     for label, completion in zip(labels, group.completions, strict=True):
         lines.append(f"{label} ({len(completion.ids)} tokens, {completion.num_scored} trained)")
         context, text = list(prompt), ""

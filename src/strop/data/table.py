@@ -33,6 +33,8 @@ SCHEMA = pa.schema(
         ("first", pa.int32()),
         ("second", pa.int32()),
         ("scored", pa.int32()),
+        ("label", pa.int32()),
+        ("again", pa.int32()),
         ("line", pa.int64()),
         ("file", pa.int32()),
         ("prompt_cut", pa.int32()),
@@ -55,7 +57,8 @@ COUNTERS = ("prompt_cut", "completions_cut", "without_end_token", "boundaries_sp
 class Record:
     """A group with what was done to its row.
 
-    prompt_key: what rows with one prompt share. file: number of the origin's file in the source.
+    prompt_key: what rows with one prompt share. file: number of the origin's file in the source. again: 1 for the
+    second group of one row (a pair that labelled groups are made of); what is counted by rows is counted at the first.
     """
 
     group: Group
@@ -68,6 +71,7 @@ class Record:
     controls_as_text: int = 0
     double_bos: int = 0
     raw: int = 0
+    again: int = 0
 
 
 def to_table(records: Sequence[Record]) -> Any:
@@ -85,12 +89,17 @@ def to_table(records: Sequence[Record]) -> Any:
         "first": [len(g.completions[0].ids) for g in groups],
         "second": [len(c.ids) if c is not None else 0 for c in seconds],
         "scored": [g.num_scored for g in groups],
+        "label": [-1 if g.label is None else int(g.label) for g in groups],
         "line": [g.origin.line for g in groups],
         "file": [record.file for record in records],
-        **{name: [int(getattr(record, name)) for record in records] for name in (*COUNTERS, "raw")},
+        **{name: [int(getattr(record, name)) for record in records] for name in (*COUNTERS, "raw", "again")},
         "prompt_hash": [_hash(record.prompt_key) for record in records],
         "first_hash": [_hash(_bytes(g.completions[0].ids)) for g in groups],
-        "second_hash": [_hash(_bytes(c.ids)) if c is not None else 0 for c in seconds],
+        # of a labelled group: 1 or 2, which no other group has
+        "second_hash": [
+            _hash(_bytes(c.ids)) if c is not None else (0 if g.label is None else 1 + g.label)
+            for g, c in zip(groups, seconds, strict=True)
+        ],
         "digest": [_digest(g) for g in groups],
     }
     return pa.record_batch([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
@@ -105,10 +114,12 @@ def _hash(key: bytes) -> int:
 
 
 def _digest(group: Group) -> bytes:
-    """Of the ids and masks alone: the same tokens give the same, wherever they were read."""
+    """Of the ids, masks and label alone: the same tokens give the same, wherever they were read."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(_bytes(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
     digest.update(_bytes(group.prompt_ids))
+    if group.label is not None:
+        digest.update(bytes([group.label]))
     for completion in group.completions:
         digest.update(_bytes(completion.ids) + completion.loss_mask)
     return digest.digest()
@@ -161,18 +172,18 @@ class _View:
         self._ids = ids.values.to_numpy(zero_copy_only=True)
         self._mask_stops = np.frombuffer(mask.buffers()[1], np.int32, n)
         self._mask = mask.buffers()[2]
-        names = ("prompt", "first", "second", "line", "file")
+        names = ("prompt", "first", "second", "line", "file", "label")
         self._numbers = [part.column(SCHEMA.get_field_index(name)).to_numpy() for name in names]
 
     def group(self, row: int, files: Sequence[str]) -> Group:
-        prompt, first, second, line, file = (int(column[row]) for column in self._numbers)
+        prompt, first, second, line, file, label = (int(column[row]) for column in self._numbers)
         start, mask_start = int(self._id_stops[row]), int(self._mask_stops[row])
         ids = array("i")
         ids.frombytes(self._ids[start : start + prompt + first + second].tobytes())
         mask = self._mask[mask_start : mask_start + len(ids)].to_pybytes()
         stops = [prompt, prompt + first] + ([len(ids)] if second else [])
         completions = tuple(Completion(ids[a:b], mask[a:b]) for a, b in pairwise(stops))
-        return Group(ids[:prompt], completions, Origin(files[file], line))
+        return Group(ids[:prompt], completions, Origin(files[file], line), None if label < 0 else bool(label))
 
 
 class Groups(Sequence[Group]):

@@ -89,12 +89,21 @@ def shorten_prompts(examples: Sequence[Example], limits: Limits, encode: Encode)
     return found
 
 
-def cut(encoded: Encoded, limits: Limits, origin: Origin, *, bos: int | None, prompt_cut: bool = False) -> Cut:
+def cut(
+    encoded: Encoded,
+    limits: Limits,
+    origin: Origin,
+    *,
+    bos: int | None,
+    prompt_cut: bool = False,
+    label: bool | None = None,
+) -> Cut:
     """The example within the limits, or the reason to drop it.
 
     Args:
         bos: a prompt that begins with this token keeps it when it is cut.
         prompt_cut: messages have been left out already.
+        label: that of the example.
     """
     prompt = encoded.prompt_ids
     longest = max(len(side.ids) for side in encoded.sides)
@@ -124,7 +133,7 @@ def cut(encoded: Encoded, limits: Limits, origin: Origin, *, bos: int | None, pr
     if dropped is not None:
         return Cut(None, dropped, prompt_cut, completions_cut)
     completions = tuple(Completion(array("i", side.ids), side.mask) for side in sides)
-    return Cut(Group(array("i", prompt), completions, origin), None, prompt_cut, completions_cut)
+    return Cut(Group(array("i", prompt), completions, origin, label), None, prompt_cut, completions_cut)
 
 
 def _cut_right(side: EncodedSide, room: int) -> EncodedSide:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Workshop:
         encoded = iter(self._encode(good))
         results = [next(encoded) if isinstance(example, Example) else example for example in examples]
         shortened = self._shortened(examples, results)
-        records = []
+        records: list[Record] = []
         for i, (row, example, result) in enumerate(zip(rows, examples, results, strict=True)):
             if isinstance(result, RowRefused):
                 _refuse(done, row, result)
@@ -108,6 +108,9 @@ class Workshop:
                 record = self._record(row, example, shortened.get(i), result, file)
                 if isinstance(record, str):
                     done.dropped[record] += 1
+                elif self._rows == "labelled" and record.group.label is None:
+                    first, second = record.group.unpaired()
+                    records += [replace(record, group=first), Record(second, file, record.prompt_key, again=1)]
                 else:
                     records.append(record)
         done.table = to_table(records) if records else None
@@ -160,7 +163,8 @@ class Workshop:
         encoded = short or whole
         has_no_border = isinstance(example, Encoded) or not example.prompt
         limits = self.limits.of_whole_rows() if has_no_border else self.limits
-        done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=short is not None)
+        label = example.label if isinstance(example, Example) else None
+        done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=short is not None, label=label)
         if done.group is None:
             assert done.dropped is not None
             return done.dropped

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,12 +42,16 @@ MAX_SKIPPED_IN_A_ROW = 10
 @dataclass(frozen=True)
 class Rows:
     """Groups, how they are cut into micro-batches, and the reference log-probs of each group, by index (None where
-    the objective needs none)."""
+    the objective needs none).
+
+    mismatched: the prompts with completions of others, by visit, where the objective needs them.
+    """
 
     groups: Sequence[Group]
     budget_tokens: int
     tokens: RowTokens
     ref_logps: Mapping[int, Tensor] | None = None
+    mismatched: Rows | None = None
 
     def parts(self, indices: Iterable[int]) -> list[list[int]]:
         """Indices of groups, cut into micro-batches."""
@@ -56,6 +60,11 @@ class Rows:
     def in_any_order(self, indices: Iterable[int] | None = None) -> list[list[int]]:
         """The same for a pass in which order means nothing: evaluation, reference. Default: all groups."""
         return self.parts(longest_first(self.groups, range(len(self.groups)) if indices is None else indices))
+
+    def apart(self, policy: Policy, visits: Iterable[int] | None = None) -> Iterator[Batch]:
+        """The micro-batches of the mismatched completions of these visits (default: all), where there are any."""
+        rows = self.mismatched
+        return iter(()) if rows is None else (rows.batch(policy, part) for part in rows.in_any_order(visits))
 
     def batch(self, policy: Policy, part: Sequence[int]) -> Batch:
         refs = None if self.ref_logps is None else [self.ref_logps[i] for i in part]
@@ -172,13 +181,15 @@ class Loop:
         indices = self.plan.groups(step)
         batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
         scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
-        result = forward_backward(self.policy, self.objective, batches, seed=(self.config.seed, step), scale=scale)
+        apart = list(self.train.apart(self.policy, self.plan.visits(step)))
+        seed = (self.config.seed, step)
+        result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
         rate = learning_rate(step, self.plan.num_steps, self.training)
         groups = [self.train.groups[i] for i in indices]
         self._update(step, rate, result, groups)
         epoch, inside = self.plan.position(step)
         self.state.step = step
-        self.state.tokens += sum(b.num_tokens for b in batches)
+        self.state.tokens += sum(b.num_tokens for b in (*batches, *apart))
         self.state.seconds += time.perf_counter() - started
         self.window.add_totals(
             num_groups=len(groups),
@@ -271,7 +282,8 @@ class Loop:
         rows = self.validation
         with self.policy.scoring():
             batches = (rows.batch(self.policy, part) for part in rows.in_any_order())
-            result = evaluate(self.policy, self.objective, batches, self.outputs.evaluating(len(rows.groups)))
+            done = self.outputs.evaluating(len(rows.groups))
+            result = evaluate(self.policy, self.objective, batches, rows.apart(self.policy), done)
         metrics = means(
             {n: float(total) for n, (total, _) in result.metrics.items()},
             {n: count for n, (_, count) in result.metrics.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,18 +31,27 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSe
     lr = training.learning_rate
     if training.optim in ("adamw_torch", "adamw_torch_fused"):
         return torch.optim.AdamW(groups, lr=lr, fused=training.optim == "adamw_torch_fused")
-    try:
-        import bitsandbytes as bnb
-    except ImportError as e:
+    require_optimizer(training)
+    import bitsandbytes as bnb
+
+    kind = bnb.optim.PagedAdamW8bit if training.optim == "paged_adamw_8bit" else bnb.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, lr=lr)
+    return optimizer
+
+
+def require_optimizer(training: TrainingSection) -> None:
+    """Refuse an optimizer whose package is not installed.
+
+    Raises:
+        ConfigError: an 8-bit optimizer without the package bitsandbytes.
+    """
+    if training.optim.endswith("8bit") and find_spec("bitsandbytes") is None:
         raise ConfigError(
             "the package bitsandbytes is not installed",
             where=f"training.optim: {training.optim}",
             expected="bitsandbytes, which is the extra `bnb`",
             fix="pip install 'strop[bnb]', or choose optim: adamw_torch",
-        ) from e
-    kind = bnb.optim.PagedAdamW8bit if training.optim == "paged_adamw_8bit" else bnb.optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(groups, lr=lr)
-    return optimizer
+        )
 
 
 def learning_rate(step: int, num_steps: int, training: TrainingSection) -> float:

@@ -9,12 +9,15 @@ share is divided by the same number: how the step is cut changes nothing.
 An objective whose terms hold a statistic of the whole step gets the whole step: a pass without gradients collects
 all log-probs, the objective is differentiated with respect to them, and a second pass carries these coefficients
 d loss / d logp back. A step of one micro-batch is the whole step already and needs no extra pass.
+
+An objective that needs mismatched completions gets their scores with those of every micro-batch: one pass without
+gradients over these completions alone, whatever the number of micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +63,7 @@ def forward_backward(
     policy: Forward,
     objective: Objective[MethodSettings],
     batches: Sequence[Batch],
+    mismatched: Sequence[Batch] = (),
     *,
     seed: tuple[int, int] = (0, 0),
     scale: float = 1.0,
@@ -68,17 +72,20 @@ def forward_backward(
 
     Args:
         batches: the micro-batches of the step.
+        mismatched: those of its mismatched completions, where the objective needs them.
         seed: (run seed, step): dropout's random state is a function of it and of the micro-batch's place.
         scale: the loss scale of float16.
     """
     counts = count_units(objective.units, batches)
+    with torch.no_grad():
+        apart = [Scores.of(b, _seeded(policy, b, seed, len(batches) + i)) for i, b in enumerate(mismatched)]
+    others = Scores.join(apart) if apart else None
     if objective.whole_step and len(batches) > 1:
         with torch.no_grad():
             first = [_seeded(policy, b, seed, i) for i, b in enumerate(batches)]
-        whole = Scores.join([Scores.of(b, lp) for b, lp in zip(batches, first, strict=True)])
+        whole = Scores.join([Scores.of(b, lp, others) for b, lp in zip(batches, first, strict=True)])
         leaf = whole.logps.detach().requires_grad_()
-        loss = step_loss(objective, Scores(leaf, whole.ref_logps, whole.completion_index, whole.group_index), counts)
-        (coefficients,) = torch.autograd.grad(loss, leaf)
+        (coefficients,) = torch.autograd.grad(step_loss(objective, replace(whole, logps=leaf), counts), leaf)
         shares = torch.split(coefficients, [len(x) for x in first])
         for i, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             torch.autograd.backward((_seeded(policy, batch, seed, i) * share).sum() * scale)
@@ -86,8 +93,8 @@ def forward_backward(
     parts = []
     for i, batch in enumerate(batches):
         logps = _seeded(policy, batch, seed, i)
-        torch.autograd.backward(step_loss(objective, Scores.of(batch, logps), counts) * scale)
-        parts.append(Scores.of(batch, logps.detach()))
+        torch.autograd.backward(step_loss(objective, Scores.of(batch, logps, others), counts) * scale)
+        parts.append(Scores.of(batch, logps.detach(), others))
     return summarise(objective, Scores.join(parts))
 
 

@@ -28,19 +28,27 @@ class Objective(ABC, Generic[S]):
     """One method, with its settings.
 
     Declared on the class: `rows`, what the data must keep together; `needs_reference`, whether reference log-probs
-    are scored before training. Declared by the instance, since variants differ: `units`, what each term is divided
-    by; `whole_step`, whether the terms hold a statistic of the whole step. The engine then calls `terms` once with
-    the scores of the whole step; otherwise once a micro-batch.
+    are scored before training; `METRICS`, how to read each metric of its variants.
+
+    Declared by the instance, since variants differ: `units`, what each term is divided by; `whole_step`, whether the
+    terms hold a statistic of the whole step: `terms` is then called once with the scores of the whole step, else once a
+    micro-batch; `needs_mismatched`, whether they read `scores.mismatched`: then every prompt of the step is scored with
+    a completion of another, drawn anew each epoch, first and without gradients.
     """
 
     rows: ClassVar[RowShape]
     needs_reference: ClassVar[bool] = False
+    METRICS: ClassVar[Mapping[str, str]]
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
 
     @property
     def whole_step(self) -> bool:
+        return False
+
+    @property
+    def needs_mismatched(self) -> bool:
         return False
 
     @property
@@ -63,6 +71,11 @@ class Objective(ABC, Generic[S]):
 
 def build_objective(settings: MethodSettings) -> Objective[MethodSettings]:
     """The objective that takes these settings, as their class declares."""
+    return objective_class(type(settings))(settings)
+
+
+def objective_class(settings: type[MethodSettings]) -> type[Objective[MethodSettings]]:
+    """The class of that objective."""
     module, _, name = settings.OBJECTIVE.partition(":")
     cls: type[Objective[MethodSettings]] = getattr(import_module(f"strop.objectives.{module}"), name)
-    return cls(settings)
+    return cls

@@ -1,103 +1,224 @@
-"""Direct preference optimisation (arXiv 2305.18290) and its loss variants on the same margin.
+"""Direct preference optimisation (arXiv 2305.18290) and its loss variants on pairs.
 
-For a pair, with lp(y) the sum of y's trained tokens' log-probs, n(y) their count:
+For a pair, with lp(y) the sum of y's trained tokens' log-probs, n(y) their count, ls = log sigmoid, sg = sigmoid:
 
-    c = lp_pi(chosen) - lp_ref(chosen),  r = lp_pi(rejected) - lp_ref(rejected),  margin d = c - r
+    c = lp_pi(chosen) - lp_ref(chosen),  r = lp_pi(rejected) - lp_ref(rejected),  margin d = c - r,  b = beta
 
-    sigmoid    -(1 - e) ls(beta d) - e ls(-beta d)         eq. 7; label_smoothing e > 0 is conservative DPO
-    hinge      relu(1 - beta d)                            SLiC 2305.10425, RSO 2309.06657
-    ipo        (d' - 1 / (2 beta))^2                       2310.12036, eq. 17; d' = d with ipo_norm sum (the paper),
-                                                           d' = c / n(chosen) - r / n(rejected) with mean (TRL)
-    kto_pair   1 - sg(beta (c - z_r)) + 1 - sg(beta (z_c - r))
-                                                           KTO 2402.01306 in its paired form: z_c and z_r are the means
-                                                           of c and r over the step, at least 0, without gradient
+    sigmoid       -(1 - e) ls(b d) - e ls(-b d)           eq. 7; label_smoothing e > 0 is conservative DPO
+    hinge         relu(1 - b d)                           SLiC 2305.10425, RSO 2309.06657
+    ipo           (d' - 1 / (2 b))^2                      2310.12036, eq. 17; d' = d with ipo_norm sum (the paper),
+                                                          d' = c / n(chosen) - r / n(rejected) with mean
+    kto_pair      1 - sg(b (c - z_r)) + 1 - sg(b (z_c - r))
+                                                          2402.01306, paired form; z_c, z_r: the means of c and r over
+                                                          the step, at least 0, without gradient
+    robust        (-(1 - e) ls(b d) + e ls(-b d)) / (1 - 2 e)
+                                                          2403.00409
+    exo_pair      sg(b d) (ls(b d) - log(1 - e)) + sg(-b d) (ls(-b d) - log e)
+                                                          2402.00856, eq. 16; e > 0
+    nca_pair      -ls(b c) - ls(-b c) / 2 - ls(-b r) / 2  2402.05369
+    bco_pair      -ls(b c - m) - ls(-(b r - m))           2404.04656; m: the mean of the step's rewards b c and b r,
+                                                          without gradient (bco_delta mean), or 0 (zero)
+    sppo_hard     (c - 1 / (2 b))^2 + (r + 1 / (2 b))^2   2405.00675, eq. 4.7 with P = 1 and 0
+    aot           sigmoid of b (q_i - p_i)                2406.05882; q_i, p_i: i-th smallest lp(chosen) - lp(rejected)
+                                                          of policy and reference in the step
+    aot_unpaired  sigmoid of b (c_i - r_i)                the same; c_i, r_i: i-th smallest c and r of the step
+    apo_zero      1 - sg(b c) + sg(b r)                   2408.06266, eq. 7: chosen up, rejected down
+    apo_down      sg(b c) + 1 - sg(b d)                   2408.06266, eq. 8: both down, rejected more
+    discopop      z = b d, m = sg(z / tau): -ls(z) (1 - m) + exp(-z) m
+                                                          2406.08414, eq. 5; tau: discopop_tau
+    sigmoid_norm  -ls(b (c / n(chosen) - r / n(rejected)))
+                                                          length-normalised DPO, 2411.15124
 
-Every variant is a sum over pairs, divided by the pairs of the step. kto_pair deviates from TRL, which takes z over the
-micro-batch and averages the two halves (half this loss).
+Every variant is a sum over pairs, divided by the pairs of the step.
+
+    f_divergence  f(c) and f(r) take the place of c and r (2309.16240): forward_kl 1 - exp(-u), js log 2 + ls(u),
+                  alpha (exp((a - 1) u) - 1) / (a - 1), a: f_alpha
+    ld_alpha      tokens of the longer completion beyond the length of the shorter one count ld_alpha times in lp
+                  (2409.06411)
+    sft_weight    + sft_weight * (- the sum of lp_pi(chosen)) / (chosen tokens of the step)   (RPO, 2404.19733)
+
+Rewards, margins and log-probs are logged as they are, before these options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.batch import Scores, Unit
-from strop.config.methods import DpoSettings
-from strop.objectives.base import Mean, Objective
-from strop.types import RowShape
+from strop.batch import Scores
+from strop.config.methods import DpoSettings, IpoSettings
+from strop.objectives.pairs import ReferenceObjective, Sides, smoothed
+
+WHOLE_STEP = frozenset({"kto_pair", "aot", "aot_unpaired"})
+"""Losses with a statistic of the whole step; bco_pair has one unless its delta is zero."""
 
 
-class Dpo(Objective[DpoSettings]):
+class Dpo(ReferenceObjective[DpoSettings]):
     """Pairs against a reference."""
-
-    rows: ClassVar[RowShape] = "pair"
-    needs_reference: ClassVar[bool] = True
 
     @property
     def whole_step(self) -> bool:
-        return self.settings.loss_type == "kto_pair"
+        s = self.settings
+        return s.loss_type in WHOLE_STEP or (s.loss_type == "bco_pair" and s.bco_delta == "mean")
 
     @property
-    def units(self) -> Mapping[str, Unit]:
-        return {"preference": "groups"}
+    def sft_weight(self) -> float:
+        return self.settings.sft_weight
 
-    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+    def preference(self, scores: Scores) -> Tensor:
         s = self.settings
-        c, r = log_ratios(scores)
-        logits = s.beta * (c - r)
-        match s.loss_type:
-            case "sigmoid":
-                e = s.label_smoothing
-                loss = -(1 - e) * F.logsigmoid(logits) - e * F.logsigmoid(-logits)
-            case "hinge":
-                loss = F.relu(1 - logits)
-            case "ipo":
-                if s.ipo_norm == "mean":
-                    n_c, n_r = scores.lengths[0::2], scores.lengths[1::2]
-                    c, r = c / n_c, r / n_r
-                loss = (c - r - 1 / (2 * s.beta)) ** 2
-            case "kto_pair":
-                z_c, z_r = c.detach().mean().clamp(min=0), r.detach().mean().clamp(min=0)
-                # sg(-x) for 1 - sg(x): the same, without cancellation
-                loss = F.sigmoid(-s.beta * (c - z_r)) + F.sigmoid(-s.beta * (z_c - r))
-        return {"preference": loss.sum()}
-
-    def margins(self, scores: Scores) -> Tensor:
-        c, r = log_ratios(scores)
-        return (c - r).detach()
-
-    def metrics(self, scores: Scores) -> Mapping[str, Mean]:
-        beta, pairs = self.settings.beta, scores.num_groups
-        c, r = (x.detach() for x in log_ratios(scores))
-        return {
-            "rewards/chosen": (beta * c.sum(), pairs),
-            "rewards/rejected": (beta * r.sum(), pairs),
-            "rewards/margins": (beta * (c - r).sum(), pairs),
-            # a tie is not correct: at the first step policy = reference and the accuracy is 0
-            "rewards/accuracies": ((c > r).sum(), pairs),
-            **pair_metrics(scores),
-        }
+        weights = desensitised(scores, s.ld_alpha) if s.ld_alpha != 1 else None
+        pairs = Pairs.of(scores, weights).mapped(lambda u: divergence(u, s))
+        return LOSSES[s.loss_type](pairs, s)
 
 
-def log_ratios(scores: Scores) -> tuple[Tensor, Tensor]:
-    """[G], [G] float64: the log-ratio policy to reference of the chosen and of the rejected completions."""
-    assert scores.ref_logps is not None
-    # summed apart, subtracted in float64: the two are close, their sums are large
-    ratios = scores.sums(scores.logps) - scores.sums(scores.ref_logps)
-    return ratios[0::2], ratios[1::2]
+@dataclass(frozen=True)
+class Pairs:
+    """What a loss sees, [G] float64 each. c, r: as above. policy, reference: lp(chosen) - lp(rejected) under either.
+    lengths: n(chosen), n(rejected)."""
+
+    c: Tensor
+    r: Tensor
+    policy: Tensor
+    reference: Tensor
+    lengths: Sides
+
+    @classmethod
+    def of(cls, scores: Scores, weights: Tensor | None = None) -> Pairs:
+        """weights: [M], how much each token counts; None: all the same."""
+        assert scores.ref_logps is not None
+        w = 1.0 if weights is None else weights
+        policy, reference = (Sides.of(scores.sums(w * x)) for x in (scores.logps, scores.ref_logps))
+        c, r = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+        return cls(c, r, policy.margin, reference.margin, Sides.of(scores.lengths))
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> Pairs:
+        """With f(c) and f(r) for c and r."""
+        return Pairs(f(self.c), f(self.r), self.policy, self.reference, self.lengths)
+
+    @property
+    def d(self) -> Tensor:
+        return self.c - self.r
+
+    @property
+    def d_per_token(self) -> Tensor:
+        return self.c / self.lengths.chosen - self.r / self.lengths.rejected
 
 
-def pair_metrics(scores: Scores) -> Mapping[str, Mean]:
-    """A side: log-probs per completion (`logps/*`) and per token (`logps_per_token/*`), tokens (`lengths/*`)."""
-    pairs = scores.num_groups
-    logps, lengths = scores.sums(scores.logps.detach()), scores.lengths
-    metrics: dict[str, Mean] = {}
-    for side, name in enumerate(("chosen", "rejected")):
-        total, tokens = logps[side::2].sum(), lengths[side::2].sum()
-        metrics[f"logps/{name}"] = (total, pairs)
-        metrics[f"logps_per_token/{name}"] = (total, int(tokens))
-        metrics[f"lengths/{name}"] = (tokens, pairs)
-    return metrics
+def divergence(u: Tensor, s: DpoSettings) -> Tensor:
+    """f'(ratio) from the log-ratio u: what takes its place under another divergence than the reverse KL."""
+    a = {"reverse_kl": 1.0, "forward_kl": 0.0, "alpha": s.f_alpha}.get(s.f_divergence)
+    if a is None:  # js
+        return math.log(2) + F.logsigmoid(u)
+    return u if a == 1 else torch.expm1((a - 1) * u) / (a - 1)
+
+
+def desensitised(scores: Scores, alpha: float) -> Tensor:
+    """[M] float64: 1 for tokens within the length of the pair's shorter completion, `alpha` for the ones after it."""
+    lengths, of = scores.lengths, scores.completion_index
+    shared = torch.minimum(*Sides.of(lengths)).repeat_interleave(2)
+    place = torch.arange(len(of), device=of.device) - (lengths.cumsum(0) - lengths)[of]
+    return torch.ones_like(place, dtype=torch.float64).masked_fill(place >= shared[of], alpha)
+
+
+# -- the losses, [G] float64 each ------------------------------------------------------------------------------------
+
+
+def sigmoid(p: Pairs, s: DpoSettings) -> Tensor:
+    return smoothed(s.beta * p.d, s.label_smoothing)
+
+
+def hinge(p: Pairs, s: DpoSettings) -> Tensor:
+    return F.relu(1 - s.beta * p.d)
+
+
+def ipo(p: Pairs, s: DpoSettings | IpoSettings) -> Tensor:
+    d = p.d_per_token if s.ipo_norm == "mean" else p.d
+    return (d - 1 / (2 * s.beta)) ** 2
+
+
+def kto_pair(p: Pairs, s: DpoSettings) -> Tensor:
+    z_c, z_r = (u.detach().mean().clamp(min=0) for u in (p.c, p.r))
+    # sg(-x) for 1 - sg(x): the same, without cancellation
+    return F.sigmoid(-s.beta * (p.c - z_r)) + F.sigmoid(-s.beta * (z_c - p.r))
+
+
+def robust(p: Pairs, s: DpoSettings) -> Tensor:
+    e, logits = s.label_smoothing, s.beta * p.d
+    return (-(1 - e) * F.logsigmoid(logits) + e * F.logsigmoid(-logits)) / (1 - 2 * e)
+
+
+def exo_pair(p: Pairs, s: DpoSettings) -> Tensor:
+    e, logits = s.label_smoothing, s.beta * p.d
+    to_chosen = F.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-e))
+    return to_chosen + F.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(e))
+
+
+def nca_pair(p: Pairs, s: DpoSettings) -> Tensor:
+    chosen, rejected = s.beta * p.c, s.beta * p.r
+    return -F.logsigmoid(chosen) - F.logsigmoid(-chosen) / 2 - F.logsigmoid(-rejected) / 2
+
+
+def bco_pair(p: Pairs, s: DpoSettings) -> Tensor:
+    chosen, rejected = s.beta * p.c, s.beta * p.r
+    delta = torch.cat([chosen, rejected]).detach().mean() if s.bco_delta == "mean" else 0.0
+    return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
+
+
+def sppo_hard(p: Pairs, s: DpoSettings) -> Tensor:
+    target = 1 / (2 * s.beta)
+    return (p.c - target) ** 2 + (p.r + target) ** 2
+
+
+def aot(p: Pairs, s: DpoSettings) -> Tensor:
+    return smoothed(s.beta * (p.policy.sort().values - p.reference.sort().values), s.label_smoothing)
+
+
+def aot_unpaired(p: Pairs, s: DpoSettings) -> Tensor:
+    return smoothed(s.beta * (p.c.sort().values - p.r.sort().values), s.label_smoothing)
+
+
+def apo_zero(p: Pairs, s: DpoSettings) -> Tensor:
+    return F.sigmoid(-s.beta * p.c) + F.sigmoid(s.beta * p.r)
+
+
+def apo_down(p: Pairs, s: DpoSettings) -> Tensor:
+    return F.sigmoid(s.beta * p.c) + F.sigmoid(-s.beta * p.d)
+
+
+def discopop(p: Pairs, s: DpoSettings) -> Tensor:
+    logits = s.beta * p.d
+    # exp(-z) m in one exponential: apart, they are infinity times 0 where z is far below 0
+    exponential = torch.exp(F.logsigmoid(logits / s.discopop_tau) - logits)
+    return -F.logsigmoid(logits) * F.sigmoid(-logits / s.discopop_tau) + exponential
+
+
+def sigmoid_norm(p: Pairs, s: DpoSettings) -> Tensor:
+    return -F.logsigmoid(s.beta * p.d_per_token)
+
+
+LOSSES: Mapping[str, Callable[[Pairs, DpoSettings], Tensor]] = {
+    loss.__name__: loss
+    for loss in (
+        sigmoid,
+        hinge,
+        ipo,
+        kto_pair,
+        robust,
+        exo_pair,
+        nca_pair,
+        bco_pair,
+        sppo_hard,
+        aot,
+        aot_unpaired,
+        apo_zero,
+        apo_down,
+        discopop,
+        sigmoid_norm,
+    )
+}

@@ -21,6 +21,10 @@ class Sft(Objective[SftSettings]):
     """Token or sequence mean, exact over the whole step."""
 
     rows: ClassVar[RowShape] = "single"
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "nll": "negative log-likelihood of a token; rising on held-out rows while it falls in training: over-fitting",
+        "lengths/completion": "trained tokens of a completion",
+    }
 
     @property
     def units(self) -> Mapping[str, Unit]:

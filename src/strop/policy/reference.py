@@ -61,11 +61,10 @@ def reference_policy(
     Raises:
         ModelError: `ref_model_id` cannot be loaded or has another vocabulary.
     """
-    ref_model_id = getattr(config.post_training, "ref_model_id", None)
-    if ref_model_id is None:
+    section = _section(config, model)
+    if section is None:
         yield policy
         return
-    section = ModelSection(huggingface_id=ref_model_id, trust_remote_code=model.trust_remote_code)
     reference = _load_reference(config, section, policy, tokenizer)
     try:
         yield reference
@@ -77,9 +76,24 @@ def reference_policy(
             torch.cuda.empty_cache()
 
 
-def _load_reference(
-    config: RunConfig, section: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase
-) -> Policy:
+def check_reference(config: RunConfig, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be known of `ref_model_id` before any weight is loaded: its folder and its vocabulary.
+
+    Raises:
+        ModelError: it is not there, or has another vocabulary.
+    """
+    if (section := _section(config, model)) is not None:
+        _its_tokenizer(section, tokenizer)
+
+
+def _section(config: RunConfig, model: ModelSection) -> ModelSection | None:
+    ref_model_id = getattr(config.post_training, "ref_model_id", None)
+    if ref_model_id is None:
+        return None
+    return ModelSection(huggingface_id=ref_model_id, trust_remote_code=model.trust_remote_code)
+
+
+def _its_tokenizer(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     where = f"reference {place_of(section)}"
     with _named(where):
         its_tokenizer = load_tokenizer(section)
@@ -91,6 +105,14 @@ def _load_reference(
             expected="a model with the same vocabulary",
             fix="choose another post_training.ref_model_id, or drop it: the reference is then the initial policy",
         )
+    return its_tokenizer
+
+
+def _load_reference(
+    config: RunConfig, section: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase
+) -> Policy:
+    where = f"reference {place_of(section)}"
+    its_tokenizer = _its_tokenizer(section, tokenizer)
     with _named(where):
         loaded = load_model(section, dtype=policy.precision.compute)
     check_vocabulary(its_tokenizer, loaded.module, where)

@@ -115,11 +115,12 @@ CASES = {
     ),
     "an unknown method": (
         "post_training:\n  method: dpoo\n",
-        "c.yaml:4: post_training.method is 'dpoo' (text)\n  expected: one of sft, dpo\n  to do:    did you mean dpo?",
+        "c.yaml:4: post_training.method is 'dpoo' (text)\n  expected: one of sft, dpo, ipo, kto, orpo, simpo, cpo\n"
+        "  to do:    did you mean dpo?",
     ),
     "a method that is none": (
         "post_training:\n  method: [dpo]\n",
-        "c.yaml:4: post_training.method is the list ['dpo']\n  expected: one of sft, dpo",
+        "c.yaml:4: post_training.method is the list ['dpo']\n  expected: one of sft, dpo, ipo, kto, orpo, simpo, cpo",
     ),
     "a setting in the union": (
         "post_training:\n  method: dpo\n  beta: -1\n",
@@ -132,12 +133,15 @@ CASES = {
     "a setting of another method": (
         "post_training:\n  beta: 0.1\n",
         "c.yaml:4: post_training.beta is 0.1, but method sft does not read it\n"
-        "  expected: the settings of sft: loss_reduction\n  to do:    remove beta, or set method: dpo",
+        "  expected: the settings of sft: loss_reduction\n"
+        "  to do:    remove beta, or set method: dpo, ipo, kto, orpo or cpo",
     ),
     "a setting of another loss": (
         "post_training:\n  method: dpo\n  loss_type: hinge\n  label_smoothing: 0.1\n",
-        "c.yaml:6: post_training.label_smoothing is 0.1, but it is read by loss_type sigmoid only\n"
-        "  to do:    remove label_smoothing, or choose loss_type sigmoid",
+        "c.yaml:6: post_training.label_smoothing is 0.1, but loss_type hinge does not read it\n"
+        "  expected: the settings of dpo with loss_type hinge: beta, use_ref_model, ref_model_id, loss_type, "
+        "f_divergence, ld_alpha, sft_weight\n"
+        "  to do:    remove label_smoothing, or choose loss_type sigmoid, robust, exo_pair, aot or aot_unpaired",
     ),
     "two keys together": (
         "training:\n  max_seq_length: 100\n  max_prompt_length: 200\n",

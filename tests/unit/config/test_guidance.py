@@ -56,7 +56,7 @@ def test_resolving_is_idempotent_and_the_same_for_python_and_yaml() -> None:
     assert raw.training.learning_rate is None
     assert resolve(resolved) is resolved
     assert resolved == load(max_steps=5)
-    assert resolved.origins["training.learning_rate"] == "default: by method (sft 2e-5, dpo 5e-7)"
+    assert resolved.origins["training.learning_rate"] == "default: by method (sft 2e-5, preferences 5e-7)"
     assert resolved.origins["training.max_steps"] == "python"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
+from strop.config.methods import METHODS
 from strop.config.reference import json_schema, key_help, markdown
-from strop.config.schema import KEYS
+from strop.config.schema import KEYS, SECTIONS, key_at
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,7 +41,7 @@ def test_the_schema_knows_unions_and_refuses_unknown_keys() -> None:
     assert schema["required"] == ["models"]
     assert list(schema["properties"])[:2] == ["preset", "seed"]
     union = schema["properties"]["post_training"]
-    assert {part["$ref"].rpartition("/")[2] for part in union["oneOf"]} == {"SftSettings", "DpoSettings"}
+    assert {part["$ref"].rpartition("/")[2] for part in union["oneOf"]} == {s.__name__ for s in METHODS.values()}
     assert schema["$defs"]["DpoSettings"]["required"] == ["method"]
     assert "required" not in schema["$defs"]["SftSettings"]
 
@@ -52,6 +54,14 @@ def test_the_schema_knows_unions_and_refuses_unknown_keys() -> None:
 
 
 def test_the_files_in_the_repository_are_up_to_date() -> None:
-    """Mend: strop schema > configs/schema.json; strop schema --format markdown > docs/configuration.md."""
-    assert (ROOT / "configs" / "schema.json").read_text(encoding="utf-8") == json_schema()
-    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == markdown()
+    """Mend: make docs."""
+    files = runpy.run_path(str(ROOT / "docs" / "generate.py"))["generated"]()
+    for path, text in files:
+        assert path.read_text(encoding="utf-8") == text, path.name
+
+
+def test_a_setting_that_means_different_things_says_so_by_method() -> None:
+    meaning = SECTIONS["post_training"]["beta"].description
+    assert meaning.startswith("dpo, ipo, kto: ") and "orpo: " in meaning and "cpo: " in meaning
+    own = key_at(("post_training", "beta"), "orpo")
+    assert own is not None and own.description in meaning and ": " not in own.description

@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "data.md").read_text()
 
 
-SHAPES: dict[str, RowShape] = {"Rows for sft": "single", "Rows for preferences": "pair"}
+SHAPES: dict[str, RowShape] = {
+    "Rows for sft": "single",
+    "Rows for preferences": "pair",
+    "Labelled rows (kto)": "labelled",
+}
 ROWS = [
     pytest.param(row, shape, id=f"{shape} {i}")
     for title, shape in SHAPES.items()
@@ -37,11 +41,11 @@ def test_the_rows_in_the_page_are_trained_on(
     path = tmp_path / "rows.jsonl"
     path.write_text(row + "\n")
     data = load_data(make_config(train_file=str(path), validation_split=0.0), make_tokenizer(), shape)
-    assert len(data.train) == 1 and data.train[0].num_scored > 0
+    assert len(data.train) == (2 if shape == "labelled" and "chosen" in row else 1) and data.train[0].num_scored > 0
 
 
 def test_the_page_shows_every_shape() -> None:
-    assert len(ROWS) >= 15
+    assert len(ROWS) >= 18
 
 
 def test_the_schema_of_data_records_is_one() -> None:

@@ -226,3 +226,37 @@ def test_messy_rows_line_by_line(shared: Path) -> None:
         if verdict[0] is False and not expected[line]["valid"] and line not in torn
     }
     assert all(found == named for found, named in reasons.values()), reasons
+
+
+# ---- labelled rows
+
+
+@pytest.mark.parametrize("label", [True, False, "true", "False"])
+@pytest.mark.parametrize("prompt", ["q", [u("q")]])
+@pytest.mark.parametrize("completion", ["x", [a("x")]])
+def test_labelled_shapes(prompt: Any, completion: Any, label: Any) -> None:
+    example = read({"prompt": prompt, "completion": completion, "label": label}, "labelled")
+    assert example.label is (str(label).lower() == "true")
+    assert len(example.completions) == 1
+
+
+def test_pairs_stay_together_until_they_are_tokens() -> None:
+    pair = {"prompt": "q", "chosen": "x", "rejected": "y"}
+    assert read(pair, "labelled") == read(pair, "pair")
+    assert read(pair, "labelled").label is None
+
+
+@pytest.mark.parametrize(
+    ("why", "row"),
+    [
+        ("missing_field", {"prompt": "q", "completion": "x"}),
+        ("missing_field", {"completion": "x", "label": True}),
+        ("null_field", {"prompt": "q", "completion": "x", "label": None}),
+        ("wrong_type", {"prompt": "q", "completion": "x", "label": 1}),
+        ("wrong_type", {"prompt": "q", "completion": "x", "label": "good"}),
+        ("wrong_shape", {"messages": [u("q"), a("x")]}),
+        ("empty_field", {"prompt": "q", "completion": " ", "label": True}),
+    ],
+)
+def test_labelled_rows_that_are_refused(why: str, row: dict[str, Any]) -> None:
+    assert reason(row, "labelled") == why

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,34 @@ def test_the_report_says_how_rows_became_text(tmp_path: Path, make_config: Make,
     assert how(turns, bare)[:4] == (3, 0, "plain", False)
     with pytest.raises(ConfigError, match="raw"):
         how(turns, own, "raw")
+
+
+def test_labelled_rows_and_pairs_become_labelled_groups(
+    tmp_path: Path, make_config: Make, make_tokenizer: Make
+) -> None:
+    rows = [{"prompt": f"question {i}", "completion": "good", "label": i % 3 == 0} for i in range(6)]
+    path = write(tmp_path / "rows.jsonl", [*rows, pair(7), pair(8)])
+    data = load_data(make_config(train_file=path, validation_split=0.0), make_tokenizer(), "labelled")
+    assert lines(data.train) == [1, 2, 3, 4, 5, 6, 7, 7, 8, 8]
+    assert [g.label for g in data.train] == [True, False, False, True, False, False, True, False, True, False]
+    assert all(len(g.completions) == 1 for g in data.train)
+    assert data.report.splits["train"].kept == 8
+    pairs_alone = write(tmp_path / "pairs.jsonl", [pair(7)])
+    (whole,) = load_data(make_config(train_file=pairs_alone, validation_split=0.0), make_tokenizer(), "pair").train
+    assert data.train[6:8] == tuple(replace(g, origin=data.train[6].origin) for g in whole.unpaired())
+
+
+def test_the_label_is_part_of_the_fingerprint(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
+    found = set()
+    for label in (True, False):
+        path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "x", "label": label}])
+        data = load_data(make_config(train_file=path, validation_split=0.0), make_tokenizer(), "labelled")
+        found.add(data.report.fingerprint)
+    assert len(found) == 2
+
+
+def test_labelled_rows_with_one_prompt_stay_together(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
+    rows = [{"prompt": f"question {i // 3}", "completion": f"x {i}", "label": i % 2 == 0} for i in range(30)]
+    config = make_config(train_file=write(tmp_path / "rows.jsonl", rows), validation_split=0.3)
+    data = load_data(config, make_tokenizer(), "labelled")
+    assert data.eval and not {g.prompt_ids.tobytes() for g in data.eval} & {g.prompt_ids.tobytes() for g in data.train}

@@ -98,7 +98,7 @@ def test_b6_refused_rows_are_kept_aside(tmp_path: Path) -> None:
         prepare_files([str(path)], tmp_path / "none", "pair")
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("sft", "single"), ("dpo", "pair")])
+@pytest.mark.parametrize(("kind", "shape"), [("sft", "single"), ("dpo", "pair"), ("kto", "labelled")])
 def test_b6_examples_train(
     kind: str, shape: Any, tmp_path: Path, make_config: Make, make_tokenizer: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from strop.batch import Batch, Scores, pack, pad
-from strop.config.methods import DpoSettings, MethodSettings, SftSettings
+from papers import Step, step_loss
+from strop.batch import Batch, pack, pad
+from strop.config.methods import KtoSettings, MethodSettings, SftSettings
+from strop.engine.evaluate import evaluate
 from strop.engine.step import StepScores, forward_backward
 from strop.objectives.base import build_objective
 from strop.types import Completion, Group, Origin
-
-SETTINGS: list[MethodSettings] = [
-    SftSettings(),
-    SftSettings(loss_reduction="sequences"),
-    DpoSettings(),
-    DpoSettings(label_smoothing=0.2),
-    DpoSettings(loss_type="hinge"),
-    DpoSettings(loss_type="ipo"),
-    DpoSettings(loss_type="ipo", ipo_norm="sum"),
-    DpoSettings(loss_type="kto_pair"),
-]
+from variants import SETTINGS, dpo, name
 
 
 class Bigram(nn.Module):
@@ -52,8 +45,14 @@ def make_groups(rows: str) -> list[Group]:
     groups = []
     for i in range(8):
         answers = tuple(Completion(draw(n), b"\1" * n) for n in ((3 + i, 2 + i % 3)))
-        groups.append(Group(draw(2 + i % 4), answers if rows == "pair" else answers[:1], Origin("rows", i + 1)))
+        label = i % 2 == 0 if rows == "labelled" else None
+        groups.append(Group(draw(2 + i % 4), answers if rows == "pair" else answers[:1], Origin("rows", i + 1), label))
     return groups
+
+
+def make_others(groups: list[Group]) -> list[Group]:
+    """Each prompt with the first completion of the next one."""
+    return [replace(g, completions=groups[i - 1].completions[:1], label=None) for i, g in enumerate(groups)]
 
 
 def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepScores, Tensor, int]:  # type: ignore[no-untyped-def]
@@ -61,14 +60,18 @@ def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepSco
     policy, groups = Bigram(), make_groups(objective.rows)
     generator = torch.Generator().manual_seed(2)
     refs = [-torch.rand(g.num_scored, generator=generator).double() for g in groups]
+    apart = make_others(groups)
+    # some nats a token, so that z0 is not 0
+    apart_refs = [-3 - torch.rand(g.num_scored, generator=generator).double() for g in apart]
     bounds = [0, *cuts, len(groups)]
     batches = [layout(groups[a:b], refs[a:b]) for a, b in pairwise(bounds)]
-    result = forward_backward(policy, objective, batches)
+    others = [layout(apart[a:b], apart_refs[a:b]) for a, b in pairwise(bounds)] if objective.needs_mismatched else []
+    result = forward_backward(policy, objective, batches, others)
     assert policy.table.grad is not None
     return result, policy.table.grad, policy.num_calls
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 3, 4, 5, 6, 7], [3, 4]], ids=str)
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_the_cut_changes_nothing(settings: MethodSettings, cuts: list[int], layout) -> None:  # type: ignore[no-untyped-def]
@@ -76,55 +79,80 @@ def test_the_cut_changes_nothing(settings: MethodSettings, cuts: list[int], layo
     cut, cut_gradient, _ = run(settings, cuts, layout)
     assert cut.loss == pytest.approx(whole.loss, rel=1e-12)
     torch.testing.assert_close(cut_gradient, gradient, rtol=1e-10, atol=1e-14)
-    for name, (total, count) in whole.metrics.items():
-        assert cut.metrics[name][1] == count
-        assert float(cut.metrics[name][0]) == pytest.approx(float(total), rel=1e-10)
+    for metric, (total, count) in whole.metrics.items():
+        assert cut.metrics[metric][1] == count
+        assert float(cut.metrics[metric][0]) == pytest.approx(float(total), rel=1e-10)
 
 
 def test_only_a_statistic_over_several_micro_batches_costs_a_second_pass() -> None:
-    assert run(DpoSettings(), [4])[2] == 2
-    assert run(DpoSettings(loss_type="kto_pair"), [])[2] == 1
-    assert run(DpoSettings(loss_type="kto_pair"), [4])[2] == 4
+    for loss_type in ("kto_pair", "bco_pair", "aot", "aot_unpaired"):
+        assert run(dpo(loss_type), [])[2] == 1
+        assert run(dpo(loss_type), [4])[2] == 4
+    alone = [s for s in SETTINGS if not build_objective(s).whole_step and not build_objective(s).needs_mismatched]
+    assert len(alone) > len(SETTINGS) / 2
+    for settings in alone:
+        assert run(settings, [4])[2] == 2
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_gradient_is_that_of_the_loss(settings: MethodSettings) -> None:
+def test_mismatched_completions_alone_are_scored_once_more() -> None:
+    whole, one_by_one = run(KtoSettings(), []), run(KtoSettings(), list(range(1, 8)))
+    assert (whole[2], one_by_one[2]) == (2, 16)
+    z0, count = whole[0].metrics["kl"]
+    assert z0 > 0 and count == 1
+    assert one_by_one[0].metrics["kl"][0] == pytest.approx(z0)
+    assert run(KtoSettings(kto_loss="apo_zero_unpaired"), [4])[2] == 2
+
+
+def test_mismatched_completions_carry_no_gradient() -> None:
+    """With a step of one undesirable row, only that row's tokens move the table."""
+    policy, objective = Bigram(), build_objective(KtoSettings())
+    groups = make_groups("labelled")[:2]
+    batch = pack(groups[1:], [-torch.ones(groups[1].num_scored)])
+    other = pack(make_others(groups)[1:], [-4 * torch.ones(groups[0].num_scored)])
+    forward_backward(policy, objective, [batch], [other])
+    assert policy.table.grad is not None
+    met = set(batch.input_ids.flatten()[batch.scored_positions].tolist())
+    assert set(policy.table.grad.abs().sum(1).nonzero().flatten().tolist()) == met
+
+
+def test_an_evaluation_is_one_step() -> None:
+    policy, objective = Bigram(), build_objective(KtoSettings())
+    groups = make_groups("labelled")
+    refs = [-torch.ones(g.num_scored) for g in groups]
+    others = make_others(groups)
+    apart_refs = [-4 * torch.ones(g.num_scored) for g in others]
+    batches, apart = ([pack([g], [r]) for g, r in zip(*x, strict=True)] for x in ((groups, refs), (others, apart_refs)))
+    one_by_one = evaluate(policy, objective, batches, apart)
+    assert one_by_one.loss == pytest.approx(forward_backward(policy, objective, batches, apart).loss, rel=1e-12)
+    assert one_by_one.metrics["kl"][1] == 1
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
+def test_the_gradient_of_the_weights_is_that_of_the_loss(settings: MethodSettings) -> None:
     objective = build_objective(settings)
     groups = make_groups(objective.rows)
     batch = pack(groups, [-torch.rand(g.num_scored).double() for g in groups])
     policy = Bigram()
-    forward_backward(policy, objective, [batch])
+    apart = make_others(groups)
+    others = pack(apart, [-3 - torch.rand(g.num_scored).double() for g in apart])
+    forward_backward(policy, objective, [batch], [others] if objective.needs_mismatched else [])
     assert policy.table.grad is not None
     direction = torch.randn(12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    frozen = _statistic_of_the_step(settings, objective, batch, policy)
 
-    def loss_at(step: float) -> float:
+    def step_at(distance: float, batch: Batch, groups: list[Group]) -> Step:
         with torch.no_grad():
             moved = Bigram()
-            moved.table += step * direction
-            scores = Scores.of(batch, moved(batch))
-            return float(frozen(scores) / scores.count(next(iter(objective.units.values()))))
+            moved.table += distance * direction
+            logps = moved(batch)
+        assert batch.ref_logps is not None
+        sizes = [c.num_scored for g in groups for c in g.completions]
+        completions = iter(zip(logps.split(sizes), batch.ref_logps.split(sizes), strict=True))
+        return [[tuple(x.numpy() for x in next(completions)) for _ in g.completions] for g in groups]  # type: ignore[misc]
 
-    eps = 1e-6
-    numeric = (loss_at(eps) - loss_at(-eps)) / (2 * eps)
-    assert float((policy.table.grad * direction).sum()) == pytest.approx(numeric, rel=1e-6, abs=1e-8)
-
-
-def _statistic_of_the_step(settings, objective, batch, policy):  # type: ignore[no-untyped-def]
-    """The loss as a function of the log-probs; kto_pair's z is a constant of the step, not a path of gradients."""
-    if not (isinstance(settings, DpoSettings) and settings.loss_type == "kto_pair"):
-        return lambda scores: objective.terms(scores)[next(iter(objective.units))]
-    with torch.no_grad():
-        at = Scores.of(batch, policy(batch))
-        ratios = at.sums(at.logps - batch.ref_logps)
-    z_c, z_r = ratios[0::2].mean().clamp(min=0), ratios[1::2].mean().clamp(min=0)
-    beta = settings.beta
-
-    def loss(scores: Scores) -> Tensor:
-        u = scores.sums(scores.logps - batch.ref_logps)
-        return (2 - torch.sigmoid(beta * (u[0::2] - z_r)) - torch.sigmoid(beta * (z_c - u[1::2]))).sum()
-
-    return loss
+    eps, still = 1e-6, (step_at(0, batch, groups), step_at(0, others, apart))
+    ahead, behind = (step_loss(settings, step_at(e, batch, groups), *still) for e in (eps, -eps))
+    along = float((policy.table.grad * direction).sum())
+    assert along == pytest.approx((ahead - behind) / (2 * eps), rel=1e-6, abs=1e-7)
 
 
 def test_dropout_is_a_function_of_seed_step_and_micro_batch() -> None:

@@ -1,0 +1,98 @@
+"""Kahneman-Tversky optimisation (arXiv 2402.01306): completions with a label, desirable or not, without pairs.
+
+With the log-ratio u = lp_pi(y) - lp_ref(y) of a completion to its prompt x, sg = sigmoid:
+
+    z0 = max(0, the mean over the step of lp_pi(y'|x) - lp_ref(y'|x)),  y' a completion of another prompt
+
+    desirable      desirable_weight   (1 - sg(beta (u - z0)))     eq. 8
+    undesirable    undesirable_weight (1 - sg(beta (z0 - u)))
+
+a sum over completions, divided by the completions of the step. z0 carries no gradient; its y' are drawn anew each epoch
+and scored for it alone, so that it is the same for every cut of the step and stands at a batch of one row too. An
+evaluation counts as one step.
+
+    kto_loss apo_zero_unpaired    z0 = 0 (APO-zero, 2408.06266, eq. 7, without pairs): nothing is scored for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strop.batch import Scores, Unit
+from strop.config.methods import KtoSettings
+from strop.objectives.base import Mean, Objective
+from strop.types import RowShape
+
+
+class Kto(Objective[KtoSettings]):
+    """Labelled completions against a reference."""
+
+    rows: ClassVar[RowShape] = "labelled"
+    needs_reference: ClassVar[bool] = True
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "rewards/chosen": "beta times the log-ratio of desirable completions; should rise against the undesirable ones",
+        "rewards/rejected": "the same of undesirable ones",
+        "rewards/accuracies": "share on its side of z0: desirable above, undesirable below; ties count as wrong",
+        "logps/chosen": "log-prob of a desirable completion",
+        "logps/rejected": "the same of undesirable ones",
+        "logps_per_token/chosen": "the same by tokens",
+        "logps_per_token/rejected": "the same of undesirable ones",
+        "lengths/chosen": "trained tokens of a desirable completion",
+        "lengths/rejected": "the same of undesirable ones",
+        "kl": "z0 of the step; 0 for long: unrelated text becomes less likely, see kl_unclamped",
+        "kl_unclamped": "the same before max(0, .); well below 0: everything becomes less likely, lower the rate",
+    }
+
+    @property
+    def needs_mismatched(self) -> bool:
+        return self.settings.kto_loss == "kto"
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return {"preference": "completions"}
+
+    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        s = self.settings
+        assert scores.labels is not None
+        u, z0 = log_ratios(scores), self.z0(scores)
+        # sg(-x) for 1 - sg(x): the same, without cancellation
+        desirable = s.desirable_weight * F.sigmoid(-s.beta * (u - z0))
+        undesirable = s.undesirable_weight * F.sigmoid(-s.beta * (z0 - u))
+        return {"preference": torch.where(scores.labels, desirable, undesirable).sum()}
+
+    def z0(self, scores: Scores) -> float:
+        return max(0.0, float(log_ratios(apart(scores)).mean())) if self.needs_mismatched else 0.0
+
+    def metrics(self, scores: Scores) -> Mapping[str, Mean]:
+        ratios, logps, lengths = log_ratios(scores).detach(), scores.sums(scores.logps.detach()), scores.lengths
+        assert scores.labels is not None
+        z0, desirable = self.z0(scores), scores.labels
+        right = torch.where(desirable, ratios > z0, ratios < z0)
+        metrics: dict[str, Mean] = {"rewards/accuracies": (right.sum(), len(right))}
+        for name, side in (("chosen", desirable), ("rejected", ~desirable)):
+            count, tokens = int(side.sum()), lengths[side].sum()
+            metrics[f"rewards/{name}"] = (self.settings.beta * ratios[side].sum(), count)
+            metrics[f"logps/{name}"] = (logps[side].sum(), count)
+            metrics[f"logps_per_token/{name}"] = (logps[side].sum(), int(tokens))
+            metrics[f"lengths/{name}"] = (tokens, count)
+        if self.needs_mismatched:
+            others = log_ratios(apart(scores))
+            metrics |= {"kl": (z0, 1), "kl_unclamped": (others.sum(), len(others))}
+        return metrics
+
+
+def log_ratios(scores: Scores) -> Tensor:
+    """[C] float64: log-prob under the policy minus that under the reference."""
+    assert scores.ref_logps is not None
+    return scores.sums(scores.logps) - scores.sums(scores.ref_logps)
+
+
+def apart(scores: Scores) -> Scores:
+    """The scores of the step's prompts with completions of others."""
+    assert scores.mismatched is not None
+    return scores.mismatched

@@ -1,0 +1,132 @@
+"""What the objectives on pairs have in common: the two sides, their metrics, the likelihood of the chosen one. Floor 2.
+
+Shapes: M scored tokens, C = 2 G completions (chosen, rejected, chosen, ...), G pairs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from strop.batch import Scores, Unit
+from strop.config.methods import MethodSettings, ReferenceSettings
+from strop.objectives.base import Mean, Objective
+from strop.types import RowShape
+
+S = TypeVar("S", bound=MethodSettings)
+R = TypeVar("R", bound=ReferenceSettings)
+
+
+class Sides(NamedTuple):
+    """One number a completion, [G] float64 each: of the chosen and of the rejected ones."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    @classmethod
+    def of(cls, per_completion: Tensor) -> Sides:
+        """[C] -> [G], [G]."""
+        return cls(per_completion[0::2], per_completion[1::2])
+
+    @property
+    def margin(self) -> Tensor:
+        return self.chosen - self.rejected
+
+
+class PairObjective(Objective[S]):
+    """A preference between two completions. `sides` is what it goes by, `beta` times that the implicit reward."""
+
+    rows: ClassVar[RowShape] = "pair"
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "rewards/chosen": "implicit reward of the chosen completions; its sign means little, its fall is worth a look",
+        "rewards/rejected": "the same of the rejected ones",
+        "rewards/margins": "their difference, beta times the margin; grows while preferences are learnt",
+        "rewards/accuracies": "share of pairs whose chosen side has the higher reward; ties count as wrong",
+        "logps/chosen": "log-prob of a chosen completion; falling while the margin grows: likelihood displacement",
+        "logps/rejected": "the same of the rejected ones",
+        "logps_per_token/chosen": "the same by tokens, to compare data of different lengths",
+        "logps_per_token/rejected": "the same of the rejected ones",
+        "lengths/chosen": "trained tokens of a chosen completion",
+        "lengths/rejected": "the same of the rejected ones",
+    }
+
+    @property
+    @abstractmethod
+    def beta(self) -> float:
+        """What a side is multiplied with to be a reward."""
+
+    @abstractmethod
+    def sides(self, scores: Scores) -> Sides:
+        """What makes a completion better than another."""
+
+    @property
+    def sft_weight(self) -> float:
+        """Weight of the chosen completions' negative log-likelihood in the loss; 0: there is no such term."""
+        return 0.0
+
+    @abstractmethod
+    def preference(self, scores: Scores) -> Tensor:
+        """[G] float64: the loss of each pair."""
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return {"preference": "groups", **({"nll": "chosen_tokens"} if self.sft_weight else {})}
+
+    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        terms = {"preference": self.preference(scores).sum()}
+        if self.sft_weight:
+            terms["nll"] = -self.sft_weight * Sides.of(scores.sums(scores.logps)).chosen.sum()
+        return terms
+
+    def margins(self, scores: Scores) -> Tensor:
+        return self.sides(scores).margin.detach()
+
+    def metrics(self, scores: Scores) -> Mapping[str, Mean]:
+        pairs, sides = scores.num_groups, Sides(*(side.detach() for side in self.sides(scores)))
+        logps, lengths = Sides.of(scores.sums(scores.logps.detach())), Sides.of(scores.lengths)
+        metrics: dict[str, Mean] = {
+            "rewards/margins": (self.beta * sides.margin.sum(), pairs),
+            # a tie is not correct: at the first step policy = reference and the accuracy is 0
+            "rewards/accuracies": ((sides.chosen > sides.rejected).sum(), pairs),
+        }
+        for name in Sides._fields:
+            side, logp, tokens = (getattr(x, name).sum() for x in (sides, logps, lengths))
+            metrics[f"rewards/{name}"] = (self.beta * side, pairs)
+            metrics[f"logps/{name}"] = (logp, pairs)
+            metrics[f"logps_per_token/{name}"] = (logp, int(tokens))
+            metrics[f"lengths/{name}"] = (tokens, pairs)
+        return metrics
+
+
+class ReferenceObjective(PairObjective[R]):
+    """Pairs against a reference: a side is the log-ratio of policy to reference."""
+
+    needs_reference: ClassVar[bool] = True
+
+    @property
+    def beta(self) -> float:
+        return self.settings.beta
+
+    def sides(self, scores: Scores) -> Sides:
+        return log_ratios(scores)
+
+
+def log_ratios(scores: Scores) -> Sides:
+    """Log-prob under the policy minus that under the reference."""
+    assert scores.ref_logps is not None
+    # summed apart, subtracted in float64: the two are close, their sums are large
+    return Sides.of(scores.sums(scores.logps) - scores.sums(scores.ref_logps))
+
+
+def means(scores: Scores) -> Sides:
+    """Mean log-prob of a completion's tokens."""
+    return Sides.of(scores.sums(scores.logps) / scores.lengths)
+
+
+def smoothed(logits: Tensor, e: float) -> Tensor:
+    """Cross-entropy of the preference, with a share `e` of the labels flipped: -(1 - e) ls(x) - e ls(-x)."""
+    return -(1 - e) * F.logsigmoid(logits) - e * F.logsigmoid(-logits)
