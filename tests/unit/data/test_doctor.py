@@ -57,6 +57,14 @@ def test_a6_duplicates_contradictions_and_leaks(load: Make) -> None:
     assert json.loads(json.dumps(data.report.as_dict()))["splits"]["eval"]["findings"]["leaked_rows"] == 1
 
 
+def test_a6_labels_that_contradict(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
+    rows = [{"prompt": "q", "completion": "x", "label": label} for label in (True, False, True)]
+    rows.append({"prompt": "r", "completion": "x", "label": True})
+    config = make_config(train_file=write(tmp_path / "rows.jsonl", rows), validation_split=0.0)
+    found = load_data(config, make_tokenizer(), "labelled").report.findings["train"]
+    assert (found.duplicates, found.contradictions, found.length) == (1, 3, {})
+
+
 def test_a6_length_bias(load: Make) -> None:
     data = load([pair(i, "good " * 20 if i else "x", "bad") for i in range(4)])
     length = data.report.findings["train"].length

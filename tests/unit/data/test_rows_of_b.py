@@ -192,6 +192,7 @@ def test_b3_tools_and_tool_calls(shared: Path, make_config: Make, make_tokenizer
     [
         ("hh_raw.train", "pair", {}, 974, {"role_order": 15, "chosen_equals_rejected": 6, "empty_field": 5}),
         ("pref_mix.val", "pair", {}, 300, {}),
+        ("kto_unpaired.train", "labelled", {"max_samples": 1000}, 1000, {}),
         ("gsm8k.test", "single", {"completion_column": "answer"}, 1019, {}),
         ("instruct_sft.val", "single", {}, 252, {}),
         # without a template that knows tools: the rows without any survive

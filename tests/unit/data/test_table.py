@@ -29,7 +29,8 @@ def groups(draw: st.DrawFn, sides: int) -> Group:
         )
         mask[-1] = 1
         completions.append(Completion(tokens, bytes(mask)))
-    return Group(draw(ids), tuple(completions), Origin(draw(st.sampled_from("ab")), draw(st.integers(1, 2**40))))
+    origin = Origin(draw(st.sampled_from("ab")), draw(st.integers(1, 2**40)))
+    return Group(draw(ids), tuple(completions), origin, draw(st.sampled_from([None, True, False])))
 
 
 @settings(max_examples=60, deadline=None)
