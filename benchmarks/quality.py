@@ -42,6 +42,7 @@ def config_of(stage: str, model: Path, args: argparse.Namespace) -> RunConfig:
             "dataset": {
                 "train_file": str(args.data / f"{rows}.train.jsonl"),
                 "val_file": str(args.data / f"{rows}.val.jsonl"),
+                "max_samples": args.rows,
             },
             "post_training": {"method": stage},
             "training": {
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--sft-rate", type=float, default=3e-4)
     parser.add_argument("--dpo-rate", type=float, default=2e-5)
     parser.add_argument("--max-steps", type=int, default=None)
+    parser.add_argument("--rows", type=int, default=None, help="only the first rows of each training file")
     parser.add_argument("--judge", action="store_true", help="only judge the models that an earlier run left in OUT")
     args = parser.parse_args()
     for side, run in (("strop", run_strop), ("trl", run_trl)):

@@ -1,4 +1,4 @@
-"""`python -m strop`: the command line, also for torchrun. Floor 5."""
+"""`python -m strop`: the command line. Floor 7."""
 
 from strop.cli import main
 

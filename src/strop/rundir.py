@@ -1,7 +1,7 @@
 """The run folder: who may use it, what lies in it, and how it gets there whole. Floor 1, no torch.
 
     {output_dir}/{model name}/
-        config.yaml environment.json data.json metrics.jsonl rejected.jsonl report.html
+        config.yaml environment.json data.json metrics.jsonl rejected.jsonl
         logs/margins/ logs/tensorboard/
         checkpoint-{step}/        written and read by the engine
         final/                    the finished model; its presence means that the run is done
@@ -37,7 +37,7 @@ from strop.redact import redact
 
 logger = logging.getLogger(__name__)
 
-RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl", "report.html")
+RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl")
 FINAL = "final"
 LOCK = ".lock"
 LOG_FOLDERS = ("margins", "tensorboard")

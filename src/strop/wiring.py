@@ -212,11 +212,11 @@ def _train_model(
         RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
         Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
-        saved = _checkpoint_to_resume(run, resume)
         if resume and run.is_finished:
-            log.info("%s is finished: its model is in %s", model.name, run.final)
+            log.info("%s is finished, nothing is trained: its model is in %s", model.name, run.final)
             _mirror(config, run)
             return RunResult(model.name, run.path, _last_step(run))
+        saved = _checkpoint_to_resume(run, resume)
         if config.training.mount_dir:
             run.mirror_target(config.training.mount_dir)  # now, not after hours
         prepared = prepare(config, model, saved)
@@ -227,10 +227,10 @@ def _train_model(
         policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
         for line in policy.describe():
             log.info("%s: %s", model.name, line)
-        if saved:
-            check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
         tokens = packed_tokens if policy.share_prefix else padded_tokens
         prepared = with_budget(prepared, tokens)
+        if saved:
+            check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
         for line in prepared.describe(tokens):
             log.info("%s: %s", model.name, line)
         return _run(prepared, policy, tokens, run, progress, saved)
@@ -247,6 +247,7 @@ def _run(
     config, data, plan = prepared.config, prepared.data, prepared.plan
     train, validation = _with_references(prepared, policy, tokens, progress)
     resumed_at = saved.step if saved else 0
+    _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
     trackers = open_trackers(
         config.logging.report_to, run.logs, resumed_at=resumed_at if saved else None, config=to_yaml(config)
     )
@@ -266,7 +267,6 @@ def _run(
                 loop.restore(saved)
                 _look_for_best(loop, run, saved)
                 checkpoint.retire_newer(run.path, saved.step)
-            _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
             outputs.cut(resumed_at if saved else -1)
             state = loop.run()
             step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
@@ -281,9 +281,8 @@ def _run(
 def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
     if resume is None:
         return None
-    if resume != "auto":
-        return checkpoint.open_checkpoint(Path(resume).expanduser())
-    found = checkpoint.newest(run.path)
+    named = None if resume == "auto" else Path(resume).expanduser()
+    found = checkpoint.newest(run.path) if named is None else checkpoint.open_checkpoint(named)
     log.info("going on from %s", found.path) if found else log.info("no checkpoint in %s: starting", run.path)
     return found
 

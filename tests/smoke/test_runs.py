@@ -328,3 +328,17 @@ def test_a_bad_mount_dir_is_found_before_training(tmp_path: Path, model_dir: Pat
     )
     with pytest.raises(CheckpointError, match="mount_dir"):
         strop.train(config)
+
+
+def test_overwriting_keeps_the_charts_of_the_run_that_is_under_way(tmp_path: Path, runs: Any) -> None:
+    config = runs.config(output_dir=str(tmp_path), report_to=["tensorboard"], max_steps=1)
+    strop.train(config)
+    (result,) = strop.train(config, overwrite=True)
+    assert len(list((result.run_dir / "logs" / "tensorboard").iterdir())) == 1
+
+
+def test_a_finished_run_without_metrics_still_says_so(tmp_path: Path, runs: Any) -> None:
+    config = runs.config(output_dir=str(tmp_path), max_steps=1)
+    (result,) = strop.train(config)
+    (result.run_dir / "metrics.jsonl").unlink()
+    assert strop.train(config, resume="auto")[0].final.is_dir()

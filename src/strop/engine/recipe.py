@@ -46,6 +46,9 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
         for key, value, _ in config.leaves()
         if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS and not key.endswith(".name")
     }
+    if config.lora.lora_dropout and (config.lora.enabled or any(m.adapter for m in config.models)):
+        # dropout draws its masks by micro-batch, so with it the cut of a step is part of the recipe
+        keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
     plain: dict[str, Any] = json.loads(json.dumps(keys))
     return plain
 

@@ -111,7 +111,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """No gradients and no dropout, in train mode: reference log-probs, evaluation, passes over a whole step."""
+        """No gradients and no dropout, in train mode: reference log-probs and evaluation."""
         dropouts = [m for m in self.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
         before = [m.p for m in dropouts]
         try:
