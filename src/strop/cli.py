@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `demo`, `methods`, `schema`. Floor 6.
+"""The command line: `strop train`, `demo`, `methods`, `prepare`, `schema`. Floor 6.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on; 130: stopped by Ctrl-C where nothing could be saved. Configuration and torch
@@ -33,6 +33,7 @@ usage: strop COMMAND ...
   train    train every model of a configuration (strop train --help)
   demo     a real training run on this machine in a minute, with nothing to download
   methods  what there is to train by; strop methods NAME: formula, settings, data, metrics
+  prepare  files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)
   schema   print the JSON Schema of configuration files
 
   --help, --version
@@ -195,6 +196,27 @@ def _demo(arguments: list[str]) -> int:
     return 0
 
 
+def _prepare(arguments: list[str]) -> int:
+    from strop.data.prepare import HELP, prepare
+
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print(HELP)
+    parser = _Parser("prepare")
+    for files in ("--input", "--val-input"):
+        parser.add_argument(files, nargs="+", action="extend", default=[])
+    parser.once("--output-dir")
+    parser.once("--method", choices=("sft", "dpo", "kto"), default="sft")
+    parser.once("--example", choices=("sft", "dpo", "kto"))
+    parser.once("--val-fraction", type=float, default=0.1)
+    parser.once("--seed", type=int, default=42)
+    parser.once("--keep-duplicates", nargs=0, default=False)
+    for name in ("prompt", "chosen", "rejected", "completion"):
+        parser.once(f"--{name}-column", default=name)
+    options = parser.parse_args(arguments)
+    _log_to_terminal("info")
+    return _print("\n".join(prepare(options)) + "\n")
+
+
 def _schema(arguments: list[str]) -> int:
     if any(token in ("-h", "--help") for token in arguments):
         return _print("usage: strop schema [--format json|markdown]\n")
@@ -233,6 +255,7 @@ COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
     "train": _train,
     "demo": _demo,
     "methods": _methods,
+    "prepare": _prepare,
     "schema": _schema,
 }
 

@@ -1,7 +1,7 @@
 """`--dry-run`: the road up to the weights, told instead of run. Floor 5.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
-what the run would be. Loads no weights, touches no GPU and writes nothing.
+what the run would be. Loads no weights and touches no GPU; writes nothing but tokens into their cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
         say("\nThe first example, trained tokens marked:")
         shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
         console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
-    say("\ndry run: nothing was trained and nothing was written")
+    say("\ndry run: nothing was trained, and no run folder was made")
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:

@@ -68,6 +68,24 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupLengths:
+    """The lengths of a group in tokens: all that planning needs."""
+
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def lengths(self) -> GroupLengths:
+        """Itself, so that plans take groups and lengths alike."""
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the shared-prefix row: the prompt once, then every completion without its last token."""
+        return self.prompt + sum(self.completions) - len(self.completions)
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """One prompt and its n completions, as tokens: what everything after the data room works on.
 
@@ -84,9 +102,13 @@ class Group:
         assert len(self.prompt_ids) > 0 and self.completions
 
     @property
+    def lengths(self) -> GroupLengths:
+        return GroupLengths(len(self.prompt_ids), tuple(len(c.ids) for c in self.completions))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the shared-prefix row: the prompt once, then every completion without its last token."""
-        return len(self.prompt_ids) + sum(len(c.ids) - 1 for c in self.completions)
+        return self.lengths.num_tokens
 
     @property
     def num_scored(self) -> int:

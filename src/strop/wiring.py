@@ -19,7 +19,7 @@ from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
 from strop.data.mismatch import Mismatched
-from strop.data.plan import Plan, RowTokens, cut, default_budget, packed_tokens, padded_tokens
+from strop.data.plan import Plan, RowTokens, cut, default_budget, lengths, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ class Prepared:
 
     def describe(self, tokens: RowTokens) -> Iterator[str]:
         """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
-        plan, training, groups = self.plan, self.config.training, self.data.train
+        plan, training, groups = self.plan, self.config.training, lengths(self.data.train)
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
         own = training.groups_per_step != batch * accumulation

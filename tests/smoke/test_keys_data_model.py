@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -154,7 +155,11 @@ def test_dataset__subset(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, subset, split))
         return datasets.Dataset.from_list(rows)
 
+    def load_dataset_builder(name: str, subset: str | None) -> Any:
+        return SimpleNamespace(cache_dir=f"{name}/{subset}")
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     source = {"dataset.name": "org/set", "train_file": None, "dataset.split": "train[:50%]"}
     assert runs.prepare({**source, "dataset.subset": "hard"}).data.report.fingerprint
     runs.prepare(source)
@@ -234,7 +239,7 @@ def test_dataset__on_error(runs: Any, tmp_path: Path) -> None:
     file.write_text("".join([*lines[:5], '{"prompt": "cut o\n', *lines[5:]]))
     with pytest.raises(DataError, match=r"broken\.jsonl:6"):
         runs(train_file=str(file), max_steps=1)
-    run = runs(train_file=str(file), max_steps=1, on_error="skip")
+    run = runs(train_file=str(file), max_steps=1, on_error="skip", max_dropped_fraction=0.1)
     (rejected,) = map(json.loads, (run.path / "rejected.jsonl").read_text().splitlines())
     assert (rejected["line"], rejected["raw"]) == (6, '{"prompt": "cut o')
     assert sum(run.data["splits"]["train"]["refused"].values()) == 1

@@ -6,11 +6,11 @@ Every field says its unit and range; the reference page of the documentation and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from strop.config.section import ListOf, Problem, Section
 
@@ -58,15 +58,49 @@ class ModelSection(Section):
             )
 
 
+class SourceSection(Section):
+    """One of several sources of rows; a text is the source of that name."""
+
+    name: str
+    """`jsonl:PATH`, `text:PATH` (a row a line), `local:PATH` (a `save_to_disk` folder), or as `dataset.name`."""
+    subset: str | None = None
+    """Hub configuration of the data set."""
+    split: str = "train"
+    """Split, for hub data sets and folders; slices such as `train[:10%]` work."""
+    num_samples: int | None = Field(default=None, gt=0)
+    """Use only the first rows; null: all."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Use only this share of the rows, chosen at random."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """How often each row is met in an epoch: 2 twice, 0.5 every second one, 1.5 once or twice."""
+    streaming: bool = False
+    """Read a hub data set as a stream, once, into the token cache."""
+
+
+def _as_sources(value: Any) -> Any:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return value
+    return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+
 class DatasetSection(Section):
     """Where the rows come from and how they become tokens."""
 
     name: str | None = None
-    """Hub data set, `save_to_disk` folder, or a .jsonl, .json, .csv or .parquet file."""
+    """Hub data set, `save_to_disk` folder, or a .jsonl, .json, .csv or .parquet file; `jsonl:PATH`, `text:PATH` (a
+    row a line) and `local:PATH` say which it is."""
     subset: str | None = None
     """Hub configuration of the data set. (A slice belongs in `split`.)"""
     split: str = "train"
     """Split to train on, for hub data sets and folders; slices such as `train[:10%]` work."""
+    streaming: bool = False
+    """Read a hub data set as a stream, once, into the token cache, instead of downloading it whole."""
+    sources: Annotated[tuple[SourceSection, ...], BeforeValidator(_as_sources)] = Field(
+        default=(), json_schema_extra={"x-type": "a list of names, or of mappings with name, split, weight, ..."}
+    )
+    """Several sources, one behind the other; wins over `name`. Each is a name or a mapping: `name` (`jsonl:PATH`,
+    `text:PATH`, `local:PATH`, or as `dataset.name`), `subset`, `split`, `num_samples` (the first rows), `fraction`
+    (of the rows, at random), `weight` (how often each row is met in an epoch), `streaming`."""
     train_file: str | None = None
     """Training rows; wins over `splits_dir` and `name`."""
     val_file: str | None = None
@@ -80,14 +114,28 @@ class DatasetSection(Section):
     """Column with the preferred completion."""
     rejected_column: str = "rejected"
     """Column with the other completion."""
+    completion_column: str = "completion"
+    """Column with the completion of sft rows."""
     max_samples: int | None = Field(default=None, gt=0)
     """Use only the first rows of the training data, validation split included; null: all."""
     validation_split: float = Field(default=0.1, ge=0, lt=1)
     """Share of the training rows held out for evaluation where no validation source is given; 0: none."""
     render: Literal["auto", "chat", "raw"] = "auto"
     """Text rows: `chat` wraps them by the chat template, `raw` does not, `auto`: chat where the tokenizer has one."""
+    template: str | None = None
+    """Chat template: a shipped one (`llama3_instruct`, `qwen2.5_instruct`, `olmo2_instruct`, `mistral`, `gemma`,
+    `zephyr`, `plain`), or the path of a YAML template or a Jinja file. Null: the tokenizer's, or else `plain`."""
     on_error: Literal["error", "skip"] = "error"
     """A row that cannot be read: stop with its file and line, or skip it, count it and write it to rejected.jsonl."""
+    max_dropped_fraction: float | None = Field(
+        default_factory=lambda data: 0.05 if data.get("on_error") == "skip" else None,
+        ge=0,
+        le=1,
+        json_schema_extra={"x-default": "0.05 under on_error: skip, else null"},
+    )
+    """Stop where more than this share of a source's rows is refused or left with nothing to train; null: never."""
+    num_workers: int | None = Field(default=None, gt=0, le=256)
+    """Processes that tokenise; null: by the number of processors, for files of some thousand rows and more."""
     filter_overlength_samples: bool = False
     """Drop rows that are longer than the limits instead of truncating them."""
 
@@ -97,6 +145,12 @@ class DatasetSection(Section):
                 ("subset",),
                 f"subset is {self.subset!r}, a slice; subset names a configuration of a hub data set",
                 fix=f"write it behind the split, as in split: {self.split}[:10%]",
+            )
+        if self.render == "raw" and self.template is not None:
+            yield Problem(
+                ("template",),
+                "template is given, and render is raw: rows are trained as they are, by no template",
+                fix="remove template, or set render: auto",
             )
 
 

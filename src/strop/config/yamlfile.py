@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from pydantic import BaseModel
 
 from strop.errors import ConfigError
 from strop.redact import redact
@@ -224,7 +225,7 @@ class _Builder:
 
 
 def write_value(value: Any) -> str:
-    """A scalar or a list of scalars in YAML, on one line; `scalar` and `parse_value` read it back equal."""
+    """A scalar, a section or a list of these in YAML, on one line; `scalar` and `parse_value` read it back equal."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -233,6 +234,8 @@ def write_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(write_value, value)) + "]"
+    if isinstance(value, BaseModel):
+        return "{" + ", ".join(f"{key}: {write_value(item)}" for key, item in value) + "}"
     text = str(value)
     if re.fullmatch(r"[A-Za-z_./][\w./-]*", text, re.ASCII) and scalar(text) == text:
         return text

@@ -24,6 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from strop.data.marks import Marks, Span
 from strop.data.rows import RowRefused
+from strop.data.template import choose_template, tokenizers_template
 from strop.errors import ConfigError, ModelError
 from strop.types import Example, Message, Turns
 
@@ -31,18 +32,6 @@ Content = tuple[int, int, bool]
 """What the row has written: start, stop, and whether it is an assistant turn."""
 
 Tools = Sequence[Mapping[str, Any]] | None
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'tool' %}{{ 'Tool: ' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-"""For tokenizers without a chat template. `plain_template` puts a BOS token in front where the tokenizer has one."""
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 WRITES_MORE = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"})
@@ -76,56 +65,44 @@ class Rendered:
     starts_bare: bool = False
 
 
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The built-in template; it begins with the BOS token where the tokenizer puts one in front of a text."""
-    return ("{{ bos_token }}" if leading_tokens(tokenizer) else "") + PLAIN_TEMPLATE
-
-
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts in front of a text by itself: its BOS token, or nothing."""
-    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
-    full = tokenizer("x", add_special_tokens=True)["input_ids"]
-    return list(full[: next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)])
-
-
 class Renderer:
-    """Renders examples by the tokenizer's chat template, or by the built-in one.
+    """Renders examples by a chat template.
 
     Args:
         mode: `dataset.render`; decides about rows of plain texts, messages always go through a template.
+        template: `dataset.template`; null: the tokenizer's, or the built-in one.
 
     Raises:
+        ConfigError: the named template cannot be used.
         ModelError: the tokenizer has several templates and no default.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mode: Literal["auto", "chat", "raw"]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mode: Literal["auto", "chat", "raw"],
+        template: str | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._mode = mode
         self._controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = dict(tokenizer.special_tokens_map)
-        self.own_template = bool(tokenizer.chat_template)
-        self.wraps_text = mode == "chat" or (mode == "auto" and self.own_template)
-        # a tokenizer can have one template for rows with tools and one for the others; this is that of the others
-        self.template = self._own_template() if self.own_template else plain_template(tokenizer)
+        self.chosen = choose_template(template, tokenizer)
+        self.template = self.chosen.source
+        self.wraps_text = mode == "chat" or (mode == "auto" and self.chosen.is_given)
 
-    def _own_template(self, tools: Tools = None) -> str:
-        try:
-            return str(self._tokenizer.get_chat_template(tools=list(tools) if tools else None))
-        except ValueError as error:
-            names = ", ".join(self._tokenizer.chat_template)
-            raise ModelError(
-                f"the tokenizer has several chat templates ({names}) and none of them is the default",
-                expected="a template named default",
-                fix="save the tokenizer with one chat template",
-            ) from error
+    def _template_for(self, tools: Tools) -> str:
+        if tools and self.chosen.is_the_tokenizers:
+            return tokenizers_template(self._tokenizer, with_tools=True)
+        return self.template
 
     @property
     def template_sha256(self) -> str:
         return hashlib.sha256(self.template.encode()).hexdigest()
 
     def is_raw(self, example: Example) -> bool:
-        """Whether the example is trained as the text that it is."""
-        return isinstance(example.prompt, str) and not self.wraps_text
+        """Whether the example is trained as the text that it is; a text without a prompt has no turns."""
+        return isinstance(example.prompt, str) and (not self.wraps_text or not example.prompt)
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
         """Each completion after the prompt.
@@ -137,6 +114,7 @@ class Renderer:
         """
         if self.is_raw(example):
             return tuple(_raw(str(example.prompt), str(completion)) for completion in example.completions)
+        self._refuse_unknown_tools(example)
         prompt = _as_turns(example.prompt, "user")
         if self._mode == "raw":
             raise ConfigError(
@@ -150,6 +128,22 @@ class Renderer:
             self._conversation(prompt, _as_turns(completion, "assistant"), opening, example.tools)
             for completion in example.completions
         )
+
+    def _refuse_unknown_tools(self, example: Example) -> None:
+        """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
+        turns = [turn for part in (example.prompt, *example.completions) if not isinstance(part, str) for turn in part]
+        calls = any("tool_calls" in turn for turn in turns)
+        if not (calls or example.tools):
+            return
+        template = self._template_for(example.tools)
+        for there, key, what in ((calls, "tool_calls", "tool calls"), (bool(example.tools), "tools", "tools")):
+            if there and key not in template:
+                raise RowRefused(
+                    "dropped_by_template",
+                    f"the row has {what}, and the chat template has no place for them",
+                    expected="a chat template that knows tools, or rows without them",
+                    fix="set dataset.template to one that does, such as qwen2.5_instruct",
+                )
 
     def _conversation(
         self, prompt: tuple[Message, ...], completion: tuple[Message, ...], opening: str, tools: Tools
@@ -196,7 +190,9 @@ class Renderer:
         contents = tuple(sorted((*spans[i], messages[i]["role"] == "assistant") for i in wrapped))
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         own = [spans[i] for i in answers if i in spans and not WRITES_MORE & messages[i].keys()]
-        floor = max((spans[i][1] for i in wrapped if i < first), default=0) if boundary is None else boundary
+        # a system text can stand in a user turn behind the first answer
+        early = (spans[i][1] for i in wrapped if i < first and (not own or spans[i][1] <= own[0][0]))
+        floor = max(early, default=0) if boundary is None else boundary
         blocks = [block for block in read.moved(blocks) if floor <= block[0] < block[1]]
         if len(blocks) >= len(answers) and all(any(a <= s and t <= b for a, b in blocks) for s, t in own):
             return tuple(blocks), contents
@@ -247,9 +243,7 @@ class Renderer:
     def _render(
         self, messages: Sequence[Message], tools: Tools, generation_prompt: bool, track: bool
     ) -> tuple[str, list[Span]]:
-        template = self.template
-        if tools and self.own_template:
-            template = self._own_template(tools)
+        template = self._template_for(tools)
         track = track and _has_generation_blocks(template)
         try:
             texts, spans = render_jinja_template(

@@ -24,8 +24,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.data.chat import Rendered, leading_tokens
+from strop.data.chat import Rendered
 from strop.data.rows import RowRefused
+from strop.data.template import leading_tokens
 from strop.errors import ModelError
 
 Place = Literal["start", "after added", "inside"]

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.config import DatasetSection
+from strop.data.messages import in_words, is_null, text_of, turns_of, wrong_type
 from strop.data.rows import RowRefused
+from strop.data.shapes import own_shape
 from strop.types import Example, Message, Origin, RowShape, Turns
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
-"""Roles whose content may be an empty text: a tool can have nothing to say."""
 
 PAIR_METHODS = "post_training.method: dpo"
 LABELLED_METHODS = "post_training.method: kto"
@@ -25,15 +23,29 @@ SINGLE_METHODS = "post_training.method: sft"
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the columns of a preference row are called."""
+    """What the columns of a row are called.
+
+    keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`.
+    """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    completion: str = "completion"
+    keeps_transcripts: bool = False
 
     @classmethod
     def of(cls, dataset: DatasetSection) -> Columns:
-        return cls(dataset.prompt_column, dataset.chosen_column, dataset.rejected_column)
+        return cls(
+            dataset.prompt_column,
+            dataset.chosen_column,
+            dataset.rejected_column,
+            dataset.completion_column,
+            keeps_transcripts=dataset.render == "raw",
+        )
+
+    def completions(self, rows: RowShape) -> tuple[str, ...]:
+        return (self.chosen, self.rejected) if rows == "pair" else (self.completion,)
 
 
 def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns: Columns) -> Example:
@@ -42,6 +54,14 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
     Raises:
         RowRefused: the row is not of that shape, or something in it cannot be trained on.
     """
+    kind: RowShape = "single" if rows == "single" or (rows == "labelled" and "label" in data) else "pair"
+    data = own_shape(
+        data,
+        kind,
+        prompt=columns.prompt,
+        completions=columns.completions(kind),
+        keeps_transcripts=columns.keeps_transcripts,
+    )
     label = None
     if rows == "labelled" and not (columns.chosen in data and columns.rejected in data):
         prompt, completions, label = _labelled(data, columns)
@@ -53,49 +73,52 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
 
 
 def _labelled(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...], bool]:
-    expected = f"{columns.prompt}, completion and label, or {columns.prompt}, {columns.chosen} and {columns.rejected}"
-    if "messages" in data and "completion" not in data:
+    pair = f"{columns.prompt}, {columns.chosen} and {columns.rejected}"
+    expected = f"{columns.prompt}, {columns.completion} and label, or {pair}"
+    if "messages" in data and columns.completion not in data:
         raise RowRefused(
             "wrong_shape",
             "the row has 'messages' and no 'completion' and 'label': nothing says whether it is desirable",
             expected=expected,
             fix=f"set {SINGLE_METHODS}",
         )
-    _require(data, (columns.prompt, "completion", "label"), expected)
+    _require(data, (columns.prompt, columns.completion, "label"), expected)
     label = {"true": True, "false": False}.get(str(data["label"]).lower())  # a CSV file has texts only
     if label is None:
-        raise _wrong_type("label", data["label"], "true (desirable) or false")
-    prompt, completions = _explicit(data, columns.prompt, ("completion",))
+        raise wrong_type("label", data["label"], "true (desirable) or false")
+    prompt, completions = _explicit(data, columns.prompt, (columns.completion,))
     return prompt, completions, label
 
 
 def _single(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...]]:
     if data.get("messages") is not None:
         return _conversation(data["messages"])
-    if isinstance(data.get("label"), bool) and "completion" in data:
+    if isinstance(data.get("label"), bool) and columns.completion in data:
         raise RowRefused(
             "wrong_shape",
             "the row has a true/false label: it is an unpaired preference row",
             expected="a conversation or a prompt with a completion to imitate",
             fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column label",
         )
-    if "completion" not in data and columns.chosen in data and columns.rejected in data:
+    if columns.completion not in data and columns.chosen in data and columns.rejected in data:
         raise RowRefused(
             "wrong_shape",
             f"the row has {columns.chosen!r} and {columns.rejected!r}: it is a preference pair",
-            expected="messages, or prompt and completion",
+            expected=f"messages, or {columns.prompt} and {columns.completion}",
             fix=f"set {PAIR_METHODS}",
         )
-    if "messages" in data and "completion" not in data:
-        raise _null("messages")
-    _require(data, (columns.prompt, "completion"), "messages, or prompt and completion")
-    return _explicit(data, columns.prompt, ("completion",))
+    if "messages" in data and columns.completion not in data:
+        raise is_null("messages")
+    if "text" in data and columns.prompt not in data and columns.completion not in data:
+        return "", (text_of(data["text"], "text"),)
+    _require(data, (columns.prompt, columns.completion), f"messages, or {columns.prompt} and {columns.completion}")
+    return _explicit(data, columns.prompt, (columns.completion,))
 
 
 def _conversation(value: Any) -> tuple[Turns, tuple[Turns, ...]]:
     if not isinstance(value, list | tuple):
-        raise _wrong_type("messages", value, "a list of messages")
-    turns = _turns(value, "messages")
+        raise wrong_type("messages", value, "a list of messages")
+    turns = turns_of(value, "messages")
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
     if first is None:
         raise RowRefused("role_order", "messages has no assistant turn", expected="at least one, to train on")
@@ -104,8 +127,8 @@ def _conversation(value: Any) -> tuple[Turns, tuple[Turns, ...]]:
 
 def _pair(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...]]:
     sides = (columns.chosen, columns.rejected)
-    if not any(side in data for side in sides) and ("messages" in data or "completion" in data):
-        found = "messages" if "messages" in data else "completion"
+    found = next((key for key in ("messages", "completion", "text", "input_ids") if key in data), None)
+    if found is not None and not any(side in data for side in sides):
         raise RowRefused(
             "wrong_shape",
             f"the row has {found!r} and no {columns.chosen!r} and {columns.rejected!r}: it has nothing to compare",
@@ -131,15 +154,15 @@ def _require(data: Mapping[str, Any], fields: tuple[str, ...], expected: str) ->
             names = ", ".join(repr(str(key)[:40]) for key in list(data)[:8]) or "none"
             raise RowRefused("missing_field", f"{field!r} is missing; the row has {names}", expected=expected)
         if data[field] is None:
-            raise _null(field)
+            raise is_null(field)
 
 
 def _same_kind(data: Mapping[str, Any], sides: tuple[str, str]) -> None:
     for side in sides:
         if not isinstance(data[side], str | list | tuple):
-            raise _wrong_type(side, data[side], "a text or a list of messages")
+            raise wrong_type(side, data[side], "a text or a list of messages")
     if isinstance(data[sides[0]], str) != isinstance(data[sides[1]], str):
-        kinds = " and ".join(f"{side} is {_kind(data[side])}" for side in sides)
+        kinds = " and ".join(f"{side} is {in_words(data[side])}" for side in sides)
         raise RowRefused("mixed_types", kinds, expected="both a text, or both a list of messages")
 
 
@@ -147,27 +170,27 @@ def _explicit(data: Mapping[str, Any], prompt_field: str, sides: tuple[str, ...]
     """A prompt in a column of its own. Completions that repeat it have it cut off."""
     value = data[prompt_field]
     if isinstance(value, str) and all(isinstance(data[side], str) for side in sides):
-        return _text(value, prompt_field), tuple(_text(data[side], side) for side in sides)
+        return text_of(value, prompt_field), tuple(text_of(data[side], side) for side in sides)
     completions = [_answer(data[side], side) for side in sides]
     prompt: tuple[Message, ...]
     if isinstance(value, str):
-        prompt = ({"role": "user", "content": _text(value, prompt_field)},)
+        prompt = ({"role": "user", "content": text_of(value, prompt_field)},)
         if len(sides) == 2 and all(turns[0]["role"] != "assistant" for turns in completions):
             return _repeated(prompt, completions, sides, prompt_field)
     elif isinstance(value, list | tuple):
-        prompt = _turns(value, prompt_field)
+        prompt = turns_of(value, prompt_field)
     else:
-        raise _wrong_type(prompt_field, value, "a text or a list of messages")
+        raise wrong_type(prompt_field, value, "a text or a list of messages")
     _check_prompt(prompt, prompt_field)
     return prompt, tuple(_after(prompt, turns, side) for turns, side in zip(completions, sides, strict=True))
 
 
 def _answer(value: Any, field: str) -> tuple[Message, ...]:
     if isinstance(value, str):
-        return ({"role": "assistant", "content": _text(value, field)},)
+        return ({"role": "assistant", "content": text_of(value, field)},)
     if not isinstance(value, list | tuple):
-        raise _wrong_type(field, value, "a text or a list of messages")
-    return _turns(value, field)
+        raise wrong_type(field, value, "a text or a list of messages")
+    return turns_of(value, field)
 
 
 def _repeated(
@@ -209,7 +232,7 @@ def _implicit(data: Mapping[str, Any], sides: tuple[str, str], field: str) -> tu
             expected=f"a column {field!r}, or both sides as conversations that begin with the prompt",
             fix="set dataset.prompt_column if the column has another name",
         )
-    chosen, rejected = (_turns(data[side], side) for side in sides)
+    chosen, rejected = (turns_of(data[side], side) for side in sides)
     return _split(chosen, rejected, sides)
 
 
@@ -245,115 +268,13 @@ def _check_prompt(prompt: tuple[Message, ...], field: str) -> None:
         )
 
 
-def _turns(value: list[Any] | tuple[Any, ...], field: str) -> tuple[Message, ...]:
-    if not value:
-        raise RowRefused("empty_field", f"{field} is an empty list", expected="at least one message")
-    turns = tuple(_message(message, f"{field}[{i}]") for i, message in enumerate(value))
-    for i, turn in enumerate(turns):
-        if turn["role"] in ("system", "developer") and i > 0:
-            raise RowRefused(
-                "system_not_first", f"{field}[{i}] is a {turn['role']} turn", expected="it as the first turn, or none"
-            )
-    return turns
-
-
-def _message(message: Any, field: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise _wrong_type(field, message, "a message, an object with role and content")
-    if "role" not in message:
-        reason = "sharegpt_keys" if "from" in message else "missing_field"
-        found = "has from/value in place of role/content" if "from" in message else "has no role"
-        raise RowRefused(reason, f"{field} {found}", expected="an object with role and content")
-    role = message["role"]
-    if not isinstance(role, str):
-        raise _wrong_type(f"{field}.role", role, "a text")
-    if role not in ROLES:
-        raise RowRefused("unknown_role", f"{field}.role is {role[:40]!r}", expected="one of " + ", ".join(ROLES))
-    # a missing key and a null are the same to templates of current models; tables fill missing keys with null
-    turn = {key: item for key, item in message.items() if item is not None}
-    if not turn.get("tool_calls"):
-        turn.pop("tool_calls", None)
-    elif not isinstance(turn["tool_calls"], list | tuple) or not all(
-        isinstance(c, Mapping) for c in turn["tool_calls"]
-    ):
-        raise _wrong_type(f"{field}.tool_calls", turn["tool_calls"], "a list of objects")
-    calls = role == "assistant" and "tool_calls" in turn
-    if "content" in turn:
-        turn["content"] = _content(turn["content"], f"{field}.content", may_be_empty=calls or role in MAY_BE_EMPTY)
-    elif not calls:
-        if "content" in message:
-            raise _null(f"{field}.content")
-        raise RowRefused("missing_field", f"{field} has no content", expected="an object with role and content")
-    return turn
-
-
-def _content(value: Any, field: str, *, may_be_empty: bool) -> str:
-    if isinstance(value, list | tuple):
-        value = "".join(_part(part, f"{field}[{i}]") for i, part in enumerate(value))
-    return _text(value, field, may_be_empty=may_be_empty)
-
-
-def _part(part: Any, field: str) -> str:
-    if not isinstance(part, Mapping):
-        raise _wrong_type(field, part, 'an object {"type": "text", "text": ...}')
-    if part.get("type") != "text":
-        kind = str(part.get("type"))[:40]
-        raise RowRefused("unsupported_modality", f"{field} is of type {kind!r}", expected="parts of type text")
-    if not isinstance(part.get("text"), str):
-        raise _wrong_type(f"{field}.text", part.get("text"), "a text")
-    return str(part["text"])
-
-
-def _text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(field, value, "a text")
-    if not may_be_empty and not value.strip():
-        found = "is empty" if not value else f"is only white space ({value[:20]!r})"
-        raise RowRefused("empty_field", f"{field} {found}", expected="a text")
-    if "\0" in value:
-        raise RowRefused("nul_character", f"{field} holds a NUL at character {value.index(chr(0))}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowRefused(
-            "lone_surrogate",
-            f"{field} holds half a surrogate pair, {value[error.start]!r}, at character {error.start}",
-            expected="text that can be written as UTF-8",
-        ) from error
-    return value
-
-
 def _tools(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     tools = data.get("tools")
     if not tools:
         return None
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise _wrong_type("tools", tools, "a list of objects, one a tool")
+        raise wrong_type("tools", tools, "a list of objects, one a tool")
     return tuple(tools)
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool() | int() | float():
-            return str(value)[:40]
-        case str():
-            return f"a text ({value[:40]!r})"
-        case Mapping():
-            return "an object"
-        case list() | tuple():
-            return f"a list of {len(value)}"
-        case _:
-            return f"a {type(value).__name__}"
-
-
-def _wrong_type(field: str, value: Any, expected: str) -> RowRefused:
-    return RowRefused("wrong_type", f"{field} is {_kind(value)}", expected=expected)
-
-
-def _null(field: str) -> RowRefused:
-    return RowRefused("null_field", f"{field} is null", expected="a text or a list of messages")
 
 
 def _equal(sides: tuple[str, ...]) -> RowRefused:

@@ -1,36 +1,32 @@
 """The data room's only wiring: from the configuration to groups. Floor 2.
 
-    sources -> rows -> formats -> chat -> encode -> truncate -> groups, and a report of what became of every row
+    sources -> workshop (in several processes) -> cache -> views of it to train and to evaluate on, and a report
 
-Rows are read as a stream and worked on some hundreds at a time; what stays is their tokens. The order of the groups
-is the order of the rows.
+The order of the groups is the order of the rows. The tokens stay on disk; nothing here grows with them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
-from strop.data.chat import Rendered, Renderer
-from strop.data.encode import Encoded, Encoder
-from strop.data.formats import Columns, to_example
+from strop.data.cache import Rejected, Tokenised, fetch
+from strop.data.crew import work_all
 from strop.data.report import DataReport, Rendering, SplitCounts
-from strop.data.rows import Row, RowRefused
 from strop.data.sources import Source, choose_sources
-from strop.data.split import held_out
-from strop.data.truncate import Cut, Limits, cut, shorten_prompts
+from strop.data.split import held_out, sample
+from strop.data.table import Groups, Shard
+from strop.data.truncate import Limits
+from strop.data.workshop import Worked, Workshop
 from strop.errors import DataError
-from strop.types import Example, Group, RowShape
-
-ROWS_AT_ONCE = 512
+from strop.types import Group, RowShape
 
 
 @dataclass(frozen=True)
@@ -41,263 +37,184 @@ class LoadedData:
     rejected: what rejected.jsonl holds, one object a row: file, line, reason, raw.
     """
 
-    train: tuple[Group, ...]
-    eval: tuple[Group, ...]
+    train: Sequence[Group]
+    eval: Sequence[Group]
     report: DataReport
     chat_template: str | None
-    rejected: tuple[Mapping[str, Any], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What became of one row: refused, cut to a group or dropped, or neither for a blank line.
-
-    Holds the row itself only where it is refused: all other rows live on as tokens alone.
-    """
-
-    row: Row | None = None
-    refusal: RowRefused | None = None
-    cut: Cut | None = None
-    prompt_key: bytes = b""
-    is_raw: bool = False
-    num_split: int = 0
-    num_controls: int = 0
-    without_end_token: int = 0
+    rejected: Sequence[Mapping[str, Any]]
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape) -> LoadedData:
-    """Reads, renders, encodes and cuts the rows that the configuration names.
+    """Reads, renders, encodes and cuts the rows that the configuration names, or finds that done.
 
     Args:
         rows: what the method needs: one completion a row, pairs, or labelled completions (made of pairs, too).
 
     Raises:
         ConfigError: no source is named; messages under `dataset.render: raw`.
-        DataError: a source cannot be read; a bad row under `dataset.on_error: error`; nothing is left to train on.
+        DataError: a source cannot be read; a bad row under `dataset.on_error: error`; too much or all is lost.
         ModelError: the tokenizer cannot be used.
     """
     dataset = config.dataset
     sources = choose_sources(dataset, rows)
-    workshop = _Workshop(config, tokenizer, rows)
-    outcomes = {"train": workshop.read(sources.train, dataset.max_samples)}
-    labels = {"train": sources.train.label}
+    workshop = Workshop(config, tokenizer, rows)
+    identity = workshop.identity()
+    train = _train_parts(sources.train, workshop, identity, config)
+    groups = _joined([part.whole for part in train])
+    parts = {"train": train}
+    views: dict[str, Groups] = {}
     if sources.eval is not None:
-        outcomes["eval"] = workshop.read(sources.eval, None)
-        labels["eval"] = sources.eval.label
+        parts["eval"] = [_Part.of(sources.eval, _tokenise(sources.eval, None, workshop, identity, config), 1.0, 0)]
+        views["eval"] = parts["eval"][0].whole
     elif dataset.validation_split > 0:
-        everything = list(zip(outcomes["train"], _hold_out(outcomes["train"], config, rows), strict=True))
-        outcomes = {name: [o for o, held in everything if held is (name == "eval")] for name in ("train", "eval")}
-        labels["eval"] = f"{sources.train.label} (held out)"
-    groups = {name: _groups(part, rows) for name, part in outcomes.items()}
-    for name in ("train", "eval") if sources.eval is not None else ("train",):
-        if not groups[name]:
-            raise _nothing_left(outcomes[name], labels[name], workshop.limits)
-    all_outcomes = [outcome for part in outcomes.values() for outcome in part]
-    how = _rendering(all_outcomes, workshop.renderer)
+        flags = held_out(groups.column("prompt_hash"), dataset.validation_split, config.seed)
+        views["eval"] = groups.taken(np.flatnonzero(flags))
+        groups = groups.taken(np.flatnonzero(~flags))
+    views["train"] = groups
+    for name in parts:
+        if not len(views[name]):
+            raise _nothing_left(parts[name], workshop.limits)
+        _refuse_losses(parts[name], dataset.max_dropped_fraction)
+    names: list[str] = [name for name in ("train", "eval") if name in views]
+    counts = {name: _counts(parts.get(name, []), views[name], train) for name in names}
+    how = _rendering(views, workshop)
     return LoadedData(
-        train=groups["train"],
-        eval=groups.get("eval", ()),
-        report=DataReport.of({n: _counts(part, labels[n]) for n, part in outcomes.items()}, groups, how),
+        train=_weighed(views["train"], [part.source.weight for part in train], config.seed),
+        eval=views["eval"] if "eval" in views and len(views["eval"]) else (),
+        report=DataReport.of(counts, views, how),
         chat_template=workshop.renderer.template if how.num_chat else None,
-        rejected=tuple(_rejected(outcome) for outcome in all_outcomes if outcome.refusal is not None),
+        rejected=sum((part.tokens.rejected for some in parts.values() for part in some), Rejected([])),
     )
 
 
-class _Workshop:
-    """Everything between a source and its outcomes."""
+@dataclass(frozen=True)
+class _Part:
+    """A source, its tokens, and the groups of it that are used."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape) -> None:
-        self._rows = rows
-        self._columns = Columns.of(config.dataset)
-        self._stops_at_errors = config.dataset.on_error == "error"
-        self._bos: int | None = tokenizer.bos_token_id
-        self.limits = Limits.of(config.training, config.dataset.filter_overlength_samples)
-        self.renderer = Renderer(tokenizer, config.dataset.render)
-        self._encoder = Encoder(tokenizer, self.renderer.template)
+    source: Source
+    tokens: Tokenised
+    whole: Groups
 
-    def read(self, source: Source, limit: int | None) -> list[_Outcome]:
-        """All rows of a source, or as many as hold `limit` good ones."""
-        outcomes: list[_Outcome] = []
-        stream = source.read()
-        missing = limit
-        while batch := list(islice(stream, ROWS_AT_ONCE if missing is None else min(ROWS_AT_ONCE, missing))):
-            done = self._work(batch)
-            if missing is not None:
-                missing -= sum(o.cut is not None for o in done)
-            outcomes += done
-        if all(o.cut is None for o in outcomes):
-            raise _nothing_read(outcomes, source.label)
-        return outcomes
-
-    def _work(self, rows: Sequence[Row]) -> list[_Outcome]:
-        """The outcomes of some rows, in their order."""
-        examples = [self._example(row) for row in rows]
-        good = [example for example in examples if isinstance(example, Example)]
-        encoded = iter(self._encode(good))
-        results = [next(encoded) if isinstance(example, Example) else example for example in examples]
-        if self._stops_at_errors:
-            for row, result in zip(rows, results, strict=True):
-                if isinstance(result, RowRefused):
-                    raise result.at(row.origin)
-        shortened = self._shortened(examples, results)
-        return [
-            self._outcome(row, example, result, shortened.get(i))
-            for i, (row, example, result) in enumerate(zip(rows, examples, results, strict=True))
-        ]
-
-    def _example(self, row: Row) -> Example | RowRefused | None:
-        if row.data is None:
-            return row.refusal
-        try:
-            return to_example(row.data, row.origin, self._rows, self._columns)
-        except RowRefused as refusal:
-            return refusal
-        except RecursionError:
-            return RowRefused("deep_nesting", "the row is nested too deeply to be compared")
-
-    def _encode(self, examples: Sequence[Example]) -> list[Encoded | RowRefused]:
-        results: list[Encoded | RowRefused | None] = []
-        rendered: list[tuple[Rendered, ...]] = []
-        for example in examples:
-            try:
-                rendered.append(self.renderer.render(example))
-                results.append(None)
-            except RowRefused as refusal:
-                results.append(refusal)
-            except RecursionError:
-                results.append(RowRefused("deep_nesting", "the row is nested too deeply to be rendered"))
-        encoded = iter(self._encoder.encode(rendered))
-        return [next(encoded) if result is None else result for result in results]
-
-    def _shortened(
-        self, examples: Sequence[Example | RowRefused | None], results: Sequence[Encoded | RowRefused | None]
-    ) -> dict[int, Encoded]:
-        """Row number -> the row without the messages that its prompt has too many of."""
-        if self.limits.drop:
-            return {}
-        long = {
-            i: example
-            for i, (example, result) in enumerate(zip(examples, results, strict=True))
-            if isinstance(example, Example) and isinstance(result, Encoded) and self.limits.prompt_is_too_long(result)
-        }
-        found = shorten_prompts(list(long.values()), self.limits, self._encode)
-        return {i: encoded for i, encoded in zip(long, found, strict=True) if encoded is not None}
-
-    def _outcome(
-        self, row: Row, example: Example | RowRefused | None, result: Encoded | RowRefused | None, short: Encoded | None
-    ) -> _Outcome:
-        if isinstance(result, RowRefused):
-            return _Outcome(row, result)
-        if result is None or not isinstance(example, Example):
-            return _Outcome()
-        encoded = short or result
-        short_prompt = short is not None
-        done = cut(encoded, self.limits, row.origin, bos=self._bos, prompt_cut=short_prompt, label=example.label)
-        completions = done.group.completions if done.group is not None else ()
-        return _Outcome(
-            cut=done,
-            prompt_key=_prompt_key(example) if self._rows != "single" else b"",
-            is_raw=self.renderer.is_raw(example),
-            num_split=encoded.num_split,
-            num_controls=encoded.num_controls,
-            without_end_token=sum(not self._encoder.is_end_token(c.ids[-1]) for c in completions),
-        )
+    @classmethod
+    def of(cls, source: Source, tokens: Tokenised, share: float, seed: int) -> _Part:
+        whole = Groups.of(tokens.shard)
+        return cls(source, tokens, whole if share == 1.0 else whole.taken(sample(len(whole), share, seed)))
 
 
-def _prompt_key(example: Example) -> bytes:
-    text = json.dumps(example.prompt, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _train_parts(
+    sources: Sequence[Source], workshop: Workshop, identity: Mapping[str, Any], config: RunConfig
+) -> list[_Part]:
+    """The sources one behind the other, `max_samples` good rows of them together."""
+    parts = []
+    missing = config.dataset.max_samples
+    for source in sources:
+        limit = min((n for n in (source.limit, missing) if n is not None), default=None)
+        if limit == 0:
+            break
+        tokens = _tokenise(source, limit, workshop, identity, config)
+        parts.append(_Part.of(source, tokens, source.share, config.seed))
+        if missing is not None:
+            missing -= _num_rows(tokens.shard) + tokens.dropped.total()
+    return parts
 
 
-def _hold_out(outcomes: Sequence[_Outcome], config: RunConfig, rows: RowShape) -> list[bool]:
-    """True for the outcomes to evaluate on; what is neither group nor dropped stays with the training rows."""
-    keys = [o.prompt_key if rows != "single" else i for i, o in enumerate(outcomes) if o.cut is not None]
-    flags = iter(held_out(keys, config.dataset.validation_split, config.seed))
-    return [next(flags) if o.cut is not None else False for o in outcomes]
+def _tokenise(
+    source: Source, limit: int | None, workshop: Workshop, identity: Mapping[str, Any], config: RunConfig
+) -> Tokenised:
+    def make() -> Iterator[tuple[str, Worked]]:
+        read = source.read_lines or source.read
+        return work_all(workshop, read(), limit=limit, num_workers=config.dataset.num_workers)
+
+    whole = {**identity, "source": source.identity(), "limit": limit}
+    return fetch(whole, source.label, make, strict=workshop.stops_at_errors)
 
 
-def _groups(outcomes: Sequence[_Outcome], rows: RowShape) -> tuple[Group, ...]:
-    groups = [o.cut.group for o in outcomes if o.cut is not None and o.cut.group is not None]
-    if rows != "labelled":
-        return tuple(groups)
-    return tuple(part for g in groups for part in (g.unpaired() if g.label is None else (g,)))
+def _num_rows(groups: Shard | Groups) -> int:
+    """Rows that the groups are of: two labelled ones can be of one pair."""
+    return len(groups) - int(groups.column("again").sum())
 
 
-def _counts(outcomes: Sequence[_Outcome], label: str) -> SplitCounts:
-    counts = SplitCounts(label)
-    for o in outcomes:
-        if o.refusal is not None:
-            counts.refused[o.refusal.reason] += 1
-        elif o.cut is None:
-            counts.blank_lines += 1
-            continue
-        elif o.cut.dropped is not None:
-            counts.dropped[o.cut.dropped] += 1
-        else:
-            counts.kept += 1
-            counts.prompts_cut += o.cut.prompt_cut
-            counts.completions_cut += o.cut.completions_cut
-            counts.without_end_token += o.without_end_token
-            counts.boundaries_split += o.num_split
-            counts.controls_as_text += o.num_controls
-        counts.rows_read += 1
+def _joined(parts: Sequence[Groups]) -> Groups:
+    return parts[0] if len(parts) == 1 else Groups.joined(parts)
+
+
+def _weighed(groups: Groups, weights: Sequence[float], seed: int) -> Groups:
+    """The groups with each as often as its source's weight says; the fraction of a weight goes to some at random."""
+    if all(weight == 1.0 for weight in weights):
+        return groups
+    times = np.zeros(len(groups), np.int64)
+    for n, weight in enumerate(weights):
+        rows = np.flatnonzero(groups.shard_of == n)
+        times[rows] = int(weight)
+        times[rows[sample(len(rows), weight % 1, seed + n)]] += 1
+    return groups.taken(np.repeat(np.arange(len(groups)), times))
+
+
+def _counts(parts: Sequence[_Part], kept: Groups, train: Sequence[_Part]) -> SplitCounts:
+    """What became of the rows of a split; what is refused or dropped of held-out rows counts as read for training."""
+    label = ", ".join(part.source.label for part in parts or train)
+    counts = SplitCounts(label if parts else f"{label} (held out)")
+    for part in parts:
+        counts.refused += part.tokens.refused
+        counts.dropped += part.tokens.dropped
+        counts.blank_lines += part.tokens.blank_lines
+        counts.not_used += _num_rows(part.tokens.shard) - _num_rows(part.whole)
+    counts.kept = _num_rows(kept)
+    counts.rows_read = counts.kept + counts.not_used + counts.refused.total() + counts.dropped.total()
+    counts.prompts_cut = int(kept.column("prompt_cut").sum())
+    for field in ("completions_cut", "without_end_token", "boundaries_split", "controls_as_text", "double_bos"):
+        setattr(counts, field, int(kept.column(field).sum()))
     return counts
 
 
-def _rendering(outcomes: Sequence[_Outcome], renderer: Renderer) -> Rendering:
-    good = [o for o in outcomes if o.cut is not None]
-    num_raw = sum(o.is_raw for o in good)
-    if num_raw == len(good):
+def _rendering(views: Mapping[str, Groups], workshop: Workshop) -> Rendering:
+    num_rows = sum(_num_rows(view) for view in views.values())
+    num_raw = sum(int(view.column("raw").sum()) for view in views.values())
+    if num_raw == num_rows:
         return Rendering(0, num_raw, None, None)
-    name = "tokenizer" if renderer.own_template else "plain"
-    return Rendering(len(good) - num_raw, num_raw, name, renderer.template_sha256)
+    renderer = workshop.renderer
+    return Rendering(num_rows - num_raw, num_raw, renderer.chosen.name, renderer.template_sha256)
 
 
-def _rejected(outcome: _Outcome) -> Mapping[str, Any]:
-    row, refusal = outcome.row, outcome.refusal
-    assert row is not None and refusal is not None
-    return {"file": row.origin.file, "line": row.origin.line, "reason": refusal.reason, "raw": row.raw_text}
-
-
-def _nothing_read(outcomes: Sequence[_Outcome], label: str) -> DataError:
-    refused = [o for o in outcomes if o.refusal is not None]
-    if not refused:
-        return DataError(
-            "there are no rows", where=label, expected="at least one row", fix="name a file that has some, or fill it"
-        )
-    row, refusal = refused[0].row, refused[0].refusal
-    assert row is not None and refusal is not None
-    reasons = Counter(o.refusal.reason for o in refused if o.refusal is not None)
-    return DataError(
-        f"all {len(refused)} rows are bad ({_listed(reasons)}); the first: {refusal.found}",
-        where=str(row.origin),
-        expected=refusal.expected,
-        fix=refusal.fix or f"look at the rows of {label}; docs/data.md shows the known shapes",
+def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
+    """Rows may be skipped, but not most of a file without a word. Rows that were to be dropped are not lost."""
+    lost = sum((part.tokens.refused + part.tokens.dropped for part in parts), Counter[str]())
+    lost -= Counter({reason: n for reason, n in lost.items() if reason in ASKED_FOR})
+    num_rows = sum(_num_rows(part.tokens.shard) for part in parts) + lost.total()
+    if most is None or lost.total() <= most * num_rows:
+        return
+    rejected = islice((row for part in parts for row in part.tokens.rejected), 5)
+    examples = ", ".join(f"{row['file']}:{row['line']} ({row['reason']})" for row in rejected)
+    raise DataError(
+        f"{lost.total()} of {num_rows} rows are lost: " + ", ".join(f"{n} {why}" for why, n in lost.most_common()),
+        where=", ".join(part.source.label for part in parts),
+        expected=f"at most {100 * most:g} % (dataset.max_dropped_fraction)",
+        fix=(f"look at {examples}; mend" if examples else "mend") + " the rows, or raise dataset.max_dropped_fraction",
     )
 
 
-def _nothing_left(outcomes: Sequence[_Outcome], label: str, limits: Limits) -> DataError:
-    reasons = Counter(o.cut.dropped for o in outcomes if o.cut is not None and o.cut.dropped is not None)
+def _nothing_left(parts: Sequence[_Part], limits: Limits) -> DataError:
+    reasons = sum((part.tokens.dropped for part in parts), Counter[str]())
+    listed = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     return DataError(
-        f"all {reasons.total()} rows are dropped ({_listed(reasons)})",
-        where=label,
+        f"all {reasons.total()} rows are dropped ({listed})",
+        where=", ".join(part.source.label for part in parts),
         expected=f"rows within training.max_seq_length {limits.sequence}, training.max_prompt_length {limits.prompt} "
         f"and training.max_completion_length {limits.completion}",
         fix=FIXES[reasons.most_common(1)[0][0]],
     )
 
 
+ASKED_FOR = frozenset({"prompt_too_long", "completion_too_long", "sequence_too_long"})
+"""Reasons that `dataset.filter_overlength_samples` gives."""
+
 FIXES = {
     "nothing_trained": "raise training.max_seq_length or lower training.max_prompt_length, so that a completion fits",
     "equal_after_truncation": "raise training.max_completion_length and training.max_seq_length",
     "equal_tokens": "check the rows: chosen and rejected are the same tokens",
     **dict.fromkeys(
-        ("prompt_too_long", "completion_too_long", "sequence_too_long"),
+        sorted(ASKED_FOR),
         "raise the limit, or set dataset.filter_overlength_samples: false to cut the rows",
     ),
 }
 """What to do where all rows were dropped, by the most frequent reason."""
-
-
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common())

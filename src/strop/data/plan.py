@@ -15,20 +15,29 @@ from math import ceil
 
 import numpy as np
 
-from strop.types import Group
+from strop.data.table import Groups
+from strop.types import Group, GroupLengths
 
-RowTokens = Callable[[Sequence[Group]], int]
+Sized = Group | GroupLengths
+"""What a plan cuts: groups, or their lengths alone."""
+
+RowTokens = Callable[[Sequence[Sized]], int]
 """Tokens that a micro-batch of these groups makes a model compute, padding included."""
 
 
-def packed_tokens(groups: Sequence[Group]) -> int:
+def lengths(groups: Sequence[Sized]) -> Sequence[Sized]:
+    """Lengths in place of groups that lie on disk, whose lengths are known without reading them."""
+    return groups.lengths if isinstance(groups, Groups) else groups
+
+
+def packed_tokens(groups: Sequence[Sized]) -> int:
     """Tokens of one shared-prefix row."""
     return sum(g.num_tokens for g in groups)
 
 
-def padded_tokens(groups: Sequence[Group]) -> int:
+def padded_tokens(groups: Sequence[Sized]) -> int:
     """Tokens of plain rows padded to the longest, one row a completion."""
-    rows = [len(g.prompt_ids) + len(c.ids) - 1 for g in groups for c in g.completions]
+    rows = [group.lengths.prompt + n - 1 for group in groups for n in group.lengths.completions]
     return len(rows) * max(rows)
 
 
@@ -90,22 +99,27 @@ def _epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_groups)
 
 
-def cut(groups: Sequence[Group], indices: Iterable[int], budget: int, tokens: RowTokens) -> list[list[int]]:
+def cut(groups: Sequence[Sized], indices: Iterable[int], budget: int, tokens: RowTokens) -> list[list[int]]:
     """Indices of groups, in order, into micro-batches of at most `budget` tokens; one that is longer stands alone."""
+    groups = lengths(groups)
     parts: list[list[int]] = []
+    last: list[Sized] = []
     for i in indices:
-        if parts and tokens([groups[j] for j in (*parts[-1], i)]) <= budget:
+        if parts and tokens([*last, groups[i]]) <= budget:
             parts[-1].append(i)
+            last.append(groups[i])
         else:
             parts.append([i])
+            last = [groups[i]]
     return parts
 
 
-def longest_first(groups: Sequence[Group], indices: Iterable[int]) -> list[int]:
+def longest_first(groups: Sequence[Sized], indices: Iterable[int]) -> list[int]:
     """For passes in which order means nothing: alike lengths side by side, and what needs the most memory first."""
+    groups = lengths(groups)
     return sorted(indices, key=lambda i: groups[i].num_tokens, reverse=True)
 
 
-def default_budget(groups: Iterable[Group], batch_size: int, tokens: RowTokens) -> int:
+def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens) -> int:
     """`batch_size` times the longest group: what a batch of that size may cost at worst."""
-    return batch_size * max(tokens([g]) for g in groups)
+    return batch_size * max(tokens([g]) for g in lengths(groups))

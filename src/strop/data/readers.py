@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,14 +41,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _ANY = json.JSONDecoder()
 
 
-def parse_line(line: bytes) -> Mapping[str, Any]:
-    """One line of JSON Lines as an object.
+def decoded(line: bytes) -> str:
+    """The text of a line.
 
     Raises:
-        RowRefused: invalid_utf8, invalid_json, truncated_json, deep_nesting, duplicate_key or not_an_object.
+        RowRefused: invalid_utf8.
     """
     try:
-        text = line.decode("utf-8")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RowRefused(
             "invalid_utf8",
@@ -55,6 +56,15 @@ def parse_line(line: bytes) -> Mapping[str, Any]:
             expected="UTF-8 text",
             fix="convert the file to UTF-8",
         ) from error
+
+
+def parse_line(line: bytes) -> Mapping[str, Any]:
+    """One line of JSON Lines as an object.
+
+    Raises:
+        RowRefused: invalid_utf8, invalid_json, truncated_json, deep_nesting, duplicate_key or not_an_object.
+    """
+    text = decoded(line)
     try:
         value = _DECODER.decode(text)
     except _DuplicateKey as error:
@@ -97,8 +107,27 @@ def read_jsonl(path: str) -> Iterator[Row]:
         yield from jsonl_rows(file, path)
 
 
-def jsonl_rows(lines: Iterable[bytes], label: str) -> Iterator[Row]:
-    """The rows of lines, ended by LF; a blank line is a row with neither data nor refusal."""
+def read_lines(path: str) -> Iterator[Row]:
+    """JSON Lines, gzip or not, with lines that nobody has looked at yet: rows with `raw` alone."""
+    with _open(path) as file:
+        yield from jsonl_rows(file, path, parse=False)
+
+
+def read_text(path: str) -> Iterator[Row]:
+    """Plain text, gzip or not: each line that is not blank is a row {"text": line}."""
+    with _open(path) as file:
+        for row in jsonl_rows(file, path, parse=False):
+            if row.raw is None:
+                yield row
+                continue
+            try:
+                yield Row(row.origin, {"text": decoded(row.raw)}, raw=row.raw)
+            except RowRefused as refusal:
+                yield Row(row.origin, refusal=refusal, raw=row.raw)
+
+
+def jsonl_rows(lines: Iterable[bytes], label: str, *, parse: bool = True) -> Iterator[Row]:
+    """The rows of lines, ended by LF; a blank line is a row with neither data nor refusal nor raw."""
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(BOM)
@@ -106,6 +135,9 @@ def jsonl_rows(lines: Iterable[bytes], label: str) -> Iterator[Row]:
         origin = Origin(label, number)
         if not line.strip():
             yield Row(origin)
+            continue
+        if not parse:
+            yield Row(origin, raw=line)
             continue
         try:
             yield Row(origin, parse_line(line), raw=line)
@@ -180,14 +212,22 @@ def read_csv(path: str) -> Iterator[Row]:
     """Comma-separated values with a header line; every value is text."""
     csv.field_size_limit(2**31 - 1)  # the default refuses fields above 128 KiB
     with _open(path) as binary:
-        # decoded whole: a broken byte is then found with its line, and quoted line ends stay together
-        content = binary.read().removeprefix(BOM)
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError("the file is not UTF-8", where=f"{path}:{line}", fix="convert the file to UTF-8") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        yield from _csv_rows(csv.reader(_text_lines(binary, path), strict=True), path)
+
+
+def _text_lines(lines: Iterable[bytes], path: str) -> Iterator[str]:
+    """Lines as text, with their ends: one at a time, so that a broken byte is found with its line."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = (line.removeprefix(BOM) if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                "the file is not UTF-8", where=f"{path}:{number}", fix="convert the file to UTF-8"
+            ) from error
+        yield from re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text)
+
+
+def _csv_rows(reader: Any, path: str) -> Iterator[Row]:
     header: list[str] | None = None
     last = 0
     try:
@@ -255,6 +295,11 @@ def _open(path: str) -> Iterator[IO[bytes]]:
         with gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb") as file:
             yield cast(IO[bytes], file)
     except (OSError, EOFError, zlib.error) as error:
-        problem = getattr(error, "strerror", None) or str(error)
-        fix = "check that the file is whole, readable for this user, and what its name says"
-        raise DataError(f"the file cannot be read: {problem}", where=path, fix=fix) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> DataError:
+    """What to say of a file that cannot be read."""
+    problem = getattr(error, "strerror", None) or str(error)
+    fix = "check that the file is whole, readable for this user, and what its name says"
+    return DataError(f"the file cannot be read: {problem}", where=path, fix=fix)

@@ -1,20 +1,21 @@
 """What became of the rows: counts by reason, lengths, and a fingerprint of the tokens. Floor 2.
 
 In: what happened to each row, and the groups. Out: a DataReport, which is the run's data.json. In every split
-rows_read = kept + refused + dropped; blank lines stand beside it.
+rows_read = kept + not_used + refused + dropped; blank lines stand beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
-from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from strop.types import Group
+import numpy as np
+
+from strop.data.doctor import Findings, examine
+from strop.data.table import Groups
 
 PERCENTILES = (50, 90, 99)
 
@@ -25,13 +26,15 @@ class SplitCounts:
 
     refused: by reason, rows that could not be read or rendered. dropped: by reason, rows with nothing to train on
     within the limits. prompts_cut: rows. completions_cut, without_end_token, boundaries_split: completions.
-    controls_as_text: control tokens that stood in contents and were encoded as text.
+    controls_as_text: control tokens that stood in contents and were encoded as text. not_used: good rows that a
+    source's `fraction` leaves out. double_bos: rows that begin with two BOS tokens.
     """
 
     source: str
     rows_read: int = 0
     blank_lines: int = 0
     kept: int = 0
+    not_used: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     prompts_cut: int = 0
@@ -39,6 +42,7 @@ class SplitCounts:
     without_end_token: int = 0
     boundaries_split: int = 0
     controls_as_text: int = 0
+    double_bos: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "refused": dict(self.refused), "dropped": dict(self.dropped)}
@@ -48,7 +52,8 @@ class SplitCounts:
 class Rendering:
     """How rows became text.
 
-    template: `tokenizer`, `plain` (the built-in one), or null where every row was trained as the text that it is.
+    template: `tokenizer`, the name of a shipped one, the path of a file, or null where every row was trained as the
+    text that it is.
     """
 
     num_chat: int
@@ -63,21 +68,26 @@ class DataReport:
 
     splits: Mapping[str, SplitCounts]
     statistics: Mapping[str, Mapping[str, Any]]
+    findings: Mapping[str, Findings]
     fingerprint: str
     rendering: Rendering
 
     @classmethod
-    def of(cls, counts: Mapping[str, SplitCounts], groups: Mapping[str, Sequence[Group]], how: Rendering) -> DataReport:
+    def of(cls, counts: Mapping[str, SplitCounts], groups: Mapping[str, Groups], how: Rendering) -> DataReport:
+        """From what became of the rows of every split; there is a split `train`."""
         statistics = {name: group_statistics(groups[name]) for name in counts}
         together = hashlib.sha256("".join(str(s["fingerprint"]) for s in statistics.values()).encode())
-        return cls(counts, statistics, together.hexdigest(), how)
+        return cls(counts, statistics, examine(groups), together.hexdigest(), how)
 
     def as_dict(self) -> dict[str, Any]:
         """What json.dump takes."""
         return {
             "fingerprint": self.fingerprint,
             "rendering": vars(self.rendering),
-            "splits": {name: {**c.as_dict(), **self.statistics[name]} for name, c in self.splits.items()},
+            "splits": {
+                name: {**c.as_dict(), **self.statistics[name], "findings": self.findings[name].as_dict()}
+                for name, c in self.splits.items()
+            },
         }
 
     def lines(self) -> list[str]:
@@ -88,10 +98,12 @@ class DataReport:
         for name, c in self.splits.items():
             tokens = self.statistics[name]["tokens"]
             lines.append(f"{name}: {c.kept} of {c.rows_read} rows from {c.source}, {tokens['trained']} trained tokens")
+            lines += [f"{name}: {words}" for words in self._lengths(name)]
             lines += [f"{name}: {n} rows refused: {reason}" for reason, n in c.refused.most_common()]
             lines += [f"{name}: {n} rows dropped: {reason}" for reason, n in c.dropped.most_common()]
             notes = {
                 "blank lines": c.blank_lines,
+                "rows not used, by the fraction of their source": c.not_used,
                 "prompts cut at the left": c.prompts_cut,
                 "completions cut at the right": c.completions_cut,
                 "completions without an end token after the cut": c.without_end_token,
@@ -99,57 +111,59 @@ class DataReport:
                 "control tokens in the rows' words, encoded as text": c.controls_as_text,
             }
             lines += [f"{name}: {n} {what}" for what, n in notes.items() if n]
+            lines += [f"{name}: {sentence}" for sentence in self.findings[name].sentences()]
         return lines
 
+    def _lengths(self, name: str) -> Iterator[str]:
+        """How long rows are, and what sharing prompts saves."""
+        lengths, tokens = self.statistics[name]["lengths"], self.statistics[name]["tokens"]
+        if not lengths["total"]:
+            return
+        parts = [
+            f"{part} " + " / ".join(str(summary[p]) for p in ("p50", "p90", "p99", "max"))
+            for part, summary in lengths.items()
+        ]
+        yield f"tokens (median / 90 % / 99 % / most): {', '.join(parts)}"
+        if tokens["saved_by_prefix_sharing"]:
+            yield f"shared prompts save {100 * tokens['saved_by_prefix_sharing']:.0f} % of {tokens['plain']} tokens"
 
-def group_statistics(groups: Sequence[Group]) -> dict[str, Any]:
+
+def group_statistics(groups: Groups) -> dict[str, Any]:
     """Lengths in tokens, token counts and the fingerprint of groups in their order.
 
     `saved_by_prefix_sharing` is the share of the tokens of plain rows that rows with one prompt a group do without.
     """
-    completions = [completion for group in groups for completion in group.completions]
-    plain = sum(len(g.prompt_ids) + len(c.ids) for g in groups for c in g.completions)
-    shared = sum(len(g.prompt_ids) * (len(g.completions) - 1) for g in groups)
+    lengths = groups.lengths
+    prompt, pairs = lengths.prompt.astype(np.int64), lengths.second > 0
+    completion = np.concatenate([lengths.first, lengths.second[pairs]]).astype(np.int64)
+    total = completion + np.concatenate([prompt, prompt[pairs]])
+    plain, shared = int(total.sum()), int(prompt[pairs].sum())
     return {
         "num_groups": len(groups),
         "lengths": {
-            "prompt": length_summary([len(g.prompt_ids) for g in groups]),
-            "completion": length_summary([len(c.ids) for c in completions]),
-            "total": length_summary([len(g.prompt_ids) + len(c.ids) for g in groups for c in g.completions]),
+            "prompt": length_summary(prompt),
+            "completion": length_summary(completion),
+            "total": length_summary(total),
         },
         "tokens": {
             "plain": plain,
-            "trained": sum(c.num_scored for c in completions),
+            "trained": int(groups.column("scored").sum()),
             "saved_by_prefix_sharing": shared / plain if plain else 0.0,
         },
         "fingerprint": fingerprint(groups),
     }
 
 
-def length_summary(lengths: Sequence[int]) -> dict[str, float]:
+def length_summary(lengths: np.ndarray) -> dict[str, float]:
     """Mean, nearest-rank percentiles and maximum; empty for no lengths."""
-    if not lengths:
+    if not len(lengths):
         return {}
-    ordered = sorted(lengths)
-    ranks = {f"p{p}": ordered[max(0, -(-len(ordered) * p // 100) - 1)] for p in PERCENTILES}
-    return {"mean": sum(ordered) / len(ordered), **ranks, "max": ordered[-1]}
+    ordered = np.sort(lengths)
+    ranks = {f"p{p}": int(ordered[max(0, -(-len(ordered) * p // 100) - 1)]) for p in PERCENTILES}
+    return {"mean": int(ordered.sum()) / len(ordered), **ranks, "max": int(ordered[-1])}
 
 
-def fingerprint(groups: Sequence[Group]) -> str:
-    """SHA-256 over token ids and masks in order: the same data gives the same, wherever and whenever it was read."""
-    digest = hashlib.sha256()
-    for group in groups:
-        digest.update(_bytes(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
-        digest.update(_bytes(group.prompt_ids))
-        if group.label is not None:
-            digest.update(bytes([group.label]))
-        for completion in group.completions:
-            digest.update(_bytes(completion.ids) + completion.loss_mask)
-    return digest.hexdigest()
-
-
-def _bytes(ids: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        ids = array("i", ids)
-        ids.byteswap()
-    return ids.tobytes()
+def fingerprint(groups: Groups) -> str:
+    """SHA-256 over hashes of token ids and masks in order: the same data gives the same, wherever and whenever it was
+    read."""
+    return hashlib.sha256(groups.column("digest").tobytes()).hexdigest()

@@ -7,22 +7,29 @@ line never touches another; only a source that is broken as a whole raises.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Any
 
 from strop.config import DatasetSection
-from strop.data.readers import READERS, file_kind
+from strop.config.sections import SourceSection
+from strop.data.readers import READERS, file_kind, read_lines, read_text, unreadable
 from strop.data.rows import Row
 from strop.errors import ConfigError, DataError
 from strop.types import Origin, RowShape
 
 logger = logging.getLogger("strop")
+
+SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` writes, besides the rows."""
 
 SPLIT_FILES: dict[RowShape, tuple[str, str]] = {
     "single": ("train.jsonl", "val.jsonl"),
@@ -31,53 +38,74 @@ SPLIT_FILES: dict[RowShape, tuple[str, str]] = {
 }
 
 
+PREFIXES = ("jsonl:", "text:", "local:")
+"""What a name can begin with, to say what it is."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """Rows under a name. `read` starts over at every call."""
+    """Rows under a name. `read` starts over at every call.
+
+    identity: what stands for the rows: equal for equal rows, and another for others. read_lines: as `read`, but lines
+    are not looked at yet, where the source has lines. limit: good rows at most. share: of its rows, at random.
+    weight: how often each row is met in an epoch.
+    """
 
     label: str
     read: Callable[[], Iterator[Row]]
+    identity: Callable[[], str]
+    read_lines: Callable[[], Iterator[Row]] | None = None
+    limit: int | None = None
+    share: float = 1.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Sources:
     """What to train on, and what to evaluate on where that is given explicitly."""
 
-    train: Source
+    train: tuple[Source, ...]
     eval: Source | None
 
 
 def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
-    """The sources that the configuration names: train_file > splits_dir > name; val_file > splits_dir.
+    """The sources that the configuration names: train_file > splits_dir > sources > name; val_file > splits_dir.
 
     Raises:
         ConfigError: no source is named.
         DataError: a named file or folder is not there or of no known kind.
     """
-    named = [key for key in ("train_file", "splits_dir", "name") if getattr(dataset, key) is not None]
+    named = [key for key in ("train_file", "splits_dir", "sources", "name") if getattr(dataset, key)]
     if not named:
         raise ConfigError(
             "no training data is named",
             where="dataset",
-            expected="dataset.train_file, dataset.splits_dir or dataset.name",
+            expected="dataset.train_file, dataset.splits_dir, dataset.sources or dataset.name",
             fix="set one of them, for example dataset.train_file: data/train.jsonl",
         )
     for key in named[1:]:
-        if key == "name" or dataset.val_file is not None:  # else splits_dir still gives the validation rows
+        if key != "splits_dir" or dataset.val_file is not None:  # else it still gives the validation rows
             logger.warning("dataset.%s is not read: dataset.%s wins over it", key, named[0])
     train_name, val_name = SPLIT_FILES[rows]
     if dataset.train_file is not None:
-        train = _file(dataset.train_file)
+        train = [file_source(dataset.train_file)]
     elif dataset.splits_dir is not None:
-        train = _split_file(dataset.splits_dir, train_name, "dataset.train_file")
+        train = [_split_file(dataset.splits_dir, train_name, "dataset.train_file")]
+    elif dataset.sources:
+        train = [_weighed(source) for source in dataset.sources]
     else:
         assert dataset.name is not None
-        train = _named(dataset.name, dataset.subset, dataset.split)
+        train = [_named(dataset.name, dataset.subset, dataset.split, dataset.streaming)]
     if dataset.val_file is not None:
-        return Sources(train, _file(dataset.val_file))
+        return Sources(tuple(train), file_source(dataset.val_file))
     if dataset.splits_dir is not None:
-        return Sources(train, _split_file(dataset.splits_dir, val_name, "dataset.val_file"))
-    return Sources(train, None)
+        return Sources(tuple(train), _split_file(dataset.splits_dir, val_name, "dataset.val_file"))
+    return Sources(tuple(train), None)
+
+
+def _weighed(section: SourceSection) -> Source:
+    source = _named(section.name, section.subset, section.split, section.streaming)
+    return replace(source, limit=section.num_samples, share=section.fraction, weight=section.weight)
 
 
 def _split_file(folder: str, name: str, key: str) -> Source:
@@ -96,15 +124,18 @@ def _split_file(folder: str, name: str, key: str) -> Source:
             expected=str(path),
             fix=f"add the file, or set {key}",
         )
-    return _file(str(path))
+    return file_source(str(path))
 
 
-def _file(path: str) -> Source:
+def file_source(path: str) -> Source:
     """A file by its extension.
 
     Raises:
         DataError: it is not there, or its extension says nothing that can be read.
     """
+    prefix, path = _prefix(path)
+    if prefix == "local:":
+        return _named(prefix + path, None, "train", False)
     if isdir(path):
         raise DataError(
             "this is a folder",
@@ -112,7 +143,7 @@ def _file(path: str) -> Source:
             expected="a file with rows",
             fix="name a file in it; a folder goes into dataset.splits_dir (split files) or dataset.name (save_to_disk)",
         )
-    kind = file_kind(path)
+    kind = {"jsonl:": ".jsonl", "text:": ".txt"}.get(prefix) or file_kind(path)
     if kind is None and exists(path):
         raise DataError(
             "the extension of the file says no format that can be read",
@@ -126,15 +157,68 @@ def _file(path: str) -> Source:
             where=path,
             fix="check the path; it is relative to the folder where strop is started",
         )
-    return Source(path, partial(READERS[kind], path))
+    read = read_text if kind == ".txt" else READERS[kind]
+    lines = partial(read_lines, path) if kind == ".jsonl" else None
+    return Source(path, partial(read, path), partial(_content, path, kind), lines)
 
 
-def _named(name: str, subset: str | None, split: str) -> Source:
-    if isdir(name):
-        return Source(name, partial(_read_saved, name, split))
-    if isfile(name) or file_kind(name) is not None:
-        return _file(name)
-    return Source(f"{name} ({split})", partial(_read_hub, name, subset, split))
+def _prefix(name: str) -> tuple[str, str]:
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return prefix, name.removeprefix(prefix)
+
+
+def _content(path: str, kind: str) -> str:
+    """A hash of the file: the same rows are the same wherever they lie, and whatever their dates say."""
+    digest = hashlib.blake2b(f"{kind} {path.lower().endswith('.gz')} ".encode(), digest_size=20)
+    try:
+        with Path(path).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def _named(name: str, subset: str | None, split: str, streaming: bool) -> Source:
+    prefix, path = _prefix(name)
+    if prefix in ("jsonl:", "text:"):
+        return file_source(name)
+    if prefix == "local:" and not isdir(path):
+        raise DataError(
+            "there is no such folder",
+            where=name,
+            fix="check the path; it is relative to the folder where strop is started",
+        )
+    if isdir(path):
+        if prefix or any((Path(path) / name).is_file() for name in SAVED):
+            return Source(path, partial(_read_saved, path, split), partial(_saved_identity, path, split))
+        return _from_hub(path, subset, split, streaming)  # a folder of files, which the package datasets reads
+    if isfile(path) or file_kind(path) is not None:
+        return file_source(path)
+    return _from_hub(path, subset, split, streaming)
+
+
+def _from_hub(name: str, subset: str | None, split: str, streaming: bool) -> Source:
+    return Source(
+        f"{name} ({split})",
+        partial(_read_hub, name, subset, split, streaming),
+        partial(_hub_identity, name, subset, split),
+    )
+
+
+def _saved_identity(folder: str, split: str) -> str:
+    """Names, sizes and dates of the folder's files: they are written once, by `save_to_disk`."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json.dumps(["saved", folder, split, facts])
+
+
+def _hub_identity(name: str, subset: str | None, split: str) -> str:
+    """Where the package datasets keeps it: revision, files and their dates are in that path."""
+    import datasets
+
+    with _hub_errors(name, subset, split):
+        return json.dumps(["hub", name, split, datasets.load_dataset_builder(name, subset).cache_dir])
 
 
 def _read_saved(folder: str, split: str) -> Iterator[Row]:
@@ -159,13 +243,24 @@ def _read_saved(folder: str, split: str) -> Iterator[Row]:
             yield Row(Origin(f"{folder}[{part.splitname}]", i + 1), loaded[part.splitname][i])
 
 
-def _read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
+def _read_hub(name: str, subset: str | None, split: str, streaming: bool) -> Iterator[Row]:
+    import datasets
+
+    with _hub_errors(name, subset, split):
+        how = {"streaming": True} if streaming else {}
+        loaded: Any = datasets.load_dataset(name, subset, split=split, **how)
+        for i, data in enumerate(loaded):
+            yield Row(Origin(f"{name}[{split}]", i + 1), data)
+
+
+@contextmanager
+def _hub_errors(name: str, subset: str | None, split: str) -> Iterator[None]:
     import datasets
 
     if not datasets.config.HF_HUB_OFFLINE:
         logger.info("data set %s: asking %s for it", name, datasets.config.HF_ENDPOINT)
     try:
-        loaded: Any = datasets.load_dataset(name, subset, split=split)
+        yield
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"the data set cannot be loaded: {_first_line(error)}",
@@ -173,8 +268,6 @@ def _read_hub(name: str, subset: str | None, split: str) -> Iterator[Row]:
             expected="an existing file or folder, or a data set of the Hugging Face hub that can be reached from here",
             fix="check the name, dataset.subset and dataset.split; offline, download it first and name its files",
         ) from error
-    for i, data in enumerate(loaded):
-        yield Row(Origin(f"{name}[{split}]", i + 1), data)
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,6 +33,10 @@ class Limits:
     def of(cls, training: TrainingSection, drop: bool) -> Limits:
         return cls(training.max_seq_length, training.max_prompt_length, training.max_completion_length, drop)
 
+    def of_whole_rows(self) -> Limits:
+        """For rows without a border between prompt and completion: texts and tokens."""
+        return Limits(self.sequence, drop=self.drop)
+
     def prompt_is_too_long(self, encoded: Encoded) -> bool:
         return self.prompt is not None and len(encoded.prompt_ids) > self.prompt
 

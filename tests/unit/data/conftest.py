@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
+from strop.data.table import SCHEMA, Groups, Record, Shard, to_table
+from strop.types import Group
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, again and again.\n\n",
@@ -142,6 +146,24 @@ def make_config() -> Callable[..., RunConfig]:
             training=TrainingSection(**(training or {})),
             seed=seed,
         )
+
+    return make
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Callable[..., Groups]:
+    """on_disk(groups): the same groups as a view of a table."""
+
+    def make(groups: Sequence[Group], rows_a_batch: int = 3) -> Groups:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.arrow"
+        files = sorted({group.origin.file for group in groups})
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for at in range(0, len(groups), rows_a_batch):
+                some = groups[at : at + rows_a_batch]
+                keys = [g.prompt_ids.tobytes() for g in some]
+                records = [Record(g, files.index(g.origin.file), key) for g, key in zip(some, keys, strict=True)]
+                writer.write_batch(to_table(records))
+        return Groups.of(Shard(path, files))
 
     return make
 

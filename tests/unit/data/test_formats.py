@@ -190,10 +190,12 @@ def test_a_tool_call_may_have_no_content_and_keeps_its_keys() -> None:
     example = read({"messages": turns, "tools": [{"name": "f"}]}, "single")
     completion = example.completions[0]
     assert isinstance(completion, tuple)
-    assert completion[0] == {"role": "assistant", "tool_calls": CALL}
+    # arguments are an object, as templates want them, whether or not the row wrote them as a text
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    assert completion[0] == {"role": "assistant", "tool_calls": call}
     assert completion[1] == turns[2] and completion[2] == a("x")
     assert example.tools == ({"name": "f"},)
-    assert read({"messages": [u("q"), a("", tool_calls=CALL)]}, "single").completions == ((a("", tool_calls=CALL),),)
+    assert read({"messages": [u("q"), a("", tool_calls=CALL)]}, "single").completions == ((a("", tool_calls=call),),)
 
 
 def test_messy_rows_line_by_line(shared: Path) -> None:

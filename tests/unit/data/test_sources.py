@@ -23,7 +23,7 @@ def write(path: Path, *names: str) -> str:
 
 
 def prompts(sources: Sources) -> tuple[list[str], list[str] | None]:
-    train = [str(row.data and row.data["prompt"]) for row in sources.train.read()]
+    train = [str(row.data and row.data["prompt"]) for source in sources.train for row in source.read()]
     held = sources.eval and [str(row.data and row.data["prompt"]) for row in sources.eval.read()]
     return train, held
 
@@ -76,7 +76,9 @@ def test_a_missing_split_file_is_named(folder: Path, make_config: Make, gone: st
 
 
 def test_no_source_names_the_keys(make_config: Make) -> None:
-    with pytest.raises(ConfigError, match=r"dataset\.train_file, dataset\.splits_dir or dataset\.name"):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.train_file, dataset\.splits_dir, dataset\.sources or dataset\.name"
+    ):
         choose_sources(make_config(val_file="x.jsonl").dataset, "single")
 
 
@@ -105,15 +107,15 @@ def test_saved_data_sets_are_read_by_split_and_slice(tmp_path: Path, make_config
     assert read("both", "train") == [str(i) for i in range(10)]
     assert read("both", "train[:20%]+extra") == ["0", "1", "0", "1"]
     assert read("one", "train[8:]") == ["8", "9"]
-    source = choose_sources(make_config(name=str(tmp_path / "both"), split="train[3:5]").dataset, "single").train
+    source = choose_sources(make_config(name=str(tmp_path / "both"), split="train[3:5]").dataset, "single").train[0]
     assert [str(row.origin) for row in source.read()] == [f"{tmp_path / 'both'}[train]:{i}" for i in (4, 5)]
     with pytest.raises(DataError, match="cannot be read"):
         read("both", "nothing")
     with pytest.raises(DataError, match="save_to_disk"):
-        prompts(choose_sources(make_config(name=str(tmp_path)).dataset, "single"))
+        prompts(choose_sources(make_config(name=f"local:{tmp_path}").dataset, "single"))
 
 
 def test_a_hub_data_set_out_of_reach_is_one_clear_error(make_config: Make) -> None:
-    source = choose_sources(make_config(name="nobody/nothing", subset="x").dataset, "single").train
+    source = choose_sources(make_config(name="nobody/nothing", subset="x").dataset, "single").train[0]
     with pytest.raises(DataError, match=r"dataset\.name: nobody/nothing, subset x, split train"):
         next(source.read())

@@ -1,0 +1,153 @@
+"""Messages and texts of a row, validated. Floor 2.
+
+In: what stands in a column. Out: messages whose roles are known and whose contents are texts, or the refusal that says
+what is wrong and where.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from strop.data.rows import RowRefused
+from strop.types import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
+"""Roles whose content may be an empty text: a tool can have nothing to say."""
+
+
+def turns_of(value: list[Any] | tuple[Any, ...], field: str) -> tuple[Message, ...]:
+    """Messages, validated.
+
+    Args:
+        field: what they are called in messages to people.
+
+    Raises:
+        RowRefused: what is wrong with the first bad one.
+    """
+    if not value:
+        raise RowRefused("empty_field", f"{field} is an empty list", expected="at least one message")
+    turns = tuple(_message(message, f"{field}[{i}]") for i, message in enumerate(value))
+    for i, turn in enumerate(turns):
+        if turn["role"] in ("system", "developer") and i > 0:
+            raise RowRefused(
+                "system_not_first", f"{field}[{i}] is a {turn['role']} turn", expected="it as the first turn, or none"
+            )
+    return turns
+
+
+def _message(message: Any, field: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise wrong_type(field, message, "a message, an object with role and content")
+    if "role" not in message:
+        reason = "sharegpt_keys" if "from" in message else "missing_field"
+        found = "has from/value in place of role/content" if "from" in message else "has no role"
+        raise RowRefused(reason, f"{field} {found}", expected="an object with role and content")
+    role = message["role"]
+    if not isinstance(role, str):
+        raise wrong_type(f"{field}.role", role, "a text")
+    if role not in ROLES:
+        raise RowRefused("unknown_role", f"{field}.role is {role[:40]!r}", expected="one of " + ", ".join(ROLES))
+    # a missing key and a null are the same to templates of current models; tables fill missing keys with null
+    turn = {key: item for key, item in message.items() if item is not None}
+    if not turn.get("tool_calls"):
+        turn.pop("tool_calls", None)
+    elif not isinstance(turn["tool_calls"], list | tuple) or not all(
+        isinstance(c, Mapping) for c in turn["tool_calls"]
+    ):
+        raise wrong_type(f"{field}.tool_calls", turn["tool_calls"], "a list of objects")
+    else:
+        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
+    calls = role == "assistant" and "tool_calls" in turn
+    if "content" in turn:
+        turn["content"] = _content(turn["content"], f"{field}.content", may_be_empty=calls or role in MAY_BE_EMPTY)
+    elif not calls:
+        if "content" in message:
+            raise is_null(f"{field}.content")
+        raise RowRefused("missing_field", f"{field} has no content", expected="an object with role and content")
+    return turn
+
+
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The call with its arguments as an object: templates write them as JSON, which would quote a text once more."""
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _content(value: Any, field: str, *, may_be_empty: bool) -> str:
+    if isinstance(value, list | tuple):
+        value = "".join(_part(part, f"{field}[{i}]") for i, part in enumerate(value))
+    return text_of(value, field, may_be_empty=may_be_empty)
+
+
+def _part(part: Any, field: str) -> str:
+    if not isinstance(part, Mapping):
+        raise wrong_type(field, part, 'an object {"type": "text", "text": ...}')
+    if part.get("type") != "text":
+        kind = str(part.get("type"))[:40]
+        raise RowRefused("unsupported_modality", f"{field} is of type {kind!r}", expected="parts of type text")
+    if not isinstance(part.get("text"), str):
+        raise wrong_type(f"{field}.text", part.get("text"), "a text")
+    return str(part["text"])
+
+
+def text_of(value: Any, field: str, *, may_be_empty: bool = False) -> str:
+    """A text that can be encoded and is not blank.
+
+    Raises:
+        RowRefused: it is none.
+    """
+    if not isinstance(value, str):
+        raise wrong_type(field, value, "a text")
+    if not may_be_empty and not value.strip():
+        found = "is empty" if not value else f"is only white space ({value[:20]!r})"
+        raise RowRefused("empty_field", f"{field} {found}", expected="a text")
+    if "\0" in value:
+        raise RowRefused("nul_character", f"{field} holds a NUL at character {value.index(chr(0))}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowRefused(
+            "lone_surrogate",
+            f"{field} holds half a surrogate pair, {value[error.start]!r}, at character {error.start}",
+            expected="text that can be written as UTF-8",
+        ) from error
+    return value
+
+
+def in_words(value: Any) -> str:
+    """What a value is, for a message."""
+    match value:
+        case None:
+            return "null"
+        case bool() | int() | float():
+            return str(value)[:40]
+        case str():
+            return f"a text ({value[:40]!r})"
+        case Mapping():
+            return "an object"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def wrong_type(field: str, value: Any, expected: str) -> RowRefused:
+    """The refusal of a value of another type."""
+    return RowRefused("wrong_type", f"{field} is {in_words(value)}", expected=expected)
+
+
+def is_null(field: str) -> RowRefused:
+    """The refusal of a null."""
+    return RowRefused("null_field", f"{field} is null", expected="a text or a list of messages")

@@ -1,0 +1,175 @@
+"""Rows in the shapes of other tools, rewritten as strop's own. Floor 2.
+
+In: a row. Out: the same row, or one with `messages`, `prompt` and the completion columns that `formats` validates.
+Nothing is decided here that `formats` would have to trust: what cannot be rewritten is left for it to refuse.
+
+    DataRecord        {"inputs": {"question", "context"?}, "outputs": {"answer"}, "schema_version", "meta", "id"}
+    question rows     {"question", "system"?} with an answer, a pair, or response_j and response_k (j is the better one)
+    system column     {"system", "prompt", ...}: a system turn in front of a prompt that is a text
+    transcripts       chosen and rejected as "\\n\\nHuman: ...\\n\\nAssistant: ..."
+    sharegpt          {"conversations": [{"from", "value"}]}, with chosen and rejected for pairs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from strop.data.rows import RowRefused
+from strop.types import RowShape
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+TURN = re.compile(r"\n\n(Human|Assistant):")
+ANSWERS = ("answer", "response", "output")
+"""Where the answer to a `question` may stand, if there is no completion column."""
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+
+
+def own_shape(
+    data: Mapping[str, Any], rows: RowShape, *, prompt: str, completions: Sequence[str], keeps_transcripts: bool = False
+) -> Mapping[str, Any]:
+    """The row in a shape of strop's own.
+
+    Args:
+        prompt, completions: the names of these columns.
+        keeps_transcripts: split transcripts as the text that they are, instead of into turns.
+
+    Raises:
+        RowRefused: it is of another tool's shape, and broken.
+    """
+    if data.get("messages") is not None:
+        return data
+    if isinstance(data.get("conversations"), list | tuple):
+        return _sharegpt(data, rows, completions)
+    if rows == "pair":
+        if "response_j" in data and "response_k" in data and not any(side in data for side in completions):
+            data = {**data, completions[0]: data["response_j"], completions[1]: data["response_k"]}
+        if prompt not in data and all(_is_transcript(data.get(side)) for side in completions):
+            return _transcripts(data, prompt, completions, keeps_transcripts)
+    elif isinstance(data.get("inputs"), Mapping) and isinstance(data.get("outputs"), Mapping):
+        return _data_record(data, prompt, completions[0])
+    return _question(data, rows, prompt, completions)
+
+
+def _data_record(data: Mapping[str, Any], prompt: str, completion: str) -> Mapping[str, Any]:
+    """S0's record: the prompt is the question, a blank line and the context."""
+    inputs, outputs = data["inputs"], data["outputs"]
+    for place, part, key in (("inputs", inputs, "question"), ("outputs", outputs, "answer")):
+        if key not in part:
+            raise RowRefused("missing_field", f"{place}.{key} is missing", expected="a DataRecord (docs/data.md)")
+        if not isinstance(part[key], str):
+            raise RowRefused("wrong_type", f"{place}.{key} is no text", expected="a text")
+    context = inputs.get("context")
+    if context is not None and not isinstance(context, str):
+        raise RowRefused("wrong_type", "inputs.context is no text", expected="a text, null, or nothing")
+    words = inputs["question"] + ("\n\n" + context if context and context.strip() else "")
+    if not inputs["question"].strip():
+        raise RowRefused("empty_field", "inputs.question is blank", expected="a text")
+    return {prompt: words, completion: outputs["answer"]}
+
+
+def _question(data: Mapping[str, Any], rows: RowShape, prompt: str, completions: Sequence[str]) -> Mapping[str, Any]:
+    if data.get(prompt) is None and isinstance(data.get("question"), str) and prompt not in data:
+        answer = next((key for key in (*completions, *ANSWERS) if key in data), None)
+        if answer is None:
+            return data
+        data = {**data, prompt: data["question"]}
+        if rows == "single" and completions[0] not in data:
+            data = {**data, completions[0]: data[answer]}
+    system = next((key for key in ("system", "system_prompt") if key in data), None)
+    if system is None or not isinstance(data.get(prompt), str):
+        return data
+    words = data[system]
+    if words is not None and not isinstance(words, str):
+        raise RowRefused("wrong_type", f"{system} is no text", expected="a text, null, or nothing")
+    # blank or not: rows of one file are all messages, so that all are rendered alike
+    turns = [{"role": "system", "content": words}] if words and words.strip() else []
+    return {**data, prompt: [*turns, {"role": "user", "content": data[prompt]}]}
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip("\n").startswith("Human:") and ASSISTANT in value
+
+
+def _transcripts(data: Mapping[str, Any], prompt: str, sides: Sequence[str], as_text: bool) -> Mapping[str, Any]:
+    texts = [data[side] for side in sides]
+    if as_text:
+        parting = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+        stop = texts[0].rfind(ASSISTANT, 0, parting) + len(ASSISTANT)
+        if stop < len(ASSISTANT):
+            raise RowRefused("prompt_mismatch", "the transcripts part before the first Assistant turn")
+        return {**data, prompt: texts[0][:stop], **{s: t[stop:] for s, t in zip(sides, texts, strict=True)}}
+    return {**data, **{side: _turns(text, side) for side, text in zip(sides, texts, strict=True)}}
+
+
+def _turns(text: str, side: str) -> list[dict[str, Any]]:
+    """The turns of a transcript; the white space around a turn is the transcript's."""
+    first, *pieces = TURN.split("\n\n" + text.lstrip("\n"))
+    assert not first
+    turns = []
+    for i, (who, words) in enumerate(zip(pieces[::2], pieces[1::2], strict=True)):
+        if not words.strip():
+            raise RowRefused("empty_field", f"{side}: turn {i + 1} of the transcript is blank", expected="a text")
+        if (who == "Human") != (i % 2 == 0):
+            raise RowRefused(
+                "role_order",
+                f"{side}: turn {i + 1} of the transcript is of {who} again",
+                expected="Human and Assistant in turns",
+            )
+        turns.append({"role": "user" if who == "Human" else "assistant", "content": words.strip()})
+    return turns
+
+
+def _sharegpt(data: Mapping[str, Any], rows: RowShape, completions: Sequence[str]) -> Mapping[str, Any]:
+    rest = {key: value for key, value in data.items() if key not in ("conversations", "system")}
+    turns = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(data["conversations"])]
+    system = data.get("system")
+    if isinstance(system, str) and system.strip() and not (turns and turns[0]["role"] == "system"):
+        turns.insert(0, {"role": "system", "content": system})
+    if isinstance(rest.get("tools"), str):
+        rest["tools"] = _parsed(rest["tools"], "tools") if rest["tools"].strip() else None
+    if rows == "single":
+        return {**rest, "messages": turns}
+    for side in completions:
+        if isinstance(rest.get(side), Mapping):
+            rest[side] = [rest[side]]
+        if isinstance(rest.get(side), list | tuple):
+            rest[side] = [_turn(turn, f"{side}[{i}]") for i, turn in enumerate(rest[side])]
+    return {**rest, "prompt": turns}
+
+
+def _turn(turn: Any, field: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+        raise RowRefused("wrong_type", f"{field} is no turn", expected="an object with from and value")
+    who, words = turn["from"], turn["value"]
+    role = SHAREGPT_ROLES.get(who) if isinstance(who, str) else None
+    if role is None:
+        raise RowRefused(
+            "unknown_role", f"{field}.from is {str(who)[:40]!r}", expected="one of " + ", ".join(SHAREGPT_ROLES)
+        )
+    if who != "function_call":
+        return {"role": role, "content": words}
+    calls = _parsed(words, f"{field}.value")
+    calls = calls if isinstance(calls, list) else [calls]
+    return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def _parsed(value: Any, field: str) -> Any:
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowRefused("wrong_type", f"{field} is not JSON", expected="JSON") from error

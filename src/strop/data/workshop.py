@@ -1,0 +1,223 @@
+"""Rows to records of the table: everything between a source and the disk. Floor 2.
+
+    rows -> formats -> chat -> encode -> truncate -> records, and what became of every other row
+
+Rows are worked on some hundreds at a time, here or in other processes (`crew`); a workshop has no state, so what
+becomes of a row does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from strop.config import RunConfig
+from strop.data.chat import Rendered, Renderer
+from strop.data.encode import Encoded, Encoder
+from strop.data.formats import Columns, to_example
+from strop.data.readers import parse_line
+from strop.data.rows import Row, RowRefused
+from strop.data.table import Record, to_table
+from strop.data.tokens import from_tokens, is_tokenised
+from strop.data.truncate import Limits, cut, shorten_prompts
+from strop.errors import DataError
+from strop.types import Example, RowShape
+
+
+@dataclass
+class Worked:
+    """What became of some rows.
+
+    table: the records, or None where there are none. num_good: rows that were neither refused nor blank.
+    error: of the first refused row, under `dataset.on_error: error`.
+    """
+
+    num_good: int = 0
+    blank_lines: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    rejected: list[Mapping[str, Any]] = field(default_factory=list)
+    first_refusal: Mapping[str, str] | None = None
+    error: DataError | None = None
+    table: Any = None
+
+
+class Workshop:
+    """Works on rows as the configuration says."""
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape) -> None:
+        dataset = config.dataset
+        self._rows = rows
+        self._columns = Columns.of(dataset)
+        self.stops_at_errors = dataset.on_error == "error"
+        self._bos: int | None = tokenizer.bos_token_id
+        self._vocabulary = len(tokenizer)
+        self.limits = Limits.of(config.training, dataset.filter_overlength_samples)
+        self.renderer = Renderer(tokenizer, dataset.render, dataset.template)
+        self._encoder = Encoder(tokenizer, self.renderer.template)
+        self._tokenizer = tokenizer
+
+    def identity(self) -> dict[str, Any]:
+        """Everything but the rows themselves that decides what becomes of them."""
+        tokenizer = self._tokenizer
+        parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
+        return {
+            "rows": self._rows,
+            "columns": repr(self._columns),
+            "limits": repr(self.limits),
+            "template": self.renderer.template,
+            "wraps_text": self.renderer.wraps_text,
+            "tokenizer": [hashlib.sha256(part.encode(errors="surrogatepass")).hexdigest() for part in parts],
+            "code": _code(),
+            "versions": [tokenizers.__version__, transformers.__version__],
+        }
+
+    def work(self, rows: Sequence[Row], file: int = 0) -> Worked:
+        """The records of some rows, in their order.
+
+        Args:
+            file: number of the file that the rows are from.
+        """
+        done = Worked()
+        rows = [_parsed(row) for row in rows]
+        examples = [self._example(row) for row in rows]
+        good = [example for example in examples if isinstance(example, Example)]
+        encoded = iter(self._encode(good))
+        results = [next(encoded) if isinstance(example, Example) else example for example in examples]
+        shortened = self._shortened(examples, results)
+        records: list[Record] = []
+        for i, (row, example, result) in enumerate(zip(rows, examples, results, strict=True)):
+            if isinstance(result, RowRefused):
+                _refuse(done, row, result)
+                if self.stops_at_errors:
+                    done.error = result.at(row.origin)
+                    break
+            elif result is None or example is None or isinstance(example, RowRefused):
+                done.blank_lines += 1
+            else:
+                done.num_good += 1
+                record = self._record(row, example, shortened.get(i), result, file)
+                if isinstance(record, str):
+                    done.dropped[record] += 1
+                elif self._rows == "labelled" and record.group.label is None:
+                    first, second = record.group.unpaired()
+                    records += [replace(record, group=first), Record(second, file, record.prompt_key, again=1)]
+                else:
+                    records.append(record)
+        done.table = to_table(records) if records else None
+        return done
+
+    def _example(self, row: Row) -> Example | Encoded | RowRefused | None:
+        if row.data is None:
+            return row.refusal
+        try:
+            if self._rows == "single" and is_tokenised(row.data):
+                return from_tokens(row.data, self._vocabulary)
+            return to_example(row.data, row.origin, self._rows, self._columns)
+        except RowRefused as refusal:
+            return refusal
+        except RecursionError:
+            return RowRefused("deep_nesting", "the row is nested too deeply to be compared")
+
+    def _encode(self, examples: Sequence[Example]) -> list[Encoded | RowRefused]:
+        results: list[Encoded | RowRefused | None] = []
+        rendered: list[tuple[Rendered, ...]] = []
+        for example in examples:
+            try:
+                rendered.append(self.renderer.render(example))
+                results.append(None)
+            except RowRefused as refusal:
+                results.append(refusal)
+            except RecursionError:
+                results.append(RowRefused("deep_nesting", "the row is nested too deeply to be rendered"))
+        encoded = iter(self._encoder.encode(rendered))
+        return [next(encoded) if result is None else result for result in results]
+
+    def _shortened(
+        self, examples: Sequence[Example | Encoded | RowRefused | None], results: Sequence[Encoded | RowRefused | None]
+    ) -> dict[int, Encoded]:
+        """Row number -> the row without the messages that its prompt has too many of."""
+        if self.limits.drop:
+            return {}
+        long = {
+            i: example
+            for i, (example, result) in enumerate(zip(examples, results, strict=True))
+            if isinstance(example, Example) and isinstance(result, Encoded) and self.limits.prompt_is_too_long(result)
+        }
+        found = shorten_prompts(list(long.values()), self.limits, self._encode)
+        return {i: encoded for i, encoded in zip(long, found, strict=True) if encoded is not None}
+
+    def _record(
+        self, row: Row, example: Example | Encoded, short: Encoded | None, whole: Encoded, file: int
+    ) -> Record | str:
+        """The record, or the reason why the row is dropped."""
+        encoded = short or whole
+        has_no_border = isinstance(example, Encoded) or not example.prompt
+        limits = self.limits.of_whole_rows() if has_no_border else self.limits
+        label = example.label if isinstance(example, Example) else None
+        done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=short is not None, label=label)
+        if done.group is None:
+            assert done.dropped is not None
+            return done.dropped
+        group = done.group
+        return Record(
+            group,
+            file,
+            prompt_key=_prompt_key(example, encoded),
+            prompt_cut=done.prompt_cut,
+            completions_cut=done.completions_cut,
+            without_end_token=sum(not self._encoder.is_end_token(c.ids[-1]) for c in group.completions),
+            boundaries_split=encoded.num_split,
+            controls_as_text=encoded.num_controls,
+            double_bos=self._bos is not None and list(_start(encoded)) == [self._bos] * 2,
+            raw=isinstance(example, Encoded) or self.renderer.is_raw(example),
+        )
+
+
+def _start(encoded: Encoded) -> list[int]:
+    return [*encoded.prompt_ids[:2], *encoded.sides[0].ids[:1]][:2]
+
+
+def _parsed(row: Row) -> Row:
+    """A line that nobody has looked at yet, read."""
+    if row.raw is None or row.data is not None or row.refusal is not None:
+        return row
+    try:
+        return Row(row.origin, parse_line(row.raw), raw=row.raw)
+    except RowRefused as refusal:
+        return Row(row.origin, refusal=refusal, raw=row.raw)
+
+
+def _refuse(done: Worked, row: Row, refusal: RowRefused) -> None:
+    done.refused[refusal.reason] += 1
+    origin = row.origin
+    done.rejected.append({"file": origin.file, "line": origin.line, "reason": refusal.reason, "raw": row.raw_text})
+    if done.first_refusal is None:
+        done.first_refusal = {
+            "where": str(origin.line), "found": refusal.found, "expected": refusal.expected, "fix": refusal.fix,
+        }  # fmt: skip
+
+
+def _prompt_key(example: Example | Encoded, encoded: Encoded) -> bytes:
+    """What rows with one prompt share: its words, whatever is cut of it."""
+    if isinstance(example, Encoded) or not example.prompt:
+        ids = [*encoded.prompt_ids, *encoded.sides[0].ids] if not isinstance(example, Encoded) else encoded.prompt_ids
+        return json.dumps(ids).encode()
+    return json.dumps(example.prompt, sort_keys=True, default=str).encode()
+
+
+def _code() -> str:
+    """What this room's own code is: another version of it may make other tokens of the same rows."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
