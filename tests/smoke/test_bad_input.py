@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from strop import cli
-from strop.data.readers import READERS
+from strop.data import sources
 from strop.data.rows import Row
 from strop.rundir import RunDir
 
@@ -526,7 +526,7 @@ def test_two_runs_on_one_folder(here: Path, run: Callable[[str], Answer]) -> Non
 def test_control_c_while_rows_are_read(
     here: Path, run: Callable[[str], Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = READERS[".jsonl"]
+    read = sources.read_lines
 
     def interrupted(path: str) -> Iterator[Row]:
         for number, row in enumerate(read(path)):
@@ -534,7 +534,7 @@ def test_control_c_while_rows_are_read(
                 signal.raise_signal(signal.SIGINT)
             yield row
 
-    monkeypatch.setitem(READERS, ".jsonl", interrupted)
+    monkeypatch.setattr(sources, "read_lines", interrupted)
     monkeypatch.setenv("STROP_CACHE", str(here.parent / "empty-cache"))  # so that the rows are read
     before = tree()
     answer = run(f"train {SFT}")
