@@ -148,6 +148,13 @@ class Scores(Membership):
         """[C] float64: scored tokens of each completion."""
         return self.sums(torch.ones_like(self.logps, dtype=torch.float64))
 
+    @property
+    def log_ratios(self) -> Tensor:
+        """[C] float64: each completion's log-prob under the policy minus that under the reference."""
+        assert self.ref_logps is not None
+        # summed apart, subtracted in float64: the two are close, their sums are large
+        return self.sums(self.logps) - self.sums(self.ref_logps)
+
     def sums(self, per_token: Tensor) -> Tensor:
         """[M] -> [C] float64: the sum over each completion's scored tokens."""
         zeros = torch.zeros(self.num_completions, dtype=torch.float64, device=per_token.device)

@@ -213,7 +213,7 @@ def _train_model(
         Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
         if resume and run.is_finished:
-            log.info("%s is finished, nothing is trained: its model is in %s", model.name, run.final)
+            log.info("%s is finished: its model is in %s; nothing is trained", model.name, run.final)
             _mirror(config, run)
             return RunResult(model.name, run.path, _last_step(run))
         saved = _checkpoint_to_resume(run, resume)
@@ -247,7 +247,8 @@ def _run(
     config, data, plan = prepared.config, prepared.data, prepared.plan
     train, validation = _with_references(prepared, policy, tokens, progress)
     resumed_at = saved.step if saved else 0
-    _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
+    if not saved:
+        _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
     trackers = open_trackers(
         config.logging.report_to, run.logs, resumed_at=resumed_at if saved else None, config=to_yaml(config)
     )
@@ -267,6 +268,7 @@ def _run(
                 loop.restore(saved)
                 _look_for_best(loop, run, saved)
                 checkpoint.retire_newer(run.path, saved.step)
+                _write_papers(prepared, run)  # this run's, now that it is known to fit
             outputs.cut(resumed_at if saved else -1)
             state = loop.run()
             step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))

@@ -59,17 +59,20 @@ class Kto(Objective[KtoSettings]):
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
         s = self.settings
         assert scores.labels is not None
-        u, z0 = log_ratios(scores), self.z0(scores)
+        u, z0 = scores.log_ratios, self.z0(scores)
         # sg(-x) for 1 - sg(x): the same, without cancellation
         desirable = s.desirable_weight * F.sigmoid(-s.beta * (u - z0))
         undesirable = s.undesirable_weight * F.sigmoid(-s.beta * (z0 - u))
         return {"preference": torch.where(scores.labels, desirable, undesirable).sum()}
 
-    def z0(self, scores: Scores) -> float:
-        return max(0.0, float(log_ratios(apart(scores)).mean())) if self.needs_mismatched else 0.0
+    def z0(self, scores: Scores) -> Tensor | float:
+        if not self.needs_mismatched:
+            return 0.0
+        assert scores.mismatched is not None
+        return scores.mismatched.log_ratios.mean().clamp(min=0)  # a NaN stays one
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
-        ratios, logps, lengths = log_ratios(scores).detach(), scores.sums(scores.logps.detach()), scores.lengths
+        ratios, logps, lengths = scores.log_ratios.detach(), scores.sums(scores.logps.detach()), scores.lengths
         assert scores.labels is not None
         z0, desirable = self.z0(scores), scores.labels
         right = torch.where(desirable, ratios > z0, ratios < z0)
@@ -80,19 +83,7 @@ class Kto(Objective[KtoSettings]):
             metrics[f"logps/{name}"] = (logps[side].sum(), count)
             metrics[f"logps_per_token/{name}"] = (logps[side].sum(), int(tokens))
             metrics[f"lengths/{name}"] = (tokens, count)
-        if self.needs_mismatched:
-            others = log_ratios(apart(scores))
+        if scores.mismatched is not None:
+            others = scores.mismatched.log_ratios
             metrics |= {"kl": (z0, 1), "kl_unclamped": (others.sum(), len(others))}
         return metrics
-
-
-def log_ratios(scores: Scores) -> Tensor:
-    """[C] float64: log-prob under the policy minus that under the reference."""
-    assert scores.ref_logps is not None
-    return scores.sums(scores.logps) - scores.sums(scores.ref_logps)
-
-
-def apart(scores: Scores) -> Scores:
-    """The scores of the step's prompts with completions of others."""
-    assert scores.mismatched is not None
-    return scores.mismatched

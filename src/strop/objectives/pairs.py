@@ -112,14 +112,7 @@ class ReferenceObjective(PairObjective[R]):
         return self.settings.beta
 
     def sides(self, scores: Scores) -> Sides:
-        return log_ratios(scores)
-
-
-def log_ratios(scores: Scores) -> Sides:
-    """Log-prob under the policy minus that under the reference."""
-    assert scores.ref_logps is not None
-    # summed apart, subtracted in float64: the two are close, their sums are large
-    return Sides.of(scores.sums(scores.logps) - scores.sums(scores.ref_logps))
+        return Sides.of(scores.log_ratios)
 
 
 def means(scores: Scores) -> Sides:

@@ -17,6 +17,7 @@ from strop.config.methods import (
     CpoSettings,
     DpoSettings,
     IpoSettings,
+    KtoSettings,
     MethodSettings,
     OrpoSettings,
     SftSettings,
@@ -210,6 +211,46 @@ def test_extreme_log_probs_stay_finite(settings: MethodSettings, size: float, be
 def test_log_probs_that_are_not_finite_are_not_hidden(settings: MethodSettings) -> None:
     scores = pairs(torch.tensor([math.nan, -1.0]), torch.tensor([-1.0, -1.0]))
     assert math.isnan(loss(settings, scores))
+
+
+def labelled(ratios: list[float], labels: list[bool], others: list[float]) -> Scores:
+    """Completions of one token with these log-ratios to a reference of 0."""
+
+    def alone(values: list[float]) -> Scores:
+        places = torch.arange(len(values))
+        return Scores(torch.tensor(values).double(), torch.zeros(len(values)).double(), places, places)
+
+    return replace(alone(ratios), labels=torch.tensor(labels), mismatched=alone(others))
+
+
+def test_kto_where_policy_and_reference_agree() -> None:
+    scores = labelled([0.0, 0.0, 0.0], [True, False, False], [0.0, 0.0])
+    settings = KtoSettings(desirable_weight=2.0, undesirable_weight=0.5)
+    assert loss(settings, scores) == pytest.approx(0.5 * (2 + 0.5 + 0.5) / 3)
+    total, count = build_objective(settings).metrics(scores)["rewards/accuracies"]
+    assert (float(total), count) == (0, 3), "ties are not correct"
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_with_one_label_only(label: bool) -> None:
+    scores = labelled([-3.0, -1.0], [label, label], [2.0, 4.0])
+    value, gradient = loss_and_gradient(KtoSettings(beta=0.5), scores)
+    sign = 1 if label else -1
+    expected = [1 / (1 + math.exp(sign * 0.5 * (u - 3.0))) for u in (-3.0, -1.0)]
+    assert value == pytest.approx(sum(expected) / 2) and torch.isfinite(gradient).all()
+    counts = {key: count for key, (_, count) in build_objective(KtoSettings()).metrics(scores).items()}
+    assert {counts["rewards/chosen"], counts["rewards/rejected"]} == {0, 2}
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1e8])
+@pytest.mark.parametrize("others", [[-1e4, -1e4], [1e4, 1e4]])
+def test_kto_stays_finite(beta: float, others: list[float]) -> None:
+    value, gradient = loss_and_gradient(KtoSettings(beta=beta), labelled([-1e4, 0.0, 1e4], [True, False, True], others))
+    assert math.isfinite(value) and torch.isfinite(gradient).all()
+
+
+def test_a_mismatched_score_that_is_not_finite_is_not_hidden() -> None:
+    assert math.isnan(loss(KtoSettings(), labelled([-1.0, -2.0], [True, False], [math.nan, 0.0])))
 
 
 def test_divergences_beyond_float64_are_not_hidden() -> None:
