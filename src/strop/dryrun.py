@@ -44,7 +44,7 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
         say("\nThe first example, trained tokens marked:")
         shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
         console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
-    say("\ndry run: nothing was trained, and no run folder was made")
+    say("\ndry run: nothing was trained and nothing was written but tokens, into their cache")
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:

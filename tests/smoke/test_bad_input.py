@@ -341,7 +341,7 @@ CASES = {
     "prompts to be dropped": data(
         "l.jsonl",
         lines(*[{**GOOD, "prompt": "hello " * 200}] * 3),
-        "rows are dropped (",
+        "all 3 rows are dropped (3 prompt_too_long)",
         "training.max_prompt_length 32",
         "raise the limit",
         line=f"{SFT} --filter-overlength-samples",
@@ -349,14 +349,14 @@ CASES = {
     "sides that are equal when cut": data(
         "l.jsonl",
         lines(*[{"prompt": "a", "chosen": "yes " * 99 + "1", "rejected": "yes " * 99 + "2"}] * 3),
-        "rows are dropped (",
+        "all 3 rows are dropped (3 equal_after_truncation)",
         "raise training.max_completion_length",
         line=DPO,
     ),
     "pairs for sft": data("p.jsonl", lines(PAIR), "p.jsonl:1: ", "it is a preference pair", "method: dpo"),
     "singles for dpo": data("s.jsonl", lines(GOOD), "s.jsonl:1: ", "nothing to compare", "method: sft", line=DPO),
     "labels for sft": data("k.jsonl", lines({**GOOD, "label": True}), "k.jsonl:1: ", "unpaired preference row"),
-    "another shape of rows": data("x.jsonl", lines({"words": "a"}), "x.jsonl:1: ", "has 'words'"),
+    "another shape of rows": data("x.jsonl", lines({"words": "a"}), "x.jsonl:1: 'prompt' is missing", "has 'words'"),
     "a picture as data": data("x.jsonl", b"\x89PNG\r\n\x1a\n", "x.jsonl:1: the bytes b'\\x89'", "UTF-8 text"),
     "noise as CSV": data("x.csv", bytes(range(128, 256)), "x.csv:1: the file is not UTF-8"),
     "noise as Parquet": data("x.parquet", bytes(99), "x.parquet:1: the Parquet file cannot be read"),
@@ -535,7 +535,7 @@ def test_control_c_while_rows_are_read(
             yield row
 
     monkeypatch.setattr(sources, "read_lines", interrupted)
-    monkeypatch.setenv("STROP_CACHE", str(here.parent / "empty-cache"))  # so that the rows are read
+    monkeypatch.setenv("STROP_CACHE", str(here.parent / "cache"))  # else they need not be read
     before = tree()
     answer = run(f"train {SFT}")
     assert answer.code == 130

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from strop import cli
+from strop.data.prepare import HELP
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
@@ -248,6 +249,8 @@ def understood(command: list[str]) -> bool:
         return all(f'"{flag}"' in (ROOT / "src/strop/cli.py").read_text(encoding="utf-8") for flag in flags)
     if rest[:1] == ["train"] and not {"--help", "--config", "--model"} & set(rest):
         rest += ["--config", "configs/dpo.yaml"]
+    if rest[:1] == ["prepare"]:  # it would read and write files
+        return all(word in HELP for word in rest if word.startswith("--"))
     rest = [{"FILE": "configs/dpo.yaml", "NAME": "dpo"}.get(word, word) for word in rest]
     return cli.main(rest) == 0
 

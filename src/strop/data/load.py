@@ -67,7 +67,9 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
         parts["eval"] = [_Part.of(sources.eval, _tokenise(sources.eval, None, workshop, identity, config), 1.0, 0)]
         views["eval"] = parts["eval"][0].whole
     elif dataset.validation_split > 0:
-        flags = held_out(groups.column("prompt_hash"), dataset.validation_split, config.seed)
+        row_of = _row_numbers(groups)
+        firsts = groups.column("prompt_hash")[groups.column("again") == 0]
+        flags = held_out(firsts, dataset.validation_split, config.seed)[row_of]
         views["eval"] = groups.taken(np.flatnonzero(flags))
         groups = groups.taken(np.flatnonzero(~flags))
     views["train"] = groups
@@ -98,7 +100,10 @@ class _Part:
     @classmethod
     def of(cls, source: Source, tokens: Tokenised, share: float, seed: int) -> _Part:
         whole = Groups.of(tokens.shard)
-        return cls(source, tokens, whole if share == 1.0 else whole.taken(sample(len(whole), share, seed)))
+        if share < 1.0:
+            chosen = sample(_num_rows(tokens.shard), share, seed)
+            whole = whole.taken(np.flatnonzero(np.isin(_row_numbers(whole), chosen)))
+        return cls(source, tokens, whole)
 
 
 def _train_parts(
@@ -134,6 +139,11 @@ def _num_rows(groups: Shard | Groups) -> int:
     return len(groups) - int(groups.column("again").sum())
 
 
+def _row_numbers(groups: Groups) -> np.ndarray:
+    """For each group the number of its row, from 0: the groups of a row stand side by side and stay together."""
+    return np.asarray(np.cumsum(groups.column("again") == 0) - 1)
+
+
 def _joined(parts: Sequence[Groups]) -> Groups:
     return parts[0] if len(parts) == 1 else Groups.joined(parts)
 
@@ -142,12 +152,14 @@ def _weighed(groups: Groups, weights: Sequence[float], seed: int) -> Groups:
     """The groups with each as often as its source's weight says; the fraction of a weight goes to some at random."""
     if all(weight == 1.0 for weight in weights):
         return groups
-    times = np.zeros(len(groups), np.int64)
+    row_of = _row_numbers(groups)
+    source_of = groups.shard_of[groups.column("again") == 0]
+    times = np.zeros(len(source_of), np.int64)
     for n, weight in enumerate(weights):
-        rows = np.flatnonzero(groups.shard_of == n)
+        rows = np.flatnonzero(source_of == n)
         times[rows] = int(weight)
         times[rows[sample(len(rows), weight % 1, seed + n)]] += 1
-    return groups.taken(np.repeat(np.arange(len(groups)), times))
+    return groups.taken(np.repeat(np.arange(len(groups)), times[row_of]))
 
 
 def _counts(parts: Sequence[_Part], kept: Groups, train: Sequence[_Part]) -> SplitCounts:

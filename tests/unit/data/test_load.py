@@ -262,6 +262,17 @@ def test_labelled_rows_and_pairs_become_labelled_groups(
     assert data.train[6:8] == tuple(replace(g, origin=data.train[6].origin) for g in whole.unpaired())
 
 
+def test_both_halves_of_a_pair_go_the_same_way(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
+    path = write(tmp_path / "rows.jsonl", [pair(i) for i in range(12)])
+    sources = [{"name": path, "fraction": 0.75, "weight": 1.5}]
+    data = load_data(make_config(sources=sources, validation_split=0.1), make_tokenizer(), "labelled")
+    assert len(data.eval) == 2 and data.report.splits["eval"].kept == 1
+    assert not set(lines(data.eval)) & set(lines(data.train))
+    for groups in (data.train, data.eval):
+        both = [(g.origin.line, g.label) for g in groups]
+        assert {both.count((line, True)) - both.count((line, False)) for line, _ in both} == {0}
+
+
 def test_the_label_is_part_of_the_fingerprint(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
     found = set()
     for label in (True, False):
