@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from strop.batch import NOTHING
 from strop.config import RunConfig, advice, resolve, to_yaml
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
@@ -35,7 +36,7 @@ from strop.objectives.base import Objective, build_objective
 from strop.policy.load import load_tokenizer
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import check_reference, reference_logps, reference_policy
+from strop.policy.reference import SyncedReference, check_reference, reference_logps, reference_policy
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -245,7 +246,8 @@ def _run(
     saved: Checkpoint | None,
 ) -> RunResult:
     config, data, plan = prepared.config, prepared.data, prepared.plan
-    train, validation = _with_references(prepared, policy, tokens, progress)
+    reference = _synced_reference(prepared, policy)
+    train, validation = _with_references(prepared, policy, tokens, progress, reference)
     resumed_at = saved.step if saved else 0
     if not saved:
         _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
@@ -263,7 +265,8 @@ def _run(
     )
     try:
         with StopSignal() as stop:
-            loop = Loop(config, policy, prepared.objective, plan, train, validation, outputs, lambda: stop.requested)
+            parts = (config, policy, prepared.objective, plan, train, validation, outputs)
+            loop = Loop(*parts, should_stop=lambda: stop.requested, reference=reference)
             if saved:
                 loop.restore(saved)
                 _look_for_best(loop, run, saved)
@@ -339,17 +342,25 @@ def _write_papers(prepared: Prepared, run: RunDir) -> None:
         run.write_lines("rejected.jsonl", prepared.data.rejected)
 
 
+def _synced_reference(prepared: Prepared, policy: Policy) -> SyncedReference | None:
+    sync = prepared.objective.ref_sync
+    return None if sync is None else SyncedReference(policy, sync.every_steps, sync.share)
+
+
 def _with_references(
-    prepared: Prepared, policy: Policy, tokens: RowTokens, progress: Progress
+    prepared: Prepared, policy: Policy, tokens: RowTokens, progress: Progress, synced: SyncedReference | None
 ) -> tuple[Rows, Rows | None]:
-    """Training and validation rows, with the reference's log-probs scored before the first step where needed."""
+    """Training and validation rows, with the reference's log-probs where needed: scored before the first step, or as
+    batches are made by a reference that follows the policy."""
     training, data = prepared.config.training, prepared.data
+    objective, plan = prepared.objective, prepared.plan
     assert training.micro_batch_tokens is not None
-    train, validation = Rows(data.train, training.micro_batch_tokens, tokens), None
+    train, validation = Rows(data.train, training.micro_batch_tokens, tokens, extras=objective.extras), None
     if data.eval:
         budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens)
-        validation = Rows(data.eval, budget, tokens)
-    objective, plan = prepared.objective, prepared.plan
+        validation = replace(train, groups=data.eval, budget_tokens=budget)
+    if synced is not None:
+        return _live(train, synced), validation and _live(validation, synced)
     if objective.needs_mismatched:
         train = _with_mismatched(train, prepared.config, plan.num_epochs)
         validation = validation and _with_mismatched(validation, prepared.config, 1)
@@ -376,7 +387,11 @@ def _with_mismatched(rows: Rows, config: RunConfig, num_epochs: int) -> Rows:
     """The rows, and their prompts with completions of others for so many epochs."""
     limit = config.training.max_seq_length
     others = Mismatched(rows.groups, num_epochs=num_epochs, seed=config.seed, max_tokens=limit)
-    return replace(rows, mismatched=replace(rows, groups=others))
+    return replace(rows, mismatched=replace(rows, groups=others, extras=NOTHING))
+
+
+def _live(rows: Rows, reference: SyncedReference) -> Rows:
+    return replace(rows, ref_logps=lambda part: reference.logps([rows.groups[i] for i in part]))
 
 
 def _scored(
@@ -396,4 +411,5 @@ def _scored(
         lambda done, total: task.step(n=done - task.completed),
     )
     others = rows.mismatched and _scored(reference, rows.mismatched, progress, visits)
-    return replace(rows, ref_logps=dict(zip(indices, scored, strict=True)), mismatched=others)
+    stored = dict(zip(indices, scored, strict=True))
+    return replace(rows, ref_logps=lambda part: [stored[i] for i in part], mismatched=others)
