@@ -27,7 +27,7 @@ from strop.engine.evaluate import evaluate
 from strop.engine.loop import Rows
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
-from strop.wiring import prepare
+from strop.prepared import prepare
 
 BATCH, ACCUMULATION, SEED = 8, 2, 42
 JUDGED = {"strop": "strop/{}/final", "trl": "trl/{}"}
