@@ -24,7 +24,7 @@ import strop
 from strop.config import RunConfig
 from strop.data.plan import default_budget, packed_tokens
 from strop.engine.evaluate import evaluate
-from strop.engine.loop import Rows
+from strop.engine.rows import Rows
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
 from strop.prepared import prepare

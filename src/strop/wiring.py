@@ -21,10 +21,12 @@ from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
-from strop.engine.loop import Loop, Rows
+from strop.engine.loop import Loop
+from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_recipe
+from strop.engine.rows import Rows
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
 from strop.policy.policy import Policy, build_policy
@@ -83,7 +85,8 @@ def train(
     failures: list[tuple[str, StropError]] = []
     for model in models:
         try:
-            results.append(_train_model(config, model, resume, overwrite, allow_changes))
+            with explaining_memory(config, model.name or model.huggingface_id):
+                results.append(_train_model(config, model, resume, overwrite, allow_changes))
         except StropError as error:
             if len(config.models) == 1 or model_index is not None:
                 raise
