@@ -2,15 +2,18 @@
 
 Groups come in, one tensor a group goes out: the log-probs of its scored tokens under the reference. The reference is
 the policy as it is before its first step (no second model in memory, full training too), or another model by id, which
-must have the same vocabulary and is freed when its log-probs are taken.
+must have the same vocabulary and is freed when its log-probs are taken. One that follows the policy cannot be taken
+beforehand: `SyncedReference` is a second model.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.folder import place_of
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
+from strop.policy.memory import in_halves
 from strop.policy.policy import Policy, assemble
 from strop.types import Group
 
@@ -36,19 +40,51 @@ def reference_logps(
     """One [scored tokens of the group] tensor a group, on the CPU, in the order of `micro_batches`.
 
     float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; a later pass
-    over the same micro-batches by the same model gives the same bits.
+    over the same micro-batches by the same model gives the same bits. One that does not fit into memory is scored in
+    halves.
     """
     results: list[Tensor] = []
+
+    def score(groups: Sequence[Group]) -> Tensor:
+        return cast(Tensor, policy(policy.collate(groups))).cpu()
+
     total, done = sum(g.num_tokens for batch in micro_batches for g in batch), 0
     with policy.scoring():
         for batch in micro_batches:
-            logps = policy(policy.collate(batch)).cpu()
+            logps = in_halves(score, batch)
             # clones, since a view would keep its whole micro-batch in memory
-            results += [part.clone() for part in logps.split([g.num_scored for g in batch])]
+            results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
             done += sum(g.num_tokens for g in batch)
             if progress is not None:
                 progress(done, total)
     return results
+
+
+class SyncedReference:
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656): a second model, scored as batches are made.
+
+    Args:
+        policy: trained in full, before its first step.
+        every_steps, share: after so many steps the weights become share x the policy's + (1 - share) x their own.
+    """
+
+    def __init__(self, policy: Policy, every_steps: int, share: float) -> None:
+        self._leader, self._every, self._share = policy.trainable(), every_steps, share
+        self._copy = copy.deepcopy(policy)
+        self.weights = {name: weight.detach() for name, weight in self._copy.trainable().items()}
+        """What is copied, by the names of `Policy.trainable`."""
+        self._copy.requires_grad_(False)
+
+    def logps(self, groups: Sequence[Group]) -> list[Tensor]:
+        """One [scored tokens] tensor a group, scored as one micro-batch."""
+        return reference_logps(self._copy, [groups])
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """Move, if it is time."""
+        if step % self._every == 0:
+            for name, weight in self.weights.items():
+                weight.lerp_(self._leader[name], self._share)
 
 
 @contextmanager
