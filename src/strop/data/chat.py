@@ -30,6 +30,9 @@ Content = tuple[int, int, bool]
 
 Tools = Sequence[Mapping[str, Any]] | None
 
+MOST_PREFIXES = 1000
+"""Turns of a conversation whose answers marks cannot tell: each is rendered with all before it."""
+
 WRITES_MORE = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"})
 """Keys of an assistant turn that a template renders besides its content."""
 
@@ -108,12 +111,10 @@ class Renderer:
                 expected="rows of plain texts; messages need a template",
                 fix="set dataset.render: auto",
             )
-        with bounded(str(example.origin)):
+        completions = [_as_turns(completion, "assistant") for completion in example.completions]
+        with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
             opening = self._text(prompt, example.tools, generation_prompt=True) if prompt else ""
-            return tuple(
-                self._conversation(prompt, _as_turns(completion, "assistant"), opening, example.tools)
-                for completion in example.completions
-            )
+            return tuple(self._conversation(prompt, turns, opening, example.tools) for turns in completions)
 
     def _refuse_unknown_tools(self, example: Example) -> None:
         """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
@@ -204,6 +205,8 @@ class Renderer:
                 raise _unverified(
                     f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart"
                 )
+        if len(messages) > MOST_PREFIXES:
+            raise _unverified(f"it has {len(messages)} turns, too many to render every beginning of")
         spans = []
         for i in range(first, len(messages)):
             if messages[i]["role"] != "assistant":

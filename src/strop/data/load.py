@@ -126,11 +126,19 @@ def _train_parts(
 def _tokenise(
     source: Source, limit: int | None, workshop: Workshop, identity: Mapping[str, Any], config: RunConfig
 ) -> Tokenised:
+    rows = source.identity()
+
     def make() -> Iterator[tuple[str, Worked]]:
         read = source.read_lines or source.read
-        return work_all(workshop, read(), limit=limit, num_workers=config.dataset.num_workers)
+        yield from work_all(workshop, read(), limit=limit, num_workers=config.dataset.num_workers)
+        if source.identity() != rows:
+            raise DataError(
+                "the rows were changed while they were read",
+                where=source.label,
+                fix="start again once nothing writes to them",
+            )
 
-    whole = {**identity, "source": source.identity(), "limit": limit}
+    whole = {**identity, "source": rows, "limit": limit}
     return fetch(whole, source.label, make, strict=workshop.stops_at_errors)
 
 

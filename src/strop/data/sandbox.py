@@ -31,7 +31,7 @@ SECONDS = 10.0
 """Processor time for one row. A long row takes some milliseconds."""
 
 BYTES = 4 << 30
-"""Memory for one row, above what the process has."""
+"""Memory for one row, above what the process had before its batch."""
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -45,6 +45,9 @@ TEMPLATE_ERRORS = (
     ValueError,
 )
 """What a template can raise on a row it was not written for."""
+
+
+PLAIN = {"role", "content"}
 
 
 class _Overtime(Exception):  # noqa: N818 (raised from a signal, caught in this module)
@@ -66,15 +69,20 @@ def render(
         RowRefused: template_error: the template fails on these messages.
         ModelError: the template is broken.
     """
+    how: dict[str, Any] = {"add_generation_prompt": generation_prompt, **special_tokens}
     try:
         track = has_generation_blocks(template) and track
+        if not track and not tools and all(map(_is_plain, messages)):
+            # what transformers does to messages before it renders them would change nothing, but takes longer
+            return _compile_jinja_template(template).render(
+                messages=list(messages), tools=None, documents=None, **how
+            ), []
         texts, spans = render_jinja_template(
             conversations=[list(messages)],
             tools=list(tools) if tools else None,
             chat_template=template,
-            add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=track,
-            **special_tokens,
+            **how,
         )
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise ModelError(
@@ -91,6 +99,10 @@ def render(
     return texts[0], [(start, stop) for start, stop in spans[0]] if track else []
 
 
+def _is_plain(message: Message) -> bool:
+    return message.keys() <= PLAIN and all(type(value) is str for value in message.values())
+
+
 @lru_cache
 def has_generation_blocks(template: str) -> bool:
     """Whether the template says itself what an assistant writes; it is compiled on the way."""
@@ -101,17 +113,21 @@ def has_generation_blocks(template: str) -> bool:
 
 
 @contextmanager
-def bounded(where: str = "") -> Iterator[None]:
-    """Rendering that takes too much processor time or memory is an error in here.
+def bounded(where: str, num_messages: int) -> Iterator[None]:
+    """Rendering that takes too much processor time, or memory within `bounded_memory`, is an error in here.
+
+    Args:
+        where: the row. num_messages: a conversation may take the time of one row more for every hundred messages.
 
     Raises:
         ModelError: it did.
     """
+    seconds = SECONDS * (1 + num_messages // 100)
     try:
-        with _bounded_memory(), _bounded_time():
+        with _bounded_time(seconds):
             yield
     except (_Overtime, MemoryError) as error:
-        limit = f"{SECONDS:g} seconds" if isinstance(error, _Overtime) else f"{BYTES >> 30} GiB of memory"
+        limit = f"{seconds:g} seconds" if isinstance(error, _Overtime) else f"{BYTES >> 30} GiB of memory"
         raise ModelError(
             f"the chat template takes more than {limit} for one row",
             where=where,
@@ -121,12 +137,12 @@ def bounded(where: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _bounded_time() -> Iterator[None]:
+def _bounded_time(seconds: float) -> Iterator[None]:
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
@@ -139,7 +155,8 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 
 @contextmanager
-def _bounded_memory() -> Iterator[None]:
+def bounded_memory() -> Iterator[None]:
+    """The process gets so much memory more and no more: for a batch of rows, since asking how much it has takes time."""
     try:
         import resource
 

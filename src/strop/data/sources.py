@@ -153,7 +153,7 @@ def file_source(path: str) -> Source:
         )
     if kind is None or not isfile(path):
         raise DataError(
-            "there is no such file",
+            "this is no file that can be read twice" if exists(path) else "there is no such file",
             where=path,
             fix="check the path; it is relative to the folder where strop is started",
         )

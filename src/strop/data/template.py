@@ -174,6 +174,8 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return _shipped(named).jinja(tokenizer)
     path = Path(named).expanduser()
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigError(

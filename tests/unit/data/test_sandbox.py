@@ -54,7 +54,7 @@ def test_a_template_that_fills_the_memory_is_stopped(
 
     monkeypatch.setattr(sandbox, "BYTES", 1 << 28)
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(ModelError, match=r"more than \d+ GiB of memory"):
+    with pytest.raises(ModelError, match=r"more than \d+ GiB of memory"), sandbox.bounded_memory():
         Renderer(make_tokenizer(template=template + MESSAGES), "chat").render(EXAMPLE)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
