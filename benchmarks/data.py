@@ -6,7 +6,8 @@
 Both read the same JSON Lines file with the same tokenizer and chat template, in as many processes. `again` is strop's
 second start. TRL 1.16 prepares it as SFTTrainer does, with completion_only_loss. Each side has a process of its own.
 Memory is the largest anonymous memory (Pss) of all its processes together above that before the rows, seen every
-0.2 seconds: pages of files that the operating system may drop at any time are not counted. Linux only.
+0.2 seconds: pages of files that the operating system may drop at any time are not counted. Seconds of processors are
+those of all processes together, which other work on the machine changes least. Linux only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -92,6 +94,12 @@ def anonymous_mib(pid: int) -> float:
     return total
 
 
+def processor_seconds() -> float:
+    """Of this process and its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
     before, result, stop = anonymous_mib(os.getpid()), {"peak_mib": 0.0}, threading.Event()
@@ -102,9 +110,10 @@ def measured() -> Iterator[dict[str, float]]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), processor_seconds()
     yield result
     result["seconds"] = time.perf_counter() - started
+    result["processor_seconds"] = processor_seconds() - worked
     stop.set()
     thread.join()
 
@@ -182,9 +191,10 @@ def compare(folder: Path, num_rows: int, args: argparse.Namespace) -> None:
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
         )
         found = json.loads(done.stdout.splitlines()[-1])
+        seconds, rows = found["seconds"], found["rows"]
         print(
-            f"{side:6} {found['seconds']:8.1f} s {found['rows'] / found['seconds']:10,.0f} rows/s "
-            f"{found['tokens'] / found['seconds']:12,.0f} tokens/s {found['peak_mib']:8.0f} MiB more memory",
+            f"{side:6} {seconds:8.1f} s {found['processor_seconds']:8.1f} s of processors {rows / seconds:10,.0f} rows/s "
+            f"{found['tokens'] / seconds:12,.0f} tokens/s {found['peak_mib']:8.0f} MiB more memory",
             flush=True,
         )
 

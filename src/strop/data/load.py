@@ -80,8 +80,11 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
     names: list[str] = [name for name in ("train", "eval") if name in views]
     counts = {name: _counts(parts.get(name, []), views[name], train) for name in names}
     how = _rendering(views, workshop)
+    weighed = _weighed(views["train"], [part.source.weight for part in train], config.seed)
+    if not len(weighed):
+        raise _nothing_left(train, workshop.limits)
     return LoadedData(
-        train=_weighed(views["train"], [part.source.weight for part in train], config.seed),
+        train=weighed,
         eval=views["eval"] if "eval" in views and len(views["eval"]) else (),
         report=DataReport.of(counts, views, how),
         chat_template=workshop.renderer.template if how.num_chat else None,
@@ -216,10 +219,18 @@ def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
 
 def _nothing_left(parts: Sequence[_Part], limits: Limits) -> DataError:
     reasons = sum((part.tokens.dropped for part in parts), Counter[str]())
+    where = ", ".join(part.source.label for part in parts)
+    if num_good := sum(_num_rows(part.tokens.shard) for part in parts):
+        return DataError(
+            f"of {num_good} good rows none is left",
+            where=where,
+            expected="at least one",
+            fix="raise the fraction or the weight of the sources, or lower dataset.validation_split",
+        )
     listed = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     return DataError(
         f"all {reasons.total()} rows are dropped ({listed})",
-        where=", ".join(part.source.label for part in parts),
+        where=where,
         expected=f"rows within training.max_seq_length {limits.sequence}, training.max_prompt_length {limits.prompt} "
         f"and training.max_completion_length {limits.completion}",
         fix=FIXES[reasons.most_common(1)[0][0]],

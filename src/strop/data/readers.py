@@ -286,9 +286,9 @@ def read_parquet(path: str) -> Iterator[Row]:
                 for data in batch.to_pylist():
                     number += 1
                     yield Row(Origin(path, number), data)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # damage can look like anything
         raise DataError(
-            f"the Parquet file cannot be read: {str(error).splitlines()[0]}",
+            f"the Parquet file cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
             where=f"{path}:{number + 1}",
             fix="write or download the file again",
         ) from error

@@ -156,7 +156,7 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """The process gets so much memory more and no more: for a batch of rows, since asking how much it has takes time."""
+    """The process gets so much memory more and no more: for a batch of rows, as asking how much it has takes time."""
     try:
         import resource
 

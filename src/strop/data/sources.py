@@ -152,8 +152,10 @@ def file_source(path: str) -> Source:
             fix="rename the file by what is in it, or convert it",
         )
     if kind is None or not isfile(path):
+        if exists(path):
+            raise DataError("this is no plain file", where=path, fix="write what comes out of it to a file first")
         raise DataError(
-            "this is no file that can be read twice" if exists(path) else "there is no such file",
+            "there is no such file",
             where=path,
             fix="check the path; it is relative to the folder where strop is started",
         )
