@@ -193,8 +193,9 @@ def compare(folder: Path, num_rows: int, args: argparse.Namespace) -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         seconds, rows = found["seconds"], found["rows"]
         print(
-            f"{side:6} {seconds:8.1f} s {found['processor_seconds']:8.1f} s of processors {rows / seconds:10,.0f} rows/s "
-            f"{found['tokens'] / seconds:12,.0f} tokens/s {found['peak_mib']:8.0f} MiB more memory",
+            f"{side:6} {seconds:8.1f} s {found['processor_seconds']:8.1f} s of processors "
+            f"{rows / seconds:10,.0f} rows/s {found['tokens'] / seconds:12,.0f} tokens/s "
+            f"{found['peak_mib']:8.0f} MiB more memory",
             flush=True,
         )
 
