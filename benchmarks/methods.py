@@ -135,9 +135,6 @@ def run_trl(method: str, start: Path, out: Path, args: argparse.Namespace) -> tu
         own |= {"beta": s.simpo_beta, "simpo_gamma": s.simpo_beta * s.simpo_gamma}
     else:
         own |= {"beta": s.beta}
-    lengths: dict[str, Any] = {"max_length": LONGEST}
-    if name in ("dpo", "ipo", "kto"):
-        own |= {"train_sampling_strategy": "sequential"}
     given = config_class(
         output_dir=str(out / "trl"),
         max_steps=args.steps,
@@ -154,7 +151,8 @@ def run_trl(method: str, start: Path, out: Path, args: argparse.Namespace) -> tu
         gradient_checkpointing=False,
         disable_tqdm=True,
         seed=SEED,
-        **lengths,
+        max_length=LONGEST,
+        train_sampling_strategy="sequential",
         **own,
     )
 
