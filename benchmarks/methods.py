@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
 from strop.config import METHODS
-from strop.wiring import prepare
+from strop.prepared import prepare
 
 SEED, BATCH, SFT_STEPS, HELD_OUT, LONGEST = 42, 4, 300, 300, 192
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected", "nll")

@@ -24,10 +24,10 @@ import strop
 from strop.config import RunConfig
 from strop.data.plan import default_budget, packed_tokens
 from strop.engine.evaluate import evaluate
-from strop.engine.loop import Rows
+from strop.engine.rows import Rows
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
-from strop.wiring import prepare
+from strop.prepared import prepare
 
 BATCH, ACCUMULATION, SEED = 8, 2, 42
 JUDGED = {"strop": "strop/{}/final", "trl": "trl/{}"}

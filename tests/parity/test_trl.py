@@ -27,7 +27,7 @@ from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
-from strop.wiring import prepare
+from strop.prepared import prepare
 
 trl = pytest.importorskip("trl", reason="TRL is the oracle of these tests; install the extra `dev`")
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies warn of their own future

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import strop
 from strop import wiring
 from strop.config import METHODS
+from strop.data.plan import packed_tokens
 from strop.errors import DataError
 from strop.objectives.base import build_objective
+from strop.prepared import prepare, with_budget
 
 ROWS = 6
 
@@ -116,6 +119,36 @@ def test_what_is_scored_beside_completions_reaches_the_loss(
         for folder, chosen in ((with_it, options), (without, rest))
     ]
     assert records[0][-1] < records[0][0] != records[1][0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("kto", {}, r"mismatched completions: up to [\d,]+ tokens more an epoch"),
+        ("kto", {"kto_loss": "apo_zero_unpaired"}, None),
+        ("dpo", {"loss_type": "aot"}, "scored twice"),
+        ("dpo", {"ref_sync_steps": 5}, "moves every 5 steps"),
+        ("dpo", {}, None),
+    ],
+    ids=str,
+)
+def test_what_costs_more_is_said_before(
+    method: str, options: dict[str, Any], said: str | None, tmp_path: Path, model_dir: Path
+) -> None:
+    overrides = {
+        "models": [{"huggingface_id": str(model_dir)}],
+        "dataset.train_file": str(write_rows(tmp_path / "rows.jsonl", method)),
+        "post_training": {"method": method, **options},
+        "dataset.validation_split": 0.0,
+        "training.per_device_train_batch_size": 1,
+        "training.gradient_accumulation_steps": 3,
+    }
+    config = strop.load_config(overrides=overrides)
+    prepared = with_budget(prepare(config, config.models[0]), packed_tokens)
+    lines = list(prepared.describe(packed_tokens))
+    costs = [x for x in lines if re.search("mismatched|scored twice|second model", x)]
+    assert len(costs) == (said is not None)
+    assert said is None or re.search(said, costs[0])
 
 
 def test_kto_starts_where_policy_and_reference_agree(tmp_path: Path, model_dir: Path) -> None:
