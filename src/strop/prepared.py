@@ -63,7 +63,7 @@ class Prepared:
             f"{100 * total / (len(parts) * budget):.0f} % full"
         )
         if self.objective.needs_mismatched:
-            yield f"mismatched completions: up to {total:,} tokens more an epoch, scored without gradients"
+            yield f"mismatched completions: about {total:,} tokens more an epoch, scored without gradients"
         if self.objective.whole_step and len(parts) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
         if (sync := self.objective.ref_sync) is not None:
