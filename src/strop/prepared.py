@@ -15,7 +15,7 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import Plan, RowTokens, cut, default_budget, lengths
+from strop.data.plan import Plan, RowTokens, cut, default_budget, filled_rows, lengths
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
@@ -42,9 +42,13 @@ class Prepared:
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
         own = training.groups_per_step != batch * accumulation
-        yield f"effective batch: {training.groups_per_step} groups a step{'' if own else made}"
-        if plan.num_groups < plan.groups_per_step:
-            yield f"note: there are only {plan.num_groups} groups, so every step is a whole epoch"
+        what = "rows filled with groups" if training.packing else "groups"
+        yield f"effective batch: {training.groups_per_step} {what} a step{'' if own else made}"
+        if training.packing:
+            fill = sum(group.num_tokens for group in groups) / (plan.num_rows * training.max_seq_length)
+            yield f"packing: {len(groups)} groups in {plan.num_rows} rows, {100 * fill:.0f} % full"
+        if plan.steps_per_epoch == 1:
+            yield "note: a step takes every row there is, so it is a whole epoch"
         steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
         epochs = steps / plan.steps_per_epoch
         yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
@@ -111,17 +115,20 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
         if checkpoint is not None:
             groups_per_step, origin = checkpoint.state["recipe"]["training.groups_per_step"], "the resumed run"
         config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
-    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed)
+    rows = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
+    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, rows)
     return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
-    """`micro_batch_tokens` from the longest group, where the configuration leaves it open."""
+    """`micro_batch_tokens` from the longest group, or the filled row, where the configuration leaves it open."""
     training = prepared.config.training
     if training.micro_batch_tokens is not None:
         return prepared
-    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens)
-    origin = "batch size x the longest group"
+    batch = training.per_device_train_batch_size
+    budget, origin = batch * training.max_seq_length, "batch size x max_seq_length"
+    if not training.packing:
+        budget, origin = default_budget(prepared.data.train, batch, tokens), "batch size x the longest group"
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
 
 

@@ -207,11 +207,15 @@ class TrainingSection(Section):
     """The same in evaluations."""
     gradient_accumulation_steps: int = Field(default=8, gt=0)
     """Effective batch = per_device_train_batch_size x gradient_accumulation_steps x number of devices."""
+    packing: bool = False
+    """The batch size counts rows filled to max_seq_length instead of examples; attention never crosses examples. sft
+    only."""
     groups_per_step: int | None = Field(default=None, gt=0)
-    """Groups of one optimizer step; null: the effective batch at the first launch. A resume keeps it."""
+    """Groups (under packing, filled rows) of one optimizer step; null: the effective batch at the first launch. A
+    resume keeps it."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group. Changes memory and speed;
-    the result only through the masks of lora_dropout."""
+    """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group (under packing,
+    x max_seq_length). Changes memory and speed; the result only through the masks of lora_dropout."""
     learning_rate: float | None = Field(
         default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )

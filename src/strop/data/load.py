@@ -201,7 +201,8 @@ def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
         f"{lost.total()} of {num_rows} rows are lost: " + ", ".join(f"{n} {why}" for why, n in lost.most_common()),
         where=", ".join(part.source.label for part in parts),
         expected=f"at most {100 * most:g} % (dataset.max_dropped_fraction)",
-        fix=(f"look at {examples}; mend" if examples else "mend") + " the rows, or raise dataset.max_dropped_fraction",
+        fix=(f"look at {examples}; " if examples else "")
+        + f"{FIXES.get(lost.most_common(1)[0][0], 'mend the rows')}; or raise dataset.max_dropped_fraction",
     )
 
 
@@ -221,6 +222,7 @@ ASKED_FOR = frozenset({"prompt_too_long", "completion_too_long", "sequence_too_l
 """Reasons that `dataset.filter_overlength_samples` gives."""
 
 FIXES = {
+    "dropped_by_template": "set dataset.template to one that writes all turns (qwen2.5_instruct: tools and system)",
     "nothing_trained": "raise training.max_seq_length or lower training.max_prompt_length, so that a completion fits",
     "equal_after_truncation": "raise training.max_completion_length and training.max_seq_length",
     "equal_tokens": "check the rows: chosen and rejected are the same tokens",
@@ -229,4 +231,4 @@ FIXES = {
         "raise the limit, or set dataset.filter_overlength_samples: false to cut the rows",
     ),
 }
-"""What to do where all rows were dropped, by the most frequent reason."""
+"""What to do where most or all rows are lost, by the most frequent reason."""

@@ -50,6 +50,8 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     if config.lora.lora_dropout and (config.lora.enabled or any(m.adapter for m in config.models)):
         # dropout draws its masks by micro-batch, so with it the cut of a step is part of the recipe
         keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
+    if config.training.packing:
+        keys["training.max_seq_length"] = config.training.max_seq_length  # what rows are filled to
     plain: dict[str, Any] = json.loads(json.dumps(keys))
     return plain
 
