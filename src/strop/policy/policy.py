@@ -27,7 +27,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ConfigError, ModelError
 from strop.policy import sharing
 from strop.policy.adapters import add_adapters, continue_adapters, trainable_names
-from strop.policy.attention import NAME, AttentionPlan, register_attention
+from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
 from strop.policy.checkpointing import checkpoint_layers
 from strop.policy.folder import place_of
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
@@ -63,7 +63,7 @@ class Policy(nn.Module):
         self.model = model
         self.precision, self.share_prefix, self.where = precision, share_prefix, where
         self.head_dtype = torch.float32 if fp32_logits and precision.is_low else precision.compute
-        self.kernel = "groups"
+        self.kernel: str | None = None  # of the shared rows' attention; None: the best one
         self._loaded_config, self._stored = loaded.config, loaded.stored
         self._plain_attention: str = loaded.module.config._attn_implementation
         self._attention = self._plain_attention
@@ -131,7 +131,8 @@ class Policy(nn.Module):
         """Lines for the terminal: sizes, dtypes, rows."""
         trained = sum(p.numel() for p in self.trainable().values())
         total = sum(p.numel() for p in self.model.parameters())
-        shared = f"each prompt once, shared by its completions; attention by {self.kernel}"
+        kernel = self.kernel or best_kernel(self.device, self.precision.compute)
+        shared = f"each prompt once, shared by its completions; attention by {kernel}"
         plain = f"plain, padded; attention {self._plain_attention}"
         return [
             f"{total:,} weights, {trained:,} of them trained ({100 * trained / total:.2f} %)",
