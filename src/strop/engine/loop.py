@@ -183,7 +183,8 @@ class Loop:
         scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
         apart = list(self.train.apart(self.policy, self.plan.visits(step)))
         seed = (self.config.seed, step)
-        result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
+        with self.policy.still():
+            result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
         rate = learning_rate(step, self.plan.num_steps, self.training)
         groups = [self.train.groups[i] for i in indices]
         self._update(step, rate, result, groups)
