@@ -25,17 +25,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
 from strop.config import METHODS
-from strop.wiring import prepare
+from strop.prepared import prepare
 
 SEED, BATCH, SFT_STEPS, HELD_OUT, LONGEST = 42, 4, 300, 300, 192
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps_per_token/chosen", "logps_per_token/rejected", "nll")
-VARIANTS = {"exo_pair": {"label_smoothing": 1e-3}}
+VARIANTS = {"exo_pair": {"label_smoothing": 1e-3}, "full": {"orpo_nll": "full"}}
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    """`kto`, or `dpo:hinge` for a loss of dpo."""
-    name, _, loss = method.partition(":")
-    return {"method": name, **({"loss_type": loss, **VARIANTS.get(loss, {})} if loss else {})}
+    """`kto`, or `dpo:hinge` for a loss of dpo, or `orpo:full`, whose likelihood is TRL's."""
+    name, _, variant = method.partition(":")
+    loss = {"loss_type": variant} if name == "dpo" and variant else {}
+    return {"method": name, **loss, **VARIANTS.get(variant, {})}
 
 
 def write_config(method: str, model: Path, out: Path, args: argparse.Namespace, **training: Any) -> Path:

@@ -27,7 +27,7 @@ from strop.engine.evaluate import evaluate
 from strop.engine.loop import Rows
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
-from strop.wiring import prepare
+from strop.prepared import prepare
 
 BATCH, ACCUMULATION, SEED = 8, 2, 42
 JUDGED = {"strop": "strop/{}/final", "trl": "trl/{}"}
@@ -75,7 +75,8 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
     if prepared.objective.needs_reference:
         reference = build_policy(config, config_of(stage, start, args).models[0], device)
         scored = reference_logps(reference, [[rows.groups[i] for i in part] for part in parts])
-        rows = replace(rows, ref_logps=dict(zip((i for part in parts for i in part), scored, strict=True)))
+        stored = dict(zip((i for part in parts for i in part), scored, strict=True))
+        rows = replace(rows, ref_logps=lambda part: [stored[i] for i in part])
     policy = build_policy(config, config.models[0], device)
     with policy.scoring():
         result = evaluate(policy, prepared.objective, (rows.batch(policy, part) for part in parts))

@@ -3,6 +3,7 @@
 A step is a list of groups, a group a list of completions, a completion two arrays of log-probs: policy, reference.
 Labelled groups are desirable and undesirable by turns, the first one is desirable; `others` are the completions of z0.
 Statistics of the step that carry no gradient are taken from `at`, so that finite differences can hold them still.
+prompts: the log-probs of each group's prompt. collisions: log(sum of p^2) at each token, shaped as the step.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ def log_sigma(x: float) -> float:
     return -float(np.logaddexp(0.0, -x))
 
 
-def step_loss(s: Any, step: Step, at: Step | None = None, others: Step = ()) -> float:
+def step_loss(
+    s: Any,
+    step: Step,
+    at: Step | None = None,
+    others: Step = (),
+    prompts: Sequence[Array] = (),
+    collisions: Sequence[Sequence[Array]] = (),
+) -> float:
     """The loss of a whole step under the settings `s`."""
     at = step if at is None else at
     if s.method == "kto":
@@ -38,6 +46,9 @@ def step_loss(s: Any, step: Step, at: Step | None = None, others: Step = ()) -> 
     chosen_nll = -sum(float(g[0][0].sum()) for g in step) / sum(len(g[0][0]) for g in step)
     if s.method == "orpo":
         pairs = [-log_sigma(np.log(odds(g[0][0]) / odds(g[1][0]))) for g in step]
+        if s.orpo_nll == "full":
+            rows = [np.concatenate([x, g[0][0]]) for x, g in zip(prompts, step, strict=True)]
+            chosen_nll = -float(np.concatenate(rows).mean())
         return chosen_nll + s.beta * float(np.mean(pairs))
     if s.method == "simpo":
         # eq. 6 with gamma = simpo_beta * simpo_gamma
@@ -50,7 +61,15 @@ def step_loss(s: Any, step: Step, at: Step | None = None, others: Step = ()) -> 
         )
     if s.method == "ipo":
         return float(np.mean([regression(s, group) for group in step]))
-    return float(np.mean(dpo_losses(s, step, at))) + s.sft_weight * chosen_nll
+    losses = np.array(dpo_losses(s, step, at))
+    if s.wpo_weighting:
+        losses *= [wpo_weight(group, drawn) for group, drawn in zip(at, collisions, strict=True)]
+    return float(losses.mean()) + s.sft_weight * chosen_nll
+
+
+def wpo_weight(group: Sequence[tuple[Array, Array]], collisions: Sequence[Array]) -> float:
+    """The product over the pair of the geometric mean of p(token) / sum of p^2."""
+    return float(np.prod([np.prod(np.exp(p - x)) ** (1 / len(p)) for (p, _), x in zip(group, collisions, strict=True)]))
 
 
 def kto(s: Any, step: Step, others: Step) -> float:

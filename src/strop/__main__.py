@@ -1,4 +1,4 @@
-"""`python -m strop`: the command line. Floor 7."""
+"""`python -m strop`: the command line. Floor 8."""
 
 from strop.cli import main
 

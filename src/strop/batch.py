@@ -1,8 +1,8 @@
 """Groups to tensors: the micro-batch that a policy scores and what an objective sees of it. Floor 1.
 
-Shapes: B rows, T tokens a row, M scored tokens, C completions, G groups. The M scored tokens stand in the order
-group by group, completion by completion, token by token, whatever the rows look like; so log-probs of one row
-layout can be laid beside those of any other.
+Shapes: B rows, T tokens a row, M scored tokens, P scored prompt tokens, C completions, G groups.
+The M scored tokens stand in the order group by group, completion by completion, token by token, whatever the rows look
+like; so log-probs of one row layout can be laid beside those of any other.
 
 Shifting happens here and nowhere else: `scored_positions[m]` is the position whose hidden state predicts
 `targets[m]`. A completion's last token predicts nothing and is not fed at all.
@@ -19,8 +19,24 @@ from torch import Tensor
 
 from strop.types import Completion, Group
 
-Unit = Literal["groups", "completions", "tokens", "chosen_tokens"]
-"""What a loss term is divided by: groups, completions, scored tokens, or scored tokens of the first completions."""
+Unit = Literal["groups", "completions", "tokens", "chosen_tokens", "chosen_row_tokens"]
+"""What a loss term is divided by: groups, completions, scored tokens, scored tokens of the first completions, or
+those and the scored tokens of the prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What is scored beside the tokens of completions, where an objective reads it.
+
+    prompts: the log-probs of each prompt's own tokens but the first, once a prompt. collisions: of each scored token,
+    log(sum over the vocabulary of p^2), the log-prob that two tokens drawn there are the same; without gradients.
+    """
+
+    prompts: bool = False
+    collisions: bool = False
+
+
+NOTHING = Extras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +57,7 @@ class Membership:
 
     completion_index: Tensor
     group_index: Tensor
+    prompt_index: Tensor | None
 
     @property
     def num_groups(self) -> int:
@@ -68,6 +85,9 @@ class Membership:
                 return len(self.completion_index)
             case "chosen_tokens":
                 return int(self.is_first[self.completion_index].sum())
+            case "chosen_row_tokens":
+                assert self.prompt_index is not None
+                return self.count("chosen_tokens") + len(self.prompt_index)
 
 
 @dataclass(frozen=True)
@@ -76,9 +96,10 @@ class Batch(Membership):
 
     input_ids, position_ids: [B, T] int64. `layout` is set for one shared-prefix row (B = 1, no padding);
     `attention_mask` [B, T] bool is set for plain rows, one completion each, right-padded.
-    scored_positions: [M] int64 into the flattened B * T. targets: [M] int64. completion_index: [M] int64 in [0, C).
-    group_index: [C] int64 in [0, G). ref_logps: [M] float32, where the objective needs them. labels: [G] bool, where
-    the groups have them.
+    scored_positions: [M + P] int64 into the flattened B * T, those of prompts at the end. targets: [M + P] int64.
+    completion_index: [M] int64 in [0, C). group_index: [C] int64 in [0, G). ref_logps: [M] float32, where the objective
+    needs them. labels: [G] bool, where the groups have them. prompt_index: [P] int64 in [0, G), where prompts are
+    scored. collisions: as in `Extras`.
     """
 
     input_ids: Tensor
@@ -91,6 +112,8 @@ class Batch(Membership):
     group_index: Tensor
     ref_logps: Tensor | None = None
     labels: Tensor | None = None
+    prompt_index: Tensor | None = None
+    collisions: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -109,8 +132,9 @@ class Scores(Membership):
     logps: [M] natural log, under the policy. ref_logps: [M], under the reference, or None.
     completion_index: [M]. group_index: [C]. labels: [G] bool, or None. mismatched: where the objective asks for them,
     the scores of the step's prompts with completions of others; of the whole step in each of its micro-batches, and
-    without gradients. Sums over tokens are taken in float64: in float32 a sum near -2500 is off by 5e-4, which the
-    gradient of a preference loss shows.
+    without gradients. prompt_logps, prompt_index: [P] each, and collisions: [M], where it asks for these `Extras`. Sums
+    over tokens are taken in float64: in float32 a sum near -2500 is off by 5e-4, which the gradient of a preference
+    loss shows.
     """
 
     logps: Tensor
@@ -119,19 +143,36 @@ class Scores(Membership):
     group_index: Tensor
     labels: Tensor | None = None
     mismatched: Scores | None = None
+    prompt_logps: Tensor | None = None
+    prompt_index: Tensor | None = None
+    collisions: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Batch, logps: Tensor, mismatched: Scores | None = None) -> Scores:
-        return cls(logps, batch.ref_logps, batch.completion_index, batch.group_index, batch.labels, mismatched)
+    def of(cls, batch: Batch, scored: Tensor, mismatched: Scores | None = None) -> Scores:
+        """scored: what a policy returns for `batch`."""
+        logps, collisions = scored if batch.collisions else (scored, None)
+        completions = len(batch.completion_index)
+        return cls(
+            logps[:completions],
+            batch.ref_logps,
+            batch.completion_index,
+            batch.group_index,
+            batch.labels,
+            mismatched,
+            None if batch.prompt_index is None else logps[completions:],
+            batch.prompt_index,
+            None if collisions is None else collisions[:completions],
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """The scores of several micro-batches of a step as if they had been one."""
         completions = groups = 0
-        completion_index, group_index = [], []
+        completion_index, group_index, prompt_index = [], [], []
         for p in parts:
             completion_index.append(p.completion_index + completions)
             group_index.append(p.group_index + groups)
+            prompt_index.append(None if p.prompt_index is None else p.prompt_index + groups)
             completions += len(p.group_index)
             groups += p.num_groups
         return cls(
@@ -141,7 +182,15 @@ class Scores(Membership):
             torch.cat(group_index),
             _joined([p.labels for p in parts]),
             parts[0].mismatched,
+            _joined([p.prompt_logps for p in parts]),
+            _joined(prompt_index),
+            _joined([p.collisions for p in parts]),
         )
+
+    def detached(self) -> Scores:
+        """The same without gradients."""
+        prompts = None if self.prompt_logps is None else self.prompt_logps.detach()
+        return replace(self, logps=self.logps.detach(), prompt_logps=prompts)
 
     @property
     def lengths(self) -> Tensor:
@@ -168,14 +217,16 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def pack(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> Batch:
+def pack(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extras: Extras = NOTHING) -> Batch:
     """One shared-prefix row: each prompt once, then its completions, whose positions restart at the prompt's length."""
     ids: list[int] = []
     positions: list[int] = []
     spans: list[GroupSpan] = []
     scored: list[int] = []
+    prompts: list[int] = []
     for group in groups:
         start, prompt = len(ids), len(group.prompt_ids)
+        prompts.extend(range(start, start + prompt - 1))
         ids.extend(group.prompt_ids)
         positions.extend(range(prompt))
         for completion in group.completions:
@@ -187,24 +238,28 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> 
             ids.extend(completion.ids[:-1])
             positions.extend(range(prompt, prompt + len(completion.ids) - 1))
         spans.append(GroupSpan(start, prompt, tuple(len(c.ids) - 1 for c in group.completions)))
-    return _batch(groups, torch.tensor([ids]), torch.tensor([positions]), None, tuple(spans), scored, ref_logps)
+    rows = torch.tensor([ids]), torch.tensor([positions]), None, tuple(spans)
+    return _batch(groups, *rows, scored, prompts, ref_logps, extras)
 
 
-def pad(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> Batch:
+def pad(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extras: Extras = NOTHING) -> Batch:
     """Plain rows: every completion after its own copy of the prompt, padded at the right to the longest."""
     rows = [(g, c) for g in groups for c in g.completions]
     width = max(len(g.prompt_ids) + len(c.ids) - 1 for g, c in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)  # padding is masked, so its id does not matter
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     scored: list[int] = []
+    prompts: list[int] = []
     for i, (group, completion) in enumerate(rows):
+        if completion is group.completions[0]:
+            prompts.extend(range(i * width, i * width + len(group.prompt_ids) - 1))
         row = [*group.prompt_ids, *completion.ids[:-1]]
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = True
         before_first = i * width + len(group.prompt_ids) - 1
         scored.extend(before_first + j for j, trained in enumerate(completion.loss_mask) if trained)
     positions = torch.arange(width).expand(len(rows), width).contiguous()
-    return _batch(groups, ids, positions, mask, None, scored, ref_logps)
+    return _batch(groups, ids, positions, mask, None, scored, prompts, ref_logps, extras)
 
 
 def _batch(
@@ -214,12 +269,18 @@ def _batch(
     attention_mask: Tensor | None,
     layout: tuple[GroupSpan, ...] | None,
     scored: list[int],
+    prompts: list[int],
     ref_logps: Sequence[Tensor] | None,
+    extras: Extras,
 ) -> Batch:
     completions: list[Completion] = [c for g in groups for c in g.completions]
     labels = [g.label for g in groups if g.label is not None]
     assert len(labels) in (0, len(groups))
     targets = [t for c in completions for t, trained in zip(c.ids, c.loss_mask, strict=True) if trained]
+    if extras.prompts:
+        scored = [*scored, *prompts]
+        targets.extend(t for g in groups for t in g.prompt_ids[1:])
+    prompt_lengths = torch.tensor([len(g.prompt_ids) - 1 for g in groups])
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -231,4 +292,6 @@ def _batch(
         group_index=torch.repeat_interleave(torch.tensor([len(g.completions) for g in groups])),
         ref_logps=torch.cat(list(ref_logps)) if ref_logps is not None else None,
         labels=torch.tensor(labels) if labels else None,
+        prompt_index=torch.repeat_interleave(prompt_lengths) if extras.prompts else None,
+        collisions=extras.collisions,
     )

@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `demo`, `methods`, `prepare`, `schema`. Floor 6.
+"""The command line: `strop train`, `demo`, `methods`, `prepare`, `schema`. Floor 7.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on; 130: stopped by Ctrl-C where nothing could be saved. Configuration and torch
@@ -149,22 +149,17 @@ def _train(arguments: list[str]) -> int:
         raise ConfigError("--resume is empty", expected="auto, the path of a checkpoint, or nothing after it")
     config = load_config(options.config, preset=options.preset, overrides=overrides)
     _log_to_terminal(config.logging.log_level)
-    index = options.model_index
-    if index is not None and not 0 <= index < len(config.models):
-        names = ", ".join(f"{i} = {model.name}" for i, model in enumerate(config.models))
-        raise ConfigError(f"there is no model {index}", where="--model-index", expected=names)
-
     if options.dry_run:
         from strop.dryrun import dry_run
 
-        dry_run(config, model_index=index)
+        dry_run(config, model_index=options.model_index)
         return 0
 
     from strop.wiring import train
 
     train(
         config,
-        model_index=index,
+        model_index=options.model_index,
         resume=options.resume,
         overwrite=options.overwrite,
         allow_changes=options.allow_changes,

@@ -15,7 +15,7 @@ from strop.data.plan import packed_tokens
 from strop.data.show import show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
-from strop.wiring import prepare, select_models, with_budget
+from strop.prepared import prepare, select_models, with_budget
 
 
 def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The wiring, and the only one: a configuration becomes objects, the objects become a run. Floor 4.
+"""The wiring, and the only one: a configuration becomes objects, the objects become a run. Floor 5.
 
 config -> device, run folder -> tokenizer, groups, plan -> policy -> reference log-probs -> loop -> final model
 """
@@ -6,36 +6,31 @@ config -> device, run folder -> tokenizer, groups, plan -> policy -> reference l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from strop.batch import NOTHING
 from strop.config import RunConfig, advice, resolve, to_yaml
-from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
-from strop.data.load import LoadedData, load_data
 from strop.data.mismatch import Mismatched
-from strop.data.plan import Plan, RowTokens, cut, default_budget, lengths, packed_tokens, padded_tokens
+from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
 from strop.engine.loop import Loop, Rows
-from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_recipe
 from strop.engine.trackers import open_trackers
-from strop.errors import ConfigError, DataError, StropError, TrainingError
-from strop.objectives.base import Objective, build_objective
-from strop.policy.load import load_tokenizer
+from strop.errors import ConfigError, StropError, TrainingError
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import check_reference, reference_logps, reference_policy
+from strop.policy.reference import SyncedReference, reference_logps, reference_policy
+from strop.prepared import Prepared, prepare, select_models, with_budget
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -52,43 +47,6 @@ class RunResult:
     @property
     def final(self) -> Path:
         return self.run_dir / "final"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known before any weight is loaded: rows as groups, the objective, the recipe resolved for this data."""
-
-    config: RunConfig
-    model: ModelSection
-    tokenizer: PreTrainedTokenizerBase
-    data: LoadedData
-    objective: Objective[MethodSettings]
-    plan: Plan
-
-    def describe(self, tokens: RowTokens) -> Iterator[str]:
-        """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
-        plan, training, groups = self.plan, self.config.training, lengths(self.data.train)
-        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-        made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
-        own = training.groups_per_step != batch * accumulation
-        yield f"effective batch: {training.groups_per_step} groups a step{'' if own else made}"
-        steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
-        epochs = steps / plan.steps_per_epoch
-        yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
-        if warmup >= steps > 1:
-            last = learning_rate(steps, steps, training)
-            yield (
-                f"note: the warm-up takes the whole run: the learning rate ends at {last:g} of "
-                f"{training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
-            )
-        budget = training.micro_batch_tokens
-        assert budget is not None
-        parts = [p for s in range(1, plan.steps_per_epoch + 1) for p in cut(groups, plan.groups(s), budget, tokens)]
-        total = sum(tokens([groups[i] for i in part]) for part in parts)
-        yield (
-            f"tokens: {total:,} an epoch, in {len(parts)} micro-batches of at most {budget:,}, "
-            f"{100 * total / (len(parts) * budget):.0f} % full"
-        )
 
 
 def train(
@@ -142,62 +100,6 @@ def train(
     return results
 
 
-def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelSection]:
-    """All models, or the one at `model_index`."""
-    if model_index is None:
-        return config.models
-    if not 0 <= model_index < len(config.models):
-        raise ConfigError(
-            f"there is no model {model_index}",
-            where="--model-index",
-            expected=f"0 to {len(config.models) - 1}: "
-            + ", ".join(f"{i} = {m.name}" for i, m in enumerate(config.models)),
-            fix="name one of these",
-        )
-    return [config.models[model_index]]
-
-
-def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
-    """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
-    objective = build_objective(config.post_training)
-    require_optimizer(config.training)
-    tokenizer = load_tokenizer(model)
-    check_reference(config, model, tokenizer)
-    data = load_data(config, tokenizer, objective.rows)
-    if objective.needs_mismatched:
-        _check_mismatched(data)
-    if not data.eval:
-        config = _without_validation(config)
-    training = config.training
-    groups_per_step = training.groups_per_step
-    if groups_per_step is None:
-        effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        groups_per_step, origin = effective, "batch size x accumulation steps x devices"
-        if checkpoint is not None:
-            groups_per_step, origin = checkpoint.state["recipe"]["training.groups_per_step"], "the resumed run"
-        config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
-    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed)
-    return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
-
-
-def _without_validation(config: RunConfig) -> RunConfig:
-    """The configuration of a run that cannot be evaluated.
-
-    Raises:
-        ConfigError: a setting that needs evaluations was given.
-    """
-    neutral = {"finetuning.load_best_model_at_end": False, "finetuning.early_stopping_patience": None}
-    for key, value, _ in config.leaves():
-        if key in neutral and value != neutral[key] and not config.origins[key].startswith("default"):
-            raise ConfigError(
-                "there are no validation rows to evaluate the model by",
-                where=f"{key}: {value} ({config.origins[key]})",
-                expected="dataset.val_file, a validation file in splits_dir, or dataset.validation_split above 0",
-                fix="give validation rows, or drop this key",
-            )
-    return config.with_values(neutral, "no validation rows")
-
-
 def _train_model(
     config: RunConfig, model: ModelSection, resume: str | None, overwrite: bool, allow_changes: bool
 ) -> RunResult:
@@ -245,7 +147,8 @@ def _run(
     saved: Checkpoint | None,
 ) -> RunResult:
     config, data, plan = prepared.config, prepared.data, prepared.plan
-    train, validation = _with_references(prepared, policy, tokens, progress)
+    reference = _synced_reference(prepared, policy)
+    train, validation = _with_references(prepared, policy, tokens, progress, reference)
     resumed_at = saved.step if saved else 0
     if not saved:
         _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
@@ -263,7 +166,8 @@ def _run(
     )
     try:
         with StopSignal() as stop:
-            loop = Loop(config, policy, prepared.objective, plan, train, validation, outputs, lambda: stop.requested)
+            parts = (config, policy, prepared.objective, plan, train, validation, outputs)
+            loop = Loop(*parts, should_stop=lambda: stop.requested, reference=reference)
             if saved:
                 loop.restore(saved)
                 _look_for_best(loop, run, saved)
@@ -321,16 +225,6 @@ def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     return config.with_values({"training.bf16": low, "training.fp16": False}, "auto_precision")
 
 
-def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
-    """`micro_batch_tokens` from the longest group, where the configuration leaves it open."""
-    training = prepared.config.training
-    if training.micro_batch_tokens is not None:
-        return prepared
-    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens)
-    origin = "batch size x the longest group"
-    return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
-
-
 def _write_papers(prepared: Prepared, run: RunDir) -> None:
     run.write_text("config.yaml", to_yaml(prepared.config))
     run.write_json("environment.json", describe_environment(seed=prepared.config.seed))
@@ -339,17 +233,25 @@ def _write_papers(prepared: Prepared, run: RunDir) -> None:
         run.write_lines("rejected.jsonl", prepared.data.rejected)
 
 
+def _synced_reference(prepared: Prepared, policy: Policy) -> SyncedReference | None:
+    sync = prepared.objective.ref_sync
+    return None if sync is None else SyncedReference(policy, sync.every_steps, sync.share)
+
+
 def _with_references(
-    prepared: Prepared, policy: Policy, tokens: RowTokens, progress: Progress
+    prepared: Prepared, policy: Policy, tokens: RowTokens, progress: Progress, synced: SyncedReference | None
 ) -> tuple[Rows, Rows | None]:
-    """Training and validation rows, with the reference's log-probs scored before the first step where needed."""
+    """Training and validation rows, with the reference's log-probs where needed: scored before the first step, or as
+    batches are made by a reference that follows the policy."""
     training, data = prepared.config.training, prepared.data
+    objective, plan = prepared.objective, prepared.plan
     assert training.micro_batch_tokens is not None
-    train, validation = Rows(data.train, training.micro_batch_tokens, tokens), None
+    train, validation = Rows(data.train, training.micro_batch_tokens, tokens, extras=objective.extras), None
     if data.eval:
         budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens)
-        validation = Rows(data.eval, budget, tokens)
-    objective, plan = prepared.objective, prepared.plan
+        validation = replace(train, groups=data.eval, budget_tokens=budget)
+    if synced is not None:
+        return _live(train, synced), validation and _live(validation, synced)
     if objective.needs_mismatched:
         train = _with_mismatched(train, prepared.config, plan.num_epochs)
         validation = validation and _with_mismatched(validation, prepared.config, 1)
@@ -362,21 +264,15 @@ def _with_references(
     return train, validation
 
 
-def _check_mismatched(data: LoadedData) -> None:
-    for name, groups in (("training", data.train), ("validation", data.eval)):
-        if len(groups) == 1:
-            raise DataError(
-                f"there is one {name} row, {groups[0].origin}, and no other one to take a completion from",
-                expected="at least two: the method compares with completions of other rows",
-                fix="give more rows, or set dataset.validation_split: 0 if there is to be no evaluation",
-            )
-
-
 def _with_mismatched(rows: Rows, config: RunConfig, num_epochs: int) -> Rows:
     """The rows, and their prompts with completions of others for so many epochs."""
     limit = config.training.max_seq_length
     others = Mismatched(rows.groups, num_epochs=num_epochs, seed=config.seed, max_tokens=limit)
-    return replace(rows, mismatched=replace(rows, groups=others))
+    return replace(rows, mismatched=replace(rows, groups=others, extras=NOTHING))
+
+
+def _live(rows: Rows, reference: SyncedReference) -> Rows:
+    return replace(rows, ref_logps=lambda part: reference.logps([rows.groups[i] for i in part]))
 
 
 def _scored(
@@ -396,4 +292,5 @@ def _scored(
         lambda done, total: task.step(n=done - task.completed),
     )
     others = rows.mismatched and _scored(reference, rows.mismatched, progress, visits)
-    return replace(rows, ref_logps=dict(zip(indices, scored, strict=True)), mismatched=others)
+    stored = dict(zip(indices, scored, strict=True))
+    return replace(rows, ref_logps=lambda part: [stored[i] for i in part], mismatched=others)

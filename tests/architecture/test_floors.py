@@ -21,13 +21,14 @@ FLOORS = {
     "policy": 2,
     "objectives": 2,
     "engine": 3,
-    "wiring": 4,
+    "prepared": 4,
+    "wiring": 5,
     "dryrun": 5,
     "catalogue": 5,
-    "demo": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 6,
+    "demo": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 7,
 }
 # batch and distributed are the two rooms of floor 1 that read their neighbour's plain data classes
 NEIGHBOURS = {("distributed", "config")}

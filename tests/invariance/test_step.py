@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strop.batch import Batch, pack, pad
+from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.methods import CpoSettings, KtoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
@@ -34,8 +34,11 @@ SETTINGS: list[MethodSettings] = [
     SftSettings(loss_reduction="sequences"),
     dpo(),
     dpo(sft_weight=0.5, ld_alpha=0.5),
+    dpo(wpo_weighting=True),
+    dpo("kto_pair", wpo_weighting=True),
     *(dpo(loss) for loss in ("ipo", "kto_pair", "bco_pair", "aot", "aot_unpaired")),
     OrpoSettings(),
+    OrpoSettings(orpo_nll="full"),
     SimpoSettings(),
     CpoSettings(),
     KtoSettings(),
@@ -54,8 +57,9 @@ class PlainTransformers(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         assert batch.attention_mask is not None
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        logps = logits.flatten(0, 1)[batch.scored_positions].log_softmax(-1)
-        return logps.gather(1, batch.targets[:, None]).squeeze(1)
+        everything = logits.flatten(0, 1)[batch.scored_positions].log_softmax(-1)
+        logps = everything.gather(1, batch.targets[:, None]).squeeze(1)
+        return torch.stack([logps, everything.exp().square().sum(-1).log().detach()]) if batch.collisions else logps
 
 
 class Float64Torch:
@@ -100,7 +104,7 @@ def make_groups(rows: str) -> list[Group]:
 
 
 def one_step(
-    forward: nn.Module, settings: MethodSettings, batches_of: Callable[[Sequence[Group], Sequence[Tensor]], list[Batch]]
+    forward: nn.Module, settings: MethodSettings, batches_of: Callable[..., list[Batch]]
 ) -> tuple[float, dict[str, Tensor]]:
     objective = build_objective(settings)
     groups = make_groups(objective.rows)
@@ -111,23 +115,23 @@ def one_step(
     apart_refs = [-9.5 * torch.ones(g.num_scored, dtype=torch.float64) for g in others]
     forward.zero_grad()
     apart = batches_of(others, apart_refs) if others else []
-    result = forward_backward(forward, objective, batches_of(groups, refs), apart)
+    result = forward_backward(forward, objective, batches_of(groups, refs, objective.extras), apart)
     gradients = {n.removeprefix("model."): p.grad.clone() for n, p in forward.named_parameters() if p.grad is not None}
     return result.loss, gradients
 
 
 def in_parts(sizes: Sequence[int], layout: Callable[..., Batch]) -> Callable[..., list[Batch]]:
-    def batches(groups: Sequence[Group], refs: Sequence[Tensor]) -> list[Batch]:
+    def batches(groups: Sequence[Group], refs: Sequence[Tensor], extras: Extras = NOTHING) -> list[Batch]:
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return [layout(groups[a:b], refs[a:b]) for a, b in pairwise(bounds)]
+        return [layout(groups[a:b], refs[a:b], extras) for a, b in pairwise(bounds)]
 
     return batches
 
 
 def by_budget(tokens: int) -> Callable[..., list[Batch]]:
-    def batches(groups: Sequence[Group], refs: Sequence[Tensor]) -> list[Batch]:
+    def batches(groups: Sequence[Group], refs: Sequence[Tensor], extras: Extras = NOTHING) -> list[Batch]:
         parts = cut(groups, range(len(groups)), tokens, packed_tokens)
-        return [pack([groups[i] for i in part], [refs[i] for i in part]) for part in parts]
+        return [pack([groups[i] for i in part], [refs[i] for i in part], extras) for part in parts]
 
     return batches
 

@@ -1,7 +1,8 @@
 """The same rows, model, order and optimizer in TRL 1.16's trainers: the same losses and the same first gradient.
 
-Variants whose definitions agree: dpo sigmoid, hinge, ipo (ipo_norm mean) and sft with the token mean. (kto_pair: TRL
-takes its KL over the micro-batch, lets gradients through it, and averages the two halves.)
+Variants whose definitions agree: dpo sigmoid (with WPO's weights and with a reference that is synced too), hinge, ipo
+(ipo_norm mean) and sft with the token mean. (kto_pair: TRL takes its KL over the micro-batch, lets gradients through
+it, and averages the two halves.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
-from strop.wiring import prepare
+from strop.prepared import prepare
 
 trl = pytest.importorskip("trl", reason="TRL is the oracle of these tests; install the extra `dev`")
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL and its dependencies warn of their own future
@@ -87,7 +88,7 @@ def ours(config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
     groups = [prepared.data.train[i] for i in prepared.plan.groups(1)]
     objective = build_objective(config.post_training)
     refs = reference_logps(policy, [groups]) if objective.needs_reference else None
-    forward_backward(policy, objective, [policy.collate(groups, refs)])
+    forward_backward(policy, objective, [policy.collate(groups, refs, objective.extras)])
     return losses, {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
 
 
@@ -132,7 +133,16 @@ def theirs(
     first = FirstGradient()
     common = {"model": make_model(), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     if pair:
-        args = trl.DPOConfig(**settings, beta=method.get("beta", 0.1), loss_type=method.get("loss_type", "sigmoid"))
+        sync = method.get("ref_sync_steps")
+        if sync:
+            settings |= {"sync_ref_model": True, "ref_model_sync_steps": sync}
+            settings["ref_model_mixup_alpha"] = method["ref_mixup_alpha"]
+        args = trl.DPOConfig(
+            **settings,
+            beta=method.get("beta", 0.1),
+            loss_type=method.get("loss_type", "sigmoid"),
+            use_weighting=method.get("wpo_weighting", False),
+        )
         trainer = trl.DPOTrainer(**common, ref_model=make_model(), args=args, callbacks=[first])
     else:
         trainer = trl.SFTTrainer(**common, args=trl.SFTConfig(**settings), callbacks=[first])
@@ -149,6 +159,8 @@ def theirs(
         {"method": "dpo"},
         {"method": "dpo", "loss_type": "hinge", "beta": 0.3},
         {"method": "dpo", "loss_type": "ipo"},
+        {"method": "dpo", "wpo_weighting": True},
+        {"method": "dpo", "ref_sync_steps": 2, "ref_mixup_alpha": 0.4},
     ],
     ids=lambda m: "-".join(map(str, m.values())),
 )

@@ -42,8 +42,10 @@ def make_scores() -> Scores:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor(LENGTHS).flatten()
     logps, refs = (-3 * torch.rand(int(lengths.sum()), generator=generator) for _ in range(2))
+    collisions = -torch.rand(int(lengths.sum()), generator=generator)
     index = torch.arange(len(LENGTHS)).repeat_interleave(2)
-    return Scores(logps.requires_grad_(), refs, torch.repeat_interleave(lengths), index)
+    places = torch.repeat_interleave(lengths)
+    return Scores(logps.requires_grad_(), refs, places, index, collisions=collisions)
 
 
 def make_labelled_scores() -> Scores:
@@ -77,10 +79,13 @@ def dpo_loss(s: Any, scores: Scores) -> Tensor:
     assert scores.ref_logps is not None
     reference = padded(scores.ref_logps, scores)
 
+    assert scores.collisions is not None
+    collisions = padded(scores.collisions, scores)
+
     def answers(per_token: Tensor) -> SimpleNamespace:
         aside = torch.zeros_like(per_token)
         return SimpleNamespace(
-            log_probs=per_token, entropy=aside, mean_logits=aside, is_top1=aside.bool(), log_sum_sq_probs=aside
+            log_probs=per_token, entropy=aside, mean_logits=aside, is_top1=aside.bool(), log_sum_sq_probs=collisions
         )
 
     trainer = SimpleNamespace(
@@ -99,7 +104,7 @@ def dpo_loss(s: Any, scores: Scores) -> Tensor:
         loss_types=[getattr(s, "loss_type", "ipo")] + (["sft"] if getattr(s, "sft_weight", 0) else []),
         loss_weights=[1.0] + ([s.sft_weight] if getattr(s, "sft_weight", 0) else []),
         label_smoothing=getattr(s, "label_smoothing", 0.0),
-        use_weighting=False,
+        use_weighting=getattr(s, "wpo_weighting", False),
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
@@ -210,6 +215,7 @@ AGREEING: list[MethodSettings] = [
     *(dpo(loss, f_divergence="js") for loss in ("hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")),
     *(dpo(loss, ld_alpha=0.5) for loss in ("sigmoid", "nca_pair", "aot")),
     dpo(sft_weight=0.3),
+    *(dpo(loss, wpo_weighting=True) for loss in ("sigmoid", "exo_pair", "nca_pair")),
     IpoSettings(beta=0.3),
     KtoSettings(),
     KtoSettings(beta=0.5, desirable_weight=1.3, undesirable_weight=0.4),
@@ -257,13 +263,8 @@ def test_named_deviations_are_still_there(settings: DpoSettings, what: str) -> N
 
 def test_discopop_where_trl_overflows() -> None:
     scores = make_scores()
-    assert scores.ref_logps is not None
-    far = Scores((scores.logps.detach() - 900.0).requires_grad_(), scores.ref_logps, *_index(scores))
+    far = replace(scores, logps=(scores.logps.detach() - 900.0).requires_grad_())
     theirs = dpo_loss(dpo("discopop", beta=1.0), far)
     objective = build_objective(dpo("discopop", beta=1.0))
     assert not torch.isfinite(theirs)
     assert torch.isfinite(objective.terms(far)["preference"])
-
-
-def _index(scores: Scores) -> tuple[Tensor, Tensor]:
-    return scores.completion_index, scores.group_index

@@ -20,6 +20,7 @@ from strop import wiring
 from strop.batch import Batch
 from strop.engine.checkpoint import open_checkpoint
 from strop.policy.policy import Policy, build_policy
+from strop.prepared import prepare
 from strop.types import Group
 
 RECIPE = {
@@ -147,7 +148,7 @@ class Runs:
     def prepare(self, keys: Mapping[str, Any] | None = None, **bare: Any) -> wiring.Prepared:
         """The road up to the weights."""
         config = self.config(keys, **bare)
-        return wiring.prepare(config, config.models[0])
+        return prepare(config, config.models[0])
 
     def policy(self, keys: Mapping[str, Any] | None = None, **bare: Any) -> Policy:
         config = self.config(keys, **bare)

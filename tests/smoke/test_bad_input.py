@@ -253,6 +253,7 @@ CASES = {
     "an infinite learning rate": case(f"{SFT} --learning-rate .inf", "learning_rate is inf", "a finite number"),
     "wandb": case(f"{SFT} --report-to wandb", "['wandb']", "tensorboard", "remove wandb"),
     "a model that is not there": case(f"{SFT} --model-index 9", "--model-index: there is no model 9", "0 = model"),
+    "a model before the first": case(f"{SFT} --model-index -1", "--model-index: there is no model -1"),
     "a token in the configuration": case(f"{SFT} --revision hf_{'a1B2c3D4' * 5}", "access token", "HF_TOKEN"),
     "one name for two models": config(
         "models: [{huggingface_id: a/x}, {huggingface_id: b/x}]\n", "both named 'x'", "its own `name:`"

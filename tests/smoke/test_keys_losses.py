@@ -63,6 +63,32 @@ def test_post_training__sft_weight(runs: Any) -> None:
     assert first(run, "loss/preference") == pytest.approx(LN2)
 
 
+def test_post_training__wpo_weighting(runs: Any) -> None:
+    plain, weighted = runs(), runs(wpo_weighting=True)
+    # the tiny model is unsure of every token, so its weights are small
+    assert 0 < first(weighted) < 0.9 * first(plain)
+
+
+def test_post_training__ref_sync_steps(runs: Any) -> None:
+    run = runs(ref_sync_steps=1, ref_mixup_alpha=1.0)
+    evaluations = [r for r in run.metrics if r["split"] == "eval"]
+    assert len(evaluations) > 1
+    assert all(r["rewards/margins"] == 0 for r in evaluations)
+
+
+def test_post_training__ref_mixup_alpha(runs: Any) -> None:
+    last = [runs(ref_sync_steps=1, ref_mixup_alpha=alpha).metrics[-1] for alpha in (0.01, 0.6, 1.0)]
+    away = [abs(r["rewards/margins"]) for r in last]
+    assert away[0] > away[1] > away[2] == 0
+
+
+def test_post_training__orpo_nll(runs: Any) -> None:
+    completion, full = (runs(method="orpo", orpo_nll=nll) for nll in ("completion", "full"))
+    assert first(completion, "loss/preference") == pytest.approx(first(full, "loss/preference"))
+    assert first(completion, "loss/nll") == pytest.approx(-first(completion, "logps_per_token/chosen"))
+    assert first(full, "loss/nll") != pytest.approx(first(completion, "loss/nll"), rel=1e-3)
+
+
 def test_post_training__simpo_beta(runs: Any) -> None:
     one, two = (runs(method="simpo", simpo_beta=beta) for beta in (1.0, 3.0))
     assert first(two, "rewards/margins") == pytest.approx(3 * first(one, "rewards/margins"))

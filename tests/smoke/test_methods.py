@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 import strop
 from strop import wiring
 from strop.config import METHODS
+from strop.data.plan import packed_tokens
 from strop.errors import DataError
 from strop.objectives.base import build_objective
+from strop.prepared import prepare, with_budget
 
 ROWS = 6
 
@@ -32,13 +36,15 @@ def write_rows(path: Path, method: str) -> Path:
     return path
 
 
-def train(method: str, folder: Path, model_dir: Path, **training: Any) -> list[dict[str, Any]]:
+def train(
+    method: str, folder: Path, model_dir: Path, options: dict[str, Any] | None = None, **training: Any
+) -> list[dict[str, Any]]:
     config = strop.load_config(
         overrides={
             "models": [{"huggingface_id": str(model_dir)}],
             "dataset.train_file": str(write_rows(folder / "rows.jsonl", method)),
             "dataset.validation_split": 0.34,
-            "post_training": {"method": method},
+            "post_training": {"method": method, **(options or {})},
             "training": {
                 "output_dir": str(folder / "out"),
                 "learning_rate": 1e-3,
@@ -65,6 +71,68 @@ def test_it_trains(method: str, tmp_path: Path, model_dir: Path, monkeypatch: py
     assert losses[-1] < losses[0]
     for record in records:
         assert objective.METRICS.keys() <= record.keys()
+
+
+def test_a_reference_that_becomes_the_policy_starts_again_at_ln_2(tmp_path: Path, model_dir: Path) -> None:
+    sync = {"ref_sync_steps": 2, "ref_mixup_alpha": 1.0}
+    records = train("dpo", tmp_path, model_dir, sync, max_steps=6, eval_steps=1, groups_per_step=2)
+    evaluations = {r["step"]: r for r in records if r["split"] == "eval"}
+    assert set(evaluations) >= {0, 1, 2, 3, 4}
+    for step, record in evaluations.items():
+        synced = record["loss"] == pytest.approx(math.log(2), rel=1e-6) and record["rewards/margins"] == 0
+        assert synced == (step % 2 == 0), step
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dpo", {"wpo_weighting": True}),
+        ("dpo", {"wpo_weighting": True, "loss_type": "kto_pair"}),
+        ("orpo", {"orpo_nll": "full"}),
+    ],
+    ids=str,
+)
+def test_what_is_scored_beside_completions_reaches_the_loss(
+    method: str, options: dict[str, Any], tmp_path: Path, model_dir: Path
+) -> None:
+    with_it, without = tmp_path / "with", tmp_path / "without"
+    with_it.mkdir(), without.mkdir()
+    rest = {name: value for name, value in options.items() if name == "loss_type"}
+    records = [
+        [r["loss"] for r in train(method, folder, model_dir, chosen) if r["split"] == "train"]
+        for folder, chosen in ((with_it, options), (without, rest))
+    ]
+    assert records[0][-1] < records[0][0] != records[1][0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("kto", {}, r"mismatched completions: up to [\d,]+ tokens more an epoch"),
+        ("kto", {"kto_loss": "apo_zero_unpaired"}, None),
+        ("dpo", {"loss_type": "aot"}, "scored twice"),
+        ("dpo", {"ref_sync_steps": 5}, "moves every 5 steps"),
+        ("dpo", {}, None),
+    ],
+    ids=str,
+)
+def test_what_costs_more_is_said_before(
+    method: str, options: dict[str, Any], said: str | None, tmp_path: Path, model_dir: Path
+) -> None:
+    overrides = {
+        "models": [{"huggingface_id": str(model_dir)}],
+        "dataset.train_file": str(write_rows(tmp_path / "rows.jsonl", method)),
+        "post_training": {"method": method, **options},
+        "dataset.validation_split": 0.0,
+        "training.per_device_train_batch_size": 1,
+        "training.gradient_accumulation_steps": 3,
+    }
+    config = strop.load_config(overrides=overrides)
+    prepared = with_budget(prepare(config, config.models[0]), packed_tokens)
+    lines = list(prepared.describe(packed_tokens))
+    costs = [x for x in lines if re.search("mismatched|scored twice|second model", x)]
+    assert len(costs) == (said is not None)
+    assert said is None or re.search(said, costs[0])
 
 
 def test_kto_starts_where_policy_and_reference_agree(tmp_path: Path, model_dir: Path) -> None:

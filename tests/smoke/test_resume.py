@@ -38,11 +38,13 @@ def rows(path: Path, pair: bool, n: int = 17) -> Path:
     return path
 
 
-def settings(folder: Path, model: Path, method: str, lora: bool, **training: Any) -> dict[str, Any]:
+def settings(
+    folder: Path, model: Path, method: str, lora: bool, options: dict[str, Any] | None = None, **training: Any
+) -> dict[str, Any]:
     found: dict[str, Any] = {
         "models": [{"name": "run", "huggingface_id": str(model)}],
         "dataset": {"train_file": str(rows(folder / "rows.jsonl", method != "sft")), "validation_split": 0.25},
-        "post_training": {"method": method},
+        "post_training": {"method": method, **(options or {})},
         "training": {
             "output_dir": str(folder / "out"),
             "num_epochs": 2,
@@ -103,8 +105,13 @@ def die_in_step(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 @pytest.mark.parametrize(
     ("method", "lora", "training"),
-    [("sft", False, {}), ("dpo", True, {}), ("dpo", True, {"bf16": True, "optim": "adamw_torch_fused"})],
-    ids=["sft-full", "dpo-lora-dropout", "dpo-lora-bf16"],
+    [
+        ("sft", False, {}),
+        ("dpo", True, {}),
+        ("dpo", True, {"bf16": True, "optim": "adamw_torch_fused"}),
+        ("dpo", False, {"options": {"ref_sync_steps": 2, "ref_mixup_alpha": 0.3}}),
+    ],
+    ids=["sft-full", "dpo-lora-dropout", "dpo-lora-bf16", "dpo-full-synced"],
 )
 def test_dying_in_any_step_changes_nothing(
     method: str, lora: bool, training: dict[str, Any], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch

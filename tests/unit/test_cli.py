@@ -129,8 +129,6 @@ def test_the_demo(calls: Calls) -> None:
         ("train c.yaml", "'c.yaml' belongs to no flag\n  to do:    did you mean --config c.yaml?"),
         ("train --config c.yaml d.yaml", "'d.yaml' belongs to no flag"),
         ("train --config c.yaml --model-index x", "invalid int value"),
-        ("train --config c.yaml --model-index 2", "--model-index: there is no model 2\n  expected: 0 = a, 1 = b"),
-        ("train --config c.yaml --model-index -1", "there is no model -1"),
         ("train --config c.yaml --resume --overwrite", "--resume and --overwrite are both given"),
         ("train --config c.yaml --resume=", "--resume is empty"),
         ("train --config c.yaml --overwrite=yes", "--overwrite"),

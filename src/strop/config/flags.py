@@ -8,11 +8,10 @@ In: the tokens of a command line. Out: overrides for `load_config`, and the toke
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 from strop.config.layers import CommandLine
-from strop.config.names import ELSEWHERE, matches, numbered
+from strop.config.names import ELSEWHERE, closest, matches, numbered
 from strop.config.schema import KEYS, SECTIONS, Key, key_at
 from strop.config.yamlfile import KeyPath, dotted, scalar
 from strop.errors import ConfigError
@@ -91,8 +90,8 @@ def _nearest_flag(name: str, own: Collection[str]) -> str:
         return f"did you mean --{ELSEWHERE[last].replace('.N.', '.0.')}?"
     known = {key.name: _dotted_flag(key) if section else _flag(key.name) for key in KEYS}
     known |= {alias: _flag(alias) for alias in ALIASES} | {flag.lstrip("-").replace("-", "_"): flag for flag in own}
-    close = difflib.get_close_matches(last, known, n=1)
-    return f"did you mean {known[close[0]]}?" if close else "strop train --help lists all flags"
+    close = closest(last, known)
+    return f"did you mean {known[close]}?" if close is not None else "strop train --help lists all flags"
 
 
 def _flag(name: str) -> str:

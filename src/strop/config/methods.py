@@ -22,6 +22,8 @@ NEUTRAL: Mapping[str, Any] = {
     "ld_alpha": 1.0,
     "desirable_weight": 1.0,
     "undesirable_weight": 1.0,
+    "wpo_weighting": False,
+    "orpo_nll": "completion",
     "use_ref_model": True,
     "loss_reduction": "tokens",
 }
@@ -182,6 +184,8 @@ class DpoSettings(ReferenceSettings):
         "f_alpha": Readers("f_divergence", ("alpha",)),
         # these are divided by the length
         "ld_alpha": _losses("ipo", "sigmoid_norm"),
+        # these compare sorted pairs, whose weights would belong to others
+        "wpo_weighting": _losses("aot", "aot_unpaired"),
     }
 
     method: Literal["dpo"] = "dpo"
@@ -205,11 +209,31 @@ class DpoSettings(ReferenceSettings):
     ld_alpha: float = Field(default=1.0, ge=0, le=1)
     """Weight of the tokens of the longer completion beyond the length of the shorter one (arXiv 2409.06411); 1: off.
     Not for the losses per token, `ipo` and `sigmoid_norm`."""
+    wpo_weighting: bool = False
+    """Weight each pair's loss by how likely the policy itself is to write its completions (WPO, arXiv 2406.11827)."""
+    ref_sync_steps: int | None = Field(default=None, ge=1)
+    """Every so many steps the reference moves towards the policy (TR-DPO, arXiv 2404.09656), which keeps a second model
+    in memory and scores it in every step; null: the reference stays as it is. Full training only."""
+    ref_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
+    """Read with ref_sync_steps: how far the reference moves, 1: all the way."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the chosen completions' negative log-likelihood per token, added to the loss (arXiv 2404.19733)."""
 
+    def unread(self) -> Mapping[str, Readers]:
+        unread = super().unread()
+        return (
+            unread if self.ref_sync_steps else {**unread, "ref_mixup_alpha": Readers("ref_sync_steps", ("a number",))}
+        )
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        if self.ref_sync_steps and self.ref_model_id is not None:
+            yield Problem(
+                ("ref_sync_steps", "ref_model_id"),
+                f"ref_sync_steps is {self.ref_sync_steps}, and ref_model_id names another model, which cannot be mixed "
+                "with the policy",
+                fix="remove one of them",
+            )
         if self.loss_type == "exo_pair" and self.label_smoothing == 0:
             yield Problem(
                 ("label_smoothing", "loss_type"),
@@ -255,6 +279,8 @@ class OrpoSettings(MethodSettings):
     """Odds ratio preference optimisation."""
     beta: float = Field(default=0.1, gt=0)
     """Weight of the odds ratio beside the negative log-likelihood (lambda in the paper)."""
+    orpo_nll: Literal["completion", "full"] = "completion"
+    """Whose likelihood: of the chosen completion, or of prompt and chosen completion (`full`, as TRL)."""
 
 
 class SimpoSettings(MethodSettings):

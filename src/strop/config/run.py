@@ -107,3 +107,13 @@ class RunConfig(Section):
                     "names that differ, since they name the run folders",
                     "give each model its own `name:`",
                 )
+        if getattr(self.post_training, "ref_sync_steps", None):
+            adapters = ["lora.enabled: true"] if self.lora.enabled else []
+            adapters += [f"models.{i}.adapter" for i, model in enumerate(self.models) if model.adapter is not None]
+            if adapters:
+                yield Problem(
+                    ("post_training.ref_sync_steps",),
+                    f"post_training.ref_sync_steps mixes whole models, and {adapters[0]} trains adapters",
+                    "full training",
+                    "remove ref_sync_steps, or train in full (lora.enabled: false, no adapter)",
+                )

@@ -317,9 +317,10 @@ class GpuSection(Section):
     """Devices."""
 
     device_ids: ListOf[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    """GPUs to use; null: the first one, or the CPU where there is none."""
+    """The GPU to use, as a list of one: this version trains on one device. null: the first one, or the CPU where there
+    is none."""
     use_ddp: bool = False
-    """Data parallelism over several device_ids."""
+    """Data parallelism over several device_ids; refused on GPUs in this version, which trains on one."""
 
     def problems(self) -> Iterator[Problem]:
         if self.device_ids and len(set(self.device_ids)) < len(self.device_ids):

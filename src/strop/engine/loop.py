@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from strop.batch import Batch
+from strop.batch import NOTHING, Batch, Extras
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.data.plan import Plan, RowTokens, cut, longest_first
@@ -33,6 +33,7 @@ from strop.engine.step import StepScores, forward_backward
 from strop.errors import ConfigError, Interrupted, TrainingError
 from strop.objectives.base import Objective
 from strop.policy.policy import Policy
+from strop.policy.reference import SyncedReference
 from strop.types import Group
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -41,17 +42,19 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Rows:
-    """Groups, how they are cut into micro-batches, and the reference log-probs of each group, by index (None where
-    the objective needs none).
+    """Groups, how they are cut into micro-batches, and what is laid beside them.
 
-    mismatched: the prompts with completions of others, by visit, where the objective needs them.
+    ref_logps: indices of groups -> the reference's log-probs of each, [scored tokens], where the objective needs them.
+    mismatched: the prompts with completions of others, by visit, where the objective needs them. extras: what else the
+    policy is to score.
     """
 
     groups: Sequence[Group]
     budget_tokens: int
     tokens: RowTokens
-    ref_logps: Mapping[int, Tensor] | None = None
+    ref_logps: Callable[[Sequence[int]], list[Tensor]] | None = None
     mismatched: Rows | None = None
+    extras: Extras = NOTHING
 
     def parts(self, indices: Iterable[int]) -> list[list[int]]:
         """Indices of groups, cut into micro-batches."""
@@ -67,8 +70,8 @@ class Rows:
         return iter(()) if rows is None else (rows.batch(policy, part) for part in rows.in_any_order(visits))
 
     def batch(self, policy: Policy, part: Sequence[int]) -> Batch:
-        refs = None if self.ref_logps is None else [self.ref_logps[i] for i in part]
-        return policy.collate([self.groups[i] for i in part], refs)
+        refs = None if self.ref_logps is None else self.ref_logps(part)
+        return policy.collate([self.groups[i] for i in part], refs, self.extras)
 
 
 @dataclass
@@ -112,11 +115,12 @@ class Loop:
         validation: Rows | None,
         outputs: Outputs,
         should_stop: Callable[[], bool] = lambda: False,
+        reference: SyncedReference | None = None,
     ) -> None:
         self.config, self.training = config, config.training
         self.policy, self.objective, self.plan = policy, objective, plan
         self.train, self.validation = train, validation
-        self.outputs, self.should_stop = outputs, should_stop
+        self.outputs, self.should_stop, self.reference = outputs, should_stop, reference
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, self.training)
         self.device = next(iter(self.parameters.values())).device
@@ -188,6 +192,8 @@ class Loop:
         rate = learning_rate(step, self.plan.num_steps, self.training)
         groups = [self.train.groups[i] for i in indices]
         self._update(step, rate, result, groups)
+        if self.reference is not None:
+            self.reference.after(step)
         epoch, inside = self.plan.position(step)
         self.state.step = step
         self.state.tokens += sum(b.num_tokens for b in (*batches, *apart))
@@ -343,7 +349,10 @@ class Loop:
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, numbers = optimizer_tensors(self.optimizer, self.parameters)
-        return {**{f"policy.{n}": p.detach() for n, p in self.parameters.items()}, **tensors}, numbers
+        weights = {f"policy.{n}": p.detach() for n, p in self.parameters.items()}
+        if self.reference is not None:
+            weights |= {f"reference.{n}": p for n, p in self.reference.weights.items()}
+        return {**weights, **tensors}, numbers
 
 
 def _has_no_signal(group: Group) -> bool:

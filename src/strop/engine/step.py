@@ -28,7 +28,7 @@ from strop.config.methods import MethodSettings
 from strop.objectives.base import Mean, Objective
 
 Forward = Callable[[Batch], Tensor]
-"""A policy: micro-batch -> [M] log-probs of its scored tokens."""
+"""A policy: micro-batch -> [M + P] log-probs of its scored tokens, or [2, M + P] with collisions."""
 
 Counts = Mapping[str, int]
 """Term name -> what its sum is divided by."""
@@ -82,19 +82,20 @@ def forward_backward(
     others = Scores.join(apart) if apart else None
     if objective.whole_step and len(batches) > 1:
         with torch.no_grad():
-            first = [_seeded(policy, b, seed, i) for i, b in enumerate(batches)]
-        whole = Scores.join([Scores.of(b, lp, others) for b, lp in zip(batches, first, strict=True)])
+            first = [Scores.of(b, _seeded(policy, b, seed, i), others) for i, b in enumerate(batches)]
+        whole = Scores.join(first)
+        assert whole.prompt_logps is None, "coefficients are those of completions"
         leaf = whole.logps.detach().requires_grad_()
         (coefficients,) = torch.autograd.grad(step_loss(objective, replace(whole, logps=leaf), counts), leaf)
-        shares = torch.split(coefficients, [len(x) for x in first])
+        shares = torch.split(coefficients, [len(part.logps) for part in first])
         for i, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-            torch.autograd.backward((_seeded(policy, batch, seed, i) * share).sum() * scale)
+            torch.autograd.backward((Scores.of(batch, _seeded(policy, batch, seed, i)).logps * share).sum() * scale)
         return summarise(objective, whole)
     parts = []
     for i, batch in enumerate(batches):
-        logps = _seeded(policy, batch, seed, i)
-        torch.autograd.backward(step_loss(objective, Scores.of(batch, logps, others), counts) * scale)
-        parts.append(Scores.of(batch, logps.detach(), others))
+        scores = Scores.of(batch, _seeded(policy, batch, seed, i), others)
+        torch.autograd.backward(step_loss(objective, scores, counts) * scale)
+        parts.append(scores.detached())
     return summarise(objective, Scores.join(parts))
 
 

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from strop.batch import Scores, Unit
+from strop.batch import NOTHING, Extras, Scores, Unit
 from strop.config.methods import MethodSettings
 from strop.types import RowShape
 
 S = TypeVar("S", bound=MethodSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class RefSync:
+    """Every so many steps the reference's weights become share x the policy's + (1 - share) x their own."""
+
+    every_steps: int
+    share: float
+
 
 Mean = tuple[Tensor | float, int]
 """A metric as (sum, count): means are taken over whatever the caller has added up."""
@@ -33,7 +43,8 @@ class Objective(ABC, Generic[S]):
     Declared by the instance, since variants differ: `units`, what each term is divided by; `whole_step`, whether the
     terms hold a statistic of the whole step: `terms` is then called once with the scores of the whole step, else once a
     micro-batch; `needs_mismatched`, whether they read `scores.mismatched`: then every prompt of the step is scored with
-    a completion of another, drawn anew each epoch, first and without gradients.
+    a completion of another, drawn anew each epoch, first and without gradients; `extras`, what else they read of the
+    policy; `ref_sync`, whether the reference follows the policy instead of staying as it is.
     """
 
     rows: ClassVar[RowShape]
@@ -50,6 +61,14 @@ class Objective(ABC, Generic[S]):
     @property
     def needs_mismatched(self) -> bool:
         return False
+
+    @property
+    def extras(self) -> Extras:
+        return NOTHING
+
+    @property
+    def ref_sync(self) -> RefSync | None:
+        return None
 
     @property
     @abstractmethod

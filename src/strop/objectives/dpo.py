@@ -35,6 +35,10 @@ Every variant is a sum over pairs, divided by the pairs of the step.
                   alpha (exp((a - 1) u) - 1) / (a - 1), a: f_alpha
     ld_alpha      tokens of the longer completion beyond the length of the shorter one count ld_alpha times in lp
                   (2409.06411)
+    wpo_weighting each pair's loss counts w(chosen) w(rejected) times, without gradient, w(y) = exp of the mean over y's
+                  tokens of lp_pi - log(sum over the vocabulary of p_pi^2)   (2406.11827)
+    ref_sync_steps, ref_mixup_alpha
+                  every so many steps the reference becomes alpha * policy + (1 - alpha) * reference (2404.09656)
     sft_weight    + sft_weight * (- the sum of lp_pi(chosen)) / (chosen tokens of the step)   (RPO, 2404.19733)
 
 Rewards, margins and log-probs are logged as they are, before these options.
@@ -50,8 +54,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.batch import Scores
+from strop.batch import Extras, Scores
 from strop.config.methods import DpoSettings, IpoSettings
+from strop.objectives.base import RefSync
 from strop.objectives.pairs import ReferenceObjective, Sides, smoothed
 
 WHOLE_STEP = frozenset({"kto_pair", "aot", "aot_unpaired"})
@@ -67,6 +72,15 @@ class Dpo(ReferenceObjective[DpoSettings]):
         return s.loss_type in WHOLE_STEP or (s.loss_type == "bco_pair" and s.bco_delta == "mean")
 
     @property
+    def extras(self) -> Extras:
+        return Extras(collisions=self.settings.wpo_weighting)
+
+    @property
+    def ref_sync(self) -> RefSync | None:
+        s = self.settings
+        return None if s.ref_sync_steps is None else RefSync(s.ref_sync_steps, s.ref_mixup_alpha)
+
+    @property
     def sft_weight(self) -> float:
         return self.settings.sft_weight
 
@@ -74,7 +88,8 @@ class Dpo(ReferenceObjective[DpoSettings]):
         s = self.settings
         weights = desensitised(scores, s.ld_alpha) if s.ld_alpha != 1 else None
         pairs = Pairs.of(scores, weights).mapped(lambda u: divergence(u, s))
-        return LOSSES[s.loss_type](pairs, s)
+        losses = LOSSES[s.loss_type](pairs, s)
+        return losses * on_policy_weights(scores) if s.wpo_weighting else losses
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,14 @@ def desensitised(scores: Scores, alpha: float) -> Tensor:
     shared = torch.minimum(*Sides.of(lengths)).repeat_interleave(2)
     place = torch.arange(len(of), device=of.device) - (lengths.cumsum(0) - lengths)[of]
     return torch.ones_like(place, dtype=torch.float64).masked_fill(place >= shared[of], alpha)
+
+
+def on_policy_weights(scores: Scores) -> Tensor:
+    """[G] float64: how likely the policy itself is to write both completions, by token, beside what it would draw."""
+    assert scores.collisions is not None
+    likeness = scores.sums((scores.logps - scores.collisions).detach()) / scores.lengths
+    chosen, rejected = Sides.of(likeness)
+    return torch.exp(chosen + rejected)
 
 
 # -- the losses, [G] float64 each ------------------------------------------------------------------------------------

@@ -5,18 +5,20 @@ With lp(y) the sum and a(y) the mean of y's trained tokens' log-probs, odds(y) =
     loss = - the sum of lp(chosen)                                     by the chosen tokens of the step
            - beta * log sigmoid(log(odds(chosen) / odds(rejected)))    by the pairs of the step
 
-(eq. 6 and 7; beta is the paper's lambda). The likelihood is that of the chosen completion; the prompt is not trained.
+(eq. 6 and 7; beta is the paper's lambda). The likelihood is that of the chosen completion (orpo_nll completion), or of
+prompt and chosen completion, by the tokens of both (full): the prompt is then trained too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.batch import Scores
+from strop.batch import Extras, Scores, Unit
 from strop.config.methods import OrpoSettings
 from strop.objectives.pairs import PairObjective, Sides, means
 
@@ -29,8 +31,19 @@ class Orpo(PairObjective[OrpoSettings]):
         return self.settings.beta
 
     @property
-    def sft_weight(self) -> float:
-        return 1.0
+    def extras(self) -> Extras:
+        return Extras(prompts=self.settings.orpo_nll == "full")
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return {"preference": "groups", "nll": "chosen_row_tokens" if self.extras.prompts else "chosen_tokens"}
+
+    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        nll = -Sides.of(scores.sums(scores.logps)).chosen.sum()
+        if self.extras.prompts:
+            assert scores.prompt_logps is not None
+            nll = nll - scores.prompt_logps.double().sum()
+        return {"preference": self.preference(scores).sum(), "nll": nll}
 
     def sides(self, scores: Scores) -> Sides:
         return means(scores)

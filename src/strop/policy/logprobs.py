@@ -8,6 +8,9 @@ head does not train, the product of these rows with W, [M, D], is kept in the fo
 softmax at hand, and the backward pass is one multiplication (any loss is a function of the logps, so nothing else is
 needed). Where it trains, the backward pass computes every chunk again.
 
+Where it is asked for, log(sum of p^2) = logsumexp(2 y) - 2 logsumexp(y) is taken from the same chunk, without
+gradients.
+
 Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least.
 `naive_token_logps` is the same in three lines of plain torch, and stays as the oracle.
 """
@@ -53,6 +56,7 @@ def token_logps(
     transform: LogitTransform = LogitTransform(),
     compute: torch.dtype | None = None,
     chunk_tokens: int | None = None,
+    collisions: bool = False,
 ) -> Tensor:
     """Natural log-probs of `targets`.
 
@@ -62,9 +66,10 @@ def token_logps(
         targets: [M] int64.
         compute: dtype of the matrix products; None: that of `hidden`.
         chunk_tokens: rows of one chunk; None: as many as `CHUNK_ELEMENTS` allows.
+        collisions: return log(sum of p^2) too, without gradients.
 
     Returns:
-        [M] float32, or float64 where `compute` is float64.
+        [M] float32, or float64 where `compute` is float64; with `collisions` [2, M].
     """
     if compute is None:
         compute = hidden.dtype
@@ -73,8 +78,9 @@ def token_logps(
         chunk_tokens = max(_FEWEST_ROWS, elements // weight.shape[0])
     keep_rows = torch.is_grad_enabled() and hidden.requires_grad and not _trains(weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps: Tensor = _TokenLogps.apply(hidden, weight, bias, targets, transform, compute, chunk_tokens, keep_rows)  # type: ignore[no-untyped-call]
-    return logps
+        options = (transform, compute, chunk_tokens, keep_rows, collisions)
+        logps, squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
+        return torch.stack([logps, squares]) if collisions else logps
 
 
 def naive_token_logps(
@@ -122,26 +128,32 @@ class _TokenLogps(torch.autograd.Function):
         compute: torch.dtype,
         chunk: int,
         keep_rows: bool,
-    ) -> Tensor:
+        collisions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         stats = _stats(compute)
         logps = torch.empty(len(targets), dtype=stats, device=hidden.device)
         lses = torch.empty_like(logps)
+        squares = torch.empty_like(logps) if collisions else None
         kept = torch.empty_like(hidden) if keep_rows else None
         w, b = weight.to(compute), None if bias is None else bias.to(compute)
         for rows in _chunks(len(targets), chunk):
             y = transform(F.linear(hidden[rows].to(compute), w, b).to(stats))
             lses[rows] = torch.logsumexp(y, dim=-1)
             logps[rows] = y.gather(1, targets[rows, None]).squeeze(1) - lses[rows]
+            if squares is not None:
+                squares[rows] = torch.logsumexp(2 * y, dim=-1) - 2 * lses[rows]
             if kept is not None:
                 kept[rows] = (_slopes(y, lses[rows], targets[rows], transform).to(compute) @ w).to(kept.dtype)
         ctx.transform, ctx.compute, ctx.chunk = transform, compute, chunk
+        if squares is not None:
+            ctx.mark_non_differentiable(squares)
         ctx.save_for_backward(*((kept,) if kept is not None else (hidden, weight, bias, targets, lses)))
-        return logps
+        return logps, squares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 5
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 6
         if len(ctx.saved_tensors) == 1:
             (kept,) = ctx.saved_tensors
             return kept * grad[:, None].to(kept.dtype), None, None, *rest

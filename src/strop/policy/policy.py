@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from strop.batch import Batch, pack, pad
+from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ConfigError, ModelError
@@ -88,12 +88,15 @@ class Policy(nn.Module):
     def has_adapters(self) -> bool:
         return isinstance(self.model, PeftModel)
 
-    def collate(self, groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None) -> Batch:
+    def collate(
+        self, groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extras: Extras = NOTHING
+    ) -> Batch:
         """Groups to a micro-batch on the policy's device: a shared-prefix row, or plain rows."""
-        return (pack if self.share_prefix else pad)(groups, ref_logps).to(self.device)
+        return (pack if self.share_prefix else pad)(groups, ref_logps, extras).to(self.device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """[M] float32 (float64 on a float64 model): natural log-probs of the batch's scored tokens.
+        """[M + P] float32 (float64 on a float64 model): natural log-probs of the batch's scored tokens; with
+        `collisions`, [2, M + P]: these and log(sum of p^2).
 
         Batches between a forward pass and its backward pass must all have one kind of rows, as `collate` makes them:
         with gradient checkpointing, layers run again under the attention of the latest batch.
@@ -110,6 +113,7 @@ class Policy(nn.Module):
             batch.targets,
             transform=self._transform,
             compute=self.head_dtype,
+            collisions=batch.collisions,
         )
 
     @contextmanager

@@ -2,11 +2,13 @@
 
 Groups come in, one tensor a group goes out: the log-probs of its scored tokens under the reference. The reference is
 the policy as it is before its first step (no second model in memory, full training too), or another model by id, which
-must have the same vocabulary and is freed when its log-probs are taken.
+must have the same vocabulary and is freed when its log-probs are taken. One that follows the policy cannot be taken
+beforehand: `SyncedReference` is a second model.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +51,33 @@ def reference_logps(
             if progress is not None:
                 progress(done, total)
     return results
+
+
+class SyncedReference:
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656): a second model, scored as batches are made.
+
+    Args:
+        policy: trained in full, before its first step.
+        every_steps, share: after so many steps the weights become share x the policy's + (1 - share) x their own.
+    """
+
+    def __init__(self, policy: Policy, every_steps: int, share: float) -> None:
+        self._leader, self._every, self._share = policy.trainable(), every_steps, share
+        self._copy = copy.deepcopy(policy)
+        self.weights = {name: weight.detach() for name, weight in self._copy.trainable().items()}
+        """What is copied, by the names of `Policy.trainable`."""
+        self._copy.requires_grad_(False)
+
+    def logps(self, groups: Sequence[Group]) -> list[Tensor]:
+        """One [scored tokens] tensor a group, scored as one micro-batch."""
+        return reference_logps(self._copy, [groups])
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """Move, if it is time."""
+        if step % self._every == 0:
+            for name, weight in self.weights.items():
+                weight.lerp_(self._leader[name], self._share)
 
 
 @contextmanager

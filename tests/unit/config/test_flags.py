@@ -106,6 +106,8 @@ def test_own_flags_and_their_values_come_back() -> None:
         ("--training.learnin_rate 1", "did you mean --training.learning_rate?"),
         ("--training.beta 1", "beta belongs in post_training; write --post_training.beta"),
         ("--lr 1", "did you mean --training.learning_rate?"),
+        ("--per_device_batch_size 1", "did you mean --training.per_device_train_batch_size?"),
+        ("--output x", "did you mean --output-dir?"),
         ("--confg 1", "did you mean --config?"),
         ("--name x", "--models.0.name or --dataset.name"),
         ("--no-learning-rate", "unknown flag --no-learning-rate"),

@@ -97,7 +97,13 @@ def test_presets_of_the_project_come_first(write: Write) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "word"),
-    [("cp", "did you mean cpu"), ("none", "memory-efficient"), ("./none.yaml", "cannot be read"), ("", "no preset")],
+    [
+        ("cp", "did you mean cpu"),
+        ("gpu", "did you mean gpu-bf16"),
+        ("none", "memory-efficient"),
+        ("./none.yaml", "cannot be read"),
+        ("", "no preset"),
+    ],
 )
 def test_unknown_presets(write: Write, preset: str, word: str) -> None:
     with pytest.raises(ConfigError, match=word):

@@ -22,6 +22,8 @@ def telling(name: str) -> list[Any]:
     candidates: list[Any] = list(key.choices) if key.choices else [True, False] if bool in key.kinds else []
     if name == "ref_model_id":
         candidates = ["org/model"]
+    if int in key.kinds:
+        candidates = [1, 20]
     if float in key.kinds:
         candidates = [0.0, 0.05, 0.1, 0.3, 0.5, 1.0, 2.0]
     return [v for v in candidates if not is_neutral(name, v) and admitted(name, v)]

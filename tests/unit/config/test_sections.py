@@ -22,9 +22,11 @@ from strop.config import (
     Section,
     SftSettings,
     TrainingSection,
+    load_config,
 )
 from strop.config.methods import NEUTRAL
 from strop.config.schema import KEYS
+from strop.errors import ConfigError
 
 ONE = (ModelSection(huggingface_id="org/model"),)
 
@@ -212,6 +214,25 @@ def test_one_reference() -> None:
 
 
 # ---- the configuration as an object
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"lora.enabled": True}, "mixes whole models, and lora.enabled: true trains adapters"),
+        ({"models.0.adapter": "x"}, "mixes whole models, and models.0.adapter trains adapters"),
+        ({"post_training.ref_model_id": "org/other"}, "names another model, which cannot be mixed"),
+        ({"post_training.ref_sync_steps": 0}, "ref_sync_steps is 0"),
+        ({"post_training.ref_sync_steps": None, "post_training.ref_mixup_alpha": 0.5}, "does not read it"),
+    ],
+    ids=str,
+)
+def test_a_reference_that_follows_the_policy(overrides: dict[str, Any], said: str) -> None:
+    base = {"models": [{"huggingface_id": "org/model"}], "post_training.method": "dpo"}
+    synced = {**base, "post_training.ref_sync_steps": 10}
+    assert load_config(overrides={**synced, "post_training.ref_mixup_alpha": 0.5}).post_training.ref_mixup_alpha == 0.5
+    with pytest.raises(ConfigError, match=said):
+        load_config(overrides={**synced, **overrides})
 
 
 def test_frozen_equal_hashable_copied_and_pickled() -> None:

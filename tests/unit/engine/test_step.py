@@ -5,13 +5,14 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from papers import Step, step_loss
-from strop.batch import Batch, pack, pad
+from strop.batch import Batch, Extras, Scores, pack, pad
 from strop.config.methods import KtoSettings, MethodSettings, SftSettings
 from strop.engine.evaluate import evaluate
 from strop.engine.step import StepScores, forward_backward
@@ -32,8 +33,9 @@ class Bigram(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         self.num_calls += 1
         before = batch.input_ids.flatten()[batch.scored_positions]
-        logits = self.dropout(self.table[before])
-        return logits.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+        everything = self.dropout(self.table[before]).log_softmax(-1)
+        logps = everything.gather(1, batch.targets[:, None]).squeeze(1)
+        return torch.stack([logps, (2 * everything).logsumexp(-1).detach()]) if batch.collisions else logps
 
 
 def make_groups(rows: str) -> list[Group]:
@@ -64,7 +66,7 @@ def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepSco
     # some nats a token, so that z0 is not 0
     apart_refs = [-3 - torch.rand(g.num_scored, generator=generator).double() for g in apart]
     bounds = [0, *cuts, len(groups)]
-    batches = [layout(groups[a:b], refs[a:b]) for a, b in pairwise(bounds)]
+    batches = [layout(groups[a:b], refs[a:b], objective.extras) for a, b in pairwise(bounds)]
     others = [layout(apart[a:b], apart_refs[a:b]) for a, b in pairwise(bounds)] if objective.needs_mismatched else []
     result = forward_backward(policy, objective, batches, others)
     assert policy.table.grad is not None
@@ -131,7 +133,7 @@ def test_an_evaluation_is_one_step() -> None:
 def test_the_gradient_of_the_weights_is_that_of_the_loss(settings: MethodSettings) -> None:
     objective = build_objective(settings)
     groups = make_groups(objective.rows)
-    batch = pack(groups, [-torch.rand(g.num_scored).double() for g in groups])
+    batch = pack(groups, [-torch.rand(g.num_scored).double() for g in groups], Extras(prompts=True, collisions=True))
     policy = Bigram()
     apart = make_others(groups)
     others = pack(apart, [-3 - torch.rand(g.num_scored).double() for g in apart])
@@ -139,18 +141,30 @@ def test_the_gradient_of_the_weights_is_that_of_the_loss(settings: MethodSetting
     assert policy.table.grad is not None
     direction = torch.randn(12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
-    def step_at(distance: float, batch: Batch, groups: list[Group]) -> Step:
+    def scored_at(distance: float, batch: Batch) -> Scores:
         with torch.no_grad():
             moved = Bigram()
             moved.table += distance * direction
-            logps = moved(batch)
-        assert batch.ref_logps is not None
-        sizes = [c.num_scored for g in groups for c in g.completions]
-        completions = iter(zip(logps.split(sizes), batch.ref_logps.split(sizes), strict=True))
-        return [[tuple(x.numpy() for x in next(completions)) for _ in g.completions] for g in groups]  # type: ignore[misc]
+            return Scores.of(batch, moved(batch))
 
-    eps, still = 1e-6, (step_at(0, batch, groups), step_at(0, others, apart))
-    ahead, behind = (step_loss(settings, step_at(e, batch, groups), *still) for e in (eps, -eps))
+    def by_completion(per_token: Tensor, groups: list[Group]) -> list[list[Any]]:
+        parts = iter(per_token.split([c.num_scored for g in groups for c in g.completions]))
+        return [[next(parts).numpy() for _ in g.completions] for g in groups]
+
+    def step_of(scores: Scores, groups: list[Group]) -> Step:
+        assert scores.ref_logps is not None
+        sides = (by_completion(x, groups) for x in (scores.logps, scores.ref_logps))
+        return [list(zip(*group, strict=True)) for group in zip(*sides, strict=True)]
+
+    def loss_at(distance: float) -> float:
+        scores, still = scored_at(distance, batch), scored_at(0, batch)
+        assert scores.prompt_logps is not None and still.collisions is not None
+        prompts = [x.numpy() for x in scores.prompt_logps.split([len(g.prompt_ids) - 1 for g in groups])]
+        fixed = (step_of(still, groups), step_of(scored_at(0, others), apart))
+        return step_loss(settings, step_of(scores, groups), *fixed, prompts, by_completion(still.collisions, groups))
+
+    eps = 1e-6
+    ahead, behind = loss_at(eps), loss_at(-eps)
     along = float((policy.table.grad * direction).sum())
     assert along == pytest.approx((ahead - behind) / (2 * eps), rel=1e-6, abs=1e-7)
 

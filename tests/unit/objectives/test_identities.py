@@ -40,7 +40,8 @@ PAIR_SETTINGS = [s for s in SETTINGS if build_objective(s).rows == "pair"]
 
 
 def pairs(chosen: Tensor, rejected: Tensor, ref: Tensor | None = None, tokens: int = 1) -> Scores:
-    """Scores of pairs whose completions have `tokens` tokens of equal log-prob and these sums."""
+    """Scores of pairs whose completions have `tokens` tokens of equal log-prob and these sums, after prompts of two
+    tokens, one of them scored; drawn from, the policy would always write the same token."""
     logps = torch.stack([chosen, rejected], 1).flatten().double()
     n = len(logps)
     return Scores(
@@ -48,6 +49,9 @@ def pairs(chosen: Tensor, rejected: Tensor, ref: Tensor | None = None, tokens: i
         (torch.zeros(n) if ref is None else ref / tokens).double().repeat_interleave(tokens),
         torch.arange(n).repeat_interleave(tokens),
         torch.arange(n // 2).repeat_interleave(2),
+        prompt_logps=torch.full((n // 2,), -2.0).double(),
+        prompt_index=torch.arange(n // 2),
+        collisions=torch.zeros(n * tokens).double(),
     )
 
 

@@ -33,7 +33,14 @@ def make_others(seed: int) -> Step:
     return [[(p / 4 if seed % 2 else p, q)] for ((p, q),) in make_step("single", seed + 10)]
 
 
-def to_scores(step: Step, others: Step | None = None) -> Scores:
+def make_extras(step: Step, seed: int) -> tuple[list[Any], list[list[Any]]]:
+    """Log-probs of prompts, one of which has no token, and log(sum of p^2) at every token of a completion."""
+    draw = np.random.default_rng(seed + 20)
+    prompts = [-draw.gamma(1.0, 1.5, n) for n in (3, 1, 4, 2, 0, 2, 6, 3)]
+    return prompts, [[-draw.gamma(1.0, 0.5, len(policy)) for policy, _ in group] for group in step]
+
+
+def to_scores(step: Step, others: Step | None = None, prompts: Any = None, collisions: Any = None) -> Scores:
     completions = [c for group in step for c in group]
     return Scores(
         torch.tensor(np.concatenate([policy for policy, _ in completions])),
@@ -42,6 +49,9 @@ def to_scores(step: Step, others: Step | None = None) -> Scores:
         torch.repeat_interleave(torch.tensor([len(group) for group in step])),
         torch.tensor([i % 2 == 0 for i in range(len(step))]) if others else None,
         to_scores(others) if others else None,
+        None if prompts is None else torch.tensor(np.concatenate(prompts)),
+        None if prompts is None else torch.repeat_interleave(torch.tensor([len(x) for x in prompts])),
+        None if collisions is None else torch.tensor(np.concatenate([x for group in collisions for x in group])),
     )
 
 
@@ -57,26 +67,42 @@ def test_loss_and_gradient_are_those_of_the_paper(settings: MethodSettings) -> N
     objective = build_objective(settings)
     for seed in range(3):
         step, others = make_step(objective.rows, seed), make_others(seed)
-        scores = to_scores(step, others)
-        leaf = scores.logps.requires_grad_()
+        prompts, collisions = make_extras(step, seed)
+        scores = to_scores(step, others, prompts, collisions)
+        assert scores.prompt_logps is not None
+        leaves = [scores.logps.requires_grad_(), scores.prompt_logps.requires_grad_()]
         loss = sum(term / scores.count(objective.units[t]) for t, term in objective.terms(scores).items())
         assert isinstance(loss, torch.Tensor) and loss.dtype == torch.float64
         value = float(loss.detach())
-        assert value == pytest.approx(step_loss(settings, step, others=others), rel=1e-12)
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert value == pytest.approx(step_loss(settings, step, step, others, prompts, collisions), rel=1e-12)
+        gradient = torch.cat(torch.autograd.grad(loss, leaves, materialize_grads=True))
         draw = np.random.default_rng(seed)
         for _ in range(3):
             direction = [[draw.normal(size=len(policy)) for policy, _ in group] for group in step]
+            prompt_direction = [draw.normal(size=len(x)) for x in prompts]
             eps = 1e-6
-            ahead, behind = (step_loss(settings, moved(step, direction, e), step, others) for e in (eps, -eps))
-            along = float(gradient @ torch.tensor(np.concatenate([d for way in direction for d in way])))
+
+            ahead, behind = (
+                step_loss(
+                    settings,
+                    moved(step, direction, e),
+                    step,
+                    others,
+                    [x + e * d for x, d in zip(prompts, prompt_direction, strict=True)],
+                    collisions,
+                )
+                for e in (eps, -eps)
+            )
+            way = np.concatenate([*(d for group in direction for d in group), *prompt_direction])
+            along = float(gradient @ torch.tensor(way))
             assert along == pytest.approx((ahead - behind) / (2 * eps), rel=1e-6, abs=1e-8 * max(1, abs(value)))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
 def test_metrics_are_explained_and_counted(settings: MethodSettings) -> None:
     objective = build_objective(settings)
-    metrics = objective.metrics(to_scores(make_step(objective.rows, 0), make_others(0)))
+    step = make_step(objective.rows, 0)
+    metrics = objective.metrics(to_scores(step, make_others(0), *make_extras(step, 0)))
     assert metrics.keys() <= objective.METRICS.keys()
     assert settings != type(settings)() or metrics.keys() == objective.METRICS.keys()
     assert all(np.isfinite(float(total)) and count > 0 for total, count in metrics.values())

@@ -44,6 +44,23 @@ def test_is_the_naive_head(transform: LogitTransform, chunk: int, trained: str) 
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("trained", [True, False])
+def test_collisions_are_the_log_of_the_sum_of_squares(transform: LogitTransform, trained: bool) -> None:
+    hidden, weight, bias, targets = make_head()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)][: 1 + trained]
+    both = token_logps(hidden, weight, bias, targets, transform=transform, chunk_tokens=5, collisions=True)
+    alone = token_logps(hidden, weight, bias, targets, transform=transform, chunk_tokens=5)
+    p = torch.softmax(transform(torch.nn.functional.linear(hidden, weight, bias)), dim=-1)
+    torch.testing.assert_close(both[1], p.square().sum(-1).log(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(both[0], alone)
+    # no gradient goes through the second row
+    for ours, theirs in zip(
+        torch.autograd.grad(both.sum(), leaves), torch.autograd.grad(alone.sum(), leaves), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_by_finite_differences(transform: LogitTransform, frozen: bool) -> None:
     hidden, weight, bias, targets = make_head()

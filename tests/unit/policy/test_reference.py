@@ -15,7 +15,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.load import load_tokenizer
 from strop.policy.policy import Policy, build_policy
-from strop.policy.reference import reference_logps, reference_policy
+from strop.policy.reference import SyncedReference, reference_logps, reference_policy
 from strop.types import Group
 
 CPU = torch.device("cpu")
@@ -42,6 +42,25 @@ def test_one_tensor_a_group_whatever_the_cut(
     # the tensors are what batches take
     batch = policy.collate(groups, results)
     assert batch.ref_logps is not None and torch.equal(batch.ref_logps, torch.cat(results))
+
+
+def test_a_synced_reference_moves_only_when_it_is_time(build: Callable[..., Policy], groups: list[Group]) -> None:
+    policy = build()
+    reference = SyncedReference(policy, every_steps=3, share=0.25)
+    before = {name: weight.clone() for name, weight in policy.trainable().items()}
+    with policy.scoring():  # margins are zero before the first step, bit for bit
+        assert torch.equal(policy(policy.collate(groups)), torch.cat(reference.logps(groups)))
+    for weight in policy.trainable().values():
+        weight.data += torch.randn_like(weight)
+    for step in (1, 2):
+        reference.after(step)
+    assert all(torch.equal(reference.weights[name], weight) for name, weight in before.items())
+    reference.after(3)
+    assert reference.weights.keys() == before.keys()
+    for name, weight in policy.trainable().items():
+        torch.testing.assert_close(reference.weights[name], 0.25 * weight.detach() + 0.75 * before[name])
+    assert not any(x.requires_grad for x in reference.logps(groups))
+    SyncedReference(policy, every_steps=1, share=0.5)  # a copy of a policy that has been used
 
 
 def test_the_initial_policy_is_the_reference(

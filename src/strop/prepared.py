@@ -1,0 +1,142 @@
+"""A run before any weight is loaded: tokenizer, groups, objective, the recipe resolved for this data. Floor 4.
+
+config -> model sections -> `Prepared`, which the run takes up and the dry run describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from strop.config import RunConfig
+from strop.config.methods import MethodSettings
+from strop.config.sections import ModelSection
+from strop.data.load import LoadedData, load_data
+from strop.data.plan import Plan, RowTokens, cut, default_budget, lengths
+from strop.engine.checkpoint import Checkpoint
+from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
+from strop.errors import ConfigError, DataError
+from strop.objectives.base import Objective, build_objective
+from strop.policy.load import load_tokenizer
+from strop.policy.reference import check_reference
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any weight is loaded: rows as groups, the objective, the recipe resolved for this data."""
+
+    config: RunConfig
+    model: ModelSection
+    tokenizer: PreTrainedTokenizerBase
+    data: LoadedData
+    objective: Objective[MethodSettings]
+    plan: Plan
+
+    def describe(self, tokens: RowTokens) -> Iterator[str]:
+        """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
+        plan, training, groups = self.plan, self.config.training, lengths(self.data.train)
+        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
+        own = training.groups_per_step != batch * accumulation
+        yield f"effective batch: {training.groups_per_step} groups a step{'' if own else made}"
+        steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
+        epochs = steps / plan.steps_per_epoch
+        yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
+        if warmup >= steps > 1:
+            last = learning_rate(steps, steps, training)
+            yield (
+                f"note: the warm-up takes the whole run: the learning rate ends at {last:g} of "
+                f"{training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
+            )
+        budget = training.micro_batch_tokens
+        assert budget is not None
+        parts = [p for s in range(1, plan.steps_per_epoch + 1) for p in cut(groups, plan.groups(s), budget, tokens)]
+        total = sum(tokens([groups[i] for i in part]) for part in parts)
+        yield (
+            f"tokens: {total:,} an epoch, in {len(parts)} micro-batches of at most {budget:,}, "
+            f"{100 * total / (len(parts) * budget):.0f} % full"
+        )
+        if self.objective.needs_mismatched:
+            yield f"mismatched completions: up to {total:,} tokens more an epoch, scored without gradients"
+        if self.objective.whole_step and len(parts) > plan.steps_per_epoch:
+            yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
+        if (sync := self.objective.ref_sync) is not None:
+            yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"
+
+
+def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelSection]:
+    """All models, or the one at `model_index`."""
+    if model_index is None:
+        return config.models
+    if not 0 <= model_index < len(config.models):
+        raise ConfigError(
+            f"there is no model {model_index}",
+            where="--model-index",
+            expected=f"0 to {len(config.models) - 1}: "
+            + ", ".join(f"{i} = {m.name}" for i, m in enumerate(config.models)),
+            fix="name one of these",
+        )
+    return [config.models[model_index]]
+
+
+def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
+    """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
+    objective = build_objective(config.post_training)
+    require_optimizer(config.training)
+    tokenizer = load_tokenizer(model)
+    check_reference(config, model, tokenizer)
+    data = load_data(config, tokenizer, objective.rows)
+    if objective.needs_mismatched:
+        _check_mismatched(data)
+    if not data.eval:
+        config = _without_validation(config)
+    training = config.training
+    groups_per_step = training.groups_per_step
+    if groups_per_step is None:
+        effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        groups_per_step, origin = effective, "batch size x accumulation steps x devices"
+        if checkpoint is not None:
+            groups_per_step, origin = checkpoint.state["recipe"]["training.groups_per_step"], "the resumed run"
+        config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
+    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed)
+    return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
+
+
+def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
+    """`micro_batch_tokens` from the longest group, where the configuration leaves it open."""
+    training = prepared.config.training
+    if training.micro_batch_tokens is not None:
+        return prepared
+    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens)
+    origin = "batch size x the longest group"
+    return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
+
+
+def _without_validation(config: RunConfig) -> RunConfig:
+    """The configuration of a run that cannot be evaluated.
+
+    Raises:
+        ConfigError: a setting that needs evaluations was given.
+    """
+    neutral = {"finetuning.load_best_model_at_end": False, "finetuning.early_stopping_patience": None}
+    for key, value, _ in config.leaves():
+        if key in neutral and value != neutral[key] and not config.origins[key].startswith("default"):
+            raise ConfigError(
+                "there are no validation rows to evaluate the model by",
+                where=f"{key}: {value} ({config.origins[key]})",
+                expected="dataset.val_file, a validation file in splits_dir, or dataset.validation_split above 0",
+                fix="give validation rows, or drop this key",
+            )
+    return config.with_values(neutral, "no validation rows")
+
+
+def _check_mismatched(data: LoadedData) -> None:
+    for name, groups in (("training", data.train), ("validation", data.eval)):
+        if len(groups) == 1:
+            raise DataError(
+                f"there is one {name} row, {groups[0].origin}, and no other one to take a completion from",
+                expected="at least two: the method compares with completions of other rows",
+                fix="give more rows, or set dataset.validation_split: 0 if there is to be no evaluation",
+            )
