@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,22 +55,32 @@ class Weights:
         if self.a is None or self.b is None:
             return y, None
         low = _times(dropped @ self.a.t(), self.scale)
-        return y.addmm_(low, self.b.t()), low
+        y.addmm_(low, self.b.t())
+        return y, low
 
     def low_gradient(self, grad: Tensor) -> Tensor | None:
         """[T, r] s grad B: the gradient of x A^T."""
         return None if self.b is None else _times(grad @ self.b, self.scale)
 
-    def weight_gradients(self, needed: tuple[bool, ...], grad: Tensor, x: Tensor, low: Tensor | None) -> Gradients:
-        """Of w, bias and b, as far as they train."""
+    def input_gradient(self, grad: Tensor, d_low: Tensor | None, into: Tensor | None = None) -> Tensor:
+        """[T, I], with the adapter's part if `d_low` is given; added to `into` in place, where that is given."""
+        d_x = grad @ self.w if into is None else into.addmm_(grad, self.w)
+        if self.a is not None and d_low is not None:
+            d_x.addmm_(d_low, self.a)
+        return d_x
+
+    @staticmethod
+    def own_gradients(
+        trains: Sequence[bool], grad: Tensor, x: Tensor | None, dropped: Tensor | None, lows: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Of w, bias, a and b, as far as they train. lows: s x A^T and its gradient."""
+        low, d_low = lows
         return (
-            grad.t() @ x if needed[0] else None,
-            grad.sum(0) if needed[1] else None,
-            grad.t() @ low if needed[3] and low is not None else None,
+            grad.t() @ x if trains[0] and x is not None else None,
+            grad.sum(0) if trains[1] else None,
+            d_low.t() @ dropped if trains[2] and d_low is not None and dropped is not None else None,
+            grad.t() @ low if trains[3] and low is not None else None,
         )
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _times(x: Tensor, scale: float) -> Tensor:
@@ -88,6 +98,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropped: Tensor | None, *rest: Any) -> Tensor:
         *_, weights = rest
         seen = x if dropped is None else dropped
+        y: Tensor
         y, low = weights.forward(x, seen)
         trains = ctx.needs_input_grad[2:6]
         ctx.weights, ctx.apart = weights, dropped is not None
@@ -97,20 +108,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, seen, low = ctx.saved_tensors
+        x, dropped, low = ctx.saved_tensors
         weights: Weights = ctx.weights
         wants_x, wants_dropped, *trains = ctx.needs_input_grad[:6]
-        d_w, d_bias, d_b = weights.weight_gradients(tuple(trains), grad, x, low)
-        d_low = weights.low_gradient(grad) if trains[2] or wants_x or wants_dropped else None
-        d_x = grad @ weights.w if wants_x else None
-        d_dropped = None
-        if d_low is not None and weights.a is not None:
-            if ctx.apart:
-                d_dropped = d_low @ weights.a if wants_dropped else None
-            elif d_x is not None:
-                d_x.addmm_(d_low, weights.a)
-        d_a = d_low.t() @ seen if trains[2] and d_low is not None else None
-        return d_x, d_dropped, d_w, d_bias, d_a, d_b, None
+        d_low = weights.low_gradient(grad)
+        d_x = weights.input_gradient(grad, None if ctx.apart else d_low) if wants_x else None
+        d_dropped = d_low @ weights.a if wants_dropped and d_low is not None and weights.a is not None else None
+        return d_x, d_dropped, *weights.own_gradients(trains, grad, x, dropped, (low, d_low)), None
 
 
 class FusedLinear:
@@ -164,9 +168,10 @@ class FusedLinear:
     def weights(self, device: torch.device) -> Weights:
         """The same in the compute dtype."""
         dtype = compute_dtype(device) or self.base.weight.dtype
-        low = (None if p is None else self.casts(p, dtype) for p in self.parameters)
+        w, bias, a, b = (None if p is None else self.casts(p, dtype) for p in self.parameters)
+        assert w is not None
         scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLinear) else 1.0
-        return Weights(*low, scale)  # type: ignore[arg-type]
+        return Weights(w, bias, a, b, scale)
 
     def _drop(self, x: Tensor) -> Tensor | None:
         return F.dropout(x, self.dropout) if self.dropout else None
@@ -197,6 +202,7 @@ class _GatedMlp(torch.autograd.Function):
         g, g_low = gate.forward(x, x)
         u, u_low = up.forward(x, x)
         h = activation[0](g).mul_(u)
+        y: Tensor
         y, h_low = down.forward(h, h)
         ctx.layers, ctx.activation = layers, activation
         ctx.save_for_backward(x, g, u, g_low, u_low, h_low)
@@ -210,35 +216,17 @@ class _GatedMlp(torch.autograd.Function):
         function, slope = ctx.activation
         wants_x, *trains = ctx.needs_input_grad[:13]
         acted = function(g)
-        d_down, (d_h, d_a_down) = _both(down, trains[8:12], grad, lambda: acted * u, h_low, wants_x=True)
+        low = down.low_gradient(grad)
+        d_h = down.input_gradient(grad, low)
+        h = acted * u
+        d_down = down.own_gradients(trains[8:12], grad, h, h, (h_low, low))
         d_u = acted.mul_(d_h)
         d_g = slope(d_h.mul_(u), g)
-        d_gate, (d_x, d_a_gate) = _both(gate, trains[0:4], d_g, lambda: x, g_low, wants_x=wants_x)
-        d_up, (d_x, d_a_up) = _both(up, trains[4:8], d_u, lambda: x, u_low, wants_x=wants_x, into=d_x)
-        parts = ((d_gate, d_a_gate), (d_up, d_a_up), (d_down, d_a_down))
-        return d_x, *(d for (w, bias, b), a in parts for d in (w, bias, a, b)), None, None
-
-
-def _both(
-    layer: Weights,
-    trains: list[bool],
-    grad: Tensor,
-    x: Callable[[], Tensor],
-    low: Tensor | None,
-    *,
-    wants_x: bool,
-    into: Tensor | None = None,
-) -> tuple[Gradients, tuple[Tensor | None, Tensor | None]]:
-    """Gradients of one layer's weights, and (of its input, added to `into`; of its A)."""
-    its_input = x() if trains[0] or trains[2] else grad
-    weights = layer.weight_gradients(tuple(trains), grad, its_input, low)
-    d_low = layer.low_gradient(grad)
-    d_x = None
-    if wants_x:
-        d_x = grad @ layer.w if into is None else into.addmm_(grad, layer.w)
-        if d_low is not None and layer.a is not None:
-            d_x.addmm_(d_low, layer.a)
-    return weights, (d_x, d_low.t() @ its_input if trains[2] and d_low is not None else None)
+        d_g_low, d_u_low = gate.low_gradient(d_g), up.low_gradient(d_u)
+        d_x = up.input_gradient(d_u, d_u_low, into=gate.input_gradient(d_g, d_g_low)) if wants_x else None
+        d_gate = gate.own_gradients(trains[0:4], d_g, x, x, (g_low, d_g_low))
+        d_up = up.own_gradients(trains[4:8], d_u, x, x, (u_low, d_u_low))
+        return d_x, *d_gate, *d_up, *d_down, None, None
 
 
 class FusedMlp:
@@ -313,23 +301,28 @@ def fuse(model: nn.Module, casts: Casts, device: torch.device) -> Counter[str]:
     linears: dict[nn.Module, FusedLinear] = {}
     inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLinear)}
     for module in model.modules():
-        if module not in inside and _is_plain_linear(module):
-            linears[module] = module.forward = FusedLinear(module, casts)  # type: ignore[arg-type, assignment]
+        if module not in inside and isinstance(module, nn.Linear | LoraLinear) and _is_plain_linear(module):
+            linears[module] = FusedLinear(module, casts)
+            _replace_forward(module, linears[module])
             done["linear layers"] += 1
     for module in model.modules():
         for kind, fused in _candidates(module, linears):
             if _agrees(module, fused, device):
-                module.forward = fused  # type: ignore[assignment]
+                _replace_forward(module, fused)
                 done[kind] += 1
     logger.debug("fused: %s", ", ".join(f"{n} {kind}" for kind, n in done.items()) or "nothing")
     return done
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    vars(module)["forward"] = forward  # an object, not a bound method, so that a deep copy of a model is its own
+
+
+def _is_plain_linear(module: nn.Linear | LoraLinear) -> bool:
     if not _is_untouched(module):
         return False
-    if type(module) is nn.Linear:
-        return True
+    if not isinstance(module, LoraLinear):
+        return type(module) is nn.Linear
     return (
         type(module) is LoraLinear
         and type(module.base_layer) is nn.Linear

@@ -113,6 +113,7 @@ class Policy(nn.Module):
             batch.targets,
             transform=self._transform,
             compute=self.head_dtype,
+            cast=self.casts,
             collisions=batch.collisions,
         )
 
