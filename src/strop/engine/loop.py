@@ -190,7 +190,8 @@ class Loop:
             batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
             apart = list(self.train.apart(self.policy, self.plan.visits(step)))
             seed = (self.config.seed, step)
-            result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
+            with self.policy.still():
+                result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
             return result, sum(b.num_tokens for b in (*batches, *apart))
 
         while True:
