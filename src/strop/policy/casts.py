@@ -19,6 +19,7 @@ class Casts:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+        self._zero: dict[int, bool] = {}
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -26,11 +27,11 @@ class Casts:
         if self._kept is not None:
             yield
             return
-        self._kept = {}
+        self._kept, self._zero = {}, {}
         try:
             yield
         finally:
-            self._kept = None
+            self._kept, self._zero = None, {}
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight itself where it has the dtype, else a copy; without gradients."""
@@ -42,3 +43,12 @@ class Casts:
         if key not in self._kept:
             self._kept[key] = (weight, weight.detach().to(dtype))  # the weight too, so that its id stays its own
         return self._kept[key][1]
+
+    def is_zero(self, weight: Tensor) -> bool:
+        """Whether every number is 0, as in half of a new adapter; looked up once inside `still`, outside not at all."""
+        if self._kept is None:
+            return False
+        if id(weight) not in self._zero:
+            self._kept.setdefault((id(weight), weight.dtype), (weight, weight.detach()))
+            self._zero[id(weight)] = not bool(weight.detach().any())
+        return self._zero[id(weight)]

@@ -168,7 +168,10 @@ class FusedLinear:
     def weights(self, device: torch.device) -> Weights:
         """The same in the compute dtype."""
         dtype = compute_dtype(device) or self.base.weight.dtype
-        w, bias, a, b = (None if p is None else self.casts(p, dtype) for p in self.parameters)
+        parameters = self.parameters
+        if parameters[3] is not None and not torch.is_grad_enabled() and self.casts.is_zero(parameters[3]):
+            parameters = (*parameters[:2], None, None)  # as before the first step: the adapter adds nothing
+        w, bias, a, b = (None if p is None else self.casts(p, dtype) for p in parameters)
         assert w is not None
         scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLinear) else 1.0
         return Weights(w, bias, a, b, scale)
@@ -256,28 +259,33 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        normed, _ = _normed(x, eps)
-        return normed.to(x.dtype) * weight
+        exact = _exact(x)
+        return exact.mul(_reciprocal(exact, eps)).to(x.dtype) * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # with n = x / rms(x), d = w grad:  d x = (d - n mean(d n)) / rms(x)
         x, weight = ctx.saved_tensors
-        normed, reciprocal = _normed(x, ctx.eps)
-        grad = grad.to(normed.dtype)
-        d_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        exact, grad = _exact(x), _exact(grad)
+        reciprocal = _reciprocal(exact, ctx.eps)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (grad * exact).mul_(reciprocal).flatten(0, -2).sum(0).to(weight.dtype)
         d = grad * weight
-        along = torch.linalg.vecdot(d, normed).unsqueeze(-1).div_(x.shape[-1])
-        d_x = d.addcmul_(normed, along, value=-1).mul_(reciprocal).to(x.dtype)
-        return d_x, None if d_weight is None else d_weight.to(weight.dtype), None
+        along = torch.linalg.vecdot(d, exact).unsqueeze(-1).mul_(reciprocal**3 / x.shape[-1])
+        return d.mul_(reciprocal).addcmul_(exact, along, value=-1).to(x.dtype), d_weight, None
 
 
-def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms(x) and 1 / rms(x), in float32 at least."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+def _exact(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _reciprocal(exact: Tensor, eps: float) -> Tensor:
+    """[..., 1] 1 / rms(x)."""
     squares = torch.linalg.vecdot(exact, exact).unsqueeze(-1)
-    reciprocal = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return exact * reciprocal, reciprocal
+    return squares.div_(exact.shape[-1]).add_(eps).rsqrt_()
 
 
 class FusedNorm:

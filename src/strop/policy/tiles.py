@@ -7,9 +7,10 @@ keys besides their own. Each is cut into tiles of queries that see a run of keys
 but a triangle at the end, so that what nobody sees costs no more than that triangle. Every tile is one product for all
 the heads: the n query heads of a key-value head are rows of one matrix, and keys are never repeated.
 
-The backward pass computes the probabilities again (the forward pass keeps q, k and v alone) and adds the gradients of
-keys that several tiles see in float32 at least. On CPUs these few large products beat the fused kernel, whose inner
-products gain nothing from bfloat16; measured: 2.5 times in bfloat16, 1.1 times in float32.
+The forward pass keeps q, k and v, and the probabilities too where they are few (short rows); else the backward pass
+computes them again. It adds the gradients of keys that several tiles see in float32 at least. On CPUs these few large
+products beat the fused kernel, whose inner products gain nothing from bfloat16; measured: 2.5 times in bfloat16, 1.1
+times in float32.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from strop.batch import GroupSpan
 TILE_ROWS = {torch.bfloat16: 256, torch.float16: 256}
 """Queries of a tile, at most; larger tiles suit faster products and waste larger triangles."""
 _TILE_ROWS = 128  # float32 and float64
+
+KEPT_BYTES = 2**24
+"""Probabilities of one layer and row that are kept for the backward pass, at most: 16 MiB."""
 
 Run = tuple[int, int]
 """Packed tokens from start to stop."""
@@ -101,8 +105,10 @@ def _hidden(position: int, rows: int, key: int, window: int | None, dtype: torch
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scaling: float) -> Tensor:
     """q: [1, H, T, D]; k, v: [1, K, T, D] of one dtype. Returns [1, H, T, D], laid out as [1, T, H, D]."""
+    scores = sum((t.queries[1] - t.queries[0]) * sum(stop - start for start, stop in t.keys) for t in tiles)
+    keep = torch.is_grad_enabled() and q.shape[1] * scores * q.element_size() <= KEPT_BYTES
     with torch.autocast(q.device.type, enabled=False):
-        out: Tensor = _TiledAttention.apply(q, k, v, tiles, scaling)  # type: ignore[no-untyped-call]
+        out: Tensor = _TiledAttention.apply(q, k, v, tiles, scaling, keep)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -134,36 +140,41 @@ def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scaling: float, keep: bool
+    ) -> Tensor:
         scaled, keys, values = q[0] * scaling, k[0], v[0]
         out = torch.empty(q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
+        kept: list[Tensor] = []
         for tile in tiles:
             rows = _by_key_head(scaled, tile.queries, len(keys))
             probs = _probabilities(rows, _gather(keys, tile.keys), tile.hidden)
             _put(out, tile.queries, torch.bmm(probs, _gather(values, tile.keys)))
+            if keep:
+                kept.append(probs)
         ctx.tiles, ctx.scaling = tiles, scaling
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v, *kept)
         return out.transpose(0, 1)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         scaled, keys, values, g = q[0] * ctx.scaling, k[0], v[0], grad[0]
         stats = torch.promote_types(q.dtype, torch.float32)
         d_q = torch.empty(q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
         d_k, d_v = (torch.zeros(x[0].shape, dtype=stats, device=q.device) for x in (k, v))
-        for tile in ctx.tiles:
+        for i, tile in enumerate(ctx.tiles):
             rows, g_rows = (_by_key_head(x, tile.queries, len(keys)) for x in (scaled, g))
             its_keys, its_values = _gather(keys, tile.keys), _gather(values, tile.keys)
-            probs = _probabilities(rows, its_keys, tile.hidden)
+            probs = kept[i] if kept else _probabilities(rows, its_keys, tile.hidden)
             d_probs = torch.bmm(g_rows, its_values.transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             _put(d_q, tile.queries, torch.bmm(d_scores, its_keys))
             _add(d_k, tile.keys, torch.bmm(d_scores.transpose(1, 2), rows))
             _add(d_v, tile.keys, torch.bmm(probs.transpose(1, 2), g_rows))
         d_q *= ctx.scaling
-        return d_q.transpose(0, 1)[None], d_k[None].to(k.dtype), d_v[None].to(v.dtype), None, None
+        return d_q.transpose(0, 1)[None], d_k[None].to(k.dtype), d_v[None].to(v.dtype), None, None, None
 
 
 def _add(total: Tensor, runs: tuple[Run, ...], part: Tensor) -> None:

@@ -105,6 +105,7 @@ def test_every_kernel_is_the_oracle(
     rows: int, window: int | None, softcap: float | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "_TILE_ROWS", rows)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", 2**24 if rows % 2 else 0)
     inputs = draw(heads, key_heads, torch.float64)
     want = attend("dense", inputs, window, softcap)
     for kernel in KERNELS:
@@ -114,8 +115,12 @@ def test_every_kernel_is_the_oracle(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 3])
-def test_tiles_round_no_worse_than_plain_products(dtype: torch.dtype, window: int | None) -> None:
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_tiles_round_no_worse_than_plain_products(
+    dtype: torch.dtype, window: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """float64 is the truth; the naive way is q k^T, a mask, a softmax, a product, in the dtype."""
+    monkeypatch.setattr(tiles, "KEPT_BYTES", kept)
     exact = attend("dense", draw(6, 2, torch.float64, 32), window, None)
     inputs = draw(6, 2, dtype, 32)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
