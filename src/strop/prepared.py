@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
 from strop.data.plan import Plan, RowTokens, cut, default_budget, filled_rows, lengths
 from strop.engine.checkpoint import Checkpoint
+from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
 from strop.objectives.base import Objective, build_objective
@@ -45,6 +47,8 @@ class Prepared:
         if training.packing:
             fill = sum(group.num_tokens for group in groups) / (plan.num_rows * training.max_seq_length)
             yield f"packing: {len(groups)} groups in {plan.num_rows} rows, {100 * fill:.0f} % full"
+        if plan.steps_per_epoch == 1:
+            yield "note: a step takes every row there is, so it is a whole epoch"
         steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
         epochs = steps / plan.steps_per_epoch
         yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
@@ -63,7 +67,7 @@ class Prepared:
             f"{100 * total / (len(parts) * budget):.0f} % full"
         )
         if self.objective.needs_mismatched:
-            yield f"mismatched completions: up to {total:,} tokens more an epoch, scored without gradients"
+            yield f"mismatched completions: about {total:,} tokens more an epoch, scored without gradients"
         if self.objective.whole_step and len(parts) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
         if (sync := self.objective.ref_sync) is not None:
@@ -85,6 +89,11 @@ def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelS
     return [config.models[model_index]]
 
 
+def run_folder(config: RunConfig, model: ModelSection) -> Path:
+    """Where everything about the run of one model is left."""
+    return Path(config.training.output_dir).expanduser() / model.name
+
+
 def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
     """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
     objective = build_objective(config.post_training)
@@ -94,7 +103,9 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     data = load_data(config, tokenizer, objective.rows)
     if objective.needs_mismatched:
         _check_mismatched(data)
-    if not data.eval:
+    if data.eval:
+        _check_metric(config, objective)
+    else:
         config = _without_validation(config)
     training = config.training
     groups_per_step = training.groups_per_step
@@ -119,6 +130,15 @@ def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
     if not training.packing:
         budget, origin = default_budget(prepared.data.train, batch, tokens), "batch size x the longest group"
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
+
+
+def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> None:
+    """Now, not at the first evaluation."""
+    options = config.finetuning
+    decides = options.load_best_model_at_end or options.early_stopping_patience is not None
+    name = options.metric_for_best_model.removeprefix("eval_")
+    if decides and name not in objective.evaluated:
+        raise no_such_metric(name, objective.evaluated)
 
 
 def _without_validation(config: RunConfig) -> RunConfig:

@@ -159,7 +159,7 @@ class LoraSection(Section):
 
     enabled: bool = Field(default=True, json_schema_extra={"x-default": "true if the section is given, else false"})
     """Train adapters instead of all weights; true when a `lora` section is given, else false."""
-    r: int = Field(default=16, gt=0)
+    r: int = Field(default=16, gt=0, le=65_536)
     """Rank."""
     lora_alpha: float = Field(
         default_factory=lambda data: 2.0 * data.get("r", 16), gt=0, json_schema_extra={"x-default": "2 r"}
@@ -181,6 +181,15 @@ class LoraSection(Section):
     """Rank-stabilised scale lora_alpha / sqrt(r) (arXiv 2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed adapters (arXiv 2402.09353)."""
+
+    def problems(self) -> Iterator[Problem]:
+        named = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        if both := sorted(set(named) & set(self.modules_to_save or ())):
+            yield Problem(
+                ("modules_to_save", "target_modules"),
+                f"{', '.join(both)} stands in target_modules and in modules_to_save: adapted, and trained in full",
+                fix="name each module in one of the two",
+            )
 
 
 class TrainingSection(Section):
