@@ -124,6 +124,14 @@ def judge(method: str, model: Path, start: Path, rows: Path, out: Path, args: ar
     return held_out(records(run_strop(config), "eval")[0])
 
 
+def as_text(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
+    """A pair that ends where strop's does: TRL's older trainers would train what their template writes after the end
+    token, and another end token."""
+    prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    sides = {side: row[side][0]["content"] + tokenizer.eos_token for side in ("chosen", "rejected")}
+    return {"prompt": prompt, **sides}
+
+
 def run_trl(
     method: str, start: Path, train_rows: Path, out: Path, args: argparse.Namespace
 ) -> tuple[Path, list[float]]:
@@ -175,12 +183,15 @@ def run_trl(
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(start, dtype="float32")
 
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    if name in ("orpo", "simpo", "cpo"):
+        rows = [as_text(row, tokenizer) for row in rows]
     reference = {"ref_model": load()} if name in ("dpo", "ipo", "kto") else {}
     trainer = trainer_class(
         model=load(),
         args=given,
         train_dataset=Dataset.from_list([rows[i] for i in places]),
-        processing_class=AutoTokenizer.from_pretrained(start),
+        processing_class=tokenizer,
         **reference,
     )
     trainer.train()
