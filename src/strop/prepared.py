@@ -14,7 +14,7 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import Plan, RowTokens, cut, default_budget, lengths
+from strop.data.plan import CPU_TOKENS, Plan, RowTokens, cut, default_budget, lengths
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
@@ -104,13 +104,13 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
 
 
-def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
-    """`micro_batch_tokens` from the longest group, where the configuration leaves it open."""
+def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:
+    """`micro_batch_tokens` from the longest group and the device, where the configuration leaves it open."""
     training = prepared.config.training
     if training.micro_batch_tokens is not None:
         return prepared
-    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens)
-    origin = "batch size x the longest group"
+    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens, device_type)
+    origin = "batch size x the longest group" + (f", at most {CPU_TOKENS} on a CPU" if device_type == "cpu" else "")
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
 
 

@@ -201,8 +201,8 @@ class TrainingSection(Section):
     groups_per_step: int | None = Field(default=None, gt=0)
     """Groups of one optimizer step; null: the effective batch at the first launch. A resume keeps it."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group. Changes memory and speed;
-    the result only through the masks of lora_dropout."""
+    """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group, on a CPU at most 1024 or the
+    longest group. Changes memory and speed; the result only through the masks of lora_dropout."""
     learning_rate: float | None = Field(
         default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )

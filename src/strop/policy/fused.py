@@ -284,7 +284,7 @@ def _exact(x: Tensor) -> Tensor:
 
 def _reciprocal(exact: Tensor, eps: float) -> Tensor:
     """[..., 1] 1 / rms(x)."""
-    squares = torch.linalg.vecdot(exact, exact).unsqueeze(-1)
+    squares: Tensor = torch.linalg.vecdot(exact, exact).unsqueeze(-1)
     return squares.div_(exact.shape[-1]).add_(eps).rsqrt_()
 
 
