@@ -6,6 +6,7 @@ what the run would be. Loads no weights and touches no GPU; writes nothing but t
 
 from __future__ import annotations
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -35,7 +36,8 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     for model in models:
         refuse_in_the_way(run_folder(config, model))
     # prompts are taken to be shared; whether the architecture can is seen when its weights are loaded
-    runs = [with_budget(prepare(config, model), packed_tokens) for model in models]
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = [with_budget(prepare(config, model), packed_tokens, device_type) for model in models]
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0].config):
         say(line)

@@ -15,7 +15,7 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import Plan, RowTokens, cut, default_budget, filled_rows, lengths
+from strop.data.plan import CPU_TOKENS, Plan, RowTokens, cut, default_budget, filled_rows, lengths
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
@@ -120,15 +120,14 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
 
 
-def with_budget(prepared: Prepared, tokens: RowTokens) -> Prepared:
-    """`micro_batch_tokens` from the longest group, or the filled row, where the configuration leaves it open."""
+def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:
+    """`micro_batch_tokens` from the longest group (or the filled row) and the device, where it is left open."""
     training = prepared.config.training
     if training.micro_batch_tokens is not None:
         return prepared
-    batch = training.per_device_train_batch_size
-    budget, origin = batch * training.max_seq_length, "batch size x max_seq_length"
-    if not training.packing:
-        budget, origin = default_budget(prepared.data.train, batch, tokens), "batch size x the longest group"
+    row, of = (training.max_seq_length, "max_seq_length") if training.packing else (None, "the longest group")
+    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens, device_type, row)
+    origin = f"batch size x {of}" + (f", at most {CPU_TOKENS} on a CPU" if device_type == "cpu" else "")
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
 
 

@@ -134,7 +134,7 @@ def _train_model(
         for line in policy.describe():
             log.info("%s: %s", model.name, line)
         tokens = packed_tokens if policy.share_prefix else padded_tokens
-        prepared = with_budget(prepared, tokens)
+        prepared = with_budget(prepared, tokens, device.type)
         if saved:
             check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
         for line in prepared.describe(tokens):
@@ -254,7 +254,7 @@ def _with_references(
     assert training.micro_batch_tokens is not None
     train, validation = Rows(data.train, training.micro_batch_tokens, tokens, extras=objective.extras), None
     if data.eval:
-        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens)
+        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens, policy.device.type)
         validation = replace(train, groups=data.eval, budget_tokens=budget)
     if synced is not None:
         return _live(train, synced), validation and _live(validation, synced)

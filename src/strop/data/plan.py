@@ -163,6 +163,15 @@ def longest_first(groups: Sequence[Sized], indices: Iterable[int]) -> list[int]:
     return sorted(indices, key=lambda i: groups[i].num_tokens, reverse=True)
 
 
-def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens) -> int:
-    """`batch_size` times the longest group: what a batch of that size may cost at worst."""
-    return batch_size * max(tokens([g]) for g in lengths(groups))
+CPU_TOKENS = 1024
+"""Tokens of a micro-batch from which a CPU gains nothing: larger ones only leave its caches and take more memory."""
+
+
+def default_budget(
+    groups: Sequence[Sized], batch_size: int, tokens: RowTokens, device_type: str, row: int | None = None
+) -> int:
+    """`batch_size` times the longest group (or `row` tokens, to which rows are filled), which is what a batch of that
+    size may cost at worst; on a CPU no more than `CPU_TOKENS`, or the longest group."""
+    longest = max(tokens([g]) for g in lengths(groups))
+    worst = batch_size * (row or longest)
+    return min(worst, max(longest, CPU_TOKENS)) if device_type == "cpu" else worst

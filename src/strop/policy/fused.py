@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,89 +31,71 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
+from strop.policy.products import Weights, gradients, products
 
 logger = logging.getLogger("strop")
-
-
-# --- products, without autograd ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What one linear layer multiplies with, in the compute dtype: w [O, I], bias [O], a [r, I], b [O, r]."""
-
-    w: Tensor
-    bias: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    scale: float
-
-    def forward(self, x: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor | None]:
-        """y [T, O] and s x A^T [T, r] of x [T, I]. dropped: x as the adapter sees it."""
-        y = x @ self.w.t() if self.bias is None else torch.addmm(self.bias, x, self.w.t())
-        if self.a is None or self.b is None:
-            return y, None
-        low = _times(dropped @ self.a.t(), self.scale)
-        y.addmm_(low, self.b.t())
-        return y, low
-
-    def low_gradient(self, grad: Tensor) -> Tensor | None:
-        """[T, r] s grad B: the gradient of x A^T."""
-        return None if self.b is None else _times(grad @ self.b, self.scale)
-
-    def input_gradient(self, grad: Tensor, d_low: Tensor | None, into: Tensor | None = None) -> Tensor:
-        """[T, I], with the adapter's part if `d_low` is given; added to `into` in place, where that is given."""
-        d_x = grad @ self.w if into is None else into.addmm_(grad, self.w)
-        if self.a is not None and d_low is not None:
-            d_x.addmm_(d_low, self.a)
-        return d_x
-
-    @staticmethod
-    def own_gradients(
-        trains: Sequence[bool], grad: Tensor, x: Tensor | None, dropped: Tensor | None, lows: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """Of w, bias, a and b, as far as they train. lows: s x A^T and its gradient."""
-        low, d_low = lows
-        return (
-            grad.t() @ x if trains[0] and x is not None else None,
-            grad.sum(0) if trains[1] else None,
-            d_low.t() @ dropped if trains[2] and d_low is not None and dropped is not None else None,
-            grad.t() @ low if trains[3] and low is not None else None,
-        )
-
-
-def _times(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x.mul_(scale)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-class _Linear(torch.autograd.Function):
-    """Of x [T, I] and x as the adapter sees it (the same tensor without dropout); w, bias, a, b take the gradients,
-    `weights` are multiplied with."""
+class _Linears(torch.autograd.Function):
+    """Layers that read the same x [T, I]. seen: x as the adapters see it, None where that is x. parameters: w, bias, a,
+    b of every layer, which take the gradients; `layers` are multiplied with."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, *rest: Any) -> Tensor:
-        *_, weights = rest
-        seen = x if dropped is None else dropped
-        y: Tensor
-        y, low = weights.forward(x, seen)
-        trains = ctx.needs_input_grad[2:6]
-        ctx.weights, ctx.apart = weights, dropped is not None
-        ctx.save_for_backward(x if trains[0] else None, seen if trains[2] else None, low if trains[3] else None)
-        return y
+    def forward(
+        ctx: Any, x: Tensor, seen: Tensor | None, layers: tuple[Weights, ...], *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        adapters_see = x if seen is None else seen
+        outputs, lows = products(layers, x, adapters_see)
+        trains = ctx.needs_input_grad[3:]
+        ctx.layers, ctx.apart = layers, seen is not None
+        ctx.save_for_backward(x if any(trains[0::4]) else None, adapters_see if any(trains[2::4]) else None, lows)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, dropped, low = ctx.saved_tensors
-        weights: Weights = ctx.weights
-        wants_x, wants_dropped, *trains = ctx.needs_input_grad[:6]
-        d_low = weights.low_gradient(grad)
-        d_x = weights.input_gradient(grad, None if ctx.apart else d_low) if wants_x else None
-        d_dropped = d_low @ weights.a if wants_dropped and d_low is not None and weights.a is not None else None
-        return d_x, d_dropped, *weights.own_gradients(trains, grad, x, dropped, (low, d_low)), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, wants_seen, _, *trains = ctx.needs_input_grad
+        wants = wants_x or wants_seen
+        found = gradients(ctx.layers, grads, trains, *ctx.saved_tensors, wants_x=wants, apart=ctx.apart)
+        return found.x, found.seen, None, *found.weights
+
+
+def _apply(layers: Sequence[FusedLinear], x: Tensor, drop: float = 0.0) -> list[Tensor]:
+    """Outputs [..., O] of layers that read the same x [..., I]."""
+    weights = tuple(layer.weights(x.device) for layer in layers)
+    parameters = [p for layer in layers for p in layer.parameters]
+    flat = x.reshape(-1, x.shape[-1])
+    seen = F.dropout(flat, drop).to(weights[0].w.dtype) if drop else None
+    with torch.autocast(x.device.type, enabled=False):
+        outputs = _Linears.apply(flat.to(weights[0].w.dtype), seen, weights, *parameters)  # type: ignore[no-untyped-call]
+    return [y.view(*x.shape[:-1], -1) for y in outputs]
+
+
+class SharedInput:
+    """Layers of one module that read the same input, as q, k and v do: the first to be called computes for all of them,
+    and the others find theirs, if they are called with the same tensor. So x is cast and kept once, and their gradients
+    of it are added in the products."""
+
+    def __init__(self, layers: tuple[FusedLinear, ...]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._state: tuple[int, bool] = (0, False)
+        self._outputs: dict[int, Tensor] = {}
+
+    def take(self, layer: FusedLinear, x: Tensor) -> Tensor:
+        """The output of one of the layers."""
+        state = (x._version, torch.is_grad_enabled())
+        if x is not self._input or state != self._state or id(layer) not in self._outputs:
+            outputs = _apply(self.layers, x)
+            self._input, self._state = x, state
+            self._outputs = {id(n): y for n, y in zip(self.layers, outputs, strict=True)}
+        out = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self._input = None
+        return out
 
 
 class FusedLinear:
@@ -122,18 +103,15 @@ class FusedLinear:
 
     def __init__(self, module: nn.Linear | LoraLinear, casts: Casts) -> None:
         self.module, self.casts = module, casts
+        self.shared: SharedInput | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.is_plain:
-            out: Tensor = type(self.module).forward(self.module, x)
-            return out
-        parameters, weights = self.parameters, self.weights(x.device)
-        flat = x.reshape(-1, x.shape[-1])
-        seen = self._drop(flat)
-        flat, seen = flat.to(weights.w.dtype), None if seen is None else seen.to(weights.w.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _Linear.apply(flat, seen, *parameters, weights)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        if self.shared is not None and all(layer.is_plain and not layer.dropout for layer in self.shared.layers):
+            return self.shared.take(self, x)
+        if self.is_plain:
+            return _apply((self,), x, self.dropout)[0]
+        out: Tensor = type(self.module).forward(self.module, x)
+        return out
 
     @property
     def base(self) -> nn.Linear:
@@ -176,9 +154,6 @@ class FusedLinear:
         scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLinear) else 1.0
         return Weights(w, bias, a, b, scale)
 
-    def _drop(self, x: Tensor) -> Tensor | None:
-        return F.dropout(x, self.dropout) if self.dropout else None
-
 
 def compute_dtype(device: torch.device) -> torch.dtype | None:
     """That of autocast, where it is on."""
@@ -201,35 +176,27 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *_, layers, activation = rest
-        gate, up, down = layers
-        g, g_low = gate.forward(x, x)
-        u, u_low = up.forward(x, x)
+        (g, u), lows = products(layers[:2], x, x)
         h = activation[0](g).mul_(u)
-        y: Tensor
-        y, h_low = down.forward(h, h)
+        (y,), h_low = products(layers[2:], h, h)
         ctx.layers, ctx.activation = layers, activation
-        ctx.save_for_backward(x, g, u, g_low, u_low, h_low)
+        ctx.save_for_backward(x, g, u, lows, h_low)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, u, g_low, u_low, h_low = ctx.saved_tensors
-        gate, up, down = ctx.layers
+        x, g, u, lows, h_low = ctx.saved_tensors
         function, slope = ctx.activation
         wants_x, *trains = ctx.needs_input_grad[:13]
         acted = function(g)
-        low = down.low_gradient(grad)
-        d_h = down.input_gradient(grad, low)
         h = acted * u
-        d_down = down.own_gradients(trains[8:12], grad, h, h, (h_low, low))
-        d_u = acted.mul_(d_h)
-        d_g = slope(d_h.mul_(u), g)
-        d_g_low, d_u_low = gate.low_gradient(d_g), up.low_gradient(d_u)
-        d_x = up.input_gradient(d_u, d_u_low, into=gate.input_gradient(d_g, d_g_low)) if wants_x else None
-        d_gate = gate.own_gradients(trains[0:4], d_g, x, x, (g_low, d_g_low))
-        d_up = up.own_gradients(trains[4:8], d_u, x, x, (u_low, d_u_low))
-        return d_x, *d_gate, *d_up, *d_down, None, None
+        down = gradients(ctx.layers[2:], (grad,), trains[8:], h, h, h_low, wants_x=True)
+        assert down.x is not None
+        d_u = acted.mul_(down.x)
+        d_g = slope(down.x.mul_(u), g)
+        inner = gradients(ctx.layers[:2], (d_g, d_u), trains[:8], x, x, lows, wants_x=wants_x)
+        return inner.x, *inner.weights, *down.weights, None, None
 
 
 class FusedMlp:
@@ -314,12 +281,22 @@ def fuse(model: nn.Module, casts: Casts, device: torch.device) -> Counter[str]:
             _replace_forward(module, linears[module])
             done["linear layers"] += 1
     for module in model.modules():
+        _share_input(module, linears)
         for kind, fused in _candidates(module, linears):
             if _agrees(module, fused, device):
                 _replace_forward(module, fused)
                 done[kind] += 1
     logger.debug("fused: %s", ", ".join(f"{n} {kind}" for kind, n in done.items()) or "nothing")
     return done
+
+
+def _share_input(module: nn.Module, linears: dict[nn.Module, FusedLinear]) -> None:
+    parts = dict(module.named_children())
+    layers = tuple(linears[parts[n]] for n in ("q_proj", "k_proj", "v_proj") if parts.get(n) in linears)
+    if len(layers) == 3 and len({layer.base.in_features for layer in layers}) == 1:
+        shared = SharedInput(layers)
+        for layer in layers:
+            layer.shared = shared
 
 
 def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:

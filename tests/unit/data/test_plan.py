@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,7 +56,7 @@ def test_cutting_keeps_order_and_budget(sizes: list[tuple[int, int, int]], budge
         parts = cut(groups, indices, budget, tokens)
         assert [i for part in parts for i in part] == list(indices)
         assert all(len(part) == 1 or tokens([groups[i] for i in part]) <= budget for part in parts)
-        whole = default_budget(groups, len(groups), tokens)
+        whole = default_budget(groups, len(groups), tokens, "cuda")
         assert len(cut(groups, indices, whole, tokens)) == 1, "a batch of that many groups must fit"
 
 
@@ -74,6 +75,15 @@ def test_b12_filled_rows_hold_every_group_once_and_no_two_of_them_fit_into_one(
         steps = range(epoch * plan.steps_per_epoch + 1, (epoch + 1) * plan.steps_per_epoch + 1)
         assert sorted(i for s in steps for i in plan.groups(s)) == list(range(len(groups)))
     assert plan.num_steps == 2 * -(-len(rows) // 2)
+
+
+@pytest.mark.parametrize(
+    ("longest", "batch_size", "on_cpu"), [(100, 4, 400), (600, 1, 600), (600, 4, 1024), (3000, 4, 3000)]
+)
+def test_the_default_budget_by_device(longest: int, batch_size: int, on_cpu: int) -> None:
+    groups = [_group(longest - 4, 3, 3), _group(5, 3)]
+    assert default_budget(groups, batch_size, packed_tokens, "cuda") == batch_size * longest
+    assert default_budget(groups, batch_size, packed_tokens, "cpu") == on_cpu
 
 
 def _group(prompt: int, *answers: int) -> Group:

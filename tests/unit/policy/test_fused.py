@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from strop.policy import policy as policy_module
 from strop.policy.casts import Casts
-from strop.policy.fused import FusedLinear, FusedMlp, FusedNorm, fuse
+from strop.policy.fused import FusedLinear, FusedMlp, FusedNorm, SharedInput, fuse
 from strop.policy.policy import Policy
 from strop.types import Group
 
@@ -185,6 +185,42 @@ def test_what_it_does_not_know_keeps_its_own_forward() -> None:
     assert not any("forward" in vars(m) for n, m in dora.named_modules() if n.endswith(("_proj", "out", "mlp")))
 
 
+@pytest.mark.parametrize("adapted", [["q_proj", "v_proj"], ["k_proj"], []])
+def test_layers_of_one_input_are_computed_together(adapted: list[str]) -> None:
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, n, bias=n > 8) for n in (16, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q_proj(x), self.v_proj(x), self.k_proj(x), self.k_proj(x + 1)], -1)
+
+    torch.manual_seed(0)
+    plain: nn.Module = Projections().double()
+    if adapted:
+        plain = get_peft_model(plain, LoraConfig(r=4, target_modules=adapted, init_lora_weights=False)).double()
+    fused = copy.deepcopy(plain)
+    fuse(fused, Casts(), CPU)
+    want, got = run(plain), run(fused)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_is_computed_together_is_not_kept_and_not_mistaken() -> None:
+    linears = [FusedLinear(nn.Linear(WIDTH, 4), Casts()) for _ in range(3)]
+    shared = SharedInput(tuple(linears))
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        early = shared.take(linears[0], x)
+    assert not early.requires_grad
+    late = [shared.take(linear, x) for linear in linears]
+    assert all(y.requires_grad for y in late) and shared._input is None and not shared._outputs
+    shared.take(linears[0], x)
+    x += 1
+    torch.testing.assert_close(shared.take(linears[1], x), linears[1].module(x))
+
+
 def test_a_frozen_weight_and_a_frozen_input_get_no_gradient() -> None:
     _, fused = pair(lora={})
     out = fused(torch.randn(3, WIDTH, dtype=torch.float64))
@@ -192,7 +228,7 @@ def test_a_frozen_weight_and_a_frozen_input_get_no_gradient() -> None:
     assert all((p.grad is not None) == p.requires_grad for p in fused.parameters())
     linear = fused.base_model.model.out
     node = linear(torch.randn(3, WIDTH, dtype=torch.float64)).grad_fn.next_functions[0][0]
-    assert [f[0] is not None for f in node.next_functions] == [False, False, True, True]  # input, w, a, b
+    assert [f[0] is not None for f in node.next_functions] == [False, False, True, True]  # x, w, a, b
 
 
 def test_a_copy_is_a_model_of_its_own() -> None:
