@@ -25,14 +25,14 @@ from strop.engine.loop import Loop
 from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
-from strop.engine.recipe import check_recipe
+from strop.engine.recipe import check_finished, check_recipe
 from strop.engine.rows import Rows
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_logps, reference_policy
-from strop.prepared import Prepared, prepare, select_models, with_budget
+from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -111,13 +111,14 @@ def _train_model(
         log.warning(note)
     config = _with_precision(config, device)
     resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
-    folder = Path(config.training.output_dir).expanduser() / model.name
+    folder = run_folder(config, model)
     logging_dir = config.logging.logging_dir
     with (
         RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
         Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
         if resume and run.is_finished:
+            check_finished(run.path, config.model_copy(update={"models": (model,)}), resume)
             log.info("%s is finished: its model is in %s; nothing is trained", model.name, run.final)
             _mirror(config, run)
             return RunResult(model.name, run.path, _last_step(run))
@@ -133,7 +134,7 @@ def _train_model(
         for line in policy.describe():
             log.info("%s: %s", model.name, line)
         tokens = packed_tokens if policy.share_prefix else padded_tokens
-        prepared = with_budget(prepared, tokens)
+        prepared = with_budget(prepared, tokens, device.type)
         if saved:
             check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
         for line in prepared.describe(tokens):
@@ -181,9 +182,11 @@ def _run(
             step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
     finally:
         outputs.close()
+    checkpoint.refuse_nonfinite(f"no final model after step {state.step}", policy.trainable())
     run.publish_final(partial(policy.save_pretrained, tokenizer=prepared.tokenizer))
     _mirror(config, run)
-    log.info("%s: %d steps; the model of step %d is in %s", prepared.model.name, state.step, step, run.final)
+    steps = f"{state.step} step{'s' * (state.step != 1)}"
+    log.info("%s: %s; the model of step %d is in %s", prepared.model.name, steps, step, run.final)
     return RunResult(prepared.model.name, run.path, state.step)
 
 
@@ -251,7 +254,7 @@ def _with_references(
     assert training.micro_batch_tokens is not None
     train, validation = Rows(data.train, training.micro_batch_tokens, tokens, extras=objective.extras), None
     if data.eval:
-        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens)
+        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens, policy.device.type)
         validation = replace(train, groups=data.eval, budget_tokens=budget)
     if synced is not None:
         return _live(train, synced), validation and _live(validation, synced)

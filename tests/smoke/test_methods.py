@@ -144,7 +144,7 @@ def test_what_costs_more_is_said_before(
         "training.gradient_accumulation_steps": 3,
     }
     config = strop.load_config(overrides=overrides)
-    prepared = with_budget(prepare(config, config.models[0]), packed_tokens)
+    prepared = with_budget(prepare(config, config.models[0]), packed_tokens, "cpu")
     lines = list(prepared.describe(packed_tokens))
     costs = [x for x in lines if re.search("mismatched|scored twice|second model", x)]
     assert len(costs) == (said is not None)

@@ -27,11 +27,11 @@ from strop.data.plan import Plan, longest_first
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import evaluate
 from strop.engine.memory import does_not_fit
-from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
+from strop.engine.metrics import MetricWindow, UpdateProbe, means, no_such_metric, peak_memory_gib
 from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
 from strop.engine.rows import Rows
 from strop.engine.step import StepScores, forward_backward
-from strop.errors import ConfigError, Interrupted, TrainingError
+from strop.errors import Interrupted, TrainingError
 from strop.objectives.base import Objective
 from strop.policy.memory import attempt
 from strop.policy.policy import Policy
@@ -190,7 +190,8 @@ class Loop:
             batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
             apart = list(self.train.apart(self.policy, self.plan.visits(step)))
             seed = (self.config.seed, step)
-            result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
+            with self.policy.still():
+                result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
             return result, sum(b.num_tokens for b in (*batches, *apart))
 
         while True:
@@ -326,12 +327,7 @@ class Loop:
             return None
         name = options.metric_for_best_model.removeprefix("eval_")
         if name not in record:
-            raise ConfigError(
-                f"no evaluation has a metric {name!r}",
-                where=f"finetuning.metric_for_best_model: {options.metric_for_best_model}",
-                expected="one of " + ", ".join(sorted(k for k, v in record.items() if isinstance(v, float))),
-                fix="name one of these",
-            )
+            raise no_such_metric(name, [k for k in self.objective.evaluated if k in record])
         return float(record[name])
 
     def _is_best(self, value: float) -> bool:

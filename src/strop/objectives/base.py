@@ -82,6 +82,11 @@ class Objective(ABC, Generic[S]):
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
         """Metric name -> (sum, count) over `scores`; called without gradients."""
 
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the numbers that an evaluation may give: the loss, its terms, the metrics of its variants."""
+        return ["loss", *([f"loss/{t}" for t in self.units] if len(self.units) > 1 else []), *self.METRICS]
+
     def margins(self, scores: Scores) -> Tensor | None:
         """[G] float64: the raw log-ratio difference of each pair; None where the method has none. Called without
         gradients."""

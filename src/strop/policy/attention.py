@@ -7,23 +7,27 @@ The function is registered with transformers under `NAME`, which is not in its m
 masks of its own. The layout of the row travels as the keyword `strop_plan` through the model's call; a plan outlives
 the call (gradient checkpointing binds it), and holds every mask once a batch, not once a layer.
 
-A kernel is a function of (q, k, v, plan, scaling, window, softcap); `KERNELS` names those there are. The oracle
-`whole_row` is one dense mask over the whole row. Windows count positions, which restart at the prompt's length in every
-completion: transformers lets a query see keys with q_pos - k_pos < window.
+A kernel is a function of (q, k, v, plan, scaling, window, softcap); `KERNELS` names those there are, `best_kernel`
+chooses. A kernel that cannot do what a layer asks for hands on to `groups`, which can do everything. The oracle `dense`
+is one mask over the whole row. Windows count positions, which restart at the prompt's length in every completion:
+transformers lets a query see keys with q_pos - k_pos < window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from strop.batch import GroupSpan
 from strop.errors import ModelError
+from strop.policy.tiles import Tile, cut_tiles, sequences, tiled_attention
 
 NAME = "strop_shared_prefix"
 
@@ -42,14 +46,29 @@ _HARMLESS = frozenset(
 )
 
 
-class AttentionPlan:
-    """How one row attends: its layout, the kernel that does it, and the masks it needs, each made when first asked
-    for. window: None, or how many positions back a token sees, itself included."""
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """The sequences of a row as flash attention wants them: [sequences + 1] int32 where the queries and the gathered
+    keys of each begin, the longest of each, and the runs of packed tokens that are gathered."""
 
-    def __init__(self, layout: tuple[GroupSpan, ...], device: torch.device, kernel: str = "groups") -> None:
-        self.layout, self.device, self.kernel = layout, device, KERNELS[kernel]
+    queries: Tensor
+    keys: Tensor
+    longest_queries: int
+    longest_keys: int
+    runs: tuple[tuple[int, int], ...]
+
+
+class AttentionPlan:
+    """How one row attends: its layout, the kernel that does it (None: the best for device and dtype), and what the
+    kernel needs, each made when first asked for. window: None, or how many positions back a token sees, itself
+    included."""
+
+    def __init__(self, layout: tuple[GroupSpan, ...], device: torch.device, kernel: str | None = None) -> None:
+        self.layout, self.device, self.kernel = layout, device, kernel
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._dense: dict[int | None, Tensor] = {}
+        self._tiles: dict[tuple[int | None, torch.dtype], tuple[Tile, ...]] = {}
+        self._lengths: Lengths | None = None
 
     def mask(self, group: int, window: int | None) -> Tensor:
         """[T, T] of one group's own tokens."""
@@ -62,6 +81,28 @@ class AttentionPlan:
         if window not in self._dense:
             self._dense[window] = dense_mask(self.layout, self.device, window)
         return self._dense[window]
+
+    def tiles(self, window: int | None, dtype: torch.dtype) -> tuple[Tile, ...]:
+        """The row cut for matrix products."""
+        if (window, dtype) not in self._tiles:
+            self._tiles[window, dtype] = cut_tiles(self.layout, window, dtype, self.device)
+        return self._tiles[window, dtype]
+
+    @property
+    def lengths(self) -> Lengths:
+        """The row's sequences, for flash attention."""
+        if self._lengths is None:
+            parts = [(s.own[1] - s.own[0], s.prompt[1] - s.prompt[0], s) for s in sequences(self.layout)]
+            queries = torch.tensor([0, *(own for own, _, _ in parts)]).cumsum(0)
+            keys = torch.tensor([0, *(own + prompt for own, prompt, _ in parts)]).cumsum(0)
+            self._lengths = Lengths(
+                queries.to(self.device, torch.int32),
+                keys.to(self.device, torch.int32),
+                max(own for own, _, _ in parts),
+                max(own + prompt for own, prompt, _ in parts),
+                tuple(run for _, _, s in parts for run in (s.prompt, s.own) if run[0] < run[1]),
+            )
+        return self._lengths
 
 
 def group_mask(span: GroupSpan, device: torch.device, window: int | None = None) -> Tensor:
@@ -107,7 +148,61 @@ def by_group(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-KERNELS: Mapping[str, Kernel] = {"groups": by_group, "dense": whole_row}
+def by_tiles(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Matrix products over tiles of queries (tiles.py); scores without a cap."""
+    if softcap is not None:
+        return by_group(q, k, v, plan, scaling, window, softcap)
+    return tiled_attention(q, k, v, plan.tiles(window, q.dtype), scaling)
+
+
+def by_length(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Flash attention over sequences of unlike length, on CUDA in 16 bits: the keys of each prompt are copied before
+    those of every completion but the first, which lie after it anyway."""
+    if softcap is not None or not _flash_takes(q, v):
+        return by_group(q, k, v, plan, scaling, window, softcap)
+    lengths = plan.lengths
+    # slices and cat, whose backward pass adds slices; that of an index would add row by row
+    keys, values = (torch.cat([x[0, :, a:b] for a, b in lengths.runs], dim=1).transpose(0, 1) for x in (k, v))
+    out = varlen_attn(
+        q[0].transpose(0, 1),
+        keys,
+        values,
+        lengths.queries,
+        lengths.keys,
+        lengths.longest_queries,
+        lengths.longest_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),  # queries stand at the end of their keys
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(0, 1)[None]
+
+
+def _flash_takes(q: Tensor, v: Tensor) -> bool:
+    width = q.shape[-1]
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and width == v.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+KERNELS: Mapping[str, Kernel] = {"groups": by_group, "dense": whole_row, "tiles": by_tiles, "flash": by_length}
+
+
+def best_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the fastest kernel that is right here."""
+    if device.type == "cuda":
+        return "flash" if dtype in (torch.bfloat16, torch.float16) else "groups"
+    return "tiles"
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -153,8 +248,17 @@ def shared_prefix_attention(
         )
     if scaling is None:
         scaling = float(query.shape[-1]) ** -0.5
-    out = strop_plan.kernel(query, key, value, strop_plan, scaling, sliding_window, softcap)
+    kernel = KERNELS[strop_plan.kernel or best_kernel(query.device, value.dtype)]
+    out = kernel(*_in_one_dtype(query, key, value), strop_plan, scaling, sliding_window, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As autocast has it for torch's own attention: norms of queries and keys may have left them in float32."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def register_attention() -> None:

@@ -11,13 +11,15 @@ needed). Where it trains, the backward pass computes every chunk again.
 Where it is asked for, log(sum of p^2) = logsumexp(2 y) - 2 logsumexp(y) is taken from the same chunk, without
 gradients.
 
-Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least.
+Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least. The logits of a
+chunk, which become its rows of gradients in place, are one buffer for all chunks, and the softmax goes over slabs of it
+that stay in the processor's cache: passes over memory and fresh pages would cost more than the products.
 `naive_token_logps` is the same in three lines of plain torch, and stays as the oracle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
-"""R x V of one chunk by device, when nothing else is asked for: 128 MiB and 1 GiB of float32 logits."""
-_FEWEST_ROWS = 64
+from strop.policy.casts import Casts
+
+CHUNK_ROWS = 256
+"""Rows of one chunk on a CPU where the head does not train: few enough for a small buffer, many enough that reading W
+costs less than multiplying with it."""
+CHUNK_ROWS_TRAINED = 1024
+"""The same where it trains: every chunk adds a [V, D] product to W's gradient."""
+CHUNK_ELEMENTS = 2**28
+"""R x V of one chunk on other devices: 512 MiB of 16-bit logits."""
+SLAB_ELEMENTS = 2**20
+"""Logits that go through the softmax at once on a CPU: 4 MiB of float32."""
+
+Cast = Callable[[Tensor, torch.dtype], Tensor]
+"""A weight in a dtype, without gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,12 @@ class LogitTransform:
     def __call__(self, z: Tensor) -> Tensor:
         y = z if self.scale == 1.0 else z * self.scale
         return y if self.softcap is None else self.softcap * torch.tanh(y / self.softcap)
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """The same in place."""
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def slope(self, y: Tensor) -> Tensor | float:
         """dy/dz, from y."""
@@ -55,6 +74,7 @@ def token_logps(
     *,
     transform: LogitTransform = LogitTransform(),
     compute: torch.dtype | None = None,
+    cast: Cast | None = None,
     chunk_tokens: int | None = None,
     collisions: bool = False,
 ) -> Tensor:
@@ -65,7 +85,8 @@ def token_logps(
         weight: [V, D], bias: [V] or None. Their gradients are summed over chunks in float32 at least.
         targets: [M] int64.
         compute: dtype of the matrix products; None: that of `hidden`.
-        chunk_tokens: rows of one chunk; None: as many as `CHUNK_ELEMENTS` allows.
+        cast: gives weight and bias in the compute dtype; None: copies that are not kept.
+        chunk_tokens: rows of one chunk; None: by device.
         collisions: return log(sum of p^2) too, without gradients.
 
     Returns:
@@ -74,11 +95,11 @@ def token_logps(
     if compute is None:
         compute = hidden.dtype
     if chunk_tokens is None:
-        elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
-        chunk_tokens = max(_FEWEST_ROWS, elements // weight.shape[0])
+        rows = CHUNK_ROWS_TRAINED if _trains(weight, bias) else CHUNK_ROWS
+        chunk_tokens = rows if hidden.device.type == "cpu" else max(CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0])
     keep_rows = torch.is_grad_enabled() and hidden.requires_grad and not _trains(weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        options = (transform, compute, chunk_tokens, keep_rows, collisions)
+        options = (transform, compute, cast or Casts(), chunk_tokens, keep_rows, collisions)
         logps, squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
         return torch.stack([logps, squares]) if collisions else logps
 
@@ -108,12 +129,46 @@ def _chunks(num_rows: int, chunk: int) -> Iterator[slice]:
     return (slice(i, i + chunk) for i in range(0, num_rows, chunk))
 
 
-def _slopes(y: Tensor, lse: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
-    """[R, V] d logp / d z, in place of y where it can be."""
-    slope = transform.slope(y)
-    rows = y.sub_(lse[:, None]).exp_().neg_()
-    rows.scatter_add_(1, targets[:, None], torch.ones_like(lse)[:, None])
-    return rows.mul_(slope)
+class _Head:
+    """One head in the compute dtype, and the buffers that its chunks share."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, rows: int) -> None:
+        self.weight, self.bias, self.transform = weight, bias, transform
+        self.logits = weight.new_empty(rows, weight.shape[0])
+        slab = max(1, SLAB_ELEMENTS // weight.shape[0]) if weight.device.type == "cpu" else rows
+        shape = (min(slab, rows), weight.shape[0])
+        stats = _stats(weight.dtype)
+        self.probs = torch.empty(shape, dtype=stats, device=weight.device)
+        # the transformed logits are needed beside those of which they are made only if the dtypes differ
+        self.exact = torch.empty_like(self.probs) if weight.dtype != stats else None
+
+    def multiply(self, h: Tensor) -> Tensor:
+        """[R, V] logits of h [R, D], in the buffer."""
+        out = self.logits[: len(h)]
+        if self.bias is None:
+            return torch.mm(h, self.weight.t(), out=out)
+        return torch.addmm(self.bias, h, self.weight.t(), out=out)
+
+    def slabs(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, y, softmax of y) of slabs of the logits z [R, V], in buffers that the next slab takes."""
+        for rows in _chunks(len(z), len(self.probs)):
+            y = z[rows] if self.exact is None else self.exact[: len(z[rows])].copy_(z[rows])
+            self.transform.apply_(y)
+            yield rows, y, torch.softmax(y, dim=-1, out=self.probs[: len(y)])
+
+    def slopes_(self, z: Tensor, y: Tensor, probs: Tensor, targets: Tensor, factors: Tensor | None) -> None:
+        """Write d logp / d z, times `factors` [R] of the rows, over the slab z of the logits."""
+        slope = self.transform.slope(y)
+        at_target = 1 - probs.gather(1, targets[:, None])  # before any rounding to 16 bits
+        if isinstance(slope, Tensor):
+            at_target.mul_(slope.gather(1, targets[:, None]))
+        else:
+            at_target.mul_(slope)
+        if factors is not None:
+            at_target.mul_(factors[:, None])
+            slope = slope * factors[:, None]
+        torch.mul(probs, -slope, out=z)
+        z.scatter_(1, targets[:, None], at_target.to(z.dtype))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -126,61 +181,71 @@ class _TokenLogps(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         compute: torch.dtype,
+        cast: Cast,
         chunk: int,
         keep_rows: bool,
         collisions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        stats = _stats(compute)
-        logps = torch.empty(len(targets), dtype=stats, device=hidden.device)
-        lses = torch.empty_like(logps)
+        logps = torch.empty(len(targets), dtype=_stats(compute), device=hidden.device)
         squares = torch.empty_like(logps) if collisions else None
         kept = torch.empty_like(hidden) if keep_rows else None
-        w, b = weight.to(compute), None if bias is None else bias.to(compute)
+        low_bias = None if bias is None else cast(bias, compute)
+        head = _Head(cast(weight, compute), low_bias, transform, min(chunk, len(targets)))
         for rows in _chunks(len(targets), chunk):
-            y = transform(F.linear(hidden[rows].to(compute), w, b).to(stats))
-            lses[rows] = torch.logsumexp(y, dim=-1)
-            logps[rows] = y.gather(1, targets[rows, None]).squeeze(1) - lses[rows]
-            if squares is not None:
-                squares[rows] = torch.logsumexp(2 * y, dim=-1) - 2 * lses[rows]
+            z = head.multiply(hidden[rows].to(compute))
+            for slab, y, probs in head.slabs(z):
+                its_targets = targets[rows][slab]
+                # the largest probability is at least 1 / V, so that its logarithm is safe
+                lse = y.amax(-1) - probs.amax(-1).log_()
+                logps[rows][slab] = y.gather(1, its_targets[:, None]).squeeze(1) - lse
+                if squares is not None:
+                    squares[rows][slab] = torch.logsumexp(2 * y, dim=-1) - 2 * lse
+                if kept is not None:
+                    head.slopes_(z[slab], y, probs, its_targets, None)
             if kept is not None:
-                kept[rows] = (_slopes(y, lses[rows], targets[rows], transform).to(compute) @ w).to(kept.dtype)
-        ctx.transform, ctx.compute, ctx.chunk = transform, compute, chunk
+                kept[rows] = (z @ head.weight).to(kept.dtype)
+        ctx.transform, ctx.compute, ctx.cast, ctx.chunk = transform, compute, cast, chunk
         if squares is not None:
             ctx.mark_non_differentiable(squares)
-        ctx.save_for_backward(*((kept,) if kept is not None else (hidden, weight, bias, targets, lses)))
+        ctx.save_for_backward(*((kept,) if kept is not None else (hidden, weight, bias, targets)))
         return logps, squares
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 6
+        rest = (None,) * 7
         if len(ctx.saved_tensors) == 1:
             (kept,) = ctx.saved_tensors
             return kept * grad[:, None].to(kept.dtype), None, None, *rest
-        hidden, weight, bias, targets, lses = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         compute, stats = ctx.compute, _stats(ctx.compute)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        w, b = weight.to(compute), None if bias is None else bias.to(compute)
+        low_bias = None if bias is None else ctx.cast(bias, compute)
+        head = _Head(ctx.cast(weight, compute), low_bias, ctx.transform, min(ctx.chunk, len(targets)))
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=stats, device=weight.device) if wants_weight else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros(bias.shape, dtype=stats, device=bias.device) if wants_bias else None
         for rows in _chunks(len(targets), ctx.chunk):
             h = hidden[rows].to(compute)
-            y = ctx.transform(F.linear(h, w, b).to(stats))
-            dz = _slopes(y, lses[rows], targets[rows], ctx.transform).mul_(grad[rows, None])
+            z = head.multiply(h)
+            for slab, y, probs in head.slabs(z):
+                head.slopes_(z[slab], y, probs, targets[rows][slab], grad[rows][slab])
             if d_bias is not None:
-                d_bias += dz.sum(0)
-            dz = dz.to(compute)
+                d_bias += z.sum(0, dtype=stats)
             if d_hidden is not None:
-                d_hidden[rows] = (dz @ w).to(d_hidden.dtype)
-            if d_weight is not None:
-                if compute == stats:
-                    d_weight.addmm_(dz.t(), h)
-                else:
-                    d_weight += dz.t() @ h
+                d_hidden[rows] = (z @ head.weight).to(d_hidden.dtype)
+            if wants_weight:
+                d_weight = _add_product(d_weight, z.t(), h, stats)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
             *rest,
         )
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, stats: torch.dtype) -> Tensor:
+    """total + a @ b, in `stats`."""
+    if total is None:
+        return (a @ b).to(stats)
+    return total.addmm_(a, b) if a.dtype == stats else total.add_(a @ b)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from strop.config.sections import ModelSection
 from strop.errors import ConfigError, ModelError
 from strop.policy import sharing
 from strop.policy.adapters import add_adapters, continue_adapters, trainable_names
-from strop.policy.attention import NAME, AttentionPlan, register_attention
+from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
+from strop.policy.casts import Casts
 from strop.policy.checkpointing import checkpoint_layers
 from strop.policy.folder import place_of
+from strop.policy.fused import fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
 from strop.policy.logprobs import LogitTransform, token_logps
 from strop.policy.precision import Precision, resolve_precision, short_name
@@ -63,7 +65,8 @@ class Policy(nn.Module):
         self.model = model
         self.precision, self.share_prefix, self.where = precision, share_prefix, where
         self.head_dtype = torch.float32 if fp32_logits and precision.is_low else precision.compute
-        self.kernel = "groups"
+        self.kernel: str | None = None  # of the shared rows' attention; None: the best one
+        self.casts = Casts()
         self._loaded_config, self._stored = loaded.config, loaded.stored
         self._plain_attention: str = loaded.module.config._attn_implementation
         self._attention = self._plain_attention
@@ -110,6 +113,7 @@ class Policy(nn.Module):
             batch.targets,
             transform=self._transform,
             compute=self.head_dtype,
+            cast=self.casts,
             collisions=batch.collisions,
         )
 
@@ -121,11 +125,15 @@ class Policy(nn.Module):
         try:
             for m in dropouts:
                 m.p = 0.0
-            with torch.no_grad():
+            with torch.no_grad(), self.casts.still():
                 yield
         finally:
             for m, p in zip(dropouts, before, strict=True):
                 m.p = p
+
+    def still(self) -> AbstractContextManager[None]:
+        """No weight changes inside, so that their 16-bit copies are made once: around a step's passes."""
+        return self.casts.still()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The weights that train, by the names they have in a saved folder."""
@@ -135,7 +143,8 @@ class Policy(nn.Module):
         """Lines for the terminal: sizes, dtypes, rows."""
         trained = sum(p.numel() for p in self.trainable().values())
         total = sum(p.numel() for p in self.model.parameters())
-        shared = f"each prompt once, shared by its completions; attention by {self.kernel}"
+        kernel = self.kernel or best_kernel(self.device, self.precision.compute)
+        shared = f"each prompt once, shared by its completions; attention by {kernel}"
         plain = f"plain, padded; attention {self._plain_attention}"
         return [
             f"{total:,} weights, {trained:,} of them trained ({100 * trained / total:.2f} %)",
@@ -156,6 +165,7 @@ class Policy(nn.Module):
         with quiet():
             if isinstance(self.model, PeftModel):
                 self.model.save_pretrained(str(folder), save_embedding_layers=False)
+                (Path(folder) / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody has filled in
             else:
                 self._save_full(Path(folder))
             tokenizer.save_pretrained(str(folder))
@@ -264,6 +274,7 @@ def assemble(
     if getattr(loaded.config.get_text_config(), "output_router_logits", False):
         logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
     policy = Policy(module, loaded, precision, share_prefix=reason is None, fp32_logits=fp32_logits, where=where)
+    fuse(module, policy.casts, policy.device)
     reason = _probe(policy) or reason
     if reason is not None:
         policy.share_prefix = False

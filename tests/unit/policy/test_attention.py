@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from strop.batch import GroupSpan
 from strop.errors import ModelError
-from strop.policy.attention import AttentionPlan, dense_mask, group_mask, shared_prefix_attention
+from strop.policy import tiles
+from strop.policy.attention import (
+    KERNELS,
+    AttentionPlan,
+    best_kernel,
+    dense_mask,
+    group_mask,
+    shared_prefix_attention,
+)
 
 CPU = torch.device("cpu")
 LAYOUT = (GroupSpan(0, 3, (2, 0, 4)), GroupSpan(9, 1, (0,)), GroupSpan(10, 5, (3, 1)))
@@ -68,3 +76,85 @@ def test_what_would_change_the_result_is_refused(extra: dict[str, object]) -> No
         nn.Module(), q, q, q, None, strop_plan=plan, position_ids=torch.zeros(1), s_aux=None, output_attentions=False
     )
     assert torch.isfinite(out).all()
+
+
+def attend(
+    kernel: str, inputs: tuple[Tensor, ...], window: int | None, softcap: float | None, device: torch.device = CPU
+) -> list[Tensor]:
+    """Output and gradients of q, k, v of one kernel."""
+    plan = AttentionPlan(LAYOUT, device, kernel)
+    q, k, v, g = (x.detach().requires_grad_() for x in inputs)
+    out = KERNELS[kernel](q, k, v, plan, 0.3, window, softcap)
+    out.backward(g)
+    return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+
+def draw(heads: int, key_heads: int, dtype: torch.dtype, width: int = 8) -> tuple[Tensor, ...]:
+    """q, k, v and a gradient of the output, as the projections of a model lie in memory: token by token."""
+    generator = torch.Generator().manual_seed(0)
+    n = LAYOUT[-1].stop
+    shapes = [(1, n, h, width) for h in (heads, key_heads, key_heads, heads)]
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2) for s in shapes)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 6, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_every_kernel_is_the_oracle(
+    rows: int, window: int | None, softcap: float | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_TILE_ROWS", rows)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", 2**24 if rows % 2 else 0)
+    inputs = draw(heads, key_heads, torch.float64)
+    want = attend("dense", inputs, window, softcap)
+    for kernel in KERNELS:
+        for ours, theirs in zip(attend(kernel, inputs, window, softcap), want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_tiles_round_no_worse_than_plain_products(
+    dtype: torch.dtype, window: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float64 is the truth; the naive way is q k^T, a mask, a softmax, a product, in the dtype."""
+    monkeypatch.setattr(tiles, "KEPT_BYTES", kept)
+    exact = attend("dense", draw(6, 2, torch.float64, 32), window, None)
+    inputs = draw(6, 2, dtype, 32)
+    q, k, v, g = (x.detach().requires_grad_() for x in inputs)
+    scores = (q @ k.repeat_interleave(3, 1).transpose(2, 3) * 0.3).masked_fill(
+        ~dense_mask(LAYOUT, CPU, window), float("-inf")
+    )
+    out = scores.softmax(-1) @ v.repeat_interleave(3, 1)
+    out.backward(g)
+    naive = [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+    for ours, theirs, truth in zip(attend("tiles", inputs, window, None), naive, exact, strict=True):
+        error, allowed = (ours.double() - truth).norm(), (theirs.double() - truth).norm()
+        assert ours.dtype == dtype and 0 < error <= 1.5 * allowed
+
+
+def test_tiles_leave_out_what_nobody_sees() -> None:
+    """Keys of a tile end at its last query and, with a window, begin at the first that its first query sees."""
+    layout = (GroupSpan(0, 300, (200, 150)),)
+    full = tiles.cut_tiles(layout, None, torch.float32, CPU)
+    assert [t.queries for t in full] == [(0, 125), (125, 250), (250, 375), (375, 500), (500, 575), (575, 650)]
+    assert [t.keys for t in full[-3:]] == [((0, 500),), ((0, 300), (500, 575)), ((0, 300), (500, 650))]
+    assert full[0].hidden is full[3].hidden  # one triangle
+    near = tiles.cut_tiles(layout, 50, torch.float32, CPU)
+    assert [t.keys for t in near[-3:]] == [((326, 500),), ((251, 300), (500, 575)), ((526, 650),)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_on_a_gpu(dtype: torch.dtype, window: int | None) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    assert best_kernel(device, dtype) == "flash"
+    exact = attend("dense", draw(4, 2, torch.float64, 32), window, None)
+    inputs = tuple(x.to(device) for x in draw(4, 2, dtype, 32))
+    for ours, truth in zip(attend("flash", inputs, window, None, device), exact, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), truth, rtol=0.05, atol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -116,19 +117,38 @@ def test_large_logits_stay_finite() -> None:
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix product with V columns has at most one chunk's rows, whatever trains."""
     rows = []
+    multiply = logprobs._Head.multiply
 
-    def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        rows.append(len(x))
-        return x @ w.t() if b is None else x @ w.t() + b
+    def watched(self: Any, h: Tensor) -> Tensor:
+        rows.append(len(h))
+        return multiply(self, h)
 
-    class Watched:
-        def __getattr__(self, name: str) -> Any:
-            return linear if name == "linear" else getattr(torch.nn.functional, name)
-
-    monkeypatch.setattr(logprobs, "F", Watched())
+    monkeypatch.setattr(logprobs._Head, "multiply", watched)
     hidden, weight, bias, targets = make_head()
     for trains in (False, True):
         token_logps(
             hidden.requires_grad_(), weight.requires_grad_(trains), bias, targets, chunk_tokens=4
         ).sum().backward()
     assert rows == [4, 4, 4, 1] * 3  # once with a frozen head, twice with one that trains
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("elements", [1, 2 * V, 5 * V])
+def test_slabs_change_nothing(transform: LogitTransform, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for slab in (logprobs.SLAB_ELEMENTS, elements):
+        monkeypatch.setattr(logprobs, "SLAB_ELEMENTS", slab)
+        hidden, weight, bias, targets = make_head(torch.float32)
+        leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+        out = token_logps(*leaves, targets, transform=transform, chunk_tokens=7, collisions=True)
+        results.append([out, *torch.autograd.grad(out[0].sum(), leaves)])
+    for whole, slabs in zip(*results, strict=True):
+        torch.testing.assert_close(whole, slabs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sure_token_keeps_its_small_gradient() -> None:
+    """1 - p near 0 is taken before it is rounded to 16 bits, in which p is 1."""
+    weight = torch.tensor([[9.0, 0.0], [0.0, 0.0]], dtype=torch.bfloat16)
+    hidden, target = torch.tensor([[1.0, 1.0]], requires_grad=True), torch.tensor([0])
+    (gradient,) = torch.autograd.grad(token_logps(hidden, weight, None, target, compute=torch.bfloat16), hidden)
+    assert float(gradient[0, 0]) == pytest.approx(9 / (1 + math.exp(9)), rel=0.01)

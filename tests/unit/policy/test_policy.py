@@ -30,6 +30,7 @@ from strop.policy import attention, logprobs
 from strop.policy import policy as policy_module
 from strop.policy.logprobs import LogitTransform
 from strop.policy.policy import Policy, build_policy
+from strop.policy.tiles import Tile, cut_tiles
 from strop.types import Group
 
 MakePolicy = Callable[..., Policy]
@@ -208,10 +209,10 @@ def test_a_head_that_is_not_linear_is_refused(
 def test_shared_rows_that_differ_become_plain_rows(
     build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def leaky(span: GroupSpan, device: torch.device, window: int | None = None) -> Tensor:
-        return torch.ones(span.stop - span.start, span.stop - span.start, dtype=torch.bool).tril()
+    def leaky(layout: tuple[GroupSpan, ...], *how: Any) -> tuple[Tile, ...]:
+        return cut_tiles((GroupSpan(0, layout[-1].stop, (0,)),), *how)  # everyone sees what stands before
 
-    monkeypatch.setattr(attention, "group_mask", leaky)
+    monkeypatch.setattr(attention, "cut_tiles", leaky)
     with caplog.at_level(logging.INFO, "strop"):
         policy = build()
     assert not policy.share_prefix

@@ -1,0 +1,352 @@
+"""Layers of a model evaluated with fewer passes and less kept for the backward pass. Floor 2.
+
+Shapes: T tokens, I inputs, O outputs, r rank.
+
+`fuse` gives the modules it knows another forward; their weights, names and saved form stay what they are. Known are
+linear layers (torch's own, with peft's plain LoRA or without), gated MLPs of them, and RMS norms. What it does not
+know, or what is set to something else at the moment of a call (adapters off, merged, dropout in an MLP), goes the
+module's own way.
+
+    linear   y = x W^T + b + s (x A^T) B^T: the adapter is added into the product; x and x A^T are kept. A frozen weight
+             gets no gradient, and an input that needs none gets none.
+    MLP      y = down(act(gate(x)) * up(x)): x, gate(x) and up(x) are kept, their product is computed again.
+    norm     y = w x / rms(x): x is kept.
+
+Products run in the dtype of autocast, in the weight's own without; what a layer rounds it rounds where the module's
+own forward does. MLPs and norms are recognised by their parts, so each is compared with its own forward first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from strop.policy.casts import Casts
+from strop.policy.products import Weights, gradients, products
+
+logger = logging.getLogger("strop")
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+class _Linears(torch.autograd.Function):
+    """Layers that read the same x [T, I]. seen: x as the adapters see it, None where that is x. parameters: w, bias, a,
+    b of every layer, which take the gradients; `layers` are multiplied with."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, seen: Tensor | None, layers: tuple[Weights, ...], *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        adapters_see = x if seen is None else seen
+        outputs, lows = products(layers, x, adapters_see)
+        trains = ctx.needs_input_grad[3:]
+        ctx.layers, ctx.apart = layers, seen is not None
+        ctx.save_for_backward(x if any(trains[0::4]) else None, adapters_see if any(trains[2::4]) else None, lows)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, wants_seen, _, *trains = ctx.needs_input_grad
+        wants = wants_x or wants_seen
+        found = gradients(ctx.layers, grads, trains, *ctx.saved_tensors, wants_x=wants, apart=ctx.apart)
+        return found.x, found.seen, None, *found.weights
+
+
+def _apply(layers: Sequence[FusedLinear], x: Tensor, drop: float = 0.0) -> list[Tensor]:
+    """Outputs [..., O] of layers that read the same x [..., I]."""
+    weights = tuple(layer.weights(x.device) for layer in layers)
+    parameters = [p for layer in layers for p in layer.parameters]
+    flat = x.reshape(-1, x.shape[-1])
+    seen = F.dropout(flat, drop).to(weights[0].w.dtype) if drop else None
+    with torch.autocast(x.device.type, enabled=False):
+        outputs = _Linears.apply(flat.to(weights[0].w.dtype), seen, weights, *parameters)  # type: ignore[no-untyped-call]
+    return [y.view(*x.shape[:-1], -1) for y in outputs]
+
+
+class SharedInput:
+    """Layers of one module that read the same input, as q, k and v do: the first to be called computes for all of them,
+    and the others find theirs, if they are called with the same tensor. So x is cast and kept once, and their gradients
+    of it are added in the products."""
+
+    def __init__(self, layers: tuple[FusedLinear, ...]) -> None:
+        self.layers = layers
+        self._input: Tensor | None = None
+        self._state: tuple[int, bool] = (0, False)
+        self._outputs: dict[int, Tensor] = {}
+
+    def take(self, layer: FusedLinear, x: Tensor) -> Tensor:
+        """The output of one of the layers."""
+        state = (x._version, torch.is_grad_enabled())
+        if x is not self._input or state != self._state or id(layer) not in self._outputs:
+            outputs = _apply(self.layers, x)
+            self._input, self._state = x, state
+            self._outputs = {id(n): y for n, y in zip(self.layers, outputs, strict=True)}
+        out = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self._input = None
+        return out
+
+
+class FusedLinear:
+    """The forward of a linear layer, plain or with a plain LoRA adapter."""
+
+    def __init__(self, module: nn.Linear | LoraLinear, casts: Casts) -> None:
+        self.module, self.casts = module, casts
+        self.shared: SharedInput | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.shared is not None and all(layer.is_plain and not layer.dropout for layer in self.shared.layers):
+            return self.shared.take(self, x)
+        if self.is_plain:
+            return _apply((self,), x, self.dropout)[0]
+        out: Tensor = type(self.module).forward(self.module, x)
+        return out
+
+    @property
+    def base(self) -> nn.Linear:
+        """The layer under the adapter."""
+        layer: nn.Linear = self.module.base_layer if isinstance(self.module, LoraLinear) else self.module
+        return layer
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the adapter is as it was when it was fused, on and not merged."""
+        module = self.module
+        if not isinstance(module, LoraLinear):
+            return True
+        return not module.disable_adapters and not module.merged and module.active_adapters == list(module.lora_A)
+
+    @property
+    def dropout(self) -> float:
+        """Probability on the adapter's input."""
+        if not isinstance(self.module, LoraLinear):
+            return 0.0
+        layer = next(iter(self.module.lora_dropout.values()))
+        return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """w, bias, a and b as they train."""
+        if not isinstance(self.module, LoraLinear):
+            return self.base.weight, self.base.bias, None, None
+        ((name, a),) = self.module.lora_A.items()
+        return self.base.weight, self.base.bias, a.weight, self.module.lora_B[name].weight
+
+    def weights(self, device: torch.device) -> Weights:
+        """The same in the compute dtype."""
+        dtype = compute_dtype(device) or self.base.weight.dtype
+        parameters = self.parameters
+        if parameters[3] is not None and not torch.is_grad_enabled() and self.casts.is_zero(parameters[3]):
+            parameters = (*parameters[:2], None, None)  # as before the first step: the adapter adds nothing
+        w, bias, a, b = (None if p is None else self.casts(p, dtype) for p in parameters)
+        assert w is not None
+        scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLinear) else 1.0
+        return Weights(w, bias, a, b, scale)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype | None:
+    """That of autocast, where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+# --- gated MLP --------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "SiLUActivation": (F.silu, torch.ops.aten.silu_backward),
+    "SiLU": (F.silu, torch.ops.aten.silu_backward),
+    "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+}
+"""Class of the activation -> (x -> act(x)), ((gradient, x) -> gradient of x)."""
+
+
+class _GatedMlp(torch.autograd.Function):
+    """parameters: w, bias, a, b of gate, up and down, which take the gradients; `layers` are multiplied with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *_, layers, activation = rest
+        (g, u), lows = products(layers[:2], x, x)
+        h = activation[0](g).mul_(u)
+        (y,), h_low = products(layers[2:], h, h)
+        ctx.layers, ctx.activation = layers, activation
+        ctx.save_for_backward(x, g, u, lows, h_low)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, g, u, lows, h_low = ctx.saved_tensors
+        function, slope = ctx.activation
+        wants_x, *trains = ctx.needs_input_grad[:13]
+        acted = function(g)
+        h = acted * u
+        down = gradients(ctx.layers[2:], (grad,), trains[8:], h, h, h_low, wants_x=True)
+        assert down.x is not None
+        d_u = acted.mul_(down.x)
+        d_g = slope(down.x.mul_(u), g)
+        inner = gradients(ctx.layers[:2], (d_g, d_u), trains[:8], x, x, lows, wants_x=wants_x)
+        return inner.x, *inner.weights, *down.weights, None, None
+
+
+class FusedMlp:
+    """The forward of a gated MLP whose three layers are fused linear layers."""
+
+    def __init__(self, module: nn.Module, layers: tuple[FusedLinear, ...]) -> None:
+        self.module, self.layers = module, layers
+        self.activation = ACTIVATIONS[type(module.act_fn).__name__]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not all(layer.is_plain and not layer.dropout for layer in self.layers):
+            out: Tensor = type(self.module).forward(self.module, x)
+            return out
+        parameters = [p for layer in self.layers for p in layer.parameters]
+        weights = tuple(layer.weights(x.device) for layer in self.layers)
+        flat = x.reshape(-1, x.shape[-1]).to(weights[0].w.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = _GatedMlp.apply(flat, *parameters, weights, self.activation)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
+
+
+# --- RMS norm ---------------------------------------------------------------------------------------------------------
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        exact = _exact(x)
+        return exact.mul(_reciprocal(exact, eps)).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # with n = x / rms(x), d = w grad:  d x = (d - n mean(d n)) / rms(x)
+        x, weight = ctx.saved_tensors
+        exact, grad = _exact(x), _exact(grad)
+        reciprocal = _reciprocal(exact, ctx.eps)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (grad * exact).mul_(reciprocal).flatten(0, -2).sum(0).to(weight.dtype)
+        d = grad * weight
+        along = torch.linalg.vecdot(d, exact).unsqueeze(-1).mul_(reciprocal**3 / x.shape[-1])
+        return d.mul_(reciprocal).addcmul_(exact, along, value=-1).to(x.dtype), d_weight, None
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _reciprocal(exact: Tensor, eps: float) -> Tensor:
+    """[..., 1] 1 / rms(x)."""
+    squares: Tensor = torch.linalg.vecdot(exact, exact).unsqueeze(-1)
+    return squares.div_(exact.shape[-1]).add_(eps).rsqrt_()
+
+
+class FusedNorm:
+    """The forward of an RMS norm."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = _RmsNorm.apply(x, self.module.weight, self.module.variance_epsilon)  # type: ignore[no-untyped-call]
+        return y
+
+
+# --- installing -------------------------------------------------------------------------------------------------------
+
+
+def fuse(model: nn.Module, casts: Casts, device: torch.device) -> Counter[str]:
+    """Fuse what is known in `model`, which is on its device; how many of each kind."""
+    done: Counter[str] = Counter()
+    linears: dict[nn.Module, FusedLinear] = {}
+    inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLinear)}
+    for module in model.modules():
+        if module not in inside and isinstance(module, nn.Linear | LoraLinear) and _is_plain_linear(module):
+            linears[module] = FusedLinear(module, casts)
+            _replace_forward(module, linears[module])
+            done["linear layers"] += 1
+    for module in model.modules():
+        _share_input(module, linears)
+        for kind, fused in _candidates(module, linears):
+            if _agrees(module, fused, device):
+                _replace_forward(module, fused)
+                done[kind] += 1
+    logger.debug("fused: %s", ", ".join(f"{n} {kind}" for kind, n in done.items()) or "nothing")
+    return done
+
+
+def _share_input(module: nn.Module, linears: dict[nn.Module, FusedLinear]) -> None:
+    parts = dict(module.named_children())
+    layers = tuple(linears[parts[n]] for n in ("q_proj", "k_proj", "v_proj") if parts.get(n) in linears)
+    if len(layers) == 3 and len({layer.base.in_features for layer in layers}) == 1:
+        shared = SharedInput(layers)
+        for layer in layers:
+            layer.shared = shared
+
+
+def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    vars(module)["forward"] = forward  # an object, not a bound method, so that a deep copy of a model is its own
+
+
+def _is_plain_linear(module: nn.Linear | LoraLinear) -> bool:
+    if not _is_untouched(module):
+        return False
+    if not isinstance(module, LoraLinear):
+        return type(module) is nn.Linear
+    return (
+        type(module) is LoraLinear
+        and type(module.base_layer) is nn.Linear
+        and _is_untouched(module.base_layer)
+        and len(module.lora_A) == 1
+        and not module.lora_variant
+        and not module.fan_in_fan_out
+        and all(layer.bias is None for layer in module.lora_B.values())
+        and all(isinstance(d, nn.Identity | nn.Dropout) for d in module.lora_dropout.values())
+    )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Nothing was put around its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in vars(module) and not any(hooks)
+
+
+def _candidates(
+    module: nn.Module, linears: dict[nn.Module, FusedLinear]
+) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    parts = dict(module.named_children())
+    if not _is_untouched(module):
+        return
+    if parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        layers = tuple(linears.get(parts[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+        if type(parts["act_fn"]).__name__ in ACTIVATIONS and None not in layers:
+            yield "MLPs", FusedMlp(module, layers)  # type: ignore[arg-type]
+    named = dict(module.named_parameters())
+    if not parts and named.keys() == {"weight"} and isinstance(getattr(module, "variance_epsilon", None), float):
+        yield "norms", FusedNorm(module)
+
+
+def _agrees(module: nn.Module, fused: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Whether both forwards give the same for a few random tokens, but for rounding."""
+    weight = next(module.parameters())
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[-1], generator=draw).to(device, weight.dtype)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        want, got = module(x), fused(x)
+    near = 8 * torch.finfo(want.dtype).eps
+    return want.dtype == got.dtype and torch.allclose(got, want, rtol=near, atol=near * float(want.abs().max()))

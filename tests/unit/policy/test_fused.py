@@ -1,0 +1,284 @@
+"""Fused layers give what the modules' own forwards give, outputs and gradients, and stand aside where they should."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from strop.policy import policy as policy_module
+from strop.policy.casts import Casts
+from strop.policy.fused import FusedLinear, FusedMlp, FusedNorm, SharedInput, fuse
+from strop.policy.policy import Policy
+from strop.types import Group
+
+MakePolicy = Callable[..., Policy]
+CPU = torch.device("cpu")
+WIDTH, INNER = 24, 40
+
+
+class Norm(nn.Module):
+    """The RMS norm of most architectures."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.3 * torch.randn(WIDTH))
+        self.variance_epsilon, self.shift = 1e-5, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight + self.shift) * normed.to(x.dtype)
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation: str = "silu", bias: bool = False, swapped: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(WIDTH, INNER, bias) for _ in range(2))
+        self.down_proj = nn.Linear(INNER, WIDTH, bias)
+        self.act_fn, self.swapped = ACT2FN[activation], swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        hidden: Tensor = self.act_fn(up) * gate if self.swapped else self.act_fn(gate) * up
+        out: Tensor = self.down_proj(hidden)
+        return out
+
+
+class Layer(nn.Module):
+    """A norm, an MLP and a linear layer between residuals."""
+
+    def __init__(self, **mlp: Any) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.out = Norm(), Mlp(**mlp), nn.Linear(WIDTH, WIDTH, mlp.get("bias", False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.out(x + self.mlp(self.norm(x)))
+        return out
+
+
+def adapt(layer: nn.Module, master: torch.dtype = torch.float64, **lora: Any) -> PeftModel:
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["gate_proj", "up_proj", "down_proj", "out"], **lora)
+    adapted = get_peft_model(layer, config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(master) + 0.2 * torch.randn(weight.shape).to(master)
+    return adapted
+
+
+def pair(dtype: torch.dtype = torch.float64, lora: dict[str, Any] | None = None, **mlp: Any) -> tuple[nn.Module, ...]:
+    """The same layer twice: as it is, and fused."""
+    torch.manual_seed(0)
+    plain: nn.Module = Layer(**mlp).to(dtype)
+    if lora is not None:
+        plain = adapt(plain, torch.float64 if dtype == torch.float64 else torch.float32, **lora)
+    fused = copy.deepcopy(plain)
+    fuse(fused, Casts(), CPU)
+    return plain, fused
+
+
+def run(module: nn.Module, dtype: torch.dtype = torch.float64, low: bool = False) -> dict[str, Tensor]:
+    """Output and gradients by name; low: under autocast to bfloat16."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 5, WIDTH, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    module.zero_grad()
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = module(x)
+    out.backward(torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.dtype))
+    assert x.grad is not None
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), "input": x.grad, **gradients}
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"bias": True},
+    {"activation": "gelu_pytorch_tanh"},
+    {"lora": {}},
+    {"lora": {"bias": "all"}, "bias": True},
+    {"lora": {}, "activation": "gelu_pytorch_tanh", "bias": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_fused_is_plain(kind: dict[str, Any]) -> None:
+    plain, fused = pair(**kind)
+    kinds = {type(vars(m)["forward"]) for m in fused.modules() if "forward" in vars(m)}
+    assert kinds == {FusedLinear, FusedMlp, FusedNorm}
+    want, got = run(plain), run(fused)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_rounds_no_worse_than_plain(kind: dict[str, Any], dtype: torch.dtype) -> None:
+    """float64 is the truth. A frozen base is stored in 16 bits, weights that train in float32."""
+    low = dtype == torch.bfloat16
+    stored = dtype if "lora" in kind else torch.float32
+    layers = pair(stored, **kind)
+    exact = copy.deepcopy(layers[0]).double()
+    truth = run(exact)
+    plain, fused = (run(layer, stored, low) for layer in layers)
+    for name, value in truth.items():
+        error, allowed = ((x[name].double() - value).norm() for x in (fused, plain))
+        assert fused[name].dtype == plain[name].dtype
+        assert error <= 1.5 * allowed + 1e-7 * value.norm(), name
+
+
+def test_dropout_acts_on_the_adapters_input() -> None:
+    """With the same random state twice the same, its mean that without dropout, its gradient that of its own mask."""
+    plain, fused = pair(lora={"lora_dropout": 0.5})
+    layer = fused.base_model.model.out
+    x = torch.randn(4000, WIDTH, dtype=torch.float64)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(layer(x))
+    assert torch.equal(*draws)
+    base, whole = layer.base_layer(x), plain.eval().base_model.model.out(x)
+    assert not torch.equal(draws[0], whole)
+    torch.testing.assert_close((draws[0] - base).mean(0), (whole - base).mean(0), rtol=0.3, atol=0.1)
+
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        out: Tensor = fused(x)
+        return out
+
+    assert torch.autograd.gradcheck(seeded, torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True))
+
+
+def test_stands_aside_where_adapters_are_off_or_merged() -> None:
+    plain, fused = pair(lora={})
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    on = fused(x)
+    with plain.disable_adapter(), fused.disable_adapter():
+        torch.testing.assert_close(fused(x), plain(x))
+        assert not torch.equal(fused(x), on)
+    fused.merge_adapter()
+    torch.testing.assert_close(fused(x), on)
+    fused.unmerge_adapter()
+    torch.testing.assert_close(fused(x), on)
+
+
+def test_what_it_does_not_know_keeps_its_own_forward() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shifted, self.swapped, self.relu = Norm(1.0), Mlp(swapped=True), Mlp("relu")
+            self.hooked = nn.Linear(WIDTH, WIDTH)
+            self.hooked.register_forward_hook(lambda module, args, out: out + 1)
+
+    odd = Odd()
+    fuse(odd, Casts(), CPU)
+    assert not any("forward" in vars(m) for m in (odd.shifted, odd.swapped, odd.relu, odd.hooked))
+    dora = adapt(Layer(), torch.float32, use_dora=True)
+    fuse(dora, Casts(), CPU)
+    assert not any("forward" in vars(m) for n, m in dora.named_modules() if n.endswith(("_proj", "out", "mlp")))
+
+
+@pytest.mark.parametrize("adapted", [["q_proj", "v_proj"], ["k_proj"], []])
+def test_layers_of_one_input_are_computed_together(adapted: list[str]) -> None:
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, n, bias=n > 8) for n in (16, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q_proj(x), self.v_proj(x), self.k_proj(x), self.k_proj(x + 1)], -1)
+
+    torch.manual_seed(0)
+    plain: nn.Module = Projections().double()
+    if adapted:
+        plain = get_peft_model(plain, LoraConfig(r=4, target_modules=adapted, init_lora_weights=False)).double()
+    fused = copy.deepcopy(plain)
+    fuse(fused, Casts(), CPU)
+    want, got = run(plain), run(fused)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_is_computed_together_is_not_kept_and_not_mistaken() -> None:
+    linears = [FusedLinear(nn.Linear(WIDTH, 4), Casts()) for _ in range(3)]
+    shared = SharedInput(tuple(linears))
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        early = shared.take(linears[0], x)
+    assert not early.requires_grad
+    late = [shared.take(linear, x) for linear in linears]
+    assert all(y.requires_grad for y in late) and shared._input is None and not shared._outputs
+    shared.take(linears[0], x)
+    x += 1
+    torch.testing.assert_close(shared.take(linears[1], x), linears[1].module(x))
+
+
+def test_a_frozen_weight_and_a_frozen_input_get_no_gradient() -> None:
+    _, fused = pair(lora={})
+    out = fused(torch.randn(3, WIDTH, dtype=torch.float64))
+    out.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in fused.parameters())
+    linear = fused.base_model.model.out
+    node = linear(torch.randn(3, WIDTH, dtype=torch.float64)).grad_fn.next_functions[0][0]
+    assert [f[0] is not None for f in node.next_functions] == [False, False, True, True]  # x, w, a, b
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    _, fused = pair(lora={})
+    twin = copy.deepcopy(fused)
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    before = fused(x)
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight += 0.1
+    assert torch.equal(fused(x), before) and not torch.equal(twin(x), before)
+    twin(x).sum().backward()
+    assert all(p.grad is None for p in fused.parameters())
+
+
+def test_copies_are_made_once_while_weights_stand_still() -> None:
+    casts, weight = Casts(), nn.Parameter(torch.randn(3, 3))
+    with casts.still():
+        first = casts(weight, torch.bfloat16)
+        with casts.still():
+            assert casts(weight, torch.bfloat16) is first
+        assert casts(weight, torch.bfloat16) is first and not first.requires_grad
+        assert casts(weight, torch.float16).dtype == torch.float16
+    with torch.no_grad():
+        weight += 1
+    with pytest.raises(ZeroDivisionError), casts.still():
+        again = casts(weight, torch.bfloat16)
+        assert torch.equal(again, weight.bfloat16())
+        raise ZeroDivisionError
+    assert casts(weight, torch.bfloat16) is not again
+    assert casts(weight, torch.float32).data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("lora", [None, {"lora_dropout": 0.0}, {"use_dora": True, "lora_dropout": 0.0}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_policy_trains_as_without(
+    lora: dict[str, Any] | None,
+    checkpointing: bool,
+    build: MakePolicy,
+    groups: list[Group],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = []
+    for fusing in (True, False):
+        if not fusing:
+            monkeypatch.setattr(policy_module, "fuse", lambda *args: None)
+        policy = build(lora=lora, training={"gradient_checkpointing": checkpointing})
+        with policy.still():
+            for batch in (groups[:1], groups[1:]):
+                policy(policy.collate(batch)).sum().backward()
+        results.append({n: p.grad for n, p in policy.trainable().items()})
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
