@@ -37,7 +37,8 @@ docs: setup
 	$(BIN)/python docs/generate.py
 
 bench: setup
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.measure --wait-idle 5
+	$(BIN)/python -m benchmarks.report
 
 nightly: setup
 	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly" --timeout 3600

@@ -1,11 +1,13 @@
 """Seconds and memory that it takes to turn a file of rows into tokens, strop beside TRL, on synthetic conversations.
 
-    python benchmarks/data.py [--rows 100000] [--workers 2] [--tokenizer DIR] [--sides strop,again,trl]
+    python benchmarks/data.py [--rows 10000,100000] [--words 120] [--workers 2] [--tokenizer DIR]
+                              [--sides strop,again,trl]
 
 Both read the same JSON Lines file with the same tokenizer and chat template, in as many processes. `again` is strop's
 second start. TRL 1.16 prepares it as SFTTrainer does, with completion_only_loss. Each side has a process of its own.
 Memory is the largest anonymous memory (Pss) of all its processes together above that before the rows, seen every
-0.2 seconds: pages of files that the operating system may drop at any time are not counted. Linux only.
+0.2 seconds: pages of files that the operating system may drop at any time are not counted. Seconds of processors are
+those of all processes together, which other work on the machine changes least. Linux only.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,8 +33,8 @@ CHATML = (
 MAX_LENGTH = 512
 
 
-def write_rows(path: Path, num_rows: int) -> None:
-    """Prompts of some 40 and answers of some 80 words, from 20,000 made-up words, frequent ones first."""
+def write_rows(path: Path, num_rows: int, num_words: int) -> None:
+    """Prompts and answers twice as long, of some `num_words` of 20,000 made-up words together, frequent ones first."""
     rng = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "an", "el", "or")]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(20_000)]
@@ -45,7 +48,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
     with path.open("w") as file:
         for i in range(num_rows):
-            prompt, answer = f"{i} {text(40)}", text(80)
+            prompt, answer = f"{i} {text(num_words // 3)}", text(num_words * 2 // 3)
             row = {
                 "prompt": [{"role": "user", "content": prompt}],
                 "completion": [{"role": "assistant", "content": answer}],
@@ -91,6 +94,12 @@ def anonymous_mib(pid: int) -> float:
     return total
 
 
+def processor_seconds() -> float:
+    """Of this process and its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
     before, result, stop = anonymous_mib(os.getpid()), {"peak_mib": 0.0}, threading.Event()
@@ -101,9 +110,10 @@ def measured() -> Iterator[dict[str, float]]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), processor_seconds()
     yield result
     result["seconds"] = time.perf_counter() - started
+    result["processor_seconds"] = processor_seconds() - worked
     stop.set()
     thread.join()
 
@@ -149,7 +159,8 @@ def run_trl(folder: Path, tokenizer_dir: Path, workers: int) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", default="100000", help="one number or several, with commas")
+    parser.add_argument("--words", type=int, default=120, help="of a row")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--sides", default="strop,again,trl")
@@ -160,26 +171,33 @@ def main() -> None:
         run = run_trl if side == "trl" else run_strop
         print(json.dumps(run(folder, args.tokenizer or folder / "tokenizer", args.workers)))
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_rows(folder / "rows.jsonl", args.rows)
-        if args.tokenizer is None:
-            write_tokenizer(folder / "rows.jsonl", folder / "tokenizer")
-        environment = {**os.environ, "STROP_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf"),
-                       "HF_DATASETS_CACHE": str(folder / "hf" / "datasets"), "HF_HUB_OFFLINE": "1"}  # fmt: skip
-        size = (folder / "rows.jsonl").stat().st_size / 1e6
-        print(f"{args.rows:,} rows, {size:.0f} MB, {args.workers} processes")
-        for side in args.sides.split(","):
-            command = [sys.executable, __file__, "--workers", str(args.workers), "--inside", side, name]
-            command += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
-            )
-            found = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"{side:6} {found['seconds']:8.1f} s {found['rows'] / found['seconds']:10,.0f} rows/s "
-                f"{found['tokens'] / found['seconds']:12,.0f} tokens/s {found['peak_mib']:8.0f} MiB more memory"
-            )
+    for num_rows in map(int, args.rows.split(",")):
+        with tempfile.TemporaryDirectory() as name:
+            compare(Path(name), num_rows, args)
+
+
+def compare(folder: Path, num_rows: int, args: argparse.Namespace) -> None:
+    write_rows(folder / "rows.jsonl", num_rows, args.words)
+    if args.tokenizer is None:
+        write_tokenizer(folder / "rows.jsonl", folder / "tokenizer")
+    environment = {**os.environ, "STROP_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf"),
+                   "HF_DATASETS_CACHE": str(folder / "hf" / "datasets"), "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    size = (folder / "rows.jsonl").stat().st_size / 1e6
+    print(f"{num_rows:,} rows, {size:.0f} MB, {args.workers} processes", flush=True)
+    for side in args.sides.split(","):
+        command = [sys.executable, __file__, "--workers", str(args.workers), "--inside", side, str(folder)]
+        command += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        seconds, rows = found["seconds"], found["rows"]
+        print(
+            f"{side:6} {seconds:8.1f} s {found['processor_seconds']:8.1f} s of processors "
+            f"{rows / seconds:10,.0f} rows/s {found['tokens'] / seconds:12,.0f} tokens/s "
+            f"{found['peak_mib']:8.0f} MiB more memory",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

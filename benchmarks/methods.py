@@ -3,7 +3,8 @@
     python benchmarks/methods.py --base BASE --data DATA --out OUT [--methods dpo kto] [--steps 100] [--trl]
 
 A short SFT by strop on instruct_sft, then each method for so many steps from that model, through the command line, on
-rows of hh_helpful (kto: kto_unpaired) that need no truncation, which trainers do differently. Prints one JSON line a
+rows of hh_helpful (kto: kto_unpaired) that need no truncation, which trainers do differently, and as many as make whole
+steps, since TRL's steps go on over the end of an epoch. Prints one JSON line a
 method and side: the training loss of the first and the last tenth of the steps, and the held-out metrics before and
 after. With --trl, TRL trains on the same rows in the same order from the same model; both models are judged by strop's
 evaluation, since trainers average differently.
@@ -39,12 +40,12 @@ def settings_of(method: str) -> dict[str, Any]:
     return {"method": name, **loss, **VARIANTS.get(variant, {})}
 
 
-def write_config(method: str, model: Path, out: Path, args: argparse.Namespace, **training: Any) -> Path:
+def write_config(
+    method: str, model: Path, train_rows: Path, out: Path, args: argparse.Namespace, **training: Any
+) -> Path:
     settings = settings_of(method)
-    name = {"sft": "instruct_sft", "kto": "kto_unpaired"}.get(settings["method"], "hh_helpful")
-    train_rows = args.data / f"{name}.train.jsonl"
     # the labelled file has no validation part of its own: pairs are unpaired
-    held_out = args.data / f"{'instruct_sft' if name == 'instruct_sft' else 'hh_helpful'}.val.jsonl"
+    held_out = args.data / f"{'instruct_sft' if method == 'sft' else 'hh_helpful'}.val.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     val = out / "val.jsonl"
     val.write_text("".join(held_out.read_text(encoding="utf-8").splitlines(keepends=True)[:HELD_OUT]), encoding="utf-8")
@@ -81,6 +82,19 @@ def write_config(method: str, model: Path, out: Path, args: argparse.Namespace, 
     return path
 
 
+def chosen_rows(method: str, model: Path, args: argparse.Namespace) -> Path:
+    """The training rows that fit, whole steps of them, as a file."""
+    name = "kto_unpaired" if method == "kto" else "hh_helpful"
+    source, chosen = args.data / f"{name}.train.jsonl", args.out / f"{name}.train.jsonl"
+    if not chosen.is_file():
+        config = strop.load_config(write_config(method, model, source, args.out / "choice", args))
+        places = sorted(group.origin.line for group in prepare(config, config.models[0]).data.train)
+        lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = places[: len(places) // BATCH * BATCH]
+        chosen.write_text("".join(lines[place - 1] for place in kept), encoding="utf-8")
+    return chosen
+
+
 def run_strop(config: Path) -> Path:
     """Through the command line; the run's folder."""
     subprocess.run(
@@ -100,9 +114,9 @@ def held_out(record: dict[str, Any]) -> dict[str, float]:
     return {key: round(record[key], 4) for key in SHOWN if key in record}
 
 
-def judge(method: str, model: Path, start: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
+def judge(method: str, model: Path, start: Path, rows: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
     """Held-out metrics of `model`, whose reference is `start`: the evaluation before a first step of no length."""
-    config = write_config(method, model, out, args, max_steps=1, learning_rate=1e-30)
+    config = write_config(method, model, rows, out, args, max_steps=1, learning_rate=1e-30)
     if "use_ref_model" in METHODS[settings_of(method)["method"]].model_fields:
         text = json.loads(config.read_text(encoding="utf-8"))
         text["post_training"]["ref_model_id"] = str(start)
@@ -110,15 +124,25 @@ def judge(method: str, model: Path, start: Path, out: Path, args: argparse.Names
     return held_out(records(run_strop(config), "eval")[0])
 
 
-def run_trl(method: str, start: Path, out: Path, args: argparse.Namespace) -> tuple[Path, list[float]]:
+def as_text(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
+    """A pair that ends where strop's does: TRL's older trainers would train what their template writes after the end
+    token, and another end token."""
+    prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+    sides = {side: row[side][0]["content"] + tokenizer.eos_token for side in ("chosen", "rejected")}
+    return {"prompt": prompt, **sides}
+
+
+def run_trl(
+    method: str, start: Path, train_rows: Path, out: Path, args: argparse.Namespace
+) -> tuple[Path, list[float]]:
     import trl
     from datasets import Dataset
     from trl.experimental import cpo, orpo
 
-    config = strop.load_config(write_config(method, start, out, args))
+    config = strop.load_config(write_config(method, start, train_rows, out, args))
     prepared = prepare(config, config.models[0])
-    plan, path = prepared.plan, Path(str(config.dataset.train_file))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    plan = prepared.plan
+    rows = [json.loads(line) for line in train_rows.read_text(encoding="utf-8").splitlines()]
     places = [prepared.data.train[i].origin.line - 1 for s in range(1, plan.num_steps + 1) for i in plan.groups(s)]
     name, _, loss = method.partition(":")
     s: Any = config.post_training
@@ -135,9 +159,6 @@ def run_trl(method: str, start: Path, out: Path, args: argparse.Namespace) -> tu
         own |= {"beta": s.simpo_beta, "simpo_gamma": s.simpo_beta * s.simpo_gamma}
     else:
         own |= {"beta": s.beta}
-    lengths: dict[str, Any] = {"max_length": LONGEST}
-    if name in ("dpo", "ipo", "kto"):
-        own |= {"train_sampling_strategy": "sequential"}
     given = config_class(
         output_dir=str(out / "trl"),
         max_steps=args.steps,
@@ -154,19 +175,23 @@ def run_trl(method: str, start: Path, out: Path, args: argparse.Namespace) -> tu
         gradient_checkpointing=False,
         disable_tqdm=True,
         seed=SEED,
-        **lengths,
+        max_length=LONGEST,
+        train_sampling_strategy="sequential",
         **own,
     )
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(start, dtype="float32")
 
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    if name in ("orpo", "simpo", "cpo"):
+        rows = [as_text(row, tokenizer) for row in rows]
     reference = {"ref_model": load()} if name in ("dpo", "ipo", "kto") else {}
     trainer = trainer_class(
         model=load(),
         args=given,
         train_dataset=Dataset.from_list([rows[i] for i in places]),
-        processing_class=AutoTokenizer.from_pretrained(start),
+        processing_class=tokenizer,
         **reference,
     )
     trainer.train()
@@ -192,12 +217,13 @@ def main() -> None:
     args = parser.parse_args()
     start = args.out / "sft" / "model" / "final"
     if not start.is_dir():
-        run_strop(write_config("sft", args.base, args.out / "sft", args))
+        run_strop(write_config("sft", args.base, args.data / "instruct_sft.train.jsonl", args.out / "sft", args))
     for method in args.methods:
         out = args.out / method.replace(":", "-")
         shutil.rmtree(out, ignore_errors=True)
         began = time.perf_counter()
-        run = run_strop(write_config(method, start, out, args))
+        rows = chosen_rows(method, start, args)
+        run = run_strop(write_config(method, start, rows, out, args))
         evaluations = records(run, "eval")
         row: dict[str, Any] = {
             "method": method,
@@ -210,14 +236,14 @@ def main() -> None:
         print("RESULT " + json.dumps(row), flush=True)
         if args.trl:
             began = time.perf_counter()
-            model, losses = run_trl(method, start, out, args)
+            model, losses = run_trl(method, start, rows, out, args)
             row = {
                 "method": method,
                 "side": "trl",
                 "train": ends(losses),
                 "seconds": round(time.perf_counter() - began),
             }
-            row["after"] = judge(method, model, start, out / "judged", args)
+            row["after"] = judge(method, model, start, rows, out / "judged", args)
             print("RESULT " + json.dumps(row), flush=True)
 
 

@@ -160,7 +160,7 @@ def dpo_losses(s: Any, step: Step, at: Step) -> list[float]:
                 loss = ((1 - e) * -log_sigma(z) - e * -log_sigma(-z)) / (1 - 2 * e)
             case "exo_pair":
                 # the KL divergence of (p, 1 - p) from (1 - e, e)
-                loss = p * np.log(p / (1 - e)) + (1 - p) * np.log((1 - p) / e)
+                loss = p * (log_sigma(z) - np.log(1 - e)) + sigma(-z) * (log_sigma(-z) - np.log(e))
             case "nca_pair":
                 loss = -(log_sigma(b * x) + 0.5 * (log_sigma(-b * x) + log_sigma(-b * y)))
             case "bco_pair":
@@ -173,7 +173,7 @@ def dpo_losses(s: Any, step: Step, at: Step) -> list[float]:
                 loss = sigma(b * x) + 1 - sigma(z)
             case "discopop":
                 m = sigma(z / s.discopop_tau)
-                loss = -log_sigma(z) * (1 - m) + np.exp(-z) * m
+                loss = -log_sigma(z) * (1 - m) + np.exp(-z + log_sigma(z / s.discopop_tau))
             case "sigmoid_norm":
                 loss = -log_sigma(b * (x / n_c - y / n_r))
         losses.append(float(loss))

@@ -24,23 +24,37 @@ def dpo(loss_type: str = "sigmoid", **settings: Any) -> DpoSettings:
     return DpoSettings(loss_type=loss_type, **{**NEEDED.get(loss_type, {}), **settings})  # type: ignore[arg-type]
 
 
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "label_smoothing": (0.2,),
+    "ipo_norm": ("sum",),
+    "bco_delta": ("zero",),
+    "discopop_tau": (0.5,),
+    "f_divergence": ("forward_kl", "js", "alpha"),
+    "ld_alpha": (0.5,),
+    "wpo_weighting": (True,),
+    "sft_weight": (0.3,),
+}
+"""Values of every option of dpo that changes its formula."""
+
+
+def reads(loss_type: str, option: str) -> bool:
+    return option not in DpoSettings.READ_BY or loss_type in DpoSettings.READ_BY[option].values
+
+
 SETTINGS: list[MethodSettings] = [
     SftSettings(),
     SftSettings(loss_reduction="sequences"),
-    *(dpo(name) for name in get_args(LossType)),
-    *(dpo(name, label_smoothing=0.2) for name in ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")),
-    dpo("ipo", ipo_norm="sum"),
-    dpo("bco_pair", bco_delta="zero"),
-    dpo("discopop", discopop_tau=0.5),
-    *(dpo("sigmoid", f_divergence=f) for f in ("forward_kl", "js", "alpha")),
-    *(dpo(name, f_divergence="js") for name in ("hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")),
-    dpo("sigmoid", f_divergence="alpha", f_alpha=0.0),
-    dpo("sigmoid", f_divergence="alpha", f_alpha=1.0),
-    *(dpo(name, ld_alpha=0.5) for name in get_args(LossType) if name not in ("ipo", "sigmoid_norm")),
-    *(dpo(name, sft_weight=0.3) for name in ("sigmoid", "kto_pair", "aot", "ipo")),
-    *(dpo(name, wpo_weighting=True) for name in ("sigmoid", "kto_pair", "bco_pair", "ipo")),
-    dpo("sigmoid", wpo_weighting=True, ld_alpha=0.5, sft_weight=0.3, beta=0.4),
-    dpo("sigmoid", f_divergence="js", ld_alpha=0.2, sft_weight=1.0, label_smoothing=0.1, beta=0.4),
+    *(dpo(loss) for loss in get_args(LossType)),
+    *(
+        dpo(loss, **{option: value})
+        for loss in get_args(LossType)
+        for option, values in OPTIONS.items()
+        if reads(loss, option)
+        for value in values
+    ),
+    *(dpo(f_divergence="alpha", f_alpha=alpha) for alpha in (0.0, 1.0)),
+    dpo(wpo_weighting=True, ld_alpha=0.5, sft_weight=0.3, beta=0.4),
+    dpo(f_divergence="js", ld_alpha=0.2, sft_weight=1.0, label_smoothing=0.1, beta=0.4),
     IpoSettings(),
     IpoSettings(ipo_norm="sum", beta=0.3),
     KtoSettings(),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from strop.config.methods import METHODS, MethodSettings
 from strop.config.schema import Key, setting
 from strop.objectives.base import Objective, objective_class
+from strop.objectives.pairs import PairObjective
 from strop.types import RowShape
 
 ROWS: Mapping[RowShape, str] = {
@@ -38,7 +39,7 @@ def explanation(method: str, width: int) -> str:
         parts.append(f"  {key.name}  ({key.expected}; default {key.default})")
         parts.append(paragraph(key.description, 6))
     parts += ["", "Data:", *map(paragraph, _needs(objective)), "", "Metrics:"]
-    parts += [f"  {name}\n{paragraph(meaning, 6)}" for name, meaning in objective.METRICS.items()]
+    parts += [f"  {name}\n{paragraph(meaning, 6)}" for name, meaning in _metrics(objective)]
     return "\n".join(parts) + "\n"
 
 
@@ -46,7 +47,7 @@ def markdown(method: str) -> str:
     """The same for the method's page."""
     settings, objective = METHODS[method], objective_class(METHODS[method])
     rows = [f"| `{k.name}` | {k.expected} | {k.default} | {k.description} |" for k in _settings(settings)]
-    metrics = [f"| `{name}` | {meaning} |" for name, meaning in objective.METRICS.items()]
+    metrics = [f"| `{name}` | {meaning} |" for name, meaning in _metrics(objective)]
     parts = [
         ["## Formula", "", "```text", _formula(objective), "```"],
         ["## Settings", "", "| key | value | default | meaning |", "|---|---|---|---|", *rows],
@@ -64,6 +65,13 @@ def _formula(objective: type[Objective[MethodSettings]]) -> str:
 def _settings(settings: type[MethodSettings]) -> Iterator[Key]:
     method = settings.model_fields["method"].default
     return (setting(name, method) for name in settings.model_fields if name != "method")
+
+
+def _metrics(objective: type[Objective[MethodSettings]]) -> Iterator[tuple[str, str]]:
+    yield "loss", "what is minimised, as the formula has it"
+    if issubclass(objective, PairObjective):
+        yield "loss/preference, loss/nll", "its two parts, where there is a likelihood in it"
+    yield from objective.METRICS.items()
 
 
 def _needs(objective: type[Objective[MethodSettings]]) -> list[str]:

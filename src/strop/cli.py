@@ -229,9 +229,13 @@ def _methods(arguments: list[str]) -> int:
         return _print("usage: strop methods [NAME]\n")
     from strop.config.methods import METHODS
 
-    if len(arguments) > 1 or (arguments and arguments[0] not in METHODS):
-        given = " ".join(arguments)[:80]
-        close = difflib.get_close_matches(given, METHODS, n=1)
+    if len(arguments) > 1:
+        raise ConfigError(
+            f"{len(arguments)} names are given", expected="one, or none for the list", fix="name one method"
+        )
+    if arguments and arguments[0] not in METHODS:
+        given = arguments[0][:80]
+        close = difflib.get_close_matches(given.lower(), METHODS, n=1)
         raise ConfigError(
             f"there is no method {given!r}",
             expected=f"one of {', '.join(METHODS)}",

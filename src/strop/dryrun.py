@@ -16,7 +16,8 @@ from strop.data.plan import packed_tokens
 from strop.data.show import show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
-from strop.prepared import prepare, select_models, with_budget
+from strop.prepared import prepare, run_folder, select_models, with_budget
+from strop.rundir import refuse_in_the_way
 
 
 def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:
@@ -31,9 +32,11 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
         console.print(Text(text))
 
     config = resolve(config)
+    models = select_models(config, model_index)
+    for model in models:
+        refuse_in_the_way(run_folder(config, model))
     # prompts are taken to be shared; whether the architecture can is seen when its weights are loaded
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    models = select_models(config, model_index)
     runs = [with_budget(prepare(config, model), packed_tokens, device_type) for model in models]
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0].config):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,8 +15,9 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import CPU_TOKENS, Plan, RowTokens, cut, default_budget, lengths
+from strop.data.plan import CPU_TOKENS, Plan, RowTokens, batch_budget, cut, default_budget, filled_rows, lengths
 from strop.engine.checkpoint import Checkpoint
+from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
 from strop.objectives.base import Objective, build_objective
@@ -40,7 +42,13 @@ class Prepared:
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
         own = training.groups_per_step != batch * accumulation
-        yield f"effective batch: {training.groups_per_step} groups a step{'' if own else made}"
+        what = "rows filled with groups" if training.packing else "groups"
+        yield f"effective batch: {training.groups_per_step} {what} a step{'' if own else made}"
+        if training.packing:
+            fill = sum(group.num_tokens for group in groups) / (plan.num_rows * training.max_seq_length)
+            yield f"packing: {len(groups)} groups in {plan.num_rows} rows, {100 * fill:.0f} % full"
+        if plan.steps_per_epoch == 1:
+            yield "note: a step takes every row there is, so it is a whole epoch"
         steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
         epochs = steps / plan.steps_per_epoch
         yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
@@ -59,7 +67,7 @@ class Prepared:
             f"{100 * total / (len(parts) * budget):.0f} % full"
         )
         if self.objective.needs_mismatched:
-            yield f"mismatched completions: up to {total:,} tokens more an epoch, scored without gradients"
+            yield f"mismatched completions: about {total:,} tokens more an epoch, scored without gradients"
         if self.objective.whole_step and len(parts) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
         if (sync := self.objective.ref_sync) is not None:
@@ -81,6 +89,11 @@ def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelS
     return [config.models[model_index]]
 
 
+def run_folder(config: RunConfig, model: ModelSection) -> Path:
+    """Where everything about the run of one model is left."""
+    return Path(config.training.output_dir).expanduser() / model.name
+
+
 def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
     """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
     objective = build_objective(config.post_training)
@@ -90,7 +103,9 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     data = load_data(config, tokenizer, objective.rows)
     if objective.needs_mismatched:
         _check_mismatched(data)
-    if not data.eval:
+    if data.eval:
+        _check_metric(config, objective)
+    else:
         config = _without_validation(config)
     training = config.training
     groups_per_step = training.groups_per_step
@@ -100,18 +115,34 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
         if checkpoint is not None:
             groups_per_step, origin = checkpoint.state["recipe"]["training.groups_per_step"], "the resumed run"
         config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
-    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed)
+    rows = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
+    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, rows)
     return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:
-    """`micro_batch_tokens` from the longest group and the device, where the configuration leaves it open."""
+    """`micro_batch_tokens` from the longest group, or the filled row, and the device, where the configuration leaves it
+    open."""
     training = prepared.config.training
     if training.micro_batch_tokens is not None:
         return prepared
-    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens, device_type)
-    origin = "batch size x the longest group" + (f", at most {CPU_TOKENS} on a CPU" if device_type == "cpu" else "")
+    batch = training.per_device_train_batch_size
+    if training.packing:
+        budget, origin = batch_budget(batch, training.max_seq_length, device_type), "batch size x max_seq_length"
+    else:
+        budget = default_budget(prepared.data.train, batch, tokens, device_type)
+        origin = "batch size x the longest group"
+    origin += f", at most {CPU_TOKENS} on a CPU" if device_type == "cpu" else ""
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
+
+
+def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> None:
+    """Now, not at the first evaluation."""
+    options = config.finetuning
+    decides = options.load_best_model_at_end or options.early_stopping_patience is not None
+    name = options.metric_for_best_model.removeprefix("eval_")
+    if decides and name not in objective.evaluated:
+        raise no_such_metric(name, objective.evaluated)
 
 
 def _without_validation(config: RunConfig) -> RunConfig:

@@ -353,6 +353,17 @@ def in_words(num_bytes: int | None) -> str:
     return f"{num_bytes} bytes"
 
 
+def refuse_in_the_way(path: Path) -> None:
+    """Say, without making it, that a folder cannot be made because something else is there.
+
+    Raises:
+        CheckpointError: it, or a folder that it would lie in, is no folder.
+    """
+    nearest = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
+    if nearest is not None and not nearest.is_dir():
+        raise _unusable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+
+
 def _unusable(path: Path, error: OSError, key: str = "training.output_dir") -> CheckpointError:
     """What the operating system said, for a person. key: the setting that decides where `path` is."""
     if error.errno in (errno.ENOTDIR, errno.EEXIST):

@@ -21,16 +21,18 @@ from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
-from strop.engine.loop import Loop, Rows
+from strop.engine.loop import Loop
+from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
-from strop.engine.recipe import check_recipe
+from strop.engine.recipe import check_finished, check_recipe
+from strop.engine.rows import Rows
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_logps, reference_policy
-from strop.prepared import Prepared, prepare, select_models, with_budget
+from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -83,7 +85,8 @@ def train(
     failures: list[tuple[str, StropError]] = []
     for model in models:
         try:
-            results.append(_train_model(config, model, resume, overwrite, allow_changes))
+            with explaining_memory(config, model.name or model.huggingface_id):
+                results.append(_train_model(config, model, resume, overwrite, allow_changes))
         except StropError as error:
             if len(config.models) == 1 or model_index is not None:
                 raise
@@ -108,13 +111,14 @@ def _train_model(
         log.warning(note)
     config = _with_precision(config, device)
     resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
-    folder = Path(config.training.output_dir).expanduser() / model.name
+    folder = run_folder(config, model)
     logging_dir = config.logging.logging_dir
     with (
         RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
         Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
         if resume and run.is_finished:
+            check_finished(run.path, config.model_copy(update={"models": (model,)}), resume)
             log.info("%s is finished: its model is in %s; nothing is trained", model.name, run.final)
             _mirror(config, run)
             return RunResult(model.name, run.path, _last_step(run))
@@ -178,9 +182,11 @@ def _run(
             step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
     finally:
         outputs.close()
+    checkpoint.refuse_nonfinite(f"no final model after step {state.step}", policy.trainable())
     run.publish_final(partial(policy.save_pretrained, tokenizer=prepared.tokenizer))
     _mirror(config, run)
-    log.info("%s: %d steps; the model of step %d is in %s", prepared.model.name, state.step, step, run.final)
+    steps = f"{state.step} step{'s' * (state.step != 1)}"
+    log.info("%s: %s; the model of step %d is in %s", prepared.model.name, steps, step, run.final)
     return RunResult(prepared.model.name, run.path, state.step)
 
 

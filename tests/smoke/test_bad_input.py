@@ -253,6 +253,13 @@ CASES = {
     "an infinite learning rate": case(f"{SFT} --learning-rate .inf", "learning_rate is inf", "a finite number"),
     "wandb": case(f"{SFT} --report-to wandb", "['wandb']", "tensorboard", "remove wandb"),
     "a model that is not there": case(f"{SFT} --model-index 9", "--model-index: there is no model 9", "0 = model"),
+    "a metric that nobody measures": case(
+        f"{SFT} --metric-for-best-model nonsense", "no evaluation has a metric 'nonsense'", "one of loss, "
+    ),
+    "a rank beyond everything": case(f"{SFT} --lora.r 9223372036854775807", "lora.r is 9223372036854775807", "65536"),
+    "a module in two lists": case(
+        f"{SFT} --lora.target_modules [q_proj,up_proj] --modules-to-save [up_proj]", "up_proj stands in target_modules"
+    ),
     "a model before the first": case(f"{SFT} --model-index -1", "--model-index: there is no model -1"),
     "a token in the configuration": case(f"{SFT} --revision hf_{'a1B2c3D4' * 5}", "access token", "HF_TOKEN"),
     "one name for two models": config(
@@ -447,6 +454,9 @@ def test_one_clear_message_and_nothing_changed(name: str, here: Path, run: Calla
         "half of the weights",
         "no such data",
         "another shape of rows",
+        "a metric that nobody measures",
+        "a file as output",
+        "a folder below a file",
     ],
 )
 def test_a_dry_run_refuses_it_too(name: str, here: Path, run: Callable[[str], Answer]) -> None:

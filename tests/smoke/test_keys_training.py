@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from strop import wiring
 from strop.engine import loop
-from strop.errors import TrainingError
+from strop.errors import ConfigError, TrainingError
 from strop.policy import policy
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
@@ -122,6 +122,25 @@ def test_training__gradient_accumulation_steps(runs: Any) -> None:
 def test_training__groups_per_step(runs: Any) -> None:
     run = runs(groups_per_step=5, max_steps=None)
     assert [line["batch_size"] for line in run.margins] == [5, 5, 2]  # the last step of an epoch takes what is left
+
+
+def test_training__packing(runs: Any, forwards: list[Any]) -> None:
+    keys = {"method": "sft", "max_prompt_length": None, "max_completion_length": None, "max_steps": 2}
+    groups = runs.prepare(max_seq_length=500, **keys).data.train
+    assert sum(group.num_tokens for group in groups) <= 500  # so that one row holds them all
+    packed = runs(max_seq_length=500, packing=True, groups_per_step=1, **keys)
+    assert {batch.num_groups for with_gradients, batch in forwards if with_gradients} == {len(groups)}
+    plain = runs(max_seq_length=500, groups_per_step=len(groups), **keys)
+    assert packed.series("loss") == pytest.approx(plain.series("loss"), rel=1e-5)
+    assert packed.config["training"]["micro_batch_tokens"] == 2 * 500
+    # rows of less tokens: a step has as many groups as fill one
+    forwards.clear()
+    longest = max(group.num_tokens for group in groups)
+    runs(max_seq_length=longest + 2, packing=True, groups_per_step=1, **keys)
+    for with_gradients, batch in forwards:
+        assert not with_gradients or batch.input_ids.numel() <= longest + 2
+    with pytest.raises(ConfigError, match=r"training\.packing is true, and the method is dpo"):
+        runs(packing=True)
 
 
 def test_training__micro_batch_tokens(runs: Any, forwards: list[Any]) -> None:

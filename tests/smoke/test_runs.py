@@ -278,6 +278,14 @@ def test_what_fails_before_the_first_step_leaves_no_run(
     assert runs(keys).steps() == [1]
 
 
+def test_weights_that_are_not_finite_are_no_final_model(runs: Any) -> None:
+    config = runs.config(output_dir=str(runs.new_folder()), max_steps=1, weight_decay=1e300)
+    with pytest.raises(CheckpointError, match="no final model after step 1: NaN or infinity in"):
+        strop.train(config)
+    (run,) = Path(config.training.output_dir).iterdir()
+    assert not (run / "final").exists()
+
+
 def test_a_mirror_that_failed_is_made_up_for(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = runs.config(output_dir=str(runs.new_folder()), mount_dir=str(tmp_path), max_steps=1)
 

@@ -50,7 +50,11 @@ def test_every_loss_of_dpo_has_its_formula() -> None:
         assert re.search(rf"^    {name} ", formula, flags=re.MULTILINE), name
 
 
-@pytest.mark.parametrize("arguments", [["dpoo"], ["dpo", "kto"], ["--all"]])
+@pytest.mark.parametrize("arguments", [["dpoo"], ["DPO"], ["dpo", "kto"], ["--all"]])
 def test_other_names_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", *arguments]) == 1
-    assert "there is no method" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ("there is no method" if len(arguments) == 1 else "2 names are given") in said
+    assert ("did you mean strop methods dpo?" in said) == (
+        arguments[0].lower().startswith("dpo") and len(arguments) == 1
+    )

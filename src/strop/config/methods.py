@@ -37,13 +37,18 @@ def is_neutral(name: str, value: Any) -> bool:
 
 
 class Readers(NamedTuple):
-    """Who reads a setting that not every variant of its method reads: `setting` must have one of `values`."""
+    """Who reads a setting that not every variant of its method reads: `setting` must have one of `values`, or any
+    value but null where these are not listed."""
 
     setting: str
-    values: tuple[str, ...]
+    values: tuple[str, ...] = ()
+
+    def include(self, settings: MethodSettings) -> bool:
+        value = getattr(settings, self.setting)
+        return value in self.values if self.values else value is not None
 
     def __str__(self) -> str:
-        return f"{self.setting} {either(self.values)}"
+        return f"{self.setting} {either(self.values)}" if self.values else self.setting
 
 
 def either(names: Sequence[str]) -> str:
@@ -68,7 +73,7 @@ class MethodSettings(Section):
 
     def unread(self) -> Mapping[str, Readers]:
         """Settings that stand in this class but not for this variant of the method, and who reads them."""
-        return {name: who for name, who in self.READ_BY.items() if getattr(self, who.setting) not in who.values}
+        return {name: readers for name, readers in self.READ_BY.items() if not readers.include(self)}
 
     def problems(self) -> Iterator[Problem]:
         unread = self.unread()
@@ -77,7 +82,8 @@ class MethodSettings(Section):
             value = getattr(self, name)
             is_default = value == type(self).model_fields[name].default
             if name in self.model_fields_set and not is_default and not is_neutral(name, value):
-                variant = f"{readers.setting} {getattr(self, readers.setting)}"
+                given = getattr(self, readers.setting)
+                variant = f"{readers.setting} {'null' if given is None else given}"
                 yield Problem(
                     (name,),
                     f"{name} is {value!r}, but {variant} does not read it",
@@ -186,6 +192,7 @@ class DpoSettings(ReferenceSettings):
         "ld_alpha": _losses("ipo", "sigmoid_norm"),
         # these compare sorted pairs, whose weights would belong to others
         "wpo_weighting": _losses("aot", "aot_unpaired"),
+        "ref_mixup_alpha": Readers("ref_sync_steps"),
     }
 
     method: Literal["dpo"] = "dpo"
@@ -218,12 +225,6 @@ class DpoSettings(ReferenceSettings):
     """Read with ref_sync_steps: how far the reference moves, 1: all the way."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the chosen completions' negative log-likelihood per token, added to the loss (arXiv 2404.19733)."""
-
-    def unread(self) -> Mapping[str, Readers]:
-        unread = super().unread()
-        return (
-            unread if self.ref_sync_steps else {**unread, "ref_mixup_alpha": Readers("ref_sync_steps", ("a number",))}
-        )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -56,6 +56,13 @@ ELSEWHERE: Mapping[str, str] = {
     "pref_loss": "post_training.loss_type",
     "ref_name": "post_training.ref_model_id",
     "ref_model": "post_training.ref_model_id",
+    "sync_ref_model": "post_training.ref_sync_steps",
+    "ref_model_sync_steps": "post_training.ref_sync_steps",
+    "ref_model_mixup_alpha": "post_training.ref_mixup_alpha",
+    "use_weighting": "post_training.wpo_weighting",
+    "rpo_alpha": "post_training.sft_weight",
+    "f_divergence_type": "post_training.f_divergence",
+    "f_alpha_divergence_coef": "post_training.f_alpha",
 }
 """What other tools call a key: known to the hints of error messages, not to the schema."""
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from strop.config.methods import PostTraining, SftSettings
+from strop.config.methods import DpoSettings, PostTraining, SftSettings
 from strop.config.section import ListOf, Problem, Section
 from strop.config.sections import (
     DatasetSection,
@@ -107,7 +107,14 @@ class RunConfig(Section):
                     "names that differ, since they name the run folders",
                     "give each model its own `name:`",
                 )
-        if getattr(self.post_training, "ref_sync_steps", None):
+        if self.training.packing and self.post_training.method != "sft":
+            yield Problem(
+                ("training.packing",),
+                f"training.packing is true, and the method is {self.post_training.method}",
+                "method sft; pairs share their prompts, and nothing is padded, without it",
+                "remove packing",
+            )
+        if isinstance(self.post_training, DpoSettings) and self.post_training.ref_sync_steps:
             adapters = ["lora.enabled: true"] if self.lora.enabled else []
             adapters += [f"models.{i}.adapter" for i, model in enumerate(self.models) if model.adapter is not None]
             if adapters:

@@ -159,7 +159,7 @@ class LoraSection(Section):
 
     enabled: bool = Field(default=True, json_schema_extra={"x-default": "true if the section is given, else false"})
     """Train adapters instead of all weights; true when a `lora` section is given, else false."""
-    r: int = Field(default=16, gt=0)
+    r: int = Field(default=16, gt=0, le=65_536)
     """Rank."""
     lora_alpha: float = Field(
         default_factory=lambda data: 2.0 * data.get("r", 16), gt=0, json_schema_extra={"x-default": "2 r"}
@@ -182,6 +182,15 @@ class LoraSection(Section):
     use_dora: bool = False
     """Weight-decomposed adapters (arXiv 2402.09353)."""
 
+    def problems(self) -> Iterator[Problem]:
+        named = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        if both := sorted(set(named) & set(self.modules_to_save or ())):
+            yield Problem(
+                ("modules_to_save", "target_modules"),
+                f"{', '.join(both)} stands in target_modules and in modules_to_save: adapted, and trained in full",
+                fix="name each module in one of the two",
+            )
+
 
 class TrainingSection(Section):
     """The recipe of the run."""
@@ -198,11 +207,16 @@ class TrainingSection(Section):
     """The same in evaluations."""
     gradient_accumulation_steps: int = Field(default=8, gt=0)
     """Effective batch = per_device_train_batch_size x gradient_accumulation_steps x number of devices."""
+    packing: bool = False
+    """The batch size counts rows filled to max_seq_length instead of examples; attention never crosses examples. sft
+    only."""
     groups_per_step: int | None = Field(default=None, gt=0)
-    """Groups of one optimizer step; null: the effective batch at the first launch. A resume keeps it."""
+    """Groups (under packing, filled rows) of one optimizer step; null: the effective batch at the first launch. A
+    resume keeps it."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group, on a CPU at most 1024 or the
-    longest group. Changes memory and speed; the result only through the masks of lora_dropout."""
+    """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group (under packing,
+    x max_seq_length), on a CPU at most 1024 or the longest group. Changes memory and speed; the result only through the
+    masks of lora_dropout."""
     learning_rate: float | None = Field(
         default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )

@@ -6,6 +6,7 @@ shapes, formats       row -> Example: other tools' shapes, our own
 messages              their messages and texts, validated
 tokens                rows that are tokens already
 template              which chat template: the tokenizer's, a file, a YAML template compiled to Jinja
+sandbox               a template as a program: what it may take
 chat, marks           Example -> text, with what is trained and what the row has written
 encode                text -> ids and loss masks
 truncate              limits: cut or drop

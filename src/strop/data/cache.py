@@ -159,7 +159,9 @@ def _checksum(path: Path) -> int:
 
 
 def _write(place: Path, label: str, make: Callable[[], Iterator[tuple[str, Worked]]]) -> dict[str, Any]:
-    new = Path(tempfile.mkdtemp(prefix=place.name[:8] + "-", dir=place.parent))
+    for unfinished in place.parent.glob(f"{place.name}-*"):
+        shutil.rmtree(unfinished)  # of a run that was killed; the lock says that nobody is at it
+    new = Path(tempfile.mkdtemp(prefix=f"{place.name}-", dir=place.parent))
     try:
         entry = _fill(new, label, make)
         entry["checksums"] = {name: _checksum(new / name) for name in (TABLE, REJECTED)}

@@ -12,20 +12,17 @@ if both are beginnings of the whole; where that does not hold either, the row is
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from strop.data.marks import Marks, Span
 from strop.data.rows import RowRefused
+from strop.data.sandbox import bounded, render
 from strop.data.template import choose_template, tokenizers_template
-from strop.errors import ConfigError, ModelError
+from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
 
 Content = tuple[int, int, bool]
@@ -33,20 +30,11 @@ Content = tuple[int, int, bool]
 
 Tools = Sequence[Mapping[str, Any]] | None
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MOST_PREFIXES = 1000
+"""Turns of a conversation whose answers marks cannot tell: each is rendered with all before it."""
+
 WRITES_MORE = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"})
 """Keys of an assistant turn that a template renders besides its content."""
-
-TEMPLATE_ERRORS = (
-    jinja2.exceptions.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a template can raise on a row it was not written for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +97,7 @@ class Renderer:
 
         Raises:
             RowRefused: the template fails on this row, drops a part of it, or its trained spans cannot be found.
-            ModelError: the template fails on every row.
+            ModelError: the template is broken, or takes too much time or memory.
             ConfigError: messages under `dataset.render: raw`.
         """
         if self.is_raw(example):
@@ -123,11 +111,10 @@ class Renderer:
                 expected="rows of plain texts; messages need a template",
                 fix="set dataset.render: auto",
             )
-        opening = self._text(prompt, example.tools, generation_prompt=True) if prompt else ""
-        return tuple(
-            self._conversation(prompt, _as_turns(completion, "assistant"), opening, example.tools)
-            for completion in example.completions
-        )
+        completions = [_as_turns(completion, "assistant") for completion in example.completions]
+        with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
+            opening = self._text(prompt, example.tools, generation_prompt=True) if prompt else ""
+            return tuple(self._conversation(prompt, turns, opening, example.tools) for turns in completions)
 
     def _refuse_unknown_tools(self, example: Example) -> None:
         """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
@@ -140,9 +127,9 @@ class Renderer:
             if there and key not in template:
                 raise RowRefused(
                     "dropped_by_template",
-                    f"the row has {what}, and the chat template has no place for them",
-                    expected="a chat template that knows tools, or rows without them",
-                    fix="set dataset.template to one that does, such as qwen2.5_instruct",
+                    f"the row has {what}, and the chat template ({self.chosen.name}) has no place for them",
+                    expected="a chat template that writes tools, or rows without them",
+                    fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes tools",
                 )
 
     def _conversation(
@@ -218,6 +205,8 @@ class Renderer:
                 raise _unverified(
                     f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart"
                 )
+        if len(messages) > MOST_PREFIXES:
+            raise _unverified(f"it has {len(messages)} turns, too many to render every beginning of")
         spans = []
         for i in range(first, len(messages)):
             if messages[i]["role"] != "assistant":
@@ -234,44 +223,12 @@ class Renderer:
         return tuple(spans)
 
     def _text(self, messages: Sequence[Message], tools: Tools, *, generation_prompt: bool = False) -> str:
-        return self._render(messages, tools, generation_prompt, track=False)[0]
+        template = self._template_for(tools)
+        return render(template, messages, tools, self._special, generation_prompt=generation_prompt)[0]
 
     def _tracked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         """The rendering and the spans of its generation blocks."""
-        return self._render(messages, tools, False, track=True)
-
-    def _render(
-        self, messages: Sequence[Message], tools: Tools, generation_prompt: bool, track: bool
-    ) -> tuple[str, list[Span]]:
-        template = self._template_for(tools)
-        track = track and _has_generation_blocks(template)
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)],
-                tools=list(tools) if tools else None,
-                chat_template=template,
-                add_generation_prompt=generation_prompt,
-                return_assistant_tokens_mask=track,
-                **self._special,
-            )
-        except jinja2.exceptions.TemplateSyntaxError as error:
-            raise ModelError(
-                f"the tokenizer's chat template is broken: {error.message} (line {error.lineno})",
-                expected="a Jinja template",
-                fix="mend the chat template beside the tokenizer (chat_template.jinja, or in tokenizer_config.json)",
-            ) from error
-        except TEMPLATE_ERRORS as error:
-            raise RowRefused(
-                "template_error",
-                f"the chat template fails on this row: {str(error)[:200] or type(error).__name__}",
-                expected="messages that the chat template of the model knows",
-            ) from error
-        return texts[0], [(start, stop) for start, stop in spans[0]] if track else []
-
-
-@lru_cache
-def _has_generation_blocks(template: str) -> bool:
-    return GENERATION.search(template) is not None
+        return render(self._template_for(tools), messages, tools, self._special, track=True)
 
 
 def _raw(prompt: str, completion: str) -> Rendered:

@@ -7,6 +7,7 @@ grow with the file.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -122,6 +123,7 @@ def _quietly(submit: Callable[..., Future[Worked]], *arguments: object) -> Futur
 def _enter(workshop: Workshop) -> None:
     global _workshop
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what is there stays there: not to be looked through, nor copied, at every collection
     _workshop = workshop
 
 

@@ -174,6 +174,9 @@ class Encoder:
         content_starts = [content[0] for content in rendered.contents]
         for i in [i for i, token in enumerate(tokens.ids) if token in self._controls][::-1]:
             token, start, stop = tokens.ids[i], tokens.starts[i], tokens.ends[i]
+            last = bisect_left(content_starts, stop) - 1
+            if last < 0 or rendered.contents[last][1] <= start:
+                continue  # most stand between contents
             words = rendered.text[start:stop]
             if not self._is_written(token, words):
                 continue

@@ -80,8 +80,11 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
     names: list[str] = [name for name in ("train", "eval") if name in views]
     counts = {name: _counts(parts.get(name, []), views[name], train) for name in names}
     how = _rendering(views, workshop)
+    weighed = _weighed(views["train"], [part.source.weight for part in train], config.seed)
+    if not len(weighed):
+        raise _nothing_left(train, workshop.limits)
     return LoadedData(
-        train=_weighed(views["train"], [part.source.weight for part in train], config.seed),
+        train=weighed,
         eval=views["eval"] if "eval" in views and len(views["eval"]) else (),
         report=DataReport.of(counts, views, how),
         chat_template=workshop.renderer.template if how.num_chat else None,
@@ -126,11 +129,19 @@ def _train_parts(
 def _tokenise(
     source: Source, limit: int | None, workshop: Workshop, identity: Mapping[str, Any], config: RunConfig
 ) -> Tokenised:
+    rows = source.identity()
+
     def make() -> Iterator[tuple[str, Worked]]:
         read = source.read_lines or source.read
-        return work_all(workshop, read(), limit=limit, num_workers=config.dataset.num_workers)
+        yield from work_all(workshop, read(), limit=limit, num_workers=config.dataset.num_workers)
+        if source.identity() != rows:
+            raise DataError(
+                "the rows were changed while they were read",
+                where=source.label,
+                fix="start again once nothing writes to them",
+            )
 
-    whole = {**identity, "source": source.identity(), "limit": limit}
+    whole = {**identity, "source": rows, "limit": limit}
     return fetch(whole, source.label, make, strict=workshop.stops_at_errors)
 
 
@@ -201,16 +212,25 @@ def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
         f"{lost.total()} of {num_rows} rows are lost: " + ", ".join(f"{n} {why}" for why, n in lost.most_common()),
         where=", ".join(part.source.label for part in parts),
         expected=f"at most {100 * most:g} % (dataset.max_dropped_fraction)",
-        fix=(f"look at {examples}; mend" if examples else "mend") + " the rows, or raise dataset.max_dropped_fraction",
+        fix=(f"look at {examples}; " if examples else "")
+        + f"{FIXES.get(lost.most_common(1)[0][0], 'mend the rows')}; or raise dataset.max_dropped_fraction",
     )
 
 
 def _nothing_left(parts: Sequence[_Part], limits: Limits) -> DataError:
     reasons = sum((part.tokens.dropped for part in parts), Counter[str]())
+    where = ", ".join(part.source.label for part in parts)
+    if num_good := sum(_num_rows(part.tokens.shard) for part in parts):
+        return DataError(
+            f"of {num_good} good rows none is left",
+            where=where,
+            expected="at least one",
+            fix="raise the fraction or the weight of the sources, or lower dataset.validation_split",
+        )
     listed = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     return DataError(
         f"all {reasons.total()} rows are dropped ({listed})",
-        where=", ".join(part.source.label for part in parts),
+        where=where,
         expected=f"rows within training.max_seq_length {limits.sequence}, training.max_prompt_length {limits.prompt} "
         f"and training.max_completion_length {limits.completion}",
         fix=FIXES[reasons.most_common(1)[0][0]],
@@ -221,6 +241,7 @@ ASKED_FOR = frozenset({"prompt_too_long", "completion_too_long", "sequence_too_l
 """Reasons that `dataset.filter_overlength_samples` gives."""
 
 FIXES = {
+    "dropped_by_template": "set dataset.template to one that writes all turns (qwen2.5_instruct: tools and system)",
     "nothing_trained": "raise training.max_seq_length or lower training.max_prompt_length, so that a completion fits",
     "equal_after_truncation": "raise training.max_completion_length and training.max_seq_length",
     "equal_tokens": "check the rows: chosen and rejected are the same tokens",
@@ -229,4 +250,4 @@ FIXES = {
         "raise the limit, or set dataset.filter_overlength_samples: false to cut the rows",
     ),
 }
-"""What to do where all rows were dropped, by the most frequent reason."""
+"""What to do where most or all rows are lost, by the most frequent reason."""

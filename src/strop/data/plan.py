@@ -1,7 +1,8 @@
 """Which groups make which optimizer step, and how a step is cut into micro-batches. Floor 2.
 
-Nothing here has state: the groups of a step are a function of (seed, number of groups, groups_per_step, step), so the
-step number is all that a resume has to know. How a step is cut depends on the hardware and changes no result.
+Nothing here has state: the groups of a step are a function of (seed, number of groups, groups_per_step, step), under
+`training.packing` of the groups' lengths, too; so the step number is all that a resume has to know. How a step is cut
+depends on the hardware and changes no result.
 
 Steps count from 1; epochs and the steps inside one from 0.
 """
@@ -45,23 +46,39 @@ def padded_tokens(groups: Sequence[Sized]) -> int:
 class Plan:
     """The recipe of a run as data: `num_groups` rows, `groups_per_step` of them a step, for `num_steps` steps.
 
-    Every epoch is its own permutation; its last step takes what is left.
+    Every epoch is its own permutation; its last step takes what is left. rows: under `training.packing`, the groups
+    of each filled row; then `groups_per_step` counts these.
     """
 
     num_groups: int
     groups_per_step: int
     num_steps: int
     seed: int
+    rows: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
-    def of(cls, num_groups: int, groups_per_step: int, num_epochs: int, max_steps: int | None, seed: int) -> Plan:
+    def of(
+        cls,
+        num_groups: int,
+        groups_per_step: int,
+        num_epochs: int,
+        max_steps: int | None,
+        seed: int,
+        rows: Sequence[Sequence[int]] | None = None,
+    ) -> Plan:
         """`max_steps`, where given, decides the length of the run; else `num_epochs`."""
-        steps_per_epoch = ceil(num_groups / groups_per_step)
-        return cls(num_groups, groups_per_step, max_steps or num_epochs * steps_per_epoch, seed)
+        filled = None if rows is None else tuple(map(tuple, rows))
+        steps_per_epoch = ceil((num_groups if filled is None else len(filled)) / groups_per_step)
+        return cls(num_groups, groups_per_step, max_steps or num_epochs * steps_per_epoch, seed, filled)
+
+    @property
+    def num_rows(self) -> int:
+        """What `groups_per_step` counts: groups, or rows filled with them."""
+        return self.num_groups if self.rows is None else len(self.rows)
 
     @property
     def steps_per_epoch(self) -> int:
-        return ceil(self.num_groups / self.groups_per_step)
+        return ceil(self.num_rows / self.groups_per_step)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, step in the epoch), both from 0, of step `step`, from 1."""
@@ -70,8 +87,9 @@ class Plan:
     def groups(self, step: int) -> tuple[int, ...]:
         """Indices of the groups of step `step`, from 1."""
         epoch, inside = self.position(step)
-        order = _epoch_order(self.seed, epoch, self.num_groups)
-        return tuple(int(i) for i in order[inside * self.groups_per_step : (inside + 1) * self.groups_per_step])
+        order = _epoch_order(self.seed, epoch, self.num_rows)
+        chosen = order[inside * self.groups_per_step : (inside + 1) * self.groups_per_step].tolist()
+        return tuple(chosen) if self.rows is None else tuple(i for row in chosen for i in self.rows[row])
 
     @property
     def num_epochs(self) -> int:
@@ -97,6 +115,31 @@ class Plan:
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_groups)
+
+
+def filled_rows(groups: Sequence[Sized], max_tokens: int, seed: int) -> list[list[int]]:
+    """Indices of the groups of each row, the rows filled to `max_tokens`: the longest groups first, each into the
+    fullest row that has room for it. Which of alike length share a row is a function of the seed."""
+    sizes = np.array([group.num_tokens for group in lengths(groups)])
+    order = np.random.default_rng([seed, len(sizes)]).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    rooms = 0  # bit r is set where a row has room for r tokens more
+    for i in order.tolist():
+        size = int(sizes[i])
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            rooms ^= (not by_room[room]) << room
+        else:
+            room, row = max(max_tokens, size), len(rows)
+            rows.append([])
+        rows[row].append(i)
+        by_room.setdefault(room - size, []).append(row)
+        rooms |= 1 << (room - size)
+    return rows
 
 
 def cut(groups: Sequence[Sized], indices: Iterable[int], budget: int, tokens: RowTokens) -> list[list[int]]:
@@ -125,8 +168,11 @@ CPU_TOKENS = 1024
 
 
 def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens, device_type: str) -> int:
-    """`batch_size` times the longest group, which is what a batch of that size may cost at worst; on a CPU no more
-    than `CPU_TOKENS`, or the longest group."""
-    longest = max(tokens([g]) for g in lengths(groups))
+    """What a batch of that size may cost at worst, if all were the longest, as far as the device gains by it."""
+    return batch_budget(batch_size, max(tokens([g]) for g in lengths(groups)), device_type)
+
+
+def batch_budget(batch_size: int, longest: int, device_type: str) -> int:
+    """`batch_size` times the longest; on a CPU no more than `CPU_TOKENS`, or the longest."""
     worst = batch_size * longest
     return min(worst, max(longest, CPU_TOKENS)) if device_type == "cpu" else worst

@@ -22,6 +22,9 @@ from strop.data.rows import Row, RowRefused
 from strop.errors import DataError
 from strop.types import Origin
 
+LONGEST = 1 << 28
+"""Bytes of a line. A file that unpacks to one endless line is not read into memory."""
+
 BOM = b"\xef\xbb\xbf"
 
 
@@ -104,19 +107,19 @@ def _as_object(value: Any) -> Mapping[str, Any]:
 def read_jsonl(path: str) -> Iterator[Row]:
     """JSON Lines, gzip or not."""
     with _open(path) as file:
-        yield from jsonl_rows(file, path)
+        yield from jsonl_rows(_lines(file), path)
 
 
 def read_lines(path: str) -> Iterator[Row]:
     """JSON Lines, gzip or not, with lines that nobody has looked at yet: rows with `raw` alone."""
     with _open(path) as file:
-        yield from jsonl_rows(file, path, parse=False)
+        yield from jsonl_rows(_lines(file), path, parse=False)
 
 
 def read_text(path: str) -> Iterator[Row]:
     """Plain text, gzip or not: each line that is not blank is a row {"text": line}."""
     with _open(path) as file:
-        for row in jsonl_rows(file, path, parse=False):
+        for row in jsonl_rows(_lines(file), path, parse=False):
             if row.raw is None:
                 yield row
                 continue
@@ -126,11 +129,23 @@ def read_text(path: str) -> Iterator[Row]:
                 yield Row(row.origin, refusal=refusal, raw=row.raw)
 
 
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines, read no further than it takes to see that one is too long."""
+    return iter(lambda: file.readline(LONGEST + 1), b"")
+
+
 def jsonl_rows(lines: Iterable[bytes], label: str, *, parse: bool = True) -> Iterator[Row]:
     """The rows of lines, ended by LF; a blank line is a row with neither data nor refusal nor raw."""
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(BOM)
+        if len(line) > LONGEST:
+            raise DataError(
+                f"a line of more than {LONGEST >> 20} MiB",
+                where=f"{label}:{number}",
+                expected="one JSON object on every line",
+                fix="check that the file is JSON Lines, and what wrote it",
+            )
         line = line.rstrip(b"\r\n")
         origin = Origin(label, number)
         if not line.strip():
@@ -236,6 +251,12 @@ def _csv_rows(reader: Any, path: str) -> Iterator[Row]:
             last = reader.line_num
             if header is None:
                 header = values
+                if twice := next((name for name in header if header.count(name) > 1), None):
+                    raise DataError(
+                        f"two columns are named {twice!r}",
+                        where=f"{path}:{origin.line}",
+                        expected="a header line in which every name stands once",
+                    )
             elif not values:
                 yield Row(origin)
             elif len(values) != len(header):
@@ -265,9 +286,9 @@ def read_parquet(path: str) -> Iterator[Row]:
                 for data in batch.to_pylist():
                     number += 1
                     yield Row(Origin(path, number), data)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # damage can look like anything
         raise DataError(
-            f"the Parquet file cannot be read: {str(error).splitlines()[0]}",
+            f"the Parquet file cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
             where=f"{path}:{number + 1}",
             fix="write or download the file again",
         ) from error

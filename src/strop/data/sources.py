@@ -152,6 +152,8 @@ def file_source(path: str) -> Source:
             fix="rename the file by what is in it, or convert it",
         )
     if kind is None or not isfile(path):
+        if exists(path):
+            raise DataError("this is no plain file", where=path, fix="write what comes out of it to a file first")
         raise DataError(
             "there is no such file",
             where=path,

@@ -20,9 +20,9 @@ from typing import Literal, Self
 import jinja2
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from strop.config.yamlfile import parse
+from strop.data.sandbox import has_generation_blocks
 from strop.errors import ConfigError, ModelError
 
 FOLDER = Path(__file__).with_name("templates")
@@ -174,6 +174,8 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return _shipped(named).jinja(tokenizer)
     path = Path(named).expanduser()
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -185,7 +187,7 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return _yaml(content, named).jinja(tokenizer)
     try:
         source = content.decode("utf-8")
-        _compile_jinja_template(source)
+        has_generation_blocks(source)
     except (UnicodeDecodeError, jinja2.TemplateError, RecursionError) as error:
         line = getattr(error, "lineno", None)
         raise ConfigError(

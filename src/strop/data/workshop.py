@@ -26,6 +26,7 @@ from strop.data.encode import Encoded, Encoder
 from strop.data.formats import Columns, to_example
 from strop.data.readers import parse_line
 from strop.data.rows import Row, RowRefused
+from strop.data.sandbox import bounded_memory
 from strop.data.table import Record, to_table
 from strop.data.tokens import from_tokens, is_tokenised
 from strop.data.truncate import Limits, cut, shorten_prompts
@@ -131,14 +132,15 @@ class Workshop:
     def _encode(self, examples: Sequence[Example]) -> list[Encoded | RowRefused]:
         results: list[Encoded | RowRefused | None] = []
         rendered: list[tuple[Rendered, ...]] = []
-        for example in examples:
-            try:
-                rendered.append(self.renderer.render(example))
-                results.append(None)
-            except RowRefused as refusal:
-                results.append(refusal)
-            except RecursionError:
-                results.append(RowRefused("deep_nesting", "the row is nested too deeply to be rendered"))
+        with bounded_memory():
+            for example in examples:
+                try:
+                    rendered.append(self.renderer.render(example))
+                    results.append(None)
+                except RowRefused as refusal:
+                    results.append(refusal)
+                except RecursionError:
+                    results.append(RowRefused("deep_nesting", "the row is nested too deeply to be rendered"))
         encoded = iter(self._encoder.encode(rendered))
         return [next(encoded) if result is None else result for result in results]
 

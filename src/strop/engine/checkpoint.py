@@ -136,7 +136,7 @@ def save(
         CheckpointError: the disk is full or cannot be written, or a tensor holds NaN or an infinity.
     """
     assert step >= 0 and (keep is None or keep > 0)
-    _refuse_nonfinite(step, tensors)
+    refuse_nonfinite(f"no checkpoint of step {step}", tensors)
     target = run_dir / f"checkpoint-{step}"
     needed = num_bytes(tensors)
     ensure_space(run_dir, needed)
@@ -174,8 +174,12 @@ def ensure_space(path: Path, needed: int) -> None:
         )
 
 
-def _refuse_nonfinite(step: int, tensors: Mapping[str, Tensor]) -> None:
-    # a checkpoint with a NaN in it would push the good ones out
+def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write nothing with a NaN in it: a checkpoint would push the good ones out, a model would look finished.
+
+    Raises:
+        CheckpointError: NaN or infinity; the message begins with `what`.
+    """
     ranges = {
         name: torch.stack(torch.aminmax(t.detach()))
         for name, t in tensors.items()
@@ -184,7 +188,7 @@ def _refuse_nonfinite(step: int, tensors: Mapping[str, Tensor]) -> None:
     bad = [name for name, extremes in ranges.items() if not extremes.isfinite().all()]
     if bad:
         raise CheckpointError(
-            f"no checkpoint of step {step}: NaN or infinity in {', '.join(bad[:SHOWN])}"
+            f"{what}: NaN or infinity in {', '.join(bad[:SHOWN])}"
             + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""),
             fix="resume from the last checkpoint, with a lower learning rate or another precision",
         )

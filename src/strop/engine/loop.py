@@ -13,65 +13,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from strop.batch import NOTHING, Batch, Extras
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.data.plan import Plan, RowTokens, cut, longest_first
+from strop.data.plan import Plan, longest_first
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import evaluate
-from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
+from strop.engine.memory import does_not_fit
+from strop.engine.metrics import MetricWindow, UpdateProbe, means, no_such_metric, peak_memory_gib
 from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
+from strop.engine.rows import Rows
 from strop.engine.step import StepScores, forward_backward
-from strop.errors import ConfigError, Interrupted, TrainingError
+from strop.errors import Interrupted, TrainingError
 from strop.objectives.base import Objective
+from strop.policy.memory import attempt
 from strop.policy.policy import Policy
 from strop.policy.reference import SyncedReference
 from strop.types import Group
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps that may be left out one after the other before a run stops."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Groups, how they are cut into micro-batches, and what is laid beside them.
-
-    ref_logps: indices of groups -> the reference's log-probs of each, [scored tokens], where the objective needs them.
-    mismatched: the prompts with completions of others, by visit, where the objective needs them. extras: what else the
-    policy is to score.
-    """
-
-    groups: Sequence[Group]
-    budget_tokens: int
-    tokens: RowTokens
-    ref_logps: Callable[[Sequence[int]], list[Tensor]] | None = None
-    mismatched: Rows | None = None
-    extras: Extras = NOTHING
-
-    def parts(self, indices: Iterable[int]) -> list[list[int]]:
-        """Indices of groups, cut into micro-batches."""
-        return cut(self.groups, indices, self.budget_tokens, self.tokens)
-
-    def in_any_order(self, indices: Iterable[int] | None = None) -> list[list[int]]:
-        """The same for a pass in which order means nothing: evaluation, reference. Default: all groups."""
-        return self.parts(longest_first(self.groups, range(len(self.groups)) if indices is None else indices))
-
-    def apart(self, policy: Policy, visits: Iterable[int] | None = None) -> Iterator[Batch]:
-        """The micro-batches of the mismatched completions of these visits (default: all), where there are any."""
-        rows = self.mismatched
-        return iter(()) if rows is None else (rows.batch(policy, part) for part in rows.in_any_order(visits))
-
-    def batch(self, policy: Policy, part: Sequence[int]) -> Batch:
-        refs = None if self.ref_logps is None else self.ref_logps(part)
-        return policy.collate([self.groups[i] for i in part], refs, self.extras)
 
 
 @dataclass
@@ -86,6 +54,8 @@ class TrainState:
     stale_evals: int = 0
     skipped_in_a_row: int = 0
     num_skipped: int = 0
+    micro_batch_tokens: int | None = None
+    """What fitted into memory, where the configured number did not."""
     window: dict[str, Any] = field(default_factory=lambda: MetricWindow().state_dict())
 
 
@@ -175,6 +145,8 @@ class Loop:
         set_optimizer_numbers(self.optimizer, self.parameters, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.state = TrainState(**saved["train"])
+        if self.state.micro_batch_tokens is not None:  # with dropout the cut decides the masks
+            self.train = replace(self.train, budget_tokens=self.state.micro_batch_tokens)
         self.window.load_state_dict(self.state.window)
         self._mark = (self.state.seconds, self.state.tokens)
 
@@ -183,12 +155,7 @@ class Loop:
     def _step(self, step: int) -> None:
         started = time.perf_counter()
         indices = self.plan.groups(step)
-        batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
-        scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
-        apart = list(self.train.apart(self.policy, self.plan.visits(step)))
-        seed = (self.config.seed, step)
-        with self.policy.still():
-            result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
+        result, num_tokens = self._gradients(step, indices)
         rate = learning_rate(step, self.plan.num_steps, self.training)
         groups = [self.train.groups[i] for i in indices]
         self._update(step, rate, result, groups)
@@ -196,7 +163,7 @@ class Loop:
             self.reference.after(step)
         epoch, inside = self.plan.position(step)
         self.state.step = step
-        self.state.tokens += sum(b.num_tokens for b in (*batches, *apart))
+        self.state.tokens += num_tokens
         self.state.seconds += time.perf_counter() - started
         self.window.add_totals(
             num_groups=len(groups),
@@ -210,6 +177,34 @@ class Loop:
             total, count = result.metrics["rewards/margins"]
             shown["rewards/margins"] = float(total) / count
         self.outputs.stepped(shown)
+
+    def _gradients(self, step: int, indices: Sequence[int]) -> tuple[StepScores, int]:
+        """The gradients of one step, its scores, and the tokens fed to the model.
+
+        Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
+        smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks).
+        """
+        scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
+
+        def whole_step() -> tuple[StepScores, int]:
+            batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
+            apart = list(self.train.apart(self.policy, self.plan.visits(step)))
+            seed = (self.config.seed, step)
+            with self.policy.still():
+                result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
+            return result, sum(b.num_tokens for b in (*batches, *apart))
+
+        while True:
+            done, why = attempt(whole_step)
+            if done is not None:
+                return done
+            self.optimizer.zero_grad(set_to_none=True)
+            smaller = self.train.smaller(indices)
+            if smaller is None:
+                longest = max((self.train.groups[i] for i in indices), key=lambda group: group.num_tokens)
+                raise does_not_fit(self.config, why, f"step {step}", longest)
+            self.outputs.note(_cut_finer(f"step {step}", why, self.train, smaller))
+            self.train, self.state.micro_batch_tokens = smaller, smaller.budget_tokens
 
     def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> None:
         """Check, clip, step. The weights stay as they are where anything is not finite."""
@@ -286,11 +281,7 @@ class Loop:
         if self.validation is None:
             return False
         started = time.perf_counter()
-        rows = self.validation
-        with self.policy.scoring():
-            batches = (rows.batch(self.policy, part) for part in rows.in_any_order())
-            done = self.outputs.evaluating(len(rows.groups))
-            result = evaluate(self.policy, self.objective, batches, rows.apart(self.policy), done)
+        result = self._validation_scores(self.validation)
         metrics = means(
             {n: float(total) for n, (total, _) in result.metrics.items()},
             {n: count for n, (_, count) in result.metrics.items()},
@@ -311,6 +302,24 @@ class Loop:
         # the model before training is no candidate: a run that never gets better than it should not return it unseen
         return self._is_best(value) if self.state.step and value is not None else False
 
+    def _validation_scores(self, rows: Rows) -> StepScores:
+        def scores() -> StepScores:
+            with self.policy.scoring():
+                batches = (rows.batch(self.policy, part) for part in rows.in_any_order())
+                done = self.outputs.evaluating(len(rows.groups))
+                return evaluate(self.policy, self.objective, batches, rows.apart(self.policy), done)
+
+        found, why = attempt(scores)
+        if found is not None:
+            return found
+        where, everything = f"evaluation after step {self.state.step}", range(len(rows.groups))
+        smaller = rows.smaller(longest_first(rows.groups, everything))
+        if smaller is None:
+            raise does_not_fit(self.config, why, where, max(rows.groups, key=lambda group: group.num_tokens))
+        self.outputs.note(_cut_finer(where, why, rows, smaller))
+        self.validation = smaller
+        return self._validation_scores(smaller)
+
     def _deciding(self, record: Mapping[str, Any]) -> float | None:
         """What the best model is chosen by and early stopping goes by; None where there is neither."""
         options = self.config.finetuning
@@ -318,12 +327,7 @@ class Loop:
             return None
         name = options.metric_for_best_model.removeprefix("eval_")
         if name not in record:
-            raise ConfigError(
-                f"no evaluation has a metric {name!r}",
-                where=f"finetuning.metric_for_best_model: {options.metric_for_best_model}",
-                expected="one of " + ", ".join(sorted(k for k, v in record.items() if isinstance(v, float))),
-                fix="name one of these",
-            )
+            raise no_such_metric(name, [k for k in self.objective.evaluated if k in record])
         return float(record[name])
 
     def _is_best(self, value: float) -> bool:
@@ -353,6 +357,13 @@ class Loop:
         if self.reference is not None:
             weights |= {f"reference.{n}": p for n, p in self.reference.weights.items()}
         return {**weights, **tensors}, numbers
+
+
+def _cut_finer(where: str, why: str, rows: Rows, smaller: Rows) -> str:
+    return (
+        f"{where}: memory ran out ({why}); again, and from here on, in micro-batches of at most "
+        f"{smaller.budget_tokens:,} tokens instead of {rows.budget_tokens:,}. The result is the same"
+    )
 
 
 def _has_no_signal(group: Group) -> bool:

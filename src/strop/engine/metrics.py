@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from strop.errors import ConfigError
 from strop.objectives.base import Mean
 
 
@@ -88,3 +89,13 @@ class UpdateProbe:
 
 def _ratio(moved: Tensor, size: Tensor) -> float:
     return float(moved / size) if size > 0 else float(moved > 0)
+
+
+def no_such_metric(name: str, known: Sequence[str]) -> ConfigError:
+    """The error for a `metric_for_best_model` that no evaluation has."""
+    return ConfigError(
+        f"no evaluation has a metric {name!r}",
+        where="finetuning.metric_for_best_model",
+        expected="one of " + ", ".join(known),
+        fix="name one of these",
+    )

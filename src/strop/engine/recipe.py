@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from strop.config import RunConfig
+from strop.config import RunConfig, load_config
 from strop.engine.checkpoint import Checkpoint
 from strop.errors import CheckpointError
 
@@ -49,6 +50,8 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     if config.lora.lora_dropout and (config.lora.enabled or any(m.adapter for m in config.models)):
         # dropout draws its masks by micro-batch, so with it the cut of a step is part of the recipe
         keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
+    if config.training.packing:
+        keys["training.max_seq_length"] = config.training.max_seq_length  # what rows are filled to
     plain: dict[str, Any] = json.loads(json.dumps(keys))
     return plain
 
@@ -74,6 +77,26 @@ def check_recipe(checkpoint: Checkpoint, config: RunConfig, fingerprint: str, al
             fix="put these back, or accept another result with --allow-changes",
         )
     log.warning("going on from %s with changes:%s", checkpoint.path, listed)
+
+
+def check_finished(run: Path, config: RunConfig, resume: str) -> None:
+    """What a run that is finished was asked to go on with is what it had.
+
+    Raises:
+        CheckpointError: a checkpoint is named, or a setting is given that the run in `run` did not have.
+    """
+    fix = "train anew with --overwrite or in another training.output_dir, or leave it out"
+    if resume != "auto":
+        raise CheckpointError("the run is finished; no checkpoint is gone on from", where=f"--resume {resume}", fix=fix)
+    before, now = recipe_of(load_config(run / "config.yaml")), recipe_of(config)
+    given = {key for key, origin in config.origins.items() if not origin.startswith("default")}
+    listed = "".join(f"\n    {line}" for line in _differences(before, {**before, **_only(now, given)}))
+    if listed:
+        raise CheckpointError(f"the run is finished, with other settings:{listed}", where=str(run), fix=fix)
+
+
+def _only(recipe: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key in keys}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,9 @@ from strop.types import RowShape
 
 S = TypeVar("S", bound=MethodSettings)
 
+Mean = tuple[Tensor | float, int]
+"""A metric as (sum, count): means are taken over whatever the caller has added up."""
+
 
 @dataclass(frozen=True, slots=True)
 class RefSync:
@@ -28,10 +31,6 @@ class RefSync:
 
     every_steps: int
     share: float
-
-
-Mean = tuple[Tensor | float, int]
-"""A metric as (sum, count): means are taken over whatever the caller has added up."""
 
 
 class Objective(ABC, Generic[S]):
@@ -81,10 +80,16 @@ class Objective(ABC, Generic[S]):
 
     @abstractmethod
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
-        """Metric name -> (sum, count) over `scores`, without gradients."""
+        """Metric name -> (sum, count) over `scores`; called without gradients."""
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the numbers that an evaluation may give: the loss, its terms, the metrics of its variants."""
+        return ["loss", *([f"loss/{t}" for t in self.units] if len(self.units) > 1 else []), *self.METRICS]
 
     def margins(self, scores: Scores) -> Tensor | None:
-        """[G] float64: the raw log-ratio difference of each pair; None where the method has none."""
+        """[G] float64: the raw log-ratio difference of each pair; None where the method has none. Called without
+        gradients."""
         return None
 
 

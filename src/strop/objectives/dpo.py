@@ -126,11 +126,17 @@ class Pairs:
 
 
 def divergence(u: Tensor, s: DpoSettings) -> Tensor:
-    """f'(ratio) from the log-ratio u: what takes its place under another divergence than the reverse KL."""
-    a = {"reverse_kl": 1.0, "forward_kl": 0.0, "alpha": s.f_alpha}.get(s.f_divergence)
-    if a is None:  # js
-        return math.log(2) + F.logsigmoid(u)
-    return u if a == 1 else torch.expm1((a - 1) * u) / (a - 1)
+    """What takes the place of the log-ratio u: the slope of f at the ratio, shifted to 0 at a ratio of 1."""
+    match s.f_divergence:
+        case "reverse_kl":
+            return u
+        case "forward_kl":
+            return -torch.expm1(-u)
+        case "js":
+            return math.log(2) + F.logsigmoid(u)
+        case "alpha":
+            a = s.f_alpha
+            return u if a == 1 else torch.expm1((a - 1) * u) / (a - 1)
 
 
 def desensitised(scores: Scores, alpha: float) -> Tensor:

@@ -72,7 +72,7 @@ class Kto(Objective[KtoSettings]):
         return scores.mismatched.log_ratios.mean().clamp(min=0)  # a NaN stays one
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
-        ratios, logps, lengths = scores.log_ratios.detach(), scores.sums(scores.logps.detach()), scores.lengths
+        ratios, logps, lengths = scores.log_ratios, scores.sums(scores.logps), scores.lengths
         assert scores.labels is not None
         z0, desirable = self.z0(scores), scores.labels
         right = torch.where(desirable, ratios > z0, ratios < z0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from strop.batch import Extras, Scores, Unit
 from strop.config.methods import OrpoSettings
-from strop.objectives.pairs import PairObjective, Sides, means
+from strop.objectives.pairs import PairObjective, Sides, chosen_nll, means
 
 
 class Orpo(PairObjective[OrpoSettings]):
@@ -39,7 +39,7 @@ class Orpo(PairObjective[OrpoSettings]):
         return {"preference": "groups", "nll": "chosen_row_tokens" if self.extras.prompts else "chosen_tokens"}
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
-        nll = -Sides.of(scores.sums(scores.logps)).chosen.sum()
+        nll = chosen_nll(scores)
         if self.extras.prompts:
             assert scores.prompt_logps is not None
             nll = nll - scores.prompt_logps.double().sum()
@@ -49,7 +49,7 @@ class Orpo(PairObjective[OrpoSettings]):
         return means(scores)
 
     def preference(self, scores: Scores) -> Tensor:
-        return self.beta * odds_ratio_loss(*means(scores))
+        return self.beta * odds_ratio_loss(*self.sides(scores))
 
 
 def odds_ratio_loss(a_c: Tensor, a_r: Tensor) -> Tensor:

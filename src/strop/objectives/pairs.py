@@ -79,15 +79,15 @@ class PairObjective(Objective[S]):
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
         terms = {"preference": self.preference(scores).sum()}
         if self.sft_weight:
-            terms["nll"] = -self.sft_weight * Sides.of(scores.sums(scores.logps)).chosen.sum()
+            terms["nll"] = self.sft_weight * chosen_nll(scores)
         return terms
 
     def margins(self, scores: Scores) -> Tensor:
-        return self.sides(scores).margin.detach()
+        return self.sides(scores).margin
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
-        pairs, sides = scores.num_groups, Sides(*(side.detach() for side in self.sides(scores)))
-        logps, lengths = Sides.of(scores.sums(scores.logps.detach())), Sides.of(scores.lengths)
+        pairs, sides = scores.num_groups, self.sides(scores)
+        logps, lengths = Sides.of(scores.sums(scores.logps)), Sides.of(scores.lengths)
         metrics: dict[str, Mean] = {
             "rewards/margins": (self.beta * sides.margin.sum(), pairs),
             # a tie is not correct: at the first step policy = reference and the accuracy is 0
@@ -113,6 +113,11 @@ class ReferenceObjective(PairObjective[R]):
 
     def sides(self, scores: Scores) -> Sides:
         return Sides.of(scores.log_ratios)
+
+
+def chosen_nll(scores: Scores) -> Tensor:
+    """Scalar: minus the sum of the chosen completions' log-probs."""
+    return -Sides.of(scores.sums(scores.logps)).chosen.sum()
 
 
 def means(scores: Scores) -> Sides:

@@ -35,4 +35,4 @@ class Simpo(PairObjective[SimpoSettings]):
         return means(scores)
 
     def preference(self, scores: Scores) -> Tensor:
-        return -F.logsigmoid(self.beta * (means(scores).margin - self.settings.simpo_gamma))
+        return -F.logsigmoid(self.beta * (self.sides(scores).margin - self.settings.simpo_gamma))

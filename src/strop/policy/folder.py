@@ -174,6 +174,8 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message: what other libraries say below it is advice about their own API."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError) and lines:
+        return f"{lines[0].strip()} is missing"
     return lines[0].strip() if lines else type(error).__name__
 
 

@@ -165,6 +165,7 @@ class Policy(nn.Module):
         with quiet():
             if isinstance(self.model, PeftModel):
                 self.model.save_pretrained(str(folder), save_embedding_layers=False)
+                (Path(folder) / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody has filled in
             else:
                 self._save_full(Path(folder))
             tokenizer.save_pretrained(str(folder))

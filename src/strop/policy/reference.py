@@ -13,6 +13,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.folder import place_of
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
+from strop.policy.memory import in_halves
 from strop.policy.policy import Policy, assemble
 from strop.types import Group
 
@@ -38,15 +40,20 @@ def reference_logps(
     """One [scored tokens of the group] tensor a group, on the CPU, in the order of `micro_batches`.
 
     float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; a later pass
-    over the same micro-batches by the same model gives the same bits.
+    over the same micro-batches by the same model gives the same bits. One that does not fit into memory is scored in
+    halves.
     """
     results: list[Tensor] = []
+
+    def score(groups: Sequence[Group]) -> Tensor:
+        return cast(Tensor, policy(policy.collate(groups))).cpu()
+
     total, done = sum(g.num_tokens for batch in micro_batches for g in batch), 0
     with policy.scoring():
         for batch in micro_batches:
-            logps = policy(policy.collate(batch)).cpu()
+            logps = in_halves(score, batch)
             # clones, since a view would keep its whole micro-batch in memory
-            results += [part.clone() for part in logps.split([g.num_scored for g in batch])]
+            results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
             done += sum(g.num_tokens for g in batch)
             if progress is not None:
                 progress(done, total)

@@ -1,51 +1,17 @@
-"""docs/data.md: every row in it is read as it says, and it names every reason that there is."""
+"""docs/data.md names every reason that there is. Its rows and commands are run by tests/smoke/test_data_page.py."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 import yaml
 
-from strop.data.load import FIXES, load_data
+from strop.data.load import FIXES
 from strop.data.template import FOLDER
-from strop.types import RowShape
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "data.md").read_text()
-
-
-SHAPES: dict[str, RowShape] = {
-    "Rows for sft": "single",
-    "Rows for preferences": "pair",
-    "Labelled rows (kto)": "labelled",
-}
-ROWS = [
-    pytest.param(row, shape, id=f"{shape} {i}")
-    for title, shape in SHAPES.items()
-    for i, row in enumerate(
-        row
-        for block in re.findall(r"```json\n(.*?)```", PAGE.split(f"## {title}\n")[1].split("\n## ")[0], re.S)
-        for row in block.splitlines()
-    )
-]
-
-
-@pytest.mark.parametrize(("row", "shape"), ROWS)
-def test_the_rows_in_the_page_are_trained_on(
-    row: str, shape: RowShape, tmp_path: Path, make_config: Callable[..., Any], make_tokenizer: Callable[..., Any]
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(row + "\n")
-    data = load_data(make_config(train_file=str(path), validation_split=0.0), make_tokenizer(), shape)
-    assert len(data.train) == (2 if shape == "labelled" and "chosen" in row else 1) and data.train[0].num_scored > 0
-
-
-def test_the_page_shows_every_shape() -> None:
-    assert len(ROWS) >= 18
 
 
 def test_the_schema_of_data_records_is_one() -> None:

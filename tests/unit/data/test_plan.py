@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.plan import Plan, cut, default_budget, longest_first, packed_tokens, padded_tokens
+from strop.data.plan import Plan, cut, default_budget, filled_rows, longest_first, packed_tokens, padded_tokens
 from strop.types import Completion, Group, Origin
 
 plans = st.builds(
@@ -67,6 +67,23 @@ def test_the_default_budget_by_device(longest: int, batch_size: int, on_cpu: int
     groups = [_group(longest - 4, 3, 3), _group(5, 3)]
     assert default_budget(groups, batch_size, packed_tokens, "cuda") == batch_size * longest
     assert default_budget(groups, batch_size, packed_tokens, "cpu") == on_cpu
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.integers(17, 60), st.integers(0, 3))
+def test_b12_filled_rows_hold_every_group_once_and_no_two_of_them_fit_into_one(
+    sizes: list[tuple[int, int]], max_tokens: int, seed: int
+) -> None:
+    groups = [_group(*s) for s in sizes]
+    rows = filled_rows(groups, max_tokens, seed)
+    assert sorted(i for row in rows for i in row) == list(range(len(groups)))
+    filled = sorted(sum(groups[i].num_tokens for i in row) for row in rows)
+    assert filled[-1] <= max_tokens and (len(filled) == 1 or filled[0] + filled[1] > max_tokens)
+    assert rows == filled_rows(groups, max_tokens, seed)
+    plan = Plan.of(len(groups), 2, 2, None, seed, rows)
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch + 1, (epoch + 1) * plan.steps_per_epoch + 1)
+        assert sorted(i for s in steps for i in plan.groups(s)) == list(range(len(groups)))
+    assert plan.num_steps == 2 * -(-len(rows) // 2)
 
 
 def _group(prompt: int, *answers: int) -> Group:

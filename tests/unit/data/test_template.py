@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,31 @@ def test_b8_ids_are_those_of_the_exported_template_and_the_mask_is_the_answer(
             got = "".join(trained_words(tokenizer, encoded).split())
             want = "".join("".join(answer.split()) + "".join(end.split()) for answer in answers)
             assert got == want, where
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mistral-tekken-131k", "mistral-v3-32k"])
+def test_b8_rows_with_tools_have_the_ids_of_the_exported_template(kind: str, shared: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / kind)
+    renderer = Renderer(tokenizer, "auto", "qwen2.5_instruct")
+    encoder = Encoder(tokenizer, renderer.template)
+    tokenizer.chat_template = renderer.template
+    num_calls = 0
+    for line in (shared / "data" / "sft_toolcalls.train.jsonl").read_text(encoding="utf-8").splitlines()[:60]:
+        example = to_example(json.loads(line), Origin("x", 1), "single", Columns())
+        (encoded,) = encoder.encode([renderer.render(example)])
+        assert not isinstance(encoded, RowRefused), encoded
+        turns, tools = [*example.prompt, *example.completions[0]], list(example.tools or ()) or None
+        theirs = tokenizer.apply_chat_template(turns, tools=tools, return_dict=False)
+        ids = [*encoded.prompt_ids, *encoded.sides[0].ids]
+        assert theirs[: len(ids)] == ids and not tokenizer.decode(theirs[len(ids) :]).strip()
+        trained = trained_words(tokenizer, encoded)
+        for turn in turns:
+            words = turn.get("content") or ""
+            assert ("".join(words.split()) in "".join(trained.split())) or turn["role"] != "assistant"
+            for call in turn.get("tool_calls", ()):
+                num_calls += 1
+                assert f'"name": "{call["function"]["name"]}"' in trained
+    assert num_calls > 20
 
 
 @pytest.mark.parametrize("name", NAMES)

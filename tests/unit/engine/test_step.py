@@ -117,16 +117,25 @@ def test_mismatched_completions_carry_no_gradient() -> None:
     assert set(policy.table.grad.abs().sum(1).nonzero().flatten().tolist()) == met
 
 
-def test_an_evaluation_is_one_step() -> None:
-    policy, objective = Bigram(), build_objective(KtoSettings())
-    groups = make_groups("labelled")
-    refs = [-torch.ones(g.num_scored) for g in groups]
-    others = make_others(groups)
+@pytest.mark.parametrize(
+    "settings", [KtoSettings(), *(dpo(loss) for loss in ("kto_pair", "bco_pair", "aot", "aot_unpaired"))], ids=name
+)
+def test_an_evaluation_is_one_step(settings: MethodSettings) -> None:
+    policy, objective = Bigram(), build_objective(settings)
+    groups = make_groups(objective.rows)
+    generator = torch.Generator().manual_seed(4)
+    refs = [-4 * torch.rand(g.num_scored, generator=generator) for g in groups]
+    others = make_others(groups) if objective.needs_mismatched else []
     apart_refs = [-4 * torch.ones(g.num_scored) for g in others]
     batches, apart = ([pack([g], [r]) for g, r in zip(*x, strict=True)] for x in ((groups, refs), (others, apart_refs)))
+    whole = ([pack(groups, refs)], [pack(others, apart_refs)] if others else [])
     one_by_one = evaluate(policy, objective, batches, apart)
-    assert one_by_one.loss == pytest.approx(forward_backward(policy, objective, batches, apart).loss, rel=1e-12)
-    assert one_by_one.metrics["kl"][1] == 1
+    assert one_by_one.loss == pytest.approx(forward_backward(policy, objective, *whole).loss, rel=1e-12)
+    # a statistic of each row alone would say something else
+    alone = [evaluate(policy, objective, [b], apart[i : i + 1]).loss for i, b in enumerate(batches)]
+    assert one_by_one.loss != pytest.approx(sum(alone) / len(alone), rel=1e-4)
+    if objective.needs_mismatched:
+        assert one_by_one.metrics["kl"][1] == 1
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)

@@ -50,15 +50,18 @@ def test_a_synced_reference_moves_only_when_it_is_time(build: Callable[..., Poli
     before = {name: weight.clone() for name, weight in policy.trainable().items()}
     with policy.scoring():  # margins are zero before the first step, bit for bit
         assert torch.equal(policy(policy.collate(groups)), torch.cat(reference.logps(groups)))
+    initial = torch.cat(reference.logps(groups))
     for weight in policy.trainable().values():
         weight.data += torch.randn_like(weight)
     for step in (1, 2):
         reference.after(step)
+    assert torch.equal(torch.cat(reference.logps(groups)), initial)
     assert all(torch.equal(reference.weights[name], weight) for name, weight in before.items())
     reference.after(3)
     assert reference.weights.keys() == before.keys()
     for name, weight in policy.trainable().items():
         torch.testing.assert_close(reference.weights[name], 0.25 * weight.detach() + 0.75 * before[name])
+    assert not torch.equal(torch.cat(reference.logps(groups)), initial)
     assert not any(x.requires_grad for x in reference.logps(groups))
     SyncedReference(policy, every_steps=1, share=0.5)  # a copy of a policy that has been used
 

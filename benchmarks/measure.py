@@ -1,0 +1,192 @@
+"""strop beside TRL: every case, its sides in turn, round after round, each measurement in a process of its own.
+
+    python -m benchmarks.measure [--case NAME ...] [--rounds 3] [--pairs K] [--wait-idle MINUTES] [--list]
+
+Figures go to benchmarks/results/NAME.json; `python -m benchmarks.report` makes tables and a plot of them. This process
+loads no framework and works only while it waits, so what it measures is alone where the machine is idle: the
+processor time that others take is measured before each run and kept beside the result.
+
+Seconds a pair: from the end of the last warm-up step to the end of the last step, by the pairs between, plus the
+seconds of reference passes made ahead, by all pairs. Imports, loading and saving are in `wall` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .cases import CASES, SIDES, TOY, Case
+from .flops import needed_flops, sharing_factor
+from .inputs import ROOT, missing
+
+RESULTS = Path(__file__).parent / "results"
+IDLE_CORES = 0.3
+"""An idle machine's processes take less than this together."""
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
+
+
+def busy_cores(seconds: float = 1.0) -> float | None:
+    """Processors that all processes kept busy over the next `seconds`; None where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+
+    def used() -> tuple[int, int]:
+        ticks = [int(n) for n in stat.read_text().splitlines()[0].split()[1:9]]
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+    before = used()
+    time.sleep(seconds)
+    busy, total = (b - a for a, b in zip(before, used(), strict=True))
+    return (os.cpu_count() or 1) * busy / max(total, 1)
+
+
+def look_at_machine(wait_minutes: float) -> dict[str, float | None]:
+    """What else runs. Waits for an idle machine, as long as it is allowed to."""
+    started, busy = time.monotonic(), busy_cores()
+    while busy is not None and busy > IDLE_CORES and time.monotonic() - started < 60 * wait_minutes:
+        busy = busy_cores(5.0)
+    return {"busy_cores": busy, "load_average": os.getloadavg()[0], "waited": time.monotonic() - started}
+
+
+def call(module: str, *arguments: str, threads: int) -> str:
+    """Run a module of this package in a process of its own, offline, and return what it prints."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    env = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments[1:2])}: {module} failed\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def measure_side(folder: Path, case: Case, side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One training of one side, with its derived figures."""
+    machine = look_at_machine(args.wait_idle)
+    started = time.perf_counter()
+    call("sides", str(folder), side, json.dumps(case.as_dict()), threads=args.threads)
+    wall = time.perf_counter() - started
+    measured = json.loads((folder / "measured.json").read_text())
+    marks = measured.pop("marks")
+    ahead = measured["reference_seconds"] / case.num_rows
+    return {
+        **measured,
+        "seconds": (marks[-1] - marks[case.warmup]) / case.num_measured + ahead,
+        "steps": [b - a for a, b in pairwise(marks)],
+        "wall": wall,
+        "peak": measured["peak_mib"],
+        "machine": machine,
+    }
+
+
+def check_same_work(case: Case, rounds: list[dict[str, Any]]) -> None:
+    """Every side was asked for the same number of log-probs."""
+    counts = {side: measured["scored_tokens"] for found in rounds for side, measured in found["sides"].items()}
+    if len(set(counts.values())) > 1:
+        raise SystemExit(f"{case.name}: the sides scored different tokens: {counts}")
+
+
+def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of one case, as it is stored."""
+    with tempfile.TemporaryDirectory(prefix="strop-bench-") as place:
+        folder = Path(place) / "inputs"
+        call("inputs", str(folder), json.dumps(case.as_dict()), threads=args.threads)
+        facts = json.loads((folder / "facts.json").read_text())
+        rounds: list[dict[str, Any]] = []
+        for number in range(1, args.rounds + 1):
+            found: dict[str, Any] = {"matmul": json.loads(call("flops", threads=args.threads)), "sides": {}}
+            # every second round backwards, so that no side is always the one behind a heavy other
+            for side in case.sides if number % 2 else tuple(reversed(case.sides)):
+                figures = measure_side(folder, case, side, args)
+                found["sides"][side] = figures
+                print(
+                    f"{case.name}, round {number}: {side:5s} {figures['seconds']:8.3f} s a {case.unit}, "
+                    f"peak {figures['peak']:6.0f} MiB, wall {figures['wall']:6.1f} s; "
+                    f"others kept {figures['machine']['busy_cores'] or 0:.1f} cores busy",
+                    flush=True,
+                )
+            rounds.append(found)
+        check_same_work(case, rounds)
+    measured_rows = facts["lengths"][case.warmup * case.batch :]
+    return {
+        "case": case.as_dict(),
+        "threads": args.threads,
+        "machine": describe_machine(),
+        "needed_flops": needed_flops(case, facts["config"], measured_rows) / case.num_measured,
+        "sharing_factor": sharing_factor(facts["lengths"]),
+        "rounds": rounds,
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    versions = {name: version(name) for name in PACKAGES}
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def store(result: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['case']['name']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = {**CASES, TOY.name: TOY}
+    parser.add_argument("--case", nargs="+", choices=sorted(known), default=list(CASES), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, help="measure at least so many pairs instead of the case's own number")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="these sides instead of the case's own")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--wait-idle",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="before each measurement, wait up to so long for an idle machine",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    args = parser.parse_args(argv)
+    args.cases = [known[name] for name in args.case]
+    return args
+
+
+def main() -> None:
+    args = parse()
+    for case in args.cases:
+        if args.list:
+            print(f"{case.name}: {', '.join(case.sides)}")
+            continue
+        if (reason := missing(case)) is not None:
+            print(f"{case.name}: skipped, it {reason}", flush=True)
+            continue
+        if args.pairs:
+            case = case.with_rows(args.pairs)
+        if args.sides:
+            case = replace(case, sides=tuple(args.sides))
+        print(f"{case.name}: stored in {store(run_case(case, args), args.out)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Tables and a plot from what was measured; no figure is written by hand.
+
+python -m benchmarks.report [--results benchmarks/results] [--table benchmarks/RESULTS.md] [--plot FILE.svg]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .cases import CASES, SIDES, Case, Target
+from .inputs import ROOT
+from .measure import IDLE_CORES, RESULTS
+
+Result = Mapping[str, Any]
+
+HEAD = """# Results
+
+Written by `python -m benchmarks.report` from `benchmarks/results/`, which `make bench` fills.
+
+Sides run in turn, in processes of their own, on the same rows in the same order (B and G: bucketed by length), with
+the same weights, dtype, optimizer and effective batch and no dropout; models have random weights. Times are medians
+over rounds, with the least and the most in brackets, and count reference passes. Ratios are medians of the ratios
+within a round. Padding: tokens computed by real ones. Sharing: tokens with every prompt repeated by tokens with every
+prompt once. Share: needed FLOPs a second by the machine's matmul rate (2048 x 2048 x 2048, same dtype, same sitting).
+"""
+
+
+def values(result: Result, side: str, figure: str) -> list[float]:
+    """One figure of one side, by round."""
+    if figure == "share":
+        dtype = "bf16" if result["case"]["bf16"] else "fp32"
+        return [
+            result["needed_flops"] / found["sides"][side]["seconds"] / found["matmul"][dtype]
+            for found in result["rounds"]
+        ]
+    if figure == "padding":
+        return [r["sides"][side]["fed_tokens"] / r["sides"][side]["real_tokens"] for r in result["rounds"]]
+    return [r["sides"][side][figure] for r in result["rounds"]]
+
+
+def ratio(result: Result, target: Target) -> float:
+    """What the target speaks of, as measured."""
+    if target.figure == "share":
+        return median(values(result, "strop", "share"))
+    pairs = zip(values(result, target.against, target.figure), values(result, "strop", target.figure), strict=True)
+    return median(theirs / ours for theirs, ours in pairs)
+
+
+def table(results: Sequence[Result]) -> Iterator[str]:
+    """RESULTS.md, line by line."""
+    yield HEAD
+    yield from machines(results)
+    yield "| side | what it is |\n|---|---|"
+    yield from (f"| {name} | {text} |" for name, text in SIDES.items())
+    yield "\n## Targets\n\n| case | figure | against | measured | target | met |\n|---|---|---|---|---|---|"
+    for result in results:
+        case = Case.of(result["case"])
+        for target in case.targets:
+            if not {"strop", target.against} <= set(case.sides):
+                continue
+            found = ratio(result, target)
+            met = "yes" if found >= target.ratio else "no"
+            against = "-" if target.figure == "share" else target.against
+            yield f"| {case.name} | {target.figure} | {against} | {found:.2f} | {target.ratio:.2f} | {met} |"
+    yield "\n## Figures\n"
+    yield "| case | side | seconds a row | against strop | peak MiB | of it training | wall s | padding | share |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for result in results:
+        yield from figures(result)
+    yield "\nSharing factors: " + ", ".join(f"{r['case']['name']} {r['sharing_factor']:.2f}" for r in results) + "."
+
+
+def figures(result: Result) -> Iterator[str]:
+    case = Case.of(result["case"])
+    for side in case.sides:
+        seconds = values(result, side, "seconds")
+        own = values(result, "strop", "seconds") if "strop" in case.sides else []
+        against = f"{median(a / b for a, b in zip(seconds, own, strict=True)):.2f}" if own else "-"
+        peak, base, wall, padding, share = (
+            median(values(result, side, name)) for name in ("peak", "base_mib", "wall", "padding", "share")
+        )
+        yield (
+            f"| {case.name} | {side} | {median(seconds):.3f} ({min(seconds):.3f} - {max(seconds):.3f}) | {against} "
+            f"| {peak:.0f} | {peak - base:.0f} | {wall:.1f} | {padding:.2f} | {share:.2f} |"
+        )
+
+
+def machines(results: Sequence[Result]) -> Iterator[str]:
+    """Where and when, and whether the machine was quiet."""
+    yield from sorted({describe(result) for result in results})
+    looks = [m["machine"]["busy_cores"] for r in results for found in r["rounds"] for m in found["sides"].values()]
+    known = [busy for busy in looks if busy is not None]
+    busy = sum(b > IDLE_CORES for b in known)
+    yield (
+        f"\nBefore {busy} of {len(looks)} measurements other processes kept more than {IDLE_CORES} cores busy"
+        f"{f' (at most {max(known):.1f})' if busy else ''}.\n"
+    )
+
+
+def describe(result: Result) -> str:
+    machine = dict(result["machine"])
+    place = f"{machine.pop('processor')}, {machine.pop('cores')} cores, {result['threads']} threads"
+    date = machine.pop("date")
+    return f"- {date}: {place}; " + ", ".join(f"{name} {number}" for name, number in machine.items())
+
+
+def plot(results: Sequence[Result]) -> str:
+    """An SVG: for every case, how many times the seconds of strop the other sides take."""
+    bars: list[tuple[str, str, float]] = []
+    for result in results:
+        case = Case.of(result["case"])
+        if any(t.figure == "seconds" for t in case.targets) and "strop" in case.sides:
+            bars += [
+                (case.name, s, ratio(result, Target("seconds", s, 0.0)))
+                for s in ("strop", *(s for s in case.sides if s != "strop"))
+            ]
+    colours = {"strop": "#1b7f5c", "plain": "#7fb8a4", "D": "#b3b9c4", "B": "#8a93a6", "G": "#5b6477", "P": "#3d4455"}
+    left, width, step, top = 210, 470, 16, 34
+    scale = width / max((b[2] for b in bars), default=1.0)
+    body, y, last = [], top, ""
+    for name, side, value in bars:
+        if name != last:
+            y += 8
+            body.append(f'<text x="{left - 34}" y="{y + 11}" text-anchor="end">{name}</text>')
+            last = name
+        body.append(f'<text x="{left - 6}" y="{y + 11}" text-anchor="end" fill="#666">{side}</text>')
+        body.append(f'<rect x="{left}" y="{y + 1}" width="{value * scale:.1f}" height="12" fill="{colours[side]}"/>')
+        body.append(f'<text x="{left + value * scale + 5:.1f}" y="{y + 11}">{value:.2f}</text>')
+        y += step
+    return "\n".join(
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 60} {y + 16}" '
+            'font-family="sans-serif" font-size="11">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            '<text x="10" y="20" font-size="13">Seconds a row on a CPU, strop = 1 (TRL: D default, B best shipped '
+            "flags, G and P patched)</text>",
+            *body,
+            "</svg>\n",
+        )
+    )
+
+
+def load(folder: Path) -> list[Result]:
+    """Stored results in the order of the cases."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    order = [name for name in CASES if name in found] + [name for name in found if name not in CASES]
+    return [found[name] for name in order]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", type=Path, default=Path(__file__).parent / "RESULTS.md")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "figures" / "speed.svg")
+    args = parser.parse_args()
+    results = load(args.results)
+    if not results:
+        raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
+    args.table.write_text("\n".join(table(results)) + "\n", encoding="utf-8")
+    args.plot.write_text(plot(results), encoding="utf-8")
+    print(f"{len(results)} cases: {args.table}, {args.plot}")
+
+
+if __name__ == "__main__":
+    main()

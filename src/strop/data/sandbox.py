@@ -1,0 +1,176 @@
+"""A chat template as what it is: a program that came with a download. Floor 2.
+
+In: a Jinja source and messages. Out: the text, as `apply_chat_template` of the tokenizer writes it. transformers keeps
+a template from files and from Python's insides, but neither from loops inside of loops nor from texts of many
+gigabytes; here a row's rendering gets so much processor time and memory, and no more.
+
+The limits are the operating system's: both on Linux, time alone on macOS, none on Windows, and none in a thread that is
+not the main one.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+from strop.data.marks import Span
+from strop.data.rows import RowRefused
+from strop.errors import ModelError
+from strop.types import Message
+
+SECONDS = 10.0
+"""Processor time for one row. A long row takes some milliseconds."""
+
+BYTES = 4 << 30
+"""Memory for one row, above what the process had before its batch."""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+TEMPLATE_ERRORS = (
+    jinja2.exceptions.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise on a row it was not written for."""
+
+
+PLAIN = {"role", "content"}
+
+
+class _Overtime(Exception):  # noqa: N818 (raised from a signal, caught in this module)
+    """The time is over."""
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    special_tokens: Mapping[str, str],
+    *,
+    generation_prompt: bool = False,
+    track: bool = False,
+) -> tuple[str, list[Span]]:
+    """The rendering and, where `track` asks for them, the spans of its generation blocks.
+
+    Raises:
+        RowRefused: template_error: the template fails on these messages.
+        ModelError: the template is broken.
+    """
+    how: dict[str, Any] = {"add_generation_prompt": generation_prompt, **special_tokens}
+    try:
+        track = has_generation_blocks(template) and track
+        if not track and not tools and all(map(_is_plain, messages)):
+            # what transformers does to messages before it renders them would change nothing, but takes longer
+            return _compile_jinja_template(template).render(
+                messages=list(messages), tools=None, documents=None, **how
+            ), []
+        texts, spans = render_jinja_template(
+            conversations=[list(messages)],
+            tools=list(tools) if tools else None,
+            chat_template=template,
+            return_assistant_tokens_mask=track,
+            **how,
+        )
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        raise ModelError(
+            f"the tokenizer's chat template is broken: {error.message} (line {error.lineno})",
+            expected="a Jinja template",
+            fix="mend the chat template beside the tokenizer (chat_template.jinja, or in tokenizer_config.json)",
+        ) from error
+    except TEMPLATE_ERRORS as error:
+        raise RowRefused(
+            "template_error",
+            f"the chat template fails on this row: {str(error)[:200] or type(error).__name__}",
+            expected="messages that the chat template of the model knows",
+        ) from error
+    return texts[0], [(start, stop) for start, stop in spans[0]] if track else []
+
+
+def _is_plain(message: Message) -> bool:
+    return message.keys() <= PLAIN and all(type(value) is str for value in message.values())
+
+
+@lru_cache
+def has_generation_blocks(template: str) -> bool:
+    """Whether the template says itself what an assistant writes; it is compiled on the way."""
+    compiled = _compile_jinja_template(template)
+    # a chain of dictionaries, which Jinja would walk at every rendering: a third of its time
+    compiled.globals = dict(compiled.globals)
+    return GENERATION.search(template) is not None
+
+
+@contextmanager
+def bounded(where: str, num_messages: int) -> Iterator[None]:
+    """Rendering that takes too much processor time, or memory within `bounded_memory`, is an error in here.
+
+    Args:
+        where: the row. num_messages: a conversation may take the time of one row more for every hundred messages.
+
+    Raises:
+        ModelError: it did.
+    """
+    seconds = SECONDS * (1 + num_messages // 100)
+    try:
+        with _bounded_time(seconds):
+            yield
+    except (_Overtime, MemoryError) as error:
+        limit = f"{seconds:g} seconds" if isinstance(error, _Overtime) else f"{BYTES >> 30} GiB of memory"
+        raise ModelError(
+            f"the chat template takes more than {limit} for one row",
+            where=where,
+            expected="some milliseconds and little memory",
+            fix="look at the template before you trust it, or set dataset.template to one that is shipped",
+        ) from error
+
+
+@contextmanager
+def _bounded_time(seconds: float) -> Iterator[None]:
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Overtime
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """The process gets so much memory more and no more: for a batch of rows, as asking how much it has takes time."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_bytes().split(maxsplit=1)[0])
+    except (ImportError, OSError):  # not Linux
+        yield
+        return
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * resource.getpagesize() + BYTES
+    if any(limit != resource.RLIM_INFINITY and limit <= wanted for limit in (before, most)):
+        yield  # there is a lower limit already
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))

@@ -1,0 +1,47 @@
+"""What to say when a run does not fit into memory. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from strop.config import RunConfig
+from strop.errors import TrainingError
+from strop.policy.memory import is_out_of_memory
+from strop.types import Group
+
+
+def does_not_fit(config: RunConfig, why: str, where: str, longest: Group | None = None) -> TrainingError:
+    """The error, with the ways to fit that this configuration leaves, what costs the least first.
+
+    longest: the longest group at hand, where micro-batches of one group each did not fit.
+    """
+    alone = f", although micro-batches are single groups of at most {longest.num_tokens:,} tokens" if longest else ""
+    return TrainingError(f"memory ran out{alone}: {why}", where=where, fix="; or ".join(ways_to_fit(config)))
+
+
+@contextmanager
+def explaining_memory(config: RunConfig, where: str) -> Iterator[None]:
+    """Say what can be done where memory runs out in the block, and nothing could be tried again."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise does_not_fit(config, str(error).partition("\n")[0] or "an allocation failed", where) from error
+
+
+def ways_to_fit(config: RunConfig) -> Iterator[str]:
+    """Settings that lower the peak, from those that change no result to those that do."""
+    training = config.training
+    if training.per_device_train_batch_size > 1:
+        yield "lower training.per_device_train_batch_size and raise gradient_accumulation_steps by the same factor"
+    if training.gradient_checkpointing is not True:
+        yield "set training.gradient_checkpointing: true"
+    if not training.bf16 and not training.fp16:
+        yield "set training.bf16: true"
+    if not config.lora.enabled:
+        yield "train adapters (lora.enabled: true)"
+        if not training.optim.endswith("8bit"):
+            yield "set training.optim: adamw_8bit"
+    yield f"lower training.max_seq_length (now {training.max_seq_length}), which cuts rows; a smaller model"

@@ -1,0 +1,56 @@
+"""Groups with what is laid beside them, cut into micro-batches. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from strop.batch import NOTHING, Batch, Extras
+from strop.data.plan import RowTokens, cut, longest_first
+from strop.policy.policy import Policy
+from strop.types import Group
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Groups, how they are cut into micro-batches, and what is laid beside them.
+
+    ref_logps: indices of groups -> the reference's log-probs of each, [scored tokens], where the objective needs them.
+    mismatched: the prompts with completions of others, by visit, where the objective needs them. extras: what else the
+    policy is to score.
+    """
+
+    groups: Sequence[Group]
+    budget_tokens: int
+    tokens: RowTokens
+    ref_logps: Callable[[Sequence[int]], list[Tensor]] | None = None
+    mismatched: Rows | None = None
+    extras: Extras = NOTHING
+
+    def parts(self, indices: Iterable[int]) -> list[list[int]]:
+        """Indices of groups, cut into micro-batches."""
+        return cut(self.groups, indices, self.budget_tokens, self.tokens)
+
+    def in_any_order(self, indices: Iterable[int] | None = None) -> list[list[int]]:
+        """The same for a pass in which order means nothing: evaluation, reference. Default: all groups."""
+        return self.parts(longest_first(self.groups, range(len(self.groups)) if indices is None else indices))
+
+    def apart(self, policy: Policy, visits: Iterable[int] | None = None) -> Iterator[Batch]:
+        """The micro-batches of the mismatched completions of these visits (default: all), where there are any."""
+        rows = self.mismatched
+        return iter(()) if rows is None else (rows.batch(policy, part) for part in rows.in_any_order(visits))
+
+    def smaller(self, indices: Iterable[int]) -> Rows | None:
+        """Cut finer, so that the largest micro-batches of these groups come in two; None: each is one group already."""
+        divisible = [part for part in self.parts(indices) if len(part) > 1]
+        if not divisible:
+            return None
+        largest = max(self.tokens([self.groups[i] for i in part]) for part in divisible)
+        others = self.mismatched and replace(self.mismatched, budget_tokens=largest // 2)
+        return replace(self, budget_tokens=largest // 2, mismatched=others)
+
+    def batch(self, policy: Policy, part: Sequence[int]) -> Batch:
+        refs = None if self.ref_logps is None else self.ref_logps(part)
+        return policy.collate([self.groups[i] for i in part], refs, self.extras)

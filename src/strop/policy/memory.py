@@ -1,0 +1,57 @@
+"""Running out of memory: how it shows, and what can be tried again. Floor 2.
+
+What fails is tried again only when its exception is gone: a traceback holds the tensors of every frame it went through.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from strop.types import Group
+
+T = TypeVar("T")
+
+_CPU_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_SIGNS)
+
+
+def attempt(compute: Callable[[], T]) -> tuple[T | None, str]:
+    """(the result, ""), or (None, why) where memory ran out; then what was allocated is free again."""
+    try:
+        return compute(), ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        why = str(error).partition("\n")[0] or "memory ran out"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, why
+
+
+def in_halves(score: Callable[[Sequence[Group]], Tensor], groups: Sequence[Group]) -> Tensor:
+    """`score` of all groups at once or, where memory does not suffice, of their halves one after the other.
+
+    For passes without gradients, in which groups do not meet: [M] of the same order, but for rounding the same.
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError, RuntimeError: one group alone does not fit.
+    """
+    if len(groups) == 1:
+        return score(groups)
+    whole, _ = attempt(lambda: score(groups))
+    if whole is not None:
+        return whole
+    middle = len(groups) // 2
+    return torch.cat([in_halves(score, groups[:middle]), in_halves(score, groups[middle:])])

@@ -1,0 +1,92 @@
+"""The benchmark runs on its smallest case, and its report says what was measured and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> str:
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def report(results: Path) -> tuple[str, str]:
+    """The table and the plot made of the results in a folder."""
+    table, plot = results / "RESULTS.md", results / "plot.svg"
+    run("benchmarks.report", "--results", str(results), "--table", str(table), "--plot", str(plot))
+    return table.read_text(encoding="utf-8"), plot.read_text(encoding="utf-8")
+
+
+def stored(seconds: dict[str, float]) -> dict[str, Any]:
+    """A result of two rounds with these seconds, the second round twice as slow for all."""
+    sides = [
+        {
+            side: {
+                "seconds": s * slow,
+                "wall": 10.0,
+                "peak": 100.0,
+                "base_mib": 60.0,
+                "fed_tokens": 30,
+                "real_tokens": 20,
+                "machine": {"busy_cores": 0.1},
+            }
+            for side, s in seconds.items()
+        }
+        for slow in (1, 2)
+    ]
+    case = {
+        "name": "made-up",
+        "shape": "toy",
+        "rows": "toy",
+        "bf16": False,
+        "sides": list(seconds),
+        "targets": [{"figure": "seconds", "against": "G", "ratio": 3.0}],
+    }
+    machine = {"processor": "a processor", "cores": 2, "date": "2026-01-01", "torch": "2"}
+    rounds = [{"matmul": {"fp32": 1e9, "bf16": 1e9}, "sides": found} for found in sides]
+    return {
+        "case": case,
+        "threads": 2,
+        "machine": machine,
+        "needed_flops": 1e9,
+        "sharing_factor": 1.4,
+        "rounds": rounds,
+    }
+
+
+@pytest.mark.parametrize(("trl", "met"), [(8.0, "yes"), (4.0, "no")])
+def test_the_report_compares_within_rounds(tmp_path: Path, trl: float, met: str) -> None:
+    (tmp_path / "made-up.json").write_text(json.dumps(stored({"strop": 2.0, "G": trl})))
+    table, plot = report(tmp_path)
+    assert f"| made-up | seconds | G | {trl / 2:.2f} | 3.00 | {met} |" in table
+    assert "| made-up | strop | 3.000 (2.000 - 4.000) | 1.00 | 100 | 40 |" in table
+    assert plot.startswith("<svg") and f">{trl / 2:.2f}</text>" in plot
+
+
+def test_the_harness_measures_its_smallest_case(tmp_path: Path) -> None:
+    run("benchmarks.measure", "--case", "toy", "--rounds", "1", "--threads", "1", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "toy.json").read_text())
+    [found] = result["rounds"]
+    side = found["sides"]["strop"]
+    assert side["seconds"] > 0 and side["reference_seconds"] > 0 and len(side["steps"]) == 3
+    assert len(side["losses"]) == 3 and result["sharing_factor"] > 1
+    table, _ = report(tmp_path)
+    assert re.search(rf"\| toy \| strop \| {side['seconds']:.3f} ", table)

@@ -1,0 +1,149 @@
+"""Where memory runs out, the step is taken again in smaller micro-batches; what cannot fit is explained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import strop
+from strop.batch import Batch
+from strop.engine import optim
+from strop.errors import TrainingError
+from strop.policy.policy import Policy
+
+CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+ERRORS: list[Callable[[], Exception]] = [
+    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    lambda: RuntimeError(CPU_ERROR),
+    MemoryError,
+]
+
+
+def train(folder: Path, model_dir: Path, **keys: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    folder.mkdir()
+    rows = [{"prompt": "hello " * (1 + i % 4), "chosen": "yes " * (1 + i % 5), "rejected": "no"} for i in range(12)]
+    if keys.get("post_training.method") == "kto":
+        rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0} for i, r in enumerate(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = strop.load_config(
+        overrides={
+            "models": [{"name": "run", "huggingface_id": str(model_dir)}],
+            "dataset.train_file": str(folder / "rows.jsonl"),
+            "dataset.validation_split": 0.34,
+            "post_training.method": "dpo",
+            "training.output_dir": str(folder / "out"),
+            "training.per_device_train_batch_size": 4,
+            "training.per_device_eval_batch_size": 4,
+            "training.gradient_accumulation_steps": 1,
+            "training.max_steps": 4,
+            "training.learning_rate": 1e-3,
+            "training.warmup_steps": 0,
+            "training.logging_steps": 1,
+            **keys,
+        }
+    )
+    (result,) = strop.train(config)
+    lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], load_file(result.final / "model.safetensors")
+
+
+def run_out(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], Exception], in_backward: bool) -> list[int]:
+    """Batches of more than `most` tokens do not fit: forward, or the backward pass after earlier ones; their sizes."""
+    forward, failed = Policy.forward, []
+
+    def fail(*_: Any) -> None:
+        raise error()
+
+    def limited(self: Policy, batch: Batch) -> Tensor:
+        out = forward(self, batch)
+        if batch.num_tokens > most and (out.requires_grad or not in_backward):
+            failed.append(batch.num_tokens)
+            if not in_backward:
+                fail()
+            out.register_hook(fail)
+        return out
+
+    monkeypatch.setattr(Policy, "forward", limited)
+    return failed
+
+
+@pytest.mark.parametrize(
+    ("loss", "in_backward", "error"),
+    [("sigmoid", True, ERRORS[0]), ("sigmoid", False, ERRORS[1]), ("aot", True, ERRORS[2]), ("kto", True, ERRORS[0])],
+    ids=["sigmoid-backward", "sigmoid-forward", "aot-backward", "kto-backward"],
+)
+def test_it_is_the_same_run(
+    loss: str,
+    in_backward: bool,
+    error: Callable[[], Exception],
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    keys = {"post_training.method": "kto"} if loss == "kto" else {"post_training.loss_type": loss}
+    metrics, weights = train(tmp_path / "enough", model_dir, **keys)
+    most = 35 if loss == "kto" else 60
+    failed = run_out(monkeypatch, most, error, in_backward)
+    again, cut_weights = train(tmp_path / "little", model_dir, **keys)
+    said = " ".join(capfd.readouterr().err.split())
+    assert failed and "memory ran out" in said and "The result is the same" in said
+    assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in metrics], rel=1e-4, abs=1e-6)
+    assert [r["step"] for r in again] == [r["step"] for r in metrics]
+    for name, weight in weights.items():
+        torch.testing.assert_close(cut_weights[name], weight, rtol=1e-3, atol=2e-5)
+
+
+def test_a_group_that_does_not_fit_is_explained(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_out(monkeypatch, 5, ERRORS[0], in_backward=True)
+    with pytest.raises(TrainingError) as caught:
+        train(tmp_path / "run", model_dir)
+    message = str(caught.value)
+    assert message.startswith("step 1: memory ran out, although micro-batches are single groups of at most ")
+    ways = [
+        "training.per_device_train_batch_size",
+        "gradient_checkpointing: true",
+        "bf16: true",
+        "lora.enabled",
+        "adamw_8bit",
+    ]
+    places = [message.index(way) for way in [*ways, "max_seq_length (now 512)"]]
+    assert places == sorted(places)
+
+
+def test_memory_that_runs_out_elsewhere_is_explained(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise RuntimeError(CPU_ERROR)
+
+    monkeypatch.setattr(optim.torch.optim.AdamW, "step", no_room)
+    with pytest.raises(TrainingError, match=r"run: memory ran out: .*can't allocate memory"):
+        train(tmp_path / "run", model_dir)
+
+
+def test_a_resume_keeps_what_fitted(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout the cut decides the masks: a resumed run cuts as the unbroken one does from the first step on."""
+    drop = {"lora.enabled": True, "lora.lora_dropout": 0.3, "lora.r": 4, "training.save_steps": 2}
+    run_out(monkeypatch, 60, ERRORS[0], in_backward=True)
+
+    def losses(folder: Path) -> list[float]:
+        lines = (folder / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    with pytest.raises(FileNotFoundError):  # adapters are not where full models are
+        train(tmp_path / "unbroken", model_dir, **drop)
+    unbroken = tmp_path / "unbroken" / "out" / "run"
+    config = strop.load_config(unbroken / "config.yaml", overrides={"training.output_dir": str(tmp_path / "again")})
+    (resumed,) = strop.train(config, resume=str(unbroken / "checkpoint-2"))
+    after = [json.loads(line) for line in (resumed.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in after] == losses(tmp_path / "unbroken")[-len(after) :]
