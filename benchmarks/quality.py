@@ -69,7 +69,7 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
     """Held-out figures of `model`, whose reference is `start`."""
     config = config_of(stage, model, args)
     prepared = prepare(config, config.models[0])
-    rows = Rows(prepared.data.eval, default_budget(prepared.data.eval, BATCH, packed_tokens), packed_tokens)
+    rows = Rows(prepared.data.eval, default_budget(prepared.data.eval, BATCH, packed_tokens, "cpu"), packed_tokens)
     parts = rows.in_any_order()
     device = torch.device("cpu")
     if prepared.objective.needs_reference:

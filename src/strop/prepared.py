@@ -15,7 +15,7 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import CPU_TOKENS, Plan, RowTokens, cut, default_budget, filled_rows, lengths
+from strop.data.plan import CPU_TOKENS, Plan, RowTokens, batch_budget, cut, default_budget, filled_rows, lengths
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
@@ -121,13 +121,18 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:
-    """`micro_batch_tokens` from the longest group (or the filled row) and the device, where it is left open."""
+    """`micro_batch_tokens` from the longest group, or the filled row, and the device, where the configuration leaves it
+    open."""
     training = prepared.config.training
     if training.micro_batch_tokens is not None:
         return prepared
-    row, of = (training.max_seq_length, "max_seq_length") if training.packing else (None, "the longest group")
-    budget = default_budget(prepared.data.train, training.per_device_train_batch_size, tokens, device_type, row)
-    origin = f"batch size x {of}" + (f", at most {CPU_TOKENS} on a CPU" if device_type == "cpu" else "")
+    batch = training.per_device_train_batch_size
+    if training.packing:
+        budget, origin = batch_budget(batch, training.max_seq_length, device_type), "batch size x max_seq_length"
+    else:
+        budget = default_budget(prepared.data.train, batch, tokens, device_type)
+        origin = "batch size x the longest group"
+    origin += f", at most {CPU_TOKENS} on a CPU" if device_type == "cpu" else ""
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
 
 

@@ -167,11 +167,12 @@ CPU_TOKENS = 1024
 """Tokens of a micro-batch from which a CPU gains nothing: larger ones only leave its caches and take more memory."""
 
 
-def default_budget(
-    groups: Sequence[Sized], batch_size: int, tokens: RowTokens, device_type: str, row: int | None = None
-) -> int:
-    """`batch_size` times the longest group (or `row` tokens, to which rows are filled), which is what a batch of that
-    size may cost at worst; on a CPU no more than `CPU_TOKENS`, or the longest group."""
-    longest = max(tokens([g]) for g in lengths(groups))
-    worst = batch_size * (row or longest)
+def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens, device_type: str) -> int:
+    """What a batch of that size may cost at worst, if all were the longest, as far as the device gains by it."""
+    return batch_budget(batch_size, max(tokens([g]) for g in lengths(groups)), device_type)
+
+
+def batch_budget(batch_size: int, longest: int, device_type: str) -> int:
+    """`batch_size` times the longest; on a CPU no more than `CPU_TOKENS`, or the longest."""
+    worst = batch_size * longest
     return min(worst, max(longest, CPU_TOKENS)) if device_type == "cpu" else worst

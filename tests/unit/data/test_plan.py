@@ -60,6 +60,15 @@ def test_cutting_keeps_order_and_budget(sizes: list[tuple[int, int, int]], budge
         assert len(cut(groups, indices, whole, tokens)) == 1, "a batch of that many groups must fit"
 
 
+@pytest.mark.parametrize(
+    ("longest", "batch_size", "on_cpu"), [(100, 4, 400), (600, 1, 600), (600, 4, 1024), (3000, 4, 3000)]
+)
+def test_the_default_budget_by_device(longest: int, batch_size: int, on_cpu: int) -> None:
+    groups = [_group(longest - 4, 3, 3), _group(5, 3)]
+    assert default_budget(groups, batch_size, packed_tokens, "cuda") == batch_size * longest
+    assert default_budget(groups, batch_size, packed_tokens, "cpu") == on_cpu
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.integers(17, 60), st.integers(0, 3))
 def test_b12_filled_rows_hold_every_group_once_and_no_two_of_them_fit_into_one(
     sizes: list[tuple[int, int]], max_tokens: int, seed: int
@@ -75,15 +84,6 @@ def test_b12_filled_rows_hold_every_group_once_and_no_two_of_them_fit_into_one(
         steps = range(epoch * plan.steps_per_epoch + 1, (epoch + 1) * plan.steps_per_epoch + 1)
         assert sorted(i for s in steps for i in plan.groups(s)) == list(range(len(groups)))
     assert plan.num_steps == 2 * -(-len(rows) // 2)
-
-
-@pytest.mark.parametrize(
-    ("longest", "batch_size", "on_cpu"), [(100, 4, 400), (600, 1, 600), (600, 4, 1024), (3000, 4, 3000)]
-)
-def test_the_default_budget_by_device(longest: int, batch_size: int, on_cpu: int) -> None:
-    groups = [_group(longest - 4, 3, 3), _group(5, 3)]
-    assert default_budget(groups, batch_size, packed_tokens, "cuda") == batch_size * longest
-    assert default_budget(groups, batch_size, packed_tokens, "cpu") == on_cpu
 
 
 def _group(prompt: int, *answers: int) -> Group:
