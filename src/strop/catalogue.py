@@ -75,4 +75,6 @@ def _metrics(objective: type[Objective[MethodSettings]]) -> Iterator[tuple[str, 
 
 
 def _needs(objective: type[Objective[MethodSettings]]) -> list[str]:
-    return [ROWS[objective.rows], REFERENCE[objective.needs_reference]]
+    follows = objective.ref_sync is not Objective.ref_sync
+    synced = ["With `ref_sync_steps` one does, and is scored in every step."] if follows else []
+    return [ROWS[objective.rows], REFERENCE[objective.needs_reference], *synced]

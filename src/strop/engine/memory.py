@@ -36,6 +36,8 @@ def ways_to_fit(config: RunConfig) -> Iterator[str]:
     training = config.training
     if training.per_device_train_batch_size > 1:
         yield "lower training.per_device_train_batch_size and raise gradient_accumulation_steps by the same factor"
+    if getattr(config.post_training, "ref_sync_steps", None):
+        yield "remove post_training.ref_sync_steps, which keeps a second model"
     if training.gradient_checkpointing is not True:
         yield "set training.gradient_checkpointing: true"
     if not training.bf16 and not training.fp16:
