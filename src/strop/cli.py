@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `demo`, `methods`, `prepare`, `schema`. Floor 7.
+"""The command line: `strop train`, `reference`, `demo`, `methods`, `prepare`, `schema`. Floor 7.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on; 130: stopped by Ctrl-C where nothing could be saved. Configuration and torch
@@ -30,11 +30,12 @@ log = logging.getLogger("strop")
 HELP = """\
 usage: strop COMMAND ...
 
-  train    train every model of a configuration (strop train --help)
-  demo     a real training run on this machine in a minute, with nothing to download
-  methods  what there is to train by; strop methods NAME: formula, settings, data, metrics
-  prepare  files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)
-  schema   print the JSON Schema of configuration files
+  train      train every model of a configuration (strop train --help)
+  reference  score the reference of a configuration ahead of its runs (strop reference --help)
+  demo       a real training run on this machine in a minute, with nothing to download
+  methods    what there is to train by; strop methods NAME: formula, settings, data, metrics
+  prepare    files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)
+  schema     print the JSON Schema of configuration files
 
   --help, --version
 """
@@ -174,6 +175,26 @@ def _train_help() -> int:
     return _print(f"{TRAIN_HELP}\n{LAYERS}\n{key_help(width)}")
 
 
+def _reference(arguments: list[str]) -> int:
+    if any(token in ("-h", "--help") for token in arguments):
+        return _print("usage: strop reference --config FILE [--preset NAME] [--model-index N] [any key]\n")
+    from strop.config import load_config
+    from strop.config.flags import split_flags
+
+    parser = _Parser("reference")
+    for flag, kind in (("--config", str), ("--preset", str), ("--model-index", int)):
+        parser.once(flag, type=kind)
+    overrides, rest = split_flags(arguments, parser.flags)
+    options = parser.parse_args(rest)
+    config = load_config(options.config, preset=options.preset, overrides=overrides)
+    _log_to_terminal(config.logging.log_level)
+
+    from strop.wiring import fill_references
+
+    fill_references(config, model_index=options.model_index)
+    return 0
+
+
 def _demo(arguments: list[str]) -> int:
     if any(token in ("-h", "--help") for token in arguments):
         return _print("usage: strop demo [--seed N] [--output-dir DIR]\n")
@@ -252,6 +273,7 @@ def _methods(arguments: list[str]) -> int:
 
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "reference": _reference,
     "demo": _demo,
     "methods": _methods,
     "prepare": _prepare,

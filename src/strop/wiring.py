@@ -29,9 +29,11 @@ from strop.engine.recipe import check_finished, check_recipe
 from strop.engine.rows import Rows
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
+from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import SyncedReference, reference_logps, reference_policy
+from strop.policy.reference import SyncedReference, reference_logps, reference_policy, stored_logps
+from strop.policy.store import ReferenceStore
 from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
 from strop.rundir import RunDir
 
@@ -101,6 +103,32 @@ def train(
             fix="the messages above say what to do for each",
         )
     return results
+
+
+def fill_references(config: RunConfig, *, model_index: int | None = None) -> None:
+    """Score the reference of each model of `config` on its rows and keep the log-probs for runs to come.
+
+    Raises:
+        StropError: the method needs none, they are not kept, or what would stop the run before its first step.
+    """
+    config = resolve(config)
+    objective = build_objective(config.post_training)
+    if not objective.needs_reference or objective.ref_sync is not None or not config.training.reference_store:
+        raise ConfigError(
+            "there is nothing to score ahead",
+            where=f"post_training.method: {config.post_training.method}",
+            expected="a method with a reference that stays as it is, and training.reference_store: true",
+        )
+    for model in select_models(config, model_index):
+        device, notes = pick_device(config.gpu)
+        for note in notes:
+            log.warning(note)
+        prepared = prepare(_with_precision(config, device), model)
+        policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
+        tokens = packed_tokens if policy.share_prefix else padded_tokens
+        with Progress(quiet=config.logging.log_level in ("warning", "error")) as progress:
+            _with_references(with_budget(prepared, tokens, device.type), policy, tokens, progress, None)
+        log.info("%s: the reference's log-probs are in the store", model.name)
 
 
 def _train_model(
@@ -264,9 +292,10 @@ def _with_references(
     if not objective.needs_reference:
         return train, validation
     with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
-        train = _scored(reference, train, progress, plan.all_groups(), plan.all_visits())
+        store = ReferenceStore.of(reference) if training.reference_store else None
+        train = _scored(reference, store, train, progress, plan.all_groups(), plan.all_visits())
         # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
-        validation = validation and _scored(reference, validation, progress)
+        validation = validation and _scored(reference, store, validation, progress)
     return train, validation
 
 
@@ -283,20 +312,25 @@ def _live(rows: Rows, reference: SyncedReference) -> Rows:
 
 def _scored(
     reference: Policy,
+    store: ReferenceStore | None,
     rows: Rows,
     progress: Progress,
     indices: list[int] | None = None,
     visits: list[int] | None = None,
 ) -> Rows:
     """The rows with the reference's log-probs of these groups and of these visits' mismatched ones (default: all)."""
-    parts = rows.in_any_order(indices)
-    indices = [i for part in parts for i in part]
-    task = progress.task("reference log-probs", sum(rows.groups[i].num_tokens for i in indices))
-    scored = reference_logps(
-        reference,
-        [[rows.groups[i] for i in part] for part in parts],
-        lambda done, total: task.step(n=done - task.completed),
-    )
-    others = rows.mismatched and _scored(reference, rows.mismatched, progress, visits)
-    stored = dict(zip(indices, scored, strict=True))
-    return replace(rows, ref_logps=lambda part: [stored[i] for i in part], mismatched=others)
+    wanted = {i: rows.groups[i] for i in (range(len(rows.groups)) if indices is None else indices)}
+    found = stored_logps(reference, store, wanted) if store else {}
+    parts = rows.in_any_order(i for i in wanted if i not in found)
+    order = [i for part in parts for i in part]
+    if order:
+        task = progress.task("reference log-probs", sum(wanted[i].num_tokens for i in order))
+        scored = reference_logps(
+            reference,
+            [[wanted[i] for i in part] for part in parts],
+            lambda done, total: task.step(n=done - task.completed),
+            keep=None if store is None else store.append,
+        )
+        found |= dict(zip(order, scored, strict=True))
+    others = rows.mismatched and _scored(reference, store, rows.mismatched, progress, visits)
+    return replace(rows, ref_logps=lambda part: [found[i] for i in part], mismatched=others)

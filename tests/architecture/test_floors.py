@@ -14,6 +14,7 @@ FLOORS = {
     "errors": 0,
     "types": 0,
     "durable": 0,
+    "cachedir": 0,
     "redact": 0,
     "config": 1,
     "batch": 1,

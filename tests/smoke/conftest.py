@@ -34,6 +34,7 @@ RECIPE = {
     "training.warmup_steps": 0,
     "training.logging_steps": 1,
     "training.eval_steps": 2,
+    "training.reference_store": False,  # so that no test depends on those before it
     "finetuning.load_best_model_at_end": False,
     "finetuning.early_stopping_patience": None,
 }
@@ -189,6 +190,13 @@ def watched(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """To watch or change what happens inside of runs; each is a fresh one then."""
     monkeypatch.setattr(runs, "watched", True)
     return monkeypatch
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where reference log-probs of this test alone are kept."""
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "references"
 
 
 @pytest.fixture

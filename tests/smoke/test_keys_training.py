@@ -312,6 +312,32 @@ def test_training__gradient_checkpointing(
     assert runs.same(run.final, runs().final)
 
 
+def test_training__reference_store(
+    runs: Any, forwards: list[Any], own_store: Path, watched: pytest.MonkeyPatch
+) -> None:
+    """Other betas, losses and rates score nothing a second time but a few groups to be sure."""
+    watched.setattr(policy, "_probe", lambda _: None)
+
+    def scored(**keys: Any) -> tuple[int, Any]:
+        forwards.clear()
+        run = runs(keys, reference_store=True, eval_steps=100)
+        first = [with_gradients for with_gradients, _ in forwards].index(True)
+        return sum(b.num_groups for _, b in forwards[:first] if b.ref_logps is None), run
+
+    plain = runs(eval_steps=100)
+    assert not own_store.exists()
+    first, run = scored()
+    assert first == 16 and runs.same_run(run, plain)
+    verified = 4 + 4
+    again, run = scored(beta=0.3, learning_rate=1e-3)
+    assert again == verified and run.series("loss")[0] == pytest.approx(0.6931472, abs=1e-5)
+    assert scored(loss_type="hinge")[0] == verified
+    assert scored(method="kto")[0] == verified + 16 + 8  # the same completions alone; the mismatched ones are new
+    assert len(list(own_store.glob("*.logps"))) == 1
+    assert scored(bf16=True)[0] == 16
+    assert len(list(own_store.glob("*.logps"))) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

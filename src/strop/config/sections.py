@@ -261,6 +261,8 @@ class TrainingSection(Section):
         default=False, json_schema_extra={"x-type": "true, false, or a number above 0 and below 1"}
     )
     """Recompute activations in the backward pass: true, false, or the share of layers in (0, 1)."""
+    reference_store: bool = True
+    """Keep reference log-probs in the cache folder, where other runs with the same model and rows find them."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
     """Optimizer; the 8-bit ones need the extra `bnb`."""
     weight_decay: float = Field(default=0.0, ge=0)

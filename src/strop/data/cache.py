@@ -11,20 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock
 
+from strop.cachedir import cache_folder
 from strop.data.table import SCHEMA, Shard
 from strop.data.workshop import Worked
 from strop.errors import DataError
@@ -73,28 +72,6 @@ class Rejected(Sequence[Mapping[str, Any]]):
         return list(self)[index]
 
 
-def cache_folder() -> Path:
-    """Where tokens are kept; a folder for this process alone, where that cannot be written."""
-    path = Path(os.environ.get("STROP_CACHE") or "~/.cache/strop").expanduser() / "tokens"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        return _own_folder(str(path), error.strerror or str(error))
-
-
-@lru_cache
-def _own_folder(path: str, problem: str) -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="strop-")
-    _KEPT.append(folder)
-    log.warning("%s cannot be written (%s): tokens are kept for this run only; set STROP_CACHE", path, problem)
-    return Path(folder.name)
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-
-
 def fetch(
     identity: Mapping[str, Any], label: str, make: Callable[[], Iterator[tuple[str, Worked]]], *, strict: bool
 ) -> Tokenised:
@@ -106,7 +83,7 @@ def fetch(
         strict: rows that are refused are an error, which `make` raises.
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
-    folder = cache_folder() / key[:2]
+    folder = cache_folder("tokens") / key[:2]
     place = folder / key
     try:
         folder.mkdir(parents=True, exist_ok=True)

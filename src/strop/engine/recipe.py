@@ -28,6 +28,7 @@ FREE_KEYS = frozenset(
         "training.save_total_limit",
         "training.mount_dir",
         "training.gradient_checkpointing",
+        "training.reference_store",
         "training.auto_precision",  # bf16 and fp16 say what came of it
         "training.max_seq_length",  # seen in the groups, as the next two
         "training.max_prompt_length",

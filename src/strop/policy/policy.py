@@ -67,10 +67,10 @@ class Policy(nn.Module):
         self.head_dtype = torch.float32 if fp32_logits and precision.is_low else precision.compute
         self.kernel: str | None = None  # of the shared rows' attention; None: the best one
         self.casts = Casts()
-        self._loaded_config, self._stored = loaded.config, loaded.stored
-        self._plain_attention: str = loaded.module.config._attn_implementation
-        self._attention = self._plain_attention
-        self._transform = logit_transform(loaded.config)
+        self.loaded_config, self._stored = loaded.config, loaded.stored
+        self.plain_attention: str = loaded.module.config._attn_implementation
+        self._attention = self.plain_attention
+        self.transform = logit_transform(loaded.config)
         self._row_limit = sharing.rope_threshold(loaded.config)
         register_attention()
         self.train()
@@ -111,7 +111,7 @@ class Policy(nn.Module):
             head.weight,
             getattr(head, "bias", None),
             batch.targets,
-            transform=self._transform,
+            transform=self.transform,
             compute=self.head_dtype,
             cast=self.casts,
             collisions=batch.collisions,
@@ -139,13 +139,17 @@ class Policy(nn.Module):
         """The weights that train, by the names they have in a saved folder."""
         return trainable_names(self.model)
 
+    @property
+    def attention_kernel(self) -> str:
+        """What attends in shared rows."""
+        return self.kernel or best_kernel(self.device, self.precision.compute)
+
     def describe(self) -> list[str]:
         """Lines for the terminal: sizes, dtypes, rows."""
         trained = sum(p.numel() for p in self.trainable().values())
         total = sum(p.numel() for p in self.model.parameters())
-        kernel = self.kernel or best_kernel(self.device, self.precision.compute)
-        shared = f"each prompt once, shared by its completions; attention by {kernel}"
-        plain = f"plain, padded; attention {self._plain_attention}"
+        shared = f"each prompt once, shared by its completions; attention by {self.attention_kernel}"
+        plain = f"plain, padded; attention {self.plain_attention}"
         return [
             f"{total:,} weights, {trained:,} of them trained ({100 * trained / total:.2f} %)",
             self.precision.describe(self.has_adapters),
@@ -178,20 +182,20 @@ class Policy(nn.Module):
                 return tensor
             return casts.setdefault(tensor.data_ptr(), tensor.to(self.saved_dtype))
 
-        training_config, self.base.config = self.base.config, self._loaded_config
+        training_config, self.base.config = self.base.config, self.loaded_config
         try:
             self.base.save_pretrained(
                 folder, state_dict={name: cast(tensor) for name, tensor in self.base.state_dict().items()}
             )
-            self._loaded_config.dtype = short_name(self.saved_dtype)
-            self._loaded_config.save_pretrained(folder)
+            self.loaded_config.dtype = short_name(self.saved_dtype)
+            self.loaded_config.save_pretrained(folder)
         finally:
             self.base.config = training_config
 
     def _hidden(self, batch: Batch) -> Tensor:
         """[B, T, D] after the body's last norm."""
         shared = batch.layout is not None
-        self._use_attention(NAME if shared else self._plain_attention)
+        self._use_attention(NAME if shared else self.plain_attention)
         body = getattr(self.base, self.base.base_model_prefix)
         if batch.layout is not None:
             plan = AttentionPlan(batch.layout, batch.input_ids.device, self.kernel)

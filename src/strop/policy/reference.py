@@ -1,4 +1,4 @@
-"""Reference log-probs, taken once before the first step. Floor 2.
+"""Reference log-probs, taken before the first step unless they are stored already. Floor 2.
 
 Groups come in, one tensor a group goes out: the log-probs of its scored tokens under the reference. The reference is
 the policy as it is before its first step (no second model in memory, full training too), or another model by id, which
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -26,22 +26,34 @@ from strop.policy.folder import place_of
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.memory import in_halves
 from strop.policy.policy import Policy, assemble
+from strop.policy.store import ReferenceStore
 from strop.types import Group
 
 logger = logging.getLogger("strop")
+
+NUM_VERIFIED = 4
+"""Groups that are scored again before what was stored is believed."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
+"""Nats a token, in the mean over a group, that another cut into micro-batches may change, by compute dtype."""
 
 Progress = Callable[[int, int], None]
 """Called with tokens done and tokens in all."""
 
 
 def reference_logps(
-    policy: Policy, micro_batches: Sequence[Sequence[Group]], progress: Progress | None = None
+    policy: Policy,
+    micro_batches: Sequence[Sequence[Group]],
+    progress: Progress | None = None,
+    keep: Callable[[Sequence[Group], Sequence[Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """One [scored tokens of the group] tensor a group, on the CPU, in the order of `micro_batches`.
 
     float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; a later pass
     over the same micro-batches by the same model gives the same bits. One that does not fit into memory is scored in
     halves.
+
+    Args:
+        keep: given the groups of each micro-batch and their log-probs as soon as they are there.
     """
     results: list[Tensor] = []
 
@@ -54,10 +66,37 @@ def reference_logps(
             logps = in_halves(score, batch)
             # clones, since a view would keep its whole micro-batch in memory
             results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
+            if keep is not None:
+                keep(batch, results[-len(batch) :])
             done += sum(g.num_tokens for g in batch)
             if progress is not None:
                 progress(done, total)
     return results
+
+
+def stored_logps(policy: Policy, store: ReferenceStore, groups: Mapping[int, Group]) -> dict[int, Tensor]:
+    """What the store has of these groups, after a look at a few of them: number of a group -> [scored tokens].
+
+    A few are scored again. If they are further off than rounding explains, the store is emptied, and it is said.
+    """
+    found = store.read(groups)
+    some = sorted(found)[:: max(1, len(found) // NUM_VERIFIED)][:NUM_VERIFIED]
+    if not some:
+        return found
+    live = reference_logps(policy, [[groups[i]] for i in some])
+    apart = max(float((found[i] - own).abs().mean()) for i, own in zip(some, live, strict=True))
+    if not apart <= (tolerance := TOLERANCE[policy.precision.compute]):
+        logger.warning(
+            "%s: stored reference log-probs are not those of the model: %.2g nats a token apart in a group, at most "
+            "%.2g is rounding; the file is emptied and all are scored again",
+            store.path,
+            apart,
+            tolerance,
+        )
+        store.clear()
+        return {}
+    logger.info("reference log-probs of %d of %d groups were scored before: %s", len(found), len(groups), store.path)
+    return found
 
 
 class SyncedReference:

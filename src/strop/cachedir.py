@@ -1,0 +1,37 @@
+"""Where things are kept that can be made again: `$STROP_CACHE`, or `~/.cache/strop`. Floor 0.
+
+It may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+log = logging.getLogger("strop")
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder for things of this kind (`tokens`, `references`); one for this process alone, where that cannot be
+    written."""
+    path = Path(os.environ.get("STROP_CACHE") or "~/.cache/strop").expanduser() / kind
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        return _own_folder(str(path), kind, error.strerror or str(error))
+
+
+@lru_cache
+def _own_folder(path: str, kind: str, problem: str) -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="strop-")
+    _KEPT.append(folder)
+    log.warning("%s cannot be written (%s): %s are kept for this run only; set STROP_CACHE", path, problem, kind)
+    return Path(folder.name)
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []

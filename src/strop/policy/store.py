@@ -1,0 +1,178 @@
+"""Reference log-probs on disk, found again by the model that gave them and by the tokens they are of. Floor 2.
+
+One file a model, `references/{hash}.logps` in the cache folder, to which records are only added: one a completion,
+found by a hash of its prompt, its tokens and which of them are trained. The model's hash covers its weights, adapters
+and configuration, the dtypes, the head and the kind of rows; so runs with another beta, loss or learning rate share it.
+
+    record: b"SRL1", key [16], number of bytes [u32], crc32 of key and values [u32], values (float32 or float64)
+
+All numbers are little-endian. Writers take a lock. What a killed one has left half-written does not have its checksum:
+readers stop there, and the next writer cuts it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from strop.cachedir import cache_folder
+from strop.policy.policy import Policy
+from strop.policy.precision import short_name
+from strop.types import Completion, Group
+
+log = logging.getLogger("strop")
+
+FORMAT = 1
+_MAGIC = b"SRL1"
+_HEAD = struct.Struct("<4s16sII")
+_NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+"""Keys of a model's configuration that no log-prob depends on."""
+
+
+class ReferenceStore:
+    """The file of one model; `dtype` is that of the values."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.path = path
+        self._dtype = dtype
+        self._numpy = np.dtype("<f8" if dtype == torch.float64 else "<f4")
+        self._lock = FileLock(f"{path}.lock")
+        self._end = 0  # up to here the file is known to be whole
+        self._writable = True
+
+    @classmethod
+    def of(cls, policy: Policy) -> ReferenceStore:
+        """The store of a policy as it is now."""
+        identity = model_identity(policy)
+        name = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
+        return cls(cache_folder("references") / f"{name}.logps", policy.precision.master)
+
+    def read(self, groups: Mapping[int, Group]) -> dict[int, Tensor]:
+        """Number of a group -> [scored tokens] log-probs, for those whose completions are all here."""
+        wanted = {i: [completion_key(g, c) for c in g.completions] for i, g in groups.items()}
+        values = self._values({key for keys in wanted.values() for key in keys})
+        return {
+            i: torch.cat([values[key] for key in keys]) for i, keys in wanted.items() if all(k in values for k in keys)
+        }
+
+    def append(self, groups: Sequence[Group], logps: Sequence[Tensor]) -> None:
+        """Add what was scored: one [scored tokens] tensor a group. What cannot be written is said once."""
+        if not self._writable:
+            return
+        records = bytearray()
+        for group, scored in zip(groups, logps, strict=True):
+            parts = torch.split(scored, [c.num_scored for c in group.completions])
+            for completion, part in zip(group.completions, parts, strict=True):
+                key, data = completion_key(group, completion), part.numpy().astype(self._numpy).tobytes()
+                records += _HEAD.pack(_MAGIC, key, len(data), zlib.crc32(key + data)) + data
+        try:
+            with self._lock, self.path.open("ab") as file:
+                self._cut_tail(file)
+                file.write(records)
+                self._end = file.tell()
+        except OSError as error:
+            self._writable = False
+            problem = error.strerror or error
+            log.warning("%s cannot be written (%s): reference log-probs are kept for this run only", self.path, problem)
+
+    def clear(self) -> None:
+        """Forget everything, for all runs."""
+        with self._lock:
+            self.path.unlink(missing_ok=True)
+        self._end = 0
+
+    def _values(self, wanted: set[bytes]) -> dict[bytes, Tensor]:
+        found: dict[bytes, Tensor] = {}
+        if not self.path.is_file() or not self.path.stat().st_size:
+            return found
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for key, start, stop in _records(data, 0):
+                if key in wanted and key not in found:
+                    values = np.frombuffer(data[start:stop], self._numpy).astype(self._numpy.newbyteorder("="))
+                    found[key] = torch.from_numpy(values)
+                self._end = stop
+        return found
+
+    def _cut_tail(self, file: BinaryIO) -> None:
+        """Leave whole records only, so that what is added can be read."""
+        size = os.fstat(file.fileno()).st_size
+        if size == self._end:
+            return
+        end = self._end if size > self._end else 0
+        if size:
+            with self.path.open("rb") as old, mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                end = max((stop for _, _, stop in _records(data, end)), default=end)
+        if end < size:
+            log.warning("%s: %d bytes at its end are not whole and are cut off", self.path, size - end)
+            file.truncate(end)
+            file.seek(end)
+
+
+def _records(data: mmap.mmap, position: int) -> Iterator[tuple[bytes, int, int]]:
+    """(key, start, stop) of the values of each record, up to the first that is not whole."""
+    while position + _HEAD.size <= len(data):
+        magic, key, length, checksum = _HEAD.unpack_from(data, position)
+        start = position + _HEAD.size
+        position = start + length
+        if magic != _MAGIC or position > len(data) or zlib.crc32(key + data[start:position]) != checksum:
+            return
+        yield key, start, position
+
+
+def completion_key(group: Group, completion: Completion) -> bytes:
+    """16 bytes that stand for a completion's tokens, which of them are trained, and its prompt's tokens."""
+    digest = hashlib.blake2b(struct.pack("<II", len(group.prompt_ids), len(completion.ids)), digest_size=16)
+    for ids in (group.prompt_ids, completion.ids):
+        digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    digest.update(completion.loss_mask)
+    return digest.digest()
+
+
+def model_identity(policy: Policy) -> dict[str, object]:
+    """Everything about a policy that its log-probs depend on, by more than the order of additions."""
+    config = policy.loaded_config.to_dict()
+    return {
+        "format": FORMAT,
+        "weights": weights_hash(policy.model),
+        "config": {key: value for key, value in config.items() if key not in _NO_NUMBERS},
+        "compute": short_name(policy.precision.compute),
+        "head": [short_name(policy.head_dtype), str(policy.transform)],
+        "rows": f"shared, {policy.attention_kernel}" if policy.share_prefix else f"plain, {policy.plain_attention}",
+        "device": policy.device.type,
+    }
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of the names, dtypes, shapes and bytes of all weights. Adapters that add nothing yet do not count."""
+    tensors = {_plain_name(name): tensor for name, tensor in module.state_dict().items()}
+    zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]
+    if zeros and not any(".lora_magnitude" in n for n in tensors) and not any(bool(t.any()) for t in zeros):
+        tensors = {n: t for n, t in tensors.items() if ".lora_" not in n}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+        digests = pool.map(_tensor_digest, tensors.values())
+        lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
+    return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=20).hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    """A weight's name in the model without adapters around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.blake2b(data, digest_size=20).hexdigest()}"

@@ -1,0 +1,87 @@
+"""The store of reference log-probs on the command line and across runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop import cli, wiring
+from strop.config import to_yaml
+from strop.policy import policy
+from strop.policy.reference import reference_logps
+
+
+def groups_scored(forwards: list[Any]) -> int:
+    """In all passes before the first step, the reference's."""
+    first = next((i for i, (with_gradients, _) in enumerate(forwards) if with_gradients), len(forwards))
+    return sum(batch.num_groups for _, batch in forwards[:first] if batch.ref_logps is None)
+
+
+@pytest.fixture
+def config(runs: Any, own_store: Path, tmp_path: Path, watched: pytest.MonkeyPatch, logging_as_before: None) -> Path:
+    watched.setattr(policy, "_probe", lambda _: None)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(runs.config(reference_store=True)))
+    return path
+
+
+def test_it_is_filled_ahead(runs: Any, config: Path, forwards: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reference", "--config", str(config), "--model-index", "0"]) == 0
+    assert groups_scored(forwards) == 16
+    assert "log-probs are in the store" in capsys.readouterr().err
+    forwards.clear()
+    run = runs(reference_store=True)
+    assert groups_scored(forwards) == 4 + 4  # a few of the training and of the validation rows, to be sure
+    assert run.series("loss")[0] == pytest.approx(0.6931472, abs=1e-5)
+    assert abs(run.series("rewards/margins")[0]) <= 1e-5
+    assert runs.same_run(run, runs())
+
+
+def test_a_killed_pass_goes_on(
+    runs: Any, config: Path, forwards: list[Any], watched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(policy: Any, parts: Any, progress: Any = None, keep: Any = None) -> Any:
+        reference_logps(policy, parts[:3], progress, keep)
+        raise KeyboardInterrupt
+
+    watched.setattr(wiring, "reference_logps", killed)
+    assert cli.main(["reference", "--config", str(config)]) == 130
+    done = groups_scored(forwards)
+    assert 3 <= done < 12
+    watched.setattr(wiring, "reference_logps", reference_logps)
+    forwards.clear()
+    assert cli.main(["reference", "--config", str(config)]) == 0
+    assert groups_scored(forwards) == 16 - done + min(done, 4)
+
+
+def test_a_resume_reads_what_the_start_has_scored(runs: Any, own_store: Path, forwards: list[Any]) -> None:
+    whole = runs(reference_store=True, save_steps=2)
+    metrics, final = whole.untimed, whole.final
+    output = whole.path.parent
+    (whole.path / "final").rename(output / "set-aside")
+    forwards.clear()
+    wiring.train(runs.config(reference_store=True, save_steps=2, output_dir=str(output)), resume="auto")
+    again = runs.at(whole.path)
+    assert runs.same(again.final, final) and again.untimed == metrics
+
+
+@pytest.mark.parametrize(
+    "keys", [["--method", "sft"], ["--reference-store", "false"], ["--ref-sync-steps", "2"]], ids=lambda k: k[0]
+)
+def test_nothing_to_fill_is_an_error(keys: list[str], config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = config.read_text()
+    if "sft" in keys:
+        text = text.replace("method: dpo", "method: sft")
+        post = text.index("post_training:")
+        text = text[:post] + "post_training:\n  method: sft\n" + text[text.index("\ntraining:", post) + 1 :]
+        config.write_text(text)
+        keys = []
+    assert cli.main(["reference", "--config", str(config), *keys]) == 1
+    assert "nothing to score ahead" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reference", "--help"]) == 0
+    assert "strop reference --config FILE" in capsys.readouterr().out

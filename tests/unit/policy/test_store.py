@@ -1,0 +1,184 @@
+"""Reference log-probs on disk: found by model and tokens, whole or not at all, shared by writers."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build_model
+from strop.policy.policy import Policy
+from strop.policy.reference import reference_logps, stored_logps
+from strop.policy.store import ReferenceStore, completion_key, model_identity, weights_hash
+from strop.types import Completion, Group
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ReferenceStore:
+    return ReferenceStore(tmp_path / "some.logps")
+
+
+def drawn(groups: list[Group]) -> list[torch.Tensor]:
+    return [torch.randn(g.num_scored, generator=torch.Generator().manual_seed(i)) for i, g in enumerate(groups)]
+
+
+def same(found: dict[int, torch.Tensor], groups: list[Group]) -> bool:
+    values = drawn(groups)
+    return sorted(found) == list(range(len(groups))) and all(torch.equal(found[i], values[i]) for i in found)
+
+
+def test_what_is_added_is_found_bit_for_bit(store: ReferenceStore, groups: list[Group]) -> None:
+    assert store.read(dict(enumerate(groups))) == {}
+    store.append(groups[:1], drawn(groups)[:1])
+    assert sorted(store.read(dict(enumerate(groups)))) == [0]
+    store.append(groups[1:], drawn(groups)[1:])
+    assert same(store.read(dict(enumerate(groups))), groups)
+    assert same(ReferenceStore(store.path).read(dict(enumerate(groups))), groups)
+
+
+def test_completions_are_found_in_other_groups(store: ReferenceStore, groups: list[Group]) -> None:
+    store.append(groups, drawn(groups))
+    group = groups[0]
+    turned = replace(group, completions=group.completions[::-1])
+    first, second = drawn(groups)[0].split([c.num_scored for c in group.completions])
+    assert torch.equal(store.read({7: turned})[7], torch.cat([second, first]))
+    assert torch.equal(store.read({7: replace(group, completions=group.completions[1:])})[7], second)
+
+
+def test_the_key_is_of_tokens_prompt_and_mask(groups: list[Group]) -> None:
+    group, one = groups[0], groups[0].completions[0]
+    others = [
+        completion_key(group, one),
+        completion_key(group, Completion(one.ids, b"\1" * (len(one.ids) - 1) + b"\0")),
+        completion_key(group, group.completions[1]),
+        completion_key(replace(group, prompt_ids=group.prompt_ids[1:]), one),
+        # the same tokens in all, parted elsewhere
+        completion_key(
+            replace(group, prompt_ids=group.prompt_ids[:-1]),
+            Completion(group.prompt_ids[-1:] + one.ids, b"\0" + one.loss_mask),
+        ),
+    ]
+    assert len(set(others)) == len(others)
+
+
+def test_every_cut_of_the_file_is_read_up_to_there_and_written_on(
+    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    store.append(groups, drawn(groups))
+    whole = store.path.read_bytes()
+    for length in range(len(whole)):
+        store.path.write_bytes(whole[:length])
+        mended = ReferenceStore(store.path)
+        found = mended.read(dict(enumerate(groups)))
+        assert all(torch.equal(found[i], drawn(groups)[i]) for i in found) and len(found) < len(groups)
+        missing = [i for i in range(len(groups)) if i not in found]
+        mended.append([groups[i] for i in missing], [drawn(groups)[i] for i in missing])
+        assert same(ReferenceStore(store.path).read(dict(enumerate(groups))), groups)
+    assert "not whole" in caplog.text
+
+
+def test_no_flipped_bit_is_believed(store: ReferenceStore, groups: list[Group]) -> None:
+    store.append(groups, drawn(groups))
+    whole = store.path.read_bytes()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        store.path.write_bytes(damaged)
+        found = ReferenceStore(store.path).read(dict(enumerate(groups)))
+        assert all(torch.equal(found[i], drawn(groups)[i]) for i in found) and len(found) < len(groups)
+
+
+def _write(path: Path, group: Group, times: int) -> None:
+    store = ReferenceStore(path)
+    for i in range(times):
+        own = replace(group, prompt_ids=group.prompt_ids[:1] + type(group.prompt_ids)("q", [i]))
+        store.append([own], [torch.full((group.num_scored,), float(i))])
+
+
+def test_two_writers_at_once(store: ReferenceStore, groups: list[Group]) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(store.path, group, 50)) for group in groups[:2]]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    for group in groups[:2]:
+        asked = {
+            i: replace(group, prompt_ids=group.prompt_ids[:1] + type(group.prompt_ids)("q", [i])) for i in range(50)
+        }
+        found = store.read(asked)
+        assert all(float(found[i][0]) == i for i in range(50))
+
+
+def test_what_cannot_be_written_is_said_once(
+    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    store.path.mkdir()
+    store.append(groups, drawn(groups))
+    store.append(groups, drawn(groups))
+    assert caplog.text.count("kept for this run only") == 1
+
+
+def test_float64_stays_float64(tmp_path: Path, groups: list[Group]) -> None:
+    store = ReferenceStore(tmp_path / "wide.logps", torch.float64)
+    values = [v.double() / 3 for v in drawn(groups)]
+    store.append(groups, values)
+    assert all(torch.equal(store.read({0: g})[0], v) for g, v in zip(groups, values, strict=True))
+
+
+def test_the_identity_is_of_what_decides_the_numbers(build: Callable[..., Policy]) -> None:
+    plain = model_identity(build())
+    assert model_identity(build(lora={"r": 4})) == plain  # adapters that add nothing yet
+    assert model_identity(build(training={"learning_rate": 1.0})) == plain
+    others: list[dict[str, Any]] = [
+        {"training": {"bf16": True}},
+        {"training": {"bf16": True, "fp32_logits": True}},
+        {"attn_implementation": "sdpa"},
+        {"lora": {"r": 4}, "training": {"bf16": True}},  # the base is stored in bfloat16
+    ]
+    seen = [plain, *(model_identity(build(**keys)) for keys in others)]
+    policy = build(lora={"r": 4})
+    next(p for n, p in policy.named_parameters() if "lora_B" in n).data[0, 0] = 1e-3
+    seen.append(model_identity(policy))
+    policy = build()
+    next(policy.parameters()).data[0, 0] += 1e-6
+    seen.append(model_identity(policy))
+    assert all(one not in seen[:i] for i, one in enumerate(seen))
+
+
+def test_the_hash_of_weights_is_of_names_shapes_and_bytes() -> None:
+    model = build_model()
+    before = weights_hash(model)
+    assert weights_hash(build_model()) == before != weights_hash(build_model(1))
+    assert weights_hash(build_model(dtype=torch.bfloat16)) != before
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    assert weights_hash(model) != before
+
+
+def test_a_reference_that_is_not_this_models_is_thrown_away(
+    build: Callable[..., Policy], groups: list[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, numbered = build(), dict(enumerate(groups))
+    store = ReferenceStore.of(policy)
+    values = reference_logps(policy, [groups], keep=store.append)
+    with caplog.at_level(logging.INFO, "strop"):
+        found = stored_logps(policy, store, numbered)
+    assert all(torch.equal(found[i], values[i]) for i in numbered)
+    assert "3 of 3 groups were scored before" in caplog.text
+    store.clear()
+    store.append(groups, [v + 2e-4 for v in values])
+    assert stored_logps(policy, store, numbered) == {}
+    assert "not those of the model" in caplog.text and not store.path.exists()
