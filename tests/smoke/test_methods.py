@@ -152,7 +152,8 @@ def test_what_costs_more_is_said_before(
 
 
 def test_kto_starts_where_policy_and_reference_agree(tmp_path: Path, model_dir: Path) -> None:
-    records = train("kto", tmp_path, model_dir)
+    # bit for bit without the store, whose values may come from another cut
+    records = train("kto", tmp_path, model_dir, reference_store=False)
     first = next(r for r in records if r["split"] == "eval")
     assert (first["loss"], first["kl"], first["kl_unclamped"], first["rewards/chosen"]) == (0.5, 0.0, 0.0, 0.0)
     assert any(r["kl_unclamped"] != 0 for r in records if r["split"] == "train")
