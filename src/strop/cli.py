@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     try:
-        with redirect_stdout(cast(TextIO, _StandardOutput(sys.stdout))):
+        with _loggers_restored(), redirect_stdout(cast(TextIO, _StandardOutput(sys.stdout))):
             return _dispatch(arguments)
     except StropError as error:
         _complain(str(error))
@@ -385,6 +385,27 @@ class _Terminal(logging.StreamHandler[Any]):
     """The one handler that this module installs."""
 
 
+VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")  # they set their own level when imported
+QUIETED = ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch")
+
+
+@contextmanager
+def _loggers_restored() -> Iterator[None]:
+    """Whoever calls `main` from Python gets the loggers back as they were: a handler that stays behind would write to
+    a stream that may be closed by then."""
+    before = [(x, x.level, list(x.handlers)) for x in (log, *map(logging.getLogger, QUIETED))]
+    unset = [name for name in VERBOSITIES if name not in os.environ]
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            for name in unset:
+                os.environ.pop(name, None)
+            for logger, level, handlers in before:
+                logger.setLevel(level)
+                logger.handlers[:] = handlers
+
+
 def _log_to_terminal(level: str) -> None:
     """Sends the logger `strop` to stderr, and quiets other packages unless `level` is debug.
 
@@ -405,8 +426,8 @@ def _log_to_terminal(level: str) -> None:
     log.addHandler(handler)
     log.setLevel(level.upper() if _rank() == 0 else logging.ERROR)
     if level != "debug":
-        for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # they set their own level when imported
+        for variable in VERBOSITIES:
             os.environ.setdefault(variable, "error")
-        for name in ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch"):
+        for name in QUIETED:
             logging.getLogger(name).setLevel(logging.ERROR)
             warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,18 +223,6 @@ def built(watched: pytest.MonkeyPatch) -> list[Policy]:
 
     watched.setattr(wiring, "build_policy", build)
     return policies
-
-
-@pytest.fixture
-def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests that call the command line, which sets up the loggers of the whole process."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # so that the command line need not set it
-    names = ("strop", "transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch")
-    before = [(logger, logger.level, list(logger.handlers)) for logger in map(logging.getLogger, names)]
-    yield
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 def _logps_by_hand(model: nn.Module, group: Group) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import resource
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -45,16 +44,6 @@ class Answer:
     out: str
 
 
-@contextmanager
-def logging_kept() -> Iterator[None]:
-    names = ("strop", "transformers", "datasets", "huggingface_hub", "peft", "torch", "bitsandbytes")
-    before = [(logger := logging.getLogger(name), logger.level, list(logger.handlers)) for name in names]
-    yield
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
-
-
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) -> Path:
     """A working folder with a model, rows, and a finished run with the checkpoints 1, 2 and 3."""
@@ -66,7 +55,7 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
     (folder / "sft.jsonl").write_text(lines(*single))
     (folder / "dpo.jsonl").write_text(lines(*pairs))
     (folder / "file").write_text("a file")
-    with chdir(folder), logging_kept():
+    with chdir(folder):
         assert cli.main(shlex.split(f"train {SFT} --save-steps 1")) == 0
     (folder / "out").rename(folder / "finished")
     return folder
@@ -79,14 +68,6 @@ def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ground, folder)
     monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        monkeypatch.setenv(variable, "error")  # so that the command line need not set it
-    with logging_kept():
-        yield
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import logging
 import re
 import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +51,6 @@ def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ground, folder)
     monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        monkeypatch.setenv(variable, "error")  # so that the command line need not set it
-    names = ("strop", "transformers", "datasets", "huggingface_hub", "peft", "torch", "bitsandbytes")
-    before = [(logger := logging.getLogger(name), logger.level, list(logger.handlers)) for name in names]
-    yield
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -188,7 +188,6 @@ def test_logging__logging_dir(runs: Any, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "margins" / "margins_log.jsonl").is_file()
 
 
-@pytest.mark.usefixtures("logging_as_before")
 def test_logging__log_level(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {}
     for level in ("debug", "info", "warning", "error"):

@@ -207,7 +207,6 @@ def test_writing_out_what_null_stands_for_is_no_change(runs: Any) -> None:
 # ---- several models
 
 
-@pytest.mark.usefixtures("logging_as_before")
 def test_one_model_that_fails_stops_no_other(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = {"one": runs.files["model"], "gone": tmp_path / "gone", "two": runs.files["other"]}
     models = [{"name": name, "huggingface_id": str(place)} for name, place in places.items()]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,19 +49,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        monkeypatch.setenv(variable, "error")  # so that the command line need not set it
-    loggers = [
-        logging.getLogger(name) for name in ("strop", "transformers", "datasets", "huggingface_hub", "peft", "torch")
-    ]
-    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture
@@ -306,3 +298,17 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert done.stdout == "{\n"
     assert done.stderr == ""
+
+
+def test_the_caller_gets_the_loggers_back(calls: Calls, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+
+    def state() -> list[Any]:
+        loggers = map(logging.getLogger, ("strop", "transformers", "peft"))
+        return [os.environ.get("TRANSFORMERS_VERBOSITY"), *[(x.level, list(x.handlers)) for x in loggers]]
+
+    before = state()
+    assert cli.main(["train", "--config", str(config)]) == 0
+    calls.error = DataError("no")
+    assert cli.main(["train", "--config", str(config)]) == 1
+    assert state() == before
