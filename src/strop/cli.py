@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import io
-import logging
 import os
 import shlex
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn
 
 from strop.errors import ConfigError, Interrupted, StropError
+from strop.terminal import ReaderLeft, log_to_terminal, open_standard_streams, rank, session
 
 RESUMABLE = 75
 STOPPED = 130
-log = logging.getLogger("strop")
 
 HELP = """\
 usage: strop COMMAND ...
@@ -88,15 +85,15 @@ class _Once(argparse.Action):
 def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
     """Runs a command and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _open_standard_streams()
+    open_standard_streams()
     try:
-        with _loggers_restored(), redirect_stdout(cast(TextIO, _StandardOutput(sys.stdout))):
+        with session():
             return _dispatch(arguments)
     except StropError as error:
         _complain(str(error))
         return 1
     except Interrupted as stop:
-        if _rank() == 0:
+        if rank() == 0:
             way_on = f"go on with: {_resume(arguments, prog)}"
             _complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
         return RESUMABLE
@@ -105,7 +102,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
         way_on = f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
         _complain("stopped" + way_on * began)
         return STOPPED
-    except _ReaderLeft:
+    except ReaderLeft:
         return 0
 
 
@@ -149,7 +146,7 @@ def _train(arguments: list[str]) -> int:
     if options.resume == "":
         raise ConfigError("--resume is empty", expected="auto, the path of a checkpoint, or nothing after it")
     config = load_config(options.config, preset=options.preset, overrides=overrides)
-    _log_to_terminal(config.logging.log_level)
+    log_to_terminal(config.logging.log_level)
     if options.dry_run:
         from strop.dryrun import dry_run
 
@@ -187,7 +184,7 @@ def _reference(arguments: list[str]) -> int:
     overrides, rest = split_flags(arguments, parser.flags)
     options = parser.parse_args(rest)
     config = load_config(options.config, preset=options.preset, overrides=overrides)
-    _log_to_terminal(config.logging.log_level)
+    log_to_terminal(config.logging.log_level)
 
     from strop.wiring import fill_references
 
@@ -204,7 +201,7 @@ def _demo(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not 0 <= options.seed < 2**32:
         raise ConfigError(f"--seed is {options.seed}", expected="a whole number of at least 0 and below 4294967296")
-    _log_to_terminal("info")
+    log_to_terminal("info")
 
     from strop.demo import run_demo
 
@@ -229,7 +226,7 @@ def _prepare(arguments: list[str]) -> int:
     for name in ("prompt", "chosen", "rejected", "completion"):
         parser.once(f"--{name}-column", default=name)
     options = parser.parse_args(arguments)
-    _log_to_terminal("info")
+    log_to_terminal("info")
     return _print("\n".join(prepare(options)) + "\n")
 
 
@@ -290,66 +287,9 @@ def _print(text: str) -> int:
     return 0
 
 
-class _ReaderLeft(Exception):  # noqa: N818 (it is not an error)
-    """What standard output went to (head, less) has seen enough."""
-
-
-class _StandardOutput:
-    """Standard output, with errors that a command can end with, whichever library writes to it.
-
-    What its encoding cannot write comes as an escape.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with self._failing():
-            return self._stream.write(text)
-
-    def flush(self) -> None:
-        with self._failing():
-            self._stream.flush()
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            # what Python still holds must not fail again when it exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            if isinstance(error, BrokenPipeError):
-                raise _ReaderLeft from error
-            raise ConfigError(
-                f"standard output cannot be written: {error.strerror or error}", fix="make room where it goes to"
-            ) from error
-
-
-def _open_standard_streams() -> None:
-    """A stream that the caller has closed becomes /dev/null: else the next file opened would get its number, and
-    everything that is printed."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            try:
-                os.fstat(number)
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
-
-
-def _rank() -> int:
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdecimal() else 0
-
-
 def _complain(message: str) -> None:
-    rank = _rank()
-    text = (f"[rank {rank}] " if rank else "") + message + "\n"
+    number = rank()
+    text = (f"[rank {number}] " if number else "") + message + "\n"
     with suppress(OSError):  # nobody listens any more
         sys.stderr.write(text.encode(errors="backslashreplace").decode())
         sys.stderr.flush()
@@ -371,63 +311,3 @@ def _resume(arguments: Sequence[str], prog: str) -> str:
         kept = kept[1:]
     line = shlex.join([*prog.split(), *kept, "--resume"])
     return f"the same torchrun command, ending in: {line}" if "TORCHELASTIC_RUN_ID" in os.environ else line
-
-
-class _Plain(logging.Formatter):
-    """Information as it is, everything else with its level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
-
-
-class _Terminal(logging.StreamHandler[Any]):
-    """The one handler that this module installs."""
-
-
-VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")  # they set their own level when imported
-QUIETED = ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch")
-
-
-@contextmanager
-def _loggers_restored() -> Iterator[None]:
-    """Whoever calls `main` from Python gets the loggers back as they were: a handler that stays behind would write to
-    a stream that may be closed by then."""
-    before = [(x, x.level, list(x.handlers)) for x in (log, *map(logging.getLogger, QUIETED))]
-    unset = [name for name in VERBOSITIES if name not in os.environ]
-    with warnings.catch_warnings():
-        try:
-            yield
-        finally:
-            for name in unset:
-                os.environ.pop(name, None)
-            for logger, level, handlers in before:
-                logger.setLevel(level)
-                logger.handlers[:] = handlers
-
-
-def _log_to_terminal(level: str) -> None:
-    """Sends the logger `strop` to stderr, and quiets other packages unless `level` is debug.
-
-    Only the first process of several speaks; the others say errors.
-    """
-    handler: logging.Handler
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
-    else:
-        handler = _Terminal(sys.stderr)
-        handler.setFormatter(_Plain())
-    handler.set_name("strop terminal")
-    for old in [h for h in log.handlers if h.get_name() == handler.get_name()]:
-        log.removeHandler(old)
-    log.addHandler(handler)
-    log.setLevel(level.upper() if _rank() == 0 else logging.ERROR)
-    if level != "debug":
-        for variable in VERBOSITIES:
-            os.environ.setdefault(variable, "error")
-        for name in QUIETED:
-            logging.getLogger(name).setLevel(logging.ERROR)
-            warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")

@@ -20,6 +20,7 @@ FLOORS = {
     "batch": 1,
     "distributed": 1,
     "rundir": 1,
+    "terminal": 1,
     "data": 2,
     "policy": 2,
     "objectives": 2,
@@ -35,7 +36,7 @@ FLOORS = {
 }
 # batch and distributed are the two rooms of floor 1 that read their neighbour's plain data classes
 NEIGHBOURS = {("distributed", "config")}
-TORCH_FREE = ("errors", "types", "config", "cli", "__init__", "__main__")
+TORCH_FREE = ("errors", "types", "config", "terminal", "cli", "__init__", "__main__")
 MODULES = sorted(SRC.rglob("*.py"))
 
 

@@ -61,7 +61,12 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import strop.wiring
 
     names: list[str] = []
-    for module, name in ((strop.wiring, "train"), (strop.dryrun, "dry_run"), (strop.demo, "run_demo")):
+    for module, name in (
+        (strop.wiring, "train"),
+        (strop.wiring, "fill_references"),
+        (strop.dryrun, "dry_run"),
+        (strop.demo, "run_demo"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: names.append(name))
     return names
 
@@ -234,7 +239,7 @@ def understood(command: list[str]) -> bool:
     if rest[:1] == ["prepare"] and "--input" in rest:
         flags = [word for word in rest[1:] if word.startswith("--")]
         return all(f'"{flag}"' in (ROOT / "src/strop/cli.py").read_text(encoding="utf-8") for flag in flags)
-    if rest[:1] == ["train"] and not {"--help", "--config", "--model"} & set(rest):
+    if rest[:1] in (["train"], ["reference"]) and not {"--help", "--config", "--model"} & set(rest):
         rest += ["--config", "configs/dpo.yaml"]
     if rest[:1] == ["prepare"]:  # it would read and write files
         return all(word in HELP for word in rest if word.startswith("--"))

@@ -1,0 +1,134 @@
+"""The process's terminal: standard streams that fail in words, and the log on stderr. Floor 1.
+
+`session` is held while a command runs; in it, `log_to_terminal` is called once, when the level is known.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO, cast
+
+from strop.errors import ConfigError
+
+log = logging.getLogger("strop")
+
+
+class ReaderLeft(Exception):  # noqa: N818 (it is not an error)
+    """What standard output went to (head, less) has seen enough."""
+
+
+class _StandardOutput:
+    """Standard output, with errors that a command can end with, whichever library writes to it.
+
+    What its encoding cannot write comes as an escape.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._failing():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._failing():
+            self._stream.flush()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # what Python still holds must not fail again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise ReaderLeft from error
+            raise ConfigError(
+                f"standard output cannot be written: {error.strerror or error}", fix="make room where it goes to"
+            ) from error
+
+
+def open_standard_streams() -> None:
+    """A stream that the caller has closed becomes /dev/null: else the next file opened would get its number, and
+    everything that is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+def rank() -> int:
+    """Of this process among several; 0 where it is alone."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+class _Plain(logging.Formatter):
+    """Information as it is, everything else with its level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")  # they set their own level when imported
+QUIETED = ("transformers", "datasets", "huggingface_hub", "peft", "bitsandbytes", "torch")
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Standard output fails in words; at the end the loggers are as they were: a handler that stays behind would write
+    to a stream that its owner may have closed by then.
+
+    Raises:
+        ReaderLeft, ConfigError: standard output takes no more.
+    """
+    before = [(x, x.level, list(x.handlers)) for x in (log, *map(logging.getLogger, QUIETED))]
+    unset = [name for name in VERBOSITIES if name not in os.environ]
+    with warnings.catch_warnings(), redirect_stdout(cast(TextIO, _StandardOutput(sys.stdout))):
+        try:
+            yield
+        finally:
+            for name in unset:
+                os.environ.pop(name, None)
+            for logger, level, handlers in before:
+                logger.setLevel(level)
+                logger.handlers[:] = handlers
+
+
+def log_to_terminal(level: str) -> None:
+    """Sends the logger `strop` to stderr, and quiets other packages unless `level` is debug.
+
+    Only the first process of several speaks; the others say errors.
+    """
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Plain())
+    log.addHandler(handler)
+    log.setLevel(level.upper() if rank() == 0 else logging.ERROR)
+    if level != "debug":
+        for variable in VERBOSITIES:
+            os.environ.setdefault(variable, "error")
+        for name in QUIETED:
+            logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
