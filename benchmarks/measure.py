@@ -106,6 +106,9 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         rounds: list[dict[str, Any]] = []
         for number in range(1, args.rounds + 1):
             found: dict[str, Any] = {"matmul": json.loads(call("flops", threads=args.threads)), "sides": {}}
+            if "strop" in case.sides and case.method != "group":
+                asked = (str(folder), json.dumps(case.as_dict()))
+                found["predicted"] = json.loads(call("predict", *asked, threads=args.threads))
             # every second round backwards, so that no side is always the one behind a heavy other
             for side in case.sides if number % 2 else tuple(reversed(case.sides)):
                 figures = measure_side(folder, case, side, args)

@@ -72,6 +72,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|"
     for result in results:
         yield from figures(result)
+    yield from predictions(results)
     yield "\nSharing factors: " + ", ".join(f"{r['case']['name']} {r['sharing_factor']:.2f}" for r in results) + "."
 
 
@@ -88,6 +89,28 @@ def figures(result: Result) -> Iterator[str]:
             f"| {case.name} | {side} | {median(seconds):.3f} ({min(seconds):.3f} - {max(seconds):.3f}) | {against} "
             f"| {peak:.0f} | {peak - base:.0f} | {wall:.1f} | {padding:.2f} | {share:.2f} |"
         )
+
+
+def predictions(results: Sequence[Result]) -> Iterator[str]:
+    """What strop said before it loaded a weight, beside what came."""
+    known = [r for r in results if all("predicted" in found for found in r["rounds"])]
+    if not known:
+        return
+    yield "\n## Predicted\n\nWhat `--dry-run` says: peak memory above that of the imports, and seconds of a row's step."
+    yield "\n| case | MiB | measured | off | seconds | measured | off |\n|---|---|---|---|---|---|---|"
+    for result in known:
+        case, rounds = Case.of(result["case"]), result["rounds"]
+        mine = [found["sides"]["strop"] for found in rounds]
+        pairs = (
+            (median(f["predicted"]["mib"] for f in rounds), median(m["peak"] - m["start_mib"] for m in mine), ".0f"),
+            (
+                median(f["predicted"]["seconds"] for f in rounds),
+                median(sum(m["steps"][case.warmup :]) / case.num_measured for m in mine),
+                ".3f",
+            ),
+        )
+        cells = (f"{told:{form}} | {came:{form}} | {100 * (told / came - 1):+.0f} %" for told, came, form in pairs)
+        yield f"| {case.name} | {' | '.join(cells)} |"
 
 
 def machines(results: Sequence[Result]) -> Iterator[str]:

@@ -27,7 +27,8 @@ LEARNING_RATE = 1e-5
 
 @dataclass
 class Measured:
-    """Seconds on one clock; tokens over all steps, warm-up included. fed: what the model computed, padding included."""
+    """Seconds on one clock; tokens over all steps, warm-up included. fed: what the model computed, padding included.
+    start, base: memory with nothing but imports, and at the first step."""
 
     marks: list[float] = field(default_factory=list)
     reference_seconds: float = 0.0
@@ -36,6 +37,7 @@ class Measured:
     real_tokens: int = 0
     fed_tokens: int = 0
     head_rows: int = 0
+    start_mib: float = 0.0
     base_mib: float = 0.0
     peak_mib: float = 0.0
 
@@ -116,7 +118,7 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
     from strop import wiring
     from strop.engine.loop import Loop
 
-    measured, step = Measured(), Loop._step
+    measured, step = Measured(start_mib=resident("VmRSS")), Loop._step
     wiring._with_references = timed(wiring._with_references, measured)
 
     def marked(loop: Loop, number: int) -> None:

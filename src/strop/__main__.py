@@ -1,4 +1,4 @@
-"""`python -m strop`: the command line. Floor 8."""
+"""`python -m strop`: the command line. Floor 9."""
 
 from strop.cli import main
 

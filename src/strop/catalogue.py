@@ -1,4 +1,4 @@
-"""What each method is, in words: formula, settings, data, metrics. Floor 5.
+"""What each method is, in words: formula, settings, data, metrics. Floor 6.
 
 In: a method's name. Out: text for the terminal, or markdown for its page of the documentation. All of it is read off
 the settings class and the objective, so that it cannot say anything else than the code does.

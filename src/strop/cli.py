@@ -1,4 +1,4 @@
-"""The command line: `strop train`, `reference`, `demo`, `methods`, `prepare`, `schema`. Floor 7.
+"""The command line: `strop train`, `reference`, `demo`, `methods`, `prepare`, `schema`. Floor 8.
 
 In: arguments. Out: an exit code. 0: done; 1: something to mend, told in one message on stderr; 75: stopped by a signal
 and saved, with the command that goes on; 130: stopped by Ctrl-C where nothing could be saved. Configuration and torch

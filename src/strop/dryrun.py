@@ -1,4 +1,4 @@
-"""`--dry-run`: the road up to the weights, told instead of run. Floor 5.
+"""`--dry-run`: the road up to the weights, told instead of run. Floor 6.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
 what the run would be. Loads no weights and touches no GPU; writes nothing but tokens into their cache.
@@ -16,6 +16,8 @@ from strop.data.plan import packed_tokens
 from strop.data.show import show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
+from strop.estimate import planned_precision, prediction, with_checkpointing
+from strop.machine import machine_of
 from strop.prepared import prepare, run_folder, select_models, with_budget
 from strop.rundir import refuse_in_the_way
 
@@ -36,16 +38,21 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     for model in models:
         refuse_in_the_way(run_folder(config, model))
     # prompts are taken to be shared; whether the architecture can is seen when its weights are loaded
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = [with_budget(prepare(config, model), packed_tokens, device_type) for model in models]
+    device, notes = _device(config)
+    machine = machine_of(device)
+    precision = planned_precision(config, machine)
+    planned = [with_checkpointing(prepare(config, model), machine, precision) for model in models]
+    runs = [with_budget(prepared, packed_tokens, device.type) for prepared in planned]
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0].config):
         say(line)
-    for note in (*_device_notes(config), *advice(config)):
+    for note in (*notes, *advice(config)):
         say(f"note: {note}")
     for prepared in runs:
         say(f"\n== {prepared.model.name}")
         for line in (*prepared.data.report.lines(), *prepared.describe(packed_tokens)):
+            say(line)
+        for line in prediction(prepared, machine, precision, packed_tokens, timed=True):
             say(line)
         say("\nThe first example, trained tokens marked:")
         shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
@@ -64,9 +71,9 @@ def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
     return [f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows]
 
 
-def _device_notes(config: RunConfig) -> list[str]:
+def _device(config: RunConfig) -> tuple[torch.device, list[str]]:
     """What is wrong with the devices stops a run, and is only said here."""
     try:
-        return pick_device(config.gpu)[1]
+        return pick_device(config.gpu)
     except ConfigError as error:
-        return [f"this would stop a run here: {error}"]
+        return torch.device("cpu"), [f"this would stop a run here: {error}"]

@@ -1,4 +1,4 @@
-"""The wiring, and the only one: a configuration becomes objects, the objects become a run. Floor 5.
+"""The wiring, and the only one: a configuration becomes objects, the objects become a run. Floor 6.
 
 config -> device, run folder -> tokenizer, groups, plan -> policy -> reference log-probs -> loop -> final model
 """
@@ -29,6 +29,8 @@ from strop.engine.recipe import check_finished, check_recipe
 from strop.engine.rows import Rows
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
+from strop.estimate import prediction, with_checkpointing
+from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
@@ -124,6 +126,8 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
         for note in notes:
             log.warning(note)
         prepared = prepare(_with_precision(config, device), model)
+        nothing_kept = {"training.gradient_checkpointing": False}  # scoring has no backward pass
+        prepared = replace(prepared, config=prepared.config.with_values(nothing_kept, "strop reference"))
         policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
         tokens = packed_tokens if policy.share_prefix else padded_tokens
         with Progress(quiet=config.logging.log_level in ("warning", "error")) as progress:
@@ -158,6 +162,8 @@ def _train_model(
             log.info("%s: %s", model.name, line)
         if prepared.data.chat_template is not None:
             prepared.tokenizer.chat_template = prepared.data.chat_template  # goes into final/, for whoever generates
+        machine, precision = machine_of(device), resolve_precision(prepared.config.training, device)
+        prepared = with_checkpointing(prepared, machine, precision)
         policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
         for line in policy.describe():
             log.info("%s: %s", model.name, line)
@@ -165,7 +171,7 @@ def _train_model(
         prepared = with_budget(prepared, tokens, device.type)
         if saved:
             check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
-        for line in prepared.describe(tokens):
+        for line in (*prepared.describe(tokens), *prediction(prepared, machine, precision, tokens)):
             log.info("%s: %s", model.name, line)
         return _run(prepared, policy, tokens, run, progress, saved)
 

@@ -90,3 +90,5 @@ def test_the_harness_measures_its_smallest_case(tmp_path: Path) -> None:
     assert len(side["losses"]) == 3 and result["sharing_factor"] > 1
     table, _ = report(tmp_path)
     assert re.search(rf"\| toy \| strop \| {side['seconds']:.3f} ", table)
+    assert found["predicted"]["mib"] > 60 and found["predicted"]["seconds"] > 0
+    assert f"| toy | {found['predicted']['mib']:.0f} | {side['peak'] - side['start_mib']:.0f} | " in table

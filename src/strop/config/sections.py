@@ -257,10 +257,11 @@ class TrainingSection(Section):
     """bf16 where the device supports it and neither bf16 nor fp16 is given."""
     fp32_logits: bool = False
     """Compute logits in float32 whatever the precision of the rest."""
-    gradient_checkpointing: bool | float = Field(
-        default=False, json_schema_extra={"x-type": "true, false, or a number above 0 and below 1"}
+    gradient_checkpointing: bool | float | Literal["auto"] = Field(
+        default=False, json_schema_extra={"x-type": "true, false, auto, or a number above 0 and below 1"}
     )
-    """Recompute activations in the backward pass: true, false, or the share of layers in (0, 1)."""
+    """Recompute activations in the backward pass: true, false, the share of layers in (0, 1), or auto: the smallest
+    share with which the estimate of memory fits the device."""
     reference_store: bool = True
     """Keep reference log-probs in the cache folder, where other runs with the same model and rows find them."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
@@ -282,11 +283,11 @@ class TrainingSection(Section):
                 ("warmup_ratio", "warmup_steps"), "warmup_ratio and warmup_steps are both given", fix="remove one"
             )
         share = self.gradient_checkpointing
-        if not isinstance(share, bool) and not 0 < share < 1:
+        if not isinstance(share, bool | str) and not 0 < share < 1:
             yield Problem(
                 ("gradient_checkpointing",),
                 f"gradient_checkpointing is {share}",
-                "true, false, or a share of the layers above 0 and below 1",
+                "true, false, auto, or a share of the layers above 0 and below 1",
             )
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_seq_length:
             yield Problem(

@@ -128,6 +128,27 @@ def continue_adapters(
     return _finish(adapted, master, where)
 
 
+def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:
+    """The section of the adapters that a run trains: `lora`, with the rank and the layers of an adapter that is
+    continued; None where it trains in full.
+
+    Raises:
+        ModelError: the adapter cannot be read.
+    """
+    if model.adapter is None:
+        return lora if lora.enabled else None
+    where = f"{place_of(model)}, adapter {model.adapter}"
+    config = _adapter_config(_read_adapter(model.adapter, where)[0], lora, where)
+    targets, saved = config.target_modules, config.modules_to_save
+    return lora.model_copy(
+        update={
+            "r": config.r,
+            "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+            "modules_to_save": tuple(saved) if saved else None,
+        }
+    )
+
+
 def trainable_names(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that train, by the names they have in a saved folder (peft leaves the adapter's name out)."""
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}

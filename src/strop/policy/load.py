@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from strop.config.sections import ModelSection
@@ -214,6 +215,67 @@ def _look_at(model: ModelSection) -> tuple[str, int | None]:
         inspect_model(model)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return file.source, rows if isinstance(rows, int) else None
+
+
+def model_config(model: ModelSection) -> PreTrainedConfig:
+    """The configuration alone, as a model is built from it; no weight is looked at.
+
+    Raises:
+        ModelError: there is no such model, or it is none that may be loaded.
+    """
+    return _build_config(model, inspect_config(model), place_of(model))
+
+
+def empty_model(model: ModelSection) -> PreTrainedModel:
+    """The model built from its configuration on torch's meta device: shapes without weights.
+
+    Raises:
+        ModelError: its configuration does not suffice.
+    """
+    config = model_config(model)
+    with _building(model), torch.device("meta"):
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        module.tie_weights()
+    return module
+
+
+def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype) -> LoadedModel:
+    """A model of the same architecture with so many layers and at most so many tokens, whose weights mean nothing.
+
+    Raises:
+        ModelError: the architecture cannot be built so.
+    """
+    config = model_config(model)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.vocab_size = min(text.vocab_size, vocabulary)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    _silence_config(config)
+    config.use_cache = False
+    with _building(model), no_init_weights():
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code
+        )
+    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    with torch.no_grad():
+        for weight in module.parameters():
+            for part in weight.view(-1).split(len(block)):
+                part.copy_(block[: len(part)])
+    return LoadedModel(module.train(), dtype, config)
+
+
+@contextmanager
+def _building(model: ModelSection) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"it cannot be built from config.json alone: {first_line(error)}", where=place_of(model)
+        ) from error
 
 
 def _build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrainedConfig:

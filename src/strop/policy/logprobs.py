@@ -95,13 +95,19 @@ def token_logps(
     if compute is None:
         compute = hidden.dtype
     if chunk_tokens is None:
-        rows = CHUNK_ROWS_TRAINED if _trains(weight, bias) else CHUNK_ROWS
-        chunk_tokens = rows if hidden.device.type == "cpu" else max(CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0])
+        chunk_tokens = chunk_rows(weight.shape[0], _trains(weight, bias), hidden.device.type)
     keep_rows = torch.is_grad_enabled() and hidden.requires_grad and not _trains(weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         options = (transform, compute, cast or Casts(), chunk_tokens, keep_rows, collisions)
         logps, squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
         return torch.stack([logps, squares]) if collisions else logps
+
+
+def chunk_rows(vocabulary: int, trains: bool, device_type: str) -> int:
+    """Rows of one chunk at most, by whether the head trains."""
+    if device_type == "cpu":
+        return CHUNK_ROWS_TRAINED if trains else CHUNK_ROWS
+    return max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
 
 
 def naive_token_logps(

@@ -34,6 +34,7 @@ from strop.policy.folder import place_of
 from strop.policy.fused import fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
 from strop.policy.logprobs import LogitTransform, token_logps
+from strop.policy.memory import keep_few_kernels
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.types import Group
 
@@ -247,6 +248,7 @@ def build_policy(
     Raises:
         ModelError, ConfigError: it cannot be built as the configuration says.
     """
+    keep_few_kernels()
     where, training = place_of(model), config.training
     precision = resolve_precision(training, device)
     adapted = config.lora.enabled or model.adapter is not None
@@ -259,7 +261,9 @@ def build_policy(
     elif adapted:
         module = add_adapters(loaded.module, config.lora, model, seed=config.seed, master=precision.master)
     random = adapted and config.lora.lora_dropout > 0
-    checkpoint_layers(module, training.gradient_checkpointing, random=random, where=where)
+    share = training.gradient_checkpointing
+    assert share != "auto", "to be decided by the estimate before"
+    checkpoint_layers(module, share, random=random, where=where)
     return assemble(module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits)
 
 

@@ -87,7 +87,7 @@ CASES = {
     "a union": (
         "training:\n  gradient_checkpointing: maybe\n",
         "c.yaml:4: training.gradient_checkpointing is 'maybe' (text)\n"
-        "  expected: true, false, or a number above 0 and below 1",
+        "  expected: true, false, auto, or a number above 0 and below 1",
     ),
     "a misspelt key": (
         "training:\n  learning_rat: 1.0\n",

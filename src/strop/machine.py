@@ -1,0 +1,86 @@
+"""What a device has, found without touching a GPU: its memory, and of a GPU its rate of matrix products. Floor 1.
+
+A GPU is asked for by its driver's tool, and taken to reach a share of the rate that its maker publishes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MFU = 0.4
+"""Share of its published rate that a GPU is assumed to reach."""
+PUBLISHED = (
+    ("B200", 2250, 75, 8.0),
+    ("H200", 989, 67, 4.8),
+    ("H100", 989, 67, 3.35),
+    ("A100", 312, 19.5, 2.0),
+    ("L40S", 362, 91.6, 0.86),
+    ("L4", 121, 30.3, 0.3),
+    ("A10", 125, 31.2, 0.6),
+    ("4090", 165, 82.6, 1.0),
+    ("3090", 71, 35.6, 0.94),
+    ("V100", 125, 15.7, 0.9),
+    ("T4", 65, 8.1, 0.32),
+)
+"""Part of a name; dense TFLOP/s in 16 bits and in float32, TB/s, as NVIDIA's data sheets have them."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """kind: cpu or cuda. memory: bytes, or None. bandwidth: bytes a second, or None. name: of a GPU, or ""."""
+
+    kind: str
+    memory: int | None
+    bandwidth: float | None
+    name: str = ""
+
+    def rate(self, dtype: torch.dtype) -> float | None:
+        """FLOP a second of matrix products in `dtype`; None: a CPU, or a GPU that is not in the table."""
+        known = _known(self.name)
+        return None if known is None else MFU * 1e12 * (known[1] if dtype.itemsize == 2 else known[2])
+
+    def describe(self) -> str:
+        """Where the rate is from."""
+        return f"{self.name}: {MFU:.0%} of its published rate assumed"
+
+
+def machine_of(device: torch.device) -> Machine:
+    """The machine behind a device of this computer."""
+    if device.type == "cpu":
+        return Machine("cpu", _installed_memory(), None)
+    asked = [
+        "nvidia-smi",
+        f"--id={device.index or 0}",
+        "--query-gpu=name,memory.total",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        name, _, mebibytes = found.strip().rpartition(", ")
+        memory = int(mebibytes) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return Machine("cuda", None, None)
+    known = _known(name)
+    return Machine("cuda", memory, None if known is None else known[3] * 1e12 * 0.7, name)
+
+
+def _known(name: str) -> tuple[str, float, float, float] | None:
+    return next((row for row in PUBLISHED if row[0] in name.replace("-", " ")), None)
+
+
+_CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def _installed_memory() -> int | None:
+    """Bytes of the machine within the limit of its container; None: not known."""
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return None
+    limits = [int(text) for file in _CGROUPS if file.is_file() and (text := file.read_text().strip()).isdecimal()]
+    return min([machine, *limits])

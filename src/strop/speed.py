@@ -1,0 +1,113 @@
+"""How fast this processor trains an architecture: measured on a model of it with few layers. Floor 4.
+
+In: a configuration, and the lengths of a micro-batch. Out: seconds a layer and for the rest. Two models with random
+weights, of one layer and of three, take the micro-batch forward and backward and an update; what the two more layers
+cost is the layers', what is left is the rest's: embedding, head, optimizer. Nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from strop.config import RunConfig
+from strop.config.sections import ModelSection
+from strop.data.plan import Sized
+from strop.engine.optim import build_optimizer
+from strop.policy.adapters import adapters_of, add_adapters
+from strop.policy.fused import fuse
+from strop.policy.load import random_model
+from strop.policy.memory import keep_few_kernels
+from strop.policy.policy import Policy
+from strop.policy.precision import Precision
+from strop.policy.sharing import reason_against
+from strop.types import Completion, Group, GroupLengths, Origin
+
+FEW, MORE = 1, 3
+"""Layers of the two models."""
+VOCABULARY = 16_384
+"""Entries of their vocabulary, at most; the head's seconds grow with it."""
+SECONDS, MOST = 0.5, 7
+"""Of one measurement, and how often it is taken, at most."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a micro-batch, forward and backward, in one layer and in embedding and head; and those of an update of
+    the weights that train. vocabulary: entries that the head had."""
+
+    layer: float
+    rest: float
+    layer_update: float
+    rest_update: float
+    vocabulary: int
+
+
+def measure(config: RunConfig, model: ModelSection, precision: Precision, groups: Sequence[Sized]) -> Speed:
+    """The speed of training on `groups`. Draws no random number that a run would see.
+
+    Raises:
+        ModelError: the model cannot be built from its configuration with so few layers.
+    """
+    keep_few_kernels()
+    with torch.random.fork_rng(devices=[]):
+        few, vocabulary = _seconds(config, model, precision, groups, FEW)
+        more, _ = _seconds(config, model, precision, groups, MORE)
+    layer, layer_update = (max(0.0, (b - a) / (MORE - FEW)) for a, b in zip(few, more, strict=True))
+    rest, rest_update = (max(0.0, a - FEW * one) for a, one in zip(few, (layer, layer_update), strict=True))
+    return Speed(layer, rest, layer_update, rest_update, vocabulary)
+
+
+def _seconds(
+    config: RunConfig, model: ModelSection, precision: Precision, groups: Sequence[Sized], layers: int
+) -> tuple[tuple[float, float], int]:
+    """Of the micro-batch and of the update; entries of the vocabulary."""
+    adapters = adapters_of(config.lora, model)
+    dtype = precision.master if adapters is None else precision.compute
+    loaded = random_model(model, layers=layers, vocabulary=VOCABULARY, dtype=dtype)
+    vocabulary = loaded.module.get_input_embeddings().weight.shape[0]
+    module: nn.Module = loaded.module
+    if adapters is not None:
+        module = add_adapters(loaded.module, adapters, model, seed=config.seed, master=precision.master)
+    policy = Policy(module, loaded, precision, share_prefix=reason_against(loaded.config) is None)
+    fuse(module, policy.casts, policy.device)
+    batch = policy.collate([_random_group(group.lengths, vocabulary) for group in groups])
+    parameters = policy.trainable()
+    optimizer = build_optimizer(parameters, config.training)
+
+    def compute() -> None:
+        with policy.still():
+            policy(batch).sum().backward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+
+    return (_median(compute), _median(update)), vocabulary
+
+
+def _random_group(lengths: GroupLengths, vocabulary: int) -> Group:
+    random = torch.Generator().manual_seed(sum(lengths.completions))
+
+    def ids(count: int) -> array[int]:
+        return array("i", torch.randint(vocabulary, (count,), generator=random).tolist())
+
+    completions = tuple(Completion(ids(n), bytes([1]) * n) for n in lengths.completions)
+    return Group(ids(lengths.prompt), completions, Origin("random", 1))
+
+
+def _median(work: Callable[[], None]) -> float:
+    """Seconds of the median call, the first left out."""
+    work()
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < SECONDS and len(seconds) < MOST):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

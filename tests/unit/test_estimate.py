@@ -1,0 +1,186 @@
+"""The estimate: right in its parts, monotone in what it should be, and honest where it knows nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from strop.config import load_config, resolve
+from strop.data.plan import packed_tokens
+from strop.dryrun import dry_run
+from strop.errors import ModelError
+from strop.estimate import (
+    Estimate,
+    estimate,
+    planned_precision,
+    prediction,
+    saved_per_token,
+    shape_of,
+    with_checkpointing,
+)
+from strop.machine import Machine, machine_of
+from strop.policy.policy import build_policy
+from strop.prepared import Prepared, prepare, with_budget
+
+CPU = Machine("cpu", 2**34, None)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, model_dir: Path) -> Callable[..., Prepared]:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"question {i}", "chosen": "yes " * (20 + i), "rejected": "no " * 25} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(**keys: Any) -> Prepared:
+        base = {"models.0.huggingface_id": str(model_dir), "dataset.train_file": str(path), "method": "dpo"}
+        config = resolve(load_config(overrides={**base, **keys}))
+        return prepare(config, config.models[0])
+
+    return make
+
+
+def guess(prepared: Prepared, machine: Machine = CPU, *, timed: bool = False) -> Estimate:
+    settled = with_budget(prepared, packed_tokens, machine.kind)
+    return estimate(settled, machine, planned_precision(prepared.config, machine), packed_tokens, timed=timed)
+
+
+@pytest.mark.parametrize("lora", [{}, {"r": 4, "lora_dropout": 0.0}], ids=["full", "lora"])
+def test_weights_are_counted_as_they_are(lora: dict[str, Any], prepared: Callable[..., Prepared]) -> None:
+    found = prepared(**lora)
+    policy = build_policy(found.config, found.model, torch.device("cpu"))
+    shape = shape_of(found)
+    trained = sum(p.numel() for p in policy.trainable().values())
+    parts = guess(found).parts
+    assert parts["weights"] == sum(4 * p.numel() for p in policy.parameters())
+    assert (parts["gradients"], parts["optimizer"]) == (4 * trained, 8 * trained)
+    assert shape.adapters == (trained if lora else 0)
+
+
+@pytest.mark.parametrize("lora", [{}, {"r": 4, "lora_dropout": 0.0}, {"r": 4}], ids=["full", "lora", "dropout"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_what_a_layer_keeps_is_what_autograd_keeps(
+    lora: dict[str, Any], bf16: bool, prepared: Callable[..., Prepared]
+) -> None:
+    """Within a fifth: the table of bytes a token against the tensors saved by a forward pass."""
+    found = prepared(bf16=bf16, **lora)
+    policy = build_policy(found.config, found.model, torch.device("cpu"))
+    groups = [found.data.train[i] for i in range(4)]
+    batch = policy.collate(groups)
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if (place not in weights and batch.input_ids.shape[1] in tensor.shape) or tensor.ndim == 4:
+            saved[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        policy(batch)
+    measured = sum(t.untyped_storage().nbytes() for t in saved.values())
+    shape, precision = shape_of(found), policy.precision
+    predicted = shape.layers * saved_per_token(shape, found.config, precision, "cpu") * batch.num_tokens
+    assert predicted == pytest.approx(measured, rel=0.2)
+
+
+def test_it_grows_and_shrinks_as_it_should(prepared: Callable[..., Prepared]) -> None:
+    plain = guess(prepared())
+    assert guess(prepared(gradient_checkpointing=True)).peak < plain.peak
+    assert guess(prepared(gradient_checkpointing=True)).flops > plain.flops
+    assert guess(prepared(r=4)).flops < plain.flops
+    assert guess(prepared(per_device_train_batch_size=8)).parts["activations"] > 2 * plain.parts["activations"]
+    assert guess(prepared(optim="adamw_8bit")).parts["optimizer"] == plain.parts["optimizer"] // 4
+    assert guess(prepared(ref_sync_steps=2)).parts["reference"] == plain.parts["weights"]
+
+
+def test_auto_takes_the_smallest_share_that_fits(prepared: Callable[..., Prepared]) -> None:
+    key = "training.gradient_checkpointing"
+    without, whole = (guess(prepared(gradient_checkpointing=share)).peak / 0.9 for share in (False, True))
+    for memory, share in ((without + 1, 0), (whole + 1, 2), (1, 2)):
+        machine = Machine("cpu", int(memory), None)
+        asked = prepared(gradient_checkpointing="auto")
+        found = with_checkpointing(asked, machine, planned_precision(asked.config, machine))
+        chosen = found.config.training.gradient_checkpointing
+        assert (max(1, round(2 * chosen)) if chosen else 0) == share  # of two layers
+        assert found.config.origins[key].startswith("auto: ")
+    unknown = Machine("cuda", None, None)
+    found = with_checkpointing(asked, unknown, planned_precision(asked.config, unknown))
+    assert found.config.training.gradient_checkpointing is True
+    assert "not known" in found.config.origins[key]
+
+
+def test_what_does_not_fit_is_said_with_ways(prepared: Callable[..., Prepared]) -> None:
+    small = guess(prepared(), Machine("cpu", 2**20, None))
+    assert not small.fits
+    *_, last = small.lines()
+    assert last.startswith("note: ") and last.index("micro_batch_tokens") < last.index("gradient_checkpointing")
+    assert any("left out" in line for line in guess(prepared()).lines())
+
+
+def test_a_gpu_is_looked_up_by_name(prepared: Callable[..., Prepared]) -> None:
+    known = Machine("cuda", 80 * 2**30, 2e12, "NVIDIA H100 80GB HBM3")
+    rate = known.rate(torch.bfloat16)
+    assert rate == pytest.approx(0.4 * 989e12) and "assumed" in known.describe()
+    strange = Machine("cuda", 2**30, None, "Some GPU")
+    assert strange.rate(torch.float32) is None
+    found = guess(prepared(), strange)
+    assert found.steps is None and not any("time:" in line for line in found.lines())
+    assert planned_precision(prepared(auto_precision=True).config, known).compute is torch.bfloat16
+    assert planned_precision(prepared(auto_precision=True).config, CPU).compute is torch.float32
+
+
+def test_this_machine_is_known() -> None:
+    machine = machine_of(torch.device("cpu"))
+    assert machine.memory and machine.memory > 2**27
+    assert machine.rate(torch.float32) is None  # a CPU is timed instead
+
+
+@pytest.mark.parametrize("keys", [{}, {"r": 4}, {"method": "kto"}, {"micro_batch_tokens": 100}], ids=str)
+def test_a_cpu_is_timed_with_layers_of_the_model(keys: dict[str, Any], prepared: Callable[..., Prepared]) -> None:
+    drawn = torch.random.get_rng_state()
+    found = guess(prepared(**keys), timed=True)
+    assert found.steps is not None and all(0 < s < 60 for s in found.steps)
+    assert any(line.startswith("predicted time: ") for line in found.lines())
+    assert torch.equal(drawn, torch.random.get_rng_state())  # or a run would not be the same with it
+
+
+def test_longer_rows_are_predicted_to_take_longer(prepared: Callable[..., Prepared]) -> None:
+    h100 = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
+    short = guess(prepared(max_seq_length=40), h100).steps
+    long = guess(prepared(), h100).steps
+    assert short is not None and long is not None and all(a < b for a, b in zip(short, long, strict=True))
+
+
+def test_a_continued_adapter_is_counted_with_its_own_rank(
+    prepared: Callable[..., Prepared], tmp_path: Path, model_dir: Path
+) -> None:
+    first = prepared(r=3, target_modules=["q_proj"])
+    policy = build_policy(first.config, first.model, torch.device("cpu"))
+    policy.save_pretrained(tmp_path / "adapter", first.tokenizer)
+    continued = prepared(**{"models.0.adapter": str(tmp_path / "adapter")})
+    assert shape_of(continued).adapters == shape_of(first).adapters > 0
+    assert guess(continued, timed=True).steps
+
+
+def test_a_model_that_cannot_be_described_costs_only_the_prediction(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Any) -> None:
+        raise ModelError("its code needs a file")
+
+    monkeypatch.setattr("strop.estimate.shape_of", fails)
+    found = with_budget(prepared(), packed_tokens, "cpu")
+    lines = prediction(found, CPU, planned_precision(found.config, CPU), packed_tokens)
+    assert lines == ["no prediction of memory and time: its code needs a file"]
+
+
+def test_the_dry_run_shows_it(prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(prepared(gradient_checkpointing="auto").config)
+    said = capsys.readouterr().out
+    assert "predicted peak memory: " in said and "predicted time: " in said
+    assert "auto: by the estimate of memory" in said
