@@ -56,7 +56,7 @@ class Findings:
         share = 100 * self.length["chosen_is_longer"]
         words = f"chosen completions have {chosen:.0f} tokens and rejected ones {rejected:.0f} (mean), chosen is longer"
         biased = max(chosen, rejected) > MUCH_LONGER * min(chosen, rejected)
-        note = "; length alone tells much, so watch for length drift" if biased else ""
+        note = "; training may drift to that length, so watch it" if biased else ""
         yield f"{words} in {share:.0f} % of the pairs{note}"
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,14 @@ class Prepared:
 
     def lines(self) -> list[str]:
         """The same in words."""
-        lines = [f"{self.num_read} rows read"]
+        lines = [f"{self.num_read} row{'s' * (self.num_read != 1)} read"]
         lines += [f"{n} refused: {reason}" for reason, n in self.refused.most_common()]
         lines += [f"{self.duplicates} dropped: there before, word for word"] if self.duplicates else []
         lines += [f"{self.leaks} left out of the validation rows: their prompt is trained on"] if self.leaks else []
         for name, facts in self.splits.items():
-            length = facts["characters"]
-            lines.append(f"{name}: {facts['rows']} rows, {length['p50']} characters (median), {length['max']} at most")
+            length, count = facts["characters"], facts["rows"]
+            long = f", {length['p50']} characters (median), {length['max']} at most" if count else ""
+            lines.append(f"{name}: {count} row{'s' * (count != 1)}{long}")
         return lines
 
 
@@ -155,7 +157,10 @@ def prepare(options: Any) -> list[str]:
     if not options.output_dir:
         raise ConfigError("--output-dir is missing", fix="see strop prepare --help")
     if bool(options.input) == bool(options.example):
-        raise ConfigError("one of --input and --example has to be given", fix="see strop prepare --help")
+        found = "--input and --example are both given" if options.input else "neither --input nor --example is given"
+        raise ConfigError(found, expected="one of the two", fix="see strop prepare --help")
+    if not 0 <= options.seed < 2**32:
+        raise ConfigError(f"--seed is {options.seed}", expected="a whole number of at least 0 and below 4294967296")
     if not 0 <= options.val_fraction < 1:
         raise ConfigError(f"--val-fraction is {options.val_fraction}", expected="a share of at least 0 and below 1")
     method, folder = options.example or options.method, Path(options.output_dir)
@@ -176,9 +181,10 @@ def prepare(options: Any) -> list[str]:
 
 
 def _write_example(method: str, folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"example.{method}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES[method]), encoding="utf-8")
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES[method]), encoding="utf-8")
     return str(path)
 
 
@@ -241,7 +247,7 @@ def _hash(value: Any) -> bytes:
 def _write(
     folder: Path, splits: Mapping[str, Sequence[_Kept]], result: Prepared, rejected: Sequence[Mapping[str, Any]]
 ) -> None:
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in splits.items():
             with (folder / name).open("w", encoding="utf-8", newline="\n") as file:
@@ -250,5 +256,13 @@ def _write(
             with (folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rejected)
         (folder / "statistics.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"the files cannot be written: {error.strerror or error}", where=str(folder)) from error
+        raise DataError(
+            f"the files cannot be written: {error.strerror or error}", where=str(folder), fix="name another folder"
+        ) from error

@@ -69,9 +69,9 @@ def test_a6_length_bias(load: Make) -> None:
     data = load([pair(i, "good " * 20 if i else "x", "bad") for i in range(4)])
     length = data.report.findings["train"].length
     assert length["chosen_is_longer"] == 0.75 and length["mean_chosen"] > 2 * length["mean_rejected"]
-    assert "length alone tells much" in "\n".join(data.report.lines())
+    assert "may drift to that length" in "\n".join(data.report.lines())
     even = load([pair(i) for i in range(4)])
-    assert "length alone" not in "\n".join(even.report.lines())
+    assert "may drift" not in "\n".join(even.report.lines())
     single = load([{"prompt": "q", "completion": "x"}, {"prompt": "r", "completion": "x"}])
     assert single.report.findings["train"].length == {}
 

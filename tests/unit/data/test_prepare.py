@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,44 @@ def test_b6_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.Captur
     out = str(tmp_path / "out")
     columns = ["--prompt-column", "q", "--chosen-column", "good", "--rejected-column", "bad"]
     assert main(["prepare", "--input", path, "--output-dir", out, "--method", "dpo", *columns]) == 0
-    assert "train.dpo.jsonl: 1 rows" in capsys.readouterr().out
+    assert "train.dpo.jsonl: 1 row, " in capsys.readouterr().out
     for arguments, words in (
         (["--input", path], "--output-dir"),
-        (["--output-dir", out], "--input and --example"),
+        (["--output-dir", out], "neither --input nor --example"),
         (["--input", path, "--example", "sft", "--output-dir", out], "--input and --example"),
         (["--input", path, "--output-dir", out, "--val-fraction", "1"], "--val-fraction"),
         (["--input", str(tmp_path / "none.jsonl"), "--output-dir", out + "2"], "there is no such file"),
     ):
         assert main(["prepare", *arguments]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--input rows.jsonl --example sft --output-dir out", "--input and --example are both given"),
+        ("--output-dir out", "neither --input nor --example is given"),
+        ("--input rows.jsonl --output-dir out --seed -1", "--seed is -1"),
+        ("--input rows.jsonl --output-dir rows.jsonl", "there already|cannot be written|Not a directory"),
+        ("--example dpo --output-dir rows.jsonl", "the files cannot be written"),
+    ],
+)
+def test_b6_flags_that_do_not_fit_are_refused(
+    flags: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row)
+    assert main(["prepare", *flags.split()]) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert (tmp_path / "rows.jsonl").read_text() == row
+
+
+def test_b6_a_split_without_rows_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    assert main(["prepare", "--input", "rows.jsonl", "--output-dir", "out", "--val-fraction", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "1 row read" in said and ": 0 rows\n" in said
