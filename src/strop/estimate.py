@@ -22,11 +22,10 @@ from torch import nn
 from strop.config import RunConfig
 from strop.data.plan import RowTokens, Sized, cut, lengths, packed_tokens
 from strop.engine.memory import ways_to_fit
-from strop.errors import ModelError
 from strop.machine import Machine
 from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
 from strop.policy.folder import place_of
-from strop.policy.load import empty_model, model_config
+from strop.policy.load import CannotBuildError, empty_model, model_config
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows
 from strop.policy.memory import KERNELS
 from strop.policy.precision import Precision
@@ -50,8 +49,8 @@ BESIDES = 1.15
 OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2"})
 """Linear layers at the end of an attention or feed-forward block; the others of a block share its input."""
 LEFT_OUT = (
-    "reading the data, the reference's pass before the first step, evaluations, checkpoints, fragmentation, "
-    "modules_to_save; of mixtures of experts all experts are counted"
+    "reading the data, the reference's pass before the first step, evaluations, checkpoints, what a GPU's allocator "
+    "leaves unused, modules_to_save; of mixtures of experts all experts are counted"
 )
 
 
@@ -121,7 +120,8 @@ def estimate(
     speed, which takes a few seconds; else its time is not predicted.
 
     Raises:
-        ModelError: the model cannot be built from its configuration.
+        CannotBuildError: the architecture needs more than its configuration.
+        ModelError: the adapters do not fit the model.
     """
     config, training = prepared.config, prepared.config.training
     shape = shape_of(prepared)
@@ -163,24 +163,33 @@ def with_checkpointing(
     if prepared.config.training.gradient_checkpointing != "auto":
         return prepared
     key = "training.gradient_checkpointing"
+
+    def chosen(share: bool | float, why: str) -> Prepared:
+        return replace(prepared, config=prepared.config.with_values({key: share}, f"auto: {why}"))
+
     if machine.memory is None:
-        origin = "auto: the device's memory is not known"
-        return replace(prepared, config=prepared.config.with_values({key: True}, origin))
+        return chosen(True, "the device's memory is not known")
     for share in SHARES:
-        config = prepared.config.with_values({key: share}, "auto: by the estimate of memory")
-        chosen = replace(prepared, config=config)
-        if estimate(with_budget(chosen, tokens, machine.kind), machine, precision, tokens).fits:
-            break
-    return chosen
+        found = chosen(share, "by the estimate of memory")
+        try:
+            if estimate(with_budget(found, tokens, machine.kind), machine, precision, tokens).fits:
+                break
+        except CannotBuildError:
+            return chosen(True, "there is no estimate of memory for this architecture")
+    return found
 
 
 def prediction(
     prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens, *, timed: bool = False
 ) -> list[str]:
-    """The lines of the estimate, or why there is none."""
+    """The lines of the estimate, or why there is none.
+
+    Raises:
+        ModelError: the configuration does not fit the model, so that a run would fail.
+    """
     try:
         return list(estimate(prepared, machine, precision, tokens, timed=timed).lines())
-    except ModelError as error:
+    except CannotBuildError as error:
         return [f"no prediction of memory and time: {error.found}"]
 
 
@@ -311,7 +320,7 @@ def _memory(
         "activations": activations,
         "head": head + casts,
         "passing": passing,
-        "holes": HOLES.get(device, 0.0) * (activations + passing),
+        "allocator": HOLES.get(device, 0.0) * (activations + passing),
         "process": PROCESS.get(device, PROCESS["cuda"]),
     }
     if device == "cpu" and precision.is_low:

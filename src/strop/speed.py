@@ -53,7 +53,7 @@ def measure(config: RunConfig, model: ModelSection, precision: Precision, groups
     """The speed of training on `groups`. Draws no random number that a run would see.
 
     Raises:
-        ModelError: the model cannot be built from its configuration with so few layers.
+        CannotBuildError: the architecture cannot be built with so few layers.
     """
     keep_few_kernels()
     with torch.random.fork_rng(devices=[]):

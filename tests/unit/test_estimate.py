@@ -24,6 +24,7 @@ from strop.estimate import (
     with_checkpointing,
 )
 from strop.machine import Machine, machine_of
+from strop.policy.load import CannotBuildError
 from strop.policy.policy import build_policy
 from strop.prepared import Prepared, prepare, with_budget
 
@@ -171,12 +172,14 @@ def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(_: Any) -> None:
-        raise ModelError("its code needs a file")
+        raise CannotBuildError("its code needs a file")
 
     monkeypatch.setattr("strop.estimate.shape_of", fails)
     found = with_budget(prepared(), packed_tokens, "cpu")
     lines = prediction(found, CPU, planned_precision(found.config, CPU), packed_tokens)
     assert lines == ["no prediction of memory and time: its code needs a file"]
+    auto = with_checkpointing(prepared(gradient_checkpointing="auto"), CPU, planned_precision(found.config, CPU))
+    assert auto.config.training.gradient_checkpointing is True
 
 
 def test_the_dry_run_shows_it(prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,3 +187,8 @@ def test_the_dry_run_shows_it(prepared: Callable[..., Prepared], capsys: pytest.
     said = capsys.readouterr().out
     assert "predicted peak memory: " in said and "predicted time: " in said
     assert "auto: by the estimate of memory" in said
+
+
+def test_the_dry_run_knows_which_layers_there_are(prepared: Callable[..., Prepared]) -> None:
+    with pytest.raises(ModelError, match="no_such_proj"):
+        dry_run(prepared(target_modules=["no_such_proj"]).config)

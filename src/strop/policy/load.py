@@ -230,7 +230,7 @@ def empty_model(model: ModelSection) -> PreTrainedModel:
     """The model built from its configuration on torch's meta device: shapes without weights.
 
     Raises:
-        ModelError: its configuration does not suffice.
+        CannotBuildError: its configuration does not suffice.
     """
     config = model_config(model)
     with _building(model), torch.device("meta"):
@@ -243,7 +243,7 @@ def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: to
     """A model of the same architecture with so many layers and at most so many tokens, whose weights mean nothing.
 
     Raises:
-        ModelError: the architecture cannot be built so.
+        CannotBuildError: the architecture cannot be built so.
     """
     config = model_config(model)
     text = config.get_text_config()
@@ -267,13 +267,17 @@ def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: to
     return LoadedModel(module.train(), dtype, config)
 
 
+class CannotBuildError(ModelError):
+    """The architecture needs more than its configuration, which is no fault of the run."""
+
+
 @contextmanager
 def _building(model: ModelSection) -> Iterator[None]:
     try:
         with quiet():
             yield
     except LOAD_ERRORS as error:
-        raise ModelError(
+        raise CannotBuildError(
             f"it cannot be built from config.json alone: {first_line(error)}", where=place_of(model)
         ) from error
 
