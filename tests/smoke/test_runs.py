@@ -277,6 +277,12 @@ def test_what_fails_before_the_first_step_leaves_no_run(
     assert runs(keys).steps() == [1]
 
 
+def test_gradients_of_exactly_0_are_said_once(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hinge that every pair has passed."""
+    runs(loss_type="hinge", beta=1e6, num_epochs=4)
+    assert capsys.readouterr().err.count("every gradient is exactly 0") == 1
+
+
 def test_weights_that_are_not_finite_are_no_final_model(runs: Any) -> None:
     config = runs.config(output_dir=str(runs.new_folder()), max_steps=1, weight_decay=1e300)
     with pytest.raises(CheckpointError, match="no final model after step 1: NaN or infinity in"):

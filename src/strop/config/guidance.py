@@ -80,5 +80,12 @@ def _advice(config: RunConfig) -> Iterator[str]:
             "post_training.use_ref_model false changes nothing under LoRA: the reference is the model without its new "
             "adapter, and takes no memory of its own"
         )
+    options = config.finetuning
+    if options.greater_is_better not in (None, _greater_is_better(options)):
+        best = "highest" if options.greater_is_better else "lowest"
+        yield (
+            f"finetuning.greater_is_better is {str(options.greater_is_better).lower()}: the best model will be the one "
+            f"with the {best} {options.metric_for_best_model}"
+        )
     if training.auto_precision and (training.bf16 is not None or training.fp16 is not None):
         yield "training.auto_precision changes nothing: bf16 or fp16 is given"

@@ -98,6 +98,7 @@ class Loop:
         self.state = TrainState()
         self.window = MetricWindow()
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
+        self._stood_still = False
 
     # -- the road ----------------------------------------------------------------------------------------------------
 
@@ -217,6 +218,12 @@ class Loop:
                 group["lr"] = rate
             logged = step % self.training.logging_steps == 0 or step == self.plan.num_steps
             probe = UpdateProbe(self.parameters) if logged else None
+            if norm == 0.0 and not self._stood_still:
+                self._stood_still = True
+                self.outputs.note(
+                    f"step {step}: every gradient is exactly 0, so this step changes nothing; either the loss cannot "
+                    "fall any further on these rows (a lower beta?), or no weight that trains has a part in it"
+                )
             self.scaler.step(self.optimizer)
             self.state.skipped_in_a_row = 0
             self.window.add_means(

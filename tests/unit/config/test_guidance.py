@@ -73,6 +73,7 @@ def test_resolving_is_idempotent_and_the_same_for_python_and_yaml() -> None:
         ({"method": "dpo", "beta": 3.0}, "beta"),
         ({"method": "dpo", "use_ref_model": False, "lora.enabled": True}, "use_ref_model"),
         ({"auto_precision": True, "bf16": False}, "auto_precision"),
+        ({"greater_is_better": True}, "highest eval_loss"),
     ],
 )
 def test_values_that_are_warned_of(overrides: dict[str, Any], word: str) -> None:
@@ -88,6 +89,8 @@ def test_values_that_are_warned_of(overrides: dict[str, Any], word: str) -> None
         {"method": "dpo"},
         {"method": "dpo", "learning_rate": 1e-5, "beta": 1.0},
         {"method": "dpo", "learning_rate": 1e-7, "beta": 0.01},
+        {"greater_is_better": False},
+        {"method": "dpo", "metric_for_best_model": "rewards/accuracies", "greater_is_better": True},
         {"method": "dpo", "use_ref_model": False},
         {"auto_precision": True},
     ],
