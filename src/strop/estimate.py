@@ -18,14 +18,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from strop.config import RunConfig
 from strop.data.plan import RowTokens, Sized, cut, lengths, packed_tokens
 from strop.engine.memory import ways_to_fit
 from strop.machine import Machine
 from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
-from strop.policy.folder import place_of
-from strop.policy.load import CannotBuildError, empty_model, model_config
+from strop.policy.folder import first_line, place_of
+from strop.policy.load import LOAD_ERRORS, CannotBuildError, empty_model, model_config
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows
 from strop.policy.memory import KERNELS
 from strop.policy.precision import Precision
@@ -69,7 +70,6 @@ class Shape:
     vocabulary: int
     matrix: int
     others: int
-    head_tied: bool
     adapters: int = 0
     adapted: float = 0.0
     distinct: float = 0.0
@@ -220,38 +220,47 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
 
 
 def shape_of(prepared: Prepared) -> Shape:
-    """The model in numbers, built without weights."""
-    model, config = prepared.model, model_config(prepared.model)
+    """The model in numbers, built without weights.
+
+    Raises:
+        CannotBuildError: the architecture needs more than its configuration.
+        ModelError: the adapters do not fit the model.
+    """
+    model = prepared.model
     module = empty_model(model)
-    text = config.get_text_config()
+    try:
+        shape = _without_adapters(module, model_config(model).get_text_config())
+    except LOAD_ERRORS as error:  # an architecture whose configuration has other names, or one a layer
+        found = f"its config.json does not say how large it is: {first_line(error)}"
+        raise CannotBuildError(found, where=place_of(model)) from error
+    lora = adapters_of(prepared.config.lora, model)
+    if lora is None:
+        return shape
+    targets = resolve_targets(module, lora.target_modules, place_of(model))
+    linears = linear_layers(module)
+    sides = {n: _sides(m) for n, m in linears.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+    adapters = lora.r * sum(i + o for i, o in sides.values())
+    adapted = sum(i for i, _ in sides.values()) / shape.layers
+    shared = {(n.rpartition(".")[0], n.rpartition(".")[2] in OUTPUTS): i for n, (i, _) in sides.items()}
+    return replace(shape, adapters=adapters, adapted=adapted, distinct=sum(shared.values()) / shape.layers)
+
+
+def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
     heads = getattr(text, "num_attention_heads", 1)
     width = text.hidden_size
     head_dim = getattr(text, "head_dim", None) or width // heads
-    linears = linear_layers(module)
-    matrix = sum(layer.weight.numel() for layer in linears.values())  # type: ignore[operator, misc]
-    head = module.get_output_embeddings()
-    total = sum(p.numel() for p in module.parameters())
-    shape = Shape(
+    matrix = sum(layer.weight.numel() for layer in linear_layers(module).values())  # type: ignore[operator, misc]
+    return Shape(
         width=width,
         inner=getattr(text, "intermediate_size", None) or 4 * width,
         queries=heads * head_dim,
         keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
         heads=heads,
         layers=text.num_hidden_layers,
-        vocabulary=head.weight.shape[0],
+        vocabulary=module.get_output_embeddings().weight.shape[0],
         matrix=matrix,
-        others=total - matrix,
-        head_tied=head.weight is module.get_input_embeddings().weight,
+        others=sum(p.numel() for p in module.parameters()) - matrix,
     )
-    lora = adapters_of(prepared.config.lora, model)
-    if lora is None:
-        return shape
-    targets = resolve_targets(module, lora.target_modules, place_of(model))
-    sides = {n: _sides(m) for n, m in linears.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
-    adapters = lora.r * sum(i + o for i, o in sides.values())
-    adapted = sum(i for i, _ in sides.values()) / shape.layers
-    shared = {(n.rpartition(".")[0], n.rpartition(".")[2] in OUTPUTS): i for n, (i, _) in sides.items()}
-    return replace(shape, adapters=adapters, adapted=adapted, distinct=sum(shared.values()) / shape.layers)
 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:
