@@ -132,20 +132,12 @@ def as_text(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
     return {"prompt": prompt, **sides}
 
 
-def run_trl(
-    method: str, start: Path, train_rows: Path, out: Path, args: argparse.Namespace
-) -> tuple[Path, list[float]]:
+def trl_trainer(method: str, s: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """TRL's trainer for strop's settings `s`, the class of its own, and what these become."""
     import trl
-    from datasets import Dataset
     from trl.experimental import cpo, orpo
 
-    config = strop.load_config(write_config(method, start, train_rows, out, args))
-    prepared = prepare(config, config.models[0])
-    plan = prepared.plan
-    rows = [json.loads(line) for line in train_rows.read_text(encoding="utf-8").splitlines()]
-    places = [prepared.data.train[i].origin.line - 1 for s in range(1, plan.num_steps + 1) for i in plan.groups(s)]
     name, _, loss = method.partition(":")
-    s: Any = config.post_training
     makers: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "dpo": (trl.DPOTrainer, trl.DPOConfig, {"loss_type": loss or "sigmoid"}),
         "ipo": (trl.DPOTrainer, trl.DPOConfig, {"loss_type": "ipo"}),
@@ -159,6 +151,20 @@ def run_trl(
         own |= {"beta": s.simpo_beta, "simpo_gamma": s.simpo_beta * s.simpo_gamma}
     else:
         own |= {"beta": s.beta}
+    return trainer_class, config_class, own
+
+
+def run_trl(
+    method: str, start: Path, train_rows: Path, out: Path, args: argparse.Namespace
+) -> tuple[Path, list[float]]:
+    from datasets import Dataset
+
+    config = strop.load_config(write_config(method, start, train_rows, out, args))
+    prepared = prepare(config, config.models[0])
+    plan = prepared.plan
+    rows = [json.loads(line) for line in train_rows.read_text(encoding="utf-8").splitlines()]
+    places = [prepared.data.train[i].origin.line - 1 for s in range(1, plan.num_steps + 1) for i in plan.groups(s)]
+    trainer_class, config_class, own = trl_trainer(method, config.post_training)
     given = config_class(
         output_dir=str(out / "trl"),
         max_steps=args.steps,
@@ -184,6 +190,7 @@ def run_trl(
         return AutoModelForCausalLM.from_pretrained(start, dtype="float32")
 
     tokenizer = AutoTokenizer.from_pretrained(start)
+    name = method.partition(":")[0]
     if name in ("orpo", "simpo", "cpo"):
         rows = [as_text(row, tokenizer) for row in rows]
     reference = {"ref_model": load()} if name in ("dpo", "ipo", "kto") else {}

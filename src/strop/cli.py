@@ -199,8 +199,7 @@ def _demo(arguments: list[str]) -> int:
     parser.once("--seed", type=int, default=0)
     parser.once("--output-dir", default="runs/demo")
     options = parser.parse_args(arguments)
-    if not 0 <= options.seed < 2**32:
-        raise ConfigError(f"--seed is {options.seed}", expected="a whole number of at least 0 and below 4294967296")
+    _check_seed(options.seed)
     log_to_terminal("info")
 
     from strop.demo import run_demo
@@ -226,8 +225,14 @@ def _prepare(arguments: list[str]) -> int:
     for name in ("prompt", "chosen", "rejected", "completion"):
         parser.once(f"--{name}-column", default=name)
     options = parser.parse_args(arguments)
+    _check_seed(options.seed)
     log_to_terminal("info")
     return _print("\n".join(prepare(options)) + "\n")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed is {seed}", expected="a whole number of at least 0 and below 4294967296")
 
 
 def _schema(arguments: list[str]) -> int:

@@ -13,26 +13,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from strop.config import RunConfig
-from strop.data.plan import RowTokens, Sized, cut, lengths, packed_tokens
+from strop.data.plan import RowTokens, Sized, packed_tokens
 from strop.engine.memory import ways_to_fit
 from strop.machine import Machine
-from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
-from strop.policy.folder import first_line, place_of
-from strop.policy.load import LOAD_ERRORS, CannotBuildError, empty_model, model_config
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows
 from strop.policy.memory import KERNELS
+from strop.policy.outline import CannotBuildError, Shape, shape_of
 from strop.policy.precision import Precision
 from strop.policy.tiles import KEPT_BYTES
 from strop.prepared import Prepared, with_budget
-from strop.speed import Speed, measure
+from strop.speed import measure
 
 MIB = 2**20
 ROOM = 0.9
@@ -47,34 +44,10 @@ PASSES = 6.0
 """How often what is saved for the backward pass moves through memory in a step: written, read, its gradient, copies."""
 BESIDES = 1.15
 """What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging."""
-OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2"})
-"""Linear layers at the end of an attention or feed-forward block; the others of a block share its input."""
 LEFT_OUT = (
     "reading the data, the reference's pass before the first step, evaluations, checkpoints, what a GPU's allocator "
     "leaves unused, modules_to_save; of mixtures of experts all experts are counted"
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model in numbers: width D, feed-forward width I, attention widths (queries A, keys and values K), heads of
-    queries, layers, vocabulary; matrix: weights of all linear layers but the head; others: all further weights, tied
-    ones once."""
-
-    width: int
-    inner: int
-    queries: int
-    keys: int
-    heads: int
-    layers: int
-    vocabulary: int
-    matrix: int
-    others: int
-    adapters: int = 0
-    adapted: float = 0.0
-    distinct: float = 0.0
-    """adapters: their weights. adapted: inputs of adapted layers, in elements a token a layer; distinct: those that
-    several of them share (q, k, v; gate, up) counted once."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +68,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.memory is None or self.peak <= ROOM * self.memory
+        return _fits(self.parts, self.memory)
 
     def lines(self) -> Iterator[str]:
         """For a person."""
@@ -113,6 +86,10 @@ class Estimate:
             yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
 
 
+def _fits(parts: Mapping[str, int], memory: int | None) -> bool:
+    return memory is None or sum(parts.values()) <= ROOM * memory
+
+
 def estimate(
     prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens, *, timed: bool = False
 ) -> Estimate:
@@ -123,37 +100,22 @@ def estimate(
         CannotBuildError: the architecture needs more than its configuration.
         ModelError: the adapters do not fit the model.
     """
-    config, training = prepared.config, prepared.config.training
-    shape = shape_of(prepared)
-    budget = training.micro_batch_tokens
-    assert budget is not None
-    sized, plan = lengths(prepared.data.train), prepared.plan
-    num_steps = min(plan.steps_per_epoch, plan.num_steps)
-    cuts = [cut(sized, plan.groups(step), budget, tokens) for step in range(1, num_steps + 1)]
-    steps = [[_Work.of([sized[i] for i in part], tokens) for part in parts] for parts in cuts]
-    work = {part for step in steps for part in step}
-    synced = prepared.objective.ref_sync is not None
-    needs = [_memory(shape, part, config, precision, machine.kind, synced) for part in work]
-    memory = max(needs, key=lambda parts: sum(parts.values()))
-    flops = [sum(_flops(shape, part, config) for part in step) for step in steps]
-    seconds, source = None, "not known"
+    config, shape = prepared.config, shape_of(prepared.config.lora, prepared.model)
+    steps = _epoch(prepared, tokens)
+    seconds: list[float] | None
     if machine.kind == "cpu" and timed:
-        parts = sorted((part for parts in cuts for part in parts), key=lambda part: tokens([sized[i] for i in part]))
-        typical = [sized[i] for i in parts[len(parts) // 2]]
-        speed = measure(config, prepared.model, precision, typical)
-        one = _Work.of(typical, tokens)
-        seconds = [BESIDES * _seconds(shape, speed, one, step, config) + _update(shape, speed) for step in steps]
+        seconds = _timed(prepared, shape, steps, precision, tokens)
         source = "layers of this architecture timed on this processor"
-    elif (rate := machine.rate(precision.compute)) is not None:
-        token = PASSES * shape.layers * saved_per_token(shape, config, precision, machine.kind)
-        moved = [token * sum(part.tokens for part in step) + 4 * 7 * _trained(shape) for step in steps]
-        bandwidth, source = machine.bandwidth or math.inf, machine.describe()
-        seconds = [f / rate + m / bandwidth for f, m in zip(flops, moved, strict=True)]
+    else:
+        seconds, source = _published(shape, steps, config, precision, machine), machine.describe()
     if seconds is not None:  # passes without gradients, a third or a quarter of a training pass
-        again = (prepared.objective.whole_step and max(map(len, steps)) > 1) + synced
+        twice = prepared.objective.whole_step and max(map(len, steps)) > 1
+        again = twice + (prepared.objective.ref_sync is not None)
         seconds = [s * (1 + again / (3 if shape.adapters else 4)) for s in seconds]
-    ways = _ways(config, max(part.longest for part in work))
-    return Estimate(memory, seconds, sum(flops) / num_steps, machine.memory, source, ways)
+    flops = sum(_flops(shape, part, config) for step in steps for part in step) / len(steps)
+    ways = _ways(config, max(part.longest for step in steps for part in step))
+    memory = _peak(prepared, shape, steps, precision, machine)
+    return Estimate(memory, seconds, flops, machine.memory, source, ways)
 
 
 def with_checkpointing(
@@ -169,13 +131,15 @@ def with_checkpointing(
 
     if machine.memory is None:
         return chosen(True, "the device's memory is not known")
+    settled = with_budget(prepared, tokens, machine.kind)
+    try:
+        shape, steps = shape_of(settled.config.lora, settled.model), _epoch(settled, tokens)
+    except CannotBuildError:
+        return chosen(True, "there is no estimate of memory for this architecture")
     for share in SHARES:
         found = chosen(share, "by the estimate of memory")
-        try:
-            if estimate(with_budget(found, tokens, machine.kind), machine, precision, tokens).fits:
-                break
-        except CannotBuildError:
-            return chosen(True, "there is no estimate of memory for this architecture")
+        if _fits(_peak(found, shape, steps, precision, machine), machine.memory):
+            break
     return found
 
 
@@ -219,55 +183,6 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
     return kept + (inputs + shape.width + 2 * shape.inner) * c
 
 
-def shape_of(prepared: Prepared) -> Shape:
-    """The model in numbers, built without weights.
-
-    Raises:
-        CannotBuildError: the architecture needs more than its configuration.
-        ModelError: the adapters do not fit the model.
-    """
-    model = prepared.model
-    module = empty_model(model)
-    try:
-        shape = _without_adapters(module, model_config(model).get_text_config())
-    except LOAD_ERRORS as error:  # an architecture whose configuration has other names, or one a layer
-        found = f"its config.json does not say how large it is: {first_line(error)}"
-        raise CannotBuildError(found, where=place_of(model)) from error
-    lora = adapters_of(prepared.config.lora, model)
-    if lora is None:
-        return shape
-    targets = resolve_targets(module, lora.target_modules, place_of(model))
-    linears = linear_layers(module)
-    sides = {n: _sides(m) for n, m in linears.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
-    adapters = lora.r * sum(i + o for i, o in sides.values())
-    adapted = sum(i for i, _ in sides.values()) / shape.layers
-    shared = {(n.rpartition(".")[0], n.rpartition(".")[2] in OUTPUTS): i for n, (i, _) in sides.items()}
-    return replace(shape, adapters=adapters, adapted=adapted, distinct=sum(shared.values()) / shape.layers)
-
-
-def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
-    heads = getattr(text, "num_attention_heads", 1)
-    width = text.hidden_size
-    head_dim = getattr(text, "head_dim", None) or width // heads
-    matrix = sum(layer.weight.numel() for layer in linear_layers(module).values())  # type: ignore[operator, misc]
-    return Shape(
-        width=width,
-        inner=getattr(text, "intermediate_size", None) or 4 * width,
-        queries=heads * head_dim,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
-        heads=heads,
-        layers=text.num_hidden_layers,
-        vocabulary=module.get_output_embeddings().weight.shape[0],
-        matrix=matrix,
-        others=sum(p.numel() for p in module.parameters()) - matrix,
-    )
-
-
-def _sides(layer: nn.Module) -> tuple[int, int]:
-    out, inside = layer.weight.shape  # type: ignore[misc]
-    return int(inside), int(out)
-
-
 @dataclass(frozen=True)
 class _Work:
     """A micro-batch in numbers: tokens of its rows; keys that its queries see, all together; scored tokens at most;
@@ -286,6 +201,12 @@ class _Work:
         return cls(tokens(groups), seen, sum(sum(g.completions) for g in own), max(spans))
 
 
+def _epoch(prepared: Prepared, tokens: RowTokens) -> list[list[_Work]]:
+    """The micro-batches of every step of an epoch, or of the run where it is shorter."""
+    steps = islice(prepared.steps(tokens), prepared.plan.num_steps)
+    return [[_Work.of(part, tokens) for part in parts] for parts in steps]
+
+
 def _share(config: RunConfig) -> float:
     """Of layers that are checkpointed, once that is decided."""
     share = config.training.gradient_checkpointing
@@ -295,6 +216,17 @@ def _share(config: RunConfig) -> float:
 
 def _trained(shape: Shape) -> int:
     return shape.adapters or shape.matrix + shape.others
+
+
+def _peak(
+    prepared: Prepared, shape: Shape, steps: Sequence[Sequence[_Work]], precision: Precision, machine: Machine
+) -> dict[str, int]:
+    """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps the
+    probabilities of short rows."""
+    synced = prepared.objective.ref_sync is not None
+    work = {part for step in steps for part in step}
+    needs = (_memory(shape, part, prepared.config, precision, machine.kind, synced) for part in work)
+    return max(needs, key=lambda parts: sum(parts.values()))
 
 
 def _memory(
@@ -357,17 +289,34 @@ def _recomputed(shape: Shape, config: RunConfig) -> float:
     return 1 + _share(config) / (2 if shape.adapters else 3)
 
 
-def _seconds(shape: Shape, speed: Speed, typical: _Work, work: Sequence[_Work], config: RunConfig) -> float:
-    """Of the forward and backward passes of all this work, by those of a typical micro-batch."""
-    body = sum(_body_flops(shape, part) for part in work) / _body_flops(shape, typical)
-    head = sum(part.scored for part in work) / typical.scored * shape.vocabulary / speed.vocabulary
-    return body * _recomputed(shape, config) * shape.layers * speed.layer + head * speed.rest
+def _timed(
+    prepared: Prepared, shape: Shape, steps: Sequence[Sequence[_Work]], precision: Precision, tokens: RowTokens
+) -> list[float]:
+    """Seconds of every step on this processor, by those of a micro-batch in layers of this architecture."""
+    config, first = prepared.config, sorted(next(prepared.steps(tokens)), key=tokens)
+    typical = first[len(first) // 2]
+    speed, one = measure(config, prepared.model, precision, typical), _Work.of(typical, tokens)
+    entries = shape.vocabulary / speed.vocabulary
+    layers = shape.layers * speed.layer * _recomputed(shape, config) / _body_flops(shape, one)
+    head = speed.rest * entries / one.scored
+    update = shape.layers * speed.layer_update + speed.rest_update * (1 if shape.adapters else entries)
+    return [
+        BESIDES * sum(layers * _body_flops(shape, part) + head * part.scored for part in step) + update
+        for step in steps
+    ]
 
 
-def _update(shape: Shape, speed: Speed) -> float:
-    """Seconds of clipping and of the optimizer."""
-    rest = speed.rest_update * (1 if shape.adapters else shape.vocabulary / speed.vocabulary)
-    return shape.layers * speed.layer_update + rest
+def _published(
+    shape: Shape, steps: Sequence[Sequence[_Work]], config: RunConfig, precision: Precision, machine: Machine
+) -> list[float] | None:
+    """Seconds of every step on a GPU, by its maker's figures; None where they are not known."""
+    rate = machine.rate(precision.compute)
+    if rate is None:
+        return None
+    bandwidth = machine.bandwidth or math.inf
+    token = PASSES * shape.layers * saved_per_token(shape, config, precision, machine.kind) / bandwidth
+    update = 4 * 7 * _trained(shape) / bandwidth
+    return [sum(_flops(shape, part, config) / rate + token * part.tokens for part in step) + update for step in steps]
 
 
 def _ways(config: RunConfig, longest: int) -> list[str]:

@@ -53,9 +53,11 @@ def machine_of(device: torch.device) -> Machine:
     """The machine behind a device of this computer."""
     if device.type == "cpu":
         return Machine("cpu", _installed_memory(), None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # torch counts these, the driver's tool all
+    index = device.index or 0
     asked = [
         "nvidia-smi",
-        f"--id={device.index or 0}",
+        f"--id={visible[index] if index < len(visible) and visible[index] else index}",
         "--query-gpu=name,memory.total",
         "--format=csv,noheader,nounits",
     ]

@@ -15,7 +15,7 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import CPU_TOKENS, Plan, RowTokens, batch_budget, cut, default_budget, filled_rows, lengths
+from strop.data.plan import CPU_TOKENS, Plan, RowTokens, Sized, batch_budget, cut, default_budget, filled_rows, lengths
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
@@ -35,6 +35,14 @@ class Prepared:
     data: LoadedData
     objective: Objective[MethodSettings]
     plan: Plan
+
+    def steps(self, tokens: RowTokens) -> Iterator[list[list[Sized]]]:
+        """The lengths of the groups of each micro-batch of each step of the first epoch, once `micro_batch_tokens` is
+        settled. tokens: what rows cost."""
+        groups, budget = lengths(self.data.train), self.config.training.micro_batch_tokens
+        assert budget is not None
+        for step in range(1, self.plan.steps_per_epoch + 1):
+            yield [[groups[i] for i in part] for part in cut(groups, self.plan.groups(step), budget, tokens)]
 
     def describe(self, tokens: RowTokens) -> Iterator[str]:
         """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
@@ -60,15 +68,15 @@ class Prepared:
             )
         budget = training.micro_batch_tokens
         assert budget is not None
-        parts = [p for s in range(1, plan.steps_per_epoch + 1) for p in cut(groups, plan.groups(s), budget, tokens)]
-        total = sum(tokens([groups[i] for i in part]) for part in parts)
+        sizes = [tokens(part) for parts in self.steps(tokens) for part in parts]
+        total = sum(sizes)
         yield (
-            f"tokens: {total:,} an epoch, in {len(parts)} micro-batches of at most {budget:,}, "
-            f"{100 * total / (len(parts) * budget):.0f} % full"
+            f"tokens: {total:,} an epoch, in {len(sizes)} micro-batches of at most {budget:,}, "
+            f"{100 * total / (len(sizes) * budget):.0f} % full"
         )
         if self.objective.needs_mismatched:
             yield f"mismatched completions: about {total:,} tokens more an epoch, scored without gradients"
-        if self.objective.whole_step and len(parts) > plan.steps_per_epoch:
+        if self.objective.whole_step and len(sizes) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
         if (sync := self.objective.ref_sync) is not None:
             yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"

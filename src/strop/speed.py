@@ -22,8 +22,8 @@ from strop.data.plan import Sized
 from strop.engine.optim import build_optimizer
 from strop.policy.adapters import adapters_of, add_adapters
 from strop.policy.fused import fuse
-from strop.policy.load import random_model
 from strop.policy.memory import keep_few_kernels
+from strop.policy.outline import random_model
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.sharing import reason_against

@@ -122,9 +122,7 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
             expected="a method with a reference that stays as it is, and training.reference_store: true",
         )
     for model in select_models(config, model_index):
-        device, notes = pick_device(config.gpu)
-        for note in notes:
-            log.warning(note)
+        device = _device(config)
         prepared = prepare(_with_precision(config, device), model)
         nothing_kept = {"training.gradient_checkpointing": False}  # scoring has no backward pass
         prepared = replace(prepared, config=prepared.config.with_values(nothing_kept, "strop reference"))
@@ -138,8 +136,8 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
 def _train_model(
     config: RunConfig, model: ModelSection, resume: str | None, overwrite: bool, allow_changes: bool
 ) -> RunResult:
-    device, notes = pick_device(config.gpu)
-    for note in (*notes, *advice(config)):
+    device = _device(config)
+    for note in advice(config):
         log.warning(note)
     config = _with_precision(config, device)
     resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
@@ -254,6 +252,13 @@ def _last_step(run: RunDir) -> int:
 def _mirror(config: RunConfig, run: RunDir) -> None:
     if config.training.mount_dir:
         log.info("mirrored to %s", run.mirror(config.training.mount_dir))
+
+
+def _device(config: RunConfig) -> torch.device:
+    device, notes = pick_device(config.gpu)
+    for note in notes:
+        log.warning(note)
+    return device
 
 
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:

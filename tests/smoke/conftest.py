@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,3 +241,12 @@ def _logps_by_hand(model: nn.Module, group: Group) -> list[Tensor]:
 def logps_by_hand() -> Callable[[nn.Module, Group], list[Tensor]]:
     """A transformers model and a group -> [trained tokens] log-probs of each completion."""
     return _logps_by_hand
+
+
+@pytest.fixture
+def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the module's `ground`, which is the working folder."""
+    folder = tmp_path / "here"
+    shutil.copytree(ground, folder)
+    monkeypatch.chdir(folder)
+    return folder

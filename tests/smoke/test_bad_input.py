@@ -62,15 +62,6 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
 
 
 @pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the ground, which is the working folder."""
-    folder = tmp_path / "here"
-    shutil.copytree(ground, folder)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[str], Answer]:
     """Runs a command line in this process."""
 

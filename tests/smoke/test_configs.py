@@ -45,15 +45,6 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
 
 
 @pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder like that of the project, with a small model and data."""
-    folder = tmp_path / "here"
-    shutil.copytree(ground, folder)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
 def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commands that were reached; none of them does anything."""
     import strop.demo

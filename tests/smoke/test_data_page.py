@@ -68,13 +68,9 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
     return folder
 
 
-@pytest.fixture
-def here(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "here"
-    shutil.copytree(ground, folder)
-    monkeypatch.chdir(folder)
+@pytest.fixture(autouse=True)
+def _own_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    return folder
 
 
 def test_every_shape_stands_there_with_a_command() -> None:

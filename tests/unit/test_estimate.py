@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from strop.estimate import (
     planned_precision,
     prediction,
     saved_per_token,
-    shape_of,
     with_checkpointing,
 )
 from strop.machine import Machine, machine_of
-from strop.policy.load import CannotBuildError
+from strop.policy.outline import CannotBuildError, shape_of
 from strop.policy.policy import build_policy
 from strop.prepared import Prepared, prepare, with_budget
 
@@ -54,7 +54,7 @@ def guess(prepared: Prepared, machine: Machine = CPU, *, timed: bool = False) ->
 def test_weights_are_counted_as_they_are(lora: dict[str, Any], prepared: Callable[..., Prepared]) -> None:
     found = prepared(**lora)
     policy = build_policy(found.config, found.model, torch.device("cpu"))
-    shape = shape_of(found)
+    shape = shape_of(found.config.lora, found.model)
     trained = sum(p.numel() for p in policy.trainable().values())
     parts = guess(found).parts
     assert parts["weights"] == sum(4 * p.numel() for p in policy.parameters())
@@ -84,7 +84,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         policy(batch)
     measured = sum(t.untyped_storage().nbytes() for t in saved.values())
-    shape, precision = shape_of(found), policy.precision
+    shape, precision = shape_of(found.config.lora, found.model), policy.precision
     predicted = shape.layers * saved_per_token(shape, found.config, precision, "cpu") * batch.num_tokens
     assert predicted == pytest.approx(measured, rel=0.2)
 
@@ -164,14 +164,18 @@ def test_a_continued_adapter_is_counted_with_its_own_rank(
     policy = build_policy(first.config, first.model, torch.device("cpu"))
     policy.save_pretrained(tmp_path / "adapter", first.tokenizer)
     continued = prepared(**{"models.0.adapter": str(tmp_path / "adapter")})
-    assert shape_of(continued).adapters == shape_of(first).adapters > 0
+    assert (
+        shape_of(continued.config.lora, continued.model).adapters
+        == shape_of(first.config.lora, first.model).adapters
+        > 0
+    )
     assert guess(continued, timed=True).steps
 
 
 def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(_: Any) -> None:
+    def fails(*_: Any) -> None:
         raise CannotBuildError("its code needs a file")
 
     monkeypatch.setattr("strop.estimate.shape_of", fails)
@@ -192,3 +196,22 @@ def test_the_dry_run_shows_it(prepared: Callable[..., Prepared], capsys: pytest.
 def test_the_dry_run_knows_which_layers_there_are(prepared: Callable[..., Prepared]) -> None:
     with pytest.raises(ModelError, match="no_such_proj"):
         dry_run(prepared(target_modules=["no_such_proj"]).config)
+
+
+@pytest.mark.parametrize(("visible", "asked"), [(None, "1"), ("", "1"), ("3,5", "5"), ("GPU-a,GPU-b", "GPU-b")])
+def test_the_gpu_that_torch_counts_is_asked_for(
+    visible: str | None, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="NVIDIA H100 80GB HBM3, 81559\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = machine_of(torch.device("cuda", 1))
+    assert f"--id={asked}" in commands[0]
+    assert found.memory == 81559 * 2**20 and found.rate(torch.bfloat16)

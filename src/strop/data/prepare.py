@@ -159,8 +159,6 @@ def prepare(options: Any) -> list[str]:
     if bool(options.input) == bool(options.example):
         found = "--input and --example are both given" if options.input else "neither --input nor --example is given"
         raise ConfigError(found, expected="one of the two", fix="see strop prepare --help")
-    if not 0 <= options.seed < 2**32:
-        raise ConfigError(f"--seed is {options.seed}", expected="a whole number of at least 0 and below 4294967296")
     if not 0 <= options.val_fraction < 1:
         raise ConfigError(f"--val-fraction is {options.val_fraction}", expected="a share of at least 0 and below 1")
     method, folder = options.example or options.method, Path(options.output_dir)

@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor
 from strop import durable
 from strop.engine.manifest import Damaged, FileEntry, Manifest, carries_manifest, read_manifest, verify_files
 from strop.errors import CheckpointError
+from strop.policy.precision import nonfinite
 from strop.rundir import CHECKPOINT_NAME, MANIFEST, free_bytes, in_words
 
 logger = logging.getLogger(__name__)
@@ -180,13 +181,7 @@ def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: NaN or infinity; the message begins with `what`.
     """
-    ranges = {
-        name: torch.stack(torch.aminmax(t.detach()))
-        for name, t in tensors.items()
-        if t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and t.numel()
-    }
-    bad = [name for name, extremes in ranges.items() if not extremes.isfinite().all()]
-    if bad:
+    if bad := nonfinite(tensors):
         raise CheckpointError(
             f"{what}: NaN or infinity in {', '.join(bad[:SHOWN])}"
             + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""),

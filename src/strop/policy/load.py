@@ -31,13 +31,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.folder import ConfigFile, first_line, inspect_config, inspect_model, place_of, source_of
-from strop.policy.precision import short_name
+from strop.policy.precision import nonfinite, short_name
 
 logger = logging.getLogger("strop")
 
@@ -145,7 +144,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
     config = _build_config(model, files, where)
     _check_task(config, where)
     original = copy.deepcopy(config)
-    silenced = _silence_config(config)
+    silenced = silence_config(config)
     attention = _plain_attention(model, config, where)
     try:
         with quiet():
@@ -224,62 +223,6 @@ def model_config(model: ModelSection) -> PreTrainedConfig:
         ModelError: there is no such model, or it is none that may be loaded.
     """
     return _build_config(model, inspect_config(model), place_of(model))
-
-
-def empty_model(model: ModelSection) -> PreTrainedModel:
-    """The model built from its configuration on torch's meta device: shapes without weights.
-
-    Raises:
-        CannotBuildError: its configuration does not suffice.
-    """
-    config = model_config(model)
-    with _building(model), torch.device("meta"):
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-        module.tie_weights()
-    return module
-
-
-def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype) -> LoadedModel:
-    """A model of the same architecture with so many layers and at most so many tokens, whose weights mean nothing.
-
-    Raises:
-        CannotBuildError: the architecture cannot be built so.
-    """
-    config = model_config(model)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    text.vocab_size = min(text.vocab_size, vocabulary)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, None)
-    _silence_config(config)
-    config.use_cache = False
-    with _building(model), no_init_weights():
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=model.trust_remote_code
-        )
-    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
-    with torch.no_grad():
-        for weight in module.parameters():
-            for part in weight.view(-1).split(len(block)):
-                part.copy_(block[: len(part)])
-    return LoadedModel(module.train(), dtype, config)
-
-
-class CannotBuildError(ModelError):
-    """The architecture needs more than its configuration, which is no fault of the run."""
-
-
-@contextmanager
-def _building(model: ModelSection) -> Iterator[None]:
-    try:
-        with quiet():
-            yield
-    except LOAD_ERRORS as error:
-        raise CannotBuildError(
-            f"it cannot be built from config.json alone: {first_line(error)}", where=place_of(model)
-        ) from error
 
 
 def _build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrainedConfig:
@@ -383,23 +326,22 @@ def _check_complete(report: Mapping[str, Any], where: str) -> None:
 
 
 def _check_finite(module: nn.Module, where: str) -> None:
-    for name, weight in module.named_parameters():
-        low, high = torch.aminmax(weight.detach()) if weight.numel() else (torch.zeros(()), torch.zeros(()))
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ModelError(
-                f"{name} holds NaN or infinity (as {short_name(weight.dtype)})",
-                where=where,
-                expected="finite weights",
-                fix="download the model again; if it is whole, it is broken, or too large for float16",
-            )
+    weights = dict(module.named_parameters())
+    if bad := nonfinite(weights):
+        raise ModelError(
+            f"{bad[0]} holds NaN or infinity (as {short_name(weights[bad[0]].dtype)})",
+            where=where,
+            expected="finite weights",
+            fix="download the model again; if it is whole, it is broken, or too large for float16",
+        )
 
 
-def _silence_config(config: PreTrainedConfig) -> dict[str, float]:
+def silence_config(config: PreTrainedConfig) -> dict[str, float]:
     """Set every dropout and jitter of the configuration and its parts to 0; what they were."""
     silenced: dict[str, float] = {}
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            silenced |= _silence_config(value)
+            silenced |= silence_config(value)
         elif ("drop" in name or "jitter" in name) and isinstance(value, int | float) and value is not True and value:
             setattr(config, name, type(value)(0))
             silenced[name] = float(value)

@@ -8,10 +8,12 @@ is stored in the compute dtype, since no update ever touches it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
@@ -48,6 +50,13 @@ class Precision:
         weights = f"adapters {master} on a base in {compute}" if adapters else master
         scaled = ", with a gradient scaler" if self.scaler else ""
         return f"weights {weights}, compute {compute}{scaled}, optimizer {master}"
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or infinity."""
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    found = {name: t.detach() for name, t in tensors.items() if t.dtype in known and t.numel()}
+    return [name for name, t in found.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
 
 
 def short_name(dtype: torch.dtype) -> str:

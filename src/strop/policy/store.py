@@ -48,7 +48,6 @@ class ReferenceStore:
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         self.path = path
-        self._dtype = dtype
         self._numpy = np.dtype("<f8" if dtype == torch.float64 else "<f4")
         self._lock = FileLock(f"{path}.lock")
         self._end = 0  # up to here the file is known to be whole

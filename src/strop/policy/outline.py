@@ -1,0 +1,150 @@
+"""A model from its configuration alone: its size in numbers, or a few layers of it to be timed. Floor 2.
+
+No weight is loaded. What comes of it is for the estimate; a run takes `load_model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from strop.config.sections import LoraSection, ModelSection
+from strop.errors import ModelError
+from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
+from strop.policy.folder import first_line, place_of
+from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
+
+OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2"})
+"""Linear layers at the end of an attention or feed-forward block; the others of a block share its input."""
+
+
+class CannotBuildError(ModelError):
+    """The architecture needs more than its configuration, which is no fault of the run."""
+
+
+def empty_model(model: ModelSection) -> PreTrainedModel:
+    """The model built from its configuration on torch's meta device: shapes without weights.
+
+    Raises:
+        CannotBuildError: its configuration does not suffice.
+    """
+    config = model_config(model)
+    with _building(model), torch.device("meta"):
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        module.tie_weights()
+    return module
+
+
+def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype) -> LoadedModel:
+    """A model of the same architecture with so many layers and at most so many tokens, whose weights mean nothing.
+
+    Raises:
+        CannotBuildError: the architecture cannot be built so.
+    """
+    config = model_config(model)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.vocab_size = min(text.vocab_size, vocabulary)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    silence_config(config)
+    config.use_cache = False
+    with _building(model), no_init_weights():
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code
+        )
+    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    with torch.no_grad():
+        for weight in module.parameters():
+            for part in weight.view(-1).split(len(block)):
+                part.copy_(block[: len(part)])
+    return LoadedModel(module.train(), dtype, config)
+
+
+@contextmanager
+def _building(model: ModelSection) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except LOAD_ERRORS as error:
+        raise CannotBuildError(
+            f"it cannot be built from config.json alone: {first_line(error)}", where=place_of(model)
+        ) from error
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model in numbers: width D, feed-forward width I, attention widths (queries A, keys and values K), heads of
+    queries, layers, vocabulary; matrix: weights of all linear layers but the head; others: all further weights, tied
+    ones once."""
+
+    width: int
+    inner: int
+    queries: int
+    keys: int
+    heads: int
+    layers: int
+    vocabulary: int
+    matrix: int
+    others: int
+    adapters: int = 0
+    adapted: float = 0.0
+    distinct: float = 0.0
+    """adapters: their weights. adapted: inputs of adapted layers, in elements a token a layer; distinct: those that
+    several of them share (q, k, v; gate, up) counted once."""
+
+
+def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
+    """The model in numbers, built without weights.
+
+    Raises:
+        CannotBuildError: the architecture needs more than its configuration.
+        ModelError: the adapters do not fit the model.
+    """
+    module = empty_model(model)
+    try:
+        shape = _without_adapters(module, module.config.get_text_config())
+    except LOAD_ERRORS as error:  # an architecture whose configuration has other names, or one a layer
+        found = f"its config.json does not say how large it is: {first_line(error)}"
+        raise CannotBuildError(found, where=place_of(model)) from error
+    adapters = adapters_of(lora, model)
+    if adapters is None:
+        return shape
+    targets = resolve_targets(module, adapters.target_modules, place_of(model))
+    linears = linear_layers(module)
+    sides = {n: _sides(m) for n, m in linears.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+    weights = adapters.r * sum(i + o for i, o in sides.values())
+    adapted = sum(i for i, _ in sides.values()) / shape.layers
+    shared = {(n.rpartition(".")[0], n.rpartition(".")[2] in OUTPUTS): i for n, (i, _) in sides.items()}
+    return replace(shape, adapters=weights, adapted=adapted, distinct=sum(shared.values()) / shape.layers)
+
+
+def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
+    heads = getattr(text, "num_attention_heads", 1)
+    width = text.hidden_size
+    head_dim = getattr(text, "head_dim", None) or width // heads
+    matrix = sum(layer.weight.numel() for layer in linear_layers(module).values())  # type: ignore[operator, misc]
+    return Shape(
+        width=width,
+        inner=getattr(text, "intermediate_size", None) or 4 * width,
+        queries=heads * head_dim,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        heads=heads,
+        layers=text.num_hidden_layers,
+        vocabulary=module.get_output_embeddings().weight.shape[0],
+        matrix=matrix,
+        others=sum(p.numel() for p in module.parameters()) - matrix,
+    )
+
+
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    out, inside = layer.weight.shape  # type: ignore[misc]
+    return int(inside), int(out)
