@@ -221,8 +221,8 @@ def _trained(shape: Shape) -> int:
 def _peak(
     prepared: Prepared, shape: Shape, steps: Sequence[Sequence[_Work]], precision: Precision, machine: Machine
 ) -> dict[str, int]:
-    """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps the
-    probabilities of short rows."""
+    """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps
+    probabilities of attention."""
     synced = prepared.objective.ref_sync is not None
     work = {part for step in steps for part in step}
     needs = (_memory(shape, part, prepared.config, precision, machine.kind, synced) for part in work)
@@ -238,9 +238,8 @@ def _memory(
     share = _share(config)
     kept = shape.layers - max(1, round(share * shape.layers)) if share else shape.layers
     layer = saved_per_token(shape, config, precision, device) * work.tokens
-    probabilities = shape.heads * work.seen * c
-    if device == "cpu" and probabilities <= KEPT_BYTES:
-        layer += probabilities
+    if device == "cpu":
+        layer += min(shape.heads * work.seen * c, KEPT_BYTES)
     activations = kept * layer
     if share:
         activations += (shape.layers - kept) * work.tokens * shape.width * stream + layer

@@ -67,7 +67,7 @@ class AttentionPlan:
         self.layout, self.device, self.kernel = layout, device, kernel
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._dense: dict[int | None, Tensor] = {}
-        self._tiles: dict[tuple[int | None, torch.dtype], tuple[Tile, ...]] = {}
+        self._tiles: dict[tuple[int | None, int, torch.dtype], tuple[Tile, ...]] = {}
         self._lengths: Lengths | None = None
 
     def mask(self, group: int, window: int | None) -> Tensor:
@@ -82,11 +82,12 @@ class AttentionPlan:
             self._dense[window] = dense_mask(self.layout, self.device, window)
         return self._dense[window]
 
-    def tiles(self, window: int | None, dtype: torch.dtype) -> tuple[Tile, ...]:
-        """The row cut for matrix products."""
-        if (window, dtype) not in self._tiles:
-            self._tiles[window, dtype] = cut_tiles(self.layout, window, dtype, self.device)
-        return self._tiles[window, dtype]
+    def tiles(self, window: int | None, repeats: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+        """The row cut for matrix products. repeats: query heads of a key-value head."""
+        key = (window, repeats, dtype)
+        if key not in self._tiles:
+            self._tiles[key] = cut_tiles(self.layout, window, repeats, dtype, self.device)
+        return self._tiles[key]
 
     @property
     def lengths(self) -> Lengths:
@@ -154,7 +155,7 @@ def by_tiles(
     """Matrix products over tiles of queries (tiles.py); scores without a cap."""
     if softcap is not None:
         return by_group(q, k, v, plan, scaling, window, softcap)
-    return tiled_attention(q, k, v, plan.tiles(window, q.dtype), scaling)
+    return tiled_attention(q, k, v, plan.tiles(window, q.shape[1] // k.shape[1], q.dtype), scaling)
 
 
 def by_length(

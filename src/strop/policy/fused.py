@@ -224,35 +224,29 @@ class FusedMlp:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
         exact = _exact(x)
-        return exact.mul(_reciprocal(exact, eps)).to(x.dtype) * weight
+        scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms(x)
+        ctx.save_for_backward(x, weight, scale)
+        return exact.mul(scale).to(x.dtype) * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # with n = x / rms(x), d = w grad:  d x = (d - n mean(d n)) / rms(x)
-        x, weight = ctx.saved_tensors
+        x, weight, scale = ctx.saved_tensors
         exact, grad = _exact(x), _exact(grad)
-        reciprocal = _reciprocal(exact, ctx.eps)
         d_weight = None
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * exact).mul_(reciprocal).flatten(0, -2).sum(0).to(weight.dtype)
-        d = grad * weight
-        along = torch.linalg.vecdot(d, exact).unsqueeze(-1).mul_(reciprocal**3 / x.shape[-1])
-        return d.mul_(reciprocal).addcmul_(exact, along, value=-1).to(x.dtype), d_weight, None
+            d_weight = (grad * exact).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
+        d = grad * weight.to(grad.dtype)  # factors of two dtypes would be slow
+        along = torch.linalg.vecdot(d, exact).unsqueeze(-1).mul_(scale**3 / x.shape[-1])
+        return d.mul_(scale).addcmul_(exact, along, value=-1).to(x.dtype), d_weight, None
 
 
 def _exact(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _reciprocal(exact: Tensor, eps: float) -> Tensor:
-    """[..., 1] 1 / rms(x)."""
-    squares: Tensor = torch.linalg.vecdot(exact, exact).unsqueeze(-1)
-    return squares.div_(exact.shape[-1]).add_(eps).rsqrt_()
 
 
 class FusedNorm:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
+from strop.policy.matmul import linear, linear_add
 
 CHUNK_ROWS = 256
 """Rows of one chunk on a CPU where the head does not train: few enough for a small buffer, many enough that reading W
@@ -149,11 +150,8 @@ class _Head:
         self.exact = torch.empty_like(self.probs) if weight.dtype != stats else None
 
     def multiply(self, h: Tensor) -> Tensor:
-        """[R, V] logits of h [R, D], in the buffer."""
-        out = self.logits[: len(h)]
-        if self.bias is None:
-            return torch.mm(h, self.weight.t(), out=out)
-        return torch.addmm(self.bias, h, self.weight.t(), out=out)
+        """[R, V] logits of h [R, D], until the next chunk's."""
+        return linear(h, self.weight, self.bias, buffer=self.logits)
 
     def slabs(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, y, softmax of y) of slabs of the logits z [R, V], in buffers that the next slab takes."""
@@ -163,18 +161,16 @@ class _Head:
             yield rows, y, torch.softmax(y, dim=-1, out=self.probs[: len(y)])
 
     def slopes_(self, z: Tensor, y: Tensor, probs: Tensor, targets: Tensor, factors: Tensor | None) -> None:
-        """Write d logp / d z, times `factors` [R] of the rows, over the slab z of the logits."""
+        """Write - d logp / d z, times `factors` [R] of the rows, over the slab z of the logits. Takes `probs`."""
         slope = self.transform.slope(y)
         at_target = 1 - probs.gather(1, targets[:, None])  # before any rounding to 16 bits
-        if isinstance(slope, Tensor):
-            at_target.mul_(slope.gather(1, targets[:, None]))
-        else:
-            at_target.mul_(slope)
+        at_target.mul_(slope.gather(1, targets[:, None]) if isinstance(slope, Tensor) else slope)
+        if isinstance(slope, Tensor) or slope != 1.0:
+            probs.mul_(slope)
         if factors is not None:
             at_target.mul_(factors[:, None])
-            slope = slope * factors[:, None]
-        torch.mul(probs, -slope, out=z)
-        z.scatter_(1, targets[:, None], at_target.to(z.dtype))
+            probs.mul_(factors[:, None])
+        z.copy_(probs).scatter_(1, targets[:, None], at_target.neg_().to(z.dtype))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -209,7 +205,7 @@ class _TokenLogps(torch.autograd.Function):
                 if kept is not None:
                     head.slopes_(z[slab], y, probs, its_targets, None)
             if kept is not None:
-                kept[rows] = (z @ head.weight).to(kept.dtype)
+                kept[rows] = linear(z, head.weight.t()).to(kept.dtype).neg_()
         ctx.transform, ctx.compute, ctx.cast, ctx.chunk = transform, compute, cast, chunk
         if squares is not None:
             ctx.mark_non_differentiable(squares)
@@ -235,11 +231,11 @@ class _TokenLogps(torch.autograd.Function):
             h = hidden[rows].to(compute)
             z = head.multiply(h)
             for slab, y, probs in head.slabs(z):
-                head.slopes_(z[slab], y, probs, targets[rows][slab], grad[rows][slab])
+                head.slopes_(z[slab], y, probs, targets[rows][slab], -grad[rows][slab])
             if d_bias is not None:
                 d_bias += z.sum(0, dtype=stats)
             if d_hidden is not None:
-                d_hidden[rows] = (z @ head.weight).to(d_hidden.dtype)
+                d_hidden[rows] = linear(z, head.weight.t()).to(d_hidden.dtype)
             if wants_weight:
                 d_weight = _add_product(d_weight, z.t(), h, stats)
         return (
@@ -252,6 +248,7 @@ class _TokenLogps(torch.autograd.Function):
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, stats: torch.dtype) -> Tensor:
     """total + a @ b, in `stats`."""
-    if total is None:
-        return (a @ b).to(stats)
-    return total.addmm_(a, b) if a.dtype == stats else total.add_(a @ b)
+    if total is None or a.dtype != stats:
+        product = linear(a, b.t())
+        return product.to(stats) if total is None else total.add_(product)
+    return linear_add(total, a, b.t())

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from strop.policy.matmul import linear, linear_add
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -54,12 +56,12 @@ def _by_layer(layers: Sequence[Weights], lows: Tensor | None, dim: int) -> list[
 def products(layers: Sequence[Weights], x: Tensor, seen: Tensor) -> tuple[list[Tensor], Tensor | None]:
     """Outputs [T, O] of layers that read the same x [T, I], and their s x A^T side by side. seen: x as the adapters
     see it."""
-    outputs = [x @ n.w.t() if n.bias is None else torch.addmm(n.bias, x, n.w.t()) for n in layers]
+    outputs = [linear(x, layer.w, layer.bias) for layer in layers]
     a = _all_a(layers)
-    lows = None if a is None else seen @ a.t()
-    for layer, y, low in zip(layers, outputs, _by_layer(layers, lows, 1), strict=True):
+    lows = None if a is None else linear(seen, a)
+    for i, (layer, low) in enumerate(zip(layers, _by_layer(layers, lows, 1), strict=True)):
         if low is not None and layer.b is not None:
-            y.addmm_(layer.scaled(low), layer.b.t())
+            outputs[i] = linear_add(outputs[i], layer.scaled(low), layer.b)
     return outputs, lows
 
 
@@ -85,22 +87,22 @@ def gradients(
 ) -> Gradients:
     """Back through `products`. trains: of w, bias, a, b of every layer. apart: `seen` is another tensor than x."""
     a = _all_a(layers)
-    d_lows = [n.scaled(g @ n.b) for n, g in zip(layers, grads, strict=True) if n.b is not None]
+    d_lows = [n.scaled(linear(g, n.b.t())) for n, g in zip(layers, grads, strict=True) if n.b is not None]
     d_low = None if not d_lows else d_lows[0] if len(d_lows) == 1 else torch.cat(d_lows, 1)
     d_x = None
     if wants_x:
-        d_x = grads[0] @ layers[0].w
+        d_x = linear(grads[0], layers[0].w.t())
         for layer, grad in zip(layers[1:], grads[1:], strict=True):
-            d_x.addmm_(grad, layer.w)
+            d_x = linear_add(d_x, grad, layer.w.t())
         if d_low is not None and a is not None and not apart:
-            d_x.addmm_(d_low, a)
-    d_seen = d_low @ a if apart and wants_x and d_low is not None and a is not None else None
-    d_a = d_low.t() @ seen if any(trains[2::4]) and d_low is not None and seen is not None else None
+            d_x = linear_add(d_x, d_low, a.t())
+    d_seen = linear(d_low, a.t()) if apart and wants_x and d_low is not None and a is not None else None
+    d_a = linear(d_low.t(), seen.t()) if any(trains[2::4]) and d_low is not None and seen is not None else None
     weights: list[Tensor | None] = []
     parts = zip(grads, _by_layer(layers, d_a, 0), _by_layer(layers, lows, 1), strict=True)
     for i, (grad, its_d_a, low) in enumerate(parts):
         w, bias, _, b = trains[4 * i : 4 * i + 4]
-        weights.append(grad.t() @ x if w and x is not None else None)
+        weights.append(linear(grad.t(), x.t()) if w and x is not None else None)
         weights.append(grad.sum(0) if bias else None)
         weights.append(its_d_a)
         weights.append(grad.t() @ low if b and low is not None else None)

@@ -7,10 +7,10 @@ keys besides their own. Each is cut into tiles of queries that see a run of keys
 but a triangle at the end, so that what nobody sees costs no more than that triangle. Every tile is one product for all
 the heads: the n query heads of a key-value head are rows of one matrix, and keys are never repeated.
 
-The forward pass keeps q, k and v, and the probabilities too where they are few (short rows); else the backward pass
-computes them again. It adds the gradients of keys that several tiles see in float32 at least. On CPUs these few large
-products beat the fused kernel, whose inner products gain nothing from bfloat16; measured: 2.5 times in bfloat16, 1.1
-times in float32.
+The forward pass keeps q, k and v, and the probabilities of the first tiles, as many as there is room for; those of the
+others the backward pass computes again. It adds the gradients of keys that several tiles see in float32 at least. On
+CPUs these few large products beat the fused kernel, whose inner products gain nothing from bfloat16; measured: 2.5
+times in bfloat16, 1.1 to 1.7 times in float32.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.batch import GroupSpan
+from strop.policy.matmul import batched
 
 TILE_ROWS = {torch.bfloat16: 256, torch.float16: 256}
 """Queries of a tile, at most; larger tiles suit faster products and waste larger triangles."""
-_TILE_ROWS = 128  # float32 and float64
+_TILE_ROWS = 160  # float32 and float64
+TILE_SCORES = 2**18
+"""Scores of one key-value head in a tile, at most: what a processor's own cache holds."""
 
-KEPT_BYTES = 2**24
-"""Probabilities of one layer and row that are kept for the backward pass, at most: 16 MiB."""
+KEPT_BYTES = 2**25
+"""Probabilities of one layer that are kept for the backward pass, at most: 32 MiB."""
 
 Run = tuple[int, int]
 """Packed tokens from start to stop."""
@@ -67,15 +70,18 @@ def sequences(layout: tuple[GroupSpan, ...]) -> Iterator[Sequence]:
 
 
 def cut_tiles(
-    layout: tuple[GroupSpan, ...], window: int | None, dtype: torch.dtype, device: torch.device
+    layout: tuple[GroupSpan, ...], window: int | None, repeats: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tile, ...]:
-    """The tiles of a row. window: None, or how many positions back a token sees, itself included."""
+    """The tiles of a row. window: None, or how many positions back a token sees, itself included. repeats: query heads
+    of a key-value head."""
     triangles: dict[int, Tensor] = {}
     tiles = []
     for sequence in sequences(layout):
         before = sequence.prompt[1] - sequence.prompt[0]
         start, stop = sequence.own
-        parts = -(-(stop - start) // TILE_ROWS.get(dtype, _TILE_ROWS))
+        keys_seen = before + stop - start if window is None else min(window, before + stop - start)
+        most = max(1, min(TILE_ROWS.get(dtype, _TILE_ROWS), TILE_SCORES // (repeats * keys_seen)))
+        parts = -(-(stop - start) // most)
         rows = -(-(stop - start) // parts)
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
@@ -105,10 +111,9 @@ def _hidden(position: int, rows: int, key: int, window: int | None, dtype: torch
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scaling: float) -> Tensor:
     """q: [1, H, T, D]; k, v: [1, K, T, D] of one dtype. Returns [1, H, T, D], laid out as [1, T, H, D]."""
-    scores = sum((t.queries[1] - t.queries[0]) * sum(stop - start for start, stop in t.keys) for t in tiles)
-    keep = torch.is_grad_enabled() and q.shape[1] * scores * q.element_size() <= KEPT_BYTES
+    room = KEPT_BYTES if torch.is_grad_enabled() else 0
     with torch.autocast(q.device.type, enabled=False):
-        out: Tensor = _TiledAttention.apply(q, k, v, tiles, scaling, keep)  # type: ignore[no-untyped-call]
+        out: Tensor = _TiledAttention.apply(q, k, v, tiles, scaling, room)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -118,21 +123,24 @@ def _gather(x: Tensor, runs: tuple[Run, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _by_key_head(x: Tensor, run: Run, heads: int) -> Tensor:
-    """[K, n R, D] of a run of [H, T, D]."""
-    return x[:, run[0] : run[1]].reshape(heads, -1, x.shape[-1])
+def _by_key_head(x: Tensor, run: Run, heads: int, factor: float | None = None) -> Tensor:
+    """[K, n R, D] of a run of [H, T, D], times `factor`."""
+    rows = x[:, run[0] : run[1]]
+    if factor is not None:
+        rows = torch.mul(rows, factor, out=rows.new_empty(rows.shape))
+    return rows.reshape(heads, -1, x.shape[-1])
 
 
-def _put(out: Tensor, run: Run, rows: Tensor) -> None:
-    """[K, n R, D] into a run of [T, H, D]."""
+def _put(out: Tensor, run: Run, rows: Tensor, factor: float = 1.0) -> None:
+    """[K, n R, D] times `factor` into a run of [T, H, D]."""
     heads, length = rows.shape[0], run[1] - run[0]
     to = out[run[0] : run[1]].view(length, heads, -1, rows.shape[-1])
-    to.copy_(rows.view(heads, -1, length, rows.shape[-1]).permute(2, 0, 1, 3))
+    torch.mul(rows.view(heads, -1, length, rows.shape[-1]).permute(2, 0, 1, 3), factor, out=to)
 
 
 def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     """[K, n R, N] of scaled q [K, n R, D] and k [K, N, D]."""
-    scores = torch.bmm(q, k.transpose(1, 2))
+    scores = batched(q, k)
     rows, keys = hidden.shape
     scores.view(len(k), -1, rows, k.shape[1])[..., k.shape[1] - keys :].add_(hidden)
     return torch.softmax(scores, dim=-1)
@@ -141,16 +149,17 @@ def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scaling: float, keep: bool
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scaling: float, room: int
     ) -> Tensor:
-        scaled, keys, values = q[0] * scaling, k[0], v[0]
+        keys, values = k[0], v[0]
         out = torch.empty(q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
         kept: list[Tensor] = []
         for tile in tiles:
-            rows = _by_key_head(scaled, tile.queries, len(keys))
+            rows = _by_key_head(q[0], tile.queries, len(keys), scaling)
             probs = _probabilities(rows, _gather(keys, tile.keys), tile.hidden)
-            _put(out, tile.queries, torch.bmm(probs, _gather(values, tile.keys)))
-            if keep:
+            _put(out, tile.queries, batched(probs, _gather(values, tile.keys).transpose(1, 2)))
+            room -= probs.nbytes
+            if room >= 0:
                 kept.append(probs)
         ctx.tiles, ctx.scaling = tiles, scaling
         ctx.save_for_backward(q, k, v, *kept)
@@ -160,20 +169,20 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        scaled, keys, values, g = q[0] * ctx.scaling, k[0], v[0], grad[0]
+        keys, values = k[0], v[0]
         stats = torch.promote_types(q.dtype, torch.float32)
         d_q = torch.empty(q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
         d_k, d_v = (torch.zeros(x[0].shape, dtype=stats, device=q.device) for x in (k, v))
         for i, tile in enumerate(ctx.tiles):
-            rows, g_rows = (_by_key_head(x, tile.queries, len(keys)) for x in (scaled, g))
+            rows = _by_key_head(q[0], tile.queries, len(keys), ctx.scaling)
+            g_rows = _by_key_head(grad[0], tile.queries, len(keys))
             its_keys, its_values = _gather(keys, tile.keys), _gather(values, tile.keys)
-            probs = kept[i] if kept else _probabilities(rows, its_keys, tile.hidden)
-            d_probs = torch.bmm(g_rows, its_values.transpose(1, 2))
+            probs = kept[i] if i < len(kept) else _probabilities(rows, its_keys, tile.hidden)
+            d_probs = batched(g_rows, its_values)
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-            _put(d_q, tile.queries, torch.bmm(d_scores, its_keys))
-            _add(d_k, tile.keys, torch.bmm(d_scores.transpose(1, 2), rows))
-            _add(d_v, tile.keys, torch.bmm(probs.transpose(1, 2), g_rows))
-        d_q *= ctx.scaling
+            _put(d_q, tile.queries, batched(d_scores, its_keys.transpose(1, 2)), ctx.scaling)
+            _add(d_k, tile.keys, batched(d_scores.transpose(1, 2), rows.transpose(1, 2)))
+            _add(d_v, tile.keys, batched(probs.transpose(1, 2), g_rows.transpose(1, 2)))
         return d_q.transpose(0, 1)[None], d_k[None].to(k.dtype), d_v[None].to(v.dtype), None, None, None
 
 

@@ -105,7 +105,7 @@ def test_every_kernel_is_the_oracle(
     rows: int, window: int | None, softcap: float | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "_TILE_ROWS", rows)
-    monkeypatch.setattr(tiles, "KEPT_BYTES", 2**24 if rows % 2 else 0)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", {1: 1_000, 2: 0}.get(rows, 2**24))
     inputs = draw(heads, key_heads, torch.float64)
     want = attend("dense", inputs, window, softcap)
     for kernel in KERNELS:
@@ -115,7 +115,7 @@ def test_every_kernel_is_the_oracle(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kept", [0, 2**24])
+@pytest.mark.parametrize("kept", [0, 5_000, 2**24])
 def test_tiles_round_no_worse_than_plain_products(
     dtype: torch.dtype, window: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,15 +135,26 @@ def test_tiles_round_no_worse_than_plain_products(
         assert ours.dtype == dtype and 0 < error <= 1.5 * allowed
 
 
-def test_tiles_leave_out_what_nobody_sees() -> None:
+def test_tiles_leave_out_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of a tile end at its last query and, with a window, begin at the first that its first query sees."""
+    monkeypatch.setattr(tiles, "_TILE_ROWS", 128)
     layout = (GroupSpan(0, 300, (200, 150)),)
-    full = tiles.cut_tiles(layout, None, torch.float32, CPU)
+    full = tiles.cut_tiles(layout, None, 1, torch.float32, CPU)
     assert [t.queries for t in full] == [(0, 125), (125, 250), (250, 375), (375, 500), (500, 575), (575, 650)]
     assert [t.keys for t in full[-3:]] == [((0, 500),), ((0, 300), (500, 575)), ((0, 300), (500, 650))]
     assert full[0].hidden is full[3].hidden  # one triangle
-    near = tiles.cut_tiles(layout, 50, torch.float32, CPU)
+    near = tiles.cut_tiles(layout, 50, 1, torch.float32, CPU)
     assert [t.keys for t in near[-3:]] == [((326, 500),), ((251, 300), (500, 575)), ((526, 650),)]
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tile_has_few_scores(repeats: int, dtype: torch.dtype) -> None:
+    layout = (GroupSpan(0, 3000, (200, 900)),)
+    cut = tiles.cut_tiles(layout, None, repeats, dtype, CPU)
+    sizes = [repeats * (t.queries[1] - t.queries[0]) * sum(b - a for a, b in t.keys) for t in cut]
+    assert max(sizes) <= tiles.TILE_SCORES < 3 * max(sizes)
+    assert [t.queries[0] for t in cut] == [0, *(t.queries[1] for t in cut[:-1])] and cut[-1].queries[1] == 4100
 
 
 @pytest.mark.gpu

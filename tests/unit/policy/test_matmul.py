@@ -1,0 +1,64 @@
+"""Matrix products: every library and every layout in memory gives the same, as exactly as torch's own."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from strop.policy import matmul
+
+LAYOUTS = ("rows", "columns", "gaps", "other gaps")
+
+
+def draw(rows: int, columns: int, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
+    """A random matrix as it may lie in memory."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    if layout == "columns":
+        return x.t().contiguous().t()
+    wide = torch.zeros(2 * rows, columns + 3, dtype=dtype)
+    if layout == "gaps":
+        wide[:rows, 1 : columns + 1] = x
+        return wide[:rows, 1 : columns + 1]
+    if layout == "other gaps":
+        wide[::2, :columns] = x
+        return wide[::2, :columns]
+    return x
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("w_layout", LAYOUTS)
+@pytest.mark.parametrize(("rows", "outputs"), [(40, 7), (5, 90), (1, 3), (12, 1)])
+def test_products_are_torchs(dtype: torch.dtype, x_layout: str, w_layout: str, rows: int, outputs: int) -> None:
+    x, w = draw(rows, 33, dtype, x_layout, 0), draw(outputs, 33, dtype, w_layout, 1)
+    bias, total = draw(1, outputs, dtype, "rows", 2)[0], draw(rows, outputs, dtype, x_layout, 3)
+    truth = x.double() @ w.double().t()
+    near = 4 * torch.finfo(dtype).eps
+    buffer = torch.empty(rows + 2, outputs, dtype=dtype)
+    assert error(matmul.linear(x, w), truth) <= near
+    assert error(matmul.linear(x, w, buffer=buffer), truth) <= near
+    assert error(matmul.linear(x, w, bias), truth + bias.double()) <= near
+    assert error(matmul.linear_add(total.clone(), x, w), truth + total.double()) <= near
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("large", [0, 2**30])
+def test_batched_products_are_torchs(dtype: torch.dtype, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of slices and transposed ones, as attention has them."""
+    monkeypatch.setattr(matmul, "LARGE", large)
+    x, w = torch.randn(9, 3, 20, dtype=torch.float64), torch.randn(3, 30, 20, dtype=torch.float64)
+    x, w = x.to(dtype).transpose(0, 1), w.to(dtype)[:, 4:21]
+    for a, b in ((x, w), (x.transpose(1, 2).contiguous().transpose(1, 2), w)):
+        truth = a.double() @ b.double().transpose(1, 2)
+        assert error(matmul.batched(a, b), truth) <= 4 * torch.finfo(dtype).eps
+    assert error(matmul.batched(w, x), w.double() @ x.double().transpose(1, 2)) <= 4 * torch.finfo(dtype).eps
+
+
+def test_float32_does_not_round_what_it_multiplies() -> None:
+    """No worse than torch's own product in float32, beside float64."""
+    x, w = draw(64, 300, torch.float32, "rows", 4), draw(50, 300, torch.float32, "rows", 5)
+    truth = x.double() @ w.double().t()
+    assert error(matmul.linear(x, w), truth) <= 2 * error(x @ w.t(), truth)
