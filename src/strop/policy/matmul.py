@@ -13,13 +13,14 @@ from torch import Tensor
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 LARGE = 2**22
-"""Multiplications of one product of a batch from which a call of its own is worth it."""
+"""Multiplications of a product from which oneDNN is worth the kernel that it makes for every new shape, and a matrix of
+a batch a call of its own."""
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
     """x w^T + bias: [T, O] of x [T, I], w [O, I] and bias [O], in the dtype that all have. buffer: [T or more, O] that
     the result may be written to."""
-    if _by_onednn(x):
+    if _by_onednn(x, w):
         if bias is None and _swaps(x, w):
             return linear(w, x).t()
         y: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(w), bias, "none", [], "")
@@ -30,7 +31,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | No
 
 def linear_add(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """total + x w^T, which may or may not be in the place of total."""
-    if _by_onednn(x):
+    if _by_onednn(x, w):
         if _swaps(x, w):
             return linear_add(total.t(), w, x).t()
         y: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(total), _dense(w), None, "add")
@@ -40,7 +41,7 @@ def linear_add(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 def batched(x: Tensor, w: Tensor) -> Tensor:
     """x w^T of every pair of matrices: [K, T, O] of x [K, T, I] and w [K, O, I]."""
-    if not _by_onednn(x) or x[0].numel() * w.shape[1] < LARGE:
+    if not _by_onednn(x[0], w[0]):
         return torch.bmm(x, w.transpose(1, 2))
     out = x.new_empty(len(x), x.shape[1], w.shape[1])
     for to, a, b in zip(out, x, w, strict=True):
@@ -48,8 +49,9 @@ def batched(x: Tensor, w: Tensor) -> Tensor:
     return out
 
 
-def _by_onednn(x: Tensor) -> bool:
-    return _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
+def _by_onednn(x: Tensor, w: Tensor) -> bool:
+    large = x.numel() * len(w) >= LARGE
+    return large and _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _swaps(x: Tensor, w: Tensor) -> bool:

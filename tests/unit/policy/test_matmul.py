@@ -32,7 +32,17 @@ def error(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 @pytest.mark.parametrize("w_layout", LAYOUTS)
 @pytest.mark.parametrize(("rows", "outputs"), [(40, 7), (5, 90), (1, 3), (12, 1)])
-def test_products_are_torchs(dtype: torch.dtype, x_layout: str, w_layout: str, rows: int, outputs: int) -> None:
+@pytest.mark.parametrize("large", [0, 2**30])
+def test_products_are_torchs(
+    dtype: torch.dtype,
+    x_layout: str,
+    w_layout: str,
+    rows: int,
+    outputs: int,
+    large: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matmul, "LARGE", large)
     x, w = draw(rows, 33, dtype, x_layout, 0), draw(outputs, 33, dtype, w_layout, 1)
     bias, total = draw(1, outputs, dtype, "rows", 2)[0], draw(rows, outputs, dtype, x_layout, 3)
     truth = x.double() @ w.double().t()
@@ -57,8 +67,9 @@ def test_batched_products_are_torchs(dtype: torch.dtype, large: int, monkeypatch
     assert error(matmul.batched(w, x), w.double() @ x.double().transpose(1, 2)) <= 4 * torch.finfo(dtype).eps
 
 
-def test_float32_does_not_round_what_it_multiplies() -> None:
+def test_float32_does_not_round_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worse than torch's own product in float32, beside float64."""
+    monkeypatch.setattr(matmul, "LARGE", 0)
     x, w = draw(64, 300, torch.float32, "rows", 4), draw(50, 300, torch.float32, "rows", 5)
     truth = x.double() @ w.double().t()
     assert error(matmul.linear(x, w), truth) <= 2 * error(x @ w.t(), truth)
