@@ -12,9 +12,8 @@ from torch import Tensor
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
-LARGE = 2**22
-"""Multiplications of a product from which oneDNN is worth the kernel that it makes for every new shape, and a matrix of
-a batch a call of its own."""
+LARGE = 2**28
+"""Multiplications of a product from which oneDNN is worth the kernel that it makes, and keeps, for every new shape."""
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
@@ -37,16 +36,6 @@ def linear_add(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(total), _dense(w), None, "add")
         return y
     return total.addmm_(x, w.t())
-
-
-def batched(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T of every pair of matrices: [K, T, O] of x [K, T, I] and w [K, O, I]."""
-    if not _by_onednn(x[0], w[0]):
-        return torch.bmm(x, w.transpose(1, 2))
-    out = x.new_empty(len(x), x.shape[1], w.shape[1])
-    for to, a, b in zip(out, x, w, strict=True):
-        to.copy_(linear(a, b))
-    return out
 
 
 def _by_onednn(x: Tensor, w: Tensor) -> bool:

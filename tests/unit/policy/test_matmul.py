@@ -54,19 +54,6 @@ def test_products_are_torchs(
     assert error(matmul.linear_add(total.clone(), x, w), truth + total.double()) <= near
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("large", [0, 2**30])
-def test_batched_products_are_torchs(dtype: torch.dtype, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of slices and transposed ones, as attention has them."""
-    monkeypatch.setattr(matmul, "LARGE", large)
-    x, w = torch.randn(9, 3, 20, dtype=torch.float64), torch.randn(3, 30, 20, dtype=torch.float64)
-    x, w = x.to(dtype).transpose(0, 1), w.to(dtype)[:, 4:21]
-    for a, b in ((x, w), (x.transpose(1, 2).contiguous().transpose(1, 2), w)):
-        truth = a.double() @ b.double().transpose(1, 2)
-        assert error(matmul.batched(a, b), truth) <= 4 * torch.finfo(dtype).eps
-    assert error(matmul.batched(w, x), w.double() @ x.double().transpose(1, 2)) <= 4 * torch.finfo(dtype).eps
-
-
 def test_float32_does_not_round_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worse than torch's own product in float32, beside float64."""
     monkeypatch.setattr(matmul, "LARGE", 0)
