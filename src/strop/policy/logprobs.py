@@ -12,8 +12,9 @@ Where it is asked for, log(sum of p^2) = logsumexp(2 y) - 2 logsumexp(y) is take
 gradients.
 
 Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least. The logits of a
-chunk, which become its rows of gradients in place, are one buffer for all chunks, and the softmax goes over slabs of it
-that stay in the processor's cache: passes over memory and fresh pages would cost more than the products.
+chunk become its rows of gradients in place, and are one buffer for all chunks but where oneDNN makes them in float32.
+The softmax goes over slabs of them that stay in the processor's cache: passes over memory and fresh pages would cost
+more than the products.
 `naive_token_logps` is the same in three lines of plain torch, and stays as the oracle.
 """
 

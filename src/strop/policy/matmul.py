@@ -18,7 +18,7 @@ LARGE = 2**28
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
     """x w^T + bias: [T, O] of x [T, I], w [O, I] and bias [O], in the dtype that all have. buffer: [T or more, O] that
-    the result may be written to."""
+    the result is written to, but by oneDNN, which cannot."""
     if _by_onednn(x, w):
         if bias is None and _swaps(x, w):
             return linear(w, x).t()
