@@ -239,12 +239,12 @@ def _memory(
     kept = shape.layers - max(1, round(share * shape.layers)) if share else shape.layers
     layer = saved_per_token(shape, config, precision, device) * work.tokens
     if device == "cpu":
-        layer += min(shape.heads * work.seen * c, KEPT_BYTES)
+        layer += min(shape.heads * work.seen * c, KEPT_BYTES * work.tokens)
     activations = kept * layer
     if share:
         activations += (shape.layers - kept) * work.tokens * shape.width * stream + layer
     casts = (shape.matrix + shape.vocabulary * shape.width) * c if precision.is_low and not shape.adapters else 0
-    rows = min(work.scored, chunk_rows(shape.vocabulary, not shape.adapters, device))
+    rows = min(work.scored, chunk_rows(shape.vocabulary, not shape.adapters, device, precision.compute))
     slab = min(rows * shape.vocabulary, SLAB_ELEMENTS) if device == "cpu" else rows * shape.vocabulary
     head = rows * shape.vocabulary * c + slab * wide * (2 if precision.is_low else 1)
     head += (work.tokens + 3 * work.scored) * shape.width * wide

@@ -163,8 +163,8 @@ def longest_first(groups: Sequence[Sized], indices: Iterable[int]) -> list[int]:
     return sorted(indices, key=lambda i: groups[i].num_tokens, reverse=True)
 
 
-CPU_TOKENS = 1024
-"""Tokens of a micro-batch from which a CPU gains nothing: larger ones only leave its caches and take more memory."""
+CPU_TOKENS = 2048
+"""Tokens of a micro-batch from which a CPU gains next to nothing: larger ones only take more memory."""
 
 
 def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens, device_type: str) -> int:

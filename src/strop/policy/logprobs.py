@@ -12,7 +12,7 @@ Where it is asked for, log(sum of p^2) = logsumexp(2 y) - 2 logsumexp(y) is take
 gradients.
 
 Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least. The logits of a
-chunk become its rows of gradients in place, and are one buffer for all chunks but where oneDNN makes them in float32.
+chunk become its rows of gradients in place, and in 16 bits are one buffer for all chunks.
 The softmax goes over slabs of them that stay in the processor's cache: passes over memory and fresh pages would cost
 more than the products.
 `naive_token_logps` is the same in three lines of plain torch, and stays as the oracle.
@@ -33,8 +33,8 @@ from strop.policy.casts import Casts
 from strop.policy.matmul import linear, linear_add
 
 CHUNK_ROWS = 256
-"""Rows of one chunk on a CPU where the head does not train: few enough for a small buffer, many enough that reading W
-costs less than multiplying with it."""
+"""Rows of one chunk of 16-bit logits on a CPU where the head does not train, half as many of float32: few enough for a
+small buffer, many enough that reading W costs less than multiplying with it."""
 CHUNK_ROWS_TRAINED = 1024
 """The same where it trains: every chunk adds a [V, D] product to W's gradient."""
 CHUNK_ELEMENTS = 2**28
@@ -97,7 +97,7 @@ def token_logps(
     if compute is None:
         compute = hidden.dtype
     if chunk_tokens is None:
-        chunk_tokens = chunk_rows(weight.shape[0], _trains(weight, bias), hidden.device.type)
+        chunk_tokens = chunk_rows(weight.shape[0], _trains(weight, bias), hidden.device.type, compute)
     keep_rows = torch.is_grad_enabled() and hidden.requires_grad and not _trains(weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         options = (transform, compute, cast or Casts(), chunk_tokens, keep_rows, collisions)
@@ -105,10 +105,10 @@ def token_logps(
         return torch.stack([logps, squares]) if collisions else logps
 
 
-def chunk_rows(vocabulary: int, trains: bool, device_type: str) -> int:
+def chunk_rows(vocabulary: int, trains: bool, device_type: str, compute: torch.dtype) -> int:
     """Rows of one chunk at most, by whether the head trains."""
     if device_type == "cpu":
-        return CHUNK_ROWS_TRAINED if trains else CHUNK_ROWS
+        return CHUNK_ROWS_TRAINED if trains else max(1, CHUNK_ROWS * 2 // compute.itemsize)
     return max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
 
 
@@ -138,30 +138,50 @@ def _chunks(num_rows: int, chunk: int) -> Iterator[slice]:
 
 
 class _Head:
-    """One head in the compute dtype, and the buffers that its chunks share."""
+    """One head in the compute dtype, and the buffers that its chunks share. h: [R, D] of one chunk."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, rows: int) -> None:
         self.weight, self.bias, self.transform = weight, bias, transform
-        self.logits = weight.new_empty(rows, weight.shape[0])
         slab = max(1, SLAB_ELEMENTS // weight.shape[0]) if weight.device.type == "cpu" else rows
         shape = (min(slab, rows), weight.shape[0])
         stats = _stats(weight.dtype)
         self.probs = torch.empty(shape, dtype=stats, device=weight.device)
-        # the transformed logits are needed beside those of which they are made only if the dtypes differ
-        self.exact = torch.empty_like(self.probs) if weight.dtype != stats else None
+        # transformed logits of another dtype stand beside those of which they are made; of the same, in their place,
+        # and in float32 oneDNN would not write to a buffer anyway
+        low = weight.dtype != stats
+        self.exact = torch.empty_like(self.probs) if low else None
+        self.logits = weight.new_empty(rows, weight.shape[0]) if low else None
 
-    def multiply(self, h: Tensor) -> Tensor:
-        """[R, V] logits of h [R, D], until the next chunk's."""
-        return linear(h, self.weight, self.bias, buffer=self.logits)
+    def score(
+        self, h: Tensor, targets: Tensor, logps: Tensor, squares: Tensor | None, wants_slopes: bool
+    ) -> Tensor | None:
+        """Write log-probs [R], and `squares` where there is room for them; - d logp / d h [R, D], if that is wanted."""
+        z = linear(h, self.weight, self.bias, buffer=self.logits)
+        for rows, y, probs in self._slabs(z):
+            # the largest probability is at least 1 / V, so that its logarithm is safe
+            lse = y.amax(-1) - probs.amax(-1).log_()
+            logps[rows] = y.gather(1, targets[rows, None]).squeeze(1) - lse
+            if squares is not None:
+                squares[rows] = torch.logsumexp(2 * y, dim=-1) - 2 * lse
+            if wants_slopes:
+                self._slopes_(z[rows], y, probs, targets[rows], None)
+        return linear(z, self.weight.t()) if wants_slopes else None
 
-    def slabs(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def slopes(self, h: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
+        """- d logp / d z [R, V], times `factors` [R]; valid until the next chunk's."""
+        z = linear(h, self.weight, self.bias, buffer=self.logits)
+        for rows, y, probs in self._slabs(z):
+            self._slopes_(z[rows], y, probs, targets[rows], factors[rows])
+        return z
+
+    def _slabs(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, y, softmax of y) of slabs of the logits z [R, V], in buffers that the next slab takes."""
         for rows in _chunks(len(z), len(self.probs)):
             y = z[rows] if self.exact is None else self.exact[: len(z[rows])].copy_(z[rows])
             self.transform.apply_(y)
             yield rows, y, torch.softmax(y, dim=-1, out=self.probs[: len(y)])
 
-    def slopes_(self, z: Tensor, y: Tensor, probs: Tensor, targets: Tensor, factors: Tensor | None) -> None:
+    def _slopes_(self, z: Tensor, y: Tensor, probs: Tensor, targets: Tensor, factors: Tensor | None) -> None:
         """Write - d logp / d z, times `factors` [R] of the rows, over the slab z of the logits. Takes `probs`."""
         slope = self.transform.slope(y)
         at_target = 1 - probs.gather(1, targets[:, None])  # before any rounding to 16 bits
@@ -171,7 +191,8 @@ class _Head:
         if factors is not None:
             at_target.mul_(factors[:, None])
             probs.mul_(factors[:, None])
-        z.copy_(probs).scatter_(1, targets[:, None], at_target.neg_().to(z.dtype))
+        probs.scatter_(1, targets[:, None], at_target.neg_())  # on 16 bits, torch copies all of z there and back
+        z.copy_(probs)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -195,18 +216,10 @@ class _TokenLogps(torch.autograd.Function):
         low_bias = None if bias is None else cast(bias, compute)
         head = _Head(cast(weight, compute), low_bias, transform, min(chunk, len(targets)))
         for rows in _chunks(len(targets), chunk):
-            z = head.multiply(hidden[rows].to(compute))
-            for slab, y, probs in head.slabs(z):
-                its_targets = targets[rows][slab]
-                # the largest probability is at least 1 / V, so that its logarithm is safe
-                lse = y.amax(-1) - probs.amax(-1).log_()
-                logps[rows][slab] = y.gather(1, its_targets[:, None]).squeeze(1) - lse
-                if squares is not None:
-                    squares[rows][slab] = torch.logsumexp(2 * y, dim=-1) - 2 * lse
-                if kept is not None:
-                    head.slopes_(z[slab], y, probs, its_targets, None)
-            if kept is not None:
-                kept[rows] = linear(z, head.weight.t()).to(kept.dtype).neg_()
+            of_chunk = None if squares is None else squares[rows]
+            d_h = head.score(hidden[rows].to(compute), targets[rows], logps[rows], of_chunk, keep_rows)
+            if kept is not None and d_h is not None:
+                kept[rows] = d_h.to(kept.dtype).neg_()
         ctx.transform, ctx.compute, ctx.cast, ctx.chunk = transform, compute, cast, chunk
         if squares is not None:
             ctx.mark_non_differentiable(squares)
@@ -230,15 +243,14 @@ class _TokenLogps(torch.autograd.Function):
         d_bias = torch.zeros(bias.shape, dtype=stats, device=bias.device) if wants_bias else None
         for rows in _chunks(len(targets), ctx.chunk):
             h = hidden[rows].to(compute)
-            z = head.multiply(h)
-            for slab, y, probs in head.slabs(z):
-                head.slopes_(z[slab], y, probs, targets[rows][slab], -grad[rows][slab])
+            z = head.slopes(h, targets[rows], -grad[rows])
             if d_bias is not None:
                 d_bias += z.sum(0, dtype=stats)
             if d_hidden is not None:
                 d_hidden[rows] = linear(z, head.weight.t()).to(d_hidden.dtype)
             if wants_weight:
                 d_weight = _add_product(d_weight, z.t(), h, stats)
+            del z  # before the next chunk's
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),

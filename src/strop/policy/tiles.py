@@ -31,8 +31,8 @@ _TILE_ROWS = 160  # float32 and float64
 TILE_SCORES = 2**18
 """Scores of one key-value head in a tile, at most: what a processor's own cache holds."""
 
-KEPT_BYTES = 2**25
-"""Probabilities of one layer that are kept for the backward pass, at most: 32 MiB."""
+KEPT_BYTES = 2**15
+"""Probabilities of one layer that are kept for the backward pass, a token of the row, at most: 32 KiB."""
 
 Run = tuple[int, int]
 """Packed tokens from start to stop."""
@@ -110,7 +110,7 @@ def _hidden(position: int, rows: int, key: int, window: int | None, dtype: torch
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scaling: float) -> Tensor:
     """q: [1, H, T, D]; k, v: [1, K, T, D] of one dtype. Returns [1, H, T, D], laid out as [1, T, H, D]."""
-    room = KEPT_BYTES if torch.is_grad_enabled() else 0
+    room = KEPT_BYTES * q.shape[2] if torch.is_grad_enabled() else 0
     with torch.autocast(q.device.type, enabled=False):
         out: Tensor = _TiledAttention.apply(q, k, v, tiles, scaling, room)  # type: ignore[no-untyped-call]
     return out

@@ -61,7 +61,7 @@ def test_cutting_keeps_order_and_budget(sizes: list[tuple[int, int, int]], budge
 
 
 @pytest.mark.parametrize(
-    ("longest", "batch_size", "on_cpu"), [(100, 4, 400), (600, 1, 600), (600, 4, 1024), (3000, 4, 3000)]
+    ("longest", "batch_size", "on_cpu"), [(100, 4, 400), (600, 1, 600), (600, 4, 2048), (3000, 4, 3000)]
 )
 def test_the_default_budget_by_device(longest: int, batch_size: int, on_cpu: int) -> None:
     groups = [_group(longest - 4, 3, 3), _group(5, 3)]

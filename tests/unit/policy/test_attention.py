@@ -105,7 +105,7 @@ def test_every_kernel_is_the_oracle(
     rows: int, window: int | None, softcap: float | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "_TILE_ROWS", rows)
-    monkeypatch.setattr(tiles, "KEPT_BYTES", {1: 1_000, 2: 0}.get(rows, 2**24))
+    monkeypatch.setattr(tiles, "KEPT_BYTES", {1: 60, 2: 0}.get(rows, 2**24))
     inputs = draw(heads, key_heads, torch.float64)
     want = attend("dense", inputs, window, softcap)
     for kernel in KERNELS:
@@ -115,7 +115,7 @@ def test_every_kernel_is_the_oracle(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kept", [0, 5_000, 2**24])
+@pytest.mark.parametrize("kept", [0, 300, 2**24])
 def test_tiles_round_no_worse_than_plain_products(
     dtype: torch.dtype, window: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

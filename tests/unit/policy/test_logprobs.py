@@ -117,13 +117,13 @@ def test_large_logits_stay_finite() -> None:
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix product with V columns has at most one chunk's rows, whatever trains."""
     rows = []
-    multiply = logprobs._Head.multiply
+    slabs = logprobs._Head._slabs
 
-    def watched(self: Any, h: Tensor) -> Tensor:
-        rows.append(len(h))
-        return multiply(self, h)
+    def watched(self: Any, z: Tensor) -> Any:
+        rows.append(len(z))
+        return slabs(self, z)
 
-    monkeypatch.setattr(logprobs._Head, "multiply", watched)
+    monkeypatch.setattr(logprobs._Head, "_slabs", watched)
     hidden, weight, bias, targets = make_head()
     for trains in (False, True):
         token_logps(
