@@ -194,7 +194,7 @@ def trl_settings(case: Case, side: str, out: Path) -> dict[str, Any]:
         "max_length": None if side == "P" else case.max_length,
         "bf16": case.bf16,
         "use_cpu": True,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "gradient_checkpointing": side == "D",
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,

@@ -24,6 +24,7 @@ from strop.data.plan import RowTokens, Sized, packed_tokens
 from strop.engine.memory import ways_to_fit
 from strop.machine import Machine
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows
+from strop.policy.matmul import LARGE
 from strop.policy.memory import KERNELS
 from strop.policy.outline import CannotBuildError, Shape, shape_of
 from strop.policy.precision import Precision
@@ -238,13 +239,11 @@ def _memory(
     share = _share(config)
     kept = shape.layers - max(1, round(share * shape.layers)) if share else shape.layers
     layer = saved_per_token(shape, config, precision, device) * work.tokens
-    if device == "cpu":
-        layer += min(shape.heads * work.seen * c, KEPT_BYTES * work.tokens)
-    activations = kept * layer
-    if share:
-        activations += (shape.layers - kept) * work.tokens * shape.width * stream + layer
+    probabilities = min(shape.heads * work.seen * c, KEPT_BYTES * work.tokens) if device == "cpu" else 0
+    layers = kept + 1 if share else kept  # one of the others at a time is computed again
+    activations = layers * layer + (shape.layers - kept) * work.tokens * shape.width * stream
     casts = (shape.matrix + shape.vocabulary * shape.width) * c if precision.is_low and not shape.adapters else 0
-    rows = min(work.scored, chunk_rows(shape.vocabulary, not shape.adapters, device, precision.compute))
+    rows = min(work.scored, chunk_rows(shape.vocabulary, device, precision.compute))
     slab = min(rows * shape.vocabulary, SLAB_ELEMENTS) if device == "cpu" else rows * shape.vocabulary
     head = rows * shape.vocabulary * c + slab * wide * (2 if precision.is_low else 1)
     head += (work.tokens + 3 * work.scored) * shape.width * wide
@@ -257,13 +256,14 @@ def _memory(
         "weights": base * (c if shape.adapters else wide) + shape.adapters * wide,
         "gradients": trained * wide,
         "optimizer": trained * state,
-        "activations": activations,
+        "activations": activations + layers * probabilities,
         "head": head + casts,
         "passing": passing,
         "allocator": HOLES.get(device, 0.0) * (activations + passing),
         "process": PROCESS.get(device, PROCESS["cuda"]),
     }
-    if device == "cpu" and precision.is_low:
+    largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
+    if device == "cpu" and (precision.is_low or largest >= LARGE):
         parts["kernels"] = KERNELS * 1.6 * MIB  # of oneDNN, with their buffers
     if synced:
         parts["reference"] = base * wide

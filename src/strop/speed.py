@@ -22,7 +22,7 @@ from strop.data.plan import Sized
 from strop.engine.optim import build_optimizer
 from strop.policy.adapters import adapters_of, add_adapters
 from strop.policy.fused import fuse
-from strop.policy.memory import keep_few_kernels
+from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.outline import random_model
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
@@ -56,6 +56,8 @@ def measure(config: RunConfig, model: ModelSection, precision: Precision, groups
         CannotBuildError: the architecture cannot be built with so few layers.
     """
     keep_few_kernels()
+    if adapters_of(config.lora, model) is None:
+        keep_freed_memory()
     with torch.random.fork_rng(devices=[]):
         few, vocabulary = _seconds(config, model, precision, groups, FEW)
         more, _ = _seconds(config, model, precision, groups, MORE)

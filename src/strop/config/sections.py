@@ -264,7 +264,7 @@ class TrainingSection(Section):
     share with which the estimate of memory fits the device."""
     reference_store: bool = True
     """Keep reference log-probs in the cache folder, where other runs with the same model and rows find them."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     """Optimizer; the 8-bit ones need the extra `bnb`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; norms and biases are exempt."""

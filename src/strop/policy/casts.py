@@ -15,40 +15,47 @@ from torch import Tensor
 
 
 class Casts:
-    """Detached copies of weights. Outside `still` each is made anew."""
+    """Detached copies of weights. Outside `still` each is made anew.
+
+    On a CPU the memory of a copy is used again for the next: fresh pages cost more than the copying.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
-        self._zero: dict[int, bool] = {}
+        self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._current: set[tuple[int, torch.dtype]] | None = None
+        self._zero: dict[int, tuple[Tensor, bool]] = {}
 
     @contextmanager
     def still(self) -> Iterator[None]:
         """No weight changes inside. A block in a block belongs to the outer one."""
-        if self._kept is not None:
+        if self._current is not None:
             yield
             return
-        self._kept, self._zero = {}, {}
+        self._current = set()
         try:
             yield
         finally:
-            self._kept, self._zero = None, {}
+            self._current, self._zero = None, {}
+            self._copies = {key: pair for key, pair in self._copies.items() if pair[1].device.type == "cpu"}
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight itself where it has the dtype, else a copy; without gradients."""
         if weight.dtype == dtype:
             return weight.detach()
-        if self._kept is None:
+        if self._current is None:
             return weight.detach().to(dtype)
         key = (id(weight), dtype)
-        if key not in self._kept:
-            self._kept[key] = (weight, weight.detach().to(dtype))  # the weight too, so that its id stays its own
-        return self._kept[key][1]
+        if key not in self._copies:
+            self._copies[key] = (weight, weight.detach().to(dtype))  # the weight too, so that its id stays its own
+        elif key not in self._current:
+            self._copies[key][1].copy_(weight.detach())
+        self._current.add(key)
+        return self._copies[key][1]
 
     def is_zero(self, weight: Tensor) -> bool:
         """Whether every number is 0, as in half of a new adapter; looked up once inside `still`, outside not at all."""
-        if self._kept is None:
+        if self._current is None:
             return False
         if id(weight) not in self._zero:
-            self._kept.setdefault((id(weight), weight.dtype), (weight, weight.detach()))
-            self._zero[id(weight)] = not bool(weight.detach().any())
-        return self._zero[id(weight)]
+            self._zero[id(weight)] = (weight, not bool(weight.detach().any()))
+        return self._zero[id(weight)][1]

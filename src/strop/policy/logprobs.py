@@ -30,17 +30,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
-from strop.policy.matmul import linear, linear_add
+from strop.policy.matmul import linear
 
 CHUNK_ROWS = 256
-"""Rows of one chunk of 16-bit logits on a CPU where the head does not train, half as many of float32: few enough for a
-small buffer, many enough that reading W costs less than multiplying with it."""
-CHUNK_ROWS_TRAINED = 1024
-"""The same where it trains: every chunk adds a [V, D] product to W's gradient."""
+"""Rows of one chunk of 16-bit logits on a CPU, half as many of float32: few enough for a buffer that stays in memory
+which the process has, many enough that reading W costs less than multiplying with it."""
 CHUNK_ELEMENTS = 2**28
 """R x V of one chunk on other devices: 512 MiB of 16-bit logits."""
 SLAB_ELEMENTS = 2**20
-"""Logits that go through the softmax at once on a CPU: 4 MiB of float32."""
+"""Logits that go through the softmax at once on a CPU, and elements of W's gradient that a product is added to: 4 MiB
+of float32."""
 
 Cast = Callable[[Tensor, torch.dtype], Tensor]
 """A weight in a dtype, without gradients."""
@@ -97,7 +96,7 @@ def token_logps(
     if compute is None:
         compute = hidden.dtype
     if chunk_tokens is None:
-        chunk_tokens = chunk_rows(weight.shape[0], _trains(weight, bias), hidden.device.type, compute)
+        chunk_tokens = chunk_rows(weight.shape[0], hidden.device.type, compute)
     keep_rows = torch.is_grad_enabled() and hidden.requires_grad and not _trains(weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         options = (transform, compute, cast or Casts(), chunk_tokens, keep_rows, collisions)
@@ -105,10 +104,10 @@ def token_logps(
         return torch.stack([logps, squares]) if collisions else logps
 
 
-def chunk_rows(vocabulary: int, trains: bool, device_type: str, compute: torch.dtype) -> int:
-    """Rows of one chunk at most, by whether the head trains."""
+def chunk_rows(vocabulary: int, device_type: str, compute: torch.dtype) -> int:
+    """Rows of one chunk at most."""
     if device_type == "cpu":
-        return CHUNK_ROWS_TRAINED if trains else max(1, CHUNK_ROWS * 2 // compute.itemsize)
+        return CHUNK_ROWS * 2 // compute.itemsize
     return max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
 
 
@@ -239,7 +238,7 @@ class _TokenLogps(torch.autograd.Function):
         low_bias = None if bias is None else ctx.cast(bias, compute)
         head = _Head(ctx.cast(weight, compute), low_bias, ctx.transform, min(ctx.chunk, len(targets)))
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight: Tensor | None = None
+        d_weight = torch.empty(weight.shape, dtype=stats, device=weight.device) if wants_weight else None
         d_bias = torch.zeros(bias.shape, dtype=stats, device=bias.device) if wants_bias else None
         for rows in _chunks(len(targets), ctx.chunk):
             h = hidden[rows].to(compute)
@@ -248,8 +247,8 @@ class _TokenLogps(torch.autograd.Function):
                 d_bias += z.sum(0, dtype=stats)
             if d_hidden is not None:
                 d_hidden[rows] = linear(z, head.weight.t()).to(d_hidden.dtype)
-            if wants_weight:
-                d_weight = _add_product(d_weight, z.t(), h, stats)
+            if d_weight is not None:
+                _add_product(d_weight, z, h, first=rows.start == 0)
             del z  # before the next chunk's
         return (
             d_hidden,
@@ -259,9 +258,13 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, stats: torch.dtype) -> Tensor:
-    """total + a @ b, in `stats`."""
-    if total is None or a.dtype != stats:
-        product = linear(a, b.t())
-        return product.to(stats) if total is None else total.add_(product)
-    return linear_add(total, a, b.t())
+def _add_product(total: Tensor, z: Tensor, h: Tensor, *, first: bool) -> None:
+    """Add z^T h to the total [V, D], which is empty at first; on a CPU slab by slab, so that what is added is not
+    written to memory before."""
+    size = max(1, SLAB_ELEMENTS // h.shape[1]) if total.device.type == "cpu" else len(total)
+    for rows in _chunks(len(total), size):
+        part = linear(z[:, rows].t(), h.t())
+        if first:
+            total[rows] = part
+        else:
+            total[rows] += part

@@ -5,6 +5,7 @@ What fails is tried again only when its exception is gone: a traceback holds the
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable, Sequence
@@ -33,6 +34,27 @@ def keep_few_kernels() -> None:
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS))
+
+
+_MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for what is allocated next, where it is glibc and the environment says
+    nothing.
+
+    Else it takes blocks of 32 MiB and more from the system each time, page by page, as the gradient of a head is in
+    every backward pass: training all of a model of 135 million weights took 15 % longer. Where little of that size is
+    allocated (adapters over a frozen head) it gains nothing.
+    """
+    if any(name in os.environ for name in _MALLOC_SETTINGS):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)  # never
+        mallopt(_TOP_PAD, 2**26)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ from strop.policy.folder import place_of
 from strop.policy.fused import fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
 from strop.policy.logprobs import LogitTransform, token_logps
-from strop.policy.memory import keep_few_kernels
+from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.types import Group
 
@@ -252,6 +252,8 @@ def build_policy(
     where, training = place_of(model), config.training
     precision = resolve_precision(training, device)
     adapted = config.lora.enabled or model.adapter is not None
+    if device.type == "cpu" and not adapted:
+        keep_freed_memory()
     loaded = load_model(model, dtype=precision.compute if adapted else precision.master)
     check_vocabulary(load_tokenizer(model) if tokenizer is None else tokenizer, loaded.module, where)
     _check_length(loaded, training.max_seq_length, where)

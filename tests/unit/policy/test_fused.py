@@ -257,6 +257,7 @@ def test_copies_are_made_once_while_weights_stand_still() -> None:
     with pytest.raises(ZeroDivisionError), casts.still():
         again = casts(weight, torch.bfloat16)
         assert torch.equal(again, weight.bfloat16())
+        assert again.data_ptr() == first.data_ptr()  # memory that the process has
         raise ZeroDivisionError
     assert casts(weight, torch.bfloat16) is not again
     assert casts(weight, torch.float32).data_ptr() == weight.data_ptr()

@@ -1,0 +1,44 @@
+"""What the process keeps of memory that it has freed, each in a process of its own: it cannot be taken back."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource
+import torch
+from strop.policy.memory import keep_freed_memory
+
+keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+PAGES = 4 * 2**26 // 4096
+"""Of four tensors of 64 MiB."""
+
+
+def fresh_pages(**environment: str) -> int:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD", "THP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={**plain, **environment}, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_blocks_are_used_again() -> None:
+    assert fresh_pages() < PAGES // 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_what_the_environment_says_stands() -> None:
+    """Blocks of this size come from the system and go back to it, as the C library has it by itself."""
+    assert fresh_pages(MALLOC_MMAP_THRESHOLD_="1048576") > PAGES // 2
