@@ -154,15 +154,18 @@ CASES = {
         Case("dpo-lora-bf16-tiny-uf", "tiny", "uf", steps=9, targets=_faster(3.5)),
         Case("dpo-lora-fp32-tiny-hh", "tiny", "hh", bf16=False, steps=13, targets=_faster(3.0)),
         Case("dpo-lora-bf16-qwen05-uf", "qwen05", "uf", batch=2, steps=3),
-        Case(
-            "sft-full-bf16-smol-uf",
-            "smol",
-            "uf",
-            method="sft",
-            lora=False,
-            batch=8,
-            sides=("strop", "D", "B", "G", "P"),
-            targets=(Target("seconds", "G", 4.0), Target("seconds", "P", 4.0), Target("seconds", "B", 4.0)),
+        *(
+            Case(
+                f"sft-{'lora' if lora else 'full'}-bf16-smol-uf",
+                "smol",
+                "uf",
+                method="sft",
+                lora=lora,
+                batch=8,
+                sides=("strop", "D", "B", "G", "P"),
+                targets=(Target("seconds", "P", 4.0), Target("seconds", "B", 4.0)),
+            )
+            for lora in (True, False)
         ),
         Case(
             "group8-lora-bf16-smol",
