@@ -12,7 +12,7 @@ from torch import Tensor
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
-LARGE = 2**28
+LARGE = 2**26
 """Multiplications of a product from which oneDNN is worth the kernel that it makes, and keeps, for every new shape."""
 
 
