@@ -264,7 +264,8 @@ def _memory(
     }
     largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
     if device == "cpu" and (precision.is_low or largest >= LARGE):
-        parts["kernels"] = KERNELS * 1.6 * MIB  # of oneDNN, with their buffers
+        # of oneDNN, with their buffers; in float32 it has the large products alone
+        parts["kernels"] = KERNELS * (1.2 if precision.is_low else 0.6) * MIB
     if synced:
         parts["reference"] = base * wide
     return {name: int(size) for name, size in parts.items()}
