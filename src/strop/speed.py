@@ -24,7 +24,7 @@ from strop.policy.adapters import adapters_of, add_adapters
 from strop.policy.fused import fuse
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.outline import random_model
-from strop.policy.policy import Policy
+from strop.policy.policy import Policy, elementwise_of
 from strop.policy.precision import Precision
 from strop.policy.sharing import reason_against
 from strop.types import Completion, Group, GroupLengths, Origin
@@ -78,7 +78,7 @@ def _seconds(
     if adapters is not None:
         module = add_adapters(loaded.module, adapters, model, seed=config.seed, master=precision.master)
     policy = Policy(module, loaded, precision, share_prefix=reason_against(loaded.config) is None)
-    fuse(module, policy.casts, policy.device)
+    fuse(module, policy.casts, policy.device, elementwise_of(config.training, policy.device))
     batch = policy.collate([_random_group(group.lengths, vocabulary) for group in groups])
     parameters = policy.trainable()
     optimizer = build_optimizer(parameters, config.training)

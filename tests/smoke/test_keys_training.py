@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from strop import wiring
 from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
-from strop.policy import policy
+from strop.policy import elementwise, policy
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
 
@@ -301,6 +302,35 @@ def test_training__fp32_logits(runs: Any, watched: pytest.MonkeyPatch) -> None:
         heads.clear()
         runs(bf16=True, fp32_logits=wanted, max_steps=1)
         assert set(heads) == {dtype}
+
+
+def test_training__torch_compile(runs: Any, watched: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    elementwise.compiled.cache_clear()
+    request.addfinalizer(elementwise.compiled.cache_clear)
+    calls: Counter[str] = Counter()
+
+    def compile_(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
+        assert dynamic
+
+        def run(*args: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args)
+
+        return run
+
+    watched.setattr(torch, "compile", compile_)
+    plain = runs(torch_compile=False)
+    assert not calls
+    assert runs.same_run(runs(torch_compile=True), plain)
+    assert calls.keys() == {function.__name__ for function in elementwise.EAGER} and min(calls.values()) > 8
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("\nno C++ compiler was found\nand so on")
+
+    elementwise.compiled.cache_clear()
+    watched.setattr(torch, "compile", lambda function, dynamic: fail)
+    with pytest.raises(ConfigError, match=r"training.torch_compile: true: torch.compile failed: no C\+\+ compiler"):
+        runs(torch_compile=True)
 
 
 @pytest.mark.parametrize(("share", "layers"), [(False, 2), (0.5, 3), (True, 4)])

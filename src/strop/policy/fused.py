@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
+from strop.policy.elementwise import ACTIVATIONS, EAGER, Elementwise
 from strop.policy.products import Weights, gradients, products
 
 logger = logging.getLogger("strop")
@@ -162,24 +162,17 @@ def compute_dtype(device: torch.device) -> torch.dtype | None:
 
 # --- gated MLP --------------------------------------------------------------------------------------------------------
 
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "SiLUActivation": (F.silu, torch.ops.aten.silu_backward),
-    "SiLU": (F.silu, torch.ops.aten.silu_backward),
-    "GELUTanh": (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
-}
-"""Class of the activation -> (x -> act(x)), ((gradient, x) -> gradient of x)."""
-
 
 class _GatedMlp(torch.autograd.Function):
     """parameters: w, bias, a, b of gate, up and down, which take the gradients; `layers` are multiplied with."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *_, layers, activation = rest
+        *_, layers, kernels, activation = rest
         (g, u), lows = products(layers[:2], x, x)
-        h = activation[0](g).mul_(u)
+        h = kernels.gated(g, u, activation)
         (y,), h_low = products(layers[2:], h, h)
-        ctx.layers, ctx.activation = layers, activation
+        ctx.layers, ctx.kernels, ctx.activation = layers, kernels, activation
         ctx.save_for_backward(x, g, u, lows, h_low)
         return y
 
@@ -187,24 +180,21 @@ class _GatedMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, lows, h_low = ctx.saved_tensors
-        function, slope = ctx.activation
         wants_x, *trains = ctx.needs_input_grad[:13]
-        acted = function(g)
-        h = acted * u
+        acted, h = ctx.kernels.gated_again(g, u, ctx.activation)
         down = gradients(ctx.layers[2:], (grad,), trains[8:], h, h, h_low, wants_x=True)
         assert down.x is not None
-        d_u = acted.mul_(down.x)
-        d_g = slope(down.x.mul_(u), g)
-        inner = gradients(ctx.layers[:2], (d_g, d_u), trains[:8], x, x, lows, wants_x=wants_x)
-        return inner.x, *inner.weights, *down.weights, None, None
+        d_gate_up = ctx.kernels.gated_slopes(down.x, acted, g, u, ctx.activation)
+        inner = gradients(ctx.layers[:2], d_gate_up, trains[:8], x, x, lows, wants_x=wants_x)
+        return inner.x, *inner.weights, *down.weights, None, None, None
 
 
 class FusedMlp:
     """The forward of a gated MLP whose three layers are fused linear layers."""
 
-    def __init__(self, module: nn.Module, layers: tuple[FusedLinear, ...]) -> None:
-        self.module, self.layers = module, layers
-        self.activation = ACTIVATIONS[type(module.act_fn).__name__]
+    def __init__(self, module: nn.Module, layers: tuple[FusedLinear, ...], kernels: Elementwise = EAGER) -> None:
+        self.module, self.layers, self.kernels = module, layers, kernels
+        self.activation = type(module.act_fn).__name__
 
     def __call__(self, x: Tensor) -> Tensor:
         if not all(layer.is_plain and not layer.dropout for layer in self.layers):
@@ -214,7 +204,8 @@ class FusedMlp:
         weights = tuple(layer.weights(x.device) for layer in self.layers)
         flat = x.reshape(-1, x.shape[-1]).to(weights[0].w.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _GatedMlp.apply(flat, *parameters, weights, self.activation)  # type: ignore[no-untyped-call]
+            how = (weights, self.kernels, self.activation)
+            y: Tensor = _GatedMlp.apply(flat, *parameters, *how)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
 
 
@@ -223,49 +214,38 @@ class FusedMlp:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = _exact(x)
-        scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Elementwise) -> Tensor:
+        y, scale = kernels.norm(x, weight, eps)
+        ctx.kernels = kernels
         ctx.save_for_backward(x, weight, scale)
-        return exact.mul(scale).to(x.dtype) * weight
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # with n = x / rms(x), d = w grad:  d x = (d - n mean(d n)) / rms(x)
-        x, weight, scale = ctx.saved_tensors
-        exact, grad = _exact(x), _exact(grad)
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (grad * exact).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
-        d = grad * weight.to(grad.dtype)  # factors of two dtypes would be slow
-        along = torch.linalg.vecdot(d, exact).unsqueeze(-1).mul_(scale**3 / x.shape[-1])
-        return d.mul_(scale).addcmul_(exact, along, value=-1).to(x.dtype), d_weight, None
-
-
-def _exact(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        d_x, d_weight = ctx.kernels.norm_slopes(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return d_x, d_weight, None, None
 
 
 class FusedNorm:
     """The forward of an RMS norm."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, kernels: Elementwise = EAGER) -> None:
+        self.module, self.kernels = module, kernels
 
     def __call__(self, x: Tensor) -> Tensor:
+        weight, eps = self.module.weight, self.module.variance_epsilon
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _RmsNorm.apply(x, self.module.weight, self.module.variance_epsilon)  # type: ignore[no-untyped-call]
+            y: Tensor = _RmsNorm.apply(x, weight, eps, self.kernels)  # type: ignore[no-untyped-call]
         return y
 
 
 # --- installing -------------------------------------------------------------------------------------------------------
 
 
-def fuse(model: nn.Module, casts: Casts, device: torch.device) -> Counter[str]:
-    """Fuse what is known in `model`, which is on its device; how many of each kind."""
+def fuse(model: nn.Module, casts: Casts, device: torch.device, kernels: Elementwise = EAGER) -> Counter[str]:
+    """Fuse what is known in `model`, which is on its device; how many of each kind. kernels: for what MLPs and norms do
+    element by element."""
     done: Counter[str] = Counter()
     linears: dict[nn.Module, FusedLinear] = {}
     inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLinear)}
@@ -276,7 +256,7 @@ def fuse(model: nn.Module, casts: Casts, device: torch.device) -> Counter[str]:
             done["linear layers"] += 1
     for module in model.modules():
         _share_input(module, linears)
-        for kind, fused in _candidates(module, linears):
+        for kind, fused in _candidates(module, linears, kernels):
             if _agrees(module, fused, device):
                 _replace_forward(module, fused)
                 done[kind] += 1
@@ -321,7 +301,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _candidates(
-    module: nn.Module, linears: dict[nn.Module, FusedLinear]
+    module: nn.Module, linears: dict[nn.Module, FusedLinear], kernels: Elementwise
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     parts = dict(module.named_children())
     if not _is_untouched(module):
@@ -329,10 +309,10 @@ def _candidates(
     if parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         layers = tuple(linears.get(parts[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         if type(parts["act_fn"]).__name__ in ACTIVATIONS and None not in layers:
-            yield "MLPs", FusedMlp(module, layers)  # type: ignore[arg-type]
+            yield "MLPs", FusedMlp(module, layers, kernels)  # type: ignore[arg-type]
     named = dict(module.named_parameters())
     if not parts and named.keys() == {"weight"} and isinstance(getattr(module, "variance_epsilon", None), float):
-        yield "norms", FusedNorm(module)
+        yield "norms", FusedNorm(module, kernels)
 
 
 def _agrees(module: nn.Module, fused: Callable[[Tensor], Tensor], device: torch.device) -> bool:

@@ -23,13 +23,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.run import RunConfig
-from strop.config.sections import ModelSection
+from strop.config.sections import ModelSection, TrainingSection
 from strop.errors import ConfigError, ModelError
 from strop.policy import sharing
 from strop.policy.adapters import add_adapters, continue_adapters, trainable_names
 from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
 from strop.policy.casts import Casts
 from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.elementwise import EAGER, Elementwise, compiled
 from strop.policy.folder import place_of
 from strop.policy.fused import fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
@@ -266,11 +267,27 @@ def build_policy(
     share = training.gradient_checkpointing
     assert share != "auto", "to be decided by the estimate before"
     checkpoint_layers(module, share, random=random, where=where)
-    return assemble(module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits)
+    kernels = elementwise_of(training, device)
+    return assemble(module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits, kernels=kernels)
+
+
+def elementwise_of(training: TrainingSection, device: torch.device) -> Elementwise:
+    """As `training.torch_compile` says.
+
+    Raises:
+        ConfigError: nothing can be compiled here.
+    """
+    return compiled(device) if training.torch_compile else EAGER
 
 
 def assemble(
-    module: nn.Module, loaded: LoadedModel, precision: Precision, model: ModelSection, *, fp32_logits: bool
+    module: nn.Module,
+    loaded: LoadedModel,
+    precision: Precision,
+    model: ModelSection,
+    *,
+    fp32_logits: bool,
+    kernels: Elementwise = EAGER,
 ) -> Policy:
     """A policy around a model that is on its device, with the rows that are right for it, probed.
 
@@ -284,7 +301,7 @@ def assemble(
     if getattr(loaded.config.get_text_config(), "output_router_logits", False):
         logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
     policy = Policy(module, loaded, precision, share_prefix=reason is None, fp32_logits=fp32_logits, where=where)
-    fuse(module, policy.casts, policy.device)
+    fuse(module, policy.casts, policy.device, kernels)
     reason = _probe(policy) or reason
     if reason is not None:
         policy.share_prefix = False

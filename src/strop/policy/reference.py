@@ -25,7 +25,7 @@ from strop.errors import ModelError
 from strop.policy.folder import place_of
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.memory import in_halves
-from strop.policy.policy import Policy, assemble
+from strop.policy.policy import Policy, assemble, elementwise_of
 from strop.policy.store import ReferenceStore
 from strop.types import Group
 
@@ -200,7 +200,8 @@ def _load_reference(
             fix="choose another post_training.ref_model_id",
         )
     module = loaded.module.to(policy.device).requires_grad_(False)
-    return assemble(module, loaded, policy.precision, section, fp32_logits=config.training.fp32_logits)
+    kernels, logits = elementwise_of(config.training, policy.device), config.training.fp32_logits
+    return assemble(module, loaded, policy.precision, section, fp32_logits=logits, kernels=kernels)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from strop.policy import tiles
 from strop.policy.attention import (
     KERNELS,
     AttentionPlan,
-    best_kernel,
     dense_mask,
     group_mask,
     shared_prefix_attention,
@@ -78,11 +77,9 @@ def test_what_would_change_the_result_is_refused(extra: dict[str, object]) -> No
     assert torch.isfinite(out).all()
 
 
-def attend(
-    kernel: str, inputs: tuple[Tensor, ...], window: int | None, softcap: float | None, device: torch.device = CPU
-) -> list[Tensor]:
+def attend(kernel: str, inputs: tuple[Tensor, ...], window: int | None, softcap: float | None) -> list[Tensor]:
     """Output and gradients of q, k, v of one kernel."""
-    plan = AttentionPlan(LAYOUT, device, kernel)
+    plan = AttentionPlan(LAYOUT, CPU, kernel)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
     out = KERNELS[kernel](q, k, v, plan, 0.3, window, softcap)
     out.backward(g)
@@ -155,17 +152,3 @@ def test_a_tile_has_few_scores(repeats: int, dtype: torch.dtype) -> None:
     sizes = [repeats * (t.queries[1] - t.queries[0]) * sum(b - a for a, b in t.keys) for t in cut]
     assert max(sizes) <= tiles.TILE_SCORES < 3 * max(sizes)
     assert [t.queries[0] for t in cut] == [0, *(t.queries[1] for t in cut[:-1])] and cut[-1].queries[1] == 4100
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, 4])
-def test_flash_on_a_gpu(dtype: torch.dtype, window: int | None) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    device = torch.device("cuda")
-    assert best_kernel(device, dtype) == "flash"
-    exact = attend("dense", draw(4, 2, torch.float64, 32), window, None)
-    inputs = tuple(x.to(device) for x in draw(4, 2, dtype, 32))
-    for ours, truth in zip(attend("flash", inputs, window, None, device), exact, strict=True):
-        torch.testing.assert_close(ours.cpu().double(), truth, rtol=0.05, atol=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from strop.policy import policy as policy_module
 from strop.policy.casts import Casts
+from strop.policy.elementwise import compiled
 from strop.policy.fused import FusedLinear, FusedMlp, FusedNorm, SharedInput, fuse
 from strop.policy.policy import Policy
 from strop.types import Group
@@ -132,6 +134,21 @@ def test_fused_rounds_no_worse_than_plain(kind: dict[str, Any], dtype: torch.dty
         error, allowed = ((x[name].double() - value).norm() for x in (fused, plain))
         assert fused[name].dtype == plain[name].dtype
         assert error <= 1.5 * allowed + 1e-7 * value.norm(), name
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own, of its own
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiled_rounds_hardly_worse_than_plain(dtype: torch.dtype) -> None:
+    plain, _ = pair(dtype, {})
+    fused = copy.deepcopy(plain)
+    fuse(fused, Casts(), CPU, compiled(CPU))
+    low = dtype == torch.bfloat16
+    truth, theirs, ours = run(copy.deepcopy(plain).double()), run(plain, dtype, low), run(fused, dtype, low)
+    for name, value in truth.items():
+        error, allowed = ((x[name].double() - value).norm() for x in (ours, theirs))
+        # roundings of its own, so that its errors are other ones
+        assert error <= 2 * allowed + (1e-12 if dtype == torch.float64 else 1e-7) * value.norm(), name
 
 
 def test_dropout_acts_on_the_adapters_input() -> None:
