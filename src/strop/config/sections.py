@@ -258,7 +258,7 @@ class TrainingSection(Section):
     fp32_logits: bool = False
     """Compute logits in float32 whatever the precision of the rest."""
     torch_compile: bool = False
-    """Compile what norms and MLPs do element by element, in the first seconds of a run; on a CPU no gain was measured."""
+    """Compile what norms and MLPs do element by element, in a run's first seconds; on a CPU no gain was measured."""
     gradient_checkpointing: bool | float | Literal["auto"] = Field(
         default=False, json_schema_extra={"x-type": "true, false, auto, or a number above 0 and below 1"}
     )
