@@ -46,8 +46,8 @@ PASSES = 6.0
 BESIDES = 1.15
 """What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging."""
 LEFT_OUT = (
-    "reading the data, the reference's pass before the first step, evaluations, checkpoints, what a GPU's allocator "
-    "leaves unused, modules_to_save; of mixtures of experts all experts are counted"
+    "reading the data, the reference's pass before the first step and the model of ref_model_id, evaluations, "
+    "checkpoints, what a GPU's allocator leaves unused, modules_to_save; of mixtures of experts all experts are counted"
 )
 
 

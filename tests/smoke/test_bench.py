@@ -77,6 +77,7 @@ def test_the_report_compares_within_rounds(tmp_path: Path, trl: float, met: str)
     (tmp_path / "made-up.json").write_text(json.dumps(stored({"strop": 2.0, "G": trl})))
     table, plot = report(tmp_path)
     assert f"| made-up | seconds | G | {trl / 2:.2f} | 3.00 | {met} |" in table
+    assert "| dpo-lora-bf16-smol-uf | seconds | G | - | 3.20 | not measured |" in table
     assert "| made-up | strop | 3.000 (2.000 - 4.000) | 1.00 | 100 | 40 |" in table
     assert plot.startswith("<svg") and f">{trl / 2:.2f}</text>" in plot
 

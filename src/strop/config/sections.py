@@ -202,7 +202,8 @@ class TrainingSection(Section):
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many optimizer steps; wins over num_epochs; null: by num_epochs."""
     per_device_train_batch_size: int = Field(default=2, gt=0)
-    """Groups (rows) a device takes at once; lowering it lowers memory."""
+    """Groups (rows) a device takes at once: so many times the longest one are the tokens of a micro-batch at most.
+    Lowering it lowers memory."""
     per_device_eval_batch_size: int = Field(default=2, gt=0)
     """The same in evaluations."""
     gradient_accumulation_steps: int = Field(default=8, gt=0)

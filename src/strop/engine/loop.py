@@ -29,6 +29,7 @@ from strop.engine.evaluate import evaluate
 from strop.engine.memory import does_not_fit
 from strop.engine.metrics import MetricWindow, UpdateProbe, means, no_such_metric, peak_memory_gib
 from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
+from strop.engine.recipe import cut_matters
 from strop.engine.rows import Rows
 from strop.engine.step import StepScores, forward_backward
 from strop.errors import Interrupted, TrainingError
@@ -204,7 +205,8 @@ class Loop:
             if smaller is None:
                 longest = max((self.train.groups[i] for i in indices), key=lambda group: group.num_tokens)
                 raise does_not_fit(self.config, why, f"step {step}", longest)
-            self.outputs.note(_cut_finer(f"step {step}", why, self.train, smaller))
+            but = ", but for the masks of lora_dropout" if cut_matters(self.config) else ""
+            self.outputs.note(_cut_finer(f"step {step}", why, self.train, smaller) + but)
             self.train, self.state.micro_batch_tokens = smaller, smaller.budget_tokens
 
     def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> None:

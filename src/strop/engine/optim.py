@@ -50,7 +50,7 @@ def require_optimizer(training: TrainingSection) -> None:
             "the package bitsandbytes is not installed",
             where=f"training.optim: {training.optim}",
             expected="bitsandbytes, which is the extra `bnb`",
-            fix="pip install 'strop[bnb]', or choose optim: adamw_torch",
+            fix="pip install -e '.[bnb]' in strop's folder, or choose optim: adamw_torch_fused",
         )
 
 

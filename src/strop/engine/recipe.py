@@ -48,13 +48,17 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
         for key, value, _ in config.leaves()
         if key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS and not key.endswith(".name")
     }
-    if config.lora.lora_dropout and (config.lora.enabled or any(m.adapter for m in config.models)):
-        # dropout draws its masks by micro-batch, so with it the cut of a step is part of the recipe
+    if cut_matters(config):
         keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
     if config.training.packing:
         keys["training.max_seq_length"] = config.training.max_seq_length  # what rows are filled to
     plain: dict[str, Any] = json.loads(json.dumps(keys))
     return plain
+
+
+def cut_matters(config: RunConfig) -> bool:
+    """Whether the cut of a step into micro-batches is part of the recipe: dropout draws its masks by micro-batch."""
+    return config.lora.lora_dropout > 0 and (config.lora.enabled or any(m.adapter for m in config.models))
 
 
 def check_recipe(checkpoint: Checkpoint, config: RunConfig, fingerprint: str, allow_changes: bool) -> None:

@@ -35,8 +35,3 @@ def checkpoint_layers(module: nn.Module, share: bool | float, *, random: bool, w
         layer._gradient_checkpointing_func = recompute
     assert sum(layer.gradient_checkpointing for layer in layers) == wanted
     return wanted
-
-
-def is_checkpointed(module: nn.Module) -> bool:
-    """Whether any layer is."""
-    return any(isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing for m in module.modules())
