@@ -180,26 +180,32 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
     if shape.adapters and config.lora.lora_dropout:
         kept += shape.adapted * (c + (1 if device == "cuda" else s))
         return kept + (3 if shape.distinct > 2 * shape.width + shape.queries else 2) * shape.inner * c
-    inputs = min(shape.distinct, shape.width + shape.queries) if shape.adapters else shape.width + shape.queries
+    inputs: float = shape.width + shape.queries  # flash attention keeps its output, whatever trains
+    if shape.adapters and device != "cuda":
+        inputs = min(shape.distinct, inputs)
     return kept + (inputs + shape.width + 2 * shape.inner) * c
 
 
 @dataclass(frozen=True)
 class _Work:
     """A micro-batch in numbers: tokens of its rows; keys that its queries see, all together; scored tokens at most;
-    tokens of its longest group."""
+    tokens of its longest group; of prompts again before every further completion; squares of groups' tokens."""
 
     tokens: int
     seen: float
     scored: int
     longest: int
+    again: int
+    squares: int
 
     @classmethod
     def of(cls, groups: Sequence[Sized], tokens: RowTokens) -> _Work:
         own = [g.lengths for g in groups]
         spans = [tokens([g]) for g in own]
         seen = sum(g.prompt**2 / 2 + sum(g.prompt * n + n**2 / 2 for n in g.completions) for g in own)
-        return cls(tokens(groups), seen, sum(sum(g.completions) for g in own), max(spans))
+        again = sum(g.prompt * (len(g.completions) - 1) for g in own)
+        scored = sum(sum(g.completions) for g in own)
+        return cls(tokens(groups), seen, scored, max(spans), again, sum(span**2 for span in spans))
 
 
 def _epoch(prepared: Prepared, tokens: RowTokens) -> list[list[_Work]]:
@@ -239,7 +245,11 @@ def _memory(
     share = _share(config)
     kept = shape.layers - max(1, round(share * shape.layers)) if share else shape.layers
     layer = saved_per_token(shape, config, precision, device) * work.tokens
-    probabilities = min(shape.heads * work.seen * c, KEPT_BYTES * work.tokens) if device == "cpu" else 0
+    if device == "cuda" and c == 2 and not shape.capped:
+        layer += 2 * shape.keys * c * work.again
+    probabilities = min(shape.heads * work.seen * c, KEPT_BYTES * work.tokens) if device == "cpu" else 0.0
+    if shape.capped:  # whole squares: the tangent, the softmax in float32, and that in 16 bits
+        probabilities = shape.heads * work.squares * 8
     layers = kept + 1 if share else kept  # one of the others at a time is computed again
     activations = layers * layer + (shape.layers - kept) * work.tokens * shape.width * stream
     casts = (shape.matrix + shape.vocabulary * shape.width) * c if precision.is_low and not shape.adapters else 0

@@ -27,7 +27,7 @@ PUBLISHED = (
     ("V100", 125, 15.7, 0.9),
     ("T4", 65, 8.1, 0.32),
 )
-"""Part of a name; dense TFLOP/s in 16 bits and in float32, TB/s, as NVIDIA's data sheets have them."""
+"""Word of a name; dense TFLOP/s in 16 bits and in float32, TB/s, as NVIDIA's data sheets have them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def _known(name: str) -> tuple[str, float, float, float] | None:
-    return next((row for row in PUBLISHED if row[0] in name.replace("-", " ")), None)
+    words = name.replace("-", " ").split()  # GH200 is no H200, L40 no L4
+    return next((row for row in PUBLISHED if row[0] in words), None)
 
 
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))

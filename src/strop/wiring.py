@@ -258,6 +258,9 @@ def _device(config: RunConfig) -> torch.device:
     device, notes = pick_device(config.gpu)
     for note in notes:
         log.warning(note)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # libraries that are not told a device take the current one
+        torch.cuda.reset_peak_memory_stats(device)  # of a model trained before
     return device
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from strop.types import Completion, Group, Origin
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning"),  # torch's own, of its own
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),  # in autograd's own thread, once
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
 
@@ -280,7 +282,7 @@ def test_every_setting_that_meets_the_device_trains(keys: dict[str, Any], train:
     if "8bit" in keys.get("training.optim", ""):
         pytest.importorskip("bitsandbytes")
     records, weights, _ = train(**{"training.max_steps": 8, **keys})
-    losses = [r["loss"] for r in records]
+    losses = [r["loss"] for r in records if r["loss"] is not None]  # fp16 may begin with a scale that is too large
     assert losses[0] == pytest.approx(0.6931, abs=2e-3)  # the policy is its reference, as it was scored on this device
     assert losses[-1] < losses[0] and all(torch.isfinite(w).all() for w in weights.values())
     assert all(0 < r["peak_memory_gib"] < 4 for r in records)
@@ -316,6 +318,7 @@ def test_a_step_that_does_not_fit_is_taken_again(
         torch.testing.assert_close(cut[name], weight, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs the driver's tool")
 def test_the_device_is_known(device: torch.device) -> None:
     machine = machine_of(device)
     assert machine.kind == device.type and machine.memory is not None and machine.memory > 2**30

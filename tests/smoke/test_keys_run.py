@@ -63,11 +63,14 @@ def test_gpu__device_ids(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert "gpu.device_ids [0, 1]: this machine has no GPU; training on its CPU" in caplog.text
 
 
-def test_gpu__device_ids_on_gpus(runs: Any, two_gpus: list[torch.device]) -> None:
+def test_gpu__device_ids_on_gpus(runs: Any, two_gpus: list[torch.device], watched: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    watched.setattr(torch.cuda, "set_device", current.append)
+    watched.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     for ids in (None, [0], [1]):
         with pytest.raises(StropError, match="enough seen"):
             runs(device_ids=ids)
-    assert [device.index for device in two_gpus] == [0, 0, 1]
+    assert [device.index for device in two_gpus] == [0, 0, 1] and current == two_gpus
     for ids, words in (([2], "device 2 is not there"), ([0, 1], "several devices")):
         with pytest.raises(ConfigError, match=words):
             runs(device_ids=ids)

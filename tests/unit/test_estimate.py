@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from strop.dryrun import dry_run
 from strop.errors import ModelError
 from strop.estimate import (
     Estimate,
+    _memory,
+    _Work,
     estimate,
     planned_precision,
     prediction,
@@ -26,6 +29,7 @@ from strop.estimate import (
 from strop.machine import Machine, machine_of
 from strop.policy.outline import CannotBuildError, shape_of
 from strop.policy.policy import build_policy
+from strop.policy.precision import Precision
 from strop.prepared import Prepared, prepare, with_budget
 
 CPU = Machine("cpu", 2**34, None)
@@ -133,6 +137,32 @@ def test_a_gpu_is_looked_up_by_name(prepared: Callable[..., Prepared]) -> None:
     assert found.steps is None and not any("time:" in line for line in found.lines())
     assert planned_precision(prepared(auto_precision=True).config, known).compute is torch.bfloat16
     assert planned_precision(prepared(auto_precision=True).config, CPU).compute is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA L40S", "L40S"), ("NVIDIA L40", None), ("NVIDIA GH200 480GB", None)],
+)
+def test_a_gpu_is_known_by_a_word_of_its_name(name: str, known: str | None) -> None:
+    rate = Machine("cuda", 2**36, None, name).rate(torch.bfloat16)
+    assert rate == {"A100": 0.4 * 312e12, "L40S": 0.4 * 362e12, None: None}[known]
+
+
+def test_capped_scores_and_gathered_keys_are_counted(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(bf16=True)
+    shape, precision = shape_of(found.config.lora, found.model), Precision(torch.bfloat16)
+    work = _Work.of(found.data.train[:4], packed_tokens)
+    assert work.again == sum(g.lengths.prompt for g in found.data.train[:4])  # of pairs: once more each
+
+    def activations(device: str, **changes: Any) -> int:
+        return _memory(replace(shape, **changes), work, found.config, precision, device, False)["activations"]
+
+    squares = sum(packed_tokens([g]) ** 2 for g in found.data.train[:4])
+    for device in ("cpu", "cuda"):
+        assert activations(device, capped=True) >= shape.layers * shape.heads * squares * 8
+    assert activations("cuda") - activations("cuda", keys=0) == shape.layers * 4 * shape.keys * (
+        work.tokens + work.again
+    )
 
 
 def test_this_machine_is_known() -> None:

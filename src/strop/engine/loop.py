@@ -186,7 +186,7 @@ class Loop:
         Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
         smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks).
         """
-        scale = float(self.scaler.scale(torch.ones(()))) if self.scaler.is_enabled() else 1.0
+        scale = float(self.scaler.scale(torch.ones((), device=self.device))) if self.scaler.is_enabled() else 1.0
 
         def whole_step() -> tuple[StepScores, int]:
             batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
@@ -259,8 +259,6 @@ class Loop:
             )
         self.window.add_totals(num_skipped_steps=1)
         self.outputs.note(f"step {step}: {what}; skipped ({self.state.skipped_in_a_row} in a row). Rows: {rows}")
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # it sees the infinities and leaves the weights alone
 
     # -- log, evaluate, save -----------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ class UpdateProbe:
         """Call after the step."""
         moved = torch.stack([(a - b).double().norm() for a, b in zip(self._views, self._before, strict=True)]).norm()
         size = torch.stack([b.double().norm() for b in self._before]).norm()
-        changed = sum(int((a != b).sum()) for a, b in zip(self._views, self._before, strict=True))
+        changed = int(torch.stack([(a != b).sum() for a, b in zip(self._views, self._before, strict=True)]).sum())
         return {
             "update_ratio": (_ratio(moved, size), 1),
             "changed_fraction": (changed / sum(v.numel() for v in self._views), 1),

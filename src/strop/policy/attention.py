@@ -15,8 +15,9 @@ transformers lets a query see keys with q_pos - k_pos < window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,13 +50,15 @@ _HARMLESS = frozenset(
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """The sequences of a row as flash attention wants them: [sequences + 1] int32 where the queries and the gathered
-    keys of each begin, the longest of each, and the runs of packed tokens that are gathered."""
+    keys of each begin, and the longest of each. parts: lengths of the parts that the row is cut into (prompts and
+    completions); gathered: which of them the keys are, one after the other."""
 
     queries: Tensor
     keys: Tensor
     longest_queries: int
     longest_keys: int
-    runs: tuple[tuple[int, int], ...]
+    parts: list[int]
+    gathered: list[int]
 
 
 class AttentionPlan:
@@ -66,6 +69,7 @@ class AttentionPlan:
     def __init__(self, layout: tuple[GroupSpan, ...], device: torch.device, kernel: str | None = None) -> None:
         self.layout, self.device, self.kernel = layout, device, kernel
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._biases: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
         self._dense: dict[int | None, Tensor] = {}
         self._tiles: dict[tuple[int | None, int, torch.dtype], tuple[Tile, ...]] = {}
         self._lengths: Lengths | None = None
@@ -75,6 +79,16 @@ class AttentionPlan:
         if (group, window) not in self._masks:
             self._masks[group, window] = group_mask(self.layout[group], self.device, window)
         return self._masks[group, window]
+
+    def bias(self, group: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`mask` as scores to add, laid out as CUDA's kernels want it: of a mask, every layer would make and keep its
+        own."""
+        key = (group, window, dtype)
+        if key not in self._biases:
+            mask = self.mask(group, window)
+            wide = torch.zeros(len(mask), -(-len(mask) // 16) * 16, dtype=dtype, device=self.device)
+            self._biases[key] = wide[:, : len(mask)].masked_fill_(~mask, float("-inf"))
+        return self._biases[key]
 
     def dense(self, window: int | None) -> Tensor:
         """[T, T] of the whole row."""
@@ -93,17 +107,29 @@ class AttentionPlan:
     def lengths(self) -> Lengths:
         """The row's sequences, for flash attention."""
         if self._lengths is None:
-            parts = [(s.own[1] - s.own[0], s.prompt[1] - s.prompt[0], s) for s in sequences(self.layout)]
-            queries = torch.tensor([0, *(own for own, _, _ in parts)]).cumsum(0)
-            keys = torch.tensor([0, *(own + prompt for own, prompt, _ in parts)]).cumsum(0)
+            own = [s.own[1] - s.own[0] for s in sequences(self.layout)]
+            seen = [s.own[1] - s.own[0] + s.prompt[1] - s.prompt[0] for s in sequences(self.layout)]
+            parts: list[int] = []
+            gathered: list[int] = []
+            for span in self.layout:
+                first = len(parts)  # the prompt
+                parts += [span.prompt, *span.completions]
+                gathered += [first, first + 1]
+                gathered += [i for j, n in enumerate(span.completions[1:], first + 2) if n for i in (first, j)]
             self._lengths = Lengths(
-                queries.to(self.device, torch.int32),
-                keys.to(self.device, torch.int32),
-                max(own for own, _, _ in parts),
-                max(own + prompt for own, prompt, _ in parts),
-                tuple(run for _, _, s in parts for run in (s.prompt, s.own) if run[0] < run[1]),
+                _starts(own).to(self.device, non_blocking=True),
+                _starts(seen).to(self.device, non_blocking=True),
+                max(own),
+                max(seen),
+                parts,
+                gathered,
             )
         return self._lengths
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    """[n + 1] int32: where n parts of these lengths begin, and where the last ends."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def group_mask(span: GroupSpan, device: torch.device, window: int | None = None) -> Tensor:
@@ -142,10 +168,14 @@ def by_group(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """One call a group, so that the work grows with the sum of the groups' squares."""
+    sizes = [span.stop - span.start for span in plan.layout]
+    # split, not slices: its backward pass is one cat, and theirs a whole row of zeros each
+    groups = zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True)
+    added = q.device.type == "cuda" and softcap is None
     parts = []
-    for i, span in enumerate(plan.layout):
-        own = slice(span.start, span.stop)
-        parts.append(_attend(q[:, :, own], k[:, :, own], v[:, :, own], plan.mask(i, window), scaling, softcap))
+    for i, (own_q, own_k, own_v) in enumerate(groups):
+        mask = plan.bias(i, window, q.dtype) if added else plan.mask(i, window)
+        parts.append(_attend(own_q, own_k, own_v, mask, scaling, softcap))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -166,8 +196,9 @@ def by_length(
     if softcap is not None or not _flash_takes(q, v):
         return by_group(q, k, v, plan, scaling, window, softcap)
     lengths = plan.lengths
-    # slices and cat, whose backward pass adds slices; that of an index would add row by row
-    keys, values = (torch.cat([x[0, :, a:b] for a, b in lengths.runs], dim=1).transpose(0, 1) for x in (k, v))
+    # split and cat, whose backward pass is a cat and sums of parts; an index would add row by row, slices whole rows
+    cut = (torch.split(x[0].transpose(0, 1), lengths.parts) for x in (k, v))
+    keys, values = (torch.cat([parts[i] for i in lengths.gathered]) for parts in cut)
     out = varlen_attn(
         q[0].transpose(0, 1),
         keys,

@@ -35,7 +35,8 @@ class Casts:
         try:
             yield
         finally:
-            self._current, self._zero = None, {}
+            self._current = None
+            self._zero = {key: pair for key, pair in self._zero.items() if not pair[1]}
             self._copies = {key: pair for key, pair in self._copies.items() if pair[1].device.type == "cpu"}
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,7 +54,8 @@ class Casts:
         return self._copies[key][1]
 
     def is_zero(self, weight: Tensor) -> bool:
-        """Whether every number is 0, as in half of a new adapter; looked up once inside `still`, outside not at all."""
+        """Whether every number is 0, as in half of a new adapter; looked up once inside `still`, outside not at all,
+        and never again once one is not: a GPU is waited for."""
         if self._current is None:
             return False
         if id(weight) not in self._zero:

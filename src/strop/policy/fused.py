@@ -97,6 +97,10 @@ class SharedInput:
             self._input = None
         return out
 
+    def forget(self) -> None:
+        """What was computed and not yet taken, with all that came before it."""
+        self._input, self._outputs = None, {}
+
 
 class FusedLinear:
     """The forward of a linear layer, plain or with a plain LoRA adapter."""
@@ -262,6 +266,14 @@ def fuse(model: nn.Module, casts: Casts, device: torch.device, kernels: Elementw
                 done[kind] += 1
     logger.debug("fused: %s", ", ".join(f"{n} {kind}" for kind, n in done.items()) or "nothing")
     return done
+
+
+def forget_shared(model: nn.Module) -> None:
+    """After a forward pass that failed: let nothing of it live on."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, FusedLinear) and forward.shared is not None:
+            forward.shared.forget()
 
 
 def _share_input(module: nn.Module, linears: dict[nn.Module, FusedLinear]) -> None:

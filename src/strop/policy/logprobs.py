@@ -35,8 +35,8 @@ from strop.policy.matmul import linear
 CHUNK_ROWS = 256
 """Rows of one chunk of 16-bit logits on a CPU, half as many of float32: few enough for a buffer that stays in memory
 which the process has, many enough that reading W costs less than multiplying with it."""
-CHUNK_ELEMENTS = 2**28
-"""R x V of one chunk on other devices: 512 MiB of 16-bit logits, and twice 1 GiB of float32 beside them."""
+CHUNK_ELEMENTS = 2**26
+"""R x V of one chunk on other devices: 128 MiB of 16-bit logits, and twice 256 MiB of float32 beside them."""
 SLAB_ELEMENTS = 2**20
 """Logits that go through the softmax at once on a CPU, and elements of W's gradient that a product is added to: 4 MiB
 of float32."""

@@ -84,7 +84,7 @@ def _building(model: ModelSection) -> Iterator[None]:
 class Shape:
     """A model in numbers: width D, feed-forward width I, attention widths (queries A, keys and values K), heads of
     queries, layers, vocabulary; matrix: weights of all linear layers but the head; others: all further weights, tied
-    ones once."""
+    ones once. capped: attention caps its scores."""
 
     width: int
     inner: int
@@ -95,6 +95,7 @@ class Shape:
     vocabulary: int
     matrix: int
     others: int
+    capped: bool = False
     adapters: int = 0
     adapted: float = 0.0
     distinct: float = 0.0
@@ -142,6 +143,7 @@ def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
         vocabulary=module.get_output_embeddings().weight.shape[0],
         matrix=matrix,
         others=sum(p.numel() for p in module.parameters()) - matrix,
+        capped=getattr(text, "attn_logit_softcapping", None) is not None,
     )
 
 

@@ -32,7 +32,7 @@ from strop.policy.casts import Casts
 from strop.policy.checkpointing import checkpoint_layers
 from strop.policy.elementwise import EAGER, Elementwise, compiled
 from strop.policy.folder import place_of
-from strop.policy.fused import fuse
+from strop.policy.fused import forget_shared, fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
 from strop.policy.logprobs import LogitTransform, token_logps
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
@@ -103,8 +103,12 @@ class Policy(nn.Module):
         Batches between a forward pass and its backward pass must all have one kind of rows, as `collate` makes them:
         with gradient checkpointing, layers run again under the attention of the latest batch.
         """
-        with self.precision.autocast(batch.input_ids.device):
-            hidden = self._hidden(batch)
+        try:
+            with self.precision.autocast(batch.input_ids.device):
+                hidden = self._hidden(batch)
+        except BaseException:
+            forget_shared(self.model)
+            raise
         # float32 before the gather: a prompt's last token is gathered once a completion, and its gradients add up
         hidden = hidden.to(self.precision.master).flatten(0, 1).index_select(0, batch.scored_positions)
         head = self.base.get_output_embeddings()

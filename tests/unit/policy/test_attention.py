@@ -57,6 +57,29 @@ def test_a_plan_makes_each_mask_once() -> None:
     assert not torch.equal(plan.mask(0, None), plan.mask(0, 2))
 
 
+def test_keys_are_gathered_sequence_by_sequence() -> None:
+    """What flash attention gets, and a GPU alone would show otherwise."""
+    plan = AttentionPlan(LAYOUT, CPU)
+    lengths = plan.lengths
+    parts = torch.arange(LAYOUT[-1].stop).split(lengths.parts)
+    gathered = torch.cat([parts[i] for i in lengths.gathered]).tolist()
+    want = [([*range(*s.prompt), *range(*s.own)], [*range(*s.own)]) for s in tiles.sequences(LAYOUT)]
+    assert gathered == [token for seen, _ in want for token in seen]
+    keys, queries = ([len(part[i]) for part in want] for i in (0, 1))
+    assert (lengths.longest_keys, lengths.longest_queries) == (max(keys), max(queries))
+    for starts, sizes in ((lengths.keys, keys), (lengths.queries, queries)):
+        assert starts.dtype == torch.int32 and starts.diff().tolist() == sizes and starts[0] == 0
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_bias_is_its_mask(window: int | None) -> None:
+    plan = AttentionPlan(LAYOUT, CPU)
+    for group in range(len(LAYOUT)):
+        bias = plan.bias(group, window, torch.float16)
+        assert plan.bias(group, window, torch.float16) is bias and bias.stride() == (16, 1)
+        assert torch.equal(bias == 0, plan.mask(group, window)) and bool((bias <= 0).all())
+
+
 def test_the_default_scale_is_that_of_the_width() -> None:
     plan = AttentionPlan((GroupSpan(0, 4, (2,)),), CPU)
     q, k, v = torch.randn(3, 1, 2, 6, 8).unbind()

@@ -70,6 +70,24 @@ def test_low_precision_stays_near_float32(
         assert not torch.equal(logps, want)
 
 
+def test_a_pass_that_fails_leaves_nothing_behind(build: MakePolicy, groups: list[Group]) -> None:
+    """Queries of the second layer are taken, its keys not yet: a graph of all that came before would live on."""
+    policy = build()
+    projections = policy.base.model.layers[1].self_attn
+    keys = projections.k_proj
+
+    def fail(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    forward, vars(keys)["forward"] = vars(keys)["forward"], fail
+    with pytest.raises(torch.OutOfMemoryError):
+        policy(pack(groups))
+    shared = vars(projections.q_proj)["forward"].shared
+    assert shared._input is None and not shared._outputs
+    vars(keys)["forward"] = forward
+    assert torch.isfinite(policy(pack(groups))).all()
+
+
 def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
     """The head computes in float32; the body's bfloat16 stays."""
     exact = build()
