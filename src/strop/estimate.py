@@ -23,6 +23,7 @@ from strop.config import RunConfig
 from strop.data.plan import RowTokens, Sized, packed_tokens
 from strop.engine.memory import ways_to_fit
 from strop.machine import Machine
+from strop.policy.dropout import FEW
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows
 from strop.policy.matmul import LARGE
 from strop.policy.memory import KERNELS
@@ -171,15 +172,15 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
     """Bytes that one fused layer keeps for its backward pass, a token; probabilities of attention are apart.
 
     c bytes an element in the compute dtype, s in the residual stream. Kept are the inputs of both norms, of linear
-    layers that train (q, k and v share theirs), of the MLP with its gate and up, and queries, keys and values. Dropout
-    gives every adapter an input and a mask of its own, and an MLP of such adapters keeps all that it computes.
+    layers that train (q, k and v share theirs), of the MLP with its gate and up, and queries, keys and values; of
+    dropout a mask, or the places of what is left out.
     """
     c = precision.compute.itemsize
     s = c if shape.adapters else precision.master.itemsize
     kept: float = 2 * shape.width * s + (shape.queries + 2 * shape.keys) * c
-    if shape.adapters and config.lora.lora_dropout:
-        kept += shape.adapted * (c + (1 if device == "cuda" else s))
-        return kept + (3 if shape.distinct > 2 * shape.width + shape.queries else 2) * shape.inner * c
+    if shape.adapters:
+        p = config.lora.lora_dropout
+        kept += shape.adapted * (8 * p if device == "cpu" and p <= FEW else float(p > 0))
     inputs: float = shape.width + shape.queries  # flash attention keeps its output, whatever trains
     if shape.adapters and device != "cuda":
         inputs = min(shape.distinct, inputs)

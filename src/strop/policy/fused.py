@@ -4,11 +4,10 @@ Shapes: T tokens, I inputs, O outputs, r rank.
 
 `fuse` gives the modules it knows another forward; their weights, names and saved form stay what they are. Known are
 linear layers (torch's own, with peft's plain LoRA or without), gated MLPs of them, and RMS norms. What it does not
-know, or what is set to something else at the moment of a call (adapters off, merged, dropout in an MLP), goes the
-module's own way.
+know, or what is set to something else at the moment of a call (adapters off, merged), goes the module's own way.
 
-    linear   y = x W^T + b + s (x A^T) B^T: the adapter is added into the product; x and x A^T are kept. A frozen weight
-             gets no gradient, and an input that needs none gets none.
+    linear   y = x W^T + b + s (x A^T) B^T: the adapter is added into the product; x and x A^T are kept, and of dropout
+             which elements it left out. A frozen weight gets no gradient, and an input that needs none gets none.
     MLP      y = down(act(gate(x)) * up(x)): x, gate(x) and up(x) are kept, their product is computed again.
     norm     y = w x / rms(x): x is kept.
 
@@ -24,14 +23,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
+from strop.policy.dropout import draw_left_out
 from strop.policy.elementwise import ACTIVATIONS, EAGER, Elementwise
-from strop.policy.products import Weights, gradients, products
+from strop.policy.products import LeftOut, Weights, gradients, products
 
 logger = logging.getLogger("strop")
 
@@ -40,37 +39,36 @@ logger = logging.getLogger("strop")
 
 
 class _Linears(torch.autograd.Function):
-    """Layers that read the same x [T, I]. seen: x as the adapters see it, None where that is x. parameters: w, bias, a,
-    b of every layer, which take the gradients; `layers` are multiplied with."""
+    """Layers that read the same x [T, I]. left_out: what their adapters do not see of it. parameters: w, bias, a, b of
+    every layer, which take the gradients; `layers` are multiplied with."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, seen: Tensor | None, layers: tuple[Weights, ...], *parameters: Tensor | None
+        ctx: Any, x: Tensor, layers: tuple[Weights, ...], left_out: LeftOut, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        adapters_see = x if seen is None else seen
-        outputs, lows = products(layers, x, adapters_see)
+        outputs, lows = products(layers, x, left_out)
         trains = ctx.needs_input_grad[3:]
-        ctx.layers, ctx.apart = layers, seen is not None
-        ctx.save_for_backward(x if any(trains[0::4]) else None, adapters_see if any(trains[2::4]) else None, lows)
+        ctx.layers = layers
+        ctx.save_for_backward(x if any(trains[0::4]) or any(trains[2::4]) else None, lows, *left_out)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, wants_seen, _, *trains = ctx.needs_input_grad
-        wants = wants_x or wants_seen
-        found = gradients(ctx.layers, grads, trains, *ctx.saved_tensors, wants_x=wants, apart=ctx.apart)
-        return found.x, found.seen, None, *found.weights
+        wants_x, _, _, *trains = ctx.needs_input_grad
+        x, lows, *left_out = ctx.saved_tensors
+        found = gradients(ctx.layers, grads, trains, x, lows, left_out, wants_x=wants_x)
+        return found.x, None, None, *found.weights
 
 
-def _apply(layers: Sequence[FusedLinear], x: Tensor, drop: float = 0.0) -> list[Tensor]:
+def _apply(layers: Sequence[FusedLinear], x: Tensor) -> list[Tensor]:
     """Outputs [..., O] of layers that read the same x [..., I]."""
     weights = tuple(layer.weights(x.device) for layer in layers)
     parameters = [p for layer in layers for p in layer.parameters]
-    flat = x.reshape(-1, x.shape[-1])
-    seen = F.dropout(flat, drop).to(weights[0].w.dtype) if drop else None
+    flat = x.reshape(-1, x.shape[-1]).to(weights[0].w.dtype)
+    left_out = [layer.draw(flat) for layer in layers]
     with torch.autocast(x.device.type, enabled=False):
-        outputs = _Linears.apply(flat.to(weights[0].w.dtype), seen, weights, *parameters)  # type: ignore[no-untyped-call]
+        outputs = _Linears.apply(flat, weights, left_out, *parameters)  # type: ignore[no-untyped-call]
     return [y.view(*x.shape[:-1], -1) for y in outputs]
 
 
@@ -110,10 +108,10 @@ class FusedLinear:
         self.shared: SharedInput | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.shared is not None and all(layer.is_plain and not layer.dropout for layer in self.shared.layers):
+        if self.shared is not None and all(layer.is_plain for layer in self.shared.layers):
             return self.shared.take(self, x)
         if self.is_plain:
-            return _apply((self,), x, self.dropout)[0]
+            return _apply((self,), x)[0]
         out: Tensor = type(self.module).forward(self.module, x)
         return out
 
@@ -139,6 +137,10 @@ class FusedLinear:
         layer = next(iter(self.module.lora_dropout.values()))
         return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0
 
+    def draw(self, x: Tensor) -> Tensor | None:
+        """What the adapter leaves out of x, anew."""
+        return draw_left_out(x, self.dropout) if self.dropout else None
+
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """w, bias, a and b as they train."""
@@ -156,7 +158,7 @@ class FusedLinear:
         w, bias, a, b = (None if p is None else self.casts(p, dtype) for p in parameters)
         assert w is not None
         scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLinear) else 1.0
-        return Weights(w, bias, a, b, scale)
+        return Weights(w, bias, a, b, scale / (1 - self.dropout))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype | None:
@@ -172,25 +174,27 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *_, layers, kernels, activation = rest
-        (g, u), lows = products(layers[:2], x, x)
-        h = kernels.gated(g, u, activation)
-        (y,), h_low = products(layers[2:], h, h)
-        ctx.layers, ctx.kernels, ctx.activation = layers, kernels, activation
-        ctx.save_for_backward(x, g, u, lows, h_low)
+        *_, layers, fused = rest
+        left_out = [layer.draw(x) for layer in fused.layers[:2]]
+        (g, u), lows = products(layers[:2], x, left_out)
+        h = fused.kernels.gated(g, u, fused.activation)
+        left_out.append(fused.layers[2].draw(h))
+        (y,), h_low = products(layers[2:], h, left_out[2:])
+        ctx.layers, ctx.kernels, ctx.activation = layers, fused.kernels, fused.activation
+        ctx.save_for_backward(x, g, u, lows, h_low, *left_out)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, u, lows, h_low = ctx.saved_tensors
+        x, g, u, lows, h_low, *left_out = ctx.saved_tensors
         wants_x, *trains = ctx.needs_input_grad[:13]
         acted, h = ctx.kernels.gated_again(g, u, ctx.activation)
-        down = gradients(ctx.layers[2:], (grad,), trains[8:], h, h, h_low, wants_x=True)
+        down = gradients(ctx.layers[2:], (grad,), trains[8:], h, h_low, left_out[2:], wants_x=True)
         assert down.x is not None
         d_gate_up = ctx.kernels.gated_slopes(down.x, acted, g, u, ctx.activation)
-        inner = gradients(ctx.layers[:2], d_gate_up, trains[:8], x, x, lows, wants_x=wants_x)
-        return inner.x, *inner.weights, *down.weights, None, None, None
+        inner = gradients(ctx.layers[:2], d_gate_up, trains[:8], x, lows, left_out[:2], wants_x=wants_x)
+        return inner.x, *inner.weights, *down.weights, None, None
 
 
 class FusedMlp:
@@ -201,15 +205,14 @@ class FusedMlp:
         self.activation = type(module.act_fn).__name__
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not all(layer.is_plain and not layer.dropout for layer in self.layers):
+        if not all(layer.is_plain for layer in self.layers):
             out: Tensor = type(self.module).forward(self.module, x)
             return out
         parameters = [p for layer in self.layers for p in layer.parameters]
         weights = tuple(layer.weights(x.device) for layer in self.layers)
         flat = x.reshape(-1, x.shape[-1]).to(weights[0].w.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            how = (weights, self.kernels, self.activation)
-            y: Tensor = _GatedMlp.apply(flat, *parameters, *how)  # type: ignore[no-untyped-call]
+            y: Tensor = _GatedMlp.apply(flat, *parameters, weights, self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
 
 
@@ -328,11 +331,14 @@ def _candidates(
 
 
 def _agrees(module: nn.Module, fused: Callable[[Tensor], Tensor], device: torch.device) -> bool:
-    """Whether both forwards give the same for a few random tokens, but for rounding."""
+    """Whether both forwards give the same for a few random tokens without dropout, but for rounding."""
     weight = next(module.parameters())
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[-1], generator=draw).to(device, weight.dtype)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    training = module.training
+    module.eval()
+    with torch.no_grad():
         want, got = module(x), fused(x)
+    module.train(training)
     near = 8 * torch.finfo(want.dtype).eps
     return want.dtype == got.dtype and torch.allclose(got, want, rtol=near, atol=near * float(want.abs().max()))

@@ -5,7 +5,7 @@ Shapes: T tokens, I inputs, O outputs of a layer, r its adapter's rank.
     y = x W^T + b + s (x A^T) B^T
 
 Several layers may read the same x (q, k and v; gate and up): their A are one product, and their gradients of x are
-added inside the products.
+added inside the products. With dropout every adapter sees an x of its own, and has its own product.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from strop.policy.dropout import without, zero_
 from strop.policy.matmul import linear, linear_add
 
 
@@ -53,24 +54,39 @@ def _by_layer(layers: Sequence[Weights], lows: Tensor | None, dim: int) -> list[
     return [next(parts) if layer.rank else None for layer in layers]
 
 
-def products(layers: Sequence[Weights], x: Tensor, seen: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Outputs [T, O] of layers that read the same x [T, I], and their s x A^T side by side. seen: x as the adapters
-    see it."""
+LeftOut = Sequence[Tensor | None]
+"""By layer, what its adapter does not see of x: as `draw_left_out` has it, or None for nothing."""
+
+
+def products(layers: Sequence[Weights], x: Tensor, left_out: LeftOut) -> tuple[list[Tensor], Tensor | None]:
+    """Outputs [T, O] of layers that read the same x [T, I], and their s x A^T side by side."""
     outputs = [linear(x, layer.w, layer.bias) for layer in layers]
-    a = _all_a(layers)
-    lows = None if a is None else linear(seen, a)
+    if _apart(left_out):
+        parts = [linear(without(x, out), n.a) for n, out in zip(layers, left_out, strict=True) if n.a is not None]
+        lows = _beside(parts)
+    else:
+        a = _all_a(layers)
+        lows = None if a is None else linear(x, a)
     for i, (layer, low) in enumerate(zip(layers, _by_layer(layers, lows, 1), strict=True)):
         if low is not None and layer.b is not None:
             outputs[i] = linear_add(outputs[i], layer.scaled(low), layer.b)
     return outputs, lows
 
 
+def _apart(left_out: LeftOut) -> bool:
+    """Whether the adapters see different x."""
+    return any(out is not None for out in left_out)
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor | None:
+    return None if not parts else parts[0] if len(parts) == 1 else torch.cat([*parts], 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Of x, of x as the adapters see it (where that is another tensor), and of w, bias, a, b of every layer."""
+    """Of x, and of w, bias, a, b of every layer."""
 
     x: Tensor | None
-    seen: Tensor | None
     weights: list[Tensor | None]
 
 
@@ -79,31 +95,54 @@ def gradients(
     grads: Sequence[Tensor],
     trains: Sequence[bool],
     x: Tensor | None,
-    seen: Tensor | None,
     lows: Tensor | None,
+    left_out: LeftOut,
     *,
     wants_x: bool,
-    apart: bool = False,
 ) -> Gradients:
-    """Back through `products`. trains: of w, bias, a, b of every layer. apart: `seen` is another tensor than x."""
-    a = _all_a(layers)
+    """Back through `products`. trains: of w, bias, a, b of every layer; x may be None where neither w nor a does."""
     d_lows = [n.scaled(linear(g, n.b.t())) for n, g in zip(layers, grads, strict=True) if n.b is not None]
-    d_low = None if not d_lows else d_lows[0] if len(d_lows) == 1 else torch.cat(d_lows, 1)
     d_x = None
     if wants_x:
         d_x = linear(grads[0], layers[0].w.t())
         for layer, grad in zip(layers[1:], grads[1:], strict=True):
             d_x = linear_add(d_x, grad, layer.w.t())
-        if d_low is not None and a is not None and not apart:
-            d_x = linear_add(d_x, d_low, a.t())
-    d_seen = linear(d_low, a.t()) if apart and wants_x and d_low is not None and a is not None else None
-    d_a = linear(d_low.t(), seen.t()) if any(trains[2::4]) and d_low is not None and seen is not None else None
+    back = _through_each_a if _apart(left_out) else _through_all_a
+    d_x, d_a = back(layers, d_lows, d_x, x if any(trains[2::4]) else None, left_out)
     weights: list[Tensor | None] = []
-    parts = zip(grads, _by_layer(layers, d_a, 0), _by_layer(layers, lows, 1), strict=True)
-    for i, (grad, its_d_a, low) in enumerate(parts):
+    for i, (grad, its_d_a, low) in enumerate(zip(grads, d_a, _by_layer(layers, lows, 1), strict=True)):
         w, bias, _, b = trains[4 * i : 4 * i + 4]
         weights.append(linear(grad.t(), x.t()) if w and x is not None else None)
         weights.append(grad.sum(0) if bias else None)
         weights.append(its_d_a)
         weights.append(grad.t() @ low if b and low is not None else None)
-    return Gradients(d_x, d_seen, weights)
+    return Gradients(d_x, weights)
+
+
+def _through_all_a(
+    layers: Sequence[Weights], d_lows: Sequence[Tensor], d_x: Tensor | None, x: Tensor | None, left_out: LeftOut
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """d_x with what comes through the adapters, and their d_a; all adapters see x."""
+    a, d_low = _all_a(layers), _beside(d_lows)
+    if a is None or d_low is None:
+        return d_x, [None] * len(layers)
+    if d_x is not None:
+        d_x = linear_add(d_x, d_low, a.t())
+    return d_x, _by_layer(layers, None if x is None else linear(d_low.t(), x.t()), 0)
+
+
+def _through_each_a(
+    layers: Sequence[Weights], d_lows: Sequence[Tensor], d_x: Tensor | None, x: Tensor | None, left_out: LeftOut
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The same where something is left out."""
+    rest, d_as = iter(d_lows), []
+    for layer, out in zip(layers, left_out, strict=True):
+        d_a = None
+        if layer.a is not None:
+            d_low = next(rest)
+            if d_x is not None:
+                through = linear(d_low, layer.a.t())
+                d_x = d_x.add_(through if out is None else zero_(through, out))
+            d_a = None if x is None else linear(d_low.t(), without(x, out).t())
+        d_as.append(d_a)
+    return d_x, d_as
