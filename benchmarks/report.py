@@ -77,11 +77,10 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 
 def targets(name: str, result: Result | None) -> Iterator[str]:
     """Every target of a case, whether it was measured or not."""
-    case = CASES[name] if name in CASES or result is None else Case.of(result["case"])
-    sides = set(result["case"]["sides"]) if result else set()
-    for target in case.targets:
+    listed = CASES[name].targets if name in CASES else Case.of(result["case"]).targets if result else ()
+    for target in listed:
         found, met = "-", "not measured"
-        if result is not None and {"strop", target.against} <= sides:
+        if result is not None and {"strop", target.against} <= set(result["case"]["sides"]):
             reached = ratio(result, target)
             found, met = f"{reached:.2f}", "yes" if reached >= target.ratio else "no"
         against = "-" if target.figure == "share" else target.against

@@ -23,7 +23,8 @@ from strop.config import RunConfig
 from strop.data.plan import RowTokens, Sized, packed_tokens
 from strop.engine.memory import ways_to_fit
 from strop.machine import Machine
-from strop.policy.dropout import FEW
+from strop.policy.attention import best_kernel
+from strop.policy.dropout import bytes_of_left_out
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows
 from strop.policy.matmul import LARGE
 from strop.policy.memory import KERNELS
@@ -179,8 +180,7 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
     s = c if shape.adapters else precision.master.itemsize
     kept: float = 2 * shape.width * s + (shape.queries + 2 * shape.keys) * c
     if shape.adapters:
-        p = config.lora.lora_dropout
-        kept += shape.adapted * (8 * p if device == "cpu" and p <= FEW else float(p > 0))
+        kept += shape.adapted * bytes_of_left_out(config.lora.lora_dropout, device)
     inputs: float = shape.width + shape.queries  # flash attention keeps its output, whatever trains
     if shape.adapters and device != "cuda":
         inputs = min(shape.distinct, inputs)
@@ -246,7 +246,7 @@ def _memory(
     share = _share(config)
     kept = shape.layers - max(1, round(share * shape.layers)) if share else shape.layers
     layer = saved_per_token(shape, config, precision, device) * work.tokens
-    if device == "cuda" and c == 2 and not shape.capped:
+    if best_kernel(torch.device(device), precision.compute) == "flash" and not shape.capped:
         layer += 2 * shape.keys * c * work.again
     probabilities = min(shape.heads * work.seen * c, KEPT_BYTES * work.tokens) if device == "cpu" else 0.0
     if shape.capped:  # whole squares: the tangent, the softmax in float32, and that in 16 bits

@@ -255,6 +255,7 @@ def _mirror(config: RunConfig, run: RunDir) -> None:
 
 
 def _device(config: RunConfig) -> torch.device:
+    """The device of a run, from now on the current one."""
     device, notes = pick_device(config.gpu)
     for note in notes:
         log.warning(note)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -155,8 +156,6 @@ def make_groups() -> list[Group]:
 
 def make_policy(lora: bool, checkpointing: bool, precision: Precision, where: Any) -> Policy:
     """The tiny model with weights that do not depend on the device."""
-    from peft import LoraConfig, get_peft_model
-
     model: Any = build_model()
     loaded = LoadedModel(model, torch.float32, copy.deepcopy(model.config))
     if lora:
@@ -197,8 +196,10 @@ def test_a_policy_is_that_of_the_cpu(lora: bool, checkpointing: bool, dtype: tor
 # --- whole runs
 
 
-ROWS = [{"prompt": f"question {i} " + "hello " * (i % 3), "chosen": "yes " * (1 + i % 4), "rejected": "no " * 3}
-        for i in range(16)]  # fmt: skip
+ROWS = [
+    {"prompt": f"question {i} " + "hello " * (i % 3), "chosen": "yes " * (1 + i % 4), "rejected": "no " * 3}
+    for i in range(16)
+]
 
 
 @pytest.fixture

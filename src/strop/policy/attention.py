@@ -107,8 +107,9 @@ class AttentionPlan:
     def lengths(self) -> Lengths:
         """The row's sequences, for flash attention."""
         if self._lengths is None:
-            own = [s.own[1] - s.own[0] for s in sequences(self.layout)]
-            seen = [s.own[1] - s.own[0] + s.prompt[1] - s.prompt[0] for s in sequences(self.layout)]
+            found = tuple(sequences(self.layout))
+            own = [s.own[1] - s.own[0] for s in found]
+            seen = [n + s.prompt[1] - s.prompt[0] for n, s in zip(own, found, strict=True)]
             parts: list[int] = []
             gathered: list[int] = []
             for span in self.layout:

@@ -19,10 +19,19 @@ FEW = 0.2
 """Probability up to which places are drawn."""
 
 
+def bytes_of_left_out(p: float, device_type: str) -> float:
+    """What `draw_left_out` gives, in bytes an element of x."""
+    return float(p > 0) if _by_mask(p, device_type) else 8 * p
+
+
+def _by_mask(p: float, device_type: str) -> bool:
+    return p > FEW or device_type != "cpu"
+
+
 def draw_left_out(x: Tensor, p: float) -> Tensor:
     """Which elements of x are left out: few ones on a CPU by their places in x as it is written row by row, [about
     p x.numel()] int64 in ascending order; else a mask of x's shape."""
-    if p > FEW or x.device.type != "cpu":
+    if _by_mask(p, x.device.type):
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
     expected = p * x.numel()
     places = _places(int(expected + 5 * math.sqrt(expected)) + 8, p)

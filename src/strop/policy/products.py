@@ -19,6 +19,9 @@ from torch import Tensor
 from strop.policy.dropout import without, zero_
 from strop.policy.matmul import linear, linear_add
 
+LeftOut = Sequence[Tensor | None]
+"""By layer, what its adapter does not see of x: as `draw_left_out` has it, or None for nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -52,10 +55,6 @@ def _by_layer(layers: Sequence[Weights], lows: Tensor | None, dim: int) -> list[
         return [None] * len(layers)
     parts = iter(torch.split(lows, [layer.rank for layer in layers if layer.rank], dim))
     return [next(parts) if layer.rank else None for layer in layers]
-
-
-LeftOut = Sequence[Tensor | None]
-"""By layer, what its adapter does not see of x: as `draw_left_out` has it, or None for nothing."""
 
 
 def products(layers: Sequence[Weights], x: Tensor, left_out: LeftOut) -> tuple[list[Tensor], Tensor | None]:
@@ -107,8 +106,11 @@ def gradients(
         d_x = linear(grads[0], layers[0].w.t())
         for layer, grad in zip(layers[1:], grads[1:], strict=True):
             d_x = linear_add(d_x, grad, layer.w.t())
-    back = _through_each_a if _apart(left_out) else _through_all_a
-    d_x, d_a = back(layers, d_lows, d_x, x if any(trains[2::4]) else None, left_out)
+    read = x if any(trains[2::4]) else None
+    if _apart(left_out):
+        d_x, d_a = _through_each_a(layers, d_lows, d_x, read, left_out)
+    else:
+        d_x, d_a = _through_all_a(layers, d_lows, d_x, read)
     weights: list[Tensor | None] = []
     for i, (grad, its_d_a, low) in enumerate(zip(grads, d_a, _by_layer(layers, lows, 1), strict=True)):
         w, bias, _, b = trains[4 * i : 4 * i + 4]
@@ -120,7 +122,7 @@ def gradients(
 
 
 def _through_all_a(
-    layers: Sequence[Weights], d_lows: Sequence[Tensor], d_x: Tensor | None, x: Tensor | None, left_out: LeftOut
+    layers: Sequence[Weights], d_lows: Sequence[Tensor], d_x: Tensor | None, x: Tensor | None
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """d_x with what comes through the adapters, and their d_a; all adapters see x."""
     a, d_low = _all_a(layers), _beside(d_lows)
