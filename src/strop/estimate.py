@@ -41,8 +41,11 @@ SHARES = (False, 0.25, 0.5, 0.75, True)
 """What `gradient_checkpointing: auto` chooses among: the first that fits."""
 PROCESS = {"cpu": 60 * MIB, "cuda": 500 * MIB}
 """What libraries take beside tensors: thread pools; a CUDA context with its workspaces."""
-HOLES = {"cpu": 0.35, "cuda": 0.0}
-"""What the allocator leaves unused between tensors that come and go in a step, as a share of them."""
+HOLES = {2: 0.9, 4: 0.2, 8: 0.2}
+"""By bytes of an element, what a CPU's allocator leaves unused between tensors that come and go, as a share of them: in
+the end, after micro-batches of many lengths; the first eight take it half the way."""
+KERNEL = 0.7 * MIB
+"""Of oneDNN, with its buffers, whatever its shape."""
 PASSES = 6.0
 """How often what is saved for the backward pass moves through memory in a step: written, read, its gradient, copies."""
 BESIDES = 1.15
@@ -233,12 +236,19 @@ def _peak(
     probabilities of attention."""
     synced = prepared.objective.ref_sync is not None
     work = {part for step in steps for part in step}
-    needs = (_memory(shape, part, prepared.config, precision, machine.kind, synced) for part in work)
+    holes = HOLES[precision.compute.itemsize] * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
+    needs = (_memory(shape, part, prepared.config, precision, machine.kind, synced, holes) for part in work)
     return max(needs, key=lambda parts: sum(parts.values()))
 
 
 def _memory(
-    shape: Shape, work: _Work, config: RunConfig, precision: Precision, device: str, synced: bool
+    shape: Shape,
+    work: _Work,
+    config: RunConfig,
+    precision: Precision,
+    device: str,
+    synced: bool,
+    holes: float,
 ) -> dict[str, int]:
     c, wide = precision.compute.itemsize, precision.master.itemsize
     stream = c if shape.adapters else wide
@@ -270,13 +280,12 @@ def _memory(
         "activations": activations + layers * probabilities,
         "head": head + casts,
         "passing": passing,
-        "allocator": HOLES.get(device, 0.0) * (activations + passing),
+        "allocator": holes * (activations + passing),
         "process": PROCESS.get(device, PROCESS["cuda"]),
     }
     largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
     if device == "cpu" and (precision.is_low or largest >= LARGE):
-        # of oneDNN, with their buffers; in float32 it has the large products alone
-        parts["kernels"] = KERNELS * (1.2 if precision.is_low else 0.6) * MIB
+        parts["kernels"] = KERNELS * KERNEL  # in float32 oneDNN has the large products alone
     if synced:
         parts["reference"] = base * wide
     return {name: int(size) for name, size in parts.items()}

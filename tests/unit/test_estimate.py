@@ -155,7 +155,7 @@ def test_capped_scores_and_gathered_keys_are_counted(prepared: Callable[..., Pre
     assert work.again == sum(g.lengths.prompt for g in found.data.train[:4])  # of pairs: once more each
 
     def activations(device: str, **changes: Any) -> int:
-        return _memory(replace(shape, **changes), work, found.config, precision, device, False)["activations"]
+        return _memory(replace(shape, **changes), work, found.config, precision, device, False, 0.0)["activations"]
 
     squares = sum(packed_tokens([g]) ** 2 for g in found.data.train[:4])
     for device in ("cpu", "cuda"):
