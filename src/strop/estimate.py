@@ -25,7 +25,7 @@ from strop.engine.memory import ways_to_fit
 from strop.machine import Machine
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
-from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows
+from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows
 from strop.policy.matmul import LARGE
 from strop.policy.memory import KERNELS
 from strop.policy.outline import CannotBuildError, Shape, shape_of
@@ -268,8 +268,9 @@ def _memory(
     slab = min(rows * shape.vocabulary, SLAB_ELEMENTS) if device == "cpu" else rows * shape.vocabulary
     head = rows * shape.vocabulary * c + slab * wide * (2 if precision.is_low else 1)
     head += (work.tokens + 3 * work.scored) * shape.width * wide
-    if not shape.adapters:
-        head += shape.vocabulary * shape.width * wide  # its gradient, summed over chunks
+    if not shape.adapters:  # its gradient, summed over chunks, and the slopes that it is made of
+        slopes = kept_rows(work.scored, shape.width, rows, precision.compute)
+        head += shape.vocabulary * (shape.width * wide + slopes * c)
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     passing = work.tokens * (4 * shape.inner * c + 4 * shape.width * stream)
     state = 2 if config.training.optim.endswith("8bit") else 2 * wide
@@ -294,7 +295,7 @@ def _memory(
 def _flops(shape: Shape, work: _Work, config: RunConfig) -> float:
     """Of the forward and backward pass of one micro-batch."""
     head = 2.0 * shape.vocabulary * shape.width * work.scored
-    return _body_flops(shape, work) * _recomputed(shape, config) + head * (2 if shape.adapters else 4)
+    return _body_flops(shape, work) * _recomputed(shape, config) + head * (2 if shape.adapters else 3)
 
 
 def _body_flops(shape: Shape, work: _Work) -> float:

@@ -82,11 +82,33 @@ def test_without_bias_and_without_gradients() -> None:
         assert not token_logps(hidden, weight, None, targets).requires_grad
 
 
+@pytest.mark.parametrize("room", [0, 1, 100])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_room_for_slopes_changes_rounding_alone(
+    room: int, transform: LogitTransform, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, some or all of the slopes kept: the same log-probs, and gradients as near to each other as products in the
+    dtype are."""
+    results = []
+    for factor in (logprobs.KEPT_GRADIENTS, room):
+        monkeypatch.setattr(logprobs, "KEPT_GRADIENTS", factor)
+        hidden, weight, bias, targets = make_head(torch.float32)
+        leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+        out = token_logps(*leaves, targets, transform=transform, compute=dtype, chunk_tokens=4)
+        coefficients = torch.linspace(-1, 2, M)
+        results.append([out, *torch.autograd.grad(out @ coefficients, leaves)])
+    assert torch.equal(results[0][0], results[1][0])
+    for some, others in zip(*results, strict=True):
+        assert (some - others).norm() <= 2 * torch.finfo(dtype).eps * some.norm()
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_bfloat16_is_no_worse_than_the_naive_head(trained: bool) -> None:
     """float32 is the truth; the chunked head may be as far from it as the naive one in bfloat16."""
     errors = []
     exact = make_head(torch.float32, spread=3.0)
+    coefficients = torch.randn(M, generator=torch.Generator().manual_seed(1))
     for head in (token_logps, naive_token_logps, None):
         hidden, weight, bias, targets = make_head(torch.float32, spread=3.0)
         leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
@@ -97,7 +119,7 @@ def test_bfloat16_is_no_worse_than_the_naive_head(trained: bool) -> None:
             logps = naive_token_logps(hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), targets)
         else:
             logps = naive_token_logps(hidden, weight, bias, targets)
-        logps.sum().backward()
+        (logps @ coefficients).backward()
         errors.append([logps.detach(), *(x.grad for x in leaves if x.requires_grad)])
     ours, naive, truth = errors
     assert exact[0].dtype == torch.float32
@@ -115,7 +137,8 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every matrix product with V columns has at most one chunk's rows, whatever trains."""
+    """Every matrix product with V columns has at most one chunk's rows, whatever trains; where the head does, one
+    without room for its slopes is made twice."""
     rows = []
     slabs = logprobs._Head._slabs
 
@@ -129,7 +152,8 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         token_logps(
             hidden.requires_grad_(), weight.requires_grad_(trains), bias, targets, chunk_tokens=4
         ).sum().backward()
-    assert rows == [4, 4, 4, 1] * 3  # once with a frozen head, twice with one that trains
+    assert logprobs.kept_rows(M, D, 4, torch.float64) == 12
+    assert rows == [4, 4, 4, 1] * 2 + [1]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
