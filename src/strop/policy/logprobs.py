@@ -1,4 +1,4 @@
-"""Hidden states to the log-probs of the tokens that came: the head, in chunks that never hold [M, V]. Floor 2.
+"""Hidden states to the log-probs of the tokens that came: the head, chunk by chunk of tokens. Floor 2.
 
 Shapes: M scored tokens, D width, V vocabulary, R rows of one chunk.
 
