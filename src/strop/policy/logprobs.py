@@ -12,7 +12,7 @@ Where it is asked for, log(sum of p^2) = logsumexp(2 y) - 2 logsumexp(y) is take
 gradients.
 
 Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least. The logits of a
-chunk become its slopes in place, and in 16 bits chunks that are not kept share one buffer.
+chunk become its slopes in place, where they are not kept, and in 16 bits are one buffer for all chunks.
 The softmax goes over slabs of them that stay in the processor's cache: passes over memory and fresh pages would cost
 more than the products.
 `naive_token_logps` is the same in three lines of plain torch, and stays as the oracle.
@@ -155,14 +155,9 @@ class _Head:
         self.probs = torch.empty(shape, dtype=stats, device=weight.device)
         # transformed logits of another dtype stand beside those of which they are made; of the same, in their place,
         # and in float32 oneDNN would not write to a buffer anyway
-        self.is_low = weight.dtype != stats
-        self.exact = torch.empty_like(self.probs) if self.is_low else None
-        self._shared: Tensor | None = None
-        self._rows = rows
-
-    def room(self, rows: int) -> Tensor | None:
-        """[rows, V] for logits, where they can be written to a buffer."""
-        return self.weight.new_empty(rows, self.weight.shape[0]) if self.is_low and rows else None
+        low = weight.dtype != stats
+        self.exact = torch.empty_like(self.probs) if low else None
+        self.logits = weight.new_empty(rows, weight.shape[0]) if low else None
 
     def score(
         self,
@@ -170,13 +165,14 @@ class _Head:
         targets: Tensor,
         logps: Tensor,
         squares: Tensor | None,
-        room: Tensor | None,
         *,
         wants_slopes: bool,
+        room: Tensor | None = None,
     ) -> Tensor:
         """Write log-probs [R], and `squares` where there is room for them. Returns - d logp / d z [R, V], if they are
-        wanted, in `room` or, without, in what the next chunk takes."""
-        z = self._logits(h, room)
+        wanted: in `room` or, without, valid until the next chunk's."""
+        z = linear(h, self.weight, self.bias, buffer=self.logits)
+        slopes = z if room is None else room
         for rows, y, probs in self._slabs(z):
             # the largest probability is at least 1 / V, so that its logarithm is safe
             lse = y.amax(-1) - probs.amax(-1).log_()
@@ -184,20 +180,15 @@ class _Head:
             if squares is not None:
                 squares[rows] = torch.logsumexp(2 * y, dim=-1) - 2 * lse
             if wants_slopes:
-                self._slopes_(z[rows], y, probs, targets[rows])
-        return z
+                self._slopes_(slopes[rows], y, probs, targets[rows])
+        return slopes
 
     def slopes(self, h: Tensor, targets: Tensor) -> Tensor:
         """- d logp / d z [R, V]; valid until the next chunk's."""
-        z = self._logits(h, None)
+        z = linear(h, self.weight, self.bias, buffer=self.logits)
         for rows, y, probs in self._slabs(z):
             self._slopes_(z[rows], y, probs, targets[rows])
         return z
-
-    def _logits(self, h: Tensor, room: Tensor | None) -> Tensor:
-        if room is None and self.is_low:
-            room = self._shared = self.room(self._rows) if self._shared is None else self._shared
-        return linear(h, self.weight, self.bias, buffer=room)
 
     def _slabs(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, y, softmax of y) of slabs of the logits z [R, V], in buffers that the next slab takes."""
@@ -206,15 +197,15 @@ class _Head:
             self.transform.apply_(y)
             yield rows, y, torch.softmax(y, dim=-1, out=self.probs[: len(y)])
 
-    def _slopes_(self, z: Tensor, y: Tensor, probs: Tensor, targets: Tensor) -> None:
-        """Write - d logp / d z over the slab z of the logits. Takes `probs`."""
+    def _slopes_(self, slopes: Tensor, y: Tensor, probs: Tensor, targets: Tensor) -> None:
+        """Write - d logp / d z of a slab to `slopes`, which may be its logits. Takes `probs`."""
         slope = self.transform.slope(y)
         at_target = 1 - probs.gather(1, targets[:, None])  # before any rounding to 16 bits
         at_target.mul_(slope.gather(1, targets[:, None]) if isinstance(slope, Tensor) else slope)
         if isinstance(slope, Tensor) or slope != 1.0:
             probs.mul_(slope)
         probs.scatter_(1, targets[:, None], at_target.neg_())  # on 16 bits, torch copies all of z there and back
-        z.copy_(probs)
+        slopes.copy_(probs)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -238,23 +229,19 @@ class _TokenLogps(torch.autograd.Function):
         products = torch.empty_like(hidden) if keep_products else None
         low_bias = None if bias is None else cast(bias, compute)
         head = _Head(cast(weight, compute), low_bias, transform, min(chunk, len(targets)))
-        room = head.room(num_kept)
-        kept = [] if room is None else [room]
+        kept = head.weight.new_empty(num_kept, len(weight))
         for rows in _chunks(len(targets), chunk):
+            room = kept[rows] if rows.stop <= num_kept else None
             of_chunk = None if squares is None else squares[rows]
-            keeps = rows.stop <= num_kept
-            its_room = room[rows] if keeps and room is not None else None
+            wanted = keep_products or room is not None
             h = hidden[rows].to(compute)
-            wanted = keep_products or keeps
-            z = head.score(h, targets[rows], logps[rows], of_chunk, its_room, wants_slopes=wanted)
+            z = head.score(h, targets[rows], logps[rows], of_chunk, wants_slopes=wanted, room=room)
             if products is not None:
                 products[rows] = linear(z, head.weight.t()).to(products.dtype).neg_()
-            if keeps and room is None:
-                kept.append(z)
         ctx.transform, ctx.compute, ctx.cast, ctx.chunk = transform, compute, cast, chunk
         if squares is not None:
             ctx.mark_non_differentiable(squares)
-        ctx.save_for_backward(*((products,) if products is not None else (hidden, weight, bias, targets, *kept)))
+        ctx.save_for_backward(*((products,) if products is not None else (hidden, weight, bias, targets, kept)))
         return logps, squares
 
     @staticmethod
@@ -264,7 +251,7 @@ class _TokenLogps(torch.autograd.Function):
         if len(ctx.saved_tensors) == 1:
             (products,) = ctx.saved_tensors
             return products * grad[:, None].to(products.dtype), None, None, *rest
-        hidden, weight, bias, targets, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, kept = ctx.saved_tensors
         compute, stats = ctx.compute, _stats(ctx.compute)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         low_bias = None if bias is None else ctx.cast(bias, compute)
@@ -274,11 +261,9 @@ class _TokenLogps(torch.autograd.Function):
         d_bias = torch.zeros(bias.shape, dtype=stats, device=bias.device) if wants_bias else None
 
         def all_slopes() -> Iterator[tuple[slice, Tensor]]:
-            start = 0
-            for z in kept:
-                yield slice(start, start + len(z)), z
-                start += len(z)
-            for rows in _chunks(len(targets), ctx.chunk, start):
+            if len(kept):
+                yield slice(0, len(kept)), kept
+            for rows in _chunks(len(targets), ctx.chunk, len(kept)):
                 yield rows, head.slopes(hidden[rows].to(compute), targets[rows])
 
         for rows, z in all_slopes():
