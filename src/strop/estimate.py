@@ -26,7 +26,7 @@ from strop.machine import Machine
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows
-from strop.policy.matmul import LARGE
+from strop.policy.matmul import LARGE, computes
 from strop.policy.memory import KERNELS
 from strop.policy.outline import CannotBuildError, Shape, shape_of
 from strop.policy.precision import Precision
@@ -45,7 +45,7 @@ HOLES = {2: 0.9, 4: 0.2, 8: 0.2}
 """By bytes of an element, what a CPU's allocator leaves unused between tensors that come and go, as a share of them: in
 the end, after micro-batches of many lengths; the first eight take it half the way."""
 KERNEL = 0.7 * MIB
-"""Of oneDNN, with its buffers, whatever its shape."""
+"""Of oneDNN, with its buffers, whatever its shape. Where MKL multiplies instead, its buffers come to as much."""
 PASSES = 6.0
 """How often what is saved for the backward pass moves through memory in a step: written, read, its gradient, copies."""
 BESIDES = 1.15
@@ -167,9 +167,9 @@ def planned_precision(config: RunConfig, machine: Machine) -> Precision:
     """As `resolve_precision`, without asking a GPU: `auto_precision` takes it to compute bfloat16 if it is known to."""
     training = config.training
     auto = training.auto_precision and training.bf16 is None and training.fp16 is None
-    if training.bf16 or (auto and machine.kind == "cuda" and not any(old in machine.name for old in ("V100", "T4"))):
-        return Precision(torch.bfloat16)
-    return Precision(torch.float16, scaler=True) if training.fp16 else Precision(torch.float32)
+    old = any(name in machine.name for name in ("V100", "T4"))
+    can = computes(torch.bfloat16) if machine.kind == "cpu" else not old
+    return Precision.of(training.bf16 or (auto and can), training.fp16)
 
 
 def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, device: str) -> float:
@@ -287,6 +287,10 @@ def _memory(
     largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
     if device == "cpu" and (precision.is_low or largest >= LARGE):
         parts["kernels"] = KERNELS * KERNEL  # in float32 oneDNN has the large products alone
+    if device == "cpu" and not computes(precision.compute):  # factors and result of one product at a time, in float32
+        parts["widened"] = 4 * (
+            max(shape.vocabulary * shape.width, shape.width * shape.inner) + work.tokens * shape.inner
+        )
     if synced:
         parts["reference"] = base * wide
     return {name: int(size) for name, size in parts.items()}

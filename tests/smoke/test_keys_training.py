@@ -23,6 +23,7 @@ from strop import wiring
 from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
 from strop.policy import elementwise, policy
+from strop.policy.matmul import computes
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
 
@@ -277,9 +278,9 @@ def test_training__fp16(runs: Any, attention: list[torch.dtype], built: list[Pol
 
 
 def test_training__auto_precision(runs: Any, watched: pytest.MonkeyPatch, attention: list[torch.dtype]) -> None:
-    on_cpu = runs(auto_precision=True, max_steps=1)
-    assert set(attention) == {torch.float32}
-    assert on_cpu.config["training"]["bf16"] is False
+    on_cpu, low = runs(auto_precision=True, max_steps=1), computes(torch.bfloat16)
+    assert set(attention) == {torch.bfloat16 if low else torch.float32}
+    assert on_cpu.config["training"]["bf16"] is low
     attention.clear()
     assert runs(auto_precision=True, fp16=True, max_steps=1).config["training"]["fp16"] is True  # given is given
     assert set(attention) == {torch.float16}

@@ -29,7 +29,7 @@ from strop.estimate import (
 from strop.machine import Machine, machine_of
 from strop.policy.outline import CannotBuildError, shape_of
 from strop.policy.policy import build_policy
-from strop.policy.precision import Precision
+from strop.policy.precision import Precision, resolve_precision
 from strop.prepared import Prepared, prepare, with_budget
 
 CPU = Machine("cpu", 2**34, None)
@@ -136,7 +136,8 @@ def test_a_gpu_is_looked_up_by_name(prepared: Callable[..., Prepared]) -> None:
     found = guess(prepared(), strange)
     assert found.steps is None and not any("time:" in line for line in found.lines())
     assert planned_precision(prepared(auto_precision=True).config, known).compute is torch.bfloat16
-    assert planned_precision(prepared(auto_precision=True).config, CPU).compute is torch.float32
+    on_cpu = resolve_precision(prepared(auto_precision=True).config.training, torch.device("cpu"))
+    assert planned_precision(prepared(auto_precision=True).config, CPU) == on_cpu
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
+from strop.policy.matmul import computes
 
 logger = logging.getLogger("strop")
 
@@ -30,6 +31,11 @@ class Precision:
 
     compute: torch.dtype
     scaler: bool = False
+
+    @classmethod
+    def of(cls, bf16: bool | None, fp16: bool | None) -> Precision:
+        """That of bf16, of fp16, or float32."""
+        return cls(torch.bfloat16) if bf16 else cls(torch.float16, scaler=True) if fp16 else cls(torch.float32)
 
     @property
     def master(self) -> torch.dtype:
@@ -67,28 +73,26 @@ def short_name(dtype: torch.dtype) -> str:
 def resolve_precision(training: TrainingSection, device: torch.device) -> Precision:
     """What `training.bf16`, `fp16` and `auto_precision` mean on this device.
 
-    `auto_precision` chooses bf16 on NVIDIA GPUs that compute it in hardware, if neither bf16 nor fp16 is given
-    (false counts as given); on the CPU it keeps float32, since few processors compute bf16 natively.
+    `auto_precision` chooses bf16 where the GPU or the processor computes it in hardware, if neither bf16 nor fp16 is
+    given (false counts as given).
 
     Raises:
         ConfigError: the device cannot compute in the dtype that is asked for.
     """
     bf16, fp16 = training.bf16, training.fp16
     if training.auto_precision and bf16 is None and fp16 is None:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if bf16:
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ConfigError(
-                f"training.bf16 is true, but {torch.cuda.get_device_name(device)} does not compute bfloat16",
-                expected="a GPU of compute capability 8.0 or higher",
-                fix="use --fp16 instead, or neither (float32)",
-            )
-        return Precision(torch.bfloat16)
-    if fp16:
-        if device.type == "cpu":
-            logger.warning(
-                "fp16 on the CPU: most processors emulate it, some 80 times slower than float32; "
-                "use --bf16 or neither unless you only try a GPU's configuration out"
-            )
-        return Precision(torch.float16, scaler=True)
-    return Precision(torch.float32)
+        on_gpu = device.type == "cuda"
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else computes(torch.bfloat16)
+    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"training.bf16 is true, but {torch.cuda.get_device_name(device)} does not compute bfloat16",
+            expected="a GPU of compute capability 8.0 or higher",
+            fix="use --fp16 instead, or neither (float32)",
+        )
+    precision = Precision.of(bf16, fp16)
+    if device.type == "cpu" and not computes(precision.compute):
+        logger.warning(
+            f"this processor has no instructions for {short_name(precision.compute)}: products are made in float32 and "
+            "rounded, which takes longer than float32 itself and saves some memory; good to try a GPU's configuration"
+        )
+    return precision

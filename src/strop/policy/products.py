@@ -117,7 +117,7 @@ def gradients(
         weights.append(linear(grad.t(), x.t()) if w and x is not None else None)
         weights.append(grad.sum(0) if bias else None)
         weights.append(its_d_a)
-        weights.append(grad.t() @ low if b and low is not None else None)
+        weights.append(linear(grad.t(), low.t()) if b and low is not None else None)
     return Gradients(d_x, weights)
 
 

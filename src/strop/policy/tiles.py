@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.batch import GroupSpan
+from strop.policy.matmul import bmm
 
 TILE_ROWS = {torch.bfloat16: 256, torch.float16: 256}
 """Queries of a tile, at most; larger tiles suit faster products and waste larger triangles."""
@@ -139,7 +140,7 @@ def _put(out: Tensor, run: Run, rows: Tensor, factor: float = 1.0) -> None:
 
 def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
     """[K, n R, N] of scaled q [K, n R, D] and k [K, N, D]."""
-    scores = torch.bmm(q, k.transpose(1, 2))
+    scores = bmm(q, k.transpose(1, 2))
     rows, keys = hidden.shape
     scores.view(len(k), -1, rows, k.shape[1])[..., k.shape[1] - keys :].add_(hidden)
     return torch.softmax(scores, dim=-1)
@@ -156,7 +157,7 @@ class _TiledAttention(torch.autograd.Function):
         for tile in tiles:
             rows = _by_key_head(q[0], tile.queries, len(keys), scaling)
             probs = _probabilities(rows, _gather(keys, tile.keys), tile.hidden)
-            _put(out, tile.queries, torch.bmm(probs, _gather(values, tile.keys)))
+            _put(out, tile.queries, bmm(probs, _gather(values, tile.keys)))
             room -= probs.nbytes
             if room >= 0:
                 kept.append(probs)
@@ -177,11 +178,11 @@ class _TiledAttention(torch.autograd.Function):
             g_rows = _by_key_head(grad[0], tile.queries, len(keys))
             its_keys, its_values = _gather(keys, tile.keys), _gather(values, tile.keys)
             probs = kept[i] if i < len(kept) else _probabilities(rows, its_keys, tile.hidden)
-            d_probs = torch.bmm(g_rows, its_values.transpose(1, 2))
+            d_probs = bmm(g_rows, its_values.transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-            _put(d_q, tile.queries, torch.bmm(d_scores, its_keys), ctx.scaling)
-            _add(d_k, tile.keys, torch.bmm(d_scores.transpose(1, 2), rows))
-            _add(d_v, tile.keys, torch.bmm(probs.transpose(1, 2), g_rows))
+            _put(d_q, tile.queries, bmm(d_scores, its_keys), ctx.scaling)
+            _add(d_k, tile.keys, bmm(d_scores.transpose(1, 2), rows))
+            _add(d_v, tile.keys, bmm(probs.transpose(1, 2), g_rows))
         return d_q.transpose(0, 1)[None], d_k[None].to(k.dtype), d_v[None].to(v.dtype), None, None, None
 
 

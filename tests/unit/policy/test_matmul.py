@@ -60,3 +60,34 @@ def test_float32_does_not_round_what_it_multiplies(monkeypatch: pytest.MonkeyPat
     x, w = draw(64, 300, torch.float32, "rows", 4), draw(50, 300, torch.float32, "rows", 5)
     truth = x.double() @ w.double().t()
     assert error(matmul.linear(x, w), truth) <= 2 * error(x @ w.t(), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_processor_cannot_multiply_is_rounded_once(
+    dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact but for the last rounding, as no sum in 16 bits would be."""
+    monkeypatch.setattr(matmul, "computes", lambda asked: asked != dtype)
+    x, w = draw(40, 500, dtype, layout, 0), draw(30, 500, dtype, layout, 1)
+    bias, total = draw(1, 30, dtype, "rows", 2)[0], draw(40, 30, dtype, layout, 3)
+    truth = x.double() @ w.double().t()
+    buffer = torch.zeros(50, 30, dtype=dtype)
+    found = matmul.linear(x, w, buffer=buffer)
+    assert found.data_ptr() == buffer.data_ptr() and not buffer[40:].any()
+    exact = {
+        "product": (found, truth),
+        "no buffer": (matmul.linear(x, w), truth),
+        "bias": (matmul.linear(x, w, bias), truth + bias.double()),
+        "total": (matmul.linear_add(total.clone(), x, w), truth + total.double()),
+        "batch": (matmul.bmm(x[None], w.t()[None])[0], truth),
+    }
+    for name, (ours, theirs) in exact.items():
+        assert ours.dtype == dtype, name
+        unlike = ours != theirs.to(dtype)  # a sum in float32 may fall on the other side of a tie
+        assert unlike.float().mean() <= 0.03, name
+        assert error(ours, theirs) <= torch.finfo(dtype).eps / 2, name
+
+
+def test_float32_and_float64_are_computed_everywhere() -> None:
+    assert matmul.computes(torch.float32) and matmul.computes(torch.float64)

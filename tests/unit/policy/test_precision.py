@@ -10,7 +10,8 @@ import torch
 
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
-from strop.policy.precision import Precision, resolve_precision
+from strop.policy import precision
+from strop.policy.precision import Precision, resolve_precision, short_name
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FP32, BF16 = Precision(torch.float32), Precision(torch.bfloat16)
@@ -47,17 +48,28 @@ def test_on_gpus(
             assert resolve_precision(TrainingSection(**keys), GPU) == want
 
 
-def test_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
-    assert resolve_precision(TrainingSection(auto_precision=True), CPU) == FP32
-    assert resolve_precision(TrainingSection(bf16=True), CPU) == BF16
+@pytest.mark.parametrize("native", [(), (torch.bfloat16,), (torch.bfloat16, torch.float16)])
+def test_on_the_cpu(
+    native: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "computes", lambda dtype: dtype == torch.float32 or dtype in native)
+    caplog.set_level(logging.WARNING, "strop")
+    assert resolve_precision(TrainingSection(auto_precision=True), CPU) == (BF16 if native else FP32)
+    assert resolve_precision(TrainingSection(), CPU) == FP32
     assert not caplog.records
-    with caplog.at_level(logging.WARNING, "strop"):
-        assert resolve_precision(TrainingSection(fp16=True), CPU) == FP16
-    assert "fp16 on the CPU" in caplog.text
+    for keys, want in (({"bf16": True}, BF16), ({"fp16": True}, FP16)):
+        caplog.clear()
+        assert resolve_precision(TrainingSection(**keys), CPU) == want
+        warned = [r.getMessage() for r in caplog.records]
+        if want.compute in native:
+            assert not warned
+        else:
+            [message] = warned
+            assert f"no instructions for {short_name(want.compute)}" in message
 
 
 @pytest.mark.parametrize(
-    ("precision", "master", "product"),
+    ("kind", "master", "product"),
     [
         (FP32, torch.float32, torch.float32),
         (BF16, torch.float32, torch.bfloat16),
@@ -65,10 +77,10 @@ def test_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
         (Precision(torch.float64), torch.float64, torch.float64),
     ],
 )
-def test_masters_and_autocast(precision: Precision, master: torch.dtype, product: Any) -> None:
-    assert precision.master == master
+def test_masters_and_autocast(kind: Precision, master: torch.dtype, product: Any) -> None:
+    assert kind.master == master
     x = torch.ones(2, 2, dtype=master)
-    with precision.autocast(CPU):
+    with kind.autocast(CPU):
         assert (x @ x).dtype == product
 
 
