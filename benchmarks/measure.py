@@ -2,8 +2,8 @@
 
     python -m benchmarks.measure [--case NAME ...] [--rounds 3] [--pairs K] [--wait-idle MINUTES] [--list]
 
-Figures go to benchmarks/results/NAME.json; `python -m benchmarks.report` makes tables and a plot of them. This process
-loads no framework and works only while it waits, so what it measures is alone where the machine is idle: the
+Figures go to benchmarks/results/PROCESSOR/NAME.json, so that those of two machines do not mix; `python -m
+benchmarks.report` makes tables and a plot of them. This process loads no framework and works only while it waits, so what it measures is alone where the machine is idle: the
 processor time that others take is measured before each run and kept beside the result.
 
 Seconds a pair: from the end of the last warm-up step to the end of the last step, by the pairs between, plus the
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -147,8 +148,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def store(result: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['case']['name']}.json"
+    processor = re.sub(r"\((r|tm)\)", "", result["machine"]["processor"].lower())
+    path = folder / re.sub(r"[^a-z0-9.]+", "-", processor).strip("-") / f"{result['case']['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 

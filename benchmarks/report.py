@@ -1,4 +1,4 @@
-"""Tables and a plot from what was measured; no figure is written by hand.
+"""Tables and a plot from what was measured; no figure is written by hand. The plot is of the machine with the most cases.
 
 python -m benchmarks.report [--results benchmarks/results] [--table benchmarks/RESULTS.md] [--plot FILE.svg]
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,17 +56,25 @@ def ratio(result: Result, target: Target) -> float:
     return median(theirs / ours for theirs, ours in pairs)
 
 
-def table(results: Sequence[Result]) -> Iterator[str]:
-    """RESULTS.md, line by line."""
+def table(results: Sequence[Sequence[Result]]) -> Iterator[str]:
+    """RESULTS.md, line by line. results: by machine, the one with the most cases first."""
     yield HEAD
-    yield from machines(results)
     yield "| side | what it is |\n|---|---|"
     yield from (f"| {name} | {text} |" for name, text in SIDES.items())
-    yield "\n## Targets\n\n| case | figure | against | measured | target | met |\n|---|---|---|---|---|---|"
+    yield from section(results[0], CASES)
+    for others in results[1:]:
+        yield from section(others, ())
+
+
+def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
+    """One machine. wanted: cases whose targets are listed whether they were measured or not."""
+    yield f"\n## {results[0]['machine']['processor']}\n"
+    yield from machines(results)
+    yield "\n### Targets\n\n| case | figure | against | measured | target | met |\n|---|---|---|---|---|---|"
     measured = {result["case"]["name"]: result for result in results}
-    for name in {**dict.fromkeys(CASES), **measured}:
+    for name in {**dict.fromkeys(wanted), **measured}:
         yield from targets(name, measured.get(name))
-    yield "\n## Figures\n"
+    yield "\n### Figures\n"
     yield "| case | side | seconds a row | against strop | peak MiB | of it training | wall s | padding | share |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for result in results:
@@ -107,7 +115,7 @@ def predictions(results: Sequence[Result]) -> Iterator[str]:
     known = [r for r in results if all("predicted" in found for found in r["rounds"])]
     if not known:
         return
-    yield "\n## Predicted\n\nWhat `--dry-run` says: peak memory above that of the imports, and seconds of a row's step."
+    yield "\n### Predicted\n\nWhat `--dry-run` says: peak memory above that of the imports, and seconds of a row's step."
     yield "\n| case | MiB | measured | off | seconds | measured | off |\n|---|---|---|---|---|---|---|"
     for result in known:
         case, rounds = Case.of(result["case"]), result["rounds"]
@@ -132,7 +140,7 @@ def machines(results: Sequence[Result]) -> Iterator[str]:
     busy = sum(b > IDLE_CORES for b in known)
     yield (
         f"\nOf {len(looks)} measurements {busy} began while other processes kept more than {IDLE_CORES} cores busy"
-        f"{f' (at most {max(known):.1f})' if busy else ''}.\n"
+        f"{f' (at most {max(known):.1f})' if busy else ''}."
     )
 
 
@@ -179,11 +187,16 @@ def plot(results: Sequence[Result]) -> str:
     )
 
 
-def load(folder: Path) -> list[Result]:
-    """Stored results in the order of the cases."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    order = [name for name in CASES if name in found] + [name for name in found if name not in CASES]
-    return [found[name] for name in order]
+def load(folder: Path) -> list[list[Result]]:
+    """Stored results by machine, the one with the most first, in the order of the cases."""
+    found: dict[Path, dict[str, Result]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        found.setdefault(path.parent, {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    ordered = [
+        [cases[name] for name in (*(n for n in CASES if n in cases), *(n for n in cases if n not in CASES))]
+        for cases in found.values()
+    ]
+    return sorted(ordered, key=len, reverse=True)
 
 
 def main() -> None:
@@ -196,8 +209,8 @@ def main() -> None:
     if not results:
         raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
     args.table.write_text("\n".join(table(results)) + "\n", encoding="utf-8")
-    args.plot.write_text(plot(results), encoding="utf-8")
-    print(f"{len(results)} cases: {args.table}, {args.plot}")
+    args.plot.write_text(plot(results[0]), encoding="utf-8")
+    print(f"{sum(map(len, results))} cases: {args.table}, {args.plot}")
 
 
 if __name__ == "__main__":

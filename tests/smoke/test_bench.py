@@ -74,7 +74,8 @@ def stored(seconds: dict[str, float]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("trl", "met"), [(8.0, "yes"), (4.0, "no")])
 def test_the_report_compares_within_rounds(tmp_path: Path, trl: float, met: str) -> None:
-    (tmp_path / "made-up.json").write_text(json.dumps(stored({"strop": 2.0, "G": trl})))
+    (tmp_path / "a-processor").mkdir()
+    (tmp_path / "a-processor" / "made-up.json").write_text(json.dumps(stored({"strop": 2.0, "G": trl})))
     table, plot = report(tmp_path)
     assert f"| made-up | seconds | G | {trl / 2:.2f} | 3.00 | {met} |" in table
     assert "| dpo-lora-bf16-smol-uf | seconds | G | - | 3.20 | not measured |" in table
@@ -82,9 +83,25 @@ def test_the_report_compares_within_rounds(tmp_path: Path, trl: float, met: str)
     assert plot.startswith("<svg") and f">{trl / 2:.2f}</text>" in plot
 
 
+def test_machines_do_not_mix(tmp_path: Path) -> None:
+    """Every machine has a section of its own; the plot is of the one with the most cases."""
+    for machine, names, seconds in (("fast", ("one",), 1.0), ("slow", ("one", "two"), 4.0)):
+        (tmp_path / machine).mkdir()
+        for name in names:
+            result = stored({"strop": 2.0, "G": 2.0 * seconds})
+            result["case"]["name"], result["machine"]["processor"] = name, f"{machine} processor"
+            (tmp_path / machine / f"{name}.json").write_text(json.dumps(result))
+    table, plot = report(tmp_path)
+    slow, fast = table.split("## slow processor")[1].split("## fast processor")
+    assert "| one | seconds | G | 4.00 |" in slow and "| two | seconds | G | 4.00 |" in slow
+    assert "| one | seconds | G | 1.00 |" in fast and "| two |" not in fast and "not measured" not in fast
+    assert ">4.00</text>" in plot and ">two</text>" in plot
+
+
 def test_the_harness_measures_its_smallest_case(tmp_path: Path) -> None:
     run("benchmarks.measure", "--case", "toy", "--rounds", "1", "--threads", "1", "--out", str(tmp_path))
-    result = json.loads((tmp_path / "toy.json").read_text())
+    [path] = tmp_path.glob("*/toy.json")
+    result = json.loads(path.read_text())
     [found] = result["rounds"]
     side = found["sides"]["strop"]
     assert side["seconds"] > 0 and side["reference_seconds"] > 0 and len(side["steps"]) == 3
