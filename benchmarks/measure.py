@@ -3,8 +3,9 @@
     python -m benchmarks.measure [--case NAME ...] [--rounds 3] [--pairs K] [--wait-idle MINUTES] [--list]
 
 Figures go to benchmarks/results/PROCESSOR/NAME.json, so that those of two machines do not mix; `python -m
-benchmarks.report` makes tables and a plot of them. This process loads no framework and works only while it waits, so what it measures is alone where the machine is idle: the
-processor time that others take is measured before each run and kept beside the result.
+benchmarks.report` makes tables and a plot of them. This process loads no framework and works only while it waits, so
+what it measures is alone where the machine is idle: the processor time that others take is measured before each run
+and kept beside the result.
 
 Seconds a pair: from the end of the last warm-up step to the end of the last step, by the pairs between, plus the
 seconds of reference passes made ahead, by all pairs. Imports, loading and saving are in `wall` alone.

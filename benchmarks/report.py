@@ -1,4 +1,4 @@
-"""Tables and a plot from what was measured; no figure is written by hand. The plot is of the machine with the most cases.
+"""Tables and a plot from what was measured; no figure is written by hand.
 
 python -m benchmarks.report [--results benchmarks/results] [--table benchmarks/RESULTS.md] [--plot FILE.svg]
 """
@@ -115,7 +115,8 @@ def predictions(results: Sequence[Result]) -> Iterator[str]:
     known = [r for r in results if all("predicted" in found for found in r["rounds"])]
     if not known:
         return
-    yield "\n### Predicted\n\nWhat `--dry-run` says: peak memory above that of the imports, and seconds of a row's step."
+    yield "\n### Predicted\n"
+    yield "What `--dry-run` says: peak memory above that of the imports, and seconds of a row's step."
     yield "\n| case | MiB | measured | off | seconds | measured | off |\n|---|---|---|---|---|---|---|"
     for result in known:
         case, rounds = Case.of(result["case"]), result["rounds"]
@@ -152,7 +153,7 @@ def describe(result: Result) -> str:
 
 
 def plot(results: Sequence[Result]) -> str:
-    """An SVG: for every case, how many times the seconds of strop the other sides take."""
+    """An SVG of one machine: for every case, how many times the seconds of strop the other sides take."""
     bars: list[tuple[str, str, float]] = []
     for result in results:
         case = Case.of(result["case"])
