@@ -58,11 +58,13 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """parts: bytes by name, whose sum is the peak. steps: seconds of every step of an epoch; None: the device's rate is
-    not known. flops: of a mean step. memory: bytes of the device, or None."""
+    """parts: bytes by name, whose sum is the peak. steps: seconds of every step of an epoch, or of the run where it is
+    shorter; None: the device's rate is not known. num_steps: of the run. flops: of a mean step. memory: bytes of the
+    device, or None."""
 
     parts: dict[str, int]
     steps: Sequence[float] | None
+    num_steps: int
     flops: float
     memory: int | None
     source: str
@@ -83,9 +85,10 @@ class Estimate:
         yield f"predicted peak memory: {self.peak / 2**30:.2f} GiB{has} ({listed})"
         if self.steps is not None:
             mean = statistics.mean(self.steps)
+            minutes, rate = mean * self.num_steps / 60, self.flops / mean / 1e12
             yield (
                 f"predicted time: {mean:.3g} s a step, {max(self.steps):.3g} s the longest, "
-                f"{sum(self.steps) / 60:.3g} minutes an epoch ({self.flops / mean / 1e12:.3g} TFLOP/s; {self.source})"
+                f"{minutes:.3g} minutes for all {self.num_steps} ({rate:.3g} TFLOP/s; {self.source})"
             )
         yield f"left out: {LEFT_OUT}"
         if not self.fits:
@@ -121,7 +124,7 @@ def estimate(
     flops = sum(_flops(shape, part, config) for step in steps for part in step) / len(steps)
     ways = _ways(config, max(part.longest for step in steps for part in step))
     memory = _peak(prepared, shape, steps, precision, machine)
-    return Estimate(memory, seconds, flops, machine.memory, source, ways)
+    return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways)
 
 
 def with_checkpointing(

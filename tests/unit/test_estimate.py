@@ -177,8 +177,18 @@ def test_a_cpu_is_timed_with_layers_of_the_model(keys: dict[str, Any], prepared:
     drawn = torch.random.get_rng_state()
     found = guess(prepared(**keys), timed=True)
     assert found.steps is not None and all(0 < s < 60 for s in found.steps)
-    assert any(line.startswith("predicted time: ") for line in found.lines())
+    [line] = [line for line in found.lines() if line.startswith("predicted time: ")]
+    assert f"minutes for all {found.num_steps} (" in line
     assert torch.equal(drawn, torch.random.get_rng_state())  # or a run would not be the same with it
+
+
+def test_the_time_is_that_of_all_steps(prepared: Callable[..., Prepared]) -> None:
+    h100 = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
+    for steps in (1, 40):  # less than an epoch, and many
+        found = guess(prepared(max_steps=steps), h100)
+        assert found.steps is not None and found.num_steps == steps and len(found.steps) <= steps
+        minutes = steps * sum(found.steps) / len(found.steps) / 60
+        assert any(f"{minutes:.3g} minutes for all {steps} (" in line for line in found.lines())
 
 
 def test_longer_rows_are_predicted_to_take_longer(prepared: Callable[..., Prepared]) -> None:

@@ -35,6 +35,7 @@ from strop.policy.folder import place_of
 from strop.policy.fused import forget_shared, fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
 from strop.policy.logprobs import LogitTransform, token_logps
+from strop.policy.matmul import computes
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.types import Group
@@ -256,6 +257,12 @@ def build_policy(
     keep_few_kernels()
     where, training = place_of(model), config.training
     precision = resolve_precision(training, device)
+    if device.type == "cpu" and not computes(precision.compute):
+        logger.warning(
+            "this processor has no instructions for %s: products are made in float32 and rounded, which takes longer "
+            "than float32 itself and saves some memory; good to try a GPU's configuration",
+            short_name(precision.compute),
+        )
     adapted = config.lora.enabled or model.adapter is not None
     if device.type == "cpu" and not adapted:
         keep_freed_memory()

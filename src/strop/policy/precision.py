@@ -7,7 +7,6 @@ is stored in the compute dtype, since no update ever touches it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from torch import Tensor
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
 from strop.policy.matmul import computes
-
-logger = logging.getLogger("strop")
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -89,10 +86,4 @@ def resolve_precision(training: TrainingSection, device: torch.device) -> Precis
             expected="a GPU of compute capability 8.0 or higher",
             fix="use --fp16 instead, or neither (float32)",
         )
-    precision = Precision.of(bf16, fp16)
-    if device.type == "cpu" and not computes(precision.compute):
-        logger.warning(
-            f"this processor has no instructions for {short_name(precision.compute)}: products are made in float32 and "
-            "rounded, which takes longer than float32 itself and saves some memory; good to try a GPU's configuration"
-        )
-    return precision
+    return Precision.of(bf16, fp16)

@@ -70,6 +70,18 @@ def test_low_precision_stays_near_float32(
         assert not torch.equal(logps, want)
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_what_the_processor_lacks_is_said(
+    native: bool, build: MakePolicy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(policy_module, "computes", lambda dtype: native or dtype == torch.float32)
+    caplog.set_level(logging.WARNING, "strop")
+    build()
+    assert not caplog.records
+    build(training={"bf16": True})
+    assert ("no instructions for bfloat16" in caplog.text) is not native
+
+
 def test_a_pass_that_fails_leaves_nothing_behind(build: MakePolicy, groups: list[Group]) -> None:
     """Queries of the second layer are taken, its keys not yet: a graph of all that came before would live on."""
     policy = build()
