@@ -36,7 +36,7 @@ Items = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does. The defaults are what `strop demo` runs: about a minute on two cores."""
+    """How much the demo does. The defaults are what `strop demo` runs: a minute or two on two cores."""
 
     num_demonstrations: int = 10_000
     num_pairs: int = 2_000
