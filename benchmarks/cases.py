@@ -141,7 +141,7 @@ def _faster(against_g: float, share: float | None = None) -> tuple[Target, ...]:
     return speed if share is None else (*speed, Target("share", "strop", share))
 
 
-_REAL = _faster(3.0)[:1]
+_REAL = _faster(3.0)
 _MEMORY = (Target("peak", "G", 2.5),)
 
 CASES = {

@@ -190,14 +190,13 @@ def plot(results: Sequence[Result]) -> str:
 
 def load(folder: Path) -> list[list[Result]]:
     """Stored results by machine, the one with the most first, in the order of the cases."""
-    found: dict[Path, dict[str, Result]] = {}
+    machines: dict[Path, list[Result]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        found.setdefault(path.parent, {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-    ordered = [
-        [cases[name] for name in (*(n for n in CASES if n in cases), *(n for n in cases if n not in CASES))]
-        for cases in found.values()
-    ]
-    return sorted(ordered, key=len, reverse=True)
+        machines.setdefault(path.parent, []).append(json.loads(path.read_text(encoding="utf-8")))
+    order = {name: i for i, name in enumerate(CASES)}
+    for results in machines.values():
+        results.sort(key=lambda result: order.get(result["case"]["name"], len(order)))
+    return sorted(machines.values(), key=len, reverse=True)
 
 
 def main() -> None:

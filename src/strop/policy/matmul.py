@@ -19,9 +19,9 @@ _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
-_IS_INTEL = str(_PROCESSOR.get("cpu_name", "")).startswith("Intel")
-_MKL_LEADS: bool = _IS_INTEL and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-_ONEDNN: bool = torch.backends.mkldnn.is_available() and not _MKL_LEADS  # type: ignore[no-untyped-call]
+_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_ONEDNN_LEADS = _ONEDNN and not (_MKL and str(_PROCESSOR.get("cpu_name")).startswith("Intel"))
 
 LARGE = 2**26
 """Multiplications of a product from which oneDNN is worth the kernel that it makes, and keeps, for every new shape."""
@@ -70,7 +70,7 @@ def _widens(x: Tensor) -> bool:
 
 def _by_onednn(x: Tensor, w: Tensor) -> bool:
     large = x.numel() * len(w) >= LARGE
-    return large and _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
+    return large and _ONEDNN_LEADS and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _swaps(x: Tensor, w: Tensor) -> bool:
