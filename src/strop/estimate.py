@@ -25,7 +25,7 @@ from strop.engine.memory import ways_to_fit
 from strop.machine import Machine
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
-from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows
+from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows, product_dtype
 from strop.policy.matmul import LARGE, computes
 from strop.policy.memory import KERNELS
 from strop.policy.outline import CannotBuildError, Shape, shape_of
@@ -266,14 +266,18 @@ def _memory(
         probabilities = shape.heads * work.squares * 8
     layers = kept + 1 if share else kept  # one of the others at a time is computed again
     activations = layers * layer + (shape.layers - kept) * work.tokens * shape.width * stream
-    casts = (shape.matrix + shape.vocabulary * shape.width) * c if precision.is_low and not shape.adapters else 0
-    rows = min(work.scored, chunk_rows(shape.vocabulary, device, precision.compute))
+    product = product_dtype(precision.compute, device)
+    embedding = shape.vocabulary * shape.width
+    casts = 0
+    if precision.is_low and not shape.adapters:
+        casts = (shape.matrix + (embedding if product == precision.compute else 0)) * c
+    rows = min(work.scored, chunk_rows(shape.vocabulary, device, product))
     slab = min(rows * shape.vocabulary, SLAB_ELEMENTS) if device == "cpu" else rows * shape.vocabulary
-    head = rows * shape.vocabulary * c + slab * wide * (2 if precision.is_low else 1)
+    head = rows * shape.vocabulary * product.itemsize + slab * wide * (2 if product.itemsize < wide else 1)
     head += (work.tokens + 3 * work.scored) * shape.width * wide
     if not shape.adapters:  # its gradient, summed over chunks, and the slopes that it is made of
-        slopes = kept_rows(work.scored, shape.width, rows, precision.compute)
-        head += shape.vocabulary * (shape.width * wide + slopes * c)
+        slopes = kept_rows(work.scored, shape.width, rows, product)
+        head += embedding * wide + slopes * shape.vocabulary * product.itemsize
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     passing = work.tokens * (4 * shape.inner * c + 4 * shape.width * stream)
     state = 2 if config.training.optim.endswith("8bit") else 2 * wide
@@ -290,10 +294,9 @@ def _memory(
     largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
     if device == "cpu" and (precision.is_low or largest >= LARGE):
         parts["kernels"] = KERNELS * KERNEL  # in float32 oneDNN has the large products alone
-    if device == "cpu" and not computes(precision.compute):  # factors and result of one product at a time, in float32
-        parts["widened"] = 4 * (
-            max(shape.vocabulary * shape.width, shape.width * shape.inner) + work.tokens * shape.inner
-        )
+    if product != precision.compute:  # factors and result of one product at a time, in float32; a frozen head
+        in_body = shape.width * shape.inner + work.tokens * shape.inner
+        parts["widened"] = 4 * max(in_body, embedding if shape.adapters else 0)
     if synced:
         parts["reference"] = base * wide
     return {name: int(size) for name, size in parts.items()}

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
-from strop.policy.matmul import linear
+from strop.policy.matmul import computes, linear
 
 CHUNK_ROWS = 256
 """Rows of one chunk of 16-bit logits on a CPU, half as many of float32: few enough for a buffer that stays in memory
@@ -89,7 +89,7 @@ def token_logps(
         hidden: [M, D]. Its gradient has its own dtype.
         weight: [V, D], bias: [V] or None. Their gradients are summed over chunks in float32 at least.
         targets: [M] int64.
-        compute: dtype of the matrix products; None: that of `hidden`.
+        compute: dtype of the matrix products, if this device has them; None: that of `hidden`.
         cast: gives weight and bias in the compute dtype; None: copies that are not kept.
         chunk_tokens: rows of one chunk; None: by device.
         collisions: return log(sum of p^2) too, without gradients.
@@ -99,6 +99,8 @@ def token_logps(
     """
     if compute is None:
         compute = hidden.dtype
+    if (widened := product_dtype(compute, hidden.device.type)) != compute:
+        compute, cast = widened, None  # W is widened for this call, and not kept
     if chunk_tokens is None:
         chunk_tokens = chunk_rows(weight.shape[0], hidden.device.type, compute)
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -108,6 +110,12 @@ def token_logps(
         options = (transform, compute, cast or Casts(), chunk_tokens, wants_slopes and not trains, num_kept, collisions)
         logps, squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
         return torch.stack([logps, squares]) if collisions else logps
+
+
+def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:
+    """What the head multiplies in where a model computes in `compute`: float32 on a processor that has no instructions
+    for 16 bits and would widen W for every chunk."""
+    return torch.float32 if device_type == "cpu" and not computes(compute) else compute
 
 
 def chunk_rows(vocabulary: int, device_type: str, compute: torch.dtype) -> int:

@@ -16,6 +16,13 @@ M, D, V = 13, 6, 31
 TRANSFORMS = [LogitTransform(), LogitTransform(0.25), LogitTransform(softcap=2.0), LogitTransform(3.0, 1.5)]
 
 
+@pytest.fixture(params=[True, False], ids=["native", "widened"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor has instructions for 16 bits: both, whatever this one has."""
+    monkeypatch.setattr(logprobs, "computes", lambda dtype: request.param or dtype.itemsize > 2)
+    return bool(request.param)
+
+
 def make_head(dtype: torch.dtype = torch.float64, bias: bool = True, spread: float = 1.0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     hidden, weight, b = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((M, D), (V, D), (V,)))
@@ -82,6 +89,7 @@ def test_without_bias_and_without_gradients() -> None:
         assert not token_logps(hidden, weight, None, targets).requires_grad
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("room", [0, 1, 100])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,6 +111,7 @@ def test_room_for_slopes_changes_rounding_alone(
         assert (some - others).norm() <= 2 * torch.finfo(dtype).eps * some.norm()
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("trained", [True, False])
 def test_bfloat16_is_no_worse_than_the_naive_head(trained: bool) -> None:
     """float32 is the truth; the chunked head may be as far from it as the naive one in bfloat16."""
@@ -170,6 +179,29 @@ def test_slabs_change_nothing(transform: LogitTransform, elements: int, monkeypa
         torch.testing.assert_close(whole, slabs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_that_widens_does_it_once(native: bool, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products of all chunks, and of the backward pass, have the dtype that the processor computes in."""
+    seen = []
+    linear = logprobs.linear
+
+    def watched(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((x.dtype, w.dtype))
+        return linear(x, w, *args, **kwargs)
+
+    monkeypatch.setattr(logprobs, "linear", watched)
+    hidden, weight, bias, targets = make_head(torch.float32)
+    weight = weight.requires_grad_() if trained else weight.bfloat16()
+    logps = token_logps(hidden.requires_grad_(), weight, bias, targets, compute=torch.bfloat16, chunk_tokens=4)
+    logps.sum().backward()
+    dtype = torch.bfloat16 if native else torch.float32
+    assert set(seen) == {(dtype, dtype)} and len(seen) >= 6
+    if not native:
+        exact = naive_token_logps(hidden, weight.float(), bias, targets)
+        torch.testing.assert_close(logps, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("native")
 def test_a_sure_token_keeps_its_small_gradient() -> None:
     """1 - p near 0 is taken before it is rounded to 16 bits, in which p is 1."""
     weight = torch.tensor([[9.0, 0.0], [0.0, 0.0]], dtype=torch.bfloat16)
