@@ -126,6 +126,14 @@ class Case:
         """The case with at least so many rows measured, in whole steps."""
         return replace(self, steps=self.warmup + max(1, -(-num_measured // self.batch)))
 
+    def in_float32(self) -> Case:
+        """The case without bfloat16, under a name that says so. Of its targets those that are for every dtype."""
+        if not self.bf16:
+            return self
+        name = self.name.replace("bf16", "fp32") if "bf16" in self.name else f"{self.name}-fp32"
+        kept = tuple(target for target in self.targets if self.is_real or target.against == "B")
+        return CASES.get(name) or replace(self, name=name, bf16=False, targets=kept)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -48,17 +48,21 @@ def sharing_factor(lengths: Sequence[Lengths]) -> float:
 
 
 def matmul_rates(seconds: float = 1.0) -> dict[str, float]:
-    """FLOPs a second of a SIZE x SIZE product, by dtype: the median over so many seconds, with the faster of the
-    libraries that this machine has for it: torch's choice, and strop's."""
+    """FLOPs a second of a SIZE x SIZE product, by dtype: the median over so many seconds, of the fastest way that this
+    machine has for it: torch's, strop's, or oneDNN's where neither takes it."""
     import torch
 
     from strop.policy.matmul import linear
 
+    def by_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    ways = [torch.matmul, linear, *([by_onednn] if torch.backends.mkldnn.is_available() else [])]
     rates = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
         found = []
-        for product in (torch.matmul, linear):
+        for product in ways:
             times: list[float] = []
             product(a, b)
             while sum(times) < seconds or len(times) < 3:

@@ -1,6 +1,6 @@
 """strop beside TRL: every case, its sides in turn, round after round, each measurement in a process of its own.
 
-    python -m benchmarks.measure [--case NAME ...] [--rounds 3] [--pairs K] [--wait-idle MINUTES] [--list]
+    python -m benchmarks.measure [--case NAME ...] [--rounds 3] [--pairs K] [--fp32] [--wait-idle MINUTES] [--list]
 
 Figures go to benchmarks/results/PROCESSOR/NAME.json, so that those of two machines do not mix; `python -m
 benchmarks.report` makes tables and a plot of them. This process loads no framework and works only while it waits, so
@@ -162,6 +162,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--case", nargs="+", choices=sorted(known), default=list(CASES), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, help="measure at least so many pairs instead of the case's own number")
+    parser.add_argument(
+        "--fp32",
+        action="store_true",
+        help="float32 instead of bfloat16, for processors that only emulate it; the case's name says so",
+    )
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="these sides instead of the case's own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -189,6 +194,8 @@ def main() -> None:
             continue
         if args.pairs:
             case = case.with_rows(args.pairs)
+        if args.fp32:
+            case = case.in_float32()
         if args.sides:
             case = replace(case, sides=tuple(args.sides))
         print(f"{case.name}: stored in {store(run_case(case, args), args.out)}", flush=True)
