@@ -12,7 +12,7 @@ Where it is asked for, log(sum of p^2) = logsumexp(2 y) - 2 logsumexp(y) is take
 gradients.
 
 Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least. The logits of a
-chunk become its slopes in place, where they are not kept, and in 16 bits are one buffer for all chunks.
+chunk become its slopes in place, where they are not kept, and are one buffer for all chunks where that can be.
 The softmax goes over slabs of them that stay in the processor's cache: passes over memory and fresh pages would cost
 more than the products.
 `naive_token_logps` is the same in three lines of plain torch, and stays as the oracle.
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
-from strop.policy.matmul import computes, linear
+from strop.policy.matmul import computes, linear, takes_buffer
 
 CHUNK_ROWS = 256
 """Rows of one chunk of 16-bit logits on a CPU, half as many of float32: few enough for a buffer that stays in memory
@@ -161,11 +161,9 @@ class _Head:
         shape = (min(slab, rows), weight.shape[0])
         stats = _stats(weight.dtype)
         self.probs = torch.empty(shape, dtype=stats, device=weight.device)
-        # transformed logits of another dtype stand beside those of which they are made; of the same, in their place,
-        # and in float32 oneDNN would not write to a buffer anyway
-        low = weight.dtype != stats
-        self.exact = torch.empty_like(self.probs) if low else None
-        self.logits = weight.new_empty(rows, weight.shape[0]) if low else None
+        # transformed logits of another dtype stand beside those of which they are made; of the same, in their place
+        self.exact = torch.empty_like(self.probs) if weight.dtype != stats else None
+        self.logits = weight.new_empty(rows, weight.shape[0]) if takes_buffer(weight) else None
 
     def score(
         self,

@@ -32,9 +32,14 @@ def computes(dtype: torch.dtype) -> bool:
     return dtype not in _INSTRUCTIONS or any(_PROCESSOR.get(name) for name in _INSTRUCTIONS[dtype])
 
 
+def takes_buffer(w: Tensor) -> bool:
+    """Whether `linear` writes large products with w to the buffer that it is given."""
+    return not (_ONEDNN_LEADS and w.dtype == torch.float32 and w.device.type == "cpu")
+
+
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
     """x w^T + bias: [T, O] of x [T, I], w [O, I] and bias [O], in the dtype that all have. buffer: [T or more, O] that
-    the result is written to, but by oneDNN, which cannot."""
+    the result is written to, but by oneDNN, which cannot (`takes_buffer`)."""
     out = None if buffer is None else buffer[: len(x)]
     if _widens(x):
         y = linear(x.float(), w.float(), None if bias is None else bias.float())
@@ -69,8 +74,7 @@ def _widens(x: Tensor) -> bool:
 
 
 def _by_onednn(x: Tensor, w: Tensor) -> bool:
-    large = x.numel() * len(w) >= LARGE
-    return large and _ONEDNN_LEADS and x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.numel() * len(w) >= LARGE and not takes_buffer(w)
 
 
 def _swaps(x: Tensor, w: Tensor) -> bool:
