@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -128,10 +129,19 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "case": case.as_dict(),
         "threads": args.threads,
         "machine": describe_machine(),
+        "commit": commit(),
         "needed_flops": needed_flops(case, facts["config"], measured_rows) / case.num_measured,
         "sharing_factor": sharing_factor(facts["lengths"]),
         "rounds": rounds,
     }
+
+
+def commit() -> str | None:
+    """What was measured; None outside a repository."""
+    if shutil.which("git") is None:
+        return None
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout.strip() or None
 
 
 def describe_machine() -> dict[str, Any]:

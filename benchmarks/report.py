@@ -23,15 +23,20 @@ HEAD = """# Results
 Written by `python -m benchmarks.report` from `benchmarks/results/`, which `make bench` fills.
 
 Sides run in turn, in processes of their own, on the same rows in the same order (B and G: bucketed by length), with
-the same weights, dtype, optimizer and effective batch and no dropout; models have random weights. Times are medians
-over rounds, with the least and the most in brackets, and count reference passes. Ratios are medians of the ratios
-within a round. Padding: tokens computed by real ones. Sharing: tokens with every prompt repeated by tokens with every
-prompt once. Share: needed FLOPs a second by the machine's matmul rate (2048 x 2048 x 2048, same dtype, same sitting, by
-the faster library). Wall: the whole process, imports and loading included. Peak: of the process;
-of it training: above what it held at its first step.
+the same weights, dtype (D: float32 weights under autocast, as TRL loads them), optimizer and effective batch and no
+dropout; models have random weights. Times are medians over rounds and count reference passes; ratios are medians of the
+ratios within a round; in brackets the least and the most. Padding: tokens computed, divided by real ones. Sharing:
+tokens where every completion brings its prompt, divided by tokens where a prompt stands once. Share: needed FLOPs a
+second, divided by the machine's matmul rate (2048 x 2048 x 2048, same dtype, before the round, by the fastest way that
+there is). Wall: the whole process, imports and loading included. Peak: of the process; of it training: above what it
+held at its first step.
 
-A case is named by method, what trains, dtype, model and lengths of the rows (`benchmarks/cases.py`): `uf` 190 tokens of
-prompt, 280 and 250 of answers in the mean, `long` 1,000, 150 and 150, `hh` 150, 75 and 70; `real-` on real rows.
+A case is named by method, what trains, dtype, model and lengths of the rows (`benchmarks/cases.py`). Models: `tiny` 8
+layers of width 256 and a vocabulary of 32,000, `smol` SmolLM2-135M's shape. Rows: `uf` 190 tokens of prompt, 280 and
+250 of answers in the mean, `long` 1,000, 150 and 150, `hh` 150, 75 and 70; `real-` real rows under a real tokenizer,
+which makes the vocabulary 131,072; `group8` a prompt of 300 and eight completions of 200; `whole-process` eight steps
+of one pair, from start to end; `peak-` all of a step in one micro-batch, under the vocabulary that is named. LoRA is of
+rank 16 on all linear layers of the body.
 """
 
 
@@ -75,8 +80,8 @@ def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
     for name in {**dict.fromkeys(wanted), **measured}:
         yield from targets(name, measured.get(name))
     yield "\n### Figures\n"
-    yield "| case | side | seconds a row | against strop | peak MiB | of it training | wall s | padding | share |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| case | side | rows | seconds a row | by strop's | peak MiB | of it training | wall s | padding | share |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for result in results:
         yield from figures(result)
     yield from predictions(results)
@@ -100,12 +105,14 @@ def figures(result: Result) -> Iterator[str]:
     for side in case.sides:
         seconds = values(result, side, "seconds")
         own = values(result, "strop", "seconds") if "strop" in case.sides else []
-        against = f"{median(a / b for a, b in zip(seconds, own, strict=True)):.2f}" if own else "-"
+        ratios = [a / b for a, b in zip(seconds, own, strict=True)] if own and side != "strop" else []
+        against = f"{median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})" if ratios else "-"
         peak, base, wall, padding, share = (
             median(values(result, side, name)) for name in ("peak", "base_mib", "wall", "padding", "share")
         )
         yield (
-            f"| {case.name} | {side} | {median(seconds):.3f} ({min(seconds):.3f} - {max(seconds):.3f}) | {against} "
+            f"| {case.name} | {side} | {case.num_measured} "
+            f"| {median(seconds):.3f} ({min(seconds):.3f} - {max(seconds):.3f}) | {against} "
             f"| {peak:.0f} | {peak - base:.0f} | {wall:.1f} | {padding:.2f} | {share:.2f} |"
         )
 
@@ -116,7 +123,7 @@ def predictions(results: Sequence[Result]) -> Iterator[str]:
     if not known:
         return
     yield "\n### Predicted\n"
-    yield "What `--dry-run` says: peak memory above that of the imports, and seconds of a row's step."
+    yield "What `--dry-run` said then: peak memory above that of the imports, and seconds of a row's step."
     yield "\n| case | MiB | measured | off | seconds | measured | off |\n|---|---|---|---|---|---|---|"
     for result in known:
         case, rounds = Case.of(result["case"]), result["rounds"]

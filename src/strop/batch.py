@@ -189,8 +189,8 @@ class Scores(Membership):
 
     def detached(self) -> Scores:
         """The same without gradients."""
-        prompts = None if self.prompt_logps is None else self.prompt_logps.detach()
-        return replace(self, logps=self.logps.detach(), prompt_logps=prompts)
+        prompts, collisions = (None if x is None else x.detach() for x in (self.prompt_logps, self.collisions))
+        return replace(self, logps=self.logps.detach(), prompt_logps=prompts, collisions=collisions)
 
     @property
     def lengths(self) -> Tensor:

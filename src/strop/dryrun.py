@@ -12,12 +12,12 @@ from rich.text import Text
 
 from strop.config import RunConfig, advice, resolve
 from strop.config.yamlfile import write_value
-from strop.data.plan import packed_tokens
 from strop.data.show import show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
-from strop.estimate import planned_precision, prediction, with_checkpointing
+from strop.estimate import planned_precision, planned_rows, prediction, with_checkpointing
 from strop.machine import machine_of
+from strop.policy.outline import reason_for_plain_rows
 from strop.prepared import prepare, run_folder, select_models, with_budget
 from strop.rundir import refuse_in_the_way
 
@@ -37,22 +37,27 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     models = select_models(config, model_index)
     for model in models:
         refuse_in_the_way(run_folder(config, model))
-    # prompts are taken to be shared; whether the architecture can is seen when its weights are loaded
     device, notes = _device(config)
     machine = machine_of(device)
     precision = planned_precision(config, machine)
-    planned = [with_checkpointing(prepare(config, model), machine, precision) for model in models]
-    runs = [with_budget(prepared, packed_tokens, device.type) for prepared in planned]
+    rows = [planned_rows(model) for model in models]
+    planned = [
+        with_checkpointing(prepare(config, model), machine, precision, tokens)
+        for model, tokens in zip(models, rows, strict=True)
+    ]
+    runs = [with_budget(prepared, tokens, device.type) for prepared, tokens in zip(planned, rows, strict=True)]
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0].config):
         say(line)
     for note in (*notes, *advice(config)):
         say(f"note: {note}")
-    for prepared in runs:
+    for prepared, tokens in zip(runs, rows, strict=True):
         say(f"\n== {prepared.model.name}")
-        for line in (*prepared.data.report.lines(), *prepared.describe(packed_tokens)):
+        for line in (*prepared.data.report.lines(), *prepared.describe(tokens)):
             say(line)
-        for line in prediction(prepared, machine, precision, packed_tokens, timed=True):
+        if (reason := reason_for_plain_rows(prepared.model)) is not None:
+            say(f"plain padded rows, prompts are not shared: {reason}")
+        for line in prediction(prepared, machine, precision, tokens, timed=True):
             say(line)
         say("\nThe first example, trained tokens marked:")
         shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)

@@ -19,16 +19,19 @@ from itertools import islice
 
 import torch
 
-from strop.config import RunConfig
-from strop.data.plan import RowTokens, Sized, packed_tokens
+from strop.config import ModelSection, RunConfig
+from strop.config.methods import MethodSettings
+from strop.data.plan import RowTokens, Sized, packed_tokens, padded_tokens
 from strop.engine.memory import ways_to_fit
+from strop.errors import ModelError
 from strop.machine import Machine
+from strop.objectives.base import Objective
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows, product_dtype
 from strop.policy.matmul import LARGE, computes
 from strop.policy.memory import KERNELS
-from strop.policy.outline import CannotBuildError, Shape, shape_of
+from strop.policy.outline import CannotBuildError, Shape, reason_for_plain_rows, shape_of
 from strop.policy.precision import Precision
 from strop.policy.tiles import KEPT_BYTES
 from strop.prepared import Prepared, with_budget
@@ -59,8 +62,8 @@ LEFT_OUT = (
 @dataclass(frozen=True)
 class Estimate:
     """parts: bytes by name, whose sum is the peak. steps: seconds of every step of an epoch, or of the run where it is
-    shorter; None: the device's rate is not known. num_steps: of the run. flops: of a mean step. memory: bytes of the
-    device, or None."""
+    shorter, or None; source: where they are from, or why there are none. num_steps: of the run. flops: of a mean step.
+    memory: bytes of the device, or None."""
 
     parts: dict[str, int]
     steps: Sequence[float] | None
@@ -90,6 +93,8 @@ class Estimate:
                 f"predicted time: {mean:.3g} s a step, {max(self.steps):.3g} s the longest, "
                 f"{minutes:.3g} minutes for all {self.num_steps} ({rate:.3g} TFLOP/s; {self.source})"
             )
+        elif self.source:
+            yield f"no prediction of time: {self.source}"
         yield f"left out: {LEFT_OUT}"
         if not self.fits:
             yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
@@ -113,13 +118,17 @@ def estimate(
     steps = _epoch(prepared, tokens)
     seconds: list[float] | None
     if machine.kind == "cpu" and timed:
-        seconds = _timed(prepared, shape, steps, precision, tokens)
-        source = "layers of this architecture timed on this processor"
+        try:
+            seconds = _timed(prepared, shape, steps, precision, tokens)
+            source = "layers of this architecture timed on this processor"
+        except ModelError as error:  # all layers stood above, so the run is fine: adapters that name single layers, say
+            seconds, source = None, f"a few of its layers cannot be timed: {error.found}"
     else:
-        seconds, source = _published(shape, steps, config, precision, machine), machine.describe()
+        seconds = _published(shape, steps, config, precision, machine)
+        source = machine.describe(precision.compute)
     if seconds is not None:  # passes without gradients, a third or a quarter of a training pass
         twice = prepared.objective.whole_step and max(map(len, steps)) > 1
-        again = twice + (prepared.objective.ref_sync is not None)
+        again = twice + (prepared.objective.ref_sync is not None) + prepared.objective.needs_mismatched
         seconds = [s * (1 + again / (3 if shape.adapters else 4)) for s in seconds]
     flops = sum(_flops(shape, part, config) for step in steps for part in step) / len(steps)
     ways = _ways(config, max(part.longest for step in steps for part in step))
@@ -127,9 +136,7 @@ def estimate(
     return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways)
 
 
-def with_checkpointing(
-    prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens = packed_tokens
-) -> Prepared:
+def with_checkpointing(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> Prepared:
     """`gradient_checkpointing: auto` decided: the smallest share of layers with which the estimate fits."""
     if prepared.config.training.gradient_checkpointing != "auto":
         return prepared
@@ -166,8 +173,15 @@ def prediction(
         return [f"no prediction of memory and time: {error.found}"]
 
 
+def planned_rows(model: ModelSection) -> RowTokens:
+    """Tokens of this model's rows, as far as its configuration tells: the probe of the loaded model may still refuse
+    to share prompts."""
+    return packed_tokens if reason_for_plain_rows(model) is None else padded_tokens
+
+
 def planned_precision(config: RunConfig, machine: Machine) -> Precision:
-    """As `resolve_precision`, without asking a GPU: `auto_precision` takes it to compute bfloat16 if it is known to."""
+    """As `resolve_precision`, without asking a GPU: `auto_precision` takes it to compute bfloat16 unless its name is
+    that of one that does not."""
     training = config.training
     auto = training.auto_precision and training.bf16 is None and training.fp16 is None
     old = any(name in machine.name for name in ("V100", "T4"))
@@ -206,19 +220,21 @@ class _Work:
     squares: int
 
     @classmethod
-    def of(cls, groups: Sequence[Sized], tokens: RowTokens) -> _Work:
+    def of(cls, groups: Sequence[Sized], tokens: RowTokens, *, prompts: bool = False) -> _Work:
+        """prompts: their own tokens are scored too."""
         own = [g.lengths for g in groups]
         spans = [tokens([g]) for g in own]
         seen = sum(g.prompt**2 / 2 + sum(g.prompt * n + n**2 / 2 for n in g.completions) for g in own)
         again = sum(g.prompt * (len(g.completions) - 1) for g in own)
-        scored = sum(sum(g.completions) for g in own)
+        scored = sum(sum(g.completions) + (g.prompt - 1 if prompts else 0) for g in own)
         return cls(tokens(groups), seen, scored, max(spans), again, sum(span**2 for span in spans))
 
 
 def _epoch(prepared: Prepared, tokens: RowTokens) -> list[list[_Work]]:
     """The micro-batches of every step of an epoch, or of the run where it is shorter."""
     steps = islice(prepared.steps(tokens), prepared.plan.num_steps)
-    return [[_Work.of(part, tokens) for part in parts] for parts in steps]
+    prompts = prepared.objective.extras.prompts
+    return [[_Work.of(part, tokens, prompts=prompts) for part in parts] for parts in steps]
 
 
 def _share(config: RunConfig) -> float:
@@ -237,10 +253,10 @@ def _peak(
 ) -> dict[str, int]:
     """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps
     probabilities of attention."""
-    synced = prepared.objective.ref_sync is not None
     work = {part for step in steps for part in step}
     holes = HOLES[precision.compute.itemsize] * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
-    needs = (_memory(shape, part, prepared.config, precision, machine.kind, synced, holes) for part in work)
+    objective = prepared.objective
+    needs = (_memory(shape, part, prepared.config, precision, machine.kind, objective, holes) for part in work)
     return max(needs, key=lambda parts: sum(parts.values()))
 
 
@@ -250,7 +266,7 @@ def _memory(
     config: RunConfig,
     precision: Precision,
     device: str,
-    synced: bool,
+    objective: Objective[MethodSettings],
     holes: float,
 ) -> dict[str, int]:
     c, wide = precision.compute.itemsize, precision.master.itemsize
@@ -266,14 +282,15 @@ def _memory(
         probabilities = shape.heads * work.squares * 8
     layers = kept + 1 if share else kept  # one of the others at a time is computed again
     activations = layers * layer + (shape.layers - kept) * work.tokens * shape.width * stream
-    product = product_dtype(precision.compute, device)
+    product = product_dtype(precision.of_head(config.training.fp32_logits), device)
     embedding = shape.vocabulary * shape.width
     casts = 0
     if precision.is_low and not shape.adapters:
         casts = (shape.matrix + (embedding if product == precision.compute else 0)) * c
     rows = min(work.scored, chunk_rows(shape.vocabulary, device, product))
     slab = min(rows * shape.vocabulary, SLAB_ELEMENTS) if device == "cpu" else rows * shape.vocabulary
-    head = rows * shape.vocabulary * product.itemsize + slab * wide * (2 if product.itemsize < wide else 1)
+    slabs = 1 + (product.itemsize < wide) + objective.extras.collisions
+    head = rows * shape.vocabulary * product.itemsize + slab * wide * slabs
     head += (work.tokens + 3 * work.scored) * shape.width * wide
     if not shape.adapters:  # its gradient, summed over chunks, and the slopes that it is made of
         slopes = kept_rows(work.scored, shape.width, rows, product)
@@ -294,11 +311,12 @@ def _memory(
     largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
     if device == "cpu" and (precision.is_low or largest >= LARGE):
         parts["kernels"] = KERNELS * KERNEL  # in float32 oneDNN has the large products alone
-    if product != precision.compute:  # factors and result of one product at a time, in float32; a frozen head
+    if product != precision.compute:  # in float32: a frozen head; factors and result of one product at a time
         in_body = shape.width * shape.inner + work.tokens * shape.inner
-        parts["widened"] = 4 * max(in_body, embedding if shape.adapters else 0)
-    if synced:
-        parts["reference"] = base * wide
+        widens = device == "cpu" and not computes(precision.compute)
+        parts["widened"] = 4 * max(in_body if widens else 0, embedding if shape.adapters else 0)
+    if objective.ref_sync is not None:
+        parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: int(size) for name, size in parts.items()}
 
 

@@ -44,8 +44,12 @@ class Machine:
         known = _known(self.name)
         return None if known is None else MFU * 1e12 * (known[1] if dtype.itemsize == 2 else known[2])
 
-    def describe(self) -> str:
-        """Where the rate is from."""
+    def describe(self, dtype: torch.dtype) -> str:
+        """Where the rate is from, or why there is none; "" for a CPU, which is timed instead."""
+        if self.kind == "cpu":
+            return ""
+        if self.rate(dtype) is None:
+            return f"the rate of {self.name or 'this GPU'} is not known"
         return f"{self.name}: {MFU:.0%} of its published rate assumed"
 
 

@@ -77,7 +77,8 @@ def _seconds(
     module: nn.Module = loaded.module
     if adapters is not None:
         module = add_adapters(loaded.module, adapters, model, seed=config.seed, master=precision.master)
-    policy = Policy(module, loaded, precision, share_prefix=reason_against(loaded.config) is None)
+    shares = reason_against(loaded.config, model.attn_implementation) is None
+    policy = Policy(module, loaded, precision, share_prefix=shares, fp32_logits=config.training.fp32_logits)
     fuse(module, policy.casts, policy.device, elementwise_of(config.training, policy.device))
     batch = policy.collate([_random_group(group.lengths, vocabulary) for group in groups])
     parameters = policy.trainable()

@@ -29,7 +29,7 @@ from strop.engine.recipe import check_finished, check_recipe
 from strop.engine.rows import Rows
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
-from strop.estimate import prediction, with_checkpointing
+from strop.estimate import planned_rows, prediction, with_checkpointing
 from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
@@ -161,7 +161,7 @@ def _train_model(
         if prepared.data.chat_template is not None:
             prepared.tokenizer.chat_template = prepared.data.chat_template  # goes into final/, for whoever generates
         machine, precision = machine_of(device), resolve_precision(prepared.config.training, device)
-        prepared = with_checkpointing(prepared, machine, precision)
+        prepared = with_checkpointing(prepared, machine, precision, planned_rows(model))
         policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
         for line in policy.describe():
             log.info("%s: %s", model.name, line)

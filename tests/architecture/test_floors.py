@@ -37,7 +37,7 @@ FLOORS = {
     "__main__": 9,
     "__init__": 8,
 }
-# batch and distributed are the two rooms of floor 1 that read their neighbour's plain data classes
+# distributed is the one room that reads its neighbour's plain data classes
 NEIGHBOURS = {("distributed", "config")}
 TORCH_FREE = ("errors", "types", "config", "terminal", "cli", "__init__", "__main__")
 MODULES = sorted(SRC.rglob("*.py"))

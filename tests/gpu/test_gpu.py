@@ -323,4 +323,4 @@ def test_a_step_that_does_not_fit_is_taken_again(
 def test_the_device_is_known(device: torch.device) -> None:
     machine = machine_of(device)
     assert machine.kind == device.type and machine.memory is not None and machine.memory > 2**30
-    assert machine.describe()
+    assert machine.describe(torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from torch import Tensor
 
 import strop
 from strop.batch import Batch
+from strop.data.plan import packed_tokens
 from strop.engine import optim
+from strop.engine.rows import Rows
 from strop.errors import TrainingError
 from strop.policy.policy import Policy
+from strop.types import Completion, Group, Origin
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 ERRORS: list[Callable[[], Exception]] = [
@@ -51,7 +55,8 @@ def train(folder: Path, model_dir: Path, **keys: Any) -> tuple[list[dict[str, An
     )
     (result,) = strop.train(config)
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], load_file(result.final / "model.safetensors")
+    (weights,) = result.final.glob("*model.safetensors")
+    return [json.loads(line) for line in lines], load_file(weights)
 
 
 def run_out(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], Exception], in_backward: bool) -> list[int]:
@@ -131,19 +136,30 @@ def test_memory_that_runs_out_elsewhere_is_explained(
         train(tmp_path / "run", model_dir)
 
 
-def test_a_resume_keeps_what_fitted(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout the cut decides the masks: a resumed run cuts as the unbroken one does from the first step on."""
+@pytest.mark.parametrize(("method", "most"), [("dpo", 60), ("kto", 35)])
+def test_a_resume_keeps_what_fitted(
+    method: str, most: int, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout the cut decides the masks: a resumed run cuts as the unbroken one does from the first step on, the
+    mismatched completions of KTO too."""
     drop = {"lora.enabled": True, "lora.lora_dropout": 0.3, "lora.r": 4, "training.save_steps": 2}
-    run_out(monkeypatch, 60, ERRORS[0], in_backward=True)
-
-    def losses(folder: Path) -> list[float]:
-        lines = (folder / "out" / "run" / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
-
-    with pytest.raises(FileNotFoundError):  # adapters are not where full models are
-        train(tmp_path / "unbroken", model_dir, **drop)
+    run_out(monkeypatch, most, ERRORS[0], in_backward=True)
+    metrics, _ = train(tmp_path / "unbroken", model_dir, **drop, **{"post_training.method": method})
     unbroken = tmp_path / "unbroken" / "out" / "run"
     config = strop.load_config(unbroken / "config.yaml", overrides={"training.output_dir": str(tmp_path / "again")})
     (resumed,) = strop.train(config, resume=str(unbroken / "checkpoint-2"))
-    after = [json.loads(line) for line in (resumed.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["loss"] for r in after] == losses(tmp_path / "unbroken")[-len(after) :]
+    after = [json.loads(line)["loss"] for line in (resumed.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert after == [r["loss"] for r in metrics][-len(after) :]
+
+
+def test_where_the_mismatched_completions_alone_can_be_cut_they_are() -> None:
+    def group(length: int) -> Group:
+        ids = array("i", [1] * length)
+        return Group(array("i", [1]), (Completion(ids, bytes([1]) * length),), Origin("rows", 1))
+
+    others = Rows([group(4), group(4)], 100, packed_tokens)
+    rows = Rows([group(90), group(90)], 100, packed_tokens, mismatched=others)
+    smaller = rows.smaller([0, 1])
+    assert smaller is not None and smaller.mismatched is not None
+    assert smaller.budget_tokens == smaller.mismatched.budget_tokens < 9
+    assert smaller.smaller([0, 1]) is None and rows.smaller([0, 1], []) is None

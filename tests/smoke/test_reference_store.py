@@ -21,7 +21,7 @@ def groups_scored(forwards: list[Any]) -> int:
 
 @pytest.fixture
 def config(runs: Any, own_store: Path, tmp_path: Path, watched: pytest.MonkeyPatch) -> Path:
-    watched.setattr(policy, "_probe", lambda _: None)
+    watched.setattr(policy, "probe", lambda *_: None)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(runs.config(reference_store=True)))
     return path

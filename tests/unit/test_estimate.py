@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from strop.config import load_config, resolve
-from strop.data.plan import packed_tokens
+from strop.data.plan import packed_tokens, padded_tokens
 from strop.dryrun import dry_run
 from strop.errors import ModelError
 from strop.estimate import (
@@ -22,6 +23,7 @@ from strop.estimate import (
     _Work,
     estimate,
     planned_precision,
+    planned_rows,
     prediction,
     saved_per_token,
     with_checkpointing,
@@ -109,12 +111,12 @@ def test_auto_takes_the_smallest_share_that_fits(prepared: Callable[..., Prepare
     for memory, share in ((without + 1, 0), (whole + 1, 2), (1, 2)):
         machine = Machine("cpu", int(memory), None)
         asked = prepared(gradient_checkpointing="auto")
-        found = with_checkpointing(asked, machine, planned_precision(asked.config, machine))
+        found = with_checkpointing(asked, machine, planned_precision(asked.config, machine), packed_tokens)
         chosen = found.config.training.gradient_checkpointing
         assert (max(1, round(2 * chosen)) if chosen else 0) == share  # of two layers
         assert found.config.origins[key].startswith("auto: ")
     unknown = Machine("cuda", None, None)
-    found = with_checkpointing(asked, unknown, planned_precision(asked.config, unknown))
+    found = with_checkpointing(asked, unknown, planned_precision(asked.config, unknown), packed_tokens)
     assert found.config.training.gradient_checkpointing is True
     assert "not known" in found.config.origins[key]
 
@@ -130,11 +132,11 @@ def test_what_does_not_fit_is_said_with_ways(prepared: Callable[..., Prepared]) 
 def test_a_gpu_is_looked_up_by_name(prepared: Callable[..., Prepared]) -> None:
     known = Machine("cuda", 80 * 2**30, 2e12, "NVIDIA H100 80GB HBM3")
     rate = known.rate(torch.bfloat16)
-    assert rate == pytest.approx(0.4 * 989e12) and "assumed" in known.describe()
+    assert rate == pytest.approx(0.4 * 989e12) and "assumed" in known.describe(torch.bfloat16)
     strange = Machine("cuda", 2**30, None, "Some GPU")
     assert strange.rate(torch.float32) is None
     found = guess(prepared(), strange)
-    assert found.steps is None and not any("time:" in line for line in found.lines())
+    assert found.steps is None and "no prediction of time: the rate of Some GPU is not known" in found.lines()
     assert planned_precision(prepared(auto_precision=True).config, known).compute is torch.bfloat16
     on_cpu = resolve_precision(prepared(auto_precision=True).config.training, torch.device("cpu"))
     assert planned_precision(prepared(auto_precision=True).config, CPU) == on_cpu
@@ -156,7 +158,9 @@ def test_capped_scores_and_gathered_keys_are_counted(prepared: Callable[..., Pre
     assert work.again == sum(g.lengths.prompt for g in found.data.train[:4])  # of pairs: once more each
 
     def activations(device: str, **changes: Any) -> int:
-        return _memory(replace(shape, **changes), work, found.config, precision, device, False, 0.0)["activations"]
+        return _memory(replace(shape, **changes), work, found.config, precision, device, found.objective, 0.0)[
+            "activations"
+        ]
 
     squares = sum(packed_tokens([g]) ** 2 for g in found.data.train[:4])
     for device in ("cpu", "cuda"):
@@ -223,7 +227,8 @@ def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     found = with_budget(prepared(), packed_tokens, "cpu")
     lines = prediction(found, CPU, planned_precision(found.config, CPU), packed_tokens)
     assert lines == ["no prediction of memory and time: its code needs a file"]
-    auto = with_checkpointing(prepared(gradient_checkpointing="auto"), CPU, planned_precision(found.config, CPU))
+    asked = prepared(gradient_checkpointing="auto")
+    auto = with_checkpointing(asked, CPU, planned_precision(found.config, CPU), packed_tokens)
     assert auto.config.training.gradient_checkpointing is True
 
 
@@ -256,3 +261,56 @@ def test_the_gpu_that_torch_counts_is_asked_for(
     found = machine_of(torch.device("cuda", 1))
     assert f"--id={asked}" in commands[0]
     assert found.memory == 81559 * 2**20 and found.rate(torch.bfloat16)
+
+
+def test_the_dry_run_knows_which_rows_there_will_be(
+    prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for keys in ({}, {"models.0.attn_implementation": "eager"}):
+        found = prepared(**keys)
+        dry_run(found.config)
+        said = capsys.readouterr().out
+        assert ("plain padded rows, prompts are not shared: attn_implementation is eager" in said) == bool(keys)
+        told.append(int(re.search(r"tokens: ([\d,]+) an epoch", said)[1].replace(",", "")))  # type: ignore[index]
+        policy = build_policy(found.config, found.model, torch.device("cpu"))
+        rows = packed_tokens if policy.share_prefix else padded_tokens
+        assert planned_rows(found.model) is rows
+        settled = with_budget(found, rows, "cpu")
+        assert told[-1] == sum(rows(part) for parts in settled.steps(rows) for part in parts)
+    assert told[0] < told[1]
+
+
+def test_a_head_in_float32_is_counted(prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a frozen head is stored in 16 bits and multiplies in float32, a copy of it is made."""
+    monkeypatch.setattr("strop.estimate.computes", lambda dtype: True)
+    monkeypatch.setattr("strop.policy.logprobs.computes", lambda dtype: True)
+    low, wide = (guess(prepared(r=4, bf16=True, fp32_logits=on)).parts for on in (False, True))
+    shape = shape_of(prepared().config.lora, prepared().model)
+    assert "widened" not in low and wide["widened"] == 4 * shape.vocabulary * shape.width
+
+
+def test_a_pass_over_mismatched_completions_takes_time(prepared: Callable[..., Prepared]) -> None:
+    machine = Machine("cuda", 2**40, None, "NVIDIA H200")
+    kto, dpo = (guess(prepared(method=method), machine) for method in ("kto", "dpo"))
+    assert kto.steps is not None and dpo.steps is not None
+    assert sum(kto.steps) > 1.2 * sum(dpo.steps)
+
+
+def test_adapters_of_single_layers_cost_only_the_prediction_of_time(
+    prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are in the whole model, and not in the few layers that are timed."""
+    dry_run(prepared(target_modules=["layers.1.mlp.up_proj"]).config)
+    said = capsys.readouterr().out
+    assert "predicted peak memory: " in said and "no prediction of time: a few of its layers cannot be timed" in said
+
+
+def test_prompts_that_are_scored_count(prepared: Callable[..., Prepared]) -> None:
+    full, own = (guess(prepared(method="orpo", orpo_nll=nll)) for nll in ("full", "completion"))
+    assert full.flops > own.flops and full.parts["head"] > own.parts["head"]
+
+
+def test_a_synced_reference_keeps_its_copies_in_16_bits(prepared: Callable[..., Prepared]) -> None:
+    wide, low = (guess(prepared(ref_sync_steps=2, bf16=bf16)).parts["reference"] for bf16 in (False, True))
+    assert wide < low < 1.6 * wide

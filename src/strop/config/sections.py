@@ -172,7 +172,8 @@ class LoraSection(Section):
     target_modules: ListOf[str] | str = Field(
         default="auto", json_schema_extra={"x-type": "auto, all-linear, or a list of module names"}
     )
-    """Module names; `auto`: by the model's family; `all-linear`: every linear layer but the head."""
+    """Module names; `auto`: the attention projections of the model's family; `all-linear`: every linear layer but the
+    head."""
     modules_to_save: ListOf[str] | None = None
     """Modules that are trained in full and saved with the adapter."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,7 +148,7 @@ class Loop:
         self.scaler.load_state_dict(saved["scaler"])
         self.state = TrainState(**saved["train"])
         if self.state.micro_batch_tokens is not None:  # with dropout the cut decides the masks
-            self.train = replace(self.train, budget_tokens=self.state.micro_batch_tokens)
+            self.train = self.train.cut_to(self.state.micro_batch_tokens)
         self.window.load_state_dict(self.state.window)
         self._mark = (self.state.seconds, self.state.tokens)
 
@@ -201,7 +201,7 @@ class Loop:
             if done is not None:
                 return done
             self.optimizer.zero_grad(set_to_none=True)
-            smaller = self.train.smaller(indices)
+            smaller = self.train.smaller(indices, self.plan.visits(step))
             if smaller is None:
                 longest = max((self.train.groups[i] for i in indices), key=lambda group: group.num_tokens)
                 raise does_not_fit(self.config, why, f"step {step}", longest)

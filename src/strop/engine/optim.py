@@ -121,5 +121,10 @@ def _empty_step(optimizer: torch.optim.Optimizer) -> None:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():  # it was no step: the first true one is to be corrected as the first
+        if isinstance(count := state.get("step"), Tensor):
+            count.zero_()
+        elif count is not None:
+            state["step"] = 0
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

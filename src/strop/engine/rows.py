@@ -42,14 +42,23 @@ class Rows:
         rows = self.mismatched
         return iter(()) if rows is None else (rows.batch(policy, part) for part in rows.in_any_order(visits))
 
-    def smaller(self, indices: Iterable[int]) -> Rows | None:
-        """Cut finer, so that the largest micro-batches of these groups come in two; None: each is one group already."""
-        divisible = [part for part in self.parts(indices) if len(part) > 1]
-        if not divisible:
-            return None
-        largest = max(self.tokens([self.groups[i] for i in part]) for part in divisible)
-        others = self.mismatched and replace(self.mismatched, budget_tokens=largest // 2)
-        return replace(self, budget_tokens=largest // 2, mismatched=others)
+    def smaller(self, indices: Iterable[int], visits: Iterable[int] | None = None) -> Rows | None:
+        """Cut finer, so that the largest micro-batches of these groups, and of these visits' mismatched completions
+        (default: all), come in two; None: each is one group already."""
+        found = [self._divisible(self.parts(indices))]
+        if self.mismatched is not None:
+            found.append(self.mismatched._divisible(self.mismatched.in_any_order(visits)))
+        largest = max(found)
+        return self.cut_to(largest // 2) if largest else None
+
+    def _divisible(self, parts: Iterable[Sequence[int]]) -> int:
+        """Tokens of the largest micro-batch of several groups, or 0."""
+        return max((self.tokens([self.groups[i] for i in part]) for part in parts if len(part) > 1), default=0)
+
+    def cut_to(self, budget_tokens: int) -> Rows:
+        """The same under another budget, the mismatched completions' too."""
+        others = self.mismatched and self.mismatched.cut_to(budget_tokens)
+        return replace(self, budget_tokens=budget_tokens, mismatched=others)
 
     def batch(self, policy: Policy, part: Sequence[int]) -> Batch:
         refs = None if self.ref_logps is None else self.ref_logps(part)

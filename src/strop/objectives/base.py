@@ -88,8 +88,8 @@ class Objective(ABC, Generic[S]):
         return ["loss", *([f"loss/{t}" for t in self.units] if len(self.units) > 1 else []), *self.METRICS]
 
     def margins(self, scores: Scores) -> Tensor | None:
-        """[G] float64: the raw log-ratio difference of each pair; None where the method has none. Called without
-        gradients."""
+        """[G] float64: chosen minus rejected of each pair, not times beta; None where the method has none. Called
+        without gradients."""
         return None
 
 

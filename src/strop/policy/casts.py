@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,10 @@ class Casts:
             self._copies[key][1].copy_(weight.detach())
         self._current.add(key)
         return self._copies[key][1]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Casts:
+        """None: a copy of a model has weights of its own."""
+        return Casts()
 
     def is_zero(self, weight: Tensor) -> bool:
         """Whether every number is 0, as in half of a new adapter; looked up once inside `still`, outside not at all,

@@ -59,8 +59,9 @@ _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "Reward", "Ne
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """module: in eval mode, on the CPU. stored: dtype of the weights in the files. config: the model's configuration
-    as it was before strop changed it for training, which is what is saved with the result."""
+    """module: on the CPU, in the mode that whoever made it left it in. stored: dtype of the weights in the files.
+    config: the model's configuration as it was before strop changed it for training, which is what is saved with the
+    result."""
 
     module: PreTrainedModel
     stored: torch.dtype

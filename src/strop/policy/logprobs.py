@@ -8,8 +8,7 @@ slopes are all that a backward pass needs. The forward pass, which has the softm
 Where the head does not train, it keeps their product with W, [M, D], and the backward pass is one multiplication. Where
 it trains, it keeps the slopes of as many chunks as there is room for, and the backward pass makes the others again.
 
-Where it is asked for, log(sum of p^2) = logsumexp(2 y) - 2 logsumexp(y) is taken from the same chunk, without
-gradients.
+Where it is asked for, log(sum of p^2) is taken from the same chunk, without gradients.
 
 Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least. The logits of a
 chunk become its slopes in place, where they are not kept, and are one buffer for all chunks where that can be.
@@ -180,11 +179,11 @@ class _Head:
         z = linear(h, self.weight, self.bias, buffer=self.logits)
         slopes = z if room is None else room
         for rows, y, probs in self._slabs(z):
-            # the largest probability is at least 1 / V, so that its logarithm is safe
-            lse = y.amax(-1) - probs.amax(-1).log_()
-            logps[rows] = y.gather(1, targets[rows, None]).squeeze(1) - lse
+            # the largest probability is at least 1 / V, so that its logarithm is safe; the logits are subtracted before
+            # it is added, or a sure token's log-prob would be rounded as its logit is
+            logps[rows] = (y.gather(1, targets[rows, None]).squeeze(1) - y.amax(-1)) + probs.amax(-1).log_()
             if squares is not None:
-                squares[rows] = torch.logsumexp(2 * y, dim=-1) - 2 * lse
+                squares[rows] = probs.square().sum(-1).log_()
             if wants_slopes:
                 self._slopes_(slopes[rows], y, probs, targets[rows])
         return slopes

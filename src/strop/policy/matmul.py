@@ -1,12 +1,12 @@
 """Matrix products outside autograd, by what does them fastest on this processor. Floor 2.
 
 float32: torch gives it to MKL, which leaves the wide vector units of other makers' processors than Intel's unused;
-oneDNN does not. Measured on two cores, in GFLOP/s: of a Zen 5 160 by MKL and 400 by oneDNN, of a Cascade Lake 160 and
-130. Neither rounds what it multiplies.
+oneDNN does not. Measured on two cores, in GFLOP/s: of a Zen 5 160 by MKL and 400 by oneDNN; of a Cascade Lake, in one
+sitting, 160 and 130. Neither rounds what it multiplies.
 
 16 bits: what a processor has no instructions for, torch emulates. Measured on two cores of a Cascade Lake: bfloat16 50
-and float16 1 to 20, where float32 does 150 to 240. There the factors are widened, which rounds nothing, and the result
-is rounded once, as it is by those instructions.
+and float16 1 to 20, where float32 does 150 and, while its neighbours rest, 240. There the factors are widened, which
+rounds nothing, and the result is rounded once, as it is by those instructions.
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ KERNELS = 256
 def keep_few_kernels() -> None:
     """Let oneDNN keep fewer kernels than 1024, where the environment says nothing; before its first product.
 
-    It keeps one, with its buffers, for every shape of a product, and rows of many lengths have many shapes: a model of
-    14 million weights held 1.2 GiB of kernels in bfloat16, and half with this limit, at the same speed. All shapes of
-    one pass must have room, or every layer makes its kernels anew: with 128 and prompts of 1,000 tokens a step took 10
-    to 20 % longer.
+    It keeps one, with its buffers, for every shape of a product, and rows of many lengths have many shapes: a run of a
+    model of 14 million weights in bfloat16 came to 1.2 GiB, and to half of that with this limit, at the same speed. All
+    shapes of one pass must have room, or every layer makes its kernels anew: with 128 and prompts of 1,000 tokens a
+    step took 10 to 20 % longer.
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS))

@@ -19,6 +19,7 @@ from strop.errors import ModelError
 from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
 from strop.policy.folder import first_line, place_of
 from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
+from strop.policy.sharing import reason_against
 
 OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2"})
 """Linear layers at the end of an attention or feed-forward block; the others of a block share its input."""
@@ -26,6 +27,12 @@ OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2"
 
 class CannotBuildError(ModelError):
     """The architecture needs more than its configuration, which is no fault of the run."""
+
+
+def reason_for_plain_rows(model: ModelSection) -> str | None:
+    """Why prompts will not be shared, as far as the configuration tells; None: they will be, unless the probe of the
+    loaded model refuses it."""
+    return reason_against(model_config(model), model.attn_implementation)
 
 
 def empty_model(model: ModelSection) -> PreTrainedModel:
@@ -59,7 +66,10 @@ def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: to
     config.use_cache = False
     with _building(model), no_init_weights():
         module: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=model.trust_remote_code
+            config,
+            dtype=dtype,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=model.attn_implementation,
         )
     block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection, TrainingSection
-from strop.errors import ConfigError, ModelError
+from strop.errors import ConfigError
 from strop.policy import sharing
 from strop.policy.adapters import add_adapters, continue_adapters, trainable_names
 from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
@@ -38,6 +38,7 @@ from strop.policy.logprobs import LogitTransform, token_logps
 from strop.policy.matmul import computes
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.precision import Precision, resolve_precision, short_name
+from strop.policy.probe import own_logps, probe
 from strop.types import Group
 
 logger = logging.getLogger("strop")
@@ -67,7 +68,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.precision, self.share_prefix, self.where = precision, share_prefix, where
-        self.head_dtype = torch.float32 if fp32_logits and precision.is_low else precision.compute
+        self.head_dtype = precision.of_head(fp32_logits)
         self.kernel: str | None = None  # of the shared rows' attention; None: the best one
         self.casts = Casts()
         self.loaded_config, self._stored = loaded.config, loaded.stored
@@ -306,70 +307,17 @@ def assemble(
         ModelError: the model's own logits differ from the policy's, or it sees later tokens.
     """
     where = place_of(model)
-    reason = sharing.reason_against(loaded.config)
-    if model.attn_implementation is not None:
-        reason = f"attn_implementation is {model.attn_implementation}"
+    reason = sharing.reason_against(loaded.config, model.attn_implementation)
     if getattr(loaded.config.get_text_config(), "output_router_logits", False):
         logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
     policy = Policy(module, loaded, precision, share_prefix=reason is None, fp32_logits=fp32_logits, where=where)
+    own = own_logps(policy)  # before layers get other forwards than the model's
     fuse(module, policy.casts, policy.device, kernels)
-    reason = _probe(policy) or reason
+    reason = probe(policy, *own) or reason
     if reason is not None:
         policy.share_prefix = False
         logger.info("%s: plain padded rows, prompts are not shared: %s", where, reason)
     return policy
-
-
-def _probe(policy: Policy) -> str | None:
-    """Score one small group in every way there is; why shared rows are not right, or None.
-
-    Raises:
-        ModelError: the policy's log-probs are not those of the model's own logits.
-    """
-    head = policy.base.get_output_embeddings()
-    kind = policy.base.config.model_type
-    if head is None or getattr(head, "weight", torch.empty(0)).ndim != 2:
-        raise ModelError(
-            f"the architecture {kind} has no linear head, so it cannot be trained here", where=policy.where
-        )
-    group = sharing.probe_group(policy.base.get_input_embeddings().weight.shape[0])
-    plain, shared = pad([group]).to(policy.device), pack([group]).to(policy.device)
-    compute = policy.precision.compute
-    with policy.scoring():
-        own, largest = _own_logps(policy, plain)
-        tolerance = sharing.logit_tolerance(compute, largest)
-        first, third = own[: sharing.PROBE_UNCHANGED], own[-sharing.PROBE_LENGTHS[1] :][: sharing.PROBE_UNCHANGED]
-        if not sharing.furthest(first, third) <= tolerance:
-            raise ModelError(
-                f"it sees later tokens, so it is no causal language model (architecture {kind})", where=policy.where
-            )
-        logps = policy(plain)
-        if not (apart := sharing.furthest(logps, own)) <= tolerance:
-            raise ModelError(
-                f"its log-probs are not those of a linear head over its hidden states (off by {apart:.2g}), "
-                f"so the architecture {kind} cannot be trained here",
-                where=policy.where,
-            )
-        if not policy.share_prefix:
-            return None
-        alone = torch.cat([policy(pad([_alone(group, i)]).to(policy.device)) for i in range(len(group.completions))])
-        apart = sharing.furthest(policy(shared), logps)
-        if not apart <= sharing.sharing_tolerance(compute, sharing.furthest(alone, logps)):
-            return f"shared rows gave other log-probs than plain ones (off by {apart:.2g})"
-    return None
-
-
-def _alone(group: Group, index: int) -> Group:
-    return Group(group.prompt_ids, (group.completions[index],), group.origin)
-
-
-def _own_logps(policy: Policy, plain: Batch) -> tuple[Tensor, float]:
-    """[M] log-probs from the model's own logits, and the largest logit."""
-    with policy.precision.autocast(policy.device):
-        out = policy.model(input_ids=plain.input_ids, attention_mask=plain.attention_mask, use_cache=False)
-    logits = out.logits.to(policy.precision.master).flatten(0, 1)[plain.scored_positions]
-    logps = logits.log_softmax(-1).gather(1, plain.targets[:, None]).squeeze(1)
-    return logps, float(logits.abs().max())
 
 
 def _check_length(loaded: LoadedModel, max_seq_length: int, where: str) -> None:

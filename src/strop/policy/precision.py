@@ -43,6 +43,10 @@ class Precision:
     def is_low(self) -> bool:
         return self.compute in _LOW
 
+    def of_head(self, fp32_logits: bool) -> torch.dtype:
+        """dtype of the head's products."""
+        return torch.float32 if fp32_logits and self.is_low else self.compute
+
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Around forward passes: torch.autocast for 16 bits, nothing for float32 and float64."""
         return torch.autocast(device.type, dtype=self.compute) if self.is_low else nullcontext()

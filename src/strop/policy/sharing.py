@@ -49,8 +49,11 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-def reason_against(config: PreTrainedConfig) -> str | None:
-    """Why this model gets plain rows; None where shared rows are right."""
+def reason_against(config: PreTrainedConfig, attn_implementation: str | None = None) -> str | None:
+    """Why this model gets plain rows; None where shared rows are right. attn_implementation: what is asked for in place
+    of strop's own attention, if anything is."""
+    if attn_implementation is not None:
+        return f"attn_implementation is {attn_implementation}"
     if config.model_type not in ARCHITECTURES:
         return f"the architecture {config.model_type} is not among those it is tested with"
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES

@@ -27,6 +27,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from strop.cachedir import cache_folder
@@ -84,26 +85,40 @@ class ReferenceStore:
                 file.write(records)
                 self._end = file.tell()
         except OSError as error:
-            self._writable = False
-            problem = error.strerror or error
-            log.warning("%s cannot be written (%s): reference log-probs are kept for this run only", self.path, problem)
+            self._give_up(error)
 
     def clear(self) -> None:
         """Forget everything, for all runs."""
-        with self._lock:
-            self.path.unlink(missing_ok=True)
+        try:
+            with self._lock:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            self._give_up(error)
         self._end = 0
 
+    def _give_up(self, error: OSError) -> None:
+        self._writable = False
+        problem = error.strerror or error
+        log.warning("%s cannot be written (%s): reference log-probs are kept for this run only", self.path, problem)
+
     def _values(self, wanted: set[bytes]) -> dict[bytes, Tensor]:
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            log.warning("%s cannot be read (%s): reference log-probs are scored", self.path, error.strerror or error)
+            return {}
         found: dict[bytes, Tensor] = {}
-        if not self.path.is_file() or not self.path.stat().st_size:
-            return found
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for key, start, stop in _records(data, 0):
-                if key in wanted and key not in found:
-                    values = np.frombuffer(data[start:stop], self._numpy).astype(self._numpy.newbyteorder("="))
-                    found[key] = torch.from_numpy(values)
-                self._end = stop
+        with file:
+            if not os.fstat(file.fileno()).st_size:
+                return found
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                for key, start, stop in _records(data, 0):
+                    if key in wanted and key not in found:
+                        values = np.frombuffer(data[start:stop], self._numpy).astype(self._numpy.newbyteorder("="))
+                        found[key] = torch.from_numpy(values)
+                    self._end = stop
         return found
 
     def _cut_tail(self, file: BinaryIO) -> None:
@@ -111,10 +126,12 @@ class ReferenceStore:
         size = os.fstat(file.fileno()).st_size
         if size == self._end:
             return
-        end = self._end if size > self._end else 0
+        end = 0
         if size:
             with self.path.open("rb") as old, mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                end = max((stop for _, _, stop in _records(data, end)), default=end)
+                # the known end first; where no record begins there, the file may be another one by now
+                for start in (self._end, 0):
+                    end = end or max((stop for _, _, stop in _records(data, start)), default=0)
         if end < size:
             log.warning("%s: %d bytes at its end are not whole and are cut off", self.path, size - end)
             file.truncate(end)
@@ -156,14 +173,17 @@ def model_identity(policy: Policy) -> dict[str, object]:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """A hash of the names, dtypes, shapes and bytes of all weights. Adapters that add nothing yet do not count."""
+    """A hash of the names, dtypes, shapes and bytes of all weights, and of what adapters are multiplied by. Adapters
+    that add nothing yet do not count."""
     tensors = {_plain_name(name): tensor for name, tensor in module.state_dict().items()}
+    scales = {_plain_name(n): m.scaling for n, m in module.named_modules() if isinstance(m, LoraLayer)}
     zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]
     if zeros and not any(".lora_magnitude" in n for n in tensors) and not any(bool(t.any()) for t in zeros):
-        tensors = {n: t for n, t in tensors.items() if ".lora_" not in n}
+        tensors, scales = {n: t for n, t in tensors.items() if ".lora_" not in n}, {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
         digests = pool.map(_tensor_digest, tensors.values())
         lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
+    lines += [f"{name} times {sorted(factors.items())}" for name, factors in scales.items()]
     return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=20).hexdigest()
 
 

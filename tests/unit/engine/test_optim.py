@@ -86,3 +86,20 @@ def test_state_goes_out_and_in_exactly(optim: str) -> None:
     train(resumed, other, range(3, 5))
     for name, value in unbroken.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+def test_the_first_step_after_a_look_at_the_state_is_the_first(optim: str) -> None:
+    """A checkpoint may be written before any step: all so far may have been skipped."""
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    moved = []
+    for looks in (False, True):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = build_optimizer({"w": weight}, section(optim=optim, learning_rate=1.0, weight_decay=0.0))
+        if looks:
+            optimizer_tensors(optimizer, {"w": weight})
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        moved.append(float(weight.detach()))
+    assert moved[0] == moved[1] == pytest.approx(-1.0, rel=1e-4)

@@ -197,6 +197,18 @@ def test_what_it_does_not_know_keeps_its_own_forward() -> None:
     odd = Odd()
     fuse(odd, Casts(), CPU)
     assert not any("forward" in vars(m) for m in (odd.shifted, odd.swapped, odd.relu, odd.hooked))
+
+    class Clamped(Mlp):
+        """As random tokens are no larger than the limit, only larger ones show it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x).clamp(-10, 10))
+            return out
+
+    for dtype in (torch.float32, torch.bfloat16):
+        clamped, usual = Clamped().to(dtype), Mlp().to(dtype)
+        fuse(nn.Sequential(clamped, usual), Casts(), CPU)
+        assert "forward" not in vars(clamped) and "forward" in vars(usual)
     dora = adapt(Layer(), torch.float32, use_dora=True)
     fuse(dora, Casts(), CPU)
     assert not any("forward" in vars(m) for n, m in dora.named_modules() if n.endswith(("_proj", "out", "mlp")))
@@ -300,3 +312,9 @@ def test_a_policy_trains_as_without(
         results.append({n: p.grad for n, p in policy.trainable().items()})
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_no_tokens_are_no_error() -> None:
+    """As a mixture of experts may ask of an expert."""
+    _, fused = pair(lora={})
+    assert fused(torch.empty(0, WIDTH, dtype=torch.float64)).shape == (0, WIDTH)

@@ -201,6 +201,13 @@ def test_a_head_that_widens_does_it_once(native: bool, trained: bool, monkeypatc
         torch.testing.assert_close(logps, exact, rtol=1e-6, atol=1e-6)
 
 
+def test_a_sure_token_has_a_log_prob() -> None:
+    """It is not rounded as its logit is: at 40, float32 has steps of 4e-6."""
+    weight = torch.tensor([[40.0], [26.0]])
+    logp = token_logps(torch.ones(1, 1), weight, None, torch.tensor([0]))
+    assert float(logp) == pytest.approx(-math.exp(-14), rel=0.1)
+
+
 @pytest.mark.usefixtures("native")
 def test_a_sure_token_keeps_its_small_gradient() -> None:
     """1 - p near 0 is taken before it is rounded to 16 bits, in which p is 1."""

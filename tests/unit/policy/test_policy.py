@@ -28,6 +28,7 @@ from strop.config.run import RunConfig
 from strop.errors import ConfigError, ModelError
 from strop.policy import attention, logprobs
 from strop.policy import policy as policy_module
+from strop.policy.fused import FusedMlp
 from strop.policy.logprobs import LogitTransform
 from strop.policy.policy import Policy, build_policy
 from strop.policy.tiles import Tile, cut_tiles
@@ -345,6 +346,23 @@ def test_the_auxiliary_loss_of_a_router_is_said_to_be_off(
         policy = build()
     assert "auxiliary loss for the router" in caplog.text
     policy(policy.collate(groups)).sum().backward()
+
+
+def test_layers_that_fusing_would_change_keep_their_own_forward(
+    build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if a layer by itself did not show it: the model's log-probs are taken before anything is fused."""
+    want = build()
+    forward = FusedMlp.__call__
+    monkeypatch.setattr("strop.policy.fused._agrees", lambda *_: True)
+    monkeypatch.setattr(FusedMlp, "__call__", lambda self, x: 3 * forward(self, x))
+    with caplog.at_level(logging.WARNING, "strop"):
+        policy = build()
+    assert "than in their own, which they keep" in caplog.text and policy.share_prefix
+    assert not any("forward" in vars(module) for module in policy.modules())
+    monkeypatch.undo()
+    with policy.scoring(), want.scoring():
+        torch.testing.assert_close(policy(pack(groups)), want(pack(groups)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_with_nan_weights_is_not_probed(model_dir: Path, build: MakePolicy) -> None:

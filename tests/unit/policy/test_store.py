@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from conftest import build_model
 from strop.policy.policy import Policy
@@ -131,6 +132,34 @@ def test_what_cannot_be_written_is_said_once(
     assert caplog.text.count("kept for this run only") == 1
 
 
+def test_what_cannot_be_removed_or_read_is_said(
+    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    store.append(groups, drawn(groups))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store.clear()
+    store.append(groups, drawn(groups))  # not after what could not be removed
+    assert caplog.text.count("kept for this run only") == 1
+    monkeypatch.setattr(Path, "open", refuse)
+    assert store.read(dict(enumerate(groups))) == {}
+    assert "cannot be read" in caplog.text
+
+
+def test_a_file_that_became_another_is_not_cut(
+    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another run removed it and wrote its own, whose records end elsewhere."""
+    store.append(groups[:1], drawn(groups)[:1])
+    store.path.unlink()
+    ReferenceStore(store.path).append(groups[2:], drawn(groups)[2:])
+    store.append(groups[1:2], drawn(groups)[1:2])
+    assert sorted(ReferenceStore(store.path).read(dict(enumerate(groups)))) == [1, 2]
+    assert "not whole" not in caplog.text
+
+
 def test_float64_stays_float64(tmp_path: Path, groups: list[Group]) -> None:
     store = ReferenceStore(tmp_path / "wide.logps", torch.float64)
     values = [v.double() / 3 for v in drawn(groups)]
@@ -154,6 +183,10 @@ def test_the_identity_is_of_what_decides_the_numbers(build: Callable[..., Policy
     seen.append(model_identity(policy))
     policy = build()
     next(policy.parameters()).data[0, 0] += 1e-6
+    seen.append(model_identity(policy))
+    policy = build(lora={"r": 4})
+    next(p for n, p in policy.named_parameters() if "lora_B" in n).data[0, 0] = 1e-3
+    next(m for m in policy.modules() if isinstance(m, LoraLayer)).scaling["default"] *= 2
     seen.append(model_identity(policy))
     assert all(one not in seen[:i] for i, one in enumerate(seen))
 
