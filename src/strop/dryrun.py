@@ -40,18 +40,17 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     device, notes = _device(config)
     machine = machine_of(device)
     precision = planned_precision(config, machine)
-    rows = [planned_rows(model) for model in models]
-    planned = [
-        with_checkpointing(prepare(config, model), machine, precision, tokens)
-        for model, tokens in zip(models, rows, strict=True)
-    ]
-    runs = [with_budget(prepared, tokens, device.type) for prepared, tokens in zip(planned, rows, strict=True)]
+    runs = []
+    for model in models:
+        tokens = planned_rows(model)
+        planned = with_checkpointing(prepare(config, model), machine, precision, tokens)
+        runs.append((with_budget(planned, tokens, device.type), tokens))
     say("The configuration: key, value, where it came from\n")
-    for line in _values(config, runs[0].config):
+    for line in _values(config, runs[0][0].config):
         say(line)
     for note in (*notes, *advice(config)):
         say(f"note: {note}")
-    for prepared, tokens in zip(runs, rows, strict=True):
+    for prepared, tokens in runs:
         say(f"\n== {prepared.model.name}")
         for line in (*prepared.data.report.lines(), *prepared.describe(tokens)):
             say(line)

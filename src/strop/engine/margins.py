@@ -4,10 +4,9 @@
     logs/margins/epoch_000/step_00000.npy   float32 [G], one margin a group of the step
 
 A margin is chosen minus rejected, not times beta: of log-ratios to the reference, or of the log-probs that a method
-without one compares. Fields: epoch and step (both from 0,
-the step within its epoch), global_step (the optimizer step, from 1), batch_size, mean, std (of the values themselves,
-ddof 0), min, p10, median, p90, max, pos_frac (share above 0), npy (the array's path from this folder), sample (the
-first values).
+without one compares. Fields: epoch and step (both from 0, the step within its epoch), global_step (the optimizer step,
+from 1), batch_size, mean, std (of the values themselves, ddof 0), min, p10, median, p90, max, pos_frac (share above 0),
+npy (the array's path from this folder), sample (the first values).
 """
 
 from __future__ import annotations
