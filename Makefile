@@ -36,8 +36,9 @@ smoke: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 
+# Hours long. BENCH="--rounds 1 --pairs 4" is a quicker look, "--fp32" for processors that only emulate bfloat16.
 bench: setup
-	$(BIN)/python -m benchmarks.measure --wait-idle 5
+	$(BIN)/python -m benchmarks.measure --wait-idle 5 $(BENCH)
 	$(BIN)/python -m benchmarks.report
 
 nightly: setup

@@ -131,7 +131,7 @@ class Case:
         if not self.bf16:
             return self
         name = self.name.replace("bf16", "fp32") if "bf16" in self.name else f"{self.name}-fp32"
-        kept = tuple(target for target in self.targets if self.is_real or target.against == "B")
+        kept = tuple(t for t in self.targets if self.is_real or t.against in ("B", "plain") or t.figure == "peak")
         return CASES.get(name) or replace(self, name=name, bf16=False, targets=kept)
 
     def as_dict(self) -> dict[str, Any]:

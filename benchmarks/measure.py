@@ -189,8 +189,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     args = parser.parse_args(argv)
-    args.cases = [known[name] for name in args.case]
+    cases = (asked_for(known[name], args) for name in args.case)
+    args.cases = list({case.name: case for case in cases}.values())  # in float32 two may become one
     return args
+
+
+def asked_for(case: Case, args: argparse.Namespace) -> Case:
+    """The case as the command line changes it."""
+    if args.fp32:
+        case = case.in_float32()
+    if args.pairs:
+        case = case.with_rows(args.pairs)
+    return replace(case, sides=tuple(args.sides)) if args.sides else case
 
 
 def main() -> None:
@@ -202,12 +212,6 @@ def main() -> None:
         if (reason := missing(case)) is not None:
             print(f"{case.name}: skipped, it {reason}", flush=True)
             continue
-        if args.pairs:
-            case = case.with_rows(args.pairs)
-        if args.fp32:
-            case = case.in_float32()
-        if args.sides:
-            case = replace(case, sides=tuple(args.sides))
         print(f"{case.name}: stored in {store(run_case(case, args), args.out)}", flush=True)
 
 

@@ -62,7 +62,7 @@ def ratio(result: Result, target: Target) -> float:
 
 
 def table(results: Sequence[Sequence[Result]]) -> Iterator[str]:
-    """RESULTS.md, line by line. results: by machine, the one with the most cases first."""
+    """RESULTS.md, line by line. results: by machine, the one with the most rounds first."""
     yield HEAD
     yield "| side | what it is |\n|---|---|"
     yield from (f"| {name} | {text} |" for name, text in SIDES.items())
@@ -80,8 +80,8 @@ def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
     for name in {**dict.fromkeys(wanted), **measured}:
         yield from targets(name, measured.get(name))
     yield "\n### Figures\n"
-    yield "| case | side | rows | seconds a row | by strop's | peak MiB | of it training | wall s | padding | share |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "| case | side | rows | rounds | seconds a row | by strop's | peak MiB | of it training | wall s | padding | share |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for result in results:
         yield from figures(result)
     yield from predictions(results)
@@ -111,7 +111,7 @@ def figures(result: Result) -> Iterator[str]:
             median(values(result, side, name)) for name in ("peak", "base_mib", "wall", "padding", "share")
         )
         yield (
-            f"| {case.name} | {side} | {case.num_measured} "
+            f"| {case.name} | {side} | {case.num_measured} | {len(seconds)} "
             f"| {median(seconds):.3f} ({min(seconds):.3f} - {max(seconds):.3f}) | {against} "
             f"| {peak:.0f} | {peak - base:.0f} | {wall:.1f} | {padding:.2f} | {share:.2f} |"
         )
@@ -196,14 +196,14 @@ def plot(results: Sequence[Result]) -> str:
 
 
 def load(folder: Path) -> list[list[Result]]:
-    """Stored results by machine, the one with the most first, in the order of the cases."""
+    """Stored results by machine, the one with the most rounds first, in the order of the cases."""
     machines: dict[Path, list[Result]] = {}
     for path in sorted(folder.glob("*/*.json")):
         machines.setdefault(path.parent, []).append(json.loads(path.read_text(encoding="utf-8")))
     order = {name: i for i, name in enumerate(CASES)}
     for results in machines.values():
         results.sort(key=lambda result: order.get(result["case"]["name"], len(order)))
-    return sorted(machines.values(), key=len, reverse=True)
+    return sorted(machines.values(), key=lambda results: sum(len(r["rounds"]) for r in results), reverse=True)
 
 
 def main() -> None:
