@@ -80,7 +80,8 @@ def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
     for name in {**dict.fromkeys(wanted), **measured}:
         yield from targets(name, measured.get(name))
     yield "\n### Figures\n"
-    yield "| case | side | rows | rounds | seconds a row | by strop's | peak MiB | of it training | wall s | padding | share |"
+    columns = "case|side|rows|rounds|seconds a row|by strop's|peak MiB|of it training|wall s|padding|share"
+    yield f"| {columns.replace('|', ' | ')} |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for result in results:
         yield from figures(result)

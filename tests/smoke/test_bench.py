@@ -79,13 +79,13 @@ def test_the_report_compares_within_rounds(tmp_path: Path, trl: float, met: str)
     table, plot = report(tmp_path)
     assert f"| made-up | seconds | G | {trl / 2:.2f} | 3.00 | {met} |" in table
     assert "| dpo-lora-bf16-smol-uf | seconds | G | - | 3.20 | not measured |" in table
-    assert "| made-up | strop | 16 | 3.000 (2.000 - 4.000) | - | 100 | 40 |" in table
+    assert "| made-up | strop | 16 | 2 | 3.000 (2.000 - 4.000) | - | 100 | 40 |" in table
     assert f"| {trl * 1.5:.3f} ({trl:.3f} - {2 * trl:.3f}) | {trl / 2:.2f} ({trl / 2:.2f} - {trl / 2:.2f}) |" in table
     assert plot.startswith("<svg") and f">{trl / 2:.2f}</text>" in plot
 
 
 def test_machines_do_not_mix(tmp_path: Path) -> None:
-    """Every machine has a section of its own; the plot is of the one with the most cases."""
+    """Every machine has a section of its own; the plot is of the one with the most rounds."""
     for machine, names, seconds in (("fast", ("one",), 1.0), ("slow", ("one", "two"), 4.0)):
         (tmp_path / machine).mkdir()
         for name in names:
@@ -108,6 +108,12 @@ def test_the_harness_measures_its_smallest_case(tmp_path: Path) -> None:
     assert side["seconds"] > 0 and side["reference_seconds"] > 0 and len(side["steps"]) == 3
     assert len(side["losses"]) == 3 and result["sharing_factor"] > 1
     table, _ = report(tmp_path)
-    assert re.search(rf"\| toy \| strop \| 4 \| {side['seconds']:.3f} ", table)
+    assert re.search(rf"\| toy \| strop \| 4 \| 1 \| {side['seconds']:.3f} ", table)
     assert found["predicted"]["mib"] > 60 and found["predicted"]["seconds"] > 0
     assert f"| toy | {found['predicted']['mib']:.0f} | {side['peak'] - side['start_mib']:.0f} | " in table
+
+
+def test_a_case_runs_once_though_float32_makes_two_one() -> None:
+    names = [line.split(":")[0] for line in run("benchmarks.measure", "--list", "--fp32").splitlines()]
+    assert "dpo-lora-fp32-smol-uf" in names and len(names) == len(set(names))
+    assert not any("bf16" in name for name in names)
