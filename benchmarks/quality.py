@@ -70,7 +70,7 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
     config = config_of(stage, model, args)
     prepared = prepare(config, config.models[0])
     rows = Rows(prepared.data.eval, default_budget(prepared.data.eval, BATCH, packed_tokens, "cpu"), packed_tokens)
-    parts = rows.in_any_order()
+    parts = rows.parts()
     device = torch.device("cpu")
     if prepared.objective.needs_reference:
         reference = build_policy(config, config_of(stage, start, args).models[0], device)

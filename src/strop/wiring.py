@@ -34,8 +34,8 @@ from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import SyncedReference, reference_logps, reference_policy, stored_logps
-from strop.policy.store import ReferenceStore
+from strop.policy.reference import SyncedReference, not_known, reference_logps, reference_policy, stored_logps
+from strop.policy.store import ReferenceStore, by_completion, completion_keys
 from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
 from strop.rundir import RunDir
 
@@ -334,18 +334,24 @@ def _scored(
     visits: list[int] | None = None,
 ) -> Rows:
     """The rows with the reference's log-probs of these groups and of these visits' mismatched ones (default: all)."""
-    wanted = {i: rows.groups[i] for i in (range(len(rows.groups)) if indices is None else indices)}
-    found = stored_logps(reference, store, wanted) if store else {}
-    parts = rows.in_any_order(i for i in wanted if i not in found)
-    order = [i for part in parts for i in part]
-    if order:
-        task = progress.task("reference log-probs", sum(wanted[i].num_tokens for i in order))
+    numbers = list(range(len(rows.groups)) if indices is None else indices)
+    groups = [rows.groups[i] for i in numbers]
+    keys = [completion_keys(group) for group in groups]
+    known = stored_logps(reference, store, groups, keys) if store else {}
+    # what came first counts wherever it stands again, in the store, too: a resume reads there what the start has used
+    missing = not_known(groups, keys, known.keys())
+    if missing:
+        parts = [[missing[i] for i in part] for part in replace(rows, groups=missing).parts()]
+        task = progress.task("reference log-probs", sum(group.num_tokens for group in missing))
         scored = reference_logps(
             reference,
-            [[wanted[i] for i in part] for part in parts],
+            parts,
             lambda done, total: task.step(n=done - task.completed),
             keep=None if store is None else store.append,
         )
-        found |= dict(zip(order, scored, strict=True))
+        known |= by_completion((group for part in parts for group in part), scored)
+        if store is not None:
+            known |= store.read(known.keys())
+    found = {i: torch.cat([known[key] for key in own]) for i, own in zip(numbers, keys, strict=True)}
     others = rows.mismatched and _scored(reference, store, rows.mismatched, progress, visits)
     return replace(rows, ref_logps=lambda part: [found[i] for i in part], mismatched=others)

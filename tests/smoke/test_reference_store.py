@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from strop import cli, wiring
 from strop.config import to_yaml
 from strop.policy import policy
 from strop.policy.reference import reference_logps
+from strop.policy.store import completion_keys
 
 
 def groups_scored(forwards: list[Any]) -> int:
@@ -63,6 +66,42 @@ def test_a_resume_reads_what_the_start_has_scored(runs: Any, own_store: Path, fo
     (whole.path / "final").rename(output / "set-aside")
     forwards.clear()
     wiring.train(runs.config(reference_store=True, save_steps=2, output_dir=str(output)), resume="auto")
+    again = runs.at(whole.path)
+    assert runs.same(again.final, final) and again.untimed == metrics
+
+
+@pytest.fixture
+def repeated(runs: Any, tmp_path: Path) -> Path:
+    """Every other row has the chosen completion of the row before it and a rejected one of its own."""
+    rows = [json.loads(line) for line in runs.files["pairs"].read_text().splitlines()]
+    for row, other in zip(rows[::2], rows[1::2], strict=True):
+        other["prompt"], other["chosen"] = row["prompt"], row["chosen"]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("keys", [{}, {"method": "kto", "max_steps": 8}], ids=["dpo", "kto"])
+def test_a_completion_that_comes_again_is_scored_once_and_resumed_exactly(
+    runs: Any, own_store: Path, repeated: Path, watched: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
+    scored: list[bytes] = []
+
+    def rounded(policy: Any, parts: Any, progress: Any = None, keep: Any = None) -> Any:
+        """The same completion differs from one row to the next, as it may by rounding."""
+        groups = [group for part in parts for group in part]
+        noisy = [logps + 1e-5 * torch.rand(len(logps)) for logps in reference_logps(policy, parts, progress)]
+        keep(groups, noisy)
+        scored.extend(key for group in groups for key in completion_keys(group))
+        return noisy
+
+    watched.setattr(wiring, "reference_logps", rounded)
+    asked = {"dataset.train_file": str(repeated), "reference_store": True, "save_steps": 2, **keys}
+    whole = runs(asked)
+    assert scored and len(set(scored)) == len(scored)
+    metrics, final, output = whole.untimed, whole.final, whole.path.parent
+    (whole.path / "final").rename(output / "set-aside")
+    wiring.train(runs.config(asked, output_dir=str(output)), resume="auto")
     again = runs.at(whole.path)
     assert runs.same(again.final, final) and again.untimed == metrics
 

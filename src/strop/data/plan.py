@@ -142,25 +142,40 @@ def filled_rows(groups: Sequence[Sized], max_tokens: int, seed: int) -> list[lis
     return rows
 
 
+OPEN = 8
+"""Micro-batches that are looked at for room: enough for a step, and a pass over many rows stays linear."""
+
+
 def cut(groups: Sequence[Sized], indices: Iterable[int], budget: int, tokens: RowTokens) -> list[list[int]]:
-    """Indices of groups, in order, into micro-batches of at most `budget` tokens; one that is longer stands alone."""
+    """Indices of groups into micro-batches of at most `budget` tokens; one that is longer stands alone.
+
+    The longest first, which needs the most memory; each into that of the last `OPEN` which it lengthens the least, of
+    those the fullest. So rows that share prompts are filled, and padded ones hold alike lengths.
+    """
     groups = lengths(groups)
     parts: list[list[int]] = []
-    last: list[Sized] = []
-    for i in indices:
-        if parts and tokens([*last, groups[i]]) <= budget:
-            parts[-1].append(i)
-            last.append(groups[i])
+    members: list[list[Sized]] = []
+    used: list[int] = []
+    for i in sorted(indices, key=lambda i: groups[i].num_tokens, reverse=True):
+        group = groups[i]
+        own = tokens([group])
+        longer = {
+            at: tokens([*members[at], group])
+            for at in range(max(0, len(parts) - OPEN), len(parts))
+            if used[at] + own <= budget
+        }
+        fitting = [at for at, size in longer.items() if size <= budget]
+        if fitting:
+            best = min(fitting, key=lambda at: (longer[at] - used[at], -used[at]))
+            used[best] = longer[best]
         else:
-            parts.append([i])
-            last = [groups[i]]
+            best = len(parts)
+            parts.append([])
+            members.append([])
+            used.append(own)
+        parts[best].append(i)
+        members[best].append(group)
     return parts
-
-
-def longest_first(groups: Sequence[Sized], indices: Iterable[int]) -> list[int]:
-    """For passes in which order means nothing: alike lengths side by side, and what needs the most memory first."""
-    groups = lengths(groups)
-    return sorted(indices, key=lambda i: groups[i].num_tokens, reverse=True)
 
 
 CPU_TOKENS = 2048

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.data.plan import Plan, longest_first
+from strop.data.plan import Plan
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import evaluate
 from strop.engine.memory import does_not_fit
@@ -157,9 +157,9 @@ class Loop:
     def _step(self, step: int) -> None:
         started = time.perf_counter()
         indices = self.plan.groups(step)
-        result, num_tokens = self._gradients(step, indices)
+        result, order, num_tokens = self._gradients(step, indices)
         rate = learning_rate(step, self.plan.num_steps, self.training)
-        groups = [self.train.groups[i] for i in indices]
+        groups = [self.train.groups[i] for i in order]
         self._update(step, rate, result, groups)
         if self.reference is not None:
             self.reference.after(step)
@@ -173,28 +173,31 @@ class Loop:
             num_scored_tokens=result.scores.count("tokens"),
         )
         if result.margins is not None and self.config.logging.margins:
-            self.outputs.margins(epoch, inside, step, result.margins)
+            place = {i: at for at, i in enumerate(order)}
+            in_plan = result.margins[[place[i] for i in indices]]  # however the step was cut
+            self.outputs.margins(epoch, inside, step, in_plan)
         shown = {"loss": result.loss, "epoch": step / self.plan.steps_per_epoch, "tokens": self.state.tokens}
         if "rewards/margins" in result.metrics:
             total, count = result.metrics["rewards/margins"]
             shown["rewards/margins"] = float(total) / count
         self.outputs.stepped(shown)
 
-    def _gradients(self, step: int, indices: Sequence[int]) -> tuple[StepScores, int]:
-        """The gradients of one step, its scores, and the tokens fed to the model.
+    def _gradients(self, step: int, indices: Sequence[int]) -> tuple[StepScores, list[int], int]:
+        """The gradients of one step, its scores, the order of its groups in them, and the tokens fed to the model.
 
         Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
         smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks).
         """
         scale = float(self.scaler.scale(torch.ones((), device=self.device))) if self.scaler.is_enabled() else 1.0
 
-        def whole_step() -> tuple[StepScores, int]:
-            batches = [self.train.batch(self.policy, part) for part in self.train.parts(indices)]
+        def whole_step() -> tuple[StepScores, list[int], int]:
+            parts = self.train.parts(indices)
+            batches = [self.train.batch(self.policy, part) for part in parts]
             apart = list(self.train.apart(self.policy, self.plan.visits(step)))
             seed = (self.config.seed, step)
             with self.policy.still():
                 result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
-            return result, sum(b.num_tokens for b in (*batches, *apart))
+            return result, [i for part in parts for i in part], sum(b.num_tokens for b in (*batches, *apart))
 
         while True:
             done, why = attempt(whole_step)
@@ -312,15 +315,14 @@ class Loop:
     def _validation_scores(self, rows: Rows) -> StepScores:
         def scores() -> StepScores:
             with self.policy.scoring():
-                batches = (rows.batch(self.policy, part) for part in rows.in_any_order())
+                batches = (rows.batch(self.policy, part) for part in rows.parts())
                 done = self.outputs.evaluating(len(rows.groups))
                 return evaluate(self.policy, self.objective, batches, rows.apart(self.policy), done)
 
         found, why = attempt(scores)
         if found is not None:
             return found
-        where, everything = f"evaluation after step {self.state.step}", range(len(rows.groups))
-        smaller = rows.smaller(longest_first(rows.groups, everything))
+        where, smaller = f"evaluation after step {self.state.step}", rows.smaller()
         if smaller is None:
             raise does_not_fit(self.config, why, where, max(rows.groups, key=lambda group: group.num_tokens))
         self.outputs.note(_cut_finer(where, why, rows, smaller))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from strop.batch import NOTHING, Batch, Extras
-from strop.data.plan import RowTokens, cut, longest_first
+from strop.data.plan import RowTokens, cut
 from strop.policy.policy import Policy
 from strop.types import Group
 
@@ -29,25 +29,23 @@ class Rows:
     mismatched: Rows | None = None
     extras: Extras = NOTHING
 
-    def parts(self, indices: Iterable[int]) -> list[list[int]]:
-        """Indices of groups, cut into micro-batches."""
-        return cut(self.groups, indices, self.budget_tokens, self.tokens)
-
-    def in_any_order(self, indices: Iterable[int] | None = None) -> list[list[int]]:
-        """The same for a pass in which order means nothing: evaluation, reference. Default: all groups."""
-        return self.parts(longest_first(self.groups, range(len(self.groups)) if indices is None else indices))
+    def parts(self, indices: Iterable[int] | None = None) -> list[list[int]]:
+        """Indices of groups (default: all), cut into micro-batches."""
+        return cut(
+            self.groups, range(len(self.groups)) if indices is None else indices, self.budget_tokens, self.tokens
+        )
 
     def apart(self, policy: Policy, visits: Iterable[int] | None = None) -> Iterator[Batch]:
         """The micro-batches of the mismatched completions of these visits (default: all), where there are any."""
         rows = self.mismatched
-        return iter(()) if rows is None else (rows.batch(policy, part) for part in rows.in_any_order(visits))
+        return iter(()) if rows is None else (rows.batch(policy, part) for part in rows.parts(visits))
 
-    def smaller(self, indices: Iterable[int], visits: Iterable[int] | None = None) -> Rows | None:
+    def smaller(self, indices: Iterable[int] | None = None, visits: Iterable[int] | None = None) -> Rows | None:
         """Cut finer, so that the largest micro-batches of these groups, and of these visits' mismatched completions
         (default: all), come in two; None: each is one group already."""
         found = [self._divisible(self.parts(indices))]
         if self.mismatched is not None:
-            found.append(self.mismatched._divisible(self.mismatched.in_any_order(visits)))
+            found.append(self.mismatched._divisible(self.mismatched.parts(visits)))
         largest = max(found)
         return self.cut_to(largest // 2) if largest else None
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -26,7 +27,7 @@ from strop.policy.folder import place_of
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.memory import in_halves
 from strop.policy.policy import Policy, assemble, elementwise_of
-from strop.policy.store import ReferenceStore
+from strop.policy.store import ReferenceStore, completion_keys
 from strop.types import Group
 
 logger = logging.getLogger("strop")
@@ -74,17 +75,23 @@ def reference_logps(
     return results
 
 
-def stored_logps(policy: Policy, store: ReferenceStore, groups: Mapping[int, Group]) -> dict[int, Tensor]:
-    """What the store has of these groups, after a look at a few of them: number of a group -> [scored tokens].
+def stored_logps(
+    policy: Policy, store: ReferenceStore, groups: Sequence[Group], keys: Sequence[Sequence[bytes]]
+) -> dict[bytes, Tensor]:
+    """What the store has of these groups' completions: key -> [scored tokens]. keys: those of each group.
 
-    A few are scored again. If they are further off than rounding explains, the store is emptied, and it is said.
+    A few groups are scored again. If they are further off than rounding explains, the store is emptied, and it is said.
     """
-    found = store.read(groups)
-    some = sorted(found)[:: max(1, len(found) // NUM_VERIFIED)][:NUM_VERIFIED]
+    wanted = {key for own in keys for key in own}
+    found = store.read(wanted)
+    known = [_only(group, own, found.keys()) for group, own in zip(groups, keys, strict=True)]
+    some = [group for group in known if group is not None]
+    some = some[:: max(1, len(some) // NUM_VERIFIED)][:NUM_VERIFIED]
     if not some:
         return found
-    live = reference_logps(policy, [[groups[i]] for i in some])
-    apart = max(float((found[i] - own).abs().mean()) for i, own in zip(some, live, strict=True))
+    live = reference_logps(policy, [[group] for group in some])
+    stored = [torch.cat([found[key] for key in completion_keys(group)]) for group in some]
+    apart = max(float((old - new).abs().mean()) for old, new in zip(stored, live, strict=True))
     if not apart <= (tolerance := TOLERANCE[policy.precision.compute]):
         logger.warning(
             "%s: stored reference log-probs are not those of the model: %.2g nats a token apart in a group, at most "
@@ -95,8 +102,28 @@ def stored_logps(policy: Policy, store: ReferenceStore, groups: Mapping[int, Gro
         )
         store.clear()
         return {}
-    logger.info("reference log-probs of %d of %d groups were scored before: %s", len(found), len(groups), store.path)
+    logger.info(
+        "reference log-probs of %d of %d completions were scored before: %s", len(found), len(wanted), store.path
+    )
     return found
+
+
+def not_known(groups: Sequence[Group], keys: Sequence[Sequence[bytes]], known: Set[bytes]) -> list[Group]:
+    """These groups with the completions that are not known, each at the first prompt like it that it stands at. keys:
+    those of each group."""
+    missing, met = [], set(known)
+    for group, own in zip(groups, keys, strict=True):
+        new = set(own) - met
+        if (rest := _only(group, own, new)) is not None:
+            missing.append(rest)
+            met |= new
+    return missing
+
+
+def _only(group: Group, keys: Sequence[bytes], wanted: Set[bytes]) -> Group | None:
+    """The group with its wanted completions alone, of alike ones the first; None: there are none."""
+    kept = {key: c for key, c in zip(keys, group.completions, strict=True) if key in wanted}
+    return replace(group, completions=tuple(kept.values())) if kept else None
 
 
 class SyncedReference:

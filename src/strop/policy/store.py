@@ -19,7 +19,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -61,24 +61,14 @@ class ReferenceStore:
         name = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
         return cls(cache_folder("references") / f"{name}.logps", policy.precision.master)
 
-    def read(self, groups: Mapping[int, Group]) -> dict[int, Tensor]:
-        """Number of a group -> [scored tokens] log-probs, for those whose completions are all here."""
-        wanted = {i: [completion_key(g, c) for c in g.completions] for i, g in groups.items()}
-        values = self._values({key for keys in wanted.values() for key in keys})
-        return {
-            i: torch.cat([values[key] for key in keys]) for i, keys in wanted.items() if all(k in values for k in keys)
-        }
-
     def append(self, groups: Sequence[Group], logps: Sequence[Tensor]) -> None:
         """Add what was scored: one [scored tokens] tensor a group. What cannot be written is said once."""
         if not self._writable:
             return
         records = bytearray()
-        for group, scored in zip(groups, logps, strict=True):
-            parts = torch.split(scored, [c.num_scored for c in group.completions])
-            for completion, part in zip(group.completions, parts, strict=True):
-                key, data = completion_key(group, completion), part.numpy().astype(self._numpy).tobytes()
-                records += _HEAD.pack(_MAGIC, key, len(data), zlib.crc32(key + data)) + data
+        for key, values in by_completion(groups, logps):
+            data = values.numpy().astype(self._numpy).tobytes()
+            records += _HEAD.pack(_MAGIC, key, len(data), zlib.crc32(key + data)) + data
         try:
             with self._lock, self.path.open("ab") as file:
                 self._cut_tail(file)
@@ -101,7 +91,8 @@ class ReferenceStore:
         problem = error.strerror or error
         log.warning("%s cannot be written (%s): reference log-probs are kept for this run only", self.path, problem)
 
-    def _values(self, wanted: set[bytes]) -> dict[bytes, Tensor]:
+    def read(self, wanted: Set[bytes]) -> dict[bytes, Tensor]:
+        """Key of a completion -> [scored tokens] log-probs, as they were written first, for those that are here."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -156,6 +147,18 @@ def completion_key(group: Group, completion: Completion) -> bytes:
         digest.update(np.asarray(ids, dtype="<i4").tobytes())
     digest.update(completion.loss_mask)
     return digest.digest()
+
+
+def completion_keys(group: Group) -> list[bytes]:
+    """The key of every completion of a group."""
+    return [completion_key(group, completion) for completion in group.completions]
+
+
+def by_completion(groups: Iterable[Group], logps: Iterable[Tensor]) -> Iterator[tuple[bytes, Tensor]]:
+    """Key and log-probs of every completion, of one [scored tokens] tensor a group."""
+    for group, scored in zip(groups, logps, strict=True):
+        parts = torch.split(scored, [c.num_scored for c in group.completions])
+        yield from zip(completion_keys(group), parts, strict=True)
 
 
 def model_identity(policy: Policy) -> dict[str, object]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.plan import Plan, cut, default_budget, filled_rows, longest_first, packed_tokens, padded_tokens
+from strop.data.plan import OPEN, Plan, cut, default_budget, filled_rows, packed_tokens, padded_tokens
 from strop.types import Completion, Group, Origin
 
 plans = st.builds(
@@ -47,17 +47,33 @@ lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1
 
 
 @given(lengths, st.integers(1, 60), st.booleans())
-def test_cutting_keeps_order_and_budget(sizes: list[tuple[int, int, int]], budget: int, packed: bool) -> None:
+def test_cutting_keeps_groups_and_budget(sizes: list[tuple[int, int, int]], budget: int, packed: bool) -> None:
     tokens = packed_tokens if packed else padded_tokens
     groups = [_group(*s) for s in sizes]
-    order = longest_first(groups, range(len(groups)))
-    assert sorted(order) == list(range(len(groups)))
-    for indices in (range(len(groups)), order):
-        parts = cut(groups, indices, budget, tokens)
-        assert [i for part in parts for i in part] == list(indices)
-        assert all(len(part) == 1 or tokens([groups[i] for i in part]) <= budget for part in parts)
-        whole = default_budget(groups, len(groups), tokens, "cuda")
-        assert len(cut(groups, indices, whole, tokens)) == 1, "a batch of that many groups must fit"
+    parts = cut(groups, range(len(groups)), budget, tokens)
+    assert sorted(i for part in parts for i in part) == list(range(len(groups)))
+    assert all(len(part) == 1 or tokens([groups[i] for i in part]) <= budget for part in parts)
+    whole = default_budget(groups, len(groups), tokens, "cuda")
+    assert len(cut(groups, range(len(groups)), whole, tokens)) == 1, "a batch of that many groups must fit"
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=OPEN), st.integers(1, 60))
+def test_a_step_of_shared_rows_is_cut_into_filled_micro_batches(sizes: list[tuple[int, int]], budget: int) -> None:
+    groups = [_group(*s) for s in sizes]
+    fed = sorted(
+        packed_tokens([groups[i] for i in part]) for part in cut(groups, range(len(groups)), budget, packed_tokens)
+    )
+    assert len(fed) == 1 or fed[0] + fed[1] > budget, "two micro-batches would fit into one"
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(40, 200))
+def test_padded_micro_batches_hold_alike_lengths(sizes: list[int], budget: int) -> None:
+    """As good as cutting the groups one after the other, sorted by length."""
+    groups = [_group(size, 1) for size in sizes]
+    parts = cut(groups, range(len(groups)), budget, padded_tokens)
+    found = [sorted((sizes[i] for i in part), reverse=True) for part in parts]
+    assert [size for part in found for size in part] == sorted(sizes, reverse=True)
+    assert all(len(a) * a[0] + a[0] > budget for a in found[:-1]), "one more would have fitted"
 
 
 @pytest.mark.parametrize(

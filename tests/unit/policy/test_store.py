@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 
 from conftest import build_model
 from strop.policy.policy import Policy
-from strop.policy.reference import reference_logps, stored_logps
-from strop.policy.store import ReferenceStore, completion_key, model_identity, weights_hash
+from strop.policy.reference import not_known, reference_logps, stored_logps
+from strop.policy.store import ReferenceStore, completion_key, completion_keys, model_identity, weights_hash
 from strop.types import Completion, Group
 
 
@@ -34,18 +34,25 @@ def drawn(groups: list[Group]) -> list[torch.Tensor]:
     return [torch.randn(g.num_scored, generator=torch.Generator().manual_seed(i)) for i, g in enumerate(groups)]
 
 
+def read(store: ReferenceStore, groups: dict[int, Group]) -> dict[int, torch.Tensor]:
+    """By number, the groups that the store has whole."""
+    keys = {i: completion_keys(group) for i, group in groups.items()}
+    found = store.read({key for own in keys.values() for key in own})
+    return {i: torch.cat([found[k] for k in own]) for i, own in keys.items() if all(k in found for k in own)}
+
+
 def same(found: dict[int, torch.Tensor], groups: list[Group]) -> bool:
     values = drawn(groups)
     return sorted(found) == list(range(len(groups))) and all(torch.equal(found[i], values[i]) for i in found)
 
 
 def test_what_is_added_is_found_bit_for_bit(store: ReferenceStore, groups: list[Group]) -> None:
-    assert store.read(dict(enumerate(groups))) == {}
+    assert read(store, dict(enumerate(groups))) == {}
     store.append(groups[:1], drawn(groups)[:1])
-    assert sorted(store.read(dict(enumerate(groups)))) == [0]
+    assert sorted(read(store, dict(enumerate(groups)))) == [0]
     store.append(groups[1:], drawn(groups)[1:])
-    assert same(store.read(dict(enumerate(groups))), groups)
-    assert same(ReferenceStore(store.path).read(dict(enumerate(groups))), groups)
+    assert same(read(store, dict(enumerate(groups))), groups)
+    assert same(read(ReferenceStore(store.path), dict(enumerate(groups))), groups)
 
 
 def test_completions_are_found_in_other_groups(store: ReferenceStore, groups: list[Group]) -> None:
@@ -53,8 +60,19 @@ def test_completions_are_found_in_other_groups(store: ReferenceStore, groups: li
     group = groups[0]
     turned = replace(group, completions=group.completions[::-1])
     first, second = drawn(groups)[0].split([c.num_scored for c in group.completions])
-    assert torch.equal(store.read({7: turned})[7], torch.cat([second, first]))
-    assert torch.equal(store.read({7: replace(group, completions=group.completions[1:])})[7], second)
+    assert torch.equal(read(store, {7: turned})[7], torch.cat([second, first]))
+    assert torch.equal(read(store, {7: replace(group, completions=group.completions[1:])})[7], second)
+
+
+def test_what_is_not_known_is_scored_once(groups: list[Group]) -> None:
+    group, other = groups[0], groups[1]
+    first, second = group.completions
+    alone, turned = replace(group, completions=(first, first)), replace(group, completions=(second, first))
+    asked = [other, alone, turned, replace(other, prompt_ids=group.prompt_ids)]
+    keys = [completion_keys(g) for g in asked]
+    missing = not_known(asked, keys, set(keys[0][:1]))
+    assert [g.completions for g in missing] == [other.completions[1:], (first,), (second,), other.completions]
+    assert not_known(asked, keys, {key for own in keys for key in own}) == []
 
 
 def test_the_key_is_of_tokens_prompt_and_mask(groups: list[Group]) -> None:
@@ -81,11 +99,11 @@ def test_every_cut_of_the_file_is_read_up_to_there_and_written_on(
     for length in range(len(whole)):
         store.path.write_bytes(whole[:length])
         mended = ReferenceStore(store.path)
-        found = mended.read(dict(enumerate(groups)))
+        found = read(mended, dict(enumerate(groups)))
         assert all(torch.equal(found[i], drawn(groups)[i]) for i in found) and len(found) < len(groups)
         missing = [i for i in range(len(groups)) if i not in found]
         mended.append([groups[i] for i in missing], [drawn(groups)[i] for i in missing])
-        assert same(ReferenceStore(store.path).read(dict(enumerate(groups))), groups)
+        assert same(read(ReferenceStore(store.path), dict(enumerate(groups))), groups)
     assert "not whole" in caplog.text
 
 
@@ -96,7 +114,7 @@ def test_no_flipped_bit_is_believed(store: ReferenceStore, groups: list[Group]) 
         damaged = bytearray(whole)
         damaged[at] ^= 4
         store.path.write_bytes(damaged)
-        found = ReferenceStore(store.path).read(dict(enumerate(groups)))
+        found = read(ReferenceStore(store.path), dict(enumerate(groups)))
         assert all(torch.equal(found[i], drawn(groups)[i]) for i in found) and len(found) < len(groups)
 
 
@@ -119,7 +137,7 @@ def test_two_writers_at_once(store: ReferenceStore, groups: list[Group]) -> None
         asked = {
             i: replace(group, prompt_ids=group.prompt_ids[:1] + type(group.prompt_ids)("q", [i])) for i in range(50)
         }
-        found = store.read(asked)
+        found = read(store, asked)
         assert all(float(found[i][0]) == i for i in range(50))
 
 
@@ -144,7 +162,7 @@ def test_what_cannot_be_removed_or_read_is_said(
     store.append(groups, drawn(groups))  # not after what could not be removed
     assert caplog.text.count("kept for this run only") == 1
     monkeypatch.setattr(Path, "open", refuse)
-    assert store.read(dict(enumerate(groups))) == {}
+    assert read(store, dict(enumerate(groups))) == {}
     assert "cannot be read" in caplog.text
 
 
@@ -156,7 +174,7 @@ def test_a_file_that_became_another_is_not_cut(
     store.path.unlink()
     ReferenceStore(store.path).append(groups[2:], drawn(groups)[2:])
     store.append(groups[1:2], drawn(groups)[1:2])
-    assert sorted(ReferenceStore(store.path).read(dict(enumerate(groups)))) == [1, 2]
+    assert sorted(read(ReferenceStore(store.path), dict(enumerate(groups)))) == [1, 2]
     assert "not whole" not in caplog.text
 
 
@@ -164,7 +182,7 @@ def test_float64_stays_float64(tmp_path: Path, groups: list[Group]) -> None:
     store = ReferenceStore(tmp_path / "wide.logps", torch.float64)
     values = [v.double() / 3 for v in drawn(groups)]
     store.append(groups, values)
-    assert all(torch.equal(store.read({0: g})[0], v) for g, v in zip(groups, values, strict=True))
+    assert all(torch.equal(read(store, {0: g})[0], v) for g, v in zip(groups, values, strict=True))
 
 
 def test_the_identity_is_of_what_decides_the_numbers(build: Callable[..., Policy]) -> None:
@@ -204,14 +222,14 @@ def test_the_hash_of_weights_is_of_names_shapes_and_bytes() -> None:
 def test_a_reference_that_is_not_this_models_is_thrown_away(
     build: Callable[..., Policy], groups: list[Group], caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy, numbered = build(), dict(enumerate(groups))
+    policy, keys = build(), [completion_keys(group) for group in groups]
     store = ReferenceStore.of(policy)
     values = reference_logps(policy, [groups], keep=store.append)
     with caplog.at_level(logging.INFO, "strop"):
-        found = stored_logps(policy, store, numbered)
-    assert all(torch.equal(found[i], values[i]) for i in numbered)
-    assert "3 of 3 groups were scored before" in caplog.text
+        found = stored_logps(policy, store, groups, keys)
+    assert all(torch.equal(torch.cat([found[k] for k in own]), v) for own, v in zip(keys, values, strict=True))
+    assert f"{len(found)} of {len(found)} completions were scored before" in caplog.text
     store.clear()
     store.append(groups, [v + 2e-4 for v in values])
-    assert stored_logps(policy, store, numbered) == {}
+    assert stored_logps(policy, store, groups, keys) == {}
     assert "not those of the model" in caplog.text and not store.path.exists()
