@@ -21,16 +21,17 @@ def predict(folder: Path, case: Case) -> dict[str, float | dict[str, float] | No
 
     from strop.config import resolve
     from strop.data.plan import packed_tokens
-    from strop.estimate import estimate, planned_precision
+    from strop.estimate import estimate, fitted, planned_precision
     from strop.machine import machine_of
-    from strop.prepared import prepare, with_budget
+    from strop.prepared import prepare
 
     with tempfile.TemporaryDirectory() as out:
         os.environ["STROP_CACHE"] = out
         config = resolve(strop_config(folder, case, Path(out)))
         machine = machine_of(torch.device("cpu"))
-        prepared = with_budget(prepare(config, config.models[0]), packed_tokens, machine.kind)
-        found = estimate(prepared, machine, planned_precision(config, machine), packed_tokens, timed=True)
+        precision = planned_precision(config, machine)
+        prepared = fitted(prepare(config, config.models[0]), machine, precision, packed_tokens)
+        found = estimate(prepared, machine, precision, packed_tokens, timed=True)
     return {
         "mib": found.peak / 2**20,
         "parts": {name: size / 2**20 for name, size in found.parts.items()},

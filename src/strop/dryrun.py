@@ -15,10 +15,10 @@ from strop.config.yamlfile import write_value
 from strop.data.show import show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
-from strop.estimate import planned_precision, planned_rows, prediction, with_checkpointing
+from strop.estimate import fitted, planned_precision, planned_rows, prediction
 from strop.machine import machine_of
 from strop.policy.outline import reason_for_plain_rows
-from strop.prepared import prepare, run_folder, select_models, with_budget
+from strop.prepared import prepare, run_folder, select_models
 from strop.rundir import refuse_in_the_way
 
 
@@ -43,8 +43,7 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     runs = []
     for model in models:
         tokens = planned_rows(model)
-        planned = with_checkpointing(prepare(config, model), machine, precision, tokens)
-        runs.append((with_budget(planned, tokens, device.type), tokens))
+        runs.append((fitted(prepare(config, model), machine, precision, tokens), tokens))
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0][0].config):
         say(line)

@@ -21,7 +21,7 @@ import torch
 
 from strop.config import ModelSection, RunConfig
 from strop.config.methods import MethodSettings
-from strop.data.plan import RowTokens, Sized, packed_tokens, padded_tokens
+from strop.data.plan import RowTokens, Sized, lengths, packed_tokens, padded_tokens
 from strop.engine.memory import ways_to_fit
 from strop.errors import ModelError
 from strop.machine import Machine
@@ -55,7 +55,9 @@ BESIDES = 1.15
 """What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging."""
 LEFT_OUT = (
     "reading the data, the reference's pass before the first step and the model of ref_model_id, evaluations, "
-    "checkpoints, what a GPU's allocator leaves unused, modules_to_save; of mixtures of experts all experts are counted"
+    "checkpoints, what a GPU's allocator leaves unused, modules_to_save, what layers that keep their own forward hold "
+    "more than fused ones do (norms and MLPs of other kinds, eager attention), and in TFLOP/s and in the time on a GPU "
+    "the products of a mixture's experts"
 )
 
 
@@ -136,27 +138,42 @@ def estimate(
     return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways)
 
 
-def with_checkpointing(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> Prepared:
-    """`gradient_checkpointing: auto` decided: the smallest share of layers with which the estimate fits."""
-    if prepared.config.training.gradient_checkpointing != "auto":
-        return prepared
-    key = "training.gradient_checkpointing"
-
-    def chosen(share: bool | float, why: str) -> Prepared:
-        return replace(prepared, config=prepared.config.with_values({key: share}, f"auto: {why}"))
-
+def fitted(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> Prepared:
+    """`micro_batch_tokens` and `gradient_checkpointing` settled, where the configuration leaves them open, so that the
+    estimate fits: by smaller micro-batches as far as groups allow, which costs the least, then by computing
+    activations again. Where nothing fits, the least that there is."""
+    start = with_budget(prepared, tokens, machine.kind)
+    assert start.config.training.micro_batch_tokens is not None
+    budgets = [start.config.training.micro_batch_tokens]
+    auto = start.config.training.gradient_checkpointing == "auto"
     if machine.memory is None:
-        return chosen(True, "the device's memory is not known")
-    settled = with_budget(prepared, tokens, machine.kind)
+        return _settled(start, budgets[0], False if auto else None, "the device's memory is not known")
     try:
-        shape, steps = shape_of(settled.config.lora, settled.model), _epoch(settled, tokens)
+        shape = shape_of(start.config.lora, start.model)
     except CannotBuildError:
-        return chosen(True, "there is no estimate of memory for this architecture")
-    for share in SHARES:
-        found = chosen(share, "by the estimate of memory")
-        if _fits(_peak(found, shape, steps, precision, machine), machine.memory):
+        return _settled(
+            start, budgets[0], False if auto else None, "there is no estimate of memory for this architecture"
+        )
+    if prepared.config.training.micro_batch_tokens is None:
+        longest = max(tokens([group]) for group in lengths(start.data.train))
+        while budgets[-1] > longest:
+            budgets.append(max(budgets[-1] // 2, longest))
+    shares = (SHARES if shape.recomputes else SHARES[:1]) if auto else (None,)
+    for budget, share in [*((budget, shares[0]) for budget in budgets), *((budgets[-1], s) for s in shares[1:])]:
+        found = _settled(start, budget, share, "by the estimate of memory")
+        if _fits(_peak(found, shape, _epoch(found, tokens), precision, machine), machine.memory):
             break
     return found
+
+
+def _settled(prepared: Prepared, budget: int, share: bool | float | None, why: str) -> Prepared:
+    """With this size of micro-batches and, where `auto` is to be decided, this share of checkpointed layers."""
+    config = prepared.config
+    if budget != config.training.micro_batch_tokens:
+        config = config.with_values({"training.micro_batch_tokens": budget}, "halved until the estimate of memory fits")
+    if share is not None:
+        config = config.with_values({"training.gradient_checkpointing": share}, f"auto: {why}")
+    return replace(prepared, config=config)
 
 
 def prediction(
@@ -237,13 +254,6 @@ def _epoch(prepared: Prepared, tokens: RowTokens) -> list[list[_Work]]:
     return [[_Work.of(part, tokens, prompts=prompts) for part in parts] for parts in steps]
 
 
-def _share(config: RunConfig) -> float:
-    """Of layers that are checkpointed, once that is decided."""
-    share = config.training.gradient_checkpointing
-    assert share != "auto"
-    return float(share)
-
-
 def _trained(shape: Shape) -> int:
     return shape.adapters or shape.matrix + shape.others
 
@@ -272,7 +282,7 @@ def _memory(
     c, wide = precision.compute.itemsize, precision.master.itemsize
     stream = c if shape.adapters else wide
     base, trained = shape.matrix + shape.others, _trained(shape)
-    share = _share(config)
+    share = config.training.recomputed
     kept = shape.layers - max(1, round(share * shape.layers)) if share else shape.layers
     layer = saved_per_token(shape, config, precision, device) * work.tokens
     if best_kernel(torch.device(device), precision.compute) == "flash" and not shape.capped:
@@ -335,7 +345,7 @@ def _body_flops(shape: Shape, work: _Work) -> float:
 
 def _recomputed(shape: Shape, config: RunConfig) -> float:
     """What checkpointing makes of the layers' work."""
-    return 1 + _share(config) / (2 if shape.adapters else 3)
+    return 1 + config.training.recomputed / (2 if shape.adapters else 3)
 
 
 def _timed(

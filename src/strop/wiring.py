@@ -6,6 +6,7 @@ config -> device, run folder -> tokenizer, groups, plan -> policy -> reference l
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from strop.engine.recipe import check_finished, check_recipe
 from strop.engine.rows import Rows
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
-from strop.estimate import planned_rows, prediction, with_checkpointing
+from strop.estimate import fitted, planned_rows, prediction
 from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
@@ -86,25 +87,30 @@ def train(
             fix="choose the model of this checkpoint with --model-index",
         )
     results: list[RunResult] = []
+    _for_each(models, config, lambda m: results.append(_train_model(config, m, resume, overwrite, allow_changes)))
+    return results
+
+
+def _for_each(models: Sequence[ModelSection], config: RunConfig, work: Callable[[ModelSection], None]) -> None:
+    """All of them, also after one that fails."""
     failures: list[tuple[str, StropError]] = []
     for model in models:
         try:
             with explaining_memory(config, model.name or model.huggingface_id):
-                results.append(_train_model(config, model, resume, overwrite, allow_changes))
+                work(model)
         except StropError as error:
-            if len(config.models) == 1 or model_index is not None:
+            if len(models) == 1:
                 raise
             log.error("%s failed: %s", model.name, error)
             failures.append((model.name, error))
     if failures:
         raise TrainingError(
-            f"{len(failures)} of {len(config.models)} models failed: "
+            f"{len(failures)} of {len(models)} models failed: "
             + "; ".join(
                 f"{name}: {error.where + ': ' if error.where else ''}{error.found}" for name, error in failures
             ),
             fix="the messages above say what to do for each",
         )
-    return results
 
 
 def fill_references(config: RunConfig, *, model_index: int | None = None) -> None:
@@ -121,16 +127,19 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
             where=f"post_training.method: {config.post_training.method}",
             expected="a method with a reference that stays as it is, and training.reference_store: true",
         )
-    for model in select_models(config, model_index):
-        device = _device(config)
-        prepared = prepare(_with_precision(config, device), model)
-        nothing_kept = {"training.gradient_checkpointing": False}  # scoring has no backward pass
-        prepared = replace(prepared, config=prepared.config.with_values(nothing_kept, "strop reference"))
-        policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
-        tokens = packed_tokens if policy.share_prefix else padded_tokens
-        with Progress(quiet=config.logging.log_level in ("warning", "error")) as progress:
-            _with_references(with_budget(prepared, tokens, device.type), policy, tokens, progress, None)
-        log.info("%s: the reference's log-probs are in the store", model.name)
+    _for_each(select_models(config, model_index), config, lambda model: _fill_reference(config, model))
+
+
+def _fill_reference(config: RunConfig, model: ModelSection) -> None:
+    device = _device(config)
+    prepared = prepare(_with_precision(config, device), model)
+    nothing_kept = {"training.gradient_checkpointing": False}  # scoring has no backward pass
+    prepared = replace(prepared, config=prepared.config.with_values(nothing_kept, "strop reference"))
+    policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
+    tokens = packed_tokens if policy.share_prefix else padded_tokens
+    with Progress(quiet=config.logging.log_level in ("warning", "error")) as progress:
+        _with_references(with_budget(prepared, tokens, device.type), policy, tokens, progress, None)
+    log.info("%s: the reference's log-probs are in the store", model.name)
 
 
 def _train_model(
@@ -161,17 +170,24 @@ def _train_model(
         if prepared.data.chat_template is not None:
             prepared.tokenizer.chat_template = prepared.data.chat_template  # goes into final/, for whoever generates
         machine, precision = machine_of(device), resolve_precision(prepared.config.training, device)
-        prepared = with_checkpointing(prepared, machine, precision, planned_rows(model))
-        policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
+        tokens = planned_rows(model)
+        settled = fitted(prepared, machine, precision, tokens)
+        for line in prediction(settled, machine, precision, tokens):  # before anything large is loaded
+            log.info("%s: %s", model.name, line)
+        policy = build_policy(settled.config, model, device, tokenizer=prepared.tokenizer)
         for line in policy.describe():
             log.info("%s: %s", model.name, line)
-        tokens = packed_tokens if policy.share_prefix else padded_tokens
-        prepared = with_budget(prepared, tokens, device.type)
+        if not policy.share_prefix and tokens is packed_tokens:  # the probe refused what the configuration promised
+            share = {"training.gradient_checkpointing": settled.config.training.gradient_checkpointing}
+            tokens, decided = padded_tokens, prepared.config.with_values(share, "by the estimate of memory")
+            settled = fitted(replace(prepared, config=decided), machine, precision, tokens)
+            for line in prediction(settled, machine, precision, tokens):
+                log.info("%s: %s", model.name, line)
         if saved:
-            check_recipe(saved, prepared.config, prepared.data.report.fingerprint, allow_changes)
-        for line in (*prepared.describe(tokens), *prediction(prepared, machine, precision, tokens)):
+            check_recipe(saved, settled.config, prepared.data.report.fingerprint, allow_changes)
+        for line in settled.describe(tokens):
             log.info("%s: %s", model.name, line)
-        return _run(prepared, policy, tokens, run, progress, saved)
+        return _run(settled, policy, tokens, run, progress, saved)
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,21 @@ def config(runs: Any, own_store: Path, tmp_path: Path, watched: pytest.MonkeyPat
     return path
 
 
-def test_it_is_filled_ahead(runs: Any, config: Path, forwards: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_filled_ahead_and_elsewhere(
+    runs: Any,
+    config: Path,
+    own_store: Path,
+    forwards: list[Any],
+    tmp_path: Path,
+    watched: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["reference", "--config", str(config), "--model-index", "0"]) == 0
     assert groups_scored(forwards) == 16
     assert "log-probs are in the store" in capsys.readouterr().err
     forwards.clear()
+    shutil.move(own_store.parent, tmp_path / "elsewhere")
+    watched.setenv("STROP_CACHE", str(tmp_path / "elsewhere"))
     run = runs(reference_store=True)
     assert groups_scored(forwards) == 4 + 4  # a few of the training and of the validation rows, to be sure
     assert run.series("loss")[0] == pytest.approx(0.6931472, abs=1e-5)
@@ -124,3 +135,15 @@ def test_nothing_to_fill_is_an_error(keys: list[str], config: Path, capsys: pyte
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reference", "--help"]) == 0
     assert "strop reference --config FILE" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_is_explained(
+    config: Path, watched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    watched.setattr(policy.Policy, "forward", no_room)
+    assert cli.main(["reference", "--config", str(config)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "memory ran out: CUDA out of memory" in said and "max_seq_length" in said and "Traceback" not in said

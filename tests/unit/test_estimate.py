@@ -22,11 +22,11 @@ from strop.estimate import (
     _memory,
     _Work,
     estimate,
+    fitted,
     planned_precision,
     planned_rows,
     prediction,
     saved_per_token,
-    with_checkpointing,
 )
 from strop.machine import Machine, machine_of
 from strop.policy.outline import CannotBuildError, shape_of
@@ -107,18 +107,51 @@ def test_it_grows_and_shrinks_as_it_should(prepared: Callable[..., Prepared]) ->
 
 def test_auto_takes_the_smallest_share_that_fits(prepared: Callable[..., Prepared]) -> None:
     key = "training.gradient_checkpointing"
-    without, whole = (guess(prepared(gradient_checkpointing=share)).peak / 0.9 for share in (False, True))
+    without, whole = (
+        guess(prepared(gradient_checkpointing=share, per_device_train_batch_size=1)).peak / 0.9
+        for share in (False, True)
+    )
     for memory, share in ((without + 1, 0), (whole + 1, 2), (1, 2)):
         machine = Machine("cpu", int(memory), None)
-        asked = prepared(gradient_checkpointing="auto")
-        found = with_checkpointing(asked, machine, planned_precision(asked.config, machine), packed_tokens)
+        asked = prepared(gradient_checkpointing="auto", per_device_train_batch_size=1)
+        found = fitted(asked, machine, planned_precision(asked.config, machine), packed_tokens)
         chosen = found.config.training.gradient_checkpointing
         assert (max(1, round(2 * chosen)) if chosen else 0) == share  # of two layers
         assert found.config.origins[key].startswith("auto: ")
     unknown = Machine("cuda", None, None)
-    found = with_checkpointing(asked, unknown, planned_precision(asked.config, unknown), packed_tokens)
-    assert found.config.training.gradient_checkpointing is True
+    found = fitted(asked, unknown, planned_precision(asked.config, unknown), packed_tokens)
+    assert found.config.training.gradient_checkpointing is False
     assert "not known" in found.config.origins[key]
+
+
+def settle(asked: Prepared, memory: float) -> tuple[int, bool | float]:
+    machine = Machine("cpu", int(memory), None)
+    found = fitted(asked, machine, planned_precision(asked.config, machine), packed_tokens).config.training
+    assert found.micro_batch_tokens is not None and found.gradient_checkpointing != "auto"
+    return found.micro_batch_tokens, found.gradient_checkpointing
+
+
+def test_micro_batches_are_halved_before_anything_is_computed_again(prepared: Callable[..., Prepared]) -> None:
+    asked = prepared(per_device_train_batch_size=8)
+    longest = max(group.num_tokens for group in asked.data.train)
+    whole = guess(asked)
+    assert settle(asked, whole.peak / 0.9 + 1) == (8 * longest, False)
+    half = guess(prepared(micro_batch_tokens=4 * longest))
+    assert settle(asked, half.peak / 0.9 + 1) == (4 * longest, False)
+    alone = guess(prepared(micro_batch_tokens=longest))
+    assert settle(asked, alone.peak / 0.9 + 1) == (longest, False)
+    assert settle(asked, alone.peak / 0.9 - 2**10)[0] == longest and settle(asked, alone.peak / 0.9 - 2**10)[1]
+    assert settle(asked, 1) == (longest, True)
+    # what is configured stays
+    assert settle(prepared(micro_batch_tokens=999), 1) == (999, True)
+    assert settle(prepared(gradient_checkpointing=0.5), 1) == (longest, 0.5)
+
+
+def test_layers_that_cannot_be_computed_again_are_not_asked_to(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strop.policy.outline.layers_that_can", lambda module: [])
+    assert settle(prepared(), 1)[1] is False
 
 
 def test_what_does_not_fit_is_said_with_ways(prepared: Callable[..., Prepared]) -> None:
@@ -228,8 +261,8 @@ def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     lines = prediction(found, CPU, planned_precision(found.config, CPU), packed_tokens)
     assert lines == ["no prediction of memory and time: its code needs a file"]
     asked = prepared(gradient_checkpointing="auto")
-    auto = with_checkpointing(asked, CPU, planned_precision(found.config, CPU), packed_tokens)
-    assert auto.config.training.gradient_checkpointing is True
+    auto = fitted(asked, CPU, planned_precision(found.config, CPU), packed_tokens)
+    assert auto.config.training.gradient_checkpointing is False
 
 
 def test_the_dry_run_shows_it(prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,8 +203,7 @@ class TrainingSection(Section):
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many optimizer steps; wins over num_epochs; null: by num_epochs."""
     per_device_train_batch_size: int = Field(default=2, gt=0)
-    """Groups (rows) a device takes at once: so many times the longest one are the tokens of a micro-batch at most.
-    Lowering it lowers memory."""
+    """Groups (rows) a device takes at once: so many times the longest one are the tokens of a micro-batch at most."""
     per_device_eval_batch_size: int = Field(default=2, gt=0)
     """The same in evaluations."""
     gradient_accumulation_steps: int = Field(default=8, gt=0)
@@ -217,8 +216,8 @@ class TrainingSection(Section):
     resume keeps it."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
     """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group (under packing,
-    x max_seq_length), on a CPU at most 2048 or the longest group. Changes memory and speed; the result only through the
-    masks of lora_dropout."""
+    x max_seq_length), on a CPU at most 2048 or the longest group, and halved until the estimate of memory fits the
+    device. Changes memory and speed; the result only through the masks of lora_dropout."""
     learning_rate: float | None = Field(
         default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )
@@ -262,10 +261,10 @@ class TrainingSection(Section):
     torch_compile: bool = False
     """Compile what norms and MLPs do element by element, in a run's first seconds; on a CPU no gain was measured."""
     gradient_checkpointing: bool | float | Literal["auto"] = Field(
-        default=False, json_schema_extra={"x-type": "true, false, auto, or a number above 0 and below 1"}
+        default="auto", json_schema_extra={"x-type": "true, false, auto, or a number above 0 and below 1"}
     )
     """Recompute activations in the backward pass: true, false, the share of layers in (0, 1), or auto: the smallest
-    share with which the estimate of memory fits the device."""
+    share with which the estimate of memory fits the device, false where there is no estimate."""
     reference_store: bool = True
     """Keep reference log-probs in the cache folder, where other runs with the same model and rows find them."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
@@ -278,6 +277,12 @@ class TrainingSection(Section):
     """A NaN or infinity in loss or gradient: stop before the update, or skip it, counted, at most 10 in a row."""
     mount_dir: str | None = None
     """The final model and the logs are also copied to {mount_dir}/{model name}/ when the run ends."""
+
+    @property
+    def recomputed(self) -> float:
+        """The share of layers that compute their activations again; 0 while auto has not been decided."""
+        share = self.gradient_checkpointing
+        return 0.0 if share == "auto" else float(share)
 
     def problems(self) -> Iterator[Problem]:
         if self.bf16 and self.fp16:

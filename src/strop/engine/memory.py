@@ -32,10 +32,9 @@ def explaining_memory(config: RunConfig, where: str) -> Iterator[None]:
 
 
 def ways_to_fit(config: RunConfig) -> Iterator[str]:
-    """Settings that lower the peak, from those that change no result to those that do."""
+    """Settings that lower the peak where micro-batches are as small as they get, from those that change no result to
+    those that do."""
     training = config.training
-    if training.per_device_train_batch_size > 1:
-        yield "lower training.per_device_train_batch_size and raise gradient_accumulation_steps by the same factor"
     if getattr(config.post_training, "ref_sync_steps", None):
         yield "remove post_training.ref_sync_steps, which keeps a second model"
     if training.gradient_checkpointing is not True:

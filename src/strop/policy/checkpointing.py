@@ -11,7 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from strop.errors import ModelError
 
 
-def checkpoint_layers(module: nn.Module, share: bool | float, *, random: bool, where: str) -> int:
+def layers_that_can(module: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers of a model that can be checkpointed, in order."""
+    return [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def checkpoint_layers(module: nn.Module, share: float, *, random: bool, where: str) -> int:
     """Switch checkpointing on for a share of the layers, evenly spread, and off for the rest; how many.
 
     The layers must stay in train mode: transformers checkpoints nothing in eval mode. `random`: a layer draws random
@@ -20,14 +25,14 @@ def checkpoint_layers(module: nn.Module, share: bool | float, *, random: bool, w
     Raises:
         ModelError: the model has no layers that can be checkpointed.
     """
-    layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = layers_that_can(module)
     if share and not layers:
         raise ModelError(
             "training.gradient_checkpointing: this model has no layers that transformers can checkpoint",
             where=where,
             fix="set it to false",
         )
-    wanted = max(1, round(float(share) * len(layers))) if share else 0
+    wanted = max(1, round(share * len(layers))) if share else 0
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
     for i, layer in enumerate(layers):
         # every layer at which the rounded-down count of layers so far steps up: exactly `wanted`, evenly spread

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError
 from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
+from strop.policy.checkpointing import layers_that_can
 from strop.policy.folder import first_line, place_of
 from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
 from strop.policy.sharing import reason_against
@@ -94,7 +95,7 @@ def _building(model: ModelSection) -> Iterator[None]:
 class Shape:
     """A model in numbers: width D, feed-forward width I, attention widths (queries A, keys and values K), heads of
     queries, layers, vocabulary; matrix: weights of all linear layers but the head; others: all further weights, tied
-    ones once. capped: attention caps its scores."""
+    ones once. capped: attention caps its scores. recomputes: its layers can compute their activations again."""
 
     width: int
     inner: int
@@ -106,6 +107,7 @@ class Shape:
     matrix: int
     others: int
     capped: bool = False
+    recomputes: bool = True
     adapters: int = 0
     adapted: float = 0.0
     distinct: float = 0.0
@@ -154,6 +156,7 @@ def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
         matrix=matrix,
         others=sum(p.numel() for p in module.parameters()) - matrix,
         capped=getattr(text, "attn_logit_softcapping", None) is not None,
+        recomputes=bool(layers_that_can(module)),
     )
 
 

@@ -276,9 +276,7 @@ def build_policy(
     elif adapted:
         module = add_adapters(loaded.module, config.lora, model, seed=config.seed, master=precision.master)
     random = adapted and config.lora.lora_dropout > 0
-    share = training.gradient_checkpointing
-    assert share != "auto", "to be decided by the estimate before"
-    checkpoint_layers(module, share, random=random, where=where)
+    checkpoint_layers(module, training.recomputed, random=random, where=where)
     kernels = elementwise_of(training, device)
     return assemble(module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits, kernels=kernels)
 
