@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from strop.batch import pack, pad
 from strop.config.sections import ModelSection
+from strop.policy import policy as policy_module
 from strop.policy import sharing
 from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy, assemble
@@ -193,17 +194,20 @@ def test_layouts_agree_in_the_dtypes_of_training(dtype: torch.dtype, monkeypatch
     monkeypatch.undo()
     policy = make_policy("llama", monkeypatch, torch.float32)
     policy.precision, policy.head_dtype = Precision(dtype), dtype
+    monkeypatch.setattr(policy_module, "fuse", lambda *_: None)
+    naive = make_policy("llama", monkeypatch, torch.float32)  # every layer with the forward that transformers gives it
+    naive.precision, naive.head_dtype = Precision(dtype), dtype
     errors = []
-    for layout in (pack, pad):
-        logps, gradients = run(policy, [layout(GROUPS)])
+    for found, layout in ((policy, pack), (policy, pad), (naive, pad)):
+        logps, gradients = run(found, [layout(GROUPS)])
         want = torch.cat([g.flatten() for g in exact[1].values()])
         got = torch.cat([g.flatten() for g in gradients.values()])
         errors.append(((logps - exact[0]).abs().max(), (got - want).norm() / want.norm()))
-    shared, plain = errors
     floor = 100 * torch.finfo(torch.float32).eps
-    # sharing rounds no worse than plain rows do
-    assert shared[0] <= 2 * plain[0] + floor
-    assert shared[1] <= 2 * plain[1] + floor
+    shared, plain, unfused = errors
+    for of_logps, of_gradients in (shared, plain):  # neither sharing nor fused layers round worse
+        assert of_logps <= 2 * unfused[0] + floor
+        assert of_gradients <= 2 * unfused[1] + floor
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,18 @@ def test_memory_that_runs_out_elsewhere_is_explained(
     monkeypatch.setattr(optim.torch.optim.AdamW, "step", no_room)
     with pytest.raises(TrainingError, match=r"run: memory ran out: .*can't allocate memory"):
         train(tmp_path / "run", model_dir)
+
+
+def test_the_prediction_is_said_before_anything_is_loaded(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise RuntimeError(CPU_ERROR)
+
+    monkeypatch.setattr("strop.wiring.build_policy", no_room)
+    with caplog.at_level(logging.INFO, "strop"), pytest.raises(TrainingError, match="memory ran out"):
+        train(tmp_path / "run", model_dir)
+    assert "predicted peak memory" in caplog.text
 
 
 @pytest.mark.parametrize(("method", "most"), [("dpo", 60), ("kto", 35)])

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from strop.policy import policy as policy_module
 from strop.policy.casts import Casts
+from strop.policy.dropout import draw_left_out, zero_
 from strop.policy.elementwise import compiled
 from strop.policy.fused import FusedLinear, FusedMlp, FusedNorm, SharedInput, fuse
 from strop.policy.policy import Policy
@@ -171,6 +172,44 @@ def test_dropout_acts_on_the_adapters_input() -> None:
         return out
 
     assert torch.autograd.gradcheck(seeded, torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True))
+
+
+class Fixed(nn.Module):
+    """Dropout with a given mask."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.kept.to(x.dtype)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_rounds_no_worse_than_plain(p: float, dtype: torch.dtype) -> None:
+    plain, fused = pair(dtype, {"lora_dropout": p})
+    draw = torch.Generator().manual_seed(1)
+    x, slopes = (torch.randn(40, WIDTH, generator=draw).to(dtype) for _ in range(2))
+    torch.manual_seed(2)
+    kept = zero_(torch.ones(x.shape), draw_left_out(x, p)) / (1 - p)
+    assert 0 < int((kept == 0).sum()) < kept.numel()
+    own = plain.base_model.model.out
+    own.lora_dropout["default"] = Fixed(kept)
+    exact = copy.deepcopy(own).double()
+    exact.lora_dropout["default"] = Fixed(kept.double())
+    results = []
+    for layer, wide in ((fused.base_model.model.out, False), (own, False), (exact, True)):
+        given = (x.double() if wide else x.clone()).requires_grad_()
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and not wide):
+            out = layer(given)
+        out.backward(slopes.to(out.dtype))
+        weights = {n: w.grad for n, w in layer.named_parameters() if w.grad is not None}
+        results.append({"output": out.detach(), "input": given.grad, **weights})
+    for name, truth in results[2].items():
+        error, allowed = ((found[name].double() - truth).norm() for found in results[:2])
+        assert error <= 1.5 * allowed + 1e-7 * truth.norm(), name
 
 
 def test_stands_aside_where_adapters_are_off_or_merged() -> None:

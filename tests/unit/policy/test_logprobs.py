@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from strop.policy import logprobs
 from strop.policy.logprobs import LogitTransform, naive_token_logps, token_logps
@@ -112,29 +113,41 @@ def test_room_for_slopes_changes_rounding_alone(
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [True, False])
-def test_bfloat16_is_no_worse_than_the_naive_head(trained: bool) -> None:
-    """float32 is the truth; the chunked head may be as far from it as the naive one in bfloat16."""
-    errors = []
-    exact = make_head(torch.float32, spread=3.0)
+def test_rounds_no_worse_than_the_naive_head(compute: torch.dtype, trained: bool) -> None:
+    """float64 is the truth; the chunked head may be as far from it as the naive one in the same dtype."""
+    results = []
     coefficients = torch.randn(M, generator=torch.Generator().manual_seed(1))
-    for head in (token_logps, naive_token_logps, None):
-        hidden, weight, bias, targets = make_head(torch.float32, spread=3.0)
+    for dtype in (torch.float32, compute, torch.float64):
+        given = [t.to(torch.float32) for t in make_head(spread=3.0)[:3]]
+        hidden, weight, bias, targets = (*given, make_head()[3])
         leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
-        if head is token_logps:
-            logps = token_logps(hidden, weight, bias, targets, compute=torch.bfloat16, chunk_tokens=4)
+        if not results:
+            logps = token_logps(hidden, weight, bias, targets, compute=compute, chunk_tokens=4)
             assert logps.dtype == torch.float32
-        elif head is naive_token_logps:
-            logps = naive_token_logps(hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), targets)
         else:
-            logps = naive_token_logps(hidden, weight, bias, targets)
-        (logps @ coefficients).backward()
-        errors.append([logps.detach(), *(x.grad for x in leaves if x.requires_grad)])
-    ours, naive, truth = errors
-    assert exact[0].dtype == torch.float32
-    for a, b, c in zip(ours, naive, truth, strict=True):
-        assert a.dtype == torch.float32
-        assert (a - c).norm() <= 1.2 * (b - c).norm() + 1e-5
+            logps = naive_token_logps(hidden.to(dtype), weight.to(dtype), bias.to(dtype), targets)
+        (logps @ coefficients.to(logps.dtype)).backward()
+        results.append([logps.detach().double(), *(x.grad.double() for x in leaves if x.requires_grad)])
+    for ours, naive, truth in zip(*results, strict=True):
+        assert (ours - truth).norm() <= 1.2 * (naive - truth).norm() + 3e-7 * truth.norm()
+
+
+def test_a_frozen_heads_backward_pass_makes_no_product() -> None:
+    """Its gradient lies ready from the forward pass."""
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    made: list[str] = []
+    hidden, weight, bias, targets = make_head()
+    logps = token_logps(hidden.requires_grad_(), weight, bias, targets, chunk_tokens=5)
+    with Products():
+        logps.sum().backward()
+    assert made and not any(name in operation for operation in made for name in ("mm", "linear", "matmul"))
 
 
 def test_large_logits_stay_finite() -> None:
