@@ -62,7 +62,8 @@ GROUP = (300, 8, 200)
 
 SIDES = {
     "strop": "strop",
-    "plain": "strop, prompts repeated before every completion, rows padded",
+    "alone": "strop, prompts repeated before every completion, nothing padded, the same layers and kernels",
+    "plain": "strop's plain rows: prompts repeated before every completion, rows padded, attention by SDPA",
     "D": "TRL default: gradient checkpointing, reference in every step",
     "B": "TRL, best shipped flags: no checkpointing, reference ahead, rows bucketed by length",
     "G": "B, and the head at completion tokens only, as TRL has it on CUDA",
@@ -131,7 +132,11 @@ class Case:
         if not self.bf16:
             return self
         name = self.name.replace("bf16", "fp32") if "bf16" in self.name else f"{self.name}-fp32"
-        kept = tuple(t for t in self.targets if self.is_real or t.against in ("B", "plain") or t.figure == "peak")
+        kept = tuple(
+            t
+            for t in self.targets
+            if (self.is_real and t.figure != "share") or t.against in ("B", "alone", "plain") or t.figure == "peak"
+        )
         return CASES.get(name) or replace(self, name=name, bf16=False, targets=kept)
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,6 +154,7 @@ def _faster(against_g: float, share: float | None = None) -> tuple[Target, ...]:
     return speed if share is None else (*speed, Target("share", "strop", share))
 
 
+_SHARE = Target("share", "strop", 0.60)
 _REAL = _faster(3.0)
 _MEMORY = (Target("peak", "G", 2.5),)
 
@@ -161,7 +167,7 @@ CASES = {
         Case("dpo-lora-fp32-smol-uf", "smol", "uf", bf16=False, steps=4, targets=_faster(2.1, 0.75)),
         Case("dpo-lora-bf16-tiny-uf", "tiny", "uf", steps=9, targets=_faster(3.5)),
         Case("dpo-lora-fp32-tiny-hh", "tiny", "hh", bf16=False, steps=13, targets=_faster(3.0)),
-        Case("dpo-lora-bf16-qwen05-uf", "qwen05", "uf", batch=2, steps=3),
+        Case("dpo-lora-bf16-qwen05-uf", "qwen05", "uf", batch=2, steps=3, targets=(Target("seconds", "B", 4.0),)),
         *(
             Case(
                 f"sft-{'lora' if lora else 'full'}-bf16-smol-uf",
@@ -171,7 +177,7 @@ CASES = {
                 lora=lora,
                 batch=8,
                 sides=("strop", "D", "B", "G", "P"),
-                targets=(Target("seconds", "P", 4.0), Target("seconds", "B", 4.0)),
+                targets=(Target("seconds", "P", 4.0), Target("seconds", "B", 4.0), _SHARE),
             )
             for lora in (True, False)
         ),
@@ -182,11 +188,11 @@ CASES = {
             method="group",
             batch=1,
             steps=6,
-            sides=("strop", "plain"),
-            targets=(Target("seconds", "plain", 2.5),),
+            sides=("strop", "alone", "plain"),
+            targets=(Target("seconds", "alone", 2.5), Target("seconds", "plain", 2.5)),
         ),
-        Case("real-hh_helpful-smol", "smol", "hh_helpful", steps=6, targets=_REAL),
-        Case("real-pref_mix-smol", "smol", "pref_mix", targets=_REAL),
+        Case("real-hh_helpful-smol", "smol", "hh_helpful", steps=6, targets=(*_REAL, _SHARE)),
+        Case("real-pref_mix-smol", "smol", "pref_mix", targets=(*_REAL, _SHARE)),
         Case(
             "real-instruct_sft-tiny",
             "tiny",

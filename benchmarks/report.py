@@ -36,7 +36,8 @@ layers of width 256 and a vocabulary of 32,000, `smol` SmolLM2-135M's shape. Row
 250 of answers in the mean, `long` 1,000, 150 and 150, `hh` 150, 75 and 70; `real-` real rows under a real tokenizer,
 which makes the vocabulary 131,072; `group8` a prompt of 300 and eight completions of 200; `whole-process` eight steps
 of one pair, from start to end; `peak-` all of a step in one micro-batch, under the vocabulary that is named. LoRA is of
-rank 16 on all linear layers of the body.
+rank 16 on all linear layers of the body. Under `peak-` the head is frozen. One that trains takes, by the vocabulary's
+size, its weights, gradient and optimizer state, and slopes of twice its gradient's size at most.
 """
 
 
@@ -86,6 +87,8 @@ def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
     for result in results:
         yield from figures(result)
     yield from predictions(results)
+    if gaps := [gap for name in wanted if (gap := gap_of(CASES[name], measured.get(name)))]:
+        yield "\nNot measured here: " + "; ".join(gaps) + "."
     yield "\nSharing factors: " + ", ".join(f"{r['case']['name']} {r['sharing_factor']:.2f}" for r in results) + "."
 
 
@@ -99,6 +102,14 @@ def targets(name: str, result: Result | None) -> Iterator[str]:
             found, met = f"{reached:.2f}", "yes" if reached >= target.ratio else "no"
         against = "-" if target.figure == "share" else target.against
         yield f"| {name} | {target.figure} | {against} | {found} | {target.ratio:.2f} | {met} |"
+
+
+def gap_of(case: Case, result: Result | None) -> str:
+    """What is missing of a case; empty: nothing."""
+    if result is None:
+        return case.name
+    missing = [side for side in case.sides if side not in result["case"]["sides"]]
+    return f"{case.name} against {', '.join(missing)}" if missing else ""
 
 
 def figures(result: Result) -> Iterator[str]:
@@ -157,7 +168,8 @@ def describe(result: Result) -> str:
     machine = dict(result["machine"])
     place = f"{machine.pop('processor')}, {machine.pop('cores')} cores, {result['threads']} threads"
     date = machine.pop("date")
-    return f"- {date}: {place}; " + ", ".join(f"{name} {number}" for name, number in machine.items())
+    packages = ", ".join(f"{name} {number}" for name, number in machine.items())
+    return f"- {date}: {place}; {packages}; commit {result.get('commit') or 'not noted'}"
 
 
 def plot(results: Sequence[Result]) -> str:
@@ -170,7 +182,15 @@ def plot(results: Sequence[Result]) -> str:
                 (case.name, s, ratio(result, Target("seconds", s, 0.0)))
                 for s in ("strop", *(s for s in case.sides if s != "strop"))
             ]
-    colours = {"strop": "#1b7f5c", "plain": "#7fb8a4", "D": "#b3b9c4", "B": "#8a93a6", "G": "#5b6477", "P": "#3d4455"}
+    colours = {
+        "strop": "#1b7f5c",
+        "alone": "#4f9c80",
+        "plain": "#7fb8a4",
+        "D": "#b3b9c4",
+        "B": "#8a93a6",
+        "G": "#5b6477",
+        "P": "#3d4455",
+    }
     left, width, step, top = 210, 470, 16, 34
     scale = width / max((b[2] for b in bars), default=1.0)
     body, y, last = [], top, ""

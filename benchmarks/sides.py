@@ -138,16 +138,19 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
     return measured
 
 
-def group_side(folder: Path, case: Case, out: Path, *, plain: bool) -> Measured:
+def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
     """Forward and backward of one group a step by the policy itself, prompts shared or repeated."""
     from array import array
+    from dataclasses import replace
 
     import numpy as np
     import torch
 
+    from strop.data.plan import CPU_TOKENS, cut, packed_tokens
     from strop.policy.policy import build_policy
     from strop.types import Completion, Group, Origin
 
+    plain = side == "plain"
     config = strop_config(folder, case, out, plain=plain)
     policy = build_policy(config, config.models[0], torch.device("cpu"))
     assert policy.share_prefix is not plain
@@ -165,15 +168,22 @@ def group_side(folder: Path, case: Case, out: Path, *, plain: bool) -> Measured:
     groups = [[group() for _ in range(case.batch)] for _ in range(case.steps)]
     measured.begin()
     for part in groups:
-        batch = policy.collate(part)
-        logps = policy(batch)
-        logps.mean().neg().backward()
+        micro_batches, scored, loss = [part], sum(g.num_scored for g in part), 0.0
+        if side == "alone":
+            single = [replace(g, completions=(c,)) for g in part for c in g.completions]
+            cuts = cut(single, range(len(single)), CPU_TOKENS, packed_tokens)
+            micro_batches = [[single[i] for i in one] for one in cuts]
+        for micro_batch in micro_batches:
+            batch = policy.collate(micro_batch)
+            share = policy(batch).sum().neg() / scored
+            share.backward()
+            loss += float(share.detach())
+            measured.fed_tokens += batch.input_ids.numel()
         policy.zero_grad(set_to_none=True)
         measured.mark()
-        measured.losses.append(-float(logps.detach().mean()))
-        measured.scored_tokens += len(logps)
-        measured.fed_tokens += batch.input_ids.numel()
-        measured.real_tokens += sum(g.num_tokens if not plain else n * (prompt + length - 1) for g in part)
+        measured.losses.append(loss)
+        measured.scored_tokens += scored
+        measured.real_tokens += sum(g.num_tokens if side == "strop" else n * (prompt + length - 1) for g in part)
     measured.head_rows = measured.scored_tokens
     return measured
 
@@ -315,7 +325,7 @@ def run_side(folder: Path, case: Case, side: str) -> Measured:
         # nothing that an earlier round left is found: tokens, reference log-probs
         os.environ |= {"STROP_CACHE": str(out / "cache"), "HF_DATASETS_CACHE": str(out / "datasets")}
         if case.method == "group":
-            measured = group_side(folder, case, out, plain=side == "plain")
+            measured = group_side(folder, case, out, side)
         elif side == "strop":
             measured = strop_side(folder, case, out)
         else:
