@@ -242,11 +242,13 @@ METHODS: list[dict[str, Any]] = [
     {"post_training.method": "sft"},
     {"post_training.method": "dpo"},
     {"post_training.method": "dpo", "post_training.loss_type": "kto_pair"},
+    {"post_training.method": "dpo", "post_training.wpo_weighting": True},
+    {"post_training.method": "kto"},
     {"post_training.method": "orpo"},
 ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(m.values()))
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m.values())))
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_is_that_of_the_cpu(
     method: dict[str, Any], lora: bool, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -287,6 +289,25 @@ def test_every_setting_that_meets_the_device_trains(keys: dict[str, Any], train:
     assert losses[0] == pytest.approx(0.6931, abs=2e-3)  # the policy is its reference, as it was scored on this device
     assert losses[-1] < losses[0] and all(torch.isfinite(w).all() for w in weights.values())
     assert all(0 < r["peak_memory_gib"] < 4 for r in records)
+
+
+def test_another_model_is_the_reference(train: Callable[..., Any], model_dir: Path) -> None:
+    """By the same weights, so that the run starts as it does without."""
+    records, _, _ = train(**{"post_training.ref_model_id": str(model_dir), "training.bf16": True})
+    assert records[0]["loss"] == pytest.approx(0.6931, abs=2e-3)
+
+
+def test_a_second_run_reads_what_was_scored(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    keys = {"training.reference_store": True, "training.bf16": True}
+    with caplog.at_level("INFO", "strop"):
+        first, _, _ = train(**keys)
+        assert "were scored before" not in caplog.text
+        again, _, _ = train(**keys)
+    assert "were scored before" in caplog.text and "not those of the model" not in caplog.text
+    assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in first], rel=2e-2)
 
 
 def test_a_resume_goes_on(train: Callable[..., Any]) -> None:

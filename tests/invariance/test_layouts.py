@@ -137,16 +137,16 @@ def oracle(policy: Policy, attention: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def run(policy: Policy, batches: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs of several micro-batches, and the gradients of one function of them all."""
+    """Log-probs of several micro-batches, and the gradients of one function of them all; both on the CPU."""
     policy.zero_grad()
     weights = coefficients(sum(len(b.targets) for b in batches))
     parts = []
     for batch in batches:
-        logps = policy(batch)
+        logps = policy(batch.to(policy.device)).cpu()
         (logps * weights[: len(logps)]).sum().backward()
         weights = weights[len(logps) :]
         parts.append(logps.detach())
-    gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.cpu().clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     return torch.cat(parts), gradients
 
 
@@ -189,14 +189,26 @@ def test_kernels_and_cuts_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts_agree_in_the_dtypes_of_training(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = run(make_policy("llama", monkeypatch), [pack(GROUPS)])
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [
+        ("llama", "cpu"),
+        ("mistral", "cpu"),
+        *(pytest.param(kind, "cuda", marks=pytest.mark.gpu) for kind in ("llama", "mistral", "gemma2")),
+    ],
+)
+def test_layouts_agree_in_the_dtypes_of_training(
+    kind: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    exact = run(make_policy(kind, monkeypatch), [pack(GROUPS)])
     monkeypatch.undo()
-    policy = make_policy("llama", monkeypatch, torch.float32)
-    policy.precision, policy.head_dtype = Precision(dtype), dtype
+    policy = make_policy(kind, monkeypatch, torch.float32).to(device)
     monkeypatch.setattr(policy_module, "fuse", lambda *_: None)
-    naive = make_policy("llama", monkeypatch, torch.float32)  # every layer with the forward that transformers gives it
-    naive.precision, naive.head_dtype = Precision(dtype), dtype
+    naive = make_policy(kind, monkeypatch, torch.float32).to(device)  # with the forwards that transformers gives layers
+    for found in (policy, naive):
+        found.precision, found.head_dtype = Precision(dtype), dtype
     errors = []
     for found, layout in ((policy, pack), (policy, pad), (naive, pad)):
         logps, gradients = run(found, [layout(GROUPS)])

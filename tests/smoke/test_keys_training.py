@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -152,6 +153,18 @@ def test_training__micro_batch_tokens(runs: Any, forwards: list[Any]) -> None:
     cut = runs(micro_batch_tokens=1)
     assert {groups for groups, _ in sizes(forwards)} == {1}
     assert cut.series("loss") == pytest.approx(whole.series("loss"), rel=1e-4)
+
+
+def test_margins_stand_in_the_order_of_the_plan(runs: Any) -> None:
+    """However a step is cut, and by whatever length its groups are sorted for it."""
+    margins = []
+    for steps, batch, tokens in ((3, 4, 1), (1, 12, 100_000)):
+        keys = {"method": "simpo", "learning_rate": 1e-30, "max_steps": steps, "groups_per_step": batch}
+        run = runs(keys, micro_batch_tokens=tokens)
+        found = [np.load(run.path / "logs" / "margins" / line["npy"]) for line in run.margins]
+        margins.append(np.concatenate(found))
+    assert len(set(margins[0].tolist())) > 6
+    np.testing.assert_allclose(*margins, atol=1e-5)
 
 
 # ---- training: rates
