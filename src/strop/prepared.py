@@ -116,12 +116,15 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     else:
         config = _without_validation(config)
     training = config.training
-    groups_per_step = training.groups_per_step
+    if checkpoint is not None:  # the second is there where the cut decides the masks of dropout
+        recipe = checkpoint.state["recipe"]
+        keys = ("training.groups_per_step", "training.micro_batch_tokens")
+        kept = {key: recipe[key] for key in keys if key in recipe and getattr(training, key.partition(".")[2]) is None}
+        config = config.with_values(kept, "the resumed run")
+    groups_per_step = config.training.groups_per_step
     if groups_per_step is None:
-        effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        groups_per_step, origin = effective, "batch size x accumulation steps x devices"
-        if checkpoint is not None:
-            groups_per_step, origin = checkpoint.state["recipe"]["training.groups_per_step"], "the resumed run"
+        groups_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        origin = "batch size x accumulation steps x devices"
         config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
     rows = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
     plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, rows)

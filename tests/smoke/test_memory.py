@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from strop.data.plan import packed_tokens
 from strop.engine import optim
 from strop.engine.rows import Rows
 from strop.errors import TrainingError
+from strop.machine import Machine
 from strop.policy.policy import Policy
 from strop.types import Completion, Group, Origin
 
@@ -31,8 +33,10 @@ ERRORS: list[Callable[[], Exception]] = [
 ]
 
 
-def train(folder: Path, model_dir: Path, **keys: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    folder.mkdir()
+def train(
+    folder: Path, model_dir: Path, resume: bool = False, **keys: Any
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    folder.mkdir(exist_ok=resume)
     rows = [{"prompt": "hello " * (1 + i % 4), "chosen": "yes " * (1 + i % 5), "rejected": "no"} for i in range(12)]
     if keys.get("post_training.method") == "kto":
         rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0} for i, r in enumerate(rows)]
@@ -54,7 +58,7 @@ def train(folder: Path, model_dir: Path, **keys: Any) -> tuple[list[dict[str, An
             **keys,
         }
     )
-    (result,) = strop.train(config)
+    (result,) = strop.train(config, resume="auto" if resume else None)
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     (weights,) = result.final.glob("*model.safetensors")
     return [json.loads(line) for line in lines], load_file(weights)
@@ -162,6 +166,22 @@ def test_a_resume_keeps_what_fitted(
     (resumed,) = strop.train(config, resume=str(unbroken / "checkpoint-2"))
     after = [json.loads(line)["loss"] for line in (resumed.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert after == [r["loss"] for r in metrics][-len(after) :]
+
+
+def test_a_resume_on_a_smaller_machine_cuts_alike(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop = {"lora.enabled": True, "lora.lora_dropout": 0.3, "lora.r": 4, "training.save_steps": 2}
+    metrics, _ = train(tmp_path / "unbroken", model_dir, **drop)
+    unbroken = tmp_path / "unbroken" / "out" / "run"
+    monkeypatch.setattr("strop.wiring.machine_of", lambda device: Machine("cpu", 2**20, None))
+    less, _ = train(tmp_path / "small", model_dir, **drop)
+    assert [r["loss"] for r in less] != [r["loss"] for r in metrics]  # it would cut finer
+    out = tmp_path / "again" / "out"
+    shutil.copytree(unbroken, out / "run", ignore=shutil.ignore_patterns("final"))
+    rows = str(tmp_path / "unbroken" / "rows.jsonl")
+    moved = train(tmp_path / "again", model_dir, resume=True, **drop, **{"dataset.train_file": rows})[0]
+    assert [r["loss"] for r in moved] == [r["loss"] for r in metrics]
 
 
 def test_where_the_mismatched_completions_alone_can_be_cut_they_are() -> None:

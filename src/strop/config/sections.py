@@ -217,7 +217,7 @@ class TrainingSection(Section):
     micro_batch_tokens: int | None = Field(default=None, gt=0)
     """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group (under packing,
     x max_seq_length), on a CPU at most 2048 or the longest group, and halved until the estimate of memory fits the
-    device. Changes memory and speed; the result only through the masks of lora_dropout."""
+    device. Changes memory and speed; the result only through the masks of lora_dropout, where a resume keeps it."""
     learning_rate: float | None = Field(
         default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )
