@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from strop.batch import NOTHING
 from strop.config import RunConfig, advice, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
-from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
+from strop.data.plan import RowTokens, cut, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
@@ -35,10 +36,11 @@ from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import SyncedReference, not_known, reference_logps, reference_policy, stored_logps
+from strop.policy.reference import SyncedReference, not_known, only, reference_logps, reference_policy, stored_logps
 from strop.policy.store import ReferenceStore, by_completion, completion_keys
 from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
 from strop.rundir import RunDir
+from strop.types import Group
 
 log = logging.getLogger("strop")
 
@@ -349,25 +351,31 @@ def _scored(
     indices: list[int] | None = None,
     visits: list[int] | None = None,
 ) -> Rows:
-    """The rows with the reference's log-probs of these groups and of these visits' mismatched ones (default: all)."""
-    numbers = list(range(len(rows.groups)) if indices is None else indices)
-    groups = [rows.groups[i] for i in numbers]
-    keys = [completion_keys(group) for group in groups]
-    known = stored_logps(reference, store, groups, keys) if store else {}
-    # what came first counts wherever it stands again, in the store, too: a resume reads there what the start has used
-    missing = not_known(groups, keys, known.keys())
+    """The rows with the reference's log-probs of these groups and of these visits' mismatched ones (default: all).
+
+    A completion at the same prompt is scored once, wherever it stands.
+    """
+    numbers = range(len(rows.groups)) if indices is None else indices
+    keys = {i: completion_keys(rows.groups[i]) for i in numbers}  # groups stay on disk until they are scored
+    known = stored_logps(reference, store, rows.groups, keys) if store else {}
+    missing = not_known(keys, known.keys())
     if missing:
-        parts = [[missing[i] for i in part] for part in replace(rows, groups=missing).parts()]
-        task = progress.task("reference log-probs", sum(group.num_tokens for group in missing))
-        scored = reference_logps(
-            reference,
-            parts,
-            lambda done, total: task.step(n=done - task.completed),
-            keep=None if store is None else store.append,
-        )
-        known |= by_completion((group for part in parts for group in part), scored)
-        if store is not None:
+        sizes = {i: only(rows.groups[i], new).lengths for i, new in missing.items()}
+        parts = cut(sizes, missing, rows.budget_tokens, rows.tokens)
+        task = progress.task("reference log-probs", sum(size.num_tokens for size in sizes.values()))
+
+        def keep(groups: Sequence[Group], logps: Sequence[Tensor]) -> None:
+            known.update(by_completion(groups, logps))
+            if store is not None:
+                store.append(groups, logps)
+            task.step(n=sum(group.num_tokens for group in groups))
+
+        reference_logps(reference, ([only(rows.groups[i], missing[i]) for i in part] for part in parts), keep)
+        if store is not None:  # what stands there first, of another run perhaps, is what a resume reads
             known |= store.read(known.keys())
-    found = {i: torch.cat([known[key] for key in own]) for i, own in zip(numbers, keys, strict=True)}
     others = rows.mismatched and _scored(reference, store, rows.mismatched, progress, visits)
-    return replace(rows, ref_logps=lambda part: [found[i] for i in part], mismatched=others)
+
+    def ref_logps(part: Sequence[int]) -> list[Tensor]:
+        return [torch.cat([known[key] for key in keys[i]]) for i in part]
+
+    return replace(rows, ref_logps=ref_logps, mismatched=others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def test_it_is_filled_ahead_and_elsewhere(
 def test_a_killed_pass_goes_on(
     runs: Any, config: Path, forwards: list[Any], watched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def killed(policy: Any, parts: Any, progress: Any = None, keep: Any = None) -> Any:
-        reference_logps(policy, parts[:3], progress, keep)
+    def killed(policy: Any, parts: Any, keep: Any) -> Any:
+        reference_logps(policy, islice(parts, 3), keep)
         raise KeyboardInterrupt
 
     watched.setattr(wiring, "reference_logps", killed)
@@ -98,13 +99,11 @@ def test_a_completion_that_comes_again_is_scored_once_and_resumed_exactly(
 ) -> None:
     scored: list[bytes] = []
 
-    def rounded(policy: Any, parts: Any, progress: Any = None, keep: Any = None) -> Any:
+    def rounded(policy: Any, parts: Any, keep: Any) -> None:
         """The same completion differs from one row to the next, as it may by rounding."""
         groups = [group for part in parts for group in part]
-        noisy = [logps + 1e-5 * torch.rand(len(logps)) for logps in reference_logps(policy, parts, progress)]
-        keep(groups, noisy)
+        keep(groups, [logps + 1e-5 * torch.rand(len(logps)) for logps in reference_logps(policy, [groups])])
         scored.extend(key for group in groups for key in completion_keys(group))
-        return noisy
 
     watched.setattr(wiring, "reference_logps", rounded)
     asked = {"dataset.train_file": str(repeated), "reference_store": True, "save_steps": 2, **keys}

@@ -9,7 +9,7 @@ Steps count from 1; epochs and the steps inside one from 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -146,13 +146,15 @@ OPEN = 8
 """Micro-batches that are looked at for room: enough for a step, and a pass over many rows stays linear."""
 
 
-def cut(groups: Sequence[Sized], indices: Iterable[int], budget: int, tokens: RowTokens) -> list[list[int]]:
+def cut(
+    groups: Sequence[Sized] | Mapping[int, Sized], indices: Iterable[int], budget: int, tokens: RowTokens
+) -> list[list[int]]:
     """Indices of groups into micro-batches of at most `budget` tokens; one that is longer stands alone.
 
     The longest first, which needs the most memory; each into that of the last `OPEN` which it lengthens the least, of
     those the fullest. So rows that share prompts are filled, and padded ones hold alike lengths.
     """
-    groups = lengths(groups)
+    groups = groups.lengths if isinstance(groups, Groups) else groups
     parts: list[list[int]] = []
     members: list[list[Sized]] = []
     used: list[int] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -37,14 +37,10 @@ NUM_VERIFIED = 4
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Nats a token, in the mean over a group, that another cut into micro-batches may change, by compute dtype."""
 
-Progress = Callable[[int, int], None]
-"""Called with tokens done and tokens in all."""
-
 
 def reference_logps(
     policy: Policy,
-    micro_batches: Sequence[Sequence[Group]],
-    progress: Progress | None = None,
+    micro_batches: Iterable[Sequence[Group]],
     keep: Callable[[Sequence[Group], Sequence[Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """One [scored tokens of the group] tensor a group, on the CPU, in the order of `micro_batches`.
@@ -61,7 +57,6 @@ def reference_logps(
     def score(groups: Sequence[Group]) -> Tensor:
         return cast(Tensor, policy(policy.collate(groups))).cpu()
 
-    total, done = sum(g.num_tokens for batch in micro_batches for g in batch), 0
     with policy.scoring():
         for batch in micro_batches:
             logps = in_halves(score, batch)
@@ -69,26 +64,24 @@ def reference_logps(
             results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
             if keep is not None:
                 keep(batch, results[-len(batch) :])
-            done += sum(g.num_tokens for g in batch)
-            if progress is not None:
-                progress(done, total)
     return results
 
 
 def stored_logps(
-    policy: Policy, store: ReferenceStore, groups: Sequence[Group], keys: Sequence[Sequence[bytes]]
+    policy: Policy, store: ReferenceStore, groups: Sequence[Group], keys: Mapping[int, Sequence[bytes]]
 ) -> dict[bytes, Tensor]:
-    """What the store has of these groups' completions: key -> [scored tokens]. keys: those of each group.
+    """What the store has of these groups' completions: key -> [scored tokens]. keys: number of a group -> the keys of
+    its completions.
 
     A few groups are scored again. If they are further off than rounding explains, the store is emptied, and it is said.
     """
-    wanted = {key for own in keys for key in own}
+    wanted = {key for own in keys.values() for key in own}
     found = store.read(wanted)
-    known = [_only(group, own, found.keys()) for group, own in zip(groups, keys, strict=True)]
-    some = [group for group in known if group is not None]
-    some = some[:: max(1, len(some) // NUM_VERIFIED)][:NUM_VERIFIED]
-    if not some:
+    known = [i for i, own in keys.items() if not found.keys().isdisjoint(own)]
+    if not known:
         return found
+    known = known[:: max(1, len(known) // NUM_VERIFIED)][:NUM_VERIFIED]
+    some = [only(groups[i], found.keys() & set(keys[i])) for i in known]
     live = reference_logps(policy, [[group] for group in some])
     stored = [torch.cat([found[key] for key in completion_keys(group)]) for group in some]
     apart = max(float((old - new).abs().mean()) for old, new in zip(stored, live, strict=True))
@@ -108,22 +101,21 @@ def stored_logps(
     return found
 
 
-def not_known(groups: Sequence[Group], keys: Sequence[Sequence[bytes]], known: Set[bytes]) -> list[Group]:
-    """These groups with the completions that are not known, each at the first prompt like it that it stands at. keys:
-    those of each group."""
-    missing, met = [], set(known)
-    for group, own in zip(groups, keys, strict=True):
-        new = set(own) - met
-        if (rest := _only(group, own, new)) is not None:
-            missing.append(rest)
+def not_known(keys: Mapping[int, Sequence[bytes]], known: Set[bytes]) -> dict[int, set[bytes]]:
+    """Of which groups which completions are to be scored, so that all are known then and none is scored twice. keys:
+    number of a group -> the keys of its completions."""
+    missing, met = {}, set(known)
+    for i, own in keys.items():
+        if new := set(own) - met:
+            missing[i] = new
             met |= new
     return missing
 
 
-def _only(group: Group, keys: Sequence[bytes], wanted: Set[bytes]) -> Group | None:
-    """The group with its wanted completions alone, of alike ones the first; None: there are none."""
-    kept = {key: c for key, c in zip(keys, group.completions, strict=True) if key in wanted}
-    return replace(group, completions=tuple(kept.values())) if kept else None
+def only(group: Group, wanted: Set[bytes]) -> Group:
+    """The group with those of its completions alone that have these keys, of alike ones the first."""
+    kept = {key: c for key, c in zip(completion_keys(group), group.completions, strict=True) if key in wanted}
+    return replace(group, completions=tuple(kept.values()))
 
 
 class SyncedReference:

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 
 from conftest import build_model
 from strop.policy.policy import Policy
-from strop.policy.reference import not_known, reference_logps, stored_logps
+from strop.policy.reference import not_known, only, reference_logps, stored_logps
 from strop.policy.store import ReferenceStore, completion_key, completion_keys, model_identity, weights_hash
 from strop.types import Completion, Group
 
@@ -69,10 +69,11 @@ def test_what_is_not_known_is_scored_once(groups: list[Group]) -> None:
     first, second = group.completions
     alone, turned = replace(group, completions=(first, first)), replace(group, completions=(second, first))
     asked = [other, alone, turned, replace(other, prompt_ids=group.prompt_ids)]
-    keys = [completion_keys(g) for g in asked]
-    missing = not_known(asked, keys, set(keys[0][:1]))
-    assert [g.completions for g in missing] == [other.completions[1:], (first,), (second,), other.completions]
-    assert not_known(asked, keys, {key for own in keys for key in own}) == []
+    keys = {i: completion_keys(g) for i, g in enumerate(asked)}
+    missing = not_known(keys, set(keys[0][:1]))
+    found = [only(asked[i], new).completions for i, new in missing.items()]
+    assert found == [other.completions[1:], (first,), (second,), other.completions]
+    assert not_known(keys, {key for own in keys.values() for key in own}) == {}
 
 
 def test_the_key_is_of_tokens_prompt_and_mask(groups: list[Group]) -> None:
@@ -222,12 +223,12 @@ def test_the_hash_of_weights_is_of_names_shapes_and_bytes() -> None:
 def test_a_reference_that_is_not_this_models_is_thrown_away(
     build: Callable[..., Policy], groups: list[Group], caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy, keys = build(), [completion_keys(group) for group in groups]
+    policy, keys = build(), {i: completion_keys(group) for i, group in enumerate(groups)}
     store = ReferenceStore.of(policy)
     values = reference_logps(policy, [groups], keep=store.append)
     with caplog.at_level(logging.INFO, "strop"):
         found = stored_logps(policy, store, groups, keys)
-    assert all(torch.equal(torch.cat([found[k] for k in own]), v) for own, v in zip(keys, values, strict=True))
+    assert all(torch.equal(torch.cat([found[k] for k in keys[i]]), value) for i, value in enumerate(values))
     assert f"{len(found)} of {len(found)} completions were scored before" in caplog.text
     store.clear()
     store.append(groups, [v + 2e-4 for v in values])
