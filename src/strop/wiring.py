@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from strop.batch import NOTHING
 from strop.config import RunConfig, advice, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
-from strop.data.plan import RowTokens, cut, default_budget, packed_tokens, padded_tokens
+from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
@@ -28,7 +27,7 @@ from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_finished, check_recipe
-from strop.engine.rows import Rows
+from strop.engine.rows import Rows, scored
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
 from strop.estimate import fitted, planned_rows, prediction
@@ -36,11 +35,10 @@ from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
-from strop.policy.reference import SyncedReference, not_known, only, reference_logps, reference_policy, stored_logps
-from strop.policy.store import ReferenceStore, by_completion, completion_keys
+from strop.policy.reference import SyncedReference, reference_policy
+from strop.policy.store import ReferenceStore
 from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
 from strop.rundir import RunDir
-from strop.types import Group
 
 log = logging.getLogger("strop")
 
@@ -326,9 +324,9 @@ def _with_references(
         return train, validation
     with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
         store = ReferenceStore.of(reference) if training.reference_store else None
-        train = _scored(reference, store, train, progress, plan.all_groups(), plan.all_visits())
+        train = scored(reference, store, train, progress, plan.all_groups(), plan.all_visits())
         # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
-        validation = validation and _scored(reference, store, validation, progress)
+        validation = validation and scored(reference, store, validation, progress)
     return train, validation
 
 
@@ -341,41 +339,3 @@ def _with_mismatched(rows: Rows, config: RunConfig, num_epochs: int) -> Rows:
 
 def _live(rows: Rows, reference: SyncedReference) -> Rows:
     return replace(rows, ref_logps=lambda part: reference.logps([rows.groups[i] for i in part]))
-
-
-def _scored(
-    reference: Policy,
-    store: ReferenceStore | None,
-    rows: Rows,
-    progress: Progress,
-    indices: list[int] | None = None,
-    visits: list[int] | None = None,
-) -> Rows:
-    """The rows with the reference's log-probs of these groups and of these visits' mismatched ones (default: all).
-
-    A completion at the same prompt is scored once, wherever it stands.
-    """
-    numbers = range(len(rows.groups)) if indices is None else indices
-    keys = {i: completion_keys(rows.groups[i]) for i in numbers}  # groups stay on disk until they are scored
-    known = stored_logps(reference, store, rows.groups, keys) if store else {}
-    missing = not_known(keys, known.keys())
-    if missing:
-        sizes = {i: only(rows.groups[i], new).lengths for i, new in missing.items()}
-        parts = cut(sizes, missing, rows.budget_tokens, rows.tokens)
-        task = progress.task("reference log-probs", sum(size.num_tokens for size in sizes.values()))
-
-        def keep(groups: Sequence[Group], logps: Sequence[Tensor]) -> None:
-            known.update(by_completion(groups, logps))
-            if store is not None:
-                store.append(groups, logps)
-            task.step(n=sum(group.num_tokens for group in groups))
-
-        reference_logps(reference, ([only(rows.groups[i], missing[i]) for i in part] for part in parts), keep)
-        if store is not None:  # what stands there first, of another run perhaps, is what a resume reads
-            known |= store.read(known.keys())
-    others = rows.mismatched and _scored(reference, store, rows.mismatched, progress, visits)
-
-    def ref_logps(part: Sequence[int]) -> list[Tensor]:
-        return [torch.cat([known[key] for key in keys[i]]) for i in part]
-
-    return replace(rows, ref_logps=ref_logps, mismatched=others)

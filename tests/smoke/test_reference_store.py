@@ -13,6 +13,7 @@ import torch
 
 from strop import cli, wiring
 from strop.config import to_yaml
+from strop.engine import rows
 from strop.policy import policy
 from strop.policy.reference import reference_logps
 from strop.policy.store import completion_keys
@@ -61,11 +62,11 @@ def test_a_killed_pass_goes_on(
         reference_logps(policy, islice(parts, 3), keep)
         raise KeyboardInterrupt
 
-    watched.setattr(wiring, "reference_logps", killed)
+    watched.setattr(rows, "reference_logps", killed)
     assert cli.main(["reference", "--config", str(config)]) == 130
     done = groups_scored(forwards)
     assert 3 <= done < 12
-    watched.setattr(wiring, "reference_logps", reference_logps)
+    watched.setattr(rows, "reference_logps", reference_logps)
     forwards.clear()
     assert cli.main(["reference", "--config", str(config)]) == 0
     assert groups_scored(forwards) == 16 - done + min(done, 4)
@@ -105,7 +106,7 @@ def test_a_completion_that_comes_again_is_scored_once_and_resumed_exactly(
         keep(groups, [logps + 1e-5 * torch.rand(len(logps)) for logps in reference_logps(policy, [groups])])
         scored.extend(key for group in groups for key in completion_keys(group))
 
-    watched.setattr(wiring, "reference_logps", rounded)
+    watched.setattr(rows, "reference_logps", rounded)
     asked = {"dataset.train_file": str(repeated), "reference_store": True, "save_steps": 2, **keys}
     whole = runs(asked)
     assert scored and len(set(scored)) == len(scored)
