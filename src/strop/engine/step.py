@@ -96,6 +96,9 @@ def forward_backward(
         scores = Scores.of(batch, _seeded(policy, batch, seed, i), others)
         torch.autograd.backward(step_loss(objective, scores, counts) * scale)
         parts.append(scores.detached())
+        # Else the nodes of its graph, which hold no more tensors, still lie among the next one's in the heap and split
+        # what it frees: rows of 1,900 tokens came to a peak of 4.9 GB instead of 3.6.
+        del scores
     return summarise(objective, Scores.join(parts))
 
 

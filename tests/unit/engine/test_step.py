@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from dataclasses import replace
 from itertools import pairwise
@@ -94,6 +95,38 @@ def test_only_a_statistic_over_several_micro_batches_costs_a_second_pass() -> No
     assert len(alone) > len(SETTINGS) / 2
     for settings in alone:
         assert run(settings, [4])[2] == 2
+
+
+class Marked(torch.autograd.Function):
+    """The identity, whose node can be watched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
+def test_no_graph_lives_on_into_the_next_micro_batch(settings: MethodSettings) -> None:
+    nodes: list[weakref.ref[Any]] = []
+
+    class Watched(Bigram):
+        def forward(self, batch: Batch) -> Tensor:
+            assert not any(node() for node in nodes)
+            out = Marked.apply(super().forward(batch))  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled():
+                nodes.append(weakref.ref(out.grad_fn))
+            return out  # type: ignore[no-any-return]
+
+    objective = build_objective(settings)
+    groups = make_groups(objective.rows)
+    batches = [pack([g], [-torch.ones(g.num_scored).double()], objective.extras) for g in groups]
+    apart = [pack([g], [-torch.ones(g.num_scored).double()]) for g in make_others(groups)]
+    forward_backward(Watched(), objective, batches, apart if objective.needs_mismatched else [])
+    assert len(nodes) == len(groups)
 
 
 def test_mismatched_completions_alone_are_scored_once_more() -> None:
