@@ -29,7 +29,7 @@ from strop.objectives.base import Objective
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows, product_dtype
-from strop.policy.matmul import LARGE, computes
+from strop.policy.matmul import LARGE, computes, keeps_kernels
 from strop.policy.memory import KERNELS
 from strop.policy.outline import CannotBuildError, Shape, reason_for_plain_rows, shape_of
 from strop.policy.precision import Precision
@@ -44,11 +44,13 @@ SHARES = (False, 0.25, 0.5, 0.75, True)
 """What `gradient_checkpointing: auto` chooses among: the first that fits."""
 PROCESS = {"cpu": 60 * MIB, "cuda": 500 * MIB}
 """What libraries take beside tensors: thread pools; a CUDA context with its workspaces."""
-HOLES = {2: 0.9, 4: 0.2, 8: 0.2}
-"""By bytes of an element, what a CPU's allocator leaves unused between tensors that come and go, as a share of them: in
-the end, after micro-batches of many lengths; the first eight take it half the way."""
+HOLES = 0.4
+"""What a CPU's allocator leaves unused between tensors that come and go, as a share of them: in the end, after
+micro-batches of many lengths; the first eight take it half the way."""
 KERNEL = 0.7 * MIB
-"""Of oneDNN, with its buffers, whatever its shape. Where MKL multiplies instead, its buffers come to as much."""
+"""Of oneDNN, with its buffers, whatever its shape."""
+MKL = 40 * MIB
+"""Its buffers, where it multiplies instead."""
 PASSES = 6.0
 """How often what is saved for the backward pass moves through memory in a step: written, read, its gradient, copies."""
 BESIDES = 1.15
@@ -264,7 +266,7 @@ def _peak(
     """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps
     probabilities of attention."""
     work = {part for step in steps for part in step}
-    holes = HOLES[precision.compute.itemsize] * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
+    holes = HOLES * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
     objective = prepared.objective
     needs = (_memory(shape, part, prepared.config, precision, machine.kind, objective, holes) for part in work)
     return max(needs, key=lambda parts: sum(parts.values()))
@@ -319,8 +321,9 @@ def _memory(
         "process": PROCESS.get(device, PROCESS["cuda"]),
     }
     largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
-    if device == "cpu" and (precision.is_low or largest >= LARGE):
-        parts["kernels"] = KERNELS * KERNEL  # in float32 oneDNN has the large products alone
+    if device == "cpu":
+        by_onednn = keeps_kernels(precision.compute) and (precision.is_low or largest >= LARGE)
+        parts["kernels"] = KERNELS * KERNEL if by_onednn else MKL  # in float32 oneDNN has the large products alone
     if product != precision.compute:  # in float32: a frozen head; factors and result of one product at a time
         in_body = shape.width * shape.inner + work.tokens * shape.inner
         widens = device == "cpu" and not computes(precision.compute)

@@ -32,6 +32,13 @@ def computes(dtype: torch.dtype) -> bool:
     return dtype not in _INSTRUCTIONS or any(_PROCESSOR.get(name) for name in _INSTRUCTIONS[dtype])
 
 
+def keeps_kernels(dtype: torch.dtype) -> bool:
+    """Whether large products of `dtype` on this processor are oneDNN's, which keeps a kernel for every shape."""
+    if dtype == torch.float32 or not computes(dtype):
+        return _ONEDNN_LEADS
+    return _ONEDNN and dtype.itemsize == 2
+
+
 def takes_buffer(w: Tensor) -> bool:
     """Whether `linear` writes large products with w to the buffer that it is given."""
     return not (_ONEDNN_LEADS and w.dtype == torch.float32 and w.device.type == "cpu")
