@@ -36,7 +36,8 @@ smoke: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 
-# Hours long. BENCH="--rounds 1 --pairs 4" is a quicker look, "--fp32" for processors that only emulate bfloat16.
+# Hours long. BENCH="--fp32" is for processors that only emulate bfloat16; "--rounds 1 --pairs 4 --out /tmp/look" is a
+# quick look, which leaves the stored results as they are.
 bench: setup
 	$(BIN)/python -m benchmarks.measure --wait-idle 5 $(BENCH)
 	$(BIN)/python -m benchmarks.report

@@ -1,11 +1,11 @@
 """strop beside TRL: every case, its sides in turn, round after round, each measurement in a process of its own.
 
-    python -m benchmarks.measure [--case NAME ...] [--rounds 3] [--pairs K] [--fp32] [--wait-idle MINUTES] [--list]
+    python -m benchmarks.measure [--case NAME ...] [--rounds 3] [--fp32] [--wait-idle MINUTES] [--out FOLDER] [--list]
 
-Figures go to benchmarks/results/PROCESSOR/NAME.json, so that those of two machines do not mix; `python -m
-benchmarks.report` makes tables and a plot of them. This process loads no framework and works only while it waits, so
-what it measures is alone where the machine is idle: the processor time that others take is measured before each run
-and kept beside the result.
+Figures go to benchmarks/results/PROCESSOR/NAME.json, so that those of two machines do not mix, and replace what stands
+there: a quick look belongs elsewhere (--out). `python -m benchmarks.report` makes tables and a plot of them. This
+process loads no framework and works only while it waits, so what it measures is alone where the machine is idle: the
+processor time that others take is measured before each run and kept beside the result.
 
 Seconds a pair: from the end of the last warm-up step to the end of the last step, by the pairs between, plus the
 seconds of reference passes made ahead, by all pairs. Imports, loading and saving are in `wall` alone.
@@ -140,8 +140,13 @@ def commit() -> str | None:
     """What was measured; None outside a repository."""
     if shutil.which("git") is None:
         return None
-    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout.strip() or None
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    changed = ask("status", "--porcelain", "--", "src", "benchmarks/*.py")  # not the results, which this writes
+    head = ask("rev-parse", "--short", "HEAD")
+    return f"{head}{'-dirty' if changed else ''}" if head else None
 
 
 def describe_machine() -> dict[str, Any]:
@@ -166,19 +171,27 @@ def store(result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {**CASES, TOY.name: TOY}
     parser.add_argument("--case", nargs="+", choices=sorted(known), default=list(CASES), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, help="measure at least so many pairs instead of the case's own number")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument(
+        "--pairs", type=positive, help="measure at least so many pairs instead of the case's own number"
+    )
     parser.add_argument(
         "--fp32",
         action="store_true",
         help="float32 instead of bfloat16, for processors that only emulate it; the case's name says so",
     )
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="these sides instead of the case's own")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument(
         "--wait-idle",
         type=float,

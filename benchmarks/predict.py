@@ -32,9 +32,11 @@ def predict(folder: Path, case: Case) -> dict[str, float | dict[str, float] | No
         precision = planned_precision(config, machine)
         prepared = fitted(prepare(config, config.models[0]), machine, precision, packed_tokens)
         found = estimate(prepared, machine, precision, packed_tokens, timed=True)
+    parts = {name: size / 2**20 for name, size in found.parts.items()}
+    parts["process"] -= machine.held / 2**20
     return {
-        "mib": found.peak / 2**20,
-        "parts": {name: size / 2**20 for name, size in found.parts.items()},
+        "mib": sum(parts.values()),
+        "parts": parts,
         "seconds": None if found.steps is None else sum(found.steps[case.warmup :]) / case.num_measured,
     }
 

@@ -11,19 +11,35 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from strop.errors import ConfigError
+
 log = logging.getLogger("strop")
 
 
-def cache_folder(kind: str) -> Path:
+def cache_folder(kind: str, *, must_keep: bool = False) -> Path:
     """The folder for things of this kind (`tokens`, `references`); one for this process alone, where that cannot be
-    written."""
+    written.
+
+    Raises:
+        ConfigError: it cannot be written, and what is made must be kept.
+    """
     path = Path(os.environ.get("STROP_CACHE") or "~/.cache/strop").expanduser() / kind
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        return _own_folder(str(path), kind, error.strerror or str(error))
+        problem = error.strerror or str(error)
+        if must_keep:
+            raise cannot_keep(str(path), problem) from error
+        return _own_folder(str(path), kind, problem)
+
+
+def cannot_keep(path: str, problem: str) -> ConfigError:
+    """The error where the cache cannot be written and has to be."""
+    return ConfigError(
+        f"it cannot be written ({problem})", where=path, fix="make room, or set STROP_CACHE to another folder"
+    )
 
 
 @lru_cache

@@ -29,7 +29,7 @@ usage: strop COMMAND ...
 
   train      train every model of a configuration (strop train --help)
   reference  score the reference of a configuration ahead of its runs (strop reference --help)
-  demo       a real training run on this machine in a minute, with nothing to download
+  demo       a real training run on this machine, one to three minutes, with nothing to download
   methods    what there is to train by; strop methods NAME: formula, settings, data, metrics
   prepare    files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)
   schema     print the JSON Schema of configuration files

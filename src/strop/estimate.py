@@ -4,9 +4,9 @@ In: a `Prepared` and a device. Out: an `Estimate`. No weight is loaded and no GP
 torch's meta device, and a GPU's size is asked of its driver's tool.
 
 Memory is the largest micro-batch's: weights, gradients, optimizer, what every layer keeps for its backward pass
-(`saved_per_token`, the one table to calibrate), and the head's chunk. Time is, on a CPU, what a layer of this
-architecture takes there; on a GPU products by rate, and passes over memory by bandwidth. `make bench` measures the
-error of both.
+(`saved_per_token`), and the head's chunk; beside them what libraries take, and on a CPU what the process has already.
+Time is, on a CPU, what a layer of this architecture takes there; on a GPU products by rate, and passes over memory by
+bandwidth. `make bench` measures the error of both.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
 from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows, product_dtype
 from strop.policy.matmul import LARGE, computes, keeps_kernels
-from strop.policy.memory import KERNELS
+from strop.policy.memory import KERNELS_KEPT
 from strop.policy.outline import CannotBuildError, Shape, reason_for_plain_rows, shape_of
-from strop.policy.precision import Precision
+from strop.policy.precision import Precision, choose_precision
 from strop.policy.tiles import KEPT_BYTES
 from strop.prepared import Prepared, with_budget
 from strop.speed import measure
@@ -43,11 +43,11 @@ ROOM = 0.9
 SHARES = (False, 0.25, 0.5, 0.75, True)
 """What `gradient_checkpointing: auto` chooses among: the first that fits."""
 PROCESS = {"cpu": 60 * MIB, "cuda": 500 * MIB}
-"""What libraries take beside tensors: thread pools; a CUDA context with its workspaces."""
+"""What libraries take for a run, beside tensors: thread pools; a CUDA context with its workspaces."""
 HOLES = 0.4
 """What a CPU's allocator leaves unused between tensors that come and go, as a share of them: in the end, after
 micro-batches of many lengths; the first eight take it half the way."""
-KERNEL = 0.7 * MIB
+KERNEL_BYTES = 0.7 * MIB
 """Of oneDNN, with its buffers, whatever its shape."""
 MKL = 40 * MIB
 """Its buffers, where it multiplies instead."""
@@ -56,7 +56,8 @@ PASSES = 6.0
 BESIDES = 1.15
 """What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging."""
 LEFT_OUT = (
-    "reading the data, the reference's pass before the first step and the model of ref_model_id, evaluations, "
+    "reading the data, the reference's pass before the first step, its log-probs (on the CPU, 4 bytes a scored token "
+    "and 0.6 kB a completion) and the model of ref_model_id, evaluations, "
     "checkpoints, what a GPU's allocator leaves unused, modules_to_save, what layers that keep their own forward hold "
     "more than fused ones do (norms and MLPs of other kinds, eager attention), and in TFLOP/s and in the time on a GPU "
     "the products of a mixture's experts"
@@ -130,10 +131,10 @@ def estimate(
     else:
         seconds = _published(shape, steps, config, precision, machine)
         source = machine.describe(precision.compute)
-    if seconds is not None:  # passes without gradients, a third or a quarter of a training pass
+    if seconds is not None:  # passes without gradients: half of one that trains adapters, a third of one of all weights
         twice = prepared.objective.whole_step and max(map(len, steps)) > 1
         again = twice + (prepared.objective.ref_sync is not None) + prepared.objective.needs_mismatched
-        seconds = [s * (1 + again / (3 if shape.adapters else 4)) for s in seconds]
+        seconds = [s * (1 + again / (2 if shape.adapters else 3)) for s in seconds]
     flops = sum(_flops(shape, part, config) for step in steps for part in step) / len(steps)
     ways = _ways(config, max(part.longest for step in steps for part in step))
     memory = _peak(prepared, shape, steps, precision, machine)
@@ -199,13 +200,15 @@ def planned_rows(model: ModelSection) -> RowTokens:
 
 
 def planned_precision(config: RunConfig, machine: Machine) -> Precision:
-    """As `resolve_precision`, without asking a GPU: `auto_precision` takes it to compute bfloat16 unless its name is
-    that of one that does not."""
-    training = config.training
-    auto = training.auto_precision and training.bf16 is None and training.fp16 is None
-    old = any(name in machine.name for name in ("V100", "T4"))
-    can = computes(torch.bfloat16) if machine.kind == "cpu" else not old
-    return Precision.of(training.bf16 or (auto and can), training.fp16)
+    """As `resolve_precision`, without touching a GPU: one whose driver's tool does not answer is taken to compute
+    bfloat16.
+
+    Raises:
+        ConfigError: the device cannot compute in the dtype that is asked for.
+    """
+    if machine.kind == "cpu":
+        return choose_precision(config.training, computes(torch.bfloat16))
+    return choose_precision(config.training, machine.has_bf16 is not False, lambda: machine.name)
 
 
 def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, device: str) -> float:
@@ -251,7 +254,7 @@ class _Work:
 
 def _epoch(prepared: Prepared, tokens: RowTokens) -> list[list[_Work]]:
     """The micro-batches of every step of an epoch, or of the run where it is shorter."""
-    steps = islice(prepared.steps(tokens), prepared.plan.num_steps)
+    steps = islice(prepared.steps(tokens), min(prepared.plan.num_steps, prepared.plan.steps_per_epoch))
     prompts = prepared.objective.extras.prompts
     return [[_Work.of(part, tokens, prompts=prompts) for part in parts] for parts in steps]
 
@@ -269,7 +272,8 @@ def _peak(
     holes = HOLES * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
     objective = prepared.objective
     needs = (_memory(shape, part, prepared.config, precision, machine.kind, objective, holes) for part in work)
-    return max(needs, key=lambda parts: sum(parts.values()))
+    parts = max(needs, key=lambda parts: sum(parts.values()))
+    return {**parts, "process": parts["process"] + machine.held}
 
 
 def _memory(
@@ -317,13 +321,16 @@ def _memory(
         "activations": activations + layers * probabilities,
         "head": head + casts,
         "passing": passing,
-        "allocator": holes * (activations + passing),
-        "process": PROCESS.get(device, PROCESS["cuda"]),
+        "allocator": holes * (activations + passing + head),
+        "process": PROCESS[device],
     }
     largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
     if device == "cpu":
+        # in float32 oneDNN has the large products alone
         by_onednn = keeps_kernels(precision.compute) and (precision.is_low or largest >= LARGE)
-        parts["kernels"] = KERNELS * KERNEL if by_onednn else MKL  # in float32 oneDNN has the large products alone
+        parts["kernels"] = (
+            KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL
+        )  # in float32 oneDNN has the large products alone
     if product != precision.compute:  # in float32: a frozen head; factors and result of one product at a time
         in_body = shape.width * shape.inner + work.tokens * shape.inner
         widens = device == "cpu" and not computes(precision.compute)

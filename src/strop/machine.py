@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,14 +31,21 @@ PUBLISHED = (
 """Word of a name; dense TFLOP/s in 16 bits and in float32, TB/s, as NVIDIA's data sheets have them."""
 
 
+BF16_CAPABILITY = 8.0
+"""Compute capability from which a GPU has instructions for bfloat16."""
+
+
 @dataclass(frozen=True)
 class Machine:
-    """kind: cpu or cuda. memory: bytes, or None. bandwidth: bytes a second, or None. name: of a GPU, or ""."""
+    """kind: cpu or cuda. memory: bytes, or None. bandwidth: bytes a second, or None. name: of a GPU, or "". held: bytes
+    that this process has of that memory before a run. has_bf16: whether a GPU computes bfloat16, or None."""
 
     kind: str
     memory: int | None
     bandwidth: float | None
     name: str = ""
+    held: int = 0
+    has_bf16: bool | None = None
 
     def rate(self, dtype: torch.dtype) -> float | None:
         """FLOP a second of matrix products in `dtype`; None: a CPU, or a GPU that is not in the table."""
@@ -56,28 +64,44 @@ class Machine:
 def machine_of(device: torch.device) -> Machine:
     """The machine behind a device of this computer."""
     if device.type == "cpu":
-        return Machine("cpu", _installed_memory(), None)
+        return Machine("cpu", _installed_memory(), None, held=_held())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # torch counts these, the driver's tool all
     index = device.index or 0
     asked = [
         "nvidia-smi",
         f"--id={visible[index] if index < len(visible) and visible[index] else index}",
-        "--query-gpu=name,memory.total",
+        "--query-gpu=name,memory.total,compute_cap",
         "--format=csv,noheader,nounits",
     ]
     try:
         found = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
-        name, _, mebibytes = found.strip().rpartition(", ")
-        memory = int(mebibytes) * 2**20
+        name, mebibytes, capability = found.strip().rsplit(", ", 2)
+        memory, has_bf16 = int(mebibytes) * 2**20, float(capability) >= BF16_CAPABILITY
     except (OSError, subprocess.SubprocessError, ValueError):
         return Machine("cuda", None, None)
     known = _known(name)
-    return Machine("cuda", memory, None if known is None else known[3] * 1e12 * 0.7, name)
+    return Machine("cuda", memory, None if known is None else known[3] * 1e12 * 0.7, name, has_bf16=has_bf16)
 
 
 def _known(name: str) -> tuple[str, float, float, float] | None:
     words = name.replace("-", " ").split()  # GH200 is no H200, L40 no L4
     return next((row for row in PUBLISHED if row[0] in words), None)
+
+
+def resident(name: str) -> int | None:
+    """Bytes of this process: VmRSS, now; VmHWM, at the most. None where the system does not tell. (What getrusage calls
+    the peak is that of the parent, where it had more.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+@cache
+def _held() -> int:
+    """Once a process: what an earlier run left is free, or taken again by the next."""
+    return resident("VmRSS") or 0
 
 
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))

@@ -72,8 +72,11 @@ class Prepared:
         total = sum(sizes)
         yield (
             f"tokens: {total:,} an epoch, in {len(sizes)} micro-batches of at most {budget:,}, "
-            f"{100 * total / (len(sizes) * budget):.0f} % full"
+            f"{100 * total / sum(max(budget, size) for size in sizes):.0f} % full"
         )
+        if training.recomputed:
+            why = self.config.origins.get("training.gradient_checkpointing", "asked for")
+            yield f"activations of {training.recomputed:.0%} of the layers are computed again on the way back ({why})"
         if self.objective.needs_mismatched:
             yield f"mismatched completions: about {total:,} tokens more an epoch, scored without gradients"
         if self.objective.whole_step and len(sizes) > plan.steps_per_epoch:
@@ -139,11 +142,10 @@ def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prep
         return prepared
     batch = training.per_device_train_batch_size
     if training.packing:
-        budget, origin = batch_budget(batch, training.max_seq_length, device_type), "batch size x max_seq_length"
+        budget, longest = batch_budget(batch, training.max_seq_length, device_type), "max_seq_length"
     else:
-        budget = default_budget(prepared.data.train, batch, tokens, device_type)
-        origin = "batch size x the longest group"
-    origin += f", at most {CPU_TOKENS} on a CPU" if device_type == "cpu" else ""
+        budget, longest = default_budget(prepared.data.train, batch, tokens, device_type), "the longest group"
+    origin = f"{CPU_TOKENS} on a CPU, or {longest}" if device_type == "cpu" else f"batch size x {longest}"
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
 
 

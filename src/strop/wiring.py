@@ -26,7 +26,7 @@ from strop.engine.loop import Loop
 from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
-from strop.engine.recipe import check_finished, check_recipe
+from strop.engine.recipe import check_finished, check_made_from, check_recipe
 from strop.engine.rows import Rows, scored
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, StropError, TrainingError
@@ -36,7 +36,7 @@ from strop.objectives.base import build_objective
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
-from strop.policy.store import ReferenceStore
+from strop.policy.store import ReferenceStore, weights_hash
 from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
 from strop.rundir import RunDir
 
@@ -138,7 +138,8 @@ def _fill_reference(config: RunConfig, model: ModelSection) -> None:
     policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
     tokens = packed_tokens if policy.share_prefix else padded_tokens
     with Progress(quiet=config.logging.log_level in ("warning", "error")) as progress:
-        _with_references(with_budget(prepared, tokens, device.type), policy, tokens, progress, None)
+        prepared, weights = with_budget(prepared, tokens, device.type), weights_hash(policy.model)
+        _with_references(prepared, policy, tokens, progress, weights, must_keep=True)
     log.info("%s: the reference's log-probs are in the store", model.name)
 
 
@@ -183,11 +184,14 @@ def _train_model(
             settled = fitted(replace(prepared, config=decided), machine, precision, tokens)
             for line in prediction(settled, machine, precision, tokens):
                 log.info("%s: %s", model.name, line)
+        made_from = {"data": prepared.data.report.fingerprint}
+        if policy.has_adapters or prepared.objective.needs_reference:  # else a checkpoint has all that is left of them
+            made_from["weights"] = weights_hash(policy.model)
         if saved:
-            check_recipe(saved, settled.config, prepared.data.report.fingerprint, allow_changes)
+            check_recipe(saved, settled.config, made_from, allow_changes)
         for line in settled.describe(tokens):
             log.info("%s: %s", model.name, line)
-        return _run(settled, policy, tokens, run, progress, saved)
+        return _run(settled, policy, tokens, run, progress, saved, made_from, allow_changes)
 
 
 def _run(
@@ -197,10 +201,19 @@ def _run(
     run: RunDir,
     progress: Progress,
     saved: Checkpoint | None,
+    made_from: dict[str, str],
+    allow_changes: bool,
 ) -> RunResult:
-    config, data, plan = prepared.config, prepared.data, prepared.plan
+    config, plan = prepared.config, prepared.plan
+
+    def begins_from(reference: str) -> None:
+        made_from["reference"] = reference
+        if saved:
+            check_made_from(saved, {"reference": reference}, allow_changes)
+
     reference = _synced_reference(prepared, policy)
-    train, validation = _with_references(prepared, policy, tokens, progress, reference)
+    weights = made_from.get("weights", "")
+    train, validation = _with_references(prepared, policy, tokens, progress, weights, reference, begins_from)
     resumed_at = saved.step if saved else 0
     if not saved:
         _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
@@ -212,12 +225,13 @@ def _run(
         run,
         trackers,
         progress,
-        fingerprint=data.report.fingerprint,
+        made_from=made_from,
         num_steps=plan.num_steps,
         resumed_at=resumed_at,
     )
     try:
-        with StopSignal() as stop:
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with StopSignal() as stop, torch.random.fork_rng(devices):  # dropout's draws are seeded; the caller's go on
             parts = (config, policy, prepared.objective, plan, train, validation, outputs)
             loop = Loop(*parts, should_stop=lambda: stop.requested, reference=reference)
             if saved:
@@ -304,10 +318,22 @@ def _synced_reference(prepared: Prepared, policy: Policy) -> SyncedReference | N
 
 
 def _with_references(
-    prepared: Prepared, policy: Policy, tokens: RowTokens, progress: Progress, synced: SyncedReference | None
+    prepared: Prepared,
+    policy: Policy,
+    tokens: RowTokens,
+    progress: Progress,
+    weights: str,
+    synced: SyncedReference | None = None,
+    begins_from: Callable[[str], None] = lambda weights: None,
+    *,
+    must_keep: bool = False,
 ) -> tuple[Rows, Rows | None]:
     """Training and validation rows, with the reference's log-probs where needed: scored before the first step, or as
-    batches are made by a reference that follows the policy."""
+    batches are made by a reference that follows the policy.
+
+    weights: the policy's `weights_hash`, where a reference is needed. begins_from: told that of another model before it
+    scores. must_keep: what cannot be stored is an error.
+    """
     training, data = prepared.config.training, prepared.data
     objective, plan = prepared.objective, prepared.plan
     assert training.micro_batch_tokens is not None
@@ -323,8 +349,12 @@ def _with_references(
     if not objective.needs_reference:
         return train, validation
     with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
-        store = ReferenceStore.of(reference) if training.reference_store else None
-        train = scored(reference, store, train, progress, plan.all_groups(), plan.all_visits())
+        if reference is not policy:
+            weights = weights_hash(reference.model)
+            begins_from(weights)
+        store = ReferenceStore.of(reference, weights, must_keep=must_keep) if training.reference_store else None
+        visits = plan.all_visits() if objective.needs_mismatched else None
+        train = scored(reference, store, train, progress, plan.all_groups(), visits)
         # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
         validation = validation and scored(reference, store, validation, progress)
     return train, validation

@@ -39,7 +39,7 @@ TINY = {
 # windows of 4 are shorter than the prompts of 7 and 9 below
 WINDOWED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 OWN: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 0.25},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
     "cohere2": WINDOWED,
     "gemma": {"head_dim": 8},
     "gemma2": {

@@ -40,6 +40,8 @@ RECIPE = {
 }
 """What every run of these tests has unless it says otherwise: 12 training rows, 4 a step, and 4 to evaluate on."""
 NUM_ROWS = 16
+MICRO_BATCH = 64
+"""Tokens."""
 TIMINGS = {"seconds", "tokens_per_second", "peak_memory_gib"}
 
 
@@ -183,6 +185,12 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """These runs are compared bit for bit and with float32, wherever the tests run."""
     if "runs" in request.fixturenames:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def _small_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or three of the rows of these tests, so that their steps are cut."""
+    monkeypatch.setattr("strop.data.plan.CPU_TOKENS", MICRO_BATCH)
 
 
 @pytest.fixture

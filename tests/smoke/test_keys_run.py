@@ -54,6 +54,7 @@ def two_gpus(watched: pytest.MonkeyPatch) -> list[torch.device]:
 
     watched.setattr(torch.cuda, "is_available", lambda: True)
     watched.setattr(torch.cuda, "device_count", lambda: 2)
+    watched.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     watched.setattr(wiring, "build_policy", build)
     return asked
 

@@ -21,12 +21,14 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from strop import wiring
+from strop.data.plan import default_budget, packed_tokens
 from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
 from strop.policy import elementwise, policy
 from strop.policy.matmul import computes
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
+from strop.prepared import with_budget
 
 WORSE = {"method": "sft", "greater_is_better": True, "eval_steps": 1, "max_steps": 6}
 """The loss falls and higher counts as better: the first evaluation is the best, and every later one is worse."""
@@ -98,14 +100,17 @@ def sizes(forwards: list[Any]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("size", [1, 4])
 def test_training__per_device_train_batch_size(size: int, runs: Any, forwards: list[Any]) -> None:
     run = runs(per_device_train_batch_size=size)
-    longest = max(group.num_tokens for group in runs.prepare().data.train)
-    assert run.config["training"]["micro_batch_tokens"] == size * longest
     assert run.config["training"]["groups_per_step"] == 2 * size
-    assert all(tokens <= size * longest for _, tokens in sizes(forwards))
-    assert max(groups for groups, _ in sizes(forwards)) >= size
+    assert run.config["training"]["micro_batch_tokens"] == 64  # of `conftest.py`, whatever a batch is
+    assert 32 < max(tokens for _, tokens in sizes(forwards)) <= 64
+    prepared = runs.prepare(per_device_train_batch_size=size)
+    longest = max(group.num_tokens for group in prepared.data.train)
+    on_gpu = with_budget(prepared, packed_tokens, "cuda").config.training.micro_batch_tokens
+    assert on_gpu == size * longest
 
 
-def test_training__per_device_eval_batch_size(runs: Any, forwards: list[Any]) -> None:
+def test_training__per_device_eval_batch_size(runs: Any, forwards: list[Any], watched: pytest.MonkeyPatch) -> None:
+    watched.setattr(wiring, "default_budget", lambda *args: default_budget(*args[:3], "cuda"))  # a CPU has its own
     losses = []
     for size, num in ((4, [4]), (1, [1, 1, 1, 1])):
         forwards.clear()
@@ -135,7 +140,9 @@ def test_training__packing(runs: Any, forwards: list[Any]) -> None:
     assert {batch.num_groups for with_gradients, batch in forwards if with_gradients} == {len(groups)}
     plain = runs(max_seq_length=500, groups_per_step=len(groups), **keys)
     assert packed.series("loss") == pytest.approx(plain.series("loss"), rel=1e-5)
-    assert packed.config["training"]["micro_batch_tokens"] == 2 * 500
+    assert packed.config["training"]["micro_batch_tokens"] == 500  # more than a CPU gains by
+    on_gpu = with_budget(runs.prepare(max_seq_length=500, packing=True, **keys), packed_tokens, "cuda")
+    assert on_gpu.config.training.micro_batch_tokens == 2 * 500
     # rows of less tokens: a step has as many groups as fill one
     forwards.clear()
     longest = max(group.num_tokens for group in groups)

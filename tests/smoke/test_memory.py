@@ -99,6 +99,7 @@ def test_it_is_the_same_run(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     keys = {"post_training.method": "kto"} if loss == "kto" else {"post_training.loss_type": loss}
+    monkeypatch.setattr("strop.data.plan.CPU_TOKENS", 200)
     metrics, weights = train(tmp_path / "enough", model_dir, **keys)
     most = 35 if loss == "kto" else 60
     failed = run_out(monkeypatch, most, error, in_backward)

@@ -142,6 +142,7 @@ def test_what_costs_more_is_said_before(
         "dataset.validation_split": 0.0,
         "training.per_device_train_batch_size": 1,
         "training.gradient_accumulation_steps": 3,
+        "training.micro_batch_tokens": 1,
     }
     config = strop.load_config(overrides=overrides)
     prepared = with_budget(prepare(config, config.models[0]), packed_tokens, "cpu")

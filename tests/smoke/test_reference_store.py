@@ -132,6 +132,16 @@ def test_nothing_to_fill_is_an_error(keys: list[str], config: Path, capsys: pyte
     assert "nothing to score ahead" in capsys.readouterr().err
 
 
+def test_a_store_that_cannot_be_written_is_an_error(
+    config: Path, tmp_path: Path, watched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    watched.setenv("STROP_CACHE", str(tmp_path / "file"))
+    assert cli.main(["reference", "--config", str(config)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "it cannot be written" in said and "set STROP_CACHE" in said and "are in the store" not in said
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reference", "--help"]) == 0
     assert "strop reference --config FILE" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import strop
 from strop.engine.loop import Loop
@@ -197,6 +198,48 @@ def test_changes_of_the_recipe_are_refused(
         strop.train(changed, resume="auto")
     assert named in str(refused.value)
     assert strop.train(changed, resume="auto", allow_changes=True)[0].final.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "lora", "said"),
+    [
+        ("base", "sft", True, "models: the weights"),
+        ("base", "dpo", False, "models: the weights"),
+        ("ref", "dpo", True, "post_training.ref_model_id: the weights"),
+        ("base", "sft", False, None),  # all of them stand in the checkpoint
+    ],
+)
+def test_other_weights_in_the_same_folder_are_refused(
+    key: str,
+    method: str,
+    lora: bool,
+    said: str | None,
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = {name: shutil.copytree(model_dir, tmp_path / name) for name in ("base", "ref")}
+    options = {"ref_model_id": str(models["ref"])} if key == "ref" else {}
+    config = strop.load_config(overrides=settings(tmp_path, models["base"], method, lora, options))
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 5)
+        with pytest.raises(Died):
+            strop.train(config)
+    file = models[key] / "model.safetensors"
+    save_file({name: weight * 1.01 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    if said is not None:
+        with pytest.raises(CheckpointError, match=said):
+            strop.train(config, resume="auto")
+    assert strop.train(config, resume="auto", allow_changes=said is not None)[0].final.is_dir()
+
+
+def test_a_run_leaves_the_callers_random_state(tmp_path: Path, model_dir: Path) -> None:
+    torch.manual_seed(1)
+    strop.train(strop.load_config(overrides=settings(tmp_path, model_dir, "sft", True)))
+    assert torch.initial_seed() == 1
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3))
 
 
 def test_other_hardware_is_no_change_and_other_data_is(

@@ -16,7 +16,7 @@ import torch
 from strop.config import load_config, resolve
 from strop.data.plan import packed_tokens, padded_tokens
 from strop.dryrun import dry_run
-from strop.errors import ModelError
+from strop.errors import ConfigError, ModelError
 from strop.estimate import (
     Estimate,
     _memory,
@@ -100,7 +100,7 @@ def test_it_grows_and_shrinks_as_it_should(prepared: Callable[..., Prepared]) ->
     assert guess(prepared(gradient_checkpointing=True)).peak < plain.peak
     assert guess(prepared(gradient_checkpointing=True)).flops > plain.flops
     assert guess(prepared(r=4)).flops < plain.flops
-    assert guess(prepared(per_device_train_batch_size=8)).parts["activations"] > 2 * plain.parts["activations"]
+    assert guess(prepared(micro_batch_tokens=100)).parts["activations"] < plain.parts["activations"] / 2
     assert guess(prepared(optim="adamw_8bit")).parts["optimizer"] == plain.parts["optimizer"] // 4
     assert guess(prepared(ref_sync_steps=2)).parts["reference"] == plain.parts["weights"]
 
@@ -108,12 +108,11 @@ def test_it_grows_and_shrinks_as_it_should(prepared: Callable[..., Prepared]) ->
 def test_auto_takes_the_smallest_share_that_fits(prepared: Callable[..., Prepared]) -> None:
     key = "training.gradient_checkpointing"
     without, whole = (
-        guess(prepared(gradient_checkpointing=share, per_device_train_batch_size=1)).peak / 0.9
-        for share in (False, True)
+        guess(prepared(gradient_checkpointing=share, micro_batch_tokens=1)).peak / 0.9 for share in (False, True)
     )
     for memory, share in ((without + 1, 0), (whole + 1, 2), (1, 2)):
         machine = Machine("cpu", int(memory), None)
-        asked = prepared(gradient_checkpointing="auto", per_device_train_batch_size=1)
+        asked = prepared(gradient_checkpointing="auto", micro_batch_tokens=1)
         found = fitted(asked, machine, planned_precision(asked.config, machine), packed_tokens)
         chosen = found.config.training.gradient_checkpointing
         assert (max(1, round(2 * chosen)) if chosen else 0) == share  # of two layers
@@ -131,9 +130,12 @@ def settle(asked: Prepared, memory: float) -> tuple[int, bool | float]:
     return found.micro_batch_tokens, found.gradient_checkpointing
 
 
-def test_micro_batches_are_halved_before_anything_is_computed_again(prepared: Callable[..., Prepared]) -> None:
+def test_micro_batches_are_halved_before_anything_is_computed_again(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = prepared(per_device_train_batch_size=8)
     longest = max(group.num_tokens for group in asked.data.train)
+    monkeypatch.setattr("strop.data.plan.CPU_TOKENS", 8 * longest)
     whole = guess(asked)
     assert settle(asked, whole.peak / 0.9 + 1) == (8 * longest, False)
     half = guess(prepared(micro_batch_tokens=4 * longest))
@@ -152,6 +154,21 @@ def test_layers_that_cannot_be_computed_again_are_not_asked_to(
 ) -> None:
     monkeypatch.setattr("strop.policy.outline.layers_that_can", lambda module: [])
     assert settle(prepared(), 1)[1] is False
+
+
+def test_what_the_process_has_already_counts_on_a_cpu(prepared: Callable[..., Prepared]) -> None:
+    found = machine_of(torch.device("cpu"))
+    assert 2**27 < found.held < 2**36
+    alone = guess(prepared(), replace(found, held=0))
+    assert guess(prepared(), found).peak == alone.peak + found.held
+
+
+def test_a_gpu_without_bfloat16_is_planned_as_a_run_takes_it(prepared: Callable[..., Prepared]) -> None:
+    old = Machine("cuda", 2**34, None, "Tesla T4", has_bf16=False)
+    assert planned_precision(prepared(auto_precision=True).config, old).compute is torch.float32
+    with pytest.raises(ConfigError, match="Tesla T4 does not compute bfloat16"):
+        planned_precision(prepared(bf16=True).config, old)
+    assert planned_precision(prepared(fp16=True).config, old).compute is torch.float16
 
 
 def test_what_does_not_fit_is_said_with_ways(prepared: Callable[..., Prepared]) -> None:
@@ -285,7 +302,7 @@ def test_the_gpu_that_torch_counts_is_asked_for(
 
     def answer(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout="NVIDIA H100 80GB HBM3, 81559\n")
+        return subprocess.CompletedProcess(command, 0, stdout="NVIDIA H100 80GB HBM3, 81559, 9.0\n")
 
     monkeypatch.setattr(subprocess, "run", answer)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -293,7 +310,7 @@ def test_the_gpu_that_torch_counts_is_asked_for(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = machine_of(torch.device("cuda", 1))
     assert f"--id={asked}" in commands[0]
-    assert found.memory == 81559 * 2**20 and found.rate(torch.bfloat16)
+    assert found.memory == 81559 * 2**20 and found.rate(torch.bfloat16) and found.has_bf16
 
 
 def test_the_dry_run_knows_which_rows_there_will_be(

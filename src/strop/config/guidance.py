@@ -54,15 +54,17 @@ def _advice(config: RunConfig) -> Iterator[str]:
     method, training = config.post_training, config.training
     rate = training.learning_rate
     if method.method != "sft" and rate is not None:
+        adapters = config.lora.enabled or any(model.adapter for model in config.models)
+        usual = "5e-6 to 1e-5 is usual for adapters" if adapters else "5e-7 to 1e-6 is recommended"
         if rate > 1e-5:
             yield (
                 f"training.learning_rate {rate:g} is high for {method.method}: above 1e-5 preference training tends to "
-                "collapse into nonsense; 5e-7 to 1e-6 is recommended"
+                f"collapse into nonsense; {usual}"
             )
         elif rate < 1e-7:
             yield (
                 f"training.learning_rate {rate:g} is low for {method.method}: below 1e-7 very little is learned; "
-                "5e-7 to 1e-6 is recommended"
+                f"{usual}"
             )
     if isinstance(method, ReferenceSettings) and not 0.01 <= method.beta <= 1:
         effect = "leaves the policy almost free of" if method.beta < 0.01 else "holds the policy to"

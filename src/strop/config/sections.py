@@ -215,15 +215,15 @@ class TrainingSection(Section):
     """Groups (under packing, filled rows) of one optimizer step; null: the effective batch at the first launch. A
     resume keeps it."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of one micro-batch; null: per_device_train_batch_size x the longest group (under packing,
-    x max_seq_length), on a CPU at most 2048 or the longest group, and halved until the estimate of memory fits the
-    device. Changes memory and speed; the result only through the masks of lora_dropout, where a resume keeps it."""
+    """Tokens of one micro-batch; null: 2048 on a CPU, or the longest group (under packing max_seq_length); on a GPU
+    per_device_train_batch_size x that; halved until the estimate of memory fits the device. Changes memory and
+    speed; the result only through the masks of lora_dropout, where a resume keeps it."""
     learning_rate: float | None = Field(
         default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
     )
     """Peak learning rate; null: by method (sft 2e-5, preferences 5e-7)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up, to 0 at the last step; constant does not decay."""
+    """Decay after the warm-up, towards 0, which it would reach one step after the last; constant does not decay."""
     warmup_steps: int | None = Field(
         default=None, ge=0, json_schema_extra={"x-default": "100 unless warmup_ratio is given"}
     )

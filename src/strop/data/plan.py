@@ -121,6 +121,7 @@ def filled_rows(groups: Sequence[Sized], max_tokens: int, seed: int) -> list[lis
     """Indices of the groups of each row, the rows filled to `max_tokens`: the longest groups first, each into the
     fullest row that has room for it. Which of alike length share a row is a function of the seed."""
     sizes = np.array([group.num_tokens for group in lengths(groups)])
+    max_tokens = min(max_tokens, int(sizes.sum()))  # no row is longer
     order = np.random.default_rng([seed, len(sizes)]).permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]
     rows: list[list[int]] = []
@@ -181,15 +182,15 @@ def cut(
 
 
 CPU_TOKENS = 2048
-"""Tokens of a micro-batch from which a CPU gains next to nothing: larger ones only take more memory."""
+"""Tokens of a micro-batch up to which a CPU gains: larger ones only take more memory. Short rows of a small model took
+1.8 times as long in micro-batches of 130 tokens."""
 
 
 def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens, device_type: str) -> int:
-    """What a batch of that size may cost at worst, if all were the longest, as far as the device gains by it."""
+    """Tokens of a micro-batch, where nobody says."""
     return batch_budget(batch_size, max(tokens([g]) for g in lengths(groups)), device_type)
 
 
 def batch_budget(batch_size: int, longest: int, device_type: str) -> int:
-    """`batch_size` times the longest; on a CPU no more than `CPU_TOKENS`, or the longest."""
-    worst = batch_size * longest
-    return min(worst, max(longest, CPU_TOKENS)) if device_type == "cpu" else worst
+    """On a GPU what `batch_size` of the longest cost; on a CPU `CPU_TOKENS`, or the longest."""
+    return max(longest, CPU_TOKENS) if device_type == "cpu" else batch_size * longest

@@ -207,7 +207,7 @@ class Loop:
             smaller = self.train.smaller(indices, self.plan.visits(step))
             if smaller is None:
                 longest = max((self.train.groups[i] for i in indices), key=lambda group: group.num_tokens)
-                raise does_not_fit(self.config, why, f"step {step}", longest)
+                raise does_not_fit(self.config, why, f"step {step}", longest, backward=True)
             but = ", but for the masks of lora_dropout" if cut_matters(self.config) else ""
             self.outputs.note(_cut_finer(f"step {step}", why, self.train, smaller) + but)
             self.train, self.state.micro_batch_tokens = smaller, smaller.budget_tokens

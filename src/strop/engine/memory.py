@@ -11,13 +11,16 @@ from strop.policy.memory import is_out_of_memory
 from strop.types import Group
 
 
-def does_not_fit(config: RunConfig, why: str, where: str, longest: Group | None = None) -> TrainingError:
+def does_not_fit(
+    config: RunConfig, why: str, where: str, longest: Group | None = None, *, backward: bool = False
+) -> TrainingError:
     """The error, with the ways to fit that this configuration leaves, what costs the least first.
 
-    longest: the longest group at hand, where micro-batches of one group each did not fit.
+    longest: the longest group at hand, where micro-batches of one group each did not fit. backward: it was a training
+    step's pass, which keeps activations.
     """
     alone = f", although micro-batches are single groups of at most {longest.num_tokens:,} tokens" if longest else ""
-    return TrainingError(f"memory ran out{alone}: {why}", where=where, fix="; or ".join(ways_to_fit(config)))
+    return TrainingError(f"memory ran out{alone}: {why}", where=where, fix="; or ".join(ways_to_fit(config, backward)))
 
 
 @contextmanager
@@ -31,17 +34,17 @@ def explaining_memory(config: RunConfig, where: str) -> Iterator[None]:
         raise does_not_fit(config, str(error).partition("\n")[0] or "an allocation failed", where) from error
 
 
-def ways_to_fit(config: RunConfig) -> Iterator[str]:
+def ways_to_fit(config: RunConfig, backward: bool = True) -> Iterator[str]:
     """Settings that lower the peak where micro-batches are as small as they get, from those that change no result to
-    those that do."""
+    those that do. backward: the peak is that of a training step's pass."""
     training = config.training
-    if getattr(config.post_training, "ref_sync_steps", None):
-        yield "remove post_training.ref_sync_steps, which keeps a second model"
-    if training.gradient_checkpointing is not True:
+    if backward and training.gradient_checkpointing is not True:
         yield "set training.gradient_checkpointing: true"
     if not training.bf16 and not training.fp16:
         yield "set training.bf16: true"
-    if not config.lora.enabled:
+    if getattr(config.post_training, "ref_sync_steps", None):
+        yield "remove post_training.ref_sync_steps, which keeps a second model"
+    if not config.lora.enabled and not all(model.adapter for model in config.models):
         yield "train adapters (lora.enabled: true)"
         if not training.optim.endswith("8bit"):
             yield "set training.optim: adamw_8bit"

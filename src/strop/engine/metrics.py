@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.errors import ConfigError
+from strop.machine import resident
 from strop.objectives.base import Mean
 
 
@@ -58,8 +59,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: on the device, or, on the CPU, its largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peak = resident("VmHWM")
+    if peak is None:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak / 2**30
 
 
 class UpdateProbe:

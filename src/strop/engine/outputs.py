@@ -29,12 +29,12 @@ class RunOutputs:
         trackers: Trackers,
         progress: Progress,
         *,
-        fingerprint: str,
+        made_from: Mapping[str, str],
         num_steps: int,
         resumed_at: int,
     ) -> None:
         self.config, self.run, self.trackers, self.progress = config, run, trackers, progress
-        self.fingerprint = fingerprint
+        self.made_from = made_from
         self.margins_log = MarginsLog(run.logs / "margins")
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
@@ -61,7 +61,7 @@ class RunOutputs:
             {**state, "recipe": recipe_of(self.config)},
             keep=self.config.training.save_total_limit,
             protect=protect,
-            identity={"data": self.fingerprint},
+            identity=self.made_from,
         )
 
     def stepped(self, shown: Mapping[str, float]) -> None:

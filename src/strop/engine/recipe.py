@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,39 @@ def cut_matters(config: RunConfig) -> bool:
     return config.lora.lora_dropout > 0 and (config.lora.enabled or any(m.adapter for m in config.models))
 
 
-def check_recipe(checkpoint: Checkpoint, config: RunConfig, fingerprint: str, allow_changes: bool) -> None:
-    """Compare this run with the one that wrote `checkpoint`.
+MADE_FROM = {
+    "data": "data: the training or validation groups are not those of the run (see data.json)",
+    "weights": "models: the weights that the run began with are others by now",
+    "reference": "post_training.ref_model_id: the weights of that model are others by now",
+}
+"""What a checkpoint has hashes of, and what to say where they differ."""
+
+
+def check_recipe(checkpoint: Checkpoint, config: RunConfig, made_from: Mapping[str, str], allow_changes: bool) -> None:
+    """Compare this run with the one that wrote `checkpoint`. made_from: hashes by the names of `MADE_FROM`.
 
     Raises:
-        CheckpointError: a setting or the data differ; every difference is listed. With `allow_changes` they are
-            only said, and the run's new config.yaml and data.json record them.
+        CheckpointError: a setting, the data or the weights differ; every difference is listed. With `allow_changes`
+            they are only said, and the run's new config.yaml and data.json record them.
     """
-    differences = _differences(checkpoint.state["recipe"], recipe_of(config))
-    if checkpoint.identity["data"] != fingerprint:
-        differences.append("data: the training or validation groups are not those of the run (see data.json)")
+    settings = _differences(checkpoint.state["recipe"], recipe_of(config))
+    _refuse(checkpoint, settings + _others(checkpoint, made_from), allow_changes)
+
+
+def check_made_from(checkpoint: Checkpoint, made_from: Mapping[str, str], allow_changes: bool) -> None:
+    """The same of what is known later.
+
+    Raises:
+        CheckpointError: it differs, without `allow_changes`.
+    """
+    _refuse(checkpoint, _others(checkpoint, made_from), allow_changes)
+
+
+def _others(checkpoint: Checkpoint, made_from: Mapping[str, str]) -> list[str]:
+    return [MADE_FROM[name] for name, value in made_from.items() if checkpoint.identity.get(name, value) != value]
+
+
+def _refuse(checkpoint: Checkpoint, differences: Sequence[str], allow_changes: bool) -> None:
     if not differences:
         return
     listed = "".join(f"\n    {line}" for line in differences)
@@ -78,7 +101,7 @@ def check_recipe(checkpoint: Checkpoint, config: RunConfig, fingerprint: str, al
         raise CheckpointError(
             f"this run is not the one that wrote the checkpoint:{listed}",
             where=str(checkpoint.path),
-            expected="the same settings and data, so that the resumed run equals an unbroken one",
+            expected="the same settings, data and weights, so that the resumed run equals an unbroken one",
             fix="put these back, or accept another result with --allow-changes",
         )
     log.warning("going on from %s with changes:%s", checkpoint.path, listed)

@@ -38,7 +38,7 @@ Counts = Mapping[str, int]
 class StepScores:
     """What a step's (or an evaluation's) forward passes gave, with no gradients attached.
 
-    loss: float64 scalar. terms: each term's share of it. metrics: (sum, count). margins: [G] or None.
+    loss: the step's. terms: each term's share of it. metrics: (sum, count). margins: [G] or None.
     """
 
     scores: Scores

@@ -160,9 +160,18 @@ def trainable_names(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by full name, the head left out."""
+    """Linear layers by full name, the head left out, and routers that are one and give more than a product."""
     head = head_names(module)
-    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in head}
+    return {n: m for n, m in module.named_modules() if _is_linear(m) and n not in head}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, Conv1D)
+    if type(module) is nn.Linear:
+        return True
+    with torch.no_grad():
+        return isinstance(module(module.weight[:1]), torch.Tensor)
 
 
 def head_names(module: nn.Module) -> list[str]:

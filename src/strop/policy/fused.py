@@ -338,7 +338,8 @@ def _candidates(
         if type(parts["act_fn"]).__name__ in ACTIVATIONS and None not in layers:
             yield "MLPs", FusedMlp(module, layers, kernels)  # type: ignore[arg-type]
     named = dict(module.named_parameters())
-    if not parts and named.keys() == {"weight"} and isinstance(getattr(module, "variance_epsilon", None), float):
+    has_epsilon = isinstance(getattr(module, "variance_epsilon", None), float)
+    if not parts and named.keys() == {"weight"} and named["weight"].dim() == 1 and has_epsilon:
         yield "norms", FusedNorm(module, kernels)
 
 

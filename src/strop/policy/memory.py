@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -18,17 +19,16 @@ from strop.types import Group
 
 T = TypeVar("T")
 
-_SIGNS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "not enough memory: you tried to allocate",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+_SIGNS = re.compile(
+    "DefaultCPUAllocator: can't allocate memory|not enough memory: you tried to allocate|Cannot allocate memory|"
+    "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc|"
+    "could not create a (primitive|memory object)(?! desc)"  # oneDNN, which says no more
 )
 
 
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Of oneDNN, and of the layer between it and torch."""
-KERNELS = 256
+KERNELS_KEPT = 256
 
 
 def keep_few_kernels() -> None:
@@ -40,7 +40,7 @@ def keep_few_kernels() -> None:
     step took 10 to 20 % longer.
     """
     for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, str(KERNELS))
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 _MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
@@ -68,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None
 
 
 def attempt(compute: Callable[[], T]) -> tuple[T | None, str]:

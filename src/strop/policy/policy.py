@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection, TrainingSection
-from strop.errors import ConfigError
+from strop.errors import ConfigError, ModelError
 from strop.policy import sharing
 from strop.policy.adapters import add_adapters, continue_adapters, trainable_names
 from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
@@ -83,6 +83,22 @@ class Policy(nn.Module):
     def base(self) -> Any:
         """The transformers model inside."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def body(self) -> nn.Module:
+        """What is before the head; a few of transformers' classes have it by another name than they say.
+
+        Raises:
+            ModelError: it is not found.
+        """
+        for name in (self.base.base_model_prefix, "model"):
+            if isinstance(found := getattr(self.base, name, None), nn.Module):
+                return found
+        raise ModelError(
+            f"{type(self.base).__name__} has no {self.base.base_model_prefix}, which its class says it has",
+            where=self.where,
+            expected="a causal language model: a body and a linear head",
+        )
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +220,7 @@ class Policy(nn.Module):
         """[B, T, D] after the body's last norm."""
         shared = batch.layout is not None
         self._use_attention(NAME if shared else self.plain_attention)
-        body = getattr(self.base, self.base.base_model_prefix)
+        body = self.body
         if batch.layout is not None:
             plan = AttentionPlan(batch.layout, batch.input_ids.device, self.kernel)
             out = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, strop_plan=plan)

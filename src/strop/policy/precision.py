@@ -7,7 +7,7 @@ is stored in the compute dtype, since no update ever touches it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -80,13 +80,21 @@ def resolve_precision(training: TrainingSection, device: torch.device) -> Precis
     Raises:
         ConfigError: the device cannot compute in the dtype that is asked for.
     """
+    if device.type == "cpu":
+        return choose_precision(training, computes(torch.bfloat16))
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return choose_precision(training, has_bf16, lambda: torch.cuda.get_device_name(device))
+
+
+def choose_precision(training: TrainingSection, has_bf16: bool, gpu: Callable[[], str] | None = None) -> Precision:
+    """The same of a device that has instructions for bfloat16 or not. gpu: tells the name of one, which refuses what it
+    has none for; a CPU computes it all the same."""
     bf16, fp16 = training.bf16, training.fp16
     if training.auto_precision and bf16 is None and fp16 is None:
-        on_gpu = device.type == "cuda"
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else computes(torch.bfloat16)
-    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        bf16 = has_bf16
+    if bf16 and gpu and not has_bf16:
         raise ConfigError(
-            f"training.bf16 is true, but {torch.cuda.get_device_name(device)} does not compute bfloat16",
+            f"training.bf16 is true, but {gpu()} does not compute bfloat16",
             expected="a GPU of compute capability 8.0 or higher",
             fix="use --fp16 instead, or neither (float32)",
         )

@@ -30,7 +30,7 @@ from filelock import FileLock
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from strop.cachedir import cache_folder
+from strop.cachedir import cache_folder, cannot_keep
 from strop.policy.policy import Policy
 from strop.policy.precision import short_name
 from strop.types import Completion, Group
@@ -47,22 +47,32 @@ _NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", 
 class ReferenceStore:
     """The file of one model; `dtype` is that of the values."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.path = path
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, *, must_keep: bool = False) -> None:
+        self.path, self._must_keep = path, must_keep
         self._numpy = np.dtype("<f8" if dtype == torch.float64 else "<f4")
         self._lock = FileLock(f"{path}.lock")
         self._end = 0  # up to here the file is known to be whole
         self._writable = True
 
     @classmethod
-    def of(cls, policy: Policy) -> ReferenceStore:
-        """The store of a policy as it is now."""
-        identity = model_identity(policy)
+    def of(cls, policy: Policy, weights: str, *, must_keep: bool = False) -> ReferenceStore:
+        """The store of a policy as it is now. weights: their `weights_hash`. must_keep: not to be able to write is an
+        error, and not only said.
+
+        Raises:
+            ConfigError: its folder must be written and cannot.
+        """
+        identity = model_identity(policy, weights)
         name = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
-        return cls(cache_folder("references") / f"{name}.logps", policy.precision.master)
+        folder = cache_folder("references", must_keep=must_keep)
+        return cls(folder / f"{name}.logps", policy.precision.master, must_keep=must_keep)
 
     def append(self, groups: Sequence[Group], logps: Sequence[Tensor]) -> None:
-        """Add what was scored: one [scored tokens] tensor a group. What cannot be written is said once."""
+        """Add what was scored: one [scored tokens] tensor a group. What cannot be written is said once.
+
+        Raises:
+            ConfigError: it cannot be written and must be.
+        """
         if not self._writable:
             return
         records = bytearray()
@@ -88,7 +98,9 @@ class ReferenceStore:
 
     def _give_up(self, error: OSError) -> None:
         self._writable = False
-        problem = error.strerror or error
+        problem = error.strerror or str(error)
+        if self._must_keep:
+            raise cannot_keep(str(self.path), problem) from error
         log.warning("%s cannot be written (%s): reference log-probs are kept for this run only", self.path, problem)
 
     def read(self, wanted: Set[bytes]) -> dict[bytes, Tensor]:
@@ -161,12 +173,12 @@ def by_completion(groups: Iterable[Group], logps: Iterable[Tensor]) -> Iterator[
         yield from zip(completion_keys(group), parts, strict=True)
 
 
-def model_identity(policy: Policy) -> dict[str, object]:
+def model_identity(policy: Policy, weights: str) -> dict[str, object]:
     """Everything about a policy that its log-probs depend on, by more than the order of additions."""
     config = policy.loaded_config.to_dict()
     return {
         "format": FORMAT,
-        "weights": weights_hash(policy.model),
+        "weights": weights,
         "config": {key: value for key, value in config.items() if key not in _NO_NUMBERS},
         "compute": short_name(policy.precision.compute),
         "head": [short_name(policy.head_dtype), str(policy.transform)],

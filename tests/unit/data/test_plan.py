@@ -77,12 +77,18 @@ def test_padded_micro_batches_hold_alike_lengths(sizes: list[int], budget: int) 
 
 
 @pytest.mark.parametrize(
-    ("longest", "batch_size", "on_cpu"), [(100, 4, 400), (600, 1, 600), (600, 4, 2048), (3000, 4, 3000)]
+    ("longest", "batch_size", "on_cpu"), [(100, 4, 2048), (600, 1, 2048), (600, 4, 2048), (3000, 4, 3000)]
 )
 def test_the_default_budget_by_device(longest: int, batch_size: int, on_cpu: int) -> None:
     groups = [_group(longest - 4, 3, 3), _group(5, 3)]
     assert default_budget(groups, batch_size, packed_tokens, "cuda") == batch_size * longest
     assert default_budget(groups, batch_size, packed_tokens, "cpu") == on_cpu
+
+
+def test_rows_without_a_limit_are_one() -> None:
+    groups = [_group(3, 2), _group(5, 4), _group(1, 1)]
+    assert filled_rows(groups, 10**15, 0) == filled_rows(groups, sum(g.num_tokens for g in groups), 0)
+    assert len(filled_rows(groups, 10**15, 0)) == 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.integers(17, 60), st.integers(0, 3))

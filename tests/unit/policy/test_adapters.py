@@ -348,3 +348,12 @@ def test_an_adapter_on_the_head_is_refused(build: MakePolicy, model_dir: Path, t
     model.save_pretrained(tmp_path / "on-head", save_embedding_layers=False)
     with pytest.raises(ModelError, match="adapts the head"):
         build(adapter=str(tmp_path / "on-head"))
+
+
+def test_a_router_is_no_linear_layer() -> None:
+    """Some are linear layers by their class, and give scores and choices."""
+    tiny = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 30}
+    config = CONFIG_MAPPING["llama4_text"](**tiny, **heads, num_local_experts=2, pad_token_id=0)
+    names = {name.rpartition(".")[2] for name in linear_layers(AutoModelForCausalLM.from_config(config))}
+    assert names >= QKVO and "router" not in names

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from conftest import build_model
+from strop.errors import ConfigError
 from strop.policy.policy import Policy
 from strop.policy.reference import not_known, only, reference_logps, stored_logps
 from strop.policy.store import ReferenceStore, completion_key, completion_keys, model_identity, weights_hash
@@ -151,6 +152,15 @@ def test_what_cannot_be_written_is_said_once(
     assert caplog.text.count("kept for this run only") == 1
 
 
+def test_what_must_be_kept_and_cannot_be_is_an_error(tmp_path: Path, groups: list[Group]) -> None:
+    store = ReferenceStore(tmp_path / "some.logps", must_keep=True)
+    store.append(groups[:1], drawn(groups)[:1])
+    store.path.unlink()
+    store.path.mkdir()
+    with pytest.raises(ConfigError, match=r"some.logps: it cannot be written \(Is a directory\)"):
+        store.append(groups, drawn(groups))
+
+
 def test_what_cannot_be_removed_or_read_is_said(
     store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,27 +196,31 @@ def test_float64_stays_float64(tmp_path: Path, groups: list[Group]) -> None:
     assert all(torch.equal(read(store, {0: g})[0], v) for g, v in zip(groups, values, strict=True))
 
 
+def identity_of(policy: Policy) -> dict[str, object]:
+    return model_identity(policy, weights_hash(policy.model))
+
+
 def test_the_identity_is_of_what_decides_the_numbers(build: Callable[..., Policy]) -> None:
-    plain = model_identity(build())
-    assert model_identity(build(lora={"r": 4})) == plain  # adapters that add nothing yet
-    assert model_identity(build(training={"learning_rate": 1.0})) == plain
+    plain = identity_of(build())
+    assert identity_of(build(lora={"r": 4})) == plain  # adapters that add nothing yet
+    assert identity_of(build(training={"learning_rate": 1.0})) == plain
     others: list[dict[str, Any]] = [
         {"training": {"bf16": True}},
         {"training": {"bf16": True, "fp32_logits": True}},
         {"attn_implementation": "sdpa"},
         {"lora": {"r": 4}, "training": {"bf16": True}},  # the base is stored in bfloat16
     ]
-    seen = [plain, *(model_identity(build(**keys)) for keys in others)]
+    seen = [plain, *(identity_of(build(**keys)) for keys in others)]
     policy = build(lora={"r": 4})
     next(p for n, p in policy.named_parameters() if "lora_B" in n).data[0, 0] = 1e-3
-    seen.append(model_identity(policy))
+    seen.append(identity_of(policy))
     policy = build()
     next(policy.parameters()).data[0, 0] += 1e-6
-    seen.append(model_identity(policy))
+    seen.append(identity_of(policy))
     policy = build(lora={"r": 4})
     next(p for n, p in policy.named_parameters() if "lora_B" in n).data[0, 0] = 1e-3
     next(m for m in policy.modules() if isinstance(m, LoraLayer)).scaling["default"] *= 2
-    seen.append(model_identity(policy))
+    seen.append(identity_of(policy))
     assert all(one not in seen[:i] for i, one in enumerate(seen))
 
 
@@ -224,7 +238,7 @@ def test_a_reference_that_is_not_this_models_is_thrown_away(
     build: Callable[..., Policy], groups: list[Group], caplog: pytest.LogCaptureFixture
 ) -> None:
     policy, keys = build(), {i: completion_keys(group) for i, group in enumerate(groups)}
-    store = ReferenceStore.of(policy)
+    store = ReferenceStore.of(policy, weights_hash(policy.model))
     values = reference_logps(policy, [groups], keep=store.append)
     with caplog.at_level(logging.INFO, "strop"):
         found = stored_logps(policy, store, groups, keys)
