@@ -21,12 +21,13 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -38,6 +39,8 @@ from strop.types import Completion, Group
 log = logging.getLogger("strop")
 
 FORMAT = 1
+PATIENCE = 10.0
+"""Seconds that another process may write before it is said."""
 _MAGIC = b"SRL1"
 _HEAD = struct.Struct("<4s16sII")
 _NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -80,7 +83,7 @@ class ReferenceStore:
             data = values.numpy().astype(self._numpy).tobytes()
             records += _HEAD.pack(_MAGIC, key, len(data), zlib.crc32(key + data)) + data
         try:
-            with self._lock, self.path.open("ab") as file:
+            with self._alone(), self.path.open("ab") as file:
                 self._cut_tail(file)
                 file.write(records)
                 self._end = file.tell()
@@ -90,11 +93,24 @@ class ReferenceStore:
     def clear(self) -> None:
         """Forget everything, for all runs."""
         try:
-            with self._lock:
+            with self._alone():
                 self.path.unlink(missing_ok=True)
         except OSError as error:
             self._give_up(error)
         self._end = 0
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """With the lock; where another process keeps it, that is said."""
+        try:
+            self._lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            log.warning("%s: another process is writing, and is waited for", self.path)
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _give_up(self, error: OSError) -> None:
         self._writable = False

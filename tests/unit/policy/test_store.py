@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from peft.tuners.lora import LoraLayer
 
 from conftest import build_model
 from strop.errors import ConfigError
+from strop.policy import store as store_module
 from strop.policy.policy import Policy
 from strop.policy.reference import not_known, only, reference_logps, stored_logps
 from strop.policy.store import ReferenceStore, completion_key, completion_keys, model_identity, weights_hash
@@ -159,6 +162,21 @@ def test_what_must_be_kept_and_cannot_be_is_an_error(tmp_path: Path, groups: lis
     store.path.mkdir()
     with pytest.raises(ConfigError, match=r"some.logps: it cannot be written \(Is a directory\)"):
         store.append(groups, drawn(groups))
+
+
+def test_a_writer_that_does_not_end_is_said(
+    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PATIENCE", 0.05)
+    other = FileLock(store._lock.lock_file)
+    other.acquire()
+    writer = threading.Thread(target=store.append, args=(groups, drawn(groups)))
+    writer.start()
+    writer.join(0.5)
+    assert writer.is_alive() and "another process is writing" in caplog.text
+    other.release()
+    writer.join(10)
+    assert len(read(store, dict(enumerate(groups)))) == len(groups)
 
 
 def test_what_cannot_be_removed_or_read_is_said(
