@@ -135,7 +135,7 @@ def predictions(results: Sequence[Result]) -> Iterator[str]:
     if not known:
         return
     yield "\n### Predicted\n"
-    yield "What `--dry-run` said then: peak memory above that of the imports, and seconds of a row's step."
+    yield "What `--dry-run` said then, less what the imports take, and seconds of a row's step."
     yield "\n| case | MiB | measured | off | seconds | measured | off |\n|---|---|---|---|---|---|---|"
     for result in known:
         case, rounds = Case.of(result["case"]), result["rounds"]
