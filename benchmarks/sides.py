@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from strop.machine import resident
+
 from .cases import GROUP, Case
 from .inputs import SEED
 
@@ -46,18 +48,12 @@ class Measured:
 
     def begin(self) -> None:
         self.mark()
-        self.base_mib = resident("VmRSS")
+        self.base_mib = mib("VmRSS")
 
 
-def resident(name: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at its highest. (The peak that getrusage tells may be the parent's.)"""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines[name].split()[0]) / 2**10
+def mib(name: str) -> float:
+    """Of this process: VmRSS now; VmHWM at its highest."""
+    return resident(name) / 2**20
 
 
 def timed(call: Callable[..., Any], measured: Measured) -> Callable[..., Any]:
@@ -118,7 +114,7 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
     from strop import wiring
     from strop.engine.loop import Loop
 
-    measured, step = Measured(start_mib=resident("VmRSS")), Loop._step
+    measured, step = Measured(start_mib=mib("VmRSS")), Loop._step
     wiring._with_references = timed(wiring._with_references, measured)
 
     def marked(loop: Loop, number: int) -> None:
@@ -333,7 +329,7 @@ def run_side(folder: Path, case: Case, side: str) -> Measured:
             measured = trl_side(folder, case, side, out)
     if len(measured.marks) != case.steps + 1:
         raise SystemExit(f"{side}: {len(measured.marks) - 1} steps were taken, not {case.steps}")
-    measured.peak_mib = resident("VmHWM")
+    measured.peak_mib = mib("VmHWM")
     return measured
 
 

@@ -328,9 +328,7 @@ def _memory(
     if device == "cpu":
         # in float32 oneDNN has the large products alone
         by_onednn = keeps_kernels(precision.compute) and (precision.is_low or largest >= LARGE)
-        parts["kernels"] = (
-            KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL
-        )  # in float32 oneDNN has the large products alone
+        parts["kernels"] = KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL
     if product != precision.compute:  # in float32: a frozen head; factors and result of one product at a time
         in_body = shape.width * shape.inner + work.tokens * shape.inner
         widens = device == "cpu" and not computes(precision.compute)

@@ -6,7 +6,9 @@ A GPU is asked for by its driver's tool, and taken to reach a share of the rate 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,12 +90,13 @@ def _known(name: str) -> tuple[str, float, float, float] | None:
     return next((row for row in PUBLISHED if row[0] in words), None)
 
 
-def resident(name: str) -> int | None:
-    """Bytes of this process: VmRSS, now; VmHWM, at the most. None where the system does not tell. (What getrusage calls
-    the peak is that of the parent, where it had more.)"""
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS, now; VmHWM, at the most. Where the system does not tell, what getrusage calls the
+    peak, which is that of the parent where it had more."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return None
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
@@ -101,7 +104,7 @@ def resident(name: str) -> int | None:
 @cache
 def _held() -> int:
     """Once a process: what an earlier run left is free, or taken again by the next."""
-    return resident("VmRSS") or 0
+    return resident("VmRSS")
 
 
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))

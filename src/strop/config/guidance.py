@@ -54,8 +54,8 @@ def _advice(config: RunConfig) -> Iterator[str]:
     method, training = config.post_training, config.training
     rate = training.learning_rate
     if method.method != "sft" and rate is not None:
-        adapters = config.lora.enabled or any(model.adapter for model in config.models)
-        usual = "5e-6 to 1e-5 is usual for adapters" if adapters else "5e-7 to 1e-6 is recommended"
+        adapted = any(map(config.adapts, config.models))
+        usual = "5e-6 to 1e-5 is usual for adapters" if adapted else "5e-7 to 1e-6 is recommended"
         if rate > 1e-5:
             yield (
                 f"training.learning_rate {rate:g} is high for {method.method}: above 1e-5 preference training tends to "

@@ -97,6 +97,10 @@ class RunConfig(Section):
             return {**data, "post_training": {**method, "method": "sft"}}
         return data
 
+    def adapts(self, model: ModelSection) -> bool:
+        """Whether adapters train, and not all weights: new ones or the model's own."""
+        return self.lora.enabled or model.adapter is not None
+
     def problems(self) -> Iterator[Problem]:
         names = [model.name for model in self.models]
         for i, name in enumerate(names):

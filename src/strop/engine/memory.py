@@ -44,7 +44,7 @@ def ways_to_fit(config: RunConfig, backward: bool = True) -> Iterator[str]:
         yield "set training.bf16: true"
     if getattr(config.post_training, "ref_sync_steps", None):
         yield "remove post_training.ref_sync_steps, which keeps a second model"
-    if not config.lora.enabled and not all(model.adapter for model in config.models):
+    if not all(map(config.adapts, config.models)):
         yield "train adapters (lora.enabled: true)"
         if not training.optim.endswith("8bit"):
             yield "set training.optim: adamw_8bit"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,11 +57,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: on the device, or, on the CPU, its largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resident("VmHWM")
-    if peak is None:
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak / 2**30
+    return resident("VmHWM") / 2**30
 
 
 class UpdateProbe:

@@ -58,7 +58,7 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
 
 def cut_matters(config: RunConfig) -> bool:
     """Whether the cut of a step into micro-batches is part of the recipe: dropout draws its masks by micro-batch."""
-    return config.lora.lora_dropout > 0 and (config.lora.enabled or any(m.adapter for m in config.models))
+    return config.lora.lora_dropout > 0 and any(map(config.adapts, config.models))
 
 
 MADE_FROM = {

@@ -280,7 +280,7 @@ def build_policy(
             "than float32 itself and saves some memory; good to try a GPU's configuration",
             short_name(precision.compute),
         )
-    adapted = config.lora.enabled or model.adapter is not None
+    adapted = config.adapts(model)
     if device.type == "cpu" and not adapted:
         keep_freed_memory()
     loaded = load_model(model, dtype=precision.compute if adapted else precision.master)
