@@ -42,6 +42,9 @@ from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
 
+Split = tuple[Rows, Rows | None]
+"""Training and validation rows."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -138,8 +141,10 @@ def _fill_reference(config: RunConfig, model: ModelSection) -> None:
     policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
     tokens = packed_tokens if policy.share_prefix else padded_tokens
     with Progress(quiet=config.logging.log_level in ("warning", "error")) as progress:
-        prepared, weights = with_budget(prepared, tokens, device.type), weights_hash(policy.model)
-        _with_references(prepared, policy, tokens, progress, weights, must_keep=True)
+        prepared = with_budget(prepared, tokens, device.type)
+        rows = _rows(prepared, tokens, device)
+        with reference_policy(prepared.config, model, policy, prepared.tokenizer) as reference:
+            _scored(prepared, reference, weights_hash(reference.model), rows, progress, must_keep=True)
     log.info("%s: the reference's log-probs are in the store", model.name)
 
 
@@ -205,15 +210,18 @@ def _run(
     allow_changes: bool,
 ) -> RunResult:
     config, plan = prepared.config, prepared.plan
-
-    def begins_from(reference: str) -> None:
-        made_from["reference"] = reference
-        if saved:
-            check_made_from(saved, {"reference": reference}, allow_changes)
-
-    reference = _synced_reference(prepared, policy)
-    weights = made_from.get("weights", "")
-    train, validation = _with_references(prepared, policy, tokens, progress, weights, reference, begins_from)
+    train, validation = _rows(prepared, tokens, policy.device)
+    synced = _synced_reference(prepared, policy)
+    if synced is not None:
+        train, validation = _live(train, synced), validation and _live(validation, synced)
+    elif prepared.objective.needs_reference:
+        with reference_policy(config, prepared.model, policy, prepared.tokenizer) as reference:
+            weights = made_from["weights"]
+            if reference is not policy:
+                made_from["reference"] = weights = weights_hash(reference.model)
+                if saved:
+                    check_made_from(saved, {"reference": weights}, allow_changes)
+            train, validation = _scored(prepared, reference, weights, (train, validation), progress)
     resumed_at = saved.step if saved else 0
     if not saved:
         _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
@@ -233,7 +241,7 @@ def _run(
         devices = [policy.device] if policy.device.type == "cuda" else []
         with StopSignal() as stop, torch.random.fork_rng(devices):  # dropout's draws are seeded; the caller's go on
             parts = (config, policy, prepared.objective, plan, train, validation, outputs)
-            loop = Loop(*parts, should_stop=lambda: stop.requested, reference=reference)
+            loop = Loop(*parts, should_stop=lambda: stop.requested, reference=synced)
             if saved:
                 loop.restore(saved)
                 _look_for_best(loop, run, saved)
@@ -317,47 +325,34 @@ def _synced_reference(prepared: Prepared, policy: Policy) -> SyncedReference | N
     return None if sync is None else SyncedReference(policy, sync.every_steps, sync.share)
 
 
-def _with_references(
-    prepared: Prepared,
-    policy: Policy,
-    tokens: RowTokens,
-    progress: Progress,
-    weights: str,
-    synced: SyncedReference | None = None,
-    begins_from: Callable[[str], None] = lambda weights: None,
-    *,
-    must_keep: bool = False,
-) -> tuple[Rows, Rows | None]:
-    """Training and validation rows, with the reference's log-probs where needed: scored before the first step, or as
-    batches are made by a reference that follows the policy.
-
-    weights: the policy's `weights_hash`, where a reference is needed. begins_from: told that of another model before it
-    scores. must_keep: what cannot be stored is an error.
-    """
-    training, data = prepared.config.training, prepared.data
-    objective, plan = prepared.objective, prepared.plan
+def _rows(prepared: Prepared, tokens: RowTokens, device: torch.device) -> Split:
+    """Training and validation rows, with their prompts' mismatched completions where the objective wants them."""
+    training, data, objective = prepared.config.training, prepared.data, prepared.objective
     assert training.micro_batch_tokens is not None
     train, validation = Rows(data.train, training.micro_batch_tokens, tokens, extras=objective.extras), None
     if data.eval:
-        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens, policy.device.type)
+        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens, device.type)
         validation = replace(train, groups=data.eval, budget_tokens=budget)
-    if synced is not None:
-        return _live(train, synced), validation and _live(validation, synced)
     if objective.needs_mismatched:
-        train = _with_mismatched(train, prepared.config, plan.num_epochs)
+        train = _with_mismatched(train, prepared.config, prepared.plan.num_epochs)
         validation = validation and _with_mismatched(validation, prepared.config, 1)
-    if not objective.needs_reference:
-        return train, validation
-    with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
-        if reference is not policy:
-            weights = weights_hash(reference.model)
-            begins_from(weights)
-        store = ReferenceStore.of(reference, weights, must_keep=must_keep) if training.reference_store else None
-        visits = plan.all_visits() if objective.needs_mismatched else None
-        train = scored(reference, store, train, progress, plan.all_groups(), visits)
-        # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
-        validation = validation and scored(reference, store, validation, progress)
     return train, validation
+
+
+def _scored(
+    prepared: Prepared, reference: Policy, weights: str, rows: Split, progress: Progress, *, must_keep: bool = False
+) -> Split:
+    """The rows with the log-probs of a reference that stays as it is, all that the run will want.
+
+    weights: the reference's `weights_hash`. must_keep: what cannot be stored is an error.
+    """
+    train, validation = rows
+    plan, keeps = prepared.plan, prepared.config.training.reference_store
+    store = ReferenceStore.of(reference, weights, must_keep=must_keep) if keeps else None
+    visits = plan.all_visits() if train.mismatched else None
+    train = scored(reference, store, train, progress, plan.all_groups(), visits)
+    # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
+    return train, validation and scored(reference, store, validation, progress)
 
 
 def _with_mismatched(rows: Rows, config: RunConfig, num_epochs: int) -> Rows:
