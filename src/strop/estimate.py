@@ -4,7 +4,7 @@ In: a `Prepared` and a device. Out: an `Estimate`. No weight is loaded and no GP
 torch's meta device, and a GPU's size is asked of its driver's tool.
 
 Memory is the largest micro-batch's: weights, gradients, optimizer, what every layer keeps for its backward pass
-(`saved_per_token`), and the head's chunk; beside them what libraries take, and on a CPU what the process has already.
+(`saved_per_token`), and the head's tile; beside them what libraries take, and on a CPU what the process has already.
 Time is, on a CPU, what a layer of this architecture takes there; on a GPU products by rate, and passes over memory by
 bandwidth. `make bench` measures the error of both.
 """
@@ -28,7 +28,7 @@ from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
-from strop.policy.logprobs import SLAB_ELEMENTS, chunk_rows, kept_rows, product_dtype
+from strop.policy.logprobs import SLAB_ELEMENTS, kept_logits, product_dtype, tile_shape
 from strop.policy.matmul import LARGE, computes, keeps_kernels
 from strop.policy.memory import KERNELS_KEPT
 from strop.policy.outline import CannotBuildError, Shape, reason_for_plain_rows, shape_of
@@ -303,14 +303,15 @@ def _memory(
     casts = 0
     if precision.is_low and not shape.adapters:
         casts = (shape.matrix + (embedding if product == precision.compute else 0)) * c
-    rows = min(work.scored, chunk_rows(shape.vocabulary, device, product))
-    slab = min(rows * shape.vocabulary, SLAB_ELEMENTS) if device == "cpu" else rows * shape.vocabulary
+    rows, columns = tile_shape(shape.vocabulary, device)
+    tile = min(work.scored, rows) * min(shape.vocabulary, columns)
+    slab = min(tile, SLAB_ELEMENTS) if device == "cpu" else tile
     slabs = 1 + (product.itemsize < wide) + objective.extras.collisions
-    head = rows * shape.vocabulary * product.itemsize + slab * wide * slabs
-    head += (work.tokens + 3 * work.scored) * shape.width * wide
-    if not shape.adapters:  # its gradient, summed over chunks, and the slopes that it is made of
-        slopes = kept_rows(work.scored, shape.width, rows, product)
-        head += embedding * wide + slopes * shape.vocabulary * product.itemsize
+    head = tile * product.itemsize + slab * wide * slabs
+    head += (work.tokens + 3 * work.scored + 2 * min(work.scored, rows)) * shape.width * wide
+    if not shape.adapters:  # its gradient, and the logits that it is made of
+        kept_size = kept_logits(work.scored, shape.vocabulary, shape.width, product) * product.itemsize
+        head += embedding * wide + kept_size + tile * product.itemsize
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     passing = work.tokens * (4 * shape.inner * c + 4 * shape.width * stream)
     state = 2 if config.training.optim.endswith("8bit") else 2 * wide
@@ -324,7 +325,7 @@ def _memory(
         "allocator": holes * (activations + passing + head),
         "process": PROCESS[device],
     }
-    largest = shape.width * max(work.tokens * shape.inner, rows * shape.vocabulary)
+    largest = shape.width * max(work.tokens * shape.inner, tile)
     if device == "cpu":
         # in float32 oneDNN has the large products alone
         by_onednn = keeps_kernels(precision.compute) and (precision.is_low or largest >= LARGE)

@@ -199,7 +199,7 @@ def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str
         if any(_names((name,), head) for head in head_names(module)):
             raise ModelError(
                 f"lora.target_modules: {name} is the head, which cannot carry an adapter: its log-probs are computed "
-                "in chunks, outside the layer",
+                "in tiles, outside the layer",
                 where=where,
                 fix=f"leave it out; to train the head in full, name {name} in lora.modules_to_save",
             )

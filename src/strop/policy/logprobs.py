@@ -1,19 +1,22 @@
-"""Hidden states to the log-probs of the tokens that came: the head, chunk by chunk of tokens. Floor 2.
+"""Hidden states to the log-probs of the tokens that came: the head, tile by tile of the logits. Floor 2.
 
-Shapes: M scored tokens, D width, V vocabulary, R rows of one chunk.
+Shapes: M scored tokens, D width, V vocabulary; R rows and C columns of one tile.
 
 z = h W^T + b,  y = cap(scale z),  logp = y[target] - logsumexp(y).  With p = softmax(y), gradients are
 d logp / d z = (onehot(target) - p) * scale * cap'(scale z), and any loss is a function of the logps, so that these
-slopes are all that a backward pass needs. The forward pass, which has the softmax at hand, makes them chunk by chunk.
-Where the head does not train, it keeps their product with W, [M, D], and the backward pass is one multiplication. Where
-it trains, it keeps the slopes of as many chunks as there is room for, and the backward pass makes the others again.
+slopes are all that a backward pass needs.
 
-Where it is asked for, log(sum of p^2) is taken from the same chunk, without gradients.
+Going through the columns, each row keeps the largest y so far and the sum of exp(y - largest), and what was summed is
+scaled when a larger one comes, as in the softmax of flash attention (arXiv 2205.14135, algorithm 1). Where the head
+does not train, the forward pass sums p W so, [M, D], and the backward pass is one multiplication. Where it trains, the
+forward pass keeps as many logits as there is room for; the backward pass turns them into slopes, knowing the softmax's
+sums, and makes the other logits again.
 
-Matrix products run in the compute dtype; logsumexp, softmax and sums over chunks in float32 at least. The logits of a
-chunk become its slopes in place, where they are not kept, and are one buffer for all chunks where that can be.
-The softmax goes over slabs of them that stay in the processor's cache: passes over memory and fresh pages would cost
-more than the products.
+Where it is asked for, log(sum of p^2) is taken from the same tiles, without gradients.
+
+Matrix products run in the compute dtype; softmax and sums over tiles in float32 at least. The logits of a tile are one
+buffer for all tiles where that can be, and become what is multiplied next in place. The softmax goes over slabs of them
+that stay in the processor's cache: passes over memory and fresh pages would cost more than the products.
 `naive_token_logps` is the same in three lines of plain torch, and stays as the oracle.
 """
 
@@ -31,17 +34,17 @@ from torch.autograd.function import once_differentiable
 from strop.policy.casts import Casts
 from strop.policy.matmul import computes, linear, takes_buffer
 
-CHUNK_ROWS = 256
-"""Rows of one chunk of 16-bit logits on a CPU, half as many of float32: few enough for a buffer that stays in memory
-which the process has, many enough that reading W costs less than multiplying with it."""
-CHUNK_ELEMENTS = 2**26
-"""R x V of one chunk on other devices: 128 MiB of 16-bit logits, and twice 256 MiB of float32 beside them."""
+TILE = 2048, 2048
+"""R, C on a CPU: products as large as those of the layers, in memory that the process has. Products of few rows with
+all of W, which is copied for each, take 1.3 times as long with MKL."""
+TILE_ROWS, TILE_ELEMENTS = 256, 2**26
+"""R at least and R x C on other devices, where a tile has all columns: 128 MiB of 16-bit logits, and twice 256 MiB of
+float32 beside them."""
 SLAB_ELEMENTS = 2**20
-"""Logits that go through the softmax at once on a CPU, and elements of W's gradient that a product is added to: 4 MiB
-of float32."""
+"""Logits that go through the softmax at once on a CPU: 4 MiB of float32."""
 
 KEPT_GRADIENTS = 2
-"""Memory for the slopes of a head that trains, in gradients of its W: half of what W, its gradient and the optimizer's
+"""Memory for the logits of a head that trains, in gradients of its W: half of what W, its gradient and the optimizer's
 state take. Training all of a model of 135 million weights takes 5 % less time with it."""
 
 Cast = Callable[[Tensor, torch.dtype], Tensor]
@@ -54,6 +57,10 @@ class LogitTransform:
 
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def changes(self) -> bool:
+        return self != LogitTransform()
 
     def __call__(self, z: Tensor) -> Tensor:
         y = z if self.scale == 1.0 else z * self.scale
@@ -79,18 +86,18 @@ def token_logps(
     transform: LogitTransform = LogitTransform(),
     compute: torch.dtype | None = None,
     cast: Cast | None = None,
-    chunk_tokens: int | None = None,
+    tile: tuple[int, int] | None = None,
     collisions: bool = False,
 ) -> Tensor:
     """Natural log-probs of `targets`.
 
     Args:
         hidden: [M, D]. Its gradient has its own dtype.
-        weight: [V, D], bias: [V] or None. Their gradients are summed over chunks in float32 at least.
+        weight: [V, D], bias: [V] or None. Their gradients are summed in float32 at least.
         targets: [M] int64.
         compute: dtype of the matrix products, if this device has them; None: that of `hidden`.
         cast: gives weight and bias in the compute dtype; None: copies that are not kept.
-        chunk_tokens: rows of one chunk; None: by device.
+        tile: rows and columns of one tile, at most; None: by device.
         collisions: return log(sum of p^2) too, without gradients.
 
     Returns:
@@ -100,34 +107,33 @@ def token_logps(
         compute = hidden.dtype
     if (widened := product_dtype(compute, hidden.device.type)) != compute:
         compute, cast = widened, None  # W is widened for this call, and not kept
-    if chunk_tokens is None:
-        chunk_tokens = chunk_rows(weight.shape[0], hidden.device.type, compute)
+    tile = tile or tile_shape(weight.shape[0], hidden.device.type)
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    wants_slopes = torch.is_grad_enabled() and (trains or hidden.requires_grad)
-    num_kept = kept_rows(len(targets), weight.shape[1], chunk_tokens, compute) if trains and wants_slopes else 0
+    wants_gradients = torch.is_grad_enabled() and (trains or hidden.requires_grad)
+    room = kept_logits(len(targets), weight.shape[0], weight.shape[1], compute) if trains and wants_gradients else 0
     with torch.autocast(hidden.device.type, enabled=False):
-        options = (transform, compute, cast or Casts(), chunk_tokens, wants_slopes and not trains, num_kept, collisions)
+        options = (transform, compute, cast or Casts(), tile, wants_gradients and not trains, room, collisions)
         logps, squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
         return torch.stack([logps, squares]) if collisions else logps
 
 
 def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:
     """What the head multiplies in where a model computes in `compute`: float32 on a processor that has no instructions
-    for 16 bits and would widen W for every chunk."""
+    for 16 bits and would widen W again and again."""
     return torch.float32 if device_type == "cpu" and not computes(compute) else compute
 
 
-def chunk_rows(vocabulary: int, device_type: str, compute: torch.dtype) -> int:
-    """Rows of one chunk at most."""
+def tile_shape(vocabulary: int, device_type: str) -> tuple[int, int]:
+    """Rows and columns of one tile at most."""
     if device_type == "cpu":
-        return CHUNK_ROWS * 2 // compute.itemsize
-    return max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
+        return TILE
+    return max(TILE_ROWS, TILE_ELEMENTS // vocabulary), vocabulary
 
 
-def kept_rows(num_rows: int, width: int, chunk: int, compute: torch.dtype) -> int:
-    """Rows whose slopes [V] are kept where the head trains: all of them, or whole chunks."""
+def kept_logits(num_rows: int, vocabulary: int, width: int, compute: torch.dtype) -> int:
+    """Logits that are kept at most where the head trains."""
     room = KEPT_GRADIENTS * width * _stats(compute).itemsize // compute.itemsize
-    return num_rows if num_rows <= room else room // chunk * chunk
+    return min(num_rows, room) * vocabulary
 
 
 def naive_token_logps(
@@ -147,70 +153,147 @@ def _stats(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunks(num_rows: int, chunk: int, start: int = 0) -> Iterator[slice]:
-    return (slice(i, min(i + chunk, num_rows)) for i in range(start, num_rows, chunk))
+def _parts(size: int, most: int) -> list[slice]:
+    """As few parts as can be, about equal: a small one takes as much reading of W as a large one."""
+    num_parts = -(-size // most) or 1
+    step = min(most, -(-size // (16 * num_parts)) * 16) or 1  # whole vectors
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What rows know of the columns that they went through, [R, 1] each: the largest y; the sum of exp(y - largest) and
+    of its square; y of the target."""
+
+    highest: Tensor
+    total: Tensor
+    squares: Tensor
+    at_target: Tensor
+
+    @classmethod
+    def none(cls, rows: int, like: Tensor) -> _Sums:
+        zeros = [like.new_zeros(rows, 1) for _ in range(3)]
+        return cls(like.new_full((rows, 1), -torch.inf), *zeros)
+
+    def add(self, highest: Tensor, total: Tensor, squares: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add a tile's own. Returns what scales all that was summed before, and the mean under the tile's softmax."""
+        new = torch.maximum(self.highest, highest)
+        before, of_tile = (self.highest - new).exp_(), (highest - new).exp_().mul_(total)
+        self.highest, self.total = new, self.total * before + of_tile
+        if squares is not None:
+            self.squares = self.squares * before.square() + squares * of_tile.square()
+        return before, of_tile
+
+    def logps(self) -> Tensor:
+        """The largest is subtracted before the logarithm is, or a sure token's would be rounded as its logit is."""
+        return (self.at_target - self.highest) - self.total.log()
 
 
 class _Head:
-    """One head in the compute dtype, and the buffers that its chunks share. h: [R, D] of one chunk."""
+    """One head in the compute dtype, and the buffers that its tiles share. h: [R, D]; targets: [R, 1]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, rows: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, tile: tuple[int, int]) -> None:
         self.weight, self.bias, self.transform = weight, bias, transform
-        slab = max(1, SLAB_ELEMENTS // weight.shape[0]) if weight.device.type == "cpu" else rows
-        shape = (min(slab, rows), weight.shape[0])
-        stats = _stats(weight.dtype)
-        self.probs = torch.empty(shape, dtype=stats, device=weight.device)
-        # transformed logits of another dtype stand beside those of which they are made; of the same, in their place
-        self.exact = torch.empty_like(self.probs) if weight.dtype != stats else None
-        self.logits = weight.new_empty(rows, weight.shape[0]) if takes_buffer(weight) else None
+        self.stats = weight.new_empty(0, dtype=_stats(weight.dtype))
+        num_slab = SLAB_ELEMENTS if weight.device.type == "cpu" else tile[0] * tile[1]
+        num_slab = min(max(num_slab, tile[1]), tile[0] * tile[1])
+        self._slab_rows = num_slab // tile[1]
+        self._probs = self.stats.new_empty(num_slab)
+        # y is z where they are the same numbers
+        self._exact = self.stats.new_empty(num_slab) if weight.dtype != self.stats.dtype or transform.changes else None
+        self._logits = weight.new_empty(tile[0] * tile[1]) if takes_buffer(weight) else None
+        self._product = weight.new_empty(tile[0] * weight.shape[1]) if takes_buffer(weight) else None
 
-    def score(
-        self,
-        h: Tensor,
-        targets: Tensor,
-        logps: Tensor,
-        squares: Tensor | None,
-        *,
-        wants_slopes: bool,
-        room: Tensor | None = None,
-    ) -> Tensor:
-        """Write log-probs [R], and `squares` where there is room for them. Returns - d logp / d z [R, V], if they are
-        wanted: in `room` or, without, valid until the next chunk's."""
-        z = linear(h, self.weight, self.bias, buffer=self.logits)
-        slopes = z if room is None else room
-        for rows, y, probs in self._slabs(z):
-            # the largest probability is at least 1 / V, so that its logarithm is safe; the logits are subtracted before
-            # it is added, or a sure token's log-prob would be rounded as its logit is
-            logps[rows] = (y.gather(1, targets[rows, None]).squeeze(1) - y.amax(-1)) + probs.amax(-1).log_()
-            if squares is not None:
-                squares[rows] = probs.square().sum(-1).log_()
-            if wants_slopes:
-                self._slopes_(slopes[rows], y, probs, targets[rows])
-        return slopes
+    def logits(self, h: Tensor, columns: slice, room: Tensor | None = None) -> Tensor:
+        """z [R, C] in `room` or, without, valid until the next tile's."""
+        bias = None if self.bias is None else self.bias[columns]
+        weight = self.weight[columns]
+        buffer = room if room is not None else self._logits
+        if buffer is None:
+            return linear(h, weight, bias)
+        buffer = _shaped(buffer, len(h), len(weight))
+        z = linear(h, weight, bias, buffer=buffer)
+        return z if room is None or takes_buffer(weight) else buffer.copy_(z)
 
-    def slopes(self, h: Tensor, targets: Tensor) -> Tensor:
-        """- d logp / d z [R, V]; valid until the next chunk's."""
-        z = linear(h, self.weight, self.bias, buffer=self.logits)
-        for rows, y, probs in self._slabs(z):
-            self._slopes_(z[rows], y, probs, targets[rows])
-        return z
+    def product(self, z: Tensor, columns: slice) -> Tensor:
+        """z W [R, D] of a tile, valid until the next one's."""
+        weight = self.weight[columns].t()
+        return linear(z, weight, buffer=None if self._product is None else _shaped(self._product, len(z), len(weight)))
 
-    def _slabs(self, z: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, y, softmax of y) of slabs of the logits z [R, V], in buffers that the next slab takes."""
-        for rows in _chunks(len(z), len(self.probs)):
-            y = z[rows] if self.exact is None else self.exact[: len(z[rows])].copy_(z[rows])
-            self.transform.apply_(y)
-            yield rows, y, torch.softmax(y, dim=-1, out=self.probs[: len(y)])
+    def softmax(
+        self, z: Tensor, places: _Places, sums: _Sums, *, squares: bool, weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add a tile's logits to `sums`. weights: put softmax(y) * dy/dz within the tile, 0 at targets, in the place of
+        z. Returns what `_Sums.add` does."""
+        highest, total, squared = (self.stats.new_empty(len(z), 1) for _ in range(3))
+        for rows, y in self._slabs(z):
+            probs = torch.softmax(y, dim=-1, out=_shaped(self._probs, *y.shape))
+            highest[rows], total[rows] = y.amax(-1, keepdim=True), probs.amax(-1, keepdim=True).reciprocal_()
+            sums.at_target[rows] = places[rows].found(y, sums.at_target[rows])
+            if squares:
+                squared[rows] = probs.square().sum(-1, keepdim=True)
+            if weights:
+                slope = self.transform.slope(y)
+                if isinstance(slope, Tensor) or slope != 1.0:
+                    probs.mul_(slope)
+                places[rows].put_(probs, 0.0)
+                z[rows] = probs
+        return sums.add(highest, total, squared if squares else None)
 
-    def _slopes_(self, slopes: Tensor, y: Tensor, probs: Tensor, targets: Tensor) -> None:
-        """Write - d logp / d z of a slab to `slopes`, which may be its logits. Takes `probs`."""
-        slope = self.transform.slope(y)
-        at_target = 1 - probs.gather(1, targets[:, None])  # before any rounding to 16 bits
-        at_target.mul_(slope.gather(1, targets[:, None]) if isinstance(slope, Tensor) else slope)
-        if isinstance(slope, Tensor) or slope != 1.0:
-            probs.mul_(slope)
-        probs.scatter_(1, targets[:, None], at_target.neg_())  # on 16 bits, torch copies all of z there and back
-        slopes.copy_(probs)
+    def slopes(self, z: Tensor, places: _Places, highest: Tensor, total: Tensor, logps: Tensor, to: Tensor) -> Tensor:
+        """- d logp / d z [R, C], written to `to`, which may be z. highest, total, logps: [R, 1] of all columns."""
+        for rows, y in self._slabs(z):
+            probs = to[rows] if to.dtype == self.stats.dtype else _shaped(self._probs, *y.shape)
+            torch.sub(y, highest[rows], out=probs).exp_().div_(total[rows])
+            places[rows].put_(probs, logps[rows].expm1())  # p - 1, before any rounding to 16 bits
+            slope = self.transform.slope(y)
+            if isinstance(slope, Tensor) or slope != 1.0:
+                probs.mul_(slope)
+            if to.dtype != self.stats.dtype:
+                to[rows] = probs
+        return to
+
+    def at_targets(self, targets: Tensor, sums: _Sums, logps: Tensor) -> Tensor:
+        """The targets' own share of d logp / d h, [R, D]: (1 - p) dy/dz W[target]."""
+        shares = -logps.expm1() * self.transform.slope(sums.at_target)
+        return self.weight[targets.squeeze(1)].to(shares.dtype).mul_(shares)
+
+    def _slabs(self, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, y) of slabs of the logits z."""
+        for start in range(0, len(z), self._slab_rows):
+            rows = slice(start, min(start + self._slab_rows, len(z)))
+            part = z[rows]
+            if self._exact is None:
+                yield rows, part
+            else:
+                yield rows, self.transform.apply_(_shaped(self._exact, *part.shape).copy_(part))
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a tile has its rows' targets: `inside` [R, 1], and `column` [R, 1], any where it is not inside."""
+
+    inside: Tensor
+    column: Tensor
+
+    @classmethod
+    def of(cls, targets: Tensor, columns: slice) -> _Places:
+        inside = (targets >= columns.start) & (targets < columns.stop)
+        return cls(inside, (targets - columns.start).clamp_(0, columns.stop - columns.start - 1))
+
+    def __getitem__(self, rows: slice) -> _Places:
+        return _Places(self.inside[rows], self.column[rows])
+
+    def found(self, y: Tensor, otherwise: Tensor) -> Tensor:
+        return torch.where(self.inside, y.gather(1, self.column), otherwise)
+
+    def put_(self, y: Tensor, values: Tensor | float) -> None:
+        y.scatter_(1, self.column, torch.where(self.inside, values, y.gather(1, self.column)))
+
+
+def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """The start of a flat buffer, [rows, columns] without gaps."""
+    return buffer[: rows * columns].view(rows, columns)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -224,30 +307,41 @@ class _TokenLogps(torch.autograd.Function):
         transform: LogitTransform,
         compute: torch.dtype,
         cast: Cast,
-        chunk: int,
+        tile: tuple[int, int],
         keep_products: bool,
         num_kept: int,
         collisions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        logps = torch.empty(len(targets), dtype=_stats(compute), device=hidden.device)
-        squares = torch.empty_like(logps) if collisions else None
-        products = torch.empty_like(hidden) if keep_products else None
         low_bias = None if bias is None else cast(bias, compute)
-        head = _Head(cast(weight, compute), low_bias, transform, min(chunk, len(targets)))
-        kept = head.weight.new_empty(num_kept, len(weight))
-        for rows in _chunks(len(targets), chunk):
-            room = kept[rows] if rows.stop <= num_kept else None
-            of_chunk = None if squares is None else squares[rows]
-            wanted = keep_products or room is not None
-            h = hidden[rows].to(compute)
-            z = head.score(h, targets[rows], logps[rows], of_chunk, wants_slopes=wanted, room=room)
-            if products is not None:
-                products[rows] = linear(z, head.weight.t()).to(products.dtype).neg_()
-        ctx.transform, ctx.compute, ctx.cast, ctx.chunk = transform, compute, cast, chunk
-        if squares is not None:
+        tile = min(tile[0], len(targets)), min(tile[1], len(weight))
+        head = _Head(cast(weight, compute), low_bias, transform, tile)
+        logps, highest, total, squares = (head.stats.new_empty(len(targets)) for _ in range(4))
+        products = torch.empty_like(hidden) if keep_products else None
+        kept = head.weight.new_empty(num_kept)
+        place = 0
+        for rows in _parts(len(targets), tile[0]):
+            h, own = hidden[rows].to(compute), targets[rows, None]
+            sums = _Sums.none(len(h), head.stats)
+            product = head.stats.new_zeros(h.shape) if keep_products else None
+            for columns in _parts(len(weight), tile[1]):
+                size = len(h) * (columns.stop - columns.start)
+                room = kept[place : place + size] if place + size <= num_kept else None
+                place += size
+                z, places = head.logits(h, columns, room), _Places.of(own, columns)
+                factors = head.softmax(z, places, sums, squares=collisions, weights=keep_products)
+                if product is not None:
+                    product.mul_(factors[0]).addcmul_(head.product(z, columns).to(product.dtype), factors[1])
+            logps[rows], highest[rows], total[rows] = sums.logps()[:, 0], sums.highest[:, 0], sums.total[:, 0]
+            if collisions:
+                squares[rows] = (sums.squares.log() - 2 * sums.total.log())[:, 0]
+            if products is not None and product is not None:
+                products[rows] = head.at_targets(own, sums, logps[rows, None]).sub_(product.div_(sums.total))
+        ctx.transform, ctx.compute, ctx.cast, ctx.tile = transform, compute, cast, tile
+        if collisions:
             ctx.mark_non_differentiable(squares)
-        ctx.save_for_backward(*((products,) if products is not None else (hidden, weight, bias, targets, kept)))
-        return logps, squares
+        saved = (hidden, weight, bias, targets, kept, highest, total, logps)
+        ctx.save_for_backward(*((products,) if products is not None else saved))
+        return logps, squares if collisions else None
 
     @staticmethod
     @once_differentiable
@@ -256,45 +350,41 @@ class _TokenLogps(torch.autograd.Function):
         if len(ctx.saved_tensors) == 1:
             (products,) = ctx.saved_tensors
             return products * grad[:, None].to(products.dtype), None, None, *rest
-        hidden, weight, bias, targets, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, kept, highest, total, logps = ctx.saved_tensors
         compute, stats = ctx.compute, _stats(ctx.compute)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         low_bias = None if bias is None else ctx.cast(bias, compute)
-        head = _Head(ctx.cast(weight, compute), low_bias, ctx.transform, min(ctx.chunk, len(targets)))
+        head = _Head(ctx.cast(weight, compute), low_bias, ctx.transform, ctx.tile)
+        buffer = head.weight.new_empty(ctx.tile[0] * ctx.tile[1]) if len(kept) else None
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.empty(weight.shape, dtype=stats, device=weight.device) if wants_weight else None
         d_bias = torch.zeros(bias.shape, dtype=stats, device=bias.device) if wants_bias else None
-
-        def all_slopes() -> Iterator[tuple[slice, Tensor]]:
-            if len(kept):
-                yield slice(0, len(kept)), kept
-            for rows in _chunks(len(targets), ctx.chunk, len(kept)):
-                yield rows, head.slopes(hidden[rows].to(compute), targets[rows])
-
-        for rows, z in all_slopes():
-            factors = grad[rows, None].neg()  # on the narrow sides of the products, not on [R, V]
-            if d_bias is not None:
-                d_bias += linear(factors.t().to(compute), z.t())[0]
-            if d_hidden is not None:
-                d_hidden[rows] = (linear(z, head.weight.t()) * factors).to(d_hidden.dtype)
-            if d_weight is not None:
-                _add_product(d_weight, z, (hidden[rows] * factors).to(compute), first=rows.start == 0)
-            del z  # before the next chunk's
+        place = 0
+        for rows in _parts(len(targets), ctx.tile[0]):
+            factors = grad[rows, None].neg()  # on the narrow sides of the products, not on [R, C]
+            h, known = hidden[rows].to(compute), (highest[rows, None], total[rows, None], logps[rows, None])
+            scaled = (hidden[rows] * factors).to(compute)
+            d_h = head.stats.new_zeros(h.shape) if wants_hidden else None
+            for columns in _parts(len(weight), ctx.tile[1]):
+                shape = len(h), columns.stop - columns.start
+                is_kept = place + shape[0] * shape[1] <= len(kept)
+                z = _shaped(kept[place:], *shape) if is_kept else head.logits(h, columns)
+                place += shape[0] * shape[1]
+                places = _Places.of(targets[rows, None], columns)
+                to = _shaped(buffer, *shape) if is_kept and buffer is not None else z
+                z = head.slopes(z, places, *known, to)
+                if d_bias is not None:
+                    d_bias[columns] += linear(factors.t().to(compute), z.t())[0]
+                if d_h is not None:
+                    d_h += head.product(z, columns)
+                if d_weight is not None:
+                    part = linear(z.t(), scaled.t())
+                    d_weight[columns] = part if rows.start == 0 else part.to(stats).add_(d_weight[columns])
+            if d_hidden is not None and d_h is not None:
+                d_hidden[rows] = d_h.mul_(factors).to(d_hidden.dtype)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
             *rest,
         )
-
-
-def _add_product(total: Tensor, z: Tensor, h: Tensor, *, first: bool) -> None:
-    """Add z^T h to the total [V, D], which is empty at first; on a CPU slab by slab, so that what is added is not
-    written to memory before."""
-    size = max(1, SLAB_ELEMENTS // h.shape[1]) if total.device.type == "cpu" else len(total)
-    for rows in _chunks(len(total), size):
-        part = linear(z[:, rows].t(), h.t())
-        if first:
-            total[rows] = part
-        else:
-            total[rows] += part

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens a row, M scored tokens, D width.
 
 The base body is called, not the causal language model around it; hidden states are gathered where something is scored
-and go through the chunked head of logprobs.py. Body and head meet inside `forward`, so that what wraps the module
+and go through the tiled head of logprobs.py. Body and head meet inside `forward`, so that what wraps the module
 (sharding, hooks) sees both. The module stays in train mode always: gradient checkpointing works only there, and
 dropout, which is only lora_dropout, is switched by `scoring()`.
 """

@@ -32,9 +32,9 @@ def make_head(dtype: torch.dtype = torch.float64, bias: bool = True, spread: flo
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-@pytest.mark.parametrize("chunk", [1, 5, 13, 100])
+@pytest.mark.parametrize("tile", [(1, 1), (5, 7), (13, 31), (100, 100)])
 @pytest.mark.parametrize("trained", ["hidden", "weight bias", "hidden weight bias", "hidden bias"])
-def test_is_the_naive_head(transform: LogitTransform, chunk: int, trained: str) -> None:
+def test_is_the_naive_head(transform: LogitTransform, tile: tuple[int, int], trained: str) -> None:
     hidden, weight, bias, targets = make_head()
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     for name in trained.split():
@@ -42,7 +42,7 @@ def test_is_the_naive_head(transform: LogitTransform, chunk: int, trained: str) 
     inputs = [leaves[name] for name in trained.split()]
     coefficients = torch.randn(M, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     want = naive_token_logps(hidden, weight, bias, targets, transform=transform)
-    got = token_logps(hidden, weight, bias, targets, transform=transform, chunk_tokens=chunk)
+    got = token_logps(hidden, weight, bias, targets, transform=transform, tile=tile)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(got @ coefficients, inputs),
@@ -57,8 +57,8 @@ def test_is_the_naive_head(transform: LogitTransform, chunk: int, trained: str) 
 def test_collisions_are_the_log_of_the_sum_of_squares(transform: LogitTransform, trained: bool) -> None:
     hidden, weight, bias, targets = make_head()
     leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)][: 1 + trained]
-    both = token_logps(hidden, weight, bias, targets, transform=transform, chunk_tokens=5, collisions=True)
-    alone = token_logps(hidden, weight, bias, targets, transform=transform, chunk_tokens=5)
+    both = token_logps(hidden, weight, bias, targets, transform=transform, tile=(5, 15), collisions=True)
+    alone = token_logps(hidden, weight, bias, targets, transform=transform, tile=(5, 15))
     p = torch.softmax(transform(torch.nn.functional.linear(hidden, weight, bias)), dim=-1)
     torch.testing.assert_close(both[1], p.square().sum(-1).log(), rtol=1e-12, atol=1e-12)
     assert torch.equal(both[0], alone)
@@ -77,7 +77,7 @@ def test_gradients_by_finite_differences(transform: LogitTransform, frozen: bool
 
     def function(*changed: Tensor) -> Tensor:
         head = (*changed, weight, bias)[:3] if frozen else changed
-        return token_logps(*head, targets, transform=transform, chunk_tokens=4)  # type: ignore[misc]
+        return token_logps(*head, targets, transform=transform, tile=(4, 14))  # type: ignore[misc]
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -104,7 +104,7 @@ def test_room_for_slopes_changes_rounding_alone(
         monkeypatch.setattr(logprobs, "KEPT_GRADIENTS", factor)
         hidden, weight, bias, targets = make_head(torch.float32)
         leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
-        out = token_logps(*leaves, targets, transform=transform, compute=dtype, chunk_tokens=4)
+        out = token_logps(*leaves, targets, transform=transform, compute=dtype, tile=(4, 14))
         coefficients = torch.linspace(-1, 2, M)
         results.append([out, *torch.autograd.grad(out @ coefficients, leaves)])
     assert torch.equal(results[0][0], results[1][0])
@@ -124,7 +124,7 @@ def test_rounds_no_worse_than_the_naive_head(compute: torch.dtype, trained: bool
         hidden, weight, bias, targets = (*given, make_head()[3])
         leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
         if not results:
-            logps = token_logps(hidden, weight, bias, targets, compute=compute, chunk_tokens=4)
+            logps = token_logps(hidden, weight, bias, targets, compute=compute, tile=(4, 14))
             assert logps.dtype == torch.float32
         else:
             logps = naive_token_logps(hidden.to(dtype), weight.to(dtype), bias.to(dtype), targets)
@@ -144,7 +144,7 @@ def test_a_frozen_heads_backward_pass_makes_no_product() -> None:
 
     made: list[str] = []
     hidden, weight, bias, targets = make_head()
-    logps = token_logps(hidden.requires_grad_(), weight, bias, targets, chunk_tokens=5)
+    logps = token_logps(hidden.requires_grad_(), weight, bias, targets, tile=(5, 15))
     with Products():
         logps.sum().backward()
     assert made and not any(name in operation for operation in made for name in ("mm", "linear", "matmul"))
@@ -159,23 +159,26 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every matrix product with V columns has at most one chunk's rows, whatever trains; where the head does, one
-    without room for its slopes is made twice."""
-    rows = []
-    slabs = logprobs._Head._slabs
+    """No matrix product makes more than one tile, whatever trains; where the head does, one without room for its logits
+    is made twice."""
+    shapes = []
+    logits = logprobs._Head.logits
 
-    def watched(self: Any, z: Tensor) -> Any:
-        rows.append(len(z))
-        return slabs(self, z)
+    def watched(self: Any, h: Tensor, columns: slice, room: Tensor | None = None) -> Tensor:
+        z = logits(self, h, columns, room)
+        shapes.append(z.shape)
+        return z
 
-    monkeypatch.setattr(logprobs._Head, "_slabs", watched)
+    monkeypatch.setattr(logprobs._Head, "logits", watched)
+    monkeypatch.setattr(logprobs, "KEPT_GRADIENTS", 1)
     hidden, weight, bias, targets = make_head()
     for trains in (False, True):
         token_logps(
-            hidden.requires_grad_(), weight.requires_grad_(trains), bias, targets, chunk_tokens=4
+            hidden.requires_grad_(), weight.requires_grad_(trains), bias, targets, tile=(4, 16)
         ).sum().backward()
-    assert logprobs.kept_rows(M, D, 4, torch.float64) == 12
-    assert rows == [4, 4, 4, 1] * 2 + [1]
+    all_tiles = [(rows, columns) for rows in (4, 4, 4, 1) for columns in (16, 15)]
+    assert logprobs.kept_logits(M, V, D, torch.float64) == 6 * V  # room for two tiles, of 4 x 31
+    assert shapes == all_tiles + all_tiles + all_tiles[2:]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -186,7 +189,7 @@ def test_slabs_change_nothing(transform: LogitTransform, elements: int, monkeypa
         monkeypatch.setattr(logprobs, "SLAB_ELEMENTS", slab)
         hidden, weight, bias, targets = make_head(torch.float32)
         leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
-        out = token_logps(*leaves, targets, transform=transform, chunk_tokens=7, collisions=True)
+        out = token_logps(*leaves, targets, transform=transform, tile=(7, 17), collisions=True)
         results.append([out, *torch.autograd.grad(out[0].sum(), leaves)])
     for whole, slabs in zip(*results, strict=True):
         torch.testing.assert_close(whole, slabs, rtol=1e-6, atol=1e-6)
@@ -205,7 +208,7 @@ def test_a_head_that_widens_does_it_once(native: bool, trained: bool, monkeypatc
     monkeypatch.setattr(logprobs, "linear", watched)
     hidden, weight, bias, targets = make_head(torch.float32)
     weight = weight.requires_grad_() if trained else weight.bfloat16()
-    logps = token_logps(hidden.requires_grad_(), weight, bias, targets, compute=torch.bfloat16, chunk_tokens=4)
+    logps = token_logps(hidden.requires_grad_(), weight, bias, targets, compute=torch.bfloat16, tile=(4, 14))
     logps.sum().backward()
     dtype = torch.bfloat16 if native else torch.float32
     assert set(seen) == {(dtype, dtype)} and len(seen) >= 6
