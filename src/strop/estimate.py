@@ -303,7 +303,7 @@ def _memory(
     casts = 0
     if precision.is_low and not shape.adapters:
         casts = (shape.matrix + (embedding if product == precision.compute else 0)) * c
-    rows, columns = tile_shape(shape.vocabulary, device)
+    rows, columns = tile_shape(shape.vocabulary, device, product)
     tile = min(work.scored, rows) * min(shape.vocabulary, columns)
     slab = min(tile, SLAB_ELEMENTS) if device == "cpu" else tile
     slabs = 1 + (product.itemsize < wide) + objective.extras.collisions

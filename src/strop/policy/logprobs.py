@@ -34,9 +34,9 @@ from torch.autograd.function import once_differentiable
 from strop.policy.casts import Casts
 from strop.policy.matmul import computes, linear, takes_buffer
 
-TILE = 2048, 2048
-"""R, C on a CPU: products as large as those of the layers, in memory that the process has. Products of few rows with
-all of W, which is copied for each, take 1.3 times as long with MKL."""
+CPU_ROWS, ROW_BYTES = 2048, 2**13
+"""R, and C x bytes of a logit, on a CPU: products as large as those of the layers, in memory that the process has.
+Products of few rows with all of W, which is copied for each, take 1.3 times as long with MKL."""
 TILE_ROWS, TILE_ELEMENTS = 256, 2**26
 """R at least and R x C on other devices, where a tile has all columns: 128 MiB of 16-bit logits, and twice 256 MiB of
 float32 beside them."""
@@ -107,7 +107,7 @@ def token_logps(
         compute = hidden.dtype
     if (widened := product_dtype(compute, hidden.device.type)) != compute:
         compute, cast = widened, None  # W is widened for this call, and not kept
-    tile = tile or tile_shape(weight.shape[0], hidden.device.type)
+    tile = tile or tile_shape(weight.shape[0], hidden.device.type, compute)
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     wants_gradients = torch.is_grad_enabled() and (trains or hidden.requires_grad)
     room = kept_logits(len(targets), weight.shape[0], weight.shape[1], compute) if trains and wants_gradients else 0
@@ -123,10 +123,10 @@ def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cpu" and not computes(compute) else compute
 
 
-def tile_shape(vocabulary: int, device_type: str) -> tuple[int, int]:
+def tile_shape(vocabulary: int, device_type: str, compute: torch.dtype) -> tuple[int, int]:
     """Rows and columns of one tile at most."""
     if device_type == "cpu":
-        return TILE
+        return CPU_ROWS, ROW_BYTES // compute.itemsize
     return max(TILE_ROWS, TILE_ELEMENTS // vocabulary), vocabulary
 
 
