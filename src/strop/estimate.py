@@ -303,15 +303,13 @@ def _memory(
     casts = 0
     if precision.is_low and not shape.adapters:
         casts = (shape.matrix + (embedding if product == precision.compute else 0)) * c
-    rows, columns = tile_shape(shape.vocabulary, device, product)
-    tile = min(work.scored, rows) * min(shape.vocabulary, columns)
+    tile = _tile(shape, work, device, product)
     slab = min(tile, SLAB_ELEMENTS) if device == "cpu" else tile
     slabs = 1 + (product.itemsize < wide) + objective.extras.collisions
-    head = tile * product.itemsize + slab * wide * slabs
-    head += (work.tokens + 3 * work.scored + 2 * min(work.scored, rows)) * shape.width * wide
+    head = tile * product.itemsize + slab * wide * slabs + (work.tokens + 5 * work.scored) * shape.width * wide
     if not shape.adapters:  # its gradient, and the logits that it is made of
-        kept_size = kept_logits(work.scored, shape.vocabulary, shape.width, product) * product.itemsize
-        head += embedding * wide + kept_size + tile * product.itemsize
+        head += embedding * wide
+        head += kept_logits(work.scored, shape.vocabulary, shape.width, product) * product.itemsize
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     passing = work.tokens * (4 * shape.inner * c + 4 * shape.width * stream)
     state = 2 if config.training.optim.endswith("8bit") else 2 * wide
@@ -337,6 +335,12 @@ def _memory(
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: int(size) for name, size in parts.items()}
+
+
+def _tile(shape: Shape, work: _Work, device: str, product: torch.dtype) -> int:
+    """Logits of the head's largest tile."""
+    rows, columns = tile_shape(shape.vocabulary, device, product)
+    return min(work.scored, rows) * min(shape.vocabulary, columns)
 
 
 def _flops(shape: Shape, work: _Work, config: RunConfig) -> float:

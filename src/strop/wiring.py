@@ -144,7 +144,7 @@ def _fill_reference(config: RunConfig, model: ModelSection) -> None:
         prepared = with_budget(prepared, tokens, device.type)
         rows = _rows(prepared, tokens, device)
         with reference_policy(prepared.config, model, policy, prepared.tokenizer) as reference:
-            _scored(prepared, reference, weights_hash(reference.model), rows, progress, must_keep=True)
+            _score_reference(prepared, reference, weights_hash(reference.model), rows, progress, must_keep=True)
     log.info("%s: the reference's log-probs are in the store", model.name)
 
 
@@ -221,7 +221,7 @@ def _run(
                 made_from["reference"] = weights = weights_hash(reference.model)
                 if saved:
                     check_made_from(saved, {"reference": weights}, allow_changes)
-            train, validation = _scored(prepared, reference, weights, (train, validation), progress)
+            train, validation = _score_reference(prepared, reference, weights, (train, validation), progress)
     resumed_at = saved.step if saved else 0
     if not saved:
         _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
@@ -339,7 +339,7 @@ def _rows(prepared: Prepared, tokens: RowTokens, device: torch.device) -> Split:
     return train, validation
 
 
-def _scored(
+def _score_reference(
     prepared: Prepared, reference: Policy, weights: str, rows: Split, progress: Progress, *, must_keep: bool = False
 ) -> Split:
     """The rows with the log-probs of a reference that stays as it is, all that the run will want.

@@ -116,9 +116,9 @@ def test_attention_rounds_no_worse_than_the_naive(
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 3.0)], ids=str)
 @pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("chunk", [None, 24])
+@pytest.mark.parametrize("tile", [None, (24, 1000), (24, 300)])
 def test_the_head_rounds_no_worse_than_the_naive(
-    dtype: torch.dtype, transform: LogitTransform, trains: bool, chunk: int | None, device: torch.device
+    dtype: torch.dtype, transform: LogitTransform, trains: bool, tile: tuple[int, int] | None, device: torch.device
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((100, 48), (1000, 48)))
@@ -133,7 +133,7 @@ def test_the_head_rounds_no_worse_than_the_naive(
 
     truth = run(naive_token_logps, torch.float64, "cpu")
     plain = run(naive_token_logps, dtype, device)
-    ours = run(lambda *a, **k: token_logps(*a, **k, chunk_tokens=chunk), dtype, device)
+    ours = run(lambda *a, **k: token_logps(*a, **k, tile=tile), dtype, device)
     for one, other, exact in zip(ours, plain, truth, strict=True):
         assert error(one, exact) <= 1.5 * error(other, exact) + SOME_NOISE
 

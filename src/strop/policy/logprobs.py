@@ -201,19 +201,15 @@ class _Head:
         self._probs = self.stats.new_empty(num_slab)
         # y is z where they are the same numbers
         self._exact = self.stats.new_empty(num_slab) if weight.dtype != self.stats.dtype or transform.changes else None
-        self._logits = weight.new_empty(tile[0] * tile[1]) if takes_buffer(weight) else None
+        self._tile = weight.new_empty(tile[0] * tile[1])
         self._product = weight.new_empty(tile[0] * weight.shape[1]) if takes_buffer(weight) else None
 
     def logits(self, h: Tensor, columns: slice, room: Tensor | None = None) -> Tensor:
         """z [R, C] in `room` or, without, valid until the next tile's."""
-        bias = None if self.bias is None else self.bias[columns]
-        weight = self.weight[columns]
-        buffer = room if room is not None else self._logits
-        if buffer is None:
-            return linear(h, weight, bias)
-        buffer = _shaped(buffer, len(h), len(weight))
+        weight, bias = self.weight[columns], None if self.bias is None else self.bias[columns]
+        buffer = _shaped(self._tile, len(h), len(weight)) if room is None else room
         z = linear(h, weight, bias, buffer=buffer)
-        return z if room is None or takes_buffer(weight) else buffer.copy_(z)
+        return z if room is None or takes_buffer(weight) else room.copy_(z)
 
     def product(self, z: Tensor, columns: slice) -> Tensor:
         """z W [R, D] of a tile, valid until the next one's."""
@@ -233,25 +229,27 @@ class _Head:
             if squares:
                 squared[rows] = probs.square().sum(-1, keepdim=True)
             if weights:
-                slope = self.transform.slope(y)
-                if isinstance(slope, Tensor) or slope != 1.0:
-                    probs.mul_(slope)
+                if self.transform.changes:
+                    probs.mul_(self.transform.slope(y))
                 places[rows].put_(probs, 0.0)
                 z[rows] = probs
         return sums.add(highest, total, squared if squares else None)
 
-    def slopes(self, z: Tensor, places: _Places, highest: Tensor, total: Tensor, logps: Tensor, to: Tensor) -> Tensor:
-        """- d logp / d z [R, C], written to `to`, which may be z. highest, total, logps: [R, 1] of all columns."""
+    def slopes(
+        self, z: Tensor, places: _Places, highest: Tensor, total: Tensor, logps: Tensor, *, keep: bool
+    ) -> Tensor:
+        """- d logp / d z [R, C], valid until the next tile's; in the place of z, unless that is kept. highest, total,
+        logps: [R, 1] of all columns."""
+        slopes = _shaped(self._tile, *z.shape) if keep else z
         for rows, y in self._slabs(z):
-            probs = to[rows] if to.dtype == self.stats.dtype else _shaped(self._probs, *y.shape)
+            probs = slopes[rows] if slopes.dtype == self.stats.dtype else _shaped(self._probs, *y.shape)
             torch.sub(y, highest[rows], out=probs).exp_().div_(total[rows])
             places[rows].put_(probs, logps[rows].expm1())  # p - 1, before any rounding to 16 bits
-            slope = self.transform.slope(y)
-            if isinstance(slope, Tensor) or slope != 1.0:
-                probs.mul_(slope)
-            if to.dtype != self.stats.dtype:
-                to[rows] = probs
-        return to
+            if self.transform.changes:
+                probs.mul_(self.transform.slope(y))
+            if slopes.dtype != self.stats.dtype:
+                slopes[rows] = probs
+        return slopes
 
     def at_targets(self, targets: Tensor, sums: _Sums, logps: Tensor) -> Tensor:
         """The targets' own share of d logp / d h, [R, D]: (1 - p) dy/dz W[target]."""
@@ -296,6 +294,20 @@ def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
+def _tiles(
+    num_rows: int, vocabulary: int, tile: tuple[int, int], kept: Tensor
+) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
+    """Rows, and for them columns and the room that `kept` has for the tile's logits, while it lasts."""
+    end = 0
+    for rows in _parts(num_rows, tile[0]):
+        tiles: list[tuple[slice, Tensor | None]] = []
+        for columns in _parts(vocabulary, tile[1]):
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            start, end = end, end + shape[0] * shape[1]
+            tiles.append((columns, _shaped(kept[start:], *shape) if end <= len(kept) else None))
+        yield rows, tiles
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -318,15 +330,11 @@ class _TokenLogps(torch.autograd.Function):
         logps, highest, total, squares = (head.stats.new_empty(len(targets)) for _ in range(4))
         products = torch.empty_like(hidden) if keep_products else None
         kept = head.weight.new_empty(num_kept)
-        place = 0
-        for rows in _parts(len(targets), tile[0]):
+        for rows, tiles in _tiles(len(targets), len(weight), tile, kept):
             h, own = hidden[rows].to(compute), targets[rows, None]
             sums = _Sums.none(len(h), head.stats)
             product = head.stats.new_zeros(h.shape) if keep_products else None
-            for columns in _parts(len(weight), tile[1]):
-                size = len(h) * (columns.stop - columns.start)
-                room = kept[place : place + size] if place + size <= num_kept else None
-                place += size
+            for columns, room in tiles:
                 z, places = head.logits(h, columns, room), _Places.of(own, columns)
                 factors = head.softmax(z, places, sums, squares=collisions, weights=keep_products)
                 if product is not None:
@@ -355,24 +363,18 @@ class _TokenLogps(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         low_bias = None if bias is None else ctx.cast(bias, compute)
         head = _Head(ctx.cast(weight, compute), low_bias, ctx.transform, ctx.tile)
-        buffer = head.weight.new_empty(ctx.tile[0] * ctx.tile[1]) if len(kept) else None
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.empty(weight.shape, dtype=stats, device=weight.device) if wants_weight else None
         d_bias = torch.zeros(bias.shape, dtype=stats, device=bias.device) if wants_bias else None
-        place = 0
-        for rows in _parts(len(targets), ctx.tile[0]):
+        for rows, tiles in _tiles(len(targets), len(weight), ctx.tile, kept):
             factors = grad[rows, None].neg()  # on the narrow sides of the products, not on [R, C]
-            h, known = hidden[rows].to(compute), (highest[rows, None], total[rows, None], logps[rows, None])
-            scaled = (hidden[rows] * factors).to(compute)
+            h, scaled = hidden[rows].to(compute), (hidden[rows] * factors).to(compute)
             d_h = head.stats.new_zeros(h.shape) if wants_hidden else None
-            for columns in _parts(len(weight), ctx.tile[1]):
-                shape = len(h), columns.stop - columns.start
-                is_kept = place + shape[0] * shape[1] <= len(kept)
-                z = _shaped(kept[place:], *shape) if is_kept else head.logits(h, columns)
-                place += shape[0] * shape[1]
+            for columns, room in tiles:
+                z = head.logits(h, columns) if room is None else room
                 places = _Places.of(targets[rows, None], columns)
-                to = _shaped(buffer, *shape) if is_kept and buffer is not None else z
-                z = head.slopes(z, places, *known, to)
+                known = highest[rows, None], total[rows, None], logps[rows, None]
+                z = head.slopes(z, places, *known, keep=room is not None)
                 if d_bias is not None:
                     d_bias[columns] += linear(factors.t().to(compute), z.t())[0]
                 if d_h is not None:

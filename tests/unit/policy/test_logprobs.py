@@ -1,4 +1,4 @@
-"""The chunked head: the naive head's numbers and gradients, without its memory."""
+"""The tiled head: the naive head's numbers and gradients, without its memory."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_room_for_slopes_changes_rounding_alone(
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [True, False])
 def test_rounds_no_worse_than_the_naive_head(compute: torch.dtype, trained: bool) -> None:
-    """float64 is the truth; the chunked head may be as far from it as the naive one in the same dtype."""
+    """float64 is the truth; the tiled head may be as far from it as the naive one in the same dtype."""
     results = []
     coefficients = torch.randn(M, generator=torch.Generator().manual_seed(1))
     for dtype in (torch.float32, compute, torch.float64):
@@ -197,7 +197,7 @@ def test_slabs_change_nothing(transform: LogitTransform, elements: int, monkeypa
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_head_that_widens_does_it_once(native: bool, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All products of all chunks, and of the backward pass, have the dtype that the processor computes in."""
+    """All products of all tiles, and of the backward pass, have the dtype that the processor computes in."""
     seen = []
     linear = logprobs.linear
 
