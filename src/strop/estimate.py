@@ -1,7 +1,8 @@
 """What a run will need: peak memory and seconds a step, from the configuration and the lengths of its rows. Floor 5.
 
-In: a `Prepared` and a device. Out: an `Estimate`. No weight is loaded and no GPU is touched: the model is built on
-torch's meta device, and a GPU's size is asked of its driver's tool.
+In: a `Prepared`, the machine, the dtypes, and how the tokens of rows are counted (`tokens`: shared prompts once, or
+padded). Out: an `Estimate`. No weight is loaded and no GPU is touched: the model is built on torch's meta device, and a
+GPU's size is asked of its driver's tool.
 
 Memory is the largest micro-batch's: weights, gradients, optimizer, what every layer keeps for its backward pass
 (`saved_per_token`), and the head's tile; beside them what libraries take, and on a CPU what the process has already.
@@ -28,7 +29,7 @@ from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
-from strop.policy.logprobs import SLAB_ELEMENTS, kept_logits, product_dtype, tile_shape
+from strop.policy.logprobs import head_bytes, product_dtype, tile_shape
 from strop.policy.matmul import LARGE, computes, keeps_kernels
 from strop.policy.memory import KERNELS_KEPT
 from strop.policy.outline import CannotBuildError, Shape, reason_for_plain_rows, shape_of
@@ -46,15 +47,17 @@ PROCESS = {"cpu": 60 * MIB, "cuda": 500 * MIB}
 """What libraries take for a run, beside tensors: thread pools; a CUDA context with its workspaces."""
 HOLES = 0.4
 """What a CPU's allocator leaves unused between tensors that come and go, as a share of them: in the end, after
-micro-batches of many lengths; the first eight take it half the way."""
+micro-batches of many lengths; the first eight take it half the way. Fitted to the benchmarks' cases."""
 KERNEL_BYTES = 0.7 * MIB
-"""Of oneDNN, with its buffers, whatever its shape."""
-MKL = 40 * MIB
-"""Its buffers, where it multiplies instead."""
+"""Of a kernel that oneDNN keeps, with its buffers, whatever its shape; measured, as is the next."""
+MKL_BYTES = 40 * MIB
+"""Of MKL's buffers, where it multiplies instead."""
 PASSES = 6.0
-"""How often what is saved for the backward pass moves through memory in a step: written, read, its gradient, copies."""
+"""How often what is saved for the backward pass moves through memory in a step: written, read, its gradient, copies.
+Counted, not measured, like all that is said of a GPU's time."""
 BESIDES = 1.15
-"""What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging."""
+"""What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging.
+Fitted to the benchmarks' cases."""
 LEFT_OUT = (
     "reading the data, the reference's pass before the first step, its log-probs (on the CPU, 4 bytes a scored token "
     "and 0.6 kB a completion) and the model of ref_model_id, evaluations, "
@@ -303,13 +306,10 @@ def _memory(
     casts = 0
     if precision.is_low and not shape.adapters:
         casts = (shape.matrix + (embedding if product == precision.compute else 0)) * c
-    tile = _tile(shape, work, device, product)
-    slab = min(tile, SLAB_ELEMENTS) if device == "cpu" else tile
-    slabs = 1 + (product.itemsize < wide) + objective.extras.collisions
-    head = tile * product.itemsize + slab * wide * slabs + (work.tokens + 5 * work.scored) * shape.width * wide
-    if not shape.adapters:  # its gradient, and the logits that it is made of
-        head += embedding * wide
-        head += kept_logits(work.scored, shape.vocabulary, shape.width, product) * product.itemsize
+    sizes = work.scored, shape.vocabulary, shape.width, device, product
+    trains, collisions = not shape.adapters, objective.extras.collisions
+    head = head_bytes(*sizes, transform=shape.transform, collisions=collisions, trains=trains)
+    head += work.tokens * shape.width * wide + (embedding * wide if trains else 0)
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     passing = work.tokens * (4 * shape.inner * c + 4 * shape.width * stream)
     state = 2 if config.training.optim.endswith("8bit") else 2 * wide
@@ -319,19 +319,19 @@ def _memory(
         "optimizer": trained * state,
         "activations": activations + layers * probabilities,
         "head": head + casts,
-        "passing": passing,
+        "backward": passing,
         "allocator": holes * (activations + passing + head),
         "process": PROCESS[device],
     }
-    largest = shape.width * max(work.tokens * shape.inner, tile)
+    largest = shape.width * max(work.tokens * shape.inner, _tile(shape, work, device, product))
     if device == "cpu":
         # in float32 oneDNN has the large products alone
         by_onednn = keeps_kernels(precision.compute) and (precision.is_low or largest >= LARGE)
-        parts["kernels"] = KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL
+        parts["matmul library"] = KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL_BYTES
     if product != precision.compute:  # in float32: a frozen head; factors and result of one product at a time
         in_body = shape.width * shape.inner + work.tokens * shape.inner
         widens = device == "cpu" and not computes(precision.compute)
-        parts["widened"] = 4 * max(in_body if widens else 0, embedding if shape.adapters else 0)
+        parts["float32 copies"] = 4 * max(in_body if widens else 0, embedding if shape.adapters else 0)
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: int(size) for name, size in parts.items()}

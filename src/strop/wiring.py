@@ -42,13 +42,14 @@ from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
 
-Split = tuple[Rows, Rows | None]
+Splits = tuple[Rows, Rows | None]
 """Training and validation rows."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One model's finished run: `final` holds the model, `run_dir` everything else."""
+    """One model's finished run: `final` holds the model, `run_dir` everything else. step: the last one trained,
+    which is not the step of `final` where the best model was asked for."""
 
     name: str
     run_dir: Path
@@ -184,8 +185,9 @@ def _train_model(
         for line in policy.describe():
             log.info("%s: %s", model.name, line)
         if not policy.share_prefix and tokens is packed_tokens:  # the probe refused what the configuration promised
+            # micro-batches are chosen anew; layers are checkpointed as they are in the policy, which is built
             share = {"training.gradient_checkpointing": settled.config.training.gradient_checkpointing}
-            tokens, decided = padded_tokens, prepared.config.with_values(share, "by the estimate of memory")
+            tokens, decided = padded_tokens, prepared.config.with_values(share, settled.config.origins)
             settled = fitted(replace(prepared, config=decided), machine, precision, tokens)
             for line in prediction(settled, machine, precision, tokens):
                 log.info("%s: %s", model.name, line)
@@ -224,7 +226,7 @@ def _run(
             train, validation = _score_reference(prepared, reference, weights, (train, validation), progress)
     resumed_at = saved.step if saved else 0
     if not saved:
-        _write_papers(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
+        _write_records(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
     trackers = open_trackers(
         config.logging.report_to, run.logs, resumed_at=resumed_at if saved else None, config=to_yaml(config)
     )
@@ -246,7 +248,7 @@ def _run(
                 loop.restore(saved)
                 _look_for_best(loop, run, saved)
                 checkpoint.retire_newer(run.path, saved.step)
-                _write_papers(prepared, run)  # this run's, now that it is known to fit
+                _write_records(prepared, run)  # this run's, now that it is known to fit
             outputs.cut(resumed_at if saved else -1)
             state = loop.run()
             step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
@@ -312,7 +314,7 @@ def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     return config.with_values({"training.bf16": low, "training.fp16": False}, "auto_precision")
 
 
-def _write_papers(prepared: Prepared, run: RunDir) -> None:
+def _write_records(prepared: Prepared, run: RunDir) -> None:
     run.write_text("config.yaml", to_yaml(prepared.config))
     run.write_json("environment.json", describe_environment(seed=prepared.config.seed))
     run.write_json("data.json", prepared.data.report.as_dict())
@@ -325,7 +327,7 @@ def _synced_reference(prepared: Prepared, policy: Policy) -> SyncedReference | N
     return None if sync is None else SyncedReference(policy, sync.every_steps, sync.share)
 
 
-def _rows(prepared: Prepared, tokens: RowTokens, device: torch.device) -> Split:
+def _rows(prepared: Prepared, tokens: RowTokens, device: torch.device) -> Splits:
     """Training and validation rows, with their prompts' mismatched completions where the objective wants them."""
     training, data, objective = prepared.config.training, prepared.data, prepared.objective
     assert training.micro_batch_tokens is not None
@@ -340,8 +342,8 @@ def _rows(prepared: Prepared, tokens: RowTokens, device: torch.device) -> Split:
 
 
 def _score_reference(
-    prepared: Prepared, reference: Policy, weights: str, rows: Split, progress: Progress, *, must_keep: bool = False
-) -> Split:
+    prepared: Prepared, reference: Policy, weights: str, rows: Splits, progress: Progress, *, must_keep: bool = False
+) -> Splits:
     """The rows with the log-probs of a reference that stays as it is, all that the run will want.
 
     weights: the reference's `weights_hash`. must_keep: what cannot be stored is an error.

@@ -24,7 +24,8 @@ from strop.machine import machine_of
 from strop.policy.attention import KERNELS, AttentionPlan, best_kernel, dense_mask
 from strop.policy.checkpointing import checkpoint_layers
 from strop.policy.load import LoadedModel
-from strop.policy.logprobs import LogitTransform, naive_token_logps, token_logps
+from strop.policy.logits import LogitTransform
+from strop.policy.logprobs import naive_token_logps, token_logps
 from strop.policy.policy import Policy, assemble
 from strop.policy.precision import Precision
 from strop.types import Completion, Group, Origin

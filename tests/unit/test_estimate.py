@@ -337,7 +337,7 @@ def test_a_head_in_float32_is_counted(prepared: Callable[..., Prepared], monkeyp
     monkeypatch.setattr("strop.policy.logprobs.computes", lambda dtype: True)
     low, wide = (guess(prepared(r=4, bf16=True, fp32_logits=on)).parts for on in (False, True))
     shape = shape_of(prepared().config.lora, prepared().model)
-    assert "widened" not in low and wide["widened"] == 4 * shape.vocabulary * shape.width
+    assert "float32 copies" not in low and wide["float32 copies"] == 4 * shape.vocabulary * shape.width
 
 
 def test_a_pass_over_mismatched_completions_takes_time(prepared: Callable[..., Prepared]) -> None:

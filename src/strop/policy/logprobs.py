@@ -4,13 +4,13 @@ Shapes: M scored tokens, D width, V vocabulary; R rows and C columns of one tile
 
 z = h W^T + b,  y = cap(scale z),  logp = y[target] - logsumexp(y).  With p = softmax(y), gradients are
 d logp / d z = (onehot(target) - p) * scale * cap'(scale z), and any loss is a function of the logps, so that these
-slopes are all that a backward pass needs.
+slopes d logp / d z are all that a backward pass needs.
 
 Going through the columns, each row keeps the largest y so far and the sum of exp(y - largest), and what was summed is
 scaled when a larger one comes, as in the softmax of flash attention (arXiv 2205.14135, algorithm 1). Where the head
-does not train, the forward pass sums p W so, [M, D], and the backward pass is one multiplication. Where it trains, the
-forward pass keeps as many logits as there is room for; the backward pass turns them into slopes, knowing the softmax's
-sums, and makes the other logits again.
+does not train, the forward pass accumulates p W in the same way and keeps each row's gradient, [M, D], for the backward
+pass to multiply. Where it trains, the forward pass keeps as many logits as there is room for; the
+backward pass makes gradients of them, knowing the softmax's sums, and computes the other logits again.
 
 Where it is asked for, log(sum of p^2) is taken from the same tiles, without gradients.
 
@@ -32,14 +32,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
+from strop.policy.logits import UNCHANGED, LogitTransform
 from strop.policy.matmul import computes, linear, takes_buffer
 
 CPU_ROWS, ROW_BYTES = 2048, 2**13
-"""R, and C x bytes of a logit, on a CPU: products as large as those of the layers, in memory that the process has.
-Products of few rows with all of W, which is copied for each, take 1.3 times as long with MKL."""
-TILE_ROWS, TILE_ELEMENTS = 256, 2**26
+"""R, and C x bytes of a logit, on a CPU: products as large as those of the layers, in memory that the process has. MKL
+copies W for every product, so that products of few rows with all of W take 1.3 times as long."""
+GPU_ROWS, TILE_ELEMENTS = 256, 2**26
 """R at least and R x C on other devices, where a tile has all columns: 128 MiB of 16-bit logits, and twice 256 MiB of
-float32 beside them."""
+float32 beside them. As many elements of W's gradient are computed at once."""
 SLAB_ELEMENTS = 2**20
 """Logits that go through the softmax at once on a CPU: 4 MiB of float32."""
 
@@ -51,39 +52,13 @@ Cast = Callable[[Tensor, torch.dtype], Tensor]
 """A weight in a dtype, without gradients."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogitTransform:
-    """What a model does between its head and the softmax: y = scale z, then cap tanh(y / cap)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def changes(self) -> bool:
-        return self != LogitTransform()
-
-    def __call__(self, z: Tensor) -> Tensor:
-        y = z if self.scale == 1.0 else z * self.scale
-        return y if self.softcap is None else self.softcap * torch.tanh(y / self.softcap)
-
-    def apply_(self, z: Tensor) -> Tensor:
-        """The same in place."""
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def slope(self, y: Tensor) -> Tensor | float:
-        """dy/dz, from y."""
-        return self.scale if self.softcap is None else self.scale * (1 - (y / self.softcap).square())
-
-
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     *,
-    transform: LogitTransform = LogitTransform(),
+    transform: LogitTransform = UNCHANGED,
     compute: torch.dtype | None = None,
     cast: Cast | None = None,
     tile: tuple[int, int] | None = None,
@@ -91,10 +66,12 @@ def token_logps(
 ) -> Tensor:
     """Natural log-probs of `targets`.
 
+    A row whose logits are -inf in all of a tile's columns gets NaN; -inf here and there is as good as any number.
+
     Args:
-        hidden: [M, D]. Its gradient has its own dtype.
+        hidden: [M, D], M >= 1. Its gradient has its own dtype.
         weight: [V, D], bias: [V] or None. Their gradients are summed in float32 at least.
-        targets: [M] int64.
+        targets: [M] int64, from 0 to V - 1, which is not checked.
         compute: dtype of the matrix products, if this device has them; None: that of `hidden`.
         cast: gives weight and bias in the compute dtype; None: copies that are not kept.
         tile: rows and columns of one tile, at most; None: by device.
@@ -102,7 +79,13 @@ def token_logps(
 
     Returns:
         [M] float32, or float64 where `compute` is float64; with `collisions` [2, M].
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
+    if not len(targets) or hidden.shape != (len(targets), weight.shape[1]):
+        shapes = f"hidden {[*hidden.shape]}, W {[*weight.shape]} and targets {[*targets.shape]}"
+        raise ValueError(f"{shapes}: not [M, D], [V, D] and [M] with M >= 1")
     if compute is None:
         compute = hidden.dtype
     if (widened := product_dtype(compute, hidden.device.type)) != compute:
@@ -110,11 +93,11 @@ def token_logps(
     tile = tile or tile_shape(weight.shape[0], hidden.device.type, compute)
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     wants_gradients = torch.is_grad_enabled() and (trains or hidden.requires_grad)
-    room = kept_logits(len(targets), weight.shape[0], weight.shape[1], compute) if trains and wants_gradients else 0
+    num_kept = kept_logits(len(targets), weight.shape[0], weight.shape[1], compute) if trains and wants_gradients else 0
     with torch.autocast(hidden.device.type, enabled=False):
-        options = (transform, compute, cast or Casts(), tile, wants_gradients and not trains, room, collisions)
-        logps, squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
-        return torch.stack([logps, squares]) if collisions else logps
+        options = (transform, compute, cast or Casts(), tile, wants_gradients and not trains, num_kept, collisions)
+        logps, log_squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
+        return torch.stack([logps, log_squares]) if collisions else logps
 
 
 def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:
@@ -127,13 +110,44 @@ def tile_shape(vocabulary: int, device_type: str, compute: torch.dtype) -> tuple
     """Rows and columns of one tile at most."""
     if device_type == "cpu":
         return CPU_ROWS, ROW_BYTES // compute.itemsize
-    return max(TILE_ROWS, TILE_ELEMENTS // vocabulary), vocabulary
+    return max(GPU_ROWS, TILE_ELEMENTS // vocabulary), vocabulary
 
 
 def kept_logits(num_rows: int, vocabulary: int, width: int, compute: torch.dtype) -> int:
     """Logits that are kept at most where the head trains."""
-    room = KEPT_GRADIENTS * width * _stats(compute).itemsize // compute.itemsize
-    return min(num_rows, room) * vocabulary
+    rows = KEPT_GRADIENTS * width * _stats(compute).itemsize // compute.itemsize
+    return min(num_rows, rows) * vocabulary
+
+
+def head_bytes(
+    num_rows: int,
+    vocabulary: int,
+    width: int,
+    device_type: str,
+    compute: torch.dtype,
+    *,
+    transform: LogitTransform,
+    collisions: bool,
+    trains: bool,
+) -> int:
+    """What the head takes beside W and its gradient: for every scored token its state and gradients, [M, D] each; what
+    tiles share, which is their logits and what the softmax takes; where the head trains, the logits that are kept and a
+    part of W's gradient."""
+    rows, columns = tile_shape(vocabulary, device_type, compute)
+    tile = min(num_rows, rows), min(vocabulary, columns)
+    stats = _stats(compute)
+    temporary = collisions or transform.softcap is not None
+    slabs = 1 + (compute != stats or transform.changes) + temporary
+    logits = tile[0] * tile[1]
+    if trains:
+        logits += min(tile[1] * width, TILE_ELEMENTS) + kept_logits(num_rows, vocabulary, width, compute)
+    wide = 5 * num_rows * width + slabs * _slab_elements(tile, device_type)
+    return logits * compute.itemsize + wide * stats.itemsize
+
+
+def _slab_elements(tile: tuple[int, int], device_type: str) -> int:
+    """Of as many rows of a tile as go through the softmax at once, one at least."""
+    return min(max(SLAB_ELEMENTS, tile[1]), tile[0] * tile[1]) if device_type == "cpu" else tile[0] * tile[1]
 
 
 def naive_token_logps(
@@ -142,7 +156,7 @@ def naive_token_logps(
     bias: Tensor | None,
     targets: Tensor,
     *,
-    transform: LogitTransform = LogitTransform(),
+    transform: LogitTransform = UNCHANGED,
 ) -> Tensor:
     """The same through full logits [M, V] and autograd."""
     logits = transform(F.linear(hidden, weight, bias).to(_stats(hidden.dtype)))
@@ -155,8 +169,8 @@ def _stats(dtype: torch.dtype) -> torch.dtype:
 
 def _parts(size: int, most: int) -> list[slice]:
     """As few parts as can be, about equal: a small one takes as much reading of W as a large one."""
-    num_parts = -(-size // most) or 1
-    step = min(most, -(-size // (16 * num_parts)) * 16) or 1  # whole vectors
+    num_parts = -(-size // most)
+    step = min(most, -(-size // (16 * num_parts)) * 16)  # whole vectors
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
@@ -195,8 +209,7 @@ class _Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, tile: tuple[int, int]) -> None:
         self.weight, self.bias, self.transform = weight, bias, transform
         self.stats = weight.new_empty(0, dtype=_stats(weight.dtype))
-        num_slab = SLAB_ELEMENTS if weight.device.type == "cpu" else tile[0] * tile[1]
-        num_slab = min(max(num_slab, tile[1]), tile[0] * tile[1])
+        num_slab = _slab_elements(tile, weight.device.type)
         self._slab_rows = num_slab // tile[1]
         self._probs = self.stats.new_empty(num_slab)
         # y is z where they are the same numbers
@@ -217,10 +230,10 @@ class _Head:
         return linear(z, weight, buffer=None if self._product is None else _shaped(self._product, len(z), len(weight)))
 
     def softmax(
-        self, z: Tensor, places: _Places, sums: _Sums, *, squares: bool, weights: bool
+        self, z: Tensor, places: _Places, sums: _Sums, *, squares: bool, keep_probs: bool
     ) -> tuple[Tensor, Tensor]:
-        """Add a tile's logits to `sums`. weights: put softmax(y) * dy/dz within the tile, 0 at targets, in the place of
-        z. Returns what `_Sums.add` does."""
+        """Add a tile's logits to `sums`. keep_probs: put softmax(y) * dy/dz within the tile, 0 at targets, in the
+        place of z. Returns what `_Sums.add` does."""
         highest, total, squared = (self.stats.new_empty(len(z), 1) for _ in range(3))
         for rows, y in self._slabs(z):
             probs = torch.softmax(y, dim=-1, out=_shaped(self._probs, *y.shape))
@@ -228,7 +241,7 @@ class _Head:
             sums.at_target[rows] = places[rows].found(y, sums.at_target[rows])
             if squares:
                 squared[rows] = probs.square().sum(-1, keepdim=True)
-            if weights:
+            if keep_probs:
                 if self.transform.changes:
                     probs.mul_(self.transform.slope(y))
                 places[rows].put_(probs, 0.0)
@@ -327,7 +340,7 @@ class _TokenLogps(torch.autograd.Function):
         low_bias = None if bias is None else cast(bias, compute)
         tile = min(tile[0], len(targets)), min(tile[1], len(weight))
         head = _Head(cast(weight, compute), low_bias, transform, tile)
-        logps, highest, total, squares = (head.stats.new_empty(len(targets)) for _ in range(4))
+        logps, highest, total, log_squares = (head.stats.new_empty(len(targets)) for _ in range(4))
         products = torch.empty_like(hidden) if keep_products else None
         kept = head.weight.new_empty(num_kept)
         for rows, tiles in _tiles(len(targets), len(weight), tile, kept):
@@ -336,29 +349,30 @@ class _TokenLogps(torch.autograd.Function):
             product = head.stats.new_zeros(h.shape) if keep_products else None
             for columns, room in tiles:
                 z, places = head.logits(h, columns, room), _Places.of(own, columns)
-                factors = head.softmax(z, places, sums, squares=collisions, weights=keep_products)
+                factors = head.softmax(z, places, sums, squares=collisions, keep_probs=keep_products)
                 if product is not None:
                     product.mul_(factors[0]).addcmul_(head.product(z, columns).to(product.dtype), factors[1])
             logps[rows], highest[rows], total[rows] = sums.logps()[:, 0], sums.highest[:, 0], sums.total[:, 0]
             if collisions:
-                squares[rows] = (sums.squares.log() - 2 * sums.total.log())[:, 0]
+                log_squares[rows] = (sums.squares.log() - 2 * sums.total.log())[:, 0]
             if products is not None and product is not None:
                 products[rows] = head.at_targets(own, sums, logps[rows, None]).sub_(product.div_(sums.total))
         ctx.transform, ctx.compute, ctx.cast, ctx.tile = transform, compute, cast, tile
         if collisions:
-            ctx.mark_non_differentiable(squares)
+            ctx.mark_non_differentiable(log_squares)
         saved = (hidden, weight, bias, targets, kept, highest, total, logps)
         ctx.save_for_backward(*((products,) if products is not None else saved))
-        return logps, squares if collisions else None
+        return logps, log_squares if collisions else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         rest = (None,) * 8
-        if len(ctx.saved_tensors) == 1:
-            (products,) = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: whoever packs them may unpack them once
+        if len(saved) == 1:
+            (products,) = saved
             return products * grad[:, None].to(products.dtype), None, None, *rest
-        hidden, weight, bias, targets, kept, highest, total, logps = ctx.saved_tensors
+        hidden, weight, bias, targets, kept, highest, total, logps = saved
         compute, stats = ctx.compute, _stats(ctx.compute)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         low_bias = None if bias is None else ctx.cast(bias, compute)
@@ -380,8 +394,10 @@ class _TokenLogps(torch.autograd.Function):
                 if d_h is not None:
                     d_h += head.product(z, columns)
                 if d_weight is not None:
-                    part = linear(z.t(), scaled.t())
-                    d_weight[columns] = part if rows.start == 0 else part.to(stats).add_(d_weight[columns])
+                    for some in _parts(z.shape[1], max(1, TILE_ELEMENTS // len(weight[0]))):  # not [V, D] once more
+                        out = d_weight[columns][some]
+                        add = out.copy_ if rows.start == 0 else out.add_
+                        add(linear(z.t()[some], scaled.t()))
             if d_hidden is not None and d_h is not None:
                 d_hidden[rows] = d_h.mul_(factors).to(d_hidden.dtype)
         return (

@@ -54,6 +54,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | No
     if _by_onednn(x, w):
         if bias is None and _swaps(x, w):
             return linear(w, x).t()
+        bias = None if bias is None else bias.contiguous()  # it reads one with gaps as if there were none
         product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(w), bias, "none", [], "")
         return product
     return torch.mm(x, w.t(), out=out) if bias is None else torch.addmm(bias, x, w.t(), out=out)

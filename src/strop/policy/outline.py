@@ -20,6 +20,7 @@ from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
 from strop.policy.checkpointing import layers_that_can
 from strop.policy.folder import first_line, place_of
 from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
+from strop.policy.logits import LogitTransform, logit_transform
 from strop.policy.sharing import reason_against
 
 OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2"})
@@ -95,7 +96,8 @@ def _building(model: ModelSection) -> Iterator[None]:
 class Shape:
     """A model in numbers: width D, feed-forward width I, attention widths (queries A, keys and values K), heads of
     queries, layers, vocabulary; matrix: weights of all linear layers but the head; others: all further weights, tied
-    ones once. capped: attention caps its scores. recomputes: its layers can compute their activations again."""
+    ones once. transform: of the logits. capped: attention caps its scores. recomputes: its layers can compute their
+    activations again."""
 
     width: int
     inner: int
@@ -106,6 +108,7 @@ class Shape:
     vocabulary: int
     matrix: int
     others: int
+    transform: LogitTransform
     capped: bool = False
     recomputes: bool = True
     adapters: int = 0
@@ -156,6 +159,7 @@ def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
         matrix=matrix,
         others=sum(p.numel() for p in module.parameters()) - matrix,
         capped=getattr(text, "attn_logit_softcapping", None) is not None,
+        transform=logit_transform(text),
         recomputes=bool(layers_that_can(module)),
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.run import RunConfig
@@ -34,7 +34,8 @@ from strop.policy.elementwise import EAGER, Elementwise, compiled
 from strop.policy.folder import place_of
 from strop.policy.fused import forget_shared, fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
-from strop.policy.logprobs import LogitTransform, token_logps
+from strop.policy.logits import logit_transform
+from strop.policy.logprobs import token_logps
 from strop.policy.matmul import computes
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.precision import Precision, resolve_precision, short_name
@@ -249,18 +250,6 @@ class Policy(nn.Module):
 def _last_hidden(out: Any) -> Tensor:
     hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
     return hidden
-
-
-def logit_transform(config: PreTrainedConfig) -> LogitTransform:
-    """Scale and soft cap of a model's logits, as its configuration names them; the probe at load checks it."""
-    text = config.get_text_config()
-    scale = 1.0
-    for name, inverse in (("logit_scale", False), ("logits_scaling", True), ("lm_head_multiplier", False)):
-        value = getattr(text, name, None)
-        if isinstance(value, int | float):
-            scale *= 1 / value if inverse else value
-    cap = getattr(text, "final_logit_softcapping", None)
-    return LogitTransform(float(scale), None if cap is None else float(cap))
 
 
 def build_policy(

@@ -1,8 +1,9 @@
 """Reference log-probs on disk, found again by the model that gave them and by the tokens they are of. Floor 2.
 
-One file a model, `references/{hash}.logps` in the cache folder, to which records are only added: one a completion,
-found by a hash of its prompt, its tokens and which of them are trained. The model's hash covers its weights, adapters
-and configuration, the dtypes, the head and the kind of rows; so runs with another beta, loss or learning rate share it.
+One file a model, `references/{hash}.logps` in the cache folder, with a lock beside it, to which records are only added:
+one a completion, found by a hash of its prompt, its tokens and which of them are trained. The model's hash covers what
+`model_identity` lists: weights, adapters, configuration, dtypes, the head, the kind of rows and of device, and the
+attention kernel; so runs with another beta, loss or learning rate share it.
 
     record: b"SRL1", key [16], number of bytes [u32], crc32 of key and values [u32], values (float32 or float64)
 

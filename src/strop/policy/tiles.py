@@ -3,7 +3,7 @@
 Shapes: T packed tokens, H query heads, K key-value heads, n = H / K, D width of a head, R queries of a tile, N keys.
 
 A row holds sequences: a prompt with its first completion, and every other completion, whose queries see the prompt's
-keys besides their own. Each is cut into tiles of queries that see a run of keys (or two: prompt and own), all of them
+keys besides their own. Each is cut into tiles of queries that see a span of keys (or two: prompt and own), all of them
 but a triangle at the end, so that what nobody sees costs no more than that triangle. Every tile is one product for all
 the heads: the n query heads of a key-value head are rows of one matrix, and keys are never repeated.
 
@@ -28,44 +28,44 @@ from strop.policy.matmul import bmm
 
 TILE_ROWS = {torch.bfloat16: 256, torch.float16: 256}
 """Queries of a tile, at most; larger tiles suit faster products and waste larger triangles."""
-_TILE_ROWS = 160  # float32 and float64
+WIDE_TILE_ROWS = 160  # float32 and float64
 TILE_SCORES = 2**18
 """Scores of one key-value head in a tile, at most: what a processor's own cache holds."""
 
 KEPT_BYTES = 2**15
 """Probabilities of one layer that are kept for the backward pass, a token of the row, at most: 32 KiB."""
 
-Run = tuple[int, int]
+Span = tuple[int, int]
 """Packed tokens from start to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """queries: a run. keys: one run or two. hidden: [R, last keys], 0 where a key may be seen and -inf where not; all
+    """queries: a span. keys: one span or two. mask: [R, last keys], 0 where a key may be seen and -inf where not; all
     keys before these are seen by all queries."""
 
-    queries: Run
-    keys: tuple[Run, ...]
-    hidden: Tensor
+    queries: Span
+    keys: tuple[Span, ...]
+    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
-    """What is causal in itself: its own tokens, and those of a prompt before it (none: an empty run)."""
+class CausalSpan:
+    """What is causal in itself: its own tokens, and those of a prompt before it (none: an empty span)."""
 
-    prompt: Run
-    own: Run
+    prompt: Span
+    own: Span
 
 
-def sequences(layout: tuple[GroupSpan, ...]) -> Iterator[Sequence]:
-    """The sequences of a row, whose own runs follow each other without a gap."""
+def sequences(layout: tuple[GroupSpan, ...]) -> Iterator[CausalSpan]:
+    """The sequences of a row, whose own spans follow each other without a gap."""
     for span in layout:
         prompt = (span.start, span.start + span.prompt)
         stop = prompt[1] + span.completions[0]
-        yield Sequence((span.start, span.start), (span.start, stop))
+        yield CausalSpan((span.start, span.start), (span.start, stop))
         for length in span.completions[1:]:
             if length:
-                yield Sequence(prompt, (stop, stop + length))
+                yield CausalSpan(prompt, (stop, stop + length))
             stop += length
 
 
@@ -80,26 +80,26 @@ def cut_tiles(
         before = sequence.prompt[1] - sequence.prompt[0]
         start, stop = sequence.own
         keys_seen = before + stop - start if window is None else min(window, before + stop - start)
-        most = max(1, min(TILE_ROWS.get(dtype, _TILE_ROWS), TILE_SCORES // (repeats * keys_seen)))
+        most = max(1, min(TILE_ROWS.get(dtype, WIDE_TILE_ROWS), TILE_SCORES // (repeats * keys_seen)))
         parts = -(-(stop - start) // most)
         rows = -(-(stop - start) // parts)
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             position = before + first - start
             unseen = 0 if window is None else max(0, position - window + 1)  # positions that none of them sees
-            runs = ((sequence.prompt[0] + unseen, sequence.prompt[1]), (start + max(0, unseen - before), last))
-            keys = tuple(run for run in runs if run[0] < run[1])
+            spans = ((sequence.prompt[0] + unseen, sequence.prompt[1]), (start + max(0, unseen - before), last))
+            keys = tuple(span for span in spans if span[0] < span[1])
             if window is not None and before + last - start > window:
-                hidden = _hidden(position, last - first, unseen, window, dtype, device)
+                mask = _mask(position, last - first, unseen, window, dtype, device)
             else:
                 if last - first not in triangles:
-                    triangles[last - first] = _hidden(0, last - first, 0, None, dtype, device)
-                hidden = triangles[last - first]
-            tiles.append(Tile((first, last), keys, hidden))
+                    triangles[last - first] = _mask(0, last - first, 0, None, dtype, device)
+                mask = triangles[last - first]
+            tiles.append(Tile((first, last), keys, mask))
     return tuple(tiles)
 
 
-def _hidden(position: int, rows: int, key: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _mask(position: int, rows: int, key: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[rows, keys] for queries from `position` on and keys from position `key` to the last query's."""
     last = position + rows
     distance = torch.arange(position, last, device=device)[:, None] - torch.arange(key, last, device=device)
@@ -117,32 +117,32 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], sc
     return out
 
 
-def _gather(x: Tensor, runs: tuple[Run, ...]) -> Tensor:
+def _gather(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     """[K, N, D] of [K, T, D]."""
-    parts = [x[:, start:stop] for start, stop in runs]
+    parts = [x[:, start:stop] for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _by_key_head(x: Tensor, run: Run, heads: int, factor: float | None = None) -> Tensor:
-    """[K, n R, D] of a run of [H, T, D], times `factor`."""
-    rows = x[:, run[0] : run[1]]
+def _by_key_head(x: Tensor, span: Span, heads: int, factor: float | None = None) -> Tensor:
+    """[K, n R, D] of a span of [H, T, D], times `factor`."""
+    rows = x[:, span[0] : span[1]]
     if factor is not None:
         rows = torch.mul(rows, factor, out=rows.new_empty(rows.shape))
     return rows.reshape(heads, -1, x.shape[-1])
 
 
-def _put(out: Tensor, run: Run, rows: Tensor, factor: float = 1.0) -> None:
-    """[K, n R, D] times `factor` into a run of [T, H, D]."""
-    heads, length = rows.shape[0], run[1] - run[0]
-    to = out[run[0] : run[1]].view(length, heads, -1, rows.shape[-1])
+def _put(out: Tensor, span: Span, rows: Tensor, factor: float = 1.0) -> None:
+    """[K, n R, D] times `factor` into a span of [T, H, D]."""
+    heads, length = rows.shape[0], span[1] - span[0]
+    to = out[span[0] : span[1]].view(length, heads, -1, rows.shape[-1])
     torch.mul(rows.view(heads, -1, length, rows.shape[-1]).permute(2, 0, 1, 3), factor, out=to)
 
 
-def _probabilities(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """[K, n R, N] of scaled q [K, n R, D] and k [K, N, D]."""
     scores = bmm(q, k.transpose(1, 2))
-    rows, keys = hidden.shape
-    scores.view(len(k), -1, rows, k.shape[1])[..., k.shape[1] - keys :].add_(hidden)
+    rows, keys = mask.shape
+    scores.view(len(k), -1, rows, k.shape[1])[..., k.shape[1] - keys :].add_(mask)
     return torch.softmax(scores, dim=-1)
 
 
@@ -156,7 +156,7 @@ class _TiledAttention(torch.autograd.Function):
         kept: list[Tensor] = []
         for tile in tiles:
             rows = _by_key_head(q[0], tile.queries, len(keys), scaling)
-            probs = _probabilities(rows, _gather(keys, tile.keys), tile.hidden)
+            probs = _probabilities(rows, _gather(keys, tile.keys), tile.mask)
             _put(out, tile.queries, bmm(probs, _gather(values, tile.keys)))
             room -= probs.nbytes
             if room >= 0:
@@ -177,7 +177,7 @@ class _TiledAttention(torch.autograd.Function):
             rows = _by_key_head(q[0], tile.queries, len(keys), ctx.scaling)
             g_rows = _by_key_head(grad[0], tile.queries, len(keys))
             its_keys, its_values = _gather(keys, tile.keys), _gather(values, tile.keys)
-            probs = kept[i] if i < len(kept) else _probabilities(rows, its_keys, tile.hidden)
+            probs = kept[i] if i < len(kept) else _probabilities(rows, its_keys, tile.mask)
             d_probs = bmm(g_rows, its_values.transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             _put(d_q, tile.queries, bmm(d_scores, its_keys), ctx.scaling)
@@ -186,9 +186,9 @@ class _TiledAttention(torch.autograd.Function):
         return d_q.transpose(0, 1)[None], d_k[None].to(k.dtype), d_v[None].to(v.dtype), None, None, None
 
 
-def _add(total: Tensor, runs: tuple[Run, ...], part: Tensor) -> None:
-    """Add [K, N, D] to runs of [K, T, D]."""
+def _add(total: Tensor, spans: tuple[Span, ...], part: Tensor) -> None:
+    """Add [K, N, D] to spans of [K, T, D]."""
     at = 0
-    for start, stop in runs:
+    for start, stop in spans:
         total[:, start:stop] += part[:, at : at + stop - start]
         at += stop - start

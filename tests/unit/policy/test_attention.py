@@ -124,7 +124,7 @@ def draw(heads: int, key_heads: int, dtype: torch.dtype, width: int = 8) -> tupl
 def test_every_kernel_is_the_oracle(
     rows: int, window: int | None, softcap: float | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "_TILE_ROWS", rows)
+    monkeypatch.setattr(tiles, "WIDE_TILE_ROWS", rows)
     monkeypatch.setattr(tiles, "KEPT_BYTES", {1: 60, 2: 0}.get(rows, 2**24))
     inputs = draw(heads, key_heads, torch.float64)
     want = attend("dense", inputs, window, softcap)
@@ -157,12 +157,12 @@ def test_tiles_round_no_worse_than_plain_products(
 
 def test_tiles_leave_out_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of a tile end at its last query and, with a window, begin at the first that its first query sees."""
-    monkeypatch.setattr(tiles, "_TILE_ROWS", 128)
+    monkeypatch.setattr(tiles, "WIDE_TILE_ROWS", 128)
     layout = (GroupSpan(0, 300, (200, 150)),)
     full = tiles.cut_tiles(layout, None, 1, torch.float32, CPU)
     assert [t.queries for t in full] == [(0, 125), (125, 250), (250, 375), (375, 500), (500, 575), (575, 650)]
     assert [t.keys for t in full[-3:]] == [((0, 500),), ((0, 300), (500, 575)), ((0, 300), (500, 650))]
-    assert full[0].hidden is full[3].hidden  # one triangle
+    assert full[0].mask is full[3].mask  # one triangle
     near = tiles.cut_tiles(layout, 50, 1, torch.float32, CPU)
     assert [t.keys for t in near[-3:]] == [((326, 500),), ((251, 300), (500, 575)), ((526, 650),)]
 

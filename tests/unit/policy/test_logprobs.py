@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from strop.policy import logprobs
-from strop.policy.logprobs import LogitTransform, naive_token_logps, token_logps
+from strop.policy.logits import LogitTransform
+from strop.policy.logprobs import naive_token_logps, token_logps
 
 M, D, V = 13, 6, 31
 TRANSFORMS = [LogitTransform(), LogitTransform(0.25), LogitTransform(softcap=2.0), LogitTransform(3.0, 1.5)]
@@ -231,3 +235,74 @@ def test_a_sure_token_keeps_its_small_gradient() -> None:
     hidden, target = torch.tensor([[1.0, 1.0]], requires_grad=True), torch.tensor([0])
     (gradient,) = torch.autograd.grad(token_logps(hidden, weight, None, target, compute=torch.bfloat16), hidden)
     assert float(gradient[0, 0]) == pytest.approx(9 / (1 + math.exp(9)), rel=0.01)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_can_be_checkpointed(trained: bool) -> None:
+    hidden, weight, bias, targets = make_head()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)][: 1 + trained]
+    want = torch.autograd.grad(token_logps(hidden, weight, bias, targets).sum(), leaves)
+    again = checkpoint(token_logps, hidden, weight, bias, targets, use_reentrant=False)
+    for ours, theirs in zip(torch.autograd.grad(again.sum(), leaves), want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "targets"), [(5, 4), (4, 5), (0, 0)])
+def test_shapes_that_do_not_fit_are_refused(rows: int, targets: int) -> None:
+    with pytest.raises(ValueError, match=rf"hidden \[{rows}, 6\], W \[31, 6\] and targets \[{targets}\]"):
+        token_logps(torch.zeros(rows, D), torch.zeros(V, D), None, torch.zeros(targets, dtype=torch.long))
+
+
+def test_the_weights_gradient_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias, targets = make_head()
+    weight.requires_grad_()
+    monkeypatch.setattr(logprobs, "KEPT_GRADIENTS", 0)
+    (whole,) = torch.autograd.grad(token_logps(hidden, weight, bias, targets, tile=(5, V)).sum(), weight)
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 16 * D)
+    (parts,) = torch.autograd.grad(token_logps(hidden, weight, bias, targets, tile=(5, V)).sum(), weight)
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
+
+
+class _Peak(TorchDispatchMode):
+    """Bytes of the tensors that are made within and alive at once, at most."""
+
+    def __init__(self, *before: Tensor) -> None:
+        super().__init__()
+        self.before = {tensor.untyped_storage()._cdata for tensor in before}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.before:
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: found for key, found in self.alive.items() if not found[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5), LogitTransform(softcap=30.0)], ids=str)
+@pytest.mark.parametrize("collisions", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_its_memory_is_known(
+    transform: LogitTransform, collisions: bool, trained: bool, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a large vocabulary, with all columns in a tile, as on a GPU."""
+    rows, vocabulary, width = 700, 151_936, 512
+    monkeypatch.setattr(logprobs, "tile_shape", lambda *_: (logprobs.GPU_ROWS, vocabulary))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta tensors have none
+    hidden = torch.empty(rows, width, device="meta", requires_grad=True)
+    weight = torch.empty(vocabulary, width, dtype=compute, device="meta", requires_grad=trained)
+    targets = torch.empty(rows, dtype=torch.long, device="meta")
+    with _Peak(hidden, weight, targets) as peak:
+        out = token_logps(hidden, weight, None, targets, compute=compute, transform=transform, collisions=collisions)
+        out.sum().backward()
+    known = logprobs.head_bytes(
+        rows, vocabulary, width, "meta", compute, transform=transform, collisions=collisions, trains=trained
+    )
+    if trained:  # W's gradient, which is float32 until it is whole
+        known += (4 + compute.itemsize * (compute.itemsize < 4)) * vocabulary * width
+    assert 0.75 * known < peak.most <= known

@@ -52,6 +52,8 @@ def test_products_are_torchs(
     assert error(matmul.linear(x, w), truth) <= near
     assert error(matmul.linear(x, w, buffer=buffer), truth) <= near
     assert error(matmul.linear(x, w, bias), truth + bias.double()) <= near
+    gaps = draw(outputs, 3, dtype, "rows", 4)[:, 1]
+    assert error(matmul.linear(x, w, gaps), truth + gaps.double()) <= near
     assert error(matmul.linear_add(total.clone(), x, w), truth + total.double()) <= near
 
 

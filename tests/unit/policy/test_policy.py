@@ -29,7 +29,7 @@ from strop.errors import ConfigError, ModelError
 from strop.policy import attention, logprobs
 from strop.policy import policy as policy_module
 from strop.policy.fused import FusedMlp
-from strop.policy.logprobs import LogitTransform
+from strop.policy.logits import LogitTransform
 from strop.policy.policy import Policy, build_policy
 from strop.policy.tiles import Tile, cut_tiles
 from strop.types import Group
