@@ -158,14 +158,14 @@ def dense_mask(layout: tuple[GroupSpan, ...], device: torch.device, window: int 
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float, int | None, float | None], Tensor]
 
 
-def whole_row(
+def by_dense_mask(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """The oracle: one dense mask, groups x groups of it wasted."""
     return _attend(q, k, v, plan.dense(window), scaling, softcap)
 
 
-def by_group(
+def by_groups(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """One call a group, so that the work grows with the sum of the groups' squares."""
@@ -185,17 +185,17 @@ def by_tiles(
 ) -> Tensor:
     """Matrix products over tiles of queries (tiles.py); scores without a cap."""
     if softcap is not None:
-        return by_group(q, k, v, plan, scaling, window, softcap)
+        return by_groups(q, k, v, plan, scaling, window, softcap)
     return tiled_attention(q, k, v, plan.tiles(window, q.shape[1] // k.shape[1], q.dtype), scaling)
 
 
-def by_length(
+def by_flash(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Flash attention over sequences of unlike length, on CUDA in 16 bits: the keys of each prompt are copied before
     those of every completion but the first, which lie after it anyway."""
     if softcap is not None or not _flash_takes(q, v):
-        return by_group(q, k, v, plan, scaling, window, softcap)
+        return by_groups(q, k, v, plan, scaling, window, softcap)
     lengths = plan.lengths
     # split and cat, whose backward pass is a cat and sums of parts; an index would add row by row, slices whole rows
     cut = (torch.split(x[0].transpose(0, 1), lengths.parts) for x in (k, v))
@@ -228,7 +228,7 @@ def _flash_takes(q: Tensor, v: Tensor) -> bool:
     )
 
 
-KERNELS: Mapping[str, Kernel] = {"groups": by_group, "dense": whole_row, "tiles": by_tiles, "flash": by_length}
+KERNELS: Mapping[str, Kernel] = {"groups": by_groups, "dense": by_dense_mask, "tiles": by_tiles, "flash": by_flash}
 
 
 def best_kernel(device: torch.device, dtype: torch.dtype) -> str:

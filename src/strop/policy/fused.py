@@ -177,10 +177,10 @@ class _GatedMlp(torch.autograd.Function):
         *_, layers, fused = rest
         left_out = [layer.draw(x) for layer in fused.layers[:2]]
         (g, u), lows = products(layers[:2], x, left_out)
-        h = fused.kernels.gated(g, u, fused.activation)
+        h = fused.elementwise.gated(g, u, fused.activation)
         left_out.append(fused.layers[2].draw(h))
         (y,), h_low = products(layers[2:], h, left_out[2:])
-        ctx.layers, ctx.kernels, ctx.activation = layers, fused.kernels, fused.activation
+        ctx.layers, ctx.elementwise, ctx.activation = layers, fused.elementwise, fused.activation
         ctx.save_for_backward(x, g, u, lows, h_low, *left_out)
         return y
 
@@ -189,10 +189,10 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, lows, h_low, *left_out = ctx.saved_tensors
         wants_x, *trains = ctx.needs_input_grad[:13]
-        acted, h = ctx.kernels.gated_again(g, u, ctx.activation)
+        acted, h = ctx.elementwise.gated_again(g, u, ctx.activation)
         down = gradients(ctx.layers[2:], (grad,), trains[8:], h, h_low, left_out[2:], wants_x=True)
         assert down.x is not None
-        d_gate_up = ctx.kernels.gated_slopes(down.x, acted, g, u, ctx.activation)
+        d_gate_up = ctx.elementwise.gated_slopes(down.x, acted, g, u, ctx.activation)
         inner = gradients(ctx.layers[:2], d_gate_up, trains[:8], x, lows, left_out[:2], wants_x=wants_x)
         return inner.x, *inner.weights, *down.weights, None, None
 
@@ -200,8 +200,8 @@ class _GatedMlp(torch.autograd.Function):
 class FusedMlp:
     """The forward of a gated MLP whose three layers are fused linear layers."""
 
-    def __init__(self, module: nn.Module, layers: tuple[FusedLinear, ...], kernels: Elementwise = EAGER) -> None:
-        self.module, self.layers, self.kernels = module, layers, kernels
+    def __init__(self, module: nn.Module, layers: tuple[FusedLinear, ...], elementwise: Elementwise = EAGER) -> None:
+        self.module, self.layers, self.elementwise = module, layers, elementwise
         self.activation = type(module.act_fn).__name__
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -221,29 +221,29 @@ class FusedMlp:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Elementwise) -> Tensor:
-        y, scale = kernels.norm(x, weight, eps)
-        ctx.kernels = kernels
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, elementwise: Elementwise) -> Tensor:
+        y, scale = elementwise.norm(x, weight, eps)
+        ctx.elementwise = elementwise
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, d_weight = ctx.kernels.norm_slopes(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        d_x, d_weight = ctx.elementwise.norm_slopes(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
         return d_x, d_weight, None, None
 
 
 class FusedNorm:
     """The forward of an RMS norm."""
 
-    def __init__(self, module: nn.Module, kernels: Elementwise = EAGER) -> None:
-        self.module, self.kernels = module, kernels
+    def __init__(self, module: nn.Module, elementwise: Elementwise = EAGER) -> None:
+        self.module, self.elementwise = module, elementwise
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, eps = self.module.weight, self.module.variance_epsilon
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _RmsNorm.apply(x, weight, eps, self.kernels)  # type: ignore[no-untyped-call]
+            y: Tensor = _RmsNorm.apply(x, weight, eps, self.elementwise)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -254,9 +254,9 @@ PROBE_SIZES = (1.0, 30.0, 1000.0)
 """Of the random numbers that a module and its fused forward are compared with."""
 
 
-def fuse(model: nn.Module, casts: Casts, device: torch.device, kernels: Elementwise = EAGER) -> Counter[str]:
-    """Fuse what is known in `model`, which is on its device; how many of each kind. kernels: for what MLPs and norms do
-    element by element."""
+def fuse(model: nn.Module, casts: Casts, device: torch.device, elementwise: Elementwise = EAGER) -> Counter[str]:
+    """Fuse what is known in `model`, which is on its device; how many of each kind. elementwise: what MLPs and norms
+    do element by element."""
     done: Counter[str] = Counter()
     linears: dict[nn.Module, FusedLinear] = {}
     inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLinear)}
@@ -267,7 +267,7 @@ def fuse(model: nn.Module, casts: Casts, device: torch.device, kernels: Elementw
             done["linear layers"] += 1
     for module in model.modules():
         _share_input(module, linears)
-        for kind, fused in _candidates(module, linears, kernels):
+        for kind, fused in _candidates(module, linears, elementwise):
             if _agrees(module, fused, device):
                 _replace_forward(module, fused)
                 done[kind] += 1
@@ -328,7 +328,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _candidates(
-    module: nn.Module, linears: dict[nn.Module, FusedLinear], kernels: Elementwise
+    module: nn.Module, linears: dict[nn.Module, FusedLinear], elementwise: Elementwise
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     parts = dict(module.named_children())
     if not _is_untouched(module):
@@ -336,11 +336,11 @@ def _candidates(
     if parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         layers = tuple(linears.get(parts[name]) for name in ("gate_proj", "up_proj", "down_proj"))
         if type(parts["act_fn"]).__name__ in ACTIVATIONS and None not in layers:
-            yield "MLPs", FusedMlp(module, layers, kernels)  # type: ignore[arg-type]
+            yield "MLPs", FusedMlp(module, layers, elementwise)  # type: ignore[arg-type]
     named = dict(module.named_parameters())
     has_epsilon = isinstance(getattr(module, "variance_epsilon", None), float)
     if not parts and named.keys() == {"weight"} and named["weight"].dim() == 1 and has_epsilon:
-        yield "norms", FusedNorm(module, kernels)
+        yield "norms", FusedNorm(module, elementwise)
 
 
 def _agrees(module: nn.Module, fused: Callable[[Tensor], Tensor], device: torch.device) -> bool:

@@ -282,8 +282,10 @@ def build_policy(
         module = add_adapters(loaded.module, config.lora, model, seed=config.seed, master=precision.master)
     random = adapted and config.lora.lora_dropout > 0
     checkpoint_layers(module, training.recomputed, random=random, where=where)
-    kernels = elementwise_of(training, device)
-    return assemble(module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits, kernels=kernels)
+    elementwise = elementwise_of(training, device)
+    return assemble(
+        module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits, elementwise=elementwise
+    )
 
 
 def elementwise_of(training: TrainingSection, device: torch.device) -> Elementwise:
@@ -302,7 +304,7 @@ def assemble(
     model: ModelSection,
     *,
     fp32_logits: bool,
-    kernels: Elementwise = EAGER,
+    elementwise: Elementwise = EAGER,
 ) -> Policy:
     """A policy around a model that is on its device, with the rows that are right for it, probed.
 
@@ -315,7 +317,7 @@ def assemble(
         logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
     policy = Policy(module, loaded, precision, share_prefix=reason is None, fp32_logits=fp32_logits, where=where)
     own = own_logps(policy)  # before layers get other forwards than the model's
-    fuse(module, policy.casts, policy.device, kernels)
+    fuse(module, policy.casts, policy.device, elementwise)
     reason = probe(policy, *own) or reason
     if reason is not None:
         policy.share_prefix = False

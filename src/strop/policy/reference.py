@@ -219,8 +219,8 @@ def _load_reference(
             fix="choose another post_training.ref_model_id",
         )
     module = loaded.module.to(policy.device).requires_grad_(False)
-    kernels, logits = elementwise_of(config.training, policy.device), config.training.fp32_logits
-    return assemble(module, loaded, policy.precision, section, fp32_logits=logits, kernels=kernels)
+    elementwise, logits = elementwise_of(config.training, policy.device), config.training.fp32_logits
+    return assemble(module, loaded, policy.precision, section, fp32_logits=logits, elementwise=elementwise)
 
 
 @contextmanager
