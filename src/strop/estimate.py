@@ -55,9 +55,9 @@ MKL_BYTES = 40 * MIB
 PASSES = 6.0
 """How often what is saved for the backward pass moves through memory in a step: written, read, its gradient, copies.
 Counted, not measured, like all that is said of a GPU's time."""
-BESIDES = 1.15
+BESIDES = 1.03
 """What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging.
-Fitted to the benchmarks' cases."""
+Fitted to 25 cases on two processors (benchmarks/RESULTS.md), of which it puts the median at +1 %."""
 LEFT_OUT = (
     "reading the data, the reference's pass before the first step, its log-probs (on the CPU, 4 bytes a scored token "
     "and 0.6 kB a completion) and the model of ref_model_id, evaluations, "
