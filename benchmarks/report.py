@@ -36,9 +36,9 @@ layers of width 256 and a vocabulary of 32,000, `smol` SmolLM2-135M's shape, `qw
 vocabulary of 151,936. Rows: `uf` 190 tokens of prompt, 280 and 250 of answers in the mean, `long` 1,000, 150 and 150,
 `hh` 150, 75 and 70; `real-` real rows under a real tokenizer, which makes the vocabulary 131,072; `group8` a prompt of
 300 and eight completions of 200; `whole-process` eight steps of one pair, from start to end; `peak-` all of a step in
-one micro-batch, under the vocabulary that is named. LoRA is of
-rank 16 on all linear layers of the body. Under `peak-` the head is frozen. One that trains takes, by the vocabulary's
-size, its weights, gradient and optimizer state, and keeps logits of twice its gradient's size at most.
+one micro-batch, under the vocabulary that is named. LoRA is of rank 16 on all linear layers of the body. Under `peak-`
+the head is frozen. One that trains takes, by the vocabulary's size, its weights, gradient and optimizer state, and
+keeps logits of twice its gradient's size at most.
 
 Targets: the other side's figure divided by strop's, or strop's own share; met where it is at least the target. A run's
 commit is that of what was measured: figures of an older one speak of the code as it was then.

@@ -29,7 +29,7 @@ from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
-from strop.policy.logprobs import head_bytes, product_dtype, tile_shape
+from strop.policy.head_sizes import head_bytes, product_dtype, tile_shape
 from strop.policy.matmul import LARGE, computes, keeps_kernels
 from strop.policy.memory import KERNELS_KEPT
 from strop.policy.outline import CannotBuildError, Shape, reason_for_plain_rows, shape_of
@@ -311,7 +311,7 @@ def _memory(
     head = head_bytes(*sizes, transform=shape.transform, collisions=collisions, trains=trains)
     head += work.tokens * shape.width * wide + (embedding * wide if trains else 0)
     # gradients of the widest tensors of one layer, as the backward pass goes through it
-    passing = work.tokens * (4 * shape.inner * c + 4 * shape.width * stream)
+    backward = work.tokens * (4 * shape.inner * c + 4 * shape.width * stream)
     state = 2 if config.training.optim.endswith("8bit") else 2 * wide
     parts: dict[str, float] = {
         "weights": base * (c if shape.adapters else wide) + shape.adapters * wide,
@@ -319,12 +319,13 @@ def _memory(
         "optimizer": trained * state,
         "activations": activations + layers * probabilities,
         "head": head + casts,
-        "backward": passing,
-        "allocator": holes * (activations + passing + head),
+        "backward": backward,
+        "allocator": holes * (activations + backward + head),
         "process": PROCESS[device],
     }
-    largest = shape.width * max(work.tokens * shape.inner, _tile(shape, work, device, product))
     if device == "cpu":
+        tile = math.prod(tile_shape(work.scored, shape.vocabulary, device, product))
+        largest = shape.width * max(work.tokens * shape.inner, tile)
         # in float32 oneDNN has the large products alone
         by_onednn = keeps_kernels(precision.compute) and (precision.is_low or largest >= LARGE)
         parts["matmul library"] = KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL_BYTES
@@ -335,12 +336,6 @@ def _memory(
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: int(size) for name, size in parts.items()}
-
-
-def _tile(shape: Shape, work: _Work, device: str, product: torch.dtype) -> int:
-    """Logits of the head's largest tile."""
-    rows, columns = tile_shape(shape.vocabulary, device, product)
-    return min(work.scored, rows) * min(shape.vocabulary, columns)
 
 
 def _flops(shape: Shape, work: _Work, config: RunConfig) -> float:

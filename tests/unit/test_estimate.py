@@ -334,7 +334,7 @@ def test_the_dry_run_knows_which_rows_there_will_be(
 def test_a_head_in_float32_is_counted(prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a frozen head is stored in 16 bits and multiplies in float32, a copy of it is made."""
     monkeypatch.setattr("strop.estimate.computes", lambda dtype: True)
-    monkeypatch.setattr("strop.policy.logprobs.computes", lambda dtype: True)
+    monkeypatch.setattr("strop.policy.head_sizes.computes", lambda dtype: True)
     low, wide = (guess(prepared(r=4, bf16=True, fp32_logits=on)).parts for on in (False, True))
     shape = shape_of(prepared().config.lora, prepared().model)
     assert "float32 copies" not in low and wide["float32 copies"] == 4 * shape.vocabulary * shape.width

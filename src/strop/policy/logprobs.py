@@ -9,8 +9,8 @@ slopes d logp / d z are all that a backward pass needs.
 Going through the columns, each row keeps the largest y so far and the sum of exp(y - largest), and what was summed is
 scaled when a larger one comes, as in the softmax of flash attention (arXiv 2205.14135, algorithm 1). Where the head
 does not train, the forward pass accumulates p W in the same way and keeps each row's gradient, [M, D], for the backward
-pass to multiply. Where it trains, the forward pass keeps as many logits as there is room for; the
-backward pass makes gradients of them, knowing the softmax's sums, and computes the other logits again.
+pass to multiply. Where it trains, the forward pass keeps as many logits as there is room for; the backward pass makes
+gradients of them, knowing the softmax's sums, and computes the other logits again.
 
 Where it is asked for, log(sum of p^2) is taken from the same tiles, without gradients.
 
@@ -32,21 +32,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.policy.casts import Casts
+from strop.policy.head_sizes import gradient_columns, kept_logits, product_dtype, slab_elements, sum_dtype, tile_shape
 from strop.policy.logits import UNCHANGED, LogitTransform
-from strop.policy.matmul import computes, linear, takes_buffer
-
-CPU_ROWS, ROW_BYTES = 2048, 2**13
-"""R, and C x bytes of a logit, on a CPU: products as large as those of the layers, in memory that the process has. MKL
-copies W for every product, so that products of few rows with all of W take 1.3 times as long."""
-GPU_ROWS, TILE_ELEMENTS = 256, 2**26
-"""R at least and R x C on other devices, where a tile has all columns: 128 MiB of 16-bit logits, and twice 256 MiB of
-float32 beside them. As many elements of W's gradient are computed at once."""
-SLAB_ELEMENTS = 2**20
-"""Logits that go through the softmax at once on a CPU: 4 MiB of float32."""
-
-KEPT_GRADIENTS = 2
-"""Memory for the logits of a head that trains, in gradients of its W: half of what W, its gradient and the optimizer's
-state take. Training all of a model of 135 million weights takes 5 % less time with it."""
+from strop.policy.matmul import linear, takes_buffer
 
 Cast = Callable[[Tensor, torch.dtype], Tensor]
 """A weight in a dtype, without gradients."""
@@ -90,7 +78,7 @@ def token_logps(
         compute = hidden.dtype
     if (widened := product_dtype(compute, hidden.device.type)) != compute:
         compute, cast = widened, None  # W is widened for this call, and not kept
-    tile = tile or tile_shape(weight.shape[0], hidden.device.type, compute)
+    tile = tile or tile_shape(len(targets), weight.shape[0], hidden.device.type, compute)
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     wants_gradients = torch.is_grad_enabled() and (trains or hidden.requires_grad)
     num_kept = kept_logits(len(targets), weight.shape[0], weight.shape[1], compute) if trains and wants_gradients else 0
@@ -98,56 +86,6 @@ def token_logps(
         options = (transform, compute, cast or Casts(), tile, wants_gradients and not trains, num_kept, collisions)
         logps, log_squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
         return torch.stack([logps, log_squares]) if collisions else logps
-
-
-def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:
-    """What the head multiplies in where a model computes in `compute`: float32 on a processor that has no instructions
-    for 16 bits and would widen W again and again."""
-    return torch.float32 if device_type == "cpu" and not computes(compute) else compute
-
-
-def tile_shape(vocabulary: int, device_type: str, compute: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of one tile at most."""
-    if device_type == "cpu":
-        return CPU_ROWS, ROW_BYTES // compute.itemsize
-    return max(GPU_ROWS, TILE_ELEMENTS // vocabulary), vocabulary
-
-
-def kept_logits(num_rows: int, vocabulary: int, width: int, compute: torch.dtype) -> int:
-    """Logits that are kept at most where the head trains."""
-    rows = KEPT_GRADIENTS * width * _stats(compute).itemsize // compute.itemsize
-    return min(num_rows, rows) * vocabulary
-
-
-def head_bytes(
-    num_rows: int,
-    vocabulary: int,
-    width: int,
-    device_type: str,
-    compute: torch.dtype,
-    *,
-    transform: LogitTransform,
-    collisions: bool,
-    trains: bool,
-) -> int:
-    """What the head takes beside W and its gradient: for every scored token its state and gradients, [M, D] each; what
-    tiles share, which is their logits and what the softmax takes; where the head trains, the logits that are kept and a
-    part of W's gradient."""
-    rows, columns = tile_shape(vocabulary, device_type, compute)
-    tile = min(num_rows, rows), min(vocabulary, columns)
-    stats = _stats(compute)
-    temporary = collisions or transform.softcap is not None
-    slabs = 1 + (compute != stats or transform.changes) + temporary
-    logits = tile[0] * tile[1]
-    if trains:
-        logits += min(tile[1] * width, TILE_ELEMENTS) + kept_logits(num_rows, vocabulary, width, compute)
-    wide = 5 * num_rows * width + slabs * _slab_elements(tile, device_type)
-    return logits * compute.itemsize + wide * stats.itemsize
-
-
-def _slab_elements(tile: tuple[int, int], device_type: str) -> int:
-    """Of as many rows of a tile as go through the softmax at once, one at least."""
-    return min(max(SLAB_ELEMENTS, tile[1]), tile[0] * tile[1]) if device_type == "cpu" else tile[0] * tile[1]
 
 
 def naive_token_logps(
@@ -159,12 +97,8 @@ def naive_token_logps(
     transform: LogitTransform = UNCHANGED,
 ) -> Tensor:
     """The same through full logits [M, V] and autograd."""
-    logits = transform(F.linear(hidden, weight, bias).to(_stats(hidden.dtype)))
+    logits = transform(F.linear(hidden, weight, bias).to(sum_dtype(hidden.dtype)))
     return F.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
-
-
-def _stats(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _parts(size: int, most: int) -> list[slice]:
@@ -208,8 +142,8 @@ class _Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, tile: tuple[int, int]) -> None:
         self.weight, self.bias, self.transform = weight, bias, transform
-        self.stats = weight.new_empty(0, dtype=_stats(weight.dtype))
-        num_slab = _slab_elements(tile, weight.device.type)
+        self.stats = weight.new_empty(0, dtype=sum_dtype(weight.dtype))
+        num_slab = slab_elements(tile, weight.device.type)
         self._slab_rows = num_slab // tile[1]
         self._probs = self.stats.new_empty(num_slab)
         # y is z where they are the same numbers
@@ -263,6 +197,12 @@ class _Head:
             if slopes.dtype != self.stats.dtype:
                 slopes[rows] = probs
         return slopes
+
+    def add_weight_gradient(self, total: Tensor, z: Tensor, h: Tensor, *, is_first: bool) -> None:
+        """z^T h of a tile [C, D], in parts, so that there is no second [V, D] where a tile has all columns."""
+        for columns in _parts(len(total), gradient_columns(h.shape[1])):
+            add = total[columns].copy_ if is_first else total[columns].add_
+            add(linear(z.t()[columns], h.t()))
 
     def at_targets(self, targets: Tensor, sums: _Sums, logps: Tensor) -> Tensor:
         """The targets' own share of d logp / d h, [R, D]: (1 - p) dy/dz W[target]."""
@@ -338,7 +278,6 @@ class _TokenLogps(torch.autograd.Function):
         collisions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         low_bias = None if bias is None else cast(bias, compute)
-        tile = min(tile[0], len(targets)), min(tile[1], len(weight))
         head = _Head(cast(weight, compute), low_bias, transform, tile)
         logps, highest, total, log_squares = (head.stats.new_empty(len(targets)) for _ in range(4))
         products = torch.empty_like(hidden) if keep_products else None
@@ -373,7 +312,7 @@ class _TokenLogps(torch.autograd.Function):
             (products,) = saved
             return products * grad[:, None].to(products.dtype), None, None, *rest
         hidden, weight, bias, targets, kept, highest, total, logps = saved
-        compute, stats = ctx.compute, _stats(ctx.compute)
+        compute, stats = ctx.compute, sum_dtype(ctx.compute)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         low_bias = None if bias is None else ctx.cast(bias, compute)
         head = _Head(ctx.cast(weight, compute), low_bias, ctx.transform, ctx.tile)
@@ -394,10 +333,7 @@ class _TokenLogps(torch.autograd.Function):
                 if d_h is not None:
                     d_h += head.product(z, columns)
                 if d_weight is not None:
-                    for some in _parts(z.shape[1], max(1, TILE_ELEMENTS // len(weight[0]))):  # not [V, D] once more
-                        out = d_weight[columns][some]
-                        add = out.copy_ if rows.start == 0 else out.add_
-                        add(linear(z.t()[some], scaled.t()))
+                    head.add_weight_gradient(d_weight[columns], z, scaled, is_first=rows.start == 0)
             if d_hidden is not None and d_h is not None:
                 d_hidden[rows] = d_h.mul_(factors).to(d_hidden.dtype)
         return (

@@ -54,8 +54,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | No
     if _by_onednn(x, w):
         if bias is None and _swaps(x, w):
             return linear(w, x).t()
-        bias = None if bias is None else bias.contiguous()  # it reads one with gaps as if there were none
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(w), bias, "none", [], "")
+        added = None if bias is None else _dense(bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(w), added, "none", [], "")
         return product
     return torch.mm(x, w.t(), out=out) if bias is None else torch.addmm(bias, x, w.t(), out=out)
 
@@ -92,5 +92,6 @@ def _swaps(x: Tensor, w: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Without gaps, by rows or by columns: for anything else oneDNN has only its reference, a hundred times slower."""
+    """Without gaps, by rows or by columns: for any other matrix oneDNN has only its reference, a hundred times slower,
+    and a bias it reads as if there were none."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()

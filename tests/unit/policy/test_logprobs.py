@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from strop.policy import logprobs
+from strop.policy import head_sizes, logprobs
 from strop.policy.logits import LogitTransform
 from strop.policy.logprobs import naive_token_logps, token_logps
 
@@ -24,7 +24,7 @@ TRANSFORMS = [LogitTransform(), LogitTransform(0.25), LogitTransform(softcap=2.0
 @pytest.fixture(params=[True, False], ids=["native", "widened"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor has instructions for 16 bits: both, whatever this one has."""
-    monkeypatch.setattr(logprobs, "computes", lambda dtype: request.param or dtype.itemsize > 2)
+    monkeypatch.setattr(head_sizes, "computes", lambda dtype: request.param or dtype.itemsize > 2)
     return bool(request.param)
 
 
@@ -98,14 +98,14 @@ def test_without_bias_and_without_gradients() -> None:
 @pytest.mark.parametrize("room", [0, 1, 100])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_room_for_slopes_changes_rounding_alone(
+def test_room_for_logits_changes_rounding_alone(
     room: int, transform: LogitTransform, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None, some or all of the slopes kept: the same log-probs, and gradients as near to each other as products in the
     dtype are."""
     results = []
-    for factor in (logprobs.KEPT_GRADIENTS, room):
-        monkeypatch.setattr(logprobs, "KEPT_GRADIENTS", factor)
+    for factor in (head_sizes.KEPT_GRADIENTS, room):
+        monkeypatch.setattr(head_sizes, "KEPT_GRADIENTS", factor)
         hidden, weight, bias, targets = make_head(torch.float32)
         leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
         out = token_logps(*leaves, targets, transform=transform, compute=dtype, tile=(4, 14))
@@ -174,14 +174,14 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         return z
 
     monkeypatch.setattr(logprobs._Head, "logits", watched)
-    monkeypatch.setattr(logprobs, "KEPT_GRADIENTS", 1)
+    monkeypatch.setattr(head_sizes, "KEPT_GRADIENTS", 1)
     hidden, weight, bias, targets = make_head()
     for trains in (False, True):
         token_logps(
             hidden.requires_grad_(), weight.requires_grad_(trains), bias, targets, tile=(4, 16)
         ).sum().backward()
     all_tiles = [(rows, columns) for rows in (4, 4, 4, 1) for columns in (16, 15)]
-    assert logprobs.kept_logits(M, V, D, torch.float64) == 6 * V  # room for two tiles, of 4 x 31
+    assert head_sizes.kept_logits(M, V, D, torch.float64) == 6 * V  # room for two tiles, of 4 x 31
     assert shapes == all_tiles + all_tiles + all_tiles[2:]
 
 
@@ -189,8 +189,8 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("elements", [1, 2 * V, 5 * V])
 def test_slabs_change_nothing(transform: LogitTransform, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for slab in (logprobs.SLAB_ELEMENTS, elements):
-        monkeypatch.setattr(logprobs, "SLAB_ELEMENTS", slab)
+    for slab in (head_sizes.SLAB_ELEMENTS, elements):
+        monkeypatch.setattr(head_sizes, "SLAB_ELEMENTS", slab)
         hidden, weight, bias, targets = make_head(torch.float32)
         leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
         out = token_logps(*leaves, targets, transform=transform, tile=(7, 17), collisions=True)
@@ -256,9 +256,9 @@ def test_shapes_that_do_not_fit_are_refused(rows: int, targets: int) -> None:
 def test_the_weights_gradient_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, targets = make_head()
     weight.requires_grad_()
-    monkeypatch.setattr(logprobs, "KEPT_GRADIENTS", 0)
+    monkeypatch.setattr(head_sizes, "KEPT_GRADIENTS", 0)
     (whole,) = torch.autograd.grad(token_logps(hidden, weight, bias, targets, tile=(5, V)).sum(), weight)
-    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 16 * D)
+    monkeypatch.setattr(head_sizes, "TILE_ELEMENTS", 16 * D)
     (parts,) = torch.autograd.grad(token_logps(hidden, weight, bias, targets, tile=(5, V)).sum(), weight)
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
 
@@ -292,7 +292,6 @@ def test_its_memory_is_known(
 ) -> None:
     """Under a large vocabulary, with all columns in a tile, as on a GPU."""
     rows, vocabulary, width = 700, 151_936, 512
-    monkeypatch.setattr(logprobs, "tile_shape", lambda *_: (logprobs.GPU_ROWS, vocabulary))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta tensors have none
     hidden = torch.empty(rows, width, device="meta", requires_grad=True)
     weight = torch.empty(vocabulary, width, dtype=compute, device="meta", requires_grad=trained)
@@ -300,7 +299,7 @@ def test_its_memory_is_known(
     with _Peak(hidden, weight, targets) as peak:
         out = token_logps(hidden, weight, None, targets, compute=compute, transform=transform, collisions=collisions)
         out.sum().backward()
-    known = logprobs.head_bytes(
+    known = head_sizes.head_bytes(
         rows, vocabulary, width, "meta", compute, transform=transform, collisions=collisions, trains=trained
     )
     if trained:  # W's gradient, which is float32 until it is whole

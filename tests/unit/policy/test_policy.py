@@ -26,7 +26,7 @@ from transformers import (
 from strop.batch import GroupSpan, pack, pad
 from strop.config.run import RunConfig
 from strop.errors import ConfigError, ModelError
-from strop.policy import attention, logprobs
+from strop.policy import attention, head_sizes, logprobs
 from strop.policy import policy as policy_module
 from strop.policy.fused import FusedMlp
 from strop.policy.logits import LogitTransform
@@ -103,7 +103,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(build: MakePolicy, groups: list
 
 def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
     """The head computes in float32; the body's bfloat16 stays."""
-    monkeypatch.setattr(logprobs, "computes", lambda dtype: True)  # else the head would do so anyway
+    monkeypatch.setattr(head_sizes, "computes", lambda dtype: True)  # else the head would do so anyway
     exact = build()
     errors = []
     for fp32_logits in (False, True):
