@@ -101,7 +101,7 @@ def test_without_bias_and_without_gradients() -> None:
 def test_room_for_logits_changes_rounding_alone(
     room: int, transform: LogitTransform, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None, some or all of the slopes kept: the same log-probs, and gradients as near to each other as products in the
+    """None, some or all of the logits kept: the same log-probs, and gradients as near to each other as products in the
     dtype are."""
     results = []
     for factor in (head_sizes.KEPT_GRADIENTS, room):
