@@ -116,7 +116,7 @@ def estimate(
     prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens, *, timed: bool = False
 ) -> Estimate:
     """Peak memory and seconds a step of the run, once its `micro_batch_tokens` is settled. timed: measure a CPU's
-    speed, which takes a few seconds; else its time is not predicted.
+    speed, which takes up to half a minute; else its time is not predicted.
 
     Raises:
         CannotBuildError: the architecture needs more than its configuration.

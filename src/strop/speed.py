@@ -32,9 +32,10 @@ FEW, MORE = 1, 3
 """Layers of the two models."""
 VOCABULARY = 16_384
 """Entries of their vocabulary, at most; the head's seconds grow with it."""
-SECONDS, MOST = 4.0, 7
-"""Of one measurement, and how often it is taken, at most. The least of them counts: what others make a processor wait
-comes and goes within seconds, and a call of a large layer takes one."""
+SECONDS, MOST = 10.0, 7
+"""Of all calls together, and how often each is made, at most. They are made in turn and the least of each counts: what
+others make a processor wait comes and goes within seconds, and what it adds to one model alone is taken for the cost of
+layers, of which there are many."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,24 @@ def measure(config: RunConfig, model: ModelSection, precision: Precision, groups
     if adapters_of(config.lora, model) is None:
         keep_freed_memory()
     with torch.random.fork_rng(devices=[]):
-        few, vocabulary = _seconds(config, model, precision, groups, FEW)
-        more, _ = _seconds(config, model, precision, groups, MORE)
-    layer, layer_update = (max(0.0, (b - a) / (MORE - FEW)) for a, b in zip(few, more, strict=True))
-    rest, rest_update = (max(0.0, a - FEW * one) for a, one in zip(few, (layer, layer_update), strict=True))
+        few_step, few_update, vocabulary = _built(config, model, precision, groups, FEW)
+        more_step, more_update, _ = _built(config, model, precision, groups, MORE)
+        few, few_up, more, more_up = _least((few_step, few_update, more_step, more_update))
+    layer, rest = _parts(few, more)
+    layer_update, rest_update = _parts(few_up, more_up)
     return Speed(layer, rest, layer_update, rest_update, vocabulary)
 
 
-def _seconds(
+def _parts(few: float, more: float) -> tuple[float, float]:
+    """Seconds of a layer and of the rest, by those of the two models."""
+    layer = max(0.0, (more - few) / (MORE - FEW))
+    return layer, max(0.0, few - FEW * layer)
+
+
+def _built(
     config: RunConfig, model: ModelSection, precision: Precision, groups: Sequence[Sized], layers: int
-) -> tuple[tuple[float, float], int]:
-    """Of the micro-batch and of the update; entries of the vocabulary."""
+) -> tuple[Callable[[], None], Callable[[], None], int]:
+    """What computes the micro-batch, what updates the weights; entries of the vocabulary."""
     adapters = adapters_of(config.lora, model)
     dtype = precision.master if adapters is None else precision.compute
     loaded = random_model(model, layers=layers, vocabulary=VOCABULARY, dtype=dtype)
@@ -92,7 +100,7 @@ def _seconds(
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
 
-    return (_least(compute), _least(update)), vocabulary
+    return compute, update, vocabulary
 
 
 def _random_group(lengths: GroupLengths, vocabulary: int) -> Group:
@@ -105,12 +113,17 @@ def _random_group(lengths: GroupLengths, vocabulary: int) -> Group:
     return Group(ids(lengths.prompt), completions, Origin("random", 1))
 
 
-def _least(work: Callable[[], None]) -> float:
-    """Seconds of the fastest call, the first left out."""
-    work()
-    seconds: list[float] = []
-    while not seconds or (sum(seconds) < SECONDS and len(seconds) < MOST):
-        started = time.perf_counter()
+def _least(works: Sequence[Callable[[], None]]) -> list[float]:
+    """Seconds of the fastest call of each, made in turn, the first of each left out."""
+    for work in works:
         work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    rounds: list[list[float]] = []
+    while not rounds or (sum(map(sum, rounds)) < SECONDS and len(rounds) < MOST):
+        rounds.append([_seconds(work) for work in works])
+    return [min(calls) for calls in zip(*rounds, strict=True)]
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
