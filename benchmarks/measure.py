@@ -149,13 +149,20 @@ def commit() -> str | None:
     return f"{head}{'-dirty' if changed else ''}" if head else None
 
 
+def processor(cpuinfo: str) -> str:
+    """The processor by its name, and by family and model where its name has no number: virtual machines call
+    processors of several generations by one name."""
+    first = dict(re.findall(r"^(.+?)[ \t]*: *(.*?) *$", cpuinfo.split("\n\n")[0], re.MULTILINE))
+    name = first.get("model name") or platform.processor()
+    known = [f"{key} {first[of]}" for key, of in (("family", "cpu family"), ("model", "model")) if of in first]
+    return name if re.search(r"\d", name) or not known else f"{name} ({', '.join(known)})"
+
+
 def describe_machine() -> dict[str, Any]:
     cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     versions = {name: version(name) for name in PACKAGES}
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(cpus.read_text()) if cpus.exists() else platform.processor(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "python": platform.python_version(),
