@@ -57,9 +57,11 @@ def matmul_rates(seconds: float = 1.0) -> dict[str, float]:
     def by_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
-    ways = [torch.matmul, linear, *([by_onednn] if torch.backends.mkldnn.is_available() else [])]
+    onednn = torch.backends.mkldnn.is_available()
+    takes_bf16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not without 512-bit vectors
     rates = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, dtype, by_it in (("fp32", torch.float32, onednn), ("bf16", torch.bfloat16, takes_bf16)):
+        ways = [torch.matmul, linear, *([by_onednn] if by_it else [])]
         a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
         found = []
         for product in ways:

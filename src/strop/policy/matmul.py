@@ -2,7 +2,7 @@
 
 float32: torch gives it to MKL, which leaves the wide vector units of other makers' processors than Intel's unused;
 oneDNN does not. Measured on two cores, in GFLOP/s: of a Zen 5 160 by MKL and 400 by oneDNN; of a Cascade Lake, in one
-sitting, 160 and 130. Neither rounds what it multiplies.
+sitting, 160 and 130; of a Zen 3, which has no wide ones, 130 and 125. Neither rounds what it multiplies.
 
 16 bits: what a processor has no instructions for, torch emulates. Measured on two cores of a Cascade Lake: bfloat16 50
 and float16 1 to 20, where float32 does 150 and, while its neighbours rest, 240. There the factors are widened, which
@@ -21,7 +21,8 @@ _INSTRUCTIONS = {
 }
 _MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_ONEDNN_LEADS = _ONEDNN and not (_MKL and str(_PROCESSOR.get("cpu_name")).startswith("Intel"))
+_MKL_USES_ALL = str(_PROCESSOR.get("cpu_name")).startswith("Intel") or not _PROCESSOR.get("avx512_f")
+_ONEDNN_LEADS = _ONEDNN and not (_MKL and _MKL_USES_ALL)
 
 LARGE = 2**26
 """Multiplications of a product from which oneDNN is worth the kernel that it makes, and keeps, for every new shape."""
