@@ -49,7 +49,7 @@ def sharing_factor(lengths: Sequence[Lengths]) -> float:
 
 def matmul_rates(seconds: float = 1.0) -> dict[str, float]:
     """FLOPs a second of a SIZE x SIZE product, by dtype: the median over so many seconds, of the fastest way that this
-    machine has for it: torch's, strop's, or oneDNN's where neither takes it."""
+    machine has for it: strop's; torch's and oneDNN's, in 16 bits where oneDNN can: torch's own loops take a minute."""
     import torch
 
     from strop.policy.matmul import linear
@@ -59,9 +59,11 @@ def matmul_rates(seconds: float = 1.0) -> dict[str, float]:
 
     onednn = torch.backends.mkldnn.is_available()
     takes_bf16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not without 512-bit vectors
+    others = {"fp32": [torch.matmul, *([by_onednn] if onednn else [])]}
+    others["bf16"] = others["fp32"] if takes_bf16 else []
     rates = {}
-    for name, dtype, by_it in (("fp32", torch.float32, onednn), ("bf16", torch.bfloat16, takes_bf16)):
-        ways = [torch.matmul, linear, *([by_onednn] if by_it else [])]
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        ways = [linear, *others[name]]
         a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
         found = []
         for product in ways:
