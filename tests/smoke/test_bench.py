@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -117,3 +119,16 @@ def test_a_case_runs_once_though_float32_makes_two_one() -> None:
     names = [line.split(":")[0] for line in run("benchmarks.measure", "--list", "--fp32").splitlines()]
     assert "dpo-lora-fp32-smol-uf" in names and len(names) == len(set(names))
     assert not any("bf16" in name for name in names)
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    measure = importlib.import_module("benchmarks.measure")
+
+    def core(name: str, family: int, model: int) -> str:
+        return f"cpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\npower management:\n\n"
+
+    assert measure.processor(core("AMD EPYC", 25, 1) * 2) == "AMD EPYC (family 25, model 1)"
+    assert measure.processor(core("AMD EPYC", 26, 2)) == "AMD EPYC (family 26, model 2)"
+    assert measure.processor(core("Xeon(R) Processor @ 2.50GHz", 6, 85)) == "Xeon(R) Processor @ 2.50GHz"
+    assert measure.processor("Features : fp asimd\n") == platform.processor()  # as an ARM's
