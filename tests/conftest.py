@@ -16,6 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from strop.policy.denormals import flush_denormals
+
 # a busy machine is no failure
 hypothesis.settings.register_profile("strop", deadline=None)
 hypothesis.settings.load_profile("strop")
@@ -34,6 +36,12 @@ TEXT = [
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_denormals() -> None:
+    """As in every run on a CPU, so that what tests compare is compared under it."""
+    flush_denormals()
 
 
 @pytest.fixture(scope="session", autouse=True)

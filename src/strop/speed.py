@@ -20,6 +20,7 @@ from strop.config.sections import ModelSection
 from strop.data.plan import Sized
 from strop.engine.optim import build_optimizer
 from strop.policy.adapters import adapters_of, add_adapters
+from strop.policy.denormals import flush_denormals
 from strop.policy.fused import fuse
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.outline import random_model
@@ -57,6 +58,7 @@ def measure(config: RunConfig, model: ModelSection, precision: Precision, groups
         CannotBuildError: the architecture cannot be built with so few layers.
     """
     keep_few_kernels()
+    flush_denormals()
     if adapters_of(config.lora, model) is None:
         keep_freed_memory()
     with torch.random.fork_rng(devices=[]):

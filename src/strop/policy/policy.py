@@ -30,6 +30,7 @@ from strop.policy.adapters import add_adapters, continue_adapters, trainable_nam
 from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
 from strop.policy.casts import Casts
 from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.denormals import flush_denormals
 from strop.policy.elementwise import EAGER, Elementwise, compiled
 from strop.policy.folder import place_of
 from strop.policy.fused import forget_shared, fuse
@@ -261,6 +262,8 @@ def build_policy(
         ModelError, ConfigError: it cannot be built as the configuration says.
     """
     keep_few_kernels()
+    if device.type == "cpu":
+        flush_denormals()
     where, training = place_of(model), config.training
     precision = resolve_precision(training, device)
     if device.type == "cpu" and not computes(precision.compute):
