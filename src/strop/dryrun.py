@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from strop.config import RunConfig, advice, resolve
+from strop.config import RunConfig, resolve
 from strop.config.yamlfile import write_value
 from strop.data.show import show_group
 from strop.distributed import pick_device
@@ -47,12 +47,14 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0][0].config):
         say(line)
-    for note in (*notes, *advice(config)):
+    for note in notes:
         say(f"note: {note}")
     for prepared, tokens in runs:
         say(f"\n== {prepared.model.name}")
         for line in (*prepared.data.report.lines(), *prepared.describe(tokens)):
             say(line)
+        for note in prepared.advice():
+            say(f"note: {note}")
         if (reason := reason_for_plain_rows(prepared.model)) is not None:
             say(f"plain padded rows, prompts are not shared: {reason}")
         for line in prediction(prepared, machine, precision, tokens, timed=True):

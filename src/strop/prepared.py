@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.config import RunConfig
+from strop.config import RunConfig, advice, of_model
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
@@ -22,6 +22,7 @@ from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
 from strop.objectives.base import Objective, build_objective
 from strop.policy.load import load_tokenizer
+from strop.policy.outline import CannotBuildError, empty_model
 from strop.policy.reference import check_reference
 
 
@@ -43,6 +44,13 @@ class Prepared:
         assert budget is not None
         for step in range(1, self.plan.steps_per_epoch + 1):
             yield [[groups[i] for i in part] for part in cut(groups, self.plan.groups(step), budget, tokens)]
+
+    def advice(self) -> list[str]:
+        """Warnings about the configuration, for a model of this size where that is known."""
+        try:
+            return advice(self.config, sum(weight.numel() for weight in empty_model(self.model).parameters()))
+        except CannotBuildError:
+            return advice(self.config)
 
     def describe(self, tokens: RowTokens) -> Iterator[str]:
         """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
@@ -107,6 +115,7 @@ def run_folder(config: RunConfig, model: ModelSection) -> Path:
 
 def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
     """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
+    config = of_model(config, model)
     objective = build_objective(config.post_training)
     require_optimizer(config.training)
     tokenizer = load_tokenizer(model)
@@ -131,7 +140,7 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
         config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
     rows = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
     plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, rows)
-    return Prepared(config.model_copy(update={"models": (model,)}), model, tokenizer, data, objective, plan)
+    return Prepared(config, model, tokenizer, data, objective, plan)
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from strop.batch import NOTHING
-from strop.config import RunConfig, advice, resolve, to_yaml
+from strop.config import RunConfig, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
 from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
@@ -153,9 +153,7 @@ def _train_model(
     config: RunConfig, model: ModelSection, resume: str | None, overwrite: bool, allow_changes: bool
 ) -> RunResult:
     device = _device(config)
-    for note in advice(config):
-        log.warning(note)
-    config = _with_precision(config, device)
+    config = _with_precision(of_model(config, model), device)
     resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
     folder = run_folder(config, model)
     logging_dir = config.logging.logging_dir
@@ -164,7 +162,7 @@ def _train_model(
         Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
         if resume and run.is_finished:
-            check_finished(run.path, config.model_copy(update={"models": (model,)}), resume)
+            check_finished(run.path, config, resume)
             log.info("%s is finished: its model is in %s; nothing is trained", model.name, run.final)
             _mirror(config, run)
             return RunResult(model.name, run.path, _last_step(run))
@@ -174,6 +172,8 @@ def _train_model(
         prepared = prepare(config, model, saved)
         for line in prepared.data.report.lines():
             log.info("%s: %s", model.name, line)
+        for note in prepared.advice():
+            log.warning("%s: %s", model.name, note)
         if prepared.data.chat_template is not None:
             prepared.tokenizer.chat_template = prepared.data.chat_template  # goes into final/, for whoever generates
         machine, precision = machine_of(device), resolve_precision(prepared.config.training, device)

@@ -54,8 +54,8 @@ def test_what_the_example_comments_out_can_be_commented_in(tmp_path: Path) -> No
     assert len(options) == 10
     for _, name, value in options:
         source = re.sub(rf"^( *)# ({name}: )", r"\1\2", text, flags=re.MULTILINE)
-        if name == "warmup_ratio":
-            source = source.replace("  warmup_steps:", "  # warmup_steps:")
+        if name == "warmup_steps":
+            source = source.replace("  warmup_ratio:", "  # warmup_ratio:")
         if name in DpoSettings.READ_BY:
             setting, (reader, *_) = DpoSettings.READ_BY[name]
             source = re.sub(rf"^(  {setting}: )\S+", rf"\g<1>{reader}", source, flags=re.MULTILINE)

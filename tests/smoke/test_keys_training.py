@@ -186,6 +186,8 @@ def test_training__learning_rate(runs: Any, updates: list[Any]) -> None:
     assert [update["lr"] for update in updates] == [{1e-2}, {1e-3}]
     for method, rate in (("sft", 2e-5), ("dpo", 5e-7)):
         assert runs(method=method, learning_rate=None, max_steps=1).series("learning_rate") == [rate]
+        adapted = runs(r=4, method=method, learning_rate=None, max_steps=1)
+        assert adapted.series("learning_rate") == [pytest.approx(10 * rate)]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,8 @@ def test_training__lr_scheduler(name: str, shares: list[float], runs: Any, updat
 def test_training__warmup_steps(runs: Any) -> None:
     rates = runs(warmup_steps=2, lr_scheduler="constant").series("learning_rate")
     assert rates == pytest.approx([0.5e-2, 1e-2, 1e-2, 1e-2])
-    assert runs(warmup_steps=None).series("learning_rate") == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])  # 100
+    default = runs(warmup_steps=None, lr_scheduler="constant", max_steps=11).series("learning_rate")
+    assert default == pytest.approx([0.5e-2, *[1e-2] * 10])  # a tenth of the steps, rounded up
 
 
 def test_training__warmup_ratio(runs: Any) -> None:
@@ -244,6 +247,12 @@ def test_training__logging_steps(runs: Any) -> None:
     assert run.steps() == [3, 4]  # the last step too
     every = runs().series("loss")
     assert run.series("loss") == pytest.approx([sum(every[:3]) / 3, every[3]])
+
+
+def test_training__eval_at_start(runs: Any) -> None:
+    plain, late = runs(), runs(eval_at_start=False)
+    assert (plain.steps("eval"), late.steps("eval")) == ([0, 2, 4], [2, 4])
+    assert runs.same(plain.final, late.final)
 
 
 def test_training__eval_steps(runs: Any) -> None:

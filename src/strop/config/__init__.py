@@ -11,7 +11,7 @@ In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows
 """
 
 from strop.config.dump import to_yaml
-from strop.config.guidance import advice, resolve
+from strop.config.guidance import advice, of_model, resolve
 from strop.config.layers import CommandLine, load_config
 from strop.config.methods import (
     METHODS,
@@ -60,6 +60,7 @@ __all__ = [
     "TrainingSection",
     "advice",
     "load_config",
+    "of_model",
     "resolve",
     "to_yaml",
 ]

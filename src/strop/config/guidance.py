@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from strop.config.methods import METHODS, ReferenceSettings, SimpoSettings
 from strop.config.run import RunConfig
 from strop.config.schema import key_at
-from strop.config.sections import FinetuningSection
+from strop.config.sections import FinetuningSection, ModelSection
 
-WARMUP_STEPS = 100
+WARMUP_RATIO = 0.1
+"""Share of the steps that warm up where neither `warmup_steps` nor `warmup_ratio` is given."""
+ADAPTER_FACTOR = 10
+"""How much higher a rate adapters take than all weights do."""
 LOSSES = frozenset({"loss", "nll", "perplexity"})
 """Last parts of metrics that are better when smaller."""
+HIGHEST, LOWEST = 1e-5, 1e-7
+"""Learning rates of preference training, of all weights of a model of `USUAL_SIZE` or more, that are warned of."""
+USUAL_SIZE = 1e9
+"""Weights. Smaller models stand higher rates, by the root of how much smaller they are."""
 
 
 def resolve(config: RunConfig) -> RunConfig:
     """Fills in what needs neither data nor devices; a resolved configuration stays as it is.
 
-    `training.learning_rate` by method, `training.warmup_steps` unless a ratio is given,
-    `finetuning.greater_is_better` by metric.
+    `training.learning_rate` by method and by what trains (open where some models train adapters and others all
+    weights: `of_model` decides then), `training.warmup_ratio` unless steps are given, no
+    `training.max_completion_length` for sft, `finetuning.greater_is_better` by metric.
     """
     training, finetuning = config.training, config.finetuning
     found: dict[str, Any] = {}
-    if training.learning_rate is None:
-        found["training.learning_rate"] = METHODS[config.post_training.method].LEARNING_RATE
+    adapts = {config.adapts(model) for model in config.models}
+    if training.learning_rate is None and len(adapts) == 1:
+        found["training.learning_rate"] = _usual_rate(config.post_training.method, True in adapts)
     if training.warmup_steps is None and training.warmup_ratio is None:
-        found["training.warmup_steps"] = WARMUP_STEPS
+        found["training.warmup_ratio"] = WARMUP_RATIO
+    if config.post_training.method == "sft" and "max_completion_length" not in training.model_fields_set:
+        found["training.max_completion_length"] = None
     if finetuning.greater_is_better is None:
         found["finetuning.greater_is_better"] = _greater_is_better(finetuning)
     return config.with_values(found, {key: default_origin(key) for key in found}) if found else config
+
+
+def of_model(config: RunConfig, model: ModelSection) -> RunConfig:
+    """The configuration of one model's run: this model alone, and what depends on it decided."""
+    return resolve(config.model_copy(update={"models": (model,)}))
+
+
+def _usual_rate(method: str, adapted: bool) -> float:
+    rate = METHODS[method].LEARNING_RATE * (ADAPTER_FACTOR if adapted else 1)
+    return float(f"{rate:.6g}")  # 5e-6, not 4.9999999999999996e-06
 
 
 def _greater_is_better(finetuning: FinetuningSection) -> bool:
@@ -45,27 +67,17 @@ def default_origin(key: str) -> str:
     return f"default: {words}" if words else "default"
 
 
-def advice(config: RunConfig) -> list[str]:
-    """Warnings about values that are allowed and likely to disappoint; the caller prints them."""
-    return list(_advice(config))
+def advice(config: RunConfig, num_weights: int | None = None) -> list[str]:
+    """Warnings about values that are allowed and likely to disappoint; the caller prints them.
+
+    num_weights: of the model, or None where it is not known.
+    """
+    return list(_advice(config, num_weights))
 
 
-def _advice(config: RunConfig) -> Iterator[str]:
+def _advice(config: RunConfig, num_weights: int | None) -> Iterator[str]:
     method, training = config.post_training, config.training
-    rate = training.learning_rate
-    if method.method != "sft" and rate is not None:
-        adapted = any(map(config.adapts, config.models))
-        usual = "5e-6 to 1e-5 is usual for adapters" if adapted else "5e-7 to 1e-6 is recommended"
-        if rate > 1e-5:
-            yield (
-                f"training.learning_rate {rate:g} is high for {method.method}: above 1e-5 preference training tends to "
-                f"collapse into nonsense; {usual}"
-            )
-        elif rate < 1e-7:
-            yield (
-                f"training.learning_rate {rate:g} is low for {method.method}: below 1e-7 very little is learned; "
-                f"{usual}"
-            )
+    yield from _about_the_rate(config, num_weights)
     if isinstance(method, ReferenceSettings) and not 0.01 <= method.beta <= 1:
         effect = "leaves the policy almost free of" if method.beta < 0.01 else "holds the policy to"
         yield (
@@ -91,3 +103,33 @@ def _advice(config: RunConfig) -> Iterator[str]:
         )
     if training.auto_precision and (training.bf16 is not None or training.fp16 is not None):
         yield "training.auto_precision changes nothing: bf16 or fp16 is given"
+
+
+def _about_the_rate(config: RunConfig, num_weights: int | None) -> Iterator[str]:
+    """Preference training collapses above some rate, which depends on what trains and on the size of the model."""
+    method, rate = config.post_training.method, config.training.learning_rate
+    if method == "sft" or rate is None:
+        return
+    adapted = any(map(config.adapts, config.models))
+    factor = ADAPTER_FACTOR if adapted else 1
+    smaller = max(1.0, math.sqrt(USUAL_SIZE / num_weights)) if num_weights else 1.0
+    highest, lowest = HIGHEST * factor * smaller, LOWEST * factor
+    what = "adapters" if adapted else "all weights"
+    if num_weights and num_weights < USUAL_SIZE:
+        what += f" of a model with {in_millions(num_weights)} weights"
+    usual = f"{_usual_rate(method, adapted):g} is the default"
+    if rate > highest * 1.001:  # 1e-5 times ten is not quite 1e-4
+        yield (
+            f"training.learning_rate {rate:g} is high for {method} with {what}: above {highest:.2g} preference "
+            f"training tends to collapse into nonsense; {usual}"
+        )
+    elif rate < lowest / 1.001:
+        yield (
+            f"training.learning_rate {rate:g} is low for {method} with {what}: below {lowest:.2g} very little is "
+            f"learned; {usual}"
+        )
+
+
+def in_millions(number: int) -> str:
+    """A large number for a person: `135M`, `0.3M`, `7B`."""
+    return f"{number / 1e9:.2g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"

@@ -23,6 +23,10 @@ def _half_of_max_seq_length(data: dict[str, Any]) -> int:
     return int(data.get("max_seq_length", 512)) // 2
 
 
+LEARNING_RATES = "by method (sft 2e-5, preferences 5e-7; ten times that for adapters)"
+"""How `training.learning_rate` is chosen where nobody gives it."""
+
+
 class ModelSection(Section):
     """One model to train."""
 
@@ -218,18 +222,18 @@ class TrainingSection(Section):
     """Tokens of one micro-batch; null: 2048 on a CPU, or the longest group (under packing max_seq_length); on a GPU
     per_device_train_batch_size x that; halved until the estimate of memory fits the device. Changes memory and
     speed; the result only through the masks of lora_dropout, where a resume keeps it."""
-    learning_rate: float | None = Field(
-        default=None, gt=0, json_schema_extra={"x-default": "by method (sft 2e-5, preferences 5e-7)"}
-    )
-    """Peak learning rate; null: by method (sft 2e-5, preferences 5e-7)."""
+    learning_rate: float | None = Field(default=None, gt=0, json_schema_extra={"x-default": LEARNING_RATES})
+    """Peak learning rate; null: by method and by what trains (all weights: sft 2e-5, preferences 5e-7; adapters: ten
+    times that)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, towards 0, which it would reach one step after the last; constant does not decay."""
-    warmup_steps: int | None = Field(
-        default=None, ge=0, json_schema_extra={"x-default": "100 unless warmup_ratio is given"}
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up; null: by warmup_ratio."""
+    warmup_ratio: float | None = Field(
+        default=None, ge=0, le=1, json_schema_extra={"x-default": "0.1 unless warmup_steps is given"}
     )
-    """Steps of linear warm-up; null: warmup_ratio, else 100."""
-    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
-    """Warm-up as a share of all steps; not together with warmup_steps."""
+    """Warm-up as a share of all steps, rounded up; not together with warmup_steps. null: 0.1 unless warmup_steps is
+    given."""
     max_seq_length: int = Field(default=512, gt=1)
     """Tokens of a prompt and one completion together, at most."""
     max_prompt_length: int | None = Field(
@@ -238,16 +242,20 @@ class TrainingSection(Section):
     """Tokens of a prompt, cut at the left by whole messages first; null: max_seq_length alone decides. Default: half
     of max_seq_length."""
     max_completion_length: int | None = Field(
-        default_factory=_half_of_max_seq_length, gt=0, json_schema_extra={"x-default": "half of max_seq_length"}
+        default_factory=_half_of_max_seq_length,
+        gt=0,
+        json_schema_extra={"x-default": "half of max_seq_length; null for sft"},
     )
-    """Tokens of a completion, cut at the right; null: max_seq_length alone decides. Default: half of
-    max_seq_length."""
+    """Tokens of a completion, cut at the right; null: max_seq_length alone decides. Default: half of max_seq_length;
+    for sft null, since there everything after the first prompt is the completion."""
     logging_steps: int = Field(default=10, gt=0)
     """Write metrics every so many steps."""
     save_steps: int = Field(default=500, gt=0)
     """Write a checkpoint every so many steps."""
     eval_steps: int = Field(default=500, gt=0)
-    """Evaluate every so many steps; also before the first step and after the last."""
+    """Evaluate every so many steps, and after the last."""
+    eval_at_start: bool = True
+    """Evaluate before the first step too, where there are validation rows: what the end is compared with."""
     save_total_limit: int | None = Field(default=3, gt=0)
     """Checkpoints to keep besides the best one; null: all."""
     fp16: bool | None = None
@@ -370,7 +378,7 @@ class FinetuningSection(Section):
         default=None, json_schema_extra={"x-default": "by metric (false for losses)"}
     )
     """null: false for losses (`loss`, `nll`, `perplexity`), true for everything else."""
-    early_stopping_patience: int | None = Field(default=3, gt=0)
+    early_stopping_patience: int | None = Field(default=None, gt=0)
     """Stop after so many evaluations in a row that were not better; null: never."""
 
 

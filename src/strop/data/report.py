@@ -105,14 +105,28 @@ class DataReport:
                 "blank lines": c.blank_lines,
                 "rows not used, by the fraction of their source": c.not_used,
                 "prompts cut at the left": c.prompts_cut,
-                "completions cut at the right": c.completions_cut,
-                "completions without an end token after the cut": c.without_end_token,
                 "boundaries inside a token, encoded in two parts": c.boundaries_split,
                 "control tokens in the rows' words, encoded as text": c.controls_as_text,
             }
             lines += [f"{name}: {n} {what}" for what, n in notes.items() if n]
+            lines += [f"{name}: {words}" for words in self._cut(name)]
             lines += [f"{name}: {sentence}" for sentence in self.findings[name].sentences()]
         return lines
+
+    def _cut(self, name: str) -> Iterator[str]:
+        """How many completions are not whole, and what to do about it."""
+        counts = self.splits[name]
+        if counts.completions_cut:
+            share = counts.completions_cut / self.statistics[name]["num_completions"]
+            yield (
+                f"{counts.completions_cut} completions ({share:.1%}) cut at the right: raise training.max_seq_length "
+                "(and max_completion_length), or leave such rows out by dataset.filter_overlength_samples: true"
+            )
+        if counts.without_end_token:
+            yield (
+                f"{counts.without_end_token} completions without an end token after the cut: the model does not learn "
+                "from them where to stop"
+            )
 
     def _lengths(self, name: str) -> Iterator[str]:
         """How long rows are, and what sharing prompts saves."""
@@ -140,6 +154,7 @@ def group_statistics(groups: Groups) -> dict[str, Any]:
     plain, shared = int(total.sum()), int(prompt[pairs].sum())
     return {
         "num_groups": len(groups),
+        "num_completions": len(completion),
         "lengths": {
             "prompt": length_summary(prompt),
             "completion": length_summary(completion),

@@ -76,7 +76,7 @@ training:
   per_device_train_batch_size: 32
   per_device_eval_batch_size: 50
   gradient_accumulation_steps: 1
-  learning_rate: 0.0001       # a hundred times too high for a pretrained model; strop warns of it
+  learning_rate: 0.0001       # for a model this small; a large one collapses above 1e-5
   warmup_steps: 5
   max_seq_length: 32
   max_prompt_length: 16

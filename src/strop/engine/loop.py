@@ -111,7 +111,7 @@ class Loop:
             Interrupted: stopped by a signal, after a checkpoint.
         """
         state, plan = self.state, self.plan
-        if state.step == 0:
+        if state.step == 0 and self.training.eval_at_start:
             self._evaluate()
         while state.step < plan.num_steps and not self._stopped_early():
             self._step(state.step + 1)

@@ -25,6 +25,7 @@ FREE_KEYS = frozenset(
         "training.micro_batch_tokens",
         "training.logging_steps",
         "training.save_steps",
+        "training.eval_at_start",
         "training.save_total_limit",
         "training.mount_dir",
         "training.gradient_checkpointing",

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.config import METHODS, ModelSection, RunConfig, TrainingSection, advice, load_config, resolve, to_yaml
+from strop.config import (
+    METHODS,
+    ModelSection,
+    RunConfig,
+    TrainingSection,
+    advice,
+    load_config,
+    of_model,
+    resolve,
+    to_yaml,
+)
+from strop.config.sections import LEARNING_RATES
 
 MODEL = ModelSection(huggingface_id="org/model")
 
@@ -18,17 +29,48 @@ def load(**overrides: Any) -> RunConfig:
     return load_config(overrides={"models": [MODEL], **{k.replace("__", "."): v for k, v in overrides.items()}})
 
 
-@pytest.mark.parametrize(("method", "rate"), [("sft", 2e-5), ("dpo", 5e-7)])
-def test_the_learning_rate_follows_the_method(method: str, rate: float) -> None:
-    config = load(method=method)
-    assert config.training.learning_rate == rate == METHODS[method].LEARNING_RATE
-    assert load(method=method, learning_rate=3e-6).training.learning_rate == 3e-6
+@pytest.mark.parametrize("method", METHODS)
+def test_the_learning_rate_follows_the_method_and_what_trains(method: str) -> None:
+    full = 2e-5 if method == "sft" else 5e-7
+    assert load(method=method).training.learning_rate == full
+    assert load(method=method, lora__r=8).training.learning_rate == pytest.approx(10 * full, rel=1e-15)
+    continued = {"huggingface_id": "org/model", "adapter": "org/adapter"}
+    assert load(method=method, models=[continued]).training.learning_rate == pytest.approx(10 * full, rel=1e-15)
+    for adapted in (True, False):
+        given = load(method=method, learning_rate=3e-6, lora__enabled=adapted)
+        assert given.training.learning_rate == 3e-6
 
 
-def test_warm_up_is_100_steps_unless_something_is_given() -> None:
-    assert load().training.warmup_steps == 100
-    assert load(warmup_steps=0).training.warmup_steps == 0
-    assert load(warmup_ratio=0.1).training.warmup_steps is None
+def test_models_of_both_kinds_get_a_rate_each() -> None:
+    models = [{"huggingface_id": "org/a"}, {"huggingface_id": "org/b", "adapter": "org/adapter"}]
+    config = load(method="dpo", models=models)
+    rates = [of_model(config, model).training.learning_rate for model in config.models]
+    assert (config.training.learning_rate, rates) == (None, [5e-7, 5e-6])
+    assert of_model(config, config.models[1]).models == config.models[1:]
+
+
+def test_warm_up_is_a_share_unless_the_file_says_steps() -> None:
+    for keys, expected in (
+        ({}, (None, 0.1)),
+        ({"warmup_steps": 100}, (100, None)),
+        ({"warmup_steps": 0}, (0, None)),
+        ({"warmup_ratio": 0.03}, (None, 0.03)),
+    ):
+        training = load(**keys).training
+        assert (training.warmup_steps, training.warmup_ratio) == expected
+
+
+def test_the_completions_of_sft_are_cut_by_the_whole_row_alone() -> None:
+    limits = {method: load(method=method, max_seq_length=100).training.max_completion_length for method in METHODS}
+    assert limits.pop("sft") is None
+    assert set(limits.values()) == {50}
+    assert load(method="sft", max_completion_length=50).training.max_completion_length == 50
+    assert load(method="dpo", max_completion_length=None).training.max_completion_length is None
+
+
+def test_nothing_stops_early_unless_it_is_asked_for() -> None:
+    assert load().finetuning.early_stopping_patience is None
+    assert load().training.eval_at_start
 
 
 @pytest.mark.parametrize(
@@ -56,7 +98,7 @@ def test_resolving_is_idempotent_and_the_same_for_python_and_yaml() -> None:
     assert raw.training.learning_rate is None
     assert resolve(resolved) is resolved
     assert resolved == load(max_steps=5)
-    assert resolved.origins["training.learning_rate"] == "default: by method (sft 2e-5, preferences 5e-7)"
+    assert resolved.origins["training.learning_rate"] == f"default: {LEARNING_RATES}"
     assert resolved.origins["training.max_steps"] == "python"
 
 
@@ -67,8 +109,9 @@ def test_resolving_is_idempotent_and_the_same_for_python_and_yaml() -> None:
     ("overrides", "word"),
     [
         ({"method": "dpo", "learning_rate": 2e-5}, "collapse"),
-        ({"method": "dpo", "learning_rate": 2e-5, "lora.r": 8}, "collapse"),
+        ({"method": "dpo", "learning_rate": 2e-4, "lora.r": 8}, "collapse"),
         ({"method": "dpo", "learning_rate": 5e-8}, "very little"),
+        ({"method": "dpo", "learning_rate": 5e-7, "lora.r": 8}, "very little"),
         ({"method": "dpo", "beta": 0.001}, "beta"),
         ({"method": "dpo", "beta": 3.0}, "beta"),
         ({"method": "dpo", "use_ref_model": False, "lora.enabled": True}, "use_ref_model"),
@@ -87,7 +130,10 @@ def test_values_that_are_warned_of(overrides: dict[str, Any], word: str) -> None
         {},
         {"learning_rate": 2e-4},
         {"method": "dpo"},
+        {"method": "dpo", "lora__r": 8},
         {"method": "dpo", "learning_rate": 1e-5, "beta": 1.0},
+        {"method": "dpo", "learning_rate": 1e-4, "lora__r": 8},
+        {"method": "dpo", "learning_rate": 1e-6, "lora__r": 8},
         {"method": "dpo", "learning_rate": 1e-7, "beta": 0.01},
         {"greater_is_better": False},
         {"method": "dpo", "metric_for_best_model": "rewards/accuracies", "greater_is_better": True},
@@ -97,6 +143,20 @@ def test_values_that_are_warned_of(overrides: dict[str, Any], word: str) -> None
 )
 def test_values_that_are_not(overrides: dict[str, Any]) -> None:
     assert advice(load(**overrides)) == []
+
+
+def test_smaller_models_stand_higher_rates() -> None:
+    def warned(rate: float, num_weights: int, **lora: Any) -> bool:
+        lines = advice(load(method="dpo", learning_rate=rate, **lora), num_weights)
+        assert all("collapse" in line for line in lines)
+        return bool(lines)
+
+    assert not warned(1e-4, 283_000)  # the demo's
+    assert warned(1e-4, 100_000_000) and not warned(1e-4, 100_000_000, lora__r=8)
+    for num_weights in (10**9, 10**11):
+        assert [warned(rate, num_weights) for rate in (1e-5, 1.1e-5)] == [False, True]
+    (line,) = advice(load(method="dpo", learning_rate=1e-2, lora__r=8), 12_500_000)
+    assert "adapters of a model with 12.5M weights" in line and "5e-06 is the default" in line
 
 
 # ---- the resolved configuration as YAML

@@ -49,10 +49,24 @@ def test_percentiles_are_lengths_that_occur(lengths: list[int]) -> None:
 
 def test_token_counts(on_disk: Make) -> None:
     statistics = group_statistics(on_disk([group([1, 2, 3], [4, 5], [6]), group([1], [2, 3], masks=[b"\0\1"])]))
-    assert statistics["num_groups"] == 2
+    assert (statistics["num_groups"], statistics["num_completions"]) == (2, 3)
     assert statistics["tokens"] == {"plain": 12, "trained": 4, "saved_by_prefix_sharing": 3 / 12}
     assert statistics["lengths"]["total"]["max"] == 5
     assert group_statistics(on_disk([]))["lengths"]["prompt"] == {}
+
+
+def test_cut_completions_are_told_with_their_share_and_what_to_do(on_disk: Make) -> None:
+    def lines(cut: int, without_end: int) -> list[str]:
+        counts = SplitCounts("rows.jsonl", 2, kept=2, completions_cut=cut, without_end_token=without_end)
+        groups = on_disk([group([1], [2], [3]), group([4], [5], [6])])
+        return DataReport.of({"train": counts}, {"train": groups}, Rendering(0, 2, None, None)).lines()
+
+    whole, cut = lines(0, 0), lines(3, 2)
+    told = [line for line in cut if line not in whole]
+    assert len(told) == 2
+    assert "3 completions (75.0%) cut" in told[0]
+    assert "training.max_seq_length" in told[0] and "dataset.filter_overlength_samples" in told[0]
+    assert "2 completions without an end token" in told[1] and "stop" in told[1]
 
 
 def test_a_report_is_json_and_says_what_was_lost(on_disk: Make) -> None:
