@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check fix smoke docs bench nightly
+.PHONY: setup demo test check fix smoke docs bench nightly test-pretend
 
 setup: $(VENV)/ready
 
@@ -19,6 +19,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# The suite once for each pretended processor, locale, time zone and folder (tests/pretend.py): hours. PRETEND="bf16 no-shm" names some of
+# them, TESTS="tests/unit" some of the tests.
+test-pretend: setup
+	$(BIN)/python tests/pretend.py $(PRETEND) -- -q -n 2 $(TESTS)
 
 check: setup
 	$(BIN)/ruff format --check .

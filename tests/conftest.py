@@ -1,10 +1,12 @@
-"""Fixtures of the whole suite: a tiny model and tokenizer made in code, and the shared data where it stands."""
+"""Fixtures of the whole suite: a tiny model and tokenizer made in code, the shared data where it stands, and the
+processor that tests see, which is the same on every computer (`--pretend`)."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pretend import PRETENDED
+from strop import machine
 from strop.policy.denormals import flush_denormals
 
 # a busy machine is no failure
@@ -33,9 +37,30 @@ TEXT = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pretend", choices=sorted(PRETENDED), default="plain", help="the surroundings that tests see")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The processor and the number of threads do not depend on the computer that tests run on."""
+    chosen = PRETENDED[request.config.getoption("--pretend")]
+    torch.set_num_threads(chosen.threads)
+    with pytest.MonkeyPatch.context() as patch:
+        if chosen.processor is not None:
+            patch.setattr(machine, "processor", lambda: chosen.processor)
+        yield
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts another processor in the place of the suite's: `pretend(has_bf16=True)`."""
+
+    def put(**changes: object) -> None:
+        changed = replace(machine.processor(), **changes)  # type: ignore[arg-type]
+        monkeypatch.setattr(machine, "processor", lambda: changed)
+
+    return put
 
 
 @pytest.fixture(scope="session", autouse=True)

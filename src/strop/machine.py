@@ -1,4 +1,4 @@
-"""What a device has, found without touching a GPU: its memory, and of a GPU its rate of matrix products. Floor 1.
+"""What this computer has, found without touching a GPU: processor, memory, a GPU's rate of matrix products. Floor 1.
 
 A GPU is asked for by its driver's tool, and taken to reach a share of the rate that its maker publishes.
 """
@@ -12,8 +12,10 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MFU = 0.4
 """Share of its published rate that a GPU is assumed to reach."""
@@ -31,6 +33,39 @@ PUBLISHED = (
     ("T4", 65, 8.1, 0.32),
 )
 """Word of a name; dense TFLOP/s in 16 bits and in float32, TB/s, as NVIDIA's data sheets have them."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a processor can do. cores: those that this process may use. has_bf16, has_fp16: it has instructions for
+    matrix products in bfloat16, in float16. is_wide: it has vectors of 512 bits. is_intel: Intel made it."""
+
+    cores: int
+    has_bf16: bool
+    has_fp16: bool
+    is_wide: bool
+    is_intel: bool
+
+
+def processor() -> Processor:
+    """This computer's. Every decision that depends on the processor asks `machine.processor()` at the time, so that
+    tests can put another one in its place."""
+    return _found_processor()
+
+
+@cache
+def _found_processor() -> Processor:
+    from torch.cpu import get_capabilities
+
+    found = get_capabilities()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Processor(
+        cores,
+        has_bf16=any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")),
+        has_fp16=any(found.get(name) for name in ("avx512_fp16", "amx_fp16", "fp16_arith")),
+        is_wide=bool(found.get("avx512_f")),
+        is_intel=str(found.get("cpu_name")).startswith("Intel"),
+    )
 
 
 BF16_CAPABILITY = 8.0

@@ -25,7 +25,6 @@ from strop.data.plan import default_budget, packed_tokens
 from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
 from strop.policy import elementwise, policy
-from strop.policy.matmul import computes
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
 from strop.prepared import with_budget
@@ -306,8 +305,16 @@ def test_training__fp16(runs: Any, attention: list[torch.dtype], built: list[Pol
     assert run.series("grad_norm")[0] == pytest.approx(runs().series("grad_norm")[0], rel=0.05)  # unscaled
 
 
-def test_training__auto_precision(runs: Any, watched: pytest.MonkeyPatch, attention: list[torch.dtype]) -> None:
-    on_cpu, low = runs(auto_precision=True, max_steps=1), computes(torch.bfloat16)
+@pytest.mark.parametrize("low", [False, True])
+def test_training__auto_precision(
+    low: bool,
+    runs: Any,
+    watched: pytest.MonkeyPatch,
+    attention: list[torch.dtype],
+    pretend: Callable[..., None],
+) -> None:
+    pretend(has_bf16=low)
+    on_cpu = runs(auto_precision=True, max_steps=1)
     assert set(attention) == {torch.bfloat16 if low else torch.float32}
     assert on_cpu.config["training"]["bf16"] is low
     attention.clear()

@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import count, islice
 
+from strop import machine
 from strop.data.rows import Row
 from strop.data.workshop import Worked, Workshop
 from strop.errors import DataError
@@ -43,7 +44,7 @@ def work_all(
         num_workers: processes; None: by the number of processors.
     """
     batches = _Batches(rows, limit)
-    wanted = num_workers or min(MOST, _processors())
+    wanted = num_workers or min(MOST, machine.processor().cores)
     for n in count():
         if n == ALONE and wanted > 1:
             break
@@ -130,7 +131,3 @@ def _enter(workshop: Workshop) -> None:
 def _work(rows: list[Row], file: int) -> Worked:
     assert _workshop is not None
     return _workshop.work(rows, file)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

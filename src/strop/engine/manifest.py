@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from strop import machine
 from strop.rundir import MANIFEST
 
 FORMAT = 1
@@ -120,7 +121,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         for path, entry in paths:
             _verify(path, entry)
         return
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing is slower than a good disk
+    with ThreadPoolExecutor(min(8, machine.processor().cores)) as pool:  # hashing is slower than a good disk
         for result in [pool.submit(_verify, path, entry) for path, entry in paths]:
             result.result()
 

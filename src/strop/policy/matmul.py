@@ -14,15 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PROCESSOR = torch.cpu.get_capabilities()
-_INSTRUCTIONS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
+from strop import machine
+
 _MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_MKL_USES_ALL = str(_PROCESSOR.get("cpu_name")).startswith("Intel") or not _PROCESSOR.get("avx512_f")
-_ONEDNN_LEADS = _ONEDNN and not (_MKL and _MKL_USES_ALL)
 
 LARGE = 2**26
 """Multiplications of a product from which oneDNN is worth the kernel that it makes, and keeps, for every new shape."""
@@ -30,19 +25,27 @@ LARGE = 2**26
 
 def computes(dtype: torch.dtype) -> bool:
     """Whether this processor has instructions for products of `dtype`."""
-    return dtype not in _INSTRUCTIONS or any(_PROCESSOR.get(name) for name in _INSTRUCTIONS[dtype])
+    here = machine.processor()
+    return {torch.bfloat16: here.has_bf16, torch.float16: here.has_fp16}.get(dtype, True)
+
+
+def onednn_leads() -> bool:
+    """Whether large float32 products are oneDNN's on this processor, not MKL's."""
+    here = machine.processor()
+    mkl_leads = _MKL and (here.is_intel or not here.is_wide)
+    return _ONEDNN and not mkl_leads
 
 
 def keeps_kernels(dtype: torch.dtype) -> bool:
     """Whether large products of `dtype` on this processor are oneDNN's, which keeps a kernel for every shape."""
     if dtype == torch.float32 or not computes(dtype):
-        return _ONEDNN_LEADS
+        return onednn_leads()
     return _ONEDNN and dtype.itemsize == 2
 
 
 def takes_buffer(w: Tensor) -> bool:
     """Whether `linear` writes large products with w to the buffer that it is given."""
-    return not (_ONEDNN_LEADS and w.dtype == torch.float32 and w.device.type == "cpu")
+    return not (w.dtype == torch.float32 and w.device.type == "cpu" and onednn_leads())
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:

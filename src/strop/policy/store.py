@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from strop import machine
 from strop.cachedir import cache_folder, cannot_keep
 from strop.policy.policy import Policy
 from strop.policy.precision import short_name
@@ -212,7 +213,7 @@ def weights_hash(module: nn.Module) -> str:
     zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]
     if zeros and not any(".lora_magnitude" in n for n in tensors) and not any(bool(t.any()) for t in zeros):
         tensors, scales = {n: t for n, t in tensors.items() if ".lora_" not in n}, {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(min(8, machine.processor().cores)) as pool:  # hashing lets other threads run
         digests = pool.map(_tensor_digest, tensors.values())
         lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
     lines += [f"{name} times {sorted(factors.items())}" for name, factors in scales.items()]

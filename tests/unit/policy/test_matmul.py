@@ -1,5 +1,7 @@
 """Matrix products: every library and every layout in memory gives the same, as exactly as torch's own."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,10 +42,11 @@ def test_products_are_torchs(
     rows: int,
     outputs: int,
     large: int,
+    pretend: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(matmul, "LARGE", large)
-    monkeypatch.setattr(matmul, "_ONEDNN_LEADS", matmul._ONEDNN)  # whoever made this processor
+    pretend(is_wide=True)
     x, w = draw(rows, 33, dtype, x_layout, 0), draw(outputs, 33, dtype, w_layout, 1)
     bias, total = draw(1, outputs, dtype, "rows", 2)[0], draw(rows, outputs, dtype, x_layout, 3)
     truth = x.double() @ w.double().t()
@@ -57,10 +60,13 @@ def test_products_are_torchs(
     assert error(matmul.linear_add(total.clone(), x, w), truth + total.double()) <= near
 
 
-def test_float32_does_not_round_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_float32_does_not_round_what_it_multiplies(
+    wide: bool, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No worse than torch's own product in float32, beside float64."""
     monkeypatch.setattr(matmul, "LARGE", 0)
-    monkeypatch.setattr(matmul, "_ONEDNN_LEADS", matmul._ONEDNN)
+    pretend(is_wide=wide)
     x, w = draw(64, 300, torch.float32, "rows", 4), draw(50, 300, torch.float32, "rows", 5)
     truth = x.double() @ w.double().t()
     assert error(matmul.linear(x, w), truth) <= 2 * error(x @ w.t(), truth)
@@ -69,10 +75,10 @@ def test_float32_does_not_round_what_it_multiplies(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_a_processor_cannot_multiply_is_rounded_once(
-    dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, layout: str, pretend: Callable[..., None]
 ) -> None:
     """Exact but for the last rounding, as no sum in 16 bits would be."""
-    monkeypatch.setattr(matmul, "computes", lambda asked: asked != dtype)
+    pretend(has_bf16=False, has_fp16=False)
     x, w = draw(40, 500, dtype, layout, 0), draw(30, 500, dtype, layout, 1)
     bias, total = draw(1, 30, dtype, "rows", 2)[0], draw(40, 30, dtype, layout, 3)
     truth = x.double() @ w.double().t()
@@ -93,5 +99,6 @@ def test_what_a_processor_cannot_multiply_is_rounded_once(
         assert error(ours, theirs) <= torch.finfo(dtype).eps / 2, name
 
 
-def test_float32_and_float64_are_computed_everywhere() -> None:
+def test_float32_and_float64_are_computed_everywhere(pretend: Callable[..., None]) -> None:
+    pretend(has_bf16=False, has_fp16=False)
     assert matmul.computes(torch.float32) and matmul.computes(torch.float64)

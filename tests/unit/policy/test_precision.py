@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
-from strop.policy import precision
 from strop.policy.precision import Precision, resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -48,8 +48,8 @@ def test_on_gpus(
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_on_the_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "computes", lambda dtype: native)
+def test_on_the_cpu(native: bool, pretend: Callable[..., None]) -> None:
+    pretend(has_bf16=native)
     assert resolve_precision(TrainingSection(auto_precision=True), CPU) == (BF16 if native else FP32)
     assert resolve_precision(TrainingSection(), CPU) == FP32
     assert resolve_precision(TrainingSection(bf16=True), CPU) == BF16

@@ -1,0 +1,101 @@
+"""The surroundings that the suite is run in: processors, locale, time zone, no /dev/shm, a folder with an odd name.
+
+    python tests/pretend.py [NAME ...] [-- PYTEST ARGUMENTS]
+
+runs the suite once in each of those that are named, or in all, and ends with one line for each. Within a run, `pytest
+--pretend NAME` puts the processor in place; what a process must be started with is done here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from strop.machine import Processor
+
+ROOT = Path(__file__).resolve().parents[1]
+ODD_NAME = "ein Ordner mit Ümläuten, 100 % 'so'"
+EMPTY_SHM = 'mount -t tmpfs -o ro,size=4k none /dev/shm && exec "$@"'
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """processor: what `strop.machine.processor` answers; None: this computer's own. threads: of torch. before: what
+    the command of the tests is handed to. moved: the tests run in a copy of the project in an oddly named folder."""
+
+    processor: Processor | None
+    threads: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+    before: Sequence[str] = ()
+    moved: bool = False
+
+
+PLAIN = Processor(cores=2, has_bf16=False, has_fp16=False, is_wide=False, is_intel=False)
+PRETENDED: Mapping[str, Surroundings] = {
+    "plain": Surroundings(PLAIN),
+    "bf16": Surroundings(replace(PLAIN, has_bf16=True)),
+    "wide": Surroundings(replace(PLAIN, is_wide=True)),
+    "wide-bf16": Surroundings(replace(PLAIN, is_wide=True, has_bf16=True, has_fp16=True)),
+    "cores-1": Surroundings(replace(PLAIN, cores=1), environment={"OMP_NUM_THREADS": "1"}),
+    "cores-8": Surroundings(replace(PLAIN, cores=8), threads=8, environment={"OMP_NUM_THREADS": "8"}),
+    "real": Surroundings(None),
+    "locale": Surroundings(PLAIN, environment={"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    "timezone": Surroundings(PLAIN, environment={"TZ": "NPT-5:45"}),
+    "no-shm": Surroundings(PLAIN, before=("unshare", "--map-root-user", "--mount", "sh", "-c", EMPTY_SHM, "sh")),
+    "odd-path": Surroundings(PLAIN, moved=True),
+}
+"""By name. `plain` is what `make test` sees: no instructions for 16 bits, vectors of 256 bits. `wide` multiplies large
+float32 matrices by oneDNN, the others by MKL. `real` is the computer as it is."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the tests in each of the surroundings; 0 where all passed."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    names, options = arguments[:end], arguments[end + 1 :]
+    if unknown := sorted(set(names) - set(PRETENDED)):
+        print(f"not known: {', '.join(unknown)}; one of {', '.join(PRETENDED)}", file=sys.stderr)  # noqa: T201
+        return 2
+    codes = {name: _run(name, PRETENDED[name], options) for name in names or PRETENDED}
+    for name, code in codes.items():
+        print(f"{name:10} {'passed' if code == 0 else f'failed (exit code {code})'}")  # noqa: T201
+    return int(any(codes.values()))
+
+
+def _run(name: str, chosen: Surroundings, options: Sequence[str]) -> int:
+    """The exit code of pytest."""
+    print(f"== {name}", flush=True)  # noqa: T201
+    with tempfile.TemporaryDirectory() as folder:
+        root = _copied(Path(folder, ODD_NAME)) if chosen.moved else ROOT
+        paths = [str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, **chosen.environment, "PYTHONPATH": os.pathsep.join(paths)}
+        command = [*chosen.before, sys.executable, "-m", "pytest", "--pretend", name, *options]
+        if chosen.moved:
+            command.append(f"--basetemp={Path(folder, ODD_NAME, 'temporary')}")
+        return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+
+
+def _copied(folder: Path) -> Path:
+    """A copy of what git lists of the project, in a folder with an odd name, with the shared data beside it."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout
+    for name in map(os.fsdecode, filter(None, listed.split(b"\0"))):
+        if (ROOT / name).is_file():
+            (folder / "strop" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / "strop" / name)
+    if (ROOT.parent / "shared").is_dir():
+        (folder / "shared").symlink_to(ROOT.parent / "shared")
+    return folder / "strop"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
