@@ -13,13 +13,13 @@ from rich.text import Text
 from strop.config import RunConfig, resolve
 from strop.config.yamlfile import write_value
 from strop.data.show import show_group
+from strop.disk import refuse_in_the_way
 from strop.distributed import pick_device
 from strop.errors import ConfigError
 from strop.estimate import fitted, planned_precision, planned_rows, prediction
 from strop.machine import machine_of
 from strop.policy.outline import reason_for_plain_rows
 from strop.prepared import prepare, run_folder, select_models
-from strop.rundir import refuse_in_the_way
 
 
 def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:

@@ -5,6 +5,7 @@
     |- DataError        (ValueError)    a data file or one of its rows
     |- ModelError       (ValueError)    a model folder, a tokenizer, an adapter
     |- CheckpointError  (RuntimeError)  a run folder or a checkpoint in it
+    |  `- SaveError                     the disk did not take what was to be saved; what was there is untouched
     `- TrainingError    (RuntimeError)  a step that must not be taken
     Interrupted         (Exception)     not an error: stopped by a signal, saved, resumable
 
@@ -13,6 +14,9 @@ The command line prints it and exits with code 1; `Interrupted` exits with 75. A
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class StropError(Exception):
@@ -62,6 +66,10 @@ class CheckpointError(StropError, RuntimeError):
     """A run folder or checkpoint that cannot be used or written."""
 
 
+class SaveError(CheckpointError):
+    """The disk did not take what was to be saved. What was saved before is as it was, and the run can go on."""
+
+
 class TrainingError(StropError, RuntimeError):
     """A step that must not be taken: the weights are those of the step before."""
 
@@ -72,3 +80,33 @@ class Interrupted(Exception):  # noqa: N818 (it is not an error)
     def __init__(self, step: int, checkpoint: str) -> None:
         super().__init__(step, checkpoint)
         self.step, self.checkpoint = step, checkpoint
+
+
+@contextmanager
+def foreign_errors(as_error: Callable[[str], StropError]) -> Iterator[None]:
+    """Whatever a library raises at a file that strop did not write, as one of strop's errors.
+
+    Libraries in Rust and C++ raise what they like: `Exception` itself, classes of their own, and (a panic of Rust) one
+    that is no `Exception`. Errors of strop, running out of memory and being stopped come through as they are.
+
+    Args:
+        as_error: the error to raise, from the first line of what the library says.
+    """
+    try:
+        yield
+    except (StropError, Interrupted, MemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise as_error(first_line(error)) from error
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message: what other libraries say below it is advice about their own API."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError) and lines:
+        return f"{lines[0].strip()} is missing"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return lines[0].strip() if lines else type(error).__name__

@@ -8,13 +8,12 @@
         .lock .lock-holder.json   one process at a time
 
 Nothing that strop did not write is ever removed, not with `overwrite` either: files are known by their names above,
-checkpoints by the manifest in them, leftovers of a crash by names that nobody else gives. A run that comes to nothing
-before its first file leaves nothing, and removes no earlier run.
+checkpoints by the manifest in them, leftovers of a crash by names that nobody else gives. A run that is refused before
+its first file leaves nothing, and removes no earlier run. One that is to be replaced is marked before anything else.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -31,8 +30,10 @@ from typing import Self
 import filelock
 
 from strop import durable
+from strop.disk import unusable
 from strop.durable import JsonLines, to_json
-from strop.errors import CheckpointError
+from strop.errors import CheckpointError, StropError
+from strop.manifest import MANIFEST
 from strop.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ LOCK = ".lock"
 LOG_FOLDERS = ("margins", "tensorboard")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 SET_ASIDE_NAME = re.compile(r"\.(bad|retired)-checkpoint-[0-9]+(-[0-9]+)?")
-MANIFEST = "MANIFEST.json"
-"""Makes a `checkpoint-{step}` folder one of ours."""
+TO_BE_REPLACED = ".to-be-replaced"
+"""Marks a run that `overwrite` was asked for: from then on nobody goes on with it, whenever this process dies."""
 
 
 class RunDir:
@@ -59,14 +60,16 @@ class RunDir:
         self._lock: filelock.BaseFileLock | None = None
         self._made: list[Path] = []  # what was not there before, innermost first
         self._has_begun = False  # it has written a file
-        self._replaces = False  # an earlier run goes when this one begins
+        self.replaces = False
+        """Whether the run that is here goes when this one begins; until then nothing of it counts."""
 
     @classmethod
     def open(cls, path: Path | str, *, resume: bool, overwrite: bool, logging_dir: str = "./logs") -> Self:
         """Make or enter the folder, alone, and leave it ready: leftovers of a dead run cleared up, old runs let be.
 
-        resume: a run may be there and is kept. overwrite: a run may be there and is removed with the first file that
-        this one writes. Neither: none may be.
+        resume: a run may be there and is kept, unless it was to be overwritten and the process that should have done it
+        is gone. overwrite: a run may be there; it is marked at once, and removed with the first file that this one
+        writes. Neither: none may be.
 
         Raises:
             CheckpointError: no folder can be there, it cannot be written, another process uses it, or it holds a run.
@@ -80,20 +83,24 @@ class RunDir:
             run._settle(resume, overwrite)
         except OSError as error:
             run.close()
-            raise _unusable(run.path, error) from error
+            raise unusable(run.path, error) from error
         except BaseException:
             run.close()
             raise
         return run
 
     def close(self) -> None:
-        """Release the folder."""
+        """Release the folder. A run that was to be replaced, and was not, is as it was before."""
+        self._leave(spare=True)
+
+    def _leave(self, *, spare: bool) -> None:
         self.metrics.close()
         if self._lock is not None:
-            try:
-                durable.remove(self._holder)
-            except OSError as error:
-                logger.warning("%s could not be removed: %s", self._holder, error)
+            for path in (self._holder, self._mark) if spare and not self._has_begun else (self._holder,):
+                try:
+                    durable.remove(path)
+                except OSError as error:
+                    logger.warning("%s could not be removed: %s", path, error)
             self._tidy()
             self._lock.release()
             self._lock = None
@@ -104,7 +111,8 @@ class RunDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # refused: nothing has happened. Stopped or broken: what was asked for still holds
+        self._leave(spare=kind is None or issubclass(kind, StropError))
 
     def _tidy(self) -> None:
         """Take away what was made for a run that never began; the lock is held until its file is gone."""
@@ -123,6 +131,10 @@ class RunDir:
     def _holder(self) -> Path:
         return self.path / ".lock-holder.json"
 
+    @property
+    def _mark(self) -> Path:
+        return self.path / TO_BE_REPLACED
+
     def _make(self) -> None:
         probe = self.path / durable.hidden_name("tmp", "probe")
         self._will_make(self.path / LOCK)
@@ -134,7 +146,7 @@ class RunDir:
         except OSError as error:
             for path in self._made:
                 durable.remove_if_empty(path)
-            raise _unusable(self.path, error) from error
+            raise unusable(self.path, error) from error
 
     def _will_make(self, path: Path) -> None:
         self._made[:0] = [p for p in (path, *path.parents) if not os.path.lexists(p)]
@@ -160,7 +172,7 @@ class RunDir:
             durable.write_file(self._holder, to_json({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         except OSError as error:
             self.close()
-            raise _unusable(self.path, error) from error
+            raise unusable(self.path, error) from error
 
     def _describe_holder(self) -> str:
         try:
@@ -190,8 +202,13 @@ class RunDir:
         for folder in (self.path, self.logs):
             if folder.is_dir():
                 durable.recover(folder)
-        self._replaces = overwrite
-        if not resume and not overwrite and (present := self.present()):
+        present = self.present()
+        if overwrite and present and not os.path.lexists(self._mark):
+            durable.write_file(self._mark, b"this run is to be replaced by another one\n")
+        self.replaces = overwrite or os.path.lexists(self._mark)
+        if resume and self.replaces:
+            logger.warning("%s: the run here was to be overwritten; nothing of it is gone on from", self.path)
+        if not resume and not overwrite and present:
             raise CheckpointError(
                 f"the folder holds another run: {', '.join(present)}",
                 where=str(self.path),
@@ -201,7 +218,7 @@ class RunDir:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(self.logs, error, "logging.logging_dir") from error
+            raise unusable(self.logs, error, "logging.logging_dir") from error
 
     def _checkpoints(self) -> list[Path]:
         """Every entry with a checkpoint's name and our manifest in it."""
@@ -215,9 +232,9 @@ class RunDir:
     def _begin(self) -> None:
         """Before the first file of this run: the run that it replaces goes away."""
         self._has_begun = True
-        if self._replaces:
-            self._replaces = False
+        if self.replaces:
             self._clear()
+            self.replaces = False
 
     def _clear(self) -> None:
         aside = [p for p in self.path.iterdir() if SET_ASIDE_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
@@ -226,6 +243,8 @@ class RunDir:
                 durable.discard_folder(folder)
         for name in RUN_FILES:
             durable.remove(self.path / name)
+        durable.sync_folder(self.path)  # the mark goes last, or what is left would be a run again
+        durable.remove(self._mark)
         durable.sync_folder(self.path)
 
     # ---- writing
@@ -241,7 +260,7 @@ class RunDir:
             self._begin()
             durable.write_file(path, clean.encode("utf-8", "backslashreplace"))
         except OSError as error:
-            raise _unusable(path, error) from error
+            raise unusable(path, error) from error
         return path
 
     def write_json(self, name: str, value: object) -> Path:
@@ -258,14 +277,14 @@ class RunDir:
             self._begin()
             self.metrics.append(record)
         except OSError as error:
-            raise _unusable(self.metrics.path, error) from error
+            raise unusable(self.metrics.path, error) from error
 
     def cut_metrics(self, step: int) -> None:
         """Drop what metrics.jsonl has after `step`, as a resume from there needs it; a half-written end goes too."""
         try:
             self.metrics.cut(lambda record: isinstance(at := record.get("step"), int) and at <= step)
         except OSError as error:
-            raise _unusable(self.metrics.path, error) from error
+            raise unusable(self.metrics.path, error) from error
 
     # ---- the end of a run
 
@@ -276,7 +295,7 @@ class RunDir:
     @property
     def is_finished(self) -> bool:
         """Whether the run came to its end: `final/` appears whole, as the last thing."""
-        return self.final.is_dir()
+        return self.final.is_dir() and not self.replaces
 
     def publish_final(self, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a folder, and make that folder `final/` once it is whole and on disk."""
@@ -310,7 +329,7 @@ class RunDir:
                 )
             durable.recover(target)
         except OSError as error:
-            raise _unusable(target, error, "training.mount_dir") from error
+            raise unusable(target, error, "training.mount_dir") from error
         return target
 
     def _publish(self, write: Callable[[Path], None], target: Path) -> Path:
@@ -325,58 +344,9 @@ class RunDir:
             finally:
                 durable.remove(temp)
         except OSError as error:
-            raise _unusable(target, error) from error
+            raise unusable(target, error) from error
         return target
 
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
-
-
-def free_bytes(path: Path) -> int | None:
-    """Bytes that a file at `path`, which need not exist, could take; null where the system does not say."""
-    for folder in (path, *path.parents):
-        try:
-            return shutil.disk_usage(folder).free
-        except OSError:
-            continue
-    return None
-
-
-def in_words(num_bytes: int | None) -> str:
-    """Bytes for a person."""
-    if num_bytes is None:
-        return "unknown"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} bytes"
-
-
-def refuse_in_the_way(path: Path) -> None:
-    """Say, without making it, that a folder cannot be made because something else is there.
-
-    Raises:
-        CheckpointError: it, or a folder that it would lie in, is no folder.
-    """
-    nearest = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
-    if nearest is not None and not nearest.is_dir():
-        raise _unusable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
-
-
-def _unusable(path: Path, error: OSError, key: str = "training.output_dir") -> CheckpointError:
-    """What the operating system said, for a person. key: the setting that decides where `path` is."""
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        in_the_way = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), path)
-        return CheckpointError(
-            f"no folder can be made here: {in_the_way} is in the way",
-            where=str(path),
-            expected="a folder, or a name that is free",
-            fix=f"remove or rename what is in the way, or choose another {key}",
-        )
-    return CheckpointError(
-        f"cannot be written: {error.strerror or error}; {in_words(free_bytes(path))} free",
-        where=str(path),
-        expected="a folder that this user can write, on a disk with room",
-        fix=f"make room or give the permission, or choose another {key}",
-    )

@@ -6,7 +6,7 @@ config -> device, run folder -> tokenizer, groups, plan -> policy -> reference l
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,17 @@ from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
 from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
-from strop.engine import checkpoint
+from strop.engine import checkpoint, final
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.environment import describe_environment
 from strop.engine.loop import Loop
 from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
-from strop.engine.recipe import check_finished, check_made_from, check_recipe
+from strop.engine.recipe import check_finished, check_given, check_made_from, check_recipe, recipe_of
 from strop.engine.rows import Rows, scored
 from strop.engine.trackers import open_trackers
-from strop.errors import ConfigError, StropError, TrainingError
+from strop.errors import CheckpointError, ConfigError, StropError, TrainingError
 from strop.estimate import fitted, planned_rows, prediction
 from strop.machine import machine_of
 from strop.objectives.base import build_objective
@@ -38,7 +38,7 @@ from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
 from strop.policy.store import ReferenceStore, weights_hash
 from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
-from strop.rundir import RunDir
+from strop.rundir import TO_BE_REPLACED, RunDir
 
 log = logging.getLogger("strop")
 
@@ -161,17 +161,14 @@ def _train_model(
         RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
         Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
     ):
-        if resume and run.is_finished:
-            check_finished(run.path, config, resume)
-            log.info("%s is finished: its model is in %s; nothing is trained", model.name, run.final)
-            _mirror(config, run)
-            return RunResult(model.name, run.path, _last_step(run))
-        saved = _checkpoint_to_resume(run, resume)
+        done = final.finished(run) if resume else None
+        if done:  # what can be seen at once; the rest below, as for a run that is not finished
+            check_given(done, config, str(resume))
+        saved = None if done else _checkpoint_to_resume(run, resume)
         if config.training.mount_dir:
             run.mirror_target(config.training.mount_dir)  # now, not after hours
-        prepared = prepare(config, model, saved)
-        for line in prepared.data.report.lines():
-            log.info("%s: %s", model.name, line)
+        prepared = prepare(config, model, done or saved)
+        _tell(model, prepared.data.report.lines())
         for note in prepared.advice():
             log.warning("%s: %s", model.name, note)
         if prepared.data.chat_template is not None:
@@ -179,26 +176,29 @@ def _train_model(
         machine, precision = machine_of(device), resolve_precision(prepared.config.training, device)
         tokens = planned_rows(model)
         settled = fitted(prepared, machine, precision, tokens)
-        for line in prediction(settled, machine, precision, tokens):  # before anything large is loaded
-            log.info("%s: %s", model.name, line)
+        _tell(model, prediction(settled, machine, precision, tokens))  # before anything large is loaded
         policy = build_policy(settled.config, model, device, tokenizer=prepared.tokenizer)
-        for line in policy.describe():
-            log.info("%s: %s", model.name, line)
+        _tell(model, policy.describe())
         if not policy.share_prefix and tokens is packed_tokens:  # the probe refused what the configuration promised
             # micro-batches are chosen anew; layers are checkpointed as they are in the policy, which is built
             share = {"training.gradient_checkpointing": settled.config.training.gradient_checkpointing}
             tokens, decided = padded_tokens, prepared.config.with_values(share, settled.config.origins)
             settled = fitted(replace(prepared, config=decided), machine, precision, tokens)
-            for line in prediction(settled, machine, precision, tokens):
-                log.info("%s: %s", model.name, line)
+            _tell(model, prediction(settled, machine, precision, tokens))
         made_from = {"data": prepared.data.report.fingerprint}
         if policy.has_adapters or prepared.objective.needs_reference:  # else a checkpoint has all that is left of them
             made_from["weights"] = weights_hash(policy.model)
+        if done:
+            return _already_finished(done, settled, policy, run, made_from)
         if saved:
             check_recipe(saved, settled.config, made_from, allow_changes)
-        for line in settled.describe(tokens):
-            log.info("%s: %s", model.name, line)
+        _tell(model, settled.describe(tokens))
         return _run(settled, policy, tokens, run, progress, saved, made_from, allow_changes)
+
+
+def _tell(model: ModelSection, lines: Iterable[str]) -> None:
+    for line in lines:
+        log.info("%s: %s", model.name, line)
 
 
 def _run(
@@ -255,18 +255,46 @@ def _run(
     finally:
         outputs.close()
     checkpoint.refuse_nonfinite(f"no final model after step {state.step}", policy.trainable())
-    run.publish_final(partial(policy.save_pretrained, tokenizer=prepared.tokenizer))
+    save, recipe = partial(policy.save_pretrained, tokenizer=prepared.tokenizer), recipe_of(config)
+    final.export(run, save, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=made_from)
     _mirror(config, run)
     steps = f"{state.step} step{'s' * (state.step != 1)}"
     log.info("%s: %s; the model of step %d is in %s", prepared.model.name, steps, step, run.final)
     return RunResult(prepared.model.name, run.path, state.step)
 
 
+def _already_finished(
+    done: Checkpoint, prepared: Prepared, policy: Policy, run: RunDir, made_from: dict[str, str]
+) -> RunResult:
+    """The result of a run that is finished, where it is this one."""
+    if "reference" in done.identity:
+        with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
+            made_from["reference"] = weights_hash(reference.model)
+    check_finished(done, prepared.config, made_from)
+    log.info("%s is finished: its model is in %s; nothing is trained", prepared.model.name, run.final)
+    _mirror(prepared.config, run)
+    return RunResult(prepared.model.name, run.path, _last_step(run))
+
+
 def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
     if resume is None:
         return None
     named = None if resume == "auto" else Path(resume).expanduser()
+    if run.replaces and (named is None or named.absolute().is_relative_to(run.path)):
+        if named is not None:
+            raise CheckpointError(
+                "the run here was to be overwritten; it is not gone on from",
+                where=f"--resume {named}",
+                fix=f"give --resume alone, or --overwrite; to keep the earlier run, remove {run.path / TO_BE_REPLACED}",
+            )
+        return None
     found = checkpoint.newest(run.path) if named is None else checkpoint.open_checkpoint(named)
+    if found is None and run.is_finished:
+        raise CheckpointError(
+            "the run is finished, its final model is damaged, and no checkpoint is left to write it again from",
+            where=str(run.final),
+            fix="train anew with --overwrite or in another training.output_dir",
+        )
     log.info("going on from %s", found.path) if found else log.info("no checkpoint in %s: starting", run.path)
     return found
 

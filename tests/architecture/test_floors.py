@@ -15,6 +15,8 @@ FLOORS = {
     "types": 0,
     "durable": 0,
     "cachedir": 0,
+    "disk": 0,
+    "manifest": 0,
     "redact": 0,
     "config": 1,
     "batch": 1,
@@ -37,8 +39,8 @@ FLOORS = {
     "__main__": 9,
     "__init__": 8,
 }
-# of the same floor: distributed reads plain data classes, cachedir raises
-NEIGHBOURS = {("distributed", "config"), ("cachedir", "errors")}
+# of the same floor: distributed reads plain data classes, cachedir and disk raise
+NEIGHBOURS = {("distributed", "config"), ("cachedir", "errors"), ("disk", "errors")}
 TORCH_FREE = ("errors", "types", "config", "terminal", "cli", "__init__", "__main__")
 MODULES = sorted(SRC.rglob("*.py"))
 

@@ -285,7 +285,7 @@ def test_gradients_of_exactly_0_are_said_once(runs: Any, capsys: pytest.CaptureF
 
 def test_weights_that_are_not_finite_are_no_final_model(runs: Any) -> None:
     config = runs.config(output_dir=str(runs.new_folder()), max_steps=1, weight_decay=1e300)
-    with pytest.raises(CheckpointError, match="no final model after step 1: NaN or infinity in"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 1: NaN or infinity in"):
         strop.train(config)
     (run,) = Path(config.training.output_dir).iterdir()
     assert not (run / "final").exists()

@@ -18,7 +18,8 @@ import pytest
 
 from strop import durable
 from strop.errors import CheckpointError
-from strop.rundir import MANIFEST, RUN_FILES, RunDir
+from strop.manifest import MANIFEST
+from strop.rundir import RUN_FILES, RunDir
 
 HOLD = """
 import sys, time

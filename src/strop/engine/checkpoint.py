@@ -39,10 +39,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.distributed.tensor import DTensor
 
 from strop import durable
-from strop.engine.manifest import Damaged, FileEntry, Manifest, carries_manifest, read_manifest, verify_files
-from strop.errors import CheckpointError
+from strop.disk import ensure_space, free_bytes, in_words
+from strop.errors import CheckpointError, SaveError, foreign_errors
+from strop.manifest import MANIFEST, Damaged, FileEntry, Manifest, carries_manifest, read_manifest, verify_files
 from strop.policy.precision import nonfinite
-from strop.rundir import CHECKPOINT_NAME, MANIFEST, free_bytes, in_words
+from strop.rundir import CHECKPOINT_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +77,17 @@ class Checkpoint:
             CheckpointError: a name, shape or dtype is not the same on both sides; nothing has been copied then.
         """
         reader = HuggingFaceStorageReader(str(self.path))
-        try:
+        with foreign_errors(lambda why: CheckpointError(f"cannot be read: {why}", where=str(self.path))):
             saved = reader.read_metadata().state_dict_metadata
             self._compare(cast(Mapping[str, TensorStorageMetadata], saved), tensors)
             if tensors:
-                with _dcp(self.path, "read"):
+                with _dcp():
                     read_tensors(
                         {name: tensor.detach() for name, tensor in tensors.items()},
                         storage_reader=reader,
                         planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                         no_dist=True,
                     )
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(self.path)) from error
 
     def _compare(self, saved: Mapping[str, TensorStorageMetadata], wanted: Mapping[str, Tensor]) -> None:
         differences = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
@@ -134,7 +133,8 @@ def save(
     A failure leaves every older checkpoint as it was, and nothing of this one.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written, or a tensor holds NaN or an infinity.
+        SaveError: the disk is full or cannot be written.
+        CheckpointError: a tensor holds NaN or an infinity.
     """
     assert step >= 0 and (keep is None or keep > 0)
     refuse_nonfinite(f"no checkpoint of step {step}", tensors)
@@ -144,7 +144,8 @@ def save(
     temp = run_dir / durable.hidden_name("tmp", str(step))
     try:
         durable.make_folder(temp)
-        files = _write_tensors(temp, tensors)
+        with foreign_errors(lambda why: _save_failed(target, needed, why)):
+            files = _write_tensors(temp, tensors)
         files[STATE] = _write(temp / STATE, json.dumps(state, indent=1))
         _write(temp / MANIFEST, Manifest.of(step, files, identity).to_text())
         durable.sync_folder(temp)
@@ -152,7 +153,7 @@ def save(
             _make_way(target)
         durable.replace_folder(temp, target)
     except OSError as error:
-        raise _save_failed(target, needed, error) from error
+        raise _save_failed(target, needed, error.strerror or str(error)) from error
     finally:
         _remove_quietly(temp)
     _rotate(run_dir, step, keep, protect)
@@ -162,17 +163,6 @@ def save(
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes on disk that a checkpoint of `tensors` takes, nearly: headers and the state come on top."""
     return sum(t.nbytes for t in tensors.values()) + 256 * len(tensors) + 4096
-
-
-def ensure_space(path: Path, needed: int) -> None:
-    """Raises CheckpointError where the disk of `path` has fewer than `needed` bytes free."""
-    free = free_bytes(path)
-    if free is not None and free < needed:
-        raise CheckpointError(
-            f"the disk is too full: {in_words(needed)} needed, {in_words(free)} free",
-            where=str(path),
-            fix="make room, lower training.save_total_limit, or choose another training.output_dir",
-        )
 
 
 def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor]) -> None:
@@ -198,7 +188,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Fil
     recorder = _RecordedFiles()
     writer.fs = recorder  # so that every byte goes through our own files, which hash and sync
     writer.sync_files = False
-    with _dcp(folder, "written"):
+    with _dcp():
         write_tensors(
             _separate(tensors),
             storage_writer=writer,
@@ -259,10 +249,9 @@ def _make_way(target: Path) -> None:
     logger.warning("%s had no %s, so strop did not write it; it is now %s", target, MANIFEST, aside.name)
 
 
-def _save_failed(target: Path, needed: int, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint could not be written: {error.strerror or error}; {in_words(needed)} needed, "
-        f"{in_words(free_bytes(target))} free",
+def _save_failed(target: Path, needed: int, why: str) -> SaveError:
+    return SaveError(
+        f"the checkpoint could not be written: {why}; {in_words(needed)} needed, {in_words(free_bytes(target))} free",
         where=str(target),
         expected="older checkpoints are untouched",
         fix="make room or mend the disk, then go on with --resume",
@@ -386,7 +375,7 @@ def _open(path: Path, step: int | None) -> Checkpoint:
 
 
 @contextmanager
-def _dcp(path: Path, verb: str) -> Iterator[None]:
+def _dcp() -> Iterator[None]:
     """torch.distributed.checkpoint without its say on single processes, and with its errors as what they were."""
     try:
         with warnings.catch_warnings():
@@ -394,6 +383,4 @@ def _dcp(path: Path, verb: str) -> Iterator[None]:
             yield
     except CheckpointException as error:  # not an Exception; it wraps what went wrong on each rank
         cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, OSError) or not isinstance(cause, Exception):
-            raise cause from error
-        raise CheckpointError(f"the tensors could not be {verb}: {cause}", where=str(path)) from cause
+        raise cause from error

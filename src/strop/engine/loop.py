@@ -32,7 +32,7 @@ from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors
 from strop.engine.recipe import cut_matters
 from strop.engine.rows import Rows
 from strop.engine.step import StepScores, forward_backward
-from strop.errors import Interrupted, TrainingError
+from strop.errors import Interrupted, SaveError, TrainingError
 from strop.objectives.base import Objective
 from strop.policy.memory import attempt
 from strop.policy.policy import Policy
@@ -99,6 +99,7 @@ class Loop:
         self.state = TrainState()
         self.window = MetricWindow()
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
+        self._kept_best: tuple[int | None, float | None] = (None, None)  # of the last save: step and value
         self._stood_still = False
 
     # -- the road ----------------------------------------------------------------------------------------------------
@@ -122,10 +123,13 @@ class Loop:
             if self._stopped_early() and not self.window.is_empty:
                 self._log()  # before the checkpoint, so that a resume from it does not log the same steps again
             stop = self.should_stop()
-            if stop or improved or (state.step % self.training.save_steps == 0 and not last):
-                path = self._save()
+            last = last or self._stopped_early()
+            if stop or improved or last or state.step % self.training.save_steps == 0:
+                path = self._save(must=stop and not last)
                 if stop and not last:
                     raise Interrupted(state.step, str(path))
+                if path is None and not last:
+                    self._forget_unsaved_best()
         if not self.window.is_empty:
             self._log()
         return state
@@ -151,6 +155,7 @@ class Loop:
             self.train = self.train.cut_to(self.state.micro_batch_tokens)
         self.window.load_state_dict(self.state.window)
         self._mark = (self.state.seconds, self.state.tokens)
+        self._kept_best = (self.state.best_step, self.state.best_value)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -353,12 +358,27 @@ class Loop:
         patience = self.config.finetuning.early_stopping_patience
         return patience is not None and self.state.stale_evals >= patience
 
-    def _save(self) -> Path:
+    def _save(self, *, must: bool) -> Path | None:
+        """Save this step; None where the disk does not take it and it need not: the run goes on, and the next save may
+        work. After the last step there is still the final model."""
         self.state.window = self.window.state_dict()
         tensors, numbers = self._tensors()
         state = {"train": asdict(self.state), "optimizer": numbers, "scaler": self.scaler.state_dict()}
         best = [self.state.best_step] if self.state.best_step and self.config.finetuning.load_best_model_at_end else []
-        return self.outputs.save(self.state.step, tensors, state, best)
+        try:
+            path = self.outputs.save(self.state.step, tensors, state, best)
+        except SaveError as error:
+            if must:
+                raise
+            self.outputs.note(f"warning: step {self.state.step} is not saved, the next save is tried again: {error}")
+            return None
+        self._kept_best = (self.state.best_step, self.state.best_value)
+        return path
+
+    def _forget_unsaved_best(self) -> None:
+        """Weights that are not saved cannot be returned in the end."""
+        if self.config.finetuning.load_best_model_at_end and self.state.best_step == self.state.step:
+            self.state.best_step, self.state.best_value = self._kept_best
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, numbers = optimizer_tensors(self.optimizer, self.parameters)

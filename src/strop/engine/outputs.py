@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from strop.engine.recipe import recipe_of
 from strop.engine.trackers import Trackers
 from strop.errors import CheckpointError
 from strop.rundir import RunDir
+
+log = logging.getLogger("strop")
 
 
 class RunOutputs:
@@ -36,6 +39,8 @@ class RunOutputs:
         self.config, self.run, self.trackers, self.progress = config, run, trackers, progress
         self.made_from = made_from
         self.margins_log = MarginsLog(run.logs / "margins")
+        self._waiting: list[Mapping[str, Any]] = []  # records that the disk has not taken yet
+        self._margins_lost = 0
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
     def cut(self, step: int) -> None:
@@ -45,13 +50,21 @@ class RunOutputs:
             self.margins_log.cut(step)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        self.run.append_metrics(record)
+        self._waiting.append(record)
+        self._write_records()
         self.trackers.log(record)
         self.training.record(record)
 
     def margins(self, epoch: int, step_in_epoch: int, step: int, margins: Tensor) -> None:
-        with _as_error(self.margins_log.folder):
+        try:
             self.margins_log.write(epoch, step_in_epoch, step, margins.cpu().numpy())
+        except OSError as error:
+            self._margins_lost += 1
+            if self._margins_lost == 1:
+                self.note(
+                    f"warning: {self.margins_log.folder}: the margins of step {step} cannot be written: "
+                    f"{error.strerror or error}; the run goes on"
+                )
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
         return checkpoint.save(
@@ -63,6 +76,17 @@ class RunOutputs:
             protect=protect,
             identity=self.made_from,
         )
+
+    def _write_records(self) -> None:
+        """Write what waits, in order; what the disk does not take waits for the next record."""
+        first_failure = len(self._waiting) == 1
+        try:
+            while self._waiting:
+                self.run.append_metrics(self._waiting[0])
+                del self._waiting[0]
+        except CheckpointError as error:
+            if first_failure:
+                self.note(f"warning: a record has to wait: {error}")
 
     def stepped(self, shown: Mapping[str, float]) -> None:
         self.training.step(shown)
@@ -77,6 +101,11 @@ class RunOutputs:
 
     def close(self) -> None:
         self.training.close()
+        self._write_records()
+        if self._waiting:
+            log.warning("%s: the last %d records could not be written", self.run.metrics.path, len(self._waiting))
+        if self._margins_lost:
+            log.warning("%s: the margins of %d steps are missing", self.margins_log.folder, self._margins_lost)
         self.margins_log.close()
         self.trackers.close()
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from strop.config import RunConfig, load_config
+from strop.config import RunConfig
 from strop.engine.checkpoint import Checkpoint
 from strop.errors import CheckpointError
 
@@ -108,20 +107,40 @@ def _refuse(checkpoint: Checkpoint, differences: Sequence[str], allow_changes: b
     log.warning("going on from %s with changes:%s", checkpoint.path, listed)
 
 
-def check_finished(run: Path, config: RunConfig, resume: str) -> None:
-    """What a run that is finished was asked to go on with is what it had.
+_ANEW = "train anew with --overwrite or in another training.output_dir, or leave it out"
+
+
+def check_given(done: Checkpoint, config: RunConfig, resume: str) -> None:
+    """The settings that are given are those of the finished run `done`.
 
     Raises:
-        CheckpointError: a checkpoint is named, or a setting is given that the run in `run` did not have.
+        CheckpointError: a checkpoint is named, or a setting is given that the run did not have.
     """
-    fix = "train anew with --overwrite or in another training.output_dir, or leave it out"
     if resume != "auto":
-        raise CheckpointError("the run is finished; no checkpoint is gone on from", where=f"--resume {resume}", fix=fix)
-    before, now = recipe_of(load_config(run / "config.yaml")), recipe_of(config)
+        raise CheckpointError(
+            "the run is finished; no checkpoint is gone on from", where=f"--resume {resume}", fix=_ANEW
+        )
+    before, now = done.state["recipe"], recipe_of(config)
     given = {key for key, origin in config.origins.items() if not origin.startswith("default")}
-    listed = "".join(f"\n    {line}" for line in _differences(before, {**before, **_only(now, given)}))
-    if listed:
-        raise CheckpointError(f"the run is finished, with other settings:{listed}", where=str(run), fix=fix)
+    _refuse_finished(done, "settings", _differences(before, {**before, **_only(now, given)}))
+
+
+def check_finished(done: Checkpoint, config: RunConfig, made_from: Mapping[str, str]) -> None:
+    """All that `check_recipe` compares is as it was in the finished run `done`.
+
+    Raises:
+        CheckpointError: a setting, the data or the weights differ; every difference is listed.
+    """
+    differences = _differences(done.state["recipe"], recipe_of(config)) + _others(done, made_from)
+    _refuse_finished(done, "settings, data or weights", differences)
+
+
+def _refuse_finished(done: Checkpoint, what: str, differences: Sequence[str]) -> None:
+    if differences:
+        listed = "".join(f"\n    {line}" for line in differences)
+        raise CheckpointError(
+            f"the run is finished, with other {what}:{listed}", where=str(done.path.parent), fix=_ANEW
+        )
 
 
 def _only(recipe: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:

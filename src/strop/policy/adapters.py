@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import LoraSection, ModelSection
-from strop.errors import ModelError
-from strop.policy.folder import check_exists, fetch, first_line, place_of, read_json, source_of
+from strop.errors import ModelError, first_line
+from strop.policy.folder import check_exists, fetch, place_of, read_json, source_of
 from strop.policy.load import LOAD_ERRORS, quiet
 
 logger = logging.getLogger("strop")

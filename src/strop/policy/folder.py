@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from strop.config.sections import ModelSection
-from strop.errors import ModelError
+from strop.errors import ModelError, first_line
 
 logger = logging.getLogger("strop")
 
@@ -169,14 +169,6 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{file.name} holds no JSON object", where=where, expected="{...}")
     return content
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message: what other libraries say below it is advice about their own API."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, KeyError) and lines:
-        return f"{lines[0].strip()} is missing"
-    return lines[0].strip() if lines else type(error).__name__
 
 
 def _contained(file: Path, folder: Path, where: str) -> Path:

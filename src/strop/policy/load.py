@@ -34,8 +34,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from strop.config.sections import ModelSection
-from strop.errors import ModelError
-from strop.policy.folder import ConfigFile, first_line, inspect_config, inspect_model, place_of, source_of
+from strop.errors import ModelError, first_line
+from strop.policy.folder import ConfigFile, inspect_config, inspect_model, place_of, source_of
 from strop.policy.precision import nonfinite, short_name
 
 logger = logging.getLogger("strop")

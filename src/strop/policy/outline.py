@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from strop.config.sections import LoraSection, ModelSection
-from strop.errors import ModelError
+from strop.errors import ModelError, first_line
 from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
 from strop.policy.checkpointing import layers_that_can
-from strop.policy.folder import first_line, place_of
+from strop.policy.folder import place_of
 from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
 from strop.policy.logits import LogitTransform, logit_transform
 from strop.policy.sharing import reason_against

@@ -188,6 +188,13 @@ class Policy(nn.Module):
         bfloat16 model trained with bf16 is saved as one; else the dtype of the weights that trained."""
         return self._stored if self._stored == self.precision.compute else self.precision.master
 
+    @property
+    def saved_bytes(self) -> int:
+        """About what `save_pretrained` will take on a disk, but for the tokenizer."""
+        if self.has_adapters:
+            return sum(p.nbytes for p in self.trainable().values())
+        return sum(p.numel() for p in self.model.parameters()) * self.saved_dtype.itemsize
+
     def save_pretrained(self, folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what loads with plain peft (adapters, in float32) or transformers (a full model, in `saved_dtype`),
         and the tokenizer with its chat template."""

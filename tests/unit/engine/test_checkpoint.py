@@ -21,11 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop import durable
-from strop.engine import checkpoint, manifest
+from strop import disk, durable, manifest
+from strop.engine import checkpoint
 from strop.engine.checkpoint import newest, open_checkpoint, retire_newer, save
 from strop.errors import CheckpointError
-from strop.rundir import MANIFEST
+from strop.manifest import MANIFEST
 
 
 def everything(seed: int = 0) -> dict[str, Tensor]:
@@ -448,7 +448,7 @@ def test_a_resume_from_an_older_one_sets_the_newer_ones_aside(tmp_path: Path) ->
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 100)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 100)
     with pytest.raises(CheckpointError, match="100 bytes free"):
         put(tmp_path, 2)
     assert loaded(tmp_path) == 1 and steps(tmp_path) == {"checkpoint-1"}

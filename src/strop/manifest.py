@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, and whether it still does. Floor 3.
+"""What a folder that strop wrote holds, and whether it still does: a checkpoint, a finished model. Floor 0.
 
 MANIFEST.json lists every other file of the folder with its size and SHA-256, and carries a hash of itself. The hashes
 find damage of any kind; they are no signature: whoever can write to the folder can also write a manifest. So nothing
@@ -20,12 +20,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from strop import machine
-from strop.rundir import MANIFEST
-
+MANIFEST = "MANIFEST.json"
+"""Makes a folder one that strop wrote."""
 FORMAT = 1
 """Raised when an older strop could not read what this one writes."""
 MAX_BYTES = 2**24
@@ -33,11 +31,13 @@ MAX_BYTES = 2**24
 PARALLEL_BYTES = 2**28
 """From this size on, files are hashed side by side."""
 
-PlainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
+_PART = "[A-Za-z0-9_][A-Za-z0-9._-]*"
+PlainName = Annotated[str, StringConstraints(pattern=f"^{_PART}(/{_PART})*$", max_length=255)]
+"""A file's path from its folder; no part of it leads out."""
 
 
 class Damaged(Exception):  # noqa: N818 (a finding, which the caller turns into a warning or an error)
-    """A checkpoint that is not what was saved; the text says which file and what is wrong with it."""
+    """A folder that is not what was saved; the text says which file and what is wrong with it."""
 
 
 class _Strict(BaseModel):
@@ -50,7 +50,7 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """step: the optimizer steps behind the checkpoint. identity: what the run was made from, by name.
+    """step: the optimizer steps behind what is saved. identity: what the run was made from, by name.
     versions: of the code that wrote it. files: every file of the folder but the manifest."""
 
     format: int
@@ -61,12 +61,28 @@ class Manifest(_Strict):
 
     @classmethod
     def of(cls, step: int, files: Mapping[str, FileEntry], identity: Mapping[str, str]) -> Manifest:
-        versions = {"strop": version("strop"), "torch": torch.__version__, "python": platform.python_version()}
+        versions = {"strop": version("strop"), "torch": version("torch"), "python": platform.python_version()}
         return cls(format=FORMAT, step=step, identity=dict(identity), versions=versions, files=dict(files))
 
     def to_text(self) -> str:
         body = self.model_dump()
         return json.dumps({**body, "manifest_sha256": _hash_of(body)}, indent=1)
+
+
+def seal(folder: Path, step: int, identity: Mapping[str, str]) -> Manifest:
+    """Write the manifest of a folder that other libraries filled: of what its files are now. Nothing is synced.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+    """
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = FileEntry(bytes=path.stat().st_size, sha256=digest)
+    manifest = Manifest.of(step, files, identity)
+    (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
+    return manifest
 
 
 def _hash_of(body: Mapping[str, Any]) -> str:
@@ -79,7 +95,7 @@ def carries_manifest(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path, step: int | None = None) -> Manifest:
-    """The manifest of a checkpoint, unchanged; `step` is the one it must be of.
+    """The manifest of a folder, unchanged; `step` is the one it must be of.
 
     Raises:
         Damaged: it is missing, not what was written, or not for this folder.
@@ -107,7 +123,7 @@ def read_manifest(folder: Path, step: int | None = None) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Read every byte of the checkpoint and compare.
+    """Read every byte of a checkpoint and compare.
 
     Raises:
         Damaged: a file is missing, too many, a link, of another size, or has another content.
@@ -116,12 +132,21 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         extra = {entry.name for entry in entries} - manifest.files.keys() - {MANIFEST}
     if extra:
         raise Damaged(f"{', '.join(sorted(extra))}: not in {MANIFEST}")
-    paths = [(folder / name, entry) for name, entry in sorted(manifest.files.items())]
+    verify_listed(folder, manifest.files)
+
+
+def verify_listed(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Read every byte of these files and compare; what else is in the folder does not matter.
+
+    Raises:
+        Damaged: a file is missing, a link, of another size, or has another content.
+    """
+    paths = [(folder / name, entry) for name, entry in sorted(files.items())]
     if sum(entry.bytes for _, entry in paths) < PARALLEL_BYTES:
         for path, entry in paths:
             _verify(path, entry)
         return
-    with ThreadPoolExecutor(min(8, machine.processor().cores)) as pool:  # hashing is slower than a good disk
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing is slower than a good disk
         for result in [pool.submit(_verify, path, entry) for path, entry in paths]:
             result.result()
 
