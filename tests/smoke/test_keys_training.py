@@ -260,17 +260,17 @@ def test_training__eval_steps(runs: Any) -> None:
 
 def test_training__save_steps(runs: Any) -> None:
     run = runs(save_steps=2, max_steps=5)
-    assert run.checkpoints == [2, 4]
+    assert run.checkpoints == [2, 4, 5]
     assert not runs.same(run.weights(2), run.weights(4))
-    assert runs().checkpoints == []
+    assert runs().checkpoints == [4]  # the last step always
 
 
 def test_training__save_total_limit(runs: Any) -> None:
     every = {"save_steps": 1, "max_steps": 5}
-    assert runs(every, save_total_limit=2).checkpoints == [3, 4]
-    assert runs(every, save_total_limit=None).checkpoints == [1, 2, 3, 4]
+    assert runs(every, save_total_limit=2).checkpoints == [4, 5]
+    assert runs(every, save_total_limit=None).checkpoints == [1, 2, 3, 4, 5]
     best = {**WORSE, "save_steps": 1, "load_best_model_at_end": True}
-    assert runs(best, save_total_limit=2).checkpoints == [1, 4, 5]  # besides the best one
+    assert runs(best, save_total_limit=2).checkpoints == [1, 5, 6]  # besides the best one
 
 
 def test_training__mount_dir(runs: Any, tmp_path: Path) -> None:
