@@ -21,6 +21,7 @@ from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
 from strop.objectives.base import Objective, build_objective
+from strop.policy.generation import stop_tokens
 from strop.policy.load import load_tokenizer
 from strop.policy.outline import CannotBuildError, empty_model
 from strop.policy.reference import check_reference
@@ -120,7 +121,7 @@ def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | Non
     require_optimizer(config.training)
     tokenizer = load_tokenizer(model)
     check_reference(config, model, tokenizer)
-    data = load_data(config, tokenizer, objective.rows)
+    data = load_data(config, tokenizer, objective.rows, stop_tokens(model))
     if objective.needs_mismatched:
         _check_mismatched(data)
     if data.eval:

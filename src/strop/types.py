@@ -47,6 +47,13 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] | None = None
     label: bool | None = None
 
+    def split_before(self, turn: int) -> Example:
+        """The same conversation with its first `turn` messages as the prompt, where it has one completion."""
+        if isinstance(self.prompt, str) or len(self.completions) > 1 or isinstance(self.completions[0], str):
+            return self
+        turns = self.prompt + self.completions[0]
+        return replace(self, prompt=turns[:turn], completions=(turns[turn:],))
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

@@ -249,6 +249,6 @@ def test_dataset__on_error(runs: Any, tmp_path: Path) -> None:
 def test_dataset__filter_overlength_samples(runs: Any) -> None:
     keys = {"max_completion_length": 8, "validation_split": 0}  # five rejected completions have 10 tokens
     cut = runs.prepare(keys).data.report.splits["train"]
-    assert (cut.kept, cut.completions_cut, cut.dropped) == (16, 5, {})
+    assert (cut.kept, cut.changes["completions_cut"], cut.dropped) == (16, 5, {})
     dropped = runs.prepare(keys, filter_overlength_samples=True).data.report.splits["train"]
-    assert (dropped.kept, dropped.completions_cut, dropped.dropped) == (11, 0, {"completion_too_long": 5})
+    assert (dropped.kept, dropped.changes["completions_cut"], dropped.dropped) == (11, 0, {"completion_too_long": 5})

@@ -5,6 +5,7 @@ Every field says its unit and range; the reference page of the documentation and
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -129,6 +130,15 @@ class DatasetSection(Section):
     template: str | None = None
     """Chat template: a shipped one (`llama3_instruct`, `qwen2.5_instruct`, `olmo2_instruct`, `mistral`, `gemma`,
     `zephyr`, `plain`), or the path of a YAML template or a Jinja file. Null: the tokenizer's, or else `plain`."""
+    train_on: Literal["all", "last", "last_and_tools"] = "all"
+    """Assistant turns of a completion that are trained: all that the template renders as inference would see them, the
+    last one, or the last one and the calls of tools behind the last user turn."""
+    on_dropped_reasoning: Literal["refuse", "drop"] = "refuse"
+    """A row with reasoning that the chat template has no place for: refuse it, or train it without its reasoning."""
+    date: datetime.date | None = Field(
+        default=None, json_schema_extra={"x-default": "the day of the first launch, where the template prints it"}
+    )
+    """What chat templates that print the day take for today; a resumed run keeps it."""
     on_error: Literal["error", "skip"] = "error"
     """A row that cannot be read: stop with its file and line, or skip it, count it and write it to rejected.jsonl."""
     max_dropped_fraction: float | None = Field(

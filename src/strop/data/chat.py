@@ -1,49 +1,54 @@
-"""Examples to text: renders the chat template and finds the row's words and the trained spans in it. Floor 2.
+"""Examples to text: renders the chat template and finds the row's words and the trained answers in it. Floor 2.
 
 In: an Example. Out: one Rendered for each completion: the whole conversation as text, with character spans.
 
-Where a template puts a message is found by marks: every content is wrapped in characters of a private-use plane, the
-conversation is rendered, and the marks are taken out again. The spans count only if what is left equals the plain
-rendering, so a template that looks into contents cannot mislead. Where marks do not work (a tool call in place of a
-content, a template that rewrites contents) a trained turn is what its rendering adds to that of the turns before it,
-if both are beginnings of the whole; where that does not hold either, the row is refused.
+`forms.py` says how messages are handed to a template, `marks.py` where a rendering has put them, `answers.py` which
+part of it the model has to write.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.data.marks import Marks, Span
+from strop.data.answers import Answer, Content, Conversation, Tools, Writer, dropped_reasoning, unverified
+from strop.data.forms import (
+    TRAIN,
+    call_forms,
+    has_reasoning,
+    readable,
+    without_reasoning,
+    writes_python,
+)
+from strop.data.marks import REASONING_KEYS, Span
 from strop.data.rows import RowRefused
-from strop.data.sandbox import bounded, render
+from strop.data.sandbox import bounded
 from strop.data.template import choose_template, tokenizers_template
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
 
-Content = tuple[int, int, bool]
-"""What the row has written: start, stop, and whether it is an assistant turn."""
-
-Tools = Sequence[Mapping[str, Any]] | None
-
-MOST_PREFIXES = 1000
-"""Turns of a conversation whose answers marks cannot tell: each is rendered with all before it."""
-
-WRITES_MORE = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"})
-"""Keys of an assistant turn that a template renders besides its content."""
+TrainOn = Literal["all", "last", "last_and_tools"]
+"""Which assistant turns of a completion are trained: see `dataset.train_on`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A conversation as text.
 
-    boundary: where the prompt ends. trained: the assistant's words, each at or after the boundary. contents: what the
-    row has written, by start; all else is the template's. starts_bare: no template has written a BOS token, so the
-    tokenizer's own belongs in front.
+    boundary: where the prompt ends. trained: what the model has to write, each span at or after the boundary, end
+    tokens included. contents: what the row has written, by start; all else is the template's. starts_bare: no template
+    has written a BOS token, so the tokenizer's own belongs in front.
+
+    num_prompt_turns: messages in front of the first trained answer. num_history: answers that are not trained, since
+    the template renders them otherwise than inference would. num_left_out: answers that the row says not to train.
+    num_dropped_reasoning: turns whose reasoning was left out, as `dataset.on_dropped_reasoning` says.
+    is_generation_prompt: the prompt is the one that inference sees.
     """
 
     text: str
@@ -51,14 +56,30 @@ class Rendered:
     trained: tuple[Span, ...]
     contents: tuple[Content, ...]
     starts_bare: bool = False
+    num_prompt_turns: int = 0
+    num_history: int = 0
+    num_left_out: int = 0
+    num_dropped_reasoning: int = 0
+    is_generation_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """What the configuration says about rendering: keys of `dataset` by their names."""
+
+    render: Literal["auto", "chat", "raw"] = "auto"
+    template: str | None = None
+    train_on: TrainOn = "all"
+    on_dropped_reasoning: Literal["refuse", "drop"] = "refuse"
+    date: datetime.date | None = None
 
 
 class Renderer:
     """Renders examples by a chat template.
 
     Args:
-        mode: `dataset.render`; decides about rows of plain texts, messages always go through a template.
-        template: `dataset.template`; null: the tokenizer's, or the built-in one.
+        rules: the configuration's; `render` decides about rows of plain texts, messages always go through a template.
+        stop_tokens: ids of tokens that generation stops at, besides the tokenizer's EOS token.
 
     Raises:
         ConfigError: the named template cannot be used.
@@ -66,23 +87,27 @@ class Renderer:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        mode: Literal["auto", "chat", "raw"],
-        template: str | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, rules: TextRules = TextRules(), stop_tokens: Sequence[int] = ()
     ) -> None:
         self._tokenizer = tokenizer
-        self._mode = mode
-        self._controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = dict(tokenizer.special_tokens_map)
-        self.chosen = choose_template(template, tokenizer)
+        self._rules = rules
+        self._stops = [str(tokenizer.convert_ids_to_tokens(token)) for token in stop_tokens]
+        self._special = {i: str(t.content) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._control_in = lru_cache(maxsize=4096)(self._find_control)
+        self.chosen = choose_template(rules.template, tokenizer)
         self.template = self.chosen.source
-        self.wraps_text = mode == "chat" or (mode == "auto" and self.chosen.is_given)
+        self.wraps_text = rules.render == "chat" or (rules.render == "auto" and self.chosen.is_given)
 
     def _template_for(self, tools: Tools) -> str:
         if tools and self.chosen.is_the_tokenizers:
             return tokenizers_template(self._tokenizer, with_tools=True)
         return self.template
+
+    def identity(self) -> list[Any]:
+        """All that decides what becomes of an example, besides the tokenizer."""
+        dated = "strftime_now" in self.template
+        rules = replace(self._rules, template=None, date=self._rules.date if dated else None)
+        return [self.template, self.wraps_text, repr(rules), self._stops]
 
     @property
     def template_sha256(self) -> str:
@@ -104,7 +129,7 @@ class Renderer:
             return tuple(_raw(str(example.prompt), str(completion)) for completion in example.completions)
         self._refuse_unknown_tools(example)
         prompt = _as_turns(example.prompt, "user")
-        if self._mode == "raw":
+        if self._rules.render == "raw":
             raise ConfigError(
                 "dataset.render is raw, and the row holds messages",
                 where=str(example.origin),
@@ -112,9 +137,12 @@ class Renderer:
                 fix="set dataset.render: auto",
             )
         completions = [_as_turns(completion, "assistant") for completion in example.completions]
+        writer = Writer(
+            self._template_for(example.tools), self._tokenizer, self._stops, example.tools, self._rules.date
+        )
         with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
-            opening = self._text(prompt, example.tools, generation_prompt=True) if prompt else ""
-            return tuple(self._conversation(prompt, turns, opening, example.tools) for turns in completions)
+            openings: dict[int, str | None] = {}
+            return tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
 
     def _refuse_unknown_tools(self, example: Example) -> None:
         """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
@@ -133,102 +161,120 @@ class Renderer:
                 )
 
     def _conversation(
-        self, prompt: tuple[Message, ...], completion: tuple[Message, ...], opening: str, tools: Tools
+        self,
+        writer: Writer,
+        prompt: tuple[Message, ...],
+        completion: tuple[Message, ...],
+        openings: dict[int, str | None],
     ) -> Rendered:
-        messages = prompt + completion
-        text = self._text(messages, tools)
+        """One completion after the prompt. openings: prompts as inference sees them, which the sides share."""
+        rows = prompt + completion
+        wanted = self._wanted(rows, len(prompt))
+        messages, num_dropped_reasoning = self._readable(rows, writer)
+        self._refuse_controls_elsewhere(messages, writer.tools)
+        number, form = self._form(messages, writer)
+        if number not in openings:
+            openings[number] = writer.opening(form[: len(prompt)])
+        conversation = Conversation(writer, form, len(prompt), openings[number])
+        text = conversation.text
         _refuse_lone_surrogates(text)
-        _refuse_dropped_calls(messages, tools, text)
-        self._refuse_controls_elsewhere(messages, tools)
-        boundary = len(opening) if opening and text.startswith(opening) else None
-        found = self._by_marks(messages, len(prompt), text, boundary, tools)
-        if found is None:
-            found = self._by_prefix(messages, len(prompt), text, tools), ()
-        trained, contents = found
-        start = trained[0][0] if boundary is None else boundary
-        clipped = tuple((max(a, start), b) for a, b in trained if b >= start)
-        if not clipped:
-            raise _unverified("no part of the answer follows the generation prompt")
-        return Rendered(text, start, clipped, contents)
+        _refuse_dropped_calls(form, writer.tools, text)
+        answers = [answer for answer in conversation.answers if answer.message in wanted]
+        spans = {answer: conversation.spans(answer) for answer in answers if not answer.is_history}
+        trained = [answer for answer, own in spans.items() if own]
+        if not trained:
+            raise _nothing_trained(conversation, answers)
+        first = trained[0]
+        return Rendered(
+            text,
+            first.start if first.as_generated else spans[first][0][0],
+            tuple(span for answer in trained for span in spans[answer]),
+            conversation.contents,
+            num_prompt_turns=first.message,
+            num_history=sum(answer.is_history for answer in answers),
+            num_left_out=sum(row.get(TRAIN) is False for row in completion if row["role"] == "assistant"),
+            num_dropped_reasoning=num_dropped_reasoning,
+            is_generation_prompt=first.as_generated,
+        )
 
-    def _by_marks(
-        self, messages: Sequence[Message], first: int, text: str, boundary: int | None, tools: Tools
-    ) -> tuple[tuple[Span, ...], tuple[Content, ...]] | None:
-        """Trained spans and contents of `text`; None where marks do not work."""
-        marks = Marks.unused_in(text, len(messages))
-        if marks is None:
-            return None
-        for outside in (True, False):
-            # a template that trims contents trims no marks: then they go inside of the white space
-            marked = marks.put(messages, outside=outside)
-            wrapped = [i for i, message in enumerate(messages) if marked[i] is not message]
-            rendered, blocks = self._tracked(marked, tools)
-            read = marks.take(rendered)
-            verified = read.text == text
-            unseen = (i for i in wrapped if i not in read.seen)
-            _refuse_dropped(messages, [i for i in unseen if verified or not _stands(messages[i], text)])
-            if verified:
-                break
-        else:
-            return None
-        spans = read.spans
-        if any(i not in spans for i in wrapped):
-            return None
-        contents = tuple(sorted((*spans[i], messages[i]["role"] == "assistant") for i in wrapped))
+    def _wanted(self, messages: Sequence[Message], first: int) -> set[int]:
+        """Numbers of the assistant turns that the row and `dataset.train_on` want trained."""
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        own = [spans[i] for i in answers if i in spans and not WRITES_MORE & messages[i].keys()]
-        # a system text can stand in a user turn behind the first answer
-        early = (spans[i][1] for i in wrapped if i < first and (not own or spans[i][1] <= own[0][0]))
-        floor = max(early, default=0) if boundary is None else boundary
-        blocks = [block for block in read.moved(blocks) if floor <= block[0] < block[1]]
-        if len(blocks) >= len(answers) and all(any(a <= s and t <= b for a, b in blocks) for s, t in own):
-            return tuple(blocks), contents
-        if len(own) < len(answers):
-            return None
-        return _with_lead(text, boundary, own), contents
+        if self._rules.train_on != "all":
+            with_calls = self._rules.train_on == "last_and_tools"
+            last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+            answers = [
+                i for i in answers if i == answers[-1] or (with_calls and i > last_user and "tool_calls" in messages[i])
+            ]
+        return {i for i in answers if messages[i].get(TRAIN) is not False}
+
+    def _readable(self, messages: Sequence[Message], writer: Writer) -> tuple[list[Message], int]:
+        """The messages with their reasoning where the template looks for it, and how many lost theirs."""
+        keys = writer.reasoning_keys
+        thinking = next((i for i, message in enumerate(messages) if has_reasoning(message)), None)
+        num_dropped = 0
+        if thinking is not None and not keys:
+            if self._rules.on_dropped_reasoning == "refuse":
+                raise dropped_reasoning(thinking, None)
+            num_dropped = sum(map(has_reasoning, messages))
+            messages = [without_reasoning(message) for message in messages]
+        return [readable(message, keys) for message in messages], num_dropped
+
+    def _form(self, messages: Sequence[Message], writer: Writer) -> tuple[int, tuple[Message, ...]]:
+        """The first form of the messages that the template writes as it should, and its number.
+
+        Raises:
+            RowRefused: it fails on all of them; what is wrong with the first one.
+        """
+        forms = list(call_forms(messages))
+        if len(forms) == 1:
+            return 0, forms[0]
+        refusals = []
+        for number, form in enumerate(forms):
+            try:
+                text = writer.text(form)
+                _refuse_dropped_calls(form, writer.tools, text)
+            except RowRefused as refusal:
+                refusals.append(refusal)
+            else:
+                if not writes_python(form, text):
+                    return number, form
+        raise refusals[0] if refusals else unverified("the template writes the arguments of a call as Python does")
+
+    def _find_control(self, words: str) -> str | None:
+        """A special token that the tokenizer finds in a text."""
+        ids = self._tokenizer(words, add_special_tokens=False)["input_ids"]
+        found = next((i for i in ids if i in self._special and i != self._tokenizer.unk_token_id), None)
+        return None if found is None else self._special[found]
 
     def _refuse_controls_elsewhere(self, messages: Sequence[Message], tools: Tools) -> None:
-        """Tool calls and the like are not marked, so a control token in them would pass for the template's."""
-        others = [value for m in messages for key, value in m.items() if key not in ("role", "content")]
+        """Tool calls and the like are not told apart from the template's own text, so a control token in them would
+        pass for the template's. The tokenizer says what is one: a normaliser makes control tokens of look-alikes."""
+        told_apart = ("role", "content", *REASONING_KEYS)
+        others = [value for m in messages for key, value in m.items() if key not in told_apart]
         for words in _texts([others, list(tools or ())]):
-            if control := next((c for c in self._controls if c in words), None):
+            if control := self._control_in(words):
                 raise RowRefused(
                     "control_token",
                     f"a tool, a tool call or another key of a message holds the control token {control!r}",
                     expected="control tokens in contents alone, where they are encoded as text",
                 )
 
-    def _by_prefix(self, messages: Sequence[Message], first: int, text: str, tools: Tools) -> tuple[Span, ...]:
-        """The trained spans as what each assistant turn adds to the rendering of the turns before it."""
-        for i, message in enumerate(messages):
-            if control := next((c for c in self._controls if c in message.get("content", "")), None):
-                raise _unverified(
-                    f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart"
-                )
-        if len(messages) > MOST_PREFIXES:
-            raise _unverified(f"it has {len(messages)} turns, too many to render every beginning of")
-        spans = []
-        for i in range(first, len(messages)):
-            if messages[i]["role"] != "assistant":
-                continue
-            before = self._text(messages[:i], tools, generation_prompt=True) if i else ""
-            after = self._text(messages[: i + 1], tools)
-            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
-                raise _unverified(f"turn {i + 1} is rendered differently when turns follow it")
-            start = len(before)
-            if not WRITES_MORE & messages[i].keys():
-                # a template without a generation prompt has its header here; an answer that it rewrites is taken whole
-                start = max(start, text.find(messages[i]["content"].strip(), start, len(after)))
-            spans.append((start, start + len(text[start : len(after)].rstrip())))
-        return tuple(spans)
 
-    def _text(self, messages: Sequence[Message], tools: Tools, *, generation_prompt: bool = False) -> str:
-        template = self._template_for(tools)
-        return render(template, messages, tools, self._special, generation_prompt=generation_prompt)[0]
-
-    def _tracked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
-        """The rendering and the spans of its generation blocks."""
-        return render(self._template_for(tools), messages, tools, self._special, track=True)
+def _nothing_trained(conversation: Conversation, wanted: Sequence[Answer]) -> RowRefused:
+    if not wanted:
+        return RowRefused(
+            "nothing_trained",
+            "no answer of the row is to be trained: the row itself or dataset.train_on leaves them out",
+            expected="at least one assistant turn that is trained",
+        )
+    if conversation.blocks is not None:
+        return RowRefused(
+            "nothing_trained",
+            "the {% generation %} blocks of the chat template mark nothing of this row's answers",
+            expected="a block around every answer",
+        )
+    return unverified("no answer is rendered as inference would write it")
 
 
 def _raw(prompt: str, completion: str) -> Rendered:
@@ -240,17 +286,6 @@ def _as_turns(turns: Turns, role: str) -> tuple[Message, ...]:
     return ({"role": role, "content": turns},) if isinstance(turns, str) else turns
 
 
-def _with_lead(text: str, boundary: int | None, spans: Sequence[Span]) -> tuple[Span, ...]:
-    """The spans with the white space that the template puts between the generation prompt and an answer.
-
-    The model has to write it itself, so it is trained, in every turn.
-    """
-    lead = text[boundary : spans[0][0]] if boundary is not None else ""
-    if not lead or not lead.isspace():
-        return tuple(spans)
-    return tuple((a - len(lead) if text.endswith(lead, 0, a) else a, b) for a, b in spans)
-
-
 def _texts(value: Any) -> Iterator[str]:
     """Every text in a JSON value, keys included."""
     if isinstance(value, str):
@@ -260,20 +295,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
-
-
-def _stands(message: Message, text: str) -> bool:
-    return str(message["content"]).strip() in text
-
-
-def _refuse_dropped(messages: Sequence[Message], dropped: Sequence[int]) -> None:
-    if dropped:
-        role = messages[dropped[0]]["role"]
-        raise RowRefused(
-            "dropped_by_template",
-            f"the chat template leaves turn {dropped[0] + 1}, a {role} turn, out",
-            expected=f"a chat template that renders {role} turns, or rows without them",
-        )
 
 
 def _refuse_dropped_calls(messages: Sequence[Message], tools: Tools, text: str) -> None:
@@ -300,11 +321,3 @@ def _refuse_lone_surrogates(text: str) -> None:
             "the rendered conversation holds half a surrogate pair",
             expected="text that can be written as UTF-8",
         ) from error
-
-
-def _unverified(problem: str) -> RowRefused:
-    return RowRefused(
-        "spans_not_found",
-        f"where the answers lie in the rendering cannot be told: {problem}",
-        expected="a chat template with {% generation %} blocks, or one that renders every turn as it is",
-    )

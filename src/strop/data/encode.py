@@ -5,8 +5,8 @@ In: the Rendered of each completion of an example. Out: prompt ids, and completi
     control tokens in contents   are encoded as the text they are; only the template writes control tokens
     the boundary                 the prompt's ids are those that inference sees: where the conversation's tokens differ
                                  from the prompt's alone, the text around the boundary is encoded again in two parts
-    trained                      every token that overlaps a trained span, and the end token that follows it; without
-                                 one, the last span gets the tokenizer's EOS
+    trained                      every token that overlaps a trained span; where the last one has no end token, the
+                                 tokenizer's EOS follows
     the end                      tokens after the last trained one are left out: nothing depends on them
 
 Text between two added tokens is encoded on its own by every tokenizer of the package `tokenizers`; this is what makes
@@ -16,8 +16,8 @@ it right to encode a part again, and to encode the second side of a pair from it
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, chain, islice
 from typing import Any, Literal
@@ -40,8 +40,8 @@ ANCHORS = ("\n", "x", ".")
 class Tokens:
     """Token ids with the characters [starts, ends) that each stands for.
 
-    Ends never fall, and no character lies between two tokens: white space that a tokenizer trims from its offsets
-    belongs to the token after it.
+    Ends never fall. Characters that a tokenizer leaves out of its offsets (white space, combining characters) belong to
+    the token behind them, or to the one in front of them if that is an added token.
     """
 
     ids: list[int]
@@ -49,16 +49,32 @@ class Tokens:
     ends: list[int]
 
     @classmethod
-    def of(cls, encoding: Any) -> Tokens:
-        starts, stops = zip(*encoding.offsets, strict=True) if len(encoding) else ((), ())
+    def of(cls, encoding: Any, added: Container[int]) -> Tokens:
+        """The tokens of an encoding. added: ids of added tokens, which take in no character that is not theirs."""
+        ids: list[int] = encoding.ids
+        starts, stops = zip(*encoding.offsets, strict=True) if ids else ((), ())
         ends = list(accumulate(stops, max))
-        return cls(encoding.ids, list(map(min, starts, chain((0,), ends))), ends)
+        filled = list(map(min, starts, chain((0,), ends)))
+        if filled != list(starts):
+            for i, start in enumerate(starts):
+                if start > filled[i] and ids[i] in added:
+                    # a normaliser has made two characters one, and the offsets leave out the second
+                    filled[i] = start
+                    if i and ids[i - 1] not in added:
+                        ends[i - 1] = start
+        return cls(ids, filled, ends)
 
     def __getitem__(self, part: slice) -> Tokens:
         return Tokens(self.ids[part], self.starts[part], self.ends[part])
 
     def __add__(self, other: Tokens) -> Tokens:
         return Tokens(self.ids + other.ids, self.starts + other.starts, self.ends + other.ends)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The parts one behind the other."""
+        columns = ([part.ids for part in parts], [part.starts for part in parts], [part.ends for part in parts])
+        return cls(*(list(chain.from_iterable(column)) for column in columns))
 
     def shifted(self, by: int) -> Tokens:
         return Tokens(list(self.ids), [s + by for s in self.starts], [e + by for e in self.ends])
@@ -76,22 +92,23 @@ class EncodedSide:
 class Encoded:
     """An example as tokens, before any limit.
 
-    num_split: sides with a token across the boundary. num_controls: control tokens that were kept as text.
+    counts: what was done to the row, by the names of `COUNTERS`. num_prompt_turns: messages in front of the first
+    trained answer.
     """
 
     prompt_ids: list[int]
     sides: tuple[EncodedSide, ...]
-    num_split: int
-    num_controls: int
+    counts: Mapping[str, int] = field(default_factory=dict)
+    num_prompt_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
+    rendered: Rendered
     prompt_ids: list[int]
     ids: list[int]
     mask: bytes
     was_split: bool
-    boundary: int
     controls: list[int]
 
 
@@ -166,13 +183,15 @@ class Encoder:
         tokens, start, was_split = self._split(rendered.text, tokens, rendered.boundary)
         ids, mask = self._completion(rendered, tokens, start)
         leading = self._leading if rendered.starts_bare else []
-        return _Side(leading + tokens.ids[:start], ids, mask, was_split, rendered.boundary, controls)
+        return _Side(rendered, leading + tokens.ids[:start], ids, mask, was_split, controls)
 
     def _with_controls_as_text(self, rendered: Rendered, tokens: Tokens) -> tuple[Tokens, list[int]]:
         """The tokens without control tokens inside of contents, and at which characters there were any."""
-        places = []
+        places: list[int] = []
+        parts: list[Tokens] = []
+        done = 0
         content_starts = [content[0] for content in rendered.contents]
-        for i in [i for i, token in enumerate(tokens.ids) if token in self._controls][::-1]:
+        for i in [i for i, token in enumerate(tokens.ids) if token in self._controls]:
             token, start, stop = tokens.ids[i], tokens.starts[i], tokens.ends[i]
             last = bisect_left(content_starts, stop) - 1
             if last < 0 or rendered.contents[last][1] <= start:
@@ -186,9 +205,10 @@ class Encoder:
             if last < 0 or rendered.contents[last][1] <= left:
                 continue
             if token in self._special or not rendered.contents[last][2]:
-                tokens = tokens[:i] + self._part(words, "inside").shifted(start) + tokens[i + 1 :]
+                parts += [tokens[done:i], self._part(words, "inside").shifted(start)]
                 places.append(left)
-        return tokens, places
+                done = i + 1
+        return (Tokens.joined([*parts, tokens[done:]]) if parts else tokens), places
 
     def _is_written(self, token: int, words: str) -> bool:
         """Whether a control token comes from its own text; the unknown token can come from any."""
@@ -223,21 +243,15 @@ class Encoder:
         return tokens[:start] + alone.shifted(left) + after + tokens[end:], start + len(alone.ids), across
 
     def _completion(self, rendered: Rendered, tokens: Tokens, start: int) -> tuple[list[int], bytes]:
-        """Ids and mask from token `start` on, to the end token that closes the last trained span."""
+        """Ids and mask from token `start` on, to the last trained token; the last answer ends with an end token."""
         mask = bytearray(len(tokens.ids))
-        closed, after = False, start
+        after = start
         for begin, stop in rendered.trained:
-            after = bisect_right(tokens.ends, begin, start)
-            while after < len(mask) and tokens.starts[after] < stop:
-                mask[after] = 1
-                after += 1
-            closed = after > start and bool(mask[after - 1]) and self._is_special(rendered.text, tokens, after - 1)
-            end = None if closed else self._end_token(rendered, tokens, stop, after)
-            if end is not None:
-                mask[after : end + 1] = bytes([1]) * (end + 1 - after)
-                closed = True
+            first = bisect_right(tokens.ends, begin, start)
+            after = max(bisect_left(tokens.starts, stop, first), first)
+            mask[first:after] = bytes([1]) * (after - first)
         stop = mask.rfind(1) + 1
-        if closed:
+        if self._is_closed(rendered.text, tokens, mask):
             return tokens.ids[start:stop], bytes(mask[start:stop])
         if self._eos is None:
             raise ModelError(
@@ -248,19 +262,14 @@ class Encoder:
         stop = max(stop, after)
         return [*tokens.ids[start:stop], self._eos], bytes(mask[start:stop]) + b"\1"
 
-    def _end_token(self, rendered: Rendered, tokens: Tokens, stop: int, after: int) -> int | None:
-        """The control token that closes the span that ends at `stop`; only white space may stand between."""
-        text, contents = rendered.text, rendered.contents
-        place = stop + len(text[stop:]) - len(text[stop:].lstrip())
-        end = bisect_right(tokens.ends, place, after)
-        if not contents or end == len(tokens.ids) or not self._is_special(text, tokens, end):
-            return None
-        following = min((a for a, _, _ in contents if a > place), default=None)
-        if following is None or tokens.ids[end] == self._eos:
-            return end
-        # the header of the next turn may begin with a control token: then the answer has none of its own
-        header = tokens.ids[end + 1 : bisect_left(tokens.starts, following, end + 1)]
-        return end if any(token in self._special for token in header) else None
+    def _is_closed(self, text: str, tokens: Tokens, mask: bytearray) -> bool:
+        """Whether the last trained token is an end token, but for white space that a generation block holds behind."""
+        last = mask.rfind(1)
+        while last >= 0 and mask[last] and not self._is_special(text, tokens, last):
+            if text[tokens.starts[last] : tokens.ends[last]].strip():
+                return False
+            last -= 1
+        return last >= 0 and bool(mask[last])
 
     def _encode_part(self, text: str, place: Place) -> Tokens:
         """A part of a text as plain text, without control tokens, as it is encoded at its place."""
@@ -302,7 +311,10 @@ class Encoder:
         backend.no_padding()
         backend.encode_special_tokens = as_text
         try:
-            return [Tokens.of(encoding) for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+            return [
+                Tokens.of(encoding, self._added)
+                for encoding in backend.encode_batch(list(texts), add_special_tokens=False)
+            ]
         finally:
             backend.encode_special_tokens = False
 
@@ -313,7 +325,9 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
     ids = [side.prompt_ids + side.ids for side in sides]
     masks = [bytes(len(side.prompt_ids)) + side.mask for side in sides]
     # what stands in the prompt is met on every side, but counts once
-    controls = {(0 if at < side.boundary else n + 1, at) for n, side in enumerate(sides) for at in side.controls}
+    controls = {
+        (0 if at < side.rendered.boundary else n + 1, at) for n, side in enumerate(sides) for at in side.controls
+    }
     shared = min(len(prompt) for prompt in prompts)
     if any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
         shared = next(i for i in range(shared) if len({prompt[i] for prompt in prompts}) > 1)
@@ -325,6 +339,13 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
     return Encoded(
         ids[0][:shared],
         tuple(EncodedSide(i[shared:], m[shared:]) for i, m in zip(ids, masks, strict=True)),
-        num_split=sum(side.was_split for side in sides),
-        num_controls=len(controls),
+        {
+            "boundaries_split": sum(side.was_split for side in sides),
+            "controls_as_text": len(controls),
+            "answers_as_history": sum(side.rendered.num_history for side in sides),
+            "answers_left_out": sum(side.rendered.num_left_out for side in sides),
+            "reasoning_dropped": sum(side.rendered.num_dropped_reasoning for side in sides),
+            "other_prompts": not all(side.rendered.is_generation_prompt for side in sides),
+        },
+        min(side.rendered.num_prompt_turns for side in sides),
     )

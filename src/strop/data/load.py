@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
 from strop.data.cache import Rejected, Tokenised, fetch
+from strop.data.counters import COUNTERS
 from strop.data.crew import work_all
 from strop.data.report import DataReport, Rendering, SplitCounts
 from strop.data.sources import Source, choose_sources
@@ -44,11 +45,14 @@ class LoadedData:
     rejected: Sequence[Mapping[str, Any]]
 
 
-def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape) -> LoadedData:
+def load_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape, stop_tokens: Sequence[int] = ()
+) -> LoadedData:
     """Reads, renders, encodes and cuts the rows that the configuration names, or finds that done.
 
     Args:
-        rows: what the method needs: one completion a row, pairs, or labelled completions (made of pairs, too).
+        rows: what the method needs: one completion per row, pairs, or labelled completions (made of pairs, too).
+        stop_tokens: ids of tokens that generation with the model stops at, besides the tokenizer's EOS token.
 
     Raises:
         ConfigError: no source is named; messages under `dataset.render: raw`.
@@ -57,7 +61,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowSh
     """
     dataset = config.dataset
     sources = choose_sources(dataset, rows)
-    workshop = Workshop(config, tokenizer, rows)
+    workshop = Workshop(config, tokenizer, rows, stop_tokens)
     identity = workshop.identity()
     train = _train_parts(sources.train, workshop, identity, config)
     groups = _joined([part.whole for part in train])
@@ -184,9 +188,7 @@ def _counts(parts: Sequence[_Part], kept: Groups, train: Sequence[_Part]) -> Spl
         counts.not_used += _num_rows(part.tokens.shard) - _num_rows(part.whole)
     counts.kept = _num_rows(kept)
     counts.rows_read = counts.kept + counts.not_used + counts.refused.total() + counts.dropped.total()
-    counts.prompts_cut = int(kept.column("prompt_cut").sum())
-    for field in ("completions_cut", "without_end_token", "boundaries_split", "controls_as_text", "double_bos"):
-        setattr(counts, field, int(kept.column(field).sum()))
+    counts.changes = {name: int(kept.column(name).sum()) for name in COUNTERS}
     return counts
 
 

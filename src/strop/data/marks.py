@@ -1,85 +1,146 @@
-"""Marks: private-use characters around contents, by which a rendering shows where it has put them. Floor 2.
+"""Marks: private-use characters around what a row has written, by which a rendering shows where it has put it. Floor 2.
 
-In: messages. Out: the same messages with marked contents; and from a marked rendering the text without marks, the
-span of each message's content in it, and the spans of generation blocks moved to it.
+In: messages. Out: the same messages with marks; and from a marked rendering the text without marks and the place of
+every marked piece in it.
+
+Marked are contents, reasoning and the names of called tools. An answer that holds `<think>` and `</think>` is marked in
+pieces between these tags, since templates take such answers apart there. Marks stand inside of the white space at a
+piece's ends, so a template may trim what it likes.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from strop.types import Message
 
 Span = tuple[int, int]
 """[start, stop) in characters."""
 
+Kind = Literal["content", "thought", "reasoning", "call"]
+"""What a piece is: a content (or what of it stands outside of `<think>` tags), what stands between these tags, a text
+under a key of its own for reasoning, or the name of a called tool."""
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which rows and templates have the reasoning of an assistant turn."""
+
+THINK_TAG = re.compile(r"(</?think>)")
+
 PLANES = ((0xF0000, re.compile("([\U000f0000-\U000ffffd])")), (0x100000, re.compile("([\U00100000-\U0010fffd])")))
 """First mark and all marks of the two private-use planes: where a text holds a character of one, the other serves."""
 
+MOST_PIECES = 0xFFFE // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A marked text. message: number of its message."""
+
+    message: int
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rendering has put a piece: [start, stop) in the text without marks. A piece can stand more than once."""
+
+    start: int
+    stop: int
+    piece: Piece
+
 
 @dataclass(frozen=True)
-class Unmarked:
+class Reading:
     """A marked rendering, read.
 
-    text: without marks. spans: message number -> where its content stands, if both marks stand once and in order.
-    seen: messages of which any mark is there. _marks: where the marks stood, in the marked text.
+    text: without marks. places: in order of their starts. is_whole: every mark that opens is closed.
     """
 
     text: str
-    spans: dict[int, Span]
-    seen: frozenset[int]
-    _marks: tuple[int, ...]
+    places: tuple[Place, ...]
+    is_whole: bool
 
-    def moved(self, spans: Sequence[Span]) -> list[Span]:
-        """Spans of the marked text as spans of `text`."""
-        return [(a - bisect_left(self._marks, a), b - bisect_left(self._marks, b)) for a, b in spans]
+    def of(self, message: int) -> list[Place]:
+        """The places of one message's pieces, in order."""
+        return [place for place in self.places if place.piece.message == message]
 
 
 class Marks:
-    """The marks for one conversation."""
+    """One conversation with marks around its pieces.
 
-    def __init__(self, base: int, pattern: re.Pattern[str]) -> None:
+    messages: the marked messages. pieces: what is marked.
+    """
+
+    def __init__(self, base: int, pattern: re.Pattern[str], messages: Sequence[Message]) -> None:
         self._base, self._pattern = base, pattern
+        self.pieces: list[Piece] = []
+        self.messages = tuple(self._marked_message(i, message) for i, message in enumerate(messages))
 
     @classmethod
-    def unused_in(cls, text: str, num_messages: int) -> Marks | None:
-        """Marks that `text` does not hold; None where it holds some of every plane."""
-        free = (plane for plane in PLANES if not plane[1].search(text))
-        plane = next(free, None) if 2 * num_messages <= 0xFFFE else None
-        return None if plane is None else cls(*plane)
+    def put(cls, messages: Sequence[Message], text: str) -> Marks | None:
+        """The messages with marks that their rendering `text` does not hold; None where there are none to be had."""
+        plane = next((plane for plane in PLANES if not plane[1].search(text)), None)
+        marks = None if plane is None else cls(*plane, messages)
+        return None if marks is None or len(marks.pieces) > MOST_PIECES else marks
 
-    def put(self, messages: Sequence[Message], *, outside: bool) -> list[Message]:
-        """The messages with marks around their contents: outside or inside of white space at the contents' ends.
-
-        Empty contents stay as they are, for templates ask for them; only an empty answer is marked, to know where it
-        stands. What is not marked is the same object.
-        """
-        return [self._put(message, self._base + 2 * i, outside) for i, message in enumerate(messages)]
-
-    def _put(self, message: Message, start: int, outside: bool) -> Message:
-        content = message.get("content")
-        if content is None or (not content and (message["role"] != "assistant" or "tool_calls" in message)):
-            return message
-        core = content if outside else content.strip()
-        left, right = content.split(core, 1) if core else ("", content)
-        return {**message, "content": f"{left}{chr(start)}{core}{chr(start + 1)}{right}"}
-
-    def take(self, rendered: str) -> Unmarked:
-        """Reads a rendering of marked messages."""
-        pieces = self._pattern.split(rendered)  # text, mark, text, mark, ..., text
-        at: dict[int, list[int]] = {}
-        marks: list[int] = []
-        position = 0
-        for text, mark in zip(pieces[::2], pieces[1::2], strict=False):
+    def read(self, rendered: str) -> Reading:
+        """Reads a rendering of (the first of) the marked messages."""
+        parts = self._pattern.split(rendered)  # text, mark, text, mark, ..., text
+        places: list[Place] = []
+        opened: dict[int, int] = {}
+        position, is_whole = 0, True
+        for text, mark in zip(parts[::2], parts[1::2], strict=False):
             position += len(text)
-            at.setdefault(ord(mark) - self._base, []).append(position)
-            marks.append(position + len(marks))
-        spans = {}
-        for number, starts in at.items():
-            stops = at.get(number + 1, [])
-            if number % 2 == 0 and len(starts) == len(stops) == 1 and starts[0] <= stops[0]:
-                spans[number // 2] = (starts[0], stops[0])
-        return Unmarked("".join(pieces[::2]), spans, frozenset(number // 2 for number in at), tuple(marks))
+            number, closes = divmod(ord(mark) - self._base, 2)
+            if number >= len(self.pieces) or bool(closes) != (number in opened):
+                is_whole = False
+            elif closes:
+                places.append(Place(opened.pop(number), position, self.pieces[number]))
+            else:
+                opened[number] = position
+        places.sort(key=lambda place: (place.start, place.stop))
+        return Reading("".join(parts[::2]), tuple(places), is_whole and not opened)
+
+    def _marked_message(self, i: int, message: Message) -> Message:
+        """The message with marks; what is empty stays as it is, for templates ask for that. Only an empty answer is
+        marked, to know where it stands."""
+        answers = message["role"] == "assistant"
+        changed: dict[str, Any] = {}
+        content = message.get("content")
+        if isinstance(content, str) and answers and THINK_TAG.search(content):
+            changed["content"] = self._marked_thoughts(i, content)
+        elif isinstance(content, str) and (content.strip() or (answers and "tool_calls" not in message)):
+            changed["content"] = self._marked(i, "content", content)
+        for key in REASONING_KEYS:
+            if answers and isinstance(message.get(key), str) and message[key].strip():
+                changed[key] = self._marked(i, "reasoning", message[key])
+        if "tool_calls" in message:
+            changed["tool_calls"] = [self._marked_call(i, call) for call in message["tool_calls"]]
+        return {**message, **changed}
+
+    def _marked_thoughts(self, i: int, content: str) -> str:
+        """An answer with `<think>` tags, each text between two tags marked by itself: a thought ends at `</think>`."""
+        parts = THINK_TAG.split(content)  # text, tag, text, tag, ..., text
+        for n in range(0, len(parts), 2):
+            if parts[n].strip():
+                kind: Kind = "thought" if parts[n + 1 : n + 2] == ["</think>"] else "content"
+                parts[n] = self._marked(i, kind, parts[n])
+        return "".join(parts)
+
+    def _marked_call(self, i: int, call: Mapping[str, Any]) -> Mapping[str, Any]:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            return call
+        function = {**function, "name": self._marked(i, "call", function["name"])}
+        return {**call, "function": function} if "function" in call else function
+
+    def _marked(self, message: int, kind: Kind, text: str) -> str:
+        start = self._base + 2 * len(self.pieces)
+        core = text.strip()
+        self.pieces.append(Piece(message, kind, core))
+        left, right = text.split(core, 1) if core else ("", text)
+        return f"{left}{chr(start)}{core}{chr(start + 1)}{right}"

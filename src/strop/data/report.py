@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from strop.data.counters import COUNTERS
 from strop.data.doctor import Findings, examine
 from strop.data.table import Groups
 
@@ -25,9 +26,8 @@ class SplitCounts:
     """Counts of one split. Rows where no other unit is named.
 
     refused: by reason, rows that could not be read or rendered. dropped: by reason, rows with nothing to train on
-    within the limits. prompts_cut: rows. completions_cut, without_end_token, boundaries_split: completions.
-    controls_as_text: control tokens that stood in contents and were encoded as text. not_used: good rows that a
-    source's `fraction` leaves out. double_bos: rows that begin with two BOS tokens.
+    within the limits. not_used: good rows that a source's `fraction` leaves out. changes: by the names of `COUNTERS`,
+    what was done to the rows that are kept.
     """
 
     source: str
@@ -37,15 +37,12 @@ class SplitCounts:
     not_used: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    prompts_cut: int = 0
-    completions_cut: int = 0
-    without_end_token: int = 0
-    boundaries_split: int = 0
-    controls_as_text: int = 0
-    double_bos: int = 0
+    changes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "refused": dict(self.refused), "dropped": dict(self.dropped)}
+        """What data.json holds: the changes stand beside the other counts."""
+        others = {name: value for name, value in vars(self).items() if name != "changes"}
+        return {**others, **self.changes, "refused": dict(self.refused), "dropped": dict(self.dropped)}
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,7 @@ class DataReport:
             notes = {
                 "blank lines": c.blank_lines,
                 "rows not used, by the fraction of their source": c.not_used,
-                "prompts cut at the left": c.prompts_cut,
-                "boundaries inside a token, encoded in two parts": c.boundaries_split,
-                "control tokens in the rows' words, encoded as text": c.controls_as_text,
+                **{words: c.changes[name] for name, words in COUNTERS.items() if words},
             }
             lines += [f"{name}: {n} {what}" for what, n in notes.items() if n]
             lines += [f"{name}: {words}" for words in self._cut(name)]
@@ -115,17 +110,17 @@ class DataReport:
 
     def _cut(self, name: str) -> Iterator[str]:
         """How many completions are not whole, and what to do about it."""
-        counts = self.splits[name]
-        if counts.completions_cut:
-            share = counts.completions_cut / self.statistics[name]["num_completions"]
+        changes = self.splits[name].changes
+        if num_cut := changes["completions_cut"]:
+            share = num_cut / self.statistics[name]["num_completions"]
             yield (
-                f"{counts.completions_cut} completions ({share:.1%}) cut at the right: raise training.max_seq_length "
+                f"{num_cut} completions ({share:.1%}) cut at the right: raise training.max_seq_length "
                 "(and max_completion_length), or leave such rows out by dataset.filter_overlength_samples: true"
             )
-        if counts.without_end_token:
+        if num_open := changes["without_end_token"]:
             yield (
-                f"{counts.without_end_token} completions without an end token after the cut: the model does not learn "
-                "from them where to stop"
+                f"{num_open} completions without an end token after the cut: the model does not learn from them where "
+                "to stop"
             )
 
     def _lengths(self, name: str) -> Iterator[str]:

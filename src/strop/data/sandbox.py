@@ -62,8 +62,8 @@ def render(
     *,
     generation_prompt: bool = False,
     track: bool = False,
-) -> tuple[str, list[Span]]:
-    """The rendering and, where `track` asks for them, the spans of its generation blocks.
+) -> tuple[str, list[Span] | None]:
+    """The rendering and, where `track` asks for them, the spans of its generation blocks; None: there are none.
 
     Raises:
         RowRefused: template_error: the template fails on these messages.
@@ -76,7 +76,7 @@ def render(
             # what transformers does to messages before it renders them would change nothing, but takes longer
             return _compile_jinja_template(template).render(
                 messages=list(messages), tools=None, documents=None, **how
-            ), []
+            ), None
         texts, spans = render_jinja_template(
             conversations=[list(messages)],
             tools=list(tools) if tools else None,
@@ -96,7 +96,7 @@ def render(
             f"the chat template fails on this row: {str(error)[:200] or type(error).__name__}",
             expected="messages that the chat template of the model knows",
         ) from error
-    return texts[0], [(start, stop) for start, stop in spans[0]] if track else []
+    return texts[0], [(start, stop) for start, stop in spans[0]] if track else None
 
 
 def _is_plain(message: Message) -> bool:

@@ -13,8 +13,8 @@ import hashlib
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
+from strop.data.counters import COUNTERS
 from strop.types import Completion, Group, GroupLengths, Origin
 
 SCHEMA = pa.schema(
@@ -37,12 +38,7 @@ SCHEMA = pa.schema(
         ("again", pa.int32()),
         ("line", pa.int64()),
         ("file", pa.int32()),
-        ("prompt_cut", pa.int32()),
-        ("completions_cut", pa.int32()),
-        ("without_end_token", pa.int32()),
-        ("boundaries_split", pa.int32()),
-        ("controls_as_text", pa.int32()),
-        ("double_bos", pa.int32()),
+        *((name, pa.int32()) for name in COUNTERS),
         ("raw", pa.int32()),
         ("prompt_hash", pa.uint64()),
         ("first_hash", pa.uint64()),
@@ -50,7 +46,6 @@ SCHEMA = pa.schema(
         ("digest", pa.binary(16)),
     ]
 )
-COUNTERS = ("prompt_cut", "completions_cut", "without_end_token", "boundaries_split", "controls_as_text", "double_bos")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +59,7 @@ class Record:
     group: Group
     file: int
     prompt_key: bytes
-    prompt_cut: int = 0
-    completions_cut: int = 0
-    without_end_token: int = 0
-    boundaries_split: int = 0
-    controls_as_text: int = 0
-    double_bos: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
     raw: int = 0
     again: int = 0
 
@@ -92,7 +82,9 @@ def to_table(records: Sequence[Record]) -> Any:
         "label": [-1 if g.label is None else int(g.label) for g in groups],
         "line": [g.origin.line for g in groups],
         "file": [record.file for record in records],
-        **{name: [int(getattr(record, name)) for record in records] for name in (*COUNTERS, "raw", "again")},
+        **{name: [int(record.counts.get(name, 0)) for record in records] for name in COUNTERS},
+        "raw": [int(record.raw) for record in records],
+        "again": [record.again for record in records],
         "prompt_hash": [_hash(record.prompt_key) for record in records],
         "first_hash": [_hash(_bytes(g.completions[0].ids)) for g in groups],
         # of a labelled group: 1 or 2, which no other group has

@@ -65,7 +65,7 @@ def from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
     if first is None or 1 not in mask:
         raise RowRefused("nothing_labelled", "no label is a token to train", expected="at least one after the first")
     stop = first + mask.rfind(1) + 1
-    return Encoded(ids[:first], (EncodedSide(ids[first:stop], mask[: stop - first]),), num_split=0, num_controls=0)
+    return Encoded(ids[:first], (EncodedSide(ids[first:stop], mask[: stop - first]),))
 
 
 def _integers(value: Any, field: str) -> list[int]:

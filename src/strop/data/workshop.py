@@ -21,7 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
-from strop.data.chat import Rendered, Renderer
+from strop.data.chat import Rendered, Renderer, TextRules
 from strop.data.encode import Encoded, Encoder
 from strop.data.formats import Columns, to_example
 from strop.data.readers import parse_line
@@ -55,7 +55,13 @@ class Worked:
 class Workshop:
     """Works on rows as the configuration says."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: RowShape,
+        stop_tokens: Sequence[int] = (),
+    ) -> None:
         dataset = config.dataset
         self._rows = rows
         self._columns = Columns.of(dataset)
@@ -63,7 +69,10 @@ class Workshop:
         self._bos: int | None = tokenizer.bos_token_id
         self._vocabulary = len(tokenizer)
         self.limits = Limits.of(config.training, dataset.filter_overlength_samples)
-        self.renderer = Renderer(tokenizer, dataset.render, dataset.template)
+        rules = TextRules(
+            dataset.render, dataset.template, dataset.train_on, dataset.on_dropped_reasoning, dataset.date
+        )
+        self.renderer = Renderer(tokenizer, rules, stop_tokens)
         self._encoder = Encoder(tokenizer, self.renderer.template)
         self._tokenizer = tokenizer
 
@@ -75,8 +84,7 @@ class Workshop:
             "rows": self._rows,
             "columns": repr(self._columns),
             "limits": repr(self.limits),
-            "template": self.renderer.template,
-            "wraps_text": self.renderer.wraps_text,
+            "text": self.renderer.identity(),
             "tokenizer": [hashlib.sha256(part.encode(errors="surrogatepass")).hexdigest() for part in parts],
             "code": _code(),
             "versions": [tokenizers.__version__, transformers.__version__],
@@ -151,7 +159,7 @@ class Workshop:
         if self.limits.drop:
             return {}
         long = {
-            i: example
+            i: example.split_before(result.num_prompt_turns)
             for i, (example, result) in enumerate(zip(examples, results, strict=True))
             if isinstance(example, Example) and isinstance(result, Encoded) and self.limits.prompt_is_too_long(result)
         }
@@ -175,12 +183,13 @@ class Workshop:
             group,
             file,
             prompt_key=_prompt_key(example, encoded),
-            prompt_cut=done.prompt_cut,
-            completions_cut=done.completions_cut,
-            without_end_token=sum(not self._encoder.is_end_token(c.ids[-1]) for c in group.completions),
-            boundaries_split=encoded.num_split,
-            controls_as_text=encoded.num_controls,
-            double_bos=self._bos is not None and list(_start(encoded)) == [self._bos] * 2,
+            counts={
+                **encoded.counts,
+                "prompts_cut": done.prompt_cut,
+                "completions_cut": done.completions_cut,
+                "without_end_token": sum(not self._encoder.is_end_token(c.ids[-1]) for c in group.completions),
+                "double_bos": self._bos is not None and list(_start(encoded)) == [self._bos] * 2,
+            },
             raw=isinstance(example, Encoded) or self.renderer.is_raw(example),
         )
 

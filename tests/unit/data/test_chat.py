@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from strop.data.chat import Rendered, Renderer
+from strop.data.chat import Rendered, Renderer, TextRules
 from strop.data.marks import Marks
 from strop.data.rows import RowRefused
 from strop.errors import ConfigError, ModelError
@@ -47,7 +47,7 @@ def turn(role: str, content: str | None, **more: Any) -> Message:
 def render(tokenizer: PreTrainedTokenizerFast, *messages: Message, tools: Any = None) -> Rendered:
     """The conversation, split before its first assistant turn."""
     first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    (rendered,) = Renderer(tokenizer, "auto").render(Example(messages[:first], (messages[first:],), HERE, tools))
+    (rendered,) = Renderer(tokenizer).render(Example(messages[:first], (messages[first:],), HERE, tools))
     return rendered
 
 
@@ -77,11 +77,18 @@ def test_the_trained_spans_are_the_assistants_words(
 
     assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
     as_rendered = str.strip if name == "trimming" else str
-    assert sorted(words(rendered, rendered.contents)) == sorted(as_rendered(m["content"]) for m in messages)
-    end = "<|end|>" if name == "generation_blocks" else ""
+    # marks stand inside of the white space at a content's ends
+    assert sorted(words(rendered, rendered.contents)) == sorted(m["content"].strip() for m in messages)
+    ends = {"mistral": "</s>", "system_into_user": " </s>", "no_end_token": "", "role_tokens": ""}
     # the space after the prompt is the model's to write
     lead = " " if name in ("mistral", "system_into_user", "no_end_token") else ""
-    assert words(rendered, rendered.trained) == [lead + as_rendered(contents[i]) + end for i in (1, 3)]
+    expected = [lead + as_rendered(contents[i]) + ends.get(name, "<|end|>") for i in (1, 3)]
+    if name in ("no_end_token", "role_tokens"):
+        # nothing closes an answer there, and what a template writes behind it is not the answer's
+        assert [a.rstrip() for a in words(rendered, rendered.trained)] == [e.rstrip() for e in expected]
+    else:
+        assert words(rendered, rendered.trained) == expected
+    assert rendered.is_generation_prompt and rendered.num_history == 0
     # the prompt is what inference sees
     first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
     opening = tokenizer.apply_chat_template(messages[:first], tokenize=False, add_generation_prompt=True)
@@ -92,17 +99,16 @@ def test_the_trained_spans_are_the_assistants_words(
 def test_white_space_at_the_ends_of_contents(make_tokenizer: Make, templates: dict[str, str]) -> None:
     messages = (turn("user", "q"), turn("assistant", "  two words \n"))
     kept = render(make_tokenizer(template=templates["chatml"]), *messages)
-    assert words(kept, kept.trained) == ["  two words \n"]
+    assert words(kept, kept.trained) == ["  two words \n<|end|>"]
     trimmed = render(make_tokenizer(template=templates["trimming"]), *messages)
-    assert words(trimmed, trimmed.trained) == ["two words"]
+    assert words(trimmed, trimmed.trained) == ["two words<|end|>"]
 
 
 def test_an_empty_answer_has_a_place(make_tokenizer: Make) -> None:
     rendered = render(
         make_tokenizer(), turn("user", "q"), turn("assistant", ""), turn("user", "r"), turn("assistant", "y")
     )
-    assert words(rendered, rendered.trained) == ["", "y"]
-    assert rendered.text[rendered.trained[0][0] :].startswith("<|end|>")
+    assert words(rendered, rendered.trained) == ["<|end|>", "y<|end|>"]
 
 
 def test_a_template_that_drops_a_turn_is_refused_for_rows_that_have_it(make_tokenizer: Make) -> None:
@@ -113,28 +119,39 @@ def test_a_template_that_drops_a_turn_is_refused_for_rows_that_have_it(make_toke
     assert refusal.value.reason == "dropped_by_template" and "system" in refusal.value.found
 
 
-def test_a_template_that_rewrites_answers_is_verified_by_prefixes(make_tokenizer: Make) -> None:
+def test_earlier_turns_whose_reasoning_is_dropped_are_history(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(template=THINKING)
     thoughts = "<think>hm</think>x"
     last = render(tokenizer, turn("user", "q"), turn("assistant", thoughts))
-    assert words(last, last.trained) == [thoughts]
-    # in front of another turn the thoughts go: an answer that is trained cannot be told, one that is context can
+    assert words(last, last.trained) == [thoughts + "<|end|>"]
+    # in front of another turn the thoughts go: inference would have written them
     messages = turn("user", "q"), turn("assistant", thoughts), turn("user", "r"), turn("assistant", "y")
+    rendered = render(tokenizer, *messages)
+    assert words(rendered, rendered.trained) == ["y<|end|>"] and rendered.num_history == 1
+    assert rendered.num_prompt_turns == 3 and "hm" not in rendered.text
+    assert rendered.text[: rendered.boundary] == tokenizer.apply_chat_template(
+        list(messages[:3]), tokenize=False, add_generation_prompt=True
+    )
+    (context,) = Renderer(tokenizer).render(Example(messages[:3], (messages[3:],), HERE))
+    assert words(context, context.trained) == ["y<|end|>"] and context.num_history == 0
+
+
+def test_without_marks_a_control_token_in_a_content_is_refused(make_tokenizer: Make) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + (m['content'] | length | string) + '</s>' }}"
+    tokenizer = make_tokenizer(template=template + "{% endfor %}")
+    rendered = render(tokenizer, turn("user", "q"), turn("assistant", "x"))
+    assert words(rendered, rendered.trained) == ["assistant:x1</s>"] and rendered.contents == ()
     with pytest.raises(RowRefused) as refusal:
-        render(tokenizer, *messages)
-    assert refusal.value.reason == "spans_not_found"
-    (context,) = Renderer(tokenizer, "auto").render(Example(messages[:3], (messages[3:],), HERE))
-    assert words(context, context.trained) == ["y<|end|>"]
-    # without marks a control token in a content cannot be told from the template's
-    with pytest.raises(RowRefused) as refusal:
-        Renderer(tokenizer, "auto").render(Example((*messages[:2], turn("user", "</s>")), (messages[3:],), HERE))
+        render(tokenizer, turn("user", "</s>"), turn("assistant", "x"))
     assert refusal.value.reason == "spans_not_found" and "</s>" in refusal.value.found
 
 
-def test_a_template_that_repeats_contents_is_verified_by_prefixes(make_tokenizer: Make) -> None:
+def test_every_place_of_a_repeated_content_is_found(make_tokenizer: Make) -> None:
     template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '|' + m['content'] + '</s>' }}{% endfor %}"
     rendered = render(make_tokenizer(template=template), turn("user", "q"), turn("assistant", "x"))
-    assert words(rendered, rendered.trained) == ["x|x</s>"] and rendered.contents == ()
+    # a template that writes no generation prompt leaves the header to the model
+    assert words(rendered, rendered.trained) == ["assistant:x|x</s>"]
+    assert words(rendered, rendered.contents) == ["q", "q", "x", "x"]
 
 
 def test_what_the_generation_prompt_writes_of_an_answer_is_prompt(
@@ -144,7 +161,7 @@ def test_what_the_generation_prompt_writes_of_an_answer_is_prompt(
     tokenizer = make_tokenizer(template=template)
     rendered = render(tokenizer, turn("user", "q"), turn("assistant", "<think>hm</think>x"))
     assert rendered.text[: rendered.boundary].endswith("<|start|>assistant\n<think>")
-    assert words(rendered, rendered.trained) == ["hm</think>x"]
+    assert words(rendered, rendered.trained) == ["hm</think>x<|end|>"]
 
 
 def test_tool_calls_are_trained_whole_and_never_dropped(make_tokenizer: Make) -> None:
@@ -177,7 +194,8 @@ def test_control_tokens_in_tool_calls_are_refused(make_tokenizer: Make) -> None:
         assert refusal.value.reason == "control_token"
 
 
-def test_generation_blocks_that_leave_tool_calls_out_are_not_believed(make_tokenizer: Make) -> None:
+def test_generation_blocks_decide(make_tokenizer: Make) -> None:
+    """As transformers has it: what no block marks is not trained, be it a tool call."""
     template = CALLING.replace(
         "{{ '<|start|>' + m['role'] + '\n' + (m['content'] or '') }}",
         "{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and m['content'] %}{% generation %}"
@@ -185,7 +203,10 @@ def test_generation_blocks_that_leave_tool_calls_out_are_not_believed(make_token
     )
     calling = turn("assistant", None, tool_calls=[CALL])
     rendered = render(make_tokenizer(template=template), turn("user", "q"), calling, turn("assistant", "x"))
-    assert "search" in words(rendered, rendered.trained)[0]
+    assert words(rendered, rendered.trained) == ["x"]
+    with pytest.raises(RowRefused) as refusal:
+        render(make_tokenizer(template=template), turn("user", "q"), calling)
+    assert refusal.value.reason == "nothing_trained"
 
 
 def test_a_template_that_fails_refuses_the_row(make_tokenizer: Make) -> None:
@@ -205,21 +226,23 @@ def test_rows_that_hold_marks_themselves(make_tokenizer: Make) -> None:
     for content in ("\U000f0000\U000f0001", "\U00100000x\U000f0003"):
         rendered = render(tokenizer, turn("user", content), turn("assistant", content))
         assert [w.removesuffix("<|end|>") for w in words(rendered, rendered.trained)] == [content]
-    assert Marks.unused_in("\U00100000\U000f0003", 1) is None
+    assert Marks.put((), "\U00100000\U000f0003") is None
 
 
 def test_text_rows_are_wrapped_or_not(make_tokenizer: Make) -> None:
     example = Example("q", (" x", " y"), HERE)
-    raw, _ = Renderer(make_tokenizer(), "raw").render(example)
+    raw, _ = Renderer(make_tokenizer(), TextRules("raw")).render(example)
     assert (raw.text, raw.boundary, raw.trained, raw.starts_bare) == ("q x", 1, ((1, 3),), True)
     for mode in ("auto", "chat"):
-        chat, _ = Renderer(make_tokenizer(), mode).render(example)  # type: ignore[arg-type]
+        chat, _ = Renderer(make_tokenizer(), TextRules(mode)).render(example)  # type: ignore[arg-type]
         assert chat.text == "<|start|>user\nq<|end|>\n<|start|>assistant\n x<|end|>\n" and not chat.starts_bare
     bare = make_tokenizer(template=None)
-    assert Renderer(bare, "auto").render(example)[0].text == "q x"
-    assert Renderer(bare, "chat").render(example)[0].text == "User: q\n\nAssistant:  x</s>\n\n"
+    assert Renderer(bare).render(example)[0].text == "q x"
+    assert Renderer(bare, TextRules("chat")).render(example)[0].text == "User: q\n\nAssistant:  x</s>\n\n"
     with pytest.raises(ConfigError, match="raw") as error:
-        Renderer(make_tokenizer(), "raw").render(Example((turn("user", "q"),), ((turn("assistant", "x"),),), HERE))
+        Renderer(make_tokenizer(), TextRules("raw")).render(
+            Example((turn("user", "q"),), ((turn("assistant", "x"),),), HERE)
+        )
     assert error.value.where == str(HERE)
 
 
@@ -237,7 +260,7 @@ def test_the_built_in_template_goes_for_tokenizers_without_one(make_tokenizer: M
     begin = "<s>" if adds_bos else ""
     assert rendered.text == f"{begin}b\n\nUser: q\n\nAssistant: x</s>\n\nUser: r\n\nAssistant: y</s>\n\n"
     assert words(rendered, rendered.trained) == [" x</s>", " y</s>"]
-    tokenizer.chat_template = Renderer(tokenizer, "auto").template
+    tokenizer.chat_template = Renderer(tokenizer).template
     assert tokenizer.apply_chat_template(list(messages), tokenize=False) == rendered.text
 
 
@@ -249,4 +272,4 @@ def test_a_tokenizer_with_two_templates_uses_the_one_for_tools(make_tokenizer: M
     assert not render(tokenizer, turn("user", "q"), turn("assistant", "x")).text.startswith("<|start|>tools")
     tokenizer.chat_template = {"tool_use": CALLING, "rag": templates["chatml"]}
     with pytest.raises(ModelError, match="tool_use, rag"):
-        Renderer(tokenizer, "auto")
+        Renderer(tokenizer)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from strop.data.chat import Renderer
+from strop.data.chat import Renderer, TextRules
 from strop.data.encode import Encoded, Encoder
 from strop.data.rows import RowRefused
 from strop.errors import ModelError
@@ -53,7 +53,7 @@ def turns(*contents: str, system: str | None = None) -> tuple[Message, ...]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Turns, *sides: Turns, mode: Any = "auto") -> Encoded:
-    renderer = Renderer(tokenizer, mode)
+    renderer = Renderer(tokenizer, TextRules(mode))
     (result,) = Encoder(tokenizer, renderer.template).encode([renderer.render(Example(prompt, sides, HERE))])
     if isinstance(result, RowRefused):
         raise result
@@ -88,7 +88,7 @@ def test_ids_are_those_of_the_chat_template(
     whole = ids_of(tokenizer, messages)
     if name == "role_tokens":  # it closes no answer: the tokenizer's EOS does
         assert both.pop() == tokenizer.eos_token_id
-    if encoded.num_split == 0 and encoded.prompt_ids == whole[: len(encoded.prompt_ids)]:
+    if encoded.counts["boundaries_split"] == 0 and encoded.prompt_ids == whole[: len(encoded.prompt_ids)]:
         assert both == whole[: len(both)]
         # nothing is left out but what follows the last end token
         assert tokenizer.decode(whole[len(both) :]).strip() == ""
@@ -130,6 +130,7 @@ def test_no_end_token_means_the_eos_token(kind: str, make_tokenizer: Make, templ
 def test_an_eos_token_in_front_of_a_header_of_words_is_an_end_token(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(
         template="{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     encoded = encode(tokenizer, turns("q"), turns("q", "a dog", "r", "the fox")[1:])
     assert runs(tokenizer, encoded) == ["a dog</s>", "the fox</s>"]
@@ -150,12 +151,13 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_control_token(templates: 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
     tokenizer.chat_template = template
     encoded = encode(tokenizer, turns("a cat"), turns("", "a cow")[1:])
-    # the unknown word at the end closes nothing, so the EOS token follows; the header is context
+    # the unknown word at the end closes nothing, so the EOS token follows; the header is the model's to write, as no
+    # generation prompt does
     assert encoded.prompt_ids == [4, 2, 0]
-    assert (encoded.sides[0].ids, encoded.sides[0].mask) == ([5, 2, 0, 1], b"\0\1\1\1")
-    assert encoded.num_controls == 0
+    assert (encoded.sides[0].ids, encoded.sides[0].mask) == ([5, 2, 0, 1], b"\1\1\1\1")
+    assert encoded.counts["controls_as_text"] == 0
     written = encode(tokenizer, turns("a <unk>"), turns("", "a dog")[1:])
-    assert written.num_controls == 1
+    assert written.counts["controls_as_text"] == 1
 
 
 def test_white_space_before_the_end_token_is_trained(make_tokenizer: Make, templates: dict[str, str]) -> None:
@@ -183,7 +185,7 @@ def test_control_tokens_in_contents_are_text(
             # the same control tokens in the same order as without them
             expected = [t for t in base.prompt_ids + base.sides[0].ids if t in controls]
             assert [t for t in both if t in controls] == expected
-            assert encoded.num_controls == 4 * nasty.count(str(control))
+            assert encoded.counts["controls_as_text"] == 4 * nasty.count(str(control))
             if "legacy" not in kind:  # which puts spaces between parts
                 assert str(control) in "".join(runs(tokenizer, encoded))
 
@@ -196,7 +198,7 @@ def test_an_assistant_may_write_added_tokens_that_are_not_special(make_tokenizer
     # in others' mouths it is a control token if the template writes it
     assert call not in encoded.prompt_ids and think in encoded.prompt_ids
     assert call in encoded.sides[0].ids and think in encoded.sides[0].ids
-    assert encoded.num_controls == 1
+    assert encoded.counts["controls_as_text"] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,7 +224,7 @@ def test_a_bos_token_is_never_doubled(make_tokenizer: Make, templates: dict[str,
     for encoded in (chat, raw):
         assert encoded.prompt_ids[0] == bos
         assert [*encoded.prompt_ids, *encoded.sides[0].ids].count(bos) == 1
-    assert raw.num_controls == 1
+    assert raw.counts["controls_as_text"] == 1
 
 
 def test_a_token_across_the_boundary_is_split_and_counted(make_tokenizer: Make) -> None:
@@ -230,14 +232,14 @@ def test_a_token_across_the_boundary_is_split_and_counted(make_tokenizer: Make) 
     for word in [w for w in tokenizer.get_vocab() if len(w) > 1 and w.isascii() and w.isalpha()]:
         assert len(tokenizer(word)["input_ids"]) == 1
         encoded = encode(tokenizer, word[:-1], word[-1:])
-        assert encoded.num_split == 1
+        assert encoded.counts["boundaries_split"] == 1
         assert encoded.prompt_ids == tokenizer(word[:-1])["input_ids"]
         assert encoded.sides[0].ids[:-1] == tokenizer(word[-1:])["input_ids"]
     # through a template: the header's newline and the first of the answer's are one token
     chat = make_tokenizer()
     assert len(chat("\n\n")["input_ids"]) == 1
     encoded = encode(chat, turns("q"), turns("q", "\n\nx")[1:])
-    assert encoded.num_split == 1
+    assert encoded.counts["boundaries_split"] == 1
     assert encoded.prompt_ids == ids_of(chat, turns("q"), add_generation_prompt=True)
     assert runs(chat, encoded) == ["\n\nx<|end|>"]
 
@@ -262,9 +264,11 @@ def test_what_of_two_prompts_differs_is_context(make_tokenizer: Make) -> None:
     template = (
         "{% set last = messages[-1]['content'] %}{% for m in messages %}{{ '<|start|>' + m['role'] }}"
         "{{ ' long' if last | length > 1 and loop.first else '' }}{{ ':' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant:' }}{% endif %}"
     )
     tokenizer = make_tokenizer(template=template)
     encoded = encode(tokenizer, turns("q"), turns("", "x")[1:], turns("", "dog")[1:])
+    assert encoded.counts["other_prompts"] == 1
     assert tokenizer.decode(encoded.prompt_ids) == "<|start|>user"
     assert [runs(tokenizer, encoded, i) for i in (0, 1)] == [["x<|end|>"], ["dog<|end|>"]]
     assert tokenizer.decode(encoded.sides[1].ids).startswith(" long:q<|end|>")
@@ -295,7 +299,7 @@ def test_slow_tokenizers_are_refused(make_tokenizer: Make, monkeypatch: pytest.M
 
 def test_a_tokenizer_that_truncates_by_itself_does_not(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
-    renderer = Renderer(tokenizer, "auto")
+    renderer = Renderer(tokenizer)
     encoder = Encoder(tokenizer, renderer.template)
     rendered = renderer.render(Example(turns("a dog a dog a dog"), (turns("", "the fox the fox")[1:],), HERE))
     tokenizer.backend_tokenizer.enable_truncation(4)
@@ -316,7 +320,7 @@ def test_the_base_models_tokenizer(shared: Path) -> None:
 
 
 def check_real_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    renderer = Renderer(tokenizer, "auto")
+    renderer = Renderer(tokenizer)
     tokenizer.chat_template = renderer.template
     clean = turns("What is it?", "A dog.", "Say 日本 to 👩‍👧", "naïve, it is ok\n")
     encoded = encode(tokenizer, clean[:1], clean[1:])

@@ -196,7 +196,7 @@ def test_long_conversations_lose_their_first_turns_and_are_counted(
     config = make_config({"max_prompt_length": 64}, train_file=path, validation_split=0.0)
     data = load_data(config, tokenizer, "pair")
     texts = [tokenizer.decode(group.prompt_ids) for group in data.train]
-    assert data.report.splits["train"].prompts_cut == 1
+    assert data.report.splits["train"].changes["prompts_cut"] == 1
     assert all(len(group.prompt_ids) <= 64 for group in data.train)
     # whole messages went: the template is as whole as before
     assert texts[2].startswith("<|start|>system\nsystem 0<|end|>\n<|start|>user\n")
@@ -214,7 +214,7 @@ def test_completions_that_lose_their_end_token_are_counted(
         {"max_completion_length": 20}, train_file=write(tmp_path / "r.jsonl", rows), validation_split=0.0
     )
     counts = load_data(config, make_tokenizer(), "single").report.splits["train"]
-    assert (counts.kept, counts.completions_cut, counts.without_end_token) == (4, 2, 2)
+    assert (counts.kept, counts.changes["completions_cut"], counts.changes["without_end_token"]) == (4, 2, 2)
 
 
 def test_what_the_encoder_had_to_change_is_counted(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
@@ -222,7 +222,7 @@ def test_what_the_encoder_had_to_change_is_counted(tmp_path: Path, make_config: 
     config = make_config(train_file=write(tmp_path / "rows.jsonl", rows), validation_split=0.0)
     counts = load_data(config, make_tokenizer(), "pair").report.splits["train"]
     # both sides hold the prompt, whose control tokens count once
-    assert (counts.controls_as_text, counts.boundaries_split) == (2, 2)
+    assert (counts.changes["controls_as_text"], counts.changes["boundaries_split"]) == (2, 2)
 
 
 def test_the_report_says_how_rows_became_text(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:

@@ -70,7 +70,8 @@ def test_cut_completions_are_told_with_their_share_and_what_to_do(on_disk: Make)
 
 
 def test_a_report_is_json_and_says_what_was_lost(on_disk: Make) -> None:
-    counts = SplitCounts("rows.jsonl", rows_read=3, kept=1, prompts_cut=1)
+    counts = SplitCounts("rows.jsonl", rows_read=3, kept=1)
+    counts.changes["prompts_cut"] = 1
     counts.refused["empty_field"] += 1
     counts.dropped["nothing_trained"] += 1
     groups = on_disk([group([1], [2])])

@@ -316,4 +316,8 @@ def test_b11_both_sides_of_a_pair_are_cut_by_the_same_bound(
     (group,) = data.train
     assert len(group.prompt_ids) == 40 and [len(c.ids) for c in group.completions] == [20, 20]
     counts = data.report.splits["train"]
-    assert (counts.prompts_cut, counts.completions_cut, counts.without_end_token) == (1, 2, 2)
+    assert (counts.changes["prompts_cut"], counts.changes["completions_cut"], counts.changes["without_end_token"]) == (
+        1,
+        2,
+        2,
+    )

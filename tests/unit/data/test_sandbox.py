@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from strop.data import sandbox
-from strop.data.chat import Renderer
+from strop.data.chat import Renderer, TextRules
 from strop.data.rows import RowRefused
 from strop.errors import ModelError
 from strop.types import Example, Origin
@@ -40,7 +40,7 @@ def test_a_template_that_takes_for_ever_is_stopped(
     before = signal.getsignal(signal.SIGVTALRM)
     started = time.process_time()
     with pytest.raises(ModelError, match=r"rows\.jsonl:7: the chat template takes more than 0\.3 seconds"):
-        Renderer(make_tokenizer(template=template + MESSAGES), "chat").render(EXAMPLE)
+        Renderer(make_tokenizer(template=template + MESSAGES), TextRules("chat")).render(EXAMPLE)
     assert time.process_time() - started < 10
     assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
@@ -55,7 +55,7 @@ def test_a_template_that_fills_the_memory_is_stopped(
     monkeypatch.setattr(sandbox, "BYTES", 1 << 28)
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(ModelError, match=r"more than \d+ GiB of memory"), sandbox.bounded_memory():
-        Renderer(make_tokenizer(template=template + MESSAGES), "chat").render(EXAMPLE)
+        Renderer(make_tokenizer(template=template + MESSAGES), TextRules("chat")).render(EXAMPLE)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
@@ -64,4 +64,4 @@ def test_a_template_that_fills_the_memory_is_stopped(
 )
 def test_templates_cannot_reach_the_machine(words: str, make_tokenizer: Make) -> None:
     with pytest.raises(RowRefused, match="template_error"):
-        Renderer(make_tokenizer(template="{{ " + words + " }}" + MESSAGES), "chat").render(EXAMPLE)
+        Renderer(make_tokenizer(template="{{ " + words + " }}" + MESSAGES), TextRules("chat")).render(EXAMPLE)

@@ -17,7 +17,7 @@ HERE = Origin("rows.jsonl", 1)
 
 
 def group(tokenizer: Any, prompt: str, *sides: tuple[Message, ...]) -> Group:
-    renderer = Renderer(tokenizer, "auto")
+    renderer = Renderer(tokenizer)
     example = Example(({"role": "user", "content": prompt},), sides, HERE)
     (encoded,) = Encoder(tokenizer, renderer.template).encode([renderer.render(example)])
     assert isinstance(encoded, Encoded)

@@ -1,0 +1,366 @@
+"""Where the answers of a conversation lie in its rendering, and which of them are trained. Floor 2.
+
+In: messages as a template takes them. Out: the rendering, with a span for each answer that is trained.
+
+An answer is all that the model has to write: it begins where the generation prompt for the turns before it ends, and it
+stops with the control token that generation stops at. So it is trained only where the rendering of the whole begins
+with that generation prompt and holds all that the row says. An earlier turn that the template renders otherwise (it
+drops the reasoning of earlier turns, say) is history: context, and not trained. Generation blocks of a template decide
+instead, cut at the end of the generation prompt.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from strop.data.forms import reasoning_keys
+from strop.data.marks import Marks, Place, Reading, Span
+from strop.data.rows import RowRefused
+from strop.data.sandbox import render
+from strop.types import Message
+
+Tools = Sequence[Mapping[str, Any]] | None
+
+Content = tuple[int, int, bool]
+"""What the row has written: start, stop, and whether it is an assistant turn."""
+
+MOST_TURNS = 2000
+
+
+class Writer:
+    """Writes conversations by one chat template.
+
+    Args:
+        stop_tokens: texts of the tokens that generation stops at.
+        tools: those of the row.
+        date: what the template takes for today.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_tokens: Sequence[str] = (),
+        tools: Tools = None,
+        date: datetime.date | None = None,
+    ) -> None:
+        self._template, self.tools = template, tools
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        if date is not None:
+            self._variables["strftime_now"] = date.strftime
+        self.reasoning_keys = reasoning_keys(template)
+        self._stops = frozenset(stop_tokens) | {str(tokenizer.eos_token)}
+        self.stops_elsewhere = bool(self._stops - {str(tokenizer.eos_token)})
+        self.controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
+        self._control = re.compile("|".join(longest_first) or "(?!)")
+        self._asks_for_answers = "add_generation_prompt" in template
+
+    def text(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+        """The rendering."""
+        how = {"generation_prompt": generation_prompt}
+        return render(self._template, messages, self.tools, self._variables, **how)[0]
+
+    def tracked(self, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
+        """The rendering and the spans of its generation blocks; None where the template knows none."""
+        return render(self._template, messages, self.tools, self._variables, track=True)
+
+    def opening(self, messages: Sequence[Message]) -> str | None:
+        """The prompt that inference sees; None where the template cannot write one for these messages."""
+        try:
+            return self.text(messages, generation_prompt=True) if messages else ""
+        except RowRefused:
+            return None
+
+    def closing(self, behind: str) -> int:
+        """How many of the characters behind an answer's last words are the answer's too: those up to the token that
+        generation stops at."""
+        found = list(self._control.finditer(behind))
+        stop = next((match for match in found if match[0] in self._stops), None)
+        if stop is None and found:
+            # a template that is never asked for an answer always ends with the next one's header
+            stop = found[-1 if self._asks_for_answers else 0]
+        return stop.end() if stop is not None else len(behind.rstrip())
+
+    def first_control(self, text: str) -> int:
+        """Where the first control token of `text` begins; its length where there is none."""
+        match = self._control.search(text)
+        return match.start() if match is not None else len(text)
+
+    def last_control(self, text: str) -> int:
+        """Where the last control token of `text` ends; 0 where there is none."""
+        return max((match.end() for match in self._control.finditer(text)), default=0)
+
+    def is_closed(self, answer: str) -> bool:
+        """Whether an answer ends with a control token."""
+        return bool(answer) and self.last_control(answer) == len(answer)
+
+    def next_header(self, behind: str) -> int:
+        """How many characters behind an answer without an end token belong to it: those of the next turn's first token,
+        if generation stops at it."""
+        match = self._control.match(behind, len(behind) - len(behind.lstrip()))
+        return match.end() if match is not None and match[0] in self._stops else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One assistant turn of the completion. message: its number. start, stop: in the rendering.
+
+    as_generated: the rendering up to `start` is the prompt that inference sees. is_history: the template renders it
+    otherwise than inference would, since other turns follow.
+    """
+
+    message: int
+    start: int
+    stop: int
+    as_generated: bool
+    is_history: bool
+
+
+class Conversation:
+    """A prompt and its continuation, rendered.
+
+    Args:
+        first: number of the first message behind the prompt.
+        opening: the prompt as inference sees it, where the caller has it.
+
+    Raises:
+        RowRefused: the template fails on these messages or drops a part of them, or answers cannot be found.
+    """
+
+    def __init__(self, writer: Writer, messages: Sequence[Message], first: int, opening: str | None = None) -> None:
+        if len(messages) > MOST_TURNS:
+            raise unverified(f"it has {len(messages)} turns, and each answer is rendered with all turns before it")
+        self._writer, self._messages, self._first, self._opening = writer, messages, first, opening
+        self.text, self.blocks = writer.tracked(messages)
+        self._marks = Marks.put(messages, self.text)
+        self._reading = self._read()
+        if self._reading is None:
+            self._refuse_controls_in_contents()
+        elif not self.blocks:
+            self._restore_thoughts()
+        self.answers = _with_history([self._answer(i) for i in self._numbers()])
+        if self.blocks is None:
+            self.answers = [self._closed_by_next_header(answer) for answer in self.answers]
+        else:
+            self.answers = [replace(answer, is_history=False) for answer in self.answers]
+
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        """What the row has written but for its calls, by start; all else is the template's."""
+        places = self._reading.places if self._reading is not None else ()
+        return tuple(
+            (place.start, place.stop, self._messages[place.piece.message]["role"] == "assistant")
+            for place in places
+            if place.piece.kind != "call"
+        )
+
+    def spans(self, answer: Answer) -> list[Span]:
+        """What is trained of an answer: its generation blocks, or else all of it."""
+        if self.blocks is None:
+            return [(answer.start, answer.stop)]
+        own = [(max(a, answer.start), b) for a, b in self.blocks if self._owner(a, b) is answer]
+        return [(a, b) for a, b in own if a < b]
+
+    def _owner(self, start: int, stop: int) -> Answer | None:
+        """The answer that a block belongs to: the last one that begins in front of the block's end."""
+        return next((answer for answer in reversed(self.answers) if answer.start < stop), None)
+
+    def _numbers(self) -> list[int]:
+        return [i for i in range(self._first, len(self._messages)) if self._messages[i]["role"] == "assistant"]
+
+    def _read(self) -> Reading | None:
+        """The rendering with marks; None where marks change what the template writes."""
+        if self._marks is None:
+            return None
+        reading = self._marks.read(self._writer.text(self._marks.messages))
+        verified = reading.is_whole and reading.text == self.text
+        seen = {id(place.piece) for place in reading.places}
+        for piece in self._marks.pieces:
+            gone = id(piece) not in seen and (verified or piece.text not in self.text)
+            if gone and piece.kind == "content":
+                raise _dropped(self._messages, piece.message)
+        return reading if verified else None
+
+    def _refuse_controls_in_contents(self) -> None:
+        for i, message in enumerate(self._messages):
+            texts = [value for value in message.values() if isinstance(value, str)]
+            if control := next((c for c in self._writer.controls if any(c in text for text in texts)), None):
+                raise unverified(f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart")
+
+    def _restore_thoughts(self) -> None:
+        """Puts the content of the last turn, whose thoughts the template drops, behind the generation prompt.
+
+        That is the text that inference comes to: the template puts an answer without thoughts into the same place, and
+        what the generation prompt writes there already is how the content begins.
+        """
+        assert self._reading is not None and self._marks is not None
+        i = len(self._messages) - 1
+        thoughts = [p for p in self._marks.pieces if p.message == i and p.kind in ("thought", "reasoning")]
+        seen = {id(place.piece) for place in self._reading.of(i)}
+        if i < self._first or all(id(piece) in seen for piece in thoughts):
+            return
+        content = self._messages[i].get("content", "")
+        opening = self._opening_at(i)
+        probe = {**self._messages[i], "content": "x"}
+        marks = Marks.put([*self._messages[:-1], probe], self.text)
+        if opening is None or marks is None or any(piece.kind == "reasoning" for piece in thoughts):
+            raise dropped_reasoning(i, opening)
+        reading = marks.read(self._writer.text(marks.messages))
+        own = reading.of(i)
+        if not reading.is_whole or len(own) != 1 or own[0].piece.text != "x":
+            raise dropped_reasoning(i, opening)
+        start, stop = own[0].start, own[0].stop
+        written = opening[start:]
+        if not opening.startswith(reading.text[:start]) or not content.startswith(written):
+            raise dropped_reasoning(i, opening)
+        place = replace(own[0], stop=start + len(content))
+        before = tuple(place for place in reading.places if place.stop <= start and place is not own[0])
+        self.text = reading.text[:start] + content + reading.text[stop:]
+        self._reading, self._marks = Reading(self.text, (*before, place), is_whole=True), marks
+
+    def _opening_at(self, i: int) -> str | None:
+        if i == self._first and self._opening is not None:
+            return self._opening
+        return self._writer.opening(self._messages[:i])
+
+    def _answer(self, i: int) -> Answer:
+        opening = self._opening_at(i)
+        alone = self._alone(i)
+        own = self._reading.of(i) if self._reading is not None else []
+        own_alone = alone.of(i) if alone is not None else []
+        if not own or not own_alone or alone is None or self._reading is None:
+            return self._answer_without_marks(i, opening)
+        lost = {id(place.piece) for place in own_alone} - {id(place.piece) for place in own}
+        self._refuse_lost_reasoning(i, own_alone)
+        end = own[min(len(own_alone), len(own)) - 1].stop
+        length, is_whole = self._ending(self.text[end:], alone.text[own_alone[-1].stop :])
+        others = (p.stop for p in self._reading.places if p.piece.message != i and p.start < own[0].start)
+        floor = max(others, default=0)
+        as_generated = opening is not None and self.text.startswith(opening)
+        if as_generated and opening:
+            start = len(opening)
+        else:
+            common = _num_common(opening, self.text) if opening else 0
+            start = min(common, own[0].start) if common >= floor > 0 else own[0].start
+        if not floor <= start <= end + length:
+            raise unverified(f"turn {i + 1} does not follow its generation prompt")
+        return Answer(i, start, end + length, as_generated, is_history=bool(lost) or not is_whole)
+
+    def _alone(self, i: int) -> Reading | None:
+        """The marked rendering that ends with turn `i`, as inference would write it; None where there is none."""
+        if i == len(self._messages) - 1:
+            return self._reading
+        if self._marks is None:
+            return None
+        try:
+            return self._marks.read(self._writer.text(self._marks.messages[: i + 1]))
+        except RowRefused:
+            return None
+
+    def _ending(self, behind: str, alone: str) -> tuple[int, bool]:
+        """How much of the text behind an answer's last words is the answer's, and whether the words are all there.
+
+        Args:
+            behind: that text in the rendering of the whole. alone: in that of the turns up to this one. They can end
+                by other control tokens; what inference would not write is not trained.
+        """
+        wanted = alone[: self._writer.closing(alone)]
+        length = _num_common(behind, wanted)
+        if length == len(wanted):
+            return length, True
+        return self._writer.last_control(wanted[:length]), length >= self._writer.first_control(wanted)
+
+    def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[Place]) -> None:
+        assert self._marks is not None
+        seen = {id(place.piece) for place in own_alone}
+        is_last = i == len(self._messages) - 1
+        kinds = ("reasoning", "thought") if is_last else ("reasoning",)
+        if any(p.message == i and p.kind in kinds and id(p) not in seen for p in self._marks.pieces):
+            raise dropped_reasoning(i, self._opening_at(i))
+
+    def _answer_without_marks(self, i: int, opening: str | None) -> Answer:
+        """An answer in which nothing could be marked, as what its turn adds to the generation prompt."""
+        is_last = i == len(self._messages) - 1
+        try:
+            alone = self.text if is_last else self._writer.text(self._messages[: i + 1])
+        except RowRefused:
+            alone = ""
+        if opening is not None and alone.startswith(opening):
+            stop = len(opening) + self._writer.closing(alone[len(opening) :])
+            if len(opening) < stop and self.text.startswith(alone[:stop]):
+                content = self._messages[i].get("content") or ""
+                # without a prompt there is no generation prompt, and the header is no part of the answer
+                start = len(opening) if i else max(self.text.find(content.strip(), 0, stop), 0)
+                return Answer(i, start, stop, as_generated=True, is_history=False)
+        if i != self._numbers()[-1]:
+            return Answer(i, 0, 0, as_generated=False, is_history=True)
+        raise unverified(f"turn {i + 1} is not rendered behind its generation prompt")
+
+    def _closed_by_next_header(self, answer: Answer) -> Answer:
+        """The answer up to the first token of the next turn, where it has no end token and generation stops there."""
+        if answer.is_history or self._writer.is_closed(self.text[answer.start : answer.stop]):
+            return answer
+        if answer.message == len(self._messages) - 1 and self._writer.stops_elsewhere:
+            role = "tool" if "tool_calls" in self._messages[-1] else "user"
+            try:
+                longer = self._writer.text([*self._messages, {"role": role, "content": "x"}])
+            except RowRefused:
+                return answer
+            length = self._writer.next_header(longer[answer.stop :])
+            if length and longer.startswith(self.text[: answer.stop]):
+                self.text = longer[: answer.stop + length]
+        length = self._writer.next_header(self.text[answer.stop :])
+        return replace(answer, stop=answer.stop + length)
+
+
+def _with_history(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers with those told that do not follow their generation prompt, where others do."""
+    if not any(answer.as_generated for answer in answers):
+        return list(answers)
+    return [replace(answer, is_history=answer.is_history or not answer.as_generated) for answer in answers]
+
+
+def _num_common(one: str, other: str) -> int:
+    """How many characters both texts begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _dropped(messages: Sequence[Message], i: int) -> RowRefused:
+    role = messages[i]["role"]
+    return RowRefused(
+        "dropped_by_template",
+        f"the chat template leaves turn {i + 1}, a {role} turn, out",
+        expected=f"a chat template that renders {role} turns, or rows without them",
+    )
+
+
+def dropped_reasoning(i: int, opening: str | None) -> RowRefused:
+    """The refusal of a row whose reasoning in turn `i` the template leaves out. opening: its generation prompt."""
+    other = (
+        ""
+        if opening is None
+        else f", or a content that begins with what the generation prompt ends with ({opening[-20:]!r})"
+    )
+    return RowRefused(
+        "dropped_by_template",
+        f"the chat template leaves the reasoning of turn {i + 1} out",
+        expected="a chat template that renders reasoning" + other,
+        fix="set dataset.template to one that renders it, or dataset.on_dropped_reasoning: drop to train without it",
+    )
+
+
+def unverified(problem: str) -> RowRefused:
+    """The refusal of a row whose answers cannot be told in its rendering."""
+    return RowRefused(
+        "spans_not_found",
+        f"where the answers lie in the rendering cannot be told: {problem}",
+        expected="a chat template with {% generation %} blocks, or one that renders every turn as it is",
+    )

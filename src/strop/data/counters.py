@@ -1,0 +1,23 @@
+"""What may be done to a row, and how people are told. Floor 2.
+
+In: nothing. Out: the one table of counters that a record carries from the tokeniser to the report.
+"""
+
+from __future__ import annotations
+
+COUNTERS = {
+    "prompts_cut": "prompts cut at the left",
+    "completions_cut": "",
+    "without_end_token": "",
+    "boundaries_split": "boundaries inside a token, encoded in two parts",
+    "controls_as_text": "control tokens in the rows' words, encoded as text",
+    "answers_as_history": "answers not trained: the template renders them otherwise than inference would, since turns "
+    "follow (it drops their reasoning, or begins them without what its generation prompt ends with)",
+    "answers_left_out": "answers not trained, as their rows say",
+    "reasoning_dropped": "turns without their reasoning, which the template cannot write",
+    "other_prompts": "rows whose prompt is not the one that inference sees: the template's generation prompt is no "
+    "beginning of its own rendering (it ends with an open <think>, say, and the answers have none)",
+    "double_bos": "",
+}
+"""Name in data.json -> what it counts, in words for a person; empty where the report
+has more to say of it."""
