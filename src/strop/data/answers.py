@@ -110,7 +110,8 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One assistant turn of the completion. message: its number. start, stop: in the rendering.
+    """One assistant turn of the completion. message: its number. start, stop: in the rendering. earliest: where a
+    generation block of it may begin.
 
     as_generated: the rendering up to `start` is the prompt that inference sees. is_history: the template renders it
     otherwise than inference would, since other turns follow.
@@ -119,6 +120,7 @@ class Answer:
     message: int
     start: int
     stop: int
+    earliest: int
     as_generated: bool
     is_history: bool
 
@@ -165,7 +167,7 @@ class Conversation:
         """What is trained of an answer: its generation blocks, or else all of it."""
         if self.blocks is None:
             return [(answer.start, answer.stop)]
-        own = [(max(a, answer.start), b) for a, b in self.blocks if self._owner(a, b) is answer]
+        own = [(max(a, answer.earliest), b) for a, b in self.blocks if self._owner(a, b) is answer]
         return [(a, b) for a, b in own if a < b]
 
     def _owner(self, start: int, stop: int) -> Answer | None:
@@ -245,13 +247,14 @@ class Conversation:
         floor = max(others, default=0)
         as_generated = opening is not None and self.text.startswith(opening)
         if as_generated and opening:
-            start = len(opening)
+            start = earliest = len(opening)
         else:
             common = _num_common(opening, self.text) if opening else 0
             start = min(common, own[0].start) if common >= floor > 0 else own[0].start
+            earliest = start if common >= floor > 0 else floor
         if not floor <= start <= end + length:
             raise unverified(f"turn {i + 1} does not follow its generation prompt")
-        return Answer(i, start, end + length, as_generated, is_history=bool(lost) or not is_whole)
+        return Answer(i, start, end + length, earliest, as_generated, is_history=bool(lost) or not is_whole)
 
     def _alone(self, i: int) -> Reading | None:
         """The marked rendering that ends with turn `i`, as inference would write it; None where there is none."""
@@ -298,9 +301,9 @@ class Conversation:
                 content = self._messages[i].get("content") or ""
                 # without a prompt there is no generation prompt, and the header is no part of the answer
                 start = len(opening) if i else max(self.text.find(content.strip(), 0, stop), 0)
-                return Answer(i, start, stop, as_generated=True, is_history=False)
+                return Answer(i, start, stop, start, as_generated=True, is_history=False)
         if i != self._numbers()[-1]:
-            return Answer(i, 0, 0, as_generated=False, is_history=True)
+            return Answer(i, 0, 0, 0, as_generated=False, is_history=True)
         raise unverified(f"turn {i + 1} is not rendered behind its generation prompt")
 
     def _closed_by_next_header(self, answer: Answer) -> Answer:

@@ -57,7 +57,8 @@ def test_token_counts(on_disk: Make) -> None:
 
 def test_cut_completions_are_told_with_their_share_and_what_to_do(on_disk: Make) -> None:
     def lines(cut: int, without_end: int) -> list[str]:
-        counts = SplitCounts("rows.jsonl", 2, kept=2, completions_cut=cut, without_end_token=without_end)
+        counts = SplitCounts("rows.jsonl", 2, kept=2)
+        counts.changes |= {"completions_cut": cut, "without_end_token": without_end}
         groups = on_disk([group([1], [2], [3]), group([4], [5], [6])])
         return DataReport.of({"train": counts}, {"train": groups}, Rendering(0, 2, None, None)).lines()
 

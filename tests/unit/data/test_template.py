@@ -255,9 +255,8 @@ def test_b8_ids_are_those_of_the_exported_template_and_the_mask_is_the_answer(
             answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
             if label != "control tokens as words":  # which apply_chat_template takes for control tokens
                 theirs = tokenizer.apply_chat_template(turns, return_dict=False)
-                if encoded.counts[
-                    "boundaries_split"
-                ]:  # the toy tokenizer joins the end of the prompt and the answer: inference never does
+                if encoded.counts["boundaries_split"]:
+                    # the toy tokenizer joins the end of the prompt and the answer: inference never does
                     assert kind == "byte_level" and tokenizer.decode(theirs).startswith(tokenizer.decode(ids)), where
                     continue
                 if theirs[: len(ids)] == ids:
