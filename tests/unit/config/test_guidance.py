@@ -164,17 +164,17 @@ def test_smaller_models_stand_higher_rates() -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10).filter(
     lambda s: bool(s.strip()) and "\0" not in s and "${" not in s
 )
-RATES = st.floats(1e-12, 1e3)
+RATES = st.floats(1e-12, 1e3, allow_subnormal=False)
 OVERRIDES = st.fixed_dictionaries(
     {"dataset.name": TEXT | st.none(), "dataset.prompt_column": TEXT, "seed": st.integers(0, 2**32 - 1)},
     optional={
         "training.learning_rate": RATES,
-        "training.weight_decay": st.floats(0, 10),
+        "training.weight_decay": st.floats(0, 10, allow_subnormal=False),
         "training.bf16": st.booleans() | st.none(),
         "training.max_steps": st.integers(1, 2**60),
-        "training.gradient_checkpointing": st.booleans() | st.floats(0.01, 0.99),
+        "training.gradient_checkpointing": st.booleans() | st.floats(0.01, 0.99, allow_subnormal=False),
         "training.max_seq_length": st.integers(2, 2**40),
-        "training.warmup_ratio": st.floats(0, 1),
+        "training.warmup_ratio": st.floats(0, 1, allow_subnormal=False),
         "post_training.method": st.sampled_from(sorted(METHODS)),
         "lora.target_modules": TEXT | st.lists(TEXT, max_size=3),
         "lora.enabled": st.booleans(),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from strop.data.split import held_out
 
-shares = st.floats(0, 0.99)
+shares = st.floats(0, 0.99, allow_subnormal=False)
 seeds = st.integers(0, 2**32 - 1)
 
 
