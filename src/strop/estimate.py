@@ -24,7 +24,7 @@ from strop.config import ModelSection, RunConfig
 from strop.config.methods import MethodSettings
 from strop.data.plan import RowTokens, Sized, lengths, packed_tokens, padded_tokens
 from strop.engine.memory import ways_to_fit
-from strop.errors import ModelError
+from strop.errors import StropError
 from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.policy.attention import best_kernel
@@ -32,7 +32,7 @@ from strop.policy.dropout import bytes_of_left_out
 from strop.policy.head_sizes import head_bytes, product_dtype, tile_shape
 from strop.policy.matmul import LARGE, computes, keeps_kernels
 from strop.policy.memory import KERNELS_KEPT
-from strop.policy.outline import CannotBuildError, Shape, reason_for_plain_rows, shape_of
+from strop.policy.outline import CannotBuildError, Shape, predicting, reason_for_plain_rows, shape_of
 from strop.policy.precision import Precision, choose_precision
 from strop.policy.tiles import KEPT_BYTES
 from strop.prepared import Prepared, with_budget
@@ -127,9 +127,10 @@ def estimate(
     seconds: list[float] | None
     if machine.kind == "cpu" and timed:
         try:
-            seconds = _timed(prepared, shape, steps, precision, tokens)
+            with predicting("they do not run alone"):
+                seconds = _timed(prepared, shape, steps, precision, tokens)
             source = "layers of this architecture timed on this processor"
-        except ModelError as error:  # all layers stood above, so the run is fine: adapters that name single layers, say
+        except StropError as error:  # all layers stood above, so the run is fine: adapters that name single layers, say
             seconds, source = None, f"a few of its layers cannot be timed: {error.found}"
     else:
         seconds = _published(shape, steps, config, precision, machine)
@@ -149,18 +150,27 @@ def fitted(prepared: Prepared, machine: Machine, precision: Precision, tokens: R
     estimate fits: by smaller micro-batches as far as groups allow, which costs the least, then by computing
     activations again. Where nothing fits, the least that there is."""
     start = with_budget(prepared, tokens, machine.kind)
-    assert start.config.training.micro_batch_tokens is not None
-    budgets = [start.config.training.micro_batch_tokens]
+    budget = start.config.training.micro_batch_tokens
+    assert budget is not None
     auto = start.config.training.gradient_checkpointing == "auto"
     if machine.memory is None:
-        return _settled(start, budgets[0], False if auto else None, "the device's memory is not known")
+        return _settled(start, budget, False if auto else None, "the device's memory is not known")
     try:
-        shape = shape_of(start.config.lora, start.model)
+        with predicting("no estimate"):
+            return _fitted(start, machine, precision, tokens, halve=prepared.config.training.micro_batch_tokens is None)
     except CannotBuildError:
-        return _settled(
-            start, budgets[0], False if auto else None, "there is no estimate of memory for this architecture"
-        )
-    if prepared.config.training.micro_batch_tokens is None:
+        why = "there is no estimate of memory for this architecture"
+        return _settled(start, budget, False if auto else None, why)
+
+
+def _fitted(start: Prepared, machine: Machine, precision: Precision, tokens: RowTokens, *, halve: bool) -> Prepared:
+    """halve: micro-batches may be made smaller."""
+    budget = start.config.training.micro_batch_tokens
+    assert budget is not None
+    budgets = [budget]
+    shape = shape_of(start.config.lora, start.model)
+    auto = start.config.training.gradient_checkpointing == "auto"
+    if halve:
         longest = max(tokens([group]) for group in lengths(start.data.train))
         while budgets[-1] > longest:
             budgets.append(max(budgets[-1] // 2, longest))
@@ -188,10 +198,11 @@ def prediction(
     """The lines of the estimate, or why there is none.
 
     Raises:
-        ModelError: the configuration does not fit the model, so that a run would fail.
+        StropError: the configuration does not fit the model, so that a run would fail.
     """
     try:
-        return list(estimate(prepared, machine, precision, tokens, timed=timed).lines())
+        with predicting("this architecture is of a kind that the estimate does not know"):
+            return list(estimate(prepared, machine, precision, tokens, timed=timed).lines())
     except CannotBuildError as error:
         return [f"no prediction of memory and time: {error.found}"]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from strop.config import load_config, resolve
+from strop.config.sections import ModelSection
 from strop.data.plan import packed_tokens, padded_tokens
 from strop.dryrun import dry_run
 from strop.errors import ConfigError, ModelError
@@ -29,6 +30,7 @@ from strop.estimate import (
     saved_per_token,
 )
 from strop.machine import Machine, machine_of
+from strop.policy import outline
 from strop.policy.outline import CannotBuildError, shape_of
 from strop.policy.policy import build_policy
 from strop.policy.precision import Precision, resolve_precision
@@ -280,6 +282,42 @@ def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     asked = prepared(gradient_checkpointing="auto")
     auto = fitted(asked, CPU, planned_precision(found.config, CPU), packed_tokens)
     assert auto.config.training.gradient_checkpointing is False
+
+
+def test_an_estimate_that_fails_costs_only_the_prediction(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the code of an architecture raises; what is wrong with the run is still an error."""
+    found = with_budget(prepared(), packed_tokens, "cpu")
+    precision = planned_precision(found.config, CPU)
+    monkeypatch.setattr("strop.estimate._peak", lambda *_: [1] / 2)  # type: ignore[operator]
+    lines = prediction(found, CPU, precision, packed_tokens)
+    assert len(lines) == 1 and "TypeError" in lines[0] and lines[0].startswith("no prediction of memory and time")
+    auto = fitted(prepared(gradient_checkpointing="auto"), CPU, precision, packed_tokens)
+    assert auto.config.training.gradient_checkpointing is False
+    monkeypatch.undo()
+    monkeypatch.setattr("strop.estimate.measure", lambda *_: {}["layer_idx"])
+    timed = "\n".join(prediction(found, CPU, precision, packed_tokens, timed=True))
+    assert "predicted peak memory" in timed and "cannot be timed" in timed
+    with pytest.raises(ModelError, match="no_such"):
+        prediction(prepared(target_modules=["no_such"]), CPU, precision, packed_tokens)
+
+
+def test_sizes_that_differ_from_layer_to_layer_count_with_the_largest(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Gemma 3n, whose feed-forward widths are a list."""
+    found = prepared()
+    one = shape_of(found.config.lora, found.model)
+    build = outline.empty_model
+
+    def listed(model: ModelSection) -> Any:
+        module = build(model)
+        vars(module.config)["intermediate_size"] = [16, one.inner, 32]
+        return module
+
+    monkeypatch.setattr(outline, "empty_model", listed)
+    assert shape_of(found.config.lora, found.model).inner == one.inner
 
 
 def test_the_dry_run_shows_it(prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,8 +179,16 @@ class LoraSection(Section):
         default_factory=lambda data: 2.0 * data.get("r", 16), gt=0, json_schema_extra={"x-default": "2 r"}
     )
     """Scale: the adapter's output is multiplied by lora_alpha / r. Default 2 r."""
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Dropout probability on the adapter's input."""
+    target_parameters: ListOf[str] | None = None
+    """Weights of fused experts that get adapters too, by exact name, such as `experts.gate_up_proj`. They take neither
+    dropout nor use_dora nor biases."""
+    lora_dropout: float = Field(
+        default_factory=lambda data: 0.0 if data.get("target_parameters") else 0.05,
+        ge=0,
+        lt=1,
+        json_schema_extra={"x-default": "0.05, or 0 with target_parameters"},
+    )
+    """Dropout probability on the adapter's input. Default 0.05, or 0 with target_parameters."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained too."""
     target_modules: ListOf[str] | str = Field(
@@ -205,6 +213,14 @@ class LoraSection(Section):
                 f"{', '.join(both)} stands in target_modules and in modules_to_save: adapted, and trained in full",
                 fix="name each module in one of the two",
             )
+        refused = {"lora_dropout": 0.0, "use_dora": False, "bias": "none"}
+        for key, needed in refused.items() if self.target_parameters else ():
+            if (value := getattr(self, key)) != needed:
+                yield Problem(
+                    (key, "target_parameters"),
+                    f"{key} is {value}, which adapters of experts do not take",
+                    fix=f"leave {key} out, or target_parameters",
+                )
 
 
 class TrainingSection(Section):

@@ -28,7 +28,13 @@ from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import evaluate
 from strop.engine.memory import does_not_fit
 from strop.engine.metrics import MetricWindow, UpdateProbe, means, no_such_metric, peak_memory_gib
-from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
+from strop.engine.optim import (
+    build_optimizer,
+    learning_rate,
+    optimizer_tensors,
+    set_optimizer_numbers,
+    without_gradient,
+)
 from strop.engine.recipe import cut_matters
 from strop.engine.rows import Rows
 from strop.engine.step import StepScores, forward_backward
@@ -100,7 +106,7 @@ class Loop:
         self.window = MetricWindow()
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
         self._kept_best: tuple[int | None, float | None] = (None, None)  # of the last save: step and value
-        self._stood_still = False
+        self._stood_still = self._looked_for_gradients = False
 
     # -- the road ----------------------------------------------------------------------------------------------------
 
@@ -221,6 +227,10 @@ class Loop:
         """Check, clip, step. The weights stay as they are where anything is not finite."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
+        if not self._looked_for_gradients:
+            self._looked_for_gradients = True
+            if untouched := without_gradient(self.parameters):
+                self.outputs.note(f"step {step}: {untouched}")
         limit = self.training.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         if math.isfinite(result.loss) and math.isfinite(norm):

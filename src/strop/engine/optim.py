@@ -88,11 +88,11 @@ def optimizer_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as flat names: its tensors, to be saved or loaded into, and its plain numbers.
 
-    An optimizer makes its state at its first step, so one that has not stepped yet takes an empty one here: with zero
-    gradients and rate 0 it leaves every weight as it is.
+    An optimizer makes the state of a weight at its first step with a gradient. Weights that had none yet take an empty
+    step here, with zero gradients and rate 0, which leaves them as they are: so the state is complete whenever it is
+    saved or loaded, whatever weights the steps so far have reached.
     """
-    if not optimizer.state:
-        _empty_step(optimizer)
+    _complete_state(optimizer)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, parameter in parameters.items():
@@ -113,18 +113,39 @@ def set_optimizer_numbers(
                 state[key] = numbers[full]
 
 
-def _empty_step(optimizer: torch.optim.Optimizer) -> None:
+def without_gradient(parameters: Mapping[str, nn.Parameter], most: int = 4) -> str | None:
+    """A sentence with the names of the weights that the last backward pass has not reached at all, if there are any; a
+    gradient of 0 is one."""
+    names = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if not names:
+        return None
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return (
+        f"{len(names)} of {len(parameters)} trained tensors got no gradient, so they stay as they are: {shown}. "
+        "Nothing that was scored depends on them (layers for images or sound, say)"
+    )
+
+
+def _complete_state(optimizer: torch.optim.Optimizer) -> None:
     rates = [group["lr"] for group in optimizer.param_groups]
+    gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+    fresh = [p for p in gradients if not optimizer.state.get(p)]
+    if not fresh:
+        return
+    for p in gradients:
+        p.grad = None  # what has its state is not touched
+    for p in fresh:
+        p.grad = torch.zeros_like(p)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for state in optimizer.state.values():  # it was no step: the first true one is to be corrected as the first
+    for p in fresh:  # it was no step: the first true one is to be corrected as the first
+        state = optimizer.state[p]
         if isinstance(count := state.get("step"), Tensor):
             count.zero_()
         elif count is not None:
             state["step"] = 0
+    for p, gradient in gradients.items():
+        p.grad = gradient
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""LoRA adapters: which modules get them, new ones, and continuing old ones. Floor 2.
+"""LoRA adapters: new ones, and continuing old ones. Floor 2.
 
 A model and the `lora` section come in, a peft model goes out whose trainable weights are exactly the adapter's,
 in float32 (float64 on a float64 model); everything else is frozen. The head is evaluated outside its own forward, so
@@ -10,8 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,16 @@ from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line
 from strop.policy.folder import check_exists, fetch, place_of, read_json, source_of
 from strop.policy.load import LOAD_ERRORS, quiet
+from strop.policy.targets import head_names, linear_layers, reach, resolve_parameters, resolve_targets, selected, sizes
 
 logger = logging.getLogger("strop")
 
-# the attention projections by family, as the guides of these models adapt them; the first line that fits is taken
-_FAMILIES = (
-    ("q_proj", "k_proj", "v_proj", "o_proj"),  # llama, mistral, qwen, gemma, olmo, cohere, granite, starcoder2 ...
-    ("q_proj", "k_proj", "v_proj", "out_proj"),  # opt, gpt_neo, gptj
-    ("q_proj", "k_proj", "v_proj", "dense"),  # phi
-    ("qkv_proj", "o_proj"),  # phi3
-    ("query_key_value",),  # gpt_neox (pythia), bloom, falcon
-    ("c_attn",),  # gpt2, gpt_bigcode
-    ("Wqkv",),  # mpt
-)
 # what an adapter of another making may hold that cannot be continued here, and peft's name for it
 _FOREIGN = (
     "megatron_config",
     "layer_replication",
     "alora_invocation_tokens",
     "trainable_token_indices",
-    "target_parameters",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
@@ -69,14 +58,16 @@ def add_adapters(
     where = place_of(model)
     targets = resolve_targets(module, lora.target_modules, where)
     saved = _resolve_saved(module, lora.modules_to_save or (), where)
-    linears = linear_layers(module)
-    transposed = any(isinstance(linears[name], Conv1D) for name in linears if _names(targets, name))
+    linears, weights = linear_layers(module), sizes(module)
+    experts = resolve_parameters(module, lora.target_parameters or (), where)
+    transposed = any(isinstance(linears[name], Conv1D) for name in selected(targets, linears))
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         bias=lora.bias,
-        target_modules=list(targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=list(lora.target_parameters or ()) or None,
         modules_to_save=list(saved) or None,
         task_type=lora.task_type,
         use_rslora=lora.use_rslora,
@@ -92,7 +83,10 @@ def add_adapters(
             adapted = get_peft_model(module, config)
     except LOAD_ERRORS as error:
         raise ModelError(f"adapters cannot be added: {first_line(error)}", where=where) from error
-    logger.info("%s: adapters of rank %d on %s", where, lora.r, ", ".join(targets))
+    named = targets if isinstance(targets, str) else ", ".join(sorted({n.rpartition(".")[2] for n in targets}))
+    logger.info("%s: adapters of rank %d on %s", where, lora.r, ", ".join([named, *(lora.target_parameters or ())]))
+    assert not experts or _adapted_names(adapted) >= experts.keys()
+    _tell_reach(adapted, weights, where)
     return _finish(adapted, master, where)
 
 
@@ -114,7 +108,7 @@ def continue_adapters(
     if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
         logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
     config.base_model_name_or_path, config.revision = source, model.revision
-    stored = load_file(weights)
+    stored, before = load_file(weights), sizes(module)
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
@@ -123,8 +117,9 @@ def continue_adapters(
     _check_loaded(adapted, stored, where)
     if any(_is_head_or_embedding(module, name) for name, part in _adapted_parts(adapted)):
         raise ModelError("it adapts the head or the embedding", where=where, fix="merge it into the model first")
-    targets = ", ".join(sorted(_as_list(config.target_modules)))
+    targets = ", ".join(sorted([*_as_list(config.target_modules), *_as_list(config.target_parameters)]))
     logger.info("%s: continued, rank %d, alpha %g, on %s", where, config.r, config.lora_alpha, targets)
+    _tell_reach(adapted, before, where)
     return _finish(adapted, master, where)
 
 
@@ -145,6 +140,7 @@ def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:
             "r": config.r,
             "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
             "modules_to_save": tuple(saved) if saved else None,
+            "target_parameters": tuple(config.target_parameters or ()) or None,
         }
     )
 
@@ -159,80 +155,10 @@ def trainable_names(module: nn.Module) -> dict[str, nn.Parameter]:
     return {by_place[p.data_ptr()]: p for p in named.values()}
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by full name, the head left out, and routers that are one and give more than a product."""
-    head = head_names(module)
-    return {n: m for n, m in module.named_modules() if _is_linear(m) and n not in head}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Linear):
-        return isinstance(module, Conv1D)
-    if type(module) is nn.Linear:
-        return True
-    with torch.no_grad():
-        return isinstance(module(module.weight[:1]), torch.Tensor)
-
-
-def head_names(module: nn.Module) -> list[str]:
-    """The full name of the head."""
-    head = module.get_output_embeddings()  # type: ignore[operator]
-    return [name for name, part in module.named_modules() if part is head]
-
-
-def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str) -> tuple[str, ...]:
-    """Module names as peft takes them: the last parts of full names, or whole full names.
-
-    Raises:
-        ModelError: a name that no linear layer has, or the head's.
-    """
-    layers = linear_layers(module)
-    last_parts = sorted({name.rpartition(".")[2] for name in layers})
-    if wanted in ("auto", "all-linear"):
-        fitting = [family for family in _FAMILIES if set(family) <= set(last_parts)]
-        chosen = fitting[0] if wanted == "auto" and fitting else tuple(last_parts)
-        if not any(_names(chosen, head) for head in head_names(module)):
-            return chosen
-        return tuple(layer for layer in layers if _names(chosen, layer))  # the head shares a last part with a layer
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    for name in names:
-        if any(_names((name,), head) for head in head_names(module)):
-            raise ModelError(
-                f"lora.target_modules: {name} is the head, which cannot carry an adapter: its log-probs are computed "
-                "in tiles, outside the layer",
-                where=where,
-                fix=f"leave it out; to train the head in full, name {name} in lora.modules_to_save",
-            )
-        if not any(_names((name,), layer) for layer in layers):
-            matching = _by_pattern(name, layers) if isinstance(wanted, str) else ()
-            if matching:
-                return matching
-            nearest = difflib.get_close_matches(name, last_parts, n=1)
-            raise ModelError(
-                f"lora.target_modules: no linear layer is called {name!r}",
-                where=where,
-                expected=f"auto, all-linear, or names among {', '.join(last_parts)}",
-                fix=f"did you mean {nearest[0]}?" if nearest else "",
-            )
-    return names
-
-
-def _by_pattern(pattern: str, layers: Iterable[str]) -> tuple[str, ...]:
-    """Full names that a regular expression matches whole, as peft reads a string."""
-    try:
-        return tuple(name for name in layers if re.fullmatch(pattern, name))
-    except re.error:
-        return ()
-
-
-def _names(targets: Iterable[str], full: str) -> bool:
-    return any(full == t or full.endswith(f".{t}") for t in targets)
-
-
 def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tuple[str, ...]:
     parts = [name for name, _ in module.named_modules() if name]
     for name in wanted:
-        if not any(_names((name,), part) for part in parts):
+        if not selected((name,), parts):
             last_parts = sorted({p.rpartition(".")[2] for p in parts if not p.rpartition(".")[2].isdigit()})
             nearest = difflib.get_close_matches(name, last_parts, n=1)
             raise ModelError(
@@ -258,17 +184,19 @@ def _is_tied(module: nn.Module) -> bool:
 
 def _is_embedding(module: nn.Module, name: str) -> bool:
     embedding = module.get_input_embeddings()  # type: ignore[operator]
-    return any(part is embedding for full, part in module.named_modules() if _names((name,), full))
+    parts = dict(module.named_modules())
+    return any(parts[full] is embedding for full in selected((name,), parts))
 
 
 def _is_head_or_embedding(module: nn.Module, name: str) -> bool:
-    return _is_embedding(module, name) or any(_names((name,), head) for head in head_names(module))
+    return _is_embedding(module, name) or bool(selected((name,), head_names(module)))
 
 
 def _finish(adapted: PeftModel, master: torch.dtype, where: str) -> PeftModel:
     """Weights that train to the master dtype; nothing trains that would not be saved."""
     config = adapted.peft_config["default"]
-    config.target_modules = sorted(_as_list(config.target_modules))  # peft's set would be saved in any order
+    if not isinstance(config.target_modules, str):  # which is a regular expression, and means another thing in a list
+        config.target_modules = sorted(config.target_modules or ())  # peft's set would be saved in any order
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(master)
@@ -310,7 +238,8 @@ def _adapter_config(settings: Mapping[str, Any], lora: LoraSection, where: str) 
         )
     known = {k: v for k, v in settings.items() if k in LoraConfig.__dataclass_fields__ and k != "auto_mapping"}
     try:
-        config = LoraConfig(**{**known, "inference_mode": False, "lora_dropout": lora.lora_dropout})
+        dropout = 0.0 if settings.get("target_parameters") else lora.lora_dropout  # peft has none on experts
+        config = LoraConfig(**{**known, "inference_mode": False, "lora_dropout": dropout})
     except LOAD_ERRORS as error:
         raise ModelError(f"adapter_config.json: {first_line(error)}", where=where) from error
     _check_same(config, lora, where)
@@ -325,7 +254,7 @@ def _check_same(config: LoraConfig, lora: LoraSection, where: str) -> None:
         derived = name == "lora_alpha" and ours == 2 * lora.r
         if ours != theirs and ours != getattr(default, name) and not derived:
             differing.append(f"{name}: {ours} here, {theirs} in the adapter")
-    for name in ("target_modules", "modules_to_save"):
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
         ours, theirs = _as_list(getattr(lora, name)), _as_list(getattr(config, name))
         if ours and ours not in (["auto"], ["all-linear"]) and set(ours) != set(theirs):
             differing.append(f"{name}: {', '.join(ours)} here, {', '.join(sorted(theirs))} in the adapter")
@@ -359,3 +288,18 @@ def _check_loaded(adapted: PeftModel, stored: Mapping[str, Tensor], where: str) 
 def _adapted_parts(adapted: PeftModel) -> list[tuple[str, nn.Module]]:
     base = adapted.get_base_model()
     return [(name, part) for name, part in base.named_modules() if isinstance(part, BaseTunerLayer)]
+
+
+def _adapted_names(adapted: PeftModel) -> set[str]:
+    """Full names in the base model of the layers and of the experts' weights that carry an adapter."""
+    names = set()
+    for name, part in _adapted_parts(adapted):
+        plain = ".".join(piece for piece in name.split(".") if piece != "base_layer")
+        parameter = getattr(part, "parameter_name", None)  # of a wrapper around a module's weight
+        names.add(plain if parameter is None else f"{plain}.{parameter}")
+    return names
+
+
+def _tell_reach(adapted: PeftModel, weights: Mapping[str, int], where: str) -> None:
+    for line in reach(weights, _adapted_names(adapted)):
+        logger.info("%s: %s", where, line)

@@ -31,6 +31,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _STRIPPED = ("auto_map", "trust_remote_code", "custom_pipelines")
 _DROPPED = ("attn_implementation", "experts_implementation", "fusion_config", "distributed_config", "kernel_config")
 _MODEL_FOLDER = "a folder with config.json, *.safetensors and tokenizer.json"
+_FLOATS = ("Infinity", "-Infinity", "NaN")
 _HARMLESS = ("_name_or_path", "_commit_hash", "_attn_implementation_autoset")
 
 
@@ -160,15 +161,21 @@ def _why_not(source: str, error: Exception) -> str:
 
 
 def read_json(file: Path, where: str) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """A JSON object from a file, its special floats decoded."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_as_float)
     except (OSError, ValueError, RecursionError) as error:
         fix = "download or copy the file again"
         raise ModelError(f"{file.name} cannot be read: {first_line(error)}", where=where, fix=fix) from error
     if not isinstance(content, dict):
         raise ModelError(f"{file.name} holds no JSON object", where=where, expected="{...}")
     return content
+
+
+def _as_float(content: dict[str, Any]) -> Any:
+    """JSON has no infinities, so transformers writes {"__float__": "Infinity"} in their place."""
+    named = content["__float__"] if content.keys() == {"__float__"} else None
+    return float(named) if named in _FLOATS else content
 
 
 def _contained(file: Path, folder: Path, where: str) -> Path:

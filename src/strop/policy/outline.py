@@ -5,6 +5,7 @@ No weight is loaded. What comes of it is for the estimate; a run takes `load_mod
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,13 +16,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from strop.config.sections import LoraSection, ModelSection
-from strop.errors import ModelError, first_line
-from strop.policy.adapters import adapters_of, linear_layers, resolve_targets
+from strop.errors import ModelError, StropError, first_line
+from strop.policy.adapters import adapters_of
 from strop.policy.checkpointing import layers_that_can
 from strop.policy.folder import place_of
 from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
 from strop.policy.logits import LogitTransform, logit_transform
 from strop.policy.sharing import reason_against
+from strop.policy.targets import linear_layers, reach, resolve_parameters, resolve_targets, selected, sizes
+
+logger = logging.getLogger("strop")
 
 OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "wo", "w2"})
 """Linear layers at the end of an attention or feed-forward block; the others of a block share its input."""
@@ -29,6 +33,22 @@ OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2"
 
 class CannotBuildError(ModelError):
     """The architecture needs more than its configuration, which is no fault of the run."""
+
+
+@contextmanager
+def predicting(what: str) -> Iterator[None]:
+    """What fails inside is the estimate alone, whose place is before a run and never in its way.
+
+    Raises:
+        CannotBuildError: in place of any error that is none of strop's own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StropError):
+            raise
+        logger.debug("the estimate failed", exc_info=error)
+        raise CannotBuildError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
 
 def reason_for_plain_rows(model: ModelSection) -> str | None:
@@ -136,25 +156,42 @@ def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
         return shape
     targets = resolve_targets(module, adapters.target_modules, place_of(model))
     linears = linear_layers(module)
-    sides = {n: _sides(m) for n, m in linears.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+    sides = {name: _sides(linears[name]) for name in selected(targets, linears)}
     weights = adapters.r * sum(i + o for i, o in sides.values())
+    experts = resolve_parameters(module, adapters.target_parameters or (), place_of(model))
+    weights += adapters.r * sum(n * (i + o) for n, i, o in (p.shape for p in experts.values()))
     adapted = sum(i for i, _ in sides.values()) / shape.layers
     shared = {(n.rpartition(".")[0], n.rpartition(".")[2] in OUTPUTS): i for n, (i, _) in sides.items()}
     return replace(shape, adapters=weights, adapted=adapted, distinct=sum(shared.values()) / shape.layers)
 
 
+def reach_of(lora: LoraSection, model: ModelSection) -> list[str]:
+    """How much of the model its new adapters will reach, in lines for a person; none where it trains in full, or goes
+    on with an adapter.
+
+    Raises:
+        CannotBuildError: the architecture needs more than its configuration.
+        ModelError: the adapters do not fit the model.
+    """
+    if model.adapter is not None or not lora.enabled:
+        return []
+    module, where = empty_model(model), place_of(model)
+    targets = selected(resolve_targets(module, lora.target_modules, where), linear_layers(module))
+    return reach(sizes(module), {*targets, *resolve_parameters(module, lora.target_parameters or (), where)})
+
+
 def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
-    heads = getattr(text, "num_attention_heads", 1)
-    width = text.hidden_size
-    head_dim = getattr(text, "head_dim", None) or width // heads
+    heads = _most(text, "num_attention_heads", 1)
+    width = _most(text, "hidden_size")
+    head_dim = _most(text, "head_dim", 0) or width // heads
     matrix = sum(layer.weight.numel() for layer in linear_layers(module).values())  # type: ignore[operator, misc]
     return Shape(
         width=width,
-        inner=getattr(text, "intermediate_size", None) or 4 * width,
+        inner=_most(text, "intermediate_size", 0) or 4 * width,
         queries=heads * head_dim,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        keys=(_most(text, "num_key_value_heads", 0) or heads) * head_dim,
         heads=heads,
-        layers=text.num_hidden_layers,
+        layers=_most(text, "num_hidden_layers"),
         vocabulary=module.get_output_embeddings().weight.shape[0],
         matrix=matrix,
         others=sum(p.numel() for p in module.parameters()) - matrix,
@@ -162,6 +199,18 @@ def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
         transform=logit_transform(text),
         recomputes=bool(layers_that_can(module)),
     )
+
+
+def _most(text: PreTrainedConfig, name: str, otherwise: int | None = None) -> int:
+    """A size of the configuration; the largest, where it names one per layer."""
+    value = getattr(text, name) if otherwise is None else getattr(text, name, None)
+    if isinstance(value, list | tuple):
+        value = max((number for number in value if number is not None), default=None)
+    if value is None and otherwise is not None:
+        return otherwise
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, which is no size")
+    return int(value)
 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:

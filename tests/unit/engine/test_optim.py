@@ -8,7 +8,13 @@ from torch import nn
 from transformers import get_scheduler
 
 from strop.config.sections import TrainingSection
-from strop.engine.optim import build_optimizer, learning_rate, optimizer_tensors, set_optimizer_numbers
+from strop.engine.optim import (
+    build_optimizer,
+    learning_rate,
+    optimizer_tensors,
+    set_optimizer_numbers,
+    without_gradient,
+)
 
 
 def section(**changes: object) -> TrainingSection:
@@ -103,3 +109,29 @@ def test_the_first_step_after_a_look_at_the_state_is_the_first(optim: str) -> No
         optimizer.step()
         moved.append(float(weight.detach()))
     assert moved[0] == moved[1] == pytest.approx(-1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+def test_weights_without_a_gradient_have_a_state_too(optim: str) -> None:
+    """Else a checkpoint of theirs could not be resumed. Neither they nor the others move by it."""
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    weights = {name: nn.Parameter(torch.full((96, 64), value)) for name, value in (("used", 1.0), ("unused", 2.0))}
+    optimizer = build_optimizer(weights, section(optim=optim, weight_decay=0.1))
+    for _ in range(2):
+        weights["used"].grad = torch.ones(96, 64)
+        optimizer.step()
+    before = {name: w.detach().clone() for name, w in weights.items()}
+    moments = {k: v.clone() for k, v in optimizer.state[weights["used"]].items() if isinstance(v, torch.Tensor)}
+    tensors, numbers = optimizer_tensors(optimizer, weights)
+    keys = {name: {k.split(".")[1] for k in [*tensors, *numbers] if k.endswith(f".{name}")} for name in weights}
+    assert keys["used"] == keys["unused"] != set()
+    assert all(torch.equal(w, before[name]) for name, w in weights.items())
+    assert torch.equal(weights["used"].grad, torch.ones(96, 64)) and weights["unused"].grad is None
+    assert all(torch.equal(v, moments[k]) for k, v in optimizer.state[weights["used"]].items() if k in moments)
+    assert all(float(v.float().abs().max()) == 0 for k, v in tensors.items() if "exp_avg" in k and "unused" in k)
+    assert str(without_gradient(weights)).startswith(
+        "1 of 2 trained tensors got no gradient, so they stay as they are: un"
+    )
+    weights["unused"].grad = torch.zeros(96, 64)
+    assert without_gradient(weights) is None

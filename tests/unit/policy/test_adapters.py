@@ -19,9 +19,9 @@ from strop.batch import pack
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
-from strop.policy.adapters import linear_layers, resolve_targets
 from strop.policy.load import load_tokenizer
 from strop.policy.policy import Policy, build_policy
+from strop.policy.targets import linear_layers, resolve_targets, selected
 from strop.types import Group
 
 MakePolicy = Callable[..., Policy]
@@ -357,3 +357,108 @@ def test_a_router_is_no_linear_layer() -> None:
     config = CONFIG_MAPPING["llama4_text"](**tiny, **heads, num_local_experts=2, pad_token_id=0)
     names = {name.rpartition(".")[2] for name in linear_layers(AutoModelForCausalLM.from_config(config))}
     assert names >= QKVO and "router" not in names
+
+
+# --- what is adapted ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r"model\.layers\.1\.mlp\..*_proj"])
+def test_a_regular_expression_is_saved_as_one(
+    pattern: str, build: MakePolicy, model_dir: Path, groups: list[Group], tmp_path: Path
+) -> None:
+    """In a list it would be a name, and match nothing. New, and continued."""
+    tokenizer, policy = load_tokenizer_of(model_dir), build(lora={"target_modules": pattern})
+    for name in ("new", "continued"):
+        train_a_little(policy, groups)
+        policy.save_pretrained(tmp_path / name, tokenizer)
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"] == pattern
+        again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with policy.scoring():
+            torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+        policy = build(adapter=str(tmp_path / name))
+
+
+def test_an_expression_that_finds_more_than_layers_names_layers(build: MakePolicy) -> None:
+    """The head and an activation."""
+    policy = build(lora={"target_modules": r"lm_head|model\.layers\.1\.mlp\..*"})
+    assert adapted(policy) == {"gate_proj", "up_proj", "down_proj"}
+
+
+def tiny_gemma3() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    with torch.device("meta"):
+        config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "all-linear", ("q_proj", "v_proj"), r".*\.q_proj", ("self_attn.q_proj",)])
+def test_only_what_text_flows_through_is_adapted(wanted: Any) -> None:
+    """Never a vision tower or its projector, whatever the layers are called there."""
+    module = tiny_gemma3()
+    targets = resolve_targets(module, wanted, "here")
+    found = selected(targets, [n for n, m in module.named_modules() if isinstance(m, nn.Linear)])
+    assert found and all(name.startswith("model.language_model.") for name in found)
+    for tower in (("mlp.fc1",), "fc2", r".*vision_tower.*"):
+        with pytest.raises(ModelError, match=r"no text flows through .*vision_tower"):
+            resolve_targets(module, tower, "here")
+
+
+def test_a_router_is_adapted_only_by_its_name() -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = CONFIG_MAPPING["qwen3_moe"](num_experts=4)
+            self.gate, self.up = nn.Linear(8, 4), nn.Linear(8, 6)
+            self.router = nn.ModuleDict({"layer": nn.Linear(8, 8)})
+            self.mlp = nn.ModuleDict({"gate": nn.Linear(8, 6)})  # of a feed-forward layer
+
+        def get_output_embeddings(self) -> nn.Module | None:
+            return None
+
+    assert selected(resolve_targets(Mixture(), "all-linear", "here"), linear_layers(Mixture())) == ["up", "mlp.gate"]
+    assert set(resolve_targets(Mixture(), ("gate", "layer"), "here")) == {"gate", "layer"}
+
+
+def test_how_much_adapters_reach_is_said(build: MakePolicy, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "strop")
+    build(lora={})
+    assert "adapters on 8 of 14 linear layers, 40.0 % of their weights" in caplog.text
+    assert "without adapters: mlp.gate_proj (20.0 %), mlp.up_proj (20.0 %), mlp.down_proj (20.0 %)" in caplog.text
+    caplog.clear()
+    build(lora={"target_modules": "all-linear"})
+    assert "adapters on 14 of 14 linear layers, 100.0 %" in caplog.text and "without adapters" not in caplog.text
+
+
+@pytest.mark.parametrize("training", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("modules", [[], "auto"])
+def test_fused_experts_are_adapted_by_name(
+    modules: Any,
+    training: dict[str, Any],
+    model_dir: Path,
+    build: MakePolicy,
+    groups: list[Group],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    config = json.loads((model_dir / "config.json").read_text()) | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**config)).save_pretrained(model_dir)
+    caplog.set_level(logging.INFO, "strop")
+    names = ["mlp.experts.gate_up_proj", "experts.down_proj"]
+    policy = build(lora={"r": 4, "target_modules": modules, "target_parameters": names}, training=training)
+    assert f"adapters on {4 + 8 * bool(modules)} of 12 linear layers" in caplog.text
+    assert any(".experts." in name for name in policy.trainable())
+    for name in ("new", "continued"):
+        train_a_little(policy, groups)
+        assert all(p.grad is not None for p in policy.trainable().values())
+        policy.save_pretrained(tmp_path / name, load_tokenizer_of(model_dir))
+        again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with policy.scoring():
+            tolerance = 0.2 if training else 1e-4
+            got, want = policy(policy.collate(groups)), logps_of(again, groups)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        policy = build(adapter=str(tmp_path / name), training=training)
+    with pytest.raises(ModelError, match=r"no fused experts are called 'gate_up'\n.*experts.down_proj"):
+        build(lora={"target_parameters": ["gate_up"]})

@@ -253,6 +253,50 @@ def test_what_it_does_not_know_keeps_its_own_forward() -> None:
     assert not any("forward" in vars(m) for n, m in dora.named_modules() if n.endswith(("_proj", "out", "mlp")))
 
 
+def test_what_cannot_be_tried_keeps_its_own_forward() -> None:
+    """A gated norm looks like a norm; what it raises without its gate says no more than that it is none."""
+
+    class Gated(Norm):
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * torch.sigmoid(gate)
+
+    class Refuses(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("layer_idx")
+
+    class Several(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x), x  # type: ignore[return-value]
+
+    class Fits(Mlp):
+        def forward(self, x: Tensor, size: int) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * size
+
+    kinds = [Gated(), Refuses(), Several(), Fits()]
+    assert all(module.training for module in kinds)
+    fuse(nn.Sequential(*kinds), Casts(), CPU)
+    assert not any("forward" in vars(module) for module in kinds)
+    assert all(module.training for module in kinds)
+
+
+def test_more_than_one_argument_means_the_modules_own_forward() -> None:
+    """Alone it is a norm, with a gate it is another."""
+
+    class MayGate(Norm):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(x if gate is None else x * torch.sigmoid(gate))
+
+    module = MayGate()
+    plain = copy.deepcopy(module)
+    fuse(nn.Sequential(module), Casts(), CPU)
+    assert isinstance(vars(module)["forward"], FusedNorm)
+    x, gate = torch.randn(2, 3, WIDTH).unbind()
+    torch.testing.assert_close(module(x), plain(x))
+    for got in (module(x, gate), module(x, gate=gate)):
+        assert torch.equal(got, plain(x, gate))
+    assert torch.equal(module(x=x), plain(x))
+
+
 @pytest.mark.parametrize("adapted", [["q_proj", "v_proj"], ["k_proj"], []])
 def test_layers_of_one_input_are_computed_together(adapted: list[str]) -> None:
     class Projections(nn.Module):

@@ -13,11 +13,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
+from strop.policy.folder import inspect_config
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.policy import build_policy
 
@@ -343,3 +353,19 @@ def test_no_tokenizer(content: str | None, model_dir: Path) -> None:
         (model_dir / "tokenizer.json").write_text(content)
     section = ModelSection(huggingface_id=str(model_dir))
     assert "tokenizer" in refusal(lambda: load_tokenizer(section))
+
+
+def test_infinities_are_read_as_transformers_writes_them(tmp_path: Path, tokenizer: Any) -> None:
+    """In a model's configuration, and again in that of the model that comes of it."""
+    sizes = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "n_groups": 1}
+    heads = {"num_heads": 4, "head_dim": 8, "chunk_size": 8, "eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 0}
+    config = CONFIG_MAPPING["mamba2"](**sizes, **heads, time_step_limit=(0.0, float("inf")))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text()
+    read = inspect_config(ModelSection(huggingface_id=str(tmp_path))).config
+    assert read["time_step_limit"] == [0.0, float("inf")]
+    assert list(load(tmp_path).config.time_step_limit) == [0.0, float("inf")]
+    edit_config(tmp_path, other={"__float__": "Infinity", "more": 1}, third={"__float__": 3})
+    read = inspect_config(ModelSection(huggingface_id=str(tmp_path))).config
+    assert read["other"] == {"__float__": "Infinity", "more": 1} and read["third"] == {"__float__": 3}

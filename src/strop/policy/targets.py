@@ -1,0 +1,229 @@
+"""Which layers of a model get adapters, and how much of it they reach. Floor 2.
+
+A model comes in, with weights or on torch's meta device; names of layers go out, in the forms that peft takes: last
+parts of full names, full names, or one regular expression. Only layers that text flows through are adapted: never a
+vision or audio tower, its projector, or the router of a mixture of experts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from strop.errors import ModelError
+
+Targets = tuple[str, ...] | str
+"""Names, or a regular expression that full names match whole."""
+
+# the attention projections by family, as the guides of these models adapt them; the first line that fits is taken
+_FAMILIES = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # llama, mistral, qwen, gemma, olmo, cohere, granite, starcoder2 ...
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # opt, gpt_neo, gptj
+    ("q_proj", "k_proj", "v_proj", "dense"),  # phi
+    ("qkv_proj", "o_proj"),  # phi3
+    ("query_key_value",),  # gpt_neox (pythia), bloom, falcon
+    ("c_attn",),  # gpt2, gpt_bigcode
+    ("Wqkv",),  # mpt
+)
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_SHOWN = 6
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by full name, the head left out, and routers that are one and give more than a product."""
+    head = head_names(module)
+    return {n: m for n, m in module.named_modules() if _is_linear(m) and n not in head}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, Conv1D)
+    if type(module) is nn.Linear:
+        return True
+    try:
+        with torch.no_grad():
+            return isinstance(module(module.weight[:1]), torch.Tensor)
+    except Exception:  # noqa: BLE001 (code of any architecture is tried here; it wants more than one tensor)
+        return False
+
+
+def head_names(module: nn.Module) -> list[str]:
+    """The full name of the head."""
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, part in module.named_modules() if part is head]
+
+
+def text_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers that text flows through, by full name: those of the text model, where it is inside a multimodal
+    one."""
+    part = _text_part(module)
+    return {name: layer for name, layer in linear_layers(module).items() if _is_inside(name, part)}
+
+
+def _without_routers(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    experts = _expert_counts(module)
+    return {name: layer for name, layer in layers.items() if not _is_router(name, layer, experts)}
+
+
+def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Fused experts by full name: weights of three dimensions [experts, ..., ...], which are no layers."""
+    inside = _text_part(module)
+    return {n: p for n, p in module.named_parameters() if p.ndim == 3 and "experts" in n and _is_inside(n, inside)}
+
+
+def _text_part(module: nn.Module) -> str:
+    """The name of the text model inside of a multimodal one; empty where the whole model is one."""
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if config is not None else None
+    if text is None or text is config:
+        return ""
+    parts = [n for n, m in module.named_modules() if isinstance(m, PreTrainedModel) and type(m.config) is type(text)]
+    return min(parts, key=len, default="")
+
+
+def _is_inside(name: str, part: str) -> bool:
+    return not part or name.startswith(f"{part}.")
+
+
+def _expert_counts(module: nn.Module) -> set[int]:
+    """How many experts a layer may have."""
+    config = getattr(module, "config", None)
+    text = config.get_text_config() if config is not None else None
+    values = [getattr(text, name, None) for name in _NUM_EXPERTS]
+    flat = [n for value in values for n in (value if isinstance(value, list | tuple) else [value])]
+    return {n for n in flat if isinstance(n, int) and n > 1}
+
+
+def _is_router(name: str, layer: nn.Module, experts: Collection[int]) -> bool:
+    """Whether it chooses experts: it is called a router, or a gate that has an output per expert."""
+    parts = name.split(".")
+    return any("router" in part for part in parts) or (parts[-1] in ("gate", "wg") and _outputs(layer) in experts)
+
+
+def _outputs(layer: nn.Module) -> int:
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return int(columns if isinstance(layer, Conv1D) else rows)
+
+
+def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str) -> Targets:
+    """Module names as peft takes them: the last parts of full names, or full names where these would name more than
+    is meant; or a regular expression, as it was given.
+
+    Raises:
+        ModelError: a name that no linear layer has, the head's, or one that no text flows through.
+    """
+    linears, text, heads = linear_layers(module), text_layers(module), head_names(module)
+    every = [name for name, _ in module.named_modules()]
+    if wanted in ("auto", "all-linear"):
+        reached = _without_routers(module, text)
+        last_parts = sorted({name.rpartition(".")[2] for name in reached})
+        fitting = [family for family in _FAMILIES if set(family) <= set(last_parts)]
+        chosen = fitting[0] if wanted == "auto" and fitting else tuple(last_parts)
+        return _meaning(chosen, reached, every)
+    names: Targets = (wanted,) if isinstance(wanted, str) and selected((wanted,), [*linears, *heads]) else wanted
+    for name in [names] if isinstance(names, str) else [(name,) for name in names]:
+        if isinstance(name, tuple) and selected(name, heads):
+            raise ModelError(
+                f"lora.target_modules: {name[0]} is the head, which cannot carry an adapter: its log-probs are "
+                "computed in tiles, outside the layer",
+                where=where,
+                fix=f"leave it out; to train the head in full, name {name[0]} in lora.modules_to_save",
+            )
+        if not (found := selected(name, linears)):
+            raise _no_such_layer(name if isinstance(name, str) else name[0], text, where)
+        if not selected(name, text):
+            raise ModelError(
+                f"lora.target_modules: no text flows through {found[0]}",
+                where=where,
+                expected="layers of the text model: images and sound are not trained here",
+                fix="use auto or all-linear, or name layers of the text model",
+            )
+    return _meaning(names, text, every)
+
+
+def selected(targets: Targets, layers: Iterable[str]) -> list[str]:
+    """The layers that peft would adapt, by full name: a name is a full one or its last parts; a text is a regular
+    expression of full names."""
+    if not isinstance(targets, str):
+        return [full for full in layers if any(full == t or full.endswith(f".{t}") for t in targets)]
+    try:
+        return [full for full in layers if re.fullmatch(targets, full)]
+    except re.error:
+        return []
+
+
+def _meaning(targets: Targets, reached: Mapping[str, nn.Module], every: Iterable[str]) -> Targets:
+    """The targets as they are, where they name nothing beside what is reached; else the full names of what they name
+    of it: a head, a vision tower or an activation may go by the same names."""
+    if all(full in reached for full in selected(targets, every)):
+        return targets
+    return tuple(selected(targets, reached))
+
+
+def _no_such_layer(name: str, layers: Iterable[str], where: str) -> ModelError:
+    last_parts = sorted({layer.rpartition(".")[2] for layer in layers})
+    nearest = difflib.get_close_matches(name, last_parts, n=1)
+    return ModelError(
+        f"lora.target_modules: no linear layer is called {name!r}",
+        where=where,
+        expected=f"auto, all-linear, or names among {', '.join(last_parts)}",
+        fix=f"did you mean {nearest[0]}?" if nearest else "",
+    )
+
+
+def resolve_parameters(module: nn.Module, wanted: Iterable[str], where: str) -> dict[str, nn.Parameter]:
+    """The weights of fused experts that `lora.target_parameters` names, by full name.
+
+    Raises:
+        ModelError: a name that none of them has.
+    """
+    experts = expert_parameters(module)
+    found: dict[str, nn.Parameter] = {}
+    for name in wanted:
+        named = {n: experts[n] for n in selected((name,), experts)}
+        if not named:
+            known = sorted({_kind(n) for n in experts})
+            raise ModelError(
+                f"lora.target_parameters: no fused experts are called {name!r}",
+                where=where,
+                expected=f"exact names among {', '.join(known)}" if known else "a model with fused experts",
+                fix="name them as they are listed here" if known else "use lora.target_modules, which names layers",
+            )
+        found |= named
+    return found
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    """Weights of every layer that text flows through and of all fused experts, by full name, before it is adapted."""
+    layers = {name: int(layer.weight.numel()) for name, layer in text_layers(module).items()}  # type: ignore[operator]
+    return layers | {name: p.numel() for name, p in expert_parameters(module).items()}
+
+
+def reach(weights: Mapping[str, int], adapted: Collection[str]) -> list[str]:
+    """Lines for a person: how many layers got adapters, what share of their weights that is, and what was left out.
+    weights: as `sizes` gives them. adapted: full names."""
+    total = max(1, sum(weights.values()))
+    reached = sum(size for name, size in weights.items() if name in adapted)
+    num = sum(name in adapted for name in weights)
+    line = f"adapters on {num} of {len(weights)} linear layers, {100 * reached / total:.1f} % of their weights"
+    left: Counter[str] = Counter()
+    for name, size in weights.items():
+        if name not in adapted:
+            left[_kind(name)] += size
+    if not left:
+        return [line]
+    shown = ", ".join(f"{kind} ({100 * size / total:.1f} %)" for kind, size in left.most_common(_SHOWN))
+    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    return [line, f"without adapters: {shown}{more}"]
+
+
+def _kind(name: str) -> str:
+    """A full name without the numbers of its layers, from its last two named parts."""
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
