@@ -38,7 +38,9 @@ class Example:
     `completions` holds one for single rows; (chosen, rejected) for pairs. Assistant turns in `prompt` are context;
     every assistant turn in a completion is trained. A multi-turn SFT conversation is split before its first
     assistant turn: the rest is the completion, with several trained spans. `label`: whether the completion of a
-    labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of.
+    labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of. An
+    assistant turn with `"train": False` is one that the row says is not to be trained. `notes`: what was done to the
+    row so that it could be read, for the report.
     """
 
     prompt: Turns
@@ -46,6 +48,7 @@ class Example:
     origin: Origin
     tools: tuple[Mapping[str, Any], ...] | None = None
     label: bool | None = None
+    notes: tuple[str, ...] = ()
 
     def split_before(self, turn: int) -> Example:
         """The same conversation with its first `turn` messages as the prompt, where it has one completion."""

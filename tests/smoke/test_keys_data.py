@@ -21,6 +21,46 @@ def test_dataset__completion_column(runs: Any, tmp_path: Path) -> None:
     assert renamed.data.report.fingerprint == runs.prepare(method="sft").data.report.fingerprint
 
 
+def test_dataset__label_column(runs: Any, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in runs.files["singles"].read_text().splitlines()]
+    for name in ("label", "good"):
+        labelled = [{**row, name: i % 2 == 0} for i, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    usual = runs.prepare(method="kto", train_file=str(tmp_path / "label.jsonl"))
+    renamed = runs.prepare(method="kto", train_file=str(tmp_path / "good.jsonl"), label_column="good")
+    assert renamed.data.report.fingerprint == usual.data.report.fingerprint
+
+
+def test_dataset__on_trailing_user(runs: Any, tmp_path: Path) -> None:
+    def talk(i: int, *more: str) -> str:
+        turns = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "yes"}]
+        return json.dumps({"messages": [*turns, *({"role": "user", "content": text} for text in more)]}) + "\n"
+
+    file, plain = tmp_path / "talks.jsonl", tmp_path / "plain.jsonl"
+    file.write_text("".join(talk(i, *["and?"] * (i % 3 == 0)) for i in range(16)))
+    plain.write_text("".join(talk(i) for i in range(16)))
+    with pytest.raises(DataError, match=r"trailing_turn(.|\n)*on_trailing_user: drop"):
+        runs.prepare(method="sft", train_file=str(file))
+    report = runs.prepare(method="sft", train_file=str(file), on_trailing_user="drop").data.report
+    assert report.fingerprint == runs.prepare(method="sft", train_file=str(plain)).data.report.fingerprint
+    assert (
+        report.as_dict()["splits"]["train"]["trailing_turns"] + report.as_dict()["splits"]["eval"]["trailing_turns"]
+        == 6
+    )
+    assert any("turns behind the last assistant turn" in line for line in report.lines())
+
+
+def test_dataset__max_eval_samples(runs: Any) -> None:
+    whole, some = runs.prepare(validation_split=0.5).data, runs.prepare(validation_split=0.5, max_eval_samples=3).data
+    assert list(some.eval) == list(whole.eval)[:3] and some.train == whole.train
+    counts = some.report.splits["eval"]
+    assert (counts.kept, counts.not_used, counts.rows_read) == (3, 5, 8)
+    file = str(runs.files["pairs"])
+    assert len(runs.prepare(val_file=file, max_eval_samples=5).data.eval) == 5
+    assert len(runs.prepare(method="kto", val_file=file, max_eval_samples=5).data.eval) == 10  # two of each pair
+    assert runs(validation_split=0.5, max_eval_samples=3, max_steps=1).data["splits"]["eval"]["kept"] == 3
+
+
 def test_dataset__sources(runs: Any) -> None:
     file = str(runs.files["pairs"])
     run = runs({"dataset.sources": [{"name": file, "weight": 2.0}, f"jsonl:{file}"], "train_file": None}, max_steps=1)

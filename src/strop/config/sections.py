@@ -120,9 +120,13 @@ class DatasetSection(Section):
     rejected_column: str = "rejected"
     """Column with the other completion."""
     completion_column: str = "completion"
-    """Column with the completion of sft rows."""
+    """Column with the completion of sft and kto rows."""
+    label_column: str = "label"
+    """Column that says whether a completion is desirable (kto): true or false."""
     max_samples: int | None = Field(default=None, gt=0)
     """Use only the first rows of the training data, validation split included; null: all."""
+    max_eval_samples: int | None = Field(default=None, gt=0)
+    """Use only the first of the validation rows, held out or of a file, and none of the others; null: all."""
     validation_split: float = Field(default=0.1, ge=0, lt=1)
     """Share of the training rows held out for evaluation where no validation source is given; 0: none."""
     render: Literal["auto", "chat", "raw"] = "auto"
@@ -141,6 +145,9 @@ class DatasetSection(Section):
     """What chat templates that print the day take for today; a resumed run keeps it."""
     on_error: Literal["error", "skip"] = "error"
     """A row that cannot be read: stop with its file and line, or skip it, count it and write it to rejected.jsonl."""
+    on_trailing_user: Literal["refuse", "drop"] = "refuse"
+    """A conversation with turns behind its last assistant turn, such as a question that nobody answers: refuse the row,
+    or drop these turns and train up to that assistant turn, counted."""
     max_dropped_fraction: float | None = Field(
         default_factory=lambda data: 0.05 if data.get("on_error") == "skip" else None,
         ge=0,

@@ -6,6 +6,9 @@ In: nothing. Out: the one table of counters that a record carries from the token
 from __future__ import annotations
 
 COUNTERS = {
+    "messages_as_json": "rows held messages as JSON text, and were read as messages",
+    "trailing_turns": "turns behind the last assistant turn left out (dataset.on_trailing_user: drop)",
+    "system_unused": "rows have a system column and another system turn in their messages: the turn is used",
     "prompts_cut": "prompts cut at the left",
     "completions_cut": "",
     "without_end_token": "",

@@ -1,38 +1,55 @@
 """Rows to examples: which shapes are known, and what is wrong with a row that has none of them. Floor 2.
 
 In: one row as a mapping. Out: an Example, validated: every text is there, can be encoded and is not blank; roles are
-known and in order; a pair's sides share their prompt and differ after it. `docs/data.md` shows each shape.
+known and in order; a pair's sides share their prompt and differ after it; a completion ends with an assistant turn.
+`docs/data.md` shows each shape. How sides and their prompt come apart is in `sides`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from strop.config import DatasetSection
-from strop.data.messages import in_words, is_null, text_of, turns_of, wrong_type
+from strop.data.jsontext import messages_in, parsed
+from strop.data.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
 from strop.data.rows import RowRefused
 from strop.data.shapes import own_shape
+from strop.data.sides import equal, explicit, implicit, same_kind
 from strop.types import Example, Message, Origin, RowShape, Turns
 
 PAIR_METHODS = "post_training.method: dpo"
 LABELLED_METHODS = "post_training.method: kto"
 SINGLE_METHODS = "post_training.method: sft"
 
+SYSTEM = ("system", "system_prompt")
+"""Columns with the system text of a row."""
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad)?\|?>")
+"""How a text points to what stands in a column of MEDIA."""
+
+NAMED = ("prompt", "chosen", "rejected", "completion", "label")
+"""Columns that may have other names: `dataset.prompt_column` and so on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the columns of a row are called.
+    """What the columns of a row are called, and what is done with rows that can be read in two ways.
 
-    keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`.
+    keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`. drops_trailing: turns behind the
+    last assistant turn are left out; else such rows are refused.
     """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
     completion: str = "completion"
+    label: str = "label"
     keeps_transcripts: bool = False
+    drops_trailing: bool = False
 
     @classmethod
     def of(cls, dataset: DatasetSection) -> Columns:
@@ -41,7 +58,9 @@ class Columns:
             dataset.chosen_column,
             dataset.rejected_column,
             dataset.completion_column,
+            dataset.label_column,
             keeps_transcripts=dataset.render == "raw",
+            drops_trailing=dataset.on_trailing_user == "drop",
         )
 
     def completions(self, rows: RowShape) -> tuple[str, ...]:
@@ -54,230 +73,244 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
     Raises:
         RowRefused: the row is not of that shape, or something in it cannot be trained on.
     """
-    kind: RowShape = "single" if rows == "single" or (rows == "labelled" and "label" in data) else "pair"
-    data = own_shape(
-        data,
-        kind,
-        prompt=columns.prompt,
-        completions=columns.completions(kind),
-        keeps_transcripts=columns.keeps_transcripts,
-    )
-    label = None
-    if rows == "labelled" and not (columns.chosen in data and columns.rejected in data):
-        prompt, completions, label = _labelled(data, columns)
-    elif rows == "single":
-        prompt, completions = _single(data, columns)
-    else:
-        prompt, completions = _pair(data, columns)
-    return Example(prompt, completions, origin, _tools(data), label)
+    reader = _Reader(data, rows, columns)
+    prompt, completions, label = reader.parts()
+    prompt, completions = reader.with_system(prompt, completions)
+    reader.refuse_media((prompt, *completions))
+    if isinstance(prompt, tuple):
+        prompt = as_context(prompt)
+    return Example(prompt, completions, origin, reader.tools(), label, tuple(reader.notes))
 
 
-def _labelled(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...], bool]:
-    pair = f"{columns.prompt}, {columns.chosen} and {columns.rejected}"
-    expected = f"{columns.prompt}, {columns.completion} and label, or {pair}"
-    if "messages" in data and columns.completion not in data:
-        raise RowRefused(
-            "wrong_shape",
-            "the row has 'messages' and no 'completion' and 'label': nothing says whether it is desirable",
-            expected=expected,
-            fix=f"set {SINGLE_METHODS}",
+class _Reader:
+    """One row on its way.
+
+    data: the row in a shape of strop's own, without its nulls: a table fills columns that a row does not have.
+    nulls: columns that are null. notes: what was done to it, by the names of `COUNTERS`.
+    """
+
+    def __init__(self, data: Mapping[str, Any], rows: RowShape, columns: Columns) -> None:
+        self._columns, self._rows, self._whole = columns, rows, data
+        self.notes: list[str] = []
+        self._nulls = frozenset(key for key, value in data.items() if value is None)
+        given = {key: value for key, value in data.items() if value is not None} if self._nulls else dict(data)
+        self._read_json(given)
+        labelled = rows == "labelled" and columns.label in given
+        kind: RowShape = "single" if rows == "single" or labelled else "pair"
+        self.data = own_shape(
+            given,
+            kind,
+            prompt=columns.prompt,
+            completions=columns.completions(kind),
+            keeps_transcripts=columns.keeps_transcripts,
         )
-    _require(data, (columns.prompt, columns.completion, "label"), expected)
-    label = {"true": True, "false": False}.get(str(data["label"]).lower())  # a CSV file has texts only
-    if label is None:
-        raise wrong_type("label", data["label"], "true (desirable) or false")
-    prompt, completions = _explicit(data, columns.prompt, (columns.completion,))
-    return prompt, completions, label
 
+    def _read_json(self, row: dict[str, Any]) -> None:
+        """Messages and tools that stand as JSON text, in place of the text."""
+        columns = self._columns
+        names = ("messages", "conversations", columns.prompt, columns.chosen, columns.rejected, columns.completion)
+        for name in dict.fromkeys(names):
+            if isinstance(row.get(name), str) and (turns := messages_in(row[name], name)) is not None:
+                row[name] = turns
+                self.notes[:] = ["messages_as_json"]
+        for name in ("messages", "conversations", "tools", columns.label):  # a CSV file has no other nulls
+            if isinstance(row.get(name), str) and not row[name].strip():
+                del row[name]
+                self._nulls |= {name}
+        if isinstance(row.get("tools"), str):
+            row["tools"] = parsed(row["tools"], "tools")
 
-def _single(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...]]:
-    if data.get("messages") is not None:
-        return _conversation(data["messages"])
-    if isinstance(data.get("label"), bool) and columns.completion in data:
-        raise RowRefused(
-            "wrong_shape",
-            "the row has a true/false label: it is an unpaired preference row",
-            expected="a conversation or a prompt with a completion to imitate",
-            fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column label",
-        )
-    if columns.completion not in data and columns.chosen in data and columns.rejected in data:
-        raise RowRefused(
-            "wrong_shape",
-            f"the row has {columns.chosen!r} and {columns.rejected!r}: it is a preference pair",
-            expected=f"messages, or {columns.prompt} and {columns.completion}",
-            fix=f"set {PAIR_METHODS}",
-        )
-    if "messages" in data and columns.completion not in data:
-        raise is_null("messages")
-    if "text" in data and columns.prompt not in data and columns.completion not in data:
-        return "", (text_of(data["text"], "text"),)
-    _require(data, (columns.prompt, columns.completion), f"messages, or {columns.prompt} and {columns.completion}")
-    return _explicit(data, columns.prompt, (columns.completion,))
+    def parts(self) -> tuple[Turns, tuple[Turns, ...], bool | None]:
+        """Prompt, completions and label."""
+        columns, label = self._columns, None
+        if self._rows == "labelled" and not (columns.chosen in self.data and columns.rejected in self.data):
+            prompt, completions, label = self._labelled()
+        elif self._rows == "single":
+            prompt, completions = self._single()
+        else:
+            prompt, completions = self._pair()
+        completions = tuple(self._finished(completion) for completion in completions)
+        if len(completions) == 2 and completions[0] == completions[1]:
+            raise equal((columns.chosen, columns.rejected))
+        return prompt, completions, label
 
+    def _labelled(self) -> tuple[Turns, tuple[Turns, ...], bool]:
+        columns, data = self._columns, self.data
+        pair = f"{columns.prompt}, {columns.chosen} and {columns.rejected}"
+        expected = f"{columns.prompt} or messages, {columns.completion} and {columns.label}; or {pair}"
+        talk = "messages" in data and columns.completion not in data
+        if talk and columns.label not in data and columns.label not in self._nulls:
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has 'messages' and no {columns.label!r}: nothing says whether it is desirable",
+                expected=expected,
+                fix=f"name the column with the label (--label-column); set {SINGLE_METHODS} only if every answer of "
+                "the file is one to imitate",
+            )
+        self._require((columns.label,) if talk else (columns.prompt, columns.completion, columns.label), expected)
+        label = {"true": True, "false": False}.get(str(data[columns.label]).lower())  # a CSV file has texts only
+        if label is None:
+            raise wrong_type(columns.label, data[columns.label], "true (desirable) or false")
+        if talk:
+            turns = self._ended(self._conversation(), "messages")
+            return turns[:-1], (turns[-1:],), label
+        prompt, completions = explicit(data, columns.prompt, (columns.completion,))
+        return prompt, completions, label
 
-def _conversation(value: Any) -> tuple[Turns, tuple[Turns, ...]]:
-    if not isinstance(value, list | tuple):
-        raise wrong_type("messages", value, "a list of messages")
-    turns = turns_of(value, "messages")
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
-    if first is None:
-        raise RowRefused("role_order", "messages has no assistant turn", expected="at least one, to train on")
-    return turns[:first], (turns[first:],)
+    def _single(self) -> tuple[Turns, tuple[Turns, ...]]:
+        columns, data = self._columns, self.data
+        expected = f"messages, or {columns.prompt} and {columns.completion}"
+        if _is_label(data.get(columns.label)) and (columns.completion in data or "messages" in data):
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has a true/false {columns.label}: it is an unpaired preference row",
+                expected="a conversation or a prompt with a completion to imitate",
+                fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column {columns.label}",
+            )
+        if "messages" in data:
+            turns = self._conversation()
+            first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+            return turns[:first], (turns[first:],)
+        if columns.completion not in data and columns.chosen in data and columns.rejected in data:
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has {columns.chosen!r} and {columns.rejected!r}: it is a preference pair",
+                expected=expected,
+                fix=f"set {PAIR_METHODS}",
+            )
+        if "messages" in self._nulls and columns.completion not in data:
+            raise is_null("messages")
+        if "text" in data and columns.prompt not in data and columns.completion not in data:
+            return "", (text_of(data["text"], "text"),)
+        self._require((columns.prompt, columns.completion), expected)
+        return explicit(data, columns.prompt, (columns.completion,))
 
-
-def _pair(data: Mapping[str, Any], columns: Columns) -> tuple[Turns, tuple[Turns, ...]]:
-    sides = (columns.chosen, columns.rejected)
-    found = next((key for key in ("messages", "completion", "text", "input_ids") if key in data), None)
-    if found is not None and not any(side in data for side in sides):
-        raise RowRefused(
-            "wrong_shape",
-            f"the row has {found!r} and no {columns.chosen!r} and {columns.rejected!r}: it has nothing to compare",
-            expected=f"{columns.prompt}, {columns.chosen} and {columns.rejected}",
-            fix=f"set {LABELLED_METHODS if 'label' in data else SINGLE_METHODS}",
-        )
-    _require(data, sides, f"{columns.prompt}, {columns.chosen} and {columns.rejected}")
-    _same_kind(data, sides)
-    # a configured name says that there is such a column; without one the prompt may stand inside both sides
-    if columns.prompt in data or columns.prompt != "prompt":
-        _require(data, (columns.prompt,), f"{columns.prompt}, {columns.chosen} and {columns.rejected}")
-        prompt, completions = _explicit(data, columns.prompt, sides)
-    else:
-        prompt, completions = _implicit(data, sides, columns.prompt)
-    if completions[0] == completions[1]:
-        raise _equal(sides)
-    return prompt, completions
-
-
-def _require(data: Mapping[str, Any], fields: tuple[str, ...], expected: str) -> None:
-    for field in fields:
-        if field not in data:
-            names = ", ".join(repr(str(key)[:40]) for key in list(data)[:8]) or "none"
-            raise RowRefused("missing_field", f"{field!r} is missing; the row has {names}", expected=expected)
-        if data[field] is None:
-            raise is_null(field)
-
-
-def _same_kind(data: Mapping[str, Any], sides: tuple[str, str]) -> None:
-    for side in sides:
-        if not isinstance(data[side], str | list | tuple):
-            raise wrong_type(side, data[side], "a text or a list of messages")
-    if isinstance(data[sides[0]], str) != isinstance(data[sides[1]], str):
-        kinds = " and ".join(f"{side} is {in_words(data[side])}" for side in sides)
-        raise RowRefused("mixed_types", kinds, expected="both a text, or both a list of messages")
-
-
-def _explicit(data: Mapping[str, Any], prompt_field: str, sides: tuple[str, ...]) -> tuple[Turns, tuple[Turns, ...]]:
-    """A prompt in a column of its own. Completions that repeat it have it cut off."""
-    value = data[prompt_field]
-    if isinstance(value, str) and all(isinstance(data[side], str) for side in sides):
-        return text_of(value, prompt_field), tuple(text_of(data[side], side) for side in sides)
-    completions = [_answer(data[side], side) for side in sides]
-    prompt: tuple[Message, ...]
-    if isinstance(value, str):
-        prompt = ({"role": "user", "content": text_of(value, prompt_field)},)
-        if len(sides) == 2 and all(turns[0]["role"] != "assistant" for turns in completions):
-            return _repeated(prompt, completions, sides, prompt_field)
-    elif isinstance(value, list | tuple):
-        prompt = turns_of(value, prompt_field)
-    else:
-        raise wrong_type(prompt_field, value, "a text or a list of messages")
-    _check_prompt(prompt, prompt_field)
-    return prompt, tuple(_after(prompt, turns, side) for turns, side in zip(completions, sides, strict=True))
-
-
-def _answer(value: Any, field: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        return ({"role": "assistant", "content": text_of(value, field)},)
-    if not isinstance(value, list | tuple):
-        raise wrong_type(field, value, "a text or a list of messages")
-    return turns_of(value, field)
-
-
-def _repeated(
-    prompt: tuple[Message, ...], completions: list[tuple[Message, ...]], sides: tuple[str, ...], field: str
-) -> tuple[Turns, tuple[Turns, ...]]:
-    """A prompt as text, and both sides as whole conversations: the prompt must be the last thing the user says."""
-    shared, rests = _split(completions[0], completions[1], sides)
-    if shared[-1]["content"].strip() != prompt[0]["content"].strip():
-        raise RowRefused(
-            "prompt_mismatch",
-            f"the conversations do not lead up to {field!r}",
-            expected=f"the text of {field!r} as the last user turn before the sides differ",
-        )
-    return shared, rests
-
-
-def _after(prompt: tuple[Message, ...], turns: tuple[Message, ...], side: str) -> tuple[Message, ...]:
-    """What `turns` adds to the prompt."""
-    if len(turns) > len(prompt) and turns[: len(prompt)] == prompt:
-        turns = turns[len(prompt) :]
-    role = turns[0]["role"]
-    if role == "assistant":
+    def _conversation(self) -> tuple[Message, ...]:
+        """The turns of `messages`, an assistant's among them."""
+        value = self.data["messages"]
+        if not isinstance(value, list | tuple):
+            raise wrong_type("messages", value, "a list of messages")
+        turns = turns_of(value, "messages")
+        if all(turn["role"] != "assistant" for turn in turns):
+            raise RowRefused("role_order", "messages has no assistant turn", expected="at least one, to train on")
         return turns
-    if len(turns) > 1:
-        raise RowRefused(
-            "prompt_mismatch",
-            f"{side} is a conversation that does not begin with the prompt",
-            expected="the assistant's answer to the prompt, or the prompt and the answer",
-        )
-    raise RowRefused("role_order", f"{side} is a {role} turn", expected="an assistant turn")
+
+    def _pair(self) -> tuple[Turns, tuple[Turns, ...]]:
+        columns, data = self._columns, self.data
+        sides = (columns.chosen, columns.rejected)
+        expected = f"{columns.prompt}, {columns.chosen} and {columns.rejected}"
+        found = next((key for key in ("messages", "completion", "text", "input_ids") if key in data), None)
+        if found is not None and not any(side in data for side in sides):
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has {found!r} and no {columns.chosen!r} and {columns.rejected!r}: it has nothing to compare",
+                expected=expected,
+                fix=f"set {LABELLED_METHODS if columns.label in data else SINGLE_METHODS}",
+            )
+        self._require(sides, expected)
+        same_kind(data, sides)
+        # a configured name says that there is such a column; without one the prompt may stand inside both sides
+        if columns.prompt in data or columns.prompt in self._nulls or columns.prompt != "prompt":
+            self._require((columns.prompt,), expected)
+            return explicit(data, columns.prompt, sides)
+        return implicit(data, sides, columns.prompt)
+
+    def _require(self, fields: tuple[str, ...], expected: str) -> None:
+        for field in fields:
+            if field in self.data:
+                continue
+            if field in self._nulls:
+                raise is_null(field)
+            names = ", ".join(repr(str(key)[:40]) for key in list(self._whole)[:12]) or "none"
+            kinds = {getattr(self._columns, kind): kind for kind in NAMED}
+            missing = [kinds[name] for name in fields if name not in self.data]
+            flags = ", ".join(f"--{kind}-column NAME" for kind in missing)
+            keys = ", ".join(f"dataset.{kind}_column" for kind in missing)
+            raise RowRefused(
+                "missing_field",
+                f"{field!r} is missing; the row has {names}",
+                expected=expected,
+                fix=f"if it has another name, say which: {flags} ({keys}); else mend the row, or set "
+                "dataset.on_error: skip to leave such rows out and count them",
+            )
+
+    def _finished(self, completion: Turns) -> Turns:
+        if isinstance(completion, str):
+            return completion
+        turns = self._ended(completion, "the conversation")
+        if not any(is_trained(turn) for turn in turns if turn["role"] == "assistant"):
+            raise RowRefused(
+                "nothing_labelled",
+                "the row says of every assistant turn that it is not to be trained",
+                expected="at least one to train on",
+            )
+        return turns
+
+    def _ended(self, turns: tuple[Message, ...], field: str) -> tuple[Message, ...]:
+        """The turns up to the last assistant turn."""
+        stop = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant") + 1
+        if stop == len(turns):
+            return turns
+        if not self._columns.drops_trailing:
+            raise RowRefused(
+                "trailing_turn",
+                f"{field} ends with a {turns[-1]['role']} turn, which nothing answers",
+                expected="an assistant turn at the end",
+                fix="mend the row, or set dataset.on_trailing_user: drop to train up to the last assistant turn",
+            )
+        self.notes += ["trailing_turns"] * (len(turns) - stop)
+        return turns[:stop]
+
+    def with_system(self, prompt: Turns, completions: tuple[Turns, ...]) -> tuple[Turns, tuple[Turns, ...]]:
+        """The row with the text of its system column as the first turn, unless its messages have one."""
+        named = {getattr(self._columns, kind) for kind in NAMED}
+        there = [key for key in SYSTEM if key in self._whole and key not in named]
+        if not there or prompt == "":  # a text without turns is whole as it is
+            return prompt, completions
+        found: dict[str, str] = {}
+        for key in there:
+            words = self._whole[key]
+            if words is not None and not isinstance(words, str):
+                raise RowRefused("wrong_type", f"{key} is no text", expected="a text, null, or nothing")
+            if words and words.strip():
+                found.setdefault(text_of(words, key), key)
+        if len(found) > 1:
+            names = " and ".join(found.values())
+            raise RowRefused("wrong_shape", f"{names} hold two system texts", expected="one of them")
+        # blank or not: rows of one file are all messages, so that all are rendered alike
+        if isinstance(prompt, str):
+            prompt = ({"role": "user", "content": prompt},)
+            completions = tuple(({"role": "assistant", "content": c},) for c in completions)
+        first = next(iter(prompt), None)
+        for words in found:
+            if first is None or first["role"] not in ("system", "developer"):
+                prompt = ({"role": "system", "content": words}, *prompt)
+            elif first["content"].strip() != words.strip():
+                self.notes.append("system_unused")
+        return prompt, completions
+
+    def refuse_media(self, parts: tuple[Turns, ...]) -> None:
+        """An image that a text points to is a part of the row, and it is not trained."""
+        for name in MEDIA:
+            if self._whole.get(name) in (None, "", []):
+                continue
+            texts = [turn.get("content", "") for part in parts if not isinstance(part, str) for turn in part]
+            texts += [part for part in parts if isinstance(part, str)]
+            if match := next(filter(None, map(PLACEHOLDER.search, texts)), None):
+                raise RowRefused(
+                    "unsupported_modality",
+                    f"{match[0]!r} in the row's text points to its column {name!r}, which is not trained",
+                    expected="rows that are text alone",
+                )
+
+    def tools(self) -> tuple[Mapping[str, Any], ...] | None:
+        tools = self.data.get("tools")
+        if not tools:
+            return None
+        if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise wrong_type("tools", tools, "a list of objects, one a tool")
+        return tuple(tools)
 
 
-def _implicit(data: Mapping[str, Any], sides: tuple[str, str], field: str) -> tuple[Turns, tuple[Turns, ...]]:
-    """No prompt column: the prompt is what both conversations begin with."""
-    if isinstance(data[sides[0]], str):
-        raise RowRefused(
-            "missing_field",
-            f"{field!r} is missing and {sides[0]} and {sides[1]} are texts",
-            expected=f"a column {field!r}, or both sides as conversations that begin with the prompt",
-            fix="set dataset.prompt_column if the column has another name",
-        )
-    chosen, rejected = (turns_of(data[side], side) for side in sides)
-    return _split(chosen, rejected, sides)
-
-
-def _split(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], sides: tuple[str, ...]
-) -> tuple[tuple[Message, ...], tuple[Turns, ...]]:
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
-        n += 1
-    if chosen == rejected:
-        raise _equal(sides)
-    rests = chosen[n:], rejected[n:]
-    if n == 0 and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        raise RowRefused(
-            "missing_field",
-            f"there is no prompt, and {sides[0]} and {sides[1]} hold the answers alone",
-            expected="a prompt column, or both sides as conversations that begin with the prompt",
-        )
-    if any(not rest or rest[0]["role"] != "assistant" for rest in rests):
-        raise RowRefused(
-            "prompt_mismatch",
-            f"{sides[0]} and {sides[1]} part at turn {n + 1}, which is not an assistant turn in both",
-            expected="the same conversation up to an assistant turn",
-        )
-    _check_prompt(chosen[:n], f"the prompt shared by {sides[0]} and {sides[1]}")
-    return chosen[:n], rests
-
-
-def _check_prompt(prompt: tuple[Message, ...], field: str) -> None:
-    if prompt[-1]["role"] == "assistant":
-        raise RowRefused(
-            "role_order", f"{field} ends with an assistant turn", expected="a turn that asks for an answer"
-        )
-
-
-def _tools(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
-    tools = data.get("tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise wrong_type("tools", tools, "a list of objects, one a tool")
-    return tuple(tools)
-
-
-def _equal(sides: tuple[str, ...]) -> RowRefused:
-    return RowRefused(
-        "chosen_equals_rejected", f"{sides[0]} and {sides[1]} are the same", expected="two answers that differ"
-    )
+def _is_label(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))

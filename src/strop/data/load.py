@@ -67,14 +67,18 @@ def load_data(
     groups = _joined([part.whole for part in train])
     parts = {"train": train}
     views: dict[str, Groups] = {}
+    not_used = 0
     if sources.eval is not None:
-        parts["eval"] = [_Part.of(sources.eval, _tokenise(sources.eval, None, workshop, identity, config), 1.0, 0)]
+        tokens = _tokenise(sources.eval, dataset.max_eval_samples, workshop, identity, config)
+        parts["eval"] = [_Part.of(sources.eval, tokens, 1.0, 0)]
         views["eval"] = parts["eval"][0].whole
     elif dataset.validation_split > 0:
         row_of = _row_numbers(groups)
         firsts = groups.column("prompt_hash")[groups.column("again") == 0]
         flags = held_out(firsts, dataset.validation_split, config.seed)[row_of]
-        views["eval"] = groups.taken(np.flatnonzero(flags))
+        held = groups.taken(np.flatnonzero(flags))
+        views["eval"] = _first_rows(held, dataset.max_eval_samples)
+        not_used = _num_rows(held) - _num_rows(views["eval"])
         groups = groups.taken(np.flatnonzero(~flags))
     views["train"] = groups
     for name in parts:
@@ -83,6 +87,8 @@ def load_data(
         _refuse_losses(parts[name], dataset.max_dropped_fraction)
     names: list[str] = [name for name in ("train", "eval") if name in views]
     counts = {name: _counts(parts.get(name, []), views[name], train) for name in names}
+    if "eval" in counts:
+        counts["eval"].leave_out(not_used)
     how = _rendering(views, workshop)
     weighed = _weighed(views["train"], [part.source.weight for part in train], config.seed)
     if not len(weighed):
@@ -157,6 +163,10 @@ def _num_rows(groups: Shard | Groups) -> int:
 def _row_numbers(groups: Groups) -> np.ndarray:
     """For each group the number of its row, from 0: the groups of a row stand side by side and stay together."""
     return np.asarray(np.cumsum(groups.column("again") == 0) - 1)
+
+
+def _first_rows(groups: Groups, most: int | None) -> Groups:
+    return groups if most is None else groups.taken(np.flatnonzero(_row_numbers(groups) < most))
 
 
 def _joined(parts: Sequence[Groups]) -> Groups:

@@ -1,7 +1,7 @@
 """Messages and texts of a row, validated. Floor 2.
 
 In: what stands in a column. Out: messages whose roles are known and whose contents are texts, or the refusal that says
-what is wrong and where.
+what is wrong and where. A turn that the row says is not to be trained has `"train": False`; no other has that key.
 """
 
 from __future__ import annotations
@@ -16,6 +16,19 @@ from strop.types import Message
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
 """Roles whose content may be an empty text: a tool can have nothing to say."""
+
+PLAIN = frozenset({"role", "content"})
+
+TRAIN_KEYS = ("weight", "train", "training", "loss")
+"""Keys by which rows say whether an assistant turn is trained: 0 or false, 1 or true."""
+
+NOT_TEXT = {
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos", "file", "files"), "text alone"),
+    "function_call": "tool_calls, a list of calls",
+    "refusal": "the refusal as the content",
+    "train_detail": "train: true or false for the whole turn",
+}
+"""Keys of a message that hold a part of it which is not trained, and what is expected instead."""
 
 
 def turns_of(value: list[Any] | tuple[Any, ...], field: str) -> tuple[Message, ...]:
@@ -38,6 +51,18 @@ def turns_of(value: list[Any] | tuple[Any, ...], field: str) -> tuple[Message, .
     return turns
 
 
+def is_trained(turn: Message) -> bool:
+    """Whether the row lets an assistant turn be trained."""
+    return turn.get("train", True) is not False
+
+
+def as_context(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The same turns where nothing is trained: whether they are to be does not matter."""
+    if all(map(is_trained, turns)):
+        return turns
+    return tuple({key: value for key, value in turn.items() if key != "train"} for turn in turns)
+
+
 def _message(message: Any, field: str) -> Message:
     if not isinstance(message, Mapping):
         raise wrong_type(field, message, "a message, an object with role and content")
@@ -52,6 +77,7 @@ def _message(message: Any, field: str) -> Message:
         raise RowRefused("unknown_role", f"{field}.role is {role[:40]!r}", expected="one of " + ", ".join(ROLES))
     # a missing key and a null are the same to templates of current models; tables fill missing keys with null
     turn = {key: item for key, item in message.items() if item is not None}
+    _check_keys(turn, field)
     if not turn.get("tool_calls"):
         turn.pop("tool_calls", None)
     elif not isinstance(turn["tool_calls"], list | tuple) or not all(
@@ -68,6 +94,43 @@ def _message(message: Any, field: str) -> Message:
             raise is_null(f"{field}.content")
         raise RowRefused("missing_field", f"{field} has no content", expected="an object with role and content")
     return turn
+
+
+def _check_keys(turn: dict[str, Any], field: str) -> None:
+    """Settles whether the turn is trained, and refuses parts of it that would be lost."""
+    if turn.keys() <= PLAIN:
+        return
+    for key in [key for key in NOT_TEXT if key in turn]:
+        if turn[key] not in ("", [], {}):
+            raise RowRefused(
+                "unsupported_modality", f"{field} has {key!r}, which is not trained", expected=NOT_TEXT[key]
+            )
+        del turn[key]
+    said: dict[str, bool] = {}
+    for key in TRAIN_KEYS:
+        if key in turn:
+            value = turn.pop(key)
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
+                raise RowRefused(
+                    "wrong_type",
+                    f"{field}.{key} is {in_words(value)}",
+                    expected="0 or false (the turn is not trained), 1 or true: turns have no other weights",
+                )
+            said[key] = bool(value)
+    if turn["role"] != "assistant":
+        if asked := next((key for key in said if said[key] and key != "weight"), None):
+            raise RowRefused(
+                "wrong_type",
+                f"{field}.{asked} is true, and the turn is one of role {turn['role']}",
+                expected="assistant turns to be trained, and no others",
+            )
+    elif len(set(said.values())) > 1:
+        raise RowRefused(
+            "wrong_type", f"{field} says by {' and '.join(said)} that it is trained and that it is not",
+            expected="one answer",
+        )  # fmt: skip
+    elif False in said.values():
+        turn["train"] = False
 
 
 def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -99,6 +162,10 @@ def _part(part: Any, field: str) -> str:
         raise RowRefused("unsupported_modality", f"{field} is of type {kind!r}", expected="parts of type text")
     if not isinstance(part.get("text"), str):
         raise wrong_type(f"{field}.text", part.get("text"), "a text")
+    others = [key for key, item in part.items() if key not in ("type", "text") and item not in (None, "", [], {})]
+    if others:
+        found = f"{field} has {str(others[0])[:40]!r}, which is not trained"
+        raise RowRefused("unsupported_modality", found, expected="parts of type text with a text alone")
     return str(part["text"])
 
 
@@ -135,6 +202,8 @@ def in_words(value: Any) -> str:
             return str(value)[:40]
         case str():
             return f"a text ({value[:40]!r})"
+        case bytes():
+            return "bytes, which are not read"
         case Mapping():
             return "an object"
         case list() | tuple():

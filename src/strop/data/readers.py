@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from strop.data.columnar import RowMaker
 from strop.data.rows import Row, RowRefused
 from strop.errors import DataError
 from strop.types import Origin
@@ -282,8 +283,11 @@ def read_parquet(path: str) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for data in batch.to_pylist():
+            maker = RowMaker(file.schema_arrow)
+            # a name with a dot would be taken for a path, so columns are named only where some are left out
+            columns = maker.columns if len(maker.columns) < len(maker.schema) else None
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for data in maker.rows(batch):
                     number += 1
                     yield Row(Origin(path, number), data)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # damage can look like anything

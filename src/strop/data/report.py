@@ -26,7 +26,8 @@ class SplitCounts:
     """Counts of one split. Rows where no other unit is named.
 
     refused: by reason, rows that could not be read or rendered. dropped: by reason, rows with nothing to train on
-    within the limits. not_used: good rows that a source's `fraction` leaves out. changes: by the names of `COUNTERS`,
+    within the limits. not_used: good rows that a source's `fraction` or `dataset.max_eval_samples` leaves
+    out. changes: by the names of `COUNTERS`,
     what was done to the rows that are kept.
     """
 
@@ -38,6 +39,11 @@ class SplitCounts:
     refused: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     changes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+
+    def leave_out(self, num_rows: int) -> None:
+        """Counts good rows that are read and not used."""
+        self.not_used += num_rows
+        self.rows_read += num_rows
 
     def as_dict(self) -> dict[str, Any]:
         """What data.json holds: the changes stand beside the other counts."""
@@ -100,7 +106,7 @@ class DataReport:
             lines += [f"{name}: {n} rows dropped: {reason}" for reason, n in c.dropped.most_common()]
             notes = {
                 "blank lines": c.blank_lines,
-                "rows not used, by the fraction of their source": c.not_used,
+                "rows not used, by the fraction of their source or max_eval_samples": c.not_used,
                 **{words: c.changes[name] for name, words in COUNTERS.items() if words},
             }
             lines += [f"{name}: {n} {what}" for what, n in notes.items() if n]

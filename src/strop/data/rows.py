@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.errors import DataError
+from strop.redact import redact
 from strop.types import Origin
 
 
@@ -50,3 +51,8 @@ class Row:
         if self.raw is not None:
             return self.raw.decode("utf-8", errors="backslashreplace")
         return json.dumps(self.data, ensure_ascii=False, default=str)
+
+    def rejected(self, reason: str) -> dict[str, Any]:
+        """What rejected.jsonl holds of it; what looks like a credential is masked."""
+        where = {"file": self.origin.file, "line": self.origin.line}
+        return {**where, "reason": reason, "raw": redact(self.raw_text)}

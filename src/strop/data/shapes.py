@@ -1,29 +1,36 @@
 """Rows in the shapes of other tools, rewritten as strop's own. Floor 2.
 
-In: a row. Out: the same row, or one with `messages`, `prompt` and the completion columns that `formats` validates.
-Nothing is decided here that `formats` would have to trust: what cannot be rewritten is left for it to refuse.
+In: a row without its nulls. Out: the same row, or one with `messages`, `prompt` and the completion columns that
+`formats` validates. Nothing is decided here that `formats` would have to trust: what cannot be rewritten is left for
+it to refuse. A `system` column stays where it is; `formats` knows what it means for every shape.
 
     DataRecord        {"inputs": {"question", "context"?}, "outputs": {"answer"}, "schema_version", "meta", "id"}
-    question rows     {"question", "system"?} with an answer, a pair, or response_j and response_k (j is the better one)
-    system column     {"system", "prompt", ...}: a system turn in front of a prompt that is a text
+    question rows     {"question"} or {"instruction"}, with "input" or "context" and "history"?; an answer, a pair, or
+                      response_j and response_k (j is the better one)
     transcripts       chosen and rejected as "\\n\\nHuman: ...\\n\\nAssistant: ..."
     sharegpt          {"conversations": [{"from", "value"}]}, with chosen and rejected for pairs
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from strop.data.jsontext import parsed
 from strop.data.rows import RowRefused
 from strop.types import RowShape
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 TURN = re.compile(r"\n\n(Human|Assistant):")
+QUESTIONS = ("question", "instruction")
+"""Where a question may stand, if there is no prompt column."""
+
+ADDITIONS = ("input", "context")
+"""What belongs to a question; it follows behind a blank line."""
+
 ANSWERS = ("answer", "response", "output")
-"""Where the answer to a `question` may stand, if there is no completion column."""
+"""Where the answer to a question may stand, if there is no completion column."""
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -51,10 +58,12 @@ def own_shape(
     Raises:
         RowRefused: it is of another tool's shape, and broken.
     """
-    if data.get("messages") is not None:
-        return data
+    if "messages" in data:
+        # beside completions the messages are what leads up to them
+        asks = rows == "pair" and prompt not in data and all(side in data for side in completions)
+        return {**_without(data, "messages"), prompt: data["messages"]} if asks else data
     if isinstance(data.get("conversations"), list | tuple):
-        return _sharegpt(data, rows, completions)
+        return _sharegpt(data, rows, prompt, completions)
     if rows == "pair":
         if "response_j" in data and "response_k" in data and not any(side in data for side in completions):
             data = {**data, completions[0]: data["response_j"], completions[1]: data["response_k"]}
@@ -63,6 +72,10 @@ def own_shape(
     elif isinstance(data.get("inputs"), Mapping) and isinstance(data.get("outputs"), Mapping):
         return _data_record(data, prompt, completions[0])
     return _question(data, rows, prompt, completions)
+
+
+def _without(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in names}
 
 
 def _data_record(data: Mapping[str, Any], prompt: str, completion: str) -> Mapping[str, Any]:
@@ -83,22 +96,37 @@ def _data_record(data: Mapping[str, Any], prompt: str, completion: str) -> Mappi
 
 
 def _question(data: Mapping[str, Any], rows: RowShape, prompt: str, completions: Sequence[str]) -> Mapping[str, Any]:
-    if data.get(prompt) is None and isinstance(data.get("question"), str) and prompt not in data:
-        answer = next((key for key in (*completions, *ANSWERS) if key in data), None)
-        if answer is None:
-            return data
-        data = {**data, prompt: data["question"]}
-        if rows == "single" and completions[0] not in data:
-            data = {**data, completions[0]: data[answer]}
-    system = next((key for key in ("system", "system_prompt") if key in data), None)
-    if system is None or not isinstance(data.get(prompt), str):
+    """A question with what belongs to it as the prompt, and its answer as the completion."""
+    names = (prompt,) if prompt in data else QUESTIONS
+    question = next((key for key in names if key in QUESTIONS and isinstance(data.get(key), str)), None)
+    answer = next((key for key in (*completions, *ANSWERS) if key in data), None)
+    if question is None or answer is None:
         return data
-    words = data[system]
-    if words is not None and not isinstance(words, str):
-        raise RowRefused("wrong_type", f"{system} is no text", expected="a text, null, or nothing")
-    # blank or not: rows of one file are all messages, so that all are rendered alike
-    turns = [{"role": "system", "content": words}] if words and words.strip() else []
-    return {**data, prompt: [*turns, {"role": "user", "content": data[prompt]}]}
+    words = [data[question]]
+    for key in ADDITIONS:
+        more = data.get(key, "")
+        if not isinstance(more, str):
+            raise RowRefused("wrong_type", f"{key} is no text", expected=f"a text that belongs to {question}, or null")
+        words += [more] if more.strip() and key not in completions and key != prompt else []
+    if not words[0].strip():
+        raise RowRefused("empty_field", f"{question} is blank", expected="a text")
+    text = "\n\n".join(words)
+    history = _history(data.get("history"))
+    row = {**data, prompt: [*history, {"role": "user", "content": text}] if history else text}
+    if rows == "single" and completions[0] not in data:
+        row[completions[0]] = data[answer]
+    return row
+
+
+def _history(value: Any) -> list[dict[str, Any]]:
+    """Earlier turns, as pairs of what was asked and what was answered."""
+    pairs = parsed(value, "history") if isinstance(value, str) and value.strip() else value or []
+    turns = []
+    for i, pair in enumerate(pairs if isinstance(pairs, list | tuple) else [None]):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowRefused("wrong_type", f"history[{i}] is no pair", expected="a list of [question, answer]")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
 
 
 def _is_transcript(value: Any) -> bool:
@@ -134,14 +162,9 @@ def _turns(text: str, side: str) -> list[dict[str, Any]]:
     return turns
 
 
-def _sharegpt(data: Mapping[str, Any], rows: RowShape, completions: Sequence[str]) -> Mapping[str, Any]:
-    rest = {key: value for key, value in data.items() if key not in ("conversations", "system")}
+def _sharegpt(data: Mapping[str, Any], rows: RowShape, prompt: str, completions: Sequence[str]) -> Mapping[str, Any]:
+    rest = _without(data, "conversations")
     turns = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(data["conversations"])]
-    system = data.get("system")
-    if isinstance(system, str) and system.strip() and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": system})
-    if isinstance(rest.get("tools"), str):
-        rest["tools"] = _parsed(rest["tools"], "tools") if rest["tools"].strip() else None
     if rows == "single":
         return {**rest, "messages": turns}
     for side in completions:
@@ -149,10 +172,11 @@ def _sharegpt(data: Mapping[str, Any], rows: RowShape, completions: Sequence[str
             rest[side] = [rest[side]]
         if isinstance(rest.get(side), list | tuple):
             rest[side] = [_turn(turn, f"{side}[{i}]") for i, turn in enumerate(rest[side])]
-    return {**rest, "prompt": turns}
+    return {**rest, prompt: turns}
 
 
 def _turn(turn: Any, field: str) -> dict[str, Any]:
+    """A turn as a message; its other keys (weight, reasoning, ...) stay what they are."""
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
         raise RowRefused("wrong_type", f"{field} is no turn", expected="an object with from and value")
     who, words = turn["from"], turn["value"]
@@ -161,15 +185,10 @@ def _turn(turn: Any, field: str) -> dict[str, Any]:
         raise RowRefused(
             "unknown_role", f"{field}.from is {str(who)[:40]!r}", expected="one of " + ", ".join(SHAREGPT_ROLES)
         )
+    more = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
     if who != "function_call":
-        return {"role": role, "content": words}
-    calls = _parsed(words, f"{field}.value")
+        return {"role": role, "content": words, **more}
+    calls = parsed(words, f"{field}.value")
     calls = calls if isinstance(calls, list) else [calls]
-    return {"role": role, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
-
-
-def _parsed(value: Any, field: str) -> Any:
-    try:
-        return json.loads(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowRefused("wrong_type", f"{field} is not JSON", expected="JSON") from error
+    made = [{"type": "function", "function": call} for call in calls]
+    return {"role": role, "content": None, "tool_calls": made, **more}

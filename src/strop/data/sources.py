@@ -8,23 +8,20 @@ line never touches another; only a source that is broken as a whole raises.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import exists, isdir, isfile
 from pathlib import Path
-from typing import Any
 
 from strop.config import DatasetSection
 from strop.config.sections import SourceSection
+from strop.data.library import hub_identity, read_hub, read_saved, saved_identity
 from strop.data.readers import READERS, file_kind, read_lines, read_text, unreadable
 from strop.data.rows import Row
 from strop.errors import ConfigError, DataError
-from strop.types import Origin, RowShape
+from strop.types import RowShape
 
 logger = logging.getLogger("strop")
 
@@ -193,7 +190,7 @@ def _named(name: str, subset: str | None, split: str, streaming: bool) -> Source
         )
     if isdir(path):
         if prefix or any((Path(path) / name).is_file() for name in SAVED):
-            return Source(path, partial(_read_saved, path, split), partial(_saved_identity, path, split))
+            return Source(path, partial(read_saved, path, split), partial(saved_identity, path, split))
         return _from_hub(path, subset, split, streaming)  # a folder of files, which the package datasets reads
     if isfile(path) or file_kind(path) is not None:
         return file_source(path)
@@ -203,75 +200,6 @@ def _named(name: str, subset: str | None, split: str, streaming: bool) -> Source
 def _from_hub(name: str, subset: str | None, split: str, streaming: bool) -> Source:
     return Source(
         f"{name} ({split})",
-        partial(_read_hub, name, subset, split, streaming),
-        partial(_hub_identity, name, subset, split),
+        partial(read_hub, name, subset, split, streaming),
+        partial(hub_identity, name, subset, split),
     )
-
-
-def _saved_identity(folder: str, split: str) -> str:
-    """Names, sizes and dates of the folder's files: they are written once, by `save_to_disk`."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return json.dumps(["saved", folder, split, facts])
-
-
-def _hub_identity(name: str, subset: str | None, split: str) -> str:
-    """Where the package datasets keeps it: revision, files and their dates are in that path."""
-    import datasets
-
-    with _hub_errors(name, subset, split):
-        return json.dumps(["hub", name, split, datasets.load_dataset_builder(name, subset).cache_dir])
-
-
-def _read_saved(folder: str, split: str) -> Iterator[Row]:
-    # datasets takes a second to import, and most runs read plain files
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(folder)
-        if not isinstance(loaded, datasets.DatasetDict):
-            loaded = {str(loaded.split or "train"): loaded}
-        lengths = {name: len(part) for name, part in loaded.items()}
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    except (OSError, ValueError, AssertionError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"the folder cannot be read: {_first_line(error)}",
-            where=f"{folder} (split {split})",
-            expected="a folder that `save_to_disk` of the package datasets has written, and a split in it",
-            fix="set dataset.train_file for plain files; check dataset.split",
-        ) from error
-    for part in parts:
-        for i in range(part.from_ or 0, lengths[part.splitname] if part.to is None else part.to):
-            yield Row(Origin(f"{folder}[{part.splitname}]", i + 1), loaded[part.splitname][i])
-
-
-def _read_hub(name: str, subset: str | None, split: str, streaming: bool) -> Iterator[Row]:
-    import datasets
-
-    with _hub_errors(name, subset, split):
-        how = {"streaming": True} if streaming else {}
-        loaded: Any = datasets.load_dataset(name, subset, split=split, **how)
-        for i, data in enumerate(loaded):
-            yield Row(Origin(f"{name}[{split}]", i + 1), data)
-
-
-@contextmanager
-def _hub_errors(name: str, subset: str | None, split: str) -> Iterator[None]:
-    import datasets
-
-    if not datasets.config.HF_HUB_OFFLINE:
-        logger.info("data set %s: asking %s for it", name, datasets.config.HF_ENDPOINT)
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"the data set cannot be loaded: {_first_line(error)}",
-            where=f"dataset.name: {name}" + (f", subset {subset}" if subset else "") + f", split {split}",
-            expected="an existing file or folder, or a data set of the Hugging Face hub that can be reached from here",
-            fix="check the name, dataset.subset and dataset.split; offline, download it first and name its files",
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = re.split(r"[\r\n]", str(error).strip(), maxsplit=1)[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -173,7 +173,7 @@ class Workshop:
         encoded = short or whole
         has_no_border = isinstance(example, Encoded) or not example.prompt
         limits = self.limits.of_whole_rows() if has_no_border else self.limits
-        label = example.label if isinstance(example, Example) else None
+        label, notes = (example.label, example.notes) if isinstance(example, Example) else (None, ())
         done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=short is not None, label=label)
         if done.group is None:
             assert done.dropped is not None
@@ -184,6 +184,7 @@ class Workshop:
             file,
             prompt_key=_prompt_key(example, encoded),
             counts={
+                **Counter(notes),
                 **encoded.counts,
                 "prompts_cut": done.prompt_cut,
                 "completions_cut": done.completions_cut,
@@ -210,11 +211,10 @@ def _parsed(row: Row) -> Row:
 
 def _refuse(done: Worked, row: Row, refusal: RowRefused) -> None:
     done.refused[refusal.reason] += 1
-    origin = row.origin
-    done.rejected.append({"file": origin.file, "line": origin.line, "reason": refusal.reason, "raw": row.raw_text})
+    done.rejected.append(row.rejected(refusal.reason))
     if done.first_refusal is None:
         done.first_refusal = {
-            "where": str(origin.line), "found": refusal.found, "expected": refusal.expected, "fix": refusal.fix,
+            "where": str(row.origin.line), "found": refusal.found, "expected": refusal.expected, "fix": refusal.fix,
         }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -113,6 +114,52 @@ def test_saved_data_sets_are_read_by_split_and_slice(tmp_path: Path, make_config
         read("both", "nothing")
     with pytest.raises(DataError, match="save_to_disk"):
         prompts(choose_sources(make_config(name=f"local:{tmp_path}").dataset, "single"))
+
+
+@pytest.mark.parametrize("own", ["train", "test", "train[:10]", "train+test", "test[:50%]+train[3:]", None])
+def test_a_folder_without_named_splits_is_one_split(own: str | None, tmp_path: Path, make_config: Make) -> None:
+    table = datasets.Dataset.from_list([{"prompt": str(i), "completion": "x"} for i in range(10)])
+    table.info.splits = None
+    whole = datasets.Dataset(table.data, split=datasets.NamedSplit(own) if own else None)
+    whole.save_to_disk(tmp_path / "one")
+
+    def read(split: str) -> list[str]:
+        config = make_config(name=str(tmp_path / "one"), split=split)
+        return prompts(choose_sources(config.dataset, "single"))[0]
+
+    everything = [str(i) for i in range(10)]
+    assert read("train") == everything and read(own or "train") == everything
+    assert read("train[2:4]") == ["2", "3"] and read("train[:10%]+train[90%:]") == ["0", "9"]
+    if own and "test" in own:
+        assert read("test[8:]") == ["8", "9"]
+    else:
+        with pytest.raises(DataError, match="holds one split"):
+            read("test")
+    with pytest.raises(DataError, match="cannot be read"):
+        read("train[")
+
+
+def test_named_splits_are_named_where_another_is_asked_for(tmp_path: Path, make_config: Make) -> None:
+    table = datasets.Dataset.from_list([{"prompt": "q", "completion": "x"}])
+    datasets.DatasetDict({"test": table, "extra": table}).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match=r"test.*extra"):
+        prompts(choose_sources(make_config(name=str(tmp_path / "two")).dataset, "single"))
+
+
+def test_whatever_reading_raises_names_the_data_set(
+    tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets.Dataset.from_list([{"prompt": "q", "completion": "x"}]).save_to_disk(tmp_path / "one")
+    source = choose_sources(make_config(name=str(tmp_path / "one")).dataset, "single").train[0]
+    for error in (OSError(28, "No space left"), ImportError("no torchcodec"), KeyError("x"), Exception("panic")):
+
+        def broken(*arguments: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(datasets.Dataset, "iter", broken)
+        with pytest.raises(DataError, match="the folder cannot be read") as problem:
+            list(source.read())
+        assert str(tmp_path / "one") in str(problem.value)
 
 
 def test_a_hub_data_set_out_of_reach_is_one_clear_error(make_config: Make) -> None:

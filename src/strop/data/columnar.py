@@ -1,0 +1,105 @@
+"""Rows of Arrow tables: Parquet files, and what the package datasets keeps. Floor 2.
+
+In: record batches. Out: rows as JSON Lines would have them. A table gives every row all columns and every object the
+keys of all others, null where a row had none; and it holds the bytes of images and sounds, which nobody reads here.
+
+    nulls below `tools` and `tool_calls`   taken out: a schema or an argument that a row does not have is not null
+    JSON (the type of Arrow)               read; a null that it holds is the row's own
+    columns of bytes                       not read: `NOT_READ` stands in their place
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+NOT_READ = b""
+"""What stands in place of a column of bytes: something is there, and it is no text."""
+
+WITHOUT_NULLS = frozenset({"tools", "tool_calls"})
+PARTS_OF_A_MESSAGE = frozenset({"role", "from"})
+
+Convert = Callable[[Any], Any]
+
+
+class RowMaker:
+    """Makes rows of the batches of one schema.
+
+    columns: the names of the columns that are read.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.columns = [field.name for field in schema if not _is_bytes(field.type)]
+        self._not_read = {field.name: NOT_READ for field in schema if _is_bytes(field.type)}
+        found = {field.name: _convert(field.type, field.name in WITHOUT_NULLS) for field in schema}
+        self._converts = {name: convert for name, convert in found.items() if convert is not None}
+
+    def rows(self, batch: Any) -> list[dict[str, Any]]:
+        """The rows of a record batch or table, which has all columns of the schema or those of `columns`."""
+        rows: list[dict[str, Any]] = batch.select(self.columns).to_pylist() or [{} for _ in range(batch.num_rows)]
+        for row in rows:
+            for name, convert in self._converts.items():
+                if row.get(name) is not None:
+                    row[name] = convert(row[name])
+            row.update(self._not_read)
+        return rows
+
+
+def _is_bytes(kind: Any) -> bool:
+    """Whether a column is an image, a sound or the like; messages that hold some are read, to be refused by name."""
+    leaves, names = set[bool](), set[str]()
+    _look(kind, leaves, names)
+    return True in leaves and not names & PARTS_OF_A_MESSAGE
+
+
+def _look(kind: Any, leaves: set[bool], names: set[str]) -> None:
+    if pa.types.is_struct(kind):
+        for field in kind:
+            names.add(field.name)
+            _look(field.type, leaves, names)
+    elif _is_list(kind):
+        _look(kind.value_type, leaves, names)
+    else:
+        leaves.add(
+            pa.types.is_binary(kind)
+            or pa.types.is_large_binary(kind)
+            or pa.types.is_fixed_size_binary(kind)
+            or pa.types.is_binary_view(kind)
+        )
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _convert(kind: Any, drops_nulls: bool) -> Convert | None:
+    """What makes a value of this type the row's own; None where it is so already."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return json.loads if kind.extension_name == "arrow.json" else None
+    if _is_list(kind):
+        item = _convert(kind.value_type, drops_nulls)
+        return None if item is None else _each(item)
+    if not pa.types.is_struct(kind):
+        return None
+    found = {field.name: _convert(field.type, drops_nulls or field.name in WITHOUT_NULLS) for field in kind}
+    converts = {name: convert for name, convert in found.items() if convert is not None}
+    return _object(converts, drops_nulls) if converts or drops_nulls else None
+
+
+def _each(item: Convert) -> Convert:
+    return lambda values: [None if value is None else item(value) for value in values]
+
+
+def _object(converts: dict[str, Convert], drops_nulls: bool) -> Convert:
+    def convert(value: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: converts[name](item) if item is not None and name in converts else item
+            for name, item in value.items()
+            if item is not None or not drops_nulls
+        }
+
+    return convert
