@@ -38,7 +38,7 @@ def explanation(method: str, width: int) -> str:
     for key in _settings(settings):
         parts.append(f"  {key.name}  ({key.expected}; default {key.default})")
         parts.append(paragraph(key.description, 6))
-    parts += ["", "Data:", *map(paragraph, _needs(objective)), "", "Metrics:"]
+    parts += ["", "Data:", *map(paragraph, _needs(settings)), "", "Metrics:"]
     parts += [f"  {name}\n{paragraph(meaning, 6)}" for name, meaning in _metrics(objective)]
     return "\n".join(parts) + "\n"
 
@@ -51,7 +51,7 @@ def markdown(method: str) -> str:
     parts = [
         ["## Formula", "", "```text", _formula(objective), "```"],
         ["## Settings", "", "| key | value | default | meaning |", "|---|---|---|---|", *rows],
-        ["## Data", "", " ".join(_needs(objective)) + " [All shapes](../data.md)."],
+        ["## Data", "", " ".join(_needs(settings)) + " [All shapes](../data.md)."],
         ["## Metrics", "", "| name | how to read it |", "|---|---|", *metrics],
     ]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
@@ -74,7 +74,8 @@ def _metrics(objective: type[Objective[MethodSettings]]) -> Iterator[tuple[str, 
     yield from objective.METRICS.items()
 
 
-def _needs(objective: type[Objective[MethodSettings]]) -> list[str]:
+def _needs(settings: type[MethodSettings]) -> list[str]:
+    objective = objective_class(settings)
     follows = objective.ref_sync is not Objective.ref_sync
     synced = ["With `ref_sync_steps` one does, and is scored in every step."] if follows else []
-    return [ROWS[objective.rows], REFERENCE[objective.needs_reference], *synced]
+    return [ROWS[settings.ROWS], REFERENCE[objective.needs_reference], *synced]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from strop.config.section import Problem, Section, SectionError
+from strop.types import RowShape
 
 NEUTRAL: Mapping[str, Any] = {
     "label_smoothing": 0.0,
@@ -65,6 +66,9 @@ class MethodSettings(Section):
 
     OBJECTIVE: ClassVar[str]
     """`module:class` of the objective that takes these settings, below `strop.objectives`."""
+
+    ROWS: ClassVar[RowShape] = "pair"
+    """What the method needs of the data."""
 
     READ_BY: ClassVar[Mapping[str, Readers]] = {}
     """Settings that some variants of the method do not read, and which do."""
@@ -122,6 +126,7 @@ class SftSettings(MethodSettings):
 
     LEARNING_RATE: ClassVar[float] = 2e-5
     OBJECTIVE: ClassVar[str] = "sft:Sft"
+    ROWS: ClassVar[RowShape] = "single"
 
     method: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
@@ -259,6 +264,7 @@ class KtoSettings(ReferenceSettings):
     """Kahneman-Tversky optimisation (arXiv 2402.01306): completions that are desirable or not, without pairs."""
 
     OBJECTIVE: ClassVar[str] = "kto:Kto"
+    ROWS: ClassVar[RowShape] = "labelled"
 
     method: Literal["kto"] = "kto"
     """Kahneman-Tversky optimisation."""

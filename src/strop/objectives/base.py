@@ -36,7 +36,7 @@ class RefSync:
 class Objective(ABC, Generic[S]):
     """One method, with its settings.
 
-    Declared on the class: `rows`, what the data must keep together; `needs_reference`, whether reference log-probs
+    Declared on the class: `needs_reference`, whether reference log-probs
     are scored before training; `METRICS`, how to read each metric of its variants.
 
     Declared by the instance, since variants differ: `units`, what each term is divided by; `whole_step`, whether the
@@ -46,12 +46,16 @@ class Objective(ABC, Generic[S]):
     policy; `ref_sync`, whether the reference follows the policy instead of staying as it is.
     """
 
-    rows: ClassVar[RowShape]
     needs_reference: ClassVar[bool] = False
     METRICS: ClassVar[Mapping[str, str]]
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
+
+    @property
+    def rows(self) -> RowShape:
+        """What the data must keep together."""
+        return self.settings.ROWS
 
     @property
     def whole_step(self) -> bool:

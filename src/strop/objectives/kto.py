@@ -26,13 +26,11 @@ from torch import Tensor
 from strop.batch import Scores, Unit
 from strop.config.methods import KtoSettings
 from strop.objectives.base import Mean, Objective
-from strop.types import RowShape
 
 
 class Kto(Objective[KtoSettings]):
     """Labelled completions against a reference."""
 
-    rows: ClassVar[RowShape] = "labelled"
     needs_reference: ClassVar[bool] = True
     METRICS: ClassVar[Mapping[str, str]] = {
         "rewards/chosen": "beta times the log-ratio of desirable completions; should rise against the undesirable ones",

@@ -15,7 +15,6 @@ from torch import Tensor
 from strop.batch import Scores, Unit
 from strop.config.methods import MethodSettings, ReferenceSettings
 from strop.objectives.base import Mean, Objective
-from strop.types import RowShape
 
 S = TypeVar("S", bound=MethodSettings)
 R = TypeVar("R", bound=ReferenceSettings)
@@ -40,7 +39,6 @@ class Sides(NamedTuple):
 class PairObjective(Objective[S]):
     """A preference between two completions. `sides` is what it goes by, `beta` times that the implicit reward."""
 
-    rows: ClassVar[RowShape] = "pair"
     METRICS: ClassVar[Mapping[str, str]] = {
         "rewards/chosen": "implicit reward of the chosen completions; its sign means little, its fall is worth a look",
         "rewards/rejected": "the same of the rejected ones",

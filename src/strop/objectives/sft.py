@@ -14,13 +14,11 @@ from torch import Tensor
 from strop.batch import Scores, Unit
 from strop.config.methods import SftSettings
 from strop.objectives.base import Mean, Objective
-from strop.types import RowShape
 
 
 class Sft(Objective[SftSettings]):
     """Token or sequence mean, exact over the whole step."""
 
-    rows: ClassVar[RowShape] = "single"
     METRICS: ClassVar[Mapping[str, str]] = {
         "nll": "negative log-likelihood of a token; rising on held-out rows while it falls in training: over-fitting",
         "lengths/completion": "trained tokens of a completion",

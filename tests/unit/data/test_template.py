@@ -143,9 +143,13 @@ ZEPHYR = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}"
     "\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+WORDS = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+CHATML = QWEN.replace(f"<|im_start|>system\\n{WORDS}<|im_end|>\\n", "").replace(WORDS, "")
+"""Qwen's without its own system text, and without a turn that would hold nothing else."""
 PUBLISHED = {
     "llama3_instruct": LLAMA3,
     "qwen2.5_instruct": QWEN,
+    "chatml": CHATML,
     "olmo2_instruct": OLMO2,
     "mistral": MISTRAL,
     "gemma": GEMMA,
@@ -199,7 +203,14 @@ def trained_words(tokenizer: Any, encoded: Any) -> str:
     return str(tokenizer.decode([t for t, m in zip(side.ids, side.mask, strict=True) if m]))
 
 
-def test_b8_the_seven_are_there() -> None:
+def test_b8_chatml_says_nothing_that_no_row_said(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["byte_level"]
+    source = choose_template("chatml", tokenizer).source
+    text = tokenizer.apply_chat_template([u("q"), a("x")], chat_template=source, tokenize=False)
+    assert text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nx<|im_end|>\n"
+
+
+def test_b8_all_are_there() -> None:
     assert shipped_templates() == sorted(NAMES)
 
 
@@ -221,19 +232,20 @@ def test_b8_the_same_text_as_the_published_template(name: str, tokenizers: dict[
             assert ours == theirs, (label, prompt)
 
 
-def test_b8_tools_as_the_published_template_writes_them(tokenizers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["qwen2.5_instruct", "chatml"])
+def test_b8_tools_as_the_published_template_writes_them(name: str, tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["byte_level"]
     calls = [{"type": "function", "function": {"name": n, "arguments": {"q": "\u00e9", "n": [1, None]}}} for n in "fg"]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}] * 2
     tool = {"role": "tool", "content": "12"}
     turns = [u("q"), {"role": "assistant", "content": "", "tool_calls": calls}, tool, tool, a("x")]
     more = [u("q"), {"role": "assistant", "content": "Wait.", "tool_calls": calls[:1]}, tool, a("x")]
-    source = choose_template("qwen2.5_instruct", tokenizer).source
+    source = choose_template(name, tokenizer).source
     for messages in (turns, more, [s("b"), *turns], turns[:3]):
         for given in (tools, None):
             ours, theirs = (
                 tokenizer.apply_chat_template(messages, tools=given, chat_template=template, tokenize=False)
-                for template in (source, QWEN)
+                for template in (source, PUBLISHED[name])
             )
             assert ours == theirs
 
@@ -338,7 +350,7 @@ def test_b8_what_a_template_has_no_place_for_is_refused(name: str, tokenizers: d
     assert reason(s("b"), a("x")) == ("dropped_by_template" if merges else None)
     assert reason(s(""), u("q"), a("x")) is None
     assert reason(a("x")) is None
-    knows_tools = name == "qwen2.5_instruct"
+    knows_tools = name in ("qwen2.5_instruct", "chatml")
     assert reason(u("q"), a("x"), tools=[{"name": "f"}]) == (None if knows_tools else "dropped_by_template")
     tool = {"role": "tool", "content": "12"}
     assert reason(u("q"), a("x"), tool, a("y")) == (None if knows_tools or name == "plain" else "template_error")
