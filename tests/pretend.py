@@ -45,13 +45,16 @@ PRETENDED: Mapping[str, Surroundings] = {
     "cores-1": Surroundings(replace(PLAIN, cores=1), environment={"OMP_NUM_THREADS": "1"}),
     "cores-8": Surroundings(replace(PLAIN, cores=8), threads=8, environment={"OMP_NUM_THREADS": "8"}),
     "real": Surroundings(None),
-    "locale": Surroundings(PLAIN, environment={"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    "locale": Surroundings(
+        PLAIN, environment={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONWARNDEFAULTENCODING": "1"}
+    ),
     "timezone": Surroundings(PLAIN, environment={"TZ": "NPT-5:45"}),
     "no-shm": Surroundings(PLAIN, before=("unshare", "--map-root-user", "--mount", "sh", "-c", EMPTY_SHM, "sh")),
     "odd-path": Surroundings(PLAIN, moved=True),
 }
 """By name. `plain` is what `make test` sees: no instructions for 16 bits, vectors of 256 bits. `wide` multiplies large
-float32 matrices by oneDNN, the others by MKL. `real` is the computer as it is."""
+float32 matrices by oneDNN, the others by MKL. `real` is the computer as it is. Under `locale`, text
+that strop reads or writes without naming an encoding, which is the locale's then, is an error."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ grow with the file.
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import sys
@@ -32,6 +33,7 @@ MOST = 8
 """Processes at most, where their number is left open."""
 
 _workshop: Workshop | None = None
+logger = logging.getLogger("strop")
 
 
 def work_all(
@@ -46,7 +48,7 @@ def work_all(
     batches = _Batches(rows, limit)
     wanted = num_workers or min(MOST, machine.processor().cores)
     for n in count():
-        if n == ALONE and wanted > 1:
+        if n == ALONE and wanted > 1 and (pool := _pool(workshop, wanted)) is not None:
             break
         batch = batches.next()
         if batch is None:
@@ -54,7 +56,7 @@ def work_all(
         done = workshop.work(*batch)
         batches.finished(len(batch[0]), done)
         yield batches.files[batch[1]], done
-    yield from _in_processes(workshop, batches, wanted)
+    yield from _in_processes(pool, batches, wanted)
 
 
 class _Batches:
@@ -89,12 +91,21 @@ class _Batches:
             self._missing -= done.num_good
 
 
-def _in_processes(workshop: Workshop, batches: _Batches, num_workers: int) -> Iterator[tuple[str, Worked]]:
+def _pool(workshop: Workshop, num_workers: int) -> ProcessPoolExecutor | None:
+    """The processes; None where the system has no locks for them to share, such as a container without /dev/shm."""
     # a fork has the tokenizer already, and does not run the main module again
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        return ProcessPoolExecutor(num_workers, context, _enter, (workshop,))
+    except (OSError, ImportError, NotImplementedError) as error:
+        logger.warning("rows are worked on in one process, since others cannot be started here: %s", error)
+        return None
+
+
+def _in_processes(pool: ProcessPoolExecutor, batches: _Batches, num_workers: int) -> Iterator[tuple[str, Worked]]:
     waiting: deque[tuple[int, int, Future[Worked]]] = deque()
     with ExitStack() as stack:
-        pool = stack.enter_context(ProcessPoolExecutor(num_workers, context, _enter, (workshop,)))
+        stack.enter_context(pool)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         while True:
             while len(waiting) < 2 * num_workers and (batch := batches.next()) is not None:

@@ -13,20 +13,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger("strop")
 
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _STRIPPED = ("auto_map", "trust_remote_code", "custom_pipelines")
 _DROPPED = ("attn_implementation", "experts_implementation", "fusion_config", "distributed_config", "kernel_config")
@@ -95,6 +96,40 @@ def inspect_config(model: ModelSection) -> ConfigFile:
     return ConfigFile(source, _commit_of(file) or model.revision, content, tuple(ignored))
 
 
+def check_files(model: ModelSection, *, needs_weights: bool = True) -> None:
+    """Refuse a model by what the names of its files and its config.json tell, within milliseconds and without torch.
+    One on the hub is only looked for in the hub's cache, and only where the hub cannot be asked.
+
+    Args:
+        needs_weights: refuse a folder without weights; else only one whose weights are not complete.
+
+    Raises:
+        ModelError: there is no such model, or it is not a model that may be loaded.
+    """
+    where, source = place_of(model), source_of(model.huggingface_id)
+    check_exists(model.huggingface_id, where)
+    if os.path.isdir(source):
+        file = inspect_config(model)
+        if needs_weights or has_weights(source):
+            _weight_files(source, file.revision, where)
+    elif constants.HF_HUB_OFFLINE and not _in_cache(source, model.revision):
+        raise _not_had(_not_here(source), where)
+
+
+def has_weights(folder: str) -> bool:
+    """Whether any file of the folder is one of weights, or a list of such files."""
+    return any(
+        f.suffix in (".safetensors", *_PICKLED) or f.name.endswith(".index.json") for f in Path(folder).iterdir()
+    )
+
+
+def _in_cache(source: str, revision: str | None) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str)
+    except ValueError:  # no name that the hub would take
+        return False
+
+
 def inspect_model(model: ModelSection) -> ModelFiles:
     """Look at a model before loading it; its weights are fetched from the hub, and not read.
 
@@ -132,6 +167,8 @@ def fetch(source: str, name: str, revision: str | None, where: str, optional: bo
     if os.path.isdir(source):
         file = Path(source, name)
         return _contained(file, Path(source), where) if file.exists() or file.is_symlink() else None
+    from transformers.utils import cached_file  # slow to import, and needed for the hub alone
+
     try:
         found = cached_file(
             source,
@@ -143,19 +180,27 @@ def fetch(source: str, name: str, revision: str | None, where: str, optional: bo
     except (OSError, ValueError) as error:
         if optional:
             return None
-        raise ModelError(
-            _why_not(source, error),
-            where=where,
-            expected="a folder on this machine, or a hub id that can be reached or is in the hub's cache",
-            fix="check the name; without a network, download the model elsewhere and give its folder",
-        ) from error
+        raise _not_had(_why_not(source, error), where) from error
     return None if found is None else Path(found)
+
+
+def _not_had(why: str, where: str) -> ModelError:
+    return ModelError(
+        why,
+        where=where,
+        expected="a folder on this machine, or a hub id that can be reached or is in the hub's cache",
+        fix="check the name; without a network, download the model elsewhere and give its folder",
+    )
 
 
 def _why_not(source: str, error: Exception) -> str:
     """What kept the hub from giving a file."""
     if not isinstance(error.__cause__, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return first_line(error)
+    return _not_here(source)
+
+
+def _not_here(source: str) -> str:
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} could not be reached"
     return f"there is no folder {source!r} here, and the hub could not be asked for it: {reason}"
 
@@ -302,4 +347,7 @@ def _stored_dtype(files: tuple[Path, ...], where: str) -> torch.dtype:
     known = [name for name, _ in elements.most_common() if name in _STORED]
     if not known:
         raise ModelError(f"{files[0].name} holds no floating point weights", where=where)
-    return _STORED[known[0]]
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _STORED[known[0]])
+    return dtype

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line
-from strop.policy.folder import ConfigFile, inspect_config, inspect_model, place_of, source_of
+from strop.policy.folder import ConfigFile, has_weights, inspect_config, inspect_model, place_of, source_of
 from strop.policy.precision import nonfinite, short_name
 
 logger = logging.getLogger("strop")
@@ -87,16 +87,19 @@ def quiet() -> Iterator[None]:
             logger.debug("%s", warning.message)
 
 
-def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTrainedTokenizerBase:
     """The model's tokenizer, untouched: no padding token is added, since padding is masked whatever its id.
 
     The model beside it is looked at first, as far as that is quick: before hours of data, and so that what is wrong
     with a model is not said of its tokenizer.
 
+    Args:
+        needs_weights: refuse a folder without weights, too.
+
     Raises:
         ModelError: there is no such model or no tokenizer, it cannot be read, or has no end-of-sequence token.
     """
-    where, (source, rows) = place_of(model), _look_at(model)
+    where, (source, rows) = place_of(model), _look_at(model, needs_weights)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -197,7 +200,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> Non
         )
 
 
-def _look_at(model: ModelSection) -> tuple[str, int | None]:
+def _look_at(model: ModelSection, needs_weights: bool) -> tuple[str, int | None]:
     """Refuse what cannot be trained by what is quickly seen: config.json, and the weights' headers in a folder.
 
     Returns:
@@ -211,7 +214,7 @@ def _look_at(model: ModelSection) -> tuple[str, int | None]:
         return file.source, None  # its code runs when it is loaded
     config = _build_config(model, file, where)
     _check_task(config, where)
-    if os.path.isdir(file.source):
+    if os.path.isdir(file.source) and (needs_weights or has_weights(file.source)):
         inspect_model(model)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return file.source, rows if isinstance(rows, int) else None

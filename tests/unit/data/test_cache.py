@@ -115,9 +115,10 @@ def test_b7_bad_rows_stop_a_strict_run_although_a_lenient_one_has_been_there(
         assert error.value.where == f"{path}:10"
 
 
-def _load(config: Any, tokenizer: Any, barrier: Any, results: Any) -> None:
-    barrier.wait()
-    results.put(load_data(config, tokenizer, "single").report.fingerprint)
+def _load(config: Any, tokenizer: Any, pipe: Any) -> None:
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send(load_data(config, tokenizer, "single").report.fingerprint)
 
 
 def test_b13_two_runs_at_once_make_one_entry(
@@ -125,15 +126,41 @@ def test_b13_two_runs_at_once_make_one_entry(
 ) -> None:
     config, tokenizer = make_config(train_file=rows(tmp_path / "rows.jsonl", 300)), make_tokenizer()
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(3), context.Queue()
-    runs = [context.Process(target=_load, args=(config, tokenizer, barrier, results)) for _ in range(3)]
+    pipes = [context.Pipe() for _ in range(3)]  # which need no shared memory, as locks and queues do
+    runs = [context.Process(target=_load, args=(config, tokenizer, theirs)) for _, theirs in pipes]
     for run in runs:
         run.start()
-    prints = {results.get(timeout=60) for _ in runs}
+    assert all(ours.poll(60) and ours.recv() == "ready" for ours, _ in pipes)
+    for ours, _ in pipes:
+        ours.send("go")
+    assert all(ours.poll(60) for ours, _ in pipes)
+    prints = {ours.recv() for ours, _ in pipes}
     for run in runs:
         run.join(60)
     assert [run.exitcode for run in runs] == [0, 0, 0] and len(prints) == 1
     assert len(entries(cache)) == 1 and not list(cache.glob("*/*-*"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(30, "Read-only file system"), ImportError("no sem_open"), NotImplementedError()]
+)
+def test_b13_without_shared_memory_one_process_does_it(
+    error: Exception,
+    tmp_path: Path,
+    make_config: Make,
+    make_tokenizer: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(crew, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(crew, "ALONE", 2)
+    monkeypatch.setattr(crew, "ProcessPoolExecutor", refused)
+    config = make_config(train_file=rows(tmp_path / "rows.jsonl", 60), num_workers=3, validation_split=0.0)
+    assert len(load_data(config, make_tokenizer(), "single").train) == 60
+    assert caplog.text.count("in one process") == 1
 
 
 @pytest.mark.parametrize("limit", [None, 5, 61])
