@@ -31,7 +31,7 @@ def test_an_explanation_has_every_setting_and_every_metric(method: str, capsys: 
         assert f"\n  {name}  (" in out
     for name in objective.METRICS:
         assert f"\n  {name}\n" in out
-    assert "loss" in out and catalogue.ROWS[objective.rows].split(":")[0] in out
+    assert "loss" in out and catalogue.ROWS[METHODS[method].ROWS].split(":")[0] in out
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -133,7 +133,8 @@ class DatasetSection(Section):
     """Text rows: `chat` wraps them by the chat template, `raw` does not, `auto`: chat where the tokenizer has one."""
     template: str | None = None
     """Chat template: a shipped one (`llama3_instruct`, `qwen2.5_instruct`, `chatml`, `olmo2_instruct`, `mistral`,
-    `gemma`, `zephyr`, `plain`), or the path of a YAML template or a Jinja file. Null: the tokenizer's, or else `plain`."""
+    `gemma`, `zephyr`, `plain`), or the path of a YAML template or a Jinja file. Null: the tokenizer's, or else
+    `plain`."""
     train_on: Literal["all", "last", "last_and_tools"] = "all"
     """Assistant turns of a completion that are trained: all that the template renders as inference would see them, the
     last one, or the last one and the calls of tools behind the last user turn."""
