@@ -8,11 +8,11 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from strop.config.folders import unsafe_folder
 from strop.config.section import ListOf, Problem, Section
 
 
@@ -347,38 +347,9 @@ class TrainingSection(Section):
                 f"{self.max_seq_length}",
                 fix="lower max_prompt_length or raise max_seq_length",
             )
-        yield from _unsafe_folder("output_dir", self.output_dir)
+        yield from unsafe_folder("output_dir", self.output_dir)
         if self.mount_dir is not None:
-            yield from _unsafe_folder("mount_dir", self.mount_dir)
-
-
-SYSTEM = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "sbin", "sys", "usr/bin", "usr/lib", "usr/sbin")
-"""Folders below the root that belong to the operating system with all that is in them."""
-CROWDED = ("", "home", "usr", "usr/local", "var")
-"""Folders that others share; run folders in them are a slip."""
-
-
-def _unsafe_folder(key: str, text: str) -> Iterator[Problem]:
-    """A folder that nobody wants run folders in, links followed."""
-    expected = "a folder of your own, such as ./outputs"
-    if "\0" in text or not text.strip():
-        return  # said already
-    if text.startswith("$") or (not text.strip("./\\") and text not in (".", "./")):
-        yield Problem((key,), f"{key} is {text!r}, which names no folder of its own", expected)
-        return
-    try:
-        home = Path("~").expanduser().resolve()
-        real = Path(text).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links, a home that nobody has
-        yield Problem((key,), f"{key} is {text!r}, which cannot be followed: {error}", expected)
-        return
-    inside = {Path("/", name).resolve() for name in SYSTEM} & {real, *real.parents}
-    if Path("/dev/shm") in real.parents:
-        inside.clear()
-    if inside or real in {Path(real.anchor), *(Path("/", name).resolve() for name in CROWDED)}:
-        yield Problem((key,), f"{key} is {text!r}: {real} is a folder of the operating system", expected)
-    elif real == home and text.startswith("~"):
-        yield Problem((key,), f"{key} is {text!r}, your home folder itself", expected, "write ~/outputs")
+            yield from unsafe_folder("mount_dir", self.mount_dir)
 
 
 class GpuSection(Section):

@@ -49,14 +49,14 @@ def work_all(
     wanted = num_workers or min(MOST, machine.processor().cores)
     for n in count():
         if n == ALONE and wanted > 1 and (pool := _pool(workshop, wanted)) is not None:
-            break
+            yield from _in_processes(pool, batches, wanted)
+            return
         batch = batches.next()
         if batch is None:
             return
         done = workshop.work(*batch)
         batches.finished(len(batch[0]), done)
         yield batches.files[batch[1]], done
-    yield from _in_processes(pool, batches, wanted)
 
 
 class _Batches:
