@@ -18,8 +18,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pretend import PRETENDED
+from pretend import EMULATES, PRETENDED
 from strop import machine
+from strop.policy import rates
 from strop.policy.denormals import flush_denormals
 
 # a busy machine is no failure
@@ -49,16 +50,18 @@ def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if chosen.processor is not None:
             patch.setattr(machine, "processor", lambda: chosen.processor)
+        if chosen.multiplies is not None:
+            patch.setattr(rates, "measured", chosen.multiplies.rates)
         yield
 
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts another processor in the place of the suite's: `pretend(has_bf16=True)`."""
+    """Lets the processor multiply as fast as is said: `pretend(bf16=2.0)` (`pretend.Multiplies`), the rest as `plain`
+    does."""
 
-    def put(**changes: object) -> None:
-        changed = replace(machine.processor(), **changes)  # type: ignore[arg-type]
-        monkeypatch.setattr(machine, "processor", lambda: changed)
+    def put(**changes: float) -> None:
+        monkeypatch.setattr(rates, "measured", replace(EMULATES, **changes).rates)
 
     return put
 

@@ -14,10 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from strop.machine import Processor
+from strop.policy.rates import Rates
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD_NAME = "ein Ordner mit Ümläuten, 100 % 'so'"
@@ -25,36 +28,64 @@ EMPTY_SHM = 'mount -t tmpfs -o ro,size=4k none /dev/shm && exec "$@"'
 
 
 @dataclass(frozen=True)
+class Multiplies:
+    """How fast a pretended processor multiplies, one thread of MKL's float32 being 1. bf16, fp16: by torch itself;
+    emulated: about 0.1. onednn: float32 by oneDNN. Batches of small products go as fast as large ones."""
+
+    bf16: float
+    fp16: float
+    onednn: float
+
+    def rates(self, dtype: torch.dtype) -> Rates:
+        """What `strop.policy.rates.measured` answers there."""
+        if dtype == torch.float32:
+            onednn = {"onednn": self.onednn} if torch.backends.mkldnn.is_available() else {}
+            return {"linear": {"own": 1.0, **onednn}}
+        own, float32 = self.bf16 if dtype == torch.bfloat16 else self.fp16, max(1.0, self.onednn)
+        both = {"own": own, "widened": 0.8 * float32}
+        return {"linear": both, "batched": both, "float32": {"own": float32}}
+
+
+@dataclass(frozen=True)
 class Surroundings:
-    """processor: what `strop.machine.processor` answers; None: this computer's own. threads: of torch. before: what
-    the command of the tests is handed to. moved: the tests run in a copy of the project in an oddly named folder."""
+    """processor: what `strop.machine.processor` answers, and multiplies: how fast it does; None: this computer's own.
+    threads: of torch. before: what the command of the tests is handed to. moved: the tests run in a copy of the project
+    in an oddly named folder."""
 
     processor: Processor | None
+    multiplies: Multiplies | None
     threads: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     before: Sequence[str] = ()
     moved: bool = False
 
 
-PLAIN = Processor(cores=2, has_bf16=False, has_fp16=False, is_wide=False, is_intel=False)
+PLAIN = Processor(cores=2, name="pretended")
+EMULATES = Multiplies(bf16=0.3, fp16=0.1, onednn=0.9)
 PRETENDED: Mapping[str, Surroundings] = {
-    "plain": Surroundings(PLAIN),
-    "bf16": Surroundings(replace(PLAIN, has_bf16=True)),
-    "wide": Surroundings(replace(PLAIN, is_wide=True)),
-    "wide-bf16": Surroundings(replace(PLAIN, is_wide=True, has_bf16=True, has_fp16=True)),
-    "cores-1": Surroundings(replace(PLAIN, cores=1), environment={"OMP_NUM_THREADS": "1"}),
-    "cores-8": Surroundings(replace(PLAIN, cores=8), threads=8, environment={"OMP_NUM_THREADS": "8"}),
-    "real": Surroundings(None),
+    "plain": Surroundings(PLAIN, EMULATES),
+    "bf16": Surroundings(PLAIN, Multiplies(bf16=2.0, fp16=0.1, onednn=0.9)),
+    "slow-bf16": Surroundings(PLAIN, Multiplies(bf16=0.6, fp16=0.1, onednn=0.9)),
+    "onednn": Surroundings(PLAIN, Multiplies(bf16=0.3, fp16=0.1, onednn=2.0)),
+    "onednn-bf16": Surroundings(PLAIN, Multiplies(bf16=4.0, fp16=4.0, onednn=2.0)),
+    "cores-1": Surroundings(Processor(1, "pretended"), EMULATES, environment={"OMP_NUM_THREADS": "1"}),
+    "cores-8": Surroundings(Processor(8, "pretended"), EMULATES, threads=8, environment={"OMP_NUM_THREADS": "8"}),
+    "real": Surroundings(None, None),
     "locale": Surroundings(
-        PLAIN, environment={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONWARNDEFAULTENCODING": "1"}
+        PLAIN,
+        EMULATES,
+        environment={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONWARNDEFAULTENCODING": "1"},
     ),
-    "timezone": Surroundings(PLAIN, environment={"TZ": "NPT-5:45"}),
-    "no-shm": Surroundings(PLAIN, before=("unshare", "--map-root-user", "--mount", "sh", "-c", EMPTY_SHM, "sh")),
-    "odd-path": Surroundings(PLAIN, moved=True),
+    "timezone": Surroundings(PLAIN, EMULATES, environment={"TZ": "NPT-5:45"}),
+    "no-shm": Surroundings(
+        PLAIN, EMULATES, before=("unshare", "--map-root-user", "--mount", "sh", "-c", EMPTY_SHM, "sh")
+    ),
+    "odd-path": Surroundings(PLAIN, EMULATES, moved=True),
 }
-"""By name. `plain` is what `make test` sees: no instructions for 16 bits, vectors of 256 bits. `wide` multiplies large
-float32 matrices by oneDNN, the others by MKL. `real` is the computer as it is. Under `locale`, text
-that strop reads or writes without naming an encoding, which is the locale's then, is an error."""
+"""By name. `plain` is what `make test` sees: 16 bits are emulated, float32 is MKL's. With `slow-bf16` there are
+instructions for bfloat16 that are slower than float32's; with `onednn` large float32 matrices are multiplied by oneDNN.
+`real` is the computer as it is. Under `locale`, text that strop reads or writes without naming an encoding, which is
+the locale's then, is an error."""
 
 
 def main(arguments: Sequence[str]) -> int:

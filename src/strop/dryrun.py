@@ -1,7 +1,7 @@
 """`--dry-run`: the road up to the weights, told instead of run. Floor 6.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
-what the run would be. Loads no weights and touches no GPU; writes nothing but tokens into their cache.
+what the run would be. Loads no weights and touches no GPU; writes nothing but into the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from strop.data.show import show_group
 from strop.disk import refuse_in_the_way
 from strop.distributed import pick_device
 from strop.errors import ConfigError
-from strop.estimate import fitted, planned_precision, planned_rows, prediction
+from strop.estimate import fitted, planned_precision, planned_rows, prediction, with_precision
 from strop.machine import machine_of
 from strop.policy.outline import reason_for_plain_rows
 from strop.prepared import prepare, run_folder, select_models
@@ -39,11 +39,12 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
         refuse_in_the_way(run_folder(config, model))
     device, notes = _device(config)
     machine = machine_of(device)
-    precision = planned_precision(config, machine)
+    found = planned_precision(config, machine)
     runs = []
     for model in models:
         tokens = planned_rows(model)
-        runs.append((fitted(prepare(config, model), machine, precision, tokens), tokens))
+        prepared = with_precision(prepare(config, model), machine, found, tokens)
+        runs.append((fitted(prepared, machine, planned_precision(prepared.config, machine), tokens), tokens))
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0][0].config):
         say(line)
@@ -57,12 +58,13 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
             say(f"note: {note}")
         if (reason := reason_for_plain_rows(prepared.model)) is not None:
             say(f"plain padded rows, prompts are not shared: {reason}")
+        precision = planned_precision(prepared.config, machine)
         for line in prediction(prepared, machine, precision, tokens, timed=True):
             say(line)
         say("\nThe first example, trained tokens marked:")
         shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
         console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
-    say("\ndry run: nothing was trained and nothing was written but tokens, into their cache")
+    say("\ndry run: nothing was trained and nothing was written but into the cache")
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:

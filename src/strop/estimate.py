@@ -22,7 +22,8 @@ import torch
 
 from strop.config import ModelSection, RunConfig
 from strop.config.methods import MethodSettings
-from strop.data.plan import RowTokens, Sized, lengths, packed_tokens, padded_tokens
+from strop.data.plan import RowTokens, lengths, packed_tokens, padded_tokens
+from strop.engine.checkpoint import Checkpoint
 from strop.engine.memory import ways_to_fit
 from strop.errors import StropError
 from strop.machine import Machine
@@ -30,13 +31,15 @@ from strop.objectives.base import Objective
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
 from strop.policy.head_sizes import head_bytes, product_dtype, tile_shape
-from strop.policy.matmul import LARGE, computes, keeps_kernels
+from strop.policy.matmul import LARGE, keeps_kernels, widens
 from strop.policy.memory import KERNELS_KEPT
 from strop.policy.outline import CannotBuildError, Shape, predicting, reason_for_plain_rows, shape_of
 from strop.policy.precision import Precision, choose_precision
+from strop.policy.rates import bf16_gains
 from strop.policy.tiles import KEPT_BYTES
 from strop.prepared import Prepared, with_budget
 from strop.speed import measure
+from strop.work import Work, body_flops, flops_of, recomputing
 
 MIB = 2**20
 ROOM = 0.9
@@ -139,7 +142,7 @@ def estimate(
         twice = prepared.objective.whole_step and max(map(len, steps)) > 1
         again = twice + (prepared.objective.ref_sync is not None) + prepared.objective.needs_mismatched
         seconds = [s * (1 + again / (2 if shape.adapters else 3)) for s in seconds]
-    flops = sum(_flops(shape, part, config) for step in steps for part in step) / len(steps)
+    flops = sum(flops_of(shape, part, config) for step in steps for part in step) / len(steps)
     ways = _ways(config, max(part.longest for step in steps for part in step))
     memory = _peak(prepared, shape, steps, precision, machine)
     return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways)
@@ -221,8 +224,37 @@ def planned_precision(config: RunConfig, machine: Machine) -> Precision:
         ConfigError: the device cannot compute in the dtype that is asked for.
     """
     if machine.kind == "cpu":
-        return choose_precision(config.training, computes(torch.bfloat16))
-    return choose_precision(config.training, machine.has_bf16 is not False, lambda: machine.name)
+        return choose_precision(config.training, bf16_gains)
+    return choose_precision(config.training, lambda: machine.has_bf16 is not False, lambda: machine.name)
+
+
+def with_precision(
+    prepared: Prepared,
+    machine: Machine,
+    found: Precision,
+    tokens: RowTokens,
+    resumed: Checkpoint | None = None,
+) -> Prepared:
+    """What `auto_precision` chooses, written down: what the resumed run had; else `found`, which is faster on this
+    device; else bf16, on a CPU whose memory float32 does not fit by any way that `fitted` has."""
+    training, recipe = prepared.config.training, resumed and resumed.state["recipe"]
+    if not training.auto_precision or training.bf16 is not None or training.fp16 is not None:
+        return prepared
+    chosen, why = {"training.bf16": found.is_low, "training.fp16": False}, "auto_precision: the faster one"
+    if recipe:
+        chosen, why = {key: bool(recipe.get(key)) for key in chosen}, "auto_precision: as the run began"
+    elif machine.kind == "cpu" and not found.is_low and not _can_fit(prepared, machine, found, tokens):
+        chosen["training.bf16"], why = True, "auto_precision: float32 does not fit into memory"
+    return replace(prepared, config=prepared.config.with_values(chosen, why))
+
+
+def _can_fit(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> bool:
+    """Whether the estimate fits, as far as it is known."""
+    found = fitted(prepared, machine, precision, tokens)
+    try:
+        return estimate(found, machine, precision, tokens).fits
+    except CannotBuildError:
+        return True
 
 
 def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, device: str) -> float:
@@ -243,34 +275,11 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
     return kept + (inputs + shape.width + 2 * shape.inner) * c
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A micro-batch in numbers: tokens of its rows; keys that its queries see, all together; scored tokens at most;
-    tokens of its longest group; of prompts again before every further completion; squares of groups' tokens."""
-
-    tokens: int
-    seen: float
-    scored: int
-    longest: int
-    again: int
-    squares: int
-
-    @classmethod
-    def of(cls, groups: Sequence[Sized], tokens: RowTokens, *, prompts: bool = False) -> _Work:
-        """prompts: their own tokens are scored too."""
-        own = [g.lengths for g in groups]
-        spans = [tokens([g]) for g in own]
-        seen = sum(g.prompt**2 / 2 + sum(g.prompt * n + n**2 / 2 for n in g.completions) for g in own)
-        again = sum(g.prompt * (len(g.completions) - 1) for g in own)
-        scored = sum(sum(g.completions) + (g.prompt - 1 if prompts else 0) for g in own)
-        return cls(tokens(groups), seen, scored, max(spans), again, sum(span**2 for span in spans))
-
-
-def _epoch(prepared: Prepared, tokens: RowTokens) -> list[list[_Work]]:
+def _epoch(prepared: Prepared, tokens: RowTokens) -> list[list[Work]]:
     """The micro-batches of every step of an epoch, or of the run where it is shorter."""
     steps = islice(prepared.steps(tokens), min(prepared.plan.num_steps, prepared.plan.steps_per_epoch))
     prompts = prepared.objective.extras.prompts
-    return [[_Work.of(part, tokens, prompts=prompts) for part in parts] for parts in steps]
+    return [[Work.of(part, tokens, prompts=prompts) for part in parts] for parts in steps]
 
 
 def _trained(shape: Shape) -> int:
@@ -278,7 +287,7 @@ def _trained(shape: Shape) -> int:
 
 
 def _peak(
-    prepared: Prepared, shape: Shape, steps: Sequence[Sequence[_Work]], precision: Precision, machine: Machine
+    prepared: Prepared, shape: Shape, steps: Sequence[Sequence[Work]], precision: Precision, machine: Machine
 ) -> dict[str, int]:
     """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps
     probabilities of attention."""
@@ -292,7 +301,7 @@ def _peak(
 
 def _memory(
     shape: Shape,
-    work: _Work,
+    work: Work,
     config: RunConfig,
     precision: Precision,
     device: str,
@@ -334,58 +343,42 @@ def _memory(
         "allocator": holes * (activations + backward + head),
         "process": PROCESS[device],
     }
+    is_narrow = precision.is_low and not (device == "cpu" and widens(precision.compute))
     if device == "cpu":
         tile = math.prod(tile_shape(work.scored, shape.vocabulary, device, product))
         largest = shape.width * max(work.tokens * shape.inner, tile)
         # in float32 oneDNN has the large products alone
-        by_onednn = keeps_kernels(precision.compute) and (precision.is_low or largest >= LARGE)
+        by_onednn = keeps_kernels(precision.compute) and (is_narrow or largest >= LARGE)
         parts["matmul library"] = KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL_BYTES
-    if product != precision.compute:  # in float32: a frozen head; factors and result of one product at a time
-        in_body = shape.width * shape.inner + work.tokens * shape.inner
-        widens = device == "cpu" and not computes(precision.compute)
-        parts["float32 copies"] = 4 * max(in_body if widens else 0, embedding if shape.adapters else 0)
+    # in float32: a frozen head; of one layer at a time its weight, what it reads, and results with their gradients
+    copies = [embedding if product != precision.compute and shape.adapters else 0]
+    if precision.is_low and not is_narrow:
+        copies.append(shape.width * shape.inner + work.tokens * (2 * shape.inner + shape.width))
+    if any(copies):
+        parts["float32 copies"] = 4 * max(copies)
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: int(size) for name, size in parts.items()}
 
 
-def _flops(shape: Shape, work: _Work, config: RunConfig) -> float:
-    """Of the forward and backward pass of one micro-batch."""
-    head = 2.0 * shape.vocabulary * shape.width * work.scored
-    return _body_flops(shape, work) * _recomputed(shape, config) + head * (2 if shape.adapters else 3)
-
-
-def _body_flops(shape: Shape, work: _Work) -> float:
-    """Of all layers; attention computes its scores again on the way back."""
-    products = 2.0 * shape.matrix * work.tokens * (2 if shape.adapters else 3)
-    attention = 4.0 * shape.queries * shape.layers * work.seen * 3.5
-    return products + attention + 6.0 * shape.adapters * work.tokens
-
-
-def _recomputed(shape: Shape, config: RunConfig) -> float:
-    """What checkpointing makes of the layers' work."""
-    return 1 + config.training.recomputed / (2 if shape.adapters else 3)
-
-
 def _timed(
-    prepared: Prepared, shape: Shape, steps: Sequence[Sequence[_Work]], precision: Precision, tokens: RowTokens
+    prepared: Prepared, shape: Shape, steps: Sequence[Sequence[Work]], precision: Precision, tokens: RowTokens
 ) -> list[float]:
     """Seconds of every step on this processor, by those of a micro-batch in layers of this architecture."""
     config, first = prepared.config, sorted(next(prepared.steps(tokens)), key=tokens)
     typical = first[len(first) // 2]
-    speed, one = measure(config, prepared.model, precision, typical), _Work.of(typical, tokens)
+    speed, one = measure(config, prepared.model, precision, typical), Work.of(typical, tokens)
     entries = shape.vocabulary / speed.vocabulary
-    layers = shape.layers * speed.layer * _recomputed(shape, config) / _body_flops(shape, one)
+    layers = shape.layers * speed.layer * recomputing(shape, config) / body_flops(shape, one)
     head = speed.rest * entries / one.scored
     update = shape.layers * speed.layer_update + speed.rest_update * (1 if shape.adapters else entries)
     return [
-        BESIDES * sum(layers * _body_flops(shape, part) + head * part.scored for part in step) + update
-        for step in steps
+        BESIDES * sum(layers * body_flops(shape, part) + head * part.scored for part in step) + update for step in steps
     ]
 
 
 def _published(
-    shape: Shape, steps: Sequence[Sequence[_Work]], config: RunConfig, precision: Precision, machine: Machine
+    shape: Shape, steps: Sequence[Sequence[Work]], config: RunConfig, precision: Precision, machine: Machine
 ) -> list[float] | None:
     """Seconds of every step on a GPU, by its maker's figures; None where they are not known."""
     rate = machine.rate(precision.compute)
@@ -394,7 +387,7 @@ def _published(
     bandwidth = machine.bandwidth or math.inf
     token = PASSES * shape.layers * saved_per_token(shape, config, precision, machine.kind) / bandwidth
     update = 4 * 7 * _trained(shape) / bandwidth
-    return [sum(_flops(shape, part, config) / rate + token * part.tokens for part in step) + update for step in steps]
+    return [sum(flops_of(shape, part, config) / rate + token * part.tokens for part in step) + update for step in steps]
 
 
 def _ways(config: RunConfig, longest: int) -> list[str]:

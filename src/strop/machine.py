@@ -37,19 +37,15 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Processor:
-    """What a processor can do. cores: those that this process may use. has_bf16, has_fp16: it has instructions for
-    matrix products in bfloat16, in float16. is_wide: it has vectors of 512 bits. is_intel: Intel made it."""
+    """cores: those that this process may use. name: what tells it from processors that are faster or slower."""
 
     cores: int
-    has_bf16: bool
-    has_fp16: bool
-    is_wide: bool
-    is_intel: bool
+    name: str
 
 
 def processor() -> Processor:
     """This computer's. Every decision that depends on the processor asks `machine.processor()` at the time, so that
-    tests can put another one in its place."""
+    tests can put another one in its place; how fast it multiplies is measured (policy/rates.py)."""
     return _found_processor()
 
 
@@ -57,15 +53,13 @@ def processor() -> Processor:
 def _found_processor() -> Processor:
     from torch.cpu import get_capabilities
 
-    found = get_capabilities()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Processor(
-        cores,
-        has_bf16=any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")),
-        has_fp16=any(found.get(name) for name in ("avx512_fp16", "amx_fp16", "fp16_arith")),
-        is_wide=bool(found.get("avx512_f")),
-        is_intel=str(found.get("cpu_name")).startswith("Intel"),
-    )
+    facts = sorted(f"{key} {value}" for key, value in get_capabilities().items())
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # virtual machines call processors of several generations by one name
+        first = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
+        facts += [" ".join(line.split()) for line in first if line.startswith(("cpu family", "model", "stepping"))]
+    return Processor(cores, ", ".join(facts))
 
 
 BF16_CAPABILITY = 8.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,10 @@ from strop.engine.recipe import check_finished, check_given, check_made_from, ch
 from strop.engine.rows import Rows, scored
 from strop.engine.trackers import open_trackers
 from strop.errors import CheckpointError, ConfigError, StropError, TrainingError
-from strop.estimate import fitted, planned_rows, prediction
+from strop.estimate import fitted, planned_rows, prediction, with_precision
 from strop.machine import machine_of
 from strop.objectives.base import build_objective
+from strop.policy import rates
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
@@ -136,7 +138,9 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
 
 def _fill_reference(config: RunConfig, model: ModelSection) -> None:
     device = _device(config)
-    prepared = prepare(_with_precision(config, device), model)
+    prepared = prepare(config, model)
+    found = resolve_precision(prepared.config.training, device)
+    prepared = with_precision(prepared, machine_of(device), found, planned_rows(model))
     nothing_kept = {"training.gradient_checkpointing": False}  # scoring has no backward pass
     prepared = replace(prepared, config=prepared.config.with_values(nothing_kept, "strop reference"))
     policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
@@ -153,13 +157,14 @@ def _train_model(
     config: RunConfig, model: ModelSection, resume: str | None, overwrite: bool, allow_changes: bool
 ) -> RunResult:
     device = _device(config)
-    config = _with_precision(of_model(config, model), device)
+    config = of_model(config, model)
     resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
     folder = run_folder(config, model)
     logging_dir = config.logging.logging_dir
     with (
         RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
         Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
+        ExitStack() as stack,
     ):
         done = final.finished(run) if resume else None
         if done:  # what can be seen at once; the rest below, as for a run that is not finished
@@ -173,8 +178,13 @@ def _train_model(
             log.warning("%s: %s", model.name, note)
         if prepared.data.chat_template is not None:
             prepared.tokenizer.chat_template = prepared.data.chat_template  # goes into final/, for whoever generates
-        machine, precision = machine_of(device), resolve_precision(prepared.config.training, device)
-        tokens = planned_rows(model)
+        machine, tokens = machine_of(device), planned_rows(model)
+        found = resolve_precision(prepared.config.training, device)
+        prepared = with_precision(prepared, machine, found, tokens, done or saved)
+        precision = resolve_precision(prepared.config.training, device)
+        if device.type == "cpu":
+            recorded = saved.state.get("products") if saved else None
+            stack.enter_context(rates.taking(rates.ways_of_run(precision.compute, recorded)))
         settled = fitted(prepared, machine, precision, tokens)
         _tell(model, prediction(settled, machine, precision, tokens))  # before anything large is loaded
         policy = build_policy(settled.config, model, device, tokenizer=prepared.tokenizer)
@@ -333,18 +343,9 @@ def _device(config: RunConfig) -> torch.device:
     return device
 
 
-def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
-    """What `auto_precision` chose, written down."""
-    training = config.training
-    if not training.auto_precision or training.bf16 is not None or training.fp16 is not None:
-        return config
-    low = resolve_precision(training, device).is_low
-    return config.with_values({"training.bf16": low, "training.fp16": False}, "auto_precision")
-
-
 def _write_records(prepared: Prepared, run: RunDir) -> None:
     run.write_text("config.yaml", to_yaml(prepared.config))
-    run.write_json("environment.json", describe_environment(seed=prepared.config.seed))
+    run.write_json("environment.json", {**describe_environment(seed=prepared.config.seed), "products": rates.record()})
     run.write_json("data.json", prepared.data.report.as_dict())
     if prepared.data.rejected:
         run.write_lines("rejected.jsonl", prepared.data.rejected)

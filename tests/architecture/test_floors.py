@@ -30,6 +30,7 @@ FLOORS = {
     "engine": 3,
     "prepared": 4,
     "speed": 4,
+    "work": 4,
     "estimate": 5,
     "wiring": 6,
     "dryrun": 6,

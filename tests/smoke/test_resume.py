@@ -131,6 +131,38 @@ def test_dying_in_any_step_changes_nothing(
         assert_same_run(run(f"died-{at}", resume="auto"), unbroken)
 
 
+@pytest.mark.parametrize("keys", [{"bf16": True}, {"auto_precision": True}], ids=str)
+@pytest.mark.parametrize("speeds", [(2.0, 0.3), (0.3, 2.0)], ids=str)
+def test_a_resumed_run_multiplies_as_it_began(
+    keys: dict[str, bool],
+    speeds: tuple[float, float],
+    tmp_path: Path,
+    model_dir: Path,
+    pretend: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though another speed of bfloat16 is measured by then, by which a new run would multiply otherwise."""
+
+    def run(name: str, resume: str | None = None) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = strop.load_config(overrides=settings(tmp_path / name, model_dir, "dpo", True, **keys))
+        return strop.train(config, resume=resume)[0].run_dir
+
+    pretend(bf16=speeds[0])
+    unbroken = run("unbroken")
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 4)
+        with pytest.raises(Died):
+            run("died")
+    pretend(bf16=speeds[1])
+    assert metrics(run("new")) != metrics(unbroken)
+    assert_same_run(run("died", resume="auto"), unbroken)
+    records = [
+        json.loads((tmp_path / n / "out" / "run" / "environment.json").read_text()) for n in ("died", "unbroken")
+    ]
+    assert records[0]["products"] == records[1]["products"]
+
+
 def test_dying_again_and_again(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(name: str, resume: str | None) -> Path:
         (tmp_path / name).mkdir(exist_ok=True)

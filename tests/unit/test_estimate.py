@@ -21,13 +21,13 @@ from strop.errors import ConfigError, ModelError
 from strop.estimate import (
     Estimate,
     _memory,
-    _Work,
     estimate,
     fitted,
     planned_precision,
     planned_rows,
     prediction,
     saved_per_token,
+    with_precision,
 )
 from strop.machine import Machine, machine_of
 from strop.policy import outline
@@ -35,6 +35,7 @@ from strop.policy.outline import CannotBuildError, shape_of
 from strop.policy.policy import build_policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.prepared import Prepared, prepare, with_budget
+from strop.work import Work
 
 CPU = Machine("cpu", 2**34, None)
 
@@ -125,6 +126,39 @@ def test_auto_takes_the_smallest_share_that_fits(prepared: Callable[..., Prepare
     assert "not known" in found.config.origins[key]
 
 
+def test_auto_precision_takes_bfloat16_where_float32_does_not_fit(
+    prepared: Callable[..., Prepared], pretend: Callable[..., None]
+) -> None:
+    """Though it is slower; and where it is faster, whatever the memory."""
+
+    def chosen(memory: float, **keys: Any) -> tuple[bool | None, str]:
+        machine, asked = Machine("cpu", int(memory), None), prepared(auto_precision=True, r=4, **keys)
+        planned = planned_precision(asked.config, machine)
+        config = with_precision(asked, machine, planned, packed_tokens).config
+        return config.training.bf16, config.origins.get("training.bf16", "")
+
+    pretend(bf16=0.3)
+    smallest = prepared(r=4, gradient_checkpointing="auto")
+    needed = guess(fitted(smallest, Machine("cpu", 1, None), Precision(torch.float32), packed_tokens)).peak / 0.9
+    assert chosen(needed + 2) == (False, "auto_precision: the faster one")
+    assert chosen(needed - 2) == (True, "auto_precision: float32 does not fit into memory")
+    assert chosen(needed - 2, bf16=False)[0] is False
+    pretend(bf16=2.0)
+    assert chosen(needed + 2) == chosen(needed - 2) == (True, "auto_precision: the faster one")
+
+
+def test_copies_in_float32_are_counted(prepared: Callable[..., Prepared], pretend: Callable[..., None]) -> None:
+    """Where products of bfloat16 are made in float32: of the largest layer its weight, input and output at least."""
+    found = prepared(r=4, bf16=True)
+    shape, work = shape_of(found.config.lora, found.model), max(len(g.prompt_ids) for g in found.data.train)
+    parts = []
+    for bf16 in (2.0, 0.3):
+        pretend(bf16=bf16)
+        parts.append(guess(found).parts)
+    assert "float32 copies" not in parts[0]
+    assert parts[1]["float32 copies"] >= 4 * (shape.width * shape.inner + work * (shape.width + shape.inner))
+
+
 def settle(asked: Prepared, memory: float) -> tuple[int, bool | float]:
     machine = Machine("cpu", int(memory), None)
     found = fitted(asked, machine, planned_precision(asked.config, machine), packed_tokens).config.training
@@ -206,7 +240,7 @@ def test_a_gpu_is_known_by_a_word_of_its_name(name: str, known: str | None) -> N
 def test_capped_scores_and_gathered_keys_are_counted(prepared: Callable[..., Prepared]) -> None:
     found = prepared(bf16=True)
     shape, precision = shape_of(found.config.lora, found.model), Precision(torch.bfloat16)
-    work = _Work.of(found.data.train[:4], packed_tokens)
+    work = Work.of(found.data.train[:4], packed_tokens)
     assert work.again == sum(g.lengths.prompt for g in found.data.train[:4])  # of pairs: once more each
 
     def activations(device: str, **changes: Any) -> int:
@@ -369,10 +403,9 @@ def test_the_dry_run_knows_which_rows_there_will_be(
     assert told[0] < told[1]
 
 
-def test_a_head_in_float32_is_counted(prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_in_float32_is_counted(prepared: Callable[..., Prepared], pretend: Callable[..., None]) -> None:
     """Where a frozen head is stored in 16 bits and multiplies in float32, a copy of it is made."""
-    monkeypatch.setattr("strop.estimate.computes", lambda dtype: True)
-    monkeypatch.setattr("strop.policy.head_sizes.computes", lambda dtype: True)
+    pretend(bf16=2.0)
     low, wide = (guess(prepared(r=4, bf16=True, fp32_logits=on)).parts for on in (False, True))
     shape = shape_of(prepared().config.lora, prepared().model)
     assert "float32 copies" not in low and wide["float32 copies"] == 4 * shape.vocabulary * shape.width

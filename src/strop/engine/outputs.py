@@ -17,6 +17,7 @@ from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
 from strop.engine.trackers import Trackers
 from strop.errors import CheckpointError
+from strop.policy import rates
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -71,7 +72,7 @@ class RunOutputs:
             self.run.path,
             step,
             tensors,
-            {**state, "recipe": recipe_of(self.config)},
+            {**state, "recipe": recipe_of(self.config), "products": rates.record()},
             keep=self.config.training.save_total_limit,
             protect=protect,
             identity=self.made_from,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from strop.policy.logits import LogitTransform
-from strop.policy.matmul import computes
+from strop.policy.matmul import widens
 
 CPU_ROWS, ROW_BYTES = 2048, 2**13
 """R, and C x bytes of a logit, on a CPU: products as large as those of the layers, in memory that the process has. MKL
@@ -25,9 +25,9 @@ state take. Training all of a model of 135 million weights takes 5 % less time w
 
 
 def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:
-    """What the head multiplies in where a model computes in `compute`: float32 on a processor that has no instructions
-    for 16 bits and would widen W again and again."""
-    return torch.float32 if device_type == "cpu" and not computes(compute) else compute
+    """What the head multiplies in where a model computes in `compute`: float32 on a processor whose products of 16 bits
+    are widened, and which would widen W again and again."""
+    return torch.float32 if device_type == "cpu" and widens(compute) else compute
 
 
 def sum_dtype(compute: torch.dtype) -> torch.dtype:

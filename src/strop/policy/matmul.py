@@ -1,12 +1,12 @@
-"""Matrix products outside autograd, by what does them fastest on this processor. Floor 2.
+"""Matrix products outside autograd, each the way that is fastest on this processor (rates.py). Floor 2.
 
 float32: torch gives it to MKL, which leaves the wide vector units of other makers' processors than Intel's unused;
 oneDNN does not. Measured on two cores, in GFLOP/s: of a Zen 5 160 by MKL and 400 by oneDNN; of a Cascade Lake, in one
 sitting, 160 and 130; of a Zen 3, which has no wide ones, 130 and 125. Neither rounds what it multiplies.
 
-16 bits: what a processor has no instructions for, torch emulates. Measured on two cores of a Cascade Lake: bfloat16 50
-and float16 1 to 20, where float32 does 150 and, while its neighbours rest, 240. There the factors are widened, which
-rounds nothing, and the result is rounded once, as it is by those instructions.
+16 bits: where a processor has no instructions, or slow ones, the factors are widened to float32, which rounds nothing,
+and the result is rounded once, as it is by those instructions. On two cores of a Cascade Lake torch's emulation does 50
+GFLOP/s in bfloat16 and 1 to 20 in float16, and float32 150 and, while its neighbours rest, 240.
 """
 
 from __future__ import annotations
@@ -14,38 +14,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from strop import machine
-
-_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+from strop.policy.rates import by_onednn, way
 
 LARGE = 2**26
 """Multiplications of a product from which oneDNN is worth the kernel that it makes, and keeps, for every new shape."""
 
 
-def computes(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products of `dtype`."""
-    here = machine.processor()
-    return {torch.bfloat16: here.has_bf16, torch.float16: here.has_fp16}.get(dtype, True)
-
-
-def onednn_leads() -> bool:
-    """Whether large float32 products are oneDNN's on this processor, not MKL's."""
-    here = machine.processor()
-    mkl_leads = _MKL and (here.is_intel or not here.is_wide)
-    return _ONEDNN and not mkl_leads
+def widens(dtype: torch.dtype, kind: str = "linear") -> bool:
+    """Whether a CPU's products of this kind ("linear" or "batched") are made in float32 and rounded."""
+    return dtype.itemsize == 2 and way(dtype, kind) == "widened"
 
 
 def keeps_kernels(dtype: torch.dtype) -> bool:
     """Whether large products of `dtype` on this processor are oneDNN's, which keeps a kernel for every shape."""
-    if dtype == torch.float32 or not computes(dtype):
-        return onednn_leads()
-    return _ONEDNN and dtype.itemsize == 2
+    if dtype.itemsize != 2 or widens(dtype):
+        return way(torch.float32) == "onednn" and dtype != torch.float64
+    return torch.backends.mkldnn.is_available()  # type: ignore[no-any-return, no-untyped-call]
 
 
 def takes_buffer(w: Tensor) -> bool:
     """Whether `linear` writes large products with w to the buffer that it is given."""
-    return not (w.dtype == torch.float32 and w.device.type == "cpu" and onednn_leads())
+    return not (w.dtype == torch.float32 and w.device.type == "cpu" and way(torch.float32) == "onednn")
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
@@ -58,9 +47,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | No
     if _by_onednn(x, w):
         if bias is None and _swaps(x, w):
             return linear(w, x).t()
-        added = None if bias is None else _dense(bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(w), added, "none", [], "")
-        return product
+        return by_onednn(_dense(x), _dense(w), None if bias is None else _dense(bias))
     return torch.mm(x, w.t(), out=out) if bias is None else torch.addmm(bias, x, w.t(), out=out)
 
 
@@ -78,11 +65,17 @@ def linear_add(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 def bmm(x: Tensor, y: Tensor) -> Tensor:
     """torch's own, of [B, T, I] and [B, I, O]."""
-    return torch.bmm(x.float(), y.float()).to(x.dtype) if _widens(x) else torch.bmm(x, y)
+    return torch.bmm(x.float(), y.float()).to(x.dtype) if _widens(x, "batched") else torch.bmm(x, y)
 
 
-def _widens(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not computes(x.dtype)
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype in which `linear` multiplies: for whoever multiplies it more than once, or adds products before
+    they are rounded."""
+    return x.float() if _widens(x) else x
+
+
+def _widens(x: Tensor, kind: str = "linear") -> bool:
+    return x.device.type == "cpu" and widens(x.dtype, kind)
 
 
 def _by_onednn(x: Tensor, w: Tensor) -> bool:

@@ -37,10 +37,11 @@ from strop.policy.fused import forget_shared, fuse
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
 from strop.policy.logits import logit_transform
 from strop.policy.logprobs import token_logps
-from strop.policy.matmul import computes
+from strop.policy.matmul import widens
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.policy.probe import own_logps, probe
+from strop.policy.rates import bf16_gain
 from strop.types import Group
 
 logger = logging.getLogger("strop")
@@ -273,10 +274,16 @@ def build_policy(
         flush_denormals()
     where, training = place_of(model), config.training
     precision = resolve_precision(training, device)
-    if device.type == "cpu" and not computes(precision.compute):
+    if device.type == "cpu" and precision.compute == torch.bfloat16 and (gain := bf16_gain()) < 1:
         logger.warning(
-            "this processor has no instructions for %s: products are made in float32 and rounded, which takes longer "
-            "than float32 itself and saves some memory; good to try a GPU's configuration",
+            "bfloat16 takes longer than float32 on this processor, whose products are %.2g times as fast in it, and "
+            "saves some memory; training.auto_precision: true chooses the faster one",
+            gain,
+        )
+    elif device.type == "cpu" and widens(precision.compute):
+        logger.warning(
+            "products of %s are made in float32 and rounded on this processor, which takes longer than float32 itself "
+            "and saves some memory; good to try a GPU's configuration",
             short_name(precision.compute),
         )
     adapted = config.adapts(model)

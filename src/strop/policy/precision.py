@@ -16,7 +16,7 @@ from torch import Tensor
 
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
-from strop.policy.matmul import computes
+from strop.policy.rates import bf16_gains
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -74,25 +74,27 @@ def short_name(dtype: torch.dtype) -> str:
 def resolve_precision(training: TrainingSection, device: torch.device) -> Precision:
     """What `training.bf16`, `fp16` and `auto_precision` mean on this device.
 
-    `auto_precision` chooses bf16 where the GPU or the processor computes it in hardware, if neither bf16 nor fp16 is
-    given (false counts as given).
+    `auto_precision` chooses bf16 on a GPU that has instructions for it, and on a CPU whose products are faster in it
+    than in float32 (rates.py), if neither bf16 nor fp16 is given (false counts as given).
 
     Raises:
         ConfigError: the device cannot compute in the dtype that is asked for.
     """
     if device.type == "cpu":
-        return choose_precision(training, computes(torch.bfloat16))
+        return choose_precision(training, bf16_gains)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return choose_precision(training, has_bf16, lambda: torch.cuda.get_device_name(device))
+    return choose_precision(training, lambda: has_bf16, lambda: torch.cuda.get_device_name(device))
 
 
-def choose_precision(training: TrainingSection, has_bf16: bool, gpu: Callable[[], str] | None = None) -> Precision:
-    """The same of a device that has instructions for bfloat16 or not. gpu: tells the name of one, which refuses what it
-    has none for; a CPU computes it all the same."""
+def choose_precision(
+    training: TrainingSection, gains: Callable[[], bool], gpu: Callable[[], str] | None = None
+) -> Precision:
+    """The same of a device. gains: tells whether bfloat16 is faster there. gpu: tells the name of one, which refuses
+    bfloat16 where it does not gain by it; a CPU computes it all the same."""
     bf16, fp16 = training.bf16, training.fp16
     if training.auto_precision and bf16 is None and fp16 is None:
-        bf16 = has_bf16
-    if bf16 and gpu and not has_bf16:
+        bf16 = gains()
+    if bf16 and gpu and not gains():
         raise ConfigError(
             f"training.bf16 is true, but {gpu()} does not compute bfloat16",
             expected="a GPU of compute capability 8.0 or higher",

@@ -6,6 +6,9 @@ Shapes: T tokens, I inputs, O outputs of a layer, r its adapter's rank.
 
 Several layers may read the same x (q, k and v; gate and up): their A are one product, and their gradients of x are
 added inside the products. With dropout every adapter sees an x of its own, and has its own product.
+
+Where products of 16 bits are made in float32 (matmul.py), what several products read is widened once, and what they add
+up to is rounded once; of the weights, the results and their gradients one layer's at a time is wide.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from strop.policy.dropout import without, zero_
-from strop.policy.matmul import linear, linear_add
+from strop.policy.matmul import linear, linear_add, wide
 
 LeftOut = Sequence[Tensor | None]
 """By layer, what its adapter does not see of x: as `draw_left_out` has it, or None for nothing."""
@@ -59,17 +62,20 @@ def _by_layer(layers: Sequence[Weights], lows: Tensor | None, dim: int) -> list[
 
 def products(layers: Sequence[Weights], x: Tensor, left_out: LeftOut) -> tuple[list[Tensor], Tensor | None]:
     """Outputs [T, O] of layers that read the same x [T, I], and their s x A^T side by side."""
-    outputs = [linear(x, layer.w, layer.bias) for layer in layers]
+    dtype, x = x.dtype, wide(x)
     if _apart(left_out):
-        parts = [linear(without(x, out), n.a) for n, out in zip(layers, left_out, strict=True) if n.a is not None]
+        parts = [linear(without(x, out), wide(n.a)) for n, out in zip(layers, left_out, strict=True) if n.a is not None]
         lows = _beside(parts)
     else:
         a = _all_a(layers)
-        lows = None if a is None else linear(x, a)
-    for i, (layer, low) in enumerate(zip(layers, _by_layer(layers, lows, 1), strict=True)):
+        lows = None if a is None else linear(x, wide(a))
+    outputs = []
+    for layer, low in zip(layers, _by_layer(layers, lows, 1), strict=True):
+        y = linear(x, wide(layer.w), None if layer.bias is None else wide(layer.bias))
         if low is not None and layer.b is not None:
-            outputs[i] = linear_add(outputs[i], layer.scaled(low), layer.b)
-    return outputs, lows
+            y = linear_add(y, layer.scaled(low), wide(layer.b))
+        outputs.append(y.to(dtype))
+    return outputs, None if lows is None else lows.to(dtype)
 
 
 def _apart(left_out: LeftOut) -> bool:
@@ -100,36 +106,38 @@ def gradients(
     wants_x: bool,
 ) -> Gradients:
     """Back through `products`. trains: of w, bias, a, b of every layer; x may be None where neither w nor a does."""
-    d_lows = [n.scaled(linear(g, n.b.t())) for n, g in zip(layers, grads, strict=True) if n.b is not None]
-    d_x = None
-    if wants_x:
-        d_x = linear(grads[0], layers[0].w.t())
-        for layer, grad in zip(layers[1:], grads[1:], strict=True):
-            d_x = linear_add(d_x, grad, layer.w.t())
-    read = x if any(trains[2::4]) else None
-    if _apart(left_out):
-        d_x, d_a = _through_each_a(layers, d_lows, d_x, read, left_out)
-    else:
-        d_x, d_a = _through_all_a(layers, d_lows, d_x, read)
+    dtype = grads[0].dtype
+    x = None if x is None else wide(x)
+    d_x: Tensor | None = None
+    d_lows = []
     weights: list[Tensor | None] = []
-    for i, (grad, its_d_a, low) in enumerate(zip(grads, d_a, _by_layer(layers, lows, 1), strict=True)):
+    for i, (layer, low) in enumerate(zip(layers, _by_layer(layers, lows, 1), strict=True)):
+        grad = wide(grads[i])
         w, bias, _, b = trains[4 * i : 4 * i + 4]
+        if layer.b is not None:
+            d_lows.append(layer.scaled(linear(grad, wide(layer.b).t())))
+        if wants_x:
+            narrow = wide(layer.w).t()
+            d_x = linear(grad, narrow) if d_x is None else linear_add(d_x, grad, narrow)
         weights.append(linear(grad.t(), x.t()) if w and x is not None else None)
         weights.append(grad.sum(0) if bias else None)
-        weights.append(its_d_a)
-        weights.append(linear(grad.t(), low.t()) if b and low is not None else None)
-    return Gradients(d_x, weights)
+        weights.append(None)
+        weights.append(linear(grad.t(), wide(low).t()) if b and low is not None else None)
+    read = x if any(trains[2::4]) else None
+    through = _through_each_a if _apart(left_out) else _through_all_a
+    d_x, weights[2::4] = through(layers, d_lows, d_x, read, left_out)
+    return Gradients(None if d_x is None else d_x.to(dtype), weights)
 
 
 def _through_all_a(
-    layers: Sequence[Weights], d_lows: Sequence[Tensor], d_x: Tensor | None, x: Tensor | None
+    layers: Sequence[Weights], d_lows: Sequence[Tensor], d_x: Tensor | None, x: Tensor | None, _: LeftOut
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """d_x with what comes through the adapters, and their d_a; all adapters see x."""
     a, d_low = _all_a(layers), _beside(d_lows)
     if a is None or d_low is None:
         return d_x, [None] * len(layers)
     if d_x is not None:
-        d_x = linear_add(d_x, d_low, a.t())
+        d_x = linear_add(d_x, d_low, wide(a).t())
     return d_x, _by_layer(layers, None if x is None else linear(d_low.t(), x.t()), 0)
 
 
@@ -143,7 +151,7 @@ def _through_each_a(
         if layer.a is not None:
             d_low = next(rest)
             if d_x is not None:
-                through = linear(d_low, layer.a.t())
+                through = linear(d_low, wide(layer.a).t())
                 d_x = d_x.add_(through if out is None else zero_(through, out))
             d_a = None if x is None else linear(d_low.t(), without(x, out).t())
         d_as.append(d_a)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from strop import machine
 from strop.cachedir import cache_folder, cannot_keep
+from strop.policy import rates
 from strop.policy.policy import Policy
 from strop.policy.precision import short_name
 from strop.types import Completion, Group
@@ -202,6 +203,7 @@ def model_identity(policy: Policy, weights: str) -> dict[str, object]:
         "head": [short_name(policy.head_dtype), str(policy.transform)],
         "rows": f"shared, {policy.attention_kernel}" if policy.share_prefix else f"plain, {policy.plain_attention}",
         "device": policy.device.type,
+        "products": rates.ways(policy.precision.compute) if policy.device.type == "cpu" else None,
     }
 
 

@@ -46,7 +46,7 @@ def test_products_are_torchs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(matmul, "LARGE", large)
-    pretend(is_wide=True)
+    pretend(onednn=2.0, bf16=2.0)
     x, w = draw(rows, 33, dtype, x_layout, 0), draw(outputs, 33, dtype, w_layout, 1)
     bias, total = draw(1, outputs, dtype, "rows", 2)[0], draw(rows, outputs, dtype, x_layout, 3)
     truth = x.double() @ w.double().t()
@@ -60,13 +60,13 @@ def test_products_are_torchs(
     assert error(matmul.linear_add(total.clone(), x, w), truth + total.double()) <= near
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("onednn", [0.5, 2.0])
 def test_float32_does_not_round_what_it_multiplies(
-    wide: bool, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    onednn: float, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No worse than torch's own product in float32, beside float64."""
     monkeypatch.setattr(matmul, "LARGE", 0)
-    pretend(is_wide=wide)
+    pretend(onednn=onednn)
     x, w = draw(64, 300, torch.float32, "rows", 4), draw(50, 300, torch.float32, "rows", 5)
     truth = x.double() @ w.double().t()
     assert error(matmul.linear(x, w), truth) <= 2 * error(x @ w.t(), truth)
@@ -74,11 +74,13 @@ def test_float32_does_not_round_what_it_multiplies(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_a_processor_cannot_multiply_is_rounded_once(
-    dtype: torch.dtype, layout: str, pretend: Callable[..., None]
+@pytest.mark.parametrize("onednn", [0.5, 2.0])
+def test_what_is_faster_in_float32_is_rounded_once(
+    dtype: torch.dtype, layout: str, onednn: float, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exact but for the last rounding, as no sum in 16 bits would be."""
-    pretend(has_bf16=False, has_fp16=False)
+    monkeypatch.setattr(matmul, "LARGE", 0)
+    pretend(bf16=0.3, fp16=0.3, onednn=onednn)
     x, w = draw(40, 500, dtype, layout, 0), draw(30, 500, dtype, layout, 1)
     bias, total = draw(1, 30, dtype, "rows", 2)[0], draw(40, 30, dtype, layout, 3)
     truth = x.double() @ w.double().t()
@@ -99,6 +101,7 @@ def test_what_a_processor_cannot_multiply_is_rounded_once(
         assert error(ours, theirs) <= torch.finfo(dtype).eps / 2, name
 
 
-def test_float32_and_float64_are_computed_everywhere(pretend: Callable[..., None]) -> None:
-    pretend(has_bf16=False, has_fp16=False)
-    assert matmul.computes(torch.float32) and matmul.computes(torch.float64)
+def test_float32_and_float64_are_never_widened(pretend: Callable[..., None]) -> None:
+    pretend(bf16=0.1, fp16=0.1)
+    assert not matmul.widens(torch.float32) and not matmul.widens(torch.float64)
+    assert matmul.widens(torch.bfloat16) and matmul.widens(torch.float16)

@@ -26,7 +26,7 @@ from transformers import (
 from strop.batch import GroupSpan, pack, pad
 from strop.config.run import RunConfig
 from strop.errors import ConfigError, ModelError
-from strop.policy import attention, head_sizes, logprobs
+from strop.policy import attention, logprobs
 from strop.policy import policy as policy_module
 from strop.policy.fused import FusedMlp
 from strop.policy.logits import LogitTransform
@@ -71,16 +71,22 @@ def test_low_precision_stays_near_float32(
         assert not torch.equal(logps, want)
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_what_the_processor_lacks_is_said(
-    native: bool, build: MakePolicy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "said"),
+    [(0.3, 0.1, "bfloat16 takes longer than float32"), (0.9, 0.1, "bfloat16 takes longer"), (2.0, 2.0, "")],
+)
+def test_a_processor_that_is_slower_in_16_bits_is_told(
+    bf16: float, fp16: float, said: str, build: MakePolicy, pretend: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(policy_module, "computes", lambda dtype: native or dtype == torch.float32)
+    pretend(bf16=bf16, fp16=fp16)
     caplog.set_level(logging.WARNING, "strop")
     build()
     assert not caplog.records
     build(training={"bf16": True})
-    assert ("no instructions for bfloat16" in caplog.text) is not native
+    assert said in caplog.text and bool(caplog.records) is bool(said)
+    caplog.clear()
+    build(training={"fp16": True})
+    assert ("products of float16 are made in float32" in caplog.text) is (fp16 < 1)
 
 
 def test_a_pass_that_fails_leaves_nothing_behind(build: MakePolicy, groups: list[Group]) -> None:
@@ -101,9 +107,9 @@ def test_a_pass_that_fails_leaves_nothing_behind(build: MakePolicy, groups: list
     assert torch.isfinite(policy(pack(groups))).all()
 
 
-def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch, pretend: Any) -> None:
     """The head computes in float32; the body's bfloat16 stays."""
-    monkeypatch.setattr(head_sizes, "computes", lambda dtype: True)  # else the head would do so anyway
+    pretend(bf16=2.0)  # else the head would do so anyway
     exact = build()
     errors = []
     for fp32_logits in (False, True):

@@ -47,10 +47,14 @@ def test_on_gpus(
             assert resolve_precision(TrainingSection(**keys), GPU) == want
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_on_the_cpu(native: bool, pretend: Callable[..., None]) -> None:
-    pretend(has_bf16=native)
-    assert resolve_precision(TrainingSection(auto_precision=True), CPU) == (BF16 if native else FP32)
+@pytest.mark.parametrize(
+    ("bf16", "onednn", "gains"),
+    [(0.3, 0.9, False), (0.6, 0.9, False), (1.05, 0.9, False), (2.0, 0.9, True), (2.0, 2.0, False), (4.0, 2.0, True)],
+)
+def test_on_the_cpu(bf16: float, onednn: float, gains: bool, pretend: Callable[..., None]) -> None:
+    """By what products take, whatever instructions there are."""
+    pretend(bf16=bf16, onednn=onednn)
+    assert resolve_precision(TrainingSection(auto_precision=True), CPU) == (BF16 if gains else FP32)
     assert resolve_precision(TrainingSection(), CPU) == FP32
     assert resolve_precision(TrainingSection(bf16=True), CPU) == BF16
     assert resolve_precision(TrainingSection(fp16=True), CPU) == FP16
