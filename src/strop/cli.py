@@ -14,12 +14,11 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from strop.errors import ConfigError, Interrupted, StropError
-from strop.terminal import ReaderLeft, log_to_terminal, open_standard_streams, rank, session
+from strop.terminal import ReaderLeft, complain, log_to_terminal, open_standard_streams, rank, session
 
 RESUMABLE = 75
 STOPPED = 130
@@ -90,17 +89,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
         with session():
             return _dispatch(arguments)
     except StropError as error:
-        _complain(str(error))
+        complain(str(error))
         return 1
     except Interrupted as stop:
         if rank() == 0:
             way_on = f"go on with: {_resume(arguments, prog)}"
-            _complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
+            complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
         return RESUMABLE
     except KeyboardInterrupt:
         began = arguments[:1] == ["train"] and "--dry-run" not in arguments
         way_on = f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
-        _complain("stopped" + way_on * began)
+        complain("stopped" + way_on * began)
         return STOPPED
     except ReaderLeft:
         return 0
@@ -290,14 +289,6 @@ def _print(text: str) -> int:
     sys.stdout.write(text)
     sys.stdout.flush()
     return 0
-
-
-def _complain(message: str) -> None:
-    number = rank()
-    text = (f"[rank {number}] " if number else "") + message + "\n"
-    with suppress(OSError):  # nobody listens any more
-        sys.stderr.write(text.encode(errors="backslashreplace").decode())
-        sys.stderr.flush()
 
 
 def _resume(arguments: Sequence[str], prog: str) -> str:

@@ -31,7 +31,7 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     console = console or Console(soft_wrap=True)
 
     def say(text: str = "") -> None:
-        console.print(Text(text))
+        console.print(Text(escaped(text)))
 
     config = resolve(config)
     models = select_models(config, model_index)

@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig, advice, of_model
-from strop.config.methods import MethodSettings
+from strop.config.methods import KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
+from strop.data.doctor import imbalance
 from strop.data.load import LoadedData, load_data
 from strop.data.plan import CPU_TOKENS, Plan, RowTokens, Sized, batch_budget, cut, default_budget, filled_rows, lengths
 from strop.engine.checkpoint import Checkpoint
@@ -47,11 +48,16 @@ class Prepared:
             yield [[groups[i] for i in part] for part in cut(groups, self.plan.groups(step), budget, tokens)]
 
     def advice(self) -> list[str]:
-        """Warnings about the configuration, for a model of this size where that is known."""
+        """Warnings about the configuration, for a model of this size where that is known, and for these rows."""
+        settings, notes = self.config.post_training, []
+        if isinstance(settings, KtoSettings):
+            note = imbalance(self.data.num_labels, settings.desirable_weight, settings.undesirable_weight)
+            notes = [note] if note is not None else []
         try:
-            return advice(self.config, sum(weight.numel() for weight in empty_model(self.model).parameters()))
+            size = sum(weight.numel() for weight in empty_model(self.model).parameters())
         except CannotBuildError:
-            return advice(self.config)
+            size = None
+        return [*advice(self.config, size), *notes]
 
     def describe(self, tokens: RowTokens) -> Iterator[str]:
         """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""

@@ -1,7 +1,8 @@
 """Keeps tokens and keys out of everything that is written down. Floor 0: stdlib only.
 
 Two ways, together: what looks like a credential whatever stands around it, and what this process was handed as one in
-its environment (HF_TOKEN, WANDB_API_KEY, ...), wherever the same characters turn up again.
+its environment (HF_TOKEN, WANDB_API_KEY, ...), wherever the same characters turn up again. Every search takes time in
+proportion to the text, which may be of hundreds of megabytes: lengths are bounded.
 """
 
 from __future__ import annotations
@@ -24,10 +25,32 @@ _SHAPES = re.compile(
     | \bwandb_v\d+_[A-Za-z0-9_]{20,}                   # Weights & Biases; the older form is 40 hex digits, see below
     | \blocal-[0-9a-f]{40}\b
     | \bxox[abpors]-[A-Za-z0-9-]{10,}                  # Slack
-    | (?<=://)[^/\s:@]*:[^/\s@]+(?=@)                  # user:password in a URL
+    | \beyJ[A-Za-z0-9_-]{6,}\.eyJ[A-Za-z0-9_-]{6,}(?:\.[A-Za-z0-9_-]*)+  # JSON web tokens
+    | (?<=://)[^/\s:@]{0,200}:(?!\d{1,5}/)[^\s"'<>]{1,200}(?=@)  # user:password in a URL, up to the last @
     """,
     re.VERBOSE,
 )
+_KEY_BLOCK = re.compile(
+    r"""
+    -----BEGIN\ [A-Z0-9 ]{0,40}PRIVATE\ KEY(?:\ BLOCK)?-----
+    (?:\\{1,8}[nrt]|[\w+/=\s:,.()-])*?                 # what a key is written with, line ends as escapes, too
+    (?:-----END\ [A-Z0-9 ]{0,50}-----|(?=\\{1,8}[^nrt\\]|[^\w+/=\s:,.()\\-])|\Z)
+    """,
+    re.VERBOSE,
+)
+_NAMED = re.compile(
+    r"""
+    (?P<name>(?i:\b(?:[a-z0-9]{1,40}[_-]){0,4}(?:
+        pass(?:word|wd) | pwd | (?P<words>passphrase) | secret(?:[_-]?key)? | client[_-]?secret
+        | (?:api|access|account|shared[_-]?access|private)[_-]?key | (?:auth|access|refresh|bearer)[_-]?token)))
+    (?P<between>\\{0,8}["']?\s?[=:]\s?)
+    (?: (?P<quote>\\{0,8}["']).{4,400}?(?P=quote)                # to the same quote
+      | (?(words)[^"'\\;\r\n<>{}]{4,200}                    # words, to the end of the line
+        | [^\s"'\\;,&<>(){}\[\]]{4,400}))                   # one word
+    """,
+    re.VERBOSE,
+)
+"""A password under its name, as in a connection string (Server=...;Password=...;), a file of settings or JSON."""
 _AWS_SECRET = re.compile(r"(?i)(aws_secret_access_key|aws_session_token)(\W{1,6})[A-Za-z0-9/+=]{30,}")
 _SECRET_NAME = re.compile(r"(?i)(^|[_.-])(key|token|secret|password|passwd|pwd|credentials?|auth)$|apikey$|authtoken$")
 _HEX_40 = re.compile(r"(?<![0-9A-Fa-f])[0-9a-f]{40}(?![0-9A-Fa-f])")
@@ -38,7 +61,13 @@ def redact(text: str) -> str:
     """`text` with every credential replaced by a mask."""
     for secret in _handed_in():
         text = text.replace(secret, MASK)
-    return _AWS_SECRET.sub(rf"\1\2{MASK}", _SHAPES.sub(MASK, text))
+    text = _SHAPES.sub(MASK, _KEY_BLOCK.sub(MASK, text))
+    return _NAMED.sub(_without_value, _AWS_SECRET.sub(rf"\1\2{MASK}", text))
+
+
+def _without_value(match: re.Match[str]) -> str:
+    quote = match["quote"] or ""
+    return f"{match['name']}{match['between']}{quote}{MASK}{quote}"
 
 
 def _handed_in() -> list[str]:

@@ -1,5 +1,6 @@
 """The process's terminal: standard streams that fail in words, and the log on stderr. Floor 1.
 
+Whatever quotes a row, a name or a template goes through `escaped` on its way: the log, complaints, the dry run.
 `session` is held while a command runs; in it, `log_to_terminal` is called once, when the level is known.
 """
 
@@ -8,10 +9,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 from strop.errors import ConfigError
@@ -77,7 +79,32 @@ def rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-class _Plain(logging.Formatter):
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but for the tab and the line end, and marks that turn the direction of writing."""
+
+
+def escaped(text: str) -> str:
+    """`text` with what steers a terminal written as an escape: messages quote files that nobody may have read."""
+    return _STEERING.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def complain(message: str) -> None:
+    """Write a message to standard error, in letters that every stream and terminal takes."""
+    number = rank()
+    text = escaped((f"[rank {number}] " if number else "") + message) + "\n"
+    with suppress(OSError):  # nobody listens any more
+        sys.stderr.write(text.encode(errors="backslashreplace").decode())
+        sys.stderr.flush()
+
+
+class _Escaped(logging.Formatter):
+    """A record's message as a terminal may have it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
+class _Plain(_Escaped):
     """Information as it is, everything else with its level."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -121,6 +148,7 @@ def log_to_terminal(level: str) -> None:
         from rich.logging import RichHandler
 
         handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
+        handler.setFormatter(_Escaped())
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Plain())

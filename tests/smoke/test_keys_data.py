@@ -31,6 +31,12 @@ def test_dataset__label_column(runs: Any, tmp_path: Path) -> None:
     assert renamed.data.report.fingerprint == usual.data.report.fingerprint
 
 
+def test_labels_out_of_balance_are_told_before_training(runs: Any) -> None:
+    told = [note for note in runs.prepare(method="kto", desirable_weight=5.0).advice() if "4 : 3" in note]
+    assert len(told) == 1 and "post_training.desirable_weight" in told[0]
+    assert not any("4 : 3" in note for note in runs.prepare(method="kto").advice())
+
+
 def test_dataset__on_trailing_user(runs: Any, tmp_path: Path) -> None:
     def talk(i: int, *more: str) -> str:
         turns = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "yes"}]

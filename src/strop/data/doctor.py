@@ -17,6 +17,9 @@ from strop.data.table import Groups
 MUCH_LONGER = 1.25
 """Chosen completions this much longer than rejected ones teach length, too (or the other way round)."""
 
+MOST_DESIRABLE = 4 / 3
+"""Desirable completions may count so many times as much as undesirable ones."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -26,7 +29,8 @@ class Findings:
     stand there the other way round, too, and completions that have both labels.
     missing_eos: completions without an end token. double_bos: prompts with two BOS tokens. leaked_prompts: rows whose
     prompt is trained on as well (eval), leaked_rows: rows that are, completions and all. length: of pairs, mean tokens
-    of both sides and the share of pairs whose chosen side is the longer one; empty for other rows.
+    of both sides and the share of pairs whose chosen side is the longer one; empty for other rows. desirable,
+    undesirable: completions with this label.
     """
 
     duplicates: int
@@ -36,6 +40,8 @@ class Findings:
     leaked_prompts: int
     leaked_rows: int
     length: Mapping[str, float]
+    desirable: int
+    undesirable: int
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "length": dict(self.length)}
@@ -50,6 +56,8 @@ class Findings:
             "rows are trained on as well, completions and all": self.leaked_rows,
         }
         yield from (f"{n} {what}" for what, n in notes.items() if n)
+        if self.desirable or self.undesirable:
+            yield f"{self.desirable} desirable and {self.undesirable} undesirable completions"
         if not self.length:
             return
         chosen, rejected = self.length["mean_chosen"], self.length["mean_rejected"]
@@ -94,6 +102,36 @@ def _of(groups: Groups, rows: np.ndarray, train: np.ndarray | None) -> Findings:
         leaked_prompts=0 if train is None else int(np.isin(rows[:, 0], train[:, 0]).sum()),
         leaked_rows=0 if train is None else int(np.isin(whole, _joined(train)).sum()),
         length=length,
+        desirable=num_labels(groups)[True],
+        undesirable=num_labels(groups)[False],
+    )
+
+
+def num_labels(groups: Groups) -> dict[bool, int]:
+    """How many completions are desirable (True) and how many are not."""
+    labels = groups.column("label")
+    return {label: int((labels == label).sum()) for label in (True, False)}
+
+
+def imbalance(labels: Mapping[bool, int], desirable_weight: float, undesirable_weight: float) -> str | None:
+    """What to say of labels whose weight times number is not between 1 : 1 and 4 : 3, as arXiv 2402.01306 advises."""
+    num, other = labels[True], labels[False]
+    if not num or not other:
+        kind = "desirable" if num else "undesirable"
+        return (
+            f"all {num + other} completions are {kind}: nothing says what sets others apart, so the model only learns to "
+            f"make these {'likelier' if num else 'less likely'}; add rows of the other label"
+            + (", or imitate these by post_training.method: sft" if num else "")
+        )
+    ratio = desirable_weight * num / (undesirable_weight * other)
+    if 1 <= ratio <= MOST_DESIRABLE:
+        return None
+    middle = (1 + MOST_DESIRABLE) / 2
+    return (
+        f"{num} desirable and {other} undesirable completions, with weights {desirable_weight:g} and "
+        f"{undesirable_weight:g}, count {ratio:.2f} : 1; between 1 : 1 and 4 : 3 is advised: set "
+        f"post_training.desirable_weight: {desirable_weight * middle / ratio:.3g}, or undesirable_weight: "
+        f"{undesirable_weight * ratio / middle:.3g}"
     )
 
 

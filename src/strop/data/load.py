@@ -20,6 +20,7 @@ from strop.config import RunConfig
 from strop.data.cache import Rejected, Tokenised, fetch
 from strop.data.counters import COUNTERS
 from strop.data.crew import work_all
+from strop.data.doctor import num_labels
 from strop.data.report import DataReport, Rendering, SplitCounts
 from strop.data.sources import Source, choose_sources
 from strop.data.split import held_out, sample
@@ -35,7 +36,8 @@ class LoadedData:
     """What a run trains and evaluates on.
 
     chat_template: the template that rows were rendered by, to be saved with the tokenizer; None where none was used.
-    rejected: what rejected.jsonl holds, one object a row: file, line, reason, raw.
+    rejected: what rejected.jsonl holds, one object a row: file, line, reason, raw. num_labels: how many of the training
+    completions are desirable (True) and undesirable (False), as often as they are met in an epoch.
     """
 
     train: Sequence[Group]
@@ -43,6 +45,7 @@ class LoadedData:
     report: DataReport
     chat_template: str | None
     rejected: Sequence[Mapping[str, Any]]
+    num_labels: Mapping[bool, int]
 
 
 def load_data(
@@ -99,6 +102,7 @@ def load_data(
         report=DataReport.of(counts, views, how),
         chat_template=workshop.renderer.template if how.num_chat else None,
         rejected=sum((part.tokens.rejected for some in parts.values() for part in some), Rejected([])),
+        num_labels=num_labels(weighed),
     )
 
 

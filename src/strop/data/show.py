@@ -6,19 +6,18 @@ terminal are written as escapes, so that a row cannot do anything to the one tha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
+from strop.terminal import escaped
 from strop.types import Group
 
 LABELS = {1: ("completion",), 2: ("chosen", "rejected")}
 DESIRABLE = {True: ("desirable completion",), False: ("undesirable completion",), None: None}
 BRACKETS = ("\u00ab", "\u00bb")  # guillemets: rare in texts
 COLOURS = ("\x1b[1;32m", "\x1b[0m")
-STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def show_group(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False) -> str:
@@ -57,4 +56,4 @@ def _text(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Seque
 
     # a character whose bytes lie on both sides of the cut is shown with the second
     before = decoded(context).rstrip("\ufffd") if context else ""
-    return STEERING.sub(lambda match: repr(match[0])[1:-1], decoded([*context, *ids])[len(before) :])
+    return escaped(decoded([*context, *ids])[len(before) :])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from strop.data.doctor import imbalance
 from strop.data.load import LoadedData, load_data
 from strop.errors import DataError
 
@@ -102,3 +104,40 @@ def test_b7_losing_more_than_allowed_stops(load: Make, tmp_path: Path) -> None:
         load(long, training=tight, max_dropped_fraction=0.5)
     assert len(load(long, training=tight, max_dropped_fraction=0.5, filter_overlength_samples=True).train) == 1
     assert len(load(long, training=tight).train) == 1
+
+
+@pytest.mark.parametrize(("num", "other"), [(1, 1), (3, 4), (90, 10), (10, 90), (4, 3), (5, 3), (1000, 1)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.5), (0.3, 1.0)])
+def test_labels_out_of_balance_are_told_with_weights_that_balance_them(
+    num: int, other: int, weights: tuple[float, float]
+) -> None:
+    desirable, undesirable = weights
+    labels = {True: num, False: other}
+    note = imbalance(labels, desirable, undesirable)
+    ratio = desirable * num / (undesirable * other)
+    assert (note is None) == (1 <= ratio <= 4 / 3)
+    if note is not None:
+        assert f"{num} desirable and {other} undesirable" in note
+        better = [float(value) for value in re.findall(r"_weight: ([0-9.e+-]+\d)", note)]
+        assert imbalance(labels, better[0], undesirable) is None
+        assert imbalance(labels, desirable, better[1]) is None
+
+
+def test_labels_of_one_kind_are_told() -> None:
+    only_good, only_bad = (imbalance(labels, 1.0, 1.0) for labels in ({True: 7, False: 0}, {True: 0, False: 7}))
+    assert only_good is not None and "all 7 completions are desirable" in only_good and "sft" in only_good
+    assert only_bad is not None and "all 7 completions are undesirable" in only_bad and "sft" not in only_bad
+
+
+def test_the_report_counts_labels(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "x", "label": i % 4 == 0} for i in range(12)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    config = make_config(sources=[{"name": path, "weight": 2.0}], validation_split=0.0)
+    data = load_data(config, make_tokenizer(), "labelled")
+    assert any("3 desirable and 9 undesirable completions" in line for line in data.report.lines())
+    assert data.num_labels == {True: 6, False: 18}
+    pairs = [pair(i) for i in range(4)]
+    data = load_data(
+        make_config(train_file=write(tmp_path / "pairs.jsonl", pairs), validation_split=0.0), make_tokenizer(), "pair"
+    )
+    assert not any("desirable" in line for line in data.report.lines())

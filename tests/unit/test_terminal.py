@@ -1,0 +1,82 @@
+"""What steers a terminal does not reach one, whatever a file holds that is quoted."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strop import cli
+from strop.data.formats import Columns, to_example
+from strop.data.rows import RowRefused
+from strop.terminal import escaped, log_to_terminal, session
+from strop.types import Origin
+
+NASTY = "\x1b[2J\x1b]0;title\x07\r\x08\x9b31m\u202egnp"
+
+
+def is_tame(text: str) -> bool:
+    return (
+        all(char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f") for char in text) and "\u202e" not in text
+    )
+
+
+@given(st.text())
+def test_an_escaped_text_steers_nothing(text: str) -> None:
+    assert is_tame(escaped(text)) and escaped(escaped(text)) == escaped(text)
+
+
+@pytest.mark.parametrize("text", ["plain\n\ttext", "Grüße, 你好, مرحبا 👩‍👩‍👧", "C:\\new\\x1b", "\ud800"])
+def test_ordinary_text_stays(text: str) -> None:
+    assert escaped(text) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_log_is_escaped(stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", made := stream())
+    monkeypatch.setenv("TERM", "dumb")  # no colours of our own
+    with session():
+        log_to_terminal("info")
+        logging.getLogger("strop").info("a row says %s", NASTY)
+        logging.getLogger("strop").warning(NASTY)
+    assert is_tame(made.getvalue()) and r"\x1b[2J" in made.getvalue()
+
+
+def test_complaints_that_quote_a_row_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {NASTY: 1},
+        {"messages": [{"role": NASTY, "content": "x"}]},
+        {"prompt": "q", "completion": [{"role": "assistant", "content": [{"type": NASTY}]}]},
+        {"conversations": [{"from": NASTY, "value": "x"}]},
+    ]
+    for row in rows:
+
+        def read(arguments: list[str], row: dict[str, Any] = row) -> int:
+            origin = Origin(f"{NASTY}.jsonl", 1)
+            with pytest.raises(RowRefused) as refusal:
+                to_example(row, origin, "single", Columns())
+            raise refusal.value.at(origin)
+
+        monkeypatch.setitem(cli.COMMANDS, "train", read)  # type: ignore[arg-type]
+        assert cli.main(["train"]) == 1
+        text = capsys.readouterr().err
+        assert is_tame(text) and "x1b[2J" in text
+
+
+def test_a_file_s_name_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prepare", "--input", f"{NASTY}.jsonl", "--output-dir", str(tmp_path / "out")]) == 1
+    text = capsys.readouterr().err
+    assert is_tame(text) and "there is no such file" in text
