@@ -20,6 +20,7 @@ from strop.estimate import fitted, planned_precision, planned_rows, prediction, 
 from strop.machine import machine_of
 from strop.policy.outline import reason_for_plain_rows
 from strop.prepared import prepare, run_folder, select_models
+from strop.terminal import escaped
 
 
 def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:

@@ -119,8 +119,8 @@ def imbalance(labels: Mapping[bool, int], desirable_weight: float, undesirable_w
     if not num or not other:
         kind = "desirable" if num else "undesirable"
         return (
-            f"all {num + other} completions are {kind}: nothing says what sets others apart, so the model only learns to "
-            f"make these {'likelier' if num else 'less likely'}; add rows of the other label"
+            f"all {num + other} completions are {kind}: nothing says what sets others apart, so the model only learns "
+            f"to make these {'likelier' if num else 'less likely'}; add rows of the other label"
             + (", or imitate these by post_training.method: sft" if num else "")
         )
     ratio = desirable_weight * num / (undesirable_weight * other)
