@@ -16,7 +16,18 @@ from strop.config.methods import KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.doctor import imbalance
 from strop.data.load import LoadedData, load_data
-from strop.data.plan import CPU_TOKENS, Plan, RowTokens, Sized, batch_budget, cut, default_budget, filled_rows, lengths
+from strop.data.plan import (
+    CPU_TOKENS,
+    Plan,
+    RowTokens,
+    Sized,
+    batch_budget,
+    cut,
+    default_budget,
+    filled_rows,
+    lengths,
+    padded_tokens,
+)
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
@@ -89,6 +100,12 @@ class Prepared:
             f"tokens: {total:,} an epoch, in {len(sizes)} micro-batches of at most {budget:,}, "
             f"{100 * total / sum(max(budget, size) for size in sizes):.0f} % full"
         )
+        if tokens is padded_tokens:
+            spans = [group.lengths for group in groups]
+            again = sum(size.prompt * (len(size.completions) - 1) for size in spans)
+            fed = sum(size.prompt * len(size.completions) + sum(size.completions) for size in spans)
+            if again:
+                yield f"plain rows: {100 * again / fed:.0f} % of the tokens are prompts that are computed once more"
         if training.recomputed:
             why = self.config.origins.get("training.gradient_checkpointing", "asked for")
             yield f"activations of {training.recomputed:.0%} of the layers are computed again on the way back ({why})"

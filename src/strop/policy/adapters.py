@@ -197,6 +197,7 @@ def _finish(adapted: PeftModel, master: torch.dtype, where: str) -> PeftModel:
     config = adapted.peft_config["default"]
     if not isinstance(config.target_modules, str):  # which is a regular expression, and means another thing in a list
         config.target_modules = sorted(config.target_modules or ())  # peft's set would be saved in any order
+    config.target_parameters = sorted(config.target_parameters or ()) or None
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(master)

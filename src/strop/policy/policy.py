@@ -72,6 +72,7 @@ class Policy(nn.Module):
         self.model = model
         self.precision, self.share_prefix, self.where = precision, share_prefix, where
         self.head_dtype = precision.of_head(fp32_logits)
+        self.plain_reason: str | None = None  # why prompts are not shared, where they are not
         self.kernel: str | None = None  # of the shared rows' attention; None: the best one
         self.casts = Casts()
         self.loaded_config, self._stored = loaded.config, loaded.stored
@@ -334,10 +335,23 @@ def assemble(
         logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
     policy = Policy(module, loaded, precision, share_prefix=reason is None, fp32_logits=fp32_logits, where=where)
     own = own_logps(policy)  # before layers get other forwards than the model's
+    if own.transform != policy.transform:
+        logger.info("%s: its logits, measured: %s", where, own.transform.describe())
+        policy.transform = own.transform
     fuse(module, policy.casts, policy.device, elementwise)
-    reason = probe(policy, *own) or reason
+    refused = probe(policy, own)
+    if refused is not None:
+        logger.warning(
+            "%s: prompts are not shared, so each is computed again for every further completion: %s; %s",
+            where,
+            refused,
+            "training in float32 (bf16: false, fp16: false) may tell them apart from rounding"
+            if precision.is_low
+            else "the result is the same, only slower",
+        )
+    reason = refused or reason
     if reason is not None:
-        policy.share_prefix = False
+        policy.share_prefix, policy.plain_reason = False, reason
         logger.info("%s: plain padded rows, prompts are not shared: %s", where, reason)
     return policy
 

@@ -1,21 +1,29 @@
 """What a loaded model is asked before it trains: whether strop's way of scoring it gives its own log-probs. Floor 2.
 
 The probe is one small group of random tokens (sharing.py). The model scores it by its own code, before any layer gets
-another forward; then the policy does as plain rows and, where prompts may be shared, as a shared row.
+another forward; then the policy does as plain rows and, where prompts may be shared, as a shared row. Two ways of
+scoring may differ by rounding, and how much that is depends on the model: deep, small or widely initialised ones move
+further. So it is measured (`rounding_noise`): the model's own forward once more, with every layer's output moved by as
+much as rounding may move it (Monte Carlo arithmetic, Parker 1997). Ways are compared by the mean over the scored
+tokens, against that noise.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop.batch import Batch, pack, pad
 from strop.errors import ModelError
 from strop.policy import sharing
 from strop.policy.fused import unfuse
+from strop.policy.logits import LogitTransform, measured_transform
 from strop.types import Group
 
 if TYPE_CHECKING:
@@ -23,12 +31,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("strop")
 
+DRAWS = 3
+"""Forward passes that the noise of rounding is measured by; the largest counts."""
 
-def own_logps(policy: Policy) -> tuple[Tensor, float]:
-    """Log-probs of the probe from the model's own logits, and how far from them rounding may lead.
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The model's own answer. logps: [M], natural log. tolerance: how far the mean of another way may lie from it.
+    transform: what it does to its logits."""
+
+    logps: Tensor
+    tolerance: float
+    transform: LogitTransform
+
+
+def own_logps(policy: Policy) -> Own:
+    """Log-probs of the probe from the model's own logits.
 
     Raises:
-        ModelError: it has no linear head, or sees later tokens.
+        ModelError: it has no linear head, does to its logits what is not known here, or sees later tokens.
     """
     head, kind = policy.base.get_output_embeddings(), policy.base.config.model_type
     if head is None or getattr(head, "weight", torch.empty(0)).ndim != 2:
@@ -36,22 +57,64 @@ def own_logps(policy: Policy) -> tuple[Tensor, float]:
             f"the architecture {kind} has no linear head, so it cannot be trained here", where=policy.where
         )
     _, plain = _rows(policy)
-    with policy.scoring(), policy.precision.autocast(policy.device):
-        out = policy.model(input_ids=plain.input_ids, attention_mask=plain.attention_mask, use_cache=False)
-    logits = out.logits.to(policy.precision.master).flatten(0, 1)[plain.scored_positions]
-    own = logits.log_softmax(-1).gather(1, plain.targets[:, None]).squeeze(1)
-    tolerance = sharing.logit_tolerance(policy.precision.compute, float(logits.abs().max()))
+    inputs = {"input_ids": plain.input_ids, "attention_mask": plain.attention_mask}
+
+    def score() -> Tensor:
+        with policy.precision.autocast(policy.device):
+            out = policy.model(**inputs, use_cache=False)
+        logits = out.logits.to(policy.precision.master).flatten(0, 1)[plain.scored_positions]
+        scored: Tensor = logits.log_softmax(-1).gather(1, plain.targets[:, None]).squeeze(1)
+        return scored
+
+    with policy.scoring():
+        own = score()
+        eps = torch.finfo(policy.precision.compute).eps
+        noise = max(_rounded(policy.model, eps, seed, score, own) for seed in range(DRAWS))
+        with policy.precision.autocast(policy.device):
+            transform = measured_transform(policy.base, policy.body, inputs, policy.transform)
+    tolerance = sharing.tolerance(policy.precision.compute, noise)
     first, third = own[: sharing.PROBE_UNCHANGED], own[-sharing.PROBE_LENGTHS[1] :][: sharing.PROBE_UNCHANGED]
-    if not sharing.furthest(first, third) <= tolerance:
+    if not sharing.mean_apart(first, third) <= tolerance:
         raise ModelError(
             f"it sees later tokens, so it is no causal language model (architecture {kind})", where=policy.where
         )
-    return own, tolerance
+    if transform is None:
+        raise ModelError(
+            f"what the architecture {kind} does to its logits is neither a factor nor a soft cap of them all, so it "
+            "cannot be trained here",
+            where=policy.where,
+        )
+    return Own(own, tolerance, transform)
 
 
-def probe(policy: Policy, own: Tensor, tolerance: float) -> str | None:
-    """Score one small group in every way there is; why shared rows are not right, or None. own, tolerance: of
-    `own_logps`.
+def _rounded(model: nn.Module, eps: float, seed: int, score: Any, own: Tensor) -> float:
+    """How far the mean of `score` moves by roundings of its layers, drawn from a seed."""
+    with rounding_noise(model, eps, seed):
+        return sharing.mean_apart(score(), own)
+
+
+@contextmanager
+def rounding_noise(model: nn.Module, eps: float, seed: int) -> Iterator[None]:
+    """Every floating point output of a layer without layers inside moves by up to eps / 2 of itself, as rounding may
+    move it."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def moved(_: nn.Module, __: Any, out: Any) -> Any:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        by = torch.rand(out.shape, generator=draw).sub_(0.5).mul_(eps).add_(1).to(out.device)
+        return (out * by).to(out.dtype) if out.dtype != torch.float64 else out * by.double()
+
+    hooks = [m.register_forward_hook(moved) for m in model.modules() if next(m.children(), None) is None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def probe(policy: Policy, own: Own) -> str | None:
+    """Score one small group in every way there is; why shared rows are not right, or None.
 
     Raises:
         ModelError: the policy's log-probs are not those of the model's own logits.
@@ -59,15 +122,15 @@ def probe(policy: Policy, own: Tensor, tolerance: float) -> str | None:
     group, plain = _rows(policy)
     with policy.scoring():
         logps = policy(plain)
-        if not sharing.furthest(logps, own) <= tolerance and unfuse(policy.model):
+        if not sharing.mean_apart(logps, own.logps) <= own.tolerance and unfuse(policy.model):
             logps = policy(plain)
-            if sharing.furthest(logps, own) <= tolerance:
+            if sharing.mean_apart(logps, own.logps) <= own.tolerance:
                 logger.warning(
                     "%s: its layers have other results in strop's fused form than in their own, which they keep: it is "
                     "slower and takes more memory",
                     policy.where,
                 )
-        if not (apart := sharing.furthest(logps, own)) <= tolerance:
+        if not (apart := sharing.mean_apart(logps, own.logps)) <= own.tolerance:
             raise ModelError(
                 f"its log-probs are not those of a linear head over its hidden states (off by {apart:.2g}), "
                 f"so the architecture {policy.base.config.model_type} cannot be trained here",
@@ -75,10 +138,12 @@ def probe(policy: Policy, own: Tensor, tolerance: float) -> str | None:
             )
         if not policy.share_prefix:
             return None
-        alone = torch.cat([policy(pad([_alone(group, i)]).to(policy.device)) for i in range(len(group.completions))])
-        apart = sharing.furthest(policy(pack([group]).to(policy.device)), logps)
-        if not apart <= sharing.sharing_tolerance(policy.precision.compute, sharing.furthest(alone, logps)):
-            return f"shared rows gave other log-probs than plain ones (off by {apart:.2g})"
+        apart = sharing.mean_apart(policy(pack([group]).to(policy.device)), logps)
+        if not apart <= own.tolerance:
+            return (
+                f"shared rows gave other log-probs than plain ones (off by {apart:.2g}, where rounding may do "
+                f"{own.tolerance:.2g})"
+            )
     return None
 
 
@@ -86,7 +151,3 @@ def _rows(policy: Policy) -> tuple[Group, Batch]:
     """The probe's group, and its plain rows."""
     group = sharing.probe_group(policy.base.get_input_embeddings().weight.shape[0])
     return group, pad([group]).to(policy.device)
-
-
-def _alone(group: Group, index: int) -> Group:
-    return Group(group.prompt_ids, (group.completions[index],), group.origin)

@@ -108,19 +108,14 @@ def probe_group(num_ids: int) -> Group:
     return Group(prompt, completions, Origin("probe", 1))
 
 
-def logit_tolerance(compute: torch.dtype, largest: float) -> float:
-    """How far two evaluations of the same log-prob may lie apart: rounding of logits as large as `largest`."""
-    eps = torch.finfo(compute).eps
-    return (8 if eps > 1e-4 else 1000) * eps * max(1.0, largest)
+def tolerance(compute: torch.dtype, noise: float) -> float:
+    """How far the means of two ways to score may lie apart. noise: what rounding moves in this model, measured; between
+    shared and plain rows of right models it is met to 60 % (32 of them, to 12 layers, in bfloat16). A floor stands for
+    norms and softmaxes that compute in float32 whatever the model computes in."""
+    floor = {torch.float64: 1e-8, torch.float32: 2e-5}.get(compute, torch.finfo(compute).eps / 4)
+    return floor + 4 * noise
 
 
-def sharing_tolerance(compute: torch.dtype, noise: float) -> float:
-    """The same for two row layouts, whose rounding differs in every layer. noise: what another layout of the same
-    plain rows moves."""
-    floor = {torch.float64: 1e-8, torch.float32: 2e-3}.get(compute, 0.3)
-    return floor + 8 * noise
-
-
-def furthest(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference."""
-    return float((a.double() - b.double()).abs().max())
+def mean_apart(a: Tensor, b: Tensor) -> float:
+    """The mean absolute difference."""
+    return float((a.double() - b.double()).abs().mean())

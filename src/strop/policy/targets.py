@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -122,7 +124,8 @@ def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str
     linears, text, heads = linear_layers(module), text_layers(module), head_names(module)
     every = [name for name, _ in module.named_modules()]
     if wanted in ("auto", "all-linear"):
-        reached = _without_routers(module, text)
+        fused = _named_as_experts(module, text)
+        reached = {n: m for n, m in _without_routers(module, text).items() if n not in fused}
         last_parts = sorted({name.rpartition(".")[2] for name in reached})
         fitting = [family for family in _FAMILIES if set(family) <= set(last_parts)]
         chosen = fitting[0] if wanted == "auto" and fitting else tuple(last_parts)
@@ -138,6 +141,14 @@ def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str
             )
         if not (found := selected(name, linears)):
             raise _no_such_layer(name if isinstance(name, str) else name[0], text, where)
+        if fused := selected(name, _named_as_experts(module, text)):
+            raise ModelError(
+                f"lora.target_modules: peft takes {fused[0].rpartition('.')[2]} of this architecture for a name of its "
+                f"fused experts, so {fused[0]} cannot carry an adapter",
+                where=where,
+                expected="names of other layers",
+                fix="leave it out; to adapt the experts, name them in lora.target_parameters",
+            )
         if not selected(name, text):
             raise ModelError(
                 f"lora.target_modules: no text flows through {found[0]}",
@@ -157,6 +168,25 @@ def selected(targets: Targets, layers: Iterable[str]) -> list[str]:
         return [full for full in layers if re.fullmatch(targets, full)]
     except re.error:
         return []
+
+
+def _named_as_experts(module: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Layers that peft does not find by their names: on architectures whose experts were layers once, it takes a name
+    such as gate_proj for one of theirs, and adapts the fused experts instead."""
+    if not isinstance(module, PreTrainedModel):
+        return []
+    last_parts = {full.rpartition(".")[2] for full in layers}
+    taken = {name for name in last_parts if _is_renamed(module, name)}
+    return [full for full in layers if full.rpartition(".")[2] in taken]
+
+
+def _is_renamed(module: PreTrainedModel, name: str) -> bool:
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, module, None)
+    except ValueError:  # it is one of several names of one weight
+        return True
+    return bool(config.target_parameters)
 
 
 def _meaning(targets: Targets, reached: Mapping[str, nn.Module], every: Iterable[str]) -> Targets:

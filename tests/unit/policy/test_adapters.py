@@ -462,3 +462,16 @@ def test_fused_experts_are_adapted_by_name(
         policy = build(adapter=str(tmp_path / name), training=training)
     with pytest.raises(ModelError, match=r"no fused experts are called 'gate_up'\n.*experts.down_proj"):
         build(lora={"target_parameters": ["gate_up"]})
+
+
+def test_names_that_peft_takes_for_experts_are_not_used() -> None:
+    """On some mixtures it takes gate_proj for a name of the fused experts; shared experts have layers of that name."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20, "num_experts": 4}
+    with torch.device("meta"):
+        config = CONFIG_MAPPING["qwen3_next"](**sizes, layer_types=["full_attention"])
+        model = AutoModelForCausalLM.from_config(config)
+    assert any(name.endswith("shared_expert.gate_proj") for name in linear_layers(model))
+    assert set(resolve_targets(model, "all-linear", "here")) == {*QKVO, "shared_expert_gate"}
+    for wanted in (("q_proj", "up_proj"), r".*\.down_proj"):
+        with pytest.raises(ModelError, match=r"for a name of its fused experts(.|\n)*lora.target_parameters"):
+            resolve_targets(model, wanted, "here")

@@ -29,7 +29,6 @@ from strop.errors import ConfigError, ModelError
 from strop.policy import attention, logprobs
 from strop.policy import policy as policy_module
 from strop.policy.fused import FusedMlp
-from strop.policy.logits import LogitTransform
 from strop.policy.policy import Policy, build_policy
 from strop.policy.tiles import Tile, cut_tiles
 from strop.types import Group
@@ -234,14 +233,6 @@ def test_saving_twice_gives_the_same_bytes(
 
 
 # --- what is refused or changed at load -----------------------------------------------------------------------------
-
-
-def test_a_head_that_is_not_linear_is_refused(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, build: MakePolicy
-) -> None:
-    monkeypatch.setattr(policy_module, "logit_transform", lambda config: LogitTransform(0.9))
-    with pytest.raises(ModelError, match="log-probs are not those of a linear head"):
-        build()
 
 
 def test_shared_rows_that_differ_become_plain_rows(

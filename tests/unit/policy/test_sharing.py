@@ -11,11 +11,11 @@ from transformers import CONFIG_MAPPING
 from strop.policy.sharing import (
     PROBE_LENGTHS,
     PROBE_UNCHANGED,
-    logit_tolerance,
+    mean_apart,
     probe_group,
     reason_against,
     rope_threshold,
-    sharing_tolerance,
+    tolerance,
 )
 
 
@@ -66,9 +66,8 @@ def test_the_probe_is_always_the_same_and_its_third_completion_tells_about_later
     probe_group(1)  # the smallest vocabulary there is
 
 
-def test_tolerances_grow_with_rounding() -> None:
-    dtypes = (torch.float64, torch.float32, torch.bfloat16)
-    for tolerance in (logit_tolerance, sharing_tolerance):
-        values = [tolerance(dtype, 0.0) for dtype in dtypes]
-        assert values == sorted(values) and len(set(values)) == 3
-    assert logit_tolerance(torch.float32, 30.0) < 0.01
+def test_the_tolerance_grows_with_rounding() -> None:
+    values = [tolerance(dtype, 0.0) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
+    assert values == sorted(values) and len(set(values)) == 4 and values[-1] < 0.05
+    assert tolerance(torch.bfloat16, 0.5) > 1
+    assert mean_apart(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 5.0, 0.0])) == 3.0

@@ -1,0 +1,173 @@
+"""What the probe finds out about a model: what it does to its logits, how much rounding moves it, whether rows may be
+shared."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
+
+from strop.batch import GroupSpan
+from strop.config.sections import ModelSection
+from strop.errors import ModelError
+from strop.policy import attention
+from strop.policy.load import LoadedModel
+from strop.policy.logits import LogitTransform, logit_transform
+from strop.policy.policy import Policy, assemble
+from strop.policy.precision import Precision
+from strop.policy.tiles import Tile, cut_tiles
+from strop.types import Group
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+}
+Change = Callable[[Tensor], Tensor]
+
+
+class Changed(LlamaForCausalLM):
+    """A model whose own code does something to its logits, or to the head's input."""
+
+    def __init__(self, config: LlamaConfig, change: Change, before: float) -> None:
+        super().__init__(config)
+        self.change, self.before = change, before
+
+    def forward(self, input_ids: Tensor, **others: Any) -> Any:
+        out = self.model(input_ids=input_ids, **others)
+        out.logits = self.change(self.lm_head(out.last_hidden_state * self.before))
+        return out
+
+
+def as_it_is(z: Tensor) -> Tensor:
+    return z
+
+
+def policy_of(
+    precision: Precision, change: Change = as_it_is, before: float = 1.0, adapted: bool = False, **sizes: Any
+) -> Policy:
+    torch.manual_seed(0)
+    model = Changed(LlamaConfig(**SIZES | sizes), change, before)
+    model.to(precision.compute if adapted else precision.master)
+    loaded = LoadedModel(model, precision.master, copy.deepcopy(model.config))
+    return assemble(model, loaded, precision, ModelSection(huggingface_id="tiny"), fp32_logits=False)
+
+
+def soft_cap(cap: float, scale: float = 1.0) -> Change:
+    return lambda z: cap * torch.tanh(scale * z / cap)
+
+
+PRECISIONS = [Precision(torch.float32), Precision(torch.bfloat16)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p.compute))
+@pytest.mark.parametrize("adapted", [False, True], ids=["float32 weights", "16-bit weights"])
+@pytest.mark.parametrize(
+    ("change", "before", "scale", "cap"),
+    [
+        (as_it_is, 1.0, 1.0, None),
+        (soft_cap(30.0), 1.0, 1.0, 30.0),
+        (soft_cap(2.0), 1.0, 1.0, 2.0),
+        (soft_cap(15.0, 0.25), 1.0, 0.25, 15.0),
+        (lambda z: z * 0.97, 1.0, 0.97, None),
+        (lambda z: z / 16, 1.0, 1 / 16, None),
+        (as_it_is, 0.125, 0.125, None),
+        (soft_cap(20.0), 0.25, 0.25, 20.0),
+    ],
+    ids=str,
+)
+def test_what_a_model_does_to_its_logits_is_measured(
+    change: Change, before: float, scale: float, cap: float | None, precision: Precision, adapted: bool
+) -> None:
+    """Under no name that the configuration has, and too little for log-probs in bfloat16 to show it."""
+    found = policy_of(precision, change, before, adapted).transform
+    assert found.scale == pytest.approx(scale, rel=4e-3)
+    assert found.softcap is None if cap is None else found.softcap == pytest.approx(cap, rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p.compute))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z.masked_fill(torch.arange(400) >= 390, -1e9),
+        torch.relu,
+        lambda z: z + 0.05 * z.sin(),
+        lambda z: z.log_softmax(-1),
+        lambda z: z.clamp(-20, 20),
+    ],
+    ids=["mask", "relu", "sin", "log-softmax", "clamp"],
+)
+def test_what_is_neither_a_factor_nor_a_cap_is_refused(change: Change, precision: Precision) -> None:
+    with pytest.raises(ModelError, match=r"neither a factor nor a soft cap|not those of a linear head"):
+        policy_of(precision, change)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "want"),
+    [
+        ("llama", {}, LogitTransform()),
+        ("gemma2", {"final_logit_softcapping": 20.0}, LogitTransform(1.0, 20.0)),
+        ("recurrent_gemma", {"logits_soft_cap": 12.0}, LogitTransform(1.0, 12.0)),
+        ("xlstm", {"output_logit_soft_cap": 9.0}, LogitTransform(1.0, 9.0)),
+        ("cohere", {"logit_scale": 0.5}, LogitTransform(0.5)),
+        ("granite", {"logits_scaling": 4.0}, LogitTransform(0.25)),
+    ],
+)
+def test_names_in_configurations(kind: str, keys: dict[str, Any], want: LogitTransform) -> None:
+    assert logit_transform(CONFIG_MAPPING[kind](**keys)) == want
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"initializer_range": 0.6},
+        {"num_hidden_layers": 24, "initializer_range": 0.2},
+        {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5},
+    ],
+    ids=["wide", "deep", "small"],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_that_rounding_moves_far_still_shares_prompts(sizes: dict[str, Any], adapted: bool) -> None:
+    for precision in PRECISIONS:
+        assert policy_of(precision, adapted=adapted, **sizes).share_prefix
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p.compute))
+def test_rows_that_leak_are_found_in_every_precision(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leaky(layout: tuple[GroupSpan, ...], *how: Any) -> tuple[Tile, ...]:
+        return cut_tiles((GroupSpan(0, layout[-1].stop, (0,)),), *how)  # everyone sees what stands before
+
+    monkeypatch.setattr(attention, "cut_tiles", leaky)
+    with caplog.at_level(logging.WARNING, "strop"):
+        policy = policy_of(precision)
+    assert not policy.share_prefix
+    assert "each is computed again for every further completion" in caplog.text
+    assert ("training in float32" in caplog.text) is precision.is_low
+
+
+def test_a_capped_model_trains_as_its_own_code_scores(groups: list[Group]) -> None:
+    policy = policy_of(Precision(torch.float32), soft_cap(3.0))
+    with policy.scoring():
+        got = policy(policy.collate(groups))
+        policy.base.set_attn_implementation(policy.plain_attention)
+        want = []
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor([[*group.prompt_ids, *completion.ids]])
+                logps = policy.base(input_ids=ids).logits.log_softmax(-1)[0]
+                first = len(group.prompt_ids) - 1
+                want += [logps[first + j, token] for j, token in enumerate(completion.ids)]
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-3, atol=1e-3)
