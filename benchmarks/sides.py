@@ -114,7 +114,7 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
     from strop import wiring
     from strop.engine.loop import Loop
 
-    measured, step = Measured(start_mib=mib("VmRSS")), Loop._step
+    measured, step = Measured(start_mib=mib("VmRSS")), Loop.step
     wiring._score_reference = timed(wiring._score_reference, measured)
 
     def marked(loop: Loop, number: int) -> None:
@@ -123,7 +123,7 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
         step(loop, number)
         measured.mark()
 
-    Loop._step = marked  # type: ignore[method-assign]
+    Loop.step = marked  # type: ignore[method-assign]
     [result] = strop.train(strop_config(folder, case, out))
     records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     records = [r for r in records if r["split"] == "train"]

@@ -38,7 +38,8 @@ from strop.redact import redact
 
 logger = logging.getLogger(__name__)
 
-RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl")
+RESULT = "result.json"
+RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl", RESULT)
 FINAL = "final"
 LOCK = ".lock"
 LOG_FOLDERS = ("margins", "tensorboard")
@@ -279,10 +280,16 @@ class RunDir:
         except OSError as error:
             raise unusable(self.metrics.path, error) from error
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop what metrics.jsonl has after `step`, as a resume from there needs it; a half-written end goes too."""
+    def cut_metrics(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop what metrics.jsonl has after `step`, as a resume from there needs it; a half-written end goes too.
+        evaluated: whether the evaluation of `step` itself stays."""
+
+        def stays(record: Mapping[str, object]) -> bool:
+            at = record.get("step")
+            return isinstance(at, int) and (at < step or (at == step and (evaluated or record.get("split") != "eval")))
+
         try:
-            self.metrics.cut(lambda record: isinstance(at := record.get("step"), int) and at <= step)
+            self.metrics.cut(stays)
         except OSError as error:
             raise unusable(self.metrics.path, error) from error
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import torch
 
 from strop.batch import NOTHING
-from strop.config import RunConfig, of_model, resolve, to_yaml
+from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
 from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine import checkpoint, final
 from strop.engine.checkpoint import Checkpoint
+from strop.engine.ending import Ending, RunResult, ending_of
 from strop.engine.environment import describe_environment
 from strop.engine.loop import Loop
 from strop.engine.memory import explaining_memory
@@ -30,7 +32,7 @@ from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_finished, check_given, check_made_from, check_recipe, recipe_of
 from strop.engine.rows import Rows, scored
 from strop.engine.trackers import open_trackers
-from strop.errors import CheckpointError, ConfigError, StropError, TrainingError
+from strop.errors import CheckpointError, ConfigError, Interrupted, StropError, TrainingError
 from strop.estimate import fitted, planned_rows, prediction, with_precision
 from strop.machine import machine_of
 from strop.objectives.base import build_objective
@@ -40,7 +42,7 @@ from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
 from strop.policy.store import ReferenceStore, weights_hash
 from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
-from strop.rundir import TO_BE_REPLACED, RunDir
+from strop.rundir import RESULT, TO_BE_REPLACED, RunDir
 
 log = logging.getLogger("strop")
 
@@ -48,22 +50,8 @@ Splits = tuple[Rows, Rows | None]
 """Training and validation rows."""
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """One model's finished run: `final` holds the model, `run_dir` everything else. step: the last one trained,
-    which is not the step of `final` where the best model was asked for."""
-
-    name: str
-    run_dir: Path
-    step: int
-
-    @property
-    def final(self) -> Path:
-        return self.run_dir / "final"
-
-
 def train(
-    config: RunConfig,
+    config: RunConfig | str | PathLike[str],
     *,
     model_index: int | None = None,
     resume: str | None = None,
@@ -73,6 +61,7 @@ def train(
     """Train the models of `config`, one after the other.
 
     Args:
+        config: a configuration, or the path of a YAML file with one.
         model_index: train only this one, from 0.
         resume: "auto" goes on from the newest complete checkpoint of the run folder (or starts, where there is none);
             a path goes on from that checkpoint. Default: `finetuning.resume_from_checkpoint`.
@@ -83,7 +72,7 @@ def train(
         StropError: something that the user can mend. With several models, every model is tried first.
         Interrupted: stopped by a signal after a checkpoint.
     """
-    config = resolve(config)
+    config = resolve(config if isinstance(config, RunConfig) else load_config(config))
     models = select_models(config, model_index)
     if len(models) > 1 and (resume or config.finetuning.resume_from_checkpoint or "auto") != "auto":
         raise ConfigError(
@@ -251,7 +240,8 @@ def _run(
     )
     try:
         devices = [policy.device] if policy.device.type == "cuda" else []
-        with StopSignal() as stop, torch.random.fork_rng(devices):  # dropout's draws are seeded; the caller's go on
+        # dropout's draws are seeded; the caller's go on
+        with StopSignal(progress.note) as stop, torch.random.fork_rng(devices):
             parts = (config, policy, prepared.objective, plan, train, validation, outputs)
             loop = Loop(*parts, should_stop=lambda: stop.requested, reference=synced)
             if saved:
@@ -259,18 +249,31 @@ def _run(
                 _look_for_best(loop, run, saved)
                 checkpoint.retire_newer(run.path, saved.step)
                 _write_records(prepared, run)  # this run's, now that it is known to fit
-            outputs.cut(resumed_at if saved else -1)
+            outputs.cut(resumed_at if saved else -1, evaluated=loop.state.evaluated_step == resumed_at)
             state = loop.run()
             step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
+    except Interrupted as stopped:
+        log.info("%s: stopped by %s after step %d of %d", prepared.model.name, stop.name, stopped.step, plan.num_steps)
+        raise
     finally:
         outputs.close()
     checkpoint.refuse_nonfinite(f"no final model after step {state.step}", policy.trainable())
-    save, recipe = partial(policy.save_pretrained, tokenizer=prepared.tokenizer), recipe_of(config)
+    ending = Ending.of(config, state, num_steps=plan.num_steps, final_step=step, records=run.metrics.read())
+    return _finish(prepared, policy, run, ending, made_from)
+
+
+def _finish(prepared: Prepared, policy: Policy, run: RunDir, ending: Ending, made_from: dict[str, str]) -> RunResult:
+    """Leave the final model, and say how the run ended."""
+    name, step, recipe = prepared.model.name, ending.final_step, recipe_of(prepared.config)
+    run.write_json(RESULT, ending.as_dict())
+    save = partial(policy.save_pretrained, tokenizer=prepared.tokenizer)
     final.export(run, save, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=made_from)
-    _mirror(config, run)
-    steps = f"{state.step} step{'s' * (state.step != 1)}"
-    log.info("%s: %s; the model of step %d is in %s", prepared.model.name, steps, step, run.final)
-    return RunResult(prepared.model.name, run.path, state.step)
+    _mirror(prepared.config, run)
+    _tell(prepared.model, ending.lines())
+    if warning := ending.warning():
+        log.warning("%s: %s", name, warning)
+    log.info("%s: the model of step %d is in %s", name, step, run.final)
+    return RunResult(name, run.path, ending)
 
 
 def _already_finished(
@@ -283,7 +286,7 @@ def _already_finished(
     check_finished(done, prepared.config, made_from)
     log.info("%s is finished: its model is in %s; nothing is trained", prepared.model.name, run.final)
     _mirror(prepared.config, run)
-    return RunResult(prepared.model.name, run.path, _last_step(run))
+    return RunResult(prepared.model.name, run.path, ending_of(run.path))
 
 
 def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
@@ -320,11 +323,6 @@ def _look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
     if best is not None and loop.config.finetuning.load_best_model_at_end and not _best(run, saved, best).is_dir():
         log.warning("the best model so far, %s, is gone: a later one will be final", _best(run, saved, best))
         loop.state.best_step = None
-
-
-def _last_step(run: RunDir) -> int:
-    steps = [step for record in run.metrics.read() if isinstance(step := record.get("step"), int)]
-    return max(steps, default=0)
 
 
 def _mirror(config: RunConfig, run: RunDir) -> None:

@@ -96,7 +96,7 @@ class Died(BaseException):
 
 
 def die_at(step: int, monkeypatch: pytest.MonkeyPatch, runs: Any, **keys: Any) -> None:
-    unbroken = loop.Loop._step
+    unbroken = loop.Loop.step
 
     def die(self: loop.Loop, number: int) -> None:
         if number == step:
@@ -104,7 +104,7 @@ def die_at(step: int, monkeypatch: pytest.MonkeyPatch, runs: Any, **keys: Any) -
         unbroken(self, number)
 
     with monkeypatch.context() as patch, pytest.raises(Died):
-        patch.setattr(loop.Loop, "_step", die)
+        patch.setattr(loop.Loop, "step", die)
         runs(keys, fresh=True)
 
 

@@ -94,14 +94,14 @@ class Died(BaseException):
 
 
 def die_in_step(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    unbroken = Loop._step
+    unbroken = Loop.step
 
     def step(self: Loop, number: int) -> None:
         if number == at:
             raise Died
         unbroken(self, number)
 
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(Loop, "step", step)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import strop
 from strop import cli
 from strop.engine import loop
+from strop.engine.outputs import RunOutputs
 from strop.engine.recipe import recipe_of
 from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, TrainingError
 from strop.policy.policy import Policy
@@ -179,7 +181,7 @@ def test_a_signal_stops_after_the_step_and_the_rest_follows(
     unbroken = runs(LORA)
     models = [{"name": name, "huggingface_id": str(runs.files["model"])} for name in ("run", "next")]
     config = runs.config({**LORA, "models": models})
-    step = loop.Loop._step
+    step = loop.Loop.step
     before = signal.getsignal(signal.SIGTERM)
 
     def stopped(self: loop.Loop, number: int) -> None:
@@ -188,7 +190,7 @@ def test_a_signal_stops_after_the_step_and_the_rest_follows(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
-        patch.setattr(loop.Loop, "_step", stopped)
+        patch.setattr(loop.Loop, "step", stopped)
         strop.train(config)
     assert stop.value.step == 2 and Path(stop.value.checkpoint).name == "checkpoint-2"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -196,6 +198,79 @@ def test_a_signal_stops_after_the_step_and_the_rest_follows(
     results = strop.train(config, resume="auto")
     assert [result.step for result in results] == [4, 4]
     assert all(runs.same_run(runs.at(result.run_dir), unbroken) for result in results)
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_signal_ends_an_evaluation_and_the_resume_makes_up_for_it(
+    at: int, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 10}
+    unbroken = runs(keys)
+    config = runs.config({**keys, "output_dir": str(runs.new_folder())})
+    evaluating = RunOutputs.evaluating
+    folder = Path(config.training.output_dir) / "run"
+
+    @contextmanager
+    def interrupted(self: RunOutputs, num_groups: int) -> Iterator[Callable[[int], None]]:
+        if self.training.completed == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with evaluating(self, num_groups) as done:
+            yield done
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setattr(RunOutputs, "evaluating", interrupted)
+        strop.train(config)
+    assert (stop.value.step, stop.value.checkpoint) == (at, str(folder / f"checkpoint-{at}"))
+    if at:
+        assert runs.at(folder).steps("eval") == list(range(0, at, 2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed when it has made up for it
+        patch.setattr(loop.Loop, "step" if at < 4 else "load_best", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        strop.train(config, resume="auto")
+    (result,) = strop.train(config, resume="auto")
+    run = runs.at(result.run_dir)
+    assert runs.same_run(run, unbroken) and run.steps("eval") == [0, 2, 4]
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = loop.Loop.step
+
+    def stopped(self: loop.Loop, number: int) -> None:
+        step(self, number)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(loop.Loop, "step", stopped)
+        runs({"eval_steps": 1, "output_dir": (folder := str(runs.new_folder()))})
+    assert runs.at(Path(folder) / "run").steps("eval") == [0, 1]
+
+
+# ---- how it ended
+
+
+def test_a_run_says_why_it_ended_and_whether_it_got_worse(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "strop")
+    for rate, worse in ((1e-2, False), (5.0, True)):
+        caplog.clear()
+        config = runs.config({"learning_rate": rate, "method": "sft", "output_dir": str(runs.new_folder())})
+        (result,) = strop.train(config)
+        records = [r for r in runs.at(result.run_dir).metrics if r["split"] == "eval"]
+        assert result.metrics["eval_at_start"] == records[0] and result.metrics["eval"] == records[-1]
+        assert result.metrics["train"]["step"] == result.step == 4
+        assert result.got_worse is worse is (records[-1]["loss"] > records[0]["loss"])
+        assert result.reason == "all 4 steps are done" and result.reason in caplog.text
+        assert f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4g}"[:12] in caplog.text
+        assert ("got worse" in caplog.text) is worse
+        (again,) = strop.train(config, resume="auto")
+        assert again == result  # finished: it is read back
+
+
+def test_early_stopping_is_told(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "strop")
+    keys = {"method": "sft", "greater_is_better": True, "early_stopping_patience": 1, "eval_steps": 1}
+    (result,) = strop.train(runs.config({**keys, "output_dir": str(runs.new_folder())}))
+    assert result.ending.early and result.step == 2
+    assert "stopped early after step 2 of 4" in result.reason and result.reason in caplog.text
 
 
 def test_writing_out_what_null_stands_for_is_no_change(runs: Any) -> None:
@@ -234,6 +309,17 @@ def test_one_model_that_fails_stops_no_other(runs: Any, tmp_path: Path, capsys: 
 # ---- from Python
 
 
+def test_a_path_trains_as_its_configuration_does(runs: Any, tmp_path: Path) -> None:
+    for number, kind in enumerate((str, Path)):
+        config = runs.config({"output_dir": str(runs.new_folder())})
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(config.model_dump(mode="json")))
+        (result,) = strop.train(kind(file))
+        assert runs.same_run(runs.at(result.run_dir), runs())
+    with pytest.raises(ConfigError, match=r"gone\.yaml"):
+        strop.train(tmp_path / "gone.yaml")
+
+
 def test_training_twice_in_a_row(runs: Any) -> None:
     config = runs.config(LORA)
     (first,) = strop.train(config)
@@ -242,9 +328,9 @@ def test_training_twice_in_a_row(runs: Any) -> None:
     kept = runs.at(first.run_dir)
     weights, records = kept.final, kept.untimed
     (second,) = strop.train(config, overwrite=True)
-    assert second == first
+    assert (second.run_dir, second.reason, second.step) == (first.run_dir, first.reason, first.step)
     assert runs.same(kept.final, weights) and kept.untimed == records
-    assert strop.train(config, resume="auto") == [first]  # finished: nothing to do
+    assert strop.train(config, resume="auto") == [second]  # finished: nothing to do
 
 
 def test_a_configuration_made_in_python(runs: Any) -> None:

@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from strop.batch import Batch
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.data.plan import Plan
+from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import evaluate
 from strop.engine.memory import does_not_fit
-from strop.engine.metrics import MetricWindow, UpdateProbe, means, no_such_metric, peak_memory_gib
+from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
 from strop.engine.optim import (
     build_optimizer,
     learning_rate,
@@ -37,7 +40,9 @@ from strop.engine.optim import (
 )
 from strop.engine.recipe import cut_matters
 from strop.engine.rows import Rows
-from strop.engine.step import StepScores, forward_backward
+from strop.engine.stalled import StalledLoss
+from strop.engine.state import TrainState
+from strop.engine.step import StepScores, forward_backward, suspect_rows
 from strop.errors import Interrupted, SaveError, TrainingError
 from strop.objectives.base import Objective
 from strop.policy.memory import attempt
@@ -49,21 +54,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps that may be left out one after the other before a run stops."""
 
 
-@dataclass
-class TrainState:
-    """What a run knows at the end of a step, besides weights and optimizer."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_value: float | None = None
-    best_step: int | None = None
-    stale_evals: int = 0
-    skipped_in_a_row: int = 0
-    num_skipped: int = 0
-    micro_batch_tokens: int | None = None
-    """What fitted into memory, where the configured number did not."""
-    window: dict[str, Any] = field(default_factory=lambda: MetricWindow().state_dict())
+class _EvaluationStoppedError(Exception):
+    """A signal came in the middle of an evaluation."""
 
 
 class Outputs(Protocol):
@@ -75,7 +67,7 @@ class Outputs(Protocol):
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]
     ) -> Path: ...
     def stepped(self, shown: Mapping[str, float]) -> None: ...
-    def evaluating(self, num_groups: int) -> Callable[[int], None]: ...
+    def evaluating(self, num_groups: int) -> AbstractContextManager[Callable[[int], None]]: ...
     def note(self, text: str) -> None: ...
 
 
@@ -104,6 +96,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.precision.scaler)
         self.state = TrainState()
         self.window = MetricWindow()
+        self.stalled = StalledLoss(plan.num_steps, lambda step: learning_rate(step, plan.num_steps, self.training))
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
         self._kept_best: tuple[int | None, float | None] = (None, None)  # of the last save: step and value
         self._stood_still = self._looked_for_gradients = False
@@ -117,28 +110,42 @@ class Loop:
             TrainingError: a step that is not finite.
             Interrupted: stopped by a signal, after a checkpoint.
         """
-        state, plan = self.state, self.plan
-        if state.step == 0 and self.training.eval_at_start:
-            self._evaluate()
-        while state.step < plan.num_steps and not self._stopped_early():
-            self._step(state.step + 1)
+        state, plan, options = self.state, self.plan, self.config.finetuning
+        if self._evaluation_is_due():  # before the first step, or what a signal broke off
+            self._between_steps(save=False)
+        while state.step < plan.num_steps and not stops_early(options, state):
+            self.step(state.step + 1)
             last = state.step == plan.num_steps
             if state.step % self.training.logging_steps == 0 or last:
                 self._log()
-            improved = (state.step % self.training.eval_steps == 0 or last) and self._evaluate()
-            if self._stopped_early() and not self.window.is_empty:
-                self._log()  # before the checkpoint, so that a resume from it does not log the same steps again
-            stop = self.should_stop()
-            last = last or self._stopped_early()
-            if stop or improved or last or state.step % self.training.save_steps == 0:
-                path = self._save(must=stop and not last)
-                if stop and not last:
-                    raise Interrupted(state.step, str(path))
-                if path is None and not last:
-                    self._forget_unsaved_best()
+            self._between_steps(save=state.step % self.training.save_steps == 0)
         if not self.window.is_empty:
             self._log()
         return state
+
+    def _between_steps(self, *, save: bool) -> None:
+        """Evaluate where it is due, save, and stop where that is asked for: then an evaluation waits for the resume."""
+        improved = self._evaluation_is_due() and not self.should_stop() and self._evaluate()
+        early = stops_early(self.config.finetuning, self.state)
+        if early and not self.window.is_empty:
+            self._log()  # before the checkpoint, so that a resume from it does not log the same steps again
+        done = early or self.state.step == self.plan.num_steps
+        stop = self.should_stop()
+        breaks_off = stop and (not done or self._evaluation_is_due())
+        if stop or improved or save or done:
+            path = self._save(must=breaks_off)
+            if breaks_off:
+                raise Interrupted(self.state.step, str(path))
+            if path is None and not done:
+                self._forget_unsaved_best()
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.state.step
+        if self.validation is None or self.state.evaluated_step == step:
+            return False
+        if step == 0:
+            return self.training.eval_at_start
+        return step % self.training.eval_steps == 0 or step == self.plan.num_steps
 
     def load_best(self, open_best: Callable[[int], Checkpoint]) -> int:
         """Take the weights of the best evaluation, where that is asked for; the step they are of."""
@@ -165,7 +172,8 @@ class Loop:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> None:
+    def step(self, step: int) -> None:
+        """One optimizer step, from 1: gradients, update, margins, the bar."""
         started = time.perf_counter()
         indices = self.plan.groups(step)
         result, order, num_tokens = self._gradients(step, indices)
@@ -192,6 +200,8 @@ class Loop:
             total, count = result.metrics["rewards/margins"]
             shown["rewards/margins"] = float(total) / count
         self.outputs.stepped(shown)
+        if note := self.stalled.after(step, result.loss):
+            self.outputs.note(note)
 
     def _gradients(self, step: int, indices: Sequence[int]) -> tuple[StepScores, list[int], int]:
         """The gradients of one step, its scores, the order of its groups in them, and the tokens fed to the model.
@@ -265,7 +275,7 @@ class Loop:
         self.state.skipped_in_a_row += 1
         self.state.num_skipped += 1
         what = f"the loss is {result.loss} and the norm of the gradient {norm}"
-        rows = _suspect_rows(result, groups)
+        rows = suspect_rows(result, groups)
         allowed = overflow or self.training.on_nonfinite == "skip"
         if not allowed or self.state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
@@ -302,11 +312,13 @@ class Loop:
         )
 
     def _evaluate(self) -> bool:
-        """Evaluate, where there are validation rows; true when this is the best model so far and to be kept."""
-        if self.validation is None:
-            return False
+        """Evaluate; true when this is the best model so far and to be kept. A signal ends it without a result."""
+        assert self.validation is not None
         started = time.perf_counter()
-        result = self._validation_scores(self.validation)
+        try:
+            result = self._validation_scores(self.validation)
+        except _EvaluationStoppedError:
+            return False
         metrics = means(
             {n: float(total) for n, (total, _) in result.metrics.items()},
             {n: count for n, (_, count) in result.metrics.items()},
@@ -323,16 +335,17 @@ class Loop:
             **metrics,
         }
         self.outputs.record(record)
-        value = self._deciding(record)
+        self.state.evaluated_step = self.state.step
+        value = deciding_value(self.config.finetuning, record, self.objective.evaluated)
         # the model before training is no candidate: a run that never gets better than it should not return it unseen
-        return self._is_best(value) if self.state.step and value is not None else False
+        return is_best(self.config.finetuning, self.state, value) if self.state.step and value is not None else False
 
     def _validation_scores(self, rows: Rows) -> StepScores:
         def scores() -> StepScores:
-            with self.policy.scoring():
+            with self.policy.scoring(), self.outputs.evaluating(len(rows.groups)) as done:
                 batches = (rows.batch(self.policy, part) for part in rows.parts())
-                done = self.outputs.evaluating(len(rows.groups))
-                return evaluate(self.policy, self.objective, batches, rows.apart(self.policy), done)
+                apart = self._until_stopped(rows.apart(self.policy))
+                return evaluate(self.policy, self.objective, self._until_stopped(batches), apart, done)
 
         found, why = attempt(scores)
         if found is not None:
@@ -344,29 +357,12 @@ class Loop:
         self.validation = smaller
         return self._validation_scores(smaller)
 
-    def _deciding(self, record: Mapping[str, Any]) -> float | None:
-        """What the best model is chosen by and early stopping goes by; None where there is neither."""
-        options = self.config.finetuning
-        if not options.load_best_model_at_end and options.early_stopping_patience is None:
-            return None
-        name = options.metric_for_best_model.removeprefix("eval_")
-        if name not in record:
-            raise no_such_metric(name, [k for k in self.objective.evaluated if k in record])
-        return float(record[name])
-
-    def _is_best(self, value: float) -> bool:
-        options, best = self.config.finetuning, self.state.best_value
-        better = best is None or (value > best if options.greater_is_better else value < best)
-        better = better and math.isfinite(value)
-        if better:
-            self.state.best_value, self.state.best_step, self.state.stale_evals = value, self.state.step, 0
-        else:
-            self.state.stale_evals += 1
-        return better and options.load_best_model_at_end
-
-    def _stopped_early(self) -> bool:
-        patience = self.config.finetuning.early_stopping_patience
-        return patience is not None and self.state.stale_evals >= patience
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """An evaluation can be long, and nothing of it is lost but itself."""
+        for batch in batches:
+            if self.should_stop():
+                raise _EvaluationStoppedError
+            yield batch
 
     def _save(self, *, must: bool) -> Path | None:
         """Save this step; None where the disk does not take it and it need not: the run goes on, and the next save may
@@ -409,11 +405,3 @@ def _has_no_signal(group: Group) -> bool:
     """Whether no preference can be learnt from a group: its completions are the same tokens."""
     first, *rest = group.completions
     return bool(rest) and all(c == first for c in rest)
-
-
-def _suspect_rows(result: StepScores, groups: Sequence[Group], most: int = 8) -> str:
-    """The rows with log-probs that are not finite; where all are finite, all rows of the step."""
-    sums = result.scores.sums(result.scores.logps)
-    bad = sorted(set(result.scores.group_index[~torch.isfinite(sums)].tolist()))
-    rows = [str(groups[i].origin) for i in bad or range(len(groups))]
-    return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")

@@ -44,9 +44,10 @@ class RunOutputs:
         self._margins_lost = 0
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
-    def cut(self, step: int) -> None:
-        """Drop what an earlier process wrote after `step`, so that every step stands there once."""
-        self.run.cut_metrics(step)
+    def cut(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop what an earlier process wrote after `step`, so that every step stands there once. evaluated: whether
+        the evaluation of `step` itself stays."""
+        self.run.cut_metrics(step, evaluated=evaluated)
         with _as_error(self.margins_log.folder):
             self.margins_log.cut(step)
 
@@ -92,9 +93,13 @@ class RunOutputs:
     def stepped(self, shown: Mapping[str, float]) -> None:
         self.training.step(shown)
 
-    def evaluating(self, num_groups: int) -> Callable[[int], None]:
+    @contextmanager
+    def evaluating(self, num_groups: int) -> Iterator[Callable[[int], None]]:
         task = self.progress.task("evaluation", num_groups)
-        return lambda n: task.step(n=n)
+        try:
+            yield lambda n: task.step(n=n)
+        finally:
+            task.close()
 
     def note(self, text: str) -> None:
         if self.config.logging.log_level != "error":

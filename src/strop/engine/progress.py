@@ -7,6 +7,7 @@ microseconds: the bar is drawn by a thread, four times a second at most.
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Any, Self, TextIO
 
 import rich.progress
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.text import Text
 
 DRAWS_PER_SECOND = 4
@@ -60,6 +62,7 @@ class Progress:
             expand=True,
         )
         self._exit = ExitStack()
+        self._open: list[Task] = []
         self._lost = False  # the terminal has gone away; the run goes on
 
     def _can_move(self) -> bool:
@@ -73,16 +76,23 @@ class Progress:
             for handler in _handlers_on(before):
                 handler.setStream(sys.stderr)  # which now prints above the bars
                 self._exit.callback(handler.setStream, before)
+            for drawer in _rich_handlers():
+                self._exit.callback(setattr, drawer, "console", drawer.console)
+                drawer.console = self._console  # the one that knows where the bars are
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for task in list(self._open):  # what did not come to its end leaves no bar behind
+            task.close()
         self._exit.close()
 
     def task(self, name: str, total: int, *, completed: int = 0) -> Task:
         """Begin something with `total` parts, `completed` of which an earlier process did."""
-        return Task(self, name, total, completed)
+        task = Task(self, name, total, completed)
+        self._open.append(task)
+        return task
 
     def note(self, text: str) -> None:
         """A line for the person at the terminal; above the bars where they move."""
@@ -154,6 +164,7 @@ class Task:
         if self._closed:
             return
         self._closed = True
+        self._progress._open.remove(self)
         seconds = time.monotonic() - self._started
         if self._progress.live:
             self._progress._bars.remove_task(self._bar)
@@ -199,6 +210,12 @@ def _handlers_on(stream: TextIO) -> list[logging.StreamHandler[TextIO]]:
     return [h for x in loggers for h in x.handlers if isinstance(h, logging.StreamHandler) and h.stream is stream]
 
 
+def _rich_handlers() -> list[RichHandler]:
+    """The handlers that draw on a console of their own, on standard error."""
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    return [h for x in loggers for h in x.handlers if isinstance(h, RichHandler) and h.console.stderr]
+
+
 def _number(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
@@ -212,15 +229,20 @@ def _clock(seconds: float) -> str:
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a wish that the loop asks for between two steps.
+    """Turns SIGTERM and Ctrl-C into a wish that the loop asks for between two steps, and in an evaluation between two
+    micro-batches.
 
     Ctrl-C a second time changes nothing and says so; a third time gives up at once, by KeyboardInterrupt. SIGTERM never
     does more than the first time: schedulers send it several times. Outside of the main thread, where Python takes no
     signals, nothing is installed. A Ctrl-C that the process was told to ignore stays ignored.
+
+    say: how to speak to the person at the terminal; it is called in a thread of its own. name: of the first signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.requested = False
+        self.name = ""
+        self._say = say or _say
         self._num_interrupts = 0
         self._before: dict[int, Any] = {}
 
@@ -247,12 +269,17 @@ class StopSignal:
             if self._num_interrupts >= 3:
                 raise KeyboardInterrupt
         if first:
-            _say(f"{signal.Signals(number).name}: finishing the step, then saving")
+            self.name = signal.Signals(number).name
+            self._tell(f"{self.name}: finishing the step, then saving; an evaluation is broken off")
         elif number == signal.SIGINT:
-            _say("already stopping; one more Ctrl-C gives up at once, without saving")
+            self._tell("already stopping; one more Ctrl-C gives up at once, without saving")
+
+    def _tell(self, text: str) -> None:
+        # This handler may run in the middle of a write to the same stream, with its locks held, which another thread
+        # can wait for. `threading` itself takes locks to start one.
+        _thread.start_new_thread(self._say, (text,))
 
 
 def _say(text: str) -> None:
-    # a handler may run in the middle of a write to the same stream, so it goes around Python's buffers and locks
     with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"{text}\n".encode())

@@ -26,6 +26,7 @@ from torch import Tensor
 from strop.batch import Batch, Scores, Unit
 from strop.config.methods import MethodSettings
 from strop.objectives.base import Mean, Objective
+from strop.types import Group
 
 Forward = Callable[[Batch], Tensor]
 """A policy: micro-batch -> [M + P] log-probs of its scored tokens, or [2, M + P] with collisions."""
@@ -113,3 +114,11 @@ def summarise(objective: Objective[MethodSettings], scores: Scores) -> StepScore
 def _seeded(policy: Forward, batch: Batch, seed: tuple[int, int], micro_batch: int) -> Tensor:
     torch.manual_seed(int(np.random.SeedSequence([*seed, micro_batch]).generate_state(1)[0]))
     return policy(batch)
+
+
+def suspect_rows(result: StepScores, groups: Sequence[Group], most: int = 8) -> str:
+    """The rows with log-probs that are not finite; where all are finite, all rows of the step."""
+    sums = result.scores.sums(result.scores.logps)
+    bad = sorted(set(result.scores.group_index[~torch.isfinite(sums)].tolist()))
+    rows = [str(groups[i].origin) for i in bad or range(len(groups))]
+    return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")

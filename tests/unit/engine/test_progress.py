@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -68,6 +69,8 @@ def test_a_short_task_without_a_terminal_says_nothing() -> None:
 SCRIPT = """
 import logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
+from strop.terminal import log_to_terminal
+log_to_terminal("info")
 from strop.engine.progress import Progress
 with Progress() as shown:
     print("live", shown.live, file=sys.stderr)
@@ -77,11 +80,13 @@ with Progress() as shown:
         task.step({"loss": 0.6931, "epoch": 0.5, "rewards/margins": 0.0125, "tokens": 100 * step})
         if step == 10:
             logging.info("a log line")
+            logging.getLogger("strop").info("a line of strop's own log")
             shown.note("a note [red]")
             task.record({"step": 30, "split": "eval", "loss": 0.25})
             inner = shown.task("evaluation", 3)
             for _ in range(3):
                 inner.step()
+    shown.task("broken off", 5).step()
 logging.info("after")
 """
 
@@ -114,7 +119,10 @@ def test_in_a_terminal_a_bar_with_lines_above_it() -> None:
         assert piece in text
     plain = re.sub(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]", "", text)  # no colours, no cursor on and off
     lines = {line.strip() for line in plain.replace("\x1b[2K", "\n").splitlines()}
-    assert {"a log line", "a note [red]", "eval step 30/40  loss 0.2500", "after"} <= lines  # each on a line of its own
+    own = {"a log line", "INFO     a line of strop's own log", "a note [red]", "eval step 30/40  loss 0.2500", "after"}
+    assert own <= lines  # each on a line of its own
+    last = plain.rpartition("after")[0].rpartition("\x1b[2K")[2]
+    assert "broken off" not in last  # no bar is left behind
     assert text.count("\x1b[2K") < 30  # drawn a few times a second, not at every step
 
 
@@ -172,15 +180,57 @@ def test_the_first_signal_is_a_wish_and_the_handlers_come_back() -> None:
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_only_the_third_interrupt_gives_up(capfd: pytest.CaptureFixture[str]) -> None:
-    with StopSignal() as stop:
+def test_only_the_third_interrupt_gives_up() -> None:
+    said: list[str] = []
+    with StopSignal(said.append) as stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    said = capfd.readouterr().err
-    assert said.count("finishing the step, then saving") == 1 and said.count("already stopping") == 2
+    assert stop.name == "SIGTERM"
+    wait_for(lambda: len(said) == 3)  # they are said by other threads
+    assert sorted(line.partition(" ")[0] for line in said) == ["SIGTERM:", "already", "already"]
+
+
+def test_without_a_say_it_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+    text = ""
+
+    def said() -> bool:
+        nonlocal text
+        text += capfd.readouterr().err
+        return "SIGTERM: finishing the step, then saving" in text
+
+    wait_for(said)
+
+
+def test_a_signal_in_the_middle_of_a_note_does_not_hang() -> None:
+    """The handler runs while its own thread holds the stream's lock."""
+
+    class Slow(io.StringIO):
+        lock = threading.Lock()
+
+        def write(self, text: str) -> int:
+            with self.lock:
+                if text.startswith("one"):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return super().write(text)
+
+    stream = Slow()
+    with Progress(stream=stream) as shown, StopSignal(shown.note):
+        shown.note("one")
+        wait_for(lambda: "SIGTERM" in stream.getvalue())
+    assert stream.getvalue().startswith("one\n")
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if what():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
