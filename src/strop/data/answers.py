@@ -19,8 +19,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.data.forms import reasoning_keys
-from strop.data.marks import Marks, Place, Reading, Span
+from strop.data.forms import reasoning_keys, without_reasoning
+from strop.data.marks import THINK_TAG, Marks, Piece, Place, Reading, Span
 from strop.data.rows import RowRefused
 from strop.data.sandbox import render
 from strop.types import Message
@@ -186,8 +186,8 @@ class Conversation:
         seen = {id(place.piece) for place in reading.places}
         for piece in self._marks.pieces:
             gone = id(piece) not in seen and (verified or piece.text not in self.text)
-            if gone and piece.kind == "content":
-                raise _dropped(self._messages, piece.message)
+            if gone and piece.kind in ("content", "call"):
+                raise _dropped(self._messages, piece)
         return reading if verified else None
 
     def _refuse_controls_in_contents(self) -> None:
@@ -239,9 +239,10 @@ class Conversation:
         own_alone = alone.of(i) if alone is not None else []
         if not own or not own_alone or alone is None or self._reading is None:
             return self._answer_without_marks(i, opening)
-        lost = {id(place.piece) for place in own_alone} - {id(place.piece) for place in own}
         self._refuse_lost_reasoning(i, own_alone)
-        end = own[min(len(own_alone), len(own)) - 1].stop
+        own = own[: len(own_alone)]  # templates repeat the name of a call where they write its result
+        is_same = [place.piece for place in own] == [place.piece for place in own_alone]
+        end = own[-1].stop
         length, is_whole = self._ending(self.text[end:], alone.text[own_alone[-1].stop :])
         others = (p.stop for p in self._reading.places if p.piece.message != i and p.start < own[0].start)
         floor = max(others, default=0)
@@ -254,7 +255,9 @@ class Conversation:
             earliest = start if common >= floor > 0 else floor
         if not floor <= start <= end + length:
             raise unverified(f"turn {i + 1} does not follow its generation prompt")
-        return Answer(i, start, end + length, earliest, as_generated, is_history=bool(lost) or not is_whole)
+        could_follow = opening is not None and not as_generated and alone.text.startswith(opening)
+        is_history = not is_same or not is_whole or could_follow
+        return Answer(i, start, end + length, earliest, as_generated, is_history)
 
     def _alone(self, i: int) -> Reading | None:
         """The marked rendering that ends with turn `i`, as inference would write it; None where there is none."""
@@ -278,7 +281,8 @@ class Conversation:
         length = _num_common(behind, wanted)
         if length == len(wanted):
             return length, True
-        return self._writer.last_control(wanted[:length]), length >= self._writer.first_control(wanted)
+        words = self._writer.first_control(wanted)
+        return max(self._writer.last_control(wanted[:length]), min(words, length)), length >= words
 
     def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[Place]) -> None:
         assert self._marks is not None
@@ -306,21 +310,34 @@ class Conversation:
             return Answer(i, 0, 0, 0, as_generated=False, is_history=True)
         raise unverified(f"turn {i + 1} is not rendered behind its generation prompt")
 
+    def _following_header(self) -> str:
+        """The first token of what would follow the last turn, where generation stops at it; else nothing."""
+        role = "tool" if "tool_calls" in self._messages[-1] else "user"
+        # with another turn behind them the last ones would lose their reasoning
+        messages = [_without_thoughts(m) if m["role"] == "assistant" else m for m in self._messages]
+        try:
+            short = self._writer.text(messages).rstrip()
+            long = self._writer.text([*messages, {"role": role, "content": "x"}])
+        except RowRefused:
+            return ""
+        if not long.startswith(short):
+            return ""
+        return long[len(short) :][: self._writer.next_header(long[len(short) :])]
+
     def _closed_by_next_header(self, answer: Answer) -> Answer:
         """The answer up to the first token of the next turn, where it has no end token and generation stops there."""
         if answer.is_history or self._writer.is_closed(self.text[answer.start : answer.stop]):
             return answer
         if answer.message == len(self._messages) - 1 and self._writer.stops_elsewhere:
-            role = "tool" if "tool_calls" in self._messages[-1] else "user"
-            try:
-                longer = self._writer.text([*self._messages, {"role": role, "content": "x"}])
-            except RowRefused:
-                return answer
-            length = self._writer.next_header(longer[answer.stop :])
-            if length and longer.startswith(self.text[: answer.stop]):
-                self.text = longer[: answer.stop + length]
+            self.text = self.text[: answer.stop] + self._following_header()
         length = self._writer.next_header(self.text[answer.stop :])
         return replace(answer, stop=answer.stop + length)
+
+
+def _without_thoughts(message: Message) -> Message:
+    content = message.get("content")
+    words = THINK_TAG.split(content)[-1].strip() if isinstance(content, str) else content
+    return {**without_reasoning(message), "content": words}
 
 
 def _with_history(answers: Sequence[Answer]) -> list[Answer]:
@@ -336,11 +353,17 @@ def _num_common(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _dropped(messages: Sequence[Message], i: int) -> RowRefused:
-    role = messages[i]["role"]
+def _dropped(messages: Sequence[Message], piece: Piece) -> RowRefused:
+    number, role = piece.message + 1, messages[piece.message]["role"]
+    if piece.kind == "call":
+        return RowRefused(
+            "dropped_by_template",
+            f"the chat template leaves a call of {piece.text[:40]!r} in turn {number} out",
+            expected="a chat template that renders every call of a turn, or rows with one call per turn",
+        )
     return RowRefused(
         "dropped_by_template",
-        f"the chat template leaves turn {i + 1}, a {role} turn, out",
+        f"the chat template leaves turn {number}, a {role} turn, out",
         expected=f"a chat template that renders {role} turns, or rows without them",
     )
 

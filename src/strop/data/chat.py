@@ -41,7 +41,8 @@ TrainOn = Literal["all", "last", "last_and_tools"]
 class Rendered:
     """A conversation as text.
 
-    boundary: where the prompt ends. trained: what the model has to write, each span at or after the boundary, end
+    boundary: where the prompt ends. openings: where generation prompts of trained answers end, the prompt's first; no
+    token lies across them. trained: what the model has to write, each span at or after the boundary, end
     tokens included. contents: what the row has written, by start; all else is the template's. starts_bare: no template
     has written a BOS token, so the tokenizer's own belongs in front.
 
@@ -55,6 +56,7 @@ class Rendered:
     boundary: int
     trained: tuple[Span, ...]
     contents: tuple[Content, ...]
+    openings: tuple[int, ...] = ()
     starts_bare: bool = False
     num_prompt_turns: int = 0
     num_history: int = 0
@@ -190,6 +192,7 @@ class Renderer:
             first.start if first.as_generated else spans[first][0][0],
             tuple(span for answer in trained for span in spans[answer]),
             conversation.contents,
+            openings=tuple(answer.start for answer in trained if answer.as_generated),
             num_prompt_turns=first.message,
             num_history=sum(answer.is_history for answer in answers),
             num_left_out=sum(row.get(TRAIN) is False for row in completion if row["role"] == "assistant"),

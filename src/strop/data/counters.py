@@ -12,7 +12,7 @@ COUNTERS = {
     "prompts_cut": "prompts cut at the left",
     "completions_cut": "",
     "without_end_token": "",
-    "boundaries_split": "boundaries inside a token, encoded in two parts",
+    "boundaries_split": "ends of generation prompts inside a token, encoded in two parts",
     "controls_as_text": "control tokens in the rows' words, encoded as text",
     "answers_as_history": "answers not trained: the template renders them otherwise than inference would, since turns "
     "follow (it drops their reasoning, or begins them without what its generation prompt ends with)",

@@ -4,7 +4,8 @@ In: the Rendered of each completion of an example. Out: prompt ids, and completi
 
     control tokens in contents   are encoded as the text they are; only the template writes control tokens
     the boundary                 the prompt's ids are those that inference sees: where the conversation's tokens differ
-                                 from the prompt's alone, the text around the boundary is encoded again in two parts
+                                 from the prompt's alone, the text around the boundary is encoded again in two parts;
+                                 so it is in front of every later answer
     trained                      every token that overlaps a trained span; where the last one has no end token, the
                                  tokenizer's EOS follows
     the end                      tokens after the last trained one are left out: nothing depends on them
@@ -108,7 +109,7 @@ class _Side:
     prompt_ids: list[int]
     ids: list[int]
     mask: bytes
-    was_split: bool
+    num_split: int
     controls: list[int]
 
 
@@ -180,10 +181,13 @@ class Encoder:
 
     def _side(self, rendered: Rendered, tokens: Tokens) -> _Side:
         tokens, controls = self._with_controls_as_text(rendered, tokens)
-        tokens, start, was_split = self._split(rendered.text, tokens, rendered.boundary)
+        num_split = 0
+        for place in (*rendered.openings[:0:-1], rendered.boundary):
+            tokens, start, was_split = self._split(rendered.text, tokens, place)
+            num_split += was_split
         ids, mask = self._completion(rendered, tokens, start)
         leading = self._leading if rendered.starts_bare else []
-        return _Side(rendered, leading + tokens.ids[:start], ids, mask, was_split, controls)
+        return _Side(rendered, leading + tokens.ids[:start], ids, mask, num_split, controls)
 
     def _with_controls_as_text(self, rendered: Rendered, tokens: Tokens) -> tuple[Tokens, list[int]]:
         """The tokens without control tokens inside of contents, and at which characters there were any."""
@@ -340,7 +344,7 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
         ids[0][:shared],
         tuple(EncodedSide(i[shared:], m[shared:]) for i, m in zip(ids, masks, strict=True)),
         {
-            "boundaries_split": sum(side.was_split for side in sides),
+            "boundaries_split": sum(side.num_split for side in sides),
             "controls_as_text": len(controls),
             "answers_as_history": sum(side.rendered.num_history for side in sides),
             "answers_left_out": sum(side.rendered.num_left_out for side in sides),

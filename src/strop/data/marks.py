@@ -126,8 +126,8 @@ class Marks:
         """An answer with `<think>` tags, each text between two tags marked by itself: a thought ends at `</think>`."""
         parts = THINK_TAG.split(content)  # text, tag, text, tag, ..., text
         for n in range(0, len(parts), 2):
-            if parts[n].strip():
-                kind: Kind = "thought" if parts[n + 1 : n + 2] == ["</think>"] else "content"
+            kind: Kind = "thought" if parts[n + 1 : n + 2] == ["</think>"] else "content"
+            if parts[n].strip() or kind == "thought":
                 parts[n] = self._marked(i, kind, parts[n])
         return "".join(parts)
 

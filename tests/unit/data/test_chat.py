@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Any
 
@@ -273,3 +274,145 @@ def test_a_tokenizer_with_two_templates_uses_the_one_for_tools(make_tokenizer: M
     tokenizer.chat_template = {"tool_use": CALLING, "rag": templates["chatml"]}
     with pytest.raises(ModelError, match="tool_use, rag"):
         Renderer(tokenizer)
+
+
+# what reasoning models' templates do: the generation prompt opens a thought, earlier turns lose theirs
+OPENS_A_THOUGHT = (
+    "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in c %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}{{ '<|start|>' + m['role'] + '\n' + c + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n<think>\n' }}{% endif %}"
+)
+READS_REASONING = (
+    "{% set last = namespace(user=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% if loop.index0 > last.user %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{% endif %}"
+    "{{ (m['content'] or '') + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+ENDS_WITH_THE_NEXT_HEADER = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_a_content_goes_on_where_the_generation_prompt_ends(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=OPENS_A_THOUGHT)
+    for thought in ("hm", ""):
+        rendered = render(tokenizer, turn("user", "q"), turn("assistant", f"<think>\n{thought}\n</think>\nx"))
+        assert words(rendered, rendered.trained) == [f"{thought}\n</think>\nx<|end|>"]
+        assert rendered.text[: rendered.boundary].endswith("<think>\n") and rendered.is_generation_prompt
+    # elsewhere the content would not be what inference comes to
+    with pytest.raises(RowRefused, match="reasoning of turn 2") as refusal:
+        render(tokenizer, turn("user", "q"), turn("assistant", "<think>hm</think>x"))
+    assert "<think>\\n" in refusal.value.expected
+
+
+def test_a_prompt_that_inference_does_not_see_is_told(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=OPENS_A_THOUGHT)
+    rendered = render(tokenizer, turn("user", "q"), turn("assistant", "x"), turn("user", "r"), turn("assistant", "y"))
+    assert words(rendered, rendered.trained) == ["x<|end|>", "y<|end|>"] and not rendered.is_generation_prompt
+    # where the last turn follows its generation prompt, the others are history
+    last = turn("assistant", "<think>\nhm\n</think>y")
+    rendered = render(tokenizer, turn("user", "q"), turn("assistant", "x"), turn("user", "r"), last)
+    assert words(rendered, rendered.trained) == ["hm\n</think>y<|end|>"]
+    assert rendered.is_generation_prompt and (rendered.num_history, rendered.num_prompt_turns) == (1, 3)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_reaches_the_template_under_any_key(
+    key: str, make_tokenizer: Make, templates: dict[str, str]
+) -> None:
+    answer = turn("assistant", "x", **{key: "a </s> b"})
+    tokenizer = make_tokenizer(template=READS_REASONING)
+    rendered = render(tokenizer, turn("user", "q"), answer)
+    assert words(rendered, rendered.trained) == ["<think>a </s> b</think>x<|end|>"]
+    assert "a </s> b" in words(rendered, rendered.contents)  # so a control token in it is encoded as text
+    # earlier turns lose it: they are history
+    rendered = render(tokenizer, turn("user", "q"), answer, turn("user", "r"), turn("assistant", "y"))
+    assert words(rendered, rendered.trained) == ["<think></think>y<|end|>"] and rendered.num_history == 1
+    # a template without a place for it
+    plain = make_tokenizer(template=templates["chatml"])
+    with pytest.raises(RowRefused) as refusal:
+        render(plain, turn("user", "q"), answer)
+    assert refusal.value.reason == "dropped_by_template" and "on_dropped_reasoning" in refusal.value.fix
+    example = Example((turn("user", "q"),), ((answer,),), HERE)
+    (rendered,) = Renderer(plain, TextRules(on_dropped_reasoning="drop")).render(example)
+    assert words(rendered, rendered.trained) == ["x<|end|>"] and rendered.num_dropped_reasoning == 1
+
+
+def test_an_answer_ends_with_the_next_header_where_generation_stops_at_it(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=ENDS_WITH_THE_NEXT_HEADER)
+    messages = turn("user", "q"), turn("assistant", "x"), turn("user", "r"), turn("assistant", "y")
+    example = Example(messages[:1], (messages[1:],), HERE)
+    (rendered,) = Renderer(tokenizer).render(example)
+    assert words(rendered, rendered.trained) == ["x", "y"]  # the encoder closes the last one by the EOS token
+    (rendered,) = Renderer(tokenizer, stop_tokens=[tokenizer.convert_tokens_to_ids("<|user|>")]).render(example)
+    assert words(rendered, rendered.trained) == ["x<|user|>", "y<|user|>"]
+
+
+def test_turns_that_the_row_or_the_configuration_leaves_out(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=CALLING)
+    calling = turn("assistant", "c", tool_calls=[CALL])
+    messages = (
+        turn("user", "q"),
+        turn("assistant", "x"),
+        turn("user", "r"),
+        calling,
+        turn("tool", "1"),
+        turn("assistant", "y"),
+    )
+
+    def trained(train_on: Any = "all", *, left_out: int | None = None) -> list[str]:
+        rows = [{**m, "train": False} if i == left_out else m for i, m in enumerate(messages)]
+        example = Example(tuple(rows[:1]), (tuple(rows[1:]),), HERE)
+        (rendered,) = Renderer(tokenizer, TextRules(train_on=train_on)).render(example)
+        assert "train" not in rendered.text.replace("<|", "")
+        assert rendered.num_left_out == (left_out is not None)
+        return [span[0] for span in words(rendered, rendered.trained)]
+
+    assert trained() == ["x", "c", "y"]
+    assert trained("last") == ["y"] and trained("last_and_tools") == ["c", "y"]
+    assert trained(left_out=1) == ["c", "y"] and trained(left_out=5) == ["x", "c"]
+    with pytest.raises(RowRefused) as refusal:
+        trained("last", left_out=5)
+    assert refusal.value.reason == "nothing_trained"
+
+
+def test_arguments_reach_the_template_in_the_form_that_it_takes(make_tokenizer: Make) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    answer = turn("assistant", None, tool_calls=[call])
+    heads = ("m['content'] or ''", "m['content'] if m['content'] is not none else ''")
+    for arguments in ("f['arguments']", "f['arguments'] | string", "f['arguments'] | tojson"):
+        for head in heads:
+            template = (
+                "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + ("
+                + head
+                + ") }}{% for c in m['tool_calls'] "
+                "%}{% set f = c['function'] %}{{ f['name'] + ' ' + (" + arguments + ") }}{% endfor %}{{ '<|end|>' }}"
+                "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+            )
+            rendered = render(make_tokenizer(template=template), turn("user", "q"), answer)
+            assert words(rendered, rendered.trained) == ['add {"a": 2}<|end|>'], (arguments, head)
+
+
+def test_a_call_that_the_template_leaves_out_is_told(make_tokenizer: Make) -> None:
+    only_the_first = CALLING.replace("{% for c in m['tool_calls'] %}", "{% for c in (m['tool_calls'] or [])[:1] %}")
+    calls = [{"function": {"name": "search", "arguments": {"q": word}}} for word in ("x", "y")]
+    with pytest.raises(RowRefused, match="leaves a call of 'search' in turn 2 out"):
+        render(make_tokenizer(template=only_the_first), turn("user", "q"), turn("assistant", None, tool_calls=calls))
+
+
+def test_no_token_lies_across_a_later_generation_prompt(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(template=READS_REASONING.replace("'<think>' +", "'<think>\n' +"))
+    renderer = Renderer(tokenizer)
+    messages = turn("user", "q"), turn("assistant", "x"), turn("tool", "t"), turn("assistant", "y")
+    (rendered,) = renderer.render(Example(messages[:1], (messages[1:],), HERE))
+    assert [rendered.text[:at][-10:] for at in rendered.openings] == ["assistant\n"] * 2
+
+
+def test_a_template_sees_the_date_that_it_is_given(make_tokenizer: Make) -> None:
+    template = "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+    example = Example((turn("user", "q"),), ((turn("assistant", "x"),),), HERE)
+    rules = TextRules(date=datetime.date(2024, 2, 29))
+    assert Renderer(make_tokenizer(template=template), rules).render(example)[0].text.startswith("29 February 2024q")
