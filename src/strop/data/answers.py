@@ -11,101 +11,19 @@ instead, cut at the end of the generation prompt.
 
 from __future__ import annotations
 
-import datetime
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from strop.data.forms import reasoning_keys, without_reasoning
+from strop.data.forms import without_reasoning
 from strop.data.marks import THINK_TAG, Marks, Piece, Place, Reading, Span
 from strop.data.rows import RowRefused
-from strop.data.sandbox import render
+from strop.data.writer import Writer
 from strop.types import Message
-
-Tools = Sequence[Mapping[str, Any]] | None
 
 Content = tuple[int, int, bool]
 """What the row has written: start, stop, and whether it is an assistant turn."""
 
 MOST_TURNS = 2000
-
-
-class Writer:
-    """Writes conversations by one chat template.
-
-    Args:
-        stop_tokens: texts of the tokens that generation stops at.
-        tools: those of the row.
-        date: what the template takes for today.
-    """
-
-    def __init__(
-        self,
-        template: str,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_tokens: Sequence[str] = (),
-        tools: Tools = None,
-        date: datetime.date | None = None,
-    ) -> None:
-        self._template, self.tools = template, tools
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        if date is not None:
-            self._variables["strftime_now"] = date.strftime
-        self.reasoning_keys = reasoning_keys(template)
-        self._stops = frozenset(stop_tokens) | {str(tokenizer.eos_token)}
-        self.stops_elsewhere = bool(self._stops - {str(tokenizer.eos_token)})
-        self.controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
-        self._control = re.compile("|".join(longest_first) or "(?!)")
-        self._asks_for_answers = "add_generation_prompt" in template
-
-    def text(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-        """The rendering."""
-        how = {"generation_prompt": generation_prompt}
-        return render(self._template, messages, self.tools, self._variables, **how)[0]
-
-    def tracked(self, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
-        """The rendering and the spans of its generation blocks; None where the template knows none."""
-        return render(self._template, messages, self.tools, self._variables, track=True)
-
-    def opening(self, messages: Sequence[Message]) -> str | None:
-        """The prompt that inference sees; None where the template cannot write one for these messages."""
-        try:
-            return self.text(messages, generation_prompt=True) if messages else ""
-        except RowRefused:
-            return None
-
-    def closing(self, behind: str) -> int:
-        """How many of the characters behind an answer's last words are the answer's too: those up to the token that
-        generation stops at."""
-        found = list(self._control.finditer(behind))
-        stop = next((match for match in found if match[0] in self._stops), None)
-        if stop is None and found:
-            # a template that is never asked for an answer always ends with the next one's header
-            stop = found[-1 if self._asks_for_answers else 0]
-        return stop.end() if stop is not None else len(behind.rstrip())
-
-    def first_control(self, text: str) -> int:
-        """Where the first control token of `text` begins; its length where there is none."""
-        match = self._control.search(text)
-        return match.start() if match is not None else len(text)
-
-    def last_control(self, text: str) -> int:
-        """Where the last control token of `text` ends; 0 where there is none."""
-        return max((match.end() for match in self._control.finditer(text)), default=0)
-
-    def is_closed(self, answer: str) -> bool:
-        """Whether an answer ends with a control token."""
-        return bool(answer) and self.last_control(answer) == len(answer)
-
-    def next_header(self, behind: str) -> int:
-        """How many characters behind an answer without an end token belong to it: those of the next turn's first token,
-        if generation stops at it."""
-        match = self._control.match(behind, len(behind) - len(behind.lstrip()))
-        return match.end() if match is not None and match[0] in self._stops else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +57,8 @@ class Conversation:
     def __init__(self, writer: Writer, messages: Sequence[Message], first: int, opening: str | None = None) -> None:
         if len(messages) > MOST_TURNS:
             raise unverified(f"it has {len(messages)} turns, and each answer is rendered with all turns before it")
-        self._writer, self._messages, self._first, self._opening = writer, messages, first, opening
+        self._writer, self._ends = writer, writer.ends
+        self._messages, self._first, self._opening = messages, first, opening
         self.text, self.blocks = writer.tracked(messages)
         self._marks = Marks.put(messages, self.text)
         self._reading = self._read()
@@ -193,7 +112,7 @@ class Conversation:
     def _refuse_controls_in_contents(self) -> None:
         for i, message in enumerate(self._messages):
             texts = [value for value in message.values() if isinstance(value, str)]
-            if control := next((c for c in self._writer.controls if any(c in text for text in texts)), None):
+            if control := next((c for c in self._ends.controls if any(c in text for text in texts)), None):
                 raise unverified(f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart")
 
     def _restore_thoughts(self) -> None:
@@ -259,6 +178,10 @@ class Conversation:
         is_history = not is_same or not is_whole or could_follow
         return Answer(i, start, end + length, earliest, as_generated, is_history)
 
+    def _closing(self, behind: str) -> int:
+        """How many of the characters behind an answer's last words are the answer's too."""
+        return self._ends.closing(behind, ends_with_a_header=not self._writer.asks_for_answers)
+
     def _alone(self, i: int) -> Reading | None:
         """The marked rendering that ends with turn `i`, as inference would write it; None where there is none."""
         if i == len(self._messages) - 1:
@@ -277,12 +200,12 @@ class Conversation:
             behind: that text in the rendering of the whole. alone: in that of the turns up to this one. They can end
                 by other control tokens; what inference would not write is not trained.
         """
-        wanted = alone[: self._writer.closing(alone)]
+        wanted = alone[: self._closing(alone)]
         length = _num_common(behind, wanted)
         if length == len(wanted):
             return length, True
-        words = self._writer.first_control(wanted)
-        return max(self._writer.last_control(wanted[:length]), min(words, length)), length >= words
+        words = self._ends.first_control(wanted)
+        return max(self._ends.last_control(wanted[:length]), min(words, length)), length >= words
 
     def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[Place]) -> None:
         assert self._marks is not None
@@ -300,7 +223,7 @@ class Conversation:
         except RowRefused:
             alone = ""
         if opening is not None and alone.startswith(opening):
-            stop = len(opening) + self._writer.closing(alone[len(opening) :])
+            stop = len(opening) + self._closing(alone[len(opening) :])
             if len(opening) < stop and self.text.startswith(alone[:stop]):
                 content = self._messages[i].get("content") or ""
                 # without a prompt there is no generation prompt, and the header is no part of the answer
@@ -322,15 +245,15 @@ class Conversation:
             return ""
         if not long.startswith(short):
             return ""
-        return long[len(short) :][: self._writer.next_header(long[len(short) :])]
+        return long[len(short) :][: self._ends.next_header(long[len(short) :])]
 
     def _closed_by_next_header(self, answer: Answer) -> Answer:
         """The answer up to the first token of the next turn, where it has no end token and generation stops there."""
-        if answer.is_history or self._writer.is_closed(self.text[answer.start : answer.stop]):
+        if answer.is_history or self._ends.is_closed(self.text[answer.start : answer.stop]):
             return answer
-        if answer.message == len(self._messages) - 1 and self._writer.stops_elsewhere:
+        if answer.message == len(self._messages) - 1 and self._ends.stops_elsewhere:
             self.text = self.text[: answer.stop] + self._following_header()
-        length = self._writer.next_header(self.text[answer.stop :])
+        length = self._ends.next_header(self.text[answer.stop :])
         return replace(answer, stop=answer.stop + length)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.data.answers import Answer, Content, Conversation, Tools, Writer, dropped_reasoning, unverified
+from strop.data.answers import Answer, Content, Conversation, dropped_reasoning, unverified
 from strop.data.forms import (
     TRAIN,
     call_forms,
@@ -30,6 +30,7 @@ from strop.data.marks import REASONING_KEYS, Span
 from strop.data.rows import RowRefused
 from strop.data.sandbox import bounded
 from strop.data.template import choose_template, tokenizers_template
+from strop.data.writer import Ends, Tools, Writer
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
 
@@ -93,7 +94,8 @@ class Renderer:
     ) -> None:
         self._tokenizer = tokenizer
         self._rules = rules
-        self._stops = [str(tokenizer.convert_ids_to_tokens(token)) for token in stop_tokens]
+        self._ends = Ends(tokenizer, stop_tokens)
+        self._special_tokens = dict(tokenizer.special_tokens_map)
         self._special = {i: str(t.content) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._control_in = lru_cache(maxsize=4096)(self._find_control)
         self.chosen = choose_template(rules.template, tokenizer)
@@ -109,7 +111,7 @@ class Renderer:
         """All that decides what becomes of an example, besides the tokenizer."""
         dated = "strftime_now" in self.template
         rules = replace(self._rules, template=None, date=self._rules.date if dated else None)
-        return [self.template, self.wraps_text, repr(rules), self._stops]
+        return [self.template, self.wraps_text, repr(rules), sorted(self._ends.stops)]
 
     @property
     def template_sha256(self) -> str:
@@ -139,9 +141,8 @@ class Renderer:
                 fix="set dataset.render: auto",
             )
         completions = [_as_turns(completion, "assistant") for completion in example.completions]
-        writer = Writer(
-            self._template_for(example.tools), self._tokenizer, self._stops, example.tools, self._rules.date
-        )
+        template = self._template_for(example.tools)
+        writer = Writer(template, self._ends, self._special_tokens, example.tools, self._rules.date)
         with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
             openings: dict[int, str | None] = {}
             return tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)

@@ -174,9 +174,7 @@ class Encoder:
         stop = first.boundary
         if other.boundary != stop or other.text[:stop] != first.text[:stop]:
             return tokens[:0], 0
-        i = bisect_right(tokens.ends, stop) - 1
-        while i >= 0 and not self._is_added(first.text, tokens, i):
-            i -= 1
+        i = self._last_added(first.text, tokens, bisect_right(tokens.ends, stop))
         return (tokens[:i], tokens.starts[i]) if i >= 0 else (tokens[:0], 0)
 
     def _side(self, rendered: Rendered, tokens: Tokens) -> _Side:
@@ -225,14 +223,17 @@ class Encoder:
         token = tokens.ids[i]
         return token in self._added and self._is_written(token, text[tokens.starts[i] : tokens.ends[i]])
 
+    def _last_added(self, text: str, tokens: Tokens, stop: int) -> int:
+        """The number of the last added token in front of token `stop`; -1 where there is none."""
+        ids, added = tokens.ids, self._added
+        return next((i for i in range(stop - 1, -1, -1) if ids[i] in added and self._is_added(text, tokens, i)), -1)
+
     def _split(self, text: str, tokens: Tokens, boundary: int) -> tuple[Tokens, int, bool]:
         """The tokens with none across the boundary, how many stand before it, and whether one stood across."""
         stop = bisect_right(tokens.ends, boundary)
         if stop < len(tokens.ids) and tokens.starts[stop] < boundary and tokens.ids[stop] in self._strips_right:
             return tokens, stop + 1, False  # it takes in the white space that follows it, at inference too
-        start = stop
-        while start > 0 and not self._is_added(text, tokens, start - 1):
-            start -= 1
+        start = self._last_added(text, tokens, stop) + 1
         left = tokens.ends[start - 1] if start else 0
         alone = self._part(text[left:boundary], "after added" if start else "start")
         if alone.ids == tokens.ids[start:stop]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from strop.data.marks import REASONING_KEYS
@@ -22,6 +23,7 @@ TRAIN = "train"
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
+@lru_cache
 def reasoning_keys(template: str) -> tuple[str, ...]:
     """The keys under which a template looks for reasoning."""
     source = COMMENT.sub("", template)
