@@ -208,6 +208,7 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _prepare(arguments: list[str]) -> int:
+    from strop.config.methods import METHODS
     from strop.data.prepare import HELP, prepare
 
     if any(token in ("-h", "--help") for token in arguments):
@@ -216,12 +217,13 @@ def _prepare(arguments: list[str]) -> int:
     for files in ("--input", "--val-input"):
         parser.add_argument(files, nargs="+", action="extend", default=[])
     parser.once("--output-dir")
-    parser.once("--method", choices=("sft", "dpo", "kto"), default="sft")
-    parser.once("--example", choices=("sft", "dpo", "kto"))
+    parser.once("--method", choices=tuple(METHODS), default="sft")
+    parser.once("--example", choices=tuple(METHODS))
     parser.once("--val-fraction", type=float, default=0.1)
     parser.once("--seed", type=int, default=42)
     parser.once("--keep-duplicates", nargs=0, default=False)
-    for name in ("prompt", "chosen", "rejected", "completion"):
+    parser.once("--on-trailing-user", choices=("refuse", "drop"), default="refuse")
+    for name in ("prompt", "chosen", "rejected", "completion", "label"):
         parser.once(f"--{name}-column", default=name)
     options = parser.parse_args(arguments)
     _check_seed(options.seed)

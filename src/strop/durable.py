@@ -23,7 +23,7 @@ import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -161,6 +161,57 @@ def replace_folder(source: Path, target: Path) -> None:
     if old is not None:
         with suppress(OSError):  # the new folder is in place, and `recover` removes the old one
             discard_folder(old)
+
+
+@contextmanager
+def published(target: Path, *, replaces: bool = False) -> Iterator[Path]:
+    """A folder to write into; what it holds stands in `target` once the block ends, and nothing of it before.
+
+    A folder that is not there yet, or empty, gets all files at once; so does one that is replaced. Into another folder
+    they go one by one, in the reverse order of their names, each whole. If the block raises, nothing is left.
+
+    Args:
+        target: its parents are made.
+        replaces: `target` holds nothing but what an earlier block has written, and loses it.
+    """
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_up(target)
+    new = _staging(target)
+    try:
+        yield new
+        sync_tree(new)
+        if replaces:
+            replace_folder(new, target)
+            return
+        try:
+            rename(new, target)
+        except OSError:
+            for name in sorted(os.listdir(new), reverse=True):
+                os.replace(new / name, target / name)
+            sync_folder(target)
+    finally:
+        with suppress(OSError):
+            remove(new)
+
+
+def _clear_up(target: Path) -> None:
+    """What processes that were killed have left of one name."""
+    with suppress(PermissionError):
+        for path, name in _leftovers(target.parent, ("tmp", "del", "old")):
+            if name == target.name and path.name.startswith(".old-") and not os.path.lexists(target):
+                rename(path, target)
+            elif name == target.name:
+                remove(path)
+
+
+def _staging(target: Path) -> Path:
+    """A new folder beside `target`, or in it where nothing may be written beside it."""
+    try:
+        make_folder(path := target.parent / hidden_name("tmp", target.name))
+    except PermissionError:
+        make_folder(path := target / hidden_name("tmp", target.name))
+    return path
 
 
 def discard_folder(path: Path) -> None:

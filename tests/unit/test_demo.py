@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from strop import durable
 from strop.config import load_config
 from strop.demo import model, run, task
 from strop.errors import ConfigError
@@ -143,3 +144,26 @@ def test_a_folder_that_cannot_be_made_is_said_in_one_message(tmp_path: Path) -> 
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot be written"):
         run._write_configs(tmp_path / "file" / "below", seed=0, size=SIZE)
+
+
+def test_the_data_of_a_demo_is_the_old_or_the_new_wherever_the_process_dies(tmp_path: Path, on_disk: Any) -> None:
+    small = task.Size(num_demonstrations=4, num_pairs=2, num_validation=1, num_heldout_per_length=1)
+    folder = tmp_path / "data"
+
+    def found() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    task.write_data(folder, seed=1, size=small)
+    old = found()
+    for at in range(1, 60):
+        task.write_data(folder, seed=1, size=small)
+        disk = on_disk(at, None, lambda: task.write_data(folder, seed=2, size=small))
+        durable.recover(tmp_path)
+        if not disk.dead:
+            assert len(found()) == 5 and found() != old
+            return
+        new = found()
+        if new != old:
+            task.write_data(folder, seed=2, size=small)
+            assert found() == new
+    raise AssertionError("the last call was never reached")

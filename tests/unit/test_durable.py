@@ -187,3 +187,80 @@ def test_the_log_is_not_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic link"):
         JsonLines(tmp_path / "log").append({})
     assert (tmp_path / "elsewhere").read_text() == "kept"
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+def test_a_published_folder_is_whole_or_not_there_wherever_the_process_dies(
+    there: str, tmp_path: Path, on_disk: Callable[..., Any]
+) -> None:
+    def write(folder: Path) -> None:
+        with durable.published(folder) as new:
+            for name in ("train", "val"):
+                (new / name).write_text(name)
+
+    whole = {"train": b"train", "val": b"val"}
+    for at in itertools.count(1):
+        target = tmp_path / str(at) / "out"
+        target.parent.mkdir()
+        if there != "nothing":
+            target.mkdir()
+        disk = on_disk(at, None, lambda target=target: write(target))
+        assert (tree(target) if target.exists() else {}) in ({}, whole)
+        if not tree(target):
+            write(target)  # the next one clears up after the dead
+        assert tree(target.parent) == {"out": None, "out/train": b"train", "out/val": b"val"}
+        if not disk.dead:
+            assert at > 4
+            return
+
+
+def test_a_published_folder_that_replaces_another_is_the_old_one_or_the_new_one(
+    tmp_path: Path, on_disk: Callable[..., Any]
+) -> None:
+    def write(folder: Path, text: str) -> None:
+        with durable.published(folder, replaces=True) as new:
+            for name in ("train", "val"):
+                (new / name).write_text(text)
+
+    for at in itertools.count(1):
+        target = tmp_path / str(at) / "out"
+        write(target, "old")
+        disk = on_disk(at, None, lambda target=target: write(target, "new"))
+        durable.recover(target.parent)
+        assert {path.read_text() for path in target.iterdir()} in ({"old"}, {"new"})
+        assert len(list(target.iterdir())) == 2
+        # whoever is killed again while it clears up loses nothing, either
+        on_disk(at, None, lambda target=target: write(target, "newer"))
+        durable.recover(target.parent)
+        assert len({path.read_text() for path in target.iterdir()}) == 1
+        if not disk.dead:
+            return
+
+
+def test_into_a_folder_that_holds_something_files_go_whole_and_in_order(
+    tmp_path: Path, on_disk: Callable[..., Any]
+) -> None:
+    for at in itertools.count(1):
+        target = tmp_path / str(at)
+        target.mkdir()
+        (target / "mine").write_text("kept")
+
+        def write(target: Path = target) -> None:
+            with durable.published(target) as new:
+                for name in ("train", "val"):
+                    (new / name).write_text(name)
+
+        disk = on_disk(at, None, write)
+        found = {name: text for name, text in tree(target).items() if not name.startswith(".")}
+        assert found.pop("mine") == b"kept"
+        assert found in ({}, {"val": b"val"}, {"train": b"train", "val": b"val"})
+        if not disk.dead:
+            assert len(found) == 2
+            return
+
+
+def test_a_block_that_raises_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), durable.published(tmp_path / "out") as new:
+        (new / "half").write_text("x")
+        raise ValueError("no")
+    assert tree(tmp_path) == {}

@@ -22,6 +22,7 @@ from rich.text import Text
 import strop
 from strop.demo.model import answer, write_base
 from strop.demo.task import ASK, NUM_ITEMS, RUSH, SORTED_BY_RUSH, Items, Size, accuracy, is_right, write_data
+from strop.durable import published, write_file
 from strop.errors import ConfigError
 
 WRITTEN_BY = "# Written by `strop demo`, which writes it anew each time.\n"
@@ -106,7 +107,8 @@ def run_demo(seed: int = 0, output_dir: Path = Path("runs/demo"), size: Size | N
     summary_path = output_dir / "summary.json"
     summary_path.unlink(missing_ok=True)  # an old result must not stand beside a run that fails
     heldout, heldout_file = write_data(output_dir / "data", seed, size)
-    num_weights = write_base(output_dir / "base", seed)
+    with published(output_dir / "base", replaces=True) as new:
+        num_weights = write_base(new, seed)
     _say(console, _introduction(size, num_weights, len(heldout), output_dir))
 
     folders = {"base": output_dir / "base"}
@@ -128,7 +130,7 @@ def run_demo(seed: int = 0, output_dir: Path = Path("runs/demo"), size: Size | N
         "seed": seed,
         "seconds": (seconds := round(time.perf_counter() - started, 1)),
     }
-    summary_path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_file(summary_path, (json.dumps(summary, indent=2) + "\n").encode())
     _say(console, _where_things_are(output_dir, summary_path, seconds))
     return summary_path
 
@@ -163,7 +165,7 @@ def _write_configs(output_dir: Path, seed: int, size: Size) -> dict[str, Path]:
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, text in (("sft", SFT_YAML), ("dpo", DPO_YAML)):
             filled = text.format(here=here, seed=seed, sft_epochs=size.sft_epochs)
-            paths[name].write_text(WRITTEN_BY + filled, encoding="utf-8")
+            write_file(paths[name], (WRITTEN_BY + filled).encode())
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror or error}", where=str(output_dir), fix=other) from error
     return paths

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop.durable import published
+
 # fmt: off
 ITEMS = (
     "apples", "bananas", "beans", "bread", "butter", "carrots", "cheese", "coffee", "eggs", "fish", "flour", "garlic",
@@ -82,12 +84,11 @@ def completion_of(items: Iterable[str]) -> list[dict[str, str]]:
 
 
 def write_data(folder: Path, seed: int, size: Size) -> tuple[list[Items], Path]:
-    """Write demonstrations, pairs and held-out prompts.
+    """Write demonstrations, pairs and held-out prompts: all of them or none, in place of those of an earlier demo.
 
     Returns:
         The held-out lists and their file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     heldout = heldout_lists(rng, size.num_heldout_per_length)
     lists = shopping_lists(rng, avoid={frozenset(items) for items in heldout})
@@ -105,12 +106,13 @@ def write_data(folder: Path, seed: int, size: Size) -> tuple[list[Items], Path]:
             "rejected": completion_of(in_rush(items)),
         }
 
-    for name, row, num_train in (("sft", demonstration, size.num_demonstrations), ("dpo", pair, size.num_pairs)):
-        _write_jsonl(folder / f"{name}.train.jsonl", [row() for _ in range(num_train)])
-        _write_jsonl(folder / f"{name}.val.jsonl", [row() for _ in range(size.num_validation)])
-    path = folder / "heldout.jsonl"
-    _write_jsonl(path, [{"prompt": prompt_of(items), "answer": " ".join(sorted(items))} for items in heldout])
-    return heldout, path
+    with published(folder, replaces=True) as new:
+        for name, row, num_train in (("sft", demonstration, size.num_demonstrations), ("dpo", pair, size.num_pairs)):
+            _write_jsonl(new / f"{name}.train.jsonl", [row() for _ in range(num_train)])
+            _write_jsonl(new / f"{name}.val.jsonl", [row() for _ in range(size.num_validation)])
+        questions = [{"prompt": prompt_of(items), "answer": " ".join(sorted(items))} for items in heldout]
+        _write_jsonl(new / "heldout.jsonl", questions)
+    return heldout, folder / "heldout.jsonl"
 
 
 def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from strop.cli import main
+from strop.config.methods import METHODS
 from strop.data.load import load_data
 from strop.data.prepare import prepare_files
 from strop.errors import DataError
@@ -155,3 +157,65 @@ def test_b6_a_split_without_rows_is_said(
     assert main(["prepare", "--input", "rows.jsonl", "--output-dir", "out", "--val-fraction", "0"]) == 0
     said = capsys.readouterr().out
     assert "1 row read" in said and ": 0 rows\n" in said
+
+
+def test_b6_refused_rows_are_not_held_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    bad = json.dumps({"prompt": "q", "note": "x" * 2000}) + "\n"
+    for n in (200, 4000):
+        path.write_text(json.dumps(ROWS[0]) + "\n" + bad * n)
+        tracemalloc.start()
+        prepare_files([str(path)], tmp_path / str(n), "single", val_fraction=0.0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(lines(tmp_path / str(n) / "rejected.jsonl")) == n
+        assert peak < 4 << 20  # 4,000 of them are 8 MB
+
+
+def test_b6_credentials_in_refused_rows_are_masked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + '\n{"prompt": "postgres://me:pa55@host/db"}\n')
+    prepare_files([str(path)], tmp_path / "out", "single")
+    (row,) = lines(tmp_path / "out" / "rejected.jsonl")
+    assert row["raw"] == '{"prompt": "postgres://[redacted]@host/db"}' and row["line"] == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_b6_every_method_s_name_is_known(
+    method: str, tmp_path: Path, make_config: Make, make_tokenizer: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = METHODS[method].ROWS
+    assert main(["prepare", "--example", method, "--output-dir", str(tmp_path / "example")]) == 0
+    example = str(tmp_path / "example" / f"example.{method}.jsonl")
+    assert main(["prepare", "--input", example, "--method", method, "--output-dir", str(tmp_path / "out")]) == 0
+    assert f"post_training.method: {method}" in capsys.readouterr().out
+    data = load_data(make_config(splits_dir=str(tmp_path / "out")), make_tokenizer(), shape)
+    assert (len(data.train), len(data.eval)) == (36, 4)
+
+
+def test_b6_columns_that_cannot_be_written_are_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": "x", "image": {"bytes": b"\x89PNG"}, "note": None}]
+    result = prepare_files([as_file(tmp_path, "parquet", rows)], tmp_path / "out", "single")
+    assert written(tmp_path / "out")[0] == [{"prompt": "q", "completion": "x", "note": None}] and not result.refused
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"prompt": "q", "completion": "x", "note": "\\ud800"}\n')
+    prepare_files([str(odd)], tmp_path / "odd", "single")
+    assert written(tmp_path / "odd")[0][0]["note"] == "\ud800"
+
+
+def test_b6_turns_that_nothing_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "r"}]
+    path = as_file(tmp_path, "jsonl", [{"messages": turns}])
+    assert main(["prepare", "--input", path, "--output-dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "1 trailing_turn" in said and "rows.jsonl:1" in said and "on_trailing_user" in said
+    flags = ["--on-trailing-user", "drop", "--output-dir", str(tmp_path / "out")]
+    assert main(["prepare", "--input", path, *flags]) == 0
+    assert written(tmp_path / "out")[0] == [{"messages": turns}]
+
+
+def test_b6_labels_of_another_name(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "x", "good": True} for i in range(3)]
+    flags = ["--method", "kto", "--label-column", "good", "--output-dir", str(tmp_path / "out")]
+    assert main(["prepare", "--input", as_file(tmp_path, "jsonl", rows), *flags]) == 0
+    assert len(lines(tmp_path / "out" / "train.kto.jsonl")) == 2
