@@ -41,7 +41,10 @@ usage: strop train --config FILE [--preset NAME] [--dry-run] [--resume [auto|PAT
 
   --config FILE          the configuration
   --preset NAME          cpu, gpu-bf16, gpu-fp16, memory-efficient, or a path
-  --dry-run              validate, read the data, show one example and the plan, stop
+  --dry-run              validate, read the data, show one example and the plan, stop; needs config.json, no weights
+    --no-time            do not time the processor
+    --device NAME        judge another machine: cpu, or a GPU's name, such as h100
+    --device-memory SIZE judge this much memory, such as 24GiB
   --model-index N        train only the N-th model of the file, from 0
   --resume [auto|PATH]   go on from the newest complete checkpoint, or from this one; start where there is none
   --overwrite            start anew in a folder that holds another run
@@ -136,7 +139,9 @@ def _train(arguments: list[str]) -> int:
     parser.once("--preset")
     parser.once("--model-index", type=int)
     parser.once("--resume", nargs="?", const="auto")
-    for switch in ("--dry-run", "--overwrite", "--allow-changes"):
+    for flag in ("--device", "--device-memory"):
+        parser.once(flag)
+    for switch in ("--dry-run", "--no-time", "--overwrite", "--allow-changes"):
         parser.once(switch, nargs=0, default=False)
     overrides, rest = split_flags(arguments, parser.flags)
     options = parser.parse_args(rest)
@@ -144,12 +149,15 @@ def _train(arguments: list[str]) -> int:
         raise ConfigError("--resume and --overwrite are both given", fix="choose one")
     if options.resume == "":
         raise ConfigError("--resume is empty", expected="auto, the path of a checkpoint, or nothing after it")
+    memory = _device_memory(options)
     config = load_config(options.config, preset=options.preset, overrides=overrides)
     log_to_terminal(config.logging.log_level)
+    _look(config, options.model_index, options.resume, needs_weights=not options.dry_run)
     if options.dry_run:
         from strop.dryrun import dry_run
 
-        dry_run(config, model_index=options.model_index)
+        index, timed = options.model_index, not options.no_time
+        dry_run(config, model_index=index, device=options.device, memory=memory, timed=timed)
         return 0
 
     from strop.wiring import train
@@ -162,6 +170,28 @@ def _train(arguments: list[str]) -> int:
         allow_changes=options.allow_changes,
     )
     return 0
+
+
+def _look(config: Any, model_index: int | None, resume: str | None = None, *, needs_weights: bool = True) -> None:
+    """Refuses what is not there before torch is imported, which takes seconds."""
+    from strop.preflight import check
+
+    check(config, model_index=model_index, resume=resume, needs_weights=needs_weights)
+
+
+def _device_memory(options: argparse.Namespace) -> int | None:
+    """Bytes of `--device-memory`.
+
+    Raises:
+        ConfigError: it is no size, or a flag of the dry run is given without it.
+    """
+    from strop.machine import bytes_of
+
+    given = {"--no-time": options.no_time, "--device": options.device, "--device-memory": options.device_memory}
+    if not options.dry_run and (flags := [flag for flag, value in given.items() if value]):
+        found = f"{' and '.join(flags)} without --dry-run"
+        raise ConfigError(found, expected="a dry run: a run takes the machine it is on", fix="add --dry-run")
+    return None if options.device_memory is None else bytes_of(options.device_memory)
 
 
 def _train_help() -> int:
@@ -184,6 +214,7 @@ def _reference(arguments: list[str]) -> int:
     options = parser.parse_args(rest)
     config = load_config(options.config, preset=options.preset, overrides=overrides)
     log_to_terminal(config.logging.log_level)
+    _look(config, options.model_index)
 
     from strop.wiring import fill_references
 

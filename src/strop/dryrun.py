@@ -1,30 +1,57 @@
 """`--dry-run`: the road up to the weights, told instead of run. Floor 6.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
-what the run would be. Loads no weights and touches no GPU; writes nothing but into the cache.
+what the run would be. Loads no weights and touches no GPU; writes nothing but into the cache. What takes long to import
+comes after the first example, and the processor is timed last.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
 import torch
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
-from strop.config import RunConfig, resolve
+from strop.config import ModelSection, RunConfig, of_model, resolve
 from strop.config.yamlfile import write_value
+from strop.data.load import LoadedData, first_group, load_data
 from strop.data.show import show_group
 from strop.disk import refuse_in_the_way
 from strop.distributed import pick_device
 from strop.errors import ConfigError
-from strop.estimate import fitted, planned_precision, planned_rows, prediction, with_precision
-from strop.machine import machine_of
-from strop.policy.outline import reason_for_plain_rows
-from strop.prepared import prepare, run_folder, select_models
+from strop.machine import Machine, machine_named, machine_of
+from strop.policy.folder import has_weights, source_of
+from strop.policy.generation import stop_tokens
+from strop.policy.load import load_tokenizer
+from strop.preflight import run_folder, select_models
 from strop.terminal import escaped
 
+if TYPE_CHECKING:
+    from strop.data.plan import RowTokens
+    from strop.policy.precision import Precision
+    from strop.prepared import Prepared
 
-def dry_run(config: RunConfig, *, model_index: int | None = None, console: Console | None = None) -> None:
+
+def dry_run(
+    config: RunConfig,
+    *,
+    model_index: int | None = None,
+    device: str | None = None,
+    memory: int | None = None,
+    timed: bool = True,
+    console: Console | None = None,
+) -> None:
     """Tell what `strop train` would do with `config`, on standard output.
+
+    Args:
+        device: the machine that is judged: `cpu` or a GPU's name; None: this one.
+        memory: bytes that it has; None: its own.
+        timed: measure the speed of this processor, which takes up to half a minute.
 
     Raises:
         StropError: whatever would stop the run before its weights are loaded.
@@ -38,34 +65,83 @@ def dry_run(config: RunConfig, *, model_index: int | None = None, console: Conso
     models = select_models(config, model_index)
     for model in models:
         refuse_in_the_way(run_folder(config, model))
-    device, notes = _device(config)
-    machine = machine_of(device)
-    found = planned_precision(config, machine)
+    machine, notes = _machine(config, device, memory)
     runs = []
     for model in models:
-        tokens = planned_rows(model)
-        prepared = with_precision(prepare(config, model), machine, found, tokens)
-        runs.append((fitted(prepared, machine, planned_precision(prepared.config, machine), tokens), tokens))
+        read = _read(of_model(config, model), model, console)
+        runs.append(_plan(config, model, machine, read, say))
     say("The configuration: key, value, where it came from\n")
-    for line in _values(config, runs[0][0].config):
+    for line in _values(config, runs[0].prepared.config):
         say(line)
     for note in notes:
         say(f"note: {note}")
-    for prepared, tokens in runs:
-        say(f"\n== {prepared.model.name}")
-        for line in (*prepared.data.report.lines(), *prepared.describe(tokens)):
-            say(line)
-        for note in prepared.advice():
-            say(f"note: {note}")
-        if (reason := reason_for_plain_rows(prepared.model)) is not None:
-            say(f"plain padded rows, prompts are not shared: {reason}")
-        precision = planned_precision(prepared.config, machine)
-        for line in prediction(prepared, machine, precision, tokens, timed=True):
-            say(line)
-        say("\nThe first example, trained tokens marked:")
-        shown = show_group(prepared.data.train[0], prepared.tokenizer, colour=console.is_terminal)
-        console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
+    if timed and machine.kind == "cpu":
+        say("\ntiming layers of the model on this processor, up to half a minute; --no-time leaves it out")
+        for run in runs:
+            for line in run.time(machine):
+                say(f"{run.prepared.model.name}: {line}" if len(runs) > 1 else line)
     say("\ndry run: nothing was trained and nothing was written but into the cache")
+
+
+def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[PreTrainedTokenizerBase, LoadedData]:
+    """Shows the first row as it is trained, reads all of them, and says what became of them."""
+    tokenizer = load_tokenizer(model, needs_weights=False)
+    rows, stops = config.post_training.ROWS, stop_tokens(model)
+    data, first = None, first_group(config, tokenizer, rows, stops)
+    if first is None:
+        data = load_data(config, tokenizer, rows, stops)
+        first = data.train[0]
+    console.print(Text(escaped(f"== {model.name}\n\nThe first example, trained tokens marked:")))
+    shown = show_group(first, tokenizer, colour=console.is_terminal)
+    console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
+    data = data or load_data(config, tokenizer, rows, stops)
+    console.print(Text(escaped("\n" + "\n".join(data.report.lines()))))
+    return tokenizer, data
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A run that is settled but for its weights."""
+
+    prepared: Prepared
+    precision: Precision
+    tokens: RowTokens
+
+    def time(self, machine: Machine) -> list[str]:
+        from strop.estimate import predicted_time
+
+        return predicted_time(self.prepared, machine, self.precision, self.tokens)
+
+
+def _plan(
+    config: RunConfig,
+    model: ModelSection,
+    machine: Machine,
+    read: tuple[PreTrainedTokenizerBase, LoadedData],
+    say: Callable[[str], None],
+) -> _Planned:
+    """Settles the run, and says what it will be and need."""
+    from strop.estimate import fitted, planned_precision, planned_rows, prediction, with_precision
+    from strop.policy.outline import reason_for_plain_rows
+    from strop.prepared import prepare
+
+    tokens, found = planned_rows(model), planned_precision(config, machine)
+    prepared = with_precision(prepare(config, model, read=read), machine, found, tokens)
+    precision = planned_precision(prepared.config, machine)
+    prepared = fitted(prepared, machine, precision, tokens)
+    for line in prepared.describe(tokens):
+        say(line)
+    for note in prepared.advice():
+        say(f"note: {note}")
+    if (reason := reason_for_plain_rows(model)) is not None:
+        say(f"plain padded rows, prompts are not shared: {reason}")
+    for line in prediction(prepared, machine, precision, tokens):
+        say(line)
+    folder = source_of(model.huggingface_id)
+    if os.path.isdir(folder) and not has_weights(folder):
+        say(f"note: there are no weights in {folder}: this dry run needs none, a run does")
+    say("")
+    return _Planned(prepared, precision, tokens)
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
@@ -77,6 +153,16 @@ def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
         rows.append((key, write_value(decided[key] if settled is resolved else value), settled.origins.get(key, "")))
     widths = [max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1)]
     return [f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows]
+
+
+def _machine(config: RunConfig, device: str | None, memory: int | None) -> tuple[Machine, list[str]]:
+    """The machine that is judged, and what is to be said of it."""
+    if device is None:
+        here, notes = _device(config)
+        machine = machine_of(here)
+    else:
+        machine, notes = machine_named(device), [f"judged for another machine: {device}"]
+    return machine if memory is None else replace(machine, memory=memory), notes
 
 
 def _device(config: RunConfig) -> tuple[torch.device, list[str]]:

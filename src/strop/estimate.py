@@ -97,6 +97,13 @@ class Estimate:
         has = "" if self.memory is None else f" of {self.memory / 2**30:.1f} GiB"
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items() if size >= 5 * MIB)
         yield f"predicted peak memory: {self.peak / 2**30:.2f} GiB{has} ({listed})"
+        yield from self.time_lines()
+        yield f"left out: {LEFT_OUT}"
+        if not self.fits:
+            yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
+
+    def time_lines(self) -> Iterator[str]:
+        """The time alone; none where a CPU was not timed."""
         if self.steps is not None:
             mean = statistics.mean(self.steps)
             minutes, rate = mean * self.num_steps / 60, self.flops / mean / 1e12
@@ -106,9 +113,6 @@ class Estimate:
             )
         elif self.source:
             yield f"no prediction of time: {self.source}"
-        yield f"left out: {LEFT_OUT}"
-        if not self.fits:
-            yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
 
 
 def _fits(parts: Mapping[str, int], memory: int | None) -> bool:
@@ -208,6 +212,15 @@ def prediction(
             return list(estimate(prepared, machine, precision, tokens, timed=timed).lines())
     except CannotBuildError as error:
         return [f"no prediction of memory and time: {error.found}"]
+
+
+def predicted_time(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> list[str]:
+    """The line about the time of a run on a CPU, which is measured for it: up to half a minute."""
+    try:
+        with predicting("this architecture is of a kind that the estimate does not know"):
+            return list(estimate(prepared, machine, precision, tokens, timed=True).time_lines())
+    except CannotBuildError as error:
+        return [f"no prediction of time: {error.found}"]
 
 
 def planned_rows(model: ModelSection) -> RowTokens:

@@ -6,33 +6,49 @@ A GPU is asked for by its driver's tool, and taken to reach a share of the rate 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from strop.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
 MFU = 0.4
 """Share of its published rate that a GPU is assumed to reach."""
-PUBLISHED = (
-    ("B200", 2250, 75, 8.0),
-    ("H200", 989, 67, 4.8),
-    ("H100", 989, 67, 3.35),
-    ("A100", 312, 19.5, 2.0),
-    ("L40S", 362, 91.6, 0.86),
-    ("L4", 121, 30.3, 0.3),
-    ("A10", 125, 31.2, 0.6),
-    ("4090", 165, 82.6, 1.0),
-    ("3090", 71, 35.6, 0.94),
-    ("V100", 125, 15.7, 0.9),
-    ("T4", 65, 8.1, 0.32),
+
+
+class Gpu(NamedTuple):
+    """What is known of a GPU by a word of its name: dense TFLOP/s in 16 bits and in float32 and TB/s, as NVIDIA's data
+    sheets have them; GiB, as its driver's tool shows them; whether it has instructions for bfloat16."""
+
+    word: str
+    low: float
+    full: float
+    terabytes: float
+    gib: float
+    has_bf16: bool = True
+
+
+GPUS = (
+    Gpu("B200", 2250, 75, 8.0, 179),
+    Gpu("H200", 989, 67, 4.8, 140),
+    Gpu("H100", 989, 67, 3.35, 79.6),
+    Gpu("A100", 312, 19.5, 2.0, 80),
+    Gpu("L40S", 362, 91.6, 0.86, 45),
+    Gpu("L4", 121, 30.3, 0.3, 22.5),
+    Gpu("A10", 125, 31.2, 0.6, 22.5),
+    Gpu("4090", 165, 82.6, 1.0, 24),
+    Gpu("3090", 71, 35.6, 0.94, 24),
+    Gpu("V100", 125, 15.7, 0.9, 16, has_bf16=False),
+    Gpu("T4", 65, 8.1, 0.32, 15, has_bf16=False),
 )
-"""Word of a name; dense TFLOP/s in 16 bits and in float32, TB/s, as NVIDIA's data sheets have them."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,7 @@ class Machine:
     def rate(self, dtype: torch.dtype) -> float | None:
         """FLOP a second of matrix products in `dtype`; None: a CPU, or a GPU that is not in the table."""
         known = _known(self.name)
-        return None if known is None else MFU * 1e12 * (known[1] if dtype.itemsize == 2 else known[2])
+        return None if known is None else MFU * 1e12 * (known.low if dtype.itemsize == 2 else known.full)
 
     def describe(self, dtype: torch.dtype) -> str:
         """Where the rate is from, or why there is none; "" for a CPU, which is timed instead."""
@@ -111,12 +127,53 @@ def machine_of(device: torch.device) -> Machine:
     except (OSError, subprocess.SubprocessError, ValueError):
         return Machine("cuda", None, None)
     known = _known(name)
-    return Machine("cuda", memory, None if known is None else known[3] * 1e12 * 0.7, name, has_bf16=has_bf16)
+    return Machine("cuda", memory, None if known is None else _bandwidth(known), name, has_bf16=has_bf16)
 
 
-def _known(name: str) -> tuple[str, float, float, float] | None:
+def machine_named(name: str) -> Machine:
+    """Another machine than this one, by the name of its GPU, or `cpu`, whose memory is then this one's.
+
+    Raises:
+        ConfigError: no GPU of the table has this name.
+    """
+    if name.lower() == "cpu":
+        return Machine("cpu", _installed_memory(), None, held=_held())
+    known = _known(name.upper())
+    if known is None:
+        raise ConfigError(
+            f"there is no device {name[:40]!r}",
+            where="--device",
+            expected=f"cpu, {', '.join(gpu.word.lower() for gpu in GPUS)}",
+            fix="name one of them, and its memory by --device-memory if it has another",
+        )
+    return Machine("cuda", int(known.gib * 2**30), _bandwidth(known), known.word, has_bf16=known.has_bf16)
+
+
+_UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
+
+
+def bytes_of(text: str) -> int:
+    """A size with its unit, such as 24GiB.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) == 0:
+        raise ConfigError(
+            f"--device-memory is {text[:40]!r}", expected="a number with a unit: GiB, GB, MiB or MB", fix="write 24GiB"
+        )
+    return int(float(match[1]) * unit)
+
+
+def _bandwidth(gpu: Gpu) -> float:
+    return gpu.terabytes * 1e12 * 0.7
+
+
+def _known(name: str) -> Gpu | None:
     words = name.replace("-", " ").split()  # GH200 is no H200, L40 no L4
-    return next((row for row in PUBLISHED if row[0] in words), None)
+    return next((gpu for gpu in GPUS if gpu.word in words), None)
 
 
 def resident(name: str) -> int:

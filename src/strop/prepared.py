@@ -5,9 +5,8 @@ config -> model sections -> `Prepared`, which the run takes up and the dry run d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -117,34 +116,23 @@ class Prepared:
             yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"
 
 
-def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelSection]:
-    """All models, or the one at `model_index`."""
-    if model_index is None:
-        return config.models
-    if not 0 <= model_index < len(config.models):
-        raise ConfigError(
-            f"there is no model {model_index}",
-            where="--model-index",
-            expected=f"0 to {len(config.models) - 1}: "
-            + ", ".join(f"{i} = {m.name}" for i, m in enumerate(config.models)),
-            fix="name one of these",
-        )
-    return [config.models[model_index]]
+def prepare(
+    config: RunConfig,
+    model: ModelSection,
+    checkpoint: Checkpoint | None = None,
+    read: tuple[PreTrainedTokenizerBase, LoadedData] | None = None,
+) -> Prepared:
+    """Read the tokenizer and the data, and resolve what depends on them; loads no weights.
 
-
-def run_folder(config: RunConfig, model: ModelSection) -> Path:
-    """Where everything about the run of one model is left."""
-    return Path(config.training.output_dir).expanduser() / model.name
-
-
-def prepare(config: RunConfig, model: ModelSection, checkpoint: Checkpoint | None = None) -> Prepared:
-    """Read the tokenizer and the data, and resolve what depends on them; loads no weights."""
+    Args:
+        read: tokenizer and data, where they have been read already.
+    """
     config = of_model(config, model)
     objective = build_objective(config.post_training)
     require_optimizer(config.training)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model) if read is None else read[0]
     check_reference(config, model, tokenizer)
-    data = load_data(config, tokenizer, objective.rows, stop_tokens(model))
+    data = load_data(config, tokenizer, objective.rows, stop_tokens(model)) if read is None else read[1]
     if objective.needs_mismatched:
         _check_mismatched(data)
     if data.eval:

@@ -27,6 +27,7 @@ from strop.policy.outline import random_model
 from strop.policy.policy import Policy, elementwise_of
 from strop.policy.precision import Precision
 from strop.policy.sharing import reason_against
+from strop.terminal import warnings_only
 from strop.types import Completion, Group, GroupLengths, Origin
 
 FEW, MORE = 1, 3
@@ -61,7 +62,7 @@ def measure(config: RunConfig, model: ModelSection, precision: Precision, groups
     flush_denormals()
     if adapters_of(config.lora, model) is None:
         keep_freed_memory()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings_only():
         few_step, few_update, vocabulary = _built(config, model, precision, groups, FEW)
         more_step, more_update, _ = _built(config, model, precision, groups, MORE)
         few, few_up, more, more_up = _least((few_step, few_update, more_step, more_update))

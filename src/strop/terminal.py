@@ -137,6 +137,17 @@ def session() -> Iterator[None]:
                 logger.handlers[:] = handlers
 
 
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Information that the log would take is left out: of models that are built to be measured, not trained."""
+    level = log.level
+    log.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def log_to_terminal(level: str) -> None:
     """Sends the logger `strop` to stderr, and quiets other packages unless `level` is debug.
 

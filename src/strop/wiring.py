@@ -41,7 +41,8 @@ from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
 from strop.policy.store import ReferenceStore, weights_hash
-from strop.prepared import Prepared, prepare, run_folder, select_models, with_budget
+from strop.preflight import run_folder, select_models
+from strop.prepared import Prepared, prepare, with_budget
 from strop.rundir import RESULT, TO_BE_REPLACED, RunDir
 
 log = logging.getLogger("strop")

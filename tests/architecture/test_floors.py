@@ -28,6 +28,7 @@ FLOORS = {
     "policy": 2,
     "objectives": 2,
     "engine": 3,
+    "preflight": 3,
     "prepared": 4,
     "speed": 4,
     "work": 4,

@@ -401,7 +401,7 @@ def refused_and_unchanged(case: Case, run: Callable[[str], Answer], flags: str =
     answer = run(f"train {case.line} {flags}")
     assert answer.code == 1
     (message,) = answer.messages
-    assert answer.log.endswith(message + "\n") and answer.out == ""
+    assert answer.log.endswith(message + "\n") and ("--dry-run" in flags or answer.out == "")
     for part in case.said:
         assert part in message
     assert "  expected: " in message or "  to do:    " in message
@@ -482,13 +482,27 @@ def test_foreign_files_stay(here: Path, run: Callable[[str], Answer]) -> None:
         assert (RUN / "final").is_dir()
 
 
+def test_models_that_are_not_there_stop_all_before_the_first_trains(here: Path, run: Callable[[str], Answer]) -> None:
+    write("c.yaml", "models: [{huggingface_id: model}, {huggingface_id: ./gone}, {huggingface_id: ./lost}]\n")()
+    answer = run(f"train --config c.yaml --train-file none.jsonl {RECIPE}")
+    assert answer.code == 1 and not RUN.parent.exists()
+    (message,) = answer.messages
+    assert message.startswith("3 things that the configuration names cannot be used\n")
+    for found in ("- model gone (./gone): there is no such folder", "- model lost (./lost): there is no such folder"):
+        assert found in message
+    assert "- none.jsonl: there is no such file" in message
+
+
 def test_one_of_several_models_fails(here: Path, run: Callable[[str], Answer]) -> None:
-    write("c.yaml", "models: [{huggingface_id: ./gone}, {huggingface_id: model}]\n")()
+    shutil.copytree("model", "broken")
+    weights = Path("broken", "model.safetensors").read_bytes()
+    Path("broken", "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    write("c.yaml", "models: [{huggingface_id: ./broken}, {huggingface_id: model}]\n")()
     answer = run(f"train --config c.yaml --train-file sft.jsonl {RECIPE}")
     assert answer.code == 1
-    assert "error: gone failed: model gone (./gone): there is no such folder" in answer.log
-    assert answer.messages[0].startswith("1 of 2 models failed: gone: model gone (./gone): there is no such folder")
-    assert (RUN / "final").is_dir() and not (RUN.parent / "gone").exists()
+    assert "error: broken failed: model broken (./broken): model.safetensors is damaged" in answer.log
+    assert answer.messages[0].startswith("1 of 2 models failed: broken: model broken (./broken): model.safetensors is")
+    assert (RUN / "final").is_dir() and not (RUN.parent / "broken").exists()
 
 
 # ---- two at once, signals, full disks

@@ -49,8 +49,10 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commands that were reached; none of them does anything."""
     import strop.demo
     import strop.dryrun
+    import strop.preflight
     import strop.wiring
 
+    monkeypatch.setattr(strop.preflight, "check", lambda *_, **__: None)  # pages name files that are not there
     names: list[str] = []
     for module, name in (
         (strop.wiring, "train"),

@@ -47,6 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         for name in names:
             setattr(stand_in, name, found.record(name))
         monkeypatch.setitem(sys.modules, f"strop.{module}", stand_in)
+    monkeypatch.setattr("strop.preflight.check", lambda *_, **__: None)  # what is named here is not there
     return found
 
 
@@ -97,9 +98,19 @@ def test_a_run_without_a_file(calls: Calls) -> None:
     assert calls[0][1].models[0].name == "a"
 
 
-def test_the_dry_run(config: Path, calls: Calls) -> None:
-    assert cli.main(["train", "--config", "c.yaml", "--dry-run", "--model-index=0"]) == 0
-    assert [(name, named["model_index"]) for name, _, named in calls] == [("dry_run", 0)]
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        ("", {"device": None, "memory": None, "timed": True}),
+        ("--no-time", {"device": None, "memory": None, "timed": False}),
+        ("--device h100 --device-memory 24GiB", {"device": "h100", "memory": 24 * 2**30, "timed": True}),
+        ("--device-memory=1.5GB", {"device": None, "memory": 1_500_000_000, "timed": True}),
+    ],
+)
+def test_the_dry_run(flags: str, given: dict[str, Any], config: Path, calls: Calls) -> None:
+    assert cli.main(["train", "--config", "c.yaml", "--dry-run", "--model-index=0", *flags.split()]) == 0
+    ((name, _, named),) = calls
+    assert name == "dry_run" and named == {"rest": (), "model_index": 0, **given}
 
 
 def test_the_demo(calls: Calls) -> None:
@@ -119,6 +130,9 @@ def test_the_demo(calls: Calls) -> None:
         ("train --config c.yaml --learnin-rate 1", "did you mean --learning-rate?"),
         ("train --config c.yaml --config c.yaml", "--config is given twice"),
         ("train --config c.yaml --dry-run --dry-run", "--dry-run is given twice"),
+        ("train --config c.yaml --no-time --device h100", "--no-time and --device without --dry-run"),
+        ("train --config c.yaml --dry-run --device-memory 24", "--device-memory is '24'"),
+        ("train --config c.yaml --dry-run --device-memory 0GiB", "expected: a number with a unit: GiB, GB, MiB or MB"),
         ("train --config", "expected one argument"),
         ("train c.yaml", "'c.yaml' belongs to no flag\n  to do:    did you mean --config c.yaml?"),
         ("train --config c.yaml d.yaml", "'d.yaml' belongs to no flag"),

@@ -22,13 +22,16 @@ from strop.data.counters import COUNTERS
 from strop.data.crew import work_all
 from strop.data.doctor import num_labels
 from strop.data.report import DataReport, Rendering, SplitCounts
-from strop.data.sources import Source, choose_sources
+from strop.data.sources import Source, choose_sources, warn_of_unread
 from strop.data.split import held_out, sample
 from strop.data.table import Groups, Shard
 from strop.data.truncate import Limits
 from strop.data.workshop import Worked, Workshop
 from strop.errors import DataError
 from strop.types import Group, RowShape
+
+LOOKED_AT = 16
+"""Rows among which `first_group` finds one."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def load_data(
     """
     dataset = config.dataset
     sources = choose_sources(dataset, rows)
+    warn_of_unread(dataset)
     workshop = Workshop(config, tokenizer, rows, stop_tokens)
     identity = workshop.identity()
     train = _train_parts(sources.train, workshop, identity, config)
@@ -104,6 +108,19 @@ def load_data(
         rejected=sum((part.tokens.rejected for some in parts.values() for part in some), Rejected([])),
         num_labels=num_labels(weighed),
     )
+
+
+def first_group(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape, stop_tokens: Sequence[int] = ()
+) -> Group | None:
+    """The first training row as it is trained, before the others are read; None where that is none of the first few.
+    What is wrong with them is said by `load_data`."""
+    source = choose_sources(config.dataset, rows).train[0]
+    workshop = Workshop(config, tokenizer, rows, stop_tokens)
+    for row in islice((source.read_lines or source.read)(), LOOKED_AT):
+        if (first := workshop.work([row]).first) is not None:
+            return first
+    return None
 
 
 @dataclass(frozen=True)

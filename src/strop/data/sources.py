@@ -72,17 +72,13 @@ def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
         ConfigError: no source is named.
         DataError: a named file or folder is not there or of no known kind.
     """
-    named = [key for key in ("train_file", "splits_dir", "sources", "name") if getattr(dataset, key)]
-    if not named:
+    if not _named_sources(dataset):
         raise ConfigError(
             "no training data is named",
             where="dataset",
             expected="dataset.train_file, dataset.splits_dir, dataset.sources or dataset.name",
             fix="set one of them, for example dataset.train_file: data/train.jsonl",
         )
-    for key in named[1:]:
-        if key != "splits_dir" or dataset.val_file is not None:  # else it still gives the validation rows
-            logger.warning("dataset.%s is not read: dataset.%s wins over it", key, named[0])
     train_name, val_name = SPLIT_FILES[rows]
     if dataset.train_file is not None:
         train = [file_source(dataset.train_file)]
@@ -98,6 +94,18 @@ def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
     if dataset.splits_dir is not None:
         return Sources(tuple(train), _split_file(dataset.splits_dir, val_name, "dataset.val_file"))
     return Sources(tuple(train), None)
+
+
+def warn_of_unread(dataset: DatasetSection) -> None:
+    """Tells which keys name sources that others win over."""
+    named = _named_sources(dataset)
+    for key in named[1:]:
+        if key != "splits_dir" or dataset.val_file is not None:  # else it still gives the validation rows
+            logger.warning("dataset.%s is not read: dataset.%s wins over it", key, named[0])
+
+
+def _named_sources(dataset: DatasetSection) -> list[str]:
+    return [key for key in ("train_file", "splits_dir", "sources", "name") if getattr(dataset, key)]
 
 
 def _weighed(section: SourceSection) -> Source:

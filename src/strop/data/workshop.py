@@ -31,7 +31,7 @@ from strop.data.table import Record, to_table
 from strop.data.tokens import from_tokens, is_tokenised
 from strop.data.truncate import Limits, cut, shorten_prompts
 from strop.errors import DataError
-from strop.types import Example, RowShape
+from strop.types import Example, Group, RowShape
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Worked:
     """What became of some rows.
 
     table: the records, or None where there are none. num_good: rows that were neither refused nor blank.
-    error: of the first refused row, under `dataset.on_error: error`.
+    error: of the first refused row, under `dataset.on_error: error`. first: the group of the first record.
     """
 
     num_good: int = 0
@@ -50,6 +50,7 @@ class Worked:
     first_refusal: Mapping[str, str] | None = None
     error: DataError | None = None
     table: Any = None
+    first: Group | None = None
 
 
 class Workshop:
@@ -122,7 +123,7 @@ class Workshop:
                     records += [replace(record, group=first), Record(second, file, record.prompt_key, again=1)]
                 else:
                     records.append(record)
-        done.table = to_table(records) if records else None
+        done.table, done.first = (to_table(records), records[0].group) if records else (None, None)
         return done
 
     def _example(self, row: Row) -> Example | Encoded | RowRefused | None:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line
-from strop.policy.folder import check_exists, fetch, place_of, read_json, source_of
+from strop.policy.folder import adapter_files, place_of, read_json, source_of
 from strop.policy.load import LOAD_ERRORS, quiet
 from strop.policy.targets import head_names, linear_layers, reach, resolve_parameters, resolve_targets, selected, sizes
 
@@ -210,19 +210,7 @@ def _finish(adapted: PeftModel, master: torch.dtype, where: str) -> PeftModel:
 
 
 def _read_adapter(adapter: str, where: str) -> tuple[dict[str, Any], Path]:
-    source = source_of(adapter)
-    check_exists(adapter, where)
-    config = fetch(source, "adapter_config.json", None, where)
-    if config is None:
-        raise ModelError("there is no adapter_config.json", where=where, expected="an adapter that peft has saved")
-    weights = fetch(source, "adapter_model.safetensors", None, where)
-    if weights is None:
-        raise ModelError(
-            "there is no adapter_model.safetensors",
-            where=where,
-            expected="safetensors; a pickle (adapter_model.bin) can run code when it is read",
-            fix="if you trust the source, load and save it with peft, which writes safetensors",
-        )
+    config, weights = adapter_files(adapter, where)
     return read_json(config, where), weights
 
 

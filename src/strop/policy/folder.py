@@ -112,8 +112,43 @@ def check_files(model: ModelSection, *, needs_weights: bool = True) -> None:
         file = inspect_config(model)
         if needs_weights or has_weights(source):
             _weight_files(source, file.revision, where)
-    elif constants.HF_HUB_OFFLINE and not _in_cache(source, model.revision):
+    elif constants.HF_HUB_OFFLINE and not _in_cache(source, model.revision, where):
         raise _not_had(_not_here(source), where)
+
+
+def check_adapter(model: ModelSection) -> None:
+    """Refuse an adapter that is not there; one on the hub is looked at when it is loaded.
+
+    Raises:
+        ModelError: there is no such folder, or no adapter in it.
+    """
+    assert model.adapter is not None
+    where = f"{place_of(model)}, adapter {model.adapter}"
+    check_exists(model.adapter, where)
+    if os.path.isdir(source_of(model.adapter)):
+        adapter_files(model.adapter, where)
+
+
+def adapter_files(adapter: str, where: str) -> tuple[Path, Path]:
+    """The configuration and the weights of an adapter.
+
+    Raises:
+        ModelError: there is no such adapter, or it is not one that peft has saved as safetensors.
+    """
+    source = source_of(adapter)
+    check_exists(adapter, where)
+    config = fetch(source, "adapter_config.json", None, where)
+    if config is None:
+        raise ModelError("there is no adapter_config.json", where=where, expected="an adapter that peft has saved")
+    weights = fetch(source, "adapter_model.safetensors", None, where)
+    if weights is None:
+        raise ModelError(
+            "there is no adapter_model.safetensors",
+            where=where,
+            expected="safetensors; a pickle (adapter_model.bin) can run code when it is read",
+            fix="if you trust the source, load and save it with peft, which writes safetensors",
+        )
+    return config, weights
 
 
 def has_weights(folder: str) -> bool:
@@ -123,11 +158,11 @@ def has_weights(folder: str) -> bool:
     )
 
 
-def _in_cache(source: str, revision: str | None) -> bool:
+def _in_cache(source: str, revision: str | None, where: str) -> bool:
     try:
         return isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str)
-    except ValueError:  # no name that the hub would take
-        return False
+    except ValueError as error:  # no name that the hub would take
+        raise _not_had(first_line(error), where) from error
 
 
 def inspect_model(model: ModelSection) -> ModelFiles:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants
@@ -25,10 +25,8 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -37,6 +35,9 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line
 from strop.policy.folder import ConfigFile, has_weights, inspect_config, inspect_model, place_of, source_of
 from strop.policy.precision import nonfinite, short_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("strop")
 
@@ -150,6 +151,8 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
     original = copy.deepcopy(config)
     silenced = silence_config(config)
     attention = _plain_attention(model, config, where)
+    from transformers import AutoModelForCausalLM  # seconds, which a dry run's first example does not wait for
+
     try:
         with quiet():
             module, report = AutoModelForCausalLM.from_pretrained(

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from strop.config import RunConfig
-from strop.data.sources import Sources, choose_sources
+from strop.data.sources import Sources, choose_sources, warn_of_unread
 from strop.errors import ConfigError, DataError
 
 Make = Callable[..., RunConfig]
@@ -58,10 +58,10 @@ def test_preferences_have_their_own_split_files(folder: Path, make_config: Make)
 def test_a_source_that_is_not_read_is_said(folder: Path, make_config: Make, caplog: pytest.LogCaptureFixture) -> None:
     own = str(folder / "own.jsonl")
     with caplog.at_level(logging.WARNING, logger="strop"):
-        choose_sources(make_config(train_file=own).dataset, "single")
-        choose_sources(make_config(train_file=own, splits_dir=str(folder)).dataset, "single")
+        warn_of_unread(make_config(train_file=own).dataset)
+        warn_of_unread(make_config(train_file=own, splits_dir=str(folder)).dataset)
         assert not caplog.records
-        choose_sources(make_config(train_file=own, name="x", splits_dir=str(folder), val_file=own).dataset, "single")
+        warn_of_unread(make_config(train_file=own, name="x", splits_dir=str(folder), val_file=own).dataset)
     assert [record.getMessage() for record in caplog.records] == [
         "dataset.splits_dir is not read: dataset.train_file wins over it",
         "dataset.name is not read: dataset.train_file wins over it",

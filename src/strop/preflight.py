@@ -1,0 +1,126 @@
+"""What a configuration names, looked at before anything slow is imported: models, adapters, files, columns. Floor 3.
+
+In: a configuration. Out: nothing, or one error that lists what cannot be used. It takes milliseconds and no torch: what
+needs a tokenizer, weights or a network is looked at later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from os import path
+from pathlib import Path
+
+from strop.config import DatasetSection, RunConfig
+from strop.config.sections import ModelSection
+from strop.data.formats import Columns, to_example
+from strop.data.readers import file_kind
+from strop.data.rows import Row, RowRefused
+from strop.data.sources import Source, choose_sources
+from strop.errors import CheckpointError, ConfigError, StropError
+from strop.policy.folder import check_adapter, check_files
+from strop.types import RowShape
+
+ROWS = 8
+"""Rows of each file that are looked at."""
+LARGE = 2**24
+"""Bytes of a file that is read as a whole, from which its rows are not looked at here."""
+
+
+def check(
+    config: RunConfig, *, model_index: int | None = None, resume: str | None = None, needs_weights: bool = True
+) -> None:
+    """Refuse models, adapters, checkpoints, files and columns that are not there, all of them at once.
+
+    Args:
+        model_index: look only at this model, from 0.
+        resume: a checkpoint's path, or `auto`, which is looked for later.
+        needs_weights: refuse model folders without weights.
+
+    Raises:
+        StropError: what cannot be used; a ConfigError that lists them where there are several.
+    """
+    models = select_models(config, model_index)
+    problems = list(_problems(config, models, resume, needs_weights))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "\n".join("- " + str(problem).replace("\n", "\n  ") for problem in problems)
+        raise ConfigError(f"{len(problems)} things that the configuration names cannot be used\n{listed}")
+
+
+def select_models(config: RunConfig, model_index: int | None) -> Sequence[ModelSection]:
+    """All models, or the one at `model_index`."""
+    if model_index is None:
+        return config.models
+    if not 0 <= model_index < len(config.models):
+        raise ConfigError(
+            f"there is no model {model_index}",
+            where="--model-index",
+            expected=f"0 to {len(config.models) - 1}: "
+            + ", ".join(f"{i} = {m.name}" for i, m in enumerate(config.models)),
+            fix="name one of these",
+        )
+    return [config.models[model_index]]
+
+
+def run_folder(config: RunConfig, model: ModelSection) -> Path:
+    """Where everything about the run of one model is left."""
+    return Path(config.training.output_dir).expanduser() / model.name
+
+
+def _problems(
+    config: RunConfig, models: Sequence[ModelSection], resume: str | None, needs_weights: bool
+) -> Iterator[StropError]:
+    resume = resume or config.finetuning.resume_from_checkpoint
+    if resume not in (None, "auto") and not path.isdir(path.expanduser(resume)):
+        expected = "auto, or a checkpoint-{step} folder of a run"
+        yield CheckpointError("there is no such folder", where=f"--resume {resume}", expected=expected)
+    for model in models:
+        try:
+            check_files(model, needs_weights=needs_weights)
+            if model.adapter is not None:
+                check_adapter(model)
+        except StropError as error:
+            yield error
+    reference = getattr(config.post_training, "ref_model_id", None)
+    if reference is not None:
+        try:
+            check_files(ModelSection(huggingface_id=reference))
+        except StropError as error:
+            where = f"reference {error.where}"
+            yield type(error)(error.found, where=where, expected=error.expected, fix=error.fix)
+    try:
+        _check_data(config.dataset, config.post_training.ROWS)
+    except StropError as error:
+        yield error
+
+
+def _check_data(dataset: DatasetSection, rows: RowShape) -> None:
+    """The files, and the first rows of each where a bad row stops a run."""
+    sources = choose_sources(dataset, rows)
+    if dataset.on_error != "error":
+        return
+    columns = Columns.of(dataset)
+    for source in (*sources.train, *([sources.eval] if sources.eval is not None else [])):
+        if _is_quickly_read(source):
+            for row in islice(source.read(), ROWS):
+                _check_row(row, rows, columns)
+
+
+def _is_quickly_read(source: Source) -> bool:
+    name = source.label
+    return path.isfile(name) and (file_kind(name) in (".jsonl", ".csv", ".txt") or path.getsize(name) < LARGE)
+
+
+def _check_row(row: Row, rows: RowShape, columns: Columns) -> None:
+    if row.refusal is not None:
+        raise row.refusal.at(row.origin)
+    if row.data is None or "input_ids" in row.data:  # a blank line; tokens, which are looked at with the tokenizer
+        return
+    try:
+        to_example(row.data, row.origin, rows, columns)
+    except RowRefused as refusal:
+        raise refusal.at(row.origin) from None
+    except RecursionError:
+        return  # told with the others of its kind, when all rows are read

@@ -1,0 +1,117 @@
+"""The dry run: the example first, the processor timed last, no weights needed, other machines judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.config import RunConfig, load_config
+from strop.dryrun import dry_run
+from strop.errors import ConfigError
+from strop.machine import GPUS, bytes_of, machine_named
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"question {i}", "chosen": "yes " * (2 + i), "rejected": "no"} for i in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_config(
+        overrides={
+            "models": [{"huggingface_id": str(model_dir), "name": "tiny"}],
+            "dataset.train_file": "rows.jsonl",
+            "post_training.method": "dpo",
+        }
+    )
+
+
+ORDER = (
+    "== tiny",
+    "The first example",
+    "«yes yes ",
+    "train: 7 of 7 rows",
+    "effective batch",
+    "predicted peak memory",
+    "The configuration",
+    "training.learning_rate",
+    "timing layers",
+    "predicted time",
+    "dry run: nothing was trained",
+)
+
+
+def test_what_is_known_early_is_shown_early(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(config)
+    shown = capsys.readouterr().out
+    places = [shown.index(words) for words in ORDER]
+    assert places == sorted(places) and shown.count("predicted time") == 1
+
+
+def test_the_example_is_shown_before_all_rows_are_read(
+    config: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*_: Any) -> None:
+        assert "«yes yes " in capsys.readouterr().out
+        raise InterruptedError
+
+    monkeypatch.setattr("strop.dryrun.load_data", look)
+    with pytest.raises(InterruptedError):
+        dry_run(config)
+
+
+def test_the_processor_is_not_timed_where_nobody_asks(
+    config: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strop.estimate.measure", lambda *_: pytest.fail("timed"))
+    dry_run(config, timed=False)
+    dry_run(config, device="h100")  # which is not here to be timed
+    assert "timing layers" not in capsys.readouterr().out
+
+
+def test_config_json_is_enough(config: RunConfig, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model_dir / "model.safetensors").unlink()
+    dry_run(config, timed=False)
+    shown = capsys.readouterr().out
+    assert "there are no weights in" in shown and "predicted peak memory" in shown
+
+
+def test_another_machine_is_judged(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(config, timed=False, memory=24 * 2**30)
+    assert " of 24.0 GiB " in capsys.readouterr().out
+    dry_run(config, device="H100")
+    assert " of 79.6 GiB " in (shown := capsys.readouterr().out)
+    assert "predicted time" in shown and "judged for another machine: H100" in shown
+    dry_run(config, device="h100", memory=2**20)  # a card that nothing fits on
+    assert "will hardly fit" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="does not compute bfloat16"):
+        dry_run(config.with_values({"training.bf16": True}, "test"), device="t4")
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.word)
+def test_every_gpu_of_the_table_has_a_name_and_numbers_that_can_be(gpu: Any) -> None:
+    machine = machine_named(gpu.word.lower())
+    assert machine.name == gpu.word and machine.memory == int(gpu.gib * 2**30)
+    assert 8 < gpu.gib < 300 and gpu.full < gpu.low and machine.has_bf16 is gpu.has_bf16
+
+
+def test_a_device_that_nobody_knows() -> None:
+    with pytest.raises(ConfigError, match="there is no device 'h1000'") as caught:
+        machine_named("h1000")
+    assert "h100" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * 2**30), ("24 gib", 24 * 2**30), ("16GB", 16 * 10**9), ("512MiB", 2**29), ("1.5GiB", 3 * 2**29)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "", "GiB", "-1GiB", "0GiB", "24KiB", "1e3GiB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="--device-memory"):
+        bytes_of(text)

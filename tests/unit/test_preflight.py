@@ -1,0 +1,122 @@
+"""What is not there is refused at once: before torch is imported, all of it in one message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.config import load_config
+from strop.errors import CheckpointError, ConfigError, DataError, ModelError, StropError
+from strop.preflight import check
+
+PAIR = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+
+
+@pytest.fixture
+def given(tmp_path: Path, model_dir: Path) -> dict[str, Any]:
+    """A configuration of which everything is there."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps(PAIR) + "\n") * 3)
+    return {
+        "models": [{"huggingface_id": str(model_dir)}],
+        "dataset.train_file": str(rows),
+        "post_training.method": "dpo",
+    }
+
+
+def adapter(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+WRONG: dict[str, tuple[Any, type[StropError], str]] = {
+    "a model": (lambda f, m: {"models": [{"huggingface_id": str(f / "none")}]}, ModelError, "there is no such folder"),
+    "a model that is a file": (
+        lambda f, m: {"models": [{"huggingface_id": str(m / "config.json")}]}, ModelError, "the path is a file",
+    ),
+    "a hub id offline": (
+        lambda f, m: {"models": [{"huggingface_id": "org/none"}]}, ModelError, "there is no folder 'org/none' here",
+    ),
+    "an adapter": (
+        lambda f, m: {"models": [{"huggingface_id": str(m), "adapter": "./none"}]}, ModelError, "no such folder",
+    ),
+    "half an adapter": (
+        lambda f, m: {"models": [{"huggingface_id": str(m), "adapter": str(adapter(f / "a"))}]},
+        ModelError,
+        "there is no adapter_model.safetensors",
+    ),
+    "a reference": (lambda f, m: {"post_training.ref_model_id": "./none"}, ModelError, "reference model none (./none)"),
+    "a file": (lambda f, m: {"dataset.train_file": "none.jsonl"}, DataError, "there is no such file"),
+    "a validation file": (lambda f, m: {"dataset.val_file": "none.jsonl"}, DataError, "there is no such file"),
+    "split files": (
+        lambda f, m: {"dataset.train_file": None, "dataset.splits_dir": "none"}, DataError, "there is no such folder",
+    ),
+    "a column": (lambda f, m: {"dataset.prompt_column": "question"}, DataError, "'question' is missing"),
+    "rows of another method": (lambda f, m: {"post_training.method": "sft"}, DataError, "preference pair"),
+    "a checkpoint": (
+        lambda f, m: {"finetuning.resume_from_checkpoint": "none"}, CheckpointError, "there is no such folder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_there_is_refused(name: str, given: dict[str, Any], tmp_path: Path, model_dir: Path) -> None:
+    changes, kind, found = WRONG[name]
+    config = load_config(overrides={**given, **changes(tmp_path, model_dir)})
+    with pytest.raises(kind) as caught:
+        check(config)
+    assert type(caught.value) is kind and found in str(caught.value)
+
+
+def test_what_is_there_passes(given: dict[str, Any], model_dir: Path) -> None:
+    check(load_config(overrides=given))
+    check(load_config(overrides={**given, "post_training.ref_model_id": str(model_dir)}), resume="auto")
+
+
+def test_weights_are_asked_for_only_where_they_are_needed(given: dict[str, Any], model_dir: Path) -> None:
+    (model_dir / "model.safetensors").unlink()
+    config = load_config(overrides=given)
+    check(config, needs_weights=False)
+    with pytest.raises(ModelError, match="there are no weights"):
+        check(config)
+    (model_dir / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="pickles"):  # no run could ever take them
+        check(config, needs_weights=False)
+
+
+def test_rows_that_may_be_skipped_are_left_to_the_report(given: dict[str, Any]) -> None:
+    check(load_config(overrides={**given, "dataset.prompt_column": "question", "dataset.on_error": "skip"}))
+
+
+def test_all_of_it_is_told_at_once(given: dict[str, Any]) -> None:
+    models = [{"huggingface_id": "./one"}, {"huggingface_id": "./two"}]
+    config = load_config(overrides={**given, "models": models, "dataset.train_file": "none.jsonl"})
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    for name in ("(./one)", "(./two)", "none.jsonl"):
+        assert name in str(caught.value)
+    with pytest.raises(ConfigError, match="2 things"):
+        check(config, model_index=1)
+
+
+@pytest.mark.parametrize("command", ["train", "train --dry-run", "reference"])
+def test_a_wrong_path_is_refused_before_anything_slow_is_imported(
+    command: str, given: dict[str, Any], tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from strop.cli import main; code = main(sys.argv[1:]);"
+        "sys.exit(f'loaded {sorted(found)}' if (found := {'torch', 'transformers', 'peft', 'bitsandbytes', 'datasets'}"
+        " & set(sys.modules)) else code)"
+    )
+    document = {"models": given["models"], "dataset": {"train_file": "none.jsonl"}, "post_training": {"method": "dpo"}}
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    line = [*command.split(), "--config", str(tmp_path / "c.json")]
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 1 and "none.jsonl: there is no such file" in done.stderr, done.stderr
+    assert "loaded" not in done.stderr
