@@ -40,6 +40,7 @@ smoke: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/templates.py
 
 # Hours long. BENCH="--fp32" is for processors that only emulate bfloat16; "--rounds 1 --pairs 4 --out /tmp/look" is a
 # quick look, which leaves the stored results as they are.
