@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -181,6 +180,10 @@ def resident(name: str) -> int:
     peak, which is that of the parent where it had more."""
     status = Path("/proc/self/status")
     if not status.exists():
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())

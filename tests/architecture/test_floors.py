@@ -19,6 +19,7 @@ FLOORS = {
     "manifest": 0,
     "redact": 0,
     "config": 1,
+    "apart": 1,
     "batch": 1,
     "distributed": 1,
     "machine": 1,

@@ -103,8 +103,8 @@ def test_dataset__num_workers(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(crew, "ROWS_AT_ONCE", 2)
     monkeypatch.setattr(crew, "ALONE", 1)
     started = []
-    pool = crew.ProcessPoolExecutor
-    monkeypatch.setattr(crew, "ProcessPoolExecutor", lambda n, *rest: started.append(n) or pool(n, *rest))
+    hire = crew.Crew
+    monkeypatch.setattr(crew, "Crew", lambda workshop, n, how: started.append(n) or hire(workshop, n, how))
     assert runs.prepare(num_workers=3).data.report.fingerprint and started == [3]
 
 

@@ -1,8 +1,9 @@
 """Rows worked on by several processes, in the order of the rows. Floor 2.
 
 In: a workshop and a stream of rows. Out: what became of them, batch by batch. The first batches are worked on here,
-so that small files start no process; no more batches are under way than keep the processes busy, so memory does not
-grow with the file.
+so that small files start no process, unless the tokenizer may never come to an end (`Workshop.may_run_away`): then
+all are worked on in processes, which the system ends when they take too much. No more batches are under way than keep
+the processes busy, so memory does not grow with the file. A process ends with its parent, however that ends.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import gc
 import logging
 import multiprocessing
 import os
-import sys
+import signal
+import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
 
-from strop import machine
+from strop import apart, machine
 from strop.data.rows import Row
 from strop.data.workshop import Worked, Workshop
 from strop.errors import DataError
@@ -32,25 +35,35 @@ ALONE = 8
 MOST = 8
 """Processes at most, where their number is left open."""
 
-_workshop: Workshop | None = None
 logger = logging.getLogger("strop")
+
+SECONDS = 60.0
+BYTES_A_SECOND = 50_000
+"""Processor time for a batch: so much, and a second more for so many bytes of its rows; a hundredth is usual."""
+
+START = "fork" if apart.CAN_FORK else "spawn"
+"""A fork has the tokenizer already, and does not run the main module again."""
 
 
 def work_all(
-    workshop: Workshop, rows: Iterator[Row], *, limit: int | None, num_workers: int | None
+    workshop: Workshop, rows: Iterator[Row], *, limit: int | None, num_workers: int | None, start: str = START
 ) -> Iterator[tuple[str, Worked]]:
     """The rows' file names and what became of them, in order.
 
     Args:
         limit: stop behind so many good rows; none behind them is looked at.
         num_workers: processes; None: by the number of processors.
+        start: how processes are started: fork or spawn.
     """
     batches = _Batches(rows, limit)
     wanted = num_workers or min(MOST, machine.processor().cores)
+    apart_at_once = start == "fork" and workshop.may_run_away
     for n in count():
-        if n == ALONE and wanted > 1 and (pool := _pool(workshop, wanted)) is not None:
-            yield from _in_processes(pool, batches, wanted)
-            return
+        if n == (0 if apart_at_once else ALONE) and (apart_at_once or wanted > 1):
+            crew = _hired(workshop, wanted, start)
+            if crew is not None:
+                yield from _in_processes(crew, batches, wanted)
+                return
         batch = batches.next()
         if batch is None:
             return
@@ -91,54 +104,139 @@ class _Batches:
             self._missing -= done.num_good
 
 
-def _pool(workshop: Workshop, num_workers: int) -> ProcessPoolExecutor | None:
-    """The processes; None where the system has no locks for them to share, such as a container without /dev/shm."""
-    # a fork has the tokenizer already, and does not run the main module again
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+def _hired(workshop: Workshop, num_workers: int, start: str) -> Crew | None:
+    """Processes, the first of them started; None where the system starts none."""
     try:
-        return ProcessPoolExecutor(num_workers, context, _enter, (workshop,))
+        return Crew(workshop, num_workers, start)
     except (OSError, ImportError, NotImplementedError) as error:
         logger.warning("rows are worked on in one process, since others cannot be started here: %s", error)
         return None
 
 
-def _in_processes(pool: ProcessPoolExecutor, batches: _Batches, num_workers: int) -> Iterator[tuple[str, Worked]]:
+def _in_processes(crew: Crew, batches: _Batches, num_workers: int) -> Iterator[tuple[str, Worked]]:
     waiting: deque[tuple[int, int, Future[Worked]]] = deque()
-    with ExitStack() as stack:
-        stack.enter_context(pool)
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    try:
         while True:
             while len(waiting) < 2 * num_workers and (batch := batches.next()) is not None:
-                waiting.append((len(batch[0]), batch[1], _quietly(pool.submit, _work, *batch)))
+                waiting.append((len(batch[0]), batch[1], crew.submit(*batch)))
             if not waiting:
                 return
             num_rows, file, future = waiting.popleft()
-            try:
-                done = future.result()
-            except BrokenProcessPool as error:
-                raise DataError(
-                    "a process that tokenises was killed",
-                    expected="memory for all of them",
-                    fix="set dataset.num_workers: 1, or free memory",
-                ) from error
+            done = future.result()
             batches.finished(num_rows, done)
             yield batches.files[file], done
+    finally:
+        crew.dismiss()
 
 
-def _quietly(submit: Callable[..., Future[Worked]], *arguments: object) -> Future[Worked]:
-    with warnings.catch_warnings():
-        # Python warns of forks beside threads; the children touch nothing that threads of ours hold
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return submit(*arguments)
+class Crew:
+    """Processes that work on batches: one is started for every batch that finds all others busy, up to a number."""
+
+    def __init__(self, workshop: Workshop, num_workers: int, start: str) -> None:
+        self._workshop, self._most = workshop, num_workers
+        self._context = multiprocessing.get_context(start)
+        self._members: list[_Member] = []
+        self._idle: SimpleQueue[_Member] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(num_workers)  # one waits for each process
+        self._under_way: list[Future[Worked]] = []
+        self._start_one()
+
+    def submit(self, rows: list[Row], file: int) -> Future[Worked]:
+        """Have a batch worked on.
+
+        Raises (the future):
+            DataError: the process that was at it is gone.
+        """
+        self._under_way = [future for future in self._under_way if not future.done()]
+        if len(self._members) < min(self._most, len(self._under_way) + 1):
+            self._start_one()
+        self._under_way.append(self._threads.submit(self._work, rows, file))
+        return self._under_way[-1]
+
+    def _start_one(self) -> None:
+        member = _Member(self._context, self._workshop)
+        self._members.append(member)
+        self._idle.put(member)
+
+    def _work(self, rows: list[Row], file: int) -> Worked:
+        member = self._idle.get()
+        try:
+            return member.work(rows, file)
+        finally:
+            self._idle.put(member)
+
+    def dismiss(self) -> None:
+        """End all processes, whatever they are at."""
+        for member in self._members:
+            member.end()
+        self._threads.shutdown(cancel_futures=True)
 
 
-def _enter(workshop: Workshop) -> None:
-    global _workshop
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+class _Member:
+    """One process."""
+
+    def __init__(self, context: Any, workshop: Workshop) -> None:
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, workshop, os.getpid()), daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads; the children touch nothing that threads of ours hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+
+    def work(self, rows: list[Row], file: int) -> Worked:
+        seconds = SECONDS + sum(map(_size, rows)) / BYTES_A_SECOND
+        try:
+            self._pipe.send((rows, file, seconds))
+            if not self._pipe.poll(apart.SLACK * seconds):
+                self._process.kill()
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._gone(rows, seconds) from error
+        if isinstance(answer, BaseException):
+            raise answer
+        assert isinstance(answer, Worked)
+        return answer
+
+    def _gone(self, rows: list[Row], seconds: float) -> DataError:
+        self._process.join()
+        first, last = rows[0].origin, rows[-1].origin
+        where = f"{first.file}:{first.line}" + (f" to {last.line}" if len(rows) > 1 else "")
+        if self._process.exitcode == -getattr(signal, "SIGKILL", 9):
+            return DataError(
+                "a process that tokenises was killed",
+                where=where,
+                expected="memory for all of them",
+                fix="set dataset.num_workers: 1, or free memory",
+            )
+        return DataError(
+            f"tokenising these rows takes more than {apart.limit_passed(self._process.exitcode, seconds)}",
+            where=where,
+            expected="some milliseconds a row",
+            fix="look at these rows, and at the normalizer and pre_tokenizer in the model's tokenizer.json: a regular "
+            "expression there may never come to an end",
+        )
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _size(row: Row) -> int:
+    return len(row.raw) if row.raw is not None else len(str(row.data))
+
+
+def _serve(pipe: Connection, workshop: Workshop, parent: int) -> None:
+    """In the other process: batches come, what became of them goes, until the parent ends it or is gone."""
+    apart.enter(parent)
     gc.freeze()  # what is there stays there: not to be looked through, nor copied, at every collection
-    _workshop = workshop
-
-
-def _work(rows: list[Row], file: int) -> Worked:
-    assert _workshop is not None
-    return _workshop.work(rows, file)
+    apart.bound_memory()
+    while True:
+        rows, file, seconds = pipe.recv()
+        apart.bound_time(seconds)
+        try:
+            answer: Worked | BaseException = workshop.work(rows, file)
+        except Exception as error:  # noqa: BLE001 (raised again in the parent)
+            error.add_note(traceback.format_exc())
+            answer = error
+        pipe.send(answer)

@@ -68,7 +68,7 @@ def load_data(
     dataset = config.dataset
     sources = choose_sources(dataset, rows)
     warn_of_unread(dataset)
-    workshop = Workshop(config, tokenizer, rows, stop_tokens)
+    workshop = Workshop.tried(config, tokenizer, rows, stop_tokens)
     identity = workshop.identity()
     train = _train_parts(sources.train, workshop, identity, config)
     groups = _joined([part.whole for part in train])

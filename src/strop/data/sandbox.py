@@ -30,6 +30,9 @@ from strop.types import Message
 SECONDS = 10.0
 """Processor time for one row. A long row takes some milliseconds."""
 
+AGAIN = 0.2
+"""Seconds of processor time after which the end of the time is said once more, where a library has swallowed it."""
+
 BYTES = 4 << 30
 """Memory for one row, above what the process had before its batch."""
 
@@ -50,8 +53,9 @@ TEMPLATE_ERRORS = (
 PLAIN = {"role", "content"}
 
 
-class _Overtime(Exception):  # noqa: N818 (raised from a signal, caught in this module)
-    """The time is over."""
+class _Overtime(BaseException):
+    """The time is over. Raised from a signal, caught in this module, and no Exception: Jinja and its filters catch
+    those, and go on."""
 
 
 def render(
@@ -142,7 +146,7 @@ def _bounded_time(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN)
     try:
         yield
     finally:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from strop import apart
 from strop.config import RunConfig
 from strop.data.chat import Rendered, Renderer, TextRules
 from strop.data.encode import Encoded, Encoder
@@ -30,7 +33,7 @@ from strop.data.sandbox import bounded_memory
 from strop.data.table import Record, to_table
 from strop.data.tokens import from_tokens, is_tokenised
 from strop.data.truncate import Limits, cut, shorten_prompts
-from strop.errors import DataError
+from strop.errors import DataError, ModelError, foreign_errors
 from strop.types import Example, Group, RowShape
 
 
@@ -76,6 +79,37 @@ class Workshop:
         self.renderer = Renderer(tokenizer, rules, stop_tokens)
         self._encoder = Encoder(tokenizer, self.renderer.template)
         self._tokenizer = tokenizer
+        self._made_of = (config, tokenizer, rows, stop_tokens)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # another process makes its own: compiled templates cannot be sent
+        return Workshop, self._made_of
+
+    @classmethod
+    def tried(
+        cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape, stop_tokens: Sequence[int] = ()
+    ) -> Workshop:
+        """A workshop, made in another process first where the tokenizer may never come to an end.
+
+        Raises:
+            ModelError: it takes too much time or memory to be made.
+        """
+        if may_run_away(tokenizer):
+            try:
+                apart.tried(cls, config, tokenizer, rows, stop_tokens)
+            except apart.TooMuch as limit:
+                raise ModelError(
+                    f"its tokenizer takes more than {limit} for a few words",
+                    where=tokenizer.name_or_path,
+                    expected="some milliseconds and little memory",
+                    fix="look at the normalizer and pre_tokenizer in tokenizer.json before you trust it",
+                ) from limit
+        return cls(config, tokenizer, rows, stop_tokens)
+
+    @property
+    def may_run_away(self) -> bool:
+        """Whether rows may take the tokenizer for ever, where no signal ends it."""
+        return may_run_away(self._tokenizer)
 
     def identity(self) -> dict[str, Any]:
         """Everything but the rows themselves that decides what becomes of them."""
@@ -150,8 +184,18 @@ class Workshop:
                     results.append(refusal)
                 except RecursionError:
                     results.append(RowRefused("deep_nesting", "the row is nested too deeply to be rendered"))
-        encoded = iter(self._encoder.encode(rendered))
+        with foreign_errors(partial(self._tokenizer_fails, examples)):
+            encoded = iter(self._encoder.encode(rendered))
         return [next(encoded) if result is None else result for result in results]
+
+    def _tokenizer_fails(self, examples: Sequence[Example], why: str) -> ModelError:
+        first, last = examples[0].origin, examples[-1].origin
+        return ModelError(
+            f"the model's tokenizer fails on these rows: {why}",
+            where=f"{first} to {last.line}" if len(examples) > 1 else str(first),
+            expected="a tokenizer that takes any text",
+            fix="look at these rows, and at the normalizer and pre_tokenizer in its tokenizer.json",
+        )
 
     def _shortened(
         self, examples: Sequence[Example | Encoded | RowRefused | None], results: Sequence[Encoded | RowRefused | None]
@@ -194,6 +238,15 @@ class Workshop:
             },
             raw=isinstance(example, Encoded) or self.renderer.is_raw(example),
         )
+
+
+RUNS_AWAY = re.compile('"type":"(?:Replace|Precompiled|Prepend)"|"Regex":')
+"""What a tokenizer.json can make endless: its own regular expressions, and texts that grow."""
+
+
+def may_run_away(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has parts that a text can keep busy for ever, or that make texts longer."""
+    return RUNS_AWAY.search(tokenizer.backend_tokenizer.to_str()) is not None
 
 
 def _start(encoded: Encoded) -> list[int]:

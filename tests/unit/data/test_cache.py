@@ -157,7 +157,7 @@ def test_b13_without_shared_memory_one_process_does_it(
 
     monkeypatch.setattr(crew, "ROWS_AT_ONCE", 7)
     monkeypatch.setattr(crew, "ALONE", 2)
-    monkeypatch.setattr(crew, "ProcessPoolExecutor", refused)
+    monkeypatch.setattr(crew, "Crew", refused)
     config = make_config(train_file=rows(tmp_path / "rows.jsonl", 60), num_workers=3, validation_split=0.0)
     assert len(load_data(config, make_tokenizer(), "single").train) == 60
     assert caplog.text.count("in one process") == 1

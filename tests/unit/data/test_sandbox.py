@@ -22,6 +22,9 @@ MESSAGES = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}"
 POWERS = "{{ 7 ** (9 ** 9 + messages | length) }}"
 FILLS = "{{ 'x' * (10 ** 12 * messages | length) }}"
+WRAPS = "{{ ('a ' * 3000000) | wordwrap(1) }}"
+FOLDED = "{{ 9 ** (9 ** 9) }}"
+CAUGHT = "{{ (('a-' * 200000) | wordwrap(1) | urlize) }}"
 DOUBLES = (
     "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
     + "{{ n.s | length }}"
@@ -32,7 +35,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on
 
 
 @unix
-@pytest.mark.parametrize("template", [LOOPS, POWERS])
+@pytest.mark.parametrize("template", [LOOPS, POWERS, FOLDED, WRAPS, CAUGHT])
 def test_a_template_that_takes_for_ever_is_stopped(
     template: str, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
