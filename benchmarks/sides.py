@@ -115,7 +115,7 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
     from strop.engine.loop import Loop
 
     measured, step = Measured(start_mib=mib("VmRSS")), Loop.step
-    wiring._score_reference = timed(wiring._score_reference, measured)
+    wiring.score_reference = timed(wiring.score_reference, measured)
 
     def marked(loop: Loop, number: int) -> None:
         if not measured.marks:

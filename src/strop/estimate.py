@@ -148,7 +148,7 @@ def estimate(
         seconds = [s * (1 + again / (2 if shape.adapters else 3)) for s in seconds]
     flops = sum(flops_of(shape, part, config) for step in steps for part in step) / len(steps)
     ways = _ways(config, max(part.longest for step in steps for part in step))
-    memory = _peak(prepared, shape, steps, precision, machine)
+    memory = peak_memory(prepared, shape, steps, precision, machine)
     return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways)
 
 
@@ -184,7 +184,7 @@ def _fitted(start: Prepared, machine: Machine, precision: Precision, tokens: Row
     shares = (SHARES if shape.recomputes else SHARES[:1]) if auto else (None,)
     for budget, share in [*((budget, shares[0]) for budget in budgets), *((budgets[-1], s) for s in shares[1:])]:
         found = _settled(start, budget, share, "by the estimate of memory")
-        if _fits(_peak(found, shape, _epoch(found, tokens), precision, machine), machine.memory):
+        if _fits(peak_memory(found, shape, _epoch(found, tokens), precision, machine), machine.memory):
             break
     return found
 
@@ -299,7 +299,7 @@ def _trained(shape: Shape) -> int:
     return shape.adapters or shape.matrix + shape.others
 
 
-def _peak(
+def peak_memory(
     prepared: Prepared, shape: Shape, steps: Sequence[Sequence[Work]], precision: Precision, machine: Machine
 ) -> dict[str, int]:
     """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps

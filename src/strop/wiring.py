@@ -24,7 +24,7 @@ from strop.distributed import pick_device
 from strop.engine import checkpoint, final
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.ending import Ending, RunResult, ending_of
-from strop.engine.environment import describe_environment
+from strop.engine.environment import write_environment
 from strop.engine.loop import Loop
 from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
@@ -40,7 +40,7 @@ from strop.policy import rates
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
-from strop.policy.store import ReferenceStore, weights_hash
+from strop.policy.store import ReferenceStore, configuration_hash, weights_hash
 from strop.preflight import run_folder, select_models
 from strop.prepared import Prepared, prepare, with_budget
 from strop.rundir import RESULT, TO_BE_REPLACED, RunDir
@@ -139,7 +139,7 @@ def _fill_reference(config: RunConfig, model: ModelSection) -> None:
         prepared = with_budget(prepared, tokens, device.type)
         rows = _rows(prepared, tokens, device)
         with reference_policy(prepared.config, model, policy, prepared.tokenizer) as reference:
-            _score_reference(prepared, reference, weights_hash(reference.model), rows, progress, must_keep=True)
+            score_reference(prepared, reference, weights_hash(reference.model), rows, progress, must_keep=True)
     log.info("%s: the reference's log-probs are in the store", model.name)
 
 
@@ -185,7 +185,7 @@ def _train_model(
             tokens, decided = padded_tokens, prepared.config.with_values(share, settled.config.origins)
             settled = fitted(replace(prepared, config=decided), machine, precision, tokens)
             _tell(model, prediction(settled, machine, precision, tokens))
-        made_from = {"data": prepared.data.report.fingerprint}
+        made_from = {"data": prepared.data.report.fingerprint, "configuration": configuration_hash(policy)}
         if policy.has_adapters or prepared.objective.needs_reference:  # else a checkpoint has all that is left of them
             made_from["weights"] = weights_hash(policy.model)
         if done:
@@ -220,36 +220,30 @@ def _run(
         with reference_policy(config, prepared.model, policy, prepared.tokenizer) as reference:
             weights = made_from["weights"]
             if reference is not policy:
-                made_from["reference"] = weights = weights_hash(reference.model)
+                others = _reference_made_from(reference)
+                made_from, weights = made_from | others, others["reference"]
                 if saved:
-                    check_made_from(saved, {"reference": weights}, allow_changes)
-            train, validation = _score_reference(prepared, reference, weights, (train, validation), progress)
+                    check_made_from(saved, others, allow_changes)
+            train, validation = score_reference(prepared, reference, weights, (train, validation), progress)
     resumed_at = saved.step if saved else 0
     if not saved:
         _write_records(prepared, run)  # from here on the folder holds a run; what failed before can be started anew
     trackers = open_trackers(
         config.logging.report_to, run.logs, resumed_at=resumed_at if saved else None, config=to_yaml(config)
     )
-    outputs = RunOutputs(
-        config,
-        run,
-        trackers,
-        progress,
-        made_from=made_from,
-        num_steps=plan.num_steps,
-        resumed_at=resumed_at,
-    )
+    parts = (config, run, trackers, progress)
+    outputs = RunOutputs(*parts, made_from=made_from, num_steps=plan.num_steps, resumed_at=resumed_at)
     try:
         devices = [policy.device] if policy.device.type == "cuda" else []
         # dropout's draws are seeded; the caller's go on
         with StopSignal(progress.note) as stop, torch.random.fork_rng(devices):
-            parts = (config, policy, prepared.objective, plan, train, validation, outputs)
-            loop = Loop(*parts, should_stop=lambda: stop.requested, reference=synced)
+            run_of = (config, policy, prepared.objective, plan, train, validation, outputs)
+            loop = Loop(*run_of, should_stop=lambda: stop.requested, reference=synced)
             if saved:
                 loop.restore(saved)
                 _look_for_best(loop, run, saved)
                 checkpoint.retire_newer(run.path, saved.step)
-                _write_records(prepared, run)  # this run's, now that it is known to fit
+                _write_records(prepared, run, saved)  # this run's, now that it is known to fit
             outputs.cut(resumed_at if saved else -1, evaluated=loop.state.evaluated_step == resumed_at)
             state = loop.run()
             step = loop.load_best(lambda best: checkpoint.open_checkpoint(_best(run, saved, best)))
@@ -277,13 +271,18 @@ def _finish(prepared: Prepared, policy: Policy, run: RunDir, ending: Ending, mad
     return RunResult(name, run.path, ending)
 
 
+def _reference_made_from(reference: Policy) -> dict[str, str]:
+    """Hashes of another model that is the reference, by the names that checkpoints have."""
+    return {"reference": weights_hash(reference.model), "reference_configuration": configuration_hash(reference)}
+
+
 def _already_finished(
     done: Checkpoint, prepared: Prepared, policy: Policy, run: RunDir, made_from: dict[str, str]
 ) -> RunResult:
     """The result of a run that is finished, where it is this one."""
     if "reference" in done.identity:
         with reference_policy(prepared.config, prepared.model, policy, prepared.tokenizer) as reference:
-            made_from["reference"] = weights_hash(reference.model)
+            made_from = made_from | _reference_made_from(reference)
     check_finished(done, prepared.config, made_from)
     log.info("%s is finished: its model is in %s; nothing is trained", prepared.model.name, run.final)
     _mirror(prepared.config, run)
@@ -342,9 +341,9 @@ def _device(config: RunConfig) -> torch.device:
     return device
 
 
-def _write_records(prepared: Prepared, run: RunDir) -> None:
+def _write_records(prepared: Prepared, run: RunDir, saved: Checkpoint | None = None) -> None:
     run.write_text("config.yaml", to_yaml(prepared.config))
-    run.write_json("environment.json", {**describe_environment(seed=prepared.config.seed), "products": rates.record()})
+    write_environment(run, saved, seed=prepared.config.seed, products=rates.record())
     run.write_json("data.json", prepared.data.report.as_dict())
     if prepared.data.rejected:
         run.write_lines("rejected.jsonl", prepared.data.rejected)
@@ -369,7 +368,7 @@ def _rows(prepared: Prepared, tokens: RowTokens, device: torch.device) -> Splits
     return train, validation
 
 
-def _score_reference(
+def score_reference(
     prepared: Prepared, reference: Policy, weights: str, rows: Splits, progress: Progress, *, must_keep: bool = False
 ) -> Splits:
     """The rows with the log-probs of a reference that stays as it is, all that the run will want.

@@ -105,7 +105,9 @@ def test_dataset__num_workers(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
     started = []
     hire = crew.Crew
     monkeypatch.setattr(crew, "Crew", lambda workshop, n, how: started.append(n) or hire(workshop, n, how))
-    assert runs.prepare(num_workers=3).data.report.fingerprint and started == [3]
+    wanted = runs.prepare(num_workers=1).data.report.fingerprint
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "another"))  # or it would be read from there
+    assert runs.prepare(num_workers=3).data.report.fingerprint == wanted and started == [3]
 
 
 def test_dataset__max_dropped_fraction(runs: Any, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import strop
 from strop.engine.loop import Loop
+from strop.engine.recipe import recipe_of
 from strop.errors import CheckpointError
 
 STEPS = 7
@@ -329,3 +330,82 @@ def test_kill_9_leaves_something_to_go_on_from(tmp_path: Path, model_dir: Path) 
     process = start(tmp_path, model_dir, "--resume", "--allow-changes", "--max-steps", "2")
     _, said = process.communicate(timeout=120)
     assert "going on from" in said and process.returncode == 0, said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+        {"rms_norm_eps": 1e-3},
+        {"hidden_act": "gelu"},
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},  # twice as many in the same weights
+    ],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize(("method", "lora"), [("sft", False), ("dpo", True)])
+def test_a_changed_model_configuration_is_refused(
+    method: str, lora: bool, change: dict[str, Any], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    config = strop.load_config(overrides=settings(tmp_path, base, method, lora))
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 5)
+        with pytest.raises(Died):
+            strop.train(config)
+    before = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**before, **change}))
+    with pytest.raises(CheckpointError, match=r"models: the model's config\.json"):
+        strop.train(config, resume="auto")
+    (base / "config.json").write_text(json.dumps(before))
+    assert strop.train(config, resume="auto")[0].final.is_dir()
+
+
+def test_changed_weights_of_a_source_are_refused(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = settings(tmp_path, model_dir, "sft", False)
+    file = keys["dataset"].pop("train_file")
+
+    def config(weight: float) -> strop.RunConfig:
+        return strop.load_config(overrides={**keys, "dataset.sources": [{"name": file, "weight": weight}]})
+
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 5)
+        with pytest.raises(Died):
+            strop.train(config(1.0))
+    for weight in (2.0, 0.5, 1.5):
+        with pytest.raises(CheckpointError, match="data: the training or validation groups"):
+            strop.train(config(weight), resume="auto")
+    assert strop.train(config(1.0), resume="auto")[0].final.is_dir()
+
+
+def test_lengths_that_cut_other_rows_completions_belong_to_the_recipe() -> None:
+    def recipe(method: str, length: int) -> dict[str, Any]:
+        model = {"huggingface_id": "org/model"}
+        keys = {"models": [model], "method": method, "max_seq_length": length}
+        return recipe_of(strop.load_config(overrides=keys))
+
+    assert recipe("kto", 100) != recipe("kto", 200)
+    assert recipe("dpo", 100) == recipe("dpo", 200)  # seen in the groups
+
+
+def test_another_environment_is_told_and_the_launchs_record_stays(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False))
+    file = tmp_path / "out" / "run" / "environment.json"
+    for at in (3, 5):
+        with monkeypatch.context() as patch, pytest.raises(Died):
+            die_in_step(patch, at)
+            strop.train(config, resume="auto")
+    launch = json.loads(file.read_text())
+    assert [resume.pop("after_step") for resume in launch.pop("resumes")] == [2]
+    assert "not as at the launch" not in caplog.text
+    launch["packages"]["torch"], launch["num_threads"], launch["devices"] = "1.0", 77, [{"name": "a GPU"}]
+    file.write_text(json.dumps(launch))
+    strop.train(config, resume="auto")
+    for line in ("torch 1.0 then", "num_threads 77 then", "devices [{'name': 'a GPU'}] then, [] now"):
+        assert f"not as at the launch, so the result may differ in its last digits: {line}" in caplog.text
+    after = json.loads(file.read_text())
+    (resume,) = after.pop("resumes")
+    assert after == launch and resume["after_step"] == 4 and resume["packages"]["torch"] == torch.__version__

@@ -76,10 +76,21 @@ class DataReport:
     rendering: Rendering
 
     @classmethod
-    def of(cls, counts: Mapping[str, SplitCounts], groups: Mapping[str, Groups], how: Rendering) -> DataReport:
-        """From what became of the rows of every split; there is a split `train`."""
+    def of(
+        cls,
+        counts: Mapping[str, SplitCounts],
+        groups: Mapping[str, Groups],
+        how: Rendering,
+        *,
+        trained: Groups | None = None,
+    ) -> DataReport:
+        """From what became of the rows of every split; there is a split `train`. trained: its groups as often as their
+        sources' weights have them trained, default once each."""
         statistics = {name: group_statistics(groups[name]) for name in counts}
-        together = hashlib.sha256("".join(str(s["fingerprint"]) for s in statistics.values()).encode())
+        parts = [str(s["fingerprint"]) for s in statistics.values()]
+        if trained is not None and trained is not groups["train"]:
+            parts.append(fingerprint(trained))
+        together = hashlib.sha256("".join(parts).encode())
         return cls(counts, statistics, examine(groups), together.hexdigest(), how)
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,17 +6,26 @@ command line is without its credentials.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from strop.engine.checkpoint import Checkpoint
 from strop.redact import redact_arguments
+from strop.rundir import RunDir
 
+log = logging.getLogger("strop")
+
+ENVIRONMENT = "environment.json"
 PACKAGES = ("strop", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "bitsandbytes")
 
 
@@ -26,6 +35,7 @@ def describe_environment(*, seed: int, world_size: int = 1, command: Sequence[st
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
+        "processor": _processor(),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "devices": _devices(),
@@ -35,6 +45,55 @@ def describe_environment(*, seed: int, world_size: int = 1, command: Sequence[st
         "git_commit": _git_commit(),
         "command": redact_arguments(sys.argv if command is None else command),
     }
+
+
+COMPARED = ("python", "packages", "platform", "processor", "num_cpus", "num_threads", "devices", "cuda", "world_size")
+"""What can change a result in its last digits."""
+
+
+def write_environment(run: RunDir, saved: Checkpoint | None, *, seed: int, products: Any) -> None:
+    """environment.json of a launch; of a resume from `saved` the launch's, with this one behind it, and what differs is
+    told. products: how matrix products are computed here."""
+    environment: dict[str, Any] = {**describe_environment(seed=seed), "products": products}
+    if saved and (launch := launch_record(saved.path.parent)) is not None:
+        for line in changed_since(launch, environment):
+            log.warning("%s: not as at the launch, so the result may differ in its last digits: %s", run.path, line)
+        environment = resumed(launch, saved.step, environment)
+    run.write_json(ENVIRONMENT, environment)
+
+
+def launch_record(run_dir: Path) -> dict[str, Any] | None:
+    """What a run wrote down when it began; None where that is gone or cannot be read."""
+    try:
+        found = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def changed_since(launch: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each version, count or device that is another one than at the launch."""
+    for name in COMPARED:
+        before, after = launch.get(name), now.get(name)
+        if name == "packages" and isinstance(before, Mapping) and isinstance(after, Mapping):
+            both = sorted(before.keys() & after.keys())
+            yield from (f"{p} {before[p]} then, {after[p]} now" for p in both if before[p] != after[p])
+        elif name in launch and before != after:
+            yield f"{name} {before} then, {after} now"
+
+
+def resumed(launch: Mapping[str, Any], step: int, now: Mapping[str, Any]) -> dict[str, Any]:
+    """The launch's record as it is, with that of one more resume behind it."""
+    return {**launch, "resumes": [*launch.get("resumes", ()), {"after_step": step, **now}]}
+
+
+def _processor() -> str | None:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(package: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from strop.config import RunConfig
 from strop.engine.checkpoint import Checkpoint
 from strop.errors import CheckpointError
+from strop.objectives.base import build_objective
 
 log = logging.getLogger("strop")
 
@@ -50,8 +51,10 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     }
     if cut_matters(config):
         keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
-    if config.training.packing:
-        keys["training.max_seq_length"] = config.training.max_seq_length  # what rows are filled to
+    if config.training.packing or build_objective(config.post_training).needs_mismatched:
+        keys["training.max_seq_length"] = (
+            config.training.max_seq_length
+        )  # rows are filled to it; other rows' completions are cut to it
     plain: dict[str, Any] = json.loads(json.dumps(keys))
     return plain
 
@@ -64,7 +67,9 @@ def cut_matters(config: RunConfig) -> bool:
 MADE_FROM = {
     "data": "data: the training or validation groups are not those of the run (see data.json)",
     "weights": "models: the weights that the run began with are others by now",
+    "configuration": "models: the model's config.json says something else by now, and so computes something else",
     "reference": "post_training.ref_model_id: the weights of that model are others by now",
+    "reference_configuration": "post_training.ref_model_id: that model's config.json says something else by now",
 }
 """What a checkpoint has hashes of, and what to say where they differ."""
 

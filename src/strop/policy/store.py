@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -194,17 +194,27 @@ def by_completion(groups: Iterable[Group], logps: Iterable[Tensor]) -> Iterator[
 
 def model_identity(policy: Policy, weights: str) -> dict[str, object]:
     """Everything about a policy that its log-probs depend on, by more than the order of additions."""
-    config = policy.loaded_config.to_dict()
     return {
         "format": FORMAT,
         "weights": weights,
-        "config": {key: value for key, value in config.items() if key not in _NO_NUMBERS},
+        "config": _numbers_of(policy.loaded_config.to_dict()),
         "compute": short_name(policy.precision.compute),
         "head": [short_name(policy.head_dtype), str(policy.transform)],
         "rows": f"shared, {policy.attention_kernel}" if policy.share_prefix else f"plain, {policy.plain_attention}",
         "device": policy.device.type,
         "products": rates.ways(policy.precision.compute) if policy.device.type == "cpu" else None,
     }
+
+
+def configuration_hash(policy: Policy) -> str:
+    """A hash of what the model's configuration says about its numbers (heads, norms, rotations, activations), beside
+    the defaults of its architecture, which a newer transformers may list more of."""
+    text = json.dumps(_numbers_of(policy.loaded_config.to_diff_dict()), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NO_NUMBERS}
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from strop.durable import to_json
-from strop.engine.environment import describe_environment
+from strop.engine.environment import changed_since, describe_environment, launch_record, resumed
 
 SECRET = "hf_" + "a1B2c3D4e5" * 3
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -26,6 +26,24 @@ def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["seed"], facts["world_size"], facts["command"]) == (7, 2, ["strop", "train"])
     assert json.loads(to_json(facts)) == facts
     assert "never-written-down" not in to_json(facts)
+
+
+def test_what_changed_since_the_launch(tmp_path: Path) -> None:
+    launch = describe_environment(seed=1)
+    assert list(changed_since(launch, describe_environment(seed=2, command=["other"]))) == []
+    packages = launch["packages"]
+    assert isinstance(packages, dict)
+    now = {**launch, "packages": {**packages, "torch": "0.1", "strop": "9"}, "num_threads": 99, "git_commit": "x"}
+    told = list(changed_since(launch, now))
+    assert [line.split()[0] for line in told] == ["strop", "torch", "num_threads"]
+    assert told[1] == f"torch {torch.__version__} then, 0.1 now"
+    assert list(changed_since({}, now)) == []  # a record of an older version has less in it
+    once = resumed(launch, 3, now)
+    assert resumed(once, 5, launch) == {**launch, "resumes": [{"after_step": 3, **now}, {"after_step": 5, **launch}]}
+    for text in (None, "{", "[]"):
+        if text is not None:
+            (tmp_path / "environment.json").write_text(text)
+        assert launch_record(tmp_path) is None
 
 
 def test_no_secret_of_the_command_line_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

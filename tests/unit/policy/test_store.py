@@ -239,6 +239,10 @@ def test_the_identity_is_of_what_decides_the_numbers(build: Callable[..., Policy
     next(p for n, p in policy.named_parameters() if "lora_B" in n).data[0, 0] = 1e-3
     next(m for m in policy.modules() if isinstance(m, LoraLayer)).scaling["default"] *= 2
     seen.append(identity_of(policy))
+    for key, value in (("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("num_attention_heads", 2), ("rope_theta", 5.0)):
+        policy = build()
+        setattr(policy.loaded_config, key, value)
+        seen.append(identity_of(policy))
     assert all(one not in seen[:i] for i, one in enumerate(seen))
 
 
