@@ -86,6 +86,7 @@ def dry_run(
 def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[PreTrainedTokenizerBase, LoadedData]:
     """Shows the first row as it is trained, reads all of them, and says what became of them."""
     tokenizer = load_tokenizer(model, needs_weights=False)
+    config = with_day(config, tokenizer)
     rows, stops = config.post_training.ROWS, stop_tokens(model)
     data, first = None, first_group(config, tokenizer, rows, stops)
     if first is None:

@@ -88,6 +88,11 @@ def _as_sources(value: Any) -> Any:
     return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
 
+def _as_day(value: Any) -> Any:
+    """YAML reads a day that stands without quotes as a date."""
+    return value.isoformat() if isinstance(value, datetime.date) else value
+
+
 class DatasetSection(Section):
     """Where the rows come from and how they become tokens."""
 
@@ -140,10 +145,10 @@ class DatasetSection(Section):
     last one, or the last one and the calls of tools behind the last user turn."""
     on_dropped_reasoning: Literal["refuse", "drop"] = "refuse"
     """A row with reasoning that the chat template has no place for: refuse it, or train it without its reasoning."""
-    date: datetime.date | None = Field(
+    date: Annotated[str | None, BeforeValidator(_as_day)] = Field(
         default=None, json_schema_extra={"x-default": "the day of the first launch, where the template prints it"}
     )
-    """What chat templates that print the day take for today; a resumed run keeps it."""
+    """What chat templates that print the day take for today, as YYYY-MM-DD; a resumed run keeps it."""
     on_error: Literal["error", "skip"] = "error"
     """A row that cannot be read: stop with its file and line, or skip it, count it and write it to rejected.jsonl."""
     on_trailing_user: Literal["refuse", "drop"] = "refuse"
@@ -162,6 +167,10 @@ class DatasetSection(Section):
     """Drop rows that are longer than the limits instead of truncating them."""
 
     def problems(self) -> Iterator[Problem]:
+        try:
+            datetime.date.fromisoformat(self.date or "2026-01-01")
+        except ValueError:
+            yield Problem(("date",), f"date is {self.date!r}, which is no day", fix="write it as YYYY-MM-DD")
         if self.subset is not None and "[" in self.subset:
             yield Problem(
                 ("subset",),

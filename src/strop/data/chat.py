@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from strop.config import DatasetSection
 from strop.data.answers import Answer, Content, Conversation, dropped_reasoning, unverified
 from strop.data.forms import (
     TRAIN,
@@ -33,6 +34,9 @@ from strop.data.template import choose_template, tokenizers_template
 from strop.data.writer import Ends, Tools, Writer
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
+
+NOW = "strftime_now"
+"""The function that gives templates the day."""
 
 TrainOn = Literal["all", "last", "last_and_tools"]
 """Which assistant turns of a completion are trained: see `dataset.train_on`."""
@@ -77,6 +81,23 @@ class TextRules:
     date: datetime.date | None = None
 
 
+def prints_the_day(dataset: DatasetSection, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template of a run asks what day it is: tomorrow it would give other tokens.
+
+    Raises:
+        ConfigError: the named template cannot be used.
+    """
+    if dataset.render == "raw":
+        return False
+    named = tokenizer.chat_template if dataset.template is None else choose_template(dataset.template, tokenizer).source
+    return NOW in str(named)
+
+
+def day_of(dataset: DatasetSection) -> datetime.date | None:
+    """What a template takes for today."""
+    return None if dataset.date is None else datetime.date.fromisoformat(dataset.date)
+
+
 class Renderer:
     """Renders examples by a chat template.
 
@@ -107,10 +128,14 @@ class Renderer:
             return tokenizers_template(self._tokenizer, with_tools=True)
         return self.template
 
+    @property
+    def date(self) -> str | None:
+        """What the template takes for today; None where it does not ask."""
+        return str(self._rules.date) if self._rules.date is not None and NOW in self.template else None
+
     def identity(self) -> list[Any]:
         """All that decides what becomes of an example, besides the tokenizer."""
-        dated = "strftime_now" in self.template
-        rules = replace(self._rules, template=None, date=self._rules.date if dated else None)
+        rules = replace(self._rules, template=None, date=self._rules.date if self.date else None)
         return [self.template, self.wraps_text, repr(rules), sorted(self._ends.stops)]
 
     @property

@@ -229,7 +229,7 @@ def _rendering(views: Mapping[str, Groups], workshop: Workshop) -> Rendering:
     if num_raw == num_rows:
         return Rendering(0, num_raw, None, None)
     renderer = workshop.renderer
-    return Rendering(num_rows - num_raw, num_raw, renderer.chosen.name, renderer.template_sha256)
+    return Rendering(num_rows - num_raw, num_raw, renderer.chosen.name, renderer.template_sha256, renderer.date)
 
 
 def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:

@@ -56,13 +56,14 @@ class Rendering:
     """How rows became text.
 
     template: `tokenizer`, the name of a shipped one, the path of a file, or null where every row was trained as the
-    text that it is.
+    text that it is. date: what the template takes for today, where it prints the day.
     """
 
     num_chat: int
     num_raw: int
     template: str | None
     template_sha256: str | None
+    date: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class DataReport:
         how = self.rendering
         lines = [f"text: {how.num_chat} rows by the {how.template} chat template"] if how.num_chat else []
         lines += [f"text: {how.num_raw} rows as they are, by no template"] if how.num_raw else []
+        lines += [f"text: the template prints the day, {how.date} (dataset.date)"] if how.date else []
         for name, c in self.splits.items():
             tokens = self.statistics[name]["tokens"]
             lines.append(f"{name}: {c.kept} of {c.rows_read} rows from {c.source}, {tokens['trained']} trained tokens")

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop import apart
 from strop.config import RunConfig
-from strop.data.chat import Rendered, Renderer, TextRules
+from strop.data.chat import Rendered, Renderer, TextRules, day_of
 from strop.data.encode import Encoded, Encoder
 from strop.data.formats import Columns, to_example
 from strop.data.readers import parse_line
@@ -74,7 +74,7 @@ class Workshop:
         self._vocabulary = len(tokenizer)
         self.limits = Limits.of(config.training, dataset.filter_overlength_samples)
         rules = TextRules(
-            dataset.render, dataset.template, dataset.train_on, dataset.on_dropped_reasoning, dataset.date
+            dataset.render, dataset.template, dataset.train_on, dataset.on_dropped_reasoning, day_of(dataset)
         )
         self.renderer = Renderer(tokenizer, rules, stop_tokens)
         self._encoder = Encoder(tokenizer, self.renderer.template)

@@ -52,9 +52,10 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     if cut_matters(config):
         keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
     if config.training.packing or build_objective(config.post_training).needs_mismatched:
-        keys["training.max_seq_length"] = (
-            config.training.max_seq_length
-        )  # rows are filled to it; other rows' completions are cut to it
+        # rows are filled to it; completions of other rows are cut to it
+        keys["training.max_seq_length"] = config.training.max_seq_length
+    if config.dataset.date is not None:
+        keys["dataset.date"] = config.dataset.date  # so that a resume can keep it
     plain: dict[str, Any] = json.loads(json.dumps(keys))
     return plain
 
