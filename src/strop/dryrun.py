@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.config import ModelSection, RunConfig, of_model, resolve
 from strop.config.yamlfile import write_value
+from strop.data.day import with_day
 from strop.data.load import LoadedData, first_group, load_data
 from strop.data.show import show_group
 from strop.disk import refuse_in_the_way

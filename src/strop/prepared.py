@@ -5,7 +5,6 @@ config -> model sections -> `Prepared`, which the run takes up and the dry run d
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from strop.config import RunConfig, advice, of_model
 from strop.config.methods import KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
-from strop.data.chat import prints_the_day
+from strop.data.day import with_day
 from strop.data.doctor import imbalance
 from strop.data.load import LoadedData, load_data
 from strop.data.plan import (
@@ -134,7 +133,8 @@ def prepare(
     require_optimizer(config.training)
     tokenizer = load_tokenizer(model) if read is None else read[0]
     check_reference(config, model, tokenizer)
-    config = with_day(config, tokenizer, checkpoint)
+    kept = checkpoint.state["recipe"].get("dataset.date") if checkpoint is not None else None
+    config = with_day(config, tokenizer, kept)
     data = load_data(config, tokenizer, objective.rows, stop_tokens(model)) if read is None else read[1]
     if objective.needs_mismatched:
         _check_mismatched(data)
@@ -171,21 +171,6 @@ def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prep
         budget, longest = default_budget(prepared.data.train, batch, tokens, device_type), "the longest group"
     origin = f"{CPU_TOKENS} on a CPU, or {longest}" if device_type == "cpu" else f"batch size x {longest}"
     return replace(prepared, config=prepared.config.with_values({"training.micro_batch_tokens": budget}, origin))
-
-
-def today() -> datetime.date:
-    """The day of a first launch."""
-    return datetime.date.today()
-
-
-def with_day(config: RunConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None = None) -> RunConfig:
-    """`dataset.date` of a run whose chat template asks what day it is: that of the first launch."""
-    if config.dataset.date is not None or not prints_the_day(config.dataset, tokenizer):
-        return config
-    kept = checkpoint.state["recipe"].get("dataset.date") if checkpoint is not None else None
-    if kept is not None:
-        return config.with_values({"dataset.date": kept}, "the resumed run")
-    return config.with_values({"dataset.date": today().isoformat()}, "today: the chat template prints the day")
 
 
 def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> None:

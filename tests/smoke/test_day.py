@@ -12,7 +12,7 @@ import yaml
 
 import strop
 from conftest import CHATML, build_model, build_tokenizer
-from strop import prepared
+from strop.data import day as days
 
 
 def test_a_resume_keeps_the_day_of_the_first_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_a_resume_keeps_the_day_of_the_first_launch(tmp_path: Path, monkeypatch:
     (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 6)
 
     def launch(day: datetime.date, cache: str) -> Path:
-        monkeypatch.setattr(prepared, "today", lambda: day)
+        monkeypatch.setattr(days, "today", lambda: day)
         monkeypatch.setenv("STROP_CACHE", str(tmp_path / cache))
         config = {
             "models": [{"name": "run", "huggingface_id": str(model)}],

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.config import DatasetSection
 from strop.data.answers import Answer, Content, Conversation, dropped_reasoning, unverified
+from strop.data.day import NOW
 from strop.data.forms import (
     TRAIN,
     call_forms,
@@ -34,9 +34,6 @@ from strop.data.template import choose_template, tokenizers_template
 from strop.data.writer import Ends, Tools, Writer
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
-
-NOW = "strftime_now"
-"""The function that gives templates the day."""
 
 TrainOn = Literal["all", "last", "last_and_tools"]
 """Which assistant turns of a completion are trained: see `dataset.train_on`."""
@@ -79,23 +76,6 @@ class TextRules:
     train_on: TrainOn = "all"
     on_dropped_reasoning: Literal["refuse", "drop"] = "refuse"
     date: datetime.date | None = None
-
-
-def prints_the_day(dataset: DatasetSection, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template of a run asks what day it is: tomorrow it would give other tokens.
-
-    Raises:
-        ConfigError: the named template cannot be used.
-    """
-    if dataset.render == "raw":
-        return False
-    named = tokenizer.chat_template if dataset.template is None else choose_template(dataset.template, tokenizer).source
-    return NOW in str(named)
-
-
-def day_of(dataset: DatasetSection) -> datetime.date | None:
-    """What a template takes for today."""
-    return None if dataset.date is None else datetime.date.fromisoformat(dataset.date)
 
 
 class Renderer:

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from strop import apart
 from strop.config import RunConfig
-from strop.data.chat import Rendered, Renderer, TextRules, day_of
+from strop.data.chat import Rendered, Renderer, TextRules
+from strop.data.day import day_of
 from strop.data.encode import Encoded, Encoder
 from strop.data.formats import Columns, to_example
 from strop.data.readers import parse_line

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from strop.data.day import NOW
 from strop.data.forms import reasoning_keys
 from strop.data.marks import Span
 from strop.data.rows import RowRefused
@@ -94,7 +95,7 @@ class Writer:
         self._template, self.ends, self.tools = template, ends, tools
         self._variables = dict(special_tokens)
         if date is not None:
-            self._variables["strftime_now"] = date.strftime
+            self._variables[NOW] = date.strftime
         self.reasoning_keys = reasoning_keys(template)
         self.asks_for_answers = "add_generation_prompt" in template
 
