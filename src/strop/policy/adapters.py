@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from strop import apart
 from strop.config.sections import LoraSection, ModelSection
-from strop.errors import ModelError, first_line
+from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.folder import adapter_files, place_of, read_json, source_of
 from strop.policy.load import LOAD_ERRORS, quiet
 from strop.policy.targets import head_names, linear_layers, reach, resolve_parameters, resolve_targets, selected, sizes
@@ -108,7 +110,10 @@ def continue_adapters(
     if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
         logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
     config.base_model_name_or_path, config.revision = source, model.revision
-    stored, before = load_file(weights), sizes(module)
+    _try_patterns(settings, [name for name, _ in module.named_modules()], where)
+    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
+        stored = load_file(weights)
+    before = sizes(module)
     try:
         with quiet():
             adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
@@ -214,9 +219,49 @@ def _read_adapter(adapter: str, where: str) -> tuple[dict[str, Any], Path]:
     return read_json(config, where), weights
 
 
+def _try_patterns(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Match what an adapter from elsewhere has for regular expressions, where they can be stopped.
+
+    Raises:
+        ModelError: one takes for ever.
+    """
+    found = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    found += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or ()]
+    patterns = [text for text in found if isinstance(text, str)]
+    if not any(set(text) & set("*+{?|(") for text in patterns):
+        return
+    try:
+        apart.tried(_match, patterns, names, seconds=PATTERN_SECONDS)
+    except apart.TooMuch as limit:
+        raise ModelError(
+            f"a regular expression in adapter_config.json takes more than {limit}",
+            where=where,
+            expected="names of modules, or expressions that are matched at once",
+            fix="write the names of the modules into target_modules, rank_pattern and alpha_pattern",
+        ) from limit
+
+
+def _match(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        for name in names:
+            re.fullmatch(pattern, name)
+            re.match(rf"(.*\.)?({pattern})$", name)
+
+
+PATTERN_SECONDS = 10.0
+USUAL_NAMES = [
+    f"{stem}.{layer}.{part}"
+    for stem in ("model.layers", "transformer.h", "model.language_model.layers")
+    for layer in (0, 10)
+    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "attn.c_attn", "mlp.c_proj")
+]
+"""What modules are called: before a model is there, expressions are tried on these."""
+
+
 def _adapter_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
     if settings.get("peft_type") != "LORA":
         raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
+    _try_patterns(settings, USUAL_NAMES, where)
     foreign = [name for name in _FOREIGN if settings.get(name)]
     if foreign or settings.get("init_lora_weights", True) not in _INITS:
         raise ModelError(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line
+from strop.policy.guard import LONGEST_JSON, check_links, check_numbers, check_sealed, contained
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def place_of(model: ModelSection) -> str:
 def source_of(model_id: str) -> str:
     """A folder as an absolute path, so that it is found from any working directory; a hub id as it is."""
     folder = Path(model_id).expanduser()
-    return os.path.abspath(folder) if folder.is_dir() else model_id
+    return os.path.abspath(folder) if os.path.isdir(folder) else model_id
 
 
 def inspect_config(model: ModelSection) -> ConfigFile:
@@ -74,6 +75,9 @@ def inspect_config(model: ModelSection) -> ConfigFile:
     """
     where, source = place_of(model), source_of(model.huggingface_id)
     check_exists(model.huggingface_id, where)
+    if os.path.isdir(source):
+        check_links(Path(source), where)
+        check_sealed(Path(source), where, weights=False)
     file = fetch(source, "config.json", model.revision, where)
     if fetch(source, "adapter_config.json", model.revision, where, optional=True) is not None:
         raise ModelError(
@@ -87,6 +91,7 @@ def inspect_config(model: ModelSection) -> ConfigFile:
     ignored: list[str] = []
     if not model.trust_remote_code:
         content = _without(content, "", ignored, where)
+    check_numbers(content, where)
     if content.get("quantization_config"):
         raise ModelError(
             "its weights are quantised (quantization_config in config.json), which cannot be trained",
@@ -137,6 +142,10 @@ def adapter_files(adapter: str, where: str) -> tuple[Path, Path]:
     """
     source = source_of(adapter)
     check_exists(adapter, where)
+    if os.path.isdir(source):
+        check_links(Path(source), where)
+        for weights_too in (False, True):
+            check_sealed(Path(source), where, weights=weights_too)
     config = fetch(source, "adapter_config.json", None, where)
     if config is None:
         raise ModelError("there is no adapter_config.json", where=where, expected="an adapter that peft has saved")
@@ -178,13 +187,13 @@ def inspect_model(model: ModelSection) -> ModelFiles:
 
 def check_exists(model_id: str, where: str) -> None:
     """Refuse what looks like a path and is none, before it is asked for on the hub."""
-    path = Path(model_id).expanduser()
-    if path.is_dir():
+    path = os.path.expanduser(model_id)
+    if os.path.isdir(path):
         return
     looks_like_path = model_id.startswith((".", "~", os.sep)) or model_id.count("/") > 1 or "\\" in model_id
-    if path.exists() or looks_like_path:
+    if os.path.exists(path) or looks_like_path:
         raise ModelError(
-            "the path is a file" if path.exists() else "there is no such folder",
+            "the path is a file" if os.path.exists(path) else "there is no such folder",
             where=where,
             expected=f"{_MODEL_FOLDER}, or a hub id like owner/name",
             fix="check the path; it is relative to the folder where strop is started",
@@ -201,7 +210,7 @@ def fetch(source: str, name: str, revision: str | None, where: str, optional: bo
     """
     if os.path.isdir(source):
         file = Path(source, name)
-        return _contained(file, Path(source), where) if file.exists() or file.is_symlink() else None
+        return contained(file, Path(source), where) if os.path.lexists(file) else None
     from transformers.utils import cached_file  # slow to import, and needed for the hub alone
 
     try:
@@ -243,6 +252,8 @@ def _not_here(source: str) -> str:
 def read_json(file: Path, where: str) -> dict[str, Any]:
     """A JSON object from a file, its special floats decoded."""
     try:
+        if file.stat().st_size > LONGEST_JSON:
+            raise ValueError(f"it has more than {LONGEST_JSON:,} bytes")
         content = json.loads(file.read_text(encoding="utf-8"), object_hook=_as_float)
     except (OSError, ValueError, RecursionError) as error:
         fix = "download or copy the file again"
@@ -256,17 +267,6 @@ def _as_float(content: dict[str, Any]) -> Any:
     """JSON has no infinities, so transformers writes {"__float__": "Infinity"} in their place."""
     named = content["__float__"] if content.keys() == {"__float__"} else None
     return float(named) if named in _FLOATS else content
-
-
-def _contained(file: Path, folder: Path, where: str) -> Path:
-    """Refuse links out of the folder; the hub's cache links snapshots/COMMIT/* to blobs/* beside snapshots."""
-    real, root = file.resolve(), folder.resolve()
-    in_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parents[1] / "blobs")
-    if not (real.is_relative_to(root) or in_cache):
-        raise ModelError(f"{file.name} is a link that leads out of the folder, to {real}", where=where)
-    if not real.is_file():
-        raise ModelError(f"{file.name} is no file", where=where)
-    return file
 
 
 def _commit_of(file: Path) -> str | None:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from strop.config.sections import ModelSection
-from strop.errors import ModelError, first_line
+from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.folder import ConfigFile, has_weights, inspect_config, inspect_model, place_of, source_of
+from strop.policy.guard import check_sealed
+from strop.policy.memory import is_out_of_memory
 from strop.policy.precision import nonfinite, short_name
 
 if TYPE_CHECKING:
@@ -101,22 +104,24 @@ def load_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
         ModelError: there is no such model or no tokenizer, it cannot be read, or has no end-of-sequence token.
     """
     where, (source, rows) = place_of(model), _look_at(model, needs_weights)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
-    except Exception as error:  # the tokenizers library raises Exception itself
+
+    def not_loaded(why: str) -> ModelError:
         local = os.path.isdir(source)
         absent = local and not os.path.exists(os.path.join(source, "tokenizer.json"))
-        raise ModelError(
-            "there is no tokenizer.json" if absent else f"its tokenizer cannot be loaded: {first_line(error)}",
+        return ModelError(
+            "there is no tokenizer.json" if absent else f"its tokenizer cannot be loaded: {why}",
             where=where,
             expected="tokenizer.json and tokenizer_config.json in the model's folder or repository",
             fix="copy the tokenizer of the model it was made from into the folder"
             if local
             else "choose a model with a tokenizer, or download the model and add one to its folder",
-        ) from error
+        )
+
+    with foreign_errors(not_loaded), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    _merge_always(tokenizer, where)
     for how in ("is_local", "local_files_only"):  # how it was found; not to be saved with it
         tokenizer.init_kwargs.pop(how, None)
     if len(tokenizer.get_vocab()) == 0:
@@ -134,6 +139,39 @@ def load_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
     return tokenizer
 
 
+def _merge_always(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Switch random merges off: the same text is to be the same tokens, in training and after it."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        logger.warning("%s: its tokenizer leaves out merges at random (dropout %g); that is off", where, dropout)
+        tokenizer.backend_tokenizer.model.dropout = None
+
+
+@contextmanager
+def model_errors(where: str, doing: str) -> Iterator[None]:
+    """What a model's own code raises, as one error; running out of memory comes through.
+
+    Raises:
+        ModelError: anything else went wrong.
+    """
+
+    def failed(why: str) -> ModelError:
+        return ModelError(
+            f"{doing} fails: {why}",
+            where=where,
+            expected="a config.json that belongs to the weights",
+            fix="download or copy config.json again; it is what decides how the model computes",
+        )
+
+    try:
+        yield
+    except BaseException as error:
+        if is_out_of_memory(error) or not isinstance(error, Exception):
+            raise
+        with foreign_errors(failed):
+            raise
+
+
 def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
     """The model on the CPU, its weights in `dtype`, its dropout off.
 
@@ -141,6 +179,8 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
         ModelError: it cannot be loaded completely and safely as a causal language model.
     """
     where, files = place_of(model), inspect_model(model)
+    if os.path.isdir(files.source):
+        check_sealed(Path(files.source), where, weights=True)
     if files.ignored:
         names = ", ".join(files.ignored)
         logger.warning("%s: ignored in config.json, since trust_remote_code is false: %s", where, names)
@@ -241,7 +281,9 @@ def _build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrai
         with quiet():
             if has_code:
                 return AutoConfig.from_pretrained(files.source, revision=files.revision, trust_remote_code=True)
-            return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(files.config)))
+            config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(files.config)))
+            config.return_dict = True  # how a forward hands its results over, which changes none
+            return config
     except LOAD_ERRORS as error:
         detail = " ".join(str(error).split())
         raise ModelError(

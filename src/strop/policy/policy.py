@@ -34,7 +34,7 @@ from strop.policy.denormals import flush_denormals
 from strop.policy.elementwise import EAGER, Elementwise, compiled
 from strop.policy.folder import place_of
 from strop.policy.fused import forget_shared, fuse
-from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, quiet
+from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_errors, quiet
 from strop.policy.logits import logit_transform
 from strop.policy.logprobs import token_logps
 from strop.policy.matmul import widens
@@ -334,7 +334,8 @@ def assemble(
     if getattr(loaded.config.get_text_config(), "output_router_logits", False):
         logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
     policy = Policy(module, loaded, precision, share_prefix=reason is None, fp32_logits=fp32_logits, where=where)
-    own = own_logps(policy)  # before layers get other forwards than the model's
+    with model_errors(where, "its forward pass"):
+        own = own_logps(policy)  # before layers get other forwards than the model's
     if own.transform != policy.transform:
         logger.info("%s: its logits, measured: %s", where, own.transform.describe())
         policy.transform = own.transform

@@ -1,0 +1,132 @@
+"""What a model folder may not do to whoever reads it: lead elsewhere, be damaged, name sizes without end. Floor 2.
+
+A folder comes in; nothing goes out, or one error that names the file. No torch, and no weight is read but to compare
+its hash.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from strop.errors import ModelError, foreign_errors
+from strop.manifest import MANIFEST, Damaged, read_manifest, verify_listed
+
+READ = frozenset({".json", ".jinja", ".safetensors", ".model", ".txt", ".tiktoken"})
+"""Suffixes of what is read of a model folder, by strop or by the libraries that load it."""
+TEMPLATES = "additional_chat_templates"
+MOST_LAYERS = 2_000
+"""Some ten times the deepest model there is. A model is built layer by layer before anything else can be said of it."""
+MOST_EXPERTS = 20_000
+LONGEST_JSON = 1 << 26
+"""Bytes. The list of the largest model's weights has a tenth of it."""
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_links(folder: Path, where: str) -> None:
+    """Every file of a model folder that anybody reads is the folder's own.
+
+    Raises:
+        ModelError: one is a link that leads out of the folder, or nowhere.
+    """
+    for place in (folder, folder / TEMPLATES):
+        with foreign_errors(lambda why, at=place: ModelError(f"{at} cannot be read: {why}", where=where)):  # type: ignore[misc]
+            names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+        for name in names:
+            is_read = os.path.splitext(name)[1].lower() in READ or name == TEMPLATES
+            if is_read and (os.path.islink(place / name) or os.path.islink(place)):
+                contained(place / name, folder, where)
+
+
+def contained(file: Path, folder: Path, where: str) -> Path:
+    """The file, which is there. The hub's cache links snapshots/COMMIT/* to blobs/* beside snapshots.
+
+    Raises:
+        ModelError: it is no file, or a link that leads out of the folder or nowhere.
+    """
+    try:
+        real, root = file.resolve(), folder.resolve()
+        is_there = real.exists()
+    except (OSError, RuntimeError):  # a loop
+        is_there = False
+    if not is_there:
+        raise ModelError(f"{file.name} is a link that leads nowhere", where=where, fix="copy the file itself there")
+    in_cache = root.parent.name == "snapshots" and real.is_relative_to(root.parents[1] / "blobs")
+    if not (real.is_relative_to(root) or in_cache):
+        raise ModelError(
+            f"{file.name} is a link that leads out of the folder, to {real}",
+            where=where,
+            expected="files of the model's own: what they hold is copied into what is trained",
+            fix="copy the file itself there, if it belongs to the model",
+        )
+    if not (real.is_file() or file.name == TEMPLATES):
+        raise ModelError(f"{file.name} is no file", where=where)
+    return file
+
+
+def check_sealed(folder: Path, where: str, *, weights: bool) -> None:
+    """A folder that strop wrote is as strop wrote it; files that are not there any more do not count.
+
+    Args:
+        weights: compare the weights, and nothing else; or else everything else.
+
+    Raises:
+        ModelError: a file has another content than its MANIFEST.json says.
+    """
+    if not _is_ours(folder / MANIFEST):
+        return
+    try:
+        manifest = read_manifest(folder)
+        there = {
+            name: entry
+            for name, entry in manifest.files.items()
+            if os.path.lexists(folder / name) and name.endswith(".safetensors") is weights
+        }
+        verify_listed(folder, there)
+    except Damaged as damage:
+        raise ModelError(
+            f"it is not what was written: {damage}",
+            where=where,
+            expected=f"the files that {MANIFEST} lists, unchanged",
+            fix=f"copy the folder again; if you have changed it yourself, remove {folder / MANIFEST}",
+        ) from damage
+
+
+def _is_ours(manifest: Path) -> bool:
+    try:
+        with manifest.open("rb") as file:
+            text = file.read(1 << 24)
+    except OSError:
+        return False
+    return any(key in text for key in (b'"manifest_sha256"', b'"identity"'))
+
+
+def check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Refuse numbers of layers and experts that no model has, before anything is built from them.
+
+    Raises:
+        ModelError: there are too many, or none.
+    """
+    for key, value in _numbers(config):
+        most = MOST_LAYERS if key in _LAYERS else MOST_EXPERTS if key in _EXPERTS else None
+        if most is not None and not (0 if key in _EXPERTS else 1) <= value <= most:
+            raise ModelError(
+                f"config.json: {key} is {value:,}"
+                if abs(value) < 10**18
+                else f"config.json: {key} is beyond all bounds",
+                where=where,
+                expected=f"a number from 1 to {most:,}",
+                fix="download or copy the file again",
+            )
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield key, value
