@@ -43,6 +43,7 @@ usage: strop train --config FILE [--preset NAME] [--dry-run] [--resume [auto|PAT
   --preset NAME          cpu, gpu-bf16, gpu-fp16, memory-efficient, or a path
   --dry-run              validate, read the data, show one example and the plan, stop; needs config.json, no weights
     --no-time            do not time the processor
+    --verbose            say what the estimate leaves out, too
     --device NAME        judge another machine: cpu, or a GPU's name, such as h100
     --device-memory SIZE judge this much memory, such as 24GiB
   --model-index N        train only the N-th model of the file, from 0
@@ -141,7 +142,7 @@ def _train(arguments: list[str]) -> int:
     parser.once("--resume", nargs="?", const="auto")
     for flag in ("--device", "--device-memory"):
         parser.once(flag)
-    for switch in ("--dry-run", "--no-time", "--overwrite", "--allow-changes"):
+    for switch in ("--dry-run", "--no-time", "--verbose", "--overwrite", "--allow-changes"):
         parser.once(switch, nargs=0, default=False)
     overrides, rest = split_flags(arguments, parser.flags)
     options = parser.parse_args(rest)
@@ -156,8 +157,9 @@ def _train(arguments: list[str]) -> int:
     if options.dry_run:
         from strop.dryrun import dry_run
 
-        index, timed = options.model_index, not options.no_time
-        dry_run(config, model_index=index, device=options.device, memory=memory, timed=timed)
+        machine = {"device": options.device, "memory": memory}
+        told = {"timed": not options.no_time, "verbose": options.verbose}
+        dry_run(config, model_index=options.model_index, **machine, **told)
         return 0
 
     from strop.wiring import train
@@ -187,7 +189,8 @@ def _device_memory(options: argparse.Namespace) -> int | None:
     """
     from strop.machine import bytes_of
 
-    given = {"--no-time": options.no_time, "--device": options.device, "--device-memory": options.device_memory}
+    switches = {"--no-time": options.no_time, "--verbose": options.verbose}
+    given = {**switches, "--device": options.device, "--device-memory": options.device_memory}
     if not options.dry_run and (flags := [flag for flag, value in given.items() if value]):
         found = f"{' and '.join(flags)} without --dry-run"
         raise ConfigError(found, expected="a dry run: a run takes the machine it is on", fix="add --dry-run")

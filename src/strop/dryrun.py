@@ -18,6 +18,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import ModelSection, RunConfig, of_model, resolve
+from strop.config.read import unread
 from strop.config.yamlfile import write_value
 from strop.data.day import with_day
 from strop.data.load import LoadedData, first_group, load_data
@@ -45,6 +46,7 @@ def dry_run(
     device: str | None = None,
     memory: int | None = None,
     timed: bool = True,
+    verbose: bool = False,
     console: Console | None = None,
 ) -> None:
     """Tell what `strop train` would do with `config`, on standard output.
@@ -53,6 +55,7 @@ def dry_run(
         device: the machine that is judged: `cpu` or a GPU's name; None: this one.
         memory: bytes that it has; None: its own.
         timed: measure the speed of this processor, which takes up to half a minute.
+        verbose: say what the estimate leaves out, too.
 
     Raises:
         StropError: whatever would stop the run before its weights are loaded.
@@ -81,6 +84,10 @@ def dry_run(
         for run in runs:
             for line in run.time(machine):
                 say(f"{run.prepared.model.name}: {line}" if len(runs) > 1 else line)
+    if verbose:
+        from strop.estimate import LEFT_OUT
+
+        say(f"\n{LEFT_OUT}")
     say("\ndry run: nothing was trained and nothing was written but into the cache")
 
 
@@ -147,10 +154,13 @@ def _plan(
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
-    """One line a key; `resolved` has the values and origins that the data decided (and only its own model)."""
+    """One line a key that the run reads; `resolved` has the values and origins that the data decided (and only its own
+    model)."""
     decided = {key: value for key, value, _ in resolved.leaves()}
-    rows = []
+    rows, hidden = [], unread(config)
     for key, value, _ in config.leaves():
+        if key in hidden:
+            continue
         settled = resolved if not key.startswith("models.") else config
         rows.append((key, write_value(decided[key] if settled is resolved else value), settled.origins.get(key, "")))
     widths = [max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1)]

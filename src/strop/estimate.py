@@ -28,6 +28,7 @@ from strop.engine.memory import ways_to_fit
 from strop.errors import StropError
 from strop.machine import Machine
 from strop.objectives.base import Objective
+from strop.plain import duration, plain
 from strop.policy.attention import best_kernel
 from strop.policy.dropout import bytes_of_left_out
 from strop.policy.head_sizes import head_bytes, product_dtype, tile_shape
@@ -62,8 +63,8 @@ BESIDES = 1.03
 """What a step on a CPU takes, by the layers' and the head's own time: kernels for new shapes, collation, logging.
 Fitted to 25 cases on two processors (benchmarks/RESULTS.md), of which it puts the median at +1 %."""
 LEFT_OUT = (
-    "reading the data, the reference's pass before the first step, its log-probs (on the CPU, 4 bytes a scored token "
-    "and 0.6 kB a completion) and the model of ref_model_id, evaluations, "
+    "the estimate leaves out: reading the data, the reference's pass before the first step, its log-probs (on the "
+    "CPU, 4 bytes a scored token and 0.6 kB a completion) and the model of ref_model_id, evaluations, "
     "checkpoints, what a GPU's allocator leaves unused, modules_to_save, what layers that keep their own forward hold "
     "more than fused ones do (norms and MLPs of other kinds, eager attention), and in TFLOP/s and in the time on a GPU "
     "the products of a mixture's experts"
@@ -98,7 +99,6 @@ class Estimate:
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items() if size >= 5 * MIB)
         yield f"predicted peak memory: {self.peak / 2**30:.2f} GiB{has} ({listed})"
         yield from self.time_lines()
-        yield f"left out: {LEFT_OUT}"
         if not self.fits:
             yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
 
@@ -106,10 +106,10 @@ class Estimate:
         """The time alone; none where a CPU was not timed."""
         if self.steps is not None:
             mean = statistics.mean(self.steps)
-            minutes, rate = mean * self.num_steps / 60, self.flops / mean / 1e12
             yield (
-                f"predicted time: {mean:.3g} s a step, {max(self.steps):.3g} s the longest, "
-                f"{minutes:.3g} minutes for all {self.num_steps} ({rate:.3g} TFLOP/s; {self.source})"
+                f"predicted time: {plain(mean)} s a step, {plain(max(self.steps))} s the longest, "
+                f"{duration(mean * self.num_steps)} for all {self.num_steps} "
+                f"({plain(self.flops / mean / 1e12)} TFLOP/s; {self.source})"
             )
         elif self.source:
             yield f"no prediction of time: {self.source}"
@@ -307,12 +307,12 @@ def peak_memory(
     work = {part for step in steps for part in step}
     holes = HOLES * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
     objective = prepared.objective
-    needs = (_memory(shape, part, prepared.config, precision, machine.kind, objective, holes) for part in work)
+    needs = (memory_of(shape, part, prepared.config, precision, machine.kind, objective, holes) for part in work)
     parts = max(needs, key=lambda parts: sum(parts.values()))
     return {**parts, "process": parts["process"] + machine.held}
 
 
-def _memory(
+def memory_of(
     shape: Shape,
     work: Work,
     config: RunConfig,

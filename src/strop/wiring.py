@@ -33,7 +33,7 @@ from strop.engine.recipe import check_finished, check_given, check_made_from, ch
 from strop.engine.rows import Rows, scored
 from strop.engine.trackers import open_trackers
 from strop.errors import CheckpointError, ConfigError, Interrupted, StropError, TrainingError
-from strop.estimate import fitted, planned_rows, prediction, with_precision
+from strop.estimate import LEFT_OUT, fitted, planned_rows, prediction, with_precision
 from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy import rates
@@ -41,7 +41,7 @@ from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
 from strop.policy.store import ReferenceStore, configuration_hash, weights_hash
-from strop.preflight import run_folder, select_models
+from strop.preflight import check, run_folder, select_models
 from strop.prepared import Prepared, prepare, with_budget
 from strop.rundir import RESULT, TO_BE_REPLACED, RunDir
 
@@ -82,6 +82,7 @@ def train(
             expected="auto, which finds each model's own",
             fix="choose the model of this checkpoint with --model-index",
         )
+    check(config, model_index=model_index, resume=resume)  # all of them, before the first trains
     results: list[RunResult] = []
     _for_each(models, config, lambda m: results.append(_train_model(config, m, resume, overwrite, allow_changes)))
     return results
@@ -177,6 +178,7 @@ def _train_model(
             stack.enter_context(rates.taking(rates.ways_of_run(precision.compute, recorded)))
         settled = fitted(prepared, machine, precision, tokens)
         _tell(model, prediction(settled, machine, precision, tokens))  # before anything large is loaded
+        log.debug("%s: %s", model.name, LEFT_OUT)
         policy = build_policy(settled.config, model, device, tokenizer=prepared.tokenizer)
         _tell(model, policy.describe())
         if not policy.share_prefix and tokens is packed_tokens:  # the probe refused what the configuration promised

@@ -17,6 +17,7 @@ FLOORS = {
     "cachedir": 0,
     "disk": 0,
     "manifest": 0,
+    "plain": 0,
     "redact": 0,
     "config": 1,
     "apart": 1,

@@ -26,7 +26,7 @@ from strop import cli
 from strop.engine import loop
 from strop.engine.outputs import RunOutputs
 from strop.engine.recipe import recipe_of
-from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, TrainingError
+from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, StropError, TrainingError
 from strop.policy.policy import Policy
 from strop.rundir import RunDir
 
@@ -283,27 +283,40 @@ def test_writing_out_what_null_stands_for_is_no_change(runs: Any) -> None:
 
 
 def test_one_model_that_fails_stops_no_other(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    places = {"one": runs.files["model"], "gone": tmp_path / "gone", "two": runs.files["other"]}
+    broken = shutil.copytree(runs.files["model"], tmp_path / "broken")
+    for weights in broken.glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:100])
+    places = {"one": runs.files["model"], "broken": broken, "two": runs.files["other"]}
     models = [{"name": name, "huggingface_id": str(place)} for name, place in places.items()]
     config = runs.config({"models": models, "output_dir": str(tmp_path / "out"), "max_steps": 1})
     file = tmp_path / "c.json"
     file.write_text(json.dumps(config.model_dump(mode="json")))
-    with pytest.raises(TrainingError, match="1 of 3 models failed: gone: "):
+    with pytest.raises(TrainingError, match="1 of 3 models failed: broken: "):
         strop.train(config)
     folder = tmp_path / "out"
     assert [(folder / name / "final").is_dir() for name in places] == [True, False, True]
     assert cli.main(["train", "--config", str(file), "--overwrite"]) == 1
     said = capsys.readouterr().err
-    assert "model gone" in said and "there is no such folder" in said and "Traceback" not in said
+    assert "broken failed" in said and "1 of 3 models failed" in said and "Traceback" not in said
     assert [(folder / name / "final").is_dir() for name in places] == [True, False, True]
 
     indexed = ["train", "--config", str(file), "--output-dir", str(tmp_path / "indexed"), "--model-index"]
     assert cli.main([*indexed, "2"]) == 0
     assert [path.name for path in (tmp_path / "indexed").iterdir()] == ["two"]
     assert cli.main([*indexed, "1"]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "model broken" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="there is no model 3"):
         strop.train(config, model_index=3)
+
+
+def test_all_models_are_looked_at_before_the_first_trains(runs: Any, tmp_path: Path) -> None:
+    places = {"one": runs.files["model"], "gone": tmp_path / "gone"}
+    models = [{"name": name, "huggingface_id": str(place)} for name, place in places.items()]
+    config = runs.config({"models": models, "output_dir": str(tmp_path / "out")})
+    with pytest.raises(StropError, match="there is no such folder"):
+        strop.train(config)
+    assert not (tmp_path / "out").exists()
+    assert [result.name for result in strop.train(config, model_index=0)] == ["one"]
 
 
 # ---- from Python

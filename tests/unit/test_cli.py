@@ -103,6 +103,7 @@ def test_a_run_without_a_file(calls: Calls) -> None:
     [
         ("", {"device": None, "memory": None, "timed": True}),
         ("--no-time", {"device": None, "memory": None, "timed": False}),
+        ("--verbose", {"device": None, "memory": None, "timed": True, "verbose": True}),
         ("--device h100 --device-memory 24GiB", {"device": "h100", "memory": 24 * 2**30, "timed": True}),
         ("--device-memory=1.5GB", {"device": None, "memory": 1_500_000_000, "timed": True}),
     ],
@@ -110,7 +111,7 @@ def test_a_run_without_a_file(calls: Calls) -> None:
 def test_the_dry_run(flags: str, given: dict[str, Any], config: Path, calls: Calls) -> None:
     assert cli.main(["train", "--config", "c.yaml", "--dry-run", "--model-index=0", *flags.split()]) == 0
     ((name, _, named),) = calls
-    assert name == "dry_run" and named == {"rest": (), "model_index": 0, **given}
+    assert name == "dry_run" and named == {"rest": (), "model_index": 0, "verbose": False, **given}
 
 
 def test_the_demo(calls: Calls) -> None:

@@ -76,11 +76,9 @@ class Ending:
             shown = ", ".join(f"{name} {number(after[name])}" for name in SHOWN if _has(after, name))
             yield f"evaluation of the model of step {self.final_step}: {shown}"
             return
-        shown = ", ".join(
-            f"{name} {number(before[name])} -> {number(after[name])}"
-            for name in SHOWN
-            if _has(before, name) and _has(after, name)
-        )
+        # the rewards before the first step are those of the reference itself: 0, whatever the model
+        shown = f"loss {number(before.get('loss'))} -> {number(after.get('loss'))}"
+        shown += "".join(f", {name} {number(after[name])}" for name in SHOWN[1:] if _has(after, name))
         yield f"evaluation before the first step and of the model of step {self.final_step}: {shown}"
 
     def warning(self) -> str | None:

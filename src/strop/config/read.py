@@ -1,0 +1,27 @@
+"""Which keys a run reads, as far as its configuration tells; what nobody reads need not be shown. Floor 1, no torch."""
+
+from __future__ import annotations
+
+from strop.config.methods import ReferenceSettings
+from strop.config.run import RunConfig
+
+PAIRS = ("dataset.chosen_column", "dataset.rejected_column")
+
+
+def unread(config: RunConfig) -> set[str]:
+    """Dotted keys that this method, or this variant of it, does not read, and that nobody gave a value."""
+    method = config.post_training
+    keys = {f"post_training.{name}" for name in method.unread()}
+    if method.method == "sft":
+        keys |= {*PAIRS, "logging.margins"}
+    else:
+        keys.add("training.packing")
+    if method.method == "kto":
+        keys.add("logging.margins")
+    elif method.method != "sft":
+        keys.add("dataset.completion_column")
+    if not isinstance(method, ReferenceSettings):
+        keys.add("training.reference_store")
+    if not any(map(config.adapts, config.models)):
+        keys |= {f"lora.{name}" for name in type(config.lora).model_fields if name != "enabled"}
+    return {key for key in keys if config.origins.get(key, "default").startswith("default")}
