@@ -8,14 +8,13 @@ are imported inside the commands, so that `strop --help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from strop.errors import ConfigError, Interrupted, StropError
 from strop.terminal import ReaderLeft, complain, log_to_terminal, open_standard_streams, rank, session
@@ -60,11 +59,15 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog=f"strop {command}", add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        from strop.config.foreign import instead_of
+        from strop.config.names import closest
+
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
-        close = difflib.get_close_matches(unknown, self.flags, n=1)
+        close = closest(unknown, self.flags)
         if unknown:
             message = f"unknown flag {unknown}" if unknown.startswith("-") else f"{unknown!r} belongs to no flag"
-        raise ConfigError(message, fix=f"did you mean {close[0]}?" if close else f"see {self.prog} --help")
+        meant = f"did you mean {close}?" if close else f"see {self.prog} --help"
+        raise ConfigError(message, fix=instead_of(unknown) or meant)
 
     @property
     def flags(self) -> list[str]:
@@ -118,12 +121,23 @@ def _dispatch(arguments: list[str]) -> int:
 
         return _print(f"strop {__version__}\n")
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        flags = "strop train " + shlex.join(arguments) if command.startswith("--") else ""
-        fix = f"did you mean strop {close[0]}?" if close else f"did you mean {flags}?" if flags else ""
         found = f"there is no command {command[:80]!r}" if command else "no command is given"
-        raise ConfigError(found, expected=", ".join(COMMANDS), fix=fix)
+        raise ConfigError(found, expected=", ".join(COMMANDS), fix=_instead_of_command(command, arguments))
     return COMMANDS[command](rest)
+
+
+def _instead_of_command(command: str, arguments: list[str]) -> str:
+    from strop.config.foreign import instead_of
+    from strop.config.methods import METHODS
+    from strop.config.names import closest
+
+    if command.startswith("--"):
+        return f"did you mean strop train {shlex.join(arguments)}?"
+    if (method := command.lower()) in METHODS:
+        return f"strop train --config FILE --method {method} trains by it, strop methods {method} explains it"
+    if instead := instead_of(command):
+        return instead
+    return f"did you mean strop {close}?" if (close := closest(command, COMMANDS)) is not None else ""
 
 
 # ---- commands
@@ -293,11 +307,10 @@ def _methods(arguments: list[str]) -> int:
         )
     if arguments and arguments[0] not in METHODS:
         given = arguments[0][:80]
-        close = difflib.get_close_matches(given.lower(), METHODS, n=1)
         raise ConfigError(
             f"there is no method {given!r}",
             expected=f"one of {', '.join(METHODS)}",
-            fix=f"did you mean strop methods {close[0]}?" if close else "",
+            fix=_instead_of_method(given.lower()),
         )
     if not arguments:
         from strop.config.reference import method_list
@@ -306,6 +319,17 @@ def _methods(arguments: list[str]) -> int:
     from strop.catalogue import explanation
 
     return _print(explanation(arguments[0], min(shutil.get_terminal_size().columns, 120)))
+
+
+def _instead_of_method(given: str) -> str:
+    from strop.config.foreign import instead_of
+    from strop.config.methods import METHODS, LossType
+    from strop.config.names import closest
+
+    if given in get_args(LossType):
+        return "it is a loss_type of dpo: strop methods dpo"
+    close = closest(given, METHODS)
+    return instead_of(given) or (f"did you mean strop methods {close}?" if close is not None else "")
 
 
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = {

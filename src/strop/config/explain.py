@@ -6,15 +6,15 @@ problem once, each with place, key, value found, value expected, and what to do.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from strop.config.methods import METHODS
-from strop.config.names import nearest
+from strop.config.foreign import instead_of
+from strop.config.methods import METHODS, LossType
+from strop.config.names import closest, nearest
 from strop.config.schema import SECTIONS, Key, key_at
 from strop.config.section import SectionError
 from strop.config.yamlfile import KeyPath, dotted, scalar, write_value
@@ -158,21 +158,35 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
+def _elsewhere(key: Key, value: str) -> str:
+    """Where a value that the key does not have stands, or what there is instead of it."""
+    given = value.lower()
+    if key.name == "loss_type" and given in METHODS:
+        return f"write method: {given}"
+    if key.name == "method" and given in get_args(LossType):
+        return f"write method: dpo and loss_type: {given}"
+    return instead_of(value) if key.choices else ""
+
+
 def _fix(key: Key, value: Any) -> str:
     """What to write instead, where that can be told from the value."""
     kinds = key.kinds
     if isinstance(value, str):
         if bool in kinds and value.lower() in ("yes", "on", "y", "no", "off", "n"):
             return f"write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
-        if close := difflib.get_close_matches(value.lower(), key.choices, n=1, cutoff=0.5):
-            return f"did you mean {close[0]}?"
+        if instead := _elsewhere(key, value):
+            return instead
+        if (close := closest(value.lower(), key.choices, cutoff=0.5)) is not None:
+            return f"did you mean {close}?"
         bare = scalar(value.strip().replace("_", "").lstrip("0") or value)
         if kinds & {int, float} and isinstance(bare, int | float) and not isinstance(bare, bool):
             return f"write {bare}, without quotes, leading zeros or underscores"
         if bool in kinds and isinstance(bare, bool):
             return f"write {str(bare).lower()}, without quotes"
     if tuple in kinds and isinstance(value, list | tuple) and key.choices:
-        return f"remove {', '.join(str(v) for v in value if v not in key.choices)}"[:100]
+        unknown = [str(v) for v in value if v not in key.choices]
+        instead = next(filter(None, map(instead_of, unknown)), "")
+        return f"remove {', '.join(unknown)}"[:100] + (f": {instead}" if instead else "")
     if tuple in kinds and not isinstance(value, list | tuple | Mapping):
         return f"write a list: {write_value([value])}"[:100]
     if int in kinds and isinstance(value, float) and value.is_integer():

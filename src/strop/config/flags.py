@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from strop.config.foreign import RENAMED, instead_of
 from strop.config.layers import CommandLine
-from strop.config.names import ELSEWHERE, closest, matches, numbered
+from strop.config.names import closest, matches, numbered
 from strop.config.schema import KEYS, SECTIONS, Key, key_at
 from strop.config.yamlfile import KeyPath, dotted, scalar
 from strop.errors import ConfigError
@@ -86,8 +87,10 @@ def _nearest_flag(name: str, own: Collection[str]) -> str:
     if homes := [key for key in KEYS if key.name == last]:
         wrong = f"{last} belongs in {' or '.join(k.section or 'the top' for k in homes)}; " if section else ""
         return f"{wrong}write {' or '.join(_dotted_flag(key) for key in homes)}"
-    if last in ELSEWHERE:
-        return f"did you mean --{ELSEWHERE[last].replace('.N.', '.0.')}?"
+    if last in RENAMED:
+        return f"did you mean --{RENAMED[last].replace('.N.', '.0.')}?"
+    if instead := instead_of(last):
+        return instead
     known = {key.name: _dotted_flag(key) if section else _flag(key.name) for key in KEYS}
     known |= {alias: _flag(alias) for alias in ALIASES} | {flag.lstrip("-").replace("-", "_"): flag for flag in own}
     close = closest(last, known)

@@ -113,7 +113,9 @@ class MethodSettings(Section):
                         (name,),
                         f"{name} is {value!r}, but method {method} does not read it",
                         f"the settings of {method}: {', '.join(n for n in cls.model_fields if n != 'method')}",
-                        f"remove {name}, or set method: {either(readers)}",
+                        f"write method: {value}"
+                        if name == "loss_type" and value in METHODS
+                        else f"remove {name}, or set method: {either(readers)}",
                     )
                 )
         if problems:

@@ -3,68 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+from strop.config.foreign import RENAMED, instead_of
 from strop.config.schema import KEYS, SECTIONS, Key
 from strop.config.yamlfile import KeyPath, dotted
 from strop.errors import ConfigError
-
-ELSEWHERE: Mapping[str, str] = {
-    "lr": "training.learning_rate",
-    "epochs": "training.num_epochs",
-    "num_train_epochs": "training.num_epochs",
-    "n_epochs": "training.num_epochs",
-    "batch_size": "training.per_device_train_batch_size",
-    "micro_batch_size": "training.per_device_train_batch_size",
-    "micro_batch_size_per_gpu": "training.per_device_train_batch_size",
-    "per_device_batch_size": "training.per_device_train_batch_size",
-    "eval_batch_size": "training.per_device_eval_batch_size",
-    "gradient_accum_steps": "training.gradient_accumulation_steps",
-    "grad_accum": "training.gradient_accumulation_steps",
-    "lr_scheduler_type": "training.lr_scheduler",
-    "scheduler": "training.lr_scheduler",
-    "optimizer": "training.optim",
-    "wd": "training.weight_decay",
-    "max_length": "training.max_seq_length",
-    "max_len": "training.max_seq_length",
-    "max_seq_len": "training.max_seq_length",
-    "cutoff_len": "training.max_seq_length",
-    "sequence_len": "training.max_seq_length",
-    "evaluation_strategy": "training.eval_steps",
-    "eval_strategy": "training.eval_steps",
-    "save_strategy": "training.save_steps",
-    "logging_strategy": "training.logging_steps",
-    "model": "models.N.huggingface_id",
-    "model_name": "models.N.huggingface_id",
-    "model_name_or_path": "models.N.huggingface_id",
-    "base_model": "models.N.huggingface_id",
-    "adapter_name_or_path": "models.N.adapter",
-    "attn_impl": "models.N.attn_implementation",
-    "dataset_name": "dataset.name",
-    "dataset_num_proc": "dataset.num_workers",
-    "val_size": "dataset.validation_split",
-    "val_set_size": "dataset.validation_split",
-    "chat_template": "dataset.template",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_target": "lora.target_modules",
-    "lora_target_modules": "lora.target_modules",
-    "use_lora": "lora.enabled",
-    "use_peft": "lora.enabled",
-    "dpo_beta": "post_training.beta",
-    "pref_beta": "post_training.beta",
-    "pref_loss": "post_training.loss_type",
-    "ref_name": "post_training.ref_model_id",
-    "ref_model": "post_training.ref_model_id",
-    "sync_ref_model": "post_training.ref_sync_steps",
-    "ref_model_sync_steps": "post_training.ref_sync_steps",
-    "ref_model_mixup_alpha": "post_training.ref_mixup_alpha",
-    "use_weighting": "post_training.wpo_weighting",
-    "rpo_alpha": "post_training.sft_weight",
-    "f_divergence_type": "post_training.f_divergence",
-    "f_alpha_divergence_coef": "post_training.f_alpha",
-}
-"""What other tools call a key: known to the hints of error messages, not to the schema."""
 
 
 def matches(name: str) -> list[KeyPath]:
@@ -122,8 +66,10 @@ def nearest(name: str, section: str = "") -> str:
     homes = [key.dotted for key in KEYS if key.name == name and key.section != section]
     if homes:
         return f"{name} belongs in {' or '.join(_section_of(home) for home in homes)}: {' or '.join(homes)}"
-    if name in ELSEWHERE:
-        return f"did you mean {ELSEWHERE[name]}?"
+    if name in RENAMED:
+        return f"did you mean {RENAMED[name]}?"
+    if instead := instead_of(name):
+        return instead
     own = [*SECTIONS.get(section, ()), *([*SECTIONS, "preset"] if not section else [])]
     if (close := closest(name, own)) is not None:
         return f"did you mean {close}?" if not section else f"did you mean {_in(section)}{close}?"
@@ -134,9 +80,9 @@ def nearest(name: str, section: str = "") -> str:
     return f"the sections: {', '.join(s for s in SECTIONS if s)}" if not section else ""
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that was probably meant: the shortest that `name` begins (`gpu` for `gpu-bf16`), or the most
-    similar one; None where nothing is near."""
+    similar one, of at least `cutoff` between 0 and 1; None where nothing is near."""
     known = sorted(known, key=len)
     if len(name) > 2 and (begun := [k for k in known if k.startswith(name)]):
         return begun[0]

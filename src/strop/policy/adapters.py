@@ -7,7 +7,6 @@ it can be trained in full (`modules_to_save`) but not adapted.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop import apart
+from strop.config.names import closest
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.folder import adapter_files, place_of, read_json, source_of
@@ -165,12 +165,12 @@ def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tu
     for name in wanted:
         if not selected((name,), parts):
             last_parts = sorted({p.rpartition(".")[2] for p in parts if not p.rpartition(".")[2].isdigit()})
-            nearest = difflib.get_close_matches(name, last_parts, n=1)
+            nearest = closest(name, last_parts)
             raise ModelError(
                 f"lora.modules_to_save: no module is called {name!r}",
                 where=where,
                 expected=f"names among {', '.join(last_parts)}",
-                fix=f"did you mean {nearest[0]}?" if nearest else "",
+                fix=f"did you mean {nearest}?" if nearest else "",
             )
         if _is_tied(module) and _is_head_or_embedding(module, name) and name.rpartition(".")[2] != "embed_tokens":
             raise ModelError(

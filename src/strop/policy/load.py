@@ -7,7 +7,6 @@ vocabulary that covers the tokenizer. The model's own dropout is switched off: o
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import os
 import warnings
@@ -32,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from strop.config.names import closest
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.folder import ConfigFile, has_weights, inspect_config, inspect_model, place_of, source_of
@@ -297,11 +297,11 @@ def _check_kind(kind: Any, model: ModelSection, where: str) -> None:
         return
     if kind is None:
         raise ModelError("config.json names no model_type", where=where, expected='such as "model_type": "llama"')
-    nearest = difflib.get_close_matches(str(kind), known, n=1)
+    nearest = closest(str(kind), known)
     raise ModelError(
         f"its model_type {kind!r} is unknown to this version of transformers",
         where=where,
-        expected=f"an architecture of transformers{f', such as {nearest[0]!r}' if nearest else ''}",
+        expected=f"an architecture of transformers{f', such as {nearest!r}' if nearest else ''}",
         fix="upgrade transformers; or, if the model brings its own code and you have read it, "
         "set models[].trust_remote_code: true",
     )

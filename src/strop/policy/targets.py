@@ -7,7 +7,6 @@ vision or audio tower, its projector, or the router of a mixture of experts.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from strop.config.names import closest
 from strop.errors import ModelError
 
 Targets = tuple[str, ...] | str
@@ -199,12 +199,12 @@ def _meaning(targets: Targets, reached: Mapping[str, nn.Module], every: Iterable
 
 def _no_such_layer(name: str, layers: Iterable[str], where: str) -> ModelError:
     last_parts = sorted({layer.rpartition(".")[2] for layer in layers})
-    nearest = difflib.get_close_matches(name, last_parts, n=1)
+    nearest = closest(name, last_parts)
     return ModelError(
         f"lora.target_modules: no linear layer is called {name!r}",
         where=where,
         expected=f"auto, all-linear, or names among {', '.join(last_parts)}",
-        fix=f"did you mean {nearest[0]}?" if nearest else "",
+        fix=f"did you mean {nearest}?" if nearest else "",
     )
 
 

@@ -1,0 +1,149 @@
+"""Names of other tools: what strop calls it, or what to use where strop does not have it. Floor 1, no torch.
+
+In: a key, a flag, a command, a method or a value that strop does not know. Out: the words of a message. What is absent
+here is answered as absent, not with the key that is spelled most like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+RENAMED: Mapping[str, str] = {
+    "lr": "training.learning_rate",
+    "epochs": "training.num_epochs",
+    "num_train_epochs": "training.num_epochs",
+    "n_epochs": "training.num_epochs",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size_per_gpu": "training.per_device_train_batch_size",
+    "per_device_batch_size": "training.per_device_train_batch_size",
+    "eval_batch_size": "training.per_device_eval_batch_size",
+    "gradient_accum_steps": "training.gradient_accumulation_steps",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "lr_scheduler_type": "training.lr_scheduler",
+    "scheduler": "training.lr_scheduler",
+    "optimizer": "training.optim",
+    "wd": "training.weight_decay",
+    "max_length": "training.max_seq_length",
+    "max_len": "training.max_seq_length",
+    "max_seq_len": "training.max_seq_length",
+    "cutoff_len": "training.max_seq_length",
+    "sequence_len": "training.max_seq_length",
+    "evaluation_strategy": "training.eval_steps",
+    "eval_strategy": "training.eval_steps",
+    "save_strategy": "training.save_steps",
+    "logging_strategy": "training.logging_steps",
+    "model": "models.N.huggingface_id",
+    "model_name": "models.N.huggingface_id",
+    "model_name_or_path": "models.N.huggingface_id",
+    "base_model": "models.N.huggingface_id",
+    "adapter_name_or_path": "models.N.adapter",
+    "attn_impl": "models.N.attn_implementation",
+    "dataset_name": "dataset.name",
+    "dataset_num_proc": "dataset.num_workers",
+    "val_size": "dataset.validation_split",
+    "val_set_size": "dataset.validation_split",
+    "chat_template": "dataset.template",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "use_lora": "lora.enabled",
+    "use_peft": "lora.enabled",
+    "dpo_beta": "post_training.beta",
+    "pref_beta": "post_training.beta",
+    "pref_loss": "post_training.loss_type",
+    "ref_name": "post_training.ref_model_id",
+    "ref_model": "post_training.ref_model_id",
+    "sync_ref_model": "post_training.ref_sync_steps",
+    "ref_model_sync_steps": "post_training.ref_sync_steps",
+    "ref_model_mixup_alpha": "post_training.ref_mixup_alpha",
+    "use_weighting": "post_training.wpo_weighting",
+    "rpo_alpha": "post_training.sft_weight",
+    "f_divergence_type": "post_training.f_divergence",
+    "f_alpha_divergence_coef": "post_training.f_alpha",
+    "sample_packing": "training.packing",
+    "seed_everything": "seed",
+    "dataloader_num_workers": "dataset.num_workers",
+    "preprocessing_num_workers": "dataset.num_workers",
+    "gradient_clipping": "training.max_grad_norm",
+    "warmup_proportion": "training.warmup_ratio",
+    "torchdynamo": "training.torch_compile",
+}
+"""What other tools call a key: known to the hints of error messages, not to the schema."""
+
+_GROUPS: Mapping[str, str] = {
+    "strop trains no quantised weights: use lora with training.bf16: true, which stores the base in 16 bits, and "
+    "optim: adamw_8bit": (
+        "quant quantize quantise quantization quantization_bit quantization_config load_in_4bit load_in_8bit "
+        "bnb_4bit_compute_dtype bnb_4bit_quant_type qlora gptq awq bits nf4 fp8"
+    ),
+    "this version trains on one device: lora, training.micro_batch_tokens and training.gradient_checkpointing "
+    "make a run fit, training.gradient_accumulation_steps makes its batch large": (
+        "deepspeed deepspeed_config ds_config zero_stage fsdp fsdp_config accelerate ddp_timeout "
+        "ddp_find_unused_parameters tensor_parallel_size pipeline_parallel_size context_parallel_size "
+        "sequence_parallel_size num_processes num_gpus nproc_per_node device_map local_rank"
+    ),
+    "numbers go to metrics.jsonl of the run folder and, with logging.report_to: [tensorboard], to TensorBoard": (
+        "wandb wandb_project wandb_entity wandb_name wandb_run_id use_wandb mlflow comet_ml comet swanlab "
+        "use_swanlab neptune trackio report plot_loss run_name log_with"
+    ),
+    "strop trains on given rows, not on what the model generates meanwhile, and no reward models: use method: dpo "
+    "on pairs of answers, or kto on answers marked as good or bad": (
+        "grpo ppo rloo gspo dapo reinforce reinforce_plus_plus online_dpo nash_md xpo rlhf gkd reward "
+        "reward_model reward_funcs reward_modeling rm prm num_generations"
+    ),
+    "peft merges an adapter into its base: see docs/using-your-model.md": (
+        "merge merge_adapter merge_lora merge_and_unload save_merged"
+    ),
+    "final/ is a model as transformers loads it: docs/using-your-model.md shows how to generate with it and to "
+    "serve it": (
+        "generate chat infer inference predict predict_with_generate sample complete serve api webui webchat vllm "
+        "use_vllm deploy"
+    ),
+    "a model is evaluated while it trains, by its loss on held-out rows: training.eval_steps, dataset.val_file, "
+    "dataset.validation_split": ("eval evaluate evaluation test bench benchmark lm_eval lm_eval_harness do_eval"),
+    "final/ holds safetensors and a tokenizer as transformers writes them; tools of other formats start from it": (
+        "convert export gguf ggml onnx mlx export_dir save_method"
+    ),
+    "strop uploads nothing: hf upload OWNER/NAME outputs/NAME/final does": (
+        "push push_to_hub upload publish hub_model_id hub_token hub_strategy hub_private_repo"
+    ),
+    "attention kernels and fused layers are chosen by device, and nothing is to be set for them": (
+        "flash_attn flash_attention use_flash_attention_2 flash_attn_2 sdp_attention xformers_attention xformers "
+        "unsloth use_unsloth liger_kernel use_liger use_liger_kernel enable_liger_kernel"
+    ),
+    "nothing is padded and padding is never trained, so there is nothing to set": (
+        "group_by_length length_column_name padding_free pad_to_multiple_of pad_to_sequence_len padding "
+        "padding_side neat_packing pad_token label_pad_token_id data_collator"
+    ),
+    "completions are trained and prompts are not, always: rows of text alone are trained as a whole": (
+        "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt mask_prompt mask_history "
+        "train_on_completions_only response_template train_on_responses_only"
+    ),
+    "weights that train are float32; training.bf16 or training.fp16 computes in 16 bits": (
+        "torch_dtype dtype precision pure_bf16 tf32 mixed_precision"
+    ),
+    "there is no NEFTune noise; lora.lora_dropout and training.weight_decay are there": ("neftune_noise_alpha"),
+    "strop prepare --input FILE --method NAME makes split files; strop train tokenises rows itself": (
+        "preprocess tokenize prepare_data process"
+    ),
+    "strop train --config FILE --dry-run validates a configuration and its rows, and shows an example": (
+        "check validate doctor inspect dry_run estimate lint"
+    ),
+    "strop train --config FILE trains": ("do_train run fit finetune fine_tune tune start launch"),
+    "strop train --config FILE --overwrite starts anew in the folder of another run": (
+        "overwrite_output_dir overwrite_cache force"
+    ),
+    "strop train --config FILE --resume goes on with a run": ("resume continue restart"),
+}
+"""What to use instead -> the names that ask for it, one behind the other."""
+
+ABSENT: Mapping[str, str] = {name: instead for instead, names in _GROUPS.items() for name in names.split()}
+"""A name -> what to use instead, for what strop does not have."""
+
+
+def instead_of(name: str) -> str:
+    """What to use instead of a key, flag, command, method or value that strop does not have; "" where it is not known
+    from elsewhere."""
+    return ABSENT.get(name.lower().lstrip("-").replace("-", "_"), "")
