@@ -63,6 +63,9 @@ GROUP = (300, 8, 200)
 SIDES = {
     "strop": "strop",
     "alone": "strop, prompts repeated before every completion, nothing padded, the same layers and kernels",
+    "denormal": "strop, denormal numbers computed, as torch does",
+    "widened": "strop, products of bfloat16 made in float32, as where they are slower than float32's",
+    "fp32": "strop in float32",
     "plain": "strop's plain rows: prompts repeated before every completion, rows padded, attention by SDPA",
     "D": "TRL default: gradient checkpointing, reference in every step",
     "B": "TRL, best shipped flags: no checkpointing, reference ahead, rows bucketed by length",
@@ -86,7 +89,9 @@ class Case:
 
     rows: a name of LENGTHS or REAL, or `group`. batch: pairs (or sequences, or groups) of a step, taken by one
     micro-batch of a trainer that counts rows. steps: all of them; the first `warmup` are not timed. vocabulary: in
-    place of the shape's own. whole_micro_batch: strop, too, takes all pairs of a step at once.
+    place of the shape's own. whole_micro_batch: strop, too, takes all pairs of a step at once. spread: standard
+    deviation of the logits, in place of what random weights have, which is below 1; 25 makes a quarter of all
+    probabilities denormal.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Case:
     sides: tuple[str, ...] = ("strop", "D", "B", "G")
     vocabulary: int | None = None
     whole_micro_batch: bool = False
+    spread: float | None = None
     targets: tuple[Target, ...] = ()
 
     @property
@@ -137,7 +143,8 @@ class Case:
             for t in self.targets
             if (self.is_real and t.figure != "share") or t.against in ("B", "alone", "plain") or t.figure == "peak"
         )
-        return CASES.get(name) or replace(self, name=name, bf16=False, targets=kept)
+        sides = tuple(side for side in self.sides if side not in ("widened", "fp32"))
+        return CASES.get(name) or replace(self, name=name, bf16=False, sides=sides, targets=kept)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -192,6 +199,13 @@ CASES = {
             targets=(Target("seconds", "alone", 2.5), Target("seconds", "plain", 2.5)),
         ),
         Case("real-hh_helpful-smol", "smol", "hh_helpful", steps=6, targets=(*_REAL, _SHARE)),
+        Case(
+            "real-hh_helpful-smol-dtypes",
+            "smol",
+            "hh_helpful",
+            sides=("strop", "widened", "fp32", "B", "G"),
+            targets=_faster(3.0),
+        ),
         Case("real-pref_mix-smol", "smol", "pref_mix", targets=(*_REAL, _SHARE)),
         Case(
             "real-instruct_sft-tiny",
@@ -222,6 +236,16 @@ CASES = {
             sides=("strop", "G"),
             whole_micro_batch=True,
             targets=_MEMORY,
+        ),
+        Case(
+            "sharp-dpo-lora-fp32-tiny-hh",
+            "tiny",
+            "hh",
+            bf16=False,
+            steps=9,
+            sides=("strop", "denormal", "B", "G"),
+            spread=25.0,
+            targets=_faster(3.0),
         ),
         *(
             Case(

@@ -113,7 +113,12 @@ def _write_model(folder: Path, case: Case, tokenizer: Any) -> dict[str, Any]:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(SEED)
-    AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    if case.spread is not None:  # logits are products of normalised states with rows of the embedding
+        torch.nn.init.constant_(
+            model.model.norm.weight, case.spread / (config.initializer_range * math.sqrt(config.hidden_size))
+        )
+    model.save_pretrained(folder)
     return shape
 
 

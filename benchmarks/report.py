@@ -34,11 +34,11 @@ held at its first step.
 A case is named by method, what trains, dtype, model and lengths of the rows (`benchmarks/cases.py`). Models: `tiny` 8
 layers of width 256 and a vocabulary of 32,000, `smol` SmolLM2-135M's shape, `qwen05` Qwen2.5-0.5B's, with its
 vocabulary of 151,936. Rows: `uf` 190 tokens of prompt, 280 and 250 of answers in the mean, `long` 1,000, 150 and 150,
-`hh` 150, 75 and 70; `real-` real rows under a real tokenizer, which makes the vocabulary 131,072; `group8` a prompt of
-300 and eight completions of 200; `whole-process` eight steps of one pair, from start to end; `peak-` all of a step in
-one micro-batch, under the vocabulary that is named. LoRA is of rank 16 on all linear layers of the body. Under `peak-`
-the head is frozen. One that trains takes, by the vocabulary's size, its weights, gradient and optimizer state, and
-keeps logits of twice its gradient's size at most.
+`hh` 150, 75 and 70; `sharp-` a model whose logits have a standard deviation of 25; `real-` real rows under a real
+tokenizer, which makes the vocabulary 131,072; `group8` a prompt of 300 and eight completions of 200; `whole-process`
+eight steps of one pair, from start to end; `peak-` all of a step in one micro-batch, under the vocabulary that is
+named. LoRA is of rank 16 on all linear layers of the body. Under `peak-` the head is frozen. One that trains takes, by
+the vocabulary's size, its weights, gradient and optimizer state, and keeps logits of twice its gradient's size at most.
 
 Targets: the other side's figure divided by strop's, or strop's own share; met where it is at least the target. A run's
 commit is that of what was measured: figures of an older one speak of the code as it was then.
@@ -48,7 +48,7 @@ commit is that of what was measured: figures of an older one speak of the code a
 def values(result: Result, side: str, figure: str) -> list[float]:
     """One figure of one side, by round."""
     if figure == "share":
-        dtype = "bf16" if result["case"]["bf16"] else "fp32"
+        dtype = "bf16" if result["case"]["bf16"] and side not in ("widened", "fp32") else "fp32"
         return [
             result["needed_flops"] / found["sides"][side]["seconds"] / found["matmul"][dtype]
             for found in result["rounds"]
@@ -190,6 +190,9 @@ def plot(results: Sequence[Result]) -> str:
         "strop": "#1b7f5c",
         "alone": "#4f9c80",
         "plain": "#7fb8a4",
+        "denormal": "#7fb8a4",
+        "widened": "#4f9c80",
+        "fp32": "#7fb8a4",
         "D": "#b3b9c4",
         "B": "#8a93a6",
         "G": "#5b6477",

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,10 @@ def timed(call: Callable[..., Any], measured: Measured) -> Callable[..., Any]:
 # -- strop ------------------------------------------------------------------------------------------------------------
 
 
+OURS = ("strop", "denormal", "widened", "fp32")
+"""Sides that are trained by `strop.train`."""
+
+
 def strop_config(folder: Path, case: Case, out: Path, *, plain: bool = False) -> Any:
     import strop
 
@@ -108,11 +112,24 @@ def strop_config(folder: Path, case: Case, out: Path, *, plain: bool = False) ->
     )
 
 
-def strop_side(folder: Path, case: Case, out: Path) -> Measured:
-    """`strop.train`, as a user calls it; two of its functions are wrapped to be timed."""
+def strop_side(folder: Path, case: Case, side: str, out: Path) -> Measured:
+    """`strop.train`, as a user calls it; two of its functions are wrapped to be timed, and what the side leaves out or
+    forces is replaced."""
+    from dataclasses import replace
+
     import strop
     from strop import wiring
     from strop.engine.loop import Loop
+    from strop.policy import policy, rates
+
+    if side == "denormal":
+        policy.flush_denormals = lambda: None
+    if side == "widened":
+        found = rates.ways_of_run
+        low = {f"bfloat16 {kind}": "widened" for kind in ("linear", "batched")}
+        rates.ways_of_run = lambda *asked: {**found(*asked), **low}
+    if side == "fp32":
+        case = replace(case, bf16=False)
 
     measured, step = Measured(start_mib=mib("VmRSS")), Loop.step
     wiring.score_reference = timed(wiring.score_reference, measured)
@@ -125,6 +142,7 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
 
     Loop.step = marked  # type: ignore[method-assign]
     [result] = strop.train(strop_config(folder, case, out))
+    check_side(side, json.loads((result.run_dir / "environment.json").read_text(encoding="utf-8"))["products"]["ways"])
     records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     records = [r for r in records if r["split"] == "train"]
     measured.losses = [r["loss"] for r in records]
@@ -132,6 +150,19 @@ def strop_side(folder: Path, case: Case, out: Path) -> Measured:
     measured.real_tokens = measured.fed_tokens = records[-1]["tokens"]
     measured.head_rows = measured.scored_tokens
     return measured
+
+
+def check_side(side: str, ways: Mapping[str, str]) -> None:
+    """The run was what its side is said to be. ways: of its products."""
+    import torch
+
+    flushes = not bool((torch.full((1,), 1e-39) * 0.5).view(torch.int32).any())
+    if flushes is (side == "denormal") and torch.set_flush_denormal(flushes):
+        raise SystemExit(f"{side}: denormal numbers were {'' if flushes else 'not '}flushed")
+    if side == "widened" and ways.get("bfloat16 linear") != "widened":
+        raise SystemExit(f"{side}: products were made otherwise: {ways}")
+    if side == "fp32" and "bfloat16 linear" in ways:
+        raise SystemExit(f"{side}: the run computed in bfloat16")
 
 
 def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
@@ -323,8 +354,8 @@ def run_side(folder: Path, case: Case, side: str) -> Measured:
         os.environ |= {"STROP_CACHE": str(out / "cache"), "HF_DATASETS_CACHE": str(out / "datasets")}
         if case.method == "group":
             measured = group_side(folder, case, out, side)
-        elif side == "strop":
-            measured = strop_side(folder, case, out)
+        elif side in OURS:
+            measured = strop_side(folder, case, side, out)
         else:
             measured = trl_side(folder, case, side, out)
     if len(measured.marks) != case.steps + 1:

@@ -9,10 +9,14 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from benchmarks.cases import TOY
+from benchmarks.sides import check_side
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +117,28 @@ def test_the_harness_measures_its_smallest_case(tmp_path: Path) -> None:
     assert re.search(rf"\| toy \| strop \| 4 \| 1 \| {side['seconds']:.3f} ", table)
     assert found["predicted"]["mib"] > 60 and found["predicted"]["seconds"] > 0
     assert f"| toy | {found['predicted']['mib']:.0f} | {side['peak'] - side['start_mib']:.0f} | " in table
+
+
+@pytest.mark.nightly
+def test_its_sides_are_what_they_are_said_to_be(tmp_path: Path) -> None:
+    """Each run is asked whether it flushed denormal numbers, how it multiplied, in which dtype."""
+    case = replace(TOY, bf16=True, sides=("denormal", "widened", "fp32"))
+    run("benchmarks.inputs", str(tmp_path / "inputs"), json.dumps(case.as_dict()))
+    for side in case.sides:
+        run("benchmarks.sides", str(tmp_path / "inputs"), side, json.dumps(case.as_dict()))
+        measured = json.loads((tmp_path / "inputs" / "measured.json").read_text(encoding="utf-8"))
+        assert len(measured["losses"]) == case.steps and measured["scored_tokens"] > 0
+
+
+def test_a_side_that_is_not_what_it_is_said_to_be_stops() -> None:
+    if torch.set_flush_denormal(True):
+        with pytest.raises(SystemExit, match="denormal: denormal numbers were flushed"):
+            check_side("denormal", {})
+    check_side("strop", {})
+    with pytest.raises(SystemExit, match="widened: products were made otherwise"):
+        check_side("widened", {"bfloat16 linear": "own"})
+    with pytest.raises(SystemExit, match="fp32: the run computed in bfloat16"):
+        check_side("fp32", {"bfloat16 linear": "own"})
 
 
 def test_a_case_runs_once_though_float32_makes_two_one() -> None:
