@@ -29,7 +29,7 @@ from strop.engine.loop import Loop
 from strop.engine.memory import explaining_memory
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
-from strop.engine.recipe import check_finished, check_given, check_made_from, check_recipe, recipe_of
+from strop.engine.recipe import check_finished, check_given, check_made_from, check_recipe, extends, recipe_of
 from strop.engine.rows import Rows, scored
 from strop.engine.trackers import open_trackers
 from strop.errors import CheckpointError, ConfigError, Interrupted, StropError, TrainingError
@@ -158,6 +158,9 @@ def _train_model(
         ExitStack() as stack,
     ):
         done = final.finished(run) if resume else None
+        longer = done is not None and resume == "auto" and extends(done, config)
+        if longer:  # the old model stays until the new one is there
+            done = None
         if done:  # what can be seen at once; the rest below, as for a run that is not finished
             check_given(done, config, str(resume))
         saved = None if done else _checkpoint_to_resume(run, resume)
@@ -193,7 +196,7 @@ def _train_model(
         if done:
             return _already_finished(done, settled, policy, run, made_from)
         if saved:
-            check_recipe(saved, settled.config, made_from, allow_changes)
+            check_recipe(saved, settled.config, made_from, allow_changes, longer=longer)
         _tell(model, settled.describe(tokens))
         return _run(settled, policy, tokens, run, progress, saved, made_from, allow_changes)
 
@@ -306,7 +309,7 @@ def _checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
     found = checkpoint.newest(run.path) if named is None else checkpoint.open_checkpoint(named)
     if found is None and run.is_finished:
         raise CheckpointError(
-            "the run is finished, its final model is damaged, and no checkpoint is left to write it again from",
+            "the run is finished, its final model is damaged or to be trained further, and no checkpoint is left",
             where=str(run.final),
             fix="train anew with --overwrite or in another training.output_dir",
         )

@@ -409,3 +409,42 @@ def test_another_environment_is_told_and_the_launchs_record_stays(
     after = json.loads(file.read_text())
     (resume,) = after.pop("resumes")
     assert after == launch and resume["after_step"] == 4 and resume["packages"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("method", "lora"), [("sft", False), ("dpo", True)])
+def test_a_finished_run_is_extended(
+    method: str, lora: bool, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a constant rate, which no length changes, an extended run is one that was as long from the start."""
+
+    def config(name: str, **training: Any) -> strop.RunConfig:
+        (tmp_path / name).mkdir(exist_ok=True)
+        shape = {"lr_scheduler": "constant", "warmup_steps": 0, **training}
+        return strop.load_config(overrides=settings(tmp_path / name, model_dir, method, lora, **shape))
+
+    (straight,) = strop.train(config("straight", max_steps=9, eval_steps=9))
+    (short,) = strop.train(config("extended", max_steps=6, eval_steps=9))
+    old = final_weights(short.run_dir)
+    with pytest.raises(CheckpointError, match="max_steps: 6 then, 5 now"):
+        strop.train(config("extended", max_steps=5, eval_steps=9), resume="auto")
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        strop.train(config("extended", max_steps=9, eval_steps=9, learning_rate=1.0), resume="auto")
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        die_in_step(patch, 9)
+        strop.train(config("extended", max_steps=9, eval_steps=9), resume="auto")
+    assert all(torch.equal(old[name], weight) for name, weight in final_weights(short.run_dir).items())  # until then
+    for _ in range(2):  # the second time there is nothing to do
+        (long,) = strop.train(config("extended", max_steps=9, eval_steps=9), resume="auto")
+        assert (long.step, long.ending.final_step) == (9, straight.ending.final_step)
+        one, two = final_weights(straight.run_dir), final_weights(long.run_dir)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [m["step"] for m in metrics(long.run_dir) if m["split"] == "eval"] == [0, 6, 9]
+
+
+def test_a_finished_run_is_extended_by_epochs(tmp_path: Path, model_dir: Path) -> None:
+    def run(epochs: int, resume: str | None = None) -> int:
+        keys = settings(tmp_path, model_dir, "sft", False, num_epochs=epochs, max_steps=None)
+        return strop.train(strop.load_config(overrides=keys), resume=resume)[0].step
+
+    once = run(1)
+    assert run(3, "auto") == 3 * once

@@ -75,14 +75,50 @@ MADE_FROM = {
 """What a checkpoint has hashes of, and what to say where they differ."""
 
 
-def check_recipe(checkpoint: Checkpoint, config: RunConfig, made_from: Mapping[str, str], allow_changes: bool) -> None:
-    """Compare this run with the one that wrote `checkpoint`. made_from: hashes by the names of `MADE_FROM`.
+LENGTH = ("training.max_steps", "training.num_epochs")
+"""Settings that a finished run can be extended by."""
+
+
+def extends(done: Checkpoint, config: RunConfig) -> bool:
+    """Whether a longer run is asked for than the finished one was."""
+    before, now = done.state["recipe"], recipe_of(config)
+    changed = [key for key in LENGTH if before.get(key) != now[key] and not _is_default(config, key)]
+    return bool(changed) and all(_is_raised(before.get(key), now[key]) for key in changed)
+
+
+def _is_raised(before: Any, now: Any) -> bool:
+    return before is not None and now is not None and now >= before
+
+
+def _is_default(config: RunConfig, key: str) -> bool:
+    return config.origins.get(key, "default").startswith("default")
+
+
+def check_recipe(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    made_from: Mapping[str, str],
+    allow_changes: bool,
+    *,
+    longer: bool = False,
+) -> None:
+    """Compare this run with the one that wrote `checkpoint`. made_from: hashes by the names of `MADE_FROM`. longer: a
+    finished run is extended, so its length may be raised.
 
     Raises:
         CheckpointError: a setting, the data or the weights differ; every difference is listed. With `allow_changes`
             they are only said, and the run's new config.yaml and data.json record them.
     """
-    settings = _differences(checkpoint.state["recipe"], recipe_of(config))
+    before, now = dict(checkpoint.state["recipe"]), recipe_of(config)
+    raised = [key for key in LENGTH if longer and _is_raised(before.get(key), now[key])]
+    if changes := _differences(_only(before, set(raised)), _only(now, set(raised))):
+        log.info(
+            "the finished run is extended (%s): after step %d the learning rate goes on as in a run of the new length",
+            "; ".join(changes),
+            checkpoint.step,
+        )
+        before |= _only(now, set(raised))
+    settings = _differences(before, now)
     _refuse(checkpoint, settings + _others(checkpoint, made_from), allow_changes)
 
 
