@@ -85,7 +85,7 @@ PRECISIONS = [Precision(torch.float32), Precision(torch.bfloat16)]
         (as_it_is, 0.125, 0.125, None),
         (soft_cap(20.0), 0.25, 0.25, 20.0),
     ],
-    ids=str,
+    ids=["as it is", "cap", "low cap", "scaled cap", "factor", "sixteenth", "eighth before", "cap, scaled before"],
 )
 def test_what_a_model_does_to_its_logits_is_measured(
     change: Change, before: float, scale: float, cap: float | None, precision: Precision, adapted: bool
