@@ -23,7 +23,6 @@ from strop.config.yamlfile import write_value
 from strop.data.day import with_day
 from strop.data.load import LoadedData, first_group, load_data
 from strop.data.show import show_group
-from strop.disk import refuse_in_the_way
 from strop.distributed import pick_device
 from strop.errors import ConfigError
 from strop.machine import Machine, machine_named, machine_of
@@ -31,6 +30,7 @@ from strop.policy.folder import has_weights, source_of
 from strop.policy.generation import stop_tokens
 from strop.policy.load import load_tokenizer
 from strop.preflight import run_folder, select_models
+from strop.rundir import RunDir
 from strop.terminal import escaped
 
 if TYPE_CHECKING:
@@ -68,7 +68,10 @@ def dry_run(
     config = resolve(config)
     models = select_models(config, model_index)
     for model in models:
-        refuse_in_the_way(run_folder(config, model))
+        folder = RunDir(run_folder(config, model), logging_dir=config.logging.logging_dir)
+        if present := folder.check(config.training.mount_dir):
+            there = f"{folder.path} holds another run ({', '.join(present)})"
+            say(f"note: without --resume or --overwrite this would stop a run here: {there}")
     machine, notes = _machine(config, device, memory)
     runs = []
     for model in models:

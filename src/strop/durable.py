@@ -281,6 +281,14 @@ def _finite(value: object) -> object:
     return value
 
 
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 class JsonLines:
     """A log of one JSON object a line that a crash can cut short by a part of its last line, and by nothing else.
 
@@ -324,29 +332,46 @@ class JsonLines:
         if self.path.exists():
             with self.path.open("rb") as file:
                 for line in file:
-                    try:
-                        record = json.loads(line)
-                    except ValueError:
-                        continue
-                    if isinstance(record, dict):
+                    if (record := _object(line)) is not None:
                         yield record
 
-    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep the records for which `keep` is true, in one step: the old file or the new one, never a mix."""
+    def cut(self, keep: Callable[[dict[str, Any]], bool | None]) -> int:
+        """Keep the records for which `keep` is true, in one step: the old file or the new one, never a mix.
+
+        keep: None where the record does not tell. Such records, and lines that are no JSON object, are damage: then the
+        file as it was stays beside the new one, as .bad-NAME. A half-written end is none. Returns how many they are.
+        """
         self.close()
         if not self.path.exists():
-            return
+            return 0
+        kept, damaged = [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            record = _object(line)
+            wanted = None if record is None else keep(record)
+            if record is not None and wanted:
+                kept.append(record)
+            damaged += wanted is None and line.endswith(b"\n")
+        if damaged:
+            self._set_aside()
         temp = self.path.parent / hidden_name("tmp", self.path.name)
         try:
             with NewFile(temp) as file:
-                for record in self.read():
-                    if keep(record):
-                        file.write(f"{to_json(record)}\n".encode("utf-8", "backslashreplace"))
+                for record in kept:
+                    file.write(f"{to_json(record)}\n".encode("utf-8", "backslashreplace"))
             os.replace(temp, self.path)
         except OSError:
             remove(temp)
             raise
         sync_folder(self.path.parent)
+        return damaged
+
+    def _set_aside(self) -> None:
+        """A copy of the file as it is, under a name that is free."""
+        aside, number = self.path.parent / f".bad-{self.path.name}", 1
+        while os.path.lexists(aside):
+            number += 1
+            aside = self.path.parent / f".bad-{self.path.name}-{number}"
+        write_file(aside, self.path.read_bytes())
 
     def sync(self) -> None:
         if self._fd is not None:

@@ -30,9 +30,9 @@ from typing import Self
 import filelock
 
 from strop import durable
-from strop.disk import unusable
+from strop.disk import refuse_in_the_way, unusable
 from strop.durable import JsonLines, to_json
-from strop.errors import CheckpointError, StropError
+from strop.errors import CheckpointError, ConfigError, StropError
 from strop.manifest import MANIFEST
 from strop.redact import redact
 
@@ -55,12 +55,19 @@ class RunDir:
     def __init__(self, path: Path | str, *, logging_dir: str = "./logs") -> None:
         self.path = Path(path).expanduser().absolute()
         logs = Path(os.path.normpath(self.path / Path(logging_dir).expanduser()))
+        if not logs.is_relative_to(self.path.parent) and not Path(logging_dir).expanduser().is_absolute():
+            raise ConfigError(
+                f"logging.logging_dir is {logging_dir}, which leads out of training.output_dir, to {logs}",
+                expected="a folder in training.output_dir, relative to the run's own, or an absolute path",
+                fix=f"if it is to be there, write it out: logging.logging_dir: {logs}",
+            )
         # a folder that several runs may share gets one folder a run
         self.logs = logs if logs.is_relative_to(self.path) else logs / self.path.name
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self._lock: filelock.BaseFileLock | None = None
         self._made: list[Path] = []  # what was not there before, innermost first
         self._has_begun = False  # it has written a file
+        self._has_marked = False  # by this process
         self.replaces = False
         """Whether the run that is here goes when this one begins; until then nothing of it counts."""
 
@@ -97,7 +104,9 @@ class RunDir:
     def _leave(self, *, spare: bool) -> None:
         self.metrics.close()
         if self._lock is not None:
-            for path in (self._holder, self._mark) if spare and not self._has_begun else (self._holder,):
+            for path in (
+                (self._holder, self._mark) if spare and self._has_marked and not self._has_begun else (self._holder,)
+            ):
                 try:
                     durable.remove(path)
                 except OSError as error:
@@ -206,6 +215,7 @@ class RunDir:
         present = self.present()
         if overwrite and present and not os.path.lexists(self._mark):
             durable.write_file(self._mark, b"this run is to be replaced by another one\n")
+            self._has_marked = True
         self.replaces = overwrite or os.path.lexists(self._mark)
         if resume and self.replaces:
             logger.warning("%s: the run here was to be overwritten; nothing of it is gone on from", self.path)
@@ -238,6 +248,8 @@ class RunDir:
             self.replaces = False
 
     def _clear(self) -> None:
+        for path in self.path.glob(f".bad-{self.metrics.path.name}*"):
+            durable.remove(path)
         aside = [p for p in self.path.iterdir() if SET_ASIDE_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
         for folder in (*self._checkpoints(), *aside, self.path / FINAL, *(self.logs / name for name in LOG_FOLDERS)):
             if folder.is_dir() and not folder.is_symlink():
@@ -284,14 +296,17 @@ class RunDir:
         """Drop what metrics.jsonl has after `step`, as a resume from there needs it; a half-written end goes too.
         evaluated: whether the evaluation of `step` itself stays."""
 
-        def stays(record: Mapping[str, object]) -> bool:
+        def stays(record: Mapping[str, object]) -> bool | None:
             at = record.get("step")
-            return isinstance(at, int) and (at < step or (at == step and (evaluated or record.get("split") != "eval")))
+            if not isinstance(at, int):
+                return None
+            return at < step or (at == step and (evaluated or record.get("split") != "eval"))
 
         try:
-            self.metrics.cut(stays)
+            damaged = self.metrics.cut(stays)
         except OSError as error:
             raise unusable(self.metrics.path, error) from error
+        tell_damage(self.metrics.path, damaged)
 
     # ---- the end of a run
 
@@ -325,19 +340,39 @@ class RunDir:
         target = Path(mount_dir).expanduser().absolute() / self.path.name
         try:
             target.mkdir(parents=True, exist_ok=True)
-            inside = target.resolve()
-            if any(
-                inside.is_relative_to(p.resolve()) or p.resolve().is_relative_to(inside) for p in (self.path, self.logs)
-            ):
-                raise CheckpointError(
-                    "the mirror of a run cannot lie in the run folder, nor around it",
-                    where=f"training.mount_dir: {mount_dir}",
-                    fix="choose a training.mount_dir apart from training.output_dir",
-                )
+            self._refuse_mirror(target, mount_dir)
             durable.recover(target)
         except OSError as error:
             raise unusable(target, error, "training.mount_dir") from error
         return target
+
+    def _refuse_mirror(self, target: Path, mount_dir: Path | str) -> None:
+        inside = target.resolve()
+        if any(
+            inside.is_relative_to(p.resolve()) or p.resolve().is_relative_to(inside) for p in (self.path, self.logs)
+        ):
+            raise CheckpointError(
+                "the mirror of a run cannot lie in the run folder, nor around it",
+                where=f"training.mount_dir: {mount_dir}",
+                fix="choose a training.mount_dir apart from training.output_dir",
+            )
+
+    def check(self, mount_dir: Path | str | None) -> list[str]:
+        """Refuse the paths that a run would refuse, and make none of them. Returns names that make the folder that of
+        another run.
+
+        Raises:
+            CheckpointError: a folder cannot be made or written, is a link, or the mirror lies in the run.
+        """
+        target = None if mount_dir is None else Path(mount_dir).expanduser().absolute() / self.path.name
+        for folder in (self.path, self.logs, *((target,) if target else ())):
+            refuse_in_the_way(folder)
+        if target is not None:
+            self._refuse_mirror(target, str(mount_dir))
+        if not self.path.is_dir():
+            return []
+        self._refuse_links()
+        return self.present()
 
     def _publish(self, write: Callable[[Path], None], target: Path) -> Path:
         temp = target.parent / durable.hidden_name("tmp", target.name)
@@ -357,3 +392,14 @@ class RunDir:
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+
+
+def tell_damage(path: Path, damaged: int) -> None:
+    """Say what a log has lost, where it has."""
+    if damaged:
+        logger.warning(
+            "%s: %d lines are damaged and are left out; the file as it was is beside it, as .bad-%s",
+            path,
+            damaged,
+            path.name,
+        )

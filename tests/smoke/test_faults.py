@@ -124,7 +124,7 @@ def test_a_final_model_that_is_damaged_is_written_again_without_training(
         assert {p.name: p.read_bytes() for p in done.final.iterdir()} == whole
     shutil.rmtree(done.run_dir / "checkpoint-4")
     (done.final / name).unlink()
-    with pytest.raises(CheckpointError, match="damaged, and no checkpoint is left"):
+    with pytest.raises(CheckpointError, match=r"is damaged .*no checkpoint is left"):
         strop.train(config, resume="auto")
 
 

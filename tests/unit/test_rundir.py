@@ -11,15 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strop import durable
-from strop.errors import CheckpointError
+from strop.errors import CheckpointError, ConfigError, StropError
 from strop.manifest import MANIFEST
-from strop.rundir import RUN_FILES, RunDir
+from strop.rundir import RUN_FILES, TO_BE_REPLACED, RunDir
 
 HOLD = """
 import sys, time
@@ -327,3 +328,57 @@ def test_a_mirror_in_the_run_itself_is_refused(tmp_path: Path, mount: str) -> No
     with pytest.raises(CheckpointError, match="mirror"):
         run.mirror(tmp_path / mount)
     assert names(run.path) == before
+
+
+def test_a_run_that_is_to_be_replaced_stays_so_until_it_is(tmp_path: Path, on_disk: Callable[..., Any]) -> None:
+    """Whenever the process that overwrites dies: the old run as it was, or one that nobody goes on with."""
+
+    def begun(folder: Path) -> Path:
+        with RunDir.open(folder, resume=False, overwrite=True) as run:
+            run.write_text("config.yaml", "old")
+            run.publish_final(lambda path: (path / "model").write_text("old") and None)
+        return folder
+
+    def overwritten(folder: Path) -> None:
+        with RunDir.open(folder, resume=False, overwrite=True) as run:
+            run.write_text("config.yaml", "new")
+
+    at, dead = 0, True
+    while dead:
+        at += 1
+        folder = begun(tmp_path / str(at))
+        dead = on_disk(at, None, lambda folder=folder: overwritten(folder)).dead
+        marked = (folder / TO_BE_REPLACED).exists()
+        with suppress(StropError), RunDir.open(folder, resume=True, overwrite=False) as run:
+            assert run.is_finished == ((folder / "final").exists() and not marked)
+            raise StropError("refused")  # a refusal takes nothing back that another process has asked for
+        with RunDir.open(folder, resume=True, overwrite=False) as run:
+            assert run.replaces == marked
+            run.write_text("data.json", "{}")
+            assert not marked or run.present() == ["data.json"]
+            assert not (folder / TO_BE_REPLACED).exists()
+    assert at > 5
+
+
+@pytest.mark.parametrize("damage", ["{", '{"split": "train"}', "\x00\x00", "[" * 100_000])
+def test_damage_in_a_log_is_told_and_kept(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDir(tmp_path)
+    lines = [f'{{"step": {n}}}' for n in (1, 2, 3)]
+    text = "\n".join([lines[0], damage, *lines[1:]]) + "\n"
+    run.metrics.path.write_text(text)
+    for number, aside in enumerate((".bad-metrics.jsonl", ".bad-metrics.jsonl-2")):
+        run.metrics.path.write_text(text)
+        run.cut_metrics(2)
+        assert (tmp_path / aside).read_text() == text
+        assert [record["step"] for record in run.metrics.read()] == [1, 2]
+        assert caplog.text.count("1 lines are damaged") == number + 1
+    run.cut_metrics(1)
+    assert caplog.text.count("damaged") == 2
+
+
+@pytest.mark.parametrize("logs", ["../../elsewhere", "./../../x", "a/../../../../y"])
+def test_logs_do_not_lead_out_of_where_runs_are_written(logs: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leads out of"):
+        RunDir(tmp_path / "out" / "run", logging_dir=logs)
+    assert RunDir(tmp_path / "out" / "run", logging_dir="../logs").logs == tmp_path / "out" / "logs" / "run"
+    assert RunDir(tmp_path / "out" / "run", logging_dir=str(tmp_path / "z")).logs == tmp_path / "z" / "run"

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ log = logging.getLogger("strop")
 TABLE, REJECTED, ENTRY = "rows.arrow", "rejected.jsonl", "entry.json"
 ROWS_A_BATCH, TOKENS_A_BATCH = 8192, 1 << 24
 CHUNK = 1 << 23
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class Tokenised:
 
 
 class Rejected(Sequence[Mapping[str, Any]]):
-    """Refused rows: file, line, reason, raw. They lie on disk, for there can be many."""
+    """Refused rows: file, line, reason, raw. They lie on disk, for there can be many, and can be read as long as this
+    is there, whoever deletes the file."""
 
-    def __init__(self, parts: Sequence[tuple[Path, int, Mapping[str, str]]]) -> None:
+    def __init__(self, parts: Sequence[tuple[_Kept, int, Mapping[str, str]]]) -> None:
         self._parts = tuple(parts)
 
     def __add__(self, other: Rejected) -> Rejected:
@@ -62,11 +66,10 @@ class Rejected(Sequence[Mapping[str, Any]]):
         return sum(n for _, n, _ in self._parts)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for path, _, names in self._parts:
-            with path.open("rb") as file:
-                for line in file:
-                    row = json.loads(line)
-                    yield {**row, "file": names.get(row["file"], row["file"])}
+        for content, _, names in self._parts:
+            for line in content.lines():
+                row = json.loads(line)
+                yield {**row, "file": names.get(row["file"], row["file"])}
 
     def __getitem__(self, index: Any) -> Any:
         return list(self)[index]
@@ -83,26 +86,58 @@ def fetch(
         strict: rows that are refused are an error, which `make` raises.
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
-    folder = cache_folder("tokens") / key[:2]
-    place = folder / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(place) + ".lock"):
-            entry = _read(place)
-            if entry is None or (strict and entry["refused"]):
-                entry = _write(place, label, make)
-    except OSError as error:
-        raise DataError(
-            f"the token cache cannot be written: {error.strerror or error}",
-            where=str(folder),
-            expected="room and leave to write; tokens take some 5 bytes each",
-            fix="free space, or set the environment variable STROP_CACHE to another folder",
-        ) from error
-    names = {entry["label"]: label}
-    rejected = Rejected([(place / REJECTED, sum(entry["refused"].values()), names)])
-    files = [names.get(name, name) for name in entry["files"]]
-    shard = Shard(place / TABLE, files)
+    for left in reversed(range(TRIES)):
+        folder = cache_folder("tokens") / key[:2]
+        try:
+            return _fetch(folder / key, label, make, strict)
+        except FileNotFoundError as error:
+            if not left:
+                raise DataError(
+                    f"the token cache was deleted while it was used, {TRIES} times",
+                    where=str(folder),
+                    fix="leave it alone while a run starts, or set STROP_CACHE to another folder",
+                ) from error
+            log.warning("%s was deleted while it was used: the rows are tokenised again", folder)
+        except OSError as error:
+            raise DataError(
+                f"the token cache cannot be written: {error.strerror or error}",
+                where=str(folder),
+                expected="room and leave to write; tokens take some 5 bytes each",
+                fix="free space, or set the environment variable STROP_CACHE to another folder",
+            ) from error
+    raise AssertionError("the last try returns or raises")
+
+
+def _fetch(place: Path, label: str, make: Callable[[], Iterator[tuple[str, Worked]]], strict: bool) -> Tokenised:
+    """The entry at `place`, its files open: from here on it may be deleted."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(place) + ".lock"):
+        entry = _read(place)
+        if entry is None or (strict and entry["refused"]):
+            entry = _write(place, label, make)
+        names = {entry["label"]: label}
+        shard = Shard(place / TABLE, [names.get(name, name) for name in entry["files"]])
+        rejected = Rejected([(_Kept(place / REJECTED), sum(entry["refused"].values()), names)])
     return Tokenised(shard, Counter(entry["refused"]), Counter(entry["dropped"]), entry["blank_lines"], rejected)
+
+
+class _Kept:
+    """A file that can be read as long as this is there, whoever deletes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._fd)
+
+    def lines(self) -> Iterator[bytes]:
+        position, rest = 0, b""
+        while True:
+            os.lseek(self._fd, position, os.SEEK_SET)  # others may read between two lines
+            chunk = os.read(self._fd, CHUNK)
+            if not chunk:
+                return
+            position += len(chunk)
+            *whole, rest = (rest + chunk).split(b"\n")
+            yield from whole
 
 
 def _read(place: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from strop import durable
 from strop.durable import JsonLines
+from strop.rundir import tell_damage
 
 SAMPLE = 8
 
@@ -59,10 +60,23 @@ class MarginsLog:
         if not self.folder.is_dir():
             return
         durable.recover(self.folder)
-        self._lines.cut(lambda line: isinstance(at := line.get("global_step"), int) and at <= global_step)
+        dropped = set()
+
+        def keep(line: dict[str, Any]) -> bool | None:
+            at = line.get("global_step")
+            if not isinstance(at, int):
+                return None
+            if at > global_step:
+                dropped.add(line.get("npy"))
+            return at <= global_step
+
+        damaged = self._lines.cut(keep)
+        tell_damage(self._lines.path, damaged)
         named = {line.get("npy") for line in self._lines.read()}
         for path in sorted(self.folder.glob("epoch_*/step_*.npy")):
-            if path.relative_to(self.folder).as_posix() not in named:
+            name = path.relative_to(self.folder).as_posix()
+            # one without a line is of a process that died in between; where lines are damaged, it may be any
+            if name in dropped or (not damaged and name not in named):
                 durable.remove(path)
 
     def close(self) -> None:

@@ -86,12 +86,18 @@ class ReferenceStore:
             data = values.numpy().astype(self._numpy).tobytes()
             records += _HEAD.pack(_MAGIC, key, len(data), zlib.crc32(key + data)) + data
         try:
-            with self._alone(), self.path.open("ab") as file:
-                self._cut_tail(file)
-                file.write(records)
-                self._end = file.tell()
+            try:
+                self._add(records)
+            except FileNotFoundError:  # the cache may be deleted at any time, this one too
+                self._add(records)
         except OSError as error:
             self._give_up(error)
+
+    def _add(self, records: bytes | bytearray) -> None:
+        with self._alone(), self.path.open("ab") as file:
+            self._cut_tail(file)
+            file.write(records)
+            self._end = file.tell()
 
     def clear(self) -> None:
         """Forget everything, for all runs."""
@@ -105,6 +111,7 @@ class ReferenceStore:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """With the lock; where another process keeps it, that is said."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=PATIENCE)
         except Timeout:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import strop.data.cache
 from strop.data import crew
 from strop.data.load import load_data
 from strop.data.workshop import Workshop
@@ -81,6 +82,7 @@ def test_b13_damage_is_found_and_mended(
     path.write_text(Path(rows(path, 9)).read_text() + "{\n")
     config = make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0)
     first = load_data(config, make_tokenizer(), "single")
+    rejected = list(first.rejected)
     (entry,) = entries(cache)
     victim = entry / name
     content = bytearray(victim.read_bytes())
@@ -97,7 +99,7 @@ def test_b13_damage_is_found_and_mended(
     done = len(worked)
     again = load_data(config, make_tokenizer(), "single")
     assert len(worked) > done and "tokenised again" in caplog.text
-    assert again.report.fingerprint == first.report.fingerprint and list(again.rejected) == list(first.rejected)
+    assert again.report.fingerprint == first.report.fingerprint and list(again.rejected) == rejected
     done = len(worked)
     load_data(config, make_tokenizer(), "single")
     assert len(worked) == done
@@ -201,3 +203,37 @@ def test_b13_a_folder_that_cannot_be_written_is_no_obstacle(
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "file"))
     data = load_data(make_config(train_file=rows(tmp_path / "rows.jsonl", 5)), make_tokenizer(), "single")
     assert len(data.train) == 4 and "STROP_CACHE" in caplog.text
+
+
+def test_a_cache_that_is_deleted_costs_nothing_but_time(
+    tmp_path: Path, make_config: Make, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(Path(rows(tmp_path / "good.jsonl", 20)).read_text() + "{\n")
+    config = make_config(train_file=str(path), on_error="skip", max_dropped_fraction=1.0, validation_split=0.0)
+
+    def load() -> tuple[list[Any], list[Any]]:
+        data = load_data(config, make_tokenizer(), "single")
+        shutil.rmtree(cache)  # what is open is read on
+        return list(data.train), list(data.rejected)
+
+    whole = load()
+    assert len(whole[0]) == 20 and len(whole[1]) == 1
+    for at in (1, 2, 3, 5, 8):  # while it is written, at any file of it
+        with monkeypatch.context() as patch:
+            patch.setattr("strop.data.cache._checksum", _deleting(cache, at))
+            assert load() == whole
+
+
+def _deleting(folder: Path, at: int) -> Callable[[Path], int]:
+    count = 0
+    real = strop.data.cache._checksum
+
+    def checksum(path: Path) -> int:
+        nonlocal count
+        count += 1
+        if count == at:
+            shutil.rmtree(folder)
+        return real(path)
+
+    return checksum

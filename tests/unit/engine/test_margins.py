@@ -89,3 +89,17 @@ def test_margins_that_are_not_finite_are_valid_json(tmp_path: Path) -> None:
     MarginsLog(tmp_path).write(0, 0, 1, np.array([math.nan, 1.0]))
     (line,) = lines(tmp_path)
     assert line["mean"] is None and line["sample"] == [None, 1.0] and line["pos_frac"] == 0.5
+
+
+def test_arrays_stay_where_the_log_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MarginsLog(tmp_path)
+    for step in range(4):
+        log.write(0, step, step + 1, np.ones(3))
+    log.close()
+    file = tmp_path / "margins_log.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + "{" + lines[1][5:] + lines[2] + lines[3])
+    log.cut(3)
+    kept = {p.name for p in tmp_path.glob("epoch_000/*")}
+    assert kept == {"step_00000.npy", "step_00001.npy", "step_00002.npy"}
+    assert (tmp_path / ".bad-margins_log.jsonl").exists() and "1 lines are damaged" in caplog.text

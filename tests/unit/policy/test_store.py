@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,6 +58,19 @@ def test_what_is_added_is_found_bit_for_bit(store: ReferenceStore, groups: list[
     store.append(groups[1:], drawn(groups)[1:])
     assert same(read(store, dict(enumerate(groups))), groups)
     assert same(read(ReferenceStore(store.path), dict(enumerate(groups))), groups)
+
+
+def test_a_folder_that_is_deleted_is_made_again(
+    tmp_path: Path, groups: list[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, values = ReferenceStore(tmp_path / "deep" / "some.logps"), drawn(groups)
+    for number in range(3):
+        store.append(groups[:1], values[:1])
+        shutil.rmtree(tmp_path / "deep")
+        assert read(store, {0: groups[0]}) == {}
+        store.append(groups, values)
+        assert same(read(store, dict(enumerate(groups))), groups), number
+    assert "cannot be written" not in caplog.text
 
 
 def test_completions_are_found_in_other_groups(store: ReferenceStore, groups: list[Group]) -> None:
