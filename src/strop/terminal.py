@@ -137,6 +137,20 @@ def session() -> Iterator[None]:
                 logger.handlers[:] = handlers
 
 
+class _Forward(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log.debug("%s: %s", record.name, record.getMessage())
+
+
+def take_over(*libraries: str) -> None:
+    """What the loggers of these libraries say goes to strop's log, as details for `log_level: debug`. Python writes it
+    to the terminal itself where a library has no handler; a caller's own handlers get it as before."""
+    for name in libraries:
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Forward) for handler in logger.handlers):
+            logger.addHandler(_Forward())
+
+
 @contextmanager
 def warnings_only() -> Iterator[None]:
     """Information that the log would take is left out: of models that are built to be measured, not trained."""

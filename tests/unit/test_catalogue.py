@@ -12,6 +12,7 @@ from strop import catalogue
 from strop.cli import main
 from strop.config import METHODS
 from strop.config.methods import LossType
+from strop.config.reference import FOR_DATA
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +59,15 @@ def test_other_names_are_refused(arguments: list[str], capsys: pytest.CaptureFix
     assert ("did you mean strop methods dpo?" in said) == (
         arguments[0].lower().startswith("dpo") and len(arguments) == 1
     )
+
+
+def test_the_table_of_data_has_every_method_and_stands_in_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert {method for _, method, _ in FOR_DATA} == set(METHODS)
+    for data, method, note in FOR_DATA:
+        assert f"| {data} | [{method}](methods/{method}.md) | {note} |\n" in guide
+        assert re.search(rf"^  {re.escape(data)} +{method} *{re.escape(note)}$", shown, flags=re.MULTILINE)
+        kind = "labelled" if "marked" in data else "pair" if "pairs" in data else "single"
+        assert kind == METHODS[method].ROWS

@@ -1,9 +1,10 @@
-"""What steers a terminal does not reach one, whatever a file holds that is quoted."""
+"""What steers a terminal does not reach one, whatever a file holds that is quoted; nor does what libraries say."""
 
 from __future__ import annotations
 
 import io
 import logging
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,33 @@ def test_a_file_s_name_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["prepare", "--input", f"{NASTY}.jsonl", "--output-dir", str(tmp_path / "out")]) == 1
     text = capsys.readouterr().err
     assert is_tame(text) and "there is no such file" in text
+
+
+# ---- other libraries
+
+SPEAK = (
+    "import logging, strop.policy; logging.getLogger('bitsandbytes.backends').warning('no kernels'); {more}"
+    "import strop.policy.adapters"
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "heard"),
+    [("", ""), ("logging.basicConfig(); logging.getLogger('peft.x').error('mine'); ", "ERROR:peft.x:mine\n")],
+    ids=["nobody listens", "the caller listens"],
+)
+def test_libraries_do_not_speak_in_strops_place(more: str, heard: str) -> None:
+    """Nor does what they say when they are imported reach the terminal; a caller's own handlers get it."""
+    code = SPEAK.format(more=more)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0 and done.stdout == ""
+    said = [line for line in done.stderr.splitlines(keepends=True) if not more or "peft.x" in line]
+    assert "".join(said) == heard
+
+
+def test_what_libraries_say_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    import strop.policy  # noqa: F401
+
+    with caplog.at_level(logging.DEBUG, logger="strop"):
+        logging.getLogger("bitsandbytes.backends.cpu").warning("no kernels for %s", "gemm")
+    assert ("strop", logging.DEBUG, "bitsandbytes.backends.cpu: no kernels for gemm") in caplog.record_tuples

@@ -97,10 +97,27 @@ def _purpose(section: str) -> str:
     return " ".join((getattr(annotation, "__doc__", None) or "").split())
 
 
+FOR_DATA = (
+    ("conversations or answers to imitate", "sft", ""),
+    ("texts without prompts", "sft", "trained as a whole"),
+    ("pairs of a better and a worse answer", "dpo", "after sft on such answers"),
+    ("pairs, some labelled the wrong way round", "dpo", "loss_type: robust and label_smoothing: their share"),
+    ("pairs whose margins grow without end under dpo", "ipo", "a margin of fixed size"),
+    ("pairs, where answers grow longer or a reference is too dear", "simpo", "compares per token, no reference"),
+    ("pairs, and a model that had no sft", "orpo", "sft and preference in one run, no reference"),
+    ("pairs of translations", "cpo", "what it was made for; no reference"),
+    ("single answers marked as good or bad", "kto", "without pairs, also where one kind is rare"),
+)
+"""What the data is, the method for it, and what to know of it."""
+
+
 def method_list() -> str:
-    """Every method with its purpose, a line each."""
+    """Every method with its purpose, and which is for which data, a line each."""
     width = max(map(len, METHODS))
     lines = [f"  {name:{width}}  {' '.join((cls.__doc__ or '').split())}" for name, cls in METHODS.items()]
+    room = max(len(data) for data, _, _ in FOR_DATA)
+    lines += ["", "Which one for the data that is there:", ""]
+    lines += [f"  {data:{room}}  {name:{width}}  {note}".rstrip() for data, name, note in FOR_DATA]
     return "\n".join(lines) + "\n\n  strop methods NAME explains one\n"
 
 
