@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from strop.config.foreign import instead_of
-from strop.config.methods import METHODS, LossType
+from strop.config.methods import METHODS, LossType, MethodSettings
 from strop.config.names import closest, nearest
+from strop.config.run import RunConfig
 from strop.config.schema import SECTIONS, Key, key_at
-from strop.config.section import SectionError
+from strop.config.section import Section, SectionError
+from strop.config.sections import ModelSection, SourceSection
 from strop.config.yamlfile import KeyPath, dotted, scalar, write_value
 from strop.errors import ConfigError
 from strop.redact import redact
@@ -35,8 +37,30 @@ NO_MODEL = (
 )
 
 
-def explain(error: ValidationError, data: Mapping[str, Any], places: Places) -> list[ConfigError]:
-    """Every problem that pydantic reports, in our words."""
+def of_section(error: ValidationError, section: type, values: Mapping[str, Any]) -> ConfigError:
+    """What is wrong with one section, or with a whole configuration, that was made in Python from these values."""
+    found = next((path for kind, path in _homes().items() if issubclass(section, kind)), ())
+    data: Any = values
+    if found == ("post_training",):
+        data = {"method": section.model_fields["method"].default, **values}  # type: ignore[attr-defined]
+    for part in reversed(found):
+        data = [data] if isinstance(part, int) else {part: data}
+    return combined(explain(error, data, {}, found))
+
+
+def _homes() -> dict[type, KeyPath]:
+    """Where sections stand in a configuration."""
+    named: dict[type, KeyPath] = {
+        kind: (name,)
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(kind := field.annotation, type) and issubclass(kind, Section)
+    }
+    named |= {ModelSection: ("models", 0), SourceSection: ("dataset", "sources"), MethodSettings: ("post_training",)}
+    return named
+
+
+def explain(error: ValidationError, data: Mapping[str, Any], places: Places, above: KeyPath = ()) -> list[ConfigError]:
+    """Every problem that pydantic reports, in our words. above: where in the configuration what it speaks of stands."""
     problems: dict[tuple[KeyPath, str], ConfigError] = {}
     details = error.errors(include_url=False)
     for number, detail in enumerate(details):
@@ -45,7 +69,7 @@ def explain(error: ValidationError, data: Mapping[str, Any], places: Places) -> 
             break
         if detail["type"] == "default_factory_not_called" or (detail["type"] == "too_short" and detail["input"]):
             continue  # it follows from a value that is refused itself
-        path = _path(detail["loc"])
+        path = _path((*above, *detail["loc"]))
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, SectionError):
             for problem in cause.problems:
@@ -94,6 +118,8 @@ def _single(detail: ErrorDetails, path: KeyPath, data: Mapping[str, Any], places
     """A problem of one key or one section."""
     kind, where = detail["type"], _place(path, places)
     section = str(path[0]) if len(path) > 1 else ""
+    if kind == "extra_forbidden" and path == ("preset",):
+        return ConfigError("a RunConfig has no preset", fix="strop.load_config(FILE, preset=NAME) lays it under a file")
     if kind == "extra_forbidden":
         return ConfigError(f"unknown key {dotted(path)}", where=where, fix=nearest(str(path[-1]), section))
     if kind.startswith("union_tag"):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from strop.redact import redact
 
@@ -46,8 +46,31 @@ def admits_null(annotation: Any) -> bool:
     return annotation is type(None) or any(admits_null(part) for part in get_args(annotation))
 
 
-class Section(BaseModel):
-    """Frozen, unknown keys refused, no silent conversions: `"8"` is not 8, `yes` is not true, 1 is not true."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _InOurWords(ModelMetaclass):
+    """Makes a section that is written in Python fail with the words of the command line. Pydantic itself, which makes
+    the sections of a file, goes past this: its errors are gathered there."""
+
+    def __call__(self, *arguments: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **values)
+        except ValidationError as error:
+            from strop.config.explain import of_section
+
+            raise of_section(error, self, values) from None
+
+
+class Section(BaseModel, metaclass=_InOurWords):
+    """Frozen, unknown keys refused, no silent conversions: `"8"` is not 8, `yes` is not true, 1 is not true.
+
+    Raises:
+        ConfigError: every problem, with what was found, what was expected and what to do.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from strop.config import load_config
+from strop.config import (
+    METHODS,
+    DatasetSection,
+    GpuSection,
+    LoraSection,
+    ModelSection,
+    RunConfig,
+    TrainingSection,
+    load_config,
+)
+from strop.config.layers import Stack
 from strop.errors import ConfigError
 
 MODEL = "models:\n  - huggingface_id: org/model\n"
@@ -236,3 +247,49 @@ def test_messages_show_no_control_characters(tmp_path: Path, monkeypatch: pytest
     found = message(tmp_path, monkeypatch, MODEL + '"\\e[31m\\u202e": 1\nseed: "\\e[31m"\n')
     assert "\x1b" not in found
     assert "\u202e" not in found
+
+
+# ---- what is made in Python
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("training", {"learning_rat": 1e-5}),
+        ("training", {"learning_rate": "1e-5", "warmup_steps": 1, "warmup_ratio": 0.1}),
+        ("training", {"bf16": "yes", "num_epochs": 1.0}),
+        ("dataset", {"validation_split": 2.0}),
+        ("lora", {"r": 0}),
+        ("gpu", {"device_ids": [0, 0]}),
+        ("post_training", {"method": "dpo", "los_type": "ipo"}),
+        ("post_training", {"method": "dpo", "ipo_norm": "sum"}),
+        ("post_training", {"method": "sft", "beta": 0.1}),
+    ],
+)
+def test_python_has_the_hints_of_the_command_line(section: str, values: dict[str, Any]) -> None:
+    models = [{"huggingface_id": "org/model"}]
+    kinds: dict[str, Any] = {
+        "training": TrainingSection,
+        "dataset": DatasetSection,
+        "lora": LoraSection,
+        "gpu": GpuSection,
+        "post_training": METHODS[values.get("method", "sft")],
+    }
+    with pytest.raises(ConfigError) as file:
+        Stack({"models": models, section: values}).build()
+    with pytest.raises(ConfigError) as whole:
+        RunConfig(models=models, **{section: values})
+    with pytest.raises(ConfigError) as alone:
+        kinds[section](**values)
+    assert str(whole.value) == str(file.value)
+    assert [line.split(": ")[-1] for line in str(alone.value).splitlines()] == [
+        line.split(": ")[-1] for line in str(file.value).splitlines()
+    ]
+    assert section in str(alone.value)
+
+
+def test_a_model_and_a_preset_in_python() -> None:
+    with pytest.raises(ConfigError, match="huggingface_id is missing"):
+        ModelSection()
+    with pytest.raises(ConfigError, match="load_config"):
+        RunConfig(models=[{"huggingface_id": "m"}], preset="cpu")

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from strop.config import METHODS, load_config, to_yaml
 from strop.config.methods import NEUTRAL, DpoSettings, LossType, MethodSettings, Readers, is_neutral
 from strop.config.schema import SECTIONS
+from strop.errors import ConfigError
 from variants import NEEDED, SETTINGS
 from variants import name as label
 
@@ -85,9 +86,9 @@ def test_what_a_loss_reads_is_named(loss_type: str) -> None:
     unread = DpoSettings(loss_type=loss_type, **NEEDED.get(loss_type, {})).unread()  # type: ignore[arg-type]
     for name in unread:
         (value, *_) = [v for v in telling(name) if v != DpoSettings.model_fields[name].default]
-        with pytest.raises(ValidationError) as refusal:
+        with pytest.raises(ConfigError) as refusal:
             DpoSettings(loss_type=loss_type, **{**NEEDED.get(loss_type, {}), name: value})  # type: ignore[arg-type]
-        listed = str(refusal.value).partition(f"the settings of dpo with {unread[name].setting}")[2].split(";")[0]
+        listed = str(refusal.value).partition(f"the settings of dpo with {unread[name].setting}")[2].split("\n")[0]
         assert listed and not any(dead in listed.split(": ")[1].split(", ") for dead in unread if dead != name)
 
 

@@ -32,7 +32,7 @@ ONE = (ModelSection(huggingface_id="org/model"),)
 
 
 def refused(section: type[Section], **values: Any) -> str:
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ConfigError) as caught:
         section(**values)
     return str(caught.value)
 
@@ -127,9 +127,8 @@ def test_output_folders_that_are_fine(folder: str) -> None:
 
 def test_secrets_are_refused_and_not_repeated() -> None:
     for secret in ("hf_" + "a1B2" * 9, "https://me:pass-word@host/data", "AKIA" + "A1B2" * 4):
-        message = refused(DatasetSection, name=secret).splitlines()[1]
-        assert "token or a password" in message
-        assert secret not in message.partition("[type=")[0]
+        message = refused(DatasetSection, name=secret)
+        assert "token or a password" in message and secret not in message
 
 
 def test_null_means_the_default_where_a_key_does_not_take_null() -> None:
@@ -197,19 +196,19 @@ def test_neutral_means_the_same_value_of_the_same_type() -> None:
 
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo", "kto_pair"])
 def test_settings_that_the_loss_does_not_read_are_refused(loss_type: str) -> None:
-    with pytest.raises(ValidationError, match="label_smoothing"):
+    with pytest.raises(ConfigError, match="label_smoothing"):
         DpoSettings(loss_type=loss_type, label_smoothing=0.1)  # type: ignore[arg-type]
     DpoSettings(loss_type=loss_type, label_smoothing=0.0)  # type: ignore[arg-type]
 
 
 def test_ipo_norm_is_read_by_ipo_only() -> None:
-    with pytest.raises(ValidationError, match="ipo_norm"):
+    with pytest.raises(ConfigError, match="ipo_norm"):
         DpoSettings(ipo_norm="sum")
     assert DpoSettings(loss_type="ipo", ipo_norm="sum").ipo_norm == "sum"
 
 
 def test_one_reference() -> None:
-    with pytest.raises(ValidationError, match="ref_model_id"):
+    with pytest.raises(ConfigError, match="ref_model_id"):
         DpoSettings(use_ref_model=False, ref_model_id="org/ref")
 
 
