@@ -5,6 +5,7 @@ Names load late, so that `import strop.config` and `strop --help` bring in no to
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,13 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'strop' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    library = logging.getLogger("bitsandbytes")  # tells of optional kernels, to whoever imports it
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    finally:
+        library.setLevel(level)
 
 
 def __dir__() -> list[str]:

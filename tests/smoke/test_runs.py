@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -331,6 +334,17 @@ def test_a_path_trains_as_its_configuration_does(runs: Any, tmp_path: Path) -> N
         assert runs.same_run(runs.at(result.run_dir), runs())
     with pytest.raises(ConfigError, match=r"gone\.yaml"):
         strop.train(tmp_path / "gone.yaml")
+
+
+def test_from_python_no_library_has_a_say(runs: Any, tmp_path: Path) -> None:
+    config = runs.config({"output_dir": str(tmp_path / "out"), "max_steps": 1, **LORA})
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    script = f"import strop; (result,) = strop.train({str(file)!r}); print(result.reason)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "the one step is done\n"), done.stderr
+    ours = re.compile(r"(train|eval) step |training: |reference log-probs: ")
+    assert [line for line in done.stderr.splitlines() if not ours.match(line)] == []
 
 
 def test_training_twice_in_a_row(runs: Any) -> None:

@@ -59,7 +59,8 @@ class Ending:
             elif record.get("step") == final_step:
                 metrics["eval"] = record
         early = stops_early(config.finetuning, state) and state.step < num_steps
-        reason = f"all {num_steps} steps are done" if not early else _stopped_early(config, state, num_steps)
+        done = f"all {num_steps} steps are done" if num_steps > 1 else "the one step is done"
+        reason = _stopped_early(config, state, num_steps) if early else done
         return cls(reason, early, state.step, num_steps, final_step, metrics, _is_worse(metrics))
 
     def as_dict(self) -> dict[str, Any]:
