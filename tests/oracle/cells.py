@@ -94,8 +94,7 @@ def judge(family: Family, row: Mapping[str, Any], *, twin: bool) -> Cell:
         if isinstance(found, str):
             return Cell("refused", (found,))
         return Cell("WRONG", (f"trained, although it is not rendered in full: {error}", *_texts(family, found)))
-    by_blocks = twin or family.has_own_blocks
-    expected = oracle.by_blocks() if by_blocks else oracle.plain()
+    expected = oracle.expected()
     if isinstance(found, str):
         return _refused(found, oracle, expected)
     wanted = [oracle.ids(turn.text) for turn in expected.trained]
@@ -112,7 +111,7 @@ def judge(family: Family, row: Mapping[str, Any], *, twin: bool) -> Cell:
     if found.prompt not in expected.prompts:
         prompt = oracle.tokenizer.decode(found.prompt)
         return Cell("WRONG", (f"the prompt ends {prompt[-60:]!r}", f"must be {expected.trained[0].opening[-60:]!r}"))
-    if by_blocks or family.twin is None:
+    if expected.by_blocks or family.twin is None:
         return Cell("right")
     return _beside_the_twin(family, row, oracle, expected)
 

@@ -101,6 +101,10 @@ class Oracle:
         """The rendering of the whole conversation."""
         return self.render(self.messages)
 
+    def expected(self) -> Expected:
+        """What must be trained: generation blocks decide, where the template has some."""
+        return self.by_blocks() if re.search(r"{%-?\s*generation", self.template) else self.plain()
+
     def plain(self) -> Expected:
         """What must be trained under a template without generation blocks."""
         turns = [turn for i in self._numbers() if (turn := self._turn(i)) is not None]
@@ -192,9 +196,11 @@ class Oracle:
             longer = self.render([*self.messages[: i + 1], {"role": role, "content": "x"}])
         except Exception:  # noqa: BLE001 - whatever a template raises
             longer = ""
-        words = alone.rstrip()
-        at = longer.rfind(words[-12:]) + len(words[-12:])
-        header = SPECIAL.match(longer[at:].lstrip()) if words[-12:] in longer else None
+        # the turn ends with its content, or with a call; its reasoning can be gone where a turn follows
+        tail = (self.messages[i].get("content") or "").split("</think>")[-1].strip()
+        tail = tail if tail and alone.rstrip().endswith(tail) else alone.rstrip()[-12:]
+        at = longer.rfind(tail) + len(tail)
+        header = SPECIAL.match(longer[at:].lstrip()) if tail in longer else None
         if header is not None and header[0] in self.family.stops:
             return alone[start:].rstrip(), [header[0]]
         return alone[start:].rstrip(), [self.family.ends.eos]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 TWIN = "_training"
@@ -31,7 +31,7 @@ PLAIN = re.compile(r"</?(?:think|tool_call|tool_response|arg_key|arg_value)>")
 
 WORDS = [
     "The quick brown fox jumps over the lazy dog, again and again.",
-    "user assistant system model question answer yes no hello think tool call result",
+    "user assistant system model question answer yes no hello think tool call result analysis commentary final channel",
     "1 2 3 4 5 6 7 8 9 0 + - = ? ! . , ; : { } [ ] \" ' \n\n",
 ]
 
@@ -94,14 +94,9 @@ class Family:
         """Texts of all tokens at which generation stops."""
         return (self.ends.eos, *self.ends.stops)
 
-    @property
-    def has_own_blocks(self) -> bool:
-        """Whether the template as shipped has generation blocks."""
-        return bool(re.search(r"{%-?\s*generation", self.template))
-
-    def tokenizer(self, template: str | None = None) -> PreTrainedTokenizerFast:
-        """The family's tokenizer with this template, or its own."""
-        return _tokenizer(self.name, template or self.template)
+    def tokenizer(self, template: str | None = None, normalizer: str | None = None) -> PreTrainedTokenizerFast:
+        """The family's tokenizer with this template, or its own. normalizer: NFC, NFKC or None."""
+        return _tokenizer(self.name, template or self.template, normalizer)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of the tokens at which generation stops."""
@@ -124,11 +119,13 @@ def family(name: str) -> Family:
 
 
 @cache
-def _tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
+def _tokenizer(name: str, template: str, normalizer: str | None) -> PreTrainedTokenizerFast:
     one = family(name)
     found = [match for text in (one.template, one.twin or "") for match in SPECIAL.findall(text)]
     special = list(dict.fromkeys(["<|pad|>", *filter(None, [one.ends.bos]), *one.stops, *sorted(set(found))]))
-    tokenizer = Tokenizer.from_str(_bpe())
+    tokenizer = _bpe(one.template)
+    if normalizer is not None:
+        tokenizer.normalizer = getattr(normalizers, normalizer)()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     plain = sorted(set(PLAIN.findall(one.template)))
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
@@ -139,14 +136,13 @@ def _tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
     return fast
 
 
-@cache
-def _bpe() -> str:
-    """Byte-level BPE without any added token, as JSON."""
+def _bpe(template: str) -> Tokenizer:
+    """Byte-level BPE without any added token, of the words that the template writes and some more."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=800, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(WORDS, trainer)
-    return str(tokenizer.to_str())
+    tokenizer.train_from_iterator([*WORDS, *re.findall(r"[A-Za-z ,.]{20,}", template)], trainer)
+    return tokenizer
