@@ -27,7 +27,7 @@ SINGLE_METHODS = "post_training.method: sft"
 SYSTEM = ("system", "system_prompt")
 """Columns with the system text of a row."""
 
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad)?\|?>")
 """How a text points to what stands in a column of MEDIA."""
 
@@ -109,16 +109,15 @@ class _Reader:
         """Messages and tools that stand as JSON text, in place of the text."""
         columns = self._columns
         names = ("messages", "conversations", columns.prompt, columns.chosen, columns.rejected, columns.completion)
-        for name in dict.fromkeys(names):
-            if isinstance(row.get(name), str) and (turns := messages_in(row[name], name)) is not None:
+        for name in [name for name, value in row.items() if isinstance(value, str)]:
+            if name in names and (turns := messages_in(row[name], name)) is not None:
                 row[name] = turns
                 self.notes[:] = ["messages_as_json"]
-        for name in ("messages", "conversations", "tools", columns.label):  # a CSV file has no other nulls
-            if isinstance(row.get(name), str) and not row[name].strip():
-                del row[name]
+            elif name in ("messages", "conversations", "tools", columns.label) and not row[name].strip():
+                del row[name]  # a CSV file has no other nulls
                 self._nulls |= {name}
-        if isinstance(row.get("tools"), str):
-            row["tools"] = parsed(row["tools"], "tools")
+            elif name == "tools":
+                row[name] = parsed(row[name], name)
 
     def parts(self) -> tuple[Turns, tuple[Turns, ...], bool | None]:
         """Prompt, completions and label."""
@@ -263,8 +262,10 @@ class _Reader:
 
     def with_system(self, prompt: Turns, completions: tuple[Turns, ...]) -> tuple[Turns, tuple[Turns, ...]]:
         """The row with the text of its system column as the first turn, unless its messages have one."""
-        named = {getattr(self._columns, kind) for kind in NAMED}
-        there = [key for key in SYSTEM if key in self._whole and key not in named]
+        there = [key for key in SYSTEM if key in self._whole]
+        if there:
+            named = {getattr(self._columns, kind) for kind in NAMED}
+            there = [key for key in there if key not in named]
         if not there or prompt == "":  # a text without turns is whole as it is
             return prompt, completions
         found: dict[str, str] = {}
@@ -291,8 +292,8 @@ class _Reader:
 
     def refuse_media(self, parts: tuple[Turns, ...]) -> None:
         """An image that a text points to is a part of the row, and it is not trained."""
-        for name in MEDIA:
-            if self._whole.get(name) in (None, "", []):
+        for name in MEDIA & self._whole.keys():
+            if self._whole[name] in (None, "", []):
                 continue
             texts = [turn.get("content", "") for part in parts if not isinstance(part, str) for turn in part]
             texts += [part for part in parts if isinstance(part, str)]
@@ -307,6 +308,8 @@ class _Reader:
         tools = self.data.get("tools")
         if not tools:
             return None
+        if isinstance(tools, list | tuple):
+            tools = [parsed(tool, f"tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(tools)]
         if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
             raise wrong_type("tools", tools, "a list of objects, one a tool")
         return tuple(tools)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from strop.data.jsontext import parsed
 from strop.data.rows import RowRefused
 from strop.types import Message
 
@@ -78,14 +79,8 @@ def _message(message: Any, field: str) -> Message:
     # a missing key and a null are the same to templates of current models; tables fill missing keys with null
     turn = {key: item for key, item in message.items() if item is not None}
     _check_keys(turn, field)
-    if not turn.get("tool_calls"):
-        turn.pop("tool_calls", None)
-    elif not isinstance(turn["tool_calls"], list | tuple) or not all(
-        isinstance(c, Mapping) for c in turn["tool_calls"]
-    ):
-        raise wrong_type(f"{field}.tool_calls", turn["tool_calls"], "a list of objects")
-    else:
-        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
+    if "tool_calls" in turn:
+        _settle_calls(turn, field)
     calls = role == "assistant" and "tool_calls" in turn
     if "content" in turn:
         turn["content"] = _content(turn["content"], f"{field}.content", may_be_empty=calls or role in MAY_BE_EMPTY)
@@ -131,6 +126,19 @@ def _check_keys(turn: dict[str, Any], field: str) -> None:
         )  # fmt: skip
     elif False in said.values():
         turn["train"] = False
+
+
+def _settle_calls(turn: dict[str, Any], field: str) -> None:
+    """The calls of a turn as a list of objects; they may stand as JSON text, and no calls are none."""
+    calls = turn["tool_calls"]
+    if isinstance(calls, str) and calls.lstrip().startswith("["):
+        calls = parsed(calls, f"{field}.tool_calls")
+    if not calls:
+        del turn["tool_calls"]
+    elif not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise wrong_type(f"{field}.tool_calls", calls, "a list of objects")
+    else:
+        turn["tool_calls"] = [_call(call) for call in calls]
 
 
 def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -179,7 +179,9 @@ class Workshop:
         with bounded_memory():
             for example in examples:
                 try:
-                    rendered.append(self.renderer.render(example))
+                    parts = self.renderer.render(example)
+                    _refuse_lost_names(example, parts)
+                    rendered.append(parts)
                     results.append(None)
                 except RowRefused as refusal:
                     results.append(refusal)
@@ -248,6 +250,21 @@ RUNS_AWAY = re.compile('"type":"(?:Replace|Precompiled|Prepend)"|"Regex":')
 def may_run_away(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer has parts that a text can keep busy for ever, or that make texts longer."""
     return RUNS_AWAY.search(tokenizer.backend_tokenizer.to_str()) is not None
+
+
+def _refuse_lost_names(example: Example, rendered: Sequence[Rendered]) -> None:
+    """Who speaks is a part of a turn; of a tool, its call says so already."""
+    for completion, whole in zip(example.completions, rendered, strict=True):
+        turns = [turn for part in (example.prompt, completion) if not isinstance(part, str) for turn in part]
+        for i, turn in enumerate(turns):
+            name = turn.get("name")
+            if name and turn["role"] != "tool" and str(name) not in whole.text:
+                raise RowRefused(
+                    "dropped_by_template",
+                    f"the chat template leaves the name {str(name)[:40]!r} of turn {i + 1} out",
+                    expected="a chat template that writes names, or turns without them",
+                    fix="write names into the contents, remove the key, or set dataset.template to one that has it",
+                )
 
 
 def _start(encoded: Encoded) -> list[int]:

@@ -153,6 +153,20 @@ def test_tools_as_json_text_keep_their_nulls() -> None:
         assert refused({**row, "tools": "f()"}).reason == "wrong_type"
 
 
+def test_calls_and_single_tools_as_json_text_are_read() -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": None}}}]
+    row = {"messages": [u("q"), a("", tool_calls=calls)], "tools": [{"name": "f", "default": None}]}
+    text = {
+        "messages": [u("q"), a("", tool_calls=json.dumps(calls))],
+        "tools": [json.dumps(tool) for tool in row["tools"]],
+    }
+    assert read(text) == read(row)
+    assert read({"messages": [u("q"), a("x", tool_calls="[]")]}) == read({"messages": [u("q"), a("x")]})
+    for broken in ("f()", "[", '["f"]'):
+        assert refused({"messages": [u("q"), a("", tool_calls=broken)]}).reason == "wrong_type"
+    assert refused({**row, "tools": ["f()"]}).reason == "wrong_type"
+
+
 # ---- labels
 
 

@@ -321,3 +321,24 @@ def test_b11_both_sides_of_a_pair_are_cut_by_the_same_bound(
         2,
         2,
     )
+
+
+NAMING = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + (' ' + m['name'] if m['name'] else '') + '\n' }}"
+    "{{ m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+SILENT = NAMING.replace(" + (' ' + m['name'] if m['name'] else '')", "")
+
+
+@pytest.mark.parametrize("shape", ["single", "pair"])
+def test_names_are_written_or_refused(load: Make, shape: str) -> None:
+    turn = {"role": "user", "content": "q", "name": "Zoe"}
+    answer = {"single": {"completion": "x"}, "pair": {"chosen": "x", "rejected": "y"}}[shape]
+    row = {"prompt": [turn], **answer}
+    assert "user Zoe" in load([row], shape, NAMING)[0][0]
+    with pytest.raises(DataError, match=r"leaves the name 'Zoe' of turn 1 out \[dropped_by_template\]"):
+        load([row], shape, SILENT)
+    for nothing in ("", None):
+        assert load([{**row, "prompt": [{**turn, "name": nothing}]}], shape, SILENT)
+    tool = {"role": "tool", "content": "4", "name": "add"}  # its call has the name
+    assert load([{**row, "prompt": [{**turn, "name": None}, tool]}], shape, SILENT)
