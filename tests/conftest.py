@@ -153,3 +153,13 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return build_tokenizer
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the attacks came to, by outcome."""
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    lines = [text for r in reports for name, text in getattr(r, "user_properties", ()) if name == "attack"]
+    if lines:
+        terminalreporter.section("attacks")
+        for line in sorted(set(lines)):
+            terminalreporter.line(line)

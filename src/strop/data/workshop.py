@@ -105,7 +105,8 @@ class Workshop:
                     expected="some milliseconds and little memory",
                     fix="look at the normalizer and pre_tokenizer in tokenizer.json before you trust it",
                 ) from limit
-        return cls(config, tokenizer, rows, stop_tokens)
+        with foreign_errors(partial(_unusable, tokenizer)):
+            return cls(config, tokenizer, rows, stop_tokens)
 
     @property
     def may_run_away(self) -> bool:
@@ -241,6 +242,15 @@ class Workshop:
             },
             raw=isinstance(example, Encoded) or self.renderer.is_raw(example),
         )
+
+
+def _unusable(tokenizer: PreTrainedTokenizerBase, why: str) -> ModelError:
+    return ModelError(
+        f"its tokenizer cannot be used: {why}",
+        where=tokenizer.name_or_path,
+        expected="a tokenizer and a chat template that take any text",
+        fix="look at tokenizer.json, tokenizer_config.json and the chat template; download or copy them again",
+    )
 
 
 RUNS_AWAY = re.compile('"type":"(?:Replace|Precompiled|Prepend)"|"Regex":')
