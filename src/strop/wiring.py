@@ -37,6 +37,7 @@ from strop.estimate import LEFT_OUT, fitted, planned_rows, prediction, with_prec
 from strop.machine import machine_of
 from strop.objectives.base import build_objective
 from strop.policy import rates
+from strop.policy.generation import trained_ends
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
@@ -266,7 +267,8 @@ def _finish(prepared: Prepared, policy: Policy, run: RunDir, ending: Ending, mad
     """Leave the final model, and say how the run ended."""
     name, step, recipe = prepared.model.name, ending.final_step, recipe_of(prepared.config)
     run.write_json(RESULT, ending.as_dict())
-    save = partial(policy.save_pretrained, tokenizer=prepared.tokenizer)
+    ends = trained_ends(prepared.data.train, prepared.tokenizer)
+    save = partial(policy.save_pretrained, tokenizer=prepared.tokenizer, ends=ends)
     final.export(run, save, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=made_from)
     _mirror(prepared.config, run)
     _tell(prepared.model, ending.lines())

@@ -340,6 +340,13 @@ def test_training__fp32_logits(runs: Any, watched: pytest.MonkeyPatch) -> None:
         assert set(heads) == {dtype}
 
 
+def test_training__save_dtype(runs: Any) -> None:
+    for asked, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert {tensor.dtype for tensor in runs(save_dtype=asked, max_steps=1).final.values()} == {dtype}
+    with pytest.raises(ConfigError, match="adapters are trained, which are saved in float32"):
+        runs({"lora.enabled": True}, save_dtype="bfloat16", max_steps=1)
+
+
 def test_training__torch_compile(runs: Any, watched: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     elementwise.compiled.cache_clear()
     request.addfinalizer(elementwise.compiled.cache_clear)

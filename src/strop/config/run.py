@@ -118,6 +118,13 @@ class RunConfig(Section):
                 "method sft; pairs share their prompts, and nothing is padded, without it",
                 "remove packing",
             )
+        if self.training.save_dtype != "auto" and all(map(self.adapts, self.models)):
+            yield Problem(
+                ("training.save_dtype",),
+                f"training.save_dtype is {self.training.save_dtype}; adapters are trained, which are saved in float32",
+                "auto, or full training",
+                "remove save_dtype",
+            )
         if isinstance(self.post_training, DpoSettings) and self.post_training.ref_sync_steps:
             adapters = ["lora.enabled: true"] if self.lora.enabled else []
             adapters += [f"models.{i}.adapter" for i, model in enumerate(self.models) if model.adapter is not None]

@@ -309,6 +309,9 @@ class TrainingSection(Section):
     """bf16 where neither bf16 nor fp16 is given and it is faster: on a GPU that has it, on a CPU as measured."""
     fp32_logits: bool = False
     """Compute logits in float32 whatever the precision of the rest."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """dtype of the weights of `final/` after full training; auto: the base model's own, as its files have it. Adapters
+    are saved in float32."""
     torch_compile: bool = False
     """Compile what norms and MLPs do element by element, in a run's first seconds; on a CPU no gain was measured."""
     gradient_checkpointing: bool | float | Literal["auto"] = Field(

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop import apart
@@ -337,3 +337,37 @@ def _adapted_names(adapted: PeftModel) -> set[str]:
 def _tell_reach(adapted: PeftModel, weights: Mapping[str, int], where: str) -> None:
     for line in reach(weights, _adapted_names(adapted)):
         logger.info("%s: %s", where, line)
+
+
+def check_adapter(adapted: PeftModel, folder: Path, config: PreTrainedConfig, where: str) -> None:
+    """Load a written adapter again by plain peft, on a model of shapes without weights: every tensor of the file has
+    its place there, and is what was trained.
+
+    Raises:
+        ModelError: peft does not load it, or loads something else.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+            base.tie_weights()
+    except LOAD_ERRORS as error:  # an architecture that cannot be built without its weights
+        logger.warning("%s: the written adapter was not loaded again: %s", where, first_line(error))
+        return
+    try:
+        with quiet():
+            again = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+            places = get_peft_model_state_dict(again, save_embedding_layers=False)
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"peft does not load the adapter that was written: {first_line(error)}", where=where
+        ) from error
+    trained = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    written = load_file(folder / "adapter_model.safetensors")
+    wrong = sorted(written.keys() ^ places.keys() | written.keys() ^ trained.keys()) or [
+        name
+        for name, tensor in written.items()
+        if tensor.shape != places[name].shape or not torch.equal(tensor, trained[name].detach().cpu())
+    ]
+    if wrong:
+        found = f"peft loads another adapter than was trained: {len(wrong)} weights differ, the first is {wrong[0]}"
+        raise ModelError(found, where=where)

@@ -11,7 +11,7 @@ dropout, which is only lora_dropout, is switched by `scoring()`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection, TrainingSection
 from strop.errors import ConfigError, ModelError
 from strop.policy import sharing
-from strop.policy.adapters import add_adapters, continue_adapters, trainable_names
+from strop.policy.adapters import add_adapters, check_adapter, continue_adapters, trainable_names
 from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
 from strop.policy.casts import Casts
 from strop.policy.checkpointing import checkpoint_layers
@@ -34,6 +34,7 @@ from strop.policy.denormals import flush_denormals
 from strop.policy.elementwise import EAGER, Elementwise, compiled
 from strop.policy.folder import place_of
 from strop.policy.fused import forget_shared, fuse
+from strop.policy.generation import write_generation
 from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_errors, quiet
 from strop.policy.logits import logit_transform
 from strop.policy.logprobs import token_logps
@@ -76,6 +77,7 @@ class Policy(nn.Module):
         self.kernel: str | None = None  # of the shared rows' attention; None: the best one
         self.casts = Casts()
         self.loaded_config, self._stored = loaded.config, loaded.stored
+        self.save_dtype: torch.dtype | None = None  # of a full model's files; None: as the base's
         self.plain_attention: str = loaded.module.config._attn_implementation
         self._attention = self.plain_attention
         self.transform = logit_transform(loaded.config)
@@ -186,9 +188,8 @@ class Policy(nn.Module):
 
     @property
     def saved_dtype(self) -> torch.dtype:
-        """What a fully trained model is saved in: the dtype it came in if training computed in that dtype, so that a
-        bfloat16 model trained with bf16 is saved as one; else the dtype of the weights that trained."""
-        return self._stored if self._stored == self.precision.compute else self.precision.master
+        """What a fully trained model is saved in: what was asked for, else the dtype that the base has in its files."""
+        return self.save_dtype or self._stored
 
     @property
     def saved_bytes(self) -> int:
@@ -197,35 +198,63 @@ class Policy(nn.Module):
             return sum(p.nbytes for p in self.trainable().values())
         return sum(p.numel() for p in self.model.parameters()) * self.saved_dtype.itemsize
 
-    def save_pretrained(self, folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save_pretrained(
+        self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, float] | None = None
+    ) -> None:
         """Write what loads with plain peft (adapters, in float32) or transformers (a full model, in `saved_dtype`),
-        and the tokenizer with its chat template."""
+        generation settings, and the tokenizer with its chat template.
+
+        Args:
+            ends: the tokens that completions end with, as `trained_ends` gives them; None: nothing is known of them.
+
+        Raises:
+            ModelError: an adapter that was written is not one that peft loads.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         with quiet():
             if isinstance(self.model, PeftModel):
                 self.model.save_pretrained(str(folder), save_embedding_layers=False)
                 (Path(folder) / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody has filled in
+                check_adapter(self.model, Path(folder), self.loaded_config, self.where)
             else:
                 self._save_full(Path(folder))
-            tokenizer.save_pretrained(str(folder))
+            own = getattr(self.base, "generation_config", None)
+            write_generation(Path(folder), own, tokenizer, None if ends is None else dict(ends), self.where)
 
     def _save_full(self, folder: Path) -> None:
         casts: dict[int, Tensor] = {}  # by place, so that tied weights stay one tensor
+        dtype = self._saving_dtype()
 
         def cast(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point() or tensor.dtype == self.saved_dtype:
+            if not tensor.is_floating_point() or tensor.dtype == dtype:
                 return tensor
-            return casts.setdefault(tensor.data_ptr(), tensor.to(self.saved_dtype))
+            return casts.setdefault(tensor.data_ptr(), tensor.to(dtype))
 
         training_config, self.base.config = self.base.config, self.loaded_config
+        generation = getattr(self.base, "generation_config", None)
+        if generation is not None:  # is written apart
+            self.base.generation_config = GenerationConfig()
         try:
             self.base.save_pretrained(
                 folder, state_dict={name: cast(tensor) for name, tensor in self.base.state_dict().items()}
             )
-            self.loaded_config.dtype = short_name(self.saved_dtype)
+            self.loaded_config.dtype = short_name(dtype)
             self.loaded_config.save_pretrained(folder)
         finally:
             self.base.config = training_config
+            if generation is not None:
+                self.base.generation_config = generation
+
+    def _saving_dtype(self) -> torch.dtype:
+        """`saved_dtype`; float32 where a weight has become too large for float16."""
+        if self.saved_dtype != torch.float16:
+            return self.saved_dtype
+        most = torch.finfo(torch.float16).max
+        large = [n for n, p in self.base.named_parameters() if p.numel() and float(p.detach().abs().max()) > most]
+        if not large:
+            return torch.float16
+        logger.warning("%s: saved in float32, since %s is too large for float16 by now", self.where, large[0])
+        return torch.float32
 
     def _hidden(self, batch: Batch) -> Tensor:
         """[B, T, D] after the body's last norm."""
@@ -301,9 +330,11 @@ def build_policy(
     random = adapted and config.lora.lora_dropout > 0
     checkpoint_layers(module, training.recomputed, random=random, where=where)
     elementwise = elementwise_of(training, device)
-    return assemble(
+    policy = assemble(
         module.to(device), loaded, precision, model, fp32_logits=training.fp32_logits, elementwise=elementwise
     )
+    policy.save_dtype = None if training.save_dtype == "auto" else getattr(torch, training.save_dtype)
+    return policy
 
 
 def elementwise_of(training: TrainingSection, device: torch.device) -> Elementwise:

@@ -35,6 +35,7 @@ _FAMILIES = (
     ("Wqkv",),  # mpt
 )
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})  # as peft lists them
 _SHOWN = 6
 
 
@@ -124,8 +125,8 @@ def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str
     linears, text, heads = linear_layers(module), text_layers(module), head_names(module)
     every = [name for name, _ in module.named_modules()]
     if wanted in ("auto", "all-linear"):
-        fused = _named_as_experts(module, text)
-        reached = {n: m for n, m in _without_routers(module, text).items() if n not in fused}
+        unusable = {*_named_as_experts(module, text), *_refused_by_peft(module, text)}
+        reached = {n: m for n, m in _without_routers(module, text).items() if n not in unusable}
         last_parts = sorted({name.rpartition(".")[2] for name in reached})
         fitting = [family for family in _FAMILIES if set(family) <= set(last_parts)]
         chosen = fitting[0] if wanted == "auto" and fitting else tuple(last_parts)
@@ -178,6 +179,12 @@ def _named_as_experts(module: nn.Module, layers: Iterable[str]) -> list[str]:
     last_parts = {full.rpartition(".")[2] for full in layers}
     taken = {name for name in last_parts if _is_renamed(module, name)}
     return [full for full in layers if full.rpartition(".")[2] in taken]
+
+
+def _refused_by_peft(module: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Layers of Mamba models whose fused kernels read the weight itself, past an adapter."""
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    return selected(("out_proj", "conv1d"), layers) if kind in _MAMBA else []
 
 
 def _is_renamed(module: PreTrainedModel, name: str) -> bool:

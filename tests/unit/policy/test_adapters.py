@@ -475,3 +475,15 @@ def test_names_that_peft_takes_for_experts_are_not_used() -> None:
     for wanted in (("q_proj", "up_proj"), r".*\.down_proj"):
         with pytest.raises(ModelError, match=r"for a name of its fused experts(.|\n)*lora.target_parameters"):
             resolve_targets(model, wanted, "here")
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
+def test_layers_that_peft_refuses_are_left_out(kind: str) -> None:
+    """Kernels of Mamba read their weights past an adapter."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 20, "pad_token_id": 0}
+    for wanted in ("auto", "all-linear"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
+        targets = resolve_targets(model, wanted, "here")
+        assert set(targets) == {"dt_proj", "in_proj", "x_proj"}
+        get_peft_model(model, LoraConfig(target_modules=list(targets), task_type="CAUSAL_LM"))

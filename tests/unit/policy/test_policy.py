@@ -176,9 +176,11 @@ def test_collate_follows_the_rows(build: MakePolicy, groups: list[Group], caplog
     [
         (torch.float32, {}, torch.float32),
         (torch.float32, {"bf16": True}, torch.float32),
-        (torch.bfloat16, {}, torch.float32),
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.bfloat16, {"save_dtype": "float32"}, torch.float32),
+        (torch.float32, {"bf16": True, "save_dtype": "float16"}, torch.float16),
         (torch.bfloat16, {"bf16": True}, torch.bfloat16),
-        (torch.bfloat16, {"fp16": True}, torch.float32),
+        (torch.bfloat16, {"fp16": True}, torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
@@ -219,6 +221,22 @@ def test_a_full_model_loads_with_transformers(
     # saving takes nothing away from the policy: it goes on
     policy(policy.collate(groups)).sum().backward()
     assert policy.base.config.use_cache is False and policy.base.config.attention_dropout == 0
+
+
+def test_a_weight_too_large_for_float16_is_not_lost(
+    model_dir: Path,
+    build: MakePolicy,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rewrite(model_dir, torch.float16)
+    policy = build()
+    with torch.no_grad():
+        policy.trainable()["lm_head.weight"][0, 0] = 1e6
+    policy.save_pretrained(tmp_path / "final", tokenizer)
+    assert load_file(tmp_path / "final" / "model.safetensors")["lm_head.weight"][0, 0] == 1e6
+    assert "saved in float32, since lm_head.weight is too large" in caplog.text
 
 
 def test_saving_twice_gives_the_same_bytes(
