@@ -120,7 +120,7 @@ def machine_of(device: torch.device) -> Machine:
         "--format=csv,noheader,nounits",
     ]
     try:
-        found = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        found = subprocess.run(asked, capture_output=True, encoding="utf-8", timeout=20, check=True).stdout
         name, mebibytes, capability = found.strip().rsplit(", ", 2)
         memory, has_bf16 = int(mebibytes) * 2**20, float(capability) >= BF16_CAPABILITY
     except (OSError, subprocess.SubprocessError, ValueError):
@@ -186,7 +186,7 @@ def resident(name: str) -> int:
             return 0
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8", errors="replace").splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
@@ -205,5 +205,9 @@ def _installed_memory() -> int | None:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not a POSIX system
         return None
-    limits = [int(text) for file in _CGROUPS if file.is_file() and (text := file.read_text().strip()).isdecimal()]
+    limits = [
+        int(text)
+        for file in _CGROUPS
+        if file.is_file() and (text := file.read_text(encoding="ascii").strip()).isdecimal()
+    ]
     return min([machine, *limits])

@@ -177,7 +177,7 @@ def _write(place: Path, label: str, make: Callable[[], Iterator[tuple[str, Worke
     try:
         entry = _fill(new, label, make)
         entry["checksums"] = {name: _checksum(new / name) for name in (TABLE, REJECTED)}
-        (new / ENTRY).write_text(json.dumps({**entry, "checksum": _of_json(entry)}))
+        (new / ENTRY).write_text(json.dumps({**entry, "checksum": _of_json(entry)}), encoding="utf-8")
         if place.exists():
             shutil.rmtree(place)
         new.rename(place)

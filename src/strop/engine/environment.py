@@ -113,7 +113,9 @@ def _devices() -> list[dict[str, object]]:
 def _git_commit() -> str | None:
     """The commit of the working folder, where it is in a git repository and git is there."""
     try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", timeout=5, check=False
+        )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
     commit = answer.stdout.strip()
