@@ -364,11 +364,11 @@ def memory_of(
         by_onednn = keeps_kernels(precision.compute) and (is_narrow or largest >= LARGE)
         parts["matmul library"] = KERNELS_KEPT * KERNEL_BYTES if by_onednn else MKL_BYTES
     # in float32: a frozen head; of one layer at a time its weight, what it reads, and results with their gradients
-    copies = [embedding if product != precision.compute and shape.adapters else 0]
+    copies = embedding if product != precision.compute and shape.adapters else 0
     if precision.is_low and not is_narrow:
-        copies.append(shape.width * shape.inner + work.tokens * (2 * shape.inner + shape.width))
-    if any(copies):
-        parts["float32 copies"] = 4 * max(copies)
+        copies += shape.width * shape.inner + work.tokens * (2 * shape.inner + shape.width)
+    if copies:
+        parts["float32 copies"] = 4 * copies
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: int(size) for name, size in parts.items()}

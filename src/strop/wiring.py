@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -39,7 +39,7 @@ from strop.objectives.base import build_objective
 from strop.policy import rates
 from strop.policy.generation import trained_ends
 from strop.policy.policy import Policy, build_policy
-from strop.policy.precision import resolve_precision
+from strop.policy.precision import Precision, resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
 from strop.policy.store import ReferenceStore, configuration_hash, weights_hash
 from strop.preflight import check, run_folder, select_models
@@ -128,6 +128,15 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
     _for_each(select_models(config, model_index), config, lambda model: _fill_reference(config, model))
 
 
+def _one_way(
+    precision: Precision, device: torch.device, saved: Checkpoint | None = None
+) -> AbstractContextManager[None]:
+    """Inside, products on a CPU go one way, that of the run that is gone on from."""
+    if device.type != "cpu":
+        return nullcontext()
+    return rates.taking(rates.ways_of_run(precision.compute, saved.state.get("products") if saved else None))
+
+
 def _fill_reference(config: RunConfig, model: ModelSection) -> None:
     device = _device(config)
     prepared = prepare(config, model)
@@ -135,9 +144,12 @@ def _fill_reference(config: RunConfig, model: ModelSection) -> None:
     prepared = with_precision(prepared, machine_of(device), found, planned_rows(model))
     nothing_kept = {"training.gradient_checkpointing": False}  # scoring has no backward pass
     prepared = replace(prepared, config=prepared.config.with_values(nothing_kept, "strop reference"))
-    policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
-    tokens = packed_tokens if policy.share_prefix else padded_tokens
-    with Progress(quiet=config.logging.log_level in ("warning", "error")) as progress:
+    with (
+        _one_way(resolve_precision(prepared.config.training, device), device),
+        Progress(quiet=config.logging.log_level in ("warning", "error")) as progress,
+    ):
+        policy = build_policy(prepared.config, model, device, tokenizer=prepared.tokenizer)
+        tokens = packed_tokens if policy.share_prefix else padded_tokens
         prepared = with_budget(prepared, tokens, device.type)
         rows = _rows(prepared, tokens, device)
         with reference_policy(prepared.config, model, policy, prepared.tokenizer) as reference:
@@ -177,9 +189,7 @@ def _train_model(
         found = resolve_precision(prepared.config.training, device)
         prepared = with_precision(prepared, machine, found, tokens, done or saved)
         precision = resolve_precision(prepared.config.training, device)
-        if device.type == "cpu":
-            recorded = saved.state.get("products") if saved else None
-            stack.enter_context(rates.taking(rates.ways_of_run(precision.compute, recorded)))
+        stack.enter_context(_one_way(precision, device, saved))
         settled = fitted(prepared, machine, precision, tokens)
         _tell(model, prediction(settled, machine, precision, tokens))  # before anything large is loaded
         log.debug("%s: %s", model.name, LEFT_OUT)
