@@ -22,7 +22,7 @@ from strop.config.read import unread
 from strop.config.yamlfile import write_value
 from strop.data.day import with_day
 from strop.data.load import LoadedData, first_group, load_data
-from strop.data.show import show_group
+from strop.data.show import odd_groups, show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
 from strop.machine import Machine, machine_named, machine_of
@@ -32,6 +32,7 @@ from strop.policy.load import load_tokenizer
 from strop.preflight import run_folder, select_models
 from strop.rundir import RunDir
 from strop.terminal import escaped
+from strop.types import Group
 
 if TYPE_CHECKING:
     from strop.data.plan import RowTokens
@@ -103,10 +104,18 @@ def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[Pre
     if first is None:
         data = load_data(config, tokenizer, rows, stops)
         first = data.train[0]
-    console.print(Text(escaped(f"== {model.name}\n\nThe first example, trained tokens marked:")))
-    shown = show_group(first, tokenizer, colour=console.is_terminal)
-    console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
+
+    def show(title: str, group: Group, *, whole: bool) -> None:
+        shown = show_group(group, tokenizer, colour=console.is_terminal, whole=whole)
+        console.print(Text(escaped(f"\n{title}, trained tokens marked:")))
+        console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
+
+    console.print(Text(escaped(f"== {model.name}")))
+    show("The first example", first, whole=True)
     data = data or load_data(config, tokenizer, rows, stops)
+    for words, number in odd_groups(data.train):
+        if (group := data.train[number]) != first:
+            show(f"{group.origin}, {words}", group, whole=False)
     console.print(Text(escaped("\n" + "\n".join(data.report.lines()))))
     return tokenizer, data
 

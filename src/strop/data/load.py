@@ -43,7 +43,7 @@ class LoadedData:
     completions are desirable (True) and undesirable (False), as often as they are met in an epoch.
     """
 
-    train: Sequence[Group]
+    train: Groups
     eval: Sequence[Group]
     report: DataReport
     chat_template: str | None

@@ -9,41 +9,88 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from strop.data.table import Groups
 from strop.terminal import escaped
-from strop.types import Group
+from strop.types import Completion, Group
 
 LABELS = {1: ("completion",), 2: ("chosen", "rejected")}
 DESIRABLE = {True: ("desirable completion",), False: ("undesirable completion",), None: None}
 BRACKETS = ("\u00ab", "\u00bb")  # guillemets: rare in texts
 COLOURS = ("\x1b[1;32m", "\x1b[0m")
 
+MOST_CHARACTERS = 1200
+"""Of a stretch of text, where it is abridged; its middle is left out."""
 
-def show_group(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False) -> str:
+ODD = {
+    ("prompts_cut", "completions_cut"): "cut to fit",
+    ("without_end_token",): "without an end token",
+    ("answers_as_history", "answers_left_out"): "with answers that are not trained",
+    ("reasoning_dropped",): "without its reasoning, which the template cannot write",
+    ("controls_as_text",): "with control tokens in its words, which stay text",
+    ("other_prompts",): "whose prompt is not the one that inference sees",
+}
+"""Counters of a row -> what is odd about it."""
+
+
+def odd_groups(groups: Groups) -> list[tuple[str, int]]:
+    """The longest group and, of each oddity, the shortest: what is odd, and the group's number, by number."""
+    if not len(groups):
+        return []
+    lengths = np.sum([groups.column(name) for name in ("prompt", "first", "second")], axis=0)
+    found = {int(lengths.argmax()): ["the longest"]}
+    for names, words in ODD.items():
+        is_odd = np.any([groups.column(name) > 0 for name in names], axis=0)
+        if is_odd.any():
+            shortest = int(np.where(is_odd, lengths, lengths.max() + 1).argmin())
+            found.setdefault(shortest, []).append(words)
+    return [("; ".join(words), number) for number, words in sorted(found.items())]
+
+
+def show_group(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False, whole: bool = True) -> str:
     """The prompt and each completion with their numbers of tokens; trained tokens stand between marks.
 
     Args:
         colour: mark by ANSI colours, else by guillemets.
+        whole: all of it, or long stretches without their middle.
     """
+    shown = str if whole else _abridged
     begin, end = COLOURS if colour else BRACKETS
     prompt = list(group.prompt_ids)
-    lines = [f"prompt ({len(prompt)} tokens)", _text(tokenizer, [], prompt)]
+    lines = [f"prompt ({len(prompt)} tokens; inference begins at its end)", shown(_text(tokenizer, [], prompt))]
     labels = (
         DESIRABLE[group.label]
         or LABELS.get(len(group.completions))
         or [f"completion {i + 1}" for i in range(len(group.completions))]
     )
     for label, completion in zip(labels, group.completions, strict=True):
-        lines.append(f"{label} ({len(completion.ids)} tokens, {completion.num_scored} trained)")
+        counts = f"{len(completion.ids)} tokens, {completion.num_scored} trained"
+        lines.append(f"{label} ({counts}; {_stop(completion, tokenizer)})")
         context, text = list(prompt), ""
         for trained, run in groupby(zip(completion.loss_mask, completion.ids, strict=True), key=lambda pair: pair[0]):
             ids = [token for _, token in run]
-            words = _text(tokenizer, context, ids)
+            words = shown(_text(tokenizer, context, ids))
             text += f"{begin}{words}{end}" if trained else words
             context += ids
         lines.append(text)
     return "\n".join(lines)
+
+
+def _stop(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where generation will stop, in words."""
+    last = tokenizer.added_tokens_decoder.get(completion.ids[-1])
+    if last is None or not completion.loss_mask[-1]:
+        return "no token to stop at"
+    return f"generation stops at {escaped(str(last.content))}"
+
+
+def _abridged(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strop.data.chat import Renderer
 from strop.data.encode import Encoded, Encoder
-from strop.data.show import show_group
+from strop.data.load import load_data
+from strop.data.show import odd_groups, show_group
 from strop.data.truncate import Limits, cut
 from strop.types import Example, Group, Message, Origin
 
@@ -52,3 +55,35 @@ def test_what_steers_a_terminal_is_shown_as_an_escape(make_tokenizer: Callable[.
     text = show_group(group(tokenizer, "\x1b[2Jq\u202e", says("\x07x\r\n\ty")), tokenizer)
     assert "\\x1b[2Jq\\u202e" in text and "«\\x07x\\r\n\ty<|end|>»" in text
     assert "\x1b" not in text and "\x07" not in text
+
+
+def test_where_inference_begins_and_stops_is_told(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    lines = show_group(group(tokenizer, "q", says("a dog")), tokenizer).splitlines()
+    assert lines[0].endswith("tokens; inference begins at its end)")
+    assert any(line.startswith("completion (") and line.endswith("generation stops at <|end|>)") for line in lines)
+
+
+def test_long_stretches_lose_their_middle_where_they_are_abridged(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    long = group(tokenizer, "begin " + "quick " * 250 + "end", says("x"))
+    text = show_group(long, tokenizer, whole=False)
+    assert "begin" in text and "end<|end|>" in text and "characters ...]" in text and len(text) < 1500
+    assert "quick " * 250 in show_group(long, tokenizer)
+
+
+def test_the_oddest_rows_are_found_one_of_each_kind(
+    tmp_path: Path, make_config: Callable[..., Any], make_tokenizer: Callable[..., Any]
+) -> None:
+    rows = [
+        {"prompt": "q", "completion": "x"},
+        {"prompt": "q", "completion": "x " * 40},
+        {"prompt": "q </s> r", "completion": "a fox"},
+        {"prompt": "q </s>", "completion": "x"},
+        {"prompt": "r", "completion": "x"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(train_file=str(tmp_path / "rows.jsonl"), validation_split=0.0)
+    found = odd_groups(load_data(config, make_tokenizer(), "single").train)
+    assert [number for _, number in found] == [1, 3]
+    assert found[0][0] == "the longest" and "control tokens" in found[1][0]
