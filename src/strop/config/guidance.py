@@ -101,7 +101,8 @@ def _advice(config: RunConfig, num_weights: int | None) -> Iterator[str]:
             f"finetuning.greater_is_better is {str(options.greater_is_better).lower()}: the best model will be the one "
             f"with the {best} {options.metric_for_best_model}"
         )
-    if training.auto_precision and (training.bf16 is not None or training.fp16 is not None):
+    decided = config.origins.get("training.bf16", "").startswith("auto_precision")
+    if training.auto_precision and not decided and (training.bf16 is not None or training.fp16 is not None):
         yield "training.auto_precision changes nothing: bf16 or fp16 is given"
 
 

@@ -145,6 +145,11 @@ def test_values_that_are_not(overrides: dict[str, Any]) -> None:
     assert advice(load(**overrides)) == []
 
 
+def test_what_auto_precision_chose_is_not_taken_for_given() -> None:
+    chosen = {"training.bf16": True, "training.fp16": False}
+    assert advice(load(auto_precision=True).with_values(chosen, "auto_precision: the faster one")) == []
+
+
 def test_smaller_models_stand_higher_rates() -> None:
     def warned(rate: float, num_weights: int, **lora: Any) -> bool:
         lines = advice(load(method="dpo", learning_rate=rate, **lora), num_weights)
