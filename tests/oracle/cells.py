@@ -8,7 +8,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
-from oracle.contract import EMPTY_THOUGHT, REASONING, Expected, NotRenderedError, Oracle, Turn
+from oracle.contract import EMPTY_THOUGHT, REASONING, Expected, NotRenderedError, Oracle, Turn, words_of
 from oracle.conversations import CONVERSATIONS
 from oracle.families import Family, family
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
@@ -117,8 +117,8 @@ def judge(family: Family, row: Mapping[str, Any], *, twin: bool) -> Cell:
 
 
 def _refused(why: str, oracle: Oracle, expected: Expected) -> Cell:
-    contents = [m.get("content") for m in oracle.messages if m["role"] == "assistant" and "tool_calls" not in m]
-    if why.startswith("empty_field") and any(not (content or "").strip() for content in contents):
+    contents = [words_of(m) for m in oracle.messages if m["role"] == "assistant" and "tool_calls" not in m]
+    if why.startswith("empty_field") and any(not content.strip() for content in contents):
         return Cell("refused", (why,))
     if why.startswith("nothing_trained") and not expected.trained:
         return Cell("refused", (why,))
@@ -163,11 +163,7 @@ def _why(family: Family, oracle: Oracle, expected: Expected, turn: Turn, marked:
         return [HISTORY]
     reasons = []
     if not oracle.whole.startswith(turn.opening):
-        return (
-            [RESTORED]
-            if turn.text.removesuffix(family.ends.eos) in (oracle.messages[turn.number]["content"] or "")
-            else None
-        )
+        return [RESTORED] if turn.text.removesuffix(family.ends.eos) in words_of(oracle.messages[turn.number]) else None
     head = _repeated(turn, marked)
     lead = turn.text.find(marked.rstrip())
     empty = _empty_thought(marked)
@@ -177,7 +173,7 @@ def _why(family: Family, oracle: Oracle, expected: Expected, turn: Turn, marked:
     elif lead > 0 and not any(word in turn.text[:lead] for word in _words(oracle.messages[turn.number])):
         turn = replace(turn, text=turn.text[lead:])
         reasons.append(LEAD)
-    if empty and not head and not turn.text.startswith(empty.lstrip()):
+    if empty and not head and not turn.text.lstrip().startswith(empty.lstrip()):
         # the template can leave the line ends in front of the content that it trims behind a block
         blank = len(turn.text) - len(turn.text.lstrip("\n"))
         marked = turn.text[:blank] + marked.removeprefix(empty)
@@ -204,7 +200,7 @@ def _repeated(turn: Turn, marked: str) -> int:
 
 def _words(message: Mapping[str, Any]) -> list[str]:
     """What a row says in a turn."""
-    texts = [message.get("content"), *(message.get(key) for key in REASONING)]
+    texts = [words_of(message), *(message.get(key) for key in REASONING)]
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
     return [text for text in [*texts, *names] if text]
 

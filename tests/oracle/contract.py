@@ -223,7 +223,7 @@ class Oracle:
         that inference comes to.
         """
         header = _common(opening, alone)
-        content = self.messages[i].get("content") or ""
+        content = words_of(self.messages[i])
         is_last = i == self._numbers()[-1]
         written = opening[header:]
         if is_last and written and content.startswith(written) and "</think>" in content:
@@ -235,7 +235,26 @@ class Oracle:
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The messages in every form that templates take: reasoning under each key, arguments as object and as JSON."""
+    """The messages in every form that templates take: reasoning under each key, arguments as object and as JSON, and
+    contents as texts or as lists of parts."""
+    forms = list(_text_forms(messages))
+    yield from forms
+    for form in forms:
+        yield [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in form
+        ]
+
+
+def words_of(message: Message) -> str:
+    """The content as a text."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _text_forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
     for key in REASONING:
         for as_text in (False, True):
             for empty in ("as it is", None, ""):
@@ -262,11 +281,11 @@ def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
 def _missing(messages: Sequence[Message], tools: Any, text: str) -> Iterator[str]:
     numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i, message in enumerate(messages):
-        content = message.get("content") or ""
+        content = words_of(message)
         spoken = content.split("</think>")[-1] if message["role"] == "assistant" else content
         if spoken.strip() not in text and message["role"] != "tool":
             yield f"the content of turn {i + 1}"
-        if message["role"] == "tool" and message["content"].split('"')[3] not in text:
+        if message["role"] == "tool" and content.split('"')[3] not in text:
             yield f"the result in turn {i + 1}"
         thoughts = [message.get(key) for key in REASONING]
         if i == numbers[-1]:

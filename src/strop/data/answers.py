@@ -218,6 +218,9 @@ class Conversation:
     def _answer_without_marks(self, i: int, opening: str | None) -> Answer:
         """An answer in which nothing could be marked, as what its turn adds to the generation prompt."""
         is_last = i == len(self._messages) - 1
+        pieces = self._marks.pieces if self._marks is not None else []
+        if is_last and any(p.message == i and p.kind == "reasoning" and p.text not in self.text for p in pieces):
+            raise dropped_reasoning(i, opening)
         try:
             alone = self.text if is_last else self._writer.text(self._messages[: i + 1])
         except RowRefused:

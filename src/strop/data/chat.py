@@ -21,7 +21,8 @@ from strop.data.answers import Answer, Content, Conversation, dropped_reasoning,
 from strop.data.day import NOW
 from strop.data.forms import (
     TRAIN,
-    call_forms,
+    Form,
+    forms_of,
     has_reasoning,
     readable,
     without_reasoning,
@@ -149,7 +150,7 @@ class Renderer:
         template = self._template_for(example.tools)
         writer = Writer(template, self._ends, self._special_tokens, example.tools, self._rules.date)
         with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
-            openings: dict[int, str | None] = {}
+            openings: dict[Form, str | None] = {}
             return tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
 
     def _refuse_unknown_tools(self, example: Example) -> None:
@@ -173,20 +174,15 @@ class Renderer:
         writer: Writer,
         prompt: tuple[Message, ...],
         completion: tuple[Message, ...],
-        openings: dict[int, str | None],
+        openings: dict[Form, str | None],
     ) -> Rendered:
         """One completion after the prompt. openings: prompts as inference sees them, which the sides share."""
         rows = prompt + completion
         wanted = self._wanted(rows, len(prompt))
         messages, num_dropped_reasoning = self._readable(rows, writer)
         self._refuse_controls_elsewhere(messages, writer.tools)
-        number, form = self._form(messages, writer)
-        if number not in openings:
-            openings[number] = writer.opening(form[: len(prompt)])
-        conversation = Conversation(writer, form, len(prompt), openings[number])
+        conversation = self._written(messages, len(prompt), writer, openings)
         text = conversation.text
-        _refuse_lone_surrogates(text)
-        _refuse_dropped_calls(form, writer.tools, text)
         answers = [answer for answer in conversation.answers if answer.message in wanted]
         spans = {answer: conversation.spans(answer) for answer in answers if not answer.is_history}
         trained = [answer for answer, own in spans.items() if own]
@@ -229,26 +225,31 @@ class Renderer:
             messages = [without_reasoning(message) for message in messages]
         return [readable(message, keys) for message in messages], num_dropped
 
-    def _form(self, messages: Sequence[Message], writer: Writer) -> tuple[int, tuple[Message, ...]]:
-        """The first form of the messages that the template writes as it should, and its number.
+    def _written(
+        self, messages: Sequence[Message], first: int, writer: Writer, openings: dict[Form, str | None]
+    ) -> Conversation:
+        """The conversation in the first form that the template writes as it should.
 
         Raises:
-            RowRefused: it fails on all of them; what is wrong with the first one.
+            RowRefused: it fails on all of them; what is wrong with the plain one.
         """
-        forms = list(call_forms(messages))
-        if len(forms) == 1:
-            return 0, forms[0]
         refusals = []
-        for number, form in enumerate(forms):
+        for form in forms_of(messages):
+            formed = writer.in_form(form)
             try:
-                text = writer.text(form)
-                _refuse_dropped_calls(form, writer.tools, text)
+                if form not in openings:
+                    openings[form] = formed.opening(messages[:first])
+                conversation = Conversation(formed, messages, first, openings[form])
+                _refuse_lone_surrogates(conversation.text)
+                _refuse_dropped_calls(messages, writer.tools, conversation.text)
+                if not writes_python(messages, conversation.text):
+                    return conversation
+                refusals.append(unverified("the template writes the arguments of a call as Python does"))
             except RowRefused as refusal:
                 refusals.append(refusal)
-            else:
-                if not writes_python(form, text):
-                    return number, form
-        raise refusals[0] if refusals else unverified("the template writes the arguments of a call as Python does")
+                if refusal.reason not in ("template_error", "dropped_by_template"):
+                    break
+        raise refusals[0]
 
     def _find_control(self, words: str) -> str | None:
         """A special token that the tokenizer finds in a text."""

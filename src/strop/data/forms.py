@@ -1,18 +1,21 @@
 """How the messages of a row are handed to a chat template. Floor 2.
 
-In: messages as rows have them. Out: the forms in which a template may take them, to be tried in order.
+In: messages as rows have them. Out: the same under the keys that a template reads, and the forms in which it may take
+them.
 
-Templates differ in the key under which they look for reasoning, and in whether the arguments of a tool call are an
-object or its JSON as text, and the content beside a call null, empty or absent.
+Templates differ in the key under which they look for reasoning, in whether the arguments of a tool call are an object
+or its JSON as text, in whether the content beside a call is null, empty or absent, and in whether contents are texts or
+lists of parts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from strop.data.marks import REASONING_KEYS
 from strop.types import Message
@@ -48,23 +51,53 @@ def readable(message: Message, keys: Sequence[str]) -> Message:
     return {key: value for key, value in message.items() if key != TRAIN}
 
 
-def call_forms(messages: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
-    """The messages in every form that templates take tool calls in; only themselves where there are no calls."""
-    yield tuple(messages)
-    if any("tool_calls" in message for message in messages):
-        for as_text in (False, True):
-            for content in (None, ""):
-                yield tuple(_calling(message, as_text, content) for message in messages)
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How messages are handed to a template.
+
+    arguments: those of a call as an object, or as its JSON. beside_calls: what an absent content beside a call is;
+    `absent`: nothing. parts: contents as lists of {"type": "text"} parts, as templates of vision models want them.
+    """
+
+    arguments: Literal["object", "json"] = "object"
+    beside_calls: Literal["absent", "null", "empty"] = "absent"
+    parts: bool = False
+
+    def of(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages in this form."""
+        return messages if self == PLAIN_FORM else [self._message(message) for message in messages]
+
+    def _message(self, message: Message) -> Message:
+        changed: dict[str, Any] = {}
+        if "tool_calls" in message:
+            if self.arguments == "json":
+                changed["tool_calls"] = [_with_json(call) for call in message["tool_calls"]]
+            if self.beside_calls != "absent" and not message.get("content"):
+                changed["content"] = None if self.beside_calls == "null" else ""
+        if self.parts and isinstance(message.get("content"), str):
+            changed["content"] = [{"type": "text", "text": message["content"]}]
+        return {**message, **changed}
 
 
-def _calling(message: Message, as_text: bool, content: str | None) -> Message:
-    if "tool_calls" not in message:
-        return message
-    calls = [_call(call) if as_text else call for call in message["tool_calls"]]
-    return {**message, "content": message.get("content") or content, "tool_calls": calls}
+PLAIN_FORM = Form()
+
+OTHER_FORMS = (Form(parts=True),)
+
+FORMS_OF_CALLS = (
+    Form("object", "null"),
+    Form("object", "empty"),
+    Form("json", "null"),
+    Form("json", "empty"),
+)
 
 
-def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+def forms_of(messages: Sequence[Message]) -> tuple[Form, ...]:
+    """The forms in which a template may take the messages, to be tried in order."""
+    calls = any("tool_calls" in message for message in messages)
+    return (PLAIN_FORM, *(FORMS_OF_CALLS if calls else ()), *OTHER_FORMS)
+
+
+def _with_json(call: Mapping[str, Any]) -> Mapping[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
         return call

@@ -8,12 +8,13 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from strop.data.day import NOW
-from strop.data.forms import reasoning_keys
+from strop.data.forms import PLAIN_FORM, Form, reasoning_keys
 from strop.data.marks import Span
 from strop.data.rows import RowRefused
 from strop.data.sandbox import render
@@ -80,6 +81,7 @@ class Writer:
         special_tokens: the tokenizer's, by the names that templates use (`bos_token`).
         tools: those of the row.
         date: what the template takes for today.
+        form: how the template takes messages.
 
     `asks_for_answers`: the template knows a generation prompt. `reasoning_keys`: where it looks for reasoning.
     """
@@ -91,22 +93,29 @@ class Writer:
         special_tokens: Mapping[str, Any],
         tools: Tools = None,
         date: datetime.date | None = None,
+        form: Form = PLAIN_FORM,
     ) -> None:
-        self._template, self.ends, self.tools = template, ends, tools
+        self._template, self.ends, self.tools, self._form = template, ends, tools, form
         self._variables = dict(special_tokens)
         if date is not None:
             self._variables[NOW] = date.strftime
         self.reasoning_keys = reasoning_keys(template)
         self.asks_for_answers = "add_generation_prompt" in template
 
+    def in_form(self, form: Form) -> Writer:
+        """The same writer for another form of messages."""
+        other = copy(self)
+        other._form = form
+        return other
+
     def text(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """The rendering."""
         how = {"generation_prompt": generation_prompt}
-        return render(self._template, messages, self.tools, self._variables, **how)[0]
+        return render(self._template, self._form.of(messages), self.tools, self._variables, **how)[0]
 
     def tracked(self, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
         """The rendering and the spans of its generation blocks; None where the template knows none."""
-        return render(self._template, messages, self.tools, self._variables, track=True)
+        return render(self._template, self._form.of(messages), self.tools, self._variables, track=True)
 
     def opening(self, messages: Sequence[Message]) -> str | None:
         """The prompt that inference sees; None where the template cannot write one for these messages."""
