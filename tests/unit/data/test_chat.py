@@ -416,3 +416,14 @@ def test_a_template_sees_the_date_that_it_is_given(make_tokenizer: Make) -> None
     example = Example((turn("user", "q"),), ((turn("assistant", "x"),),), HERE)
     rules = TextRules(date=datetime.date(2024, 2, 29))
     assert Renderer(make_tokenizer(template=template), rules).render(example)[0].text.startswith("29 February 2024q")
+
+
+def test_contents_reach_templates_that_want_parts(make_tokenizer: Make) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% for part in m['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+    )
+    rendered = render(make_tokenizer(template=template), turn("user", "a </s> b"), turn("assistant", "x"))
+    assert words(rendered, rendered.trained) == ["x<|end|>"]
+    assert words(rendered, rendered.contents) == ["a </s> b", "x"]
