@@ -149,5 +149,6 @@ def probe(policy: Policy, own: Own) -> str | None:
 
 def _rows(policy: Policy) -> tuple[Group, Batch]:
     """The probe's group, and its plain rows."""
-    group = sharing.probe_group(policy.base.get_input_embeddings().weight.shape[0])
+    tables = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()  # a few have inputs of other kinds
+    group = sharing.probe_group(min(table.weight.shape[0] for table in tables))
     return group, pad([group]).to(policy.device)
