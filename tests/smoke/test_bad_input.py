@@ -67,9 +67,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
     def answer(line: str) -> Answer:
         said: list[str] = []
-        complain = cli._complain
+        complain = cli.complain
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "_complain", lambda message: (said.append(message), complain(message)))
+            patch.setattr(cli, "complain", lambda message: (said.append(message), complain(message)))
             code = cli.main(shlex.split(line))
         captured = capfd.readouterr()
         assert "Traceback" not in captured.err + captured.out

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from strop.data.answers import Answer, Content, Conversation, dropped_reasoning, unverified
-from strop.data.day import NOW
 from strop.data.forms import (
     TRAIN,
     Form,
@@ -30,7 +29,7 @@ from strop.data.forms import (
 )
 from strop.data.marks import REASONING_KEYS, Span
 from strop.data.rows import RowRefused
-from strop.data.sandbox import bounded
+from strop.data.sandbox import NOW, bounded
 from strop.data.template import choose_template, tokenizers_template
 from strop.data.writer import Ends, Tools, Writer
 from strop.errors import ConfigError

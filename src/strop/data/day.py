@@ -11,10 +11,8 @@ import datetime
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import DatasetSection, RunConfig
+from strop.data.sandbox import NOW
 from strop.data.template import choose_template
-
-NOW = "strftime_now"
-"""The function that tells templates the day."""
 
 
 def today() -> datetime.date:

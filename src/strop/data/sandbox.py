@@ -10,6 +10,7 @@ not the main one.
 
 from __future__ import annotations
 
+import datetime
 import re
 import signal
 import threading
@@ -35,6 +36,9 @@ AGAIN = 0.2
 
 BYTES = 4 << 30
 """Memory for one row, above what the process had before its batch."""
+
+NOW = "strftime_now"
+"""The function that tells templates the day."""
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -66,8 +70,12 @@ def render(
     *,
     generation_prompt: bool = False,
     track: bool = False,
+    date: datetime.date | None = None,
 ) -> tuple[str, list[Span] | None]:
     """The rendering and, where `track` asks for them, the spans of its generation blocks; None: there are none.
+
+    Args:
+        date: what the template takes for today; None: the day it is.
 
     Raises:
         RowRefused: template_error: the template fails on these messages.
@@ -76,11 +84,12 @@ def render(
     how: dict[str, Any] = {"add_generation_prompt": generation_prompt, **special_tokens}
     try:
         track = has_generation_blocks(template) and track
+        # transformers hands on no variable that is no JSON, so the day stands among the template's globals
+        compiled = _compile_jinja_template(template)
+        compiled.globals[NOW] = compiled.environment.globals[NOW] if date is None else date.strftime
         if not track and not tools and all(map(_is_plain, messages)):
             # what transformers does to messages before it renders them would change nothing, but takes longer
-            return _compile_jinja_template(template).render(
-                messages=list(messages), tools=None, documents=None, **how
-            ), None
+            return compiled.render(messages=list(messages), tools=None, documents=None, **how), None
         texts, spans = render_jinja_template(
             conversations=[list(messages)],
             tools=list(tools) if tools else None,

@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.data.day import NOW
 from strop.data.forms import PLAIN_FORM, Form, reasoning_keys
 from strop.data.marks import Span
 from strop.data.rows import RowRefused
@@ -97,8 +96,7 @@ class Writer:
     ) -> None:
         self._template, self.ends, self.tools, self._form = template, ends, tools, form
         self._variables = dict(special_tokens)
-        if date is not None:
-            self._variables[NOW] = date.strftime
+        self._date = date
         self.reasoning_keys = reasoning_keys(template)
         self.asks_for_answers = "add_generation_prompt" in template
 
@@ -110,12 +108,15 @@ class Writer:
 
     def text(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """The rendering."""
-        how = {"generation_prompt": generation_prompt}
-        return render(self._template, self._form.of(messages), self.tools, self._variables, **how)[0]
+        return self._render(messages, generation_prompt=generation_prompt)[0]
 
     def tracked(self, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
         """The rendering and the spans of its generation blocks; None where the template knows none."""
-        return render(self._template, self._form.of(messages), self.tools, self._variables, track=True)
+        return self._render(messages, track=True)
+
+    def _render(self, messages: Sequence[Message], **how: bool) -> tuple[str, list[Span] | None]:
+        formed = self._form.of(messages)
+        return render(self._template, formed, self.tools, self._variables, date=self._date, **how)
 
     def opening(self, messages: Sequence[Message]) -> str | None:
         """The prompt that inference sees; None where the template cannot write one for these messages."""

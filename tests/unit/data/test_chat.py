@@ -412,10 +412,14 @@ def test_no_token_lies_across_a_later_generation_prompt(make_tokenizer: Make) ->
 
 
 def test_a_template_sees_the_date_that_it_is_given(make_tokenizer: Make) -> None:
-    template = "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
-    example = Example((turn("user", "q"),), ((turn("assistant", "x"),),), HERE)
+    template = "{{ strftime_now('%d %B %Y') }}" + READS_REASONING
+    tokenizer = make_tokenizer(template=template)
     rules = TextRules(date=datetime.date(2024, 2, 29))
-    assert Renderer(make_tokenizer(template=template), rules).render(example)[0].text.startswith("29 February 2024q")
+    for answer in (turn("assistant", "x"), turn("assistant", "x", reasoning_content="hm")):
+        example = Example((turn("user", "q"),), ((answer,),), HERE)
+        assert Renderer(tokenizer, rules).render(example)[0].text.startswith("29 February 2024<")
+        (today,) = Renderer(tokenizer).render(example)
+        assert str(datetime.date.today().year) in today.text
 
 
 def test_contents_reach_templates_that_want_parts(make_tokenizer: Make) -> None:
