@@ -31,9 +31,6 @@ ALOUD = ("deepseek",)
 THINKING = ("nemotron", "qwen3_5_think", "qwen3_6", "qwen3_8", "gptoss", "glm4moe", "muse_glimmer")
 """Families that are tuned on rows with reasoning."""
 
-PARTS_ALONE = ("idefics3", "llava_next", "smolvlm")
-"""Families whose templates write contents as lists of parts and no plain texts: their rows are refused."""
-
 
 def rows(family: Family) -> list[dict[str, Any]]:
     """Eight conversations, as people have them for this family."""

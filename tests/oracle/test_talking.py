@@ -12,9 +12,9 @@ import pytest
 
 from oracle.contract import Oracle
 from oracle.families import family, names
-from oracle.talking import PARTS_ALONE, Talker, base_model, learn, rows
+from oracle.talking import Talker, base_model, learn, rows
 
-TALKING = [name for name in names() if name not in PARTS_ALONE]
+TALKING = names()
 SOME = ("deepseek_r1_distill", "glm4moe", "qwen3")
 
 pytestmark = pytest.mark.skipif(not TALKING, reason="the package trl, whose templates are the measure, is not there")

@@ -352,7 +352,7 @@ CASES = {
         SFT.replace("dir out", "dir /proc/x"), "/proc/x", "a folder of the operating system"
     ),
     "the home folder": case(SFT.replace("dir out", "dir '~'"), "your home folder itself", "~/outputs"),
-    "a file as log folder": case(f"{SFT} --logging-dir ../../file", "is in the way", "logging.logging_dir"),
+    "a log folder elsewhere": case(f"{SFT} --logging-dir ../../file", "leads out of training.output_dir"),
     "a log folder in the way": case(f"{SFT} --logging-dir final", "a name that the run folder has for something else"),
     "another run": case(
         SFT, "out/model: the folder holds another run: ", "checkpoint-3", "--resume", prepare=unfinished()
@@ -552,7 +552,7 @@ def disk_full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
     ("size", "said", "to_do"),
     [
         (1_000, "config.yaml: cannot be written: File too large", "make room"),
-        (100_000, "checkpoint-2: the checkpoint could not be written: File too large", "go on with --resume"),
+        (100_000, "final: the final model could not be written: ", "then --resume"),
     ],
 )
 def test_a_full_disk(

@@ -56,6 +56,41 @@ def test_dataset__on_trailing_user(runs: Any, tmp_path: Path) -> None:
     assert any("turns behind the last assistant turn" in line for line in report.lines())
 
 
+def test_dataset__train_on(runs: Any, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+    file = tmp_path / "talks.jsonl"
+    file.write_text((json.dumps({"messages": turns}) + "\n") * 16)
+    trained = {}
+    for which in ("all", "last", "last_and_tools"):
+        data = runs.prepare(method="sft", train_file=str(file), train_on=which).data
+        trained[which] = data.train[0].num_scored
+    assert 0 < trained["last"] == trained["last_and_tools"] < trained["all"]
+
+
+def test_dataset__on_dropped_reasoning(runs: Any, tmp_path: Path) -> None:
+    def rows(name: str, **more: str) -> str:
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes", **more}]
+        (tmp_path / name).write_text((json.dumps({"messages": turns}) + "\n") * 16)
+        return str(tmp_path / name)
+
+    thinking, plain = rows("thinking.jsonl", reasoning_content="hm"), rows("plain.jsonl")
+    with pytest.raises(DataError, match=r"dropped_by_template(.|\n)*on_dropped_reasoning: drop"):
+        runs.prepare(method="sft", train_file=thinking)
+    report = runs.prepare(method="sft", train_file=thinking, on_dropped_reasoning="drop").data.report
+    assert report.fingerprint == runs.prepare(method="sft", train_file=plain).data.report.fingerprint
+    assert sum(split["reasoning_dropped"] for split in report.as_dict()["splits"].values()) == 16
+
+
+def test_dataset__date(runs: Any, tmp_path: Path) -> None:
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    keys = {"template": str(template), "date": "2001-02-03"}
+    prepared = runs.prepare(keys)
+    assert prepared.tokenizer.decode(prepared.data.train[0].prompt_ids).startswith("2001")
+    assert "text: the template prints the day, 2001-02-03 (dataset.date)" in prepared.data.report.lines()
+    assert runs.prepare(template=str(template)).config.dataset.date is not None  # today's is written down
+
+
 def test_dataset__max_eval_samples(runs: Any) -> None:
     whole, some = runs.prepare(validation_split=0.5).data, runs.prepare(validation_split=0.5, max_eval_samples=3).data
     assert list(some.eval) == list(whole.eval)[:3] and some.train == whole.train

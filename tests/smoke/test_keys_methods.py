@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from strop.errors import ConfigError
 
@@ -155,6 +155,18 @@ def test_lora__bias(runs: Any, tmp_path: Path, make_model: Any, make_tokenizer: 
     after = runs({**keys, "bias": "all"}).final
     names = {k: k.removeprefix("base_model.model.").replace(".base_layer", "") for k in only}
     assert not any(torch.equal(after[k], before[name]) for k, name in names.items())
+
+
+def test_lora__target_parameters(runs: Any, tmp_path: Path, make_tokenizer: Any) -> None:
+    sizes = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    keys = {**LORA, "models.0.huggingface_id": str(tmp_path)}
+    assert not any(".experts." in name for name in runs(keys).final)
+    run = runs({**keys, "target_parameters": ["experts.down_proj"]})
+    assert "down_proj" in str(run.adapter["target_parameters"])
+    assert any(".experts." in name for name in run.final)
 
 
 def test_lora__target_modules(runs: Any) -> None:

@@ -140,7 +140,7 @@ def test_finetuning__metric_for_best_model(runs: Any) -> None:
     keys = {"load_best_model_at_end": True, "eval_steps": 2}
     for name, best in (("eval_loss", 4), ("rewards/margins", 4), ("eval_lengths/chosen", 2), ("lengths/chosen", 2)):
         run = runs(keys, metric_for_best_model=name)  # lengths never change: the first one stays the best
-        assert run.checkpoints[-1] == best
+        assert best in run.checkpoints
         assert runs.same(run.final, run.weights(best))
 
 
@@ -156,7 +156,7 @@ def test_finetuning__greater_is_better(runs: Any) -> None:
     for name, given, best in ((loss, None, 4), (loss, True, 2), (margin, None, 4), (margin, False, 2)):
         run = runs(metric_for_best_model=name, greater_is_better=given, load_best_model_at_end=True)
         assert run.config["finetuning"]["greater_is_better"] is (name == margin if given is None else given)
-        assert run.checkpoints[-1] == best
+        assert runs.same(run.final, run.weights(best))
 
 
 def test_finetuning__early_stopping_patience(runs: Any) -> None:
@@ -198,7 +198,7 @@ def test_logging__log_level(runs: Any, tmp_path: Path, capsys: pytest.CaptureFix
         (tmp_path / level).write_text(json.dumps(runs.config(log_level=level).model_dump(mode="json")))
         assert cli.main(["train", "--config", str(tmp_path / level)]) == 0
         said[level] = capsys.readouterr().err
-    assert "run: 4 steps; the model of step 4 is in" in said["info"]
+    assert "run: the model of step 4 is in" in said["info"]
     assert "train step 4/4" in said["info"]
     assert said["warning"].splitlines() == [line for line in said["info"].splitlines() if line.startswith("warning: ")]
     assert len(said["warning"].splitlines()) == 1  # a high learning rate

@@ -479,7 +479,8 @@ def poison(watched: pytest.MonkeyPatch) -> Callable[[str, range], None]:
 def test_training__on_nonfinite(
     what: str, runs: Any, poison: Any, built: list[Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {"micro_batch_tokens": 100_000, "save_steps": 1, "max_steps": 4, "output_dir": str(tmp_path)}
+    keys = {"micro_batch_tokens": 100_000, "save_steps": 1, "max_steps": 4, "save_total_limit": None}
+    keys |= {"output_dir": str(tmp_path)}
     poison(what, range(2, 3))
     prepared = runs.prepare()
     groups = [prepared.data.train[i] for i in prepared.plan.groups(2)]

@@ -118,14 +118,14 @@ def test_a_completion_that_comes_again_is_scored_once_and_resumed_exactly(
 
 
 @pytest.mark.parametrize(
-    "keys", [["--method", "sft"], ["--reference-store", "false"], ["--ref-sync-steps", "2"]], ids=lambda k: k[0]
+    "keys", [["--method", "orpo"], ["--reference-store", "false"], ["--ref-sync-steps", "2"]], ids=lambda k: k[0]
 )
 def test_nothing_to_fill_is_an_error(keys: list[str], config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = config.read_text()
-    if "sft" in keys:
-        text = text.replace("method: dpo", "method: sft")
+    if "orpo" in keys:
+        text = text.replace("method: dpo", "method: orpo")
         post = text.index("post_training:")
-        text = text[:post] + "post_training:\n  method: sft\n" + text[text.index("\ntraining:", post) + 1 :]
+        text = text[:post] + "post_training:\n  method: orpo\n" + text[text.index("\ntraining:", post) + 1 :]
         config.write_text(text)
         keys = []
     assert cli.main(["reference", "--config", str(config), *keys]) == 1

@@ -47,7 +47,7 @@ def export(
         return SaveError(
             f"the final model could not be written: {why}",
             where=str(run.final),
-            fix="make room or give the permission, then --resume: the last step is saved, nothing is trained again",
+            fix="make room or give the permission, then --resume: nothing that a checkpoint holds is trained again",
         )
 
     def fill(folder: Path) -> None:
