@@ -29,6 +29,7 @@ def test_it_says_what_it_has_learned(name: str, tmp_path: Path) -> None:
     made = rows(one)
     talker = Talker(learn(tmp_path, made))
     for row in made:
-        (turn,) = Oracle(one, one.template, row).expected().trained
-        said, stops = talker.answer(row["messages"][:1])
+        oracle = Oracle(one, one.template, row)
+        (turn,) = oracle.expected().trained
+        said, stops = talker.answer(oracle.messages[:1])
         assert (said, stops) == (turn.text.rstrip("\n"), True)
