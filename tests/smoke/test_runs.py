@@ -445,15 +445,17 @@ def test_one_checkpoint_is_not_for_several_models(tmp_path: Path, model_dir: Pat
 
 def test_a_bad_mount_dir_is_found_before_training(tmp_path: Path, model_dir: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     config = strop.load_config(
         overrides={
             "models": [{"huggingface_id": str(model_dir)}],
             "training": {"output_dir": str(tmp_path / "out"), "mount_dir": str(tmp_path / "file" / "below")},
-            "dataset.train_file": str(tmp_path / "nothing-is-read-yet.jsonl"),
+            "dataset.train_file": str(tmp_path / "rows.jsonl"),
         }
     )
     with pytest.raises(CheckpointError, match="mount_dir"):
         strop.train(config)
+    assert not list((tmp_path / "out").rglob("data.json"))
 
 
 def test_overwriting_keeps_the_charts_of_the_run_that_is_under_way(tmp_path: Path, runs: Any) -> None:

@@ -114,7 +114,7 @@ class MethodSettings(Section):
                         f"{name} is {value!r}, but method {method} does not read it",
                         f"the settings of {method}: {', '.join(n for n in cls.model_fields if n != 'method')}",
                         f"write method: {value}"
-                        if name == "loss_type" and value in METHODS
+                        if name == "loss_type" and isinstance(value, str) and value in METHODS
                         else f"remove {name}, or set method: {either(readers)}",
                     )
                 )

@@ -354,7 +354,8 @@ def check_adapter(adapted: PeftModel, folder: Path, config: PreTrainedConfig, wh
         logger.warning("%s: the written adapter was not loaded again: %s", where, first_line(error))
         return
     try:
-        with quiet():
+        # peft draws new adapters before it loads these; the caller's random numbers stay as they were
+        with quiet(), torch.random.fork_rng(devices=[]):
             again = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
             places = get_peft_model_state_dict(again, save_embedding_layers=False)
     except LOAD_ERRORS as error:

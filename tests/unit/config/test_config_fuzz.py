@@ -67,6 +67,7 @@ CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, Heal
 
 @settings(CALM, max_examples=300)
 @given(ANY)
+@example(b"models:\n  - huggingface_id: org/model\npost_training:\n  loss_type: {}\n")
 def test_a_configuration_or_an_error(data: bytes) -> None:
     check(data)
 
