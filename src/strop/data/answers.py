@@ -24,6 +24,7 @@ Content = tuple[int, int, bool]
 """What the row has written: start, stop, and whether it is an assistant turn."""
 
 MOST_TURNS = 2000
+"""Each answer is rendered with all turns before it, so the work grows with the square of their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Conversation:
             raise unverified(f"it has {len(messages)} turns, and each answer is rendered with all turns before it")
         self._writer, self._ends = writer, writer.ends
         self._messages, self._first, self._opening = messages, first, opening
+        self._numbers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         self.text, self.blocks = writer.tracked(messages)
         self._marks = Marks.put(messages, self.text)
         self._reading = self._read()
@@ -66,7 +68,7 @@ class Conversation:
             self._refuse_controls_in_contents()
         elif not self.blocks:
             self._restore_thoughts()
-        self.answers = _with_history([self._answer(i) for i in self._numbers()])
+        self.answers = _with_history([self._answer(i) for i in self._numbers])
         if self.blocks is None:
             self.answers = [self._closed_by_next_header(answer) for answer in self.answers]
         else:
@@ -86,15 +88,12 @@ class Conversation:
         """What is trained of an answer: its generation blocks, or else all of it."""
         if self.blocks is None:
             return [(answer.start, answer.stop)]
-        own = [(max(a, answer.earliest), b) for a, b in self.blocks if self._owner(a, b) is answer]
+        own = [(max(a, answer.earliest), b) for a, b in self.blocks if self._owner(b) is answer]
         return [(a, b) for a, b in own if a < b]
 
-    def _owner(self, start: int, stop: int) -> Answer | None:
-        """The answer that a block belongs to: the last one that begins in front of the block's end."""
+    def _owner(self, stop: int) -> Answer | None:
+        """The answer that a block belongs to which ends at `stop`: the last one that begins in front of that."""
         return next((answer for answer in reversed(self.answers) if answer.start < stop), None)
-
-    def _numbers(self) -> list[int]:
-        return [i for i in range(self._first, len(self._messages)) if self._messages[i]["role"] == "assistant"]
 
     def _read(self) -> Reading | None:
         """The rendering with marks; None where marks change what the template writes."""
@@ -232,7 +231,7 @@ class Conversation:
                 # without a prompt there is no generation prompt, and the header is no part of the answer
                 start = len(opening) if i else max(self.text.find(content.strip(), 0, stop), 0)
                 return Answer(i, start, stop, start, as_generated=True, is_history=False)
-        if i != self._numbers()[-1]:
+        if i != self._numbers[-1]:
             return Answer(i, 0, 0, 0, as_generated=False, is_history=True)
         raise unverified(f"turn {i + 1} is not rendered behind its generation prompt")
 
@@ -267,7 +266,7 @@ def _without_thoughts(message: Message) -> Message:
 
 
 def _with_history(answers: Sequence[Answer]) -> list[Answer]:
-    """The answers with those told that do not follow their generation prompt, where others do."""
+    """The answers, where those that do not follow their generation prompt are history if others do follow theirs."""
     if not any(answer.as_generated for answer in answers):
         return list(answers)
     return [replace(answer, is_history=answer.is_history or not answer.as_generated) for answer in answers]

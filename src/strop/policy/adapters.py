@@ -23,12 +23,20 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop import apart
-from strop.config.names import closest
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.folder import adapter_files, place_of, read_json, source_of
 from strop.policy.load import LOAD_ERRORS, quiet
-from strop.policy.targets import head_names, linear_layers, reach, resolve_parameters, resolve_targets, selected, sizes
+from strop.policy.targets import (
+    head_names,
+    linear_layers,
+    no_such_name,
+    reach,
+    resolve_parameters,
+    resolve_targets,
+    selected,
+    sizes,
+)
 
 logger = logging.getLogger("strop")
 
@@ -164,14 +172,8 @@ def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tu
     parts = [name for name, _ in module.named_modules() if name]
     for name in wanted:
         if not selected((name,), parts):
-            last_parts = sorted({p.rpartition(".")[2] for p in parts if not p.rpartition(".")[2].isdigit()})
-            nearest = closest(name, last_parts)
-            raise ModelError(
-                f"lora.modules_to_save: no module is called {name!r}",
-                where=where,
-                expected=f"names among {', '.join(last_parts)}",
-                fix=f"did you mean {nearest}?" if nearest else "",
-            )
+            named = (part for part in parts if not part.rpartition(".")[2].isdigit())
+            raise no_such_name("lora.modules_to_save", "module", name, named, where, "names")
         if _is_tied(module) and _is_head_or_embedding(module, name) and name.rpartition(".")[2] != "embed_tokens":
             raise ModelError(
                 f"lora.modules_to_save: {name} shares its weights with the "

@@ -23,7 +23,7 @@ from strop.policy.folder import place_of
 from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
 from strop.policy.logits import LogitTransform, logit_transform
 from strop.policy.sharing import reason_against
-from strop.policy.targets import linear_layers, reach, resolve_parameters, resolve_targets, selected, sizes
+from strop.policy.targets import linear_layers, resolve_parameters, resolve_targets, selected
 
 logger = logging.getLogger("strop")
 
@@ -163,21 +163,6 @@ def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
     adapted = sum(i for i, _ in sides.values()) / shape.layers
     shared = {(n.rpartition(".")[0], n.rpartition(".")[2] in OUTPUTS): i for n, (i, _) in sides.items()}
     return replace(shape, adapters=weights, adapted=adapted, distinct=sum(shared.values()) / shape.layers)
-
-
-def reach_of(lora: LoraSection, model: ModelSection) -> list[str]:
-    """How much of the model its new adapters will reach, in lines for a person; none where it trains in full, or goes
-    on with an adapter.
-
-    Raises:
-        CannotBuildError: the architecture needs more than its configuration.
-        ModelError: the adapters do not fit the model.
-    """
-    if model.adapter is not None or not lora.enabled:
-        return []
-    module, where = empty_model(model), place_of(model)
-    targets = selected(resolve_targets(module, lora.target_modules, where), linear_layers(module))
-    return reach(sizes(module), {*targets, *resolve_parameters(module, lora.target_parameters or (), where)})
 
 
 def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:

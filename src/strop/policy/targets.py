@@ -141,7 +141,8 @@ def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str
                 fix=f"leave it out; to train the head in full, name {name[0]} in lora.modules_to_save",
             )
         if not (found := selected(name, linears)):
-            raise _no_such_layer(name if isinstance(name, str) else name[0], text, where)
+            wrong, named = name if isinstance(name, str) else name[0], "auto, all-linear, or names"
+            raise no_such_name("lora.target_modules", "linear layer", wrong, text, where, named)
         if fused := selected(name, _named_as_experts(module, text)):
             raise ModelError(
                 f"lora.target_modules: peft takes {fused[0].rpartition('.')[2]} of this architecture for a name of its "
@@ -204,13 +205,19 @@ def _meaning(targets: Targets, reached: Mapping[str, nn.Module], every: Iterable
     return tuple(selected(targets, reached))
 
 
-def _no_such_layer(name: str, layers: Iterable[str], where: str) -> ModelError:
-    last_parts = sorted({layer.rpartition(".")[2] for layer in layers})
+def no_such_name(key: str, kind: str, name: str, parts: Iterable[str], where: str, expected: str) -> ModelError:
+    """The refusal of a name in a list of names of parts.
+
+    Args:
+        key: the setting. kind: what it names. parts: full names of those that are there. expected: the words in front
+            of their last parts.
+    """
+    last_parts = sorted({part.rpartition(".")[2] for part in parts})
     nearest = closest(name, last_parts)
     return ModelError(
-        f"lora.target_modules: no linear layer is called {name!r}",
+        f"{key}: no {kind} is called {name!r}",
         where=where,
-        expected=f"auto, all-linear, or names among {', '.join(last_parts)}",
+        expected=f"{expected} among {', '.join(last_parts)}",
         fix=f"did you mean {nearest}?" if nearest else "",
     )
 
