@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check fix smoke docs bench nightly test-pretend
+.PHONY: setup demo test check fix smoke docs bench golden nightly test-pretend
 
 setup: $(VENV)/ready
 
@@ -47,6 +47,10 @@ docs: setup
 bench: setup
 	$(BIN)/python -m benchmarks.measure --wait-idle 5 $(BENCH)
 	$(BIN)/python -m benchmarks.report
+
+# Whether this tree trains the same bits as another commit: make golden AGAINST=COMMIT (three minutes).
+golden: setup
+	$(BIN)/python -m benchmarks.golden --against $(AGAINST)
 
 nightly: setup
 	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly" --timeout 3600
