@@ -56,11 +56,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "cpo": {"method": "cpo"},
 }
 """One of each kind of objective: these go through every cut, dtype and way to train."""
+DPO_LOSSES = (
+    *("hinge", "ipo", "robust", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
+)
 LOSSES: dict[str, dict[str, Any]] = {
-    **{
-        f"dpo {loss}": {"method": "dpo", "loss_type": loss}
-        for loss in "hinge ipo robust bco_pair nca_pair apo_zero apo_down aot aot_unpaired discopop sigmoid_norm".split()
-    },
+    **{f"dpo {loss}": {"method": "dpo", "loss_type": loss} for loss in DPO_LOSSES},
     "dpo exo": {"method": "dpo", "loss_type": "exo_pair", "label_smoothing": 1e-3},
     "dpo with sft": {"method": "dpo", "sft_weight": 0.5, "label_smoothing": 0.1},
     "dpo js": {"method": "dpo", "f_divergence": "js"},
@@ -239,7 +240,7 @@ def main() -> int:
             environment = os.environ | {
                 "PYTHONPATH": str(source / "src"),
                 "OMP_NUM_THREADS": "1",
-                "STROP_CACHE": f"{work}/cache-{len(results)}",
+                "STROP_CACHE": f"{work}/cache",  # both compute products by the rates that one of them has measured
                 "HF_HUB_OFFLINE": "1",
             }
             command = [sys.executable, __file__, "--train", str(inputs), "--only", args.only]
