@@ -15,20 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
-from strop.config import ModelSection, RunConfig, of_model, resolve
+from strop.config import ModelSection, RunConfig, resolve
 from strop.config.read import unread
 from strop.config.yamlfile import write_value
-from strop.data.day import with_day
-from strop.data.load import LoadedData, first_group, load_data
+from strop.data.load import LoadedData
 from strop.data.show import odd_groups, show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
 from strop.machine import Machine, machine_named, machine_of
+from strop.modelrows import ModelRows
 from strop.policy.folder import has_weights, source_of
-from strop.policy.generation import stop_tokens
-from strop.policy.load import load_tokenizer
 from strop.preflight import run_folder, select_models
 from strop.rundir import RunDir
 from strop.terminal import escaped
@@ -76,7 +73,7 @@ def dry_run(
     machine, notes = _machine(config, device, memory)
     runs = []
     for model in models:
-        read = _read(of_model(config, model), model, console)
+        read = _read(config, model, console)
         runs.append(_plan(config, model, machine, read, say))
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0].prepared.config):
@@ -95,29 +92,27 @@ def dry_run(
     say("\ndry run: nothing was trained and nothing was written but into the cache")
 
 
-def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[PreTrainedTokenizerBase, LoadedData]:
+def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[ModelRows, LoadedData]:
     """Shows the first row as it is trained, reads all of them, and says what became of them."""
-    tokenizer = load_tokenizer(model, needs_weights=False)
-    config = with_day(config, tokenizer)
-    rows, stops = config.post_training.ROWS, stop_tokens(model)
-    data, first = None, first_group(config, tokenizer, rows, stops)
+    rows = ModelRows.of(config, model, needs_weights=False)
+    data, first = None, rows.first()
     if first is None:
-        data = load_data(config, tokenizer, rows, stops)
+        data = rows.load()
         first = data.train[0]
 
     def show(title: str, group: Group, *, whole: bool) -> None:
-        shown = show_group(group, tokenizer, colour=console.is_terminal, whole=whole)
+        shown = show_group(group, rows.tokenizer, colour=console.is_terminal, whole=whole)
         console.print(Text(escaped(f"\n{title}, trained tokens marked:")))
         console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
 
     console.print(Text(escaped(f"== {model.name}")))
     show("The first example", first, whole=True)
-    data = data or load_data(config, tokenizer, rows, stops)
+    data = data or rows.load()
     for words, number in odd_groups(data.train):
         if (group := data.train[number]) != first:
             show(f"{group.origin}, {words}", group, whole=False)
     console.print(Text(escaped("\n" + "\n".join(data.report.lines()))))
-    return tokenizer, data
+    return rows, data
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ def _plan(
     config: RunConfig,
     model: ModelSection,
     machine: Machine,
-    read: tuple[PreTrainedTokenizerBase, LoadedData],
+    read: tuple[ModelRows, LoadedData],
     say: Callable[[str], None],
 ) -> _Planned:
     """Settles the run, and says what it will be and need."""

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from strop.config import RunConfig, advice, of_model
 from strop.config.methods import KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
-from strop.data.day import with_day
 from strop.data.doctor import imbalance
-from strop.data.load import LoadedData, load_data
+from strop.data.load import LoadedData
 from strop.data.plan import (
     CPU_TOKENS,
     Plan,
@@ -32,9 +31,8 @@ from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
+from strop.modelrows import ModelRows
 from strop.objectives.base import Objective, build_objective
-from strop.policy.generation import stop_tokens
-from strop.policy.load import load_tokenizer
 from strop.policy.outline import CannotBuildError, empty_model
 from strop.policy.reference import check_reference
 
@@ -121,21 +119,21 @@ def prepare(
     config: RunConfig,
     model: ModelSection,
     checkpoint: Checkpoint | None = None,
-    read: tuple[PreTrainedTokenizerBase, LoadedData] | None = None,
+    read: tuple[ModelRows, LoadedData] | None = None,
 ) -> Prepared:
     """Read the tokenizer and the data, and resolve what depends on them; loads no weights.
 
     Args:
-        read: tokenizer and data, where they have been read already.
+        read: tokenizer and rows, where they have been read already.
     """
     config = of_model(config, model)
     objective = build_objective(config.post_training)
     require_optimizer(config.training)
-    tokenizer = load_tokenizer(model) if read is None else read[0]
+    day = checkpoint.state["recipe"].get("dataset.date") if checkpoint is not None else None
+    rows = ModelRows.of(config, model, kept_day=day) if read is None else read[0]
+    config, tokenizer = rows.config, rows.tokenizer
     check_reference(config, model, tokenizer)
-    kept = checkpoint.state["recipe"].get("dataset.date") if checkpoint is not None else None
-    config = with_day(config, tokenizer, kept)
-    data = load_data(config, tokenizer, objective.rows, stop_tokens(model)) if read is None else read[1]
+    data = rows.load() if read is None else read[1]
     if objective.needs_mismatched:
         _check_mismatched(data)
     if data.eval:
@@ -153,8 +151,8 @@ def prepare(
         groups_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
         origin = "batch size x accumulation steps x devices"
         config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
-    rows = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
-    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, rows)
+    filled = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
+    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, filled)
     return Prepared(config, model, tokenizer, data, objective, plan)
 
 

@@ -30,6 +30,7 @@ FLOORS = {
     "policy": 2,
     "objectives": 2,
     "engine": 3,
+    "modelrows": 3,
     "preflight": 3,
     "prepared": 4,
     "speed": 4,

@@ -57,7 +57,7 @@ def test_the_example_is_shown_before_all_rows_are_read(
         assert "«yes yes " in capsys.readouterr().out
         raise InterruptedError
 
-    monkeypatch.setattr("strop.dryrun.load_data", look)
+    monkeypatch.setattr("strop.modelrows.load_data", look)
     with pytest.raises(InterruptedError):
         dry_run(config)
 

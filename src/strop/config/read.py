@@ -19,7 +19,7 @@ def unread(config: RunConfig) -> set[str]:
     if method.method == "kto":
         keys.add("logging.margins")
     elif method.method != "sft":
-        keys.add("dataset.completion_column")
+        keys |= {"dataset.completion_column", "dataset.label_column"}
     if not isinstance(method, ReferenceSettings):
         keys.add("training.reference_store")
     if not any(map(config.adapts, config.models)):

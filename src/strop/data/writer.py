@@ -34,7 +34,8 @@ class Ends:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[int] = ()) -> None:
         eos = str(tokenizer.eos_token)
-        self.stops = frozenset({eos, *(str(tokenizer.convert_ids_to_tokens(token)) for token in stop_tokens)})
+        known = (token for token in stop_tokens if 0 <= token < len(tokenizer))  # models have ids without a token
+        self.stops = frozenset({eos, *(str(tokenizer.convert_ids_to_tokens(token)) for token in known)})
         self.stops_elsewhere = bool(self.stops - {eos})
         self.controls = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)

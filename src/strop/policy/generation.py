@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
 from strop.policy.folder import fetch, place_of, read_json, source_of
+from strop.policy.load import model_config
 from strop.types import Completion, Group
 
 logger = logging.getLogger("strop")
@@ -111,13 +112,17 @@ def write_generation(
 
 
 def stop_tokens(model: ModelSection) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json; empty where the model has none.
+    """The tokens at which `generate` of transformers stops with this model: `eos_token_id` of generation_config.json,
+    and without that file, of config.json. Empty where neither names one.
 
     Raises:
-        ModelError: the file cannot be read.
+        ModelError: a file cannot be read.
     """
     where = place_of(model)
     file = fetch(source_of(model.huggingface_id), "generation_config.json", model.revision, where, optional=True)
-    found = read_json(file, where).get("eos_token_id") if file is not None else None
+    if file is not None:
+        found = read_json(file, where).get("eos_token_id")
+    else:
+        found = GenerationConfig.from_model_config(model_config(model)).eos_token_id
     listed = found if isinstance(found, list) else [found]
-    return tuple(token for token in listed if type(token) is int)
+    return tuple(token for token in listed if type(token) is int and token >= 0)

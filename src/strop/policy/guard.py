@@ -6,6 +6,7 @@ its hash.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ LONGEST_JSON = 1 << 26
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LENGTHS = ("max_position_embeddings", "original_max_position_embeddings", "n_positions")
+_POSITIVE = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "partial_rotary_factor", "factor")
+"""Of positions: 0 or less makes every rotation the same or not a number, and no library says so."""
 
 
 def check_links(folder: Path, where: str) -> None:
@@ -106,27 +110,40 @@ def _is_ours(manifest: Path) -> bool:
 
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuse numbers of layers and experts that no model has, before anything is built from them.
+    """Refuse numbers that no model has, before anything is built from them: layers and experts without end, and
+    positions that mean nothing.
 
     Raises:
-        ModelError: there are too many, or none.
+        ModelError: a number is out of its range.
     """
     for key, value in _numbers(config):
-        most = MOST_LAYERS if key in _LAYERS else MOST_EXPERTS if key in _EXPERTS else None
-        if most is not None and not (0 if key in _EXPERTS else 1) <= value <= most:
+        expected = _wrong(key, value)
+        if expected is not None:
+            known = isinstance(value, float) or abs(value) < 10**18
+            words = (f"{value:,}" if isinstance(value, int) else f"{value:g}") if known else "beyond all bounds"
             raise ModelError(
-                f"config.json: {key} is {value:,}"
-                if abs(value) < 10**18
-                else f"config.json: {key} is beyond all bounds",
+                f"config.json: {key} is {words}",
                 where=where,
-                expected=f"a number from 1 to {most:,}",
+                expected=expected,
                 fix="download or copy the file again",
             )
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _wrong(key: str, value: float) -> str | None:
+    """What is expected of a number that is none of its kind; None where it is one, or may be anything."""
+    if key in _LAYERS or key in _EXPERTS:
+        least, most = (1, MOST_LAYERS) if key in _LAYERS else (0, MOST_EXPERTS)
+        return None if least <= value <= most else f"a number from {least} to {most:,}"
+    if key in _LENGTHS:
+        return None if value >= 1 else "a number of tokens, at least 1"
+    if key in _POSITIVE:
+        return None if 0 < value < math.inf else "a number above 0"
+    return None
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _numbers(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield key, value

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from strop.policy.generation import closing, stopping, trained_ends, write_generation
+from strop.config.sections import ModelSection
+from strop.data.writer import Ends
+from strop.policy.generation import closing, stop_tokens, stopping, trained_ends, write_generation
 from strop.types import Completion, Group, Origin
 
 END_OF_TEXT, END_OF_TURN = 1, 3
@@ -102,3 +104,25 @@ def test_what_is_written_and_said(
     assert not caplog.records
     write_generation(tmp_path, config, base, {}, "here")
     assert "may not stop by itself" in caplog.text
+
+
+@pytest.mark.parametrize("stops", [None, 3, [1, 3], []])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_where_generation_stops_is_what_transformers_says(file: str, stops: Any, model_dir: Path) -> None:
+    """generation_config.json decides; a folder without one is generated with as its config.json says."""
+    folder = model_dir
+    (folder / "generation_config.json").unlink()
+    config = {**json.loads((folder / "config.json").read_text()), "eos_token_id": 2}
+    if file == "config.json":
+        config["eos_token_id"] = stops
+    else:
+        (folder / file).write_text(json.dumps({"eos_token_id": stops}))
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    listed = model.generation_config.eos_token_id
+    expected = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    assert list(stop_tokens(ModelSection(huggingface_id=str(folder)))) == expected
+
+
+def test_a_stop_token_that_the_tokenizer_does_not_have_is_none(base: PreTrainedTokenizerFast) -> None:
+    assert Ends(base, (END_OF_TURN, -1, 10**9)).stops == Ends(base, (END_OF_TURN,)).stops

@@ -17,6 +17,7 @@ from strop.errors import ModelError
 from strop.manifest import MANIFEST, seal
 from strop.policy import adapters
 from strop.policy.folder import check_adapter, inspect_config
+from strop.policy.guard import check_numbers
 from strop.policy.load import load_model, load_tokenizer, model_config, quiet
 
 Make = Callable[..., Any]
@@ -76,6 +77,32 @@ def test_numbers_without_end_are_refused_before_anything_is_built(key: str, valu
         model_config(changed(model_dir, **{key: value}))
     with pytest.raises(ModelError, match=rf"config\.json: {key} is "):
         model_config(changed(model_dir, **{key: 1}, text_config={key: value}))
+
+
+@pytest.mark.parametrize("value", [0, -1, -10000.0, float("nan")])
+@pytest.mark.parametrize("key", ["rope_theta", "max_position_embeddings", "partial_rotary_factor", "factor"])
+def test_positions_that_mean_nothing_are_refused(key: str, value: float, model_dir: Path) -> None:
+    if key == "max_position_embeddings" and value != value:
+        value = 0.5
+    with pytest.raises(ModelError, match=rf"config\.json: {key} is (.|\n)*expected: a number"):
+        model_config(changed(model_dir, **{key: value}))
+    with pytest.raises(ModelError, match=rf"config\.json: {key} is "):
+        model_config(changed(model_dir, **{key: 8}, rope_parameters={"full_attention": {key: value}}))
+
+
+@pytest.mark.nightly
+def test_no_model_has_such_numbers_by_default() -> None:
+    from transformers import CONFIG_MAPPING
+
+    found = 0
+    for kind in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[kind]().to_dict()
+        except Exception:  # noqa: BLE001 - some are only made with arguments, or need packages that are not here
+            continue
+        check_numbers(config, kind)
+        found += 1
+    assert found > 200
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""The rows of a run as one of its models reads them. Floor 3.
+
+In: the configuration and a model. Out: its tokenizer, the configuration with the day that its chat template prints, and
+the rows as tokens. The model's folder says at which tokens generation stops, and rows have to end there; so whoever
+tokenises rows for a model does it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from strop.config import RunConfig, of_model
+from strop.config.sections import ModelSection
+from strop.data.day import with_day
+from strop.data.load import LoadedData, first_group, load_data
+from strop.policy.generation import stop_tokens
+from strop.policy.load import load_tokenizer
+from strop.types import Group
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """What it takes to tokenise the rows of a run for one model.
+
+    config: of this model alone, with the day. stop_tokens: ids of the tokens that generation stops at.
+    """
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, model: ModelSection, *, kept_day: str | None = None, needs_weights: bool = True
+    ) -> ModelRows:
+        """Loads the tokenizer.
+
+        Args:
+            kept_day: what the template took for today at the first launch, where a run is resumed.
+            needs_weights: refuse a folder without weights.
+
+        Raises:
+            ModelError: there is no such model or no tokenizer, or it cannot be used.
+            ConfigError: the named chat template cannot be used.
+        """
+        tokenizer = load_tokenizer(model, needs_weights=needs_weights)
+        return cls(with_day(of_model(config, model), tokenizer, kept_day), tokenizer, stop_tokens(model))
+
+    def first(self) -> Group | None:
+        """The first training row; None where it is not among the first few (`first_group`)."""
+        return first_group(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)
+
+    def load(self) -> LoadedData:
+        """All rows (`load_data`)."""
+        return load_data(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)
