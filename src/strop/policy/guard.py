@@ -119,8 +119,7 @@ def check_numbers(config: Mapping[str, Any], where: str) -> None:
     for key, value in _numbers(config):
         expected = _wrong(key, value)
         if expected is not None:
-            known = isinstance(value, float) or abs(value) < 10**18
-            words = (f"{value:,}" if isinstance(value, int) else f"{value:g}") if known else "beyond all bounds"
+            words = f"{value:,}" if abs(value) < 10**18 else "beyond all bounds"
             raise ModelError(
                 f"config.json: {key} is {words}",
                 where=where,
