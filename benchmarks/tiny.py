@@ -75,13 +75,13 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(kind: str) -> Any:
-    """A configuration of this model_type for a model that trains in a moment."""
+def tiny_config(kind: str, **changes: Any) -> Any:
+    """A configuration of this model_type for a model that trains in a moment. changes: settings that differ."""
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[kind]
     keys = _keys(cls) | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 4}
-    return cls(**_merged(keys, OWN.get(kind, {})))
+    return cls(**_merged(_merged(keys, OWN.get(kind, {})), changes))
 
 
 def write_model(kind: str, folder: Path) -> int:

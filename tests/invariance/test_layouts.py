@@ -5,75 +5,107 @@ from __future__ import annotations
 import copy
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.tiny import tiny_config
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from strop.batch import pack, pad
 from strop.config.sections import ModelSection
 from strop.policy import policy as policy_module
 from strop.policy import sharing
-from strop.policy.load import LoadedModel
+from strop.policy.load import LoadedModel, silence_config
 from strop.policy.policy import Policy, assemble
 from strop.policy.precision import Precision
 from strop.types import Completion, Group, Origin
 
 VOCABULARY = 97
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 # windows of 4 are shorter than the prompts of 7 and 9 below
 WINDOWED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA4 = {"num_hidden_layers": 4, "layer_types": WINDOWED["layer_types"] * 2, "global_head_dim": 16}
 OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
     "cohere2": WINDOWED,
-    "gemma": {"head_dim": 8},
+    "cohere2_moe": WINDOWED,
+    "cwm": WINDOWED,
+    "exaone4": WINDOWED,
+    "exaone_moe": WINDOWED,
     "gemma2": {
         **WINDOWED,
-        "head_dim": 8,
         "query_pre_attn_scalar": 8,
         "final_logit_softcapping": 3.0,
         "attn_logit_softcapping": 5.0,
     },
-    "gemma3_text": {**WINDOWED, "head_dim": 8, "query_pre_attn_scalar": 8},
-    "gpt2": {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        "attn_pdrop": 0,
-        "resid_pdrop": 0,
-        "embd_pdrop": 0,
-    },
-    "gpt_neox": {"rotary_pct": 0.5},
+    "gemma3": {"text_config": {**WINDOWED, "query_pre_attn_scalar": 8}},
+    "gemma3_text": {**WINDOWED, "query_pre_attn_scalar": 8},
+    "gemma4": {"text_config": {**GEMMA4, "use_bidirectional_attention": "vision"}},
+    "gemma4_text": {**GEMMA4, "num_kv_shared_layers": 2, "final_logit_softcapping": 3.0},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
-    "mistral": {"sliding_window": 4},
-    "mixtral": {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "granitemoeshared": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "ministral": WINDOWED,
+    "ministral3": {
+        "sliding_window": 4,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,  # queries grow with their position
+            "original_max_position_embeddings": 4,
+        },
+    },
+    "mixtral": {"sliding_window": 4},
     "olmo3": WINDOWED,
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "phi": {"partial_rotary_factor": 0.5},
-    "phi3": {"sliding_window": 4, "resid_pdrop": 0.0},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "qwen3": {"head_dim": 8},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    "starcoder2": {"sliding_window": 4, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "vaultgemma": {**WINDOWED, "query_pre_attn_scalar": 8},
 }
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("gemma4_text", {**GEMMA4, "attention_k_eq_v": True}),
+    (
+        "gemma4_text",
+        {**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
+    (
+        "hunyuan_v1_dense",
+        {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}},
+    ),
+]
+"""Further settings of an architecture that change how its tokens mix."""
 # these models' own code computes norms or routers in float32 by a method that the float64 stand-in does not reach
-ROUNDED = ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen3_moe")
+ROUNDED = {
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "deepseek_v2",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "flex_olmo",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gemma4",
+    "gemma4_text",
+    "granitemoe",
+    "granitemoeshared",
+    "minimax_m2",
+    "mixtral",
+    "nanochat",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "vaultgemma",
+}
 
 
 class Float64Torch:
@@ -85,8 +117,14 @@ class Float64Torch:
         return getattr(torch, name)
 
 
-def make_policy(kind: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float64) -> Policy:
-    config = CONFIG_MAPPING[kind](**{**TINY, **OWN.get(kind, {})})
+def make_policy(
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype = torch.float64,
+    changes: Mapping[str, Any] | None = None,
+) -> Policy:
+    config = tiny_config(kind, **(OWN.get(kind, {}) if changes is None else changes))
+    silence_config(config)
     config._experts_implementation = "eager"  # the grouped kernel has no float64
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
@@ -165,10 +203,10 @@ def assert_same(
         assert (got[1][name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01 * size), name
 
 
-@pytest.mark.parametrize("kind", sorted(sharing.ARCHITECTURES))
-def test_layouts_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = make_policy(kind, monkeypatch)
-    assert policy.share_prefix
+@pytest.mark.parametrize(("kind", "changes"), [*((kind, None) for kind in sorted(sharing.ARCHITECTURES)), *VARIANTS])
+def test_layouts_agree(kind: str, changes: Mapping[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(kind, monkeypatch, changes=changes)
+    assert policy.share_prefix, policy.plain_reason
     tolerance = 1e-6 if kind in ROUNDED else 1e-9
     shared = run(policy, [pack(GROUPS)])
     assert_same(run(policy, [pad(GROUPS)]), shared, tolerance)

@@ -20,33 +20,73 @@ from strop.types import Completion, Group, Origin
 
 ARCHITECTURES = frozenset(
     {
+        "apertus",
+        "arcee",
         "cohere",
         "cohere2",
+        "cohere2_moe",
+        "cwm",
+        "deepseek_v2",
+        "deepseek_v3",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "exaone_moe",
+        "flex_olmo",
         "gemma",
         "gemma2",
+        "gemma3",
         "gemma3_text",
+        "gemma4",
+        "gemma4_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
         "gpt2",
+        "gpt_bigcode",
         "gpt_neox",
         "granite",
+        "granitemoe",
+        "granitemoeshared",
+        "helium",
+        "hunyuan_v1_dense",
+        "hyperclovax",
+        "jais2",
         "llama",
+        "minicpm3",
+        "minimax_m2",
+        "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
+        "nanochat",
         "olmo",
         "olmo2",
         "olmo3",
+        "olmoe",
         "opt",
         "phi",
         "phi3",
         "qwen2",
+        "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "seed_oss",
         "smollm3",
+        "solar_open",
         "starcoder2",
+        "vaultgemma",
+        "youtu",
     }
 )
 """transformers' model_type of the architectures that shared-prefix rows are tested with."""
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_CAUSAL_FOR_TEXT = (None, False, "vision")
+"""Values of use_bidirectional_attention that leave text causal; "vision" means the tokens of one image alone."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+_STATIC_WITH_ALPHA = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
+"""Architectures whose rotary scaling is called dynamic and fixed all the same, by an alpha."""
 
 
 def reason_against(config: PreTrainedConfig, attn_implementation: str | None = None) -> str | None:
@@ -56,10 +96,11 @@ def reason_against(config: PreTrainedConfig, attn_implementation: str | None = N
         return f"attn_implementation is {attn_implementation}"
     if config.model_type not in ARCHITECTURES:
         return f"the architecture {config.model_type} is not among those it is tested with"
-    others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    text = config.get_text_config()
+    others = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if others:
         return f"it has layers of the kind {', '.join(sorted(others))}"
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(text, "use_bidirectional_attention", None) not in _CAUSAL_FOR_TEXT:
         return "its attention is bidirectional"
     if (kind := rope_by_length(config)) is not None:
         return f"its rotary embedding ({kind}) depends on the longest row of a batch"
@@ -68,7 +109,8 @@ def reason_against(config: PreTrainedConfig, attn_implementation: str | None = N
 
 def rope_by_length(config: PreTrainedConfig) -> str | None:
     """The kind of rotary scaling, where frequencies depend on the longest row; else None."""
-    kinds = {p.get("rope_type") for p in _rope_parameters(config)}
+    fixed = config.model_type in _STATIC_WITH_ALPHA
+    kinds = {p.get("rope_type") for p in _rope_parameters(config) if not (fixed and p.get("alpha"))}
     return next((kind for kind in _LENGTH_DEPENDENT if kind in kinds), None)
 
 
@@ -81,13 +123,14 @@ def rope_threshold(config: PreTrainedConfig) -> int | None:
         for p in _rope_parameters(config)
         if "original_max_position_embeddings" in p
     ]
-    own = getattr(config, "original_max_position_embeddings", None)
-    return int(min(limits or [own or config.max_position_embeddings]))
+    text = config.get_text_config()
+    own = getattr(text, "original_max_position_embeddings", None)
+    return int(min(limits or [own or text.max_position_embeddings]))
 
 
 def _rope_parameters(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
-    """The rotary settings, which stand in one mapping or in one a layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    """The rotary settings of the text model, which stand in one mapping or in one per layer type."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     yield parameters
     yield from (inner for inner in parameters.values() if isinstance(inner, Mapping))
 

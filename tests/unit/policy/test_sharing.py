@@ -25,6 +25,11 @@ from strop.policy.sharing import (
         ("llama", {}, None),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, None),
         ("gemma3_text", {}, None),
+        ("gemma4_text", {"use_bidirectional_attention": "vision"}, None),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "bidirectional"),
+        ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1e3, "rope_theta": 1e4}}, None),
+        ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "(dynamic)"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1e3, "rope_theta": 1e4}}, "(dynamic)"),
         ("mamba", {}, "architecture mamba"),
         ("qwen3_next", {}, "architecture qwen3_next"),
         ("llama", {"layer_types": ["full_attention", "linear_attention"]}, "layers of the kind linear_attention"),
@@ -40,6 +45,20 @@ def test_reasons(kind: str, changes: dict[str, Any], reason: str | None) -> None
         setattr(config, name, value)
     found = reason_against(config)
     assert found is None if reason is None else found is not None and reason in found
+
+
+def test_a_model_around_a_text_model_is_judged_by_its_text_model() -> None:
+    config = CONFIG_MAPPING["gemma3"]()
+    assert reason_against(config) is None
+    config.text_config.use_bidirectional_attention = True
+    assert "bidirectional" in (reason_against(config) or "")
+    config = CONFIG_MAPPING["gemma3"]()
+    config.text_config.layer_types = ["full_attention", "conv"]
+    assert "kind conv" in (reason_against(config) or "")
+    config = CONFIG_MAPPING["gemma3"]()
+    config.text_config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config.text_config.max_position_embeddings = 64
+    assert "(dynamic)" in (reason_against(config) or "") and rope_threshold(config) == 64
 
 
 def test_rotary_settings_that_stand_by_layer_type() -> None:
