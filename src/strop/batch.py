@@ -246,7 +246,7 @@ def pad(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extr
     """Plain rows: every completion after its own copy of the prompt, padded at the right to the longest."""
     rows = [(g, c) for g in groups for c in g.completions]
     width = max(len(g.prompt_ids) + len(c.ids) - 1 for g, c in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)  # padding is masked, so its id does not matter
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     scored: list[int] = []
     prompts: list[int] = []
@@ -255,6 +255,9 @@ def pad(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extr
             prompts.extend(range(i * width, i * width + len(group.prompt_ids) - 1))
         row = [*group.prompt_ids, *completion.ids[:-1]]
         ids[i, : len(row)] = torch.tensor(row)
+        ids[i, len(row) :] = row[
+            -1
+        ]  # masked; a token that is only padding may have zeros, of which norms have no slope
         mask[i, : len(row)] = True
         before_first = i * width + len(group.prompt_ids) - 1
         scored.extend(before_first + j for j, trained in enumerate(completion.loss_mask) if trained)

@@ -18,9 +18,10 @@ from strop.batch import pack, pad
 from strop.config.sections import ModelSection
 from strop.policy import policy as policy_module
 from strop.policy import sharing
-from strop.policy.load import LoadedModel, silence_config
+from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy, assemble
 from strop.policy.precision import Precision
+from strop.policy.silence import silence_config
 from strop.types import Completion, Group, Origin
 
 VOCABULARY = 97

@@ -57,6 +57,16 @@ def test_a_scored_position_holds_the_token_before_its_target(some: list[Group]) 
 
 
 @given(groups())
+def test_padding_repeats_a_token_of_its_row(some: list[Group]) -> None:
+    """Not one that is only padding: its embedding may be all zeros, where a norm has no slope."""
+    batch = pad(some)
+    assert batch.attention_mask is not None
+    for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+        length = int(mask.sum())
+        assert mask[:length].all() and (row[length:] == row[length - 1]).all()
+
+
+@given(groups())
 def test_a_prompt_stands_once_and_last_tokens_are_not_fed(some: list[Group]) -> None:
     packed = pack(some)
     assert packed.num_tokens == sum(g.num_tokens for g in some) == packed.input_ids.numel()

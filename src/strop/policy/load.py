@@ -38,6 +38,7 @@ from strop.policy.folder import ConfigFile, has_weights, inspect_config, inspect
 from strop.policy.guard import check_sealed
 from strop.policy.memory import is_out_of_memory
 from strop.policy.precision import nonfinite, short_name
+from strop.policy.silence import silence_config, silence_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,7 +215,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
         ) from error
     _check_complete(report, where)
     _check_finite(module, where)
-    silenced |= _silence_modules(module)
+    silenced |= silence_modules(module)
     if silenced:
         values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))
         logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
@@ -383,25 +384,3 @@ def _check_finite(module: nn.Module, where: str) -> None:
             expected="finite weights",
             fix="download the model again; if it is whole, it is broken, or too large for float16",
         )
-
-
-def silence_config(config: PreTrainedConfig) -> dict[str, float]:
-    """Set every dropout and jitter of the configuration and its parts to 0; what they were."""
-    silenced: dict[str, float] = {}
-    for name, value in list(vars(config).items()):
-        if isinstance(value, PreTrainedConfig):
-            silenced |= silence_config(value)
-        elif ("drop" in name or "jitter" in name) and isinstance(value, int | float) and value is not True and value:
-            setattr(config, name, type(value)(0))
-            silenced[name] = float(value)
-    return silenced
-
-
-def _silence_modules(module: nn.Module) -> dict[str, float]:
-    """Modules that were built with a dropout of their own, whatever the configuration says."""
-    silenced: dict[str, float] = {}
-    for name, part in module.named_modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p:
-            silenced[name] = part.p
-            part.p = 0.0
-    return silenced

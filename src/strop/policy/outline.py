@@ -20,9 +20,10 @@ from strop.errors import ModelError, StropError, first_line
 from strop.policy.adapters import adapters_of
 from strop.policy.checkpointing import layers_that_can
 from strop.policy.folder import place_of
-from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet, silence_config
+from strop.policy.load import LOAD_ERRORS, LoadedModel, model_config, quiet
 from strop.policy.logits import LogitTransform, logit_transform
 from strop.policy.sharing import reason_against
+from strop.policy.silence import silence_config
 from strop.policy.targets import linear_layers, resolve_parameters, resolve_targets, selected
 
 logger = logging.getLogger("strop")

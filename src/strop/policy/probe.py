@@ -49,7 +49,8 @@ def own_logps(policy: Policy) -> Own:
     """Log-probs of the probe from the model's own logits.
 
     Raises:
-        ModelError: it has no linear head, does to its logits what is not known here, or sees later tokens.
+        ModelError: it has no linear head, does to its logits what is not known here, sees later tokens, or is another
+            model in training than in inference.
     """
     head, kind = policy.base.get_output_embeddings(), policy.base.config.model_type
     if head is None or getattr(head, "weight", torch.empty(0)).ndim != 2:
@@ -68,11 +69,19 @@ def own_logps(policy: Policy) -> Own:
 
     with policy.scoring():
         own = score()
-        eps = torch.finfo(policy.precision.compute).eps
-        noise = max(_rounded(policy.model, eps, seed, score, own) for seed in range(DRAWS))
+        with inference_mode(policy.model):
+            inferred = score()
+            eps = torch.finfo(policy.precision.compute).eps
+            noise = max(_rounded(policy.model, eps, seed, score, inferred) for seed in range(DRAWS))
         with policy.precision.autocast(policy.device):
             transform = measured_transform(policy.base, policy.body, inputs, policy.transform)
     tolerance = sharing.tolerance(policy.precision.compute, noise)
+    if not (apart := sharing.mean_apart(own, inferred)) <= tolerance:
+        raise ModelError(
+            f"the architecture {kind} has other log-probs in training than in inference (off by {apart:.2g}): its code "
+            "draws at random or computes otherwise there, which strop does not know how to switch off",
+            where=policy.where,
+        )
     first, third = own[: sharing.PROBE_UNCHANGED], own[-sharing.PROBE_LENGTHS[1] :][: sharing.PROBE_UNCHANGED]
     if not sharing.mean_apart(first, third) <= tolerance:
         raise ModelError(
@@ -85,6 +94,18 @@ def own_logps(policy: Policy) -> Own:
             where=policy.where,
         )
     return Own(own, tolerance, transform)
+
+
+@contextmanager
+def inference_mode(model: nn.Module) -> Iterator[None]:
+    """The model as inference runs it; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _rounded(model: nn.Module, eps: float, seed: int, score: Any, own: Tensor) -> float:

@@ -29,11 +29,15 @@ _FAMILIES = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),  # llama, mistral, qwen, gemma, olmo, cohere, granite, starcoder2 ...
     ("q_proj", "k_proj", "v_proj", "out_proj"),  # opt, gpt_neo, gptj
     ("q_proj", "k_proj", "v_proj", "dense"),  # phi
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),  # latent attention: deepseek, glm, minicpm3
+    ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),  # the same with whole queries
     ("qkv_proj", "o_proj"),  # phi3
     ("query_key_value",),  # gpt_neox (pythia), bloom, falcon
     ("c_attn",),  # gpt2, gpt_bigcode
     ("Wqkv",),  # mpt
 )
+_OTHER_SENSES = ("vision", "visual", "image", "audio", "video")
+"""Words in the names of what a multimodal model has beside its text model."""
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})  # as peft lists them
 _SHOWN = 6
@@ -65,9 +69,17 @@ def head_names(module: nn.Module) -> list[str]:
 
 def text_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Linear layers that text flows through, by full name: those of the text model, where it is inside a multimodal
-    one."""
-    part = _text_part(module)
-    return {name: layer for name, layer in linear_layers(module).items() if _is_inside(name, part)}
+    one or has towers of other senses inside."""
+    part, layers = _text_part(module), linear_layers(module)
+    if not part and _has_towers(module):
+        return {n: layer for n, layer in layers.items() if not any(word in n for word in _OTHER_SENSES)}
+    return {name: layer for name, layer in layers.items() if _is_inside(name, part)}
+
+
+def _has_towers(module: nn.Module) -> bool:
+    """Whether the configuration has parts for images or sound, as those have that are text models around them."""
+    config = getattr(module, "config", None)
+    return any(word in name for name in getattr(config, "sub_configs", {}) for word in _OTHER_SENSES)
 
 
 def _without_routers(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.tiny import tiny_config
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -403,6 +404,26 @@ def test_only_what_text_flows_through_is_adapted(wanted: Any) -> None:
     for tower in (("mlp.fc1",), "fc2", r".*vision_tower.*"):
         with pytest.raises(ModelError, match=r"no text flows through .*vision_tower"):
             resolve_targets(module, tower, "here")
+
+
+def test_towers_inside_of_a_text_model_are_not_adapted() -> None:
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(tiny_config("git"))
+    towers = [name for name in linear_layers(module) if "image_encoder" in name or "visual_projection" in name]
+    for wanted in ("auto", "all-linear"):
+        found = selected(resolve_targets(module, wanted, "here"), linear_layers(module))
+        assert found and not set(found) & set(towers)
+    with pytest.raises(ModelError, match=r"no text flows through .*image_encoder"):
+        resolve_targets(module, ("q_proj",), "here")
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "minicpm3", "glm_moe_dsa", "youtu"])
+def test_latent_attention_is_adapted_by_its_projections(kind: str) -> None:
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(tiny_config(kind))
+    found = selected(resolve_targets(module, "auto", "here"), linear_layers(module))
+    last_parts = {name.rpartition(".")[2] for name in found}
+    assert last_parts == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 
 
 def test_a_router_is_adapted_only_by_its_name() -> None:

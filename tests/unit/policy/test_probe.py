@@ -21,6 +21,7 @@ from strop.policy.load import LoadedModel
 from strop.policy.logits import LogitTransform, logit_transform
 from strop.policy.policy import Policy, assemble
 from strop.policy.precision import Precision
+from strop.policy.probe import inference_mode
 from strop.policy.tiles import Tile, cut_tiles
 from strop.types import Group
 
@@ -94,6 +95,26 @@ def test_what_a_model_does_to_its_logits_is_measured(
     found = policy_of(precision, change, before, adapted).transform
     assert found.scale == pytest.approx(scale, rel=4e-3)
     assert found.softcap is None if cap is None else found.softcap == pytest.approx(cap, rel=1e-2)
+
+
+class Noisy(torch.nn.Module):
+    """A part of a model that draws at random in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.randn_like(x) if self.training else x
+
+
+def test_a_model_that_is_another_one_in_training_is_refused() -> None:
+    with pytest.raises(ModelError, match="other log-probs in training than in inference"):
+        policy_of(Precision(torch.float32), Noisy())
+
+
+def test_every_part_is_in_its_own_mode_again_after_inference() -> None:
+    model = torch.nn.Sequential(Noisy(), Noisy().eval())
+    with pytest.raises(ZeroDivisionError), inference_mode(model):
+        assert not any(part.training for part in model.modules())
+        raise ZeroDivisionError
+    assert [part.training for part in model] == [True, False] and model.training
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p.compute))
