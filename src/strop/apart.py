@@ -42,15 +42,19 @@ class TooMuch(Exception):  # noqa: N818 (a finding, which the caller turns into 
     """A limit was passed; the text names it: `60 seconds of processor time`, `4 GiB of memory`."""
 
 
-def tried(work: Callable[..., object], *arguments: Any, seconds: float = SECONDS) -> None:
+def tried(work: Callable[..., object], *arguments: Any, seconds: float | None = None) -> None:
     """Do it in a copy of this process, for nothing but to see that it comes to an end; its errors are not told, since
     doing it here brings them again.
+
+    Args:
+        seconds: `SECONDS`, where nothing is said.
 
     Raises:
         TooMuch: it takes more than `seconds`, or more than `BYTES` of memory.
     """
     if not CAN_FORK:
         return
+    seconds = SECONDS if seconds is None else seconds
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
         pid = os.fork()

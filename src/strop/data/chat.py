@@ -97,10 +97,13 @@ class Renderer:
         self._rules = rules
         self._ends = Ends(tokenizer, stop_tokens)
         self._special_tokens = dict(tokenizer.special_tokens_map)
-        self._special = {i: str(t.content) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._control_in = lru_cache(maxsize=4096)(self._find_control)
         self.chosen = choose_template(rules.template, tokenizer)
         self.template = self.chosen.source
+        added = tokenizer.added_tokens_decoder
+        self._special = {i: str(token.content) for i, token in added.items() if token.special}
+        in_template = {i: str(token.content) for i, token in added.items() if str(token.content) in self.template}
+        self._controls = {**in_template, **self._special}
         self.wraps_text = rules.render == "chat" or (rules.render == "auto" and self.chosen.is_given)
 
     def _template_for(self, tools: Tools) -> str:
@@ -250,24 +253,29 @@ class Renderer:
                     break
         raise refusals[0]
 
-    def _find_control(self, words: str) -> str | None:
-        """A special token that the tokenizer finds in a text."""
+    def _find_control(self, words: str, by_assistant: bool) -> str | None:
+        """A control token that the tokenizer finds in a text. by_assistant: only special ones are (see `Encoder`)."""
         ids = self._tokenizer(words, add_special_tokens=False)["input_ids"]
-        found = next((i for i in ids if i in self._special and i != self._tokenizer.unk_token_id), None)
-        return None if found is None else self._special[found]
+        controls = self._special if by_assistant else self._controls
+        found = next((i for i in ids if i in controls and i != self._tokenizer.unk_token_id), None)
+        return None if found is None else controls[found]
 
     def _refuse_controls_elsewhere(self, messages: Sequence[Message], tools: Tools) -> None:
         """Tool calls and the like are not told apart from the template's own text, so a control token in them would
         pass for the template's. The tokenizer says what is one: a normaliser makes control tokens of look-alikes."""
         told_apart = ("role", "content", *REASONING_KEYS)
-        others = [value for m in messages for key, value in m.items() if key not in told_apart]
-        for words in _texts([others, list(tools or ())]):
-            if control := self._control_in(words):
-                raise RowRefused(
-                    "control_token",
-                    f"a tool, a tool call or another key of a message holds the control token {control!r}",
-                    expected="control tokens in contents alone, where they are encoded as text",
-                )
+        parts: list[tuple[Any, bool]] = [(list(tools or ()), False)]
+        for message in messages:
+            others = [value for key, value in message.items() if key not in told_apart]
+            parts.append((others, message["role"] == "assistant"))
+        for part, by_assistant in parts:
+            for words in _texts(part):
+                if control := self._control_in(words, by_assistant):
+                    raise RowRefused(
+                        "control_token",
+                        f"a tool, a tool call or another key of a message holds the control token {control!r}",
+                        expected="control tokens in contents alone, where they are encoded as text",
+                    )
 
 
 def _nothing_trained(conversation: Conversation, wanted: Sequence[Answer]) -> RowRefused:

@@ -113,6 +113,20 @@ def continue_adapters(
     where = f"{place_of(model)}, adapter {model.adapter}"
     settings, weights = _read_adapter(model.adapter, where)
     config = _adapter_config(settings, lora, where)
+    with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
+        return _continued(module, config, settings, weights, model, master)
+
+
+def _continued(
+    module: PreTrainedModel,
+    config: LoraConfig,
+    settings: Mapping[str, Any],
+    weights: Path,
+    model: ModelSection,
+    master: torch.dtype,
+) -> PeftModel:
+    """The adapter of these settings and weights on the model."""
+    where = f"{place_of(model)}, adapter {model.adapter}"
     made_from = settings.get("base_model_name_or_path")
     source = source_of(model.huggingface_id)
     if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
@@ -122,11 +136,7 @@ def continue_adapters(
     with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
         stored = load_file(weights)
     before = sizes(module)
-    try:
-        with quiet():
-            adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
-    except LOAD_ERRORS as error:
-        raise ModelError(f"it does not fit the model: {first_line(error)}", where=where) from error
+    adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
     _check_loaded(adapted, stored, where)
     if any(_is_head_or_embedding(module, name) for name, part in _adapted_parts(adapted)):
         raise ModelError("it adapts the head or the embedding", where=where, fix="merge it into the model first")
@@ -261,6 +271,11 @@ USUAL_NAMES = [
 
 
 def _adapter_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
+    with foreign_errors(lambda why: ModelError(f"adapter_config.json: {why}", where=where)), quiet():
+        return _read_config(settings, lora, where)
+
+
+def _read_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
     if settings.get("peft_type") != "LORA":
         raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
     _try_patterns(settings, USUAL_NAMES, where)
@@ -273,11 +288,8 @@ def _adapter_config(settings: Mapping[str, Any], lora: LoraSection, where: str) 
             fix="merge it into the model with peft and train that",
         )
     known = {k: v for k, v in settings.items() if k in LoraConfig.__dataclass_fields__ and k != "auto_mapping"}
-    try:
-        dropout = 0.0 if settings.get("target_parameters") else lora.lora_dropout  # peft has none on experts
-        config = LoraConfig(**{**known, "inference_mode": False, "lora_dropout": dropout})
-    except LOAD_ERRORS as error:
-        raise ModelError(f"adapter_config.json: {first_line(error)}", where=where) from error
+    dropout = 0.0 if settings.get("target_parameters") else lora.lora_dropout  # peft has none on experts
+    config = LoraConfig(**{**known, "inference_mode": False, "lora_dropout": dropout})
     _check_same(config, lora, where)
     return config
 

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
+from strop.errors import ModelError
 from strop.policy.folder import fetch, place_of, read_json, source_of
 from strop.policy.load import model_config
 from strop.types import Completion, Group
@@ -116,7 +117,7 @@ def stop_tokens(model: ModelSection) -> tuple[int, ...]:
     and without that file, of config.json. Empty where neither names one.
 
     Raises:
-        ModelError: a file cannot be read.
+        ModelError: a file cannot be read, or names something else.
     """
     where = place_of(model)
     file = fetch(source_of(model.huggingface_id), "generation_config.json", model.revision, where, optional=True)
@@ -124,5 +125,12 @@ def stop_tokens(model: ModelSection) -> tuple[int, ...]:
         found = read_json(file, where).get("eos_token_id")
     else:
         found = GenerationConfig.from_model_config(model_config(model)).eos_token_id
-    listed = found if isinstance(found, list) else [found]
-    return tuple(token for token in listed if type(token) is int and token >= 0)
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if wrong := [token for token in listed if type(token) is not int]:
+        raise ModelError(
+            f"{'config.json' if file is None else file.name}: eos_token_id holds {str(wrong[0])[:40]!r}",
+            where=where,
+            expected="the id of a token, or a list of them",
+            fix="download or copy the file again",
+        )
+    return tuple(token for token in listed if token >= 0)

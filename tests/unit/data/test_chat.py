@@ -195,6 +195,18 @@ def test_control_tokens_in_tool_calls_are_refused(make_tokenizer: Make) -> None:
         assert refusal.value.reason == "control_token"
 
 
+def test_added_tokens_of_the_template_are_the_assistants_alone(make_tokenizer: Make) -> None:
+    """Where they are not special, they may stand in its calls, but in no tool and no name of another turn."""
+    tokenizer = make_tokenizer(template=CALLING + "{# <tool_call> #}{{ '' if not messages[0].name else '' }}")
+    call = {"function": {"name": "search", "arguments": {"q": ["a<tool_call>b"]}}}
+    render(tokenizer, turn("user", "q"), turn("assistant", "y", tool_calls=[call]))
+    answer, tool = turn("assistant", "x"), {"name": "search", "description": "a<tool_call>b"}
+    for user, tools in ((turn("user", "q"), (tool,)), (turn("user", "q", name="<tool_call>"), None)):
+        with pytest.raises(RowRefused) as refusal:
+            render(tokenizer, user, answer, tools=tools)
+        assert refusal.value.reason == "control_token"
+
+
 def test_generation_blocks_decide(make_tokenizer: Make) -> None:
     """As transformers has it: what no block marks is not trained, be it a tool call."""
     template = CALLING.replace(

@@ -331,6 +331,19 @@ def test_broken_adapters(damage: Callable[[Path], object], said: str, adapter_di
         build(adapter=str(adapter_dir))
 
 
+@pytest.mark.parametrize("key", ["target_modules", "modules_to_save", "layers_pattern", "r", "bias"])
+def test_values_that_are_of_no_use_are_refused(key: str, adapter_dir: Path, build: MakePolicy) -> None:
+    for value in (5, 1.5, [[]], [None], [{}], {"a": None}, "\ud800", 10**30):
+        edit(adapter_dir, **{key: value})
+        with pytest.raises(ModelError):
+            build(adapter=str(adapter_dir))
+
+
+def test_what_peft_says_of_an_adapters_settings_is_not_for_the_terminal(adapter_dir: Path, build: MakePolicy) -> None:
+    edit(adapter_dir, loftq_config={"loftq_bits": 4})
+    build(adapter=str(adapter_dir))  # a warning would be an error here
+
+
 def test_an_adapter_that_is_not_there(build: MakePolicy) -> None:
     with pytest.raises(ModelError, match="there is no such folder"):
         build(adapter="./nowhere")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from strop.config.sections import ModelSection
 from strop.data.writer import Ends
+from strop.errors import ModelError
 from strop.policy.generation import closing, stop_tokens, stopping, trained_ends, write_generation
 from strop.types import Completion, Group, Origin
 
@@ -126,3 +127,11 @@ def test_where_generation_stops_is_what_transformers_says(file: str, stops: Any,
 
 def test_a_stop_token_that_the_tokenizer_does_not_have_is_none(base: PreTrainedTokenizerFast) -> None:
     assert Ends(base, (END_OF_TURN, -1, 10**9)).stops == Ends(base, (END_OF_TURN,)).stops
+
+
+@pytest.mark.parametrize("found", [1e300, "3", [3, None], {"a": 1}, True, [[3]]], ids=str)
+def test_an_end_token_that_is_none_is_refused(found: Any, model_dir: Path) -> None:
+    """Before training, and not when the model is saved."""
+    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    with pytest.raises(ModelError, match="eos_token_id holds"):
+        stop_tokens(ModelSection(huggingface_id=str(model_dir)))
