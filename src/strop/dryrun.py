@@ -19,7 +19,7 @@ from rich.text import Text
 from strop.config import ModelSection, RunConfig, resolve
 from strop.config.read import unread
 from strop.config.yamlfile import write_value
-from strop.data.load import LoadedData
+from strop.data.load import LoadedData, SeenRow
 from strop.data.show import odd_groups, show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
@@ -29,7 +29,6 @@ from strop.policy.folder import has_weights, source_of
 from strop.preflight import run_folder, select_models
 from strop.rundir import RunDir
 from strop.terminal import escaped
-from strop.types import Group
 
 if TYPE_CHECKING:
     from strop.data.plan import RowTokens
@@ -98,19 +97,24 @@ def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[Mod
     data, first = None, rows.first()
     if first is None:
         data = rows.load()
-        first = data.train[0]
+        group = data.train[0]
+        first = SeenRow(group, rows.left_out([group.origin]).get(group.origin, ()))
 
-    def show(title: str, group: Group, *, whole: bool) -> None:
-        shown = show_group(group, rows.tokenizer, colour=console.is_terminal, whole=whole)
+    def show(title: str, row: SeenRow, *, whole: bool) -> None:
+        shown = show_group(row.group, rows.tokenizer, colour=console.is_terminal, whole=whole)
         console.print(Text(escaped(f"\n{title}, trained tokens marked:")))
         console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
+        if row.left_out:
+            console.print(Text(escaped("left out: " + "; ".join(row.left_out))))
 
     console.print(Text(escaped(f"== {model.name}")))
     show("The first example", first, whole=True)
     data = data or rows.load()
-    for words, number in odd_groups(data.train):
-        if (group := data.train[number]) != first:
-            show(f"{group.origin}, {words}", group, whole=False)
+    odd = [(words, data.train[number]) for words, number in odd_groups(data.train)]
+    gone = rows.left_out({group.origin for _, group in odd})
+    for words, group in odd:
+        if group != first.group:
+            show(f"{group.origin}, {words}", SeenRow(group, gone.get(group.origin, ())), whole=False)
     console.print(Text(escaped("\n" + "\n".join(data.report.lines()))))
     return rows, data
 

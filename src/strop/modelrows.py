@@ -7,6 +7,7 @@ tokenises rows for a model does it here.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -14,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from strop.config import RunConfig, of_model
 from strop.config.sections import ModelSection
 from strop.data.day import with_day
-from strop.data.load import LoadedData, first_group, load_data
+from strop.data.load import LoadedData, SeenRow, first_row, left_out, load_data
 from strop.policy.generation import stop_tokens
 from strop.policy.load import load_tokenizer
-from strop.types import Group
+from strop.types import Origin
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ class ModelRows:
         tokenizer = load_tokenizer(model, needs_weights=needs_weights)
         return cls(with_day(of_model(config, model), tokenizer, kept_day), tokenizer, stop_tokens(model))
 
-    def first(self) -> Group | None:
-        """The first training row; None where it is not among the first few (`first_group`)."""
-        return first_group(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)
+    def first(self) -> SeenRow | None:
+        """The first training row; None where it is not among the first few (`first_row`)."""
+        return first_row(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)
+
+    def left_out(self, origins: Collection[Origin]) -> dict[Origin, tuple[str, ...]]:
+        """What of these training rows is not in their tokens, in words (`left_out`)."""
+        return left_out(self.config, self.tokenizer, self.config.post_training.ROWS, origins, self.stop_tokens)
 
     def load(self) -> LoadedData:
         """All rows (`load_data`)."""

@@ -40,7 +40,7 @@ class Example:
     assistant turn: the rest is the completion, with several trained spans. `label`: whether the completion of a
     labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of. An
     assistant turn with `"train": False` is one that the row says is not to be trained. `notes`: what was done to the
-    row so that it could be read, for the report.
+    row so that it could be read, for the report. `template_kwargs`: the row's own variables for the chat template.
     """
 
     prompt: Turns
@@ -49,6 +49,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] | None = None
     label: bool | None = None
     notes: tuple[str, ...] = ()
+    template_kwargs: Mapping[str, Any] | None = None
 
     def split_before(self, turn: int) -> Example:
         """The same conversation with its first `turn` messages as the prompt, where it has one completion."""

@@ -76,12 +76,13 @@ class Oracle:
         self.family, self.template, self.row = family, template, row
         self.tokenizer = family.tokenizer(template)
         self.tools = row.get("tools")
+        self.variables = row.get("chat_template_kwargs", {})
         self.messages = self._form()
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """What transformers writes for these messages."""
         text = self.tokenizer.apply_chat_template(
-            list(messages), tools=self.tools, tokenize=False, add_generation_prompt=prompt
+            list(messages), tools=self.tools, tokenize=False, add_generation_prompt=prompt, **self.variables
         )
         return str(text)
 
@@ -128,7 +129,11 @@ class Oracle:
     def masked(self) -> list[tuple[int, int]]:
         """[start, stop) in characters of what transformers marks as the assistant's."""
         found = self.tokenizer.apply_chat_template(
-            list(self.messages), tools=self.tools, return_dict=True, return_assistant_tokens_mask=True
+            list(self.messages),
+            tools=self.tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **self.variables,
         )
         offsets = self.tokenizer(self.whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         marked = groupby(zip(offsets, found["assistant_masks"], strict=True), key=lambda pair: pair[1])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from strop.config import RunConfig, load_config
+from strop.config.methods import SftSettings
 from strop.dryrun import dry_run
 from strop.errors import ConfigError
 from strop.machine import GPUS, bytes_of, machine_named
@@ -60,6 +61,46 @@ def test_the_example_is_shown_before_all_rows_are_read(
     monkeypatch.setattr("strop.modelrows.load_data", look)
     with pytest.raises(InterruptedError):
         dry_run(config)
+
+
+def test_the_oddest_row_of_each_kind_is_shown_with_what_was_left_out(
+    config: RunConfig, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+        "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+        "{{ (m.content or '') }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{{ c.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    (model_dir / "chat_template.jinja").write_text(template)
+    u, a = {"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}
+    thinks, call = {**a, "reasoning_content": "hm"}, {"function": {"name": "add", "arguments": {"n": 1}}}
+    long = {"messages": [u, {**a, "content": "the fox " * 60}]}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows: list[dict[str, Any]] = [
+        {"messages": [{**u, "lang": "en"}, a]},
+        long,
+        {"messages": [u, thinks, u, thinks]},
+        {"messages": [u, {**a, "tool_calls": [call]}, {"role": "tool", "content": "2"}, a], "tools": tools},
+        {"messages": [{**u, "lang": "en", "mood": "glad"}, a], "chat_template_kwargs": {"deep": True}},
+        {"messages": [{"role": "system", "content": "s"}, u, a], "system": "other"},
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"post_training": SftSettings(), "dataset.validation_split": 0.0}
+    for path in ("rows.jsonl", "rows.json"):
+        Path("rows.json").write_text(json.dumps(rows, indent=1))
+        dry_run(config.with_values({**values, "dataset.train_file": path}, "test"), timed=False)
+        shown = capsys.readouterr().out
+        parts = shown[: shown.index("text: 6 rows")].split(", trained tokens marked:\n")
+        titles = [part.rpartition("\n")[2] for part in parts[:-1]]
+        gone = [part.partition("left out: ")[2].partition("\n")[0] for part in parts[1:]]
+        found = {title.partition(", ")[2]: words for title, words in zip(titles, gone, strict=True)}
+        assert gone[0] == "'lang' of turn 1", found  # the first example
+        assert found.get("the longest") == "", found
+        assert found["with answers that are not trained; with reasoning"] == "the reasoning of turn 2"
+        assert found["with tools"] == ""
+        assert found["of which strop leaves a turn out"] == "the system column"
 
 
 def test_the_processor_is_not_timed_where_nobody_asks(

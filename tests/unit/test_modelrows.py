@@ -32,7 +32,7 @@ def test_rows_end_where_generation_stops(file: str, model_dir: Path, tmp_path: P
     def last() -> list[str]:
         rows = ModelRows.of(config, config.models[0])
         first, (group,) = rows.first(), rows.load().train
-        assert first == group
+        assert first is not None and first.group == group
         ids = list(group.completions[0].ids[-1:])
         return list(rows.tokenizer.convert_ids_to_tokens(ids))
 
@@ -45,7 +45,7 @@ def test_rows_end_where_generation_stops(file: str, model_dir: Path, tmp_path: P
 
 
 def test_nobody_else_tokenises_rows_for_a_model() -> None:
-    used = {"load_data": set[str](), "first_group": set[str](), "stop_tokens": set[str]()}
+    used = {"load_data": set[str](), "first_row": set[str](), "stop_tokens": set[str]()}
     for path in SRC.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in used:

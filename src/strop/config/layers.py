@@ -207,6 +207,8 @@ def _typed(path: KeyPath, value: Any, place: Place, flag: bool) -> Any:
     if tuple in key.kinds and flag and ("," in value or value.startswith("[") or str not in key.kinds):
         null = type(None) in key.kinds and scalar(value) is None
         return None if null else parse_value(value if value.startswith("[") else f"[{value}]", place.where)
+    if Mapping in key.kinds:
+        return parse_value(value, place.where)
     if str in key.kinds:
         return None if flag and value == "null" and type(None) in key.kinds else value
     return scalar(value.strip())

@@ -6,11 +6,12 @@ keys are said by `problems`, all at once, so that a user sees every mistake in o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from strop.redact import redact
 
@@ -103,7 +104,7 @@ class Section(BaseModel, metaclass=_InOurWords):
 
 def _unusable(name: str, value: Any) -> Iterator[Problem]:
     """Texts and numbers that no key of any section can mean."""
-    for item in value if isinstance(value, tuple) else (value,):
+    for item in _items(value):
         if isinstance(item, int) and abs(item) > LARGEST_INT:
             yield Problem((name,), f"{name} is larger than 64 bits can hold", "a smaller whole number")
         elif not isinstance(item, str):
@@ -123,6 +124,17 @@ def _unusable(name: str, value: Any) -> Iterator[Problem]:
             yield Problem((name,), f"{name} holds ${{...}}; variables are not replaced here", fix="write the value")
 
 
+def _items(value: Any) -> Iterator[Any]:
+    """What a value is made of: the elements of lists, the names and values of mappings."""
+    if isinstance(value, Mapping):
+        yield from _items([*value.keys(), *value.values()])
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _items(item)
+    else:
+        yield value
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
@@ -130,3 +142,18 @@ def _as_tuple(value: Any) -> Any:
 T = TypeVar("T")
 ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
 """A YAML list, kept as a tuple."""
+
+
+class JsonMapping(dict[str, Any]):
+    """JSON values by name. It is a value of a section, so it is not changed and has a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
+
+
+def _as_mapping(value: Any) -> Any:
+    return JsonMapping(value) if isinstance(value, Mapping) else value
+
+
+MappingOf = Annotated[Mapping[str, T], AfterValidator(_as_mapping)]
+"""A YAML mapping whose names are the user's own."""

@@ -6,6 +6,7 @@ Every field says its unit and range; the reference page of the documentation and
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from strop.config.folders import unsafe_folder
-from strop.config.section import ListOf, Problem, Section
+from strop.config.section import JsonMapping, ListOf, MappingOf, Problem, Section
 
 
 def _last_part(data: dict[str, Any]) -> str:
@@ -93,6 +94,32 @@ def _as_day(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime.date) else value
 
 
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "documents", "conversation", "conversations", "chat_template", "tokenize", "padding"),
+        *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("add_generation_prompt", "continue_final_message", "tokenizer_kwargs", "processor_kwargs"),
+        *("strftime_now", "raise_exception"),
+    }
+)
+"""Names that a chat template, or `apply_chat_template`, has for what the row and strop itself hand over."""
+
+VARIABLES = "names of the template's own variables, such as enable_thinking, and JSON values"
+
+
+def bad_variable(name: Any, value: Any) -> str | None:
+    """What is wrong with a variable for the chat template; None where nothing is."""
+    if not isinstance(name, str) or not name.isidentifier():
+        return f"{str(name)[:40]!r} is no name of a variable"
+    if name in RESERVED or name.endswith("_token"):
+        return f"{name} is set by strop: it comes from the row, the tokenizer or the run"
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return f"{name} is no JSON value"
+    return None
+
+
 class DatasetSection(Section):
     """Where the rows come from and how they become tokens."""
 
@@ -140,6 +167,15 @@ class DatasetSection(Section):
     """Chat template: a shipped one (`llama3_instruct`, `qwen2.5_instruct`, `chatml`, `olmo2_instruct`, `mistral`,
     `gemma`, `zephyr`, `plain`), or the path of a YAML template or a Jinja file. Null: the tokenizer's, or else
     `plain`."""
+    chat_template_kwargs: MappingOf[Any] = Field(
+        default_factory=JsonMapping,
+        json_schema_extra={
+            "x-default": "{}",
+            "x-type": "a mapping of names to values, such as {enable_thinking: false}",
+        },
+    )
+    """Variables for the chat template, by the name that transformers and servers have for them. Every rendering gets
+    them; the column `chat_template_kwargs` of a row goes before them."""
     train_on: Literal["all", "last", "last_and_tools"] = "all"
     """Assistant turns of a completion that are trained: all that the template renders as inference would see them, the
     last one, or the last one and the calls of tools behind the last user turn."""
@@ -177,12 +213,16 @@ class DatasetSection(Section):
                 f"subset is {self.subset!r}, a slice; subset names a configuration of a hub data set",
                 fix=f"write it behind the split, as in split: {self.split}[:10%]",
             )
-        if self.render == "raw" and self.template is not None:
-            yield Problem(
-                ("template",),
-                "template is given, and render is raw: rows are trained as they are, by no template",
-                fix="remove template, or set render: auto",
-            )
+        for key in ("template", "chat_template_kwargs"):
+            if self.render == "raw" and getattr(self, key):
+                yield Problem(
+                    (key,),
+                    f"{key} is given, and render is raw: rows are trained as they are, by no template",
+                    fix=f"remove {key}, or set render: auto",
+                )
+        for name, value in self.chat_template_kwargs.items():
+            if (found := bad_variable(name, value)) is not None:
+                yield Problem(("chat_template_kwargs",), f"chat_template_kwargs: {found}", VARIABLES)
 
 
 class LoraSection(Section):

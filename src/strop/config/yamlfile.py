@@ -11,7 +11,7 @@ refused: nothing in a configuration runs code or grows.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,7 +225,7 @@ class _Builder:
 
 
 def write_value(value: Any) -> str:
-    """A scalar, a section or a list of these in YAML, on one line; `scalar` and `parse_value` read it back equal."""
+    """A scalar, a section, a mapping or a list of these in YAML, on one line; `parse_value` reads it back equal."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -234,8 +234,9 @@ def write_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(write_value, value)) + "]"
-    if isinstance(value, BaseModel):
-        return "{" + ", ".join(f"{key}: {write_value(item)}" for key, item in value) + "}"
+    if isinstance(value, BaseModel | Mapping):
+        items = value.items() if isinstance(value, Mapping) else value
+        return "{" + ", ".join(f"{write_value(key)}: {write_value(item)}" for key, item in items) + "}"
     text = str(value)
     if re.fullmatch(r"[A-Za-z_./][\w./-]*", text, re.ASCII) and scalar(text) == text:
         return text

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from strop.data.forms import (
 )
 from strop.data.marks import REASONING_KEYS, Span
 from strop.data.rows import RowRefused
-from strop.data.sandbox import NOW, bounded
+from strop.data.sandbox import NOW, bounded, variables
 from strop.data.template import choose_template, tokenizers_template
 from strop.data.writer import Ends, Tools, Writer
 from strop.errors import ConfigError
@@ -51,7 +51,8 @@ class Rendered:
     num_prompt_turns: messages in front of the first trained answer. num_history: answers that are not trained, since
     the template renders them otherwise than inference would. num_left_out: answers that the row says not to train.
     num_dropped_reasoning: turns whose reasoning was left out, as `dataset.on_dropped_reasoning` says.
-    is_generation_prompt: the prompt is the one that inference sees.
+    is_generation_prompt: the prompt is the one that inference sees. left_out: what of the row is not in the text, in
+    words. has_unread_keys, has_unread_kwargs: the template does not read a key of a message, or a variable of the row.
     """
 
     text: str
@@ -65,6 +66,9 @@ class Rendered:
     num_left_out: int = 0
     num_dropped_reasoning: int = 0
     is_generation_prompt: bool = True
+    left_out: tuple[str, ...] = ()
+    has_unread_keys: bool = False
+    has_unread_kwargs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,7 @@ class TextRules:
     train_on: TrainOn = "all"
     on_dropped_reasoning: Literal["refuse", "drop"] = "refuse"
     date: datetime.date | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Renderer:
@@ -129,6 +134,12 @@ class Renderer:
         """Whether the example is trained as the text that it is; a text without a prompt has no turns."""
         return isinstance(example.prompt, str) and (not self.wraps_text or not example.prompt)
 
+    def unread_kwargs(self) -> list[str]:
+        """Names under `dataset.chat_template_kwargs` that no template of this tokenizer reads."""
+        templates = {self._template_for(None), self._template_for(({},))}
+        known = frozenset[str]().union(*map(variables, templates))
+        return [name for name in self._rules.chat_template_kwargs if name not in known]
+
     def render(self, example: Example) -> tuple[Rendered, ...]:
         """Each completion after the prompt.
 
@@ -138,7 +149,8 @@ class Renderer:
             ConfigError: messages under `dataset.render: raw`.
         """
         if self.is_raw(example):
-            return tuple(_raw(str(example.prompt), str(completion)) for completion in example.completions)
+            unread = [f"chat_template_kwargs.{name}" for name in example.template_kwargs or ()]
+            return tuple(_raw(str(example.prompt), str(completion), unread) for completion in example.completions)
         self._refuse_unknown_tools(example)
         prompt = _as_turns(example.prompt, "user")
         if self._rules.render == "raw":
@@ -150,10 +162,16 @@ class Renderer:
             )
         completions = [_as_turns(completion, "assistant") for completion in example.completions]
         template = self._template_for(example.tools)
-        writer = Writer(template, self._ends, self._special_tokens, example.tools, self._rules.date)
+        own = example.template_kwargs or {}
+        more = {**self._rules.chat_template_kwargs, **own, **self._special_tokens}
+        writer = Writer(template, self._ends, more, example.tools, self._rules.date)
+        unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
         with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
             openings: dict[Form, str | None] = {}
-            return tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
+            rendered = tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
+        if not unread:
+            return rendered
+        return tuple(replace(r, left_out=(*r.left_out, *unread), has_unread_kwargs=True) for r in rendered)
 
     def _refuse_unknown_tools(self, example: Example) -> None:
         """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
@@ -191,6 +209,10 @@ class Renderer:
         if not trained:
             raise _nothing_trained(conversation, answers)
         first = trained[0]
+        dropped = {i for i, row in enumerate(rows) if has_reasoning(row)} if num_dropped_reasoning else set[int]()
+        lost = [f"the reasoning of turn {i + 1}" for i in sorted(dropped.union(conversation.lost_reasoning))]
+        unread = conversation.unread_keys()
+        _refuse_lost_names(rows, unread)
         return Rendered(
             text,
             first.start if first.as_generated else spans[first][0][0],
@@ -202,6 +224,8 @@ class Renderer:
             num_left_out=sum(row.get(TRAIN) is False for row in completion if row["role"] == "assistant"),
             num_dropped_reasoning=num_dropped_reasoning,
             is_generation_prompt=first.as_generated,
+            left_out=(*lost, *(f"{key!r} of turn {i + 1}" for i, key in unread)),
+            has_unread_keys=bool(unread),
         )
 
     def _wanted(self, messages: Sequence[Message], first: int) -> set[int]:
@@ -294,9 +318,29 @@ def _nothing_trained(conversation: Conversation, wanted: Sequence[Answer]) -> Ro
     return unverified("no answer is rendered as inference would write it")
 
 
-def _raw(prompt: str, completion: str) -> Rendered:
+def _refuse_lost_names(messages: Sequence[Message], unread: Sequence[tuple[int, str]]) -> None:
+    """Who speaks is a part of a turn; of a tool, its call says so already."""
+    for i, key in unread:
+        if key == "name":
+            raise RowRefused(
+                "dropped_by_template",
+                f"the chat template leaves the name {str(messages[i]['name'])[:40]!r} of turn {i + 1} out",
+                expected="a chat template that writes names, or turns without them",
+                fix="write names into the contents, remove the key, or set dataset.template to one that has it",
+            )
+
+
+def _raw(prompt: str, completion: str, left_out: Sequence[str]) -> Rendered:
     text = prompt + completion
-    return Rendered(text, len(prompt), ((len(prompt), len(text)),), ((0, len(text), False),), starts_bare=True)
+    return Rendered(
+        text,
+        len(prompt),
+        ((len(prompt), len(text)),),
+        ((0, len(text), False),),
+        starts_bare=True,
+        left_out=tuple(left_out),
+        has_unread_kwargs=bool(left_out),
+    )
 
 
 def _as_turns(turns: Turns, role: str) -> tuple[Message, ...]:

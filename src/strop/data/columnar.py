@@ -3,7 +3,7 @@
 In: record batches. Out: rows as JSON Lines would have them. A table gives every row all columns and every object the
 keys of all others, null where a row had none; and it holds the bytes of images and sounds, which nobody reads here.
 
-    nulls below `tools` and `tool_calls`   taken out: a schema or an argument that a row does not have is not null
+    nulls below WITHOUT_NULLS              taken out: a schema or an argument that a row does not have is not null
     JSON (the type of Arrow)               read; a null that it holds is the row's own
     columns of bytes                       not read: `NOT_READ` stands in their place
 """
@@ -19,7 +19,7 @@ import pyarrow as pa
 NOT_READ = b""
 """What stands in place of a column of bytes: something is there, and it is no text."""
 
-WITHOUT_NULLS = frozenset({"tools", "tool_calls"})
+WITHOUT_NULLS = frozenset({"tools", "tool_calls", "chat_template_kwargs"})
 PARTS_OF_A_MESSAGE = frozenset({"role", "from"})
 
 Convert = Callable[[Any], Any]

@@ -94,13 +94,14 @@ class Encoded:
     """An example as tokens, before any limit.
 
     counts: what was done to the row, by the names of `COUNTERS`. num_prompt_turns: messages in front of the first
-    trained answer.
+    trained answer. left_out: what of the row is not in the tokens, in words.
     """
 
     prompt_ids: list[int]
     sides: tuple[EncodedSide, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
     num_prompt_turns: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +351,10 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
             "answers_as_history": sum(side.rendered.num_history for side in sides),
             "answers_left_out": sum(side.rendered.num_left_out for side in sides),
             "reasoning_dropped": sum(side.rendered.num_dropped_reasoning for side in sides),
+            "message_keys_unread": any(side.rendered.has_unread_keys for side in sides),
+            "template_kwargs_unread": any(side.rendered.has_unread_kwargs for side in sides),
             "other_prompts": not all(side.rendered.is_generation_prompt for side in sides),
         },
         min(side.rendered.num_prompt_turns for side in sides),
+        tuple(dict.fromkeys(words for side in sides for words in side.rendered.left_out)),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.config import DatasetSection
+from strop.config.sections import bad_variable
 from strop.data.jsontext import messages_in, parsed
 from strop.data.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
 from strop.data.rows import RowRefused
@@ -24,8 +25,14 @@ PAIR_METHODS = "post_training.method: dpo"
 LABELLED_METHODS = "post_training.method: kto"
 SINGLE_METHODS = "post_training.method: sft"
 
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""Column with the row's own variables for the chat template."""
+
 SYSTEM = ("system", "system_prompt")
 """Columns with the system text of a row."""
+
+JSON = ("tools", TEMPLATE_KWARGS)
+"""Columns that may stand as JSON text."""
 
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad)?\|?>")
@@ -79,7 +86,7 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
     reader.refuse_media((prompt, *completions))
     if isinstance(prompt, tuple):
         prompt = as_context(prompt)
-    return Example(prompt, completions, origin, reader.tools(), label, tuple(reader.notes))
+    return Example(prompt, completions, origin, reader.tools(), label, tuple(reader.notes), reader.template_kwargs())
 
 
 class _Reader:
@@ -113,10 +120,10 @@ class _Reader:
             if name in names and (turns := messages_in(row[name], name)) is not None:
                 row[name] = turns
                 self.notes[:] = ["messages_as_json"]
-            elif name in ("messages", "conversations", "tools", columns.label) and not row[name].strip():
+            elif name in (*JSON, "messages", "conversations", columns.label) and not row[name].strip():
                 del row[name]  # a CSV file has no other nulls
                 self._nulls |= {name}
-            elif name == "tools":
+            elif name in JSON:
                 row[name] = parsed(row[name], name)
 
     def parts(self) -> tuple[Turns, tuple[Turns, ...], bool | None]:
@@ -313,6 +320,19 @@ class _Reader:
         if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
             raise wrong_type("tools", tools, "a list of objects, one a tool")
         return tuple(tools)
+
+    def template_kwargs(self) -> Mapping[str, Any] | None:
+        found = self.data.get(TEMPLATE_KWARGS)
+        if not found:
+            return None
+        if not isinstance(found, Mapping):
+            raise wrong_type(TEMPLATE_KWARGS, found, 'an object, such as {"enable_thinking": false}')
+        for name, value in found.items():
+            if (problem := bad_variable(name, value)) is not None:
+                raise RowRefused(
+                    "wrong_type", f"{TEMPLATE_KWARGS}: {problem}", expected="the template's own variables, as JSON"
+                )
+        return found
 
 
 def _is_label(value: Any) -> bool:

@@ -38,6 +38,14 @@ def has_reasoning(message: Message) -> bool:
     return message["role"] == "assistant" and any(message.get(key) for key in REASONING_KEYS)
 
 
+def reasons(message: Message) -> bool:
+    """Whether a turn has reasoning, under a key of its own or between tags in its content."""
+    content = message.get("content")
+    return has_reasoning(message) or (
+        message["role"] == "assistant" and isinstance(content, str) and "<think>" in content
+    )
+
+
 def without_reasoning(message: Message) -> Message:
     """The turn without what stands under a key for reasoning."""
     return {key: value for key, value in message.items() if key not in REASONING_KEYS}

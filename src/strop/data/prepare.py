@@ -297,7 +297,7 @@ DEEP = "the row is nested too deeply to be compared"
 
 
 def _words(example: Example) -> list[Any]:
-    return [example.prompt, *example.completions, example.tools, example.label]
+    return [example.prompt, *example.completions, example.tools, example.label, example.template_kwargs]
 
 
 def _json(value: Any) -> str:

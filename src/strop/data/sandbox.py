@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from strop.data.marks import Span
@@ -57,6 +58,17 @@ TEMPLATE_ERRORS = (
 PLAIN = {"role", "content"}
 
 
+@lru_cache
+def variables(template: str) -> frozenset[str]:
+    """The names that a template looks up: what is handed to it under another one changes nothing. Empty where it is
+    broken, which `render` says."""
+    try:
+        tree = _compile_jinja_template(template).environment.parse(template)
+        return frozenset(meta.find_undeclared_variables(tree))
+    except jinja2.TemplateError:
+        return frozenset()
+
+
 class _Overtime(BaseException):
     """The time is over. Raised from a signal, caught in this module, and no Exception: Jinja and its filters catch
     those, and go on."""
@@ -66,7 +78,7 @@ def render(
     template: str,
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None,
-    special_tokens: Mapping[str, str],
+    more: Mapping[str, Any],
     *,
     generation_prompt: bool = False,
     track: bool = False,
@@ -75,13 +87,14 @@ def render(
     """The rendering and, where `track` asks for them, the spans of its generation blocks; None: there are none.
 
     Args:
+        more: what else the template may read: special tokens by name, variables of the configuration and the row.
         date: what the template takes for today; None: the day it is.
 
     Raises:
         RowRefused: template_error: the template fails on these messages.
         ModelError: the template is broken.
     """
-    how: dict[str, Any] = {"add_generation_prompt": generation_prompt, **special_tokens}
+    how: dict[str, Any] = {"add_generation_prompt": generation_prompt, **more}
     try:
         track = has_generation_blocks(template) and track
         # transformers hands on no variable that is no JSON, so the day stands among the template's globals

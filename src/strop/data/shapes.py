@@ -92,7 +92,7 @@ def _data_record(data: Mapping[str, Any], prompt: str, completion: str) -> Mappi
     words = inputs["question"] + ("\n\n" + context if context and context.strip() else "")
     if not inputs["question"].strip():
         raise RowRefused("empty_field", "inputs.question is blank", expected="a text")
-    return {prompt: words, completion: outputs["answer"]}
+    return {**data, prompt: words, completion: outputs["answer"]}
 
 
 def _question(data: Mapping[str, Any], rows: RowShape, prompt: str, completions: Sequence[str]) -> Mapping[str, Any]:

@@ -30,6 +30,10 @@ ODD = {
     ("answers_as_history", "answers_left_out"): "with answers that are not trained",
     ("reasoning_dropped",): "without its reasoning, which the template cannot write",
     ("controls_as_text",): "with control tokens in its words, which stay text",
+    ("with_tools",): "with tools",
+    ("with_reasoning",): "with reasoning",
+    ("message_keys_unread", "template_kwargs_unread"): "with keys that the chat template does not read",
+    ("trailing_turns", "system_unused"): "of which strop leaves a turn out",
     ("other_prompts",): "whose prompt is not the one that inference sees",
 }
 """Counters of a row -> what is odd about it."""

@@ -45,7 +45,7 @@ class Source:
 
     identity: what stands for the rows: equal for equal rows, and another for others. read_lines: as `read`, but lines
     are not looked at yet, where the source has lines. limit: good rows at most. share: of its rows, at random.
-    weight: how often each row is met in an epoch.
+    weight: how often each row is met in an epoch. is_stream: to read it again is to download it again.
     """
 
     label: str
@@ -55,6 +55,7 @@ class Source:
     limit: int | None = None
     share: float = 1.0
     weight: float = 1.0
+    is_stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,4 +211,5 @@ def _from_hub(name: str, subset: str | None, split: str, streaming: bool) -> Sou
         f"{name} ({split})",
         partial(read_hub, name, subset, split, streaming),
         partial(hub_identity, name, subset, split),
+        is_stream=streaming,
     )

@@ -25,9 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from strop import apart
 from strop.config import RunConfig
 from strop.data.chat import Rendered, Renderer, TextRules
+from strop.data.counters import LEFT_OUT
 from strop.data.day import day_of
 from strop.data.encode import Encoded, Encoder
 from strop.data.formats import Columns, to_example
+from strop.data.forms import reasons
 from strop.data.readers import parse_line
 from strop.data.rows import Row, RowRefused
 from strop.data.sandbox import bounded_memory
@@ -43,7 +45,8 @@ class Worked:
     """What became of some rows.
 
     table: the records, or None where there are none. num_good: rows that were neither refused nor blank.
-    error: of the first refused row, under `dataset.on_error: error`. first: the group of the first record.
+    error: of the first refused row, under `dataset.on_error: error`. first: the group of the first record. left_out:
+    what of that record's row is not in its tokens, in words.
     """
 
     num_good: int = 0
@@ -55,6 +58,7 @@ class Worked:
     error: DataError | None = None
     table: Any = None
     first: Group | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Workshop:
@@ -75,7 +79,12 @@ class Workshop:
         self._vocabulary = len(tokenizer)
         self.limits = Limits.of(config.training, dataset.filter_overlength_samples)
         rules = TextRules(
-            dataset.render, dataset.template, dataset.train_on, dataset.on_dropped_reasoning, day_of(dataset)
+            dataset.render,
+            dataset.template,
+            dataset.train_on,
+            dataset.on_dropped_reasoning,
+            day_of(dataset),
+            dataset.chat_template_kwargs,
         )
         self.renderer = Renderer(tokenizer, rules, stop_tokens)
         self._encoder = Encoder(tokenizer, self.renderer.template)
@@ -159,6 +168,8 @@ class Workshop:
                     records += [replace(record, group=first), Record(second, file, record.prompt_key, again=1)]
                 else:
                     records.append(record)
+                if records and not done.left_out:
+                    done.left_out = _left_out(example, result) if records[0].group.origin == row.origin else ()
         done.table, done.first = (to_table(records), records[0].group) if records else (None, None)
         return done
 
@@ -180,9 +191,7 @@ class Workshop:
         with bounded_memory():
             for example in examples:
                 try:
-                    parts = self.renderer.render(example)
-                    _refuse_lost_names(example, parts)
-                    rendered.append(parts)
+                    rendered.append(self.renderer.render(example))
                     results.append(None)
                 except RowRefused as refusal:
                     results.append(refusal)
@@ -234,6 +243,7 @@ class Workshop:
             prompt_key=_prompt_key(example, encoded),
             counts={
                 **Counter(notes),
+                **(_kinds(example) if isinstance(example, Example) else {}),
                 **encoded.counts,
                 "prompts_cut": done.prompt_cut,
                 "completions_cut": done.completions_cut,
@@ -262,19 +272,20 @@ def may_run_away(tokenizer: PreTrainedTokenizerBase) -> bool:
     return RUNS_AWAY.search(tokenizer.backend_tokenizer.to_str()) is not None
 
 
-def _refuse_lost_names(example: Example, rendered: Sequence[Rendered]) -> None:
-    """Who speaks is a part of a turn; of a tool, its call says so already."""
-    for completion, whole in zip(example.completions, rendered, strict=True):
-        turns = [turn for part in (example.prompt, completion) if not isinstance(part, str) for turn in part]
-        for i, turn in enumerate(turns):
-            name = turn.get("name")
-            if name and turn["role"] != "tool" and str(name) not in whole.text:
-                raise RowRefused(
-                    "dropped_by_template",
-                    f"the chat template leaves the name {str(name)[:40]!r} of turn {i + 1} out",
-                    expected="a chat template that writes names, or turns without them",
-                    fix="write names into the contents, remove the key, or set dataset.template to one that has it",
-                )
+def _kinds(example: Example) -> dict[str, bool]:
+    """What the row has, by the names of `COUNTERS`."""
+    turns = [turn for part in (example.prompt, *example.completions) if not isinstance(part, str) for turn in part]
+    return {
+        "with_tools": bool(example.tools) or any("tool_calls" in turn for turn in turns),
+        "with_reasoning": any(map(reasons, turns)),
+    }
+
+
+def _left_out(example: Example | Encoded, encoded: Encoded) -> tuple[str, ...]:
+    """What of the row is not in its tokens, in words: by strop's own rules, and by the template."""
+    notes = example.notes if isinstance(example, Example) else ()
+    own = [words for name, words in LEFT_OUT.items() if name in notes]
+    return (*own, *encoded.left_out)
 
 
 def _start(encoded: Encoded) -> list[int]:

@@ -78,7 +78,8 @@ class Writer:
     """Writes conversations by one chat template.
 
     Args:
-        special_tokens: the tokenizer's, by the names that templates use (`bos_token`).
+        variables: what the template may read besides messages and tools: the tokenizer's special tokens by the names
+            that templates use (`bos_token`), and those of the configuration and the row.
         tools: those of the row.
         date: what the template takes for today.
         form: how the template takes messages.
@@ -90,13 +91,13 @@ class Writer:
         self,
         template: str,
         ends: Ends,
-        special_tokens: Mapping[str, Any],
+        variables: Mapping[str, Any],
         tools: Tools = None,
         date: datetime.date | None = None,
         form: Form = PLAIN_FORM,
     ) -> None:
         self._template, self.ends, self.tools, self._form = template, ends, tools, form
-        self._variables = dict(special_tokens)
+        self._variables = dict(variables)
         self._date = date
         self.reasoning_keys = reasoning_keys(template)
         self.asks_for_answers = "add_generation_prompt" in template

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from strop.data.chat import Renderer
 from strop.data.counters import COUNTERS
 from strop.data.formats import Columns, to_example
 from strop.data.rows import RowRefused
@@ -348,3 +349,41 @@ def test_unknown_names_are_answered_by_those_there_are_and_the_flags(
     assert all(flag in refusal.fix for flag in flags), refusal.fix
     if rows != "pair" or "good" in row:
         assert all(repr(name) in refusal.found for name in row)
+
+
+# ---- what a template leaves out
+
+READS_MOOD = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + (m.mood or '') + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "left_out"),
+    [
+        ([u("q"), a("x")], ()),
+        ([u("q", lang="en"), a("x")], ("'lang' of turn 1",)),
+        ([u("q", lang="en", id=3), a("x", lang="en")], ("'lang' of turn 1", "'id' of turn 1", "'lang' of turn 2")),
+        ([u("q", mood="glad "), a("x")], ()),
+        ([u("q", mood="glad ", lang="en"), a("x")], ("'lang' of turn 1",)),
+        ([u("q", lang="", files=[], at=None), a("x", tool_call_id="1")], ()),
+        ([u("q"), a("x", said={"by": "me"})], ("'said' of turn 2",)),
+    ],
+)
+def test_keys_of_messages_that_the_template_does_not_read_are_named(
+    turns: list[Row], left_out: tuple[str, ...], make_tokenizer: Callable[..., Any]
+) -> None:
+    (rendered,) = Renderer(make_tokenizer(template=READS_MOOD)).render(read({"messages": turns}))
+    assert rendered.left_out == left_out and rendered.has_unread_keys == bool(left_out)
+
+
+@pytest.mark.parametrize("name", ["x", "start", "Zaphod"])
+def test_a_name_that_the_template_does_not_write_is_refused(name: str, make_tokenizer: Callable[..., Any]) -> None:
+    """Also one whose letters stand somewhere else in the text."""
+    row = {"messages": [u("is x a start?", name=name), a("x")]}
+    with pytest.raises(RowRefused, match=r"dropped_by_template(.|\n)*the name"):
+        Renderer(make_tokenizer()).render(read(row))
+    reads = READS_MOOD.replace("m.mood", "m.name")
+    (rendered,) = Renderer(make_tokenizer(template=reads)).render(read(row))
+    assert name in rendered.text and not rendered.left_out
