@@ -19,8 +19,8 @@ from rich.text import Text
 from strop.config import ModelSection, RunConfig, resolve
 from strop.config.read import unread
 from strop.config.yamlfile import write_value
-from strop.data.load import LoadedData, SeenRow
-from strop.data.show import odd_groups, show_group
+from strop.data.load import LoadedData
+from strop.data.show import SeenRow, odd_groups, show_group
 from strop.distributed import pick_device
 from strop.errors import ConfigError
 from strop.machine import Machine, machine_named, machine_of

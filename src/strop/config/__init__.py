@@ -10,6 +10,7 @@ In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows
     flags, reference                  the command line's keys; help, documentation and JSON Schema from the classes
 """
 
+from strop.config.dataset import DatasetSection
 from strop.config.dump import to_yaml
 from strop.config.guidance import advice, of_model, resolve
 from strop.config.layers import CommandLine, load_config
@@ -28,7 +29,6 @@ from strop.config.methods import (
 from strop.config.run import RunConfig
 from strop.config.section import Section
 from strop.config.sections import (
-    DatasetSection,
     FinetuningSection,
     GpuSection,
     LoggingSection,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.config import DatasetSection
-from strop.config.sections import bad_variable
+from strop.config.dataset import bad_variable
 from strop.data.jsontext import messages_in, parsed
 from strop.data.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
 from strop.data.rows import RowRefused

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -29,12 +29,9 @@ from strop.data.table import Groups, Shard
 from strop.data.truncate import Limits
 from strop.data.workshop import Worked, Workshop
 from strop.errors import DataError
-from strop.types import Group, Origin, RowShape
+from strop.types import Group, RowShape
 
 logger = logging.getLogger("strop")
-
-LOOKED_AT = 16
-"""Rows among which `first_row` finds one."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,7 @@ def load_data(
     sources = choose_sources(dataset, rows)
     warn_of_unread(dataset)
     workshop = Workshop.tried(config, tokenizer, rows, stop_tokens)
-    if unread := workshop.renderer.unread_kwargs():
-        logger.warning(
-            "dataset.chat_template_kwargs: the chat template (%s) reads no %s, so nothing comes of it",
-            workshop.renderer.chosen.name,
-            " and no ".join(unread),
-        )
+    _warn_of_unread_kwargs(workshop)
     identity = workshop.identity()
     train = _train_parts(sources.train, workshop, identity, config)
     groups = _joined([part.whole for part in train])
@@ -120,50 +112,6 @@ def load_data(
 
 
 @dataclass(frozen=True)
-class SeenRow:
-    """A row by itself. group: as it is trained. left_out: what of it is not in its tokens, in words."""
-
-    group: Group
-    left_out: tuple[str, ...]
-
-
-def first_row(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape, stop_tokens: Sequence[int] = ()
-) -> SeenRow | None:
-    """The first training row as it is trained, before the others are read; None where that is none of the first few.
-    What is wrong with them is said by `load_data`."""
-    source = choose_sources(config.dataset, rows).train[0]
-    workshop = Workshop(config, tokenizer, rows, stop_tokens)
-    for row in islice((source.read_lines or source.read)(), LOOKED_AT):
-        done = workshop.work([row])
-        if done.first is not None:
-            return SeenRow(done.first, done.left_out)
-    return None
-
-
-def left_out(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: RowShape,
-    origins: Collection[Origin],
-    stop_tokens: Sequence[int] = (),
-) -> dict[Origin, tuple[str, ...]]:
-    """What of some training rows is not in their tokens, in words. The table of tokens does not hold it, so the sources
-    are read once more, up to the last of these rows; streams are not."""
-    workshop = Workshop(config, tokenizer, rows, stop_tokens)
-    found: dict[Origin, tuple[str, ...]] = {}
-    for source in choose_sources(config.dataset, rows).train:
-        if source.is_stream:
-            continue
-        for row in (source.read_lines or source.read)():
-            if len(found) == len(origins):
-                return found
-            if row.origin in origins:
-                found[row.origin] = workshop.work([row]).left_out
-    return found
-
-
-@dataclass(frozen=True)
 class _Part:
     """A source, its tokens, and the groups of it that are used."""
 
@@ -178,6 +126,15 @@ class _Part:
             chosen = sample(_num_rows(tokens.shard), share, seed)
             whole = whole.taken(np.flatnonzero(np.isin(_row_numbers(whole), chosen)))
         return cls(source, tokens, whole)
+
+
+def _warn_of_unread_kwargs(workshop: Workshop) -> None:
+    if unread := workshop.renderer.unread_kwargs():
+        logger.warning(
+            "dataset.chat_template_kwargs: the chat template (%s) reads no %s, so nothing comes of it",
+            workshop.renderer.chosen.name,
+            " and no ".join(unread),
+        )
 
 
 def _train_parts(

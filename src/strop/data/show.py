@@ -1,20 +1,25 @@
-"""One group for the eye: its text, with the tokens that are trained marked. Floor 2.
+"""Single rows for the eye: which to show, what of each is left out, its text with the trained tokens marked. Floor 2.
 
-In: a group and the tokenizer. Out: a string for a terminal, with colours or with brackets. Characters that steer a
-terminal are written as escapes, so that a row cannot do anything to the one that shows it.
+In: the configuration or the table of tokens. Out: groups with what was left out, and a string for a terminal, with
+colours or with brackets. Characters that steer a terminal are written as escapes, so that a row cannot do anything to
+the one that shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from strop.config import RunConfig
+from strop.data.sources import choose_sources
 from strop.data.table import Groups
+from strop.data.workshop import Workshop
 from strop.terminal import escaped
-from strop.types import Completion, Group
+from strop.types import Completion, Group, Origin, RowShape
 
 LABELS = {1: ("completion",), 2: ("chosen", "rejected")}
 DESIRABLE = {True: ("desirable completion",), False: ("undesirable completion",), None: None}
@@ -37,6 +42,54 @@ ODD = {
     ("other_prompts",): "whose prompt is not the one that inference sees",
 }
 """Counters of a row -> what is odd about it."""
+
+
+LOOKED_AT = 16
+"""Rows among which `first_row` finds one."""
+
+
+@dataclass(frozen=True)
+class SeenRow:
+    """A row by itself. group: as it is trained. left_out: what of it is not in its tokens, in words."""
+
+    group: Group
+    left_out: tuple[str, ...]
+
+
+def first_row(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape, stop_tokens: Sequence[int] = ()
+) -> SeenRow | None:
+    """The first training row as it is trained, before the others are read; None where that is none of the first few.
+    What is wrong with them is said by `load_data`."""
+    source = choose_sources(config.dataset, rows).train[0]
+    workshop = Workshop(config, tokenizer, rows, stop_tokens)
+    for row in islice((source.read_lines or source.read)(), LOOKED_AT):
+        done = workshop.work([row])
+        if done.first is not None:
+            return SeenRow(done.first, done.left_out)
+    return None
+
+
+def left_out(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RowShape,
+    origins: Collection[Origin],
+    stop_tokens: Sequence[int] = (),
+) -> dict[Origin, tuple[str, ...]]:
+    """What of some training rows is not in their tokens, in words. The table of tokens does not hold it, so the sources
+    are read once more, up to the last of these rows; streams are not."""
+    workshop = Workshop(config, tokenizer, rows, stop_tokens)
+    found: dict[Origin, tuple[str, ...]] = {}
+    for source in choose_sources(config.dataset, rows).train:
+        if source.is_stream:
+            continue
+        for row in (source.read_lines or source.read)():
+            if len(found) == len(origins):
+                return found
+            if row.origin in origins:
+                found[row.origin] = workshop.work([row]).left_out
+    return found
 
 
 def odd_groups(groups: Groups) -> list[tuple[str, int]]:
