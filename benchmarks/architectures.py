@@ -286,7 +286,7 @@ def main() -> None:
         known = {row["kind"]: Found(**row) for row in map(json.loads, lines)}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import strop.dryrun
-    import strop.wiring  # noqa: F401 (imported once, for all the processes)
+    import strop.training  # noqa: F401 (imported once, for all the processes)
 
     for kind in asked.kinds or causal_kinds():
         if kind in known and not asked.kinds:

@@ -24,7 +24,7 @@ import strop
 from strop.config import RunConfig
 from strop.data.plan import default_budget, packed_tokens
 from strop.engine.evaluate import evaluate
-from strop.engine.rows import Rows
+from strop.engine.source import Cut, GroupSet, batches_of
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
 from strop.prepared import prepare
@@ -69,17 +69,17 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
     """Held-out figures of `model`, whose reference is `start`."""
     config = config_of(stage, model, args)
     prepared = prepare(config, config.models[0])
-    rows = Rows(prepared.data.eval, default_budget(prepared.data.eval, BATCH, packed_tokens, "cpu"), packed_tokens)
-    parts = rows.parts()
+    groups = GroupSet(prepared.data.eval)
+    parts = Cut(default_budget(groups.groups, BATCH, packed_tokens, "cpu"), packed_tokens).parts(groups)
     device = torch.device("cpu")
     if prepared.objective.needs_reference:
         reference = build_policy(config, config_of(stage, start, args).models[0], device)
-        scored = reference_logps(reference, [[rows.groups[i] for i in part] for part in parts])
+        scored = reference_logps(reference, [[groups.groups[i] for i in part] for part in parts])
         stored = dict(zip((i for part in parts for i in part), scored, strict=True))
-        rows = replace(rows, ref_logps=lambda part: [stored[i] for i in part])
+        groups = replace(groups, ref_logps=lambda part: [stored[i] for i in part])
     policy = build_policy(config, config.models[0], device)
     with policy.scoring():
-        result = evaluate(policy, prepared.objective, (rows.batch(policy, part) for part in parts))
+        result = evaluate(policy, prepared.objective, batches_of(groups, policy, parts))
     found = {name: float(total) / count for name, (total, count) in result.metrics.items() if "rewards" in name}
     row = {"side": side, "stage": stage, "loss": result.loss, **found, "seconds": round(seconds, 1)}
     print("RESULT " + json.dumps(row), flush=True)

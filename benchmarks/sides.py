@@ -118,9 +118,9 @@ def strop_side(folder: Path, case: Case, side: str, out: Path) -> Measured:
     from dataclasses import replace
 
     import strop
-    from strop import wiring
     from strop.engine.loop import Loop
     from strop.policy import policy, rates
+    from strop.session import Session
 
     if side == "denormal":
         policy.flush_denormals = lambda: None
@@ -132,7 +132,7 @@ def strop_side(folder: Path, case: Case, side: str, out: Path) -> Measured:
         case = replace(case, bf16=False)
 
     measured, step = Measured(start_mib=mib("VmRSS")), Loop.step
-    wiring.score_reference = timed(wiring.score_reference, measured)
+    Session.score = timed(Session.score, measured)  # type: ignore[method-assign]
 
     def marked(loop: Loop, number: int) -> None:
         if not measured.marks:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from strop.config import RunConfig, load_config
     from strop.data.preference import load_preference_jsonl
-    from strop.wiring import train
+    from strop.training import train
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "__version__", "load_config", "load_preference_jsonl", "train"]
@@ -21,7 +21,7 @@ _HOMES = {
     "RunConfig": "strop.config",
     "load_config": "strop.config",
     "load_preference_jsonl": "strop.data.preference",
-    "train": "strop.wiring",
+    "train": "strop.training",
 }
 
 

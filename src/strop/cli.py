@@ -176,7 +176,7 @@ def _train(arguments: list[str]) -> int:
         dry_run(config, model_index=options.model_index, **machine, **told)
         return 0
 
-    from strop.wiring import train
+    from strop.training import train
 
     train(
         config,
@@ -233,7 +233,7 @@ def _reference(arguments: list[str]) -> int:
     log_to_terminal(config.logging.log_level)
     _look(config, options.model_index)
 
-    from strop.wiring import fill_references
+    from strop.references import fill_references
 
     fill_references(config, model_index=options.model_index)
     return 0

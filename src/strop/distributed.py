@@ -1,4 +1,4 @@
-"""Which device this process computes on. Floor 1."""
+"""Which device this process computes on. Floor 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: the road up to the weights, told instead of run. Floor 6.
+"""`--dry-run`: the road up to the weights, told instead of run. Floor 7.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
 what the run would be. Loads no weights and touches no GPU; writes nothing but into the cache. What takes long to import
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,9 +31,7 @@ from strop.rundir import RunDir
 from strop.terminal import escaped
 
 if TYPE_CHECKING:
-    from strop.data.plan import RowTokens
-    from strop.policy.precision import Precision
-    from strop.prepared import Prepared
+    from strop.session import Settled
 
 
 def dry_run(
@@ -73,7 +71,7 @@ def dry_run(
     runs = []
     for model in models:
         read = _read(config, model, console)
-        runs.append(_plan(config, model, machine, read, say))
+        runs.append(_settle(config, model, machine, read, say))
     say("The configuration: key, value, where it came from\n")
     for line in _values(config, runs[0].prepared.config):
         say(line)
@@ -82,7 +80,7 @@ def dry_run(
     if timed and machine.kind == "cpu":
         say("\ntiming layers of the model on this processor, up to half a minute; --no-time leaves it out")
         for run in runs:
-            for line in run.time(machine):
+            for line in run.time():
                 say(f"{run.prepared.model.name}: {line}" if len(runs) > 1 else line)
     if verbose:
         from strop.estimate import LEFT_OUT
@@ -119,49 +117,32 @@ def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[Mod
     return rows, data
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A run that is settled but for its weights."""
-
-    prepared: Prepared
-    precision: Precision
-    tokens: RowTokens
-
-    def time(self, machine: Machine) -> list[str]:
-        from strop.estimate import predicted_time
-
-        return predicted_time(self.prepared, machine, self.precision, self.tokens)
-
-
-def _plan(
+def _settle(
     config: RunConfig,
     model: ModelSection,
     machine: Machine,
     read: tuple[ModelRows, LoadedData],
     say: Callable[[str], None],
-) -> _Planned:
+) -> Settled:
     """Settles the run, and says what it will be and need."""
-    from strop.estimate import fitted, planned_precision, planned_rows, prediction, with_precision
     from strop.policy.outline import reason_for_plain_rows
-    from strop.prepared import prepare
+    from strop.session import Session
 
-    tokens, found = planned_rows(model), planned_precision(config, machine)
-    prepared = with_precision(prepare(config, model, read=read), machine, found, tokens)
-    precision = planned_precision(prepared.config, machine)
-    prepared = fitted(prepared, machine, precision, tokens)
-    for line in prepared.describe(tokens):
-        say(line)
-    for note in prepared.advice():
-        say(f"note: {note}")
+    with Session(config, model, None, machine=machine, read=read) as session:
+        settled = session.settled
+        for line in settled.describe():
+            say(line)
+        for note in settled.prepared.advice():
+            say(f"note: {note}")
     if (reason := reason_for_plain_rows(model)) is not None:
         say(f"plain padded rows, prompts are not shared: {reason}")
-    for line in prediction(prepared, machine, precision, tokens):
+    for line in settled.prediction():
         say(line)
     folder = source_of(model.huggingface_id)
     if os.path.isdir(folder) and not has_weights(folder):
         say(f"note: there are no weights in {folder}: this dry run needs none, a run does")
     say("")
-    return _Planned(prepared, precision, tokens)
+    return settled
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import strop
-from strop import wiring
+from strop import session
 from strop.batch import Batch
 from strop.engine.checkpoint import open_checkpoint
 from strop.policy.policy import Policy, build_policy
-from strop.prepared import prepare
+from strop.prepared import Prepared, prepare
 from strop.types import Group
 
 RECIPE = {
@@ -148,7 +148,7 @@ class Runs:
         """A run that a test has made otherwise."""
         return Run(path)
 
-    def prepare(self, keys: Mapping[str, Any] | None = None, **bare: Any) -> wiring.Prepared:
+    def prepare(self, keys: Mapping[str, Any] | None = None, **bare: Any) -> Prepared:
         """The road up to the weights."""
         config = self.config(keys, **bare)
         return prepare(config, config.models[0])
@@ -230,7 +230,7 @@ def built(watched: pytest.MonkeyPatch) -> list[Policy]:
         policies.append(build_policy(*args, **kwargs))
         return policies[-1]
 
-    watched.setattr(wiring, "build_policy", build)
+    watched.setattr(session, "build_policy", build)
     return policies
 
 

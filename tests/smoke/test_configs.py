@@ -50,13 +50,14 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import strop.demo
     import strop.dryrun
     import strop.preflight
-    import strop.wiring
+    import strop.references
+    import strop.training
 
     monkeypatch.setattr(strop.preflight, "check", lambda *_, **__: None)  # pages name files that are not there
     names: list[str] = []
     for module, name in (
-        (strop.wiring, "train"),
-        (strop.wiring, "fill_references"),
+        (strop.training, "train"),
+        (strop.references, "fill_references"),
         (strop.dryrun, "dry_run"),
         (strop.demo, "run_demo"),
     ):

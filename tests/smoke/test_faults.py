@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 import strop
-from strop import disk, durable, wiring
+from strop import disk, durable, session
 from strop.durable import JsonLines
 from strop.engine import checkpoint
 from strop.engine.margins import MarginsLog
@@ -53,7 +53,7 @@ def test_the_run_that_was_to_be_overwritten_is_not_the_result(
     old = runs.at(first.run_dir).final
     other = config.with_values({"training.learning_rate": 3e-3}, "the test")
     with watched.context() as patch, pytest.raises(type(stop)):
-        patch.setattr(wiring, "prepare", fails(stop))
+        patch.setattr(session, "prepare", fails(stop))
         strop.train(other, overwrite=True)
     (second,) = strop.train(other, resume="auto")
     new = runs.at(second.run_dir)
@@ -66,7 +66,7 @@ def test_an_overwrite_that_is_refused_costs_nothing(runs: Any, watched: pytest.M
     (first,) = strop.train(config)
     before = sorted(p.name for p in first.run_dir.iterdir())
     with watched.context() as patch, pytest.raises(StropError):
-        patch.setattr(wiring, "prepare", fails(StropError("no such file")))
+        patch.setattr(session, "prepare", fails(StropError("no such file")))
         strop.train(config, overwrite=True)
     assert sorted(p.name for p in first.run_dir.iterdir()) == before
     assert strop.train(config, resume="auto") == [first]

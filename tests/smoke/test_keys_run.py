@@ -16,7 +16,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from strop import cli, wiring
+from strop import cli, session
 from strop.config.schema import KEYS
 from strop.engine import loop
 from strop.errors import CheckpointError, ConfigError, StropError
@@ -55,7 +55,7 @@ def two_gpus(watched: pytest.MonkeyPatch) -> list[torch.device]:
     watched.setattr(torch.cuda, "is_available", lambda: True)
     watched.setattr(torch.cuda, "device_count", lambda: 2)
     watched.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    watched.setattr(wiring, "build_policy", build)
+    watched.setattr(session, "build_policy", build)
     return asked
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from strop import wiring
+from strop import session
 from strop.data.plan import default_budget, packed_tokens
 from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
@@ -109,7 +109,7 @@ def test_training__per_device_train_batch_size(size: int, runs: Any, forwards: l
 
 
 def test_training__per_device_eval_batch_size(runs: Any, forwards: list[Any], watched: pytest.MonkeyPatch) -> None:
-    watched.setattr(wiring, "default_budget", lambda *args: default_budget(*args[:3], "cuda"))  # a CPU has its own
+    watched.setattr(session, "default_budget", lambda *args: default_budget(*args[:3], "cuda"))  # a CPU has its own
     losses = []
     for size, num in ((4, [4]), (1, [1, 1, 1, 1])):
         forwards.clear()

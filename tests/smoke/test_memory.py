@@ -7,6 +7,7 @@ import logging
 import shutil
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import strop
 from strop.batch import Batch
 from strop.data.plan import packed_tokens
 from strop.engine import optim
-from strop.engine.rows import Rows
+from strop.engine.source import Cut, GroupSet
 from strop.errors import TrainingError
 from strop.machine import Machine
 from strop.policy.policy import Policy
@@ -147,7 +148,7 @@ def test_the_prediction_is_said_before_anything_is_loaded(
     def no_room(*_: Any, **__: Any) -> None:
         raise RuntimeError(CPU_ERROR)
 
-    monkeypatch.setattr("strop.wiring.build_policy", no_room)
+    monkeypatch.setattr("strop.session.build_policy", no_room)
     with caplog.at_level(logging.INFO, "strop"), pytest.raises(TrainingError, match="memory ran out"):
         train(tmp_path / "run", model_dir)
     assert "predicted peak memory" in caplog.text
@@ -175,7 +176,7 @@ def test_a_resume_on_a_smaller_machine_cuts_alike(
     drop = {"lora.enabled": True, "lora.lora_dropout": 0.3, "lora.r": 4, "training.save_steps": 2}
     metrics, _ = train(tmp_path / "unbroken", model_dir, **drop)
     unbroken = tmp_path / "unbroken" / "out" / "run"
-    monkeypatch.setattr("strop.wiring.machine_of", lambda device: Machine("cpu", 2**20, None))
+    monkeypatch.setattr("strop.session.machine_of", lambda device: Machine("cpu", 2**20, None))
     less, _ = train(tmp_path / "small", model_dir, **drop)
     assert [r["loss"] for r in less] != [r["loss"] for r in metrics]  # it would cut finer
     out = tmp_path / "again" / "out"
@@ -190,9 +191,9 @@ def test_where_the_mismatched_completions_alone_can_be_cut_they_are() -> None:
         ids = array("i", [1] * length)
         return Group(array("i", [1]), (Completion(ids, bytes([1]) * length),), Origin("rows", 1))
 
-    others = Rows([group(4), group(4)], 100, packed_tokens)
-    rows = Rows([group(90), group(90)], 100, packed_tokens, mismatched=others)
-    smaller = rows.smaller([0, 1])
-    assert smaller is not None and smaller.mismatched is not None
-    assert smaller.budget_tokens == smaller.mismatched.budget_tokens < 9
-    assert smaller.smaller([0, 1]) is None and rows.smaller([0, 1], []) is None
+    others = GroupSet([group(4), group(4)])
+    groups = GroupSet([group(90), group(90)], mismatched=others)
+    smaller = Cut(100, packed_tokens).smaller(groups)
+    assert smaller is not None and smaller.budget_tokens < 9
+    assert smaller.parts(groups) == smaller.parts(others) == [[0], [1]]
+    assert smaller.smaller(groups) is None and Cut(100, packed_tokens).smaller(replace(groups, mismatched=None)) is None

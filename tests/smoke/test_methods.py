@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import strop
-from strop import wiring
+from strop import session
 from strop.config import METHODS
 from strop.data.plan import packed_tokens
 from strop.errors import DataError
@@ -65,7 +65,7 @@ def train(
 def test_it_trains(method: str, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = build_objective(METHODS[method]())
     if not objective.needs_reference:
-        monkeypatch.delattr(wiring, "reference_policy")  # whoever asks for a reference fails
+        monkeypatch.delattr(session, "reference_policy")  # whoever asks for a reference fails
     records = train(method, tmp_path, model_dir)
     losses = [r["loss"] for r in records if r["split"] == "train"]
     assert losses[-1] < losses[0]

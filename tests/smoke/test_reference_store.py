@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from strop import cli, wiring
+from strop import cli, training
 from strop.config import to_yaml
 from strop.engine import rows
 from strop.policy import policy
@@ -78,7 +78,7 @@ def test_a_resume_reads_what_the_start_has_scored(runs: Any, own_store: Path, fo
     output = whole.path.parent
     (whole.path / "final").rename(output / "set-aside")
     forwards.clear()
-    wiring.train(runs.config(reference_store=True, save_steps=2, output_dir=str(output)), resume="auto")
+    training.train(runs.config(reference_store=True, save_steps=2, output_dir=str(output)), resume="auto")
     again = runs.at(whole.path)
     assert runs.same(again.final, final) and again.untimed == metrics
 
@@ -112,7 +112,7 @@ def test_a_completion_that_comes_again_is_scored_once_and_resumed_exactly(
     assert scored and len(set(scored)) == len(scored)
     metrics, final, output = whole.untimed, whole.final, whole.path.parent
     (whole.path / "final").rename(output / "set-aside")
-    wiring.train(runs.config(asked, output_dir=str(output)), resume="auto")
+    training.train(runs.config(asked, output_dir=str(output)), resume="auto")
     again = runs.at(whole.path)
     assert runs.same(again.final, final) and again.untimed == metrics
 

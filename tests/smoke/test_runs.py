@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import strop
 from strop import cli
 from strop.engine import loop
+from strop.engine.evaluate import Evaluation
 from strop.engine.outputs import RunOutputs
 from strop.engine.recipe import recipe_of
 from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, StropError, TrainingError
@@ -102,14 +103,16 @@ def test_the_margins_of_every_step(runs: Any) -> None:
 
 
 def test_an_evaluation_that_is_not_finite_is_not_the_best(runs: Any, watched: pytest.MonkeyPatch) -> None:
-    evaluate, num = loop.evaluate, 0
+    scores, num = Evaluation.scores, 0
 
-    def broken_once(*args: Any) -> Any:
+    def broken_once(self: Evaluation, where: str) -> Any:
         nonlocal num
         num += 1
-        return replace(evaluate(*args), **({"loss": math.nan} if num == 2 else {}))
+        found = scores(self, where)
+        assert found is not None
+        return replace(found, **({"loss": math.nan} if num == 2 else {}))
 
-    watched.setattr(loop, "evaluate", broken_once)
+    watched.setattr(Evaluation, "scores", broken_once)
     run = runs(load_best_model_at_end=True, eval_steps=1, max_steps=3)
     assert run.series("loss", "eval")[1] is None
     assert run.checkpoints == [2, 3]

@@ -42,7 +42,7 @@ class Calls(list[tuple[str, Any, dict[str, Any]]]):
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Stand-ins for training, the dry run and the demo."""
     found = Calls()
-    for module, names in {"wiring": ["train"], "dryrun": ["dry_run"], "demo": ["run_demo"]}.items():
+    for module, names in {"training": ["train"], "dryrun": ["dry_run"], "demo": ["run_demo"]}.items():
         stand_in = ModuleType(f"strop.{module}")
         for name in names:
             setattr(stand_in, name, found.record(name))
@@ -220,7 +220,7 @@ def test_control_c_before_anything_is_saved(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["strop.wiring"], "train", stop)
+    monkeypatch.setattr(sys.modules["strop.training"], "train", stop)
     assert cli.main(["train", "--config", "c.yaml"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -1,9 +1,10 @@
-"""The training loop: step, log, evaluate, save, until the plan is done. Floor 3.
+"""The training loop: step, log, evaluate, save, until the source has no more steps. Floor 3.
 
-    for each step of the plan:
+    for each step of the source:
         forward and backward over its micro-batches  (step.py)
         refuse or clip the gradient, update          (optim.py)
-        log, evaluate, save when due                 (metrics.py, evaluate.py, checkpoint.py)
+        emit a record of the step                    (records.py)
+        log, evaluate, save when due                 (metrics.py, evaluate.py, snapshot.py)
 
 Everything that a resume needs beside weights and optimizer fits in `TrainState`: the order of the data and the state
 of dropout are functions of the step.
@@ -13,90 +14,115 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from strop.batch import Batch
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.data.plan import Plan
 from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
-from strop.engine.evaluate import evaluate
-from strop.engine.memory import does_not_fit
+from strop.engine.evaluate import Evaluation
+from strop.engine.memory import cut_finer, does_not_fit
 from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
-from strop.engine.optim import (
-    build_optimizer,
-    learning_rate,
-    optimizer_tensors,
-    set_optimizer_numbers,
-    without_gradient,
-)
+from strop.engine.optim import build_optimizer, learning_rate, without_gradient
 from strop.engine.recipe import cut_matters
-from strop.engine.rows import Rows
+from strop.engine.records import StepRecord, WeightsDigest
+from strop.engine.snapshot import Snapshot
+from strop.engine.source import Cut, GroupSet, StepSource, batches_of
 from strop.engine.stalled import StalledLoss
 from strop.engine.state import TrainState
 from strop.engine.step import StepScores, forward_backward, suspect_rows
 from strop.errors import Interrupted, SaveError, TrainingError
-from strop.objectives.base import Objective
+from strop.objectives.base import Mean, Objective
 from strop.policy.memory import attempt
 from strop.policy.policy import Policy
-from strop.policy.reference import SyncedReference
 from strop.types import Group
+from strop.world import World
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Non-finite steps that may be left out one after the other before a run stops."""
 
 
-class _EvaluationStoppedError(Exception):
-    """A signal came in the middle of an evaluation."""
-
-
 class Outputs(Protocol):
-    """Where the loop puts what it finds; the wiring decides what stands behind it."""
+    """Where the loop puts what it finds."""
 
-    def record(self, record: Mapping[str, Any]) -> None: ...
-    def margins(self, epoch: int, step_in_epoch: int, step: int, margins: Tensor) -> None: ...
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl: the mean over the steps since the last one, or an evaluation."""
+
     def save(
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]
     ) -> Path: ...
-    def stepped(self, shown: Mapping[str, float]) -> None: ...
     def evaluating(self, num_groups: int) -> AbstractContextManager[Callable[[int], None]]: ...
     def note(self, text: str) -> None: ...
 
 
+class Cuts(NamedTuple):
+    """How micro-batches are cut in training and in an evaluation, to begin with."""
+
+    training: Cut
+    evaluation: Cut
+
+
+class _Gradients(NamedTuple):
+    """What a step's passes gave. cut: places in the step's set of groups, by micro-batch."""
+
+    result: StepScores
+    cut: tuple[tuple[int, ...], ...]
+    num_tokens: int
+
+    @property
+    def order(self) -> list[int]:
+        """Places of the groups as they stand in `result`."""
+        return [place for part in self.cut for place in part]
+
+
+class _Update(NamedTuple):
+    """What the optimizer did with the gradients of a step."""
+
+    grad_norm: float
+    clipped: bool
+    skipped: bool
+    moved: Mapping[str, Mean] = {}
+
+
 class Loop:
-    """One run over one plan."""
+    """One run over the steps of a source."""
 
     def __init__(
         self,
         config: RunConfig,
         policy: Policy,
         objective: Objective[MethodSettings],
-        plan: Plan,
-        train: Rows,
-        validation: Rows | None,
+        source: StepSource,
+        cuts: Cuts,
         outputs: Outputs,
+        world: World,
         should_stop: Callable[[], bool] = lambda: False,
-        reference: SyncedReference | None = None,
     ) -> None:
         self.config, self.training = config, config.training
-        self.policy, self.objective, self.plan = policy, objective, plan
-        self.train, self.validation = train, validation
-        self.outputs, self.should_stop, self.reference = outputs, should_stop, reference
+        self.policy, self.objective, self.source, self.world = policy, objective, source, world
+        self.cut, self.outputs = cuts.training, outputs
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, self.training)
-        self.device = next(iter(self.parameters.values())).device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.precision.scaler)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=policy.precision.scaler)
+        self.snapshot = Snapshot(self.parameters, self.optimizer, self.scaler, source)
         self.state = TrainState()
         self.window = MetricWindow()
-        self.stalled = StalledLoss(plan.num_steps, lambda step: learning_rate(step, plan.num_steps, self.training))
+        self.digest = WeightsDigest(list(self.parameters.values()))
+        self.stalled = StalledLoss(source.num_steps, self._rate)
+        self.evaluation: Evaluation | None = None
+        if source.validation is not None:
+            parts = (config, policy, objective, source.validation, cuts.evaluation, outputs)
+            self.evaluation = Evaluation(*parts, self.should_stop)
+        self._stop_asked = should_stop
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
         self._kept_best: tuple[int | None, float | None] = (None, None)  # of the last save: step and value
         self._stood_still = self._looked_for_gradients = False
@@ -104,24 +130,27 @@ class Loop:
     # -- the road ----------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainState:
-        """Train to the end of the plan, or to early stopping; the weights are then those of the last step.
+        """Train to the last step, or to early stopping; the weights are then those of the last step.
 
         Raises:
             TrainingError: a step that is not finite.
             Interrupted: stopped by a signal, after a checkpoint.
         """
-        state, plan, options = self.state, self.plan, self.config.finetuning
+        state, options = self.state, self.config.finetuning
         if self._evaluation_is_due():  # before the first step, or what a signal broke off
             self._between_steps(save=False)
-        while state.step < plan.num_steps and not stops_early(options, state):
+        while state.step < self.source.num_steps and not stops_early(options, state):
             self.step(state.step + 1)
-            last = state.step == plan.num_steps
-            if state.step % self.training.logging_steps == 0 or last:
+            if self._is_logged(state.step):
                 self._log()
             self._between_steps(save=state.step % self.training.save_steps == 0)
         if not self.window.is_empty:
             self._log()
         return state
+
+    def should_stop(self) -> bool:
+        """Whether any process was asked to stop."""
+        return self.world.any(self._stop_asked())
 
     def _between_steps(self, *, save: bool) -> None:
         """Evaluate where it is due, save, and stop where that is asked for: then an evaluation waits for the resume."""
@@ -129,7 +158,7 @@ class Loop:
         early = stops_early(self.config.finetuning, self.state)
         if early and not self.window.is_empty:
             self._log()  # before the checkpoint, so that a resume from it does not log the same steps again
-        done = early or self.state.step == self.plan.num_steps
+        done = early or self.state.step == self.source.num_steps
         stop = self.should_stop()
         breaks_off = stop and (not done or self._evaluation_is_due())
         if stop or improved or save or done:
@@ -141,99 +170,97 @@ class Loop:
 
     def _evaluation_is_due(self) -> bool:
         step = self.state.step
-        if self.validation is None or self.state.evaluated_step == step:
+        if self.evaluation is None or self.state.evaluated_step == step:
             return False
         if step == 0:
             return self.training.eval_at_start
-        return step % self.training.eval_steps == 0 or step == self.plan.num_steps
+        return step % self.training.eval_steps == 0 or step == self.source.num_steps
 
-    def load_best(self, open_best: Callable[[int], Checkpoint]) -> int:
-        """Take the weights of the best evaluation, where that is asked for; the step they are of."""
-        best, options = self.state.best_step, self.config.finetuning
-        if not options.load_best_model_at_end or best is None or best == self.state.step:
-            return self.state.step
-        tensors, _ = self._tensors()
-        open_best(best).load_into(tensors)
-        return best
+    def _is_logged(self, step: int) -> bool:
+        return step % self.training.logging_steps == 0 or step == self.source.num_steps
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: its weights, optimizer and state."""
-        saved = checkpoint.state
-        tensors, _ = self._tensors()
-        checkpoint.load_into(tensors)
-        set_optimizer_numbers(self.optimizer, self.parameters, saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.state = TrainState(**saved["train"])
-        if self.state.micro_batch_tokens is not None:  # with dropout the cut decides the masks
-            self.train = self.train.cut_to(self.state.micro_batch_tokens)
-        self.window.load_state_dict(self.state.window)
-        self._mark = (self.state.seconds, self.state.tokens)
-        self._kept_best = (self.state.best_step, self.state.best_value)
+    def _rate(self, step: int) -> float:
+        return learning_rate(step, self.source.num_steps, self.training)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> None:
-        """One optimizer step, from 1: gradients, update, margins, the bar."""
+        """One optimizer step, from 1: gradients, update, record."""
         started = time.perf_counter()
-        indices = self.plan.groups(step)
-        result, order, num_tokens = self._gradients(step, indices)
-        rate = learning_rate(step, self.plan.num_steps, self.training)
-        groups = [self.train.groups[i] for i in order]
-        self._update(step, rate, result, groups)
-        if self.reference is not None:
-            self.reference.after(step)
-        epoch, inside = self.plan.position(step)
-        self.state.step = step
-        self.state.tokens += num_tokens
-        self.state.seconds += time.perf_counter() - started
-        self.window.add_totals(
-            num_groups=len(groups),
-            num_zero_signal_groups=sum(_has_no_signal(g) for g in groups),
-            num_scored_tokens=result.scores.count("tokens"),
+        groups = self.source.step(step)
+        rate, weights = self._rate(step), self.digest.of(self.digest.sample().cpu())
+        taken = self._gradients(step, groups)
+        result = taken.result
+        update = self._update(step, rate, result, [groups.groups[i] for i in taken.order])
+        self.source.after(step)
+        epoch, inside = self.source.place(step)
+        seconds = time.perf_counter() - started
+        self._emit(
+            StepRecord(
+                step=step,
+                epoch=epoch,
+                step_in_epoch=inside,
+                epochs=self.source.epochs(step),
+                indices=tuple(groups.indices or range(len(groups.groups))),
+                cut=taken.cut,
+                seed=(self.config.seed, step),
+                learning_rate=rate,
+                loss=result.loss,
+                terms=result.terms,
+                grad_norm=update.grad_norm,
+                clipped=update.clipped,
+                skipped=update.skipped,
+                metrics={name: (float(total), count) for name, (total, count) in result.metrics.items()},
+                margins=None if result.margins is None else _in_order(result.margins.cpu(), taken.order).numpy(),
+                num_groups=len(groups.groups),
+                num_zero_signal_groups=sum(_has_no_signal(group) for group in groups.groups),
+                num_scored_tokens=result.scores.count("tokens"),
+                num_tokens=taken.num_tokens,
+                seconds=seconds,
+                weights=weights,
+                update={name: (float(total), count) for name, (total, count) in update.moved.items()},
+            )
         )
-        if result.margins is not None and self.config.logging.margins:
-            place = {i: at for at, i in enumerate(order)}
-            in_plan = result.margins[[place[i] for i in indices]]  # however the step was cut
-            self.outputs.margins(epoch, inside, step, in_plan)
-        shown = {"loss": result.loss, "epoch": step / self.plan.steps_per_epoch, "tokens": self.state.tokens}
-        if "rewards/margins" in result.metrics:
-            total, count = result.metrics["rewards/margins"]
-            shown["rewards/margins"] = float(total) / count
-        self.outputs.stepped(shown)
-        if note := self.stalled.after(step, result.loss):
+
+    def _emit(self, record: StepRecord) -> None:
+        """Everything that is told of a step goes out here."""
+        self.state.add(record)
+        self.window.add(record)
+        self.outputs.step(record)
+        if note := self.stalled.after(record.step, record.loss):
             self.outputs.note(note)
 
-    def _gradients(self, step: int, indices: Sequence[int]) -> tuple[StepScores, list[int], int]:
-        """The gradients of one step, its scores, the order of its groups in them, and the tokens fed to the model.
+    def _gradients(self, step: int, groups: GroupSet) -> _Gradients:
+        """The gradients of one step.
 
         Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
         smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks).
         """
-        scale = float(self.scaler.scale(torch.ones((), device=self.device))) if self.scaler.is_enabled() else 1.0
+        scale = float(self.scaler.scale(torch.ones((), device=self.world.device))) if self.scaler.is_enabled() else 1.0
 
-        def whole_step() -> tuple[StepScores, list[int], int]:
-            parts = self.train.parts(indices)
-            batches = [self.train.batch(self.policy, part) for part in parts]
-            apart = list(self.train.apart(self.policy, self.plan.visits(step)))
+        def whole_step() -> _Gradients:
+            parts = self.cut.parts(groups)
+            batches = list(batches_of(groups, self.policy, parts))
+            apart = list(batches_of(groups.mismatched, self.policy, self.cut.parts(groups.mismatched)))
             seed = (self.config.seed, step)
             with self.policy.still():
                 result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
-            return result, [i for part in parts for i in part], sum(b.num_tokens for b in (*batches, *apart))
+            return _Gradients(result, tuple(map(tuple, parts)), sum(b.num_tokens for b in (*batches, *apart)))
 
         while True:
             done, why = attempt(whole_step)
             if done is not None:
                 return done
             self.optimizer.zero_grad(set_to_none=True)
-            smaller = self.train.smaller(indices, self.plan.visits(step))
-            if smaller is None:
-                longest = max((self.train.groups[i] for i in indices), key=lambda group: group.num_tokens)
+            finer = self.cut.smaller(groups)
+            if finer is None:
+                longest = max(group.num_tokens for group in groups.lengths)
                 raise does_not_fit(self.config, why, f"step {step}", longest, backward=True)
             but = ", but for the masks of lora_dropout" if cut_matters(self.config) else ""
-            self.outputs.note(_cut_finer(f"step {step}", why, self.train, smaller) + but)
-            self.train, self.state.micro_batch_tokens = smaller, smaller.budget_tokens
+            self.outputs.note(cut_finer(f"step {step}", why, self.cut.budget_tokens, finer.budget_tokens) + but)
+            self.cut, self.state.micro_batch_tokens = finer, finer.budget_tokens
 
-    def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> None:
+    def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> _Update:
         """Check, clip, step. The weights stay as they are where anything is not finite."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
@@ -243,11 +270,12 @@ class Loop:
                 self.outputs.note(f"step {step}: {untouched}")
         limit = self.training.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        if math.isfinite(result.loss) and math.isfinite(norm):
+        finite = math.isfinite(result.loss) and math.isfinite(norm)
+        moved: Mapping[str, Mean] = {}
+        if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            logged = step % self.training.logging_steps == 0 or step == self.plan.num_steps
-            probe = UpdateProbe(self.parameters) if logged else None
+            probe = UpdateProbe(self.parameters) if self._is_logged(step) else None
             if norm == 0.0 and not self._stood_still:
                 self._stood_still = True
                 self.outputs.note(
@@ -255,29 +283,20 @@ class Loop:
                     "fall any further on these rows (a lower beta?), or no weight that trains has a part in it"
                 )
             self.scaler.step(self.optimizer)
-            self.state.skipped_in_a_row = 0
-            self.window.add_means(
-                {f"loss/{t}": (share, 1) for t, share in result.terms.items() if len(result.terms) > 1}
-            )
-            self.window.add_means(
-                {"loss": (result.loss, 1), "grad_norm": (norm, 1), "clipped": (float(norm > limit), 1)}
-            )
-            self.window.add_means(result.metrics)
-            if probe:
-                self.window.add_means(probe.measure())
+            moved = probe.measure() if probe else {}
         else:
             self._refuse_or_skip(step, result, norm, groups)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return _Update(norm, clipped=norm > limit, skipped=not finite, moved=moved)
 
     def _refuse_or_skip(self, step: int, result: StepScores, norm: float, groups: Sequence[Group]) -> None:
         overflow = self.scaler.is_enabled() and math.isfinite(result.loss)  # the scaler lowers its scale and goes on
-        self.state.skipped_in_a_row += 1
-        self.state.num_skipped += 1
+        in_a_row = self.state.skipped_in_a_row + 1
         what = f"the loss is {result.loss} and the norm of the gradient {norm}"
         rows = suspect_rows(result, groups)
         allowed = overflow or self.training.on_nonfinite == "skip"
-        if not allowed or self.state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+        if not allowed or in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"{what}; the update was not made. Rows: {rows}",
                 where=f"step {step}",
@@ -285,8 +304,7 @@ class Loop:
                 fix="look at these rows; lower training.learning_rate; use bf16 instead of fp16; "
                 f"on_nonfinite: skip leaves out up to {MAX_SKIPPED_IN_A_ROW} such steps in a row",
             )
-        self.window.add_totals(num_skipped_steps=1)
-        self.outputs.note(f"step {step}: {what}; skipped ({self.state.skipped_in_a_row} in a row). Rows: {rows}")
+        self.outputs.note(f"step {step}: {what}; skipped ({in_a_row} in a row). Rows: {rows}")
 
     # -- log, evaluate, save -----------------------------------------------------------------------------------------
 
@@ -295,37 +313,36 @@ class Loop:
         seconds, tokens = state.seconds - self._mark[0], state.tokens - self._mark[1]
         self._mark = (state.seconds, state.tokens)
         measured = self.window.flush()
-        self.outputs.record(
+        self.outputs.line(
             {
                 "step": state.step,
-                "epoch": state.step / self.plan.steps_per_epoch,
+                "epoch": self.source.epochs(state.step),
                 "split": "train",
                 "loss": measured.pop("loss", None),
-                "learning_rate": learning_rate(state.step, self.plan.num_steps, self.training),
+                "learning_rate": self._rate(state.step),
                 "grad_norm": measured.pop("grad_norm", None),
                 "tokens": state.tokens,
                 "tokens_per_second": tokens / seconds if seconds else None,
                 "seconds": state.seconds,
-                "peak_memory_gib": peak_memory_gib(self.device),
+                "peak_memory_gib": peak_memory_gib(self.world.device),
                 **measured,
             }
         )
 
     def _evaluate(self) -> bool:
         """Evaluate; true when this is the best model so far and to be kept. A signal ends it without a result."""
-        assert self.validation is not None
+        assert self.evaluation is not None
         started = time.perf_counter()
-        try:
-            result = self._validation_scores(self.validation)
-        except _EvaluationStoppedError:
+        result = self.evaluation.scores(f"evaluation after step {self.state.step}")
+        if result is None:
             return False
         metrics = means(
             {n: float(total) for n, (total, _) in result.metrics.items()},
             {n: count for n, (_, count) in result.metrics.items()},
         )
-        record = {
+        line = {
             "step": self.state.step,
-            "epoch": self.state.step / self.plan.steps_per_epoch,
+            "epoch": self.source.epochs(self.state.step),
             "split": "eval",
             "loss": result.loss,
             **({f"loss/{t}": share for t, share in result.terms.items()} if len(result.terms) > 1 else {}),
@@ -334,42 +351,17 @@ class Loop:
             "seconds": time.perf_counter() - started,
             **metrics,
         }
-        self.outputs.record(record)
+        self.outputs.line(line)
         self.state.evaluated_step = self.state.step
-        value = deciding_value(self.config.finetuning, record, self.objective.evaluated)
+        value = deciding_value(self.config.finetuning, line, self.objective.evaluated)
         # the model before training is no candidate: a run that never gets better than it should not return it unseen
         return is_best(self.config.finetuning, self.state, value) if self.state.step and value is not None else False
-
-    def _validation_scores(self, rows: Rows) -> StepScores:
-        def scores() -> StepScores:
-            with self.policy.scoring(), self.outputs.evaluating(len(rows.groups)) as done:
-                batches = (rows.batch(self.policy, part) for part in rows.parts())
-                apart = self._until_stopped(rows.apart(self.policy))
-                return evaluate(self.policy, self.objective, self._until_stopped(batches), apart, done)
-
-        found, why = attempt(scores)
-        if found is not None:
-            return found
-        where, smaller = f"evaluation after step {self.state.step}", rows.smaller()
-        if smaller is None:
-            raise does_not_fit(self.config, why, where, max(rows.groups, key=lambda group: group.num_tokens))
-        self.outputs.note(_cut_finer(where, why, rows, smaller))
-        self.validation = smaller
-        return self._validation_scores(smaller)
-
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """An evaluation can be long, and nothing of it is lost but itself."""
-        for batch in batches:
-            if self.should_stop():
-                raise _EvaluationStoppedError
-            yield batch
 
     def _save(self, *, must: bool) -> Path | None:
         """Save this step; None where the disk does not take it and it need not: the run goes on, and the next save may
         work. After the last step there is still the final model."""
         self.state.window = self.window.state_dict()
-        tensors, numbers = self._tensors()
-        state = {"train": asdict(self.state), "optimizer": numbers, "scaler": self.scaler.state_dict()}
+        tensors, state = self.snapshot.take(self.state)
         best = [self.state.best_step] if self.state.best_step and self.config.finetuning.load_best_model_at_end else []
         try:
             path = self.outputs.save(self.state.step, tensors, state, best)
@@ -386,19 +378,29 @@ class Loop:
         if self.config.finetuning.load_best_model_at_end and self.state.best_step == self.state.step:
             self.state.best_step, self.state.best_value = self._kept_best
 
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, numbers = optimizer_tensors(self.optimizer, self.parameters)
-        weights = {f"policy.{n}": p.detach() for n, p in self.parameters.items()}
-        if self.reference is not None:
-            weights |= {f"reference.{n}": p for n, p in self.reference.weights.items()}
-        return {**weights, **tensors}, numbers
+    def load_best(self, open_best: Callable[[int], Checkpoint]) -> int:
+        """Take the weights of the best evaluation, where that is asked for; the step they are of."""
+        best, options = self.state.best_step, self.config.finetuning
+        if not options.load_best_model_at_end or best is None or best == self.state.step:
+            return self.state.step
+        self.snapshot.load_tensors(open_best(best))
+        return best
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: its weights, optimizer and state."""
+        self.state = self.snapshot.restore(checkpoint)
+        if self.state.micro_batch_tokens is not None:  # with dropout the cut decides the masks
+            self.cut = Cut(self.state.micro_batch_tokens, self.cut.tokens)
+        self.window.load_state_dict(self.state.window)
+        self._mark = (self.state.seconds, self.state.tokens)
+        self._kept_best = (self.state.best_step, self.state.best_value)
 
 
-def _cut_finer(where: str, why: str, rows: Rows, smaller: Rows) -> str:
-    return (
-        f"{where}: memory ran out ({why}); again, and from here on, in micro-batches of at most "
-        f"{smaller.budget_tokens:,} tokens instead of {rows.budget_tokens:,}. The result is the same"
-    )
+def _in_order(values: Tensor, order: Sequence[int]) -> Tensor:
+    """values[i] is of the group at place order[i] -> by place."""
+    ordered = torch.empty_like(values)
+    ordered[list(order)] = values
+    return ordered
 
 
 def _has_no_signal(group: Group) -> bool:

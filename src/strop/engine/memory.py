@@ -8,19 +8,26 @@ from contextlib import contextmanager
 from strop.config import RunConfig
 from strop.errors import TrainingError
 from strop.policy.memory import is_out_of_memory
-from strop.types import Group
 
 
 def does_not_fit(
-    config: RunConfig, why: str, where: str, longest: Group | None = None, *, backward: bool = False
+    config: RunConfig, why: str, where: str, longest_tokens: int | None = None, *, backward: bool = False
 ) -> TrainingError:
     """The error, with the ways to fit that this configuration leaves, what costs the least first.
 
-    longest: the longest group at hand, where micro-batches of one group each did not fit. backward: it was a training
+    longest_tokens: the longest group's, where micro-batches of one group each did not fit. backward: it was a training
     step's pass, which keeps activations.
     """
-    alone = f", although micro-batches are single groups of at most {longest.num_tokens:,} tokens" if longest else ""
+    alone = f", although micro-batches are single groups of at most {longest_tokens:,} tokens" if longest_tokens else ""
     return TrainingError(f"memory ran out{alone}: {why}", where=where, fix="; or ".join(ways_to_fit(config, backward)))
+
+
+def cut_finer(where: str, why: str, before_tokens: int, now_tokens: int) -> str:
+    """What to say when micro-batches become smaller."""
+    return (
+        f"{where}: memory ran out ({why}); again, and from here on, in micro-batches of at most {now_tokens:,} tokens "
+        f"instead of {before_tokens:,}. The result is the same"
+    )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strop.engine.records import StepRecord
 from strop.errors import ConfigError
 from strop.machine import resident
 from strop.objectives.base import Mean
@@ -20,6 +21,28 @@ class MetricWindow:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._totals: dict[str, int] = {}
+
+    def add(self, record: StepRecord) -> None:
+        """Take what a step was. A skipped one counts only as such: its numbers are not finite."""
+        if not record.skipped:
+            if len(record.terms) > 1:
+                self.add_means({f"loss/{term}": (share, 1) for term, share in record.terms.items()})
+            self.add_means(
+                {
+                    "loss": (record.loss, 1),
+                    "grad_norm": (record.grad_norm, 1),
+                    "clipped": (float(record.clipped), 1),
+                    **record.metrics,
+                    **record.update,
+                }
+            )
+        self.add_totals(
+            num_groups=record.num_groups,
+            num_zero_signal_groups=record.num_zero_signal_groups,
+            num_scored_tokens=record.num_scored_tokens,
+        )
+        if record.skipped:
+            self.add_totals(num_skipped_steps=1)
 
     def add_means(self, metrics: Mapping[str, Mean]) -> None:
         for name, (total, count) in metrics.items():

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from strop.config import RunConfig
@@ -15,10 +17,12 @@ from strop.engine import checkpoint
 from strop.engine.margins import MarginsLog
 from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
+from strop.engine.records import StepRecord
 from strop.engine.trackers import Trackers
 from strop.errors import CheckpointError
 from strop.policy import rates
 from strop.rundir import RunDir
+from strop.world import World
 
 log = logging.getLogger("strop")
 
@@ -32,16 +36,18 @@ class RunOutputs:
         run: RunDir,
         trackers: Trackers,
         progress: Progress,
+        world: World,
         *,
         made_from: Mapping[str, str],
         num_steps: int,
         resumed_at: int,
     ) -> None:
         self.config, self.run, self.trackers, self.progress = config, run, trackers, progress
+        self.world = world
         self.made_from = made_from
         self.margins_log = MarginsLog(run.logs / "margins")
-        self._waiting: list[Mapping[str, Any]] = []  # records that the disk has not taken yet
-        self._margins_lost = 0
+        self._waiting: list[Mapping[str, Any]] = []  # lines that the disk has not taken yet
+        self._margins_lost = self._num_tokens = 0
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
     def cut(self, step: int, *, evaluated: bool = True) -> None:
@@ -51,20 +57,34 @@ class RunOutputs:
         with _as_error(self.margins_log.folder):
             self.margins_log.cut(step)
 
-    def record(self, record: Mapping[str, Any]) -> None:
-        self._waiting.append(record)
-        self._write_records()
-        self.trackers.log(record)
-        self.training.record(record)
+    def line(self, line: Mapping[str, Any]) -> None:
+        if not self.world.is_main:
+            return
+        self._waiting.append(line)
+        self._write_lines()
+        self.trackers.log(line)
+        self.training.record(line)
 
-    def margins(self, epoch: int, step_in_epoch: int, step: int, margins: Tensor) -> None:
+    def step(self, record: StepRecord) -> None:
+        if not self.world.is_main:
+            return
+        if record.margins is not None and self.config.logging.margins:
+            self._write_margins(record, record.margins)
+        self._num_tokens += record.num_tokens
+        shown = {"loss": record.loss, "epoch": record.epochs, "tokens": self._num_tokens}
+        if "rewards/margins" in record.metrics:
+            total, count = record.metrics["rewards/margins"]
+            shown["rewards/margins"] = total / count
+        self.training.step(shown)
+
+    def _write_margins(self, record: StepRecord, margins: NDArray[np.float64]) -> None:
         try:
-            self.margins_log.write(epoch, step_in_epoch, step, margins.cpu().numpy())
+            self.margins_log.write(record.epoch, record.step_in_epoch, record.step, margins)
         except OSError as error:
             self._margins_lost += 1
             if self._margins_lost == 1:
                 self.note(
-                    f"warning: {self.margins_log.folder}: the margins of step {step} cannot be written: "
+                    f"warning: {self.margins_log.folder}: the margins of step {record.step} cannot be written: "
                     f"{error.strerror or error}; the run goes on"
                 )
 
@@ -79,7 +99,7 @@ class RunOutputs:
             identity=self.made_from,
         )
 
-    def _write_records(self) -> None:
+    def _write_lines(self) -> None:
         """Write what waits, in order; what the disk does not take waits for the next record."""
         first_failure = len(self._waiting) == 1
         try:
@@ -90,9 +110,6 @@ class RunOutputs:
             if first_failure:
                 self.note(f"warning: a record has to wait: {error}")
 
-    def stepped(self, shown: Mapping[str, float]) -> None:
-        self.training.step(shown)
-
     @contextmanager
     def evaluating(self, num_groups: int) -> Iterator[Callable[[int], None]]:
         task = self.progress.task("evaluation", num_groups)
@@ -102,14 +119,14 @@ class RunOutputs:
             task.close()
 
     def note(self, text: str) -> None:
-        if self.config.logging.log_level != "error":
+        if self.world.is_main and self.config.logging.log_level != "error":
             self.progress.note(text)
 
     def close(self) -> None:
         self.training.close()
-        self._write_records()
+        self._write_lines()
         if self._waiting:
-            log.warning("%s: the last %d records could not be written", self.run.metrics.path, len(self._waiting))
+            log.warning("%s: the last %d lines could not be written", self.run.metrics.path, len(self._waiting))
         if self._margins_lost:
             log.warning("%s: the margins of %d steps are missing", self.margins_log.folder, self._margins_lost)
         self.margins_log.close()

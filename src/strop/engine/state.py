@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strop.engine.metrics import MetricWindow
+from strop.engine.records import StepRecord
 
 
 @dataclass
@@ -25,3 +26,11 @@ class TrainState:
     micro_batch_tokens: int | None = None
     """What fitted into memory, where the configured number did not."""
     window: dict[str, Any] = field(default_factory=lambda: MetricWindow().state_dict())
+
+    def add(self, record: StepRecord) -> None:
+        """A step is done."""
+        self.step = record.step
+        self.tokens += record.num_tokens
+        self.seconds += record.seconds
+        self.num_skipped += record.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0

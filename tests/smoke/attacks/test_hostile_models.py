@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import strop
 from smoke.attacks.trials import Tally, damage, few_or, mutate, mutate_parts, outcome
-from strop.wiring import Prepared
+from strop.prepared import Prepared
 
 MODEL_FILES = (
     "config.json",

@@ -1,0 +1,71 @@
+"""Groups from files: a plan over stored groups, with log-probs of a reference beside them. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from strop.data.plan import Plan
+from strop.engine.source import GroupSet, Part
+from strop.policy.reference import SyncedReference
+
+
+class OfflineSource:
+    """A `StepSource` over groups that are all there before the first step.
+
+    Args:
+        train: all training groups; their `mismatched` by visit (`Plan.visits`).
+        following: a reference that follows the policy and scores every step; in place of stored log-probs.
+    """
+
+    def __init__(
+        self, plan: Plan, train: GroupSet, validation: GroupSet | None, following: SyncedReference | None = None
+    ) -> None:
+        self.plan, self.train, self.following = plan, train, following
+        self.num_steps, self.ahead = plan.num_steps, following is None
+        self.validation = validation and self._followed(validation)
+
+    def step(self, step: int) -> GroupSet:
+        others = self.train.mismatched
+        taken = _take(self.train, self.plan.groups(step))
+        mismatched = None if others is None else _take(others, self.plan.visits(step))
+        return self._followed(replace(taken, mismatched=mismatched))
+
+    def place(self, step: int) -> tuple[int, int]:
+        return self.plan.position(step)
+
+    def epochs(self, step: int) -> float:
+        return step / self.plan.steps_per_epoch
+
+    def after(self, step: int) -> None:
+        if self.following is not None:
+            self.following.after(step)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        weights = {} if self.following is None else self.following.weights
+        return {f"reference.{name}": tensor for name, tensor in weights.items()}
+
+    def _followed(self, groups: GroupSet) -> GroupSet:
+        """The set with the log-probs of the reference as it is when they are asked for, where one follows."""
+        if (reference := self.following) is None:
+            return groups
+        return replace(groups, ref_logps=lambda part: reference.logps([groups.groups[i] for i in part]))
+
+
+def _take(whole: GroupSet, indices: Sequence[int]) -> GroupSet:
+    """Some groups of a set, read now: those of a step are read more than once."""
+    columns = whole.ref_logps
+
+    def ref_logps(part: Part) -> list[Tensor]:
+        assert columns is not None
+        return columns([indices[i] for i in part])
+
+    return replace(
+        whole,
+        groups=[whole.groups[i] for i in indices],
+        ref_logps=None if columns is None else ref_logps,
+        mismatched=None,
+        indices=indices,
+    )

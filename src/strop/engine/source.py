@@ -1,0 +1,112 @@
+"""What the loop asks for: the groups of each step and those it evaluates on, and how they are cut. Floor 3.
+
+    StepSource.step(n) -> GroupSet      the groups of step n, with the columns beside them
+    Cut.parts(GroupSet) -> parts        which of them go into one micro-batch together
+    GroupSet.batch(policy, part)        the micro-batch
+
+The loop does not know where groups come from: `offline.py` takes them from files by a plan. The set of groups decides
+the result of a step; the cut is the hardware's and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from strop.batch import NOTHING, Batch, Extras
+from strop.data.plan import RowTokens, Sized, cut
+from strop.data.plan import lengths as lengths_of
+from strop.policy.policy import Policy
+from strop.types import Group
+
+Part = Sequence[int]
+"""Places in a `GroupSet`, from 0, of the groups of one micro-batch."""
+
+
+@dataclass(frozen=True)
+class GroupSet:
+    """Groups with what is laid beside them.
+
+    groups: read from the disk when one is asked for, where they lie there. ref_logps: places of groups -> the
+    reference's log-probs of each, [scored tokens], where the objective needs them. mismatched: the same prompts with
+    completions of other groups, where the objective needs them. extras: what else the policy is to score. indices: the
+    numbers that the groups have in their source.
+    """
+
+    groups: Sequence[Group]
+    ref_logps: Callable[[Part], list[Tensor]] | None = None
+    mismatched: GroupSet | None = None
+    extras: Extras = NOTHING
+    indices: Sequence[int] | None = None
+
+    @property
+    def lengths(self) -> Sequence[Sized]:
+        """The lengths of the groups, which are known without reading them."""
+        return lengths_of(self.groups)
+
+    def batch(self, policy: Policy, part: Part) -> Batch:
+        refs = None if self.ref_logps is None else self.ref_logps(part)
+        return policy.collate([self.groups[i] for i in part], refs, self.extras)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How sets of groups come in micro-batches: each of at most `budget_tokens`, as `tokens` counts them; a group that
+    is longer stands alone."""
+
+    budget_tokens: int
+    tokens: RowTokens
+
+    def parts(self, groups: GroupSet | None) -> list[list[int]]:
+        """The micro-batches of a set; none where there is none."""
+        return [] if groups is None else cut(groups.lengths, range(len(groups.groups)), self.budget_tokens, self.tokens)
+
+    def smaller(self, groups: GroupSet) -> Cut | None:
+        """One in which the largest micro-batches of this set, and of its mismatched completions, come in two; None:
+        each is one group already."""
+        largest = max(self._divisible(groups), self._divisible(groups.mismatched))
+        return Cut(largest // 2, self.tokens) if largest else None
+
+    def _divisible(self, groups: GroupSet | None) -> int:
+        """Tokens of the largest micro-batch of several groups, or 0."""
+        if groups is None:
+            return 0
+        lengths = groups.lengths
+        parts = (part for part in self.parts(groups) if len(part) > 1)
+        return max((self.tokens([lengths[i] for i in part]) for part in parts), default=0)
+
+
+class StepSource(Protocol):
+    """Where the groups of a run come from. num_steps: steps of the run. validation: what is evaluated on, if anything.
+
+    What a step is made of is a function of the step's number and, where `ahead` is false, of the weights before it.
+    """
+
+    num_steps: int
+    validation: GroupSet | None
+    ahead: bool
+    """Whether a step's groups and columns are known before the step before it is done."""
+
+    def step(self, step: int) -> GroupSet:
+        """The groups of a step, from 1, in the order in which their margins are written."""
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, step in the epoch), both from 0, of a step from 1."""
+
+    def epochs(self, step: int) -> float:
+        """Epochs that are done after so many steps."""
+
+    def after(self, step: int) -> None:
+        """Told when a step has changed the weights."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What checkpoints keep of the source beside the number of the step, by name; loaded in place."""
+
+
+def batches_of(groups: GroupSet | None, policy: Policy, parts: Sequence[Part]) -> Iterator[Batch]:
+    """The micro-batches of these parts, made as they are asked for."""
+    assert groups is not None or not parts
+    return (groups.batch(policy, part) for part in parts if groups is not None)

@@ -1,0 +1,44 @@
+"""`strop reference`: log-probs of the reference, scored ahead for runs to come. Floor 7."""
+
+from __future__ import annotations
+
+import logging
+
+from strop.config import RunConfig, resolve
+from strop.config.sections import ModelSection
+from strop.engine.progress import Progress
+from strop.errors import ConfigError
+from strop.objectives.base import build_objective
+from strop.policy.store import weights_hash
+from strop.preflight import select_models
+from strop.session import Session, for_each_model, start_world
+
+log = logging.getLogger("strop")
+
+
+def fill_references(config: RunConfig, *, model_index: int | None = None) -> None:
+    """Score the reference of each model of `config` on its rows and keep the log-probs for runs to come.
+
+    Raises:
+        StropError: the method needs none, they are not kept, or what would stop the run before its first step.
+    """
+    config = resolve(config)
+    objective = build_objective(config.post_training)
+    if not objective.needs_reference or objective.ref_sync is not None or not config.training.reference_store:
+        raise ConfigError(
+            "there is nothing to score ahead",
+            where=f"post_training.method: {config.post_training.method}",
+            expected="a method with a reference that stays as it is, and training.reference_store: true",
+        )
+    for_each_model(select_models(config, model_index), config, lambda model: _fill_reference(config, model))
+
+
+def _fill_reference(config: RunConfig, model: ModelSection) -> None:
+    quiet = config.logging.log_level in ("warning", "error")
+    with (
+        Progress(quiet=quiet) as progress,
+        Session(config, model, start_world(config), backward=False) as session,
+        session.reference() as reference,
+    ):
+        session.score(reference, weights_hash(reference.model), progress, must_keep=True)
+    log.info("%s: the reference's log-probs are in the store", model.name)

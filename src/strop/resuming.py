@@ -1,0 +1,77 @@
+"""What a resume finds in a run folder: a checkpoint, the best model so far, or a finished run. Floor 7."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from strop.config import RunConfig
+from strop.engine import checkpoint
+from strop.engine.checkpoint import Checkpoint
+from strop.engine.ending import RunResult, ending_of
+from strop.engine.loop import Loop
+from strop.engine.recipe import check_finished
+from strop.errors import CheckpointError
+from strop.rundir import TO_BE_REPLACED, RunDir
+from strop.session import Session, reference_made_from
+
+log = logging.getLogger("strop")
+
+
+def already_finished(done: Checkpoint, session: Session, run: RunDir) -> RunResult:
+    """The result of a run that is finished, where it is this one."""
+    made_from = session.made_from
+    if "reference" in done.identity:
+        with session.reference() as reference:
+            made_from = made_from | reference_made_from(reference)
+    check_finished(done, session.config, made_from)
+    log.info("%s is finished: its model is in %s; nothing is trained", session.model.name, run.final)
+    mirror(session.config, run)
+    return RunResult(session.model.name, run.path, ending_of(run.path))
+
+
+def checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
+    """What `--resume` names: the newest whole checkpoint of the folder, one by its path, or none."""
+    if resume is None:
+        return None
+    named = None if resume == "auto" else Path(resume).expanduser()
+    if run.replaces and (named is None or named.absolute().is_relative_to(run.path)):
+        if named is not None:
+            raise CheckpointError(
+                "the run here was to be overwritten; it is not gone on from",
+                where=f"--resume {named}",
+                fix=f"give --resume alone, or --overwrite; to keep the earlier run, remove {run.path / TO_BE_REPLACED}",
+            )
+        return None
+    found = checkpoint.newest(run.path) if named is None else checkpoint.open_checkpoint(named)
+    if found is None and run.is_finished:
+        raise CheckpointError(
+            "the run is finished, its final model is damaged or to be trained further, and no checkpoint is left",
+            where=str(run.final),
+            fix="train anew with --overwrite or in another training.output_dir",
+        )
+    log.info("going on from %s", found.path) if found else log.info("no checkpoint in %s: starting", run.path)
+    return found
+
+
+def best_checkpoint(run: RunDir, saved: Checkpoint | None, step: int) -> Path:
+    """Where the checkpoint of the best evaluation is, which may be from before the resume, from another folder."""
+    return (saved.path.parent if saved and step <= saved.step else run.path) / f"checkpoint-{step}"
+
+
+def look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
+    """Say it now, not after the training, where the best model so far is gone."""
+    best = loop.state.best_step
+    if (
+        best is not None
+        and loop.config.finetuning.load_best_model_at_end
+        and not best_checkpoint(run, saved, best).is_dir()
+    ):
+        log.warning("the best model so far, %s, is gone: a later one will be final", best_checkpoint(run, saved, best))
+        loop.state.best_step = None
+
+
+def mirror(config: RunConfig, run: RunDir) -> None:
+    """Copy the run to `training.mount_dir`, where it is given."""
+    if config.training.mount_dir:
+        log.info("mirrored to %s", run.mirror(config.training.mount_dir))

@@ -1,0 +1,298 @@
+"""One model of a configuration and everything it works with, each part built once, when it is first asked for. Floor 6.
+
+    prepared   tokenizer, groups, objective, recipe                       nothing is loaded
+    settled    precision, micro-batches, recomputation: what fits         nothing is loaded
+    policy     the model, ready to train
+    final      what is settled, for the rows that the policy really takes
+    source     the groups of every step, with the reference's log-probs
+
+`strop train`, `strop reference` and `--dry-run` go up this list as far as they need.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from strop.batch import NOTHING
+from strop.config import RunConfig
+from strop.config.sections import ModelSection
+from strop.data.load import LoadedData
+from strop.data.mismatch import Mismatched
+from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
+from strop.distributed import pick_device
+from strop.engine.checkpoint import Checkpoint
+from strop.engine.loop import Cuts
+from strop.engine.memory import explaining_memory
+from strop.engine.offline import OfflineSource
+from strop.engine.progress import Progress
+from strop.engine.rows import scored
+from strop.engine.source import Cut, GroupSet
+from strop.errors import StropError, TrainingError
+from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
+from strop.machine import Machine, machine_of
+from strop.modelrows import ModelRows
+from strop.policy import rates
+from strop.policy.policy import Policy, build_policy
+from strop.policy.precision import Precision, resolve_precision
+from strop.policy.reference import SyncedReference, reference_policy
+from strop.policy.store import ReferenceStore, configuration_hash, weights_hash
+from strop.prepared import Prepared, prepare, with_budget
+from strop.world import World
+
+log = logging.getLogger("strop")
+
+Splits = tuple[GroupSet, GroupSet | None]
+"""Training and validation groups."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run of which all is decided but its weights. prepared: its configuration says how a step is cut and what is
+    computed again. tokens: what rows cost."""
+
+    prepared: Prepared
+    machine: Machine
+    precision: Precision
+    tokens: RowTokens
+
+    def describe(self) -> Iterator[str]:
+        """Lines for a person: what the run will be."""
+        return self.prepared.describe(self.tokens)
+
+    def prediction(self) -> list[str]:
+        """Lines for a person: the memory it will take."""
+        return list(prediction(self.prepared, self.machine, self.precision, self.tokens))
+
+    def time(self) -> list[str]:
+        """Lines for a person: the time it will take. On a CPU, layers are timed, which takes up to half a minute."""
+        return predicted_time(self.prepared, self.machine, self.precision, self.tokens)
+
+
+class Session:
+    """A `with` block in which one model is worked with; products on a CPU go one way inside.
+
+    Args:
+        world: this process and its device; None: nothing is to be loaded, and `machine` is judged.
+        machine: default: that of the world's device.
+        resumed: what the run goes on from.
+        read: tokenizer and data, where they have been read already.
+        backward: whether there will be backward passes, which need memory for activations.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ModelSection,
+        world: World | None,
+        *,
+        machine: Machine | None = None,
+        resumed: Checkpoint | None = None,
+        read: tuple[ModelRows, LoadedData] | None = None,
+        backward: bool = True,
+    ) -> None:
+        assert world is not None or machine is not None
+        self._config, self.model, self._world, self._machine = config, model, world, machine
+        self._resumed, self._read, self._backward = resumed, read, backward
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    @property
+    def world(self) -> World:
+        assert self._world is not None, "a session without a world loads nothing"
+        return self._world
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration with all that is settled so far."""
+        for name in ("final", "settled"):
+            if name in self.__dict__:
+                found: Settled = self.__dict__[name]
+                return found.prepared.config
+        return self.prepared.config
+
+    # -- before any weight is loaded ---------------------------------------------------------------------------------
+
+    @cached_property
+    def machine(self) -> Machine:
+        return self._machine or machine_of(self.world.device)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        found = prepare(self._config, self.model, self._resumed, self._read)
+        if found.data.chat_template is not None:
+            found.tokenizer.chat_template = found.data.chat_template  # goes into final/, for whoever generates
+        return found
+
+    @cached_property
+    def _open(self) -> tuple[Prepared, Precision]:
+        """With the precision decided; how steps are cut is still open."""
+        found = self._precision(self.prepared.config)
+        tokens = planned_rows(self.model)
+        prepared = with_precision(self.prepared, self.machine, found, tokens, self._resumed)
+        precision = self._precision(prepared.config)
+        if self._world is not None:
+            self._exit.enter_context(_one_way(precision, self._world.device, self._resumed))
+        if not self._backward:
+            without = {"training.gradient_checkpointing": False}
+            prepared = replace(prepared, config=prepared.config.with_values(without, "nothing is trained"))
+        return prepared, precision
+
+    @cached_property
+    def settled(self) -> Settled:
+        """As the configuration promises: rows that share prompts, where the architecture can."""
+        return self._fitted(*self._open, planned_rows(self.model))
+
+    def _precision(self, config: RunConfig) -> Precision:
+        if self._world is None:
+            return planned_precision(config, self.machine)
+        return resolve_precision(config.training, self._world.device)
+
+    def _fitted(self, prepared: Prepared, precision: Precision, tokens: RowTokens) -> Settled:
+        if self._backward:
+            prepared = fitted(prepared, self.machine, precision, tokens)
+        else:
+            prepared = with_budget(prepared, tokens, self.machine.kind)
+        return Settled(prepared, self.machine, precision, tokens)
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def policy(self) -> Policy:
+        settled = self.settled.prepared
+        return build_policy(settled.config, self.model, self.world.device, tokenizer=settled.tokenizer)
+
+    @cached_property
+    def final(self) -> Settled:
+        """`settled`, unless the policy refused to share prompts: then micro-batches are chosen anew. Layers are
+        recomputed as they are in the policy, which is built."""
+        if self.policy.share_prefix or self.settled.tokens is not packed_tokens:
+            return self.settled
+        built = self.settled.prepared.config
+        prepared, precision = self._open
+        share = {"training.gradient_checkpointing": built.training.gradient_checkpointing}
+        prepared = replace(prepared, config=prepared.config.with_values(share, built.origins))
+        return self._fitted(prepared, precision, padded_tokens)
+
+    @cached_property
+    def made_from(self) -> dict[str, str]:
+        """Hashes of what the run begins with, by the names that checkpoints have."""
+        found = {"data": self.prepared.data.report.fingerprint, "configuration": configuration_hash(self.policy)}
+        if self.policy.has_adapters or self.prepared.objective.needs_reference:
+            found["weights"] = weights_hash(self.policy.model)
+        # else a checkpoint has all that is left of the weights
+        return found
+
+    # -- groups and their reference ----------------------------------------------------------------------------------
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """How training and validation groups are cut to begin with."""
+        training, data, tokens = self.final.prepared.config.training, self.prepared.data, self.final.tokens
+        assert training.micro_batch_tokens is not None
+        cut = Cut(training.micro_batch_tokens, tokens)
+        if not data.eval:
+            return Cuts(cut, cut)
+        budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens, self.world.device.type)
+        return Cuts(cut, Cut(budget, tokens))
+
+    def groups(self) -> Splits:
+        """Training and validation groups, with their prompts' mismatched completions where the objective wants them,
+        without log-probs of a reference."""
+        data, objective = self.prepared.data, self.prepared.objective
+        train, validation = GroupSet(data.train, extras=objective.extras), None
+        if data.eval:
+            validation = replace(train, groups=data.eval)
+        if objective.needs_mismatched:
+            train = self._with_mismatched(train, self.prepared.plan.num_epochs)
+            validation = validation and self._with_mismatched(validation, 1)
+        return train, validation
+
+    def _with_mismatched(self, groups: GroupSet, num_epochs: int) -> GroupSet:
+        """The groups, and their prompts with completions of others for so many epochs."""
+        limit, seed = self.config.training.max_seq_length, self.config.seed
+        others = Mismatched(groups.groups, num_epochs=num_epochs, seed=seed, max_tokens=limit)
+        return replace(groups, mismatched=replace(groups, groups=others, extras=NOTHING))
+
+    def reference(self) -> AbstractContextManager[Policy]:
+        """What scores as the reference: the policy, or another model for the time of the block."""
+        return reference_policy(self.config, self.model, self.policy, self.prepared.tokenizer)
+
+    def score(self, reference: Policy, weights: str, progress: Progress, *, must_keep: bool = False) -> Splits:
+        """The groups with the log-probs of a reference that stays as it is, all that the run will want.
+
+        weights: the reference's `weights_hash`. must_keep: what cannot be stored is an error.
+        """
+        plan, keeps = self.prepared.plan, self.config.training.reference_store
+        store = ReferenceStore.of(reference, weights, must_keep=must_keep) if keeps else None
+        train, validation = self.groups()
+        visits = plan.all_visits() if train.mismatched else None
+        train = scored(reference, store, train, self.cuts.training, progress, plan.all_groups(), visits)
+        # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
+        return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress)
+
+    def source(self, splits: Splits) -> OfflineSource:
+        """The groups of every step. splits: as `score` gives them, or without a reference's log-probs where the
+        objective needs none, or one that follows the policy."""
+        sync = self.prepared.objective.ref_sync
+        following = None if sync is None else SyncedReference(self.policy, sync.every_steps, sync.share)
+        return OfflineSource(self.prepared.plan, *splits, following)
+
+
+def reference_made_from(reference: Policy) -> dict[str, str]:
+    """Hashes of another model that is the reference, by the names that checkpoints have."""
+    return {"reference": weights_hash(reference.model), "reference_configuration": configuration_hash(reference)}
+
+
+def start_world(config: RunConfig) -> World:
+    """This process, on the device of the configuration, which is from now on the current one."""
+    device, notes = pick_device(config.gpu)
+    for note in notes:
+        log.warning(note)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # libraries that are not told a device take the current one
+        torch.cuda.reset_peak_memory_stats(device)  # of a model trained before
+    return World.alone(device)
+
+
+def for_each_model(models: Sequence[ModelSection], config: RunConfig, work: Callable[[ModelSection], None]) -> None:
+    """All of them, also after one that fails."""
+    failures: list[tuple[str, StropError]] = []
+    for model in models:
+        try:
+            with explaining_memory(config, model.name or model.huggingface_id):
+                work(model)
+        except StropError as error:
+            if len(models) == 1:
+                raise
+            log.error("%s failed: %s", model.name, error)
+            failures.append((model.name, error))
+    if failures:
+        raise TrainingError(
+            f"{len(failures)} of {len(models)} models failed: "
+            + "; ".join(
+                f"{name}: {error.where + ': ' if error.where else ''}{error.found}" for name, error in failures
+            ),
+            fix="the messages above say what to do for each",
+        )
+
+
+def _one_way(precision: Precision, device: torch.device, resumed: Checkpoint | None) -> AbstractContextManager[None]:
+    """Inside, products on a CPU go one way, that of the run that is gone on from."""
+    if device.type != "cpu":
+        return nullcontext()
+    return rates.taking(rates.ways_of_run(precision.compute, resumed.state.get("products") if resumed else None))

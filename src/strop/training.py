@@ -1,0 +1,223 @@
+"""`strop train`: every model of a configuration, from its session to its final model. Floor 8.
+
+run folder -> session -> checks of a resume -> loop -> final model
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from os import PathLike
+
+import torch
+
+from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
+from strop.config.sections import ModelSection
+from strop.engine import checkpoint, final
+from strop.engine.checkpoint import Checkpoint
+from strop.engine.ending import Ending, RunResult
+from strop.engine.environment import write_environment
+from strop.engine.loop import Loop
+from strop.engine.outputs import RunOutputs
+from strop.engine.progress import Progress, StopSignal
+from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
+from strop.engine.state import TrainState
+from strop.engine.trackers import open_trackers
+from strop.errors import ConfigError, Interrupted
+from strop.estimate import LEFT_OUT
+from strop.policy import rates
+from strop.policy.generation import trained_ends
+from strop.preflight import check, run_folder, select_models
+from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
+from strop.rundir import RESULT, RunDir
+from strop.session import Session, Splits, for_each_model, reference_made_from, start_world
+from strop.world import World
+
+log = logging.getLogger("strop")
+
+
+def train(
+    config: RunConfig | str | PathLike[str],
+    *,
+    model_index: int | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    allow_changes: bool = False,
+) -> list[RunResult]:
+    """Train the models of `config`, one after the other.
+
+    Args:
+        config: a configuration, or the path of a YAML file with one.
+        model_index: train only this one, from 0.
+        resume: "auto" goes on from the newest complete checkpoint of the run folder (or starts, where there is none);
+            a path goes on from that checkpoint. Default: `finetuning.resume_from_checkpoint`.
+        overwrite: delete the run that stands in the run folder.
+        allow_changes: resume although settings or data that change the result are not those of the run.
+
+    Raises:
+        StropError: something that the user can mend. With several models, every model is tried first.
+        Interrupted: stopped by a signal after a checkpoint.
+    """
+    config = resolve(config if isinstance(config, RunConfig) else load_config(config))
+    models = select_models(config, model_index)
+    if len(models) > 1 and (resume or config.finetuning.resume_from_checkpoint or "auto") != "auto":
+        raise ConfigError(
+            f"one checkpoint cannot be gone on from by {len(models)} models",
+            where=f"--resume {resume or config.finetuning.resume_from_checkpoint}",
+            expected="auto, which finds each model's own",
+            fix="choose the model of this checkpoint with --model-index",
+        )
+    check(config, model_index=model_index, resume=resume)  # all of them, before the first trains
+    results: list[RunResult] = []
+    for_each_model(models, config, lambda m: results.append(_train_model(config, m, resume, overwrite, allow_changes)))
+    return results
+
+
+def _train_model(
+    config: RunConfig, model: ModelSection, resume: str | None, overwrite: bool, allow_changes: bool
+) -> RunResult:
+    world = start_world(config)
+    config = of_model(config, model)
+    resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
+    folder, logging_dir = run_folder(config, model), config.logging.logging_dir
+    with (
+        RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
+        Progress(quiet=_is_quiet(config, world)) as progress,
+    ):
+        done = final.finished(run) if resume else None
+        longer = done is not None and resume == "auto" and extends(done, config)
+        if longer:  # the old model stays until the new one is there
+            done = None
+        if done:  # what can be seen at once; the rest below, as for a run that is not finished
+            check_given(done, config, str(resume))
+        saved = None if done else checkpoint_to_resume(run, resume)
+        if config.training.mount_dir:
+            run.mirror_target(config.training.mount_dir)  # now, not after hours
+        with Session(config, model, world, resumed=done or saved) as session:
+            _build(session)
+            if done:
+                return already_finished(done, session, run)
+            if saved:
+                check_recipe(saved, session.config, session.made_from, allow_changes, longer=longer)
+            _tell(model, session.final.describe())
+            return _Run(session, run, progress, saved, allow_changes).whole()
+
+
+def _is_quiet(config: RunConfig, world: World) -> bool:
+    return not world.is_main or config.logging.log_level in ("warning", "error")
+
+
+def _build(session: Session) -> None:
+    """Read, settle and load, and say what there is to say, before what it is about."""
+    model = session.model
+    _tell(model, session.prepared.data.report.lines())
+    for note in session.prepared.advice():
+        log.warning("%s: %s", model.name, note)
+    _tell(model, session.settled.prediction())  # before anything large is loaded
+    log.debug("%s: %s", model.name, LEFT_OUT)
+    _tell(model, session.policy.describe())
+    if session.final is not session.settled:
+        _tell(model, session.final.prediction())
+
+
+def _tell(model: ModelSection, lines: Iterable[str]) -> None:
+    for line in lines:
+        log.info("%s: %s", model.name, line)
+
+
+class _Run:
+    """A run of a session into a run folder, from its first step or from `saved`.
+
+    made_from: hashes of all that the result depends on, the reference's too once it is scored.
+    """
+
+    def __init__(
+        self, session: Session, run: RunDir, progress: Progress, saved: Checkpoint | None, allow_changes: bool
+    ) -> None:
+        self.session, self.run, self.progress = session, run, progress
+        self.saved, self.allow_changes = saved, allow_changes
+        self.made_from = session.made_from
+        self.resumed_at = saved.step if saved else 0
+
+    def whole(self) -> RunResult:
+        """Score the reference, train, and leave the final model."""
+        session, name = self.session, self.session.model.name
+        source = session.source(self._splits())
+        if not self.saved:
+            self._write_records()  # from here on the folder holds a run; what failed before can be started anew
+        outputs = self._outputs(source.num_steps)
+        try:
+            devices = [session.world.device] if session.world.device.type == "cuda" else []
+            # dropout's draws are seeded; the caller's go on
+            with StopSignal(self.progress.note) as stop, torch.random.fork_rng(devices):
+                parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
+                state, step = self._train(Loop(session.config, *parts, should_stop=lambda: stop.requested), outputs)
+        except Interrupted as stopped:
+            log.info("%s: stopped by %s after step %d of %d", name, stop.name, stopped.step, source.num_steps)
+            raise
+        finally:
+            outputs.close()
+        checkpoint.refuse_nonfinite(f"no final model after step {state.step}", session.policy.trainable())
+        records = self.run.metrics.read()
+        ending = Ending.of(session.config, state, num_steps=source.num_steps, final_step=step, records=records)
+        return self._finish(ending)
+
+    def _splits(self) -> Splits:
+        """The groups, with the log-probs of a reference where the objective needs one that stays as it is."""
+        session, objective = self.session, self.session.prepared.objective
+        if not objective.needs_reference or objective.ref_sync is not None:
+            return session.groups()
+        with session.reference() as reference:
+            weights = self.made_from["weights"]
+            if reference is not session.policy:
+                others = reference_made_from(reference)
+                self.made_from, weights = self.made_from | others, others["reference"]
+                if self.saved:
+                    check_made_from(self.saved, others, self.allow_changes)
+            return session.score(reference, weights, self.progress)
+
+    def _outputs(self, num_steps: int) -> RunOutputs:
+        config, run = self.session.config, self.run
+        resumed_at = self.resumed_at if self.saved else None
+        trackers = open_trackers(config.logging.report_to, run.logs, resumed_at=resumed_at, config=to_yaml(config))
+        parts = (config, run, trackers, self.progress, self.session.world)
+        return RunOutputs(*parts, made_from=self.made_from, num_steps=num_steps, resumed_at=self.resumed_at)
+
+    def _train(self, loop: Loop, outputs: RunOutputs) -> tuple[TrainState, int]:
+        """The state after the last step, and the step that the weights are of."""
+        if self.saved:
+            loop.restore(self.saved)
+            look_for_best(loop, self.run, self.saved)
+            checkpoint.retire_newer(self.run.path, self.saved.step)
+            self._write_records()  # this run's, now that it is known to fit
+        evaluated = loop.state.evaluated_step == self.resumed_at
+        outputs.cut(self.resumed_at if self.saved else -1, evaluated=evaluated)
+        state = loop.run()
+        best = partial(best_checkpoint, self.run, self.saved)
+        return state, loop.load_best(lambda step: checkpoint.open_checkpoint(best(step)))
+
+    def _finish(self, ending: Ending) -> RunResult:
+        """Leave the final model, and say how the run ended."""
+        session, run, step = self.session, self.run, ending.final_step
+        prepared, policy, name = session.prepared, session.policy, session.model.name
+        run.write_json(RESULT, ending.as_dict())
+        ends = trained_ends(prepared.data.train, prepared.tokenizer)
+        save = partial(policy.save_pretrained, tokenizer=prepared.tokenizer, ends=ends)
+        recipe = recipe_of(session.config)
+        final.export(run, save, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=self.made_from)
+        mirror(session.config, run)
+        _tell(session.model, ending.lines())
+        if warning := ending.warning():
+            log.warning("%s: %s", name, warning)
+        log.info("%s: the model of step %d is in %s", name, step, run.final)
+        return RunResult(name, run.path, ending)
+
+    def _write_records(self) -> None:
+        """What is known of a run before its first step."""
+        config, data = self.session.config, self.session.prepared.data
+        self.run.write_text("config.yaml", to_yaml(config))
+        write_environment(self.run, self.saved, seed=config.seed, products=rates.record())
+        self.run.write_json("data.json", data.report.as_dict())
+        if data.rejected:
+            self.run.write_lines("rejected.jsonl", data.rejected)
