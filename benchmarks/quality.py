@@ -76,7 +76,7 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
         reference = build_policy(config, config_of(stage, start, args).models[0], device)
         scored = reference_logps(reference, [[groups.groups[i] for i in part] for part in parts])
         stored = dict(zip((i for part in parts for i in part), scored, strict=True))
-        groups = replace(groups, ref_logps=lambda part: [stored[i] for i in part])
+        groups = replace(groups, ref_logps=lambda part: torch.cat([stored[i] for i in part]))
     policy = build_policy(config, config.models[0], device)
     with policy.scoring():
         result = evaluate(policy, prepared.objective, batches_of(groups, policy, parts))

@@ -40,5 +40,5 @@ def _fill_reference(config: RunConfig, model: ModelSection) -> None:
         Session(config, model, start_world(config), backward=False) as session,
         session.reference() as reference,
     ):
-        session.score(reference, weights_hash(reference.model), progress, must_keep=True)
+        session.score(reference, weights_hash(reference.model), progress, folder=None)
     log.info("%s: the reference's log-probs are in the store", model.name)

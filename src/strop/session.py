@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from strop.batch import NOTHING
+from strop.cachedir import cache_folder
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData
@@ -33,7 +35,7 @@ from strop.engine.loop import Cuts
 from strop.engine.memory import explaining_memory
 from strop.engine.offline import OfflineSource
 from strop.engine.progress import Progress
-from strop.engine.rows import scored
+from strop.engine.reference import scored
 from strop.engine.source import Cut, GroupSet
 from strop.errors import StropError, TrainingError
 from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
@@ -232,18 +234,23 @@ class Session:
         """What scores as the reference: the policy, or another model for the time of the block."""
         return reference_policy(self.config, self.model, self.policy, self.prepared.tokenizer)
 
-    def score(self, reference: Policy, weights: str, progress: Progress, *, must_keep: bool = False) -> Splits:
+    def score(self, reference: Policy, weights: str, progress: Progress, folder: Path | None) -> Splits:
         """The groups with the log-probs of a reference that stays as it is, all that the run will want.
 
-        weights: the reference's `weights_hash`. must_keep: what cannot be stored is an error.
+        weights: the reference's `weights_hash`. folder: of the run, on whose disk they lie; None: they are scored for
+        runs to come, and what cannot be stored is an error.
         """
-        plan, keeps = self.prepared.plan, self.config.training.reference_store
-        store = ReferenceStore.of(reference, weights, must_keep=must_keep) if keeps else None
+        plan, training, ahead = self.prepared.plan, self.config.training, folder is None
+        store = ReferenceStore.of(reference, weights, must_keep=ahead) if training.reference_store else None
+        folder = folder or cache_folder("references", must_keep=ahead)
         train, validation = self.groups()
+        # not the budget of the steps, which follows the memory that is free: the cut decides the last bits
+        tokens, device = self.final.tokens, self.world.device.type
+        own_cut = Cut(default_budget(train.groups, training.per_device_train_batch_size, tokens, device), tokens)
         visits = plan.all_visits() if train.mismatched else None
-        train = scored(reference, store, train, self.cuts.training, progress, plan.all_groups(), visits)
-        # cut as the evaluation will cut them, so that the first one finds margins of exactly 0
-        return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress)
+        train = scored(reference, store, train, own_cut, progress, folder, plan.all_groups(), visits)
+        # cut as the evaluation will cut them
+        return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress, folder)
 
     def source(self, splits: Splits) -> OfflineSource:
         """The groups of every step. splits: as `score` gives them, or without a reference's log-probs where the

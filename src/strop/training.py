@@ -175,7 +175,7 @@ class _Run:
                 self.made_from, weights = self.made_from | others, others["reference"]
                 if self.saved:
                     check_made_from(self.saved, others, self.allow_changes)
-            return session.score(reference, weights, self.progress)
+            return session.score(reference, weights, self.progress, self.run.path)
 
     def _outputs(self, num_steps: int) -> RunOutputs:
         config, run = self.session.config, self.run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from strop.data.plan import Plan
@@ -51,14 +52,14 @@ class OfflineSource:
         """The set with the log-probs of the reference as it is when they are asked for, where one follows."""
         if (reference := self.following) is None:
             return groups
-        return replace(groups, ref_logps=lambda part: reference.logps([groups.groups[i] for i in part]))
+        return replace(groups, ref_logps=lambda part: torch.cat(reference.logps([groups.groups[i] for i in part])))
 
 
 def _take(whole: GroupSet, indices: Sequence[int]) -> GroupSet:
     """Some groups of a set, read now: those of a step are read more than once."""
     columns = whole.ref_logps
 
-    def ref_logps(part: Part) -> list[Tensor]:
+    def ref_logps(part: Part) -> Tensor:
         assert columns is not None
         return columns([indices[i] for i in part])
 

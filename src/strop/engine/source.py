@@ -31,13 +31,13 @@ class GroupSet:
     """Groups with what is laid beside them.
 
     groups: read from the disk when one is asked for, where they lie there. ref_logps: places of groups -> the
-    reference's log-probs of each, [scored tokens], where the objective needs them. mismatched: the same prompts with
-    completions of other groups, where the objective needs them. extras: what else the policy is to score. indices: the
-    numbers that the groups have in their source.
+    reference's log-probs, [scored tokens of these groups], where the objective needs them. mismatched: the same prompts
+    with completions of other groups, where the objective needs them. extras: what else the policy is to score. indices:
+    the numbers that the groups have in their source.
     """
 
     groups: Sequence[Group]
-    ref_logps: Callable[[Part], list[Tensor]] | None = None
+    ref_logps: Callable[[Part], Tensor] | None = None
     mismatched: GroupSet | None = None
     extras: Extras = NOTHING
     indices: Sequence[int] | None = None
@@ -48,7 +48,7 @@ class GroupSet:
         return lengths_of(self.groups)
 
     def batch(self, policy: Policy, part: Part) -> Batch:
-        refs = None if self.ref_logps is None else self.ref_logps(part)
+        refs = None if self.ref_logps is None else [self.ref_logps(part)]
         return policy.collate([self.groups[i] for i in part], refs, self.extras)
 
 

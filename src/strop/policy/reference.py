@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -27,95 +25,38 @@ from strop.policy.folder import place_of
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.memory import in_halves
 from strop.policy.policy import Policy, assemble, elementwise_of
-from strop.policy.store import ReferenceStore, completion_keys
 from strop.types import Group
 
-logger = logging.getLogger("strop")
 
-NUM_VERIFIED = 4
-"""Groups that are scored again before what was stored is believed."""
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-"""Nats a token, in the mean over a group, that another cut into micro-batches may change, by compute dtype."""
+def micro_batch_logps(policy: Policy, groups: Sequence[Group]) -> tuple[Tensor, bool]:
+    """[scored tokens of the groups] on the CPU, float32, or float64 on a float64 model, scored as one micro-batch, and
+    whether it was one: what does not fit into memory is scored in halves, which rounds otherwise. Inside
+    `Policy.scoring`."""
+    num_passes = 0
+
+    def score(part: Sequence[Group]) -> Tensor:
+        nonlocal num_passes
+        logps = policy(policy.collate(part)).cpu()
+        num_passes += 1
+        return cast(Tensor, logps)
+
+    logps = in_halves(score, groups)
+    return logps, num_passes == 1
 
 
-def reference_logps(
-    policy: Policy,
-    micro_batches: Iterable[Sequence[Group]],
-    keep: Callable[[Sequence[Group], Sequence[Tensor]], None] | None = None,
-) -> list[Tensor]:
+def reference_logps(policy: Policy, micro_batches: Iterable[Sequence[Group]]) -> list[Tensor]:
     """One [scored tokens of the group] tensor a group, on the CPU, in the order of `micro_batches`.
 
     float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; a later pass
-    over the same micro-batches by the same model gives the same bits. One that does not fit into memory is scored in
-    halves.
-
-    Args:
-        keep: given the groups of each micro-batch and their log-probs as soon as they are there.
+    over the same micro-batches by the same model gives the same bits.
     """
     results: list[Tensor] = []
-
-    def score(groups: Sequence[Group]) -> Tensor:
-        return cast(Tensor, policy(policy.collate(groups))).cpu()
-
     with policy.scoring():
         for batch in micro_batches:
-            logps = in_halves(score, batch)
+            logps, _ = micro_batch_logps(policy, batch)
             # clones, since a view would keep its whole micro-batch in memory
             results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
-            if keep is not None:
-                keep(batch, results[-len(batch) :])
     return results
-
-
-def stored_logps(
-    policy: Policy, store: ReferenceStore, groups: Sequence[Group], keys: Mapping[int, Sequence[bytes]]
-) -> dict[bytes, Tensor]:
-    """What the store has of these groups' completions: key -> [scored tokens]. keys: number of a group -> the keys of
-    its completions.
-
-    A few groups are scored again. If they are further off than rounding explains, the store is emptied, and it is said.
-    """
-    wanted = {key for own in keys.values() for key in own}
-    found = store.read(wanted)
-    known = [i for i, own in keys.items() if not found.keys().isdisjoint(own)]
-    if not known:
-        return found
-    known = known[:: max(1, len(known) // NUM_VERIFIED)][:NUM_VERIFIED]
-    some = [only(groups[i], found.keys() & set(keys[i])) for i in known]
-    live = reference_logps(policy, [[group] for group in some])
-    stored = [torch.cat([found[key] for key in completion_keys(group)]) for group in some]
-    apart = max(float((old - new).abs().mean()) for old, new in zip(stored, live, strict=True))
-    if not apart <= (tolerance := TOLERANCE[policy.precision.compute]):
-        logger.warning(
-            "%s: stored reference log-probs are not those of the model: %.2g nats a token apart in a group, at most "
-            "%.2g is rounding; the file is emptied and all are scored again",
-            store.path,
-            apart,
-            tolerance,
-        )
-        store.clear()
-        return {}
-    logger.info(
-        "reference log-probs of %d of %d completions were scored before: %s", len(found), len(wanted), store.path
-    )
-    return found
-
-
-def not_known(keys: Mapping[int, Sequence[bytes]], known: Set[bytes]) -> dict[int, set[bytes]]:
-    """Of which groups which completions are to be scored, so that all are known then and none is scored twice. keys:
-    number of a group -> the keys of its completions."""
-    missing, met = {}, set(known)
-    for i, own in keys.items():
-        if new := set(own) - met:
-            missing[i] = new
-            met |= new
-    return missing
-
-
-def only(group: Group, wanted: Set[bytes]) -> Group:
-    """The group with those of its completions alone that have these keys, of alike ones the first."""
-    kept = {key: c for key, c in zip(completion_keys(group), group.completions, strict=True) if key in wanted}
-    return replace(group, completions=tuple(kept.values()))
 
 
 class SyncedReference:

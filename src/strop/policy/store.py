@@ -1,11 +1,12 @@
-"""Reference log-probs on disk, found again by the model that gave them and by the tokens they are of. Floor 2.
+"""Reference log-probs on disk, found again by the model that gave them and by what was scored together. Floor 2.
 
 One file a model, `references/{hash}.logps` in the cache folder, with a lock beside it, to which records are only added:
-one a completion, found by a hash of its prompt, its tokens and which of them are trained. The model's hash covers what
-`model_identity` lists: weights, adapters, configuration, dtypes, the head, the kind of rows and of device, and the
-attention kernel; so runs with another beta, loss or learning rate share it.
+one a micro-batch, since what is scored together decides the last bits. A record's key is a hash of the prompts and
+completions in it. The model's hash covers what `model_identity` lists: weights, adapters, configuration, dtypes, the
+head, the kind of rows, the device, its threads and instructions, the releases of the libraries that compute; so runs
+with another beta, loss or learning rate share it.
 
-    record: b"SRL1", key [16], number of bytes [u32], crc32 of key and values [u32], values (float32 or float64)
+    record: b"SRL2", key [16], number of bytes [u32], crc32 of key and values [u32], values (float32 or float64)
 
 All numbers are little-endian. Writers take a lock. What a killed one has left half-written does not have its checksum:
 readers stop there, and the next writer cuts it off.
@@ -20,7 +21,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import transformers
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -41,10 +44,11 @@ from strop.types import Completion, Group
 
 log = logging.getLogger("strop")
 
-FORMAT = 1
+FORMAT = 2
+"""1 had a record a completion, scored beside whatever was missing then."""
 PATIENCE = 10.0
 """Seconds that another process may write before it is said."""
-_MAGIC = b"SRL1"
+_MAGIC = b"SRL2"
 _HEAD = struct.Struct("<4s16sII")
 _NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 """Keys of a model's configuration that no log-prob depends on."""
@@ -73,30 +77,32 @@ class ReferenceStore:
         folder = cache_folder("references", must_keep=must_keep)
         return cls(folder / f"{name}.logps", policy.precision.master, must_keep=must_keep)
 
-    def append(self, groups: Sequence[Group], logps: Sequence[Tensor]) -> None:
-        """Add what was scored: one [scored tokens] tensor a group. What cannot be written is said once.
+    def append(self, key: bytes, values: NDArray[Any]) -> None:
+        """Add what was scored. What cannot be written is said once.
+
+        Args:
+            key: 16 bytes that stand for the micro-batch.
+            values: [scored tokens] of it.
 
         Raises:
             ConfigError: it cannot be written and must be.
         """
         if not self._writable:
             return
-        records = bytearray()
-        for key, values in by_completion(groups, logps):
-            data = values.numpy().astype(self._numpy).tobytes()
-            records += _HEAD.pack(_MAGIC, key, len(data), zlib.crc32(key + data)) + data
+        data = values.astype(self._numpy).tobytes()
+        record = _HEAD.pack(_MAGIC, key, len(data), zlib.crc32(key + data)) + data
         try:
             try:
-                self._add(records)
+                self._add(record)
             except FileNotFoundError:  # the cache may be deleted at any time, this one too
-                self._add(records)
+                self._add(record)
         except OSError as error:
             self._give_up(error)
 
-    def _add(self, records: bytes | bytearray) -> None:
+    def _add(self, record: bytes) -> None:
         with self._alone(), self.path.open("ab") as file:
             self._cut_tail(file)
-            file.write(records)
+            file.write(record)
             self._end = file.tell()
 
     def clear(self) -> None:
@@ -129,26 +135,25 @@ class ReferenceStore:
             raise cannot_keep(str(self.path), problem) from error
         log.warning("%s cannot be written (%s): reference log-probs are kept for this run only", self.path, problem)
 
-    def read(self, wanted: Set[bytes]) -> dict[bytes, Tensor]:
-        """Key of a completion -> [scored tokens] log-probs, as they were written first, for those that are here."""
+    def read(self, wanted: Set[bytes]) -> Iterator[tuple[bytes, NDArray[Any]]]:
+        """(key, [scored tokens] log-probs) of those records that are here, as they were written first."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
-            return {}
+            return
         except OSError as error:
             log.warning("%s cannot be read (%s): reference log-probs are scored", self.path, error.strerror or error)
-            return {}
-        found: dict[bytes, Tensor] = {}
+            return
+        met: set[bytes] = set()
         with file:
             if not os.fstat(file.fileno()).st_size:
-                return found
+                return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 for key, start, stop in _records(data, 0):
-                    if key in wanted and key not in found:
-                        values = np.frombuffer(data[start:stop], self._numpy).astype(self._numpy.newbyteorder("="))
-                        found[key] = torch.from_numpy(values)
                     self._end = stop
-        return found
+                    if key in wanted and key not in met:
+                        met.add(key)
+                        yield key, np.frombuffer(data[start:stop], self._numpy)
 
     def _cut_tail(self, file: BinaryIO) -> None:
         """Leave whole records only, so that what is added can be read."""
@@ -187,20 +192,10 @@ def completion_key(group: Group, completion: Completion) -> bytes:
     return digest.digest()
 
 
-def completion_keys(group: Group) -> list[bytes]:
-    """The key of every completion of a group."""
-    return [completion_key(group, completion) for completion in group.completions]
-
-
-def by_completion(groups: Iterable[Group], logps: Iterable[Tensor]) -> Iterator[tuple[bytes, Tensor]]:
-    """Key and log-probs of every completion, of one [scored tokens] tensor a group."""
-    for group, scored in zip(groups, logps, strict=True):
-        parts = torch.split(scored, [c.num_scored for c in group.completions])
-        yield from zip(completion_keys(group), parts, strict=True)
-
-
 def model_identity(policy: Policy, weights: str) -> dict[str, object]:
-    """Everything about a policy that its log-probs depend on, by more than the order of additions."""
+    """Everything about a policy that its log-probs depend on, to the last bit as far as it can be known: also what
+    decides the order of additions, which kernels choose by."""
+    on_cpu = policy.device.type == "cpu"
     return {
         "format": FORMAT,
         "weights": weights,
@@ -208,9 +203,15 @@ def model_identity(policy: Policy, weights: str) -> dict[str, object]:
         "compute": short_name(policy.precision.compute),
         "head": [short_name(policy.head_dtype), str(policy.transform)],
         "rows": f"shared, {policy.attention_kernel}" if policy.share_prefix else f"plain, {policy.plain_attention}",
-        "device": policy.device.type,
-        "products": rates.ways(policy.precision.compute) if policy.device.type == "cpu" else None,
+        "device": _processor() if on_cpu else [policy.device.type, torch.cuda.get_device_name(policy.device)],
+        "libraries": [torch.__version__, transformers.__version__],
+        "products": rates.ways(policy.precision.compute) if on_cpu else None,
     }
+
+
+def _processor() -> list[object]:
+    """Of a CPU, what its kernels are chosen by."""
+    return ["cpu", torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), machine.processor().name]
 
 
 def configuration_hash(policy: Policy) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import shutil
 import threading
@@ -11,18 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
 
 from conftest import build_model
 from strop.errors import ConfigError
 from strop.policy import store as store_module
 from strop.policy.policy import Policy
-from strop.policy.reference import not_known, only, reference_logps, stored_logps
-from strop.policy.store import ReferenceStore, completion_key, completion_keys, model_identity, weights_hash
+from strop.policy.store import ReferenceStore, completion_key, model_identity, weights_hash
 from strop.types import Completion, Group
+
+Values = dict[bytes, NDArray[Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -35,63 +37,52 @@ def store(tmp_path: Path) -> ReferenceStore:
     return ReferenceStore(tmp_path / "some.logps")
 
 
-def drawn(groups: list[Group]) -> list[torch.Tensor]:
-    return [torch.randn(g.num_scored, generator=torch.Generator().manual_seed(i)) for i, g in enumerate(groups)]
+def drawn(n: int) -> Values:
+    """Records of n micro-batches: key -> log-probs."""
+    return {bytes([i] * 16): np.random.default_rng(i).normal(size=3 + i).astype(np.float32) for i in range(n)}
 
 
-def read(store: ReferenceStore, groups: dict[int, Group]) -> dict[int, torch.Tensor]:
-    """By number, the groups that the store has whole."""
-    keys = {i: completion_keys(group) for i, group in groups.items()}
-    found = store.read({key for own in keys.values() for key in own})
-    return {i: torch.cat([found[k] for k in own]) for i, own in keys.items() if all(k in found for k in own)}
+def add(store: ReferenceStore, values: Values) -> None:
+    for key, logps in values.items():
+        store.append(key, logps)
 
 
-def same(found: dict[int, torch.Tensor], groups: list[Group]) -> bool:
-    values = drawn(groups)
-    return sorted(found) == list(range(len(groups))) and all(torch.equal(found[i], values[i]) for i in found)
+def read(store: ReferenceStore, values: Values) -> Values:
+    return dict(store.read(values.keys()))
 
 
-def test_what_is_added_is_found_bit_for_bit(store: ReferenceStore, groups: list[Group]) -> None:
-    assert read(store, dict(enumerate(groups))) == {}
-    store.append(groups[:1], drawn(groups)[:1])
-    assert sorted(read(store, dict(enumerate(groups)))) == [0]
-    store.append(groups[1:], drawn(groups)[1:])
-    assert same(read(store, dict(enumerate(groups))), groups)
-    assert same(read(ReferenceStore(store.path), dict(enumerate(groups))), groups)
+def same(found: Values, values: Values) -> bool:
+    return found.keys() == values.keys() and all(np.array_equal(found[key], values[key]) for key in values)
 
 
-def test_a_folder_that_is_deleted_is_made_again(
-    tmp_path: Path, groups: list[Group], caplog: pytest.LogCaptureFixture
-) -> None:
-    store, values = ReferenceStore(tmp_path / "deep" / "some.logps"), drawn(groups)
+def test_what_is_added_is_found_bit_for_bit(store: ReferenceStore) -> None:
+    values = drawn(3)
+    first = dict(list(values.items())[:1])
+    assert read(store, values) == {}
+    add(store, first)
+    assert same(read(store, values), first)
+    add(store, values)  # what stands there already is not read from here
+    assert same(read(store, values), values)
+    assert same(read(ReferenceStore(store.path), values), values)
+    assert read(store, {b"another key of 16": np.zeros(1)}) == {}
+
+
+def test_what_was_written_first_is_read(store: ReferenceStore) -> None:
+    values = drawn(2)
+    add(store, values)
+    add(store, {key: logps + 1 for key, logps in values.items()})
+    assert same(read(store, values), values)
+
+
+def test_a_folder_that_is_deleted_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, values = ReferenceStore(tmp_path / "deep" / "some.logps"), drawn(3)
     for number in range(3):
-        store.append(groups[:1], values[:1])
+        add(store, values)
         shutil.rmtree(tmp_path / "deep")
-        assert read(store, {0: groups[0]}) == {}
-        store.append(groups, values)
-        assert same(read(store, dict(enumerate(groups))), groups), number
+        assert read(store, values) == {}
+        add(store, values)
+        assert same(read(store, values), values), number
     assert "cannot be written" not in caplog.text
-
-
-def test_completions_are_found_in_other_groups(store: ReferenceStore, groups: list[Group]) -> None:
-    store.append(groups, drawn(groups))
-    group = groups[0]
-    turned = replace(group, completions=group.completions[::-1])
-    first, second = drawn(groups)[0].split([c.num_scored for c in group.completions])
-    assert torch.equal(read(store, {7: turned})[7], torch.cat([second, first]))
-    assert torch.equal(read(store, {7: replace(group, completions=group.completions[1:])})[7], second)
-
-
-def test_what_is_not_known_is_scored_once(groups: list[Group]) -> None:
-    group, other = groups[0], groups[1]
-    first, second = group.completions
-    alone, turned = replace(group, completions=(first, first)), replace(group, completions=(second, first))
-    asked = [other, alone, turned, replace(other, prompt_ids=group.prompt_ids)]
-    keys = {i: completion_keys(g) for i, g in enumerate(asked)}
-    missing = not_known(keys, set(keys[0][:1]))
-    found = [only(asked[i], new).completions for i, new in missing.items()]
-    assert found == [other.completions[1:], (first,), (second,), other.completions]
-    assert not_known(keys, {key for own in keys.values() for key in own}) == {}
 
 
 def test_the_key_is_of_tokens_prompt_and_mask(groups: list[Group]) -> None:
@@ -111,121 +102,114 @@ def test_the_key_is_of_tokens_prompt_and_mask(groups: list[Group]) -> None:
 
 
 def test_every_cut_of_the_file_is_read_up_to_there_and_written_on(
-    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture
+    store: ReferenceStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.append(groups, drawn(groups))
+    values = drawn(3)
+    add(store, values)
     whole = store.path.read_bytes()
     for length in range(len(whole)):
         store.path.write_bytes(whole[:length])
         mended = ReferenceStore(store.path)
-        found = read(mended, dict(enumerate(groups)))
-        assert all(torch.equal(found[i], drawn(groups)[i]) for i in found) and len(found) < len(groups)
-        missing = [i for i in range(len(groups)) if i not in found]
-        mended.append([groups[i] for i in missing], [drawn(groups)[i] for i in missing])
-        assert same(read(ReferenceStore(store.path), dict(enumerate(groups))), groups)
+        found = read(mended, values)
+        assert len(found) < len(values) and same(found, {key: values[key] for key in found})
+        add(mended, {key: logps for key, logps in values.items() if key not in found})
+        assert same(read(ReferenceStore(store.path), values), values)
     assert "not whole" in caplog.text
 
 
-def test_no_flipped_bit_is_believed(store: ReferenceStore, groups: list[Group]) -> None:
-    store.append(groups, drawn(groups))
+def test_no_flipped_bit_is_believed(store: ReferenceStore) -> None:
+    values = drawn(3)
+    add(store, values)
     whole = store.path.read_bytes()
     for at in range(len(whole)):
         damaged = bytearray(whole)
         damaged[at] ^= 4
         store.path.write_bytes(damaged)
-        found = read(ReferenceStore(store.path), dict(enumerate(groups)))
-        assert all(torch.equal(found[i], drawn(groups)[i]) for i in found) and len(found) < len(groups)
+        found = read(ReferenceStore(store.path), values)
+        assert len(found) < len(values) and same(found, {key: values[key] for key in found})
 
 
-def _write(path: Path, group: Group, times: int) -> None:
-    store = ReferenceStore(path)
-    for i in range(times):
-        own = replace(group, prompt_ids=group.prompt_ids[:1] + type(group.prompt_ids)("q", [i]))
-        store.append([own], [torch.full((group.num_scored,), float(i))])
+def numbered(who: int) -> Values:
+    return {bytes([who, i] * 8): np.full(4, 100 * who + i, np.float32) for i in range(50)}
 
 
-def test_two_writers_at_once(store: ReferenceStore, groups: list[Group]) -> None:
+def _write(path: Path, who: int) -> None:
+    add(ReferenceStore(path), numbered(who))
+
+
+def test_two_writers_at_once(store: ReferenceStore) -> None:
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write, args=(store.path, group, 50)) for group in groups[:2]]
+    writers = [context.Process(target=_write, args=(store.path, who)) for who in (1, 2)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    for group in groups[:2]:
-        asked = {
-            i: replace(group, prompt_ids=group.prompt_ids[:1] + type(group.prompt_ids)("q", [i])) for i in range(50)
-        }
-        found = read(store, asked)
-        assert all(float(found[i][0]) == i for i in range(50))
+    assert same(read(store, numbered(1) | numbered(2)), numbered(1) | numbered(2))
 
 
-def test_what_cannot_be_written_is_said_once(
-    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_cannot_be_written_is_said_once(store: ReferenceStore, caplog: pytest.LogCaptureFixture) -> None:
     store.path.mkdir()
-    store.append(groups, drawn(groups))
-    store.append(groups, drawn(groups))
+    add(store, drawn(3))
     assert caplog.text.count("kept for this run only") == 1
 
 
-def test_what_must_be_kept_and_cannot_be_is_an_error(tmp_path: Path, groups: list[Group]) -> None:
+def test_what_must_be_kept_and_cannot_be_is_an_error(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path / "some.logps", must_keep=True)
-    store.append(groups[:1], drawn(groups)[:1])
+    add(store, drawn(1))
     store.path.unlink()
     store.path.mkdir()
     with pytest.raises(ConfigError, match=r"some.logps: it cannot be written \(Is a directory\)"):
-        store.append(groups, drawn(groups))
+        add(store, drawn(1))
 
 
 def test_a_writer_that_does_not_end_is_said(
-    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    store: ReferenceStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "PATIENCE", 0.05)
-    other = FileLock(store._lock.lock_file)
+    other = FileLock(f"{store.path}.lock")
     other.acquire()
-    writer = threading.Thread(target=store.append, args=(groups, drawn(groups)))
+    writer = threading.Thread(target=add, args=(store, drawn(3)))
     writer.start()
     writer.join(0.5)
     assert writer.is_alive() and "another process is writing" in caplog.text
     other.release()
     writer.join(10)
-    assert len(read(store, dict(enumerate(groups)))) == len(groups)
+    assert same(read(store, drawn(3)), drawn(3))
 
 
 def test_what_cannot_be_removed_or_read_is_said(
-    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    store: ReferenceStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    store.append(groups, drawn(groups))
+    add(store, drawn(3))
     monkeypatch.setattr(Path, "unlink", refuse)
     store.clear()
-    store.append(groups, drawn(groups))  # not after what could not be removed
+    add(store, drawn(3))  # not after what could not be removed
     assert caplog.text.count("kept for this run only") == 1
     monkeypatch.setattr(Path, "open", refuse)
-    assert read(store, dict(enumerate(groups))) == {}
+    assert read(store, drawn(3)) == {}
     assert "cannot be read" in caplog.text
 
 
-def test_a_file_that_became_another_is_not_cut(
-    store: ReferenceStore, groups: list[Group], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_that_became_another_is_not_cut(store: ReferenceStore, caplog: pytest.LogCaptureFixture) -> None:
     """Another run removed it and wrote its own, whose records end elsewhere."""
-    store.append(groups[:1], drawn(groups)[:1])
+    one, two, three = ({key: logps} for key, logps in drawn(3).items())
+    add(store, one)
     store.path.unlink()
-    ReferenceStore(store.path).append(groups[2:], drawn(groups)[2:])
-    store.append(groups[1:2], drawn(groups)[1:2])
-    assert sorted(read(ReferenceStore(store.path), dict(enumerate(groups)))) == [1, 2]
+    add(ReferenceStore(store.path), three)
+    add(store, two)
+    assert same(read(ReferenceStore(store.path), drawn(3)), two | three)
     assert "not whole" not in caplog.text
 
 
-def test_float64_stays_float64(tmp_path: Path, groups: list[Group]) -> None:
+def test_float64_stays_float64(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path / "wide.logps", torch.float64)
-    values = [v.double() / 3 for v in drawn(groups)]
-    store.append(groups, values)
-    assert all(torch.equal(read(store, {0: g})[0], v) for g, v in zip(groups, values, strict=True))
+    values = {key: logps.astype(np.float64) / 3 for key, logps in drawn(3).items()}
+    add(store, values)
+    assert same(read(store, values), values)
 
 
 def identity_of(policy: Policy) -> dict[str, object]:
@@ -253,6 +237,10 @@ def test_the_identity_is_of_what_decides_the_numbers(build: Callable[..., Policy
     next(p for n, p in policy.named_parameters() if "lora_B" in n).data[0, 0] = 1e-3
     next(m for m in policy.modules() if isinstance(m, LoraLayer)).scaling["default"] *= 2
     seen.append(identity_of(policy))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    seen.append(identity_of(build()))
+    torch.set_num_threads(threads)
     for key, value in (("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("num_attention_heads", 2), ("rope_theta", 5.0)):
         policy = build()
         setattr(policy.loaded_config, key, value)
@@ -268,19 +256,3 @@ def test_the_hash_of_weights_is_of_names_shapes_and_bytes() -> None:
     layers = model.model.layers
     layers[0], layers[1] = layers[1], layers[0]
     assert weights_hash(model) != before
-
-
-def test_a_reference_that_is_not_this_models_is_thrown_away(
-    build: Callable[..., Policy], groups: list[Group], caplog: pytest.LogCaptureFixture
-) -> None:
-    policy, keys = build(), {i: completion_keys(group) for i, group in enumerate(groups)}
-    store = ReferenceStore.of(policy, weights_hash(policy.model))
-    values = reference_logps(policy, [groups], keep=store.append)
-    with caplog.at_level(logging.INFO, "strop"):
-        found = stored_logps(policy, store, groups, keys)
-    assert all(torch.equal(torch.cat([found[k] for k in keys[i]]), value) for i, value in enumerate(values))
-    assert f"{len(found)} of {len(found)} completions were scored before" in caplog.text
-    store.clear()
-    store.append(groups, [v + 2e-4 for v in values])
-    assert stored_logps(policy, store, groups, keys) == {}
-    assert "not those of the model" in caplog.text and not store.path.exists()
