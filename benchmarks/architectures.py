@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .tiny import write_model
+from .tiny import NOT_ALONE, write_model
 
 SECONDS = 240
 """Of one architecture, at most."""
@@ -64,7 +64,8 @@ def check(kind: str, folder: Path) -> Found:
     try:
         write_model(kind, folder / "model")
     except Exception as error:  # noqa: BLE001 (code of any architecture)
-        return Found(kind, "not built", f"{type(error).__name__}: {_line(error)}")
+        why = NOT_ALONE.get(kind) or f"{type(error).__name__}: {_line(error)}"
+        return Found(kind, "not built", why)
     _write_rows(folder)
     step = ""
     try:
@@ -85,8 +86,7 @@ def check(kind: str, folder: Path) -> Found:
 
 
 def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else ""
+    return " ".join(str(error).split())[:160]
 
 
 def _write_rows(folder: Path) -> None:

@@ -14,7 +14,7 @@ LARGEST = 8_000_000
 """Weights of a model that is still tiny."""
 _NAMES: dict[int, str] = {
     32: "hidden_size n_embd d_model dim n_embed emb_dim model_dim word_embed_proj_dim embedding_size lru_width "
-    "attention_hidden_size conv_dim",
+    "attention_hidden_size conv_dim hidden_size_global",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
     "num_decoder_layers num_key_value_heads num_kv_heads mamba_n_groups num_global_layers depth",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
@@ -50,16 +50,43 @@ SIZES: dict[str, float] = {name: size for size, names in _NAMES.items() for name
     "initializer_range": 0.1,
 }
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+_ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": ...}
+_QWEN4 = {**_HYBRID, **_INDEXER, "hc_lowrank": 8}
 OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"], "n_group": 1, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "full_attention": None,
+        },
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {
+        "vision_config": {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "ministral": {"head_dim": 8},
     "olmo_hybrid": _HYBRID,
@@ -68,11 +95,24 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
+    "roc_bert": {"shape_vocab_size": VOCABULARY, "shape_embed_dim": 32, "pronunciation_embed_dim": 32},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {**_ZAMBA, "n_mamba_heads": 2},
+    "zamba2": {**_ZAMBA, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+NOT_ALONE = {
+    "gemma4_assistant": "it drafts for another model, whose keys and values it reads",
+    "gemma4_unified_assistant": "it drafts for another model, whose keys and values it reads",
+    "musicgen": "it writes codes of sound, by a class that takes no configuration of this kind",
+    "musicgen_melody": "it writes codes of sound, by a class that takes no configuration of this kind",
+}
+"""Why a kind that transformers lists as a causal language model is none that text alone could train."""
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:
@@ -88,11 +128,13 @@ def write_model(kind: str, folder: Path) -> int:
     """A model of random weights and a tokenizer in `folder`; how many weights.
 
     Raises:
-        ValueError: it would not be tiny.
+        ValueError: it would not be tiny, or is no model by itself.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    if kind in NOT_ALONE:
+        raise ValueError(NOT_ALONE[kind])
     config = tiny_config(kind)
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -100,7 +142,7 @@ def write_model(kind: str, folder: Path) -> int:
         raise ValueError(f"it has {count:,} weights where its sizes are the smallest known")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
-    model(input_ids=torch.tensor([[2, 5, 6, 7, 8, 9]]))  # the sizes fit each other
+    model(input_ids=torch.tensor([[2, 5, 6, 7, 8, 9]]), use_cache=False)  # the sizes fit each other
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return count

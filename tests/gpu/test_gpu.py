@@ -21,7 +21,7 @@ from conftest import build_model
 from strop.batch import Batch, GroupSpan, pack, pad
 from strop.config.sections import ModelSection
 from strop.machine import machine_of
-from strop.policy.attention import KERNELS, AttentionPlan, best_kernel, dense_mask
+from strop.policy.attention import KERNELS, AttentionPlan, Scoring, best_kernel, dense_mask
 from strop.policy.checkpointing import checkpoint_layers
 from strop.policy.load import LoadedModel
 from strop.policy.logits import LogitTransform
@@ -105,7 +105,10 @@ def test_attention_rounds_no_worse_than_the_naive(
     for kernel in {best_kernel(device, dtype), "groups", "dense"}:
         plan = AttentionPlan(LAYOUT, device, kernel)
         ours = with_gradients(
-            lambda *qkv, p=plan, name=kernel: KERNELS[name](*qkv, p, 0.2, window, softcap), inputs, dtype, device
+            lambda *qkv, p=plan, name=kernel: KERNELS[name](*qkv, p, Scoring(0.2, window, softcap)),
+            inputs,
+            dtype,
+            device,
         )
         for one, other, exact in zip(ours, plain, truth, strict=True):
             assert one.dtype == dtype and error(one, exact) <= 1.5 * error(other, exact) + SOME_NOISE, kernel

@@ -21,7 +21,7 @@ from strop.policy import sharing
 from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy, assemble
 from strop.policy.precision import Precision
-from strop.policy.silence import silence_config
+from strop.policy.silence import silence_config, silence_modules
 from strop.types import Completion, Group, Origin
 
 VOCABULARY = 97
@@ -44,11 +44,17 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": {**WINDOWED, "query_pre_attn_scalar": 8}},
     "gemma3_text": {**WINDOWED, "query_pre_attn_scalar": 8},
     "gemma4": {"text_config": {**GEMMA4, "use_bidirectional_attention": "vision"}},
+    "gemma4_unified": {"text_config": GEMMA4},
+    "gemma4_unified_text": GEMMA4,
     "gemma4_text": {**GEMMA4, "num_kv_shared_layers": 2, "final_logit_softcapping": 3.0},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
     "granitemoe": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
     "granitemoeshared": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
     "gpt_neox": {"rotary_pct": 0.5},
+    "gpt_oss": WINDOWED,
+    "granite_swa": WINDOWED,
+    "granitemoe_swa": WINDOWED,
+    "mimo_v2_flash": WINDOWED,
     "ministral": WINDOWED,
     "ministral3": {
         "sliding_window": 4,
@@ -97,7 +103,10 @@ ROUNDED = {
     "gemma3_text",
     "gemma4",
     "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
     "granitemoe",
+    "granitemoe_swa",
     "granitemoeshared",
     "minimax_m2",
     "mixtral",
@@ -129,6 +138,7 @@ def make_policy(
     config._experts_implementation = "eager"  # the grouped kernel has no float64
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
+    silence_modules(model)
     for weight in model.parameters():
         if weight.ndim == 1:  # norms and biases that are not 1 and 0
             weight.data += 0.2 * torch.randn_like(weight)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmarks.architectures import Found, check, table, write_table
+from benchmarks.architectures import Found, causal_kinds, check, limited, table, write_table
+
+from strop.policy.sharing import ARCHITECTURES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -18,11 +21,10 @@ pytestmark = [
     ("kind", "result", "reason"),
     [
         ("bert", "refused", "sees later tokens"),
-        ("qwen3_5_text", "plain", "not among those it is tested with"),
-        pytest.param("llama", "shared", "", marks=pytest.mark.nightly),
-        pytest.param("gemma3", "plain", "not among", marks=pytest.mark.nightly),
-        pytest.param("gpt_oss", "plain", "not among", marks=pytest.mark.nightly),
-        pytest.param("mamba2", "plain", "not among", marks=pytest.mark.nightly),
+        ("qwen3_5_text", "plain", "layers of the kind linear_attention"),
+        ("gemma4_text", "shared", ""),
+        ("musicgen", "not built", "codes of sound"),
+        ("reformer", "refused", "do not depend on any weight that trains"),
     ],
 )
 def test_an_architecture_is_right_or_refused(
@@ -32,6 +34,15 @@ def test_an_architecture_is_right_or_refused(
     found = check(kind, tmp_path)
     assert found.result == result, found
     assert reason in found.reason
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(4 * 3600)
+def test_no_architecture_of_the_installed_transformers_ends_in_a_fault() -> None:
+    found = [limited(kind) for kind in causal_kinds()]
+    assert not [row for row in found if row.result == "fault"]
+    counts = Counter(row.result for row in found)
+    assert counts["shared"] >= len(ARCHITECTURES) and counts["plain"] > counts["refused"] > counts["not built"], counts
 
 
 def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:

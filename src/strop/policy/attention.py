@@ -7,7 +7,7 @@ The function is registered with transformers under `NAME`, which is not in its m
 masks of its own. The layout of the row travels as the keyword `strop_plan` through the model's call; a plan outlives
 the call (gradient checkpointing binds it), and holds every mask once a batch, not once a layer.
 
-A kernel is a function of (q, k, v, plan, scaling, window, softcap); `KERNELS` names those there are, `best_kernel`
+A kernel is a function of (q, k, v, plan, scoring); `KERNELS` names those there are, `best_kernel`
 chooses. A kernel that cannot do what a layer asks for hands on to `groups`, which can do everything. The oracle `dense`
 is one mask over the whole row. Windows count positions, which restart at the prompt's length in every completion:
 transformers lets a query see keys with q_pos - k_pos < window.
@@ -133,6 +133,23 @@ def _starts(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer weighs its keys. scaling: the factor of q k. window: None, or how many positions back a token sees,
+    itself included. softcap: None, or c of c tanh(score / c). sinks: None, or [H], the score of one more key per head
+    whose value is 0 (gpt-oss)."""
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are a softmax of the scaled scores."""
+        return self.softcap is None and self.sinks is None
+
+
 def group_mask(span: GroupSpan, device: torch.device, window: int | None = None) -> Tensor:
     """[T, T] bool: what each token of a group sees of the group."""
     lengths = torch.tensor([span.prompt, *span.completions], device=device)
@@ -155,47 +172,40 @@ def dense_mask(layout: tuple[GroupSpan, ...], device: torch.device, window: int 
     return mask
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float, int | None, float | None], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, Scoring], Tensor]
 
 
-def by_dense_mask(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
+def by_dense_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
     """The oracle: one dense mask, groups x groups of it wasted."""
-    return _attend(q, k, v, plan.dense(window), scaling, softcap)
+    return _attend(q, k, v, plan.dense(scoring.window), scoring)
 
 
-def by_groups(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
+def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
     """One call a group, so that the work grows with the sum of the groups' squares."""
     sizes = [span.stop - span.start for span in plan.layout]
     # split, not slices: its backward pass is one cat, and theirs a whole row of zeros each
     groups = zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True)
-    added = q.device.type == "cuda" and softcap is None
+    added = q.device.type == "cuda" and scoring.is_plain
     parts = []
     for i, (own_q, own_k, own_v) in enumerate(groups):
-        mask = plan.bias(i, window, q.dtype) if added else plan.mask(i, window)
-        parts.append(_attend(own_q, own_k, own_v, mask, scaling, softcap))
+        mask = plan.bias(i, scoring.window, q.dtype) if added else plan.mask(i, scoring.window)
+        parts.append(_attend(own_q, own_k, own_v, mask, scoring))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def by_tiles(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """Matrix products over tiles of queries (tiles.py); scores without a cap."""
-    if softcap is not None:
-        return by_groups(q, k, v, plan, scaling, window, softcap)
-    return tiled_attention(q, k, v, plan.tiles(window, q.shape[1] // k.shape[1], q.dtype), scaling)
+def by_tiles(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
+    """Matrix products over tiles of queries (tiles.py); scores without a cap or sinks."""
+    if not scoring.is_plain:
+        return by_groups(q, k, v, plan, scoring)
+    tiles = plan.tiles(scoring.window, q.shape[1] // k.shape[1], q.dtype)
+    return tiled_attention(q, k, v, tiles, scoring.scaling)
 
 
-def by_flash(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
+def by_flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
     """Flash attention over sequences of unlike length, on CUDA in 16 bits: the keys of each prompt are copied before
     those of every completion but the first, which lie after it anyway."""
-    if softcap is not None or not _flash_takes(q, v):
-        return by_groups(q, k, v, plan, scaling, window, softcap)
+    if not scoring.is_plain or not _flash_takes(q, v):
+        return by_groups(q, k, v, plan, scoring)
     lengths = plan.lengths
     # split and cat, whose backward pass is a cat and sums of parts; an index would add row by row, slices whole rows
     cut = (torch.split(x[0].transpose(0, 1), lengths.parts) for x in (k, v))
@@ -208,8 +218,8 @@ def by_flash(
         lengths.keys,
         lengths.longest_queries,
         lengths.longest_keys,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # queries stand at the end of their keys
+        scale=scoring.scaling,
+        window_size=(-1 if scoring.window is None else scoring.window - 1, 0),  # queries stand at the end of their keys
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)
@@ -238,17 +248,22 @@ def best_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return "tiles"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
-    if softcap is None:
+    if scoring.is_plain:
         grouped = repeats > 1 and q.device.type == "cpu"
         if repeats > 1 and not grouped:  # on CUDA, a mask and enable_gqa together leave only the slowest kernel
             k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scoring.scaling, enable_gqa=grouped)
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
+    scores = q @ k.transpose(2, 3) * scoring.scaling
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
     stats = torch.promote_types(scores.dtype, torch.float32)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.to(stats).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return F.softmax(torch.cat([scores.to(stats), sinks], dim=-1), dim=-1)[..., :-1].to(v.dtype) @ v
     return F.softmax(scores, dim=-1, dtype=stats).to(v.dtype) @ v
 
 
@@ -262,11 +277,12 @@ def shared_prefix_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     strop_plan: AttentionPlan | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every attention layer. query: [1, H, T, D]; returns [1, T, H, D].
+    """What transformers calls in every attention layer. query: [1, H, T, D]; s_aux: sinks [H]; returns [1, T, H, D].
 
     Raises:
         ModelError: the layer asks for something that this attention does not do.
@@ -282,7 +298,8 @@ def shared_prefix_attention(
     if scaling is None:
         scaling = float(query.shape[-1]) ** -0.5
     kernel = KERNELS[strop_plan.kernel or best_kernel(query.device, value.dtype)]
-    out = kernel(*_in_one_dtype(query, key, value), strop_plan, scaling, sliding_window, softcap)
+    scoring = Scoring(scaling, sliding_window, softcap, s_aux)
+    out = kernel(*_in_one_dtype(query, key, value), strop_plan, scoring)
     return out.transpose(1, 2).contiguous(), None
 
 

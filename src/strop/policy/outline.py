@@ -117,8 +117,8 @@ def _building(model: ModelSection) -> Iterator[None]:
 class Shape:
     """A model in numbers: width D, feed-forward width I, attention widths (queries A, keys and values K), heads of
     queries, layers, vocabulary; matrix: weights of all linear layers but the head; others: all further weights, tied
-    ones once. transform: of the logits. capped: attention caps its scores. recomputes: its layers can compute their
-    activations again."""
+    ones once. transform: of the logits. capped: attention makes all its scores, to cap them or to put sinks beside
+    them. recomputes: its layers can compute their activations again."""
 
     width: int
     inner: int
@@ -181,10 +181,14 @@ def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
         vocabulary=module.get_output_embeddings().weight.shape[0],
         matrix=matrix,
         others=sum(p.numel() for p in module.parameters()) - matrix,
-        capped=getattr(text, "attn_logit_softcapping", None) is not None,
+        capped=getattr(text, "attn_logit_softcapping", None) is not None or _has_sinks(module),
         transform=logit_transform(text),
         recomputes=bool(layers_that_can(module)),
     )
+
+
+def _has_sinks(module: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "sinks" for name, _ in module.named_parameters())
 
 
 def _most(text: PreTrainedConfig, name: str, otherwise: int | None = None) -> int:

@@ -138,7 +138,7 @@ def probe(policy: Policy, own: Own) -> str | None:
     """Score one small group in every way there is; why shared rows are not right, or None.
 
     Raises:
-        ModelError: the policy's log-probs are not those of the model's own logits.
+        ModelError: the policy's log-probs are not those of the model's own logits, or nothing that trains moves them.
     """
     group, plain = _rows(policy)
     with policy.scoring():
@@ -157,6 +157,8 @@ def probe(policy: Policy, own: Own) -> str | None:
                 f"so the architecture {policy.base.config.model_type} cannot be trained here",
                 where=policy.where,
             )
+        if policy.has_adapters:
+            _check_gradients(policy, plain)
         if not policy.share_prefix:
             return None
         apart = sharing.mean_apart(policy(pack([group]).to(policy.device)), logps)
@@ -166,6 +168,18 @@ def probe(policy: Policy, own: Own) -> str | None:
                 f"{own.tolerance:.2g})"
             )
     return None
+
+
+def _check_gradients(policy: Policy, plain: Batch) -> None:
+    with torch.enable_grad():
+        reached = policy(plain).requires_grad
+    if not reached:
+        raise ModelError(
+            "its log-probs do not depend on any weight that trains, as far as gradients tell",
+            where=policy.where,
+            expected="adapters on layers that text flows through, in a model whose code hands gradients on",
+            fix="name other layers in lora.target_modules, or train all weights (lora.enabled: false)",
+        )
 
 
 def _rows(policy: Policy) -> tuple[Group, Batch]:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from strop.types import Completion, Group, Origin
 
 ARCHITECTURES = frozenset(
     {
+        "afmoe",
         "apertus",
         "arcee",
         "cohere",
@@ -28,6 +29,7 @@ ARCHITECTURES = frozenset(
         "cwm",
         "deepseek_v2",
         "deepseek_v3",
+        "dots1",
         "ernie4_5",
         "ernie4_5_moe",
         "exaone4",
@@ -39,6 +41,8 @@ ARCHITECTURES = frozenset(
         "gemma3_text",
         "gemma4",
         "gemma4_text",
+        "gemma4_unified",
+        "gemma4_unified_text",
         "glm",
         "glm4",
         "glm4_moe",
@@ -46,14 +50,19 @@ ARCHITECTURES = frozenset(
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
+        "gpt_oss",
         "granite",
+        "granite_swa",
         "granitemoe",
+        "granitemoe_swa",
         "granitemoeshared",
         "helium",
         "hunyuan_v1_dense",
         "hyperclovax",
+        "internlm3",
         "jais2",
         "llama",
+        "mimo_v2_flash",
         "minicpm3",
         "minimax_m2",
         "ministral",
@@ -68,6 +77,7 @@ ARCHITECTURES = frozenset(
         "opt",
         "phi",
         "phi3",
+        "phimoe",
         "qwen2",
         "qwen2_moe",
         "qwen3",
@@ -94,17 +104,24 @@ def reason_against(config: PreTrainedConfig, attn_implementation: str | None = N
     of strop's own attention, if anything is."""
     if attn_implementation is not None:
         return f"attn_implementation is {attn_implementation}"
-    if config.model_type not in ARCHITECTURES:
-        return f"the architecture {config.model_type} is not among those it is tested with"
     text = config.get_text_config()
     others = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if others:
         return f"it has layers of the kind {', '.join(sorted(others))}"
     if getattr(text, "use_bidirectional_attention", None) not in _CAUSAL_FOR_TEXT:
         return "its attention is bidirectional"
+    if config.model_type not in ARCHITECTURES:
+        return _reason_against_architecture(config)
     if (kind := rope_by_length(config)) is not None:
         return f"its rotary embedding ({kind}) depends on the longest row of a batch"
     return None
+
+
+def _reason_against_architecture(config: PreTrainedConfig) -> str:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if known and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+        return f"how the architecture {config.model_type} mixes its tokens cannot be exchanged"
+    return f"the architecture {config.model_type} is not among those it is tested with"
 
 
 def rope_by_length(config: PreTrainedConfig) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from strop.policy import tiles
 from strop.policy.attention import (
     KERNELS,
     AttentionPlan,
+    Scoring,
     dense_mask,
     group_mask,
     shared_prefix_attention,
@@ -88,7 +91,7 @@ def test_the_default_scale_is_that_of_the_width() -> None:
     assert torch.equal(one, two) and one.shape == (1, 6, 2, 8)
 
 
-@pytest.mark.parametrize("extra", [{"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}])
+@pytest.mark.parametrize("extra", [{"position_bias": torch.zeros(1)}, {"is_causal": False}])
 def test_what_would_change_the_result_is_refused(extra: dict[str, object]) -> None:
     plan = AttentionPlan((GroupSpan(0, 4, (2,)),), CPU)
     q = torch.randn(1, 2, 6, 8)
@@ -100,13 +103,14 @@ def test_what_would_change_the_result_is_refused(extra: dict[str, object]) -> No
     assert torch.isfinite(out).all()
 
 
-def attend(kernel: str, inputs: tuple[Tensor, ...], window: int | None, softcap: float | None) -> list[Tensor]:
-    """Output and gradients of q, k, v of one kernel."""
+def attend(kernel: str, inputs: tuple[Tensor, ...], scoring: Scoring) -> list[Tensor]:
+    """Output and gradients of q, k, v, and of the sinks where there are some, of one kernel."""
     plan = AttentionPlan(LAYOUT, CPU, kernel)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
-    out = KERNELS[kernel](q, k, v, plan, 0.3, window, softcap)
+    sinks = None if scoring.sinks is None else scoring.sinks.detach().requires_grad_()
+    out = KERNELS[kernel](q, k, v, plan, replace(scoring, sinks=sinks))
     out.backward(g)
-    return [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+    return [out.detach(), *(x.grad for x in (q, k, v, sinks) if x is not None and x.grad is not None)]
 
 
 def draw(heads: int, key_heads: int, dtype: torch.dtype, width: int = 8) -> tuple[Tensor, ...]:
@@ -119,17 +123,24 @@ def draw(heads: int, key_heads: int, dtype: torch.dtype, width: int = 8) -> tupl
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 6, 100])
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, False), (None, True)])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_every_kernel_is_the_oracle(
-    rows: int, window: int | None, softcap: float | None, heads: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    heads: int,
+    key_heads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tiles, "WIDE_TILE_ROWS", rows)
     monkeypatch.setattr(tiles, "KEPT_BYTES", {1: 60, 2: 0}.get(rows, 2**24))
     inputs = draw(heads, key_heads, torch.float64)
-    want = attend("dense", inputs, window, softcap)
+    scoring = Scoring(0.3, window, softcap, torch.linspace(-1, 2, heads, dtype=torch.float64) if sinks else None)
+    want = attend("dense", inputs, scoring)
     for kernel in KERNELS:
-        for ours, theirs in zip(attend(kernel, inputs, window, softcap), want, strict=True):
+        for ours, theirs in zip(attend(kernel, inputs, scoring), want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -141,7 +152,7 @@ def test_tiles_round_no_worse_than_plain_products(
 ) -> None:
     """float64 is the truth; the naive way is q k^T, a mask, a softmax, a product, in the dtype."""
     monkeypatch.setattr(tiles, "KEPT_BYTES", kept)
-    exact = attend("dense", draw(6, 2, torch.float64, 32), window, None)
+    exact = attend("dense", draw(6, 2, torch.float64, 32), Scoring(0.3, window))
     inputs = draw(6, 2, dtype, 32)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
     scores = (q @ k.repeat_interleave(3, 1).transpose(2, 3) * 0.3).masked_fill(
@@ -150,7 +161,7 @@ def test_tiles_round_no_worse_than_plain_products(
     out = scores.softmax(-1) @ v.repeat_interleave(3, 1)
     out.backward(g)
     naive = [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
-    for ours, theirs, truth in zip(attend("tiles", inputs, window, None), naive, exact, strict=True):
+    for ours, theirs, truth in zip(attend("tiles", inputs, Scoring(0.3, window)), naive, exact, strict=True):
         error, allowed = (ours.double() - truth).norm(), (theirs.double() - truth).norm()
         assert ours.dtype == dtype and 0 < error <= 1.5 * allowed
 

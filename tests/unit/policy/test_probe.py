@@ -6,12 +6,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from strop.batch import GroupSpan
 from strop.config.sections import ModelSection
@@ -107,6 +108,22 @@ class Noisy(torch.nn.Module):
 def test_a_model_that_is_another_one_in_training_is_refused() -> None:
     with pytest.raises(ModelError, match="other log-probs in training than in inference"):
         policy_of(Precision(torch.float32), Noisy())
+
+
+def test_adapters_that_gradients_do_not_reach_are_refused(
+    model_dir: Path, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(lora={})
+    inner = LlamaModel.forward
+
+    def cut(self: Any, *args: Any, **others: Any) -> Any:
+        out = inner(self, *args, **others)
+        out.last_hidden_state = out.last_hidden_state.detach()
+        return out
+
+    monkeypatch.setattr(LlamaModel, "forward", cut)
+    with pytest.raises(ModelError, match="do not depend on any weight that trains"):
+        build(lora={})
 
 
 def test_every_part_is_in_its_own_mode_again_after_inference() -> None:
