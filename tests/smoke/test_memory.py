@@ -23,6 +23,7 @@ from strop.engine import optim
 from strop.engine.source import Cut, GroupSet
 from strop.errors import TrainingError
 from strop.machine import Machine
+from strop.policy.checkpointing import layers_that_can
 from strop.policy.policy import Policy
 from strop.types import Completion, Group, Origin
 
@@ -113,6 +114,45 @@ def test_it_is_the_same_run(
         torch.testing.assert_close(cut_weights[name], weight, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_auto_recomputes_everything_before_it_gives_up(
+    dropout: float,
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Single groups fit only where activations are computed again: the same steps, told once."""
+    keys = {
+        "lora.enabled": True,
+        "lora.r": 4,
+        "lora.lora_dropout": dropout,
+        "training.micro_batch_tokens": 1,
+        "training.torch_compile": False,
+    }
+    metrics, weights = train(tmp_path / "enough", model_dir, **keys)
+    forward, failed = Policy.forward, []
+
+    def fail(*_: Any) -> None:
+        failed.append(True)
+        raise ERRORS[0]()
+
+    def limited(self: Policy, batch: Batch) -> Tensor:
+        out = forward(self, batch)
+        if out.requires_grad and not all(layer.gradient_checkpointing for layer in layers_that_can(self)):
+            out.register_hook(fail)
+        return out
+
+    monkeypatch.setattr(Policy, "forward", limited)
+    again, same_weights = train(tmp_path / "little", model_dir, **keys)
+    said = " ".join(capfd.readouterr().err.split())
+    assert len(failed) == 1 and said.count("activations of all layers computed again") == 1
+    assert [r["loss"] for r in again] == [r["loss"] for r in metrics]
+    assert all(torch.equal(same_weights[name], weight) for name, weight in weights.items())
+    with pytest.raises(TrainingError, match=r"(?s)single groups .*gradient_checkpointing: true"):
+        train(tmp_path / "asked", model_dir, **keys, **{"training.gradient_checkpointing": False})
+
+
 def test_a_group_that_does_not_fit_is_explained(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,11 +162,11 @@ def test_a_group_that_does_not_fit_is_explained(
     message = str(caught.value)
     assert message.startswith("step 1: memory ran out, although micro-batches are single groups of at most ")
     ways = [
-        "gradient_checkpointing: true",
         "bf16: true",
         "lora.enabled",
         "adamw_8bit",
     ]
+    assert "gradient_checkpointing" not in message  # auto has tried it
     places = [message.index(way) for way in [*ways, "max_seq_length (now 512)"]]
     assert places == sorted(places) and "batch_size" not in message  # no batch is smaller than one group
 

@@ -382,3 +382,21 @@ def test_logs_do_not_lead_out_of_where_runs_are_written(logs: str, tmp_path: Pat
         RunDir(tmp_path / "out" / "run", logging_dir=logs)
     assert RunDir(tmp_path / "out" / "run", logging_dir="../logs").logs == tmp_path / "out" / "logs" / "run"
     assert RunDir(tmp_path / "out" / "run", logging_dir=str(tmp_path / "z")).logs == tmp_path / "z" / "run"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """A process that was forked while the lock was held."""
+    script = (
+        "import os, sys, time\nfrom strop.rundir import RunDir\n"
+        "run = RunDir.open(sys.argv[1], resume=True, overwrite=False)\nworker = os.fork()\n"
+        "if worker == 0:\n    os.close(1)\n    time.sleep(60)\n    os._exit(0)\n"
+        "print(worker, flush=True)\nos._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, check=True)
+    worker = int(done.stdout)
+    try:
+        os.kill(worker, 0)  # it is there
+        RunDir.open(tmp_path, resume=True, overwrite=False).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)

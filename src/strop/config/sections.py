@@ -195,7 +195,8 @@ class TrainingSection(Section):
         default="auto", json_schema_extra={"x-type": "true, false, auto, or a number above 0 and below 1"}
     )
     """Recompute activations in the backward pass: true, false, the share of layers in (0, 1), or auto: the smallest
-    share with which the estimate of memory fits the device, false where there is no estimate."""
+    share with which the estimate of memory fits the device, false where there is no estimate, and all layers from the
+    step on at which a single group does not fit."""
     reference_store: bool = True
     """Keep reference log-probs in the cache folder, where other runs with the same model and rows find them."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"

@@ -27,7 +27,7 @@ from strop.config.methods import MethodSettings
 from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import Evaluation
-from strop.engine.memory import cut_finer, does_not_fit
+from strop.engine.memory import cut_finer, decided_by_auto, does_not_fit, recomputing
 from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
 from strop.engine.optim import build_optimizer, learning_rate, without_gradient
 from strop.engine.recipe import cut_matters
@@ -39,6 +39,7 @@ from strop.engine.state import TrainState
 from strop.engine.step import StepScores, forward_backward, suspect_rows
 from strop.errors import Interrupted, SaveError, TrainingError
 from strop.objectives.base import Mean, Objective
+from strop.policy.checkpointing import checkpoint_all
 from strop.policy.memory import attempt
 from strop.policy.policy import Policy
 from strop.types import Group
@@ -234,7 +235,8 @@ class Loop:
         """The gradients of one step.
 
         Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
-        smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks).
+        smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks). Where these are
+        single groups already and `gradient_checkpointing` is auto, all layers compute their activations again.
         """
         scale = float(self.scaler.scale(torch.ones((), device=self.world.device))) if self.scaler.is_enabled() else 1.0
 
@@ -253,6 +255,9 @@ class Loop:
                 return done
             self.optimizer.zero_grad(set_to_none=True)
             finer = self.cut.smaller(groups)
+            if finer is None and decided_by_auto(self.config) and checkpoint_all(self.policy):
+                self.outputs.note(recomputing(f"step {step}", why))
+                continue
             if finer is None:
                 longest = max(group.num_tokens for group in groups.lengths)
                 raise does_not_fit(self.config, why, f"step {step}", longest, backward=True)

@@ -30,6 +30,20 @@ def cut_finer(where: str, why: str, before_tokens: int, now_tokens: int) -> str:
     )
 
 
+def decided_by_auto(config: RunConfig) -> bool:
+    """Whether the share of layers that are checkpointed is an estimate's, which may have been too small."""
+    return config.origins.get("training.gradient_checkpointing", "").startswith("auto")
+
+
+def recomputing(where: str, why: str) -> str:
+    """What to say when all layers are checkpointed from now on."""
+    return (
+        f"{where}: memory ran out ({why}), although micro-batches are single groups; again, and from here on, with the "
+        "activations of all layers computed again on the way back, since training.gradient_checkpointing is auto. The "
+        "result is the same"
+    )
+
+
 @contextmanager
 def explaining_memory(config: RunConfig, where: str) -> Iterator[None]:
     """Say what can be done where memory runs out in the block, and nothing could be tried again."""
@@ -45,7 +59,7 @@ def ways_to_fit(config: RunConfig, backward: bool = True) -> Iterator[str]:
     """Settings that lower the peak where micro-batches are as small as they get, from those that change no result to
     those that do. backward: the peak is that of a training step's pass."""
     training = config.training
-    if backward and training.gradient_checkpointing is not True:
+    if backward and training.gradient_checkpointing is not True and not decided_by_auto(config):
         yield "set training.gradient_checkpointing: true"
     if not training.bf16 and not training.fp16:
         yield "set training.bf16: true"

@@ -40,3 +40,12 @@ def checkpoint_layers(module: nn.Module, share: float, *, random: bool, where: s
         layer._gradient_checkpointing_func = recompute
     assert sum(layer.gradient_checkpointing for layer in layers) == wanted
     return wanted
+
+
+def checkpoint_all(module: nn.Module) -> bool:
+    """Switch checkpointing on for every layer of a model that `checkpoint_layers` has seen; whether that changes
+    anything."""
+    without = [layer for layer in layers_that_can(module) if not layer.gradient_checkpointing]
+    for layer in without:
+        layer.gradient_checkpointing = True
+    return bool(without)
