@@ -100,7 +100,7 @@ def test_the_oddest_row_of_each_kind_is_shown_with_what_was_left_out(
         assert found.get("the longest") == "", found
         assert found["with answers that are not trained; with reasoning"] == "the reasoning of turn 2"
         assert found["with tools"] == ""
-        assert found["of which strop leaves a turn out"] == "the system column"
+        assert found["of which strop leaves a part out"] == "the system column"
 
 
 def test_the_processor_is_not_timed_where_nobody_asks(

@@ -11,10 +11,11 @@ instead, cut at the end of the generation prompt.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from strop.data.forms import without_reasoning
+from strop.data.forms import without_arguments, without_reasoning
 from strop.data.marks import REASONING_KEYS, THINK_TAG, Marks, Piece, Place, Reading, Span
 from strop.data.rows import RowRefused
 from strop.data.writer import Writer
@@ -23,8 +24,8 @@ from strop.types import Message
 Content = tuple[int, int, bool]
 """What the row has written: start, stop, and whether it is an assistant turn."""
 
-KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS})
-"""Keys of a message that are looked after one by one; an id says nothing but what belongs together."""
+KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id"})
+"""Keys of any message that are looked after one by one; an id says nothing but what belongs together."""
 
 EMPTY: tuple[object, ...] = ("", [], {})
 
@@ -106,11 +107,26 @@ class Conversation:
             for i, message in enumerate(self._messages)
             if not message.keys() <= KNOWN
             for key, value in message.items()
-            if key not in KNOWN and value not in EMPTY and (key, message["role"]) != ("name", "tool")
+            if value not in EMPTY and not _is_looked_after(key, message["role"])
         ]
         if not more or self._writes_without(more):
             return more
         return [one for one in more if self._writes_without([one])]
+
+    def refuse_lost_arguments(self) -> None:
+        """A template that writes calls without their arguments would train calls that nobody has made."""
+        bare = without_arguments(self._messages)
+        if (
+            bare != list(self._messages)
+            and not self._writer.names_arguments
+            and self._writer.text(bare) == self._rendered
+        ):
+            raise RowRefused(
+                "dropped_by_template",
+                "the chat template leaves the arguments of tool calls out",
+                expected="a chat template that writes calls with their arguments",
+                fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes them",
+            )
 
     def _writes_without(self, keys: Sequence[tuple[int, str]]) -> bool:
         gone = set(keys)
@@ -126,6 +142,28 @@ class Conversation:
             return [(answer.start, answer.stop)]
         own = [(max(a, answer.earliest), b) for a, b in self.blocks if self._owner(b) is answer]
         return [(a, b) for a, b in own if a < b]
+
+    def refuse_words_of_others(self, spans: Sequence[Span]) -> None:
+        """What somebody else has written is never trained, whatever a generation block holds.
+
+        Args:
+            spans: what is trained, in order.
+        """
+        starts = [start for start, _ in spans]
+        for start, stop, is_assistants in self.contents:
+            n = bisect_left(starts, stop) - 1
+            if not is_assistants and n >= 0 and start < stop and spans[n][1] > start:
+                raise RowRefused(
+                    "spans_not_found",
+                    f"what is trained would hold {self.text[start:stop][:40]!r}, which no assistant turn says",
+                    expected="{% generation %} blocks around what the assistant writes, and nothing else",
+                    fix="mend the chat template, or set dataset.template to another one",
+                )
+
+    def is_followed(self, stop: int) -> bool:
+        """Whether the template writes more behind a generation block that ends there: then the block says where the
+        answer ends."""
+        return self.blocks is not None and bool(self.text[stop:].strip())
 
     def _owner(self, stop: int) -> Answer | None:
         """The answer that a block belongs to which ends at `stop`: the last one that begins in front of that."""
@@ -206,7 +244,8 @@ class Conversation:
         if as_generated and opening:
             start = earliest = len(opening)
         else:
-            start = min(common, own[0].start) if common >= floor > 0 else own[0].start
+            begin = max(own[0].start - len(self._lead(i, own[0])), floor)
+            start = min(common, own[0].start) if common >= floor > 0 else begin
             earliest = start if common >= floor > 0 else floor
         if not floor <= start <= end + length:
             raise unverified(f"turn {i + 1} does not follow its generation prompt")
@@ -214,6 +253,14 @@ class Conversation:
         is_other = not as_generated and _num_common(opening, alone.text) > common
         is_history = not is_same or not is_whole or is_other
         return Answer(i, start, end + length, earliest, as_generated, is_history)
+
+    def _lead(self, i: int, first: Place) -> str:
+        """What a content has in front of its first piece, a tag or white space, if the rendering has it there too."""
+        content = self._messages[i].get("content") or ""
+        own = first.piece.kind in ("content", "thought")
+        at = content.find(first.piece.text) if first.piece.text else content.find("<think>") + len("<think>")
+        lead = content[:at] if own else ""
+        return lead if self.text.endswith(lead, 0, first.start) else ""
 
     def _closing(self, behind: str) -> int:
         """How many of the characters behind an answer's last words are the answer's too."""
@@ -295,6 +342,10 @@ class Conversation:
             self.text = self.text[: answer.stop] + self._following_header()
         length = self._ends.next_header(self.text[answer.stop :])
         return replace(answer, stop=answer.stop + length)
+
+
+def _is_looked_after(key: str, role: str) -> bool:
+    return key in KNOWN or (key in REASONING_KEYS if role == "assistant" else (key, role) == ("name", "tool"))
 
 
 def _without_thoughts(message: Message) -> Message:

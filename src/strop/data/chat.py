@@ -53,6 +53,7 @@ class Rendered:
     num_dropped_reasoning: turns whose reasoning was left out, as `dataset.on_dropped_reasoning` says.
     is_generation_prompt: the prompt is the one that inference sees. left_out: what of the row is not in the text, in
     words. has_unread_keys, has_unread_kwargs: the template does not read a key of a message, or a variable of the row.
+    may_be_closed: the tokenizer's EOS token may follow an answer without an end token.
     """
 
     text: str
@@ -69,6 +70,7 @@ class Rendered:
     left_out: tuple[str, ...] = ()
     has_unread_keys: bool = False
     has_unread_kwargs: bool = False
+    may_be_closed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +214,14 @@ class Renderer:
         dropped = {i for i, row in enumerate(rows) if has_reasoning(row)} if num_dropped_reasoning else set[int]()
         lost = [f"the reasoning of turn {i + 1}" for i in sorted(dropped.union(conversation.lost_reasoning))]
         unread = conversation.unread_keys()
+        conversation.refuse_lost_arguments()
         _refuse_lost_names(rows, unread)
+        all_trained = tuple(span for answer in trained for span in spans[answer])
+        conversation.refuse_words_of_others(all_trained)
         return Rendered(
             text,
             first.start if first.as_generated else spans[first][0][0],
-            tuple(span for answer in trained for span in spans[answer]),
+            all_trained,
             conversation.contents,
             openings=tuple(answer.start for answer in trained if answer.as_generated),
             num_prompt_turns=first.message,
@@ -226,6 +231,7 @@ class Renderer:
             is_generation_prompt=first.as_generated,
             left_out=(*lost, *(f"{key!r} of turn {i + 1}" for i, key in unread)),
             has_unread_keys=bool(unread),
+            may_be_closed=not conversation.is_followed(all_trained[-1][1]),
         )
 
     def _wanted(self, messages: Sequence[Message], first: int) -> set[int]:

@@ -11,6 +11,7 @@ COUNTERS = {
     "system_unused": "rows have a system column and another system turn in their messages: the turn is used",
     "with_tools": "rows with tools, or with calls of some",
     "with_reasoning": "rows with reasoning",
+    "media_unread": "rows have images, videos or sounds, which are not trained",
     "prompts_cut": "prompts cut at the left",
     "completions_cut": "",
     "without_end_token": "",
@@ -32,5 +33,6 @@ has more to say of it."""
 LEFT_OUT = {
     "trailing_turns": "the turns behind the last assistant turn",
     "system_unused": "the system column",
+    "media_unread": "the column of images, videos or sounds",
 }
 """What strop itself leaves out of a row, by the counter that counts it."""

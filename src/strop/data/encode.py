@@ -257,7 +257,7 @@ class Encoder:
             after = max(bisect_left(tokens.starts, stop, first), first)
             mask[first:after] = bytes([1]) * (after - first)
         stop = mask.rfind(1) + 1
-        if self._is_closed(rendered.text, tokens, mask):
+        if not rendered.may_be_closed or self._is_closed(rendered.text, tokens, mask):
             return tokens.ids[start:stop], bytes(mask[start:stop])
         if self._eos is None:
             raise ModelError(

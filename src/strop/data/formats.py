@@ -298,10 +298,12 @@ class _Reader:
         return prompt, completions
 
     def refuse_media(self, parts: tuple[Turns, ...]) -> None:
-        """An image that a text points to is a part of the row, and it is not trained."""
+        """An image that a text points to is a part of the row, and it is not trained; others are counted."""
         for name in MEDIA & self._whole.keys():
             if self._whole[name] in (None, "", []):
                 continue
+            if "media_unread" not in self.notes:
+                self.notes.append("media_unread")
             texts = [turn.get("content", "") for part in parts if not isinstance(part, str) for turn in part]
             texts += [part for part in parts if isinstance(part, str)]
             if match := next(filter(None, map(PLACEHOLDER.search, texts)), None):

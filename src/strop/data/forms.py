@@ -33,6 +33,12 @@ def reasoning_keys(template: str) -> tuple[str, ...]:
     return tuple(key for key in REASONING_KEYS if re.search(rf"""(?:\.|['"]){key}\b(?!['"]?\s*:)""", source))
 
 
+@lru_cache
+def names_arguments(template: str) -> bool:
+    """Whether a template speaks of the arguments of calls, outside of its comments."""
+    return "arguments" in COMMENT.sub("", template)
+
+
 def has_reasoning(message: Message) -> bool:
     """Whether a turn has reasoning under a key of its own."""
     return message["role"] == "assistant" and any(message.get(key) for key in REASONING_KEYS)
@@ -111,6 +117,19 @@ def _with_json(call: Mapping[str, Any]) -> Mapping[str, Any]:
         return call
     function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
     return {**call, "function": function} if "function" in call else function
+
+
+def without_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with calls whose arguments are empty."""
+
+    def bare(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not function.get("arguments"):
+            return call
+        function = {**function, "arguments": {}}
+        return {**call, "function": function} if "function" in call else function
+
+    return [{**m, "tool_calls": list(map(bare, m["tool_calls"]))} if "tool_calls" in m else m for m in messages]
 
 
 def writes_python(messages: Sequence[Message], text: str) -> bool:

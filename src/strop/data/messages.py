@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from strop.data.jsontext import parsed
+from strop.data.marks import REASONING_KEYS
 from strop.data.rows import RowRefused
 from strop.types import Message
 
@@ -20,14 +21,18 @@ MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
 
 PLAIN = frozenset({"role", "content"})
 
-TRAIN_KEYS = ("weight", "train", "training", "loss")
+TRAIN_KEYS = ("weight", "train", "training", "trainable", "train_turn", "loss", "loss_weight", "loss_mask")
 """Keys by which rows say whether an assistant turn is trained: 0 or false, 1 or true."""
+
+OTHER_REASONING_KEYS = ("thought", "thoughts")
+"""Further keys for reasoning, which no template reads."""
 
 NOT_TEXT = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos", "file", "files"), "text alone"),
     "function_call": "tool_calls, a list of calls",
     "refusal": "the refusal as the content",
     "train_detail": "train: true or false for the whole turn",
+    **dict.fromkeys(("reasoning_details", "thinking_blocks"), "the reasoning as a text under reasoning_content"),
 }
 """Keys of a message that hold a part of it which is not trained, and what is expected instead."""
 
@@ -78,7 +83,10 @@ def _message(message: Any, field: str) -> Message:
         raise RowRefused("unknown_role", f"{field}.role is {role[:40]!r}", expected="one of " + ", ".join(ROLES))
     # a missing key and a null are the same to templates of current models; tables fill missing keys with null
     turn = {key: item for key, item in message.items() if item is not None}
-    _check_keys(turn, field)
+    if not turn.keys() <= PLAIN:
+        if role == "assistant":
+            _settle_reasoning(turn, field)
+        _check_keys(turn, field)
     if "tool_calls" in turn:
         _settle_calls(turn, field)
     calls = role == "assistant" and "tool_calls" in turn
@@ -93,8 +101,6 @@ def _message(message: Any, field: str) -> Message:
 
 def _check_keys(turn: dict[str, Any], field: str) -> None:
     """Settles whether the turn is trained, and refuses parts of it that would be lost."""
-    if turn.keys() <= PLAIN:
-        return
     for key in [key for key in NOT_TEXT if key in turn]:
         if turn[key] not in ("", [], {}):
             raise RowRefused(
@@ -128,6 +134,28 @@ def _check_keys(turn: dict[str, Any], field: str) -> None:
         turn["train"] = False
 
 
+def _settle_reasoning(turn: dict[str, Any], field: str) -> None:
+    """The reasoning of an answer as one text under one key, where the row has it under several or as parts."""
+    there = [key for key in (*REASONING_KEYS, *OTHER_REASONING_KEYS) if key in turn]
+    texts = {key: _content(turn[key], f"{field}.{key}", may_be_empty=True) for key in there}
+    said = {key: text for key, text in texts.items() if text}
+    if len(set(said.values())) > 1:
+        raise RowRefused(
+            "wrong_shape",
+            f"{field} has reasoning under {' and '.join(said)}, and the texts differ",
+            expected="the reasoning of a turn under one key",
+        )
+    if not there:
+        return
+    first = next(iter(said or texts))
+    for key in there:
+        del turn[key]
+    turn[first if first in REASONING_KEYS else REASONING_KEYS[0]] = texts[first]
+    if said:  # the same once more, in the form of one provider or another
+        turn.pop("reasoning_details", None)
+        turn.pop("thinking_blocks", None)
+
+
 def _settle_calls(turn: dict[str, Any], field: str) -> None:
     """The calls of a turn as a list of objects; they may stand as JSON text, and no calls are none."""
     calls = turn["tool_calls"]
@@ -142,17 +170,27 @@ def _settle_calls(turn: dict[str, Any], field: str) -> None:
 
 
 def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The call with its arguments as an object: templates write them as JSON, which would quote a text once more."""
+    """The call with its arguments as an object: templates write them as JSON, which would quote a text once more. A
+    call without arguments has none."""
     function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, Mapping) or "name" not in function:
         return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
+    key = "parameters" if "arguments" not in function and "parameters" in function else "arguments"
+    found = function.get(key)
+    if isinstance(found, str) and found.strip():
+        try:
+            arguments = json.loads(found)
+        except (ValueError, RecursionError):
+            return call
+        if not isinstance(arguments, dict):
+            return call
+    elif found is None or isinstance(found, str):
+        arguments = {}
+    elif key == "parameters":
+        arguments = found
+    else:
         return call
-    if not isinstance(arguments, dict):
-        return call
-    function = {**function, "arguments": arguments}
+    function = {**{name: value for name, value in function.items() if name != key}, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function
 
 

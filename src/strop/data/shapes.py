@@ -164,14 +164,21 @@ def _turns(text: str, side: str) -> list[dict[str, Any]]:
 
 def _sharegpt(data: Mapping[str, Any], rows: RowShape, prompt: str, completions: Sequence[str]) -> Mapping[str, Any]:
     rest = _without(data, "conversations")
-    turns = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(data["conversations"])]
+    found = data["conversations"]
+    if found and all(isinstance(turn, Mapping) and "role" in turn and "from" not in turn for turn in found):
+        turns = list(found)  # messages under sharegpt's name
+    else:
+        turns = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(found)]
     if rows == "single":
         return {**rest, "messages": turns}
     for side in completions:
         if isinstance(rest.get(side), Mapping):
             rest[side] = [rest[side]]
         if isinstance(rest.get(side), list | tuple):
-            rest[side] = [_turn(turn, f"{side}[{i}]") for i, turn in enumerate(rest[side])]
+            rest[side] = [
+                _turn(turn, f"{side}[{i}]") if isinstance(turn, Mapping) and "from" in turn else turn
+                for i, turn in enumerate(rest[side])
+            ]
     return {**rest, prompt: turns}
 
 

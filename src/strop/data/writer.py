@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.data.forms import PLAIN_FORM, Form, reasoning_keys
+from strop.data.forms import PLAIN_FORM, Form, names_arguments, reasoning_keys
 from strop.data.marks import Span
 from strop.data.rows import RowRefused
 from strop.data.sandbox import render
@@ -85,6 +85,7 @@ class Writer:
         form: how the template takes messages.
 
     `asks_for_answers`: the template knows a generation prompt. `reasoning_keys`: where it looks for reasoning.
+    `names_arguments`: it speaks of the arguments of calls.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Writer:
         self._variables = dict(variables)
         self._date = date
         self.reasoning_keys = reasoning_keys(template)
+        self.names_arguments = names_arguments(template)
         self.asks_for_answers = "add_generation_prompt" in template
 
     def in_form(self, form: Form) -> Writer:

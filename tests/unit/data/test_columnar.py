@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from strop.data.columnar import NOT_READ
 from strop.data.formats import Columns, to_example
 from strop.data.sources import choose_sources
+from strop.data.workshop import Workshop
 from strop.types import Example, Origin, RowShape
 
 Row = dict[str, Any]
@@ -131,6 +132,119 @@ def test_the_same_rows_are_the_same_examples_in_every_format(
     assert bare == expected
 
 
+KEYS = {
+    "a": st.integers(-9, 9),
+    "b": words,
+    "c": st.booleans(),
+    "d": st.lists(st.one_of(st.none(), st.integers(-9, 9)), max_size=3),
+    "e": st.fixed_dictionaries({"x": words}, optional={"y": st.integers(-9, 9)}),
+    "f": st.lists(st.fixed_dictionaries({"x": words}, optional={"y": st.lists(words, max_size=2)}), max_size=2),
+}
+"""Arguments of calls and parts of schemas, of one type for each key, as tables need it."""
+
+WHOLE = {"a": 1, "b": "x", "c": True, "d": [1, None], "e": {"x": "x", "y": 1}, "f": [{"x": "x", "y": ["x"]}]}
+"""All keys: a table has them in the order of their first row, so that only rows in this order are the same in it."""
+
+nested = st.fixed_dictionaries({}, optional=KEYS).map(lambda made: json.loads(json.dumps(made, sort_keys=True)))
+
+
+def asking(arguments: Row) -> Row:
+    """A turn that calls a function."""
+    return {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+    }
+
+
+@st.composite
+def nested_rows(draw: st.DrawFn) -> list[Row]:
+    """Conversations with nested calls and tools, in which each row has other keys than the others."""
+
+    def turns() -> list[Row]:
+        made: list[Row] = [{"role": "user", "content": draw(words)}]
+        for _ in range(draw(st.integers(0, 2))):
+            beside = draw(st.sampled_from([{}, {"content": ""}, {"content": "x"}]))
+            made += [{**asking(draw(nested)), **beside}, {"role": "tool", "content": draw(st.sampled_from(["", "x"]))}]
+        more = draw(st.sampled_from([{}, {"weight": 1}, {"lang": "en"}]))
+        return [*made, {"role": "assistant", "content": draw(words), **more}]
+
+    def tools(properties: Row) -> list[Row]:
+        parameters = {"type": "object", "properties": properties}
+        return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    first = {"messages": [{"role": "user", "content": "q"}, asking(WHOLE)], "tools": tools(WHOLE)}
+    rows: list[Row] = [first, *({"messages": turns()} for _ in range(draw(st.integers(1, 3))))]
+    for row in rows[1:]:
+        if draw(st.booleans()):
+            row["tools"] = tools(draw(nested))
+        if draw(st.booleans()):
+            row["chat_template_kwargs"] = draw(st.sampled_from([{"deep": True}, {"mood": "glad"}]))
+    return rows
+
+
+TOOLED = (
+    "{{ mood or '' }}{% if deep %}deep{% endif %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + (m.content or '') }}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + (c | tojson) }}{% endfor %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokens(name: str, shape: RowShape, make_config: Make, tokenizer: Any) -> list[dict[str, Any]]:
+    """What becomes of the rows: ids, masks, and what was done to them, but for how the format holds them."""
+    config = make_config({"max_seq_length": 10**6, "max_prompt_length": None}, name=name, on_error="skip")
+    rows = choose_sources(config.dataset, shape).train[0].read()
+    done = Workshop(config, tokenizer, shape).work(list(rows))
+    found = done.table.to_pylist() if done.table is not None else []
+    kept = [{**record, "messages_as_json": 0, "line": 0, "prompt_hash": 0} for record in found]
+    return [*kept, {"refused": dict(done.refused), "dropped": dict(done.dropped)}]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("shape", "make"), [("single", nested_rows), ("pair", pair_rows)])
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_same_rows_are_the_same_tokens_in_every_format(
+    kind: str,
+    shape: RowShape,
+    make: Callable[[], Any],
+    data: st.DataObject,
+    tmp_path: Path,
+    make_config: Make,
+    make_tokenizer: Make,
+) -> None:
+    tokenizer, rows = make_tokenizer(template=TOOLED), data.draw(make())
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    expected = tokens(as_jsonl(rows, folder), shape, make_config, tokenizer)
+    assert tokens(FORMATS[kind](rows, folder), shape, make_config, tokenizer) == expected
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_nulls_that_json_wrote_are_the_same_tokens_as_json_text(
+    data: st.DataObject, tmp_path: Path, make_config: Make, make_tokenizer: Make
+) -> None:
+    """A CSV file and a column of JSON text hold them as JSON Lines do."""
+    leaves = st.one_of(st.none(), st.integers(-9, 9), words, st.booleans())
+    anything = st.recursive(leaves, lambda kind: st.lists(kind, max_size=2) | st.dictionaries(names, kind, max_size=2))
+    arguments = st.dictionaries(names, anything, min_size=1, max_size=3)
+    call = {"type": "function", "function": {"name": "f", "arguments": data.draw(arguments)}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": data.draw(arguments)}}}
+    turns = [
+        {"role": "user", "content": data.draw(words)},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    rows = [{"messages": turns, "tools": [tool]}]
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    tokenizer = make_tokenizer(template=TOOLED)
+    expected = tokens(as_jsonl(rows, folder), "single", make_config, tokenizer)
+    as_text = [{key: json.dumps(value) for key, value in row.items()} for row in rows]
+    for write in (as_csv, as_parquet, as_saved):
+        assert tokens(write(as_text, folder), "single", make_config, tokenizer) == expected
+
+
 def test_a_null_that_json_wrote_stays(tmp_path: Path, make_config: Make) -> None:
     call = {"function": {"name": "f", "arguments": {"a": None}}}
     tool = {"name": "f", "parameters": {"default": None}}
@@ -188,7 +302,8 @@ def test_images_and_sounds_that_nobody_reads_are_not_decoded(
     source = choose_sources(make_config(name=name, streaming=streaming).dataset, "single").train[0]
     (row,) = source.read()
     assert row.data == {"prompt": "q", "completion": "x", kind: NOT_READ}
-    assert to_example(row.data, Origin("", 0), "single", Columns()) == Example("q", ("x",), Origin("", 0))
+    expected = Example("q", ("x",), Origin("", 0), notes=("media_unread",))
+    assert to_example(row.data, Origin("", 0), "single", Columns()) == expected
 
 
 def test_a_column_of_bytes_is_no_text(tmp_path: Path, make_config: Make) -> None:

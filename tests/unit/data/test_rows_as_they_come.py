@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -303,7 +304,8 @@ def test_a_text_that_points_to_an_image_is_refused(rows: RowShape, row: Row) -> 
         assert refused({**text, "images": images}, rows).reason == "unsupported_modality"
     for nothing in ({}, {"images": []}, {"images": None}):
         assert read({**text, **nothing}, rows)
-    assert read({**row, "images": ["a.png"]}, rows) == read(row, rows)  # a column that nothing points to
+    beside, plain = read({**row, "images": ["a.png"]}, rows), read(row, rows)  # a column that nothing points to
+    assert replace(beside, notes=()) == plain and beside.notes == ("media_unread",)
 
 
 # ---- names
@@ -387,3 +389,90 @@ def test_a_name_that_the_template_does_not_write_is_refused(name: str, make_toke
     reads = READS_MOOD.replace("m.mood", "m.name")
     (rendered,) = Renderer(make_tokenizer(template=reads)).render(read(row))
     assert name in rendered.text and not rendered.left_out
+
+
+NAMES_ONLY = READS_MOOD.replace(
+    "+ m['content'] +",
+    "+ (m['content'] or '') + (m.tool_calls | map(attribute='function.name') | join if m.tool_calls else '') +",
+)
+
+
+def test_calls_without_their_arguments_are_refused(make_tokenizer: Callable[..., Any]) -> None:
+    for function, is_lost in (({"name": "f", "arguments": {"a": 1}}, True), ({"name": "f", "arguments": {}}, False)):
+        row = {"messages": [u("q"), a("", tool_calls=[{"function": function}])]}
+        if is_lost:
+            with pytest.raises(RowRefused, match="leaves the arguments"):
+                Renderer(make_tokenizer(template=NAMES_ONLY)).render(read(row))
+        else:
+            Renderer(make_tokenizer(template=NAMES_ONLY)).render(read(row))
+    row = {"messages": [u("q"), a("", tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}}])]}
+    whole = NAMES_ONLY.replace("map(attribute='function.name') | join", "tojson")
+    (rendered,) = Renderer(make_tokenizer(template=whole)).render(read(row))
+    assert '"a": 1' in rendered.text
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought", "thoughts"])
+@pytest.mark.parametrize("value", ["hm", [{"type": "text", "text": "hm"}]])
+def test_reasoning_is_read_under_each_of_its_keys(key: str, value: Any, make_tokenizer: Callable[..., Any]) -> None:
+    """And refused by a template that has no place for it."""
+    row = {"messages": [u("q"), a("x", **{key: value})]}
+    thinks = READS_MOOD.replace("m.mood", "m.reasoning_content")
+    (rendered,) = Renderer(make_tokenizer(template=thinks)).render(read(row))
+    assert "hmx" in rendered.text
+    with pytest.raises(RowRefused, match="leaves the reasoning"):
+        Renderer(make_tokenizer()).render(read(row))
+
+
+def test_reasoning_twice_is_one_or_refused() -> None:
+    once = read({"messages": [u("q"), a("x", reasoning_content="hm")]})
+    details = [{"type": "reasoning.text", "text": "hm"}]
+    for more in ({"reasoning": "hm"}, {"reasoning": ""}, {"reasoning": "hm", "reasoning_details": details}):
+        assert read({"messages": [u("q"), a("x", reasoning_content="hm", **more)]}) == once
+    assert refused({"messages": [u("q"), a("x", reasoning_content="hm", reasoning="no")]}).reason == "wrong_shape"
+    for more in ({"reasoning_details": details}, {"thinking_blocks": details}):
+        assert refused({"messages": [u("q"), a("x", **more)]}).reason == "unsupported_modality"
+    for value in (3, True, {"a": 1}, ["hm"], "a\0"):
+        found = refused({"messages": [u("q"), a("x", reasoning_content=value)]})
+        assert found.reason in ("wrong_type", "nul_character")
+
+
+@pytest.mark.parametrize("nothing", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": " "}])
+def test_a_call_without_arguments_has_none(nothing: Row) -> None:
+    for wrap in (lambda function: {"function": function}, lambda function: function):
+        row = {"messages": [u("q"), a("", tool_calls=[wrap({"name": "f", **nothing})])]}
+        (turn,) = read(row).completions[0]
+        assert turn["tool_calls"] == [wrap({"name": "f", "arguments": {}})]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, '{"a": 1}'])
+def test_arguments_under_the_name_of_parameters_are_read(value: Any) -> None:
+    row = {"messages": [u("q"), a("", tool_calls=[{"function": {"name": "f", "parameters": value}}])]}
+    (turn,) = read(row).completions[0]
+    assert turn["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]  # type: ignore[index]
+
+
+def test_messages_under_the_name_of_conversations_are_messages() -> None:
+    turns = [u("q"), a("x"), u("r"), a("y", weight=0)]
+    assert read({"conversations": turns}) == read({"messages": turns})
+    pair = {"conversations": [u("q")], "chosen": [a("x")], "rejected": [a("y")]}
+    assert read(pair, "pair") == read({"messages": [u("q")], "chosen": "x", "rejected": "y"}, "pair")
+    assert refused({"conversations": [u("q"), {"from": "gpt", "value": "x"}]}).reason == "wrong_type"
+
+
+@pytest.mark.parametrize("column", ["image", "images", "audio", "videos"])
+def test_media_that_no_text_points_to_are_counted(column: str) -> None:
+    row = {"messages": [u("q"), a("x")]}
+    for value in (b"", ["a.png"], {"path": "a.wav"}):
+        assert read({**row, column: value}).notes == ("media_unread",)
+    for value in (None, [], ""):
+        assert read({**row, column: value}).notes == ()
+    pointed = {"messages": [u("<image>q"), a("x")], column: ["a.png"]}
+    assert refused(pointed).reason == "unsupported_modality"
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "train_turn", "loss", "loss_weight"])
+def test_every_key_that_says_what_is_trained_is_read(key: str) -> None:
+    for value, is_trained in ((0, False), (False, False), (1, True), (True, True)):
+        turn = read({"messages": [u("q"), a("x", **{key: value}), u("r"), a("y")]}).completions[0][0]
+        assert ("train" in turn) is not is_trained  # type: ignore[operator]
+    assert refused({"messages": [u("q"), a("x", **{key: 0.5})]}).reason == "wrong_type"
