@@ -34,9 +34,10 @@ from transformers.utils import logging as transformers_logging
 from strop.config.names import closest
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
-from strop.policy.folder import ConfigFile, has_weights, inspect_config, inspect_model, place_of, source_of
+from strop.policy.folder import ConfigFile, fetch, has_weights, inspect_config, inspect_model, place_of, source_of
 from strop.policy.guard import check_sealed
 from strop.policy.memory import is_out_of_memory
+from strop.policy.patterns import check_patterns
 from strop.policy.precision import nonfinite, short_name
 from strop.policy.silence import silence_config, silence_modules
 
@@ -119,6 +120,8 @@ def load_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
         )
 
     with foreign_errors(not_loaded), quiet():
+        if file := fetch(source, "tokenizer.json", model.revision, where, optional=True):
+            check_patterns(file, where)
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=model.revision, trust_remote_code=model.trust_remote_code
         )

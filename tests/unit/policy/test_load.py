@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from strop import apart
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
+from strop.policy import patterns
 from strop.policy.folder import inspect_config
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.policy import build_policy
@@ -353,6 +356,39 @@ def test_no_tokenizer(content: str | None, model_dir: Path) -> None:
         (model_dir / "tokenizer.json").write_text(content)
     section = ModelSection(huggingface_id=str(model_dir))
     assert "tokenizer" in refusal(lambda: load_tokenizer(section))
+
+
+EXPLODES = "(?i)" + "strasse" * 6000
+
+
+@pytest.mark.skipif(not apart.CAN_FORK, reason="nothing is tried where processes cannot be copied")
+@pytest.mark.parametrize("key", ["Regex", "\\u0052egex"])
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+def test_a_pattern_that_is_compiled_for_ever_is_refused(
+    key: str, part: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    split = {"type": "Split", "pattern": {"Regex": EXPLODES}, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"Regex": EXPLODES}, "content": ""}
+    file = model_dir / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content[part] = {"type": "Sequence", part.replace("_", "") + "s": [replace if part == "normalizer" else split]}
+    file.write_text(json.dumps(content).replace('"Regex"', f'"{key}"'))
+    started = time.monotonic()
+    said = refusal(lambda: load_tokenizer(ModelSection(huggingface_id=str(model_dir))))
+    assert "tokenizer.json" in said and "seconds of processor time to be compiled" in said
+    assert time.monotonic() - started < 60
+
+
+def test_the_patterns_of_common_tokenizers_are_compiled_at_once(model_dir: Path) -> None:
+    common = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+    split = {"type": "Split", "pattern": {"Regex": common}, "behavior": "Isolated", "invert": False}
+    file = model_dir / "tokenizer.json"
+    content = json.loads(file.read_text())
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+    file.write_text(json.dumps(content))
+    assert load_tokenizer(ModelSection(huggingface_id=str(model_dir)))("hello").input_ids
 
 
 def test_infinities_are_read_as_transformers_writes_them(tmp_path: Path, tokenizer: Any) -> None:
