@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.cases import TOY
+from benchmarks.report import main as make_report
 from benchmarks.sides import check_side
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,9 @@ def run(*arguments: str) -> str:
 def report(results: Path) -> tuple[str, str]:
     """The table and the plot made of the results in a folder."""
     table, plot = results / "RESULTS.md", results / "plot.svg"
-    run("benchmarks.report", "--results", str(results), "--table", str(table), "--plot", str(plot))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["report", f"--results={results}", f"--table={table}", f"--plot={plot}"])
+        make_report()
     return table.read_text(encoding="utf-8"), plot.read_text(encoding="utf-8")
 
 

@@ -109,6 +109,6 @@ def test_a_command_of_the_page(
 def test_the_sources_of_the_page(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = re.findall(r"```yaml\n(dataset:\n  sources:.*?)```", PAGE, re.DOTALL)
     (here / "c.yaml").write_text("models: [{huggingface_id: model}]\n" + block + "  validation_split: 0\n")
-    assert cli.main(["train", "--config", "c.yaml", "--dry-run"]) == 0
+    assert cli.main(["train", "--config", "c.yaml", "--dry-run", "--no-time"]) == 0
     # 12 chats, 12 sums, one (a tenth) of the first six saved, three that are rare
     assert "train: 28 of 33 rows" in capsys.readouterr().out

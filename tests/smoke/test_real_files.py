@@ -61,7 +61,7 @@ def test_a_real_file_loads(
         f"post_training: {{method: {method}}}\n"
         "training: {max_seq_length: 8192, max_prompt_length: null, max_completion_length: null}\n"
     )
-    assert cli.main(["train", "--config", str(config), *flags, "--dry-run"]) == 0
+    assert cli.main(["train", "--config", str(config), *flags, "--dry-run", "--no-time"]) == 0
     shown = capsys.readouterr().out
     assert f"train: {len(good)} of {len(rows)} rows" in shown, shown
     # the same rows by the other road, into split files
@@ -85,6 +85,6 @@ def test_a_template_without_tools_names_one_that_has_them(
         f"models: [{{huggingface_id: {shared / 'models' / 'base-12m'}}}]\n"
         f"dataset: {{train_file: {shared / 'data' / 'sft_toolcalls.train.jsonl'}, on_error: skip}}\n"
     )
-    assert cli.main(["train", "--config", str(config), "--dry-run"]) == 1
+    assert cli.main(["train", "--config", str(config), "--dry-run", "--no-time"]) == 1
     words = capsys.readouterr().err
     assert "of 300 rows are lost" in words and "dropped_by_template" in words and "qwen2.5_instruct" in words

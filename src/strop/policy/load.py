@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("strop")
 
 # what transformers, tokenizers, safetensors and huggingface_hub raise at broken or foreign files
+DOWNLOAD_AGAIN = "download or copy the file again"
+
 LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -260,10 +262,15 @@ def _look_at(model: ModelSection, needs_weights: bool) -> tuple[str, int | None]
     if model.trust_remote_code and "auto_map" in file.config:
         return file.source, None  # its code runs when it is loaded
     config = _build_config(model, file, where)
-    _check_task(config, where)
+
+    def undescribed(why: str) -> ModelError:
+        return ModelError(f"config.json does not describe a model: {why}", where=where, fix=DOWNLOAD_AGAIN)
+
+    with foreign_errors(undescribed):
+        _check_task(config, where)
+        rows = getattr(config.get_text_config(), "vocab_size", None)
     if os.path.isdir(file.source) and (needs_weights or has_weights(file.source)):
         inspect_model(model)
-    rows = getattr(config.get_text_config(), "vocab_size", None)
     return file.source, rows if isinstance(rows, int) else None
 
 
@@ -290,9 +297,7 @@ def _build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrai
             return config
     except LOAD_ERRORS as error:
         detail = " ".join(str(error).split())
-        raise ModelError(
-            f"config.json does not describe a model: {detail}", where=where, fix="download or copy the file again"
-        ) from error
+        raise ModelError(f"config.json does not describe a model: {detail}", where=where, fix=DOWNLOAD_AGAIN) from error
 
 
 def _check_kind(kind: Any, model: ModelSection, where: str) -> None:

@@ -8,6 +8,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,19 @@ def test_broken_configs(text: str, said: str, model_dir: Path) -> None:
     (model_dir / "config.json").write_text(text)
     message = refusal(lambda: load(model_dir))
     assert re.search(said, message), message
+
+
+@pytest.mark.parametrize("key", ["architectures", "auto_map", "is_encoder_decoder", "vocab_size"])
+def test_values_of_the_configuration_that_are_of_no_use(key: str, model_dir: Path) -> None:
+    """One message where there is anything to say, and none of Python's own errors."""
+    config, told = json.loads((model_dir / "config.json").read_text()), []
+    for value in (3, [3], [[]], "x", {"a": 1}, [None], True):
+        (model_dir / "config.json").write_text(json.dumps({**config, key: value}))
+        with suppress(ModelError):
+            load_tokenizer(ModelSection(huggingface_id=str(model_dir)))
+            continue
+        told.append(value)
+    assert told
 
 
 def test_no_config(model_dir: Path) -> None:
