@@ -70,7 +70,7 @@ def bucketed(lengths: Sequence[Lengths], batch: int, warmup: int) -> list[int]:
 
 def _plan_order(case: Case) -> list[int]:
     """The row that strop meets first, second, ..."""
-    from strop.data.plan import Plan
+    from strop.plan.order import Plan
 
     plan = Plan.of(case.num_rows, case.batch, 1, None, SEED)
     return [i for step in range(1, plan.num_steps + 1) for i in plan.groups(step)]

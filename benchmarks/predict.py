@@ -20,9 +20,9 @@ def predict(folder: Path, case: Case) -> dict[str, float | dict[str, float] | No
     import torch
 
     from strop.config import resolve
-    from strop.data.plan import packed_tokens
     from strop.estimate import estimate, fitted, planned_precision
     from strop.machine import machine_of
+    from strop.plan.tokens import packed_tokens
     from strop.prepared import prepare
 
     with tempfile.TemporaryDirectory() as out:

@@ -22,9 +22,10 @@ import torch
 
 import strop
 from strop.config import RunConfig
-from strop.data.plan import default_budget, packed_tokens
 from strop.engine.evaluate import evaluate
 from strop.engine.source import Cut, GroupSet, batches_of
+from strop.plan.budget import default_budget
+from strop.plan.tokens import packed_tokens
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
 from strop.prepared import prepare

@@ -173,7 +173,9 @@ def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
     import numpy as np
     import torch
 
-    from strop.data.plan import CPU_TOKENS, cut, packed_tokens
+    from strop.plan.budget import CPU_TOKENS
+    from strop.plan.cutting import cut
+    from strop.plan.tokens import packed_tokens
     from strop.policy.policy import build_policy
     from strop.types import Completion, Group, Origin
 

@@ -6,8 +6,9 @@ config -> model sections -> `Prepared`, which the run takes up and the dry run d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig, advice, of_model
@@ -15,24 +16,19 @@ from strop.config.methods import KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.doctor import imbalance
 from strop.data.load import LoadedData
-from strop.data.plan import (
-    CPU_TOKENS,
-    Plan,
-    RowTokens,
-    Sized,
-    batch_budget,
-    cut,
-    default_budget,
-    filled_rows,
-    lengths,
-    padded_tokens,
-)
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
+from strop.lengths import Sized
 from strop.modelrows import ModelRows
 from strop.objectives.base import Objective, build_objective
+from strop.plan.budget import CPU_TOKENS, batch_budget, default_budget
+from strop.plan.cutting import cut
+from strop.plan.filling import filled_rows
+from strop.plan.order import Plan
+from strop.plan.tokens import RowTokens, padded_tokens
+from strop.plan.work import EpochWork
 from strop.policy.outline import CannotBuildError, empty_model
 from strop.policy.reference import check_reference
 
@@ -47,14 +43,27 @@ class Prepared:
     data: LoadedData
     objective: Objective[MethodSettings]
     plan: Plan
+    _known: _KnownWork = field(default_factory=lambda: _KnownWork(), compare=False, repr=False)
 
-    def steps(self, tokens: RowTokens) -> Iterator[list[list[Sized]]]:
-        """The lengths of the groups of each micro-batch of each step of the first epoch, once `micro_batch_tokens` is
-        settled. tokens: what rows cost."""
-        groups, budget = lengths(self.data.train), self.config.training.micro_batch_tokens
-        assert budget is not None
-        for step in range(1, self.plan.steps_per_epoch + 1):
-            yield [[groups[i] for i in part] for part in cut(groups, self.plan.groups(step), budget, tokens)]
+    @property
+    def budget(self) -> int:
+        """`micro_batch_tokens`, once it is settled."""
+        tokens = self.config.training.micro_batch_tokens
+        assert tokens is not None
+        return tokens
+
+    def first_step(self, tokens: RowTokens) -> list[list[Sized]]:
+        """The lengths of the groups of each micro-batch of the first step. tokens: what rows cost."""
+        lengths = self.data.train.lengths
+        return [[lengths[i] for i in part] for part in cut(lengths, self.plan.groups(1), self.budget, tokens)]
+
+    def whole_epoch(self, tokens: RowTokens) -> EpochWork:
+        """The micro-batches of the first epoch in numbers."""
+        return self._known.of(self, tokens)
+
+    def work(self, tokens: RowTokens) -> EpochWork:
+        """The micro-batches of the first epoch in numbers, or of the run where it is shorter."""
+        return self.whole_epoch(tokens).of_steps(self.plan.num_steps)
 
     def advice(self) -> list[str]:
         """Warnings about the configuration, for a model of this size where that is known, and for these rows."""
@@ -70,15 +79,15 @@ class Prepared:
 
     def describe(self, tokens: RowTokens) -> Iterator[str]:
         """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
-        plan, training, groups = self.plan, self.config.training, lengths(self.data.train)
+        plan, training, lengths = self.plan, self.config.training, self.data.train.lengths
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
         own = training.groups_per_step != batch * accumulation
         what = "rows filled with groups" if training.packing else "groups"
         yield f"effective batch: {training.groups_per_step} {what} a step{'' if own else made}"
         if training.packing:
-            fill = sum(group.num_tokens for group in groups) / (plan.num_rows * training.max_seq_length)
-            yield f"packing: {len(groups)} groups in {plan.num_rows} rows, {100 * fill:.0f} % full"
+            fill = int(lengths.num_tokens.sum()) / (plan.num_rows * training.max_seq_length)
+            yield f"packing: {len(lengths)} groups in {plan.num_rows} rows, {100 * fill:.0f} % full"
         if plan.steps_per_epoch == 1:
             yield "note: a step takes every row there is, so it is a whole epoch"
         steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
@@ -90,18 +99,16 @@ class Prepared:
                 f"note: the warm-up takes the whole run: the learning rate ends at {last:g} of "
                 f"{training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
             )
-        budget = training.micro_batch_tokens
-        assert budget is not None
-        sizes = [tokens(part) for parts in self.steps(tokens) for part in parts]
-        total = sum(sizes)
+        budget, sizes = self.budget, self.whole_epoch(tokens).work.tokens
+        total = int(sizes.sum())
         yield (
             f"tokens: {total:,} an epoch, in {len(sizes)} micro-batches of at most {budget:,}, "
-            f"{100 * total / sum(max(budget, size) for size in sizes):.0f} % full"
+            f"{100 * total / int(np.maximum(sizes, budget).sum()):.0f} % full"
         )
         if tokens is padded_tokens:
-            spans = [group.lengths for group in groups]
-            again = sum(size.prompt * (len(size.completions) - 1) for size in spans)
-            fed = sum(size.prompt * len(size.completions) + sum(size.completions) for size in spans)
+            prompts = lengths.prompt.astype(np.int64)
+            again = int((prompts * (lengths.counts - 1)).sum())
+            fed = int((prompts * lengths.counts).sum() + lengths.completions.sum(dtype=np.int64))
             if again:
                 yield f"plain rows: {100 * again / fed:.0f} % of the tokens are prompts that are computed once more"
         if training.recomputed:
@@ -113,6 +120,22 @@ class Prepared:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
         if (sync := self.objective.ref_sync) is not None:
             yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"
+
+
+class _KnownWork:
+    """The last epoch that was gone through: the estimate, what makes it fit and the description read the same one."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Plan, int, RowTokens] | None = None
+        self._epoch: EpochWork | None = None
+
+    def of(self, prepared: Prepared, tokens: RowTokens) -> EpochWork:
+        key = (prepared.plan, prepared.budget, tokens)
+        if self._epoch is None or self._key != key:
+            prompts = prepared.objective.extras.prompts
+            lengths = prepared.data.train.lengths
+            self._key, self._epoch = key, EpochWork.of(prepared.plan, lengths, key[1], tokens, prompts=prompts)
+        return self._epoch
 
 
 def prepare(

@@ -28,7 +28,6 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData
 from strop.data.mismatch import Mismatched
-from strop.data.plan import RowTokens, default_budget, packed_tokens, padded_tokens
 from strop.distributed import pick_device
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.loop import Cuts
@@ -41,6 +40,8 @@ from strop.errors import StropError, TrainingError
 from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
 from strop.machine import Machine, machine_of
 from strop.modelrows import ModelRows
+from strop.plan.budget import default_budget
+from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy import rates
 from strop.policy.policy import Policy, build_policy
 from strop.policy.precision import Precision, resolve_precision

@@ -20,9 +20,10 @@ from strop.batch import NOTHING, Batch, Extras, pack, pad
 from strop.config.methods import CpoSettings, KtoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
-from strop.data.plan import cut, packed_tokens
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
+from strop.plan.cutting import cut
+from strop.plan.tokens import packed_tokens
 from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy, assemble
 from strop.policy.precision import Precision

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import strop
 from strop.config import RunConfig
-from strop.data.plan import Plan
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
+from strop.plan.order import Plan
 from strop.policy.policy import build_policy
 from strop.policy.reference import reference_logps
 from strop.prepared import prepare

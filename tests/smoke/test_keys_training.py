@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from strop import session
-from strop.data.plan import default_budget, packed_tokens
 from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
+from strop.plan.budget import default_budget
+from strop.plan.tokens import packed_tokens
 from strop.policy import elementwise, policy
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision

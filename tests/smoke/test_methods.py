@@ -13,9 +13,9 @@ import pytest
 import strop
 from strop import session
 from strop.config import METHODS
-from strop.data.plan import packed_tokens
 from strop.errors import DataError
 from strop.objectives.base import build_objective
+from strop.plan.tokens import packed_tokens
 from strop.prepared import prepare, with_budget
 
 ROWS = 6

@@ -106,7 +106,7 @@ def test_the_oddest_row_of_each_kind_is_shown_with_what_was_left_out(
 def test_the_processor_is_not_timed_where_nobody_asks(
     config: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strop.estimate.measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr("strop.estimate.seconds.measure", lambda *_: pytest.fail("timed"))
     dry_run(config, timed=False)
     dry_run(config, device="h100")  # which is not here to be timed
     assert "timing layers" not in capsys.readouterr().out

@@ -15,28 +15,27 @@ import torch
 
 from strop.config import load_config, resolve
 from strop.config.sections import ModelSection
-from strop.data.plan import packed_tokens, padded_tokens
 from strop.dryrun import dry_run
 from strop.errors import ConfigError, ModelError
 from strop.estimate import (
     Estimate,
     estimate,
     fitted,
-    memory_of,
     planned_precision,
     planned_rows,
     prediction,
-    saved_per_token,
     with_precision,
 )
+from strop.estimate.memory import memory_of, saved_per_token
 from strop.machine import Machine, machine_of
 from strop.plain import duration
+from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.plan.work import Work
 from strop.policy import outline
 from strop.policy.outline import CannotBuildError, shape_of
 from strop.policy.policy import build_policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.prepared import Prepared, prepare, with_budget
-from strop.work import Work
 
 CPU = Machine("cpu", 2**34, None)
 
@@ -172,7 +171,7 @@ def test_micro_batches_are_halved_before_anything_is_computed_again(
 ) -> None:
     asked = prepared(per_device_train_batch_size=8)
     longest = max(group.num_tokens for group in asked.data.train)
-    monkeypatch.setattr("strop.data.plan.CPU_TOKENS", 8 * longest)
+    monkeypatch.setattr("strop.plan.budget.CPU_TOKENS", 8 * longest)
     whole = guess(asked)
     assert settle(asked, whole.peak / 0.9 + 1) == (8 * longest, False)
     half = guess(prepared(micro_batch_tokens=4 * longest))
@@ -245,9 +244,8 @@ def test_capped_scores_and_gathered_keys_are_counted(prepared: Callable[..., Pre
     assert work.again == sum(g.lengths.prompt for g in found.data.train[:4])  # of pairs: once more each
 
     def activations(device: str, **changes: Any) -> int:
-        return memory_of(replace(shape, **changes), work, found.config, precision, device, found.objective, 0.0)[
-            "activations"
-        ]
+        parts = memory_of(replace(shape, **changes), work, found.config, precision, device, found.objective, 0.0)
+        return int(parts["activations"][0])
 
     squares = sum(packed_tokens([g]) ** 2 for g in found.data.train[:4])
     for device in ("cpu", "cuda"):
@@ -310,7 +308,8 @@ def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     def fails(*_: Any) -> None:
         raise CannotBuildError("its code needs a file")
 
-    monkeypatch.setattr("strop.estimate.shape_of", fails)
+    for module in ("fitting", "words"):
+        monkeypatch.setattr(f"strop.estimate.{module}.shape_of", fails)
     found = with_budget(prepared(), packed_tokens, "cpu")
     lines = prediction(found, CPU, planned_precision(found.config, CPU), packed_tokens)
     assert lines == ["no prediction of memory and time: its code needs a file"]
@@ -325,13 +324,14 @@ def test_an_estimate_that_fails_costs_only_the_prediction(
     """Whatever the code of an architecture raises; what is wrong with the run is still an error."""
     found = with_budget(prepared(), packed_tokens, "cpu")
     precision = planned_precision(found.config, CPU)
-    monkeypatch.setattr("strop.estimate.peak_memory", lambda *_: [1] / 2)  # type: ignore[operator]
+    for module in ("fitting", "words"):
+        monkeypatch.setattr(f"strop.estimate.{module}.peak_memory", lambda *_: [1] / 2)  # type: ignore[operator]
     lines = prediction(found, CPU, precision, packed_tokens)
     assert len(lines) == 1 and "TypeError" in lines[0] and lines[0].startswith("no prediction of memory and time")
     auto = fitted(prepared(gradient_checkpointing="auto"), CPU, precision, packed_tokens)
     assert auto.config.training.gradient_checkpointing is False
     monkeypatch.undo()
-    monkeypatch.setattr("strop.estimate.measure", lambda *_: {}["layer_idx"])
+    monkeypatch.setattr("strop.estimate.seconds.measure", lambda *_: {}["layer_idx"])
     timed = "\n".join(prediction(found, CPU, precision, packed_tokens, timed=True))
     assert "predicted peak memory" in timed and "cannot be timed" in timed
     with pytest.raises(ModelError, match="no_such"):
@@ -400,7 +400,7 @@ def test_the_dry_run_knows_which_rows_there_will_be(
         rows = packed_tokens if policy.share_prefix else padded_tokens
         assert planned_rows(found.model) is rows
         settled = with_budget(found, rows, "cpu")
-        assert told[-1] == sum(rows(part) for parts in settled.steps(rows) for part in parts)
+        assert told[-1] == settled.work(rows).work.tokens.sum()
     assert told[0] < told[1]
 
 

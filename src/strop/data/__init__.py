@@ -16,6 +16,6 @@ split                 what is held out
 report, doctor        what became of every row; what may be wrong with the good ones
 load                  all of it, wired
 preference, show      preference files for other tools; one group for the eye
-plan, mismatch        which groups make which step; prompts with completions of others
+mismatch              prompts with completions of others
 prepare               files into split files
 """

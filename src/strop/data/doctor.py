@@ -82,11 +82,11 @@ def _rows(groups: Groups) -> np.ndarray:
 
 def _of(groups: Groups, rows: np.ndarray, train: np.ndarray | None) -> Findings:
     whole = _joined(rows)
-    pairs = groups.lengths.second > 0
+    pairs = groups.lengths.counts == 2
     turned = _joined(rows[pairs][:, [0, 2, 1]])
     labelled = rows[groups.column("label") >= 0]
     relabelled = _joined(np.stack([*labelled[:, :2].T, np.uint64(3) - labelled[:, 2]], axis=1))
-    first, second = groups.lengths.first[pairs], groups.lengths.second[pairs]
+    first, second = groups.lengths.taken(np.flatnonzero(pairs)).completions.reshape(-1, 2).T
     length = {}
     if len(first):
         length = {

@@ -162,10 +162,10 @@ def group_statistics(groups: Groups) -> dict[str, Any]:
     `saved_by_prefix_sharing` is the share of the tokens of plain rows that rows with one prompt a group do without.
     """
     lengths = groups.lengths
-    prompt, pairs = lengths.prompt.astype(np.int64), lengths.second > 0
-    completion = np.concatenate([lengths.first, lengths.second[pairs]]).astype(np.int64)
-    total = completion + np.concatenate([prompt, prompt[pairs]])
-    plain, shared = int(total.sum()), int(prompt[pairs].sum())
+    prompt, completion, counts = lengths.prompt, lengths.completions, lengths.counts
+    total = completion + np.repeat(prompt, counts)
+    plain = int(total.sum(dtype=np.int64))
+    shared = int((prompt.astype(np.int64) * (counts - 1)).sum())
     return {
         "num_groups": len(groups),
         "num_completions": len(completion),
@@ -189,7 +189,7 @@ def length_summary(lengths: np.ndarray) -> dict[str, float]:
         return {}
     ordered = np.sort(lengths)
     ranks = {f"p{p}": int(ordered[max(0, -(-len(ordered) * p // 100) - 1)]) for p in PERCENTILES}
-    return {"mean": int(ordered.sum()) / len(ordered), **ranks, "max": int(ordered[-1])}
+    return {"mean": int(ordered.sum(dtype=np.int64)) / len(ordered), **ranks, "max": int(ordered[-1])}
 
 
 def fingerprint(groups: Groups) -> str:

@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from strop.data.counters import COUNTERS
-from strop.types import Completion, Group, GroupLengths, Origin
+from strop.lengths import Lengths, starts_of
+from strop.types import Completion, Group, Origin
 
 SCHEMA = pa.schema(
     [
@@ -206,7 +207,9 @@ class Groups(Sequence[Group]):
     @cached_property
     def lengths(self) -> Lengths:
         """The lengths of all groups."""
-        return Lengths(*(self.column(name) for name in ("prompt", "first", "second")))
+        first, second = self.column("first"), self.column("second")
+        both = np.stack([first, second], axis=1)
+        return Lengths(self.column("prompt"), both[both > 0], starts_of(1 + (second > 0)))
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -241,24 +244,3 @@ class Groups(Sequence[Group]):
                 out = np.zeros((len(self), *values.shape[1:]), values.dtype)
             out[here] = values[self._row_of[here]]
         return out if out is not None else self.shards[0].column(name)[:0]
-
-
-class Lengths(Sequence[GroupLengths]):
-    """The lengths of groups, without the groups."""
-
-    def __init__(self, prompt: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
-        self.prompt, self.first, self.second = prompt, first, second
-
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-    @overload
-    def __getitem__(self, index: int) -> GroupLengths: ...
-    @overload
-    def __getitem__(self, index: slice) -> Lengths: ...
-    def __getitem__(self, index: int | slice) -> GroupLengths | Lengths:
-        if isinstance(index, slice):
-            return Lengths(self.prompt[index], self.first[index], self.second[index])
-        second = int(self.second[index])
-        completions = (int(self.first[index]), second) if second else (int(self.first[index]),)
-        return GroupLengths(int(self.prompt[index]), completions)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from strop.data.plan import Plan
 from strop.engine.source import GroupSet, Part
+from strop.plan.order import Plan
 from strop.policy.reference import SyncedReference
 
 

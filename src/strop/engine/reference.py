@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from strop.data.plan import cut
 from strop.disk import unusable
 from strop.engine.progress import Progress
 from strop.engine.reference_cut import CutInto, Ints, MicroBatches, Wanted
 from strop.engine.source import Cut, GroupSet
+from strop.plan.cutting import cut
 from strop.policy.policy import Policy
 from strop.policy.reference import micro_batch_logps
 from strop.policy.store import ReferenceStore

@@ -17,8 +17,9 @@ from typing import Protocol
 from torch import Tensor
 
 from strop.batch import NOTHING, Batch, Extras
-from strop.data.plan import RowTokens, Sized, cut
-from strop.data.plan import lengths as lengths_of
+from strop.lengths import Lengths, lengths_of
+from strop.plan.cutting import cut
+from strop.plan.tokens import RowTokens
 from strop.policy.policy import Policy
 from strop.types import Group
 
@@ -43,7 +44,7 @@ class GroupSet:
     indices: Sequence[int] | None = None
 
     @property
-    def lengths(self) -> Sequence[Sized]:
+    def lengths(self) -> Lengths:
         """The lengths of the groups, which are known without reading them."""
         return lengths_of(self.groups)
 

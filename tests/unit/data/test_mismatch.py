@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.data.mismatch import Mismatched, partners
-from strop.data.plan import Plan
+from strop.plan.order import Plan
 from strop.types import Completion, Group, Origin
 
 prompts = st.lists(st.integers(0, 5), min_size=2, max_size=30).map(

@@ -12,8 +12,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.data.plan import lengths, packed_tokens, padded_tokens
 from strop.data.table import SCHEMA, Groups, Record, Shard, to_table
+from strop.plan.tokens import packed_tokens, padded_tokens
 from strop.types import Completion, Group, Origin
 
 ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6).map(lambda xs: array("i", xs))
@@ -43,9 +43,9 @@ def test_groups_come_back(tmp_path_factory: Any, given_: list[Group], rows_a_bat
             writer.write_batch(to_table([Record(g, "ab".index(g.origin.file), b"") for g in some]))
     view = Groups.of(Shard(path, ["a", "b"]))
     assert list(view) == given_ and view == given_ and list(view[1:]) == given_[1:]
-    assert list(lengths(view)) == [g.lengths for g in given_]
-    assert packed_tokens(lengths(view)) == packed_tokens(given_)
-    assert padded_tokens(lengths(view)) == padded_tokens(given_)
+    assert list(view.lengths) == [g.lengths for g in given_]
+    assert packed_tokens(view.lengths) == packed_tokens(given_)
+    assert padded_tokens(view.lengths) == padded_tokens(given_)
     assert view.column("scored").tolist() == [g.num_scored for g in given_]
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from conftest import build_model
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
-from strop.data.plan import cut, packed_tokens, padded_tokens
 from strop.engine import reference_cut
 from strop.engine.progress import Progress
 from strop.engine.reference import ReferenceLogps, reference_logps_of
 from strop.errors import CheckpointError
+from strop.plan.cutting import cut
+from strop.plan.tokens import packed_tokens, padded_tokens
 from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy, assemble, build_policy
 from strop.policy.precision import Precision

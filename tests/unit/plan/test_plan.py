@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from array import array
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.plan import OPEN, Plan, cut, default_budget, filled_rows, packed_tokens, padded_tokens
+from strop.lengths import Lengths
+from strop.plan import cutting
+from strop.plan.budget import default_budget
+from strop.plan.cutting import OPEN, cut, cut_steps
+from strop.plan.filling import filled_rows
+from strop.plan.order import Plan
+from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.plan.work import EpochWork, Work
 from strop.types import Completion, Group, Origin
 
 plans = st.builds(
@@ -33,7 +43,7 @@ def test_positions_count_epochs_and_steps_from_zero(plan: Plan) -> None:
 
 @given(plans)
 def test_all_groups_is_what_the_steps_meet(plan: Plan) -> None:
-    assert plan.all_groups() == sorted({i for s in range(1, plan.num_steps + 1) for i in plan.groups(s)})
+    assert list(plan.all_groups()) == sorted({i for s in range(1, plan.num_steps + 1) for i in plan.groups(s)})
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -41,6 +51,14 @@ def test_epochs_and_seeds_differ() -> None:
     assert plan.groups(1) != plan.groups(2)
     assert plan.groups(1) != Plan.of(32, 32, 2, None, 1).groups(1)
     assert plan.groups(1) == Plan.of(32, 32, 5, None, 0).groups(1)
+
+
+@given(plans)
+def test_an_epoch_is_its_steps_one_behind_the_other(plan: Plan) -> None:
+    order, starts = plan.epoch(1)
+    steps = range(plan.steps_per_epoch + 1, 2 * plan.steps_per_epoch + 1)
+    assert [tuple(order[a:b].tolist()) for a, b in pairwise(starts)] == [plan.groups(step) for step in steps]
+    assert plan.all_visits() == [visit for step in range(1, plan.num_steps + 1) for visit in plan.visits(step)]
 
 
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)
@@ -106,6 +124,58 @@ def test_b12_filled_rows_hold_every_group_once_and_no_two_of_them_fit_into_one(
         steps = range(epoch * plan.steps_per_epoch + 1, (epoch + 1) * plan.steps_per_epoch + 1)
         assert sorted(i for s in steps for i in plan.groups(s)) == list(range(len(groups)))
     assert plan.num_steps == 2 * -(-len(rows) // 2)
+
+
+ragged = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=8)), min_size=1, max_size=40
+)
+
+
+@given(ragged, st.integers(1, 9), st.integers(1, 90), st.booleans(), st.booleans(), st.sampled_from([0, 99]))
+def test_an_epoch_is_cut_as_its_steps_are(
+    sizes: list[tuple[int, list[int]]], groups_per_step: int, budget: int, packed: bool, filled: bool, few: int
+) -> None:
+    """Whether steps are cut together or one by one, some at a time or all; and its numbers are those of its parts."""
+    tokens = packed_tokens if packed else padded_tokens
+    groups = [_group(prompt, *answers) for prompt, answers in sizes]
+    own = Lengths.of(groups)
+    rows = filled_rows(groups, 40, 0) if filled else None
+    plan = Plan.of(len(groups), groups_per_step, 1, None, 0, rows)
+    found: list[list[list[int]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "FEW", few)
+        patch.setattr(cutting, "TOGETHER", 12)
+        for numbers, starts, num_parts in cut_steps(own, *plan.epoch(0), budget, tokens):
+            parts = iter([numbers[a:b].tolist() for a, b in pairwise(starts)])
+            found += [[next(parts) for _ in range(n)] for n in num_parts.tolist()]
+        epoch = EpochWork.of(plan, own, budget, tokens, prompts=False)
+    expected = [cut(groups, plan.groups(step), budget, tokens) for step in range(1, plan.steps_per_epoch + 1)]
+    assert found == expected
+    assert np.diff(epoch.starts).tolist() == [len(parts) for parts in expected]
+    each = Work.joined(Work.of([groups[i] for i in part], tokens) for parts in expected for part in parts)
+    assert each.tokens.tolist() == [tokens([groups[i] for i in part]) for parts in expected for part in parts]
+    for name in vars(each):
+        assert getattr(epoch.work, name).tolist() == getattr(each, name).tolist()
+    rows_of = {tuple(float(getattr(each, name)[n]) for name in vars(each)) for n in range(len(each))}
+    assert len(each.distinct()) == len(rows_of)
+
+
+def test_the_work_of_a_group_of_three() -> None:
+    """By hand: a prompt of 5 tokens; answers of 2, 3 and 4, whose last tokens are fed to nothing."""
+    work = Work.of([_group(5, 2, 3, 4)], packed_tokens, prompts=True)
+    plain = Work.of([_group(5, 2, 3, 4)], padded_tokens)
+    assert work.tokens == 5 + 1 + 2 + 3 and plain.tokens == 3 * (5 + 3)
+    assert work.again == 2 * 5 and work.scored == 9 + 4 and plain.scored == 9
+    assert work.seen == 12.5 + (10 + 2) + (15 + 4.5) + (20 + 8)
+    assert work.squares == 11**2 and plain.squares == 24**2
+
+
+def test_many_long_rows_are_filled_in_time_that_grows_with_their_number() -> None:
+    """Where a row may be as long as all groups together, the search for room once took time per token of it."""
+    started = time.perf_counter()
+    own = Lengths(np.full(20_000, 10**4), np.ones(20_000, int), np.arange(20_001))
+    assert len(filled_rows(own, 10**15, 0)) == 1
+    assert time.perf_counter() - started < 5
 
 
 def _group(prompt: int, *answers: int) -> Group:

@@ -1,4 +1,4 @@
-"""How fast this processor trains an architecture: measured on a model of it with few layers. Floor 4.
+"""How fast this processor trains an architecture: measured on a model of it with few layers. Floor 5.
 
 In: a configuration, and the lengths of a micro-batch. Out: seconds a layer and for the rest. Two models with random
 weights, of one layer and of three, take the micro-batch forward and backward and an update; what the two more layers
@@ -17,8 +17,8 @@ from torch import nn
 
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
-from strop.data.plan import Sized
 from strop.engine.optim import build_optimizer
+from strop.lengths import Sized
 from strop.policy.adapters import adapters_of, add_adapters
 from strop.policy.denormals import flush_denormals
 from strop.policy.fused import fuse

@@ -1,0 +1,147 @@
+"""The estimate of a run, and how people are told. Floor 5.
+
+In: a `Prepared`, the machine, the dtypes, and how the tokens of rows are counted (`tokens`: shared prompts once, or
+padded). Out: an `Estimate`, and its lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from strop.config import RunConfig
+from strop.engine.memory import ways_to_fit
+from strop.errors import StropError
+from strop.estimate.flops import flops_of
+from strop.estimate.memory import MIB, fits, peak_memory
+from strop.estimate.seconds import Seconds, published_seconds, timed_seconds
+from strop.machine import Machine
+from strop.plain import duration, plain
+from strop.plan.tokens import RowTokens
+from strop.policy.outline import CannotBuildError, predicting, shape_of
+from strop.policy.precision import Precision
+from strop.prepared import Prepared
+
+LEFT_OUT = (
+    "the estimate leaves out: reading the data, the reference's pass before the first step, its log-probs (on the "
+    "CPU, 4 bytes a scored token and 0.6 kB a completion) and the model of ref_model_id, evaluations, "
+    "checkpoints, what a GPU's allocator leaves unused, modules_to_save, what layers that keep their own forward hold "
+    "more than fused ones do (norms and MLPs of other kinds, eager attention), and in TFLOP/s and in the time on a GPU "
+    "the products of a mixture's experts"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What a run will need.
+
+    parts: bytes by name, whose sum is the peak. steps: [steps] seconds of every step of an epoch, or of the run where
+    it is shorter, or None; source: where they are from, or why there are none. num_steps: of the run. flops: of a mean
+    step. memory: bytes of the device, or None.
+    """
+
+    parts: dict[str, int]
+    steps: Seconds | None
+    num_steps: int
+    flops: float
+    memory: int | None
+    source: str
+    ways: Sequence[str]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return fits(self.parts, self.memory)
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        has = "" if self.memory is None else f" of {self.memory / 2**30:.1f} GiB"
+        listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items() if size >= 5 * MIB)
+        yield f"predicted peak memory: {self.peak / 2**30:.2f} GiB{has} ({listed})"
+        yield from self.time_lines()
+        if not self.fits:
+            yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
+
+    def time_lines(self) -> Iterator[str]:
+        """The time alone; none where a CPU was not timed."""
+        if self.steps is not None:
+            mean = float(self.steps.mean())
+            yield (
+                f"predicted time: {plain(mean)} s a step, {plain(float(self.steps.max()))} s the longest, "
+                f"{duration(mean * self.num_steps)} for all {self.num_steps} "
+                f"({plain(self.flops / mean / 1e12)} TFLOP/s; {self.source})"
+            )
+        elif self.source:
+            yield f"no prediction of time: {self.source}"
+
+
+def estimate(
+    prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens, *, timed: bool = False
+) -> Estimate:
+    """Peak memory and seconds per step of the run, once its `micro_batch_tokens` is settled. timed: measure a CPU's
+    speed, which takes up to half a minute; else its time is not predicted.
+
+    Raises:
+        CannotBuildError: the architecture needs more than its configuration.
+        ModelError: the adapters do not fit the model.
+    """
+    config, shape, objective = prepared.config, shape_of(prepared.config.lora, prepared.model), prepared.objective
+    epoch = prepared.work(tokens)
+    seconds: Seconds | None
+    if machine.kind == "cpu" and timed:
+        try:
+            with predicting("they do not run alone"):
+                seconds = timed_seconds(prepared, shape, epoch, precision, tokens)
+            source = "layers of this architecture timed on this processor"
+        except StropError as error:  # all layers stood above, so the run is fine: adapters that name single layers, say
+            seconds, source = None, f"a few of its layers cannot be timed: {error.found}"
+    else:
+        seconds = published_seconds(shape, epoch, config, precision, machine)
+        source = machine.describe(precision.compute)
+    if seconds is not None:  # passes without gradients: half of one that trains adapters, a third of one of all weights
+        twice = objective.whole_step and int(np.diff(epoch.starts).max()) > 1
+        again = twice + (objective.ref_sync is not None) + objective.needs_mismatched
+        seconds = seconds * (1 + again / (2 if shape.adapters else 3))
+    flops = float(flops_of(shape, epoch.work, config).sum()) / epoch.num_steps
+    ways = _ways(config, int(epoch.work.longest.max()))
+    memory = peak_memory(epoch.work, shape, config, objective, precision, machine)
+    return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways)
+
+
+def prediction(
+    prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens, *, timed: bool = False
+) -> list[str]:
+    """The lines of the estimate, or why there is none.
+
+    Raises:
+        StropError: the configuration does not fit the model, so that a run would fail.
+    """
+    try:
+        with predicting("this architecture is of a kind that the estimate does not know"):
+            return list(estimate(prepared, machine, precision, tokens, timed=timed).lines())
+    except CannotBuildError as error:
+        return [f"no prediction of memory and time: {error.found}"]
+
+
+def predicted_time(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> list[str]:
+    """The line about the time of a run on a CPU, which is measured for it: up to half a minute."""
+    try:
+        with predicting("this architecture is of a kind that the estimate does not know"):
+            return list(estimate(prepared, machine, precision, tokens, timed=True).time_lines())
+    except CannotBuildError as error:
+        return [f"no prediction of time: {error.found}"]
+
+
+def _ways(config: RunConfig, longest: int) -> list[str]:
+    """What lowers the peak, the cheapest first. longest: tokens of the longest group."""
+    ways = list(ways_to_fit(config))
+    budget = config.training.micro_batch_tokens
+    if budget is not None and longest < budget:
+        first = f"lower training.micro_batch_tokens, which is {budget:,} (the longest group has {longest:,})"
+        ways.insert(0, first)
+    return ways

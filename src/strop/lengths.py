@@ -1,0 +1,111 @@
+"""The lengths of many groups as arrays: what plans, estimates and reports work on. Floor 1.
+
+In: numbers of tokens. Out: `Lengths`, a sequence of `GroupLengths` that keeps no Python object per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, overload, runtime_checkable
+
+import numpy as np
+
+from strop.types import Group, GroupLengths
+
+Sized = Group | GroupLengths
+"""A group, or its lengths alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths(Sequence[GroupLengths]):
+    """The lengths of G groups with C completions together, in tokens.
+
+    prompt: [G]. completions: [C], group after group. starts: [G + 1]; the completions of group g are
+    completions[starts[g] : starts[g + 1]], at least one.
+    """
+
+    prompt: np.ndarray
+    completions: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Iterable[Sized]) -> Lengths:
+        """Of groups, or of lengths one by one."""
+        each = [group.lengths for group in groups]
+        counts = [len(group.completions) for group in each]
+        return cls(
+            np.array([group.prompt for group in each], np.int64),
+            np.array([n for group in each for n in group.completions], np.int64),
+            starts_of(np.array(counts, np.int64)),
+        )
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[G] completions of each group."""
+        return np.diff(self.starts)
+
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """[G] tokens of each group's shared-prefix row, as `GroupLengths.num_tokens`."""
+        return np.asarray(self.sums(self.completions) + self.prompt - self.counts)
+
+    @property
+    def longest(self) -> np.ndarray:
+        """[G] each group's longest completion."""
+        return np.maximum.reduceat(self.completions, self.starts[:-1]) if len(self) else self.completions[:0]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """[C] numbers of completions -> [G] their sums over each group."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        return np.add.reduceat(values, self.starts[:-1], dtype=np.int64)
+
+    def taken(self, numbers: np.ndarray) -> Lengths:
+        """The lengths of the groups of these numbers, in this order."""
+        starts = starts_of(self.counts[numbers])
+        return Lengths(self.prompt[numbers], taken_ragged(self.completions, self.starts, numbers), starts)
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @overload
+    def __getitem__(self, index: int) -> GroupLengths: ...
+    @overload
+    def __getitem__(self, index: slice) -> Lengths: ...
+    def __getitem__(self, index: int | slice) -> GroupLengths | Lengths:
+        if isinstance(index, slice):
+            return self.taken(np.arange(*index.indices(len(self))))
+        number = range(len(self))[index]
+        own = self.completions[self.starts[number] : self.starts[number + 1]]
+        return GroupLengths(int(self.prompt[number]), tuple(own.tolist()))
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """Groups that know all their lengths without being read."""
+
+    @property
+    def lengths(self) -> Lengths: ...
+
+
+def lengths_of(groups: Sequence[Sized]) -> Lengths:
+    """The lengths of groups, without reading them where that can be."""
+    if isinstance(groups, Lengths):
+        return groups
+    return groups.lengths if isinstance(groups, Measured) else Lengths.of(groups)
+
+
+def starts_of(counts: np.ndarray) -> np.ndarray:
+    """[n] counts -> [n + 1] where each begins, and the end of the last."""
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts
+
+
+def taken_ragged(values: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The values of the parts of these numbers, part after part; part n is values[starts[n] : starts[n + 1]]."""
+    first, counts = starts[:-1][numbers], np.diff(starts)[numbers]
+    new = starts_of(counts)
+    return np.asarray(values[np.arange(new[-1]) + np.repeat(first - new[:-1], counts)])

@@ -1,0 +1,112 @@
+"""Which groups make which optimizer step. Floor 2.
+
+Nothing here has state: the groups of a step are a function of (seed, number of groups, groups_per_step, step), under
+`training.packing` of the groups' lengths, too; so the step number is all that a resume has to know.
+
+Steps count from 1; epochs and the steps inside one from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+
+from strop.lengths import starts_of
+from strop.plan.filling import FilledRows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe of a run as data: `num_groups` rows, `groups_per_step` of them a step, for `num_steps` steps.
+
+    Every epoch is its own permutation; its last step takes what is left. rows: under `training.packing`, the groups
+    of each filled row; then `groups_per_step` counts these.
+    """
+
+    num_groups: int
+    groups_per_step: int
+    num_steps: int
+    seed: int
+    rows: FilledRows | None = None
+
+    @classmethod
+    def of(
+        cls,
+        num_groups: int,
+        groups_per_step: int,
+        num_epochs: int,
+        max_steps: int | None,
+        seed: int,
+        rows: FilledRows | None = None,
+    ) -> Plan:
+        """`max_steps`, where given, decides the length of the run; else `num_epochs`."""
+        steps_per_epoch = ceil((num_groups if rows is None else len(rows)) / groups_per_step)
+        return cls(num_groups, groups_per_step, max_steps or num_epochs * steps_per_epoch, seed, rows)
+
+    @property
+    def num_rows(self) -> int:
+        """What `groups_per_step` counts: groups, or rows filled with them."""
+        return self.num_groups if self.rows is None else len(self.rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return ceil(self.num_rows / self.groups_per_step)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run begins."""
+        return ceil(self.num_steps / self.steps_per_epoch)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, step in the epoch), both from 0, of step `step`, from 1."""
+        return divmod(step - 1, self.steps_per_epoch)
+
+    def groups(self, step: int) -> tuple[int, ...]:
+        """Indices of the groups of step `step`, from 1."""
+        return tuple(self._groups(step).tolist())
+
+    def _groups(self, step: int) -> np.ndarray:
+        epoch, inside = self.position(step)
+        order = _epoch_order(self.seed, epoch, self.num_rows)
+        chosen = order[inside * self.groups_per_step : (inside + 1) * self.groups_per_step]
+        return chosen if self.rows is None else self.rows.groups_of(chosen)
+
+    def epoch(self, epoch: int, num_steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(indices of the groups of an epoch in their order, [steps + 1] where each step begins), up to `num_steps`."""
+        steps = self.steps_per_epoch if num_steps is None else min(num_steps, self.steps_per_epoch)
+        starts = np.minimum(np.arange(steps + 1) * self.groups_per_step, self.num_rows)
+        order = _epoch_order(self.seed, epoch, self.num_rows)[: starts[-1]]
+        if self.rows is None:
+            return order, starts
+        return self.rows.groups_of(order), starts_of(self.rows.counts[order])[starts]
+
+    def visits(self, step: int) -> tuple[int, ...]:
+        """The groups of step `step` counted over all epochs: epoch * num_groups + index."""
+        epoch, _ = self.position(step)
+        return tuple((epoch * self.num_groups + self._groups(step).astype(np.int64)).tolist())
+
+    def all_visits(self) -> list[int]:
+        """Every visit of the run."""
+        visits: list[int] = []
+        for epoch in range(self.num_epochs):
+            order, _ = self.epoch(epoch, self.num_steps - epoch * self.steps_per_epoch)
+            visits += (order.astype(np.int64) + epoch * self.num_groups).tolist()
+        return visits
+
+    def all_groups(self) -> Sequence[int]:
+        """Every group that the run will meet, in ascending order: all of them, unless it ends in its first epoch."""
+        if self.num_steps >= self.steps_per_epoch:
+            return range(self.num_groups)
+        order, _ = self.epoch(0, self.num_steps)
+        met: list[int] = np.sort(order).tolist()
+        return met
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(num_groups)
+    return order.astype(np.int32) if num_groups < 2**31 else order

@@ -1,0 +1,123 @@
+"""The work of micro-batches in numbers, of one or of a whole epoch. Floor 2.
+
+In: lengths, and how steps are cut. Out: `Work`, arrays with one number per micro-batch: what memory and time follow
+from. An epoch is gone through once, some steps at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from strop.lengths import Lengths, Sized, starts_of
+from strop.plan.cutting import cut_steps
+from strop.plan.order import Plan
+from strop.plan.tokens import RowTokens, padded_width
+
+Ints = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """B micro-batches in numbers, [B] each.
+
+    tokens: of its rows, padding included. seen: keys that its queries see, all together. scored: scored tokens at most.
+    longest: tokens of its longest group. again: tokens of prompts again before every further completion. squares: of
+    groups' tokens, their sum.
+    """
+
+    tokens: Ints
+    seen: np.ndarray
+    scored: Ints
+    longest: Ints
+    again: Ints
+    squares: Ints
+
+    @classmethod
+    def of(cls, groups: Iterable[Sized], tokens: RowTokens, *, prompts: bool = False) -> Work:
+        """Of one micro-batch of these groups. prompts: their own tokens are scored too."""
+        lengths = Lengths.of(groups)
+        return cls.of_parts(lengths, np.array([0, len(lengths)]), tokens, prompts=prompts)
+
+    @classmethod
+    def of_parts(cls, lengths: Lengths, starts: np.ndarray, tokens: RowTokens, *, prompts: bool) -> Work:
+        """Of micro-batches, each of the groups starts[b] : starts[b + 1]."""
+        prompt, completions = lengths.prompt.astype(np.int64), lengths.completions.astype(np.int64)
+        answers, counts, spans = lengths.sums(completions), lengths.counts, tokens.of_each(lengths)
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(values, starts[:-1])
+
+        fed = total(spans)
+        if not tokens.shares_prompts:
+            fed = total(counts) * np.maximum.reduceat(padded_width(lengths), starts[:-1])
+        squares = lengths.sums(completions * completions)
+        return cls(
+            tokens=fed,
+            seen=total(prompt * prompt / 2 + prompt * answers + squares / 2),
+            scored=total(answers + (prompt - 1 if prompts else 0)),
+            longest=np.maximum.reduceat(spans, starts[:-1]),
+            again=total(prompt * (counts - 1)),
+            squares=total(spans * spans),
+        )
+
+    @classmethod
+    def joined(cls, parts: Iterable[Work]) -> Work:
+        """One behind the other."""
+        columns = zip(*([getattr(part, field.name) for field in fields(cls)] for part in parts), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+    def taken(self, numbers: np.ndarray | slice) -> Work:
+        """The micro-batches of these numbers."""
+        return Work(*(getattr(self, field.name)[numbers] for field in fields(self)))
+
+    def distinct(self) -> Work:
+        """Those that differ, in any order."""
+        order = np.lexsort([getattr(self, field.name) for field in fields(self)])
+        ordered = self.taken(order)
+        differs = np.zeros(len(self), bool)
+        differs[:1] = True
+        for field in fields(self):
+            values = getattr(ordered, field.name)
+            differs[1:] |= values[1:] != values[:-1]
+        return ordered.taken(np.flatnonzero(differs))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class EpochWork:
+    """The micro-batches of the first epoch. starts: [steps + 1]; step s has those from starts[s] to starts[s + 1]."""
+
+    work: Work
+    starts: Ints
+
+    @classmethod
+    def of(cls, plan: Plan, lengths: Lengths, budget: int, tokens: RowTokens, *, prompts: bool) -> EpochWork:
+        """Of a plan, each step cut into micro-batches of at most `budget` tokens. prompts: their own tokens are scored
+        too."""
+        counts: list[Ints] = []
+
+        def works() -> Iterator[Work]:
+            for numbers, starts, num_parts in cut_steps(lengths, *plan.epoch(0), budget, tokens):
+                counts.append(num_parts)
+                yield Work.of_parts(lengths.taken(numbers), starts, tokens, prompts=prompts)
+
+        work = Work.joined(works())
+        return cls(work, starts_of(np.concatenate(counts)))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.starts) - 1
+
+    def of_steps(self, num_steps: int) -> EpochWork:
+        """The first steps alone."""
+        starts = self.starts[: num_steps + 1]
+        return EpochWork(self.work.taken(slice(starts[-1])), starts)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """[B] numbers of micro-batches -> [steps] their sums over each step."""
+        return np.add.reduceat(values, self.starts[:-1])
