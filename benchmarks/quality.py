@@ -26,7 +26,7 @@ from strop.engine.evaluate import evaluate
 from strop.engine.source import Cut, GroupSet, batches_of
 from strop.plan.budget import default_budget
 from strop.plan.tokens import packed_tokens
-from strop.policy.policy import build_policy
+from strop.policy.build import build_policy
 from strop.policy.reference import reference_logps
 from strop.prepared import prepare
 

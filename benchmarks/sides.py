@@ -119,11 +119,11 @@ def strop_side(folder: Path, case: Case, side: str, out: Path) -> Measured:
 
     import strop
     from strop.engine.loop import Loop
-    from strop.policy import policy, rates
+    from strop.policy import build, rates
     from strop.session import Session
 
     if side == "denormal":
-        policy.flush_denormals = lambda: None
+        build.flush_denormals = lambda: None
     if side == "widened":
         found = rates.ways_of_run
         low = {f"bfloat16 {kind}": "widened" for kind in ("linear", "batched")}
@@ -176,7 +176,7 @@ def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
     from strop.plan.budget import CPU_TOKENS
     from strop.plan.cutting import cut
     from strop.plan.tokens import packed_tokens
-    from strop.policy.policy import build_policy
+    from strop.policy.build import build_policy
     from strop.types import Completion, Group, Origin
 
     plain = side == "plain"

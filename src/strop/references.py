@@ -9,7 +9,6 @@ from strop.config.sections import ModelSection
 from strop.engine.progress import Progress
 from strop.errors import ConfigError
 from strop.objectives.base import build_objective
-from strop.policy.store import weights_hash
 from strop.preflight import select_models
 from strop.session import Session, for_each_model, start_world
 
@@ -40,5 +39,5 @@ def _fill_reference(config: RunConfig, model: ModelSection) -> None:
         Session(config, model, start_world(config), backward=False) as session,
         session.reference() as reference,
     ):
-        session.score(reference, weights_hash(reference.model), progress, folder=None)
+        session.score(reference, progress, folder=None)
     log.info("%s: the reference's log-probs are in the store", model.name)

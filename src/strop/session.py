@@ -43,10 +43,12 @@ from strop.modelrows import ModelRows
 from strop.plan.budget import default_budget
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy import rates
-from strop.policy.policy import Policy, build_policy
+from strop.policy.build import build_policy
+from strop.policy.identity import configuration_hash
+from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
-from strop.policy.store import ReferenceStore, configuration_hash, weights_hash
+from strop.policy.store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
 from strop.world import World
 
@@ -177,7 +179,13 @@ class Session:
     @cached_property
     def policy(self) -> Policy:
         settled = self.settled.prepared
-        return build_policy(settled.config, self.model, self.world.device, tokenizer=settled.tokenizer)
+        parts = (settled.config, self.model, self.world.device)
+        return build_policy(*parts, tokenizer=settled.tokenizer, hashed=self._is_hashed)
+
+    @property
+    def _is_hashed(self) -> bool:
+        """Whether the weights that a run begins with matter later: else a checkpoint has all that is left of them."""
+        return self._config.adapts(self.model) or self.prepared.objective.needs_reference
 
     @cached_property
     def final(self) -> Settled:
@@ -194,11 +202,9 @@ class Session:
     @cached_property
     def made_from(self) -> dict[str, str]:
         """Hashes of what the run begins with, by the names that checkpoints have."""
-        found = {"data": self.prepared.data.report.fingerprint, "configuration": configuration_hash(self.policy)}
-        if self.policy.has_adapters or self.prepared.objective.needs_reference:
-            found["weights"] = weights_hash(self.policy.model)
-        # else a checkpoint has all that is left of the weights
-        return found
+        configuration = configuration_hash(self.policy.loaded_config)
+        found = {"data": self.prepared.data.report.fingerprint, "configuration": configuration}
+        return found | {"weights": self.policy.weights_hash} if self._is_hashed else found
 
     # -- groups and their reference ----------------------------------------------------------------------------------
 
@@ -235,14 +241,16 @@ class Session:
         """What scores as the reference: the policy, or another model for the time of the block."""
         return reference_policy(self.config, self.model, self.policy, self.prepared.tokenizer)
 
-    def score(self, reference: Policy, weights: str, progress: Progress, folder: Path | None) -> Splits:
+    def score(self, reference: Policy, progress: Progress, folder: Path | None) -> Splits:
         """The groups with the log-probs of a reference that stays as it is, all that the run will want.
 
-        weights: the reference's `weights_hash`. folder: of the run, on whose disk they lie; None: they are scored for
-        runs to come, and what cannot be stored is an error.
+        folder: of the run, on whose disk they lie; None: they are scored for runs to come, and what cannot be stored is
+        an error.
         """
         plan, training, ahead = self.prepared.plan, self.config.training, folder is None
-        store = ReferenceStore.of(reference, weights, must_keep=ahead) if training.reference_store else None
+        store = None
+        if training.reference_store:
+            store = ReferenceStore.of(reference, reference.weights_hash, must_keep=ahead)
         folder = folder or cache_folder("references", must_keep=ahead)
         train, validation = self.groups()
         # not the budget of the steps, which follows the memory that is free: the cut decides the last bits
@@ -263,7 +271,8 @@ class Session:
 
 def reference_made_from(reference: Policy) -> dict[str, str]:
     """Hashes of another model that is the reference, by the names that checkpoints have."""
-    return {"reference": weights_hash(reference.model), "reference_configuration": configuration_hash(reference)}
+    configuration = configuration_hash(reference.loaded_config)
+    return {"reference": reference.weights_hash, "reference_configuration": configuration}
 
 
 def start_world(config: RunConfig) -> World:

@@ -169,13 +169,12 @@ class _Run:
         if not objective.needs_reference or objective.ref_sync is not None:
             return session.groups()
         with session.reference() as reference:
-            weights = self.made_from["weights"]
             if reference is not session.policy:
                 others = reference_made_from(reference)
-                self.made_from, weights = self.made_from | others, others["reference"]
+                self.made_from = self.made_from | others
                 if self.saved:
                     check_made_from(self.saved, others, self.allow_changes)
-            return session.score(reference, weights, self.progress, self.run.path)
+            return session.score(reference, self.progress, self.run.path)
 
     def _outputs(self, num_steps: int) -> RunOutputs:
         config, run = self.session.config, self.run

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from strop.batch import pack, pad
 from strop.config.sections import ModelSection
-from strop.policy import policy as policy_module
 from strop.policy import sharing
+from strop.policy.build import assemble
 from strop.policy.load import LoadedModel
-from strop.policy.policy import Policy, assemble
+from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.silence import silence_config, silence_modules
 from strop.types import Completion, Group, Origin
@@ -254,7 +254,7 @@ def test_layouts_agree_in_the_dtypes_of_training(
     exact = run(make_policy(kind, monkeypatch), [pack(GROUPS)])
     monkeypatch.undo()
     policy = make_policy(kind, monkeypatch, torch.float32).to(device)
-    monkeypatch.setattr(policy_module, "fuse", lambda *_: None)
+    monkeypatch.setattr("strop.policy.build.fuse", lambda *_: None)
     naive = make_policy(kind, monkeypatch, torch.float32).to(device)  # with the forwards that transformers gives layers
     for found in (policy, naive):
         found.precision, found.head_dtype = Precision(dtype), dtype

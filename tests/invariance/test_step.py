@@ -24,8 +24,9 @@ from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
 from strop.plan.cutting import cut
 from strop.plan.tokens import packed_tokens
+from strop.policy.build import assemble
 from strop.policy.load import LoadedModel
-from strop.policy.policy import Policy, assemble
+from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.types import Completion, Group, Origin
 from variants import dpo, name

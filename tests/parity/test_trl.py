@@ -25,7 +25,7 @@ from strop.config import RunConfig
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
 from strop.plan.order import Plan
-from strop.policy.policy import build_policy
+from strop.policy.build import build_policy
 from strop.policy.reference import reference_logps
 from strop.prepared import prepare
 

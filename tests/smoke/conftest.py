@@ -19,7 +19,8 @@ import strop
 from strop import session
 from strop.batch import Batch
 from strop.engine.checkpoint import open_checkpoint
-from strop.policy.policy import Policy, build_policy
+from strop.policy.build import build_policy
+from strop.policy.policy import Policy
 from strop.prepared import Prepared, prepare
 from strop.types import Group
 

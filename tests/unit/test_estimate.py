@@ -32,8 +32,8 @@ from strop.plain import duration
 from strop.plan.tokens import packed_tokens, padded_tokens
 from strop.plan.work import Work
 from strop.policy import outline
+from strop.policy.build import build_policy
 from strop.policy.outline import CannotBuildError, shape_of
-from strop.policy.policy import build_policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.prepared import Prepared, prepare, with_budget
 

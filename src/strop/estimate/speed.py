@@ -20,11 +20,12 @@ from strop.config.sections import ModelSection
 from strop.engine.optim import build_optimizer
 from strop.lengths import Sized
 from strop.policy.adapters import adapters_of, add_adapters
+from strop.policy.build import elementwise_of
 from strop.policy.denormals import flush_denormals
 from strop.policy.fused import fuse
 from strop.policy.memory import keep_few_kernels, keep_freed_memory
 from strop.policy.outline import random_model
-from strop.policy.policy import Policy, elementwise_of
+from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.sharing import reason_against
 from strop.terminal import warnings_only

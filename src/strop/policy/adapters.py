@@ -168,14 +168,20 @@ def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:
     )
 
 
-def trainable_names(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that train, by the names they have in a saved folder (peft leaves the adapter's name out)."""
+def trainable_names(module: nn.Module) -> dict[str, str]:
+    """The weights that train: the name that each has in a saved folder -> its name in the module. They differ in
+    adapters, where peft leaves out the adapter's name.
+
+    Raises:
+        KeyError: a weight trains that peft does not save.
+    """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not isinstance(module, PeftModel):
-        return named
-    saved = get_peft_model_state_dict(module, save_embedding_layers=False)
-    by_place = {tensor.data_ptr(): name for name, tensor in reversed(saved.items())}
-    return {by_place[p.data_ptr()]: p for p in named.values()}
+        return {name: name for name in named}
+    own = module.state_dict(keep_vars=True)  # the weights themselves, which peft only names otherwise
+    saved = get_peft_model_state_dict(module, state_dict=own, save_embedding_layers=False)
+    saved_names = {id(weight): name for name, weight in reversed(saved.items())}
+    return {saved_names[id(weight)]: name for name, weight in named.items()}
 
 
 def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tuple[str, ...]:

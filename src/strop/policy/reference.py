@@ -21,10 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
+from strop.policy.build import assemble, elementwise_of
 from strop.policy.folder import place_of
+from strop.policy.identity import weights_hash
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.memory import in_halves
-from strop.policy.policy import Policy, assemble, elementwise_of
+from strop.policy.policy import Policy
 from strop.types import Group
 
 
@@ -159,9 +161,16 @@ def _load_reference(
             expected="a model with the same vocabulary",
             fix="choose another post_training.ref_model_id",
         )
-    module = loaded.module.to(policy.device).requires_grad_(False)
-    elementwise, logits = elementwise_of(config.training, policy.device), config.training.fp32_logits
-    return assemble(module, loaded, policy.precision, section, fp32_logits=logits, elementwise=elementwise)
+    digest = weights_hash(loaded.module)
+    return assemble(
+        loaded.module.to(policy.device).requires_grad_(False),
+        loaded,
+        policy.precision,
+        section,
+        fp32_logits=config.training.fp32_logits,
+        elementwise=elementwise_of(config.training, policy.device),
+        weights_hash=digest,
+    )
 
 
 @contextmanager

@@ -22,7 +22,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,12 +31,11 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
 
 from strop import machine
 from strop.cachedir import cache_folder, cannot_keep
 from strop.policy import rates
+from strop.policy.identity import numbers_of
 from strop.policy.policy import Policy
 from strop.policy.precision import short_name
 from strop.types import Completion, Group
@@ -50,8 +48,6 @@ PATIENCE = 10.0
 """Seconds that another process may write before it is said."""
 _MAGIC = b"SRL2"
 _HEAD = struct.Struct("<4s16sII")
-_NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
-"""Keys of a model's configuration that no log-prob depends on."""
 
 
 class ReferenceStore:
@@ -199,7 +195,7 @@ def model_identity(policy: Policy, weights: str) -> dict[str, object]:
     return {
         "format": FORMAT,
         "weights": weights,
-        "config": _numbers_of(policy.loaded_config.to_dict()),
+        "config": numbers_of(policy.loaded_config.to_dict()),
         "compute": short_name(policy.precision.compute),
         "head": [short_name(policy.head_dtype), str(policy.transform)],
         "rows": f"shared, {policy.attention_kernel}" if policy.share_prefix else f"plain, {policy.plain_attention}",
@@ -212,39 +208,3 @@ def model_identity(policy: Policy, weights: str) -> dict[str, object]:
 def _processor() -> list[object]:
     """Of a CPU, what its kernels are chosen by."""
     return ["cpu", torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), machine.processor().name]
-
-
-def configuration_hash(policy: Policy) -> str:
-    """A hash of what the model's configuration says about its numbers (heads, norms, rotations, activations), beside
-    the defaults of its architecture, which a newer transformers may list more of."""
-    text = json.dumps(_numbers_of(policy.loaded_config.to_diff_dict()), sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
-
-
-def _numbers_of(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _NO_NUMBERS}
-
-
-def weights_hash(module: nn.Module) -> str:
-    """A hash of the names, dtypes, shapes and bytes of all weights, and of what adapters are multiplied by. Adapters
-    that add nothing yet do not count."""
-    tensors = {_plain_name(name): tensor for name, tensor in module.state_dict().items()}
-    scales = {_plain_name(n): m.scaling for n, m in module.named_modules() if isinstance(m, LoraLayer)}
-    zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]
-    if zeros and not any(".lora_magnitude" in n for n in tensors) and not any(bool(t.any()) for t in zeros):
-        tensors, scales = {n: t for n, t in tensors.items() if ".lora_" not in n}, {}
-    with ThreadPoolExecutor(min(8, machine.processor().cores)) as pool:  # hashing lets other threads run
-        digests = pool.map(_tensor_digest, tensors.values())
-        lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
-    lines += [f"{name} times {sorted(factors.items())}" for name, factors in scales.items()]
-    return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=20).hexdigest()
-
-
-def _plain_name(name: str) -> str:
-    """A weight's name in the model without adapters around it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.blake2b(data, digest_size=20).hexdigest()}"

@@ -28,8 +28,9 @@ from strop.engine.reference import ReferenceLogps, reference_logps_of
 from strop.errors import CheckpointError
 from strop.plan.cutting import cut
 from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.policy.build import assemble, build_policy
 from strop.policy.load import LoadedModel
-from strop.policy.policy import Policy, assemble, build_policy
+from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.store import ReferenceStore
 from strop.types import Completion, Group, Origin

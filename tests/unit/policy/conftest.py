@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from strop.config.run import RunConfig
-from strop.policy.policy import Policy, build_policy
+from strop.policy.build import build_policy
+from strop.policy.policy import Policy
 from strop.types import Completion, Group, Origin
 
 MakePolicy = Callable[..., Policy]

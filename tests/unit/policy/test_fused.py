@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from strop.policy import policy as policy_module
 from strop.policy.casts import Casts
 from strop.policy.dropout import draw_left_out, zero_
 from strop.policy.elementwise import compiled
@@ -397,7 +396,7 @@ def test_a_policy_trains_as_without(
     results = []
     for fusing in (True, False):
         if not fusing:
-            monkeypatch.setattr(policy_module, "fuse", lambda *args: None)
+            monkeypatch.setattr("strop.policy.build.fuse", lambda *args: None)
         policy = build(lora=lora, training={"gradient_checkpointing": checkpointing})
         with policy.still():
             for batch in (groups[:1], groups[1:]):

@@ -31,9 +31,9 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy import patterns
+from strop.policy.build import build_policy
 from strop.policy.folder import inspect_config
 from strop.policy.load import check_vocabulary, load_model, load_tokenizer
-from strop.policy.policy import build_policy
 
 
 def load(folder: Path | str, **keys: Any) -> Any:

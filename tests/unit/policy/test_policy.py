@@ -28,8 +28,10 @@ from strop.config.run import RunConfig
 from strop.errors import ConfigError, ModelError
 from strop.policy import attention, logprobs
 from strop.policy import policy as policy_module
+from strop.policy.build import build_policy
 from strop.policy.fused import FusedMlp
-from strop.policy.policy import Policy, build_policy
+from strop.policy.identity import weights_hash
+from strop.policy.policy import Policy
 from strop.policy.tiles import Tile, cut_tiles
 from strop.types import Group
 
@@ -52,6 +54,44 @@ def test_full_training_trains_everything_in_float32(model_dir: Path, build: Make
     assert policy.trainable().keys() == load_file(model_dir / "model.safetensors").keys()
     policy(policy.collate(groups)).sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.trainable().values())
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "modules_to_save": ["embed_tokens"]}], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_trains_is_known_by_name_whatever_becomes_of_its_memory(
+    lora: dict[str, Any] | None,
+    tied: bool,
+    model_dir: Path,
+    build: MakePolicy,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rewrite(model_dir, tie_word_embeddings=tied)
+    policy = build(lora=lora)
+    before = {name: weight.clone() for name, weight in policy.trainable().items()}
+    made: dict[int, nn.Parameter] = {}
+    for module in policy.model.modules():  # as what shards a model does; tied weights stay tied
+        for name, weight in list(module.named_parameters(recurse=False)):
+            made.setdefault(id(weight), nn.Parameter(weight.detach() + 1, weight.requires_grad))
+            setattr(module, name, made[id(weight)])
+    after = policy.trainable()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], weight + 1) for name, weight in before.items())
+    policy.save_pretrained(tmp_path / "final", tokenizer)
+    (file,) = (tmp_path / "final").glob("*.safetensors")
+    saved = load_file(file)
+    assert all(torch.equal(saved[name], weight) for name, weight in after.items())
+
+
+def test_a_policy_has_the_hash_of_what_was_loaded(configure: Callable[..., RunConfig]) -> None:
+    for lora in (None, {}):
+        config = configure(lora=lora)
+        policy = build_policy(config, config.models[0], torch.device("cpu"), hashed=True)
+        assert policy.weights_hash == weights_hash(policy.model)
+        with torch.no_grad():
+            for weight in policy.trainable().values():
+                weight += 1
+        assert policy.weights_hash != weights_hash(policy.model)
 
 
 @pytest.mark.parametrize("training", [{}, {"bf16": True}, {"bf16": True, "fp32_logits": True}, {"fp16": True}], ids=str)

@@ -18,9 +18,10 @@ from strop.batch import GroupSpan
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy import attention
+from strop.policy.build import assemble
 from strop.policy.load import LoadedModel
 from strop.policy.logits import LogitTransform, logit_transform
-from strop.policy.policy import Policy, assemble
+from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.probe import inference_mode
 from strop.policy.tiles import Tile, cut_tiles

@@ -20,8 +20,9 @@ from peft.tuners.lora import LoraLayer
 from conftest import build_model
 from strop.errors import ConfigError
 from strop.policy import store as store_module
+from strop.policy.identity import weights_hash
 from strop.policy.policy import Policy
-from strop.policy.store import ReferenceStore, completion_key, model_identity, weights_hash
+from strop.policy.store import ReferenceStore, completion_key, model_identity
 from strop.types import Completion, Group
 
 Values = dict[bytes, NDArray[Any]]

@@ -1,0 +1,55 @@
+"""What a model is, as hashes: of its weights and of its configuration. Floor 2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from strop import machine
+
+_NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+"""Keys of a model's configuration that no log-prob depends on."""
+
+
+def configuration_hash(config: PreTrainedConfig) -> str:
+    """A hash of what the model's configuration says about its numbers (heads, norms, rotations, activations), beside
+    the defaults of its architecture, which a newer transformers may list more of."""
+    text = json.dumps(numbers_of(config.to_diff_dict()), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def numbers_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that log-probs depend on."""
+    return {key: value for key, value in config.items() if key not in _NO_NUMBERS}
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of the names, dtypes, shapes and bytes of all weights, and of what adapters are multiplied by. Adapters
+    that add nothing yet do not count."""
+    tensors = {_plain_name(name): tensor for name, tensor in module.state_dict().items()}
+    scales = {_plain_name(n): m.scaling for n, m in module.named_modules() if isinstance(m, LoraLayer)}
+    zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]
+    if zeros and not any(".lora_magnitude" in n for n in tensors) and not any(bool(t.any()) for t in zeros):
+        tensors, scales = {n: t for n, t in tensors.items() if ".lora_" not in n}, {}
+    with ThreadPoolExecutor(min(8, machine.processor().cores)) as pool:  # hashing lets other threads run
+        digests = pool.map(_tensor_digest, tensors.values())
+        lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
+    lines += [f"{name} times {sorted(factors.items())}" for name, factors in scales.items()]
+    return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=20).hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    """A weight's name in the model without adapters around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.blake2b(data, digest_size=20).hexdigest()}"

@@ -1,0 +1,81 @@
+"""A policy to a folder that loads with plain peft or transformers. Floor 2."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from strop.policy.adapters import check_adapter
+from strop.policy.generation import write_generation
+from strop.policy.load import quiet
+from strop.policy.precision import short_name
+
+if TYPE_CHECKING:
+    from strop.policy.policy import Policy
+
+logger = logging.getLogger("strop")
+
+
+def save(
+    policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, float] | None = None
+) -> None:
+    """As `Policy.save_pretrained` says.
+
+    Raises:
+        ModelError: an adapter that was written is not one that peft loads.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        if isinstance(policy.model, PeftModel):
+            policy.model.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody has filled in
+            check_adapter(policy.model, folder, policy.loaded_config, policy.where)
+        else:
+            _save_full(policy, folder)
+        own = getattr(policy.base, "generation_config", None)
+        write_generation(folder, own, tokenizer, None if ends is None else dict(ends), policy.where)
+
+
+def _save_full(policy: Policy, folder: Path) -> None:
+    base, dtype = policy.base, _saving_dtype(policy)
+    training_config, base.config = base.config, policy.loaded_config
+    generation = getattr(base, "generation_config", None)
+    if generation is not None:  # is written apart
+        base.generation_config = GenerationConfig()
+    try:
+        base.save_pretrained(folder, state_dict=_in_dtype(base.state_dict(keep_vars=True), dtype))
+        policy.loaded_config.dtype = short_name(dtype)
+        policy.loaded_config.save_pretrained(folder)
+    finally:
+        base.config = training_config
+        if generation is not None:
+            base.generation_config = generation
+
+
+def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating point tensors in another dtype. Names of one tensor, as tied weights have, stay names of one."""
+    made: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            own = tensor.detach()
+            made[id(tensor)] = own.to(dtype) if own.is_floating_point() else own
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _saving_dtype(policy: Policy) -> torch.dtype:
+    """`saved_dtype`; float32 where a weight has become too large for float16."""
+    if policy.saved_dtype != torch.float16:
+        return policy.saved_dtype
+    most = torch.finfo(torch.float16).max
+    large = [n for n, p in policy.base.named_parameters() if p.numel() and float(p.detach().abs().max()) > most]
+    if not large:
+        return torch.float16
+    logger.warning("%s: saved in float32, since %s is too large for float16 by now", policy.where, large[0])
+    return torch.float32
