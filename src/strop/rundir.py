@@ -240,6 +240,13 @@ class RunDir:
         names = [name for name in (*RUN_FILES, FINAL) if (self.path / name).exists()]
         return names + [p.name for p in self._checkpoints()]
 
+    def replaced_bytes(self) -> int:
+        """What goes away before the first file of this run."""
+        if not self.replaces:
+            return 0
+        gone = [*self._checkpoints(), self.path / FINAL]
+        return sum(file.lstat().st_size for folder in gone for file in folder.rglob("*") if file.is_file())
+
     def _begin(self) -> None:
         """Before the first file of this run: the run that it replaces goes away."""
         self._has_begun = True

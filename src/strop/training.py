@@ -32,6 +32,7 @@ from strop.preflight import check, run_folder, select_models
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
 from strop.rundir import RESULT, RunDir
 from strop.session import Session, Splits, for_each_model, reference_made_from, start_world
+from strop.space import check_space
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -95,7 +96,7 @@ def _train_model(
         if config.training.mount_dir:
             run.mirror_target(config.training.mount_dir)  # now, not after hours
         with Session(config, model, world, resumed=done or saved) as session:
-            _build(session)
+            _build(session, None if done else run, saved.step if saved else 0)
             if done:
                 return already_finished(done, session, run)
             if saved:
@@ -108,14 +109,18 @@ def _is_quiet(config: RunConfig, world: World) -> bool:
     return not world.is_main or config.logging.log_level in ("warning", "error")
 
 
-def _build(session: Session) -> None:
-    """Read, settle and load, and say what there is to say, before what it is about."""
+def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
+    """Read, settle and load, and say what there is to say, before what it is about. run: where it will write."""
     model = session.model
     _tell(model, session.prepared.data.report.lines())
     for note in session.prepared.advice():
         log.warning("%s: %s", model.name, note)
     _tell(model, session.settled.prediction())  # before anything large is loaded
     log.debug("%s: %s", model.name, LEFT_OUT)
+    if run is not None:
+        found, freed = session.settled, run.replaced_bytes()
+        for note in check_space(found.prepared, found.precision, run.path, steps_done=steps_done, freed=freed):
+            log.warning("%s: %s", model.name, note)
     _tell(model, session.policy.describe())
     if session.final is not session.settled:
         _tell(model, session.final.prediction())

@@ -37,6 +37,7 @@ FLOORS = {
     "preflight": 3,
     "prepared": 4,
     "estimate": 5,
+    "space": 5,
     "session": 6,
     "catalogue": 6,
     "dryrun": 7,

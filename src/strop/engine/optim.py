@@ -14,6 +14,11 @@ from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
 
 
+def state_bytes(optim: str, wide: int) -> int:
+    """Bytes of the optimizer's state per weight that trains. wide: bytes of such a weight."""
+    return 2 if optim.endswith("8bit") else 2 * wide
+
+
 def build_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSection) -> torch.optim.Optimizer:
     """AdamW over `parameters`, in their order. Vectors (norms, biases) are not decayed.
 

@@ -15,6 +15,7 @@ import torch
 
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
+from strop.engine.optim import state_bytes
 from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.plan.work import Work
@@ -84,11 +85,10 @@ def memory_of(
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     backward = work.tokens * (4 * shape.inner * c + 4 * shape.width * _stream(shape, precision))
     casts = _casts(shape, config, precision, device)
-    state = 2 if config.training.optim.endswith("8bit") else 2 * wide
     parts: dict[str, Numbers | float] = {
         "weights": base * (c if shape.adapters else wide) + shape.adapters * wide,
         "gradients": trained * wide,
-        "optimizer": trained * state,
+        "optimizer": trained * state_bytes(config.training.optim, wide),
         "activations": activations + _probabilities(shape, work, config, precision, device),
         "head": head + casts,
         "backward": backward,

@@ -1,0 +1,131 @@
+"""What a run will take of its disk, known before the model is loaded. Floor 5.
+
+From shapes alone: checkpoints (what trains and the optimizer's state), the final model, and the reference's log-probs
+that lie in the run folder while it trains. A run that could leave no checkpoint and no model is refused. One that will
+run short later is warned of: a save that fails is told and tried again, and the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from strop import disk
+from strop.data.table import Groups
+from strop.disk import in_words
+from strop.engine.optim import state_bytes
+from strop.errors import SaveError
+from strop.policy.load import model_config
+from strop.policy.outline import CannotBuildError, shape_of
+from strop.policy.precision import Precision
+from strop.prepared import Prepared
+from strop.types import Group
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes: of one checkpoint, of the final model, of the reference's log-probs. most: checkpoints that lie there at
+    the same time, at most."""
+
+    checkpoint: int
+    most: int
+    final: int
+    reference: int
+
+    @classmethod
+    def of(cls, prepared: Prepared, precision: Precision, steps_done: int = 0) -> Space:
+        """What a run will still write. steps_done: of a run that is gone on from.
+
+        Raises:
+            CannotBuildError: the model cannot be built from its configuration alone.
+        """
+        config, shape = prepared.config, shape_of(prepared.config.lora, prepared.model)
+        training, wide = config.training, precision.master.itemsize
+        trained = shape.adapters or shape.matrix + shape.others
+        follows = prepared.objective.ref_sync is not None
+        checkpoint = trained * (wide + state_bytes(training.optim, wide) + wide * follows)
+        final = trained * (wide if shape.adapters else _saved_itemsize(prepared))
+        reference = 0
+        if prepared.objective.needs_reference and not follows:
+            reference = wide * (_scored(prepared.data.train) + _scored(prepared.data.eval))
+        return cls(checkpoint, _most_at_once(prepared, steps_done), final, reference)
+
+    @property
+    def least(self) -> int:
+        """Without which the run could not end."""
+        return (self.checkpoint if self.most else 0) + self.final + self.reference
+
+    @property
+    def peak(self) -> int:
+        return self.checkpoint * self.most + self.final + self.reference
+
+    def describe(self) -> str:
+        parts = [(f"{self.most} checkpoints of {in_words(self.checkpoint)}", self.most)]
+        parts += [(f"the final model of {in_words(self.final)}", self.final)]
+        parts += [(f"log-probs of the reference of {in_words(self.reference)}", self.reference)]
+        return ", ".join(text for text, is_there in parts if is_there)
+
+
+def check_space(
+    prepared: Prepared, precision: Precision, path: Path, *, steps_done: int = 0, freed: int = 0
+) -> Iterator[str]:
+    """Warnings about the disk of the run folder.
+
+    Args:
+        path: the run folder.
+        steps_done: of a run that is gone on from.
+        freed: bytes that the run will remove before it writes.
+
+    Raises:
+        SaveError: there is no room for one checkpoint and the final model.
+    """
+    free = disk.free_bytes(path)
+    try:
+        space = Space.of(prepared, precision, steps_done)
+    except CannotBuildError:
+        return
+    if free is None:
+        return
+    free += freed
+    if free < space.least:
+        raise SaveError(
+            f"the disk is too full for this run to end: {in_words(space.least)} needed at least, {in_words(free)} free",
+            where=str(path),
+            expected=f"room for a checkpoint and what the run leaves; at the most {space.describe()}",
+            fix="make room, or choose another training.output_dir",
+        )
+    if free < space.peak:
+        yield (
+            f"{path}: the disk will be full: {in_words(space.peak)} needed, {in_words(free)} free "
+            f"({space.describe()}); checkpoints that do not fit are told and left out. Lower "
+            "training.save_total_limit or make room"
+        )
+
+
+def _most_at_once(prepared: Prepared, steps_done: int) -> int:
+    """Checkpoints: those that are kept, the best one, and a new one while the oldest is still there."""
+    config, num_steps = prepared.config, prepared.plan.num_steps
+    left = num_steps - steps_done
+    saves = ceil(left / config.training.save_steps)
+    best = config.finetuning.load_best_model_at_end and bool(prepared.data.eval)
+    evaluations = ceil(left / config.training.eval_steps) if best else 0
+    keep = config.training.save_total_limit
+    return min(left, saves + evaluations) if keep is None else min(left, saves + evaluations, keep + 1 + best)
+
+
+def _saved_itemsize(prepared: Prepared) -> int:
+    """Bytes per weight of a full model's files; 2 where nothing says it, as most have."""
+    asked = prepared.config.training.save_dtype
+    dtype = getattr(torch, asked) if asked != "auto" else getattr(model_config(prepared.model), "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+
+
+def _scored(groups: Sequence[Group]) -> int:
+    """Scored tokens of groups, without reading those that lie on disk."""
+    if isinstance(groups, Groups):
+        return int(groups.column("scored").sum())
+    return sum(group.num_scored for group in groups)
