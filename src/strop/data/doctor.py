@@ -1,7 +1,7 @@
 """What may be wrong with rows that are each fine. Floor 2.
 
 In: the groups of each split. Out: Findings: counts, and sentences where they say something. Rows are compared by
-hashes of their prompts' words and of their tokens, so nothing is read twice and memory stays small.
+hashes of their prompts' words and of their tokens, so nothing is read twice and memory stays small: 8 bytes a row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from strop.data.table import Groups
+from strop.lengths import starts_of, taken_ragged
 
 MUCH_LONGER = 1.25
 """Chosen completions this much longer than rejected ones teach length, too (or the other way round)."""
@@ -70,41 +71,109 @@ class Findings:
 
 def examine(splits: Mapping[str, Groups]) -> dict[str, Findings]:
     """Findings of every split; `eval` is compared with `train`."""
-    rows = {name: _rows(groups) for name, groups in splits.items()}
-    train = rows["train"]
-    return {name: _of(splits[name], rows[name], None if name == "train" else train) for name in splits}
+    prompts = whole = None
+    found = {}
+    for name in sorted(splits, key=lambda name: name != "train"):
+        groups = splits[name]
+        found[name] = _of(groups, prompts, whole)
+        if name == "train" and len(splits) > 1:
+            prompts, whole = np.sort(groups.column("prompt_hash")), _sorted_keys(groups)
+    return {name: found[name] for name in splits}
 
 
-def _rows(groups: Groups) -> np.ndarray:
-    """[rows, 3] hashes: prompt, first and second completion."""
-    return np.stack([groups.column(name) for name in ("prompt_hash", "first_hash", "second_hash")], axis=1)
-
-
-def _of(groups: Groups, rows: np.ndarray, train: np.ndarray | None) -> Findings:
-    whole = _joined(rows)
-    pairs = groups.lengths.counts == 2
-    turned = _joined(rows[pairs][:, [0, 2, 1]])
-    labelled = rows[groups.column("label") >= 0]
-    relabelled = _joined(np.stack([*labelled[:, :2].T, np.uint64(3) - labelled[:, 2]], axis=1))
-    first, second = groups.lengths.taken(np.flatnonzero(pairs)).completions.reshape(-1, 2).T
-    length = {}
-    if len(first):
-        length = {
-            "mean_chosen": float(first.mean()),
-            "mean_rejected": float(second.mean()),
-            "chosen_is_longer": float((first > second).mean()),
-        }
+def _of(groups: Groups, prompts: np.ndarray | None, trained: np.ndarray | None) -> Findings:
+    """prompts, trained: sorted hashes of the training split's prompts and groups, where this is another split."""
+    whole = _sorted_keys(groups)
+    contradictions = leaked_prompts = leaked_rows = 0
+    for some in groups.chunks():
+        contradictions += _num_in(_contrary_keys(some), whole)
+        if prompts is not None and trained is not None:
+            leaked_prompts += _num_in(some.column("prompt_hash"), prompts)
+            leaked_rows += _num_in(_keys(some), trained)
+    labels = num_labels(groups)
     return Findings(
-        duplicates=len(whole) - len(np.unique(whole)),
-        contradictions=int(np.isin(turned, whole).sum() + np.isin(relabelled, whole).sum()),
+        duplicates=int((whole[1:] == whole[:-1]).sum()),
+        contradictions=contradictions,
         missing_eos=int(groups.column("without_end_token").sum()),
         double_bos=int(groups.column("double_bos").sum()),
-        leaked_prompts=0 if train is None else int(np.isin(rows[:, 0], train[:, 0]).sum()),
-        leaked_rows=0 if train is None else int(np.isin(whole, _joined(train)).sum()),
-        length=length,
-        desirable=num_labels(groups)[True],
-        undesirable=num_labels(groups)[False],
+        leaked_prompts=leaked_prompts,
+        leaked_rows=leaked_rows,
+        length=_pair_lengths(groups),
+        desirable=labels[True],
+        undesirable=labels[False],
     )
+
+
+def _pair_lengths(groups: Groups) -> dict[str, float]:
+    """Mean tokens of both sides of pairs, and how often the chosen one is longer; nothing where there are none."""
+    lengths = groups.lengths
+    first = lengths.starts[:-1][lengths.counts == 2]
+    if not len(first):
+        return {}
+    chosen, rejected = lengths.completions[first], lengths.completions[first + 1]
+    return {
+        "mean_chosen": float(chosen.mean()),
+        "mean_rejected": float(rejected.mean()),
+        "chosen_is_longer": float((chosen > rejected).mean()),
+    }
+
+
+def _sorted_keys(groups: Groups) -> np.ndarray:
+    """[rows] hashes of all groups, sorted."""
+    keys = np.empty(len(groups), np.uint64)
+    done = 0
+    for some in groups.chunks():
+        keys[done : done + len(some)] = _keys(some)
+        done += len(some)
+    keys.sort()
+    return keys
+
+
+def _keys(groups: Groups) -> np.ndarray:
+    """[rows] uint64, equal for groups with one prompt, the same completions in the same order and the same label."""
+    hashes, starts = groups.ragged("hashes")
+    return _mixed(groups.column("prompt_hash"), hashes, starts, groups.column("label"))
+
+
+def _contrary_keys(groups: Groups) -> np.ndarray:
+    """The keys of groups that would contradict these: pairs the other way round, completions with the other label."""
+    hashes, starts = groups.ragged("hashes")
+    prompts, labels = groups.column("prompt_hash"), groups.column("label")
+    pairs, labelled = np.flatnonzero(np.diff(starts) == 2), np.flatnonzero(labels >= 0)
+    turned = np.stack([hashes[starts[pairs] + 1], hashes[starts[pairs]]], axis=1).reshape(-1)
+    relabelled = taken_ragged(hashes, starts, labelled)
+    return np.concatenate(
+        [
+            _mixed(prompts[pairs], turned, 2 * np.arange(len(pairs) + 1), labels[pairs]),
+            _mixed(prompts[labelled], relabelled, starts_of(np.diff(starts)[labelled]), 1 - labels[labelled]),
+        ]
+    )
+
+
+def _mixed(prompts: np.ndarray, hashes: np.ndarray, starts: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """[rows] uint64 of a prompt's hash, its completions' hashes one after the other, and a label (-1: none)."""
+    counts = np.diff(starts)
+    keys = _stirred(prompts ^ (labels + 1).astype(np.uint64))
+    for place in range(int(counts.max(initial=0))):
+        rows = np.flatnonzero(counts > place)
+        keys[rows] = _stirred(keys[rows] ^ hashes[starts[rows] + place])
+    return keys
+
+
+def _stirred(keys: np.ndarray) -> np.ndarray:
+    """Numbers whose bits all depend on all bits: the finisher of splitmix64 (Steele et al. 2014)."""
+    keys = keys + np.uint64(0x9E3779B97F4A7C15)
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(keys ^ (keys >> np.uint64(31)))
+
+
+def _num_in(keys: np.ndarray, known: np.ndarray) -> int:
+    """How many of the keys are among the sorted ones."""
+    if not len(known):
+        return 0
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return int((known[places] == keys).sum())
 
 
 def num_labels(groups: Groups) -> dict[bool, int]:
@@ -133,8 +202,3 @@ def imbalance(labels: Mapping[bool, int], desirable_weight: float, undesirable_w
         f"post_training.desirable_weight: {desirable_weight * middle / ratio:.3g}, or undesirable_weight: "
         f"{undesirable_weight * ratio / middle:.3g}"
     )
-
-
-def _joined(rows: np.ndarray) -> np.ndarray:
-    """One value a row of three hashes, to be compared."""
-    return np.ascontiguousarray(rows).view([("prompt", "u8"), ("first", "u8"), ("second", "u8")]).reshape(-1)

@@ -6,6 +6,7 @@ function of (seed, epoch).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import overload
 
@@ -26,8 +27,7 @@ class Mismatched(Sequence[Group]):
     def __init__(self, groups: Sequence[Group], *, num_epochs: int, seed: int, max_tokens: int) -> None:
         assert len(groups) > 1
         self._groups, self._num_epochs, self._seed, self._max_tokens = groups, num_epochs, seed, max_tokens
-        numbers: dict[bytes, int] = {}
-        self._prompts = np.array([numbers.setdefault(g.prompt_ids.tobytes(), len(numbers)) for g in groups])
+        self._prompts = _numbered(groups)
         self._partners: dict[int, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
@@ -48,6 +48,23 @@ class Mismatched(Sequence[Group]):
         own, other = self._groups[row], self._groups[int(self._partners[epoch][row])]
         room = self._max_tokens - max(len(c.ids) for c in other.completions)
         return Group(own.prompt_ids[-max(1, room) :], other.completions, own.origin)
+
+
+def _numbered(groups: Sequence[Group]) -> NDArray[np.int64]:
+    """For each group the number of its prompt, in the order in which prompts come first. Kept of a prompt is a hash of
+    its tokens, so that a million of them take little room."""
+    hashes = bytearray()
+    for group in groups:
+        hashes += hashlib.blake2b(group.prompt_ids.tobytes(), digest_size=16).digest()
+    low, high = np.frombuffer(hashes, np.uint64).reshape(-1, 2).T
+    rows = np.lexsort((high, low))  # stable: of equal prompts the first comes first
+    differs = (low[rows][1:] != low[rows][:-1]) | (high[rows][1:] != high[rows][:-1])
+    starts = np.concatenate(([0], np.flatnonzero(differs) + 1))
+    number = np.empty(len(starts), np.int64)
+    number[np.argsort(rows[starts])] = np.arange(len(starts))
+    found = np.empty(len(groups), np.int64)
+    found[rows] = np.repeat(number, np.diff(starts, append=len(rows)))
+    return found
 
 
 def partners(prompts: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:

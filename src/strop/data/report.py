@@ -176,7 +176,7 @@ def group_statistics(groups: Groups) -> dict[str, Any]:
         },
         "tokens": {
             "plain": plain,
-            "trained": int(groups.column("scored").sum()),
+            "trained": int(groups.ragged("scored")[0].sum(dtype=np.int64)),
             "saved_by_prefix_sharing": shared / plain if plain else 0.0,
         },
         "fingerprint": fingerprint(groups),
@@ -195,4 +195,7 @@ def length_summary(lengths: np.ndarray) -> dict[str, float]:
 def fingerprint(groups: Groups) -> str:
     """SHA-256 over hashes of token ids and masks in order: the same data gives the same, wherever and whenever it was
     read."""
-    return hashlib.sha256(groups.column("digest").tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for some in groups.chunks():
+        digest.update(some.column("digest").tobytes())
+    return digest.hexdigest()

@@ -96,7 +96,7 @@ def odd_groups(groups: Groups) -> list[tuple[str, int]]:
     """The longest group and, of each oddity, the shortest: what is odd, and the group's number, by number."""
     if not len(groups):
         return []
-    lengths = np.sum([groups.column(name) for name in ("prompt", "first", "second")], axis=0)
+    lengths = groups.lengths.prompt + groups.lengths.sums(groups.lengths.completions)
     found = {int(lengths.argmax()): ["the longest"]}
     for names, words in ODD.items():
         is_odd = np.any([groups.column(name) > 0 for name in names], axis=0)

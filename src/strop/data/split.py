@@ -23,14 +23,18 @@ def held_out(keys: Sequence[Any] | np.ndarray, share: float, seed: int) -> np.nd
     wanted = min(max(1, round(share * num_rows)), num_rows - 1) if share > 0 else 0
     if wanted <= 0:
         return np.zeros(num_rows, bool)
-    _, first, bundle, sizes = np.unique(np.asarray(keys), return_index=True, return_inverse=True, return_counts=True)
-    by_appearance = np.argsort(first)
-    number = np.empty_like(by_appearance)
-    number[by_appearance] = np.arange(len(by_appearance))
-    chosen = _fill(sizes[by_appearance], wanted, seed)
-    if chosen.any():
-        return np.asarray(chosen[number[bundle]])
-    return _fill(np.ones(num_rows, int), wanted, seed)
+    rows = np.argsort(np.asarray(keys), kind="stable")  # rows with one key side by side, the first of them first
+    values = np.asarray(keys)[rows]
+    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
+    sizes = np.diff(starts, append=num_rows)
+    by_appearance = np.argsort(rows[starts])
+    chosen = np.empty(len(starts), bool)
+    chosen[by_appearance] = _fill(sizes[by_appearance], wanted, seed)
+    if not chosen.any():
+        return _fill(np.ones(num_rows, int), wanted, seed)
+    held = np.empty(num_rows, bool)
+    held[rows] = np.repeat(chosen, sizes)
+    return held
 
 
 def sample(num_rows: int, share: float, seed: int) -> np.ndarray:
@@ -41,12 +45,17 @@ def sample(num_rows: int, share: float, seed: int) -> np.ndarray:
 def _fill(sizes: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """Flags of bundles taken in a random order, as far as they fit."""
     chosen = np.zeros(len(sizes), bool)
-    total = 0
-    for n in np.argsort(_ranks(len(sizes), seed), kind="stable"):
-        if total + sizes[n] <= wanted:
+    order = np.argsort(_ranks(len(sizes), seed), kind="stable")
+    totals = np.cumsum(sizes[order])
+    num_first = int(np.searchsorted(totals, wanted, side="right"))  # up to the first that does not fit
+    chosen[order[:num_first]] = True
+    missing = wanted - (int(totals[num_first - 1]) if num_first else 0)
+    rest = order[num_first:]
+    for n in rest[sizes[rest] <= missing].tolist():
+        if sizes[n] <= missing:
             chosen[n] = True
-            total += int(sizes[n])
-            if total == wanted:
+            missing -= int(sizes[n])
+            if not missing:
                 break
     return chosen
 

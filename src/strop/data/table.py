@@ -3,8 +3,9 @@
 In: encoded rows. Out: groups by index, built when they are asked for. In memory stay a few numbers a row (its place
 and its lengths); the tokens stay in the file, and the operating system keeps of it what is used.
 
-One row of the table is one group: ids (prompt, first, second completion), one byte an id (1 = trained), the three
-lengths, the origin, what was done to the row, and hashes by which rows are compared.
+One row of the table is one group: ids (the prompt, then its completions), one byte an id (1 = trained), the prompt's
+length, the origin, what was done to the row, and hashes by which rows are compared. What every completion has of its
+own (`OF_COMPLETIONS`) stands in lists, one entry a completion.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ import numpy as np
 import pyarrow as pa
 
 from strop.data.counters import COUNTERS
-from strop.lengths import Lengths, starts_of
+from strop.lengths import Lengths, starts_of, taken_ragged
 from strop.types import Completion, Group, Origin
+
+OF_COMPLETIONS = {"completions": pa.int32(), "scored": pa.int32(), "hashes": pa.uint64()}
+"""Of every completion: its tokens, how many of them are trained, and a hash of its ids."""
 
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("mask", pa.binary()),
         ("prompt", pa.int32()),
-        ("first", pa.int32()),
-        ("second", pa.int32()),
-        ("scored", pa.int32()),
+        *((name, pa.list_(kind)) for name, kind in OF_COMPLETIONS.items()),
         ("label", pa.int32()),
         ("again", pa.int32()),
         ("line", pa.int64()),
@@ -42,11 +44,11 @@ SCHEMA = pa.schema(
         *((name, pa.int32()) for name in COUNTERS),
         ("raw", pa.int32()),
         ("prompt_hash", pa.uint64()),
-        ("first_hash", pa.uint64()),
-        ("second_hash", pa.uint64()),
         ("digest", pa.binary(16)),
     ]
 )
+CHUNK = 1 << 16
+"""Groups that are looked at together where a pass over all of them needs more than a few bytes of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,10 @@ class Record:
 def to_table(records: Sequence[Record]) -> Any:
     """The records as a record batch."""
     groups = [record.group for record in records]
-    seconds = [g.completions[1] if len(g.completions) > 1 else None for g in groups]
-    ids, masks = [], []
-    for group in groups:
-        ids.append(np.concatenate([_array(group.prompt_ids), *(_array(c.ids) for c in group.completions)]))
-        masks.append(bytes(len(group.prompt_ids)) + b"".join(c.loss_mask for c in group.completions))
     columns: dict[str, Any] = {
-        "ids": ids,
-        "mask": masks,
+        **_tokens(groups),
+        **_of_completions(groups),
         "prompt": [len(g.prompt_ids) for g in groups],
-        "first": [len(g.completions[0].ids) for g in groups],
-        "second": [len(c.ids) if c is not None else 0 for c in seconds],
-        "scored": [g.num_scored for g in groups],
         "label": [-1 if g.label is None else int(g.label) for g in groups],
         "line": [g.origin.line for g in groups],
         "file": [record.file for record in records],
@@ -87,15 +81,26 @@ def to_table(records: Sequence[Record]) -> Any:
         "raw": [int(record.raw) for record in records],
         "again": [record.again for record in records],
         "prompt_hash": [_hash(record.prompt_key) for record in records],
-        "first_hash": [_hash(_bytes(g.completions[0].ids)) for g in groups],
-        # of a labelled group: 1 or 2, which no other group has
-        "second_hash": [
-            _hash(_bytes(c.ids)) if c is not None else (0 if g.label is None else 1 + g.label)
-            for g, c in zip(groups, seconds, strict=True)
-        ],
         "digest": [_digest(g) for g in groups],
     }
     return pa.record_batch([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+def _tokens(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """Ids of the prompt and of its completions one behind the other, and as many bytes that say what is trained."""
+    ids, masks = [], []
+    for group in groups:
+        ids.append(np.concatenate([_array(group.prompt_ids), *(_array(c.ids) for c in group.completions)]))
+        masks.append(bytes(len(group.prompt_ids)) + b"".join(c.loss_mask for c in group.completions))
+    return {"ids": ids, "mask": masks}
+
+
+def _of_completions(groups: Sequence[Group]) -> dict[str, list[list[int]]]:
+    return {
+        "completions": [[len(c.ids) for c in g.completions] for g in groups],
+        "scored": [[c.num_scored for c in g.completions] for g in groups],
+        "hashes": [[_hash(_bytes(c.ids)) for c in g.completions] for g in groups],
+    }
 
 
 def _array(ids: array[int]) -> np.ndarray:
@@ -133,49 +138,61 @@ class Shard:
     """
 
     def __init__(self, path: Path, files: Sequence[str]) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._parts = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
-        self._starts = [0, *accumulate(part.num_rows for part in self._parts)]
-        self._views = [_View(part) for part in self._parts]
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.parts = [_Part(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        self.starts = np.array([0, *accumulate(len(part) for part in self.parts)])
+        self._bounds = self.starts.tolist()
         self._files = tuple(files)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._bounds[-1])
 
     def column(self, name: str) -> np.ndarray:
-        """A column of numbers, in memory."""
-        parts = [part.column(SCHEMA.get_field_index(name)) for part in self._parts]
-        if name == "digest":
-            flat = [np.frombuffer(p.buffers()[1], np.uint8, 16 * len(p), 16 * p.offset).reshape(-1, 16) for p in parts]
-            return np.concatenate(flat) if flat else np.zeros((0, 16), np.uint8)
-        return np.concatenate([p.to_numpy() for p in parts]) if parts else np.zeros(0, np.int64)
+        """A column with one number a row."""
+        return Groups.of(self).column(name)
 
     def group(self, row: int) -> Group:
-        n = bisect_right(self._starts, row) - 1
-        return self._views[n].group(row - self._starts[n], self._files)
+        n = bisect_right(self._bounds, row) - 1
+        return self.parts[n].group(row - self._bounds[n], self._files)
 
 
-class _View:
+class _Part:
     """One record batch as arrays that lie in the file."""
 
-    def __init__(self, part: Any) -> None:
-        ids, mask = part.column(0), part.column(1)
-        n = part.num_rows + 1
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+        ids, mask = batch.column(0), batch.column(1)
+        n = batch.num_rows + 1
         self._id_stops = np.frombuffer(ids.buffers()[1], np.int32, n)
         self._ids = ids.values.to_numpy(zero_copy_only=True)
         self._mask_stops = np.frombuffer(mask.buffers()[1], np.int32, n)
         self._mask = mask.buffers()[2]
-        names = ("prompt", "first", "second", "line", "file", "label")
-        self._numbers = [part.column(SCHEMA.get_field_index(name)).to_numpy() for name in names]
+        self._numbers = [self.column(name) for name in ("prompt", "line", "file", "label")]
+        self._lengths, self._starts = self.ragged("completions")
+
+    def __len__(self) -> int:
+        return int(self._batch.num_rows)
+
+    def column(self, name: str) -> np.ndarray:
+        """[rows] numbers, or [rows, 16] bytes of `digest`."""
+        found = self._batch.column(SCHEMA.get_field_index(name))
+        if name == "digest":
+            return np.frombuffer(found.buffers()[1], np.uint8, 16 * len(self)).reshape(-1, 16)
+        return np.asarray(found.to_numpy())
+
+    def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """([completions] numbers, [rows + 1] where those of each row begin)."""
+        found = self._batch.column(SCHEMA.get_field_index(name))
+        return found.values.to_numpy(), np.frombuffer(found.buffers()[1], np.int32, len(self) + 1)
 
     def group(self, row: int, files: Sequence[str]) -> Group:
-        prompt, first, second, line, file, label = (int(column[row]) for column in self._numbers)
-        start, mask_start = int(self._id_stops[row]), int(self._mask_stops[row])
+        prompt, line, file, label = (int(column[row]) for column in self._numbers)
+        start, stop, mask_start = int(self._id_stops[row]), int(self._id_stops[row + 1]), int(self._mask_stops[row])
         ids = array("i")
-        ids.frombytes(self._ids[start : start + prompt + first + second].tobytes())
+        ids.frombytes(self._ids[start:stop].tobytes())
         mask = self._mask[mask_start : mask_start + len(ids)].to_pybytes()
-        stops = [prompt, prompt + first] + ([len(ids)] if second else [])
-        completions = tuple(Completion(ids[a:b], mask[a:b]) for a, b in pairwise(stops))
+        lengths = self._lengths[self._starts[row] : self._starts[row + 1]].tolist()
+        completions = tuple(Completion(ids[a:b], mask[a:b]) for a, b in pairwise(accumulate(lengths, initial=prompt)))
         return Group(ids[:prompt], completions, Origin(files[file], line), None if label < 0 else bool(label))
 
 
@@ -192,7 +209,8 @@ class Groups(Sequence[Group]):
     @classmethod
     def of(cls, shard: Shard) -> Groups:
         """All rows of a shard."""
-        return cls([shard], np.zeros(len(shard), np.int16), np.arange(len(shard)))
+        rows = np.arange(len(shard), dtype=np.int32 if len(shard) < 2**31 else np.int64)
+        return cls([shard], np.zeros(len(shard), np.int16), rows)
 
     @classmethod
     def joined(cls, parts: Sequence[Groups]) -> Groups:
@@ -207,9 +225,7 @@ class Groups(Sequence[Group]):
     @cached_property
     def lengths(self) -> Lengths:
         """The lengths of all groups."""
-        first, second = self.column("first"), self.column("second")
-        both = np.stack([first, second], axis=1)
-        return Lengths(self.column("prompt"), both[both > 0], starts_of(1 + (second > 0)))
+        return Lengths(self.column("prompt"), *self.ragged("completions"))
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -232,15 +248,47 @@ class Groups(Sequence[Group]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def chunks(self) -> Iterator[Groups]:
+        """The same groups, `CHUNK` at a time."""
+        return (self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
+
     def column(self, name: str) -> np.ndarray:
-        """A column of the rows, in their order."""
+        """A column with one number (or digest) a row, in the order of the rows."""
         out: np.ndarray | None = None
-        for n, shard in enumerate(self.shards):
-            here = self.shard_of == n
-            if not here.any():
-                continue
-            values = shard.column(name)
+        for where, part, rows in self._by_part():
+            values = part.column(name)
             if out is None:
-                out = np.zeros((len(self), *values.shape[1:]), values.dtype)
-            out[here] = values[self._row_of[here]]
-        return out if out is not None else self.shards[0].column(name)[:0]
+                out = np.empty((len(self), *values.shape[1:]), values.dtype)
+            out[where] = values[rows]
+        return np.zeros(0, np.int64) if out is None else out
+
+    def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A column of `OF_COMPLETIONS`: its numbers row after row, and [rows + 1] where those of each row begin."""
+        counts = np.empty(len(self), np.int32)
+        for where, part, rows in self._by_part():
+            counts[where] = np.diff(part.ragged(name)[1])[rows]
+        starts = starts_of(counts)
+        out: np.ndarray | None = None
+        for where, part, rows in self._by_part():
+            values, own_starts = part.ragged(name)
+            if out is None:
+                out = np.empty(int(starts[-1]), values.dtype)
+            own, first = counts[where], starts[:-1][where]
+            places = np.arange(int(own.sum())) + np.repeat(first - starts_of(own)[:-1], own)
+            out[places] = taken_ragged(values, own_starts, rows)
+        return np.zeros(0, np.int64) if out is None else out, starts
+
+    def _by_part(self) -> Iterator[tuple[Any, _Part, np.ndarray]]:
+        """(which of these groups, the record batch that they are in, their rows there), for each that has some."""
+        for n, shard in enumerate(self.shards):
+            here = slice(None) if len(self.shards) == 1 else np.flatnonzero(self.shard_of == n)
+            rows = self._row_of[here]
+            in_order = bool((rows[1:] >= rows[:-1]).all())
+            order = None if in_order else np.argsort(rows, kind="stable")
+            ordered = rows if order is None else rows[order]
+            bounds = np.searchsorted(ordered, shard.starts).tolist()
+            for part, start, (a, b) in zip(shard.parts, shard.starts.tolist(), pairwise(bounds), strict=False):
+                if a == b:
+                    continue
+                own = slice(a, b) if order is None else order[a:b]
+                yield own if isinstance(here, slice) else here[own], part, ordered[a:b] - start

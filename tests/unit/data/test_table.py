@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def groups(draw: st.DrawFn, sides: int) -> Group:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 2).flatmap(lambda n: st.lists(groups(n), min_size=1, max_size=9)), st.integers(1, 4))
+@given(st.lists(st.integers(1, 8).flatmap(groups), min_size=1, max_size=9), st.integers(1, 4))
 def test_groups_come_back(tmp_path_factory: Any, given_: list[Group], rows_a_batch: int) -> None:
     path: Path = tmp_path_factory.mktemp("table") / "t.arrow"
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -46,7 +47,12 @@ def test_groups_come_back(tmp_path_factory: Any, given_: list[Group], rows_a_bat
     assert list(view.lengths) == [g.lengths for g in given_]
     assert packed_tokens(view.lengths) == packed_tokens(given_)
     assert padded_tokens(view.lengths) == padded_tokens(given_)
-    assert view.column("scored").tolist() == [g.num_scored for g in given_]
+    scored, starts = view.ragged("scored")
+    assert [scored[a:b].tolist() for a, b in pairwise(starts)] == [
+        [c.num_scored for c in g.completions] for g in given_
+    ]
+    backwards = view.taken(np.arange(len(view))[::-1])
+    assert list(backwards) == given_[::-1] and list(backwards.lengths) == [g.lengths for g in given_[::-1]]
 
 
 def test_views_choose_repeat_and_join(on_disk: Callable[..., Groups]) -> None:
