@@ -119,7 +119,7 @@ def _check_keys(turn: dict[str, Any], field: str) -> None:
                 )
             said[key] = bool(value)
     if turn["role"] != "assistant":
-        if asked := next((key for key in said if said[key] and key != "weight"), None):
+        if asked := next((key for key in said if said[key] and "weight" not in key), None):
             raise RowRefused(
                 "wrong_type",
                 f"{field}.{asked} is true, and the turn is one of role {turn['role']}",

@@ -476,3 +476,5 @@ def test_every_key_that_says_what_is_trained_is_read(key: str) -> None:
         turn = read({"messages": [u("q"), a("x", **{key: value}), u("r"), a("y")]}).completions[0][0]
         assert ("train" in turn) is not is_trained  # type: ignore[operator]
     assert refused({"messages": [u("q"), a("x", **{key: 0.5})]}).reason == "wrong_type"
+    asks = {"messages": [u("q", **{key: 1}), a("x")]}  # a weight stands on every turn of some files
+    assert read(asks) if "weight" in key else refused(asks).reason == "wrong_type"
