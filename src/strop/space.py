@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from strop import disk
@@ -127,5 +128,5 @@ def _saved_itemsize(prepared: Prepared) -> int:
 def _scored(groups: Sequence[Group]) -> int:
     """Scored tokens of groups, without reading those that lie on disk."""
     if isinstance(groups, Groups):
-        return int(groups.column("scored").sum())
+        return int(groups.ragged("scored")[0].sum(dtype=np.int64))
     return sum(group.num_scored for group in groups)
