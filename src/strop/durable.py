@@ -22,7 +22,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -95,12 +95,14 @@ def _write_all(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Create or replace a file; readers see the whole old or the whole new one."""
+def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Create or replace a file; readers see the whole old or the whole new one. data: or its parts, made as they are
+    written."""
     temp = path.parent / hidden_name("tmp", path.name)
     try:
         with NewFile(temp) as file:
-            file.write(data)
+            for part in (data,) if isinstance(data, bytes) else data:
+                file.write(part)
         os.replace(temp, path)
     except OSError:
         remove(temp)

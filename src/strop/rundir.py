@@ -20,9 +20,10 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,6 +43,7 @@ RESULT = "result.json"
 RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl", RESULT)
 FINAL = "final"
 LOCK = ".lock"
+LINES_AT_ONCE = 256
 LOG_FOLDERS = ("margins", "tensorboard")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 SET_ASIDE_NAME = re.compile(r"\.(bad|retired)-checkpoint-[0-9]+(-[0-9]+)?")
@@ -242,9 +244,7 @@ class RunDir:
 
     def replaced_bytes(self) -> int:
         """What goes away before the first file of this run."""
-        if not self.replaces:
-            return 0
-        gone = [*self._checkpoints(), self.path / FINAL]
+        gone = [*self._checkpoints(), self.path / FINAL] if self.replaces else []
         return sum(file.lstat().st_size for folder in gone for file in folder.rglob("*") if file.is_file())
 
     def _begin(self) -> None:
@@ -269,18 +269,25 @@ class RunDir:
 
     # ---- writing
 
-    def write_text(self, name: str, text: str) -> Path:
-        """Create or replace one of the run's files, whole; credentials in it are masked."""
+    def write_text(self, name: str, text: str | Iterable[str]) -> Path:
+        """Create or replace a file of the run, whole, credentials masked. text: or parts that cut no credential."""
         assert name in RUN_FILES, name
-        clean = redact(text)
-        if clean != text:
-            logger.warning("%s: a token or key stood in it and was masked", name)
-        path = self.path / name
+        path, masked = self.path / name, False
+
+        def cleaned() -> Iterator[bytes]:
+            nonlocal masked
+            for part in (text,) if isinstance(text, str) else text:
+                clean = redact(part)
+                masked = masked or clean != part
+                yield clean.encode("utf-8", "backslashreplace")
+
         try:
             self._begin()
-            durable.write_file(path, clean.encode("utf-8", "backslashreplace"))
+            durable.write_file(path, cleaned())
         except OSError as error:
             raise unusable(path, error) from error
+        if masked:
+            logger.warning("%s: a token or key stood in it and was masked", name)
         return path
 
     def write_json(self, name: str, value: object) -> Path:
@@ -288,8 +295,9 @@ class RunDir:
         return self.write_text(name, to_json(value, indent=2) + "\n")
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, object]]) -> Path:
-        """The same, one record a line."""
-        return self.write_text(name, "".join(f"{to_json(record)}\n" for record in records))
+        """The same, one record per line, some at a time: there may be more than fit into memory."""
+        lines = (f"{to_json(record)}\n" for record in records)
+        return self.write_text(name, iter(lambda: "".join(islice(lines, LINES_AT_ONCE)), ""))
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add a line to metrics.jsonl; NaN and the infinities become null."""

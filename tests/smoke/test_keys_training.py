@@ -25,7 +25,7 @@ from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
 from strop.plan.budget import default_budget
 from strop.plan.tokens import packed_tokens
-from strop.policy import elementwise, policy
+from strop.policy import build, elementwise, policy
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
 from strop.prepared import with_budget
@@ -390,7 +390,7 @@ def test_training__reference_store(
     runs: Any, forwards: list[Any], own_store: Path, watched: pytest.MonkeyPatch
 ) -> None:
     """Other betas, losses and rates score nothing a second time but a few groups to be sure."""
-    watched.setattr(policy, "probe", lambda *_: None)
+    watched.setattr(build, "probe", lambda *_: None)
 
     def scored(**keys: Any) -> tuple[int, Any]:
         forwards.clear()

@@ -13,7 +13,7 @@ import torch
 
 from strop import cli, training
 from strop.config import to_yaml
-from strop.policy import policy
+from strop.policy import build, policy
 from strop.policy.store import ReferenceStore
 
 
@@ -25,7 +25,7 @@ def groups_scored(forwards: list[Any]) -> int:
 
 @pytest.fixture
 def config(runs: Any, own_store: Path, tmp_path: Path, watched: pytest.MonkeyPatch) -> Path:
-    watched.setattr(policy, "probe", lambda *_: None)
+    watched.setattr(build, "probe", lambda *_: None)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(runs.config(reference_store=True)))
     return path

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -400,3 +401,14 @@ def test_a_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path: Path) -
         RunDir.open(tmp_path, resume=True, overwrite=False).close()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_lines_are_not_held_in_memory(tmp_path: Path) -> None:
+    rows = ({"line": n, "raw": "x" * 2000} for n in range(8000))
+    with RunDir.open(tmp_path, resume=False, overwrite=False) as run:
+        tracemalloc.start()
+        path = run.write_lines("rejected.jsonl", rows)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert len(path.read_text().splitlines()) == 8000
+    assert peak < 4 << 20  # they are 16 MB
