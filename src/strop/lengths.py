@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
@@ -46,7 +45,7 @@ class Lengths(Sequence[GroupLengths]):
         """[G] completions of each group."""
         return np.diff(self.starts)
 
-    @cached_property
+    @property
     def num_tokens(self) -> np.ndarray:
         """[G] tokens of each group's shared-prefix row, as `GroupLengths.num_tokens`."""
         return np.asarray(self.sums(self.completions) + self.prompt - self.counts)

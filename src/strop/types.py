@@ -16,8 +16,9 @@ Message = Mapping[str, Any]
 Turns = tuple[Message, ...] | str
 """A conversation (or its continuation) as messages, or raw text."""
 
-RowShape = Literal["single", "pair", "labelled"]
-"""What a method keeps together: one completion a row, a chosen and a rejected one, or one with a label."""
+RowShape = Literal["single", "pair", "labelled", "group"]
+"""What a method keeps together: one completion per row, a chosen and a rejected one, one with a label,
+or any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,10 @@ class Origin:
 class Example:
     """One row as text: a prompt and its completions, all messages or all raw text.
 
-    `completions` holds one for single rows; (chosen, rejected) for pairs. Assistant turns in `prompt` are context;
-    every assistant turn in a completion is trained. A multi-turn SFT conversation is split before its first
-    assistant turn: the rest is the completion, with several trained spans. `label`: whether the completion of a
-    labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of. An
+    `completions` holds one for single rows; (chosen, rejected) for pairs; at least one for groups. Assistant turns in
+    `prompt` are context; every assistant turn in a completion is trained. A multi-turn SFT conversation is split before
+    its first assistant turn: the rest is the completion, with several trained spans. `label`: whether the completion of
+    a labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of. An
     assistant turn with `"train": False` is one that the row says is not to be trained. `notes`: what was done to the
     row so that it could be read, for the report. `template_kwargs`: the row's own variables for the chat template.
     """

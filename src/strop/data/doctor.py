@@ -69,24 +69,24 @@ class Findings:
         yield f"{words} in {share:.0f} % of the pairs{note}"
 
 
-def examine(splits: Mapping[str, Groups]) -> dict[str, Findings]:
-    """Findings of every split; `eval` is compared with `train`."""
+def examine(splits: Mapping[str, Groups], *, pairs: bool) -> dict[str, Findings]:
+    """Findings of every split; `eval` is compared with `train`. pairs: the groups are pairs."""
     prompts = whole = None
     found = {}
     for name in sorted(splits, key=lambda name: name != "train"):
         groups = splits[name]
-        found[name] = _of(groups, prompts, whole)
+        found[name] = _of(groups, prompts, whole, pairs)
         if name == "train" and len(splits) > 1:
             prompts, whole = np.sort(groups.column("prompt_hash")), _sorted_keys(groups)
     return {name: found[name] for name in splits}
 
 
-def _of(groups: Groups, prompts: np.ndarray | None, trained: np.ndarray | None) -> Findings:
+def _of(groups: Groups, prompts: np.ndarray | None, trained: np.ndarray | None, pairs: bool) -> Findings:
     """prompts, trained: sorted hashes of the training split's prompts and groups, where this is another split."""
     whole = _sorted_keys(groups)
     contradictions = leaked_prompts = leaked_rows = 0
     for some in groups.chunks():
-        contradictions += _num_in(_contrary_keys(some), whole)
+        contradictions += _num_in(_contrary_keys(some, pairs), whole)
         if prompts is not None and trained is not None:
             leaked_prompts += _num_in(some.column("prompt_hash"), prompts)
             leaked_rows += _num_in(_keys(some), trained)
@@ -98,7 +98,7 @@ def _of(groups: Groups, prompts: np.ndarray | None, trained: np.ndarray | None) 
         double_bos=int(groups.column("double_bos").sum()),
         leaked_prompts=leaked_prompts,
         leaked_rows=leaked_rows,
-        length=_pair_lengths(groups),
+        length=_pair_lengths(groups) if pairs else {},
         desirable=labels[True],
         undesirable=labels[False],
     )
@@ -135,11 +135,11 @@ def _keys(groups: Groups) -> np.ndarray:
     return _mixed(groups.column("prompt_hash"), hashes, starts, groups.column("label"))
 
 
-def _contrary_keys(groups: Groups) -> np.ndarray:
+def _contrary_keys(groups: Groups, are_pairs: bool) -> np.ndarray:
     """The keys of groups that would contradict these: pairs the other way round, completions with the other label."""
     hashes, starts = groups.ragged("hashes")
     prompts, labels = groups.column("prompt_hash"), groups.column("label")
-    pairs, labelled = np.flatnonzero(np.diff(starts) == 2), np.flatnonzero(labels >= 0)
+    pairs, labelled = np.flatnonzero(are_pairs & (np.diff(starts) == 2)), np.flatnonzero(labels >= 0)
     turned = np.stack([hashes[starts[pairs] + 1], hashes[starts[pairs]]], axis=1).reshape(-1)
     relabelled = taken_ragged(hashes, starts, labelled)
     return np.concatenate(

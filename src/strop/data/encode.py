@@ -340,7 +340,7 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
     if shared == 0:
         # a prompt has at least one token: the first one, which nothing predicts
         if len({side[0] for side in ids}) > 1:
-            raise RowRefused("no_common_prompt", "the two sides have no token in common before their answers")
+            raise RowRefused("no_common_prompt", "the completions have no token in common before their answers")
         shared = 1
     return Encoded(
         ids[0][:shared],

@@ -38,6 +38,9 @@ MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad)?\|?>")
 """How a text points to what stands in a column of MEDIA."""
 
+GROUP = "completions"
+"""Column with the list of completions of a group."""
+
 NAMED = ("prompt", "chosen", "rejected", "completion", "label")
 """Columns that may have other names: `dataset.prompt_column` and so on."""
 
@@ -102,6 +105,9 @@ class _Reader:
         self._nulls = frozenset(key for key, value in data.items() if value is None)
         given = {key: value for key, value in data.items() if value is not None} if self._nulls else dict(data)
         self._read_json(given)
+        if rows == "group":
+            self.data: Mapping[str, Any] = given
+            return
         labelled = rows == "labelled" and columns.label in given
         kind: RowShape = "single" if rows == "single" or labelled else "pair"
         self.data = own_shape(
@@ -123,7 +129,7 @@ class _Reader:
             elif name in (*JSON, "messages", "conversations", columns.label) and not row[name].strip():
                 del row[name]  # a CSV file has no other nulls
                 self._nulls |= {name}
-            elif name in JSON:
+            elif name in JSON or (name == GROUP and self._rows == "group"):
                 row[name] = parsed(row[name], name)
 
     def parts(self) -> tuple[Turns, tuple[Turns, ...], bool | None]:
@@ -133,10 +139,12 @@ class _Reader:
             prompt, completions, label = self._labelled()
         elif self._rows == "single":
             prompt, completions = self._single()
+        elif self._rows == "group":
+            prompt, completions = self._group()
         else:
             prompt, completions = self._pair()
         completions = tuple(self._finished(completion) for completion in completions)
-        if len(completions) == 2 and completions[0] == completions[1]:
+        if self._rows != "group" and len(completions) == 2 and completions[0] == completions[1]:
             raise equal((columns.chosen, columns.rejected))
         return prompt, completions, label
 
@@ -190,6 +198,26 @@ class _Reader:
             return "", (text_of(data["text"], "text"),)
         self._require((columns.prompt, columns.completion), expected)
         return explicit(data, columns.prompt, (columns.completion,))
+
+    def _group(self) -> tuple[Turns, tuple[Turns, ...]]:
+        """A prompt with any number of completions, which need not differ."""
+        prompt = self._columns.prompt
+        expected = f"{prompt} and {GROUP}, a list of answers to it"
+        self._require((prompt,), expected)
+        if GROUP in self._nulls:
+            raise is_null(GROUP)
+        if GROUP not in self.data:
+            raise RowRefused(
+                "missing_field",
+                f"{GROUP!r} is missing",
+                expected=expected,
+                fix=f"put the answers into a list {GROUP!r}",
+            )
+        answers = self.data[GROUP]
+        if not isinstance(answers, list | tuple) or not answers:
+            raise wrong_type(GROUP, answers, "a list with at least one answer, each a text or a list of messages")
+        named = {f"{GROUP}[{i}]": answer for i, answer in enumerate(answers)}
+        return explicit({**named, prompt: self.data[prompt]}, prompt, tuple(named))
 
     def _conversation(self) -> tuple[Message, ...]:
         """The turns of `messages`, an assistant's among them."""

@@ -104,7 +104,7 @@ def load_data(
     return LoadedData(
         train=weighed,
         eval=views["eval"] if "eval" in views and len(views["eval"]) else (),
-        report=DataReport.of(counts, views, how, trained=weighed),
+        report=DataReport.of(counts, views, how, trained=weighed, pairs=rows == "pair"),
         chat_template=workshop.renderer.template if how.num_chat else None,
         rejected=sum((part.tokens.rejected for some in parts.values() for part in some), Rejected([])),
         num_labels=num_labels(weighed),

@@ -84,15 +84,16 @@ class DataReport:
         how: Rendering,
         *,
         trained: Groups | None = None,
+        pairs: bool = True,
     ) -> DataReport:
         """From what became of the rows of every split; there is a split `train`. trained: its groups as often as their
-        sources' weights have them trained, default once each."""
+        sources' weights have them trained, default once each. pairs: groups of two are a chosen and a rejected side."""
         statistics = {name: group_statistics(groups[name]) for name in counts}
         parts = [str(s["fingerprint"]) for s in statistics.values()]
         if trained is not None and trained is not groups["train"]:
             parts.append(fingerprint(trained))
         together = hashlib.sha256("".join(parts).encode())
-        return cls(counts, statistics, examine(groups), together.hexdigest(), how)
+        return cls(counts, statistics, examine(groups, pairs=pairs), together.hexdigest(), how)
 
     def as_dict(self) -> dict[str, Any]:
         """What json.dump takes."""

@@ -21,7 +21,7 @@ from strop.data.workshop import Workshop
 from strop.terminal import escaped
 from strop.types import Completion, Group, Origin, RowShape
 
-LABELS = {1: ("completion",), 2: ("chosen", "rejected")}
+PAIR = ("chosen", "rejected")
 DESIRABLE = {True: ("desirable completion",), False: ("undesirable completion",), None: None}
 BRACKETS = ("\u00ab", "\u00bb")  # guillemets: rare in texts
 COLOURS = ("\x1b[1;32m", "\x1b[0m")
@@ -106,10 +106,18 @@ def odd_groups(groups: Groups) -> list[tuple[str, int]]:
     return [("; ".join(words), number) for number, words in sorted(found.items())]
 
 
-def show_group(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False, whole: bool = True) -> str:
+def show_group(
+    group: Group,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: RowShape = "pair",
+    colour: bool = False,
+    whole: bool = True,
+) -> str:
     """The prompt and each completion with their numbers of tokens; trained tokens stand between marks.
 
     Args:
+        rows: the shape that the group is of: what its completions are called.
         colour: mark by ANSI colours, else by guillemets.
         whole: all of it, or long stretches without their middle.
     """
@@ -117,11 +125,7 @@ def show_group(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool
     begin, end = COLOURS if colour else BRACKETS
     prompt = list(group.prompt_ids)
     lines = [f"prompt ({len(prompt)} tokens; inference begins at its end)", shown(_text(tokenizer, [], prompt))]
-    labels = (
-        DESIRABLE[group.label]
-        or LABELS.get(len(group.completions))
-        or [f"completion {i + 1}" for i in range(len(group.completions))]
-    )
+    labels = DESIRABLE[group.label] or _names(len(group.completions), rows)
     for label, completion in zip(labels, group.completions, strict=True):
         counts = f"{len(completion.ids)} tokens, {completion.num_scored} trained"
         lines.append(f"{label} ({counts}; {_stop(completion, tokenizer)})")
@@ -133,6 +137,13 @@ def show_group(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool
             context += ids
         lines.append(text)
     return "\n".join(lines)
+
+
+def _names(num_completions: int, rows: RowShape) -> Sequence[str]:
+    """What the completions of a group without a label are called."""
+    if rows == "pair" and num_completions == len(PAIR):
+        return PAIR
+    return ["completion"] if num_completions == 1 else [f"completion {i + 1}" for i in range(num_completions)]
 
 
 def _stop(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,7 +2,7 @@
 
 In: an encoded example and the limits. Out: the Group that is trained on, or the reason why there is none; never
 without a count. The order: prompt at the left to its limit (whole messages before single tokens), completions at the
-right to theirs, then completions to what is left of the sequence; both sides of a pair by the same bound.
+right to theirs, then completions to what is left of the sequence; all completions of a group by the same bound.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def cut(
     bos: int | None,
     prompt_cut: bool = False,
     label: bool | None = None,
+    differ: bool = True,
 ) -> Cut:
     """The example within the limits, or the reason to drop it.
 
@@ -104,6 +105,7 @@ def cut(
         bos: a prompt that begins with this token keeps it when it is cut.
         prompt_cut: messages have been left out already.
         label: that of the example.
+        differ: two completions must not be the same: they are the sides of a pair.
     """
     prompt = encoded.prompt_ids
     longest = max(len(side.ids) for side in encoded.sides)
@@ -128,7 +130,7 @@ def cut(
     dropped = None
     if not all(1 in side.mask for side in sides):
         dropped = "nothing_trained"
-    elif len(sides) == 2 and sides[0] == sides[1]:
+    elif differ and len(sides) == 2 and sides[0] == sides[1]:
         dropped = "equal_after_truncation" if completions_cut else "equal_tokens"
     if dropped is not None:
         return Cut(None, dropped, prompt_cut, completions_cut)

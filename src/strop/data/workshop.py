@@ -232,7 +232,9 @@ class Workshop:
         has_no_border = isinstance(example, Encoded) or not example.prompt
         limits = self.limits.of_whole_rows() if has_no_border else self.limits
         label, notes = (example.label, example.notes) if isinstance(example, Example) else (None, ())
-        done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=short is not None, label=label)
+        differ = self._rows != "group"
+        prompt_cut = short is not None
+        done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=prompt_cut, label=label, differ=differ)
         if done.group is None:
             assert done.dropped is not None
             return done.dropped
