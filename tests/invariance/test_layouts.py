@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from strop.batch import pack, pad
 from strop.config.sections import ModelSection
 from strop.policy import sharing
 from strop.policy.build import assemble
+from strop.policy.checkpointing import checkpoint_layers
 from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
@@ -235,6 +236,18 @@ def test_kernels_and_cuts_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(run(policy, [pad([g]) for g in GROUPS]), whole, tolerance)
     policy.kernel = "dense"
     assert_same(run(policy, [pack(GROUPS)]), whole, tolerance)
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+@pytest.mark.parametrize("kind", ["gemma4_text", "gpt_oss"])
+def test_layers_that_compute_their_activations_again(
+    kind: str, layout: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where layers read keys of others, or sinks."""
+    policy = make_policy(kind, monkeypatch)
+    want = run(policy, [layout(GROUPS)])
+    checkpoint_layers(policy.model, 1.0, random=False, where="here")
+    assert_same(run(policy, [layout(GROUPS)]), want, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
