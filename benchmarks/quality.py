@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 import strop
+from strop.columns import Columns
 from strop.config import RunConfig
 from strop.engine.evaluate import evaluate
-from strop.engine.source import Cut, GroupSet, batches_of
+from strop.engine.source import Cut, GroupSet, Part, batches_of
 from strop.plan.budget import default_budget
 from strop.plan.tokens import packed_tokens
 from strop.policy.build import build_policy
@@ -77,11 +78,15 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
         reference = build_policy(config, config_of(stage, start, args).models[0], device)
         scored = reference_logps(reference, [[groups.groups[i] for i in part] for part in parts])
         stored = dict(zip((i for part in parts for i in part), scored, strict=True))
-        groups = replace(groups, ref_logps=lambda part: torch.cat([stored[i] for i in part]))
+
+        def ref_logps(part: Part) -> Columns:
+            return Columns(per_token={"ref_logps": torch.cat([stored[i] for i in part])})
+
+        groups = replace(groups, columns={"ref_logps": ref_logps})
     policy = build_policy(config, config.models[0], device)
     with policy.scoring():
-        result = evaluate(policy, prepared.objective, batches_of(groups, policy, parts))
-    found = {name: float(total) / count for name, (total, count) in result.metrics.items() if "rewards" in name}
+        result = evaluate(policy, prepared.objective, batches_of(groups, policy, parts)).fetch()
+    found = {name: total / count for name, (total, count) in result.metrics.items() if "rewards" in name}
     row = {"side": side, "stage": stage, "loss": result.loss, **found, "seconds": round(seconds, 1)}
     print("RESULT " + json.dumps(row), flush=True)
 

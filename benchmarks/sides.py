@@ -204,7 +204,7 @@ def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
             micro_batches = [[single[i] for i in one] for one in cuts]
         for micro_batch in micro_batches:
             batch = policy.collate(micro_batch)
-            share = policy(batch).sum().neg() / scored
+            share = policy(batch).logps.sum().neg() / scored
             share.backward()
             loss += float(share.detach())
             del share  # its graph's nodes split the heap, as in a step of the engine

@@ -1,8 +1,12 @@
-"""Groups to tensors: the micro-batch that a policy scores and what an objective sees of it. Floor 1.
+"""Groups to tensors: the micro-batch that a policy scores, and what an objective sees of it. Floor 1.
 
-Shapes: B rows, T tokens a row, M scored tokens, P scored prompt tokens, C completions, G groups.
+Shapes: B rows, T tokens per row, M scored tokens, P scored prompt tokens, C completions, G groups.
 The M scored tokens stand in the order group by group, completion by completion, token by token, whatever the rows look
-like; so log-probs of one row layout can be laid beside those of any other.
+like; so log-probs of one row layout can be laid beside those of any other. A group has any number of completions.
+
+What lies beside the tokens is in named columns, and how many there are of everything is in plain integers
+(`columns.py`). Nothing here knows what a column means, but for `prompt_logps`, whose tokens have to be gathered too,
+and the labels that groups have.
 
 Shifting happens here and nowhere else: `scored_positions[m]` is the position whose hidden state predicts
 `targets[m]`. A completion's last token predicts nothing and is not fed at all.
@@ -10,33 +14,27 @@ Shifting happens here and nowhere else: `scored_positions[m]` is the position wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from strop.types import Completion, Group
-
-Unit = Literal["groups", "completions", "tokens", "chosen_tokens", "chosen_row_tokens"]
-"""What a loss term is divided by: groups, completions, scored tokens, scored tokens of the first completions, or
-those and the scored tokens of the prompts."""
+from strop.columns import NO_COLUMNS, Columns, Structure
+from strop.types import Group
 
 
-@dataclass(frozen=True, slots=True)
-class Extras:
-    """What is scored beside the tokens of completions, where an objective reads it.
+class TokenScores(NamedTuple):
+    """What a policy returns for a batch.
 
-    prompts: the log-probs of each prompt's own tokens but the first, once a prompt. collisions: of each scored token,
-    log(sum over the vocabulary of p^2), the log-prob that two tokens drawn there are the same; without gradients.
+    logps: [M] natural log-probs of the scored tokens of completions. columns: what else the batch wants of it.
     """
 
-    prompts: bool = False
-    collisions: bool = False
-
-
-NOTHING = Extras()
+    logps: Tensor
+    columns: Columns = NO_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,145 +50,106 @@ class GroupSpan:
         return self.start + self.prompt + sum(self.completions)
 
 
-class Membership:
-    """Which completion each scored token belongs to, and which group each completion: what losses are counted by."""
-
-    completion_index: Tensor
-    group_index: Tensor
-    prompt_index: Tensor | None
-
-    @property
-    def num_groups(self) -> int:
-        return int(self.group_index[-1]) + 1
-
-    @property
-    def num_completions(self) -> int:
-        return len(self.group_index)
-
-    @property
-    def is_first(self) -> Tensor:
-        """[C] bool: the first completion of its group (the chosen one of a pair)."""
-        first = torch.ones_like(self.group_index, dtype=torch.bool)
-        first[1:] = self.group_index[1:] != self.group_index[:-1]
-        return first
-
-    def count(self, unit: Unit) -> int:
-        """How many of `unit` are here. Over a whole step, this is what a term with that unit is divided by."""
-        match unit:
-            case "groups":
-                return self.num_groups
-            case "completions":
-                return self.num_completions
-            case "tokens":
-                return len(self.completion_index)
-            case "chosen_tokens":
-                return int(self.is_first[self.completion_index].sum())
-            case "chosen_row_tokens":
-                assert self.prompt_index is not None
-                return self.count("chosen_tokens") + len(self.prompt_index)
-
-
 @dataclass(frozen=True)
-class Batch(Membership):
+class Batch:
     """A micro-batch.
 
     input_ids, position_ids: [B, T] int64. `layout` is set for one shared-prefix row (B = 1, no padding);
-    `attention_mask` [B, T] bool is set for plain rows, one completion each, right-padded.
-    scored_positions: [M + P] int64 into the flattened B * T, those of prompts at the end. targets: [M + P] int64.
-    completion_index: [M] int64 in [0, C). group_index: [C] int64 in [0, G). ref_logps: [M] float32, where the objective
-    needs them. labels: [G] bool, where the groups have them. prompt_index: [P] int64 in [0, G), where prompts are
-    scored. collisions: as in `Extras`.
+    `attention_mask` [B, T] bool is set for plain rows, one completion each, right-padded. row_lengths: tokens of each
+    of the B rows, padding left out.
+    scored_positions: [M] int64 into the flattened B * T; [M + P] where prompts are scored, those of prompts at the end.
+    targets: the tokens there. completion_index: [M] int64 in [0, C). group_index: [C] int64 in [0, G).
+    columns: what was supplied beside the groups. wants: names of the columns that the policy is to supply.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
     layout: tuple[GroupSpan, ...] | None
+    row_lengths: tuple[int, ...]
     scored_positions: Tensor
     targets: Tensor
+    structure: Structure
     completion_index: Tensor
     group_index: Tensor
-    ref_logps: Tensor | None = None
-    labels: Tensor | None = None
-    prompt_index: Tensor | None = None
-    collisions: bool = False
+    columns: Columns = NO_COLUMNS
+    wants: frozenset[str] = frozenset()
 
     @property
     def num_tokens(self) -> int:
         """Tokens fed to the model, padding left out."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return sum(self.row_lengths)
+
+    def token_scores(self, logps: Tensor, **per_token: Tensor) -> TokenScores:
+        """What a policy returns, from values at all of `targets`: those of prompts are laid apart.
+
+        Args:
+            logps: of `targets`.
+            per_token: further columns, with values at all of `targets` too; those that the batch wants are kept.
+        """
+        n = self.structure.num_tokens
+        prompts = {PROMPT_LOGPS: logps[n:]} if PROMPT_LOGPS in self.wants else {}
+        beside = {name: column[:n] for name, column in per_token.items() if name in self.wants}
+        return TokenScores(logps[:n], Columns(per_token=beside, per_prompt_token=prompts))
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, columns=self.columns.map(lambda column: column.to(device)), **moved)
+
+
+PROMPT_LOGPS = "prompt_logps"
+"""Column, per scored prompt token: the log-probs of each prompt's own tokens but the first, once per prompt."""
 
 
 @dataclass(frozen=True)
-class Scores(Membership):
-    """What an objective sees: log-probs of the scored tokens and which completion and group each belongs to.
+class Scores:
+    """What an objective sees: log-probs of the scored tokens, what lies beside them, and whose they are.
 
-    logps: [M] natural log, under the policy. ref_logps: [M], under the reference, or None.
-    completion_index: [M]. group_index: [C]. labels: [G] bool, or None. mismatched: where the objective asks for them,
-    the scores of the step's prompts with completions of others; of the whole step in each of its micro-batches, and
-    without gradients. prompt_logps, prompt_index: [P] each, and collisions: [M], where it asks for these `Extras`. Sums
-    over tokens are taken in float64: in float32 a sum near -2500 is off by 5e-4, which the gradient of a preference
-    loss shows.
+    logps: [M] natural log, under the policy. completion_index: [M]. group_index: [C]. columns: of the batch and of the
+    policy; `scores["ref_logps"]` is one of them. also: further groups, by name, which the objective asks for; those of
+    the whole step in each of its micro-batches, scored without gradients. Sums over tokens are taken in float64: in
+    float32 a sum near -2500 is off by 5e-4, which the gradient of a preference loss shows.
     """
 
+    structure: Structure
     logps: Tensor
-    ref_logps: Tensor | None
     completion_index: Tensor
     group_index: Tensor
-    labels: Tensor | None = None
-    mismatched: Scores | None = None
-    prompt_logps: Tensor | None = None
-    prompt_index: Tensor | None = None
-    collisions: Tensor | None = None
+    columns: Columns = NO_COLUMNS
+    also: Mapping[str, Scores] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Batch, scored: Tensor, mismatched: Scores | None = None) -> Scores:
-        """scored: what a policy returns for `batch`."""
-        logps, collisions = scored if batch.collisions else (scored, None)
-        completions = len(batch.completion_index)
-        return cls(
-            logps[:completions],
-            batch.ref_logps,
-            batch.completion_index,
-            batch.group_index,
-            batch.labels,
-            mismatched,
-            None if batch.prompt_index is None else logps[completions:],
-            batch.prompt_index,
-            None if collisions is None else collisions[:completions],
-        )
+    def of(cls, batch: Batch, scored: TokenScores, also: Mapping[str, Scores] | None = None) -> Scores:
+        """scored: what a policy returned for `batch`."""
+        columns = batch.columns.beside(scored.columns)
+        return cls(batch.structure, scored.logps, batch.completion_index, batch.group_index, columns, also or {})
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """The scores of several micro-batches of a step as if they had been one."""
-        completions = groups = 0
-        completion_index, group_index, prompt_index = [], [], []
+        num_completions = num_groups = 0
+        completion_index, group_index = [], []
         for p in parts:
-            completion_index.append(p.completion_index + completions)
-            group_index.append(p.group_index + groups)
-            prompt_index.append(None if p.prompt_index is None else p.prompt_index + groups)
-            completions += len(p.group_index)
-            groups += p.num_groups
+            completion_index.append(p.completion_index + num_completions)
+            group_index.append(p.group_index + num_groups)
+            num_completions += p.structure.num_completions
+            num_groups += p.structure.num_groups
         return cls(
+            Structure.join(p.structure for p in parts),
             torch.cat([p.logps for p in parts]),
-            _joined([p.ref_logps for p in parts]),
             torch.cat(completion_index),
             torch.cat(group_index),
-            _joined([p.labels for p in parts]),
-            parts[0].mismatched,
-            _joined([p.prompt_logps for p in parts]),
-            _joined(prompt_index),
-            _joined([p.collisions for p in parts]),
+            Columns.join([p.columns for p in parts]),
+            parts[0].also,
         )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The column of that name."""
+        return self.columns.find(name)
 
     def detached(self) -> Scores:
         """The same without gradients."""
-        prompts, collisions = (None if x is None else x.detach() for x in (self.prompt_logps, self.collisions))
-        return replace(self, logps=self.logps.detach(), prompt_logps=prompts, collisions=collisions)
+        return replace(self, logps=self.logps.detach(), columns=self.columns.map(Tensor.detach))
 
     @property
     def lengths(self) -> Tensor:
@@ -200,101 +159,154 @@ class Scores(Membership):
     @property
     def log_ratios(self) -> Tensor:
         """[C] float64: each completion's log-prob under the policy minus that under the reference."""
-        assert self.ref_logps is not None
         # summed apart, subtracted in float64: the two are close, their sums are large
-        return self.sums(self.logps) - self.sums(self.ref_logps)
+        return self.sums(self.logps) - self.sums(self["ref_logps"])
 
     def sums(self, per_token: Tensor) -> Tensor:
         """[M] -> [C] float64: the sum over each completion's scored tokens."""
-        zeros = torch.zeros(self.num_completions, dtype=torch.float64, device=per_token.device)
+        zeros = torch.zeros(self.structure.num_completions, dtype=torch.float64, device=per_token.device)
         return zeros.index_add(0, self.completion_index, per_token.double())
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """All parts have it, or none has."""
-    found = [p for p in parts if p is not None]
-    assert len(found) in (0, len(parts))
-    return torch.cat(found) if found else None
+def structure_of(groups: Sequence[Group]) -> Structure:
+    """How many there are of everything in these groups."""
+    return Structure(
+        tuple(len(g.completions) for g in groups),
+        tuple(c.num_scored for g in groups for c in g.completions),
+        tuple(len(g.prompt_ids) for g in groups),
+    )
 
 
-def pack(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extras: Extras = NOTHING) -> Batch:
-    """One shared-prefix row: each prompt once, then its completions, whose positions restart at the prompt's length."""
-    ids: list[int] = []
-    positions: list[int] = []
-    spans: list[GroupSpan] = []
-    scored: list[int] = []
-    prompts: list[int] = []
-    for group in groups:
-        start, prompt = len(ids), len(group.prompt_ids)
-        prompts.extend(range(start, start + prompt - 1))
-        ids.extend(group.prompt_ids)
-        positions.extend(range(prompt))
+def pack(groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable[str] = ()) -> Batch:
+    """One shared-prefix row: each prompt once, then its completions, whose positions restart at the prompt's length.
+
+    Args:
+        columns: what is supplied beside the groups, in their order.
+        wants: names of the columns that the policy is to supply.
+
+    Raises:
+        ValueError: a column has another length than the groups.
+    """
+    structure = structure_of(groups)
+    segments: list[NDArray[np.integer]] = []  # prompt, completions, prompt, ...
+    firsts: list[int] = []  # the position of each one's first token
+    prompt_starts, starts, before = [], [], []  # where prompts and completions begin in the row, and what predicts each
+    spans = []
+    at = 0
+    for group, prompt in zip(groups, structure.prompt_lengths, strict=True):
+        segments.append(np.asarray(group.prompt_ids))
+        firsts.append(0)
+        prompt_starts.append(start := at)
+        at += prompt
         for completion in group.completions:
-            # token j of the completion is predicted from the one before it; token 0 from the prompt's last
-            first = len(ids)
-            scored.extend(
-                first + j - 1 if j else start + prompt - 1 for j, trained in enumerate(completion.loss_mask) if trained
-            )
-            ids.extend(completion.ids[:-1])
-            positions.extend(range(prompt, prompt + len(completion.ids) - 1))
+            segments.append(np.asarray(completion.ids)[:-1])
+            firsts.append(prompt)
+            starts.append(at)
+            before.append(start + prompt - 1)
+            at += len(completion.ids) - 1
         spans.append(GroupSpan(start, prompt, tuple(len(c.ids) - 1 for c in group.completions)))
-    rows = torch.tensor([ids]), torch.tensor([positions]), None, tuple(spans)
-    return _batch(groups, *rows, scored, prompts, ref_logps, extras)
+    position_ids = _ranges(firsts, [len(s) for s in segments])
+    return _batch(
+        groups,
+        structure,
+        columns,
+        wants,
+        input_ids=torch.from_numpy(np.concatenate(segments, dtype=np.int64))[None],
+        position_ids=torch.from_numpy(position_ids)[None],
+        attention_mask=None,
+        layout=tuple(spans),
+        row_lengths=(at,),
+        starts=starts,
+        before=before,
+        prompt_starts=prompt_starts,
+    )
 
 
-def pad(groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extras: Extras = NOTHING) -> Batch:
-    """Plain rows: every completion after its own copy of the prompt, padded at the right to the longest."""
-    rows = [(g, c) for g in groups for c in g.completions]
-    width = max(len(g.prompt_ids) + len(c.ids) - 1 for g, c in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    scored: list[int] = []
-    prompts: list[int] = []
-    for i, (group, completion) in enumerate(rows):
-        if completion is group.completions[0]:
-            prompts.extend(range(i * width, i * width + len(group.prompt_ids) - 1))
-        row = [*group.prompt_ids, *completion.ids[:-1]]
-        ids[i, : len(row)] = torch.tensor(row)
-        ids[i, len(row) :] = row[
-            -1
-        ]  # masked; a token that is only padding may have zeros, of which norms have no slope
-        mask[i, : len(row)] = True
-        before_first = i * width + len(group.prompt_ids) - 1
-        scored.extend(before_first + j for j, trained in enumerate(completion.loss_mask) if trained)
-    positions = torch.arange(width).expand(len(rows), width).contiguous()
-    return _batch(groups, ids, positions, mask, None, scored, prompts, ref_logps, extras)
+def pad(groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable[str] = ()) -> Batch:
+    """Plain rows: every completion after its own copy of the prompt, padded at the right to the longest.
+
+    Arguments and errors are those of `pack`.
+    """
+    structure = structure_of(groups)
+    segments: list[NDArray[np.integer]] = []
+    row_lengths: list[int] = []
+    prompts, prompt_rows = [], []
+    for group in groups:
+        prompt_rows.append(len(row_lengths))  # a prompt is scored in the row of its first completion
+        for completion in group.completions:
+            segments += [np.asarray(group.prompt_ids), np.asarray(completion.ids)[:-1]]
+            prompts.append(len(group.prompt_ids))
+            row_lengths.append(len(group.prompt_ids) + len(completion.ids) - 1)
+    num_rows, width = len(row_lengths), max(row_lengths)
+    row_starts = np.arange(num_rows) * width
+    places = _ranges(row_starts, row_lengths)
+    tokens = np.concatenate(segments, dtype=np.int64)
+    # padding is masked, and repeats its row's last token: one that is only padding may have zeros for an embedding, of
+    # which norms have no slope
+    ids = np.repeat(tokens[np.cumsum(row_lengths) - 1], width)
+    mask = np.zeros(num_rows * width, dtype=np.bool_)
+    ids[places] = tokens
+    mask[places] = True
+    starts = row_starts + prompts
+    return _batch(
+        groups,
+        structure,
+        columns,
+        wants,
+        input_ids=torch.from_numpy(ids).view(num_rows, width),
+        position_ids=torch.arange(width).expand(num_rows, width).contiguous(),
+        attention_mask=torch.from_numpy(mask).view(num_rows, width),
+        layout=None,
+        row_lengths=tuple(row_lengths),
+        starts=starts,
+        before=starts - 1,
+        prompt_starts=row_starts[prompt_rows],
+    )
 
 
 def _batch(
     groups: Sequence[Group],
-    input_ids: Tensor,
-    position_ids: Tensor,
-    attention_mask: Tensor | None,
-    layout: tuple[GroupSpan, ...] | None,
-    scored: list[int],
-    prompts: list[int],
-    ref_logps: Sequence[Tensor] | None,
-    extras: Extras,
+    structure: Structure,
+    columns: Columns,
+    wants: Iterable[str],
+    *,
+    starts: ArrayLike,
+    before: ArrayLike,
+    prompt_starts: ArrayLike,
+    **rows: Any,
 ) -> Batch:
-    completions: list[Completion] = [c for g in groups for c in g.completions]
+    """starts: [C], where in the flattened rows each completion begins. before: [C], the place that predicts its first
+    token. prompt_starts: [G], where each prompt begins. rows: the fields of `Batch` that say how rows lie."""
+    completions = [c for g in groups for c in g.completions]
+    lengths = np.array([len(c.ids) for c in completions])
+    trained = np.frombuffer(b"".join(c.loss_mask for c in completions), dtype=np.uint8) != 0
+    scored = _ranges(np.asarray(starts) - 1, lengths)  # each token is predicted from the place before it
+    scored[np.cumsum(lengths) - lengths] = before
+    positions, targets = [scored[trained]], [np.concatenate([np.asarray(c.ids) for c in completions])[trained]]
+    wants = frozenset(wants)
+    if PROMPT_LOGPS in wants:
+        positions.append(_ranges(prompt_starts, np.array(structure.prompt_lengths) - 1))
+        targets += [np.asarray(g.prompt_ids)[1:] for g in groups]
     labels = [g.label for g in groups if g.label is not None]
     assert len(labels) in (0, len(groups))
-    targets = [t for c in completions for t, trained in zip(c.ids, c.loss_mask, strict=True) if trained]
-    if extras.prompts:
-        scored = [*scored, *prompts]
-        targets.extend(t for g in groups for t in g.prompt_ids[1:])
-    prompt_lengths = torch.tensor([len(g.prompt_ids) - 1 for g in groups])
+    if labels:
+        columns = columns.beside(Columns(per_group={"labels": torch.tensor(labels)}))
+    columns.check(structure)
     return Batch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        layout=layout,
-        scored_positions=torch.tensor(scored),
-        targets=torch.tensor(targets),
-        completion_index=torch.repeat_interleave(torch.tensor([c.num_scored for c in completions])),
-        group_index=torch.repeat_interleave(torch.tensor([len(g.completions) for g in groups])),
-        ref_logps=torch.cat(list(ref_logps)) if ref_logps is not None else None,
-        labels=torch.tensor(labels) if labels else None,
-        prompt_index=torch.repeat_interleave(prompt_lengths) if extras.prompts else None,
-        collisions=extras.collisions,
+        scored_positions=torch.from_numpy(np.concatenate(positions)),
+        targets=torch.from_numpy(np.concatenate(targets, dtype=np.int64)),
+        structure=structure,
+        completion_index=structure.completion_index(),
+        group_index=structure.group_index(),
+        columns=columns,
+        wants=wants,
+        **rows,
     )
+
+
+def _ranges(starts: ArrayLike, lengths: ArrayLike) -> NDArray[np.int64]:
+    """start, start + 1, ... of each length, one range after the other."""
+    counts = np.asarray(lengths, dtype=np.int64)
+    shifts = np.asarray(starts, dtype=np.int64) - (np.cumsum(counts) - counts)
+    places: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(shifts, counts)
+    return places

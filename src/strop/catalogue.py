@@ -78,4 +78,4 @@ def _needs(settings: type[MethodSettings]) -> list[str]:
     objective = objective_class(settings)
     follows = objective.ref_sync is not Objective.ref_sync
     synced = ["With `ref_sync_steps` one does, and is scored in every step."] if follows else []
-    return [ROWS[settings.ROWS], REFERENCE[objective.needs_reference], *synced]
+    return [ROWS[settings.ROWS], REFERENCE[objective(settings()).needs_reference], *synced]

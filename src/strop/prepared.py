@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from strop.batch import PROMPT_LOGPS
 from strop.config import RunConfig, advice, of_model
 from strop.config.methods import KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
@@ -22,7 +23,7 @@ from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
 from strop.lengths import Sized
 from strop.modelrows import ModelRows
-from strop.objectives.base import Objective, build_objective
+from strop.objectives.base import MISMATCHED, Objective, build_objective
 from strop.plan.budget import CPU_TOKENS, batch_budget, default_budget
 from strop.plan.cutting import cut
 from strop.plan.filling import filled_rows
@@ -114,7 +115,7 @@ class Prepared:
         if training.recomputed:
             why = self.config.origins.get("training.gradient_checkpointing", "asked for")
             yield f"activations of {training.recomputed:.0%} of the layers are computed again on the way back ({why})"
-        if self.objective.needs_mismatched:
+        if MISMATCHED in self.objective.also:
             yield f"mismatched completions: about {total:,} tokens more an epoch, scored without gradients"
         if self.objective.whole_step and len(sizes) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
@@ -132,7 +133,7 @@ class _KnownWork:
     def of(self, prepared: Prepared, tokens: RowTokens) -> EpochWork:
         key = (prepared.plan, prepared.budget, tokens)
         if self._epoch is None or self._key != key:
-            prompts = prepared.objective.extras.prompts
+            prompts = PROMPT_LOGPS in prepared.objective.reads
             lengths = prepared.data.train.lengths
             self._key, self._epoch = key, EpochWork.of(prepared.plan, lengths, key[1], tokens, prompts=prompts)
         return self._epoch
@@ -157,7 +158,7 @@ def prepare(
     config, tokenizer = rows.config, rows.tokenizer
     check_reference(config, model, tokenizer)
     data = rows.load() if read is None else read[1]
-    if objective.needs_mismatched:
+    if MISMATCHED in objective.also:
         _check_mismatched(data)
     if data.eval:
         _check_metric(config, objective)

@@ -22,7 +22,6 @@ from typing import Self
 
 import torch
 
-from strop.batch import NOTHING
 from strop.cachedir import cache_folder
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
@@ -40,6 +39,7 @@ from strop.errors import StropError, TrainingError
 from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
 from strop.machine import Machine, machine_of
 from strop.modelrows import ModelRows
+from strop.objectives.base import MISMATCHED
 from strop.plan.budget import default_budget
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy import rates
@@ -223,10 +223,10 @@ class Session:
         """Training and validation groups, with their prompts' mismatched completions where the objective wants them,
         without log-probs of a reference."""
         data, objective = self.prepared.data, self.prepared.objective
-        train, validation = GroupSet(data.train, extras=objective.extras), None
+        train, validation = GroupSet(data.train, wants=objective.reads & Policy.SUPPLIES), None
         if data.eval:
             validation = replace(train, groups=data.eval)
-        if objective.needs_mismatched:
+        if MISMATCHED in objective.also:
             train = self._with_mismatched(train, self.prepared.plan.num_epochs)
             validation = validation and self._with_mismatched(validation, 1)
         return train, validation
@@ -235,7 +235,7 @@ class Session:
         """The groups, and their prompts with completions of others for so many epochs."""
         limit, seed = self.config.training.max_seq_length, self.config.seed
         others = Mismatched(groups.groups, num_epochs=num_epochs, seed=seed, max_tokens=limit)
-        return replace(groups, mismatched=replace(groups, groups=others, extras=NOTHING))
+        return replace(groups, also={MISMATCHED: replace(groups, groups=others, wants=frozenset())})
 
     def reference(self) -> AbstractContextManager[Policy]:
         """What scores as the reference: the policy, or another model for the time of the block."""
@@ -256,7 +256,7 @@ class Session:
         # not the budget of the steps, which follows the memory that is free: the cut decides the last bits
         tokens, device = self.final.tokens, self.world.device.type
         own_cut = Cut(default_budget(train.groups, training.per_device_train_batch_size, tokens, device), tokens)
-        visits = plan.all_visits() if train.mismatched else None
+        visits = plan.all_visits() if train.also else None
         train = scored(reference, store, train, own_cut, progress, folder, plan.all_groups(), visits)
         # cut as the evaluation will cut them
         return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress, folder)

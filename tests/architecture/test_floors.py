@@ -15,6 +15,7 @@ FLOORS = {
     "types": 0,
     "durable": 0,
     "cachedir": 0,
+    "columns": 0,
     "disk": 0,
     "manifest": 0,
     "plain": 0,

@@ -178,7 +178,7 @@ def make_policy(lora: bool, checkpointing: bool, precision: Precision, where: An
 def logps_and_gradients(policy: Policy, batch: Batch) -> list[Tensor]:
     policy.zero_grad()
     with policy.still():
-        logps = policy(batch.to(policy.device))
+        logps = policy(batch.to(policy.device)).logps
         generator = torch.Generator().manual_seed(5)
         (logps * torch.randn(len(logps), generator=generator).to(logps.device)).sum().backward()
     return [logps.detach(), torch.cat([p.grad.flatten().cpu() for p in policy.trainable().values()])]  # type: ignore[union-attr]

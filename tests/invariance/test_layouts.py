@@ -192,7 +192,7 @@ def run(policy: Policy, batches: Sequence[Any]) -> tuple[Tensor, dict[str, Tenso
     weights = coefficients(sum(len(b.targets) for b in batches))
     parts = []
     for batch in batches:
-        logps = policy(batch.to(policy.device)).cpu()
+        logps = policy(batch.to(policy.device)).logps.cpu()
         (logps * weights[: len(logps)]).sum().backward()
         weights = weights[len(logps) :]
         parts.append(logps.detach())
@@ -291,8 +291,8 @@ def test_completions_are_blind_to_each_other(kind: str, monkeypatch: pytest.Monk
     first, second, third = group.completions
     other = Completion(array("q", [5, 6, 7, 8, 9, 10]), second.loss_mask)
     with policy.scoring():
-        before = policy(pack([group]))
-        after = policy(pack([Group(group.prompt_ids, (first, other, third), group.origin)]))
+        before = policy(pack([group])).logps
+        after = policy(pack([Group(group.prompt_ids, (first, other, third), group.origin)])).logps
     assert torch.equal(before[: first.num_scored], after[: first.num_scored])
     assert torch.equal(before[-third.num_scored :], after[-third.num_scored :])
     assert not torch.equal(before, after)
@@ -301,8 +301,8 @@ def test_completions_are_blind_to_each_other(kind: str, monkeypatch: pytest.Monk
 def test_groups_are_blind_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy("llama", monkeypatch, torch.float32)
     with policy.scoring():
-        together = policy(pack([GROUPS[0], GROUPS[1]]))
-        beside_another = policy(pack([GROUPS[0], make_group(3, (1, 6, 2), 9)]))
+        together = policy(pack([GROUPS[0], GROUPS[1]])).logps
+        beside_another = policy(pack([GROUPS[0], make_group(3, (1, 6, 2), 9)])).logps
     n = GROUPS[0].num_scored
     assert torch.equal(together[:n], beside_another[:n])
     assert not torch.equal(together[n:], beside_another[n:])
@@ -325,4 +325,4 @@ def test_layouts_agree_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     policy.cuda()
     with policy.scoring():
         for batch in (pack(GROUPS), pad(GROUPS)):
-            torch.testing.assert_close(policy(batch.to(policy.device)).cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(policy(batch.to(policy.device)).logps.cpu(), on_cpu, rtol=1e-3, atol=1e-3)

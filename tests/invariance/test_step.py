@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strop.batch import NOTHING, Batch, Extras, pack, pad
+from scored import ref_columns
+from strop.batch import Batch, TokenScores, pack, pad
 from strop.config.methods import CpoSettings, KtoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
@@ -56,12 +57,12 @@ class PlainTransformers(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> TokenScores:
         assert batch.attention_mask is not None
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         everything = logits.flatten(0, 1)[batch.scored_positions].log_softmax(-1)
         logps = everything.gather(1, batch.targets[:, None]).squeeze(1)
-        return torch.stack([logps, everything.exp().square().sum(-1).log().detach()]) if batch.collisions else logps
+        return batch.token_scores(logps, collisions=everything.exp().square().sum(-1).log().detach())
 
 
 class Float64Torch:
@@ -113,27 +114,28 @@ def one_step(
     generator = torch.Generator().manual_seed(6)
     # as a reference would have scored: some nats a token, so that z of kto_pair is not 0
     refs = [-6.5 * torch.rand(g.num_scored, generator=generator, dtype=torch.float64) - 3 for g in groups]
-    others = Mismatched(groups, num_epochs=1, seed=0, max_tokens=64) if objective.needs_mismatched else ()
+    others = Mismatched(groups, num_epochs=1, seed=0, max_tokens=64) if objective.also else ()
     apart_refs = [-9.5 * torch.ones(g.num_scored, dtype=torch.float64) for g in others]
     forward.zero_grad()
-    apart = batches_of(others, apart_refs) if others else []
-    result = forward_backward(forward, objective, batches_of(groups, refs, objective.extras), apart)
+    also = {"mismatched": batches_of(others, apart_refs)} if others else {}
+    wants = objective.reads & Policy.SUPPLIES
+    result = forward_backward(forward, objective, batches_of(groups, refs, wants), also)
     gradients = {n.removeprefix("model."): p.grad.clone() for n, p in forward.named_parameters() if p.grad is not None}
-    return result.loss, gradients
+    return result.fetch().loss, gradients
 
 
 def in_parts(sizes: Sequence[int], layout: Callable[..., Batch]) -> Callable[..., list[Batch]]:
-    def batches(groups: Sequence[Group], refs: Sequence[Tensor], extras: Extras = NOTHING) -> list[Batch]:
+    def batches(groups: Sequence[Group], refs: Sequence[Tensor], wants: Iterable[str] = ()) -> list[Batch]:
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return [layout(groups[a:b], refs[a:b], extras) for a, b in pairwise(bounds)]
+        return [layout(groups[a:b], ref_columns(refs[a:b]), wants) for a, b in pairwise(bounds)]
 
     return batches
 
 
 def by_budget(tokens: int) -> Callable[..., list[Batch]]:
-    def batches(groups: Sequence[Group], refs: Sequence[Tensor], extras: Extras = NOTHING) -> list[Batch]:
+    def batches(groups: Sequence[Group], refs: Sequence[Tensor], wants: Iterable[str] = ()) -> list[Batch]:
         parts = cut(groups, range(len(groups)), tokens, packed_tokens)
-        return [pack([groups[i] for i in part], [refs[i] for i in part], extras) for part in parts]
+        return [pack([groups[i] for i in part], ref_columns([refs[i] for i in part]), wants) for part in parts]
 
     return batches
 
@@ -167,8 +169,8 @@ def test_a_completion_does_not_see_its_sibling(model: nn.Module) -> None:
     chosen, rejected = group.completions
     other = Completion(array("i", [(t + 7) % 400 for t in chosen.ids]), chosen.loss_mask)
     with policy.scoring():
-        before = policy(pack([group]))
-        after = policy(pack([Group(group.prompt_ids, (other, rejected), group.origin)]))
+        before = policy(pack([group])).logps
+        after = policy(pack([Group(group.prompt_ids, (other, rejected), group.origin)])).logps
     n = chosen.num_scored
     assert torch.equal(before[n:], after[n:]), "bit for bit"
     assert not torch.equal(before[:n], after[:n])

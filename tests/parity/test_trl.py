@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import strop
+from scored import ref_columns
 from strop.config import RunConfig
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
@@ -94,7 +95,7 @@ def ours(config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
     groups = [prepared.data.train[i] for i in prepared.plan.groups(1)]
     objective = build_objective(config.post_training)
     refs = reference_logps(policy, [groups]) if objective.needs_reference else None
-    forward_backward(policy, objective, [policy.collate(groups, refs, objective.extras)])
+    forward_backward(policy, objective, [policy.collate(groups, ref_columns(refs), objective.reads & policy.SUPPLIES)])
     return losses, {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from scored import make_scores, ref_columns
 from strop.batch import Scores
+from strop.columns import Columns
 from strop.config.methods import (
     CpoSettings,
     DpoSettings,
@@ -28,7 +30,7 @@ from strop.config.methods import (
 )
 from strop.engine.step import step_loss
 from strop.objectives.base import build_objective
-from strop.objectives.pairs import means
+from strop.objectives.pairs import chosen_tokens, means
 from variants import dpo, name
 
 trl = pytest.importorskip("trl", reason="TRL is the oracle of these tests; install the extra `dev`")
@@ -38,22 +40,21 @@ LENGTHS = [(3, 5), (7, 2), (4, 4), (1, 6), (5, 1), (2, 9)]
 TOLERANCE = 1e-5
 
 
-def make_scores() -> Scores:
+def pair_scores() -> Scores:
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor(LENGTHS).flatten()
-    logps, refs = (-3 * torch.rand(int(lengths.sum()), generator=generator) for _ in range(2))
-    collisions = -torch.rand(int(lengths.sum()), generator=generator)
-    index = torch.arange(len(LENGTHS)).repeat_interleave(2)
-    places = torch.repeat_interleave(lengths)
-    return Scores(logps.requires_grad_(), refs, places, index, collisions=collisions)
+    lengths = [n for pair in LENGTHS for n in pair]
+    logps, refs = (-3 * torch.rand(sum(lengths), generator=generator) for _ in range(2))
+    columns = Columns(per_token={"ref_logps": refs, "collisions": -torch.rand(sum(lengths), generator=generator)})
+    return make_scores(logps.requires_grad_(), lengths, [2] * len(LENGTHS), columns)
 
 
-def make_labelled_scores() -> Scores:
+def labelled_scores() -> Scores:
     """Every completion a row of its own, two of three desirable; others for z0, likelier under the policy."""
-    scores = make_scores()
-    groups = torch.arange(scores.num_completions)
-    apart = Scores(scores.logps.detach() / 2, scores.ref_logps, scores.completion_index, groups)
-    return replace(scores, group_index=groups, labels=groups % 3 != 0, mismatched=apart)
+    scores = pair_scores()
+    lengths, sizes = scores.structure.tokens_per_completion, [1] * scores.structure.num_completions
+    apart = make_scores(scores.logps.detach() / 2, lengths, sizes, ref_columns([scores["ref_logps"]]))
+    columns = scores.columns.beside(Columns(per_group={"labels": torch.arange(len(sizes)) % 3 != 0}))
+    return make_scores(scores.logps, lengths, sizes, columns, also={"mismatched": apart})
 
 
 class Accelerator:
@@ -76,11 +77,8 @@ def padded(per_token: Tensor, scores: Scores) -> Tensor:
 def dpo_loss(s: Any, scores: Scores) -> Tensor:
     mask = padded(torch.ones_like(scores.logps.detach()), scores)
     logps = padded(scores.logps, scores)
-    assert scores.ref_logps is not None
-    reference = padded(scores.ref_logps, scores)
-
-    assert scores.collisions is not None
-    collisions = padded(scores.collisions, scores)
+    ref_logps = padded(scores["ref_logps"], scores)
+    collisions = padded(scores["collisions"], scores)
 
     def answers(per_token: Tensor) -> SimpleNamespace:
         aside = torch.zeros_like(per_token)
@@ -92,7 +90,7 @@ def dpo_loss(s: Any, scores: Scores) -> Tensor:
         model=SimpleNamespace(training=True),
         accelerator=Accelerator(),
         args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=getattr(s, "discopop_tau", None)),
-        ref_model=lambda **_: answers(reference),
+        ref_model=lambda **_: answers(ref_logps),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
         ld_alpha=None if getattr(s, "ld_alpha", 1.0) == 1 else s.ld_alpha,
@@ -144,7 +142,7 @@ def cpo_loss(s: Any, scores: Scores) -> Tensor:
     c, r = means(scores) if simpo else (sums[0::2], sums[1::2])
     losses, *_ = CPOTrainer.cpo_loss(trainer, c, r)
     # cross_entropy_loss of its concatenated_forward: the mean over the chosen tokens of the batch
-    nll = -sums[0::2].sum() / scores.count("chosen_tokens")
+    nll = -sums[0::2].sum() / chosen_tokens(scores.structure)
     return losses.mean() + (s.sft_weight if simpo else s.cpo_alpha) * nll
 
 
@@ -153,19 +151,16 @@ def orpo_loss(s: Any, scores: Scores) -> Tensor:
 
     losses, *_ = ORPOTrainer.odds_ratio_loss(SimpleNamespace(accelerator=Accelerator(), beta=s.beta), *means(scores))
     # deviation: TRL's likelihood is over prompt and completion; here of the completion
-    return -scores.sums(scores.logps)[0::2].sum() / scores.count("chosen_tokens") - losses.mean()
+    return -scores.sums(scores.logps)[0::2].sum() / chosen_tokens(scores.structure) - losses.mean()
 
 
 def kto_loss(s: Any, scores: Scores) -> Tensor:
-    assert scores.ref_logps is not None and scores.labels is not None and scores.mismatched is not None
-
     def answers(per_token: Tensor, at: Scores) -> SimpleNamespace:
         rows = pad_sequence(list(per_token.split(at.lengths.int().tolist())), batch_first=True)
         aside = torch.zeros_like(rows)
         return SimpleNamespace(log_probs=rows, entropy=aside, mean_logits=aside)
 
-    policy, apart = answers(scores.logps, scores), scores.mismatched
-    assert apart.ref_logps is not None
+    policy, apart = answers(scores.logps, scores), scores.also["mismatched"]
 
     def rows_of(at: Scores, prefix: str) -> dict[str, Tensor]:
         mask = pad_sequence([torch.ones(int(n)) for n in at.lengths], batch_first=True)
@@ -176,8 +171,8 @@ def kto_loss(s: Any, scores: Scores) -> Tensor:
         def forward(self, **_: Any) -> SimpleNamespace:
             return policy if torch.is_grad_enabled() else answers(apart.logps, apart)
 
-    batch = {**rows_of(scores, ""), **rows_of(apart, "KL_"), "label": scores.labels}
-    batch["ref_logps"], batch["ref_KL_logps"] = scores.sums(scores.ref_logps), apart.sums(apart.ref_logps)
+    batch = {**rows_of(scores, ""), **rows_of(apart, "KL_"), "label": scores["labels"]}
+    batch["ref_logps"], batch["ref_KL_logps"] = scores.sums(scores["ref_logps"]), apart.sums(apart["ref_logps"])
     model = Model()
     trainer = SimpleNamespace(
         model=model,
@@ -231,8 +226,8 @@ AGREEING: list[MethodSettings] = [
 def both(settings: MethodSettings) -> tuple[tuple[float, Tensor], tuple[float, Tensor]]:
     """Loss and gradient with respect to every log-prob: ours, TRL's."""
     objective = build_objective(settings)
-    scores = make_labelled_scores() if objective.rows == "labelled" else make_scores()
-    ours = step_loss(objective, scores, {t: scores.count(unit) for t, unit in objective.units.items()})
+    scores = labelled_scores() if objective.rows == "labelled" else pair_scores()
+    ours = step_loss(objective, scores, {t: unit(scores.structure) for t, unit in objective.units.items()})
     theirs = THEIRS[settings.method](settings, scores)
     return (
         (float(ours.detach()), torch.autograd.grad(ours, scores.logps)[0]),
@@ -262,7 +257,7 @@ def test_named_deviations_are_still_there(settings: DpoSettings, what: str) -> N
 
 
 def test_discopop_where_trl_overflows() -> None:
-    scores = make_scores()
+    scores = pair_scores()
     far = replace(scores, logps=(scores.logps.detach() - 900.0).requires_grad_())
     theirs = dpo_loss(dpo("discopop", beta=1.0), far)
     objective = build_objective(dpo("discopop", beta=1.0))

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from strop import session
+from strop.batch import TokenScores
 from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
 from strop.plan.budget import default_budget
@@ -94,7 +95,7 @@ def test_training__max_steps(runs: Any) -> None:
 
 def sizes(forwards: list[Any]) -> list[tuple[int, int]]:
     """(groups, tokens) of every micro-batch that was trained on."""
-    return [(batch.num_groups, batch.num_tokens) for with_gradients, batch in forwards if with_gradients]
+    return [(batch.structure.num_groups, batch.num_tokens) for with_gradients, batch in forwards if with_gradients]
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -116,7 +117,7 @@ def test_training__per_device_eval_batch_size(runs: Any, forwards: list[Any], wa
         forwards.clear()
         run = runs(method="sft", per_device_eval_batch_size=size, max_steps=1)
         trained = [with_gradients for with_gradients, _ in forwards].index(True)
-        assert [batch.num_groups for with_gradients, batch in forwards[trained:] if not with_gradients] == num
+        assert [batch.structure.num_groups for with_gradients, batch in forwards[trained:] if not with_gradients] == num
         losses.append(run.series("loss", "eval"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -137,7 +138,7 @@ def test_training__packing(runs: Any, forwards: list[Any]) -> None:
     groups = runs.prepare(max_seq_length=500, **keys).data.train
     assert sum(group.num_tokens for group in groups) <= 500  # so that one row holds them all
     packed = runs(max_seq_length=500, packing=True, groups_per_step=1, **keys)
-    assert {batch.num_groups for with_gradients, batch in forwards if with_gradients} == {len(groups)}
+    assert {batch.structure.num_groups for with_gradients, batch in forwards if with_gradients} == {len(groups)}
     plain = runs(max_seq_length=500, groups_per_step=len(groups), **keys)
     assert packed.series("loss") == pytest.approx(plain.series("loss"), rel=1e-5)
     assert packed.config["training"]["micro_batch_tokens"] == 500  # more than a CPU gains by
@@ -396,7 +397,7 @@ def test_training__reference_store(
         forwards.clear()
         run = runs(keys, reference_store=True, eval_steps=100)
         first = [with_gradients for with_gradients, _ in forwards].index(True)
-        return sum(b.num_groups for _, b in forwards[:first] if b.ref_logps is None), run
+        return sum(b.structure.num_groups for _, b in forwards[:first] if "ref_logps" not in b.columns.names), run
 
     plain = runs(eval_steps=100)
     assert not own_store.exists()
@@ -461,15 +462,16 @@ def poison(watched: pytest.MonkeyPatch) -> Callable[[str, range], None]:
     def set_up(what: str, steps: range) -> None:
         num_steps = 0
 
-        def poisoned(self: Policy, batch: Any) -> Tensor:
+        def poisoned(self: Policy, batch: Any) -> TokenScores:
             nonlocal num_steps
-            logps = forward(self, batch)
+            scored = forward(self, batch)
             num_steps += torch.is_grad_enabled()
             if torch.is_grad_enabled() and num_steps in steps:
                 if what == "loss":
-                    return torch.where(batch.group_index[batch.completion_index] == 0, torch.nan, logps)
-                logps.register_hook(lambda gradient: gradient * torch.inf)
-            return logps
+                    first = batch.group_index[batch.completion_index] == 0
+                    return scored._replace(logps=torch.where(first, torch.nan, scored.logps))
+                scored.logps.register_hook(lambda gradient: gradient * torch.inf)
+            return scored
 
         watched.setattr(Policy, "forward", poisoned)
 

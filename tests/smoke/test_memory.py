@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import strop
-from strop.batch import Batch
+from strop.batch import Batch, TokenScores
 from strop.engine import optim
 from strop.engine.source import Cut, GroupSet
 from strop.errors import TrainingError
@@ -73,13 +73,13 @@ def run_out(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], Exce
     def fail(*_: Any) -> None:
         raise error()
 
-    def limited(self: Policy, batch: Batch) -> Tensor:
+    def limited(self: Policy, batch: Batch) -> TokenScores:
         out = forward(self, batch)
-        if batch.num_tokens > most and (out.requires_grad or not in_backward):
+        if batch.num_tokens > most and (out.logps.requires_grad or not in_backward):
             failed.append(batch.num_tokens)
             if not in_backward:
                 fail()
-            out.register_hook(fail)
+            out.logps.register_hook(fail)
         return out
 
     monkeypatch.setattr(Policy, "forward", limited)
@@ -137,10 +137,10 @@ def test_auto_recomputes_everything_before_it_gives_up(
         failed.append(True)
         raise ERRORS[0]()
 
-    def limited(self: Policy, batch: Batch) -> Tensor:
+    def limited(self: Policy, batch: Batch) -> TokenScores:
         out = forward(self, batch)
-        if out.requires_grad and not all(layer.gradient_checkpointing for layer in layers_that_can(self)):
-            out.register_hook(fail)
+        if out.logps.requires_grad and not all(layer.gradient_checkpointing for layer in layers_that_can(self)):
+            out.logps.register_hook(fail)
         return out
 
     monkeypatch.setattr(Policy, "forward", limited)
@@ -232,8 +232,8 @@ def test_where_the_mismatched_completions_alone_can_be_cut_they_are() -> None:
         return Group(array("i", [1]), (Completion(ids, bytes([1]) * length),), Origin("rows", 1))
 
     others = GroupSet([group(4), group(4)])
-    groups = GroupSet([group(90), group(90)], mismatched=others)
+    groups = GroupSet([group(90), group(90)], also={"mismatched": others})
     smaller = Cut(100, packed_tokens).smaller(groups)
     assert smaller is not None and smaller.budget_tokens < 9
     assert smaller.parts(groups) == smaller.parts(others) == [[0], [1]]
-    assert smaller.smaller(groups) is None and Cut(100, packed_tokens).smaller(replace(groups, mismatched=None)) is None
+    assert smaller.smaller(groups) is None and Cut(100, packed_tokens).smaller(replace(groups, also={})) is None

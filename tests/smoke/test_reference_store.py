@@ -20,7 +20,7 @@ from strop.policy.store import ReferenceStore
 def groups_scored(forwards: list[Any]) -> int:
     """In all passes before the first step, the reference's."""
     first = next((i for i, (with_gradients, _) in enumerate(forwards) if with_gradients), len(forwards))
-    return sum(batch.num_groups for _, batch in forwards[:first] if batch.ref_logps is None)
+    return sum(batch.structure.num_groups for _, batch in forwards[:first] if "ref_logps" not in batch.columns.names)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_completion_that_comes_again_is_scored_once_and_resumed_exactly(
     asked = {"dataset.train_file": str(repeated), "reference_store": True, "save_steps": 2, **keys}
     whole = runs(asked)
     first = next(i for i, (with_gradients, _) in enumerate(forwards) if with_gradients)
-    scored = sum(batch.num_completions for _, batch in forwards[:first] if batch.ref_logps is None)
+    scored = sum(b.structure.num_completions for _, b in forwards[:first] if "ref_logps" not in b.columns.names)
     assert keys or scored < 2 * 16, "every completion of 16 pairs"
     metrics, final, output = whole.untimed, whole.final, whole.path.parent
     (whole.path / "final").rename(output / "set-aside")

@@ -3,48 +3,100 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.batch import NOTHING, Extras, Scores, pack, pad
+from strop.batch import PROMPT_LOGPS, Batch, GroupSpan, Scores, TokenScores, pack, pad
+from strop.columns import Columns, Structure, completions, groups, tokens
+from strop.objectives.pairs import chosen_row_tokens, chosen_tokens, rejected_tokens
 from strop.types import Completion, Group, Origin
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=6)
+PROMPTS = frozenset({PROMPT_LOGPS})
 
 
 @st.composite
-def completions(draw: st.DrawFn) -> Completion:
-    tokens = draw(ids)
-    mask = draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)).filter(any))
-    return Completion(array("i", tokens), bytes(mask))
+def answers(draw: st.DrawFn) -> Completion:
+    given_ids = draw(ids)
+    mask = draw(st.lists(st.booleans(), min_size=len(given_ids), max_size=len(given_ids)).filter(any))
+    return Completion(array("i", given_ids), bytes(mask))
 
 
 @st.composite
-def groups(draw: st.DrawFn) -> list[Group]:
-    made = st.builds(
-        lambda prompt, answers: Group(array("i", prompt), tuple(answers), Origin("rows", 1)),
-        ids,
-        st.lists(completions(), min_size=1, max_size=3),
-    )
-    return draw(st.lists(made, min_size=1, max_size=4))
+def rows(draw: st.DrawFn, sizes: Sequence[int] = (1, 2, 3, 8)) -> list[Group]:
+    """Groups of unlike numbers of completions."""
+    made = []
+    for size in draw(st.lists(st.sampled_from(sizes), min_size=1, max_size=4)):
+        found = draw(st.lists(answers(), min_size=size, max_size=size))
+        made.append(Group(array(draw(st.sampled_from("iq")), draw(ids)), tuple(found), Origin("rows", 1)))
+    return made
 
 
-@given(groups())
+def by_token(some: Sequence[Group]) -> tuple[list[int], list[int], list[int], list[GroupSpan]]:
+    """A packed row, one token after the other: ids, positions, scored positions, spans."""
+    row: list[int] = []
+    positions: list[int] = []
+    scored: list[int] = []
+    spans = []
+    for group in some:
+        start, prompt = len(row), len(group.prompt_ids)
+        row += group.prompt_ids
+        positions += range(prompt)
+        for completion in group.completions:
+            before = start + prompt - 1
+            for j, (token, trained) in enumerate(zip(completion.ids, completion.loss_mask, strict=True)):
+                if trained:
+                    scored.append(before)
+                before = len(row)
+                if j < len(completion.ids) - 1:
+                    row.append(token)
+                    positions.append(prompt + j)
+        spans.append(GroupSpan(start, prompt, tuple(len(c.ids) - 1 for c in group.completions)))
+    return row, positions, scored, spans
+
+
+@given(rows())
+def test_a_packed_row_is_built_token_by_token(some: list[Group]) -> None:
+    batch = pack(some)
+    assert batch.layout is not None and batch.attention_mask is None
+    tensors = (batch.input_ids[0], batch.position_ids[0], batch.scored_positions)
+    assert all(t.dtype == torch.int64 for t in (*tensors, batch.targets, batch.completion_index, batch.group_index))
+    assert (*(t.tolist() for t in tensors), list(batch.layout)) == by_token(some)
+    assert batch.row_lengths == (batch.input_ids.numel(),)
+
+
+@given(rows())
+def test_padded_rows_are_built_token_by_token(some: list[Group]) -> None:
+    batch, expected = pad(some), [[*g.prompt_ids, *c.ids[:-1]] for g in some for c in g.completions]
+    width = max(map(len, expected))
+    assert batch.layout is None and batch.attention_mask is not None
+    assert batch.input_ids.dtype == torch.int64 and batch.attention_mask.dtype == torch.bool
+    # not a token that is only padding: its embedding may be all zeros, where a norm has no slope
+    assert batch.input_ids.tolist() == [row + row[-1:] * (width - len(row)) for row in expected]
+    assert batch.attention_mask.tolist() == [[j < len(row) for j in range(width)] for row in expected]
+    assert batch.position_ids.tolist() == [list(range(width))] * len(expected)
+    assert batch.row_lengths == tuple(map(len, expected))
+
+
+@given(rows())
 def test_both_layouts_score_the_same_tokens(some: list[Group]) -> None:
     packed, padded = pack(some), pad(some)
-    for extras in (NOTHING, Extras(prompts=True)):
-        assert pack(some, extras=extras).targets.tolist() == pad(some, extras=extras).targets.tolist()
+    for wants in (frozenset[str](), PROMPTS):
+        assert pack(some, wants=wants).targets.tolist() == pad(some, wants=wants).targets.tolist()
+    assert packed.structure == padded.structure
     assert packed.completion_index.tolist() == padded.completion_index.tolist()
     assert packed.group_index.tolist() == padded.group_index.tolist()
     flat = [b.position_ids.flatten()[b.scored_positions].tolist() for b in (packed, padded)]
     assert flat[0] == flat[1]
 
 
-@given(groups())
+@given(rows())
 def test_a_scored_position_holds_the_token_before_its_target(some: list[Group]) -> None:
-    for batch in (pack(some, extras=Extras(prompts=True)), pad(some, extras=Extras(prompts=True))):
+    for batch in (pack(some, wants=PROMPTS), pad(some, wants=PROMPTS)):
         before = batch.input_ids.flatten()[batch.scored_positions].tolist()
         expected = []
         for group in some:
@@ -56,17 +108,7 @@ def test_a_scored_position_holds_the_token_before_its_target(some: list[Group]) 
         assert batch.targets[len(expected) :].tolist() == [token for group in some for token in group.prompt_ids[1:]]
 
 
-@given(groups())
-def test_padding_repeats_a_token_of_its_row(some: list[Group]) -> None:
-    """Not one that is only padding: its embedding may be all zeros, where a norm has no slope."""
-    batch = pad(some)
-    assert batch.attention_mask is not None
-    for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-        length = int(mask.sum())
-        assert mask[:length].all() and (row[length:] == row[length - 1]).all()
-
-
-@given(groups())
+@given(rows())
 def test_a_prompt_stands_once_and_last_tokens_are_not_fed(some: list[Group]) -> None:
     packed = pack(some)
     assert packed.num_tokens == sum(g.num_tokens for g in some) == packed.input_ids.numel()
@@ -75,42 +117,87 @@ def test_a_prompt_stands_once_and_last_tokens_are_not_fed(some: list[Group]) -> 
     assert pad(some).num_tokens == sum(len(g.prompt_ids) + len(c.ids) - 1 for g in some for c in g.completions)
 
 
-@given(groups())
+@given(rows())
 def test_counts_and_sums_follow_the_groups(some: list[Group]) -> None:
     batch = pack(some)
-    scores = Scores.of(batch, torch.randn(len(batch.targets)))
-    assert scores.count("groups") == len(some)
-    assert scores.count("completions") == sum(len(g.completions) for g in some)
-    assert scores.count("tokens") == sum(g.num_scored for g in some)
-    assert scores.count("chosen_tokens") == sum(g.completions[0].num_scored for g in some)
+    scores = Scores.of(batch, TokenScores(torch.randn(len(batch.targets))))
+    counts = [unit(scores.structure) for unit in (groups, completions, tokens)]
+    assert counts == [len(some), sum(len(g.completions) for g in some), sum(g.num_scored for g in some)]
+    assert all(type(n) is int for n in counts)
     assert scores.lengths.tolist() == [c.num_scored for g in some for c in g.completions]
     torch.testing.assert_close(scores.sums(scores.logps).sum(), scores.logps.double().sum())
-    assert scores.prompt_logps is None and scores.collisions is None
+    assert not scores.columns.names
 
 
-@given(groups())
-def test_extras_lie_beside_the_scores_of_completions(some: list[Group]) -> None:
-    batch = pack(some, extras=Extras(prompts=True, collisions=True))
-    scored = torch.stack([batch.targets, -batch.targets]).double()
-    scores = Scores.of(batch, scored)
-    completions = sum(g.num_scored for g in some)
-    assert scores.prompt_logps is not None and scores.prompt_index is not None and scores.collisions is not None
-    assert scores.logps.tolist() == batch.targets[:completions].tolist() == (-scores.collisions).tolist()
-    assert scores.prompt_logps.tolist() == batch.targets[completions:].tolist()
-    assert scores.prompt_index.tolist() == [i for i, g in enumerate(some) for _ in g.prompt_ids[1:]]
-    chosen = sum(g.completions[0].num_scored for g in some)
-    assert scores.count("chosen_row_tokens") == batch.count("chosen_row_tokens") == chosen + len(scores.prompt_index)
+@given(rows(sizes=(2,)))
+def test_sides_of_pairs_are_counted_apart(some: list[Group]) -> None:
+    structure = pack(some).structure
+    chosen, rejected = (sum(g.completions[i].num_scored for g in some) for i in (0, 1))
+    assert (chosen_tokens(structure), rejected_tokens(structure)) == (chosen, rejected)
+    assert chosen_row_tokens(structure) == chosen + sum(len(g.prompt_ids) - 1 for g in some)
 
 
-@given(groups(), groups())
+@given(rows())
+def test_what_a_policy_scores_beside_is_laid_apart(some: list[Group]) -> None:
+    batch = pack(some, wants={PROMPT_LOGPS, "entropy"})
+    scores = Scores.of(batch, batch.token_scores(batch.targets, entropy=-batch.targets, unwanted=batch.targets))
+    n = sum(g.num_scored for g in some)
+    assert scores.logps.tolist() == batch.targets[:n].tolist() == (-scores["entropy"]).tolist()
+    assert scores[PROMPT_LOGPS].tolist() == batch.targets[n:].tolist()
+    assert scores.columns.names == {PROMPT_LOGPS, "entropy"}
+    scores.columns.check(scores.structure)
+
+
+def columns_of(batch: Batch) -> Columns:
+    """A column on each level that a source can supply, different everywhere."""
+    s = batch.structure
+    return Columns(
+        {"per_token": torch.arange(s.num_tokens) + s.prompt_lengths[0]},
+        {"per_completion": torch.arange(s.num_completions) * 1.5},
+        {"per_group": torch.arange(s.num_groups) == 0, "vectors": torch.arange(2 * s.num_groups).view(-1, 2)},
+    )
+
+
+@given(rows(), rows())
 def test_joined_scores_are_those_of_one_batch(left: list[Group], right: list[Group]) -> None:
-    a, b, whole = (pack(some, extras=Extras(prompts=True)) for some in (left, right, [*left, *right]))
-    joined = Scores.join([Scores.of(x, x.targets.float()) for x in (a, b)])
-    expected = Scores.of(whole, whole.targets.float())
-    assert joined.prompt_logps is not None and expected.prompt_logps is not None
-    assert joined.prompt_index is not None and whole.prompt_index is not None
+    parts = [columns_of(pack(some)) for some in (left, right)]
+    a, b = (pack(some, columns, PROMPTS) for some, columns in zip((left, right), parts, strict=True))
+    whole = pack([*left, *right], Columns.join(parts), PROMPTS)
+    joined = Scores.join([Scores.of(x, x.token_scores(x.targets.float())) for x in (a, b)])
+    expected = Scores.of(whole, whole.token_scores(whole.targets.float()))
+    assert joined.structure == expected.structure
+    assert joined.columns.names == expected.columns.names == {*parts[0].names, PROMPT_LOGPS}
+    for name in joined.columns.names:
+        assert torch.equal(joined[name], expected[name])
     assert joined.logps.tolist() == expected.logps.tolist()
-    assert joined.prompt_logps.tolist() == expected.prompt_logps.tolist()
-    assert joined.prompt_index.tolist() == whole.prompt_index.tolist()
     assert joined.completion_index.tolist() == whole.completion_index.tolist()
     assert joined.group_index.tolist() == whole.group_index.tolist()
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    group = Group(array("i", [1, 2]), (Completion(array("i", [3, 4]), b"\1\1"),) * 3, Origin("rows", 1))
+    for level, wrong in {"per_token": 5, "per_completion": 2, "per_group": 3}.items():
+        with pytest.raises(ValueError, match=f"column advantages: {wrong} values, where there are .*{level}"):
+            pack([group], Columns(**{level: {"advantages": torch.zeros(wrong)}}))
+    once = Columns(per_group={"labels": torch.zeros(1)})
+    with pytest.raises(ValueError, match="supplied twice: labels"):
+        once.beside(Columns(per_completion={"labels": torch.zeros(3)}))
+    with pytest.raises(ValueError, match="that others lack: labels"):
+        Columns.join([once, Columns()])
+    with pytest.raises(KeyError, match="no column 'rewards'; there are: labels"):
+        once.find("rewards")
+
+
+def test_labels_of_groups_are_a_column() -> None:
+    answer = (Completion(array("i", [3]), b"\1"),)
+    some = [Group(array("i", [1]), answer, Origin("rows", i), label) for i, label in enumerate((True, False, True))]
+    for batch in (pack(some), pad(some)):
+        assert batch.columns.per_group["labels"].tolist() == [True, False, True]
+
+
+def test_a_batch_moves_with_its_columns() -> None:
+    group = Group(array("i", [1, 2]), (Completion(array("i", [3, 4]), b"\1\1"),), Origin("rows", 1), True)
+    moved = pack([group], Columns(per_token={"ref_logps": torch.zeros(2)})).to(torch.device("meta"))
+    found = [moved.input_ids, moved.group_index, moved.columns.find("ref_logps"), moved.columns.find("labels")]
+    assert {t.device.type for t in found} == {"meta"}
+    assert moved.structure == Structure((1,), (2,), (2,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.engine.memory import cut_finer, does_not_fit
-from strop.engine.source import Cut, GroupSet, batches_of
+from strop.engine.source import Cut, GroupSet, batches_of, further_batches
 from strop.engine.step import Forward, StepScores, summarise
 from strop.objectives.base import Objective
 from strop.policy.memory import attempt
@@ -23,22 +23,22 @@ def evaluate(
     policy: Forward,
     objective: Objective[MethodSettings],
     batches: Iterable[Batch],
-    mismatched: Iterable[Batch] = (),
+    also: Mapping[str, Iterable[Batch]] | None = None,
     done: Callable[[int], None] = lambda num_groups: None,
 ) -> StepScores:
     """Score `batches` without gradients (the caller switches dropout off) and sum over all of them at once.
 
     Args:
-        mismatched: the micro-batches of the mismatched completions, where the objective needs them.
+        also: the micro-batches of the further groups that the objective reads, by name.
         done: called with the number of groups of each micro-batch as it is scored.
     """
     parts = []
     with torch.no_grad():
-        apart = [Scores.of(batch, policy(batch)) for batch in mismatched]
-        others = Scores.join(apart) if apart else None
+        apart = {name: [Scores.of(b, policy(b)) for b in micro_batches] for name, micro_batches in (also or {}).items()}
+        others = {name: Scores.join(scored) for name, scored in apart.items()}
         for batch in batches:
             parts.append(Scores.of(batch, policy(batch), others))
-            done(batch.num_groups)
+            done(batch.structure.num_groups)
     return summarise(objective, Scores.join(parts))
 
 
@@ -98,8 +98,9 @@ class Evaluation:
         groups, policy = self.groups, self.policy
         with policy.scoring(), self.watcher.evaluating(len(groups.groups)) as done:
             batches = self._until_stopped(batches_of(groups, policy, self.cut.parts(groups)))
-            apart = self._until_stopped(batches_of(groups.mismatched, policy, self.cut.parts(groups.mismatched)))
-            return evaluate(policy, self.objective, batches, apart, done)
+            further = further_batches(groups, policy, self.cut)
+            also = {name: self._until_stopped(of) for name, of in further.items()}
+            return evaluate(policy, self.objective, batches, also, done)
 
     def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """An evaluation can be long, and nothing of it is lost but itself."""

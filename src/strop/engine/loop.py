@@ -28,17 +28,17 @@ from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import Evaluation
 from strop.engine.memory import cut_finer, decided_by_auto, does_not_fit, recomputing
-from strop.engine.metrics import MetricWindow, UpdateProbe, means, peak_memory_gib
+from strop.engine.metrics import MetricWindow, UpdateProbe, peak_memory_gib
 from strop.engine.optim import build_optimizer, learning_rate, without_gradient
 from strop.engine.recipe import cut_matters
-from strop.engine.records import StepRecord, WeightsDigest
+from strop.engine.records import StepRecord, Sum, WeightsDigest
 from strop.engine.snapshot import Snapshot
-from strop.engine.source import Cut, GroupSet, StepSource, batches_of
+from strop.engine.source import Cut, GroupSet, StepSource, batches_of, further_batches
 from strop.engine.stalled import StalledLoss
 from strop.engine.state import TrainState
-from strop.engine.step import StepScores, forward_backward, suspect_rows
+from strop.engine.step import StepNumbers, StepScores, check_columns, forward_backward, suspect_rows
 from strop.errors import Interrupted, SaveError, TrainingError
-from strop.objectives.base import Mean, Objective
+from strop.objectives.base import Objective
 from strop.policy.checkpointing import checkpoint_all
 from strop.policy.memory import attempt
 from strop.policy.policy import Policy
@@ -86,12 +86,15 @@ class _Gradients(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """What the optimizer did with the gradients of a step."""
+    """What the optimizer did with the gradients of a step. numbers: of the step. weights: the digest of what trained,
+    before."""
 
+    numbers: StepNumbers
+    weights: str
     grad_norm: float
     clipped: bool
     skipped: bool
-    moved: Mapping[str, Mean] = {}
+    moved: Mapping[str, Sum] = {}
 
 
 class Loop:
@@ -111,6 +114,7 @@ class Loop:
         self.config, self.training = config, config.training
         self.policy, self.objective, self.source, self.world = policy, objective, source, world
         self.cut, self.outputs = cuts.training, outputs
+        check_columns(objective, policy=policy.SUPPLIES, source=source.supplies, also=source.also)
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, self.training)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=policy.precision.scaler)
@@ -189,10 +193,10 @@ class Loop:
         """One optimizer step, from 1: gradients, update, record."""
         started = time.perf_counter()
         groups = self.source.step(step)
-        rate, weights = self._rate(step), self.digest.of(self.digest.sample().cpu())
+        rate = self._rate(step)
         taken = self._gradients(step, groups)
-        result = taken.result
-        update = self._update(step, rate, result, [groups.groups[i] for i in taken.order])
+        update = self._update(step, rate, taken.result, [groups.groups[i] for i in taken.order])
+        numbers, margins = update.numbers, update.numbers.margins
         self.source.after(step)
         epoch, inside = self.source.place(step)
         seconds = time.perf_counter() - started
@@ -206,20 +210,20 @@ class Loop:
                 cut=taken.cut,
                 seed=(self.config.seed, step),
                 learning_rate=rate,
-                loss=result.loss,
-                terms=result.terms,
+                loss=numbers.loss,
+                terms=numbers.terms,
                 grad_norm=update.grad_norm,
                 clipped=update.clipped,
                 skipped=update.skipped,
-                metrics={name: (float(total), count) for name, (total, count) in result.metrics.items()},
-                margins=None if result.margins is None else _in_order(result.margins.cpu(), taken.order).numpy(),
+                metrics=numbers.metrics,
+                margins=None if margins is None else _in_order(margins, taken.order).numpy(),
                 num_groups=len(groups.groups),
                 num_zero_signal_groups=sum(_has_no_signal(group) for group in groups.groups),
-                num_scored_tokens=result.scores.count("tokens"),
+                num_scored_tokens=taken.result.scores.structure.num_tokens,
                 num_tokens=taken.num_tokens,
                 seconds=seconds,
-                weights=weights,
-                update={name: (float(total), count) for name, (total, count) in update.moved.items()},
+                weights=update.weights,
+                update=update.moved,
             )
         )
 
@@ -238,16 +242,17 @@ class Loop:
         smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks). Where these are
         single groups already and `gradient_checkpointing` is auto, all layers compute their activations again.
         """
-        scale = float(self.scaler.scale(torch.ones((), device=self.world.device))) if self.scaler.is_enabled() else 1.0
+        scale = self.scaler.scale(torch.ones((), device=self.world.device)) if self.scaler.is_enabled() else 1.0
 
         def whole_step() -> _Gradients:
             parts = self.cut.parts(groups)
             batches = list(batches_of(groups, self.policy, parts))
-            apart = list(batches_of(groups.mismatched, self.policy, self.cut.parts(groups.mismatched)))
+            also = {name: list(of) for name, of in further_batches(groups, self.policy, self.cut).items()}
             seed = (self.config.seed, step)
             with self.policy.still():
-                result = forward_backward(self.policy, self.objective, batches, apart, seed=seed, scale=scale)
-            return _Gradients(result, tuple(map(tuple, parts)), sum(b.num_tokens for b in (*batches, *apart)))
+                result = forward_backward(self.policy, self.objective, batches, also, seed=seed, scale=scale)
+            fed = sum(b.num_tokens for some in (batches, *also.values()) for b in some)
+            return _Gradients(result, tuple(map(tuple, parts)), fed)
 
         while True:
             done, why = attempt(whole_step)
@@ -274,9 +279,11 @@ class Loop:
             if untouched := without_gradient(self.parameters):
                 self.outputs.note(f"step {step}: {untouched}")
         limit = self.training.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        finite = math.isfinite(result.loss) and math.isfinite(norm)
-        moved: Mapping[str, Mean] = {}
+        norm_there = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        numbers = result.fetch(norm=norm_there, weights=self.digest.sample())
+        norm = numbers.more["norm"].item()
+        finite = math.isfinite(numbers.loss) and math.isfinite(norm)
+        moved: Mapping[str, Sum] = {}
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -290,15 +297,16 @@ class Loop:
             self.scaler.step(self.optimizer)
             moved = probe.measure() if probe else {}
         else:
-            self._refuse_or_skip(step, result, norm, groups)
+            self._refuse_or_skip(step, result, numbers.loss, norm, groups)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return _Update(norm, clipped=norm > limit, skipped=not finite, moved=moved)
+        weights = self.digest.of(numbers.more["weights"])
+        return _Update(numbers, weights, norm, clipped=norm > limit, skipped=not finite, moved=moved)
 
-    def _refuse_or_skip(self, step: int, result: StepScores, norm: float, groups: Sequence[Group]) -> None:
-        overflow = self.scaler.is_enabled() and math.isfinite(result.loss)  # the scaler lowers its scale and goes on
+    def _refuse_or_skip(self, step: int, result: StepScores, loss: float, norm: float, groups: Sequence[Group]) -> None:
+        overflow = self.scaler.is_enabled() and math.isfinite(loss)  # the scaler lowers its scale and goes on
         in_a_row = self.state.skipped_in_a_row + 1
-        what = f"the loss is {result.loss} and the norm of the gradient {norm}"
+        what = f"the loss is {loss} and the norm of the gradient {norm}"
         rows = suspect_rows(result, groups)
         allowed = overflow or self.training.on_nonfinite == "skip"
         if not allowed or in_a_row > MAX_SKIPPED_IN_A_ROW:
@@ -341,18 +349,16 @@ class Loop:
         result = self.evaluation.scores(f"evaluation after step {self.state.step}")
         if result is None:
             return False
-        metrics = means(
-            {n: float(total) for n, (total, _) in result.metrics.items()},
-            {n: count for n, (_, count) in result.metrics.items()},
-        )
+        numbers = result.fetch()
+        metrics = {name: total / count for name, (total, count) in numbers.metrics.items() if count}
         line = {
             "step": self.state.step,
             "epoch": self.source.epochs(self.state.step),
             "split": "eval",
-            "loss": result.loss,
-            **({f"loss/{t}": share for t, share in result.terms.items()} if len(result.terms) > 1 else {}),
-            "num_groups": result.scores.num_groups,
-            "num_scored_tokens": result.scores.count("tokens"),
+            "loss": numbers.loss,
+            **({f"loss/{t}": share for t, share in numbers.terms.items()} if len(numbers.terms) > 1 else {}),
+            "num_groups": result.scores.structure.num_groups,
+            "num_scored_tokens": result.scores.structure.num_tokens,
             "seconds": time.perf_counter() - started,
             **metrics,
         }

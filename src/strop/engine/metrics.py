@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from strop.engine.records import StepRecord
+from strop.engine.records import StepRecord, Sum
 from strop.errors import ConfigError
 from strop.machine import resident
-from strop.objectives.base import Mean
 
 
 class MetricWindow:
@@ -44,9 +43,9 @@ class MetricWindow:
         if record.skipped:
             self.add_totals(num_skipped_steps=1)
 
-    def add_means(self, metrics: Mapping[str, Mean]) -> None:
+    def add_means(self, metrics: Mapping[str, Sum]) -> None:
         for name, (total, count) in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(total)
+            self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + count
 
     def add_totals(self, **totals: int) -> None:
@@ -97,7 +96,7 @@ class UpdateProbe:
         ]
         self._before = [v.clone() for v in self._views]
 
-    def measure(self) -> dict[str, Mean]:
+    def measure(self) -> dict[str, Sum]:
         """Call after the step."""
         moved = torch.stack([(a - b).double().norm() for a, b in zip(self._views, self._before, strict=True)]).norm()
         size = torch.stack([b.double().norm() for b in self._before]).norm()

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from strop.engine.source import GroupSet, Part
+from strop.columns import Columns
+from strop.engine.source import GroupSet, Part, Supply
 from strop.plan.order import Plan
 from strop.policy.reference import SyncedReference
 
@@ -17,7 +18,7 @@ class OfflineSource:
     """A `StepSource` over groups that are all there before the first step.
 
     Args:
-        train: all training groups; their `mismatched` by visit (`Plan.visits`).
+        train: all training groups; their further groups (`also`) by visit (`Plan.visits`).
         following: a reference that follows the policy and scores every step; in place of stored log-probs.
     """
 
@@ -27,12 +28,12 @@ class OfflineSource:
         self.plan, self.train, self.following = plan, train, following
         self.num_steps, self.ahead = plan.num_steps, following is None
         self.validation = validation and self._followed(validation)
+        self.supplies, self.also = self._followed(train).supplies, frozenset(train.also)
 
     def step(self, step: int) -> GroupSet:
-        others = self.train.mismatched
         taken = _take(self.train, self.plan.groups(step))
-        mismatched = None if others is None else _take(others, self.plan.visits(step))
-        return self._followed(replace(taken, mismatched=mismatched))
+        also = {name: _take(others, self.plan.visits(step)) for name, others in self.train.also.items()}
+        return self._followed(replace(taken, also=also))
 
     def place(self, step: int) -> tuple[int, int]:
         return self.plan.position(step)
@@ -52,21 +53,24 @@ class OfflineSource:
         """The set with the log-probs of the reference as it is when they are asked for, where one follows."""
         if (reference := self.following) is None:
             return groups
-        return replace(groups, ref_logps=lambda part: torch.cat(reference.logps([groups.groups[i] for i in part])))
+
+        def ref_logps(part: Part) -> Columns:
+            logps = torch.cat(reference.logps([groups.groups[i] for i in part]))
+            return Columns(per_token={"ref_logps": logps})
+
+        return replace(groups, columns={**groups.columns, "ref_logps": ref_logps})
 
 
 def _take(whole: GroupSet, indices: Sequence[int]) -> GroupSet:
     """Some groups of a set, read now: those of a step are read more than once."""
-    columns = whole.ref_logps
 
-    def ref_logps(part: Part) -> Tensor:
-        assert columns is not None
-        return columns([indices[i] for i in part])
+    def taken(supply: Supply) -> Supply:
+        return lambda part: supply([indices[i] for i in part])
 
     return replace(
         whole,
         groups=[whole.groups[i] for i in indices],
-        ref_logps=None if columns is None else ref_logps,
-        mismatched=None,
+        columns={name: taken(supply) for name, supply in whole.columns.items()},
+        also={},
         indices=indices,
     )

@@ -51,7 +51,7 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     }
     if cut_matters(config):
         keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
-    if config.training.packing or build_objective(config.post_training).needs_mismatched:
+    if config.training.packing or build_objective(config.post_training).also:
         # rows are filled to it; completions of other rows are cut to it
         keys["training.max_seq_length"] = config.training.max_seq_length
     if config.dataset.date is not None:

@@ -23,10 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from strop.columns import Columns
 from strop.disk import unusable
 from strop.engine.progress import Progress
 from strop.engine.reference_cut import CutInto, Ints, MicroBatches, Wanted
-from strop.engine.source import Cut, GroupSet
+from strop.engine.source import Cut, GroupSet, Part
 from strop.plan.cutting import cut
 from strop.policy.policy import Policy
 from strop.policy.reference import micro_batch_logps
@@ -114,15 +115,21 @@ def scored(
     indices: Sequence[int] | None = None,
     visits: Sequence[int] | None = None,
 ) -> GroupSet:
-    """The set with the reference's log-probs of these groups and of these visits' mismatched ones (default: all).
+    """The set with the reference's log-probs of these groups and of these visits' further groups (default: all).
 
     folder: on whose disk they lie for the time of the run.
     """
     cut_into = partial(cut, budget=cut_by.budget_tokens, tokens=cut_by.tokens)
     numbers = range(len(groups.groups)) if indices is None else indices
     found = reference_logps_of(reference, store, groups.groups, numbers, cut_into, progress, folder)
-    others = groups.mismatched and scored(reference, store, groups.mismatched, cut_by, progress, folder, visits)
-    return replace(groups, ref_logps=found.values, mismatched=others)
+    also = {
+        name: scored(reference, store, others, cut_by, progress, folder, visits) for name, others in groups.also.items()
+    }
+
+    def ref_logps(part: Part) -> Columns:
+        return Columns(per_token={"ref_logps": found.values(part)})
+
+    return replace(groups, columns={**groups.columns, "ref_logps": ref_logps}, also=also)
 
 
 def reference_logps_of(

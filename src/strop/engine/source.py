@@ -11,12 +11,13 @@ the result of a step; the cut is the hardware's and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from strop.batch import NOTHING, Batch, Extras
+from strop.batch import Batch
+from strop.columns import NO_COLUMNS, Columns
 from strop.lengths import Lengths, lengths_of
 from strop.plan.cutting import cut
 from strop.plan.tokens import RowTokens
@@ -26,22 +27,30 @@ from strop.types import Group
 Part = Sequence[int]
 """Places in a `GroupSet`, from 0, of the groups of one micro-batch."""
 
+Supply = Callable[[Part], Columns]
+"""Gives one column of the groups at these places, made or read when it is asked for."""
+
 
 @dataclass(frozen=True)
 class GroupSet:
     """Groups with what is laid beside them.
 
-    groups: read from the disk when one is asked for, where they lie there. ref_logps: places of groups -> the
-    reference's log-probs, [scored tokens of these groups], where the objective needs them. mismatched: the same prompts
-    with completions of other groups, where the objective needs them. extras: what else the policy is to score. indices:
-    the numbers that the groups have in their source.
+    groups: read from the disk when one is asked for, where they lie there. columns: what lies beside them, by name.
+    also: further groups that the objective reads the scores of, by name. wants: columns that the policy is to supply.
+    indices: the numbers that the groups have in their source.
     """
 
     groups: Sequence[Group]
-    ref_logps: Callable[[Part], Tensor] | None = None
-    mismatched: GroupSet | None = None
-    extras: Extras = NOTHING
+    columns: Mapping[str, Supply] = field(default_factory=dict)
+    also: Mapping[str, GroupSet] = field(default_factory=dict)
+    wants: frozenset[str] = frozenset()
     indices: Sequence[int] | None = None
+
+    @property
+    def supplies(self) -> frozenset[str]:
+        """Names of the columns that lie beside the groups, with the labels that they have themselves."""
+        labels = {"labels"} if self.groups[0].label is not None else set()
+        return frozenset({*self.columns, *labels})
 
     @property
     def lengths(self) -> Lengths:
@@ -49,8 +58,10 @@ class GroupSet:
         return lengths_of(self.groups)
 
     def batch(self, policy: Policy, part: Part) -> Batch:
-        refs = None if self.ref_logps is None else [self.ref_logps(part)]
-        return policy.collate([self.groups[i] for i in part], refs, self.extras)
+        columns = NO_COLUMNS
+        for supply in self.columns.values():
+            columns = columns.beside(supply(part))
+        return policy.collate([self.groups[i] for i in part], columns, self.wants)
 
 
 @dataclass(frozen=True)
@@ -61,20 +72,18 @@ class Cut:
     budget_tokens: int
     tokens: RowTokens
 
-    def parts(self, groups: GroupSet | None) -> list[list[int]]:
-        """The micro-batches of a set; none where there is none."""
-        return [] if groups is None else cut(groups.lengths, range(len(groups.groups)), self.budget_tokens, self.tokens)
+    def parts(self, groups: GroupSet) -> list[list[int]]:
+        """The micro-batches of a set."""
+        return cut(groups.lengths, range(len(groups.groups)), self.budget_tokens, self.tokens)
 
     def smaller(self, groups: GroupSet) -> Cut | None:
-        """One in which the largest micro-batches of this set, and of its mismatched completions, come in two; None:
-        each is one group already."""
-        largest = max(self._divisible(groups), self._divisible(groups.mismatched))
+        """One in which the largest micro-batches of this set, and of its further groups, come in two; None: each is one
+        group already."""
+        largest = max(self._divisible(some) for some in (groups, *groups.also.values()))
         return Cut(largest // 2, self.tokens) if largest else None
 
-    def _divisible(self, groups: GroupSet | None) -> int:
+    def _divisible(self, groups: GroupSet) -> int:
         """Tokens of the largest micro-batch of several groups, or 0."""
-        if groups is None:
-            return 0
         lengths = groups.lengths
         parts = (part for part in self.parts(groups) if len(part) > 1)
         return max((self.tokens([lengths[i] for i in part]) for part in parts), default=0)
@@ -88,6 +97,10 @@ class StepSource(Protocol):
 
     num_steps: int
     validation: GroupSet | None
+    supplies: frozenset[str]
+    """Names of the columns that lie beside the groups of every step."""
+    also: frozenset[str]
+    """Names of the further groups of every step."""
     ahead: bool
     """Whether a step's groups and columns are known before the step before it is done."""
 
@@ -107,7 +120,11 @@ class StepSource(Protocol):
         """What checkpoints keep of the source beside the number of the step, by name; loaded in place."""
 
 
-def batches_of(groups: GroupSet | None, policy: Policy, parts: Sequence[Part]) -> Iterator[Batch]:
+def batches_of(groups: GroupSet, policy: Policy, parts: Sequence[Part]) -> Iterator[Batch]:
     """The micro-batches of these parts, made as they are asked for."""
-    assert groups is not None or not parts
-    return (groups.batch(policy, part) for part in parts if groups is not None)
+    return (groups.batch(policy, part) for part in parts)
+
+
+def further_batches(groups: GroupSet, policy: Policy, cut: Cut) -> dict[str, Iterator[Batch]]:
+    """The micro-batches of the further groups of a set, by name, made as they are asked for."""
+    return {name: batches_of(others, policy, cut.parts(others)) for name, others in groups.also.items()}

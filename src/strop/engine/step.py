@@ -10,48 +10,119 @@ An objective whose terms hold a statistic of the whole step gets the whole step:
 all log-probs, the objective is differentiated with respect to them, and a second pass carries these coefficients
 d loss / d logp back. A step of one micro-batch is the whole step already and needs no extra pass.
 
-An objective that needs mismatched completions gets their scores with those of every micro-batch: one pass without
-gradients over these completions alone, whatever the number of micro-batches.
+Where an objective reads the scores of further groups (`also`), it gets them with those of every micro-batch: one pass
+without gradients over these groups alone, whatever the number of micro-batches.
+
+Nothing in a step reads a value from the device: numbers come back as tensors, and `StepScores.fetch` takes them all in
+one transfer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from strop.batch import Batch, Scores, Unit
+from strop.batch import Batch, Scores, TokenScores
+from strop.columns import Unit
 from strop.config.methods import MethodSettings
+from strop.errors import ConfigError
 from strop.objectives.base import Mean, Objective
 from strop.types import Group
 
-Forward = Callable[[Batch], Tensor]
-"""A policy: micro-batch -> [M + P] log-probs of its scored tokens, or [2, M + P] with collisions."""
+Forward = Callable[[Batch], TokenScores]
+"""A policy: scores a micro-batch."""
 
 Counts = Mapping[str, int]
 """Term name -> what its sum is divided by."""
 
 
 @dataclass(frozen=True)
-class StepScores:
-    """What a step's (or an evaluation's) forward passes gave, with no gradients attached.
+class StepNumbers:
+    """The numbers of a step (or an evaluation), on the host.
 
-    loss: the step's. terms: each term's share of it. metrics: (sum, count). margins: [G] or None.
+    loss: the step's. terms: each term's share of it. metrics: (sum, count). margins: [G] float64, or None.
+    more: what else was fetched with them, in its own shape and dtype.
+    """
+
+    loss: float
+    terms: Mapping[str, float]
+    metrics: Mapping[str, tuple[float, int]]
+    margins: Tensor | None
+    more: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """What a step's (or an evaluation's) forward passes gave, with no gradients attached, where it was computed.
+
+    terms: each term's share of the loss, float64 scalars. metrics: (sum, count). margins: [G] or None.
     """
 
     scores: Scores
-    loss: float
-    terms: Mapping[str, float]
+    terms: Mapping[str, Tensor]
     metrics: Mapping[str, Mean]
     margins: Tensor | None
+
+    def fetch(self, **more: Tensor) -> StepNumbers:
+        """All of these numbers, and further tensors of at most float64, in one transfer from the device."""
+        numbers = [*self.terms.values(), *(x for mean in self.metrics.values() for x in mean)]
+        margins = () if self.margins is None else (self.margins,)
+        tensors = [x for x in (*numbers, *more.values(), *margins) if isinstance(x, Tensor)]
+        there = torch.cat([x.double().flatten() for x in tensors])
+        flat = torch.split(there.cpu(), [x.numel() for x in tensors])
+        fetched = (here.view(x.shape).to(x.dtype) for here, x in zip(flat, tensors, strict=True))
+
+        def number(x: Tensor | float) -> float:
+            return next(fetched).item() if isinstance(x, Tensor) else x
+
+        terms = {name: number(share) for name, share in self.terms.items()}
+        metrics = {name: (float(number(total)), int(number(n))) for name, (total, n) in self.metrics.items()}
+        beside = {name: next(fetched) for name in more}
+        return StepNumbers(sum(terms.values()), terms, metrics, next(fetched, None), beside)
+
+
+def check_columns(
+    objective: Objective[MethodSettings], *, policy: Iterable[str], source: Iterable[str], also: Iterable[str]
+) -> None:
+    """Refuse, before the first step, an objective that reads what nothing supplies.
+
+    Args:
+        policy, source: names of the columns that the policy and the source of the steps supply.
+        also: names of the further groups that the source supplies.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    where = f"post_training.method: {objective.settings.method}"
+    by_policy, by_source, groups = frozenset(policy), frozenset(source), frozenset(also)
+    if missing := sorted(objective.reads - by_policy - by_source):
+        raise ConfigError(
+            f"{type(objective).__name__} reads {', '.join(missing)}, which nothing supplies",
+            where=where,
+            expected=f"of the policy: {_listed(by_policy)}; of the source of the steps: {_listed(by_source)}",
+            fix="train on rows that have it, or with a source that supplies it",
+        )
+    if twice := sorted(objective.reads & by_policy & by_source):
+        raise ConfigError(f"{', '.join(twice)}: supplied by the policy and by the source of the steps", where=where)
+    if unknown := sorted(objective.also - groups):
+        raise ConfigError(
+            f"{type(objective).__name__} reads the scores of {', '.join(unknown)} groups, which nothing supplies",
+            where=where,
+            expected=f"of the source of the steps: {_listed(groups)}",
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def count_units(units: Mapping[str, Unit], batches: Sequence[Batch]) -> Counts:
     """Term name -> the count of its unit over the whole step."""
-    return {term: sum(b.count(unit) for b in batches) for term, unit in units.items()}
+    return {term: sum(unit(b.structure) for b in batches) for term, unit in units.items()}
 
 
 def step_loss(objective: Objective[MethodSettings], scores: Scores, counts: Counts) -> Tensor:
@@ -64,33 +135,36 @@ def forward_backward(
     policy: Forward,
     objective: Objective[MethodSettings],
     batches: Sequence[Batch],
-    mismatched: Sequence[Batch] = (),
+    also: Mapping[str, Sequence[Batch]] | None = None,
     *,
     seed: tuple[int, int] = (0, 0),
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> StepScores:
     """Add the gradients of one step's loss, times `scale`, to the weights and return its scores.
 
     Args:
         batches: the micro-batches of the step.
-        mismatched: those of its mismatched completions, where the objective needs them.
+        also: those of the further groups that the objective reads, by name.
         seed: (run seed, step): dropout's random state is a function of it and of the micro-batch's place.
         scale: the loss scale of float16.
     """
     counts = count_units(objective.units, batches)
+    others, place = {}, len(batches)
     with torch.no_grad():
-        apart = [Scores.of(b, _seeded(policy, b, seed, len(batches) + i)) for i, b in enumerate(mismatched)]
-    others = Scores.join(apart) if apart else None
+        for name, parts_of in sorted((also or {}).items()):
+            apart = [Scores.of(b, _seeded(policy, b, seed, place + i)) for i, b in enumerate(parts_of)]
+            others[name] = Scores.join(apart)
+            place += len(apart)
     if objective.whole_step and len(batches) > 1:
         with torch.no_grad():
             first = [Scores.of(b, _seeded(policy, b, seed, i), others) for i, b in enumerate(batches)]
         whole = Scores.join(first)
-        assert whole.prompt_logps is None, "coefficients are those of completions"
+        assert not whole.columns.per_prompt_token, "coefficients are those of completions"
         leaf = whole.logps.detach().requires_grad_()
         (coefficients,) = torch.autograd.grad(step_loss(objective, replace(whole, logps=leaf), counts), leaf)
         shares = torch.split(coefficients, [len(part.logps) for part in first])
         for i, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-            torch.autograd.backward((Scores.of(batch, _seeded(policy, batch, seed, i)).logps * share).sum() * scale)
+            torch.autograd.backward((_seeded(policy, batch, seed, i).logps * share).sum() * scale)
         return summarise(objective, whole)
     parts = []
     for i, batch in enumerate(batches):
@@ -104,14 +178,14 @@ def forward_backward(
 
 
 def summarise(objective: Objective[MethodSettings], scores: Scores) -> StepScores:
-    """Loss, metrics and margins of scores that are a whole step (or a whole evaluation)."""
+    """Terms, metrics and margins of scores that are a whole step (or a whole evaluation)."""
     with torch.no_grad():
         terms = objective.terms(scores)
-        shares = {t: float(terms[t] / scores.count(unit)) for t, unit in objective.units.items()}
-        return StepScores(scores, sum(shares.values()), shares, objective.metrics(scores), objective.margins(scores))
+        shares = {t: terms[t] / unit(scores.structure) for t, unit in objective.units.items()}
+        return StepScores(scores, shares, objective.metrics(scores), objective.margins(scores))
 
 
-def _seeded(policy: Forward, batch: Batch, seed: tuple[int, int], micro_batch: int) -> Tensor:
+def _seeded(policy: Forward, batch: Batch, seed: tuple[int, int], micro_batch: int) -> TokenScores:
     torch.manual_seed(int(np.random.SeedSequence([*seed, micro_batch]).generate_state(1)[0]))
     return policy(batch)
 

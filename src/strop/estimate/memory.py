@@ -195,7 +195,7 @@ def _head(
             device,
             product,
             transform=shape.transform,
-            collisions=objective.extras.collisions,
+            collisions="collisions" in objective.reads,
             trains=trains,
         )
         for scored in counts.tolist()

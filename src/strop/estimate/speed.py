@@ -98,7 +98,7 @@ def _built(
 
     def compute() -> None:
         with policy.still():
-            policy(batch).sum().backward()
+            policy(batch).logps.sum().backward()
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)

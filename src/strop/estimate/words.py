@@ -105,7 +105,7 @@ def estimate(
         source = machine.describe(precision.compute)
     if seconds is not None:  # passes without gradients: half of one that trains adapters, a third of one of all weights
         twice = objective.whole_step and int(np.diff(epoch.starts).max()) > 1
-        again = twice + (objective.ref_sync is not None) + objective.needs_mismatched
+        again = twice + (objective.ref_sync is not None) + len(objective.also)
         seconds = seconds * (1 + again / (2 if shape.adapters else 3))
     flops = float(flops_of(shape, epoch.work, config).sum()) / epoch.num_steps
     ways = _ways(config, int(epoch.work.longest.max()))

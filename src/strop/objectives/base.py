@@ -1,8 +1,22 @@
-"""The contract of an objective: what it needs, what it divides by, and a pure function of log-probs. Floor 2.
+"""The contract of an objective: what it reads, what it divides by, and a pure function of log-probs. Floor 2.
 
-Shapes: M scored tokens, C completions, G groups. An objective returns sums. The engine counts each term's unit over
-the whole optimizer step (all micro-batches, all ranks) and divides once, so a loss does not depend on how the
-step was cut. What a step's loss is: sum over terms of terms[t] / count(units[t]).
+Shapes: M scored tokens, P scored prompt tokens, C completions, G groups. An objective returns sums. The engine counts
+each term's unit over the whole optimizer step (all micro-batches, all ranks) and divides once, so a loss does not
+depend on how the step was cut. What a step's loss is: sum over terms of terms[t] / units[t](structure of the step).
+
+Columns that are supplied today, and by whom:
+
+    ref_logps     [M]  the source of the steps   log-probs under the reference
+    labels        [G]  the source of the steps   whether a completion is a desirable one
+    prompt_logps  [P]  the policy                log-probs of each prompt's tokens but the first, with gradients
+    collisions    [M]  the policy                log(sum over the vocabulary of p^2), the log-prob that two tokens drawn
+                                                 there are the same; without gradients
+
+and further groups (`also`):
+
+    mismatched    every prompt of the step with a completion of another row, drawn anew each epoch; has ref_logps
+
+An objective works on tensors alone and turns none into a Python number: that would make the device wait.
 """
 
 from __future__ import annotations
@@ -15,14 +29,20 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from strop.batch import NOTHING, Extras, Scores, Unit
+from strop.batch import Scores
+from strop.columns import Unit
 from strop.config.methods import MethodSettings
 from strop.types import RowShape
 
 S = TypeVar("S", bound=MethodSettings)
 
-Mean = tuple[Tensor | float, int]
-"""A metric as (sum, count): means are taken over whatever the caller has added up."""
+Mean = tuple[Tensor | float, Tensor | int]
+"""A metric as (sum, count): means are taken over whatever the caller has added up. A count that depends on values of a
+column is a tensor; the others follow from the structure."""
+
+
+MISMATCHED = "mismatched"
+"""Further groups: the prompts of the step with completions of other rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +56,15 @@ class RefSync:
 class Objective(ABC, Generic[S]):
     """One method, with its settings.
 
-    Declared on the class: `needs_reference`, whether reference log-probs
-    are scored before training; `METRICS`, how to read each metric of its variants.
+    Declared on the class: `METRICS`, how to read each metric of its variants.
 
-    Declared by the instance, since variants differ: `units`, what each term is divided by; `whole_step`, whether the
-    terms hold a statistic of the whole step: `terms` is then called once with the scores of the whole step, else once a
-    micro-batch; `needs_mismatched`, whether they read `scores.mismatched`: then every prompt of the step is scored with
-    a completion of another, drawn anew each epoch, first and without gradients; `extras`, what else they read of the
-    policy; `ref_sync`, whether the reference follows the policy instead of staying as it is.
+    Declared by the instance, since variants differ: `reads`, the columns it reads beside the log-probs; `also`, further
+    groups that are scored first and without gradients, whose scores it finds in `scores.also`; `units`, what each term
+    is divided by; `whole_step`, whether the terms hold a statistic of the whole step: `terms` is then called once with
+    the scores of the whole step, else once per micro-batch; `ref_sync`, whether the reference follows the policy
+    instead of staying as it is.
     """
 
-    needs_reference: ClassVar[bool] = False
     METRICS: ClassVar[Mapping[str, str]]
 
     def __init__(self, settings: S) -> None:
@@ -62,12 +80,19 @@ class Objective(ABC, Generic[S]):
         return False
 
     @property
-    def needs_mismatched(self) -> bool:
-        return False
+    def reads(self) -> frozenset[str]:
+        """Names of the columns it reads."""
+        return frozenset()
 
     @property
-    def extras(self) -> Extras:
-        return NOTHING
+    def also(self) -> frozenset[str]:
+        """Names of the further groups it reads the scores of."""
+        return frozenset()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads log-probs of a reference."""
+        return "ref_logps" in self.reads
 
     @property
     def ref_sync(self) -> RefSync | None:

@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.batch import Extras, Scores
+from strop.batch import Scores
 from strop.config.methods import DpoSettings, IpoSettings
 from strop.objectives.base import RefSync
 from strop.objectives.pairs import ReferenceObjective, Sides, smoothed
@@ -72,8 +72,8 @@ class Dpo(ReferenceObjective[DpoSettings]):
         return s.loss_type in WHOLE_STEP or (s.loss_type == "bco_pair" and s.bco_delta == "mean")
 
     @property
-    def extras(self) -> Extras:
-        return Extras(collisions=self.settings.wpo_weighting)
+    def reads(self) -> frozenset[str]:
+        return super().reads | ({"collisions"} if self.settings.wpo_weighting else set())
 
     @property
     def ref_sync(self) -> RefSync | None:
@@ -106,9 +106,8 @@ class Pairs:
     @classmethod
     def of(cls, scores: Scores, weights: Tensor | None = None) -> Pairs:
         """weights: [M], how much each token counts; None: all the same."""
-        assert scores.ref_logps is not None
         w = 1.0 if weights is None else weights
-        policy, reference = (Sides.of(scores.sums(w * x)) for x in (scores.logps, scores.ref_logps))
+        policy, reference = (Sides.of(scores.sums(w * x)) for x in (scores.logps, scores["ref_logps"]))
         c, r = policy.chosen - reference.chosen, policy.rejected - reference.rejected
         return cls(c, r, policy.margin, reference.margin, Sides.of(scores.lengths))
 
@@ -149,8 +148,7 @@ def desensitised(scores: Scores, alpha: float) -> Tensor:
 
 def on_policy_weights(scores: Scores) -> Tensor:
     """[G] float64: how likely the policy itself is to write both completions, by token, beside what it would draw."""
-    assert scores.collisions is not None
-    likeness = scores.sums((scores.logps - scores.collisions).detach()) / scores.lengths
+    likeness = scores.sums((scores.logps - scores["collisions"]).detach()) / scores.lengths
     chosen, rejected = Sides.of(likeness)
     return torch.exp(chosen + rejected)
 

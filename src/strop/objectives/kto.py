@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.batch import Scores, Unit
+from strop.batch import Scores
+from strop.columns import Unit, completions
 from strop.config.methods import KtoSettings
-from strop.objectives.base import Mean, Objective
+from strop.objectives.base import MISMATCHED, Mean, Objective
 
 
 class Kto(Objective[KtoSettings]):
     """Labelled completions against a reference."""
 
-    needs_reference: ClassVar[bool] = True
     METRICS: ClassVar[Mapping[str, str]] = {
         "rewards/chosen": "beta times the log-ratio of desirable completions; should rise against the undesirable ones",
         "rewards/rejected": "the same of undesirable ones",
@@ -47,41 +47,44 @@ class Kto(Objective[KtoSettings]):
     }
 
     @property
-    def needs_mismatched(self) -> bool:
-        return self.settings.kto_loss == "kto"
+    def reads(self) -> frozenset[str]:
+        return frozenset({"ref_logps", "labels"})
+
+    @property
+    def also(self) -> frozenset[str]:
+        return frozenset({MISMATCHED} if self.settings.kto_loss == "kto" else ())
 
     @property
     def units(self) -> Mapping[str, Unit]:
-        return {"preference": "completions"}
+        return {"preference": completions}
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
         s = self.settings
-        assert scores.labels is not None
         u, z0 = scores.log_ratios, self.z0(scores)
         # sg(-x) for 1 - sg(x): the same, without cancellation
         desirable = s.desirable_weight * F.sigmoid(-s.beta * (u - z0))
         undesirable = s.undesirable_weight * F.sigmoid(-s.beta * (z0 - u))
-        return {"preference": torch.where(scores.labels, desirable, undesirable).sum()}
+        return {"preference": torch.where(scores["labels"], desirable, undesirable).sum()}
 
     def z0(self, scores: Scores) -> Tensor | float:
-        if not self.needs_mismatched:
+        if not self.also:
             return 0.0
-        assert scores.mismatched is not None
-        return scores.mismatched.log_ratios.mean().clamp(min=0)  # a NaN stays one
+        return scores.also[MISMATCHED].log_ratios.mean().clamp(min=0)  # a NaN stays one
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
         ratios, logps, lengths = scores.log_ratios, scores.sums(scores.logps), scores.lengths
-        assert scores.labels is not None
-        z0, desirable = self.z0(scores), scores.labels
+        z0, desirable = self.z0(scores), scores["labels"]
         right = torch.where(desirable, ratios > z0, ratios < z0)
         metrics: dict[str, Mean] = {"rewards/accuracies": (right.sum(), len(right))}
         for name, side in (("chosen", desirable), ("rejected", ~desirable)):
-            count, tokens = int(side.sum()), lengths[side].sum()
-            metrics[f"rewards/{name}"] = (self.settings.beta * ratios[side].sum(), count)
-            metrics[f"logps/{name}"] = (logps[side].sum(), count)
-            metrics[f"logps_per_token/{name}"] = (logps[side].sum(), int(tokens))
+            # masked sums, since how many there are on a side is known on the device alone
+            reward, logp, tokens = (torch.where(side, x, 0.0).sum() for x in (ratios, logps, lengths))
+            count = side.sum()
+            metrics[f"rewards/{name}"] = (self.settings.beta * reward, count)
+            metrics[f"logps/{name}"] = (logp, count)
+            metrics[f"logps_per_token/{name}"] = (logp, tokens)
             metrics[f"lengths/{name}"] = (tokens, count)
-        if scores.mismatched is not None:
-            others = scores.mismatched.log_ratios
+        if self.also:
+            others = scores.also[MISMATCHED].log_ratios
             metrics |= {"kl": (z0, 1), "kl_unclamped": (others.sum(), len(others))}
         return metrics

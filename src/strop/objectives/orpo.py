@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.batch import Extras, Scores, Unit
+from strop.batch import PROMPT_LOGPS, Scores
+from strop.columns import Unit, groups
 from strop.config.methods import OrpoSettings
-from strop.objectives.pairs import PairObjective, Sides, chosen_nll, means
+from strop.objectives.pairs import PairObjective, Sides, chosen_nll, chosen_row_tokens, chosen_tokens, means
 
 
 class Orpo(PairObjective[OrpoSettings]):
@@ -31,18 +32,21 @@ class Orpo(PairObjective[OrpoSettings]):
         return self.settings.beta
 
     @property
-    def extras(self) -> Extras:
-        return Extras(prompts=self.settings.orpo_nll == "full")
+    def trains_prompts(self) -> bool:
+        return self.settings.orpo_nll == "full"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({PROMPT_LOGPS} if self.trains_prompts else ())
 
     @property
     def units(self) -> Mapping[str, Unit]:
-        return {"preference": "groups", "nll": "chosen_row_tokens" if self.extras.prompts else "chosen_tokens"}
+        return {"preference": groups, "nll": chosen_row_tokens if self.trains_prompts else chosen_tokens}
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
         nll = chosen_nll(scores)
-        if self.extras.prompts:
-            assert scores.prompt_logps is not None
-            nll = nll - scores.prompt_logps.double().sum()
+        if self.trains_prompts:
+            nll = nll - scores[PROMPT_LOGPS].double().sum()
         return {"preference": self.preference(scores).sum(), "nll": nll}
 
     def sides(self, scores: Scores) -> Sides:

@@ -12,7 +12,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.batch import Scores, Unit
+from strop.batch import Scores
+from strop.columns import Structure, Unit, groups
 from strop.config.methods import MethodSettings, ReferenceSettings
 from strop.objectives.base import Mean, Objective
 
@@ -72,7 +73,7 @@ class PairObjective(Objective[S]):
 
     @property
     def units(self) -> Mapping[str, Unit]:
-        return {"preference": "groups", **({"nll": "chosen_tokens"} if self.sft_weight else {})}
+        return {"preference": groups, **({"nll": chosen_tokens} if self.sft_weight else {})}
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
         terms = {"preference": self.preference(scores).sum()}
@@ -84,18 +85,19 @@ class PairObjective(Objective[S]):
         return self.sides(scores).margin
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
-        pairs, sides = scores.num_groups, self.sides(scores)
+        pairs, sides = scores.structure.num_groups, self.sides(scores)
         logps, lengths = Sides.of(scores.sums(scores.logps)), Sides.of(scores.lengths)
         metrics: dict[str, Mean] = {
             "rewards/margins": (self.beta * sides.margin.sum(), pairs),
             # a tie is not correct: at the first step policy = reference and the accuracy is 0
             "rewards/accuracies": ((sides.chosen > sides.rejected).sum(), pairs),
         }
+        num_tokens = {"chosen": chosen_tokens(scores.structure), "rejected": rejected_tokens(scores.structure)}
         for name in Sides._fields:
             side, logp, tokens = (getattr(x, name).sum() for x in (sides, logps, lengths))
             metrics[f"rewards/{name}"] = (self.beta * side, pairs)
             metrics[f"logps/{name}"] = (logp, pairs)
-            metrics[f"logps_per_token/{name}"] = (logp, int(tokens))
+            metrics[f"logps_per_token/{name}"] = (logp, num_tokens[name])
             metrics[f"lengths/{name}"] = (tokens, pairs)
         return metrics
 
@@ -103,7 +105,9 @@ class PairObjective(Objective[S]):
 class ReferenceObjective(PairObjective[R]):
     """Pairs against a reference: a side is the log-ratio of policy to reference."""
 
-    needs_reference: ClassVar[bool] = True
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"ref_logps"})
 
     @property
     def beta(self) -> float:
@@ -111,6 +115,21 @@ class ReferenceObjective(PairObjective[R]):
 
     def sides(self, scores: Scores) -> Sides:
         return Sides.of(scores.log_ratios)
+
+
+def chosen_tokens(structure: Structure) -> int:
+    """Scored tokens of the chosen completions: what their likelihood is divided by."""
+    return sum(structure.tokens_per_completion[0::2])
+
+
+def rejected_tokens(structure: Structure) -> int:
+    """Scored tokens of the rejected completions."""
+    return sum(structure.tokens_per_completion[1::2])
+
+
+def chosen_row_tokens(structure: Structure) -> int:
+    """Scored tokens of the chosen completions and of their prompts."""
+    return chosen_tokens(structure) + structure.num_prompt_tokens
 
 
 def chosen_nll(scores: Scores) -> Tensor:

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from strop.batch import Scores, Unit
+from strop.batch import Scores
+from strop.columns import Unit, completions, tokens
 from strop.config.methods import SftSettings
 from strop.objectives.base import Mean, Objective
 
@@ -26,7 +27,7 @@ class Sft(Objective[SftSettings]):
 
     @property
     def units(self) -> Mapping[str, Unit]:
-        return {"nll": "tokens" if self.settings.loss_reduction == "tokens" else "completions"}
+        return {"nll": tokens if self.settings.loss_reduction == "tokens" else completions}
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
         logps = scores.sums(scores.logps)
@@ -34,6 +35,6 @@ class Sft(Objective[SftSettings]):
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
         return {
-            "nll": (-scores.logps.double().sum(), scores.count("tokens")),
-            "lengths/completion": (scores.lengths.sum(), scores.num_completions),
+            "nll": (-scores.logps.double().sum(), scores.structure.num_tokens),
+            "lengths/completion": (scores.lengths.sum(), scores.structure.num_completions),
         }

@@ -10,17 +10,18 @@ dropout, which is only lora_dropout, is switched by `scoring()`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from strop.batch import NOTHING, Batch, Extras, pack, pad
+from strop.batch import PROMPT_LOGPS, Batch, TokenScores, pack, pad
+from strop.columns import NO_COLUMNS, Columns
 from strop.errors import ModelError
 from strop.policy import sharing
 from strop.policy.adapters import trainable_names
@@ -46,6 +47,9 @@ class Policy(nn.Module):
         where: how messages name the model.
         weights_hash: of what was loaded, as `identity.weights_hash` gives it, where it was asked for.
     """
+
+    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions"})
+    """Columns that it scores beside the log-probs, in the same pass, where a batch wants them."""
 
     def __init__(
         self,
@@ -105,15 +109,13 @@ class Policy(nn.Module):
     def has_adapters(self) -> bool:
         return isinstance(self.model, PeftModel)
 
-    def collate(
-        self, groups: Sequence[Group], ref_logps: Sequence[Tensor] | None = None, extras: Extras = NOTHING
-    ) -> Batch:
-        """Groups to a micro-batch on the policy's device: a shared-prefix row, or plain rows."""
-        return (pack if self.share_prefix else pad)(groups, ref_logps, extras).to(self.device)
+    def collate(self, groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable[str] = ()) -> Batch:
+        """Groups to a micro-batch on the policy's device: a shared-prefix row, or plain rows. Arguments: as of
+        `batch.pack`; `wants` are among `SUPPLIES`."""
+        return (pack if self.share_prefix else pad)(groups, columns, wants).to(self.device)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """[M + P] float32 (float64 on a float64 model): natural log-probs of the batch's scored tokens; with
-        `collisions`, [2, M + P]: these and log(sum of p^2).
+    def forward(self, batch: Batch) -> TokenScores:
+        """Natural log-probs of the batch's scored tokens, float32 (float64 on a float64 model), and what it wants.
 
         Batches between a forward pass and its backward pass must all have one kind of rows, as `collate` makes them:
         with gradient checkpointing, layers run again under the attention of the latest batch.
@@ -127,7 +129,8 @@ class Policy(nn.Module):
         # float32 before the gather: a prompt's last token is gathered once a completion, and its gradients add up
         hidden = hidden.to(self.precision.master).flatten(0, 1).index_select(0, batch.scored_positions)
         head = self.base.get_output_embeddings()
-        return token_logps(
+        collisions = "collisions" in batch.wants
+        scored = token_logps(
             hidden,
             head.weight,
             getattr(head, "bias", None),
@@ -135,8 +138,9 @@ class Policy(nn.Module):
             transform=self.transform,
             compute=self.head_dtype,
             cast=self.casts,
-            collisions=batch.collisions,
+            collisions=collisions,
         )
+        return batch.token_scores(scored[0], collisions=scored[1]) if collisions else batch.token_scores(scored)
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -220,16 +224,16 @@ class Policy(nn.Module):
             return _last_hidden(out)
         assert batch.attention_mask is not None
         if self._row_limit is not None and batch.input_ids.shape[1] > self._row_limit:
-            return self._hidden_row_by_row(body, batch.input_ids, batch.attention_mask)
+            return self._hidden_row_by_row(body, batch)
         # rows are padded at the right, where a model's own positions are those of the batch
         return _last_hidden(body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False))
 
-    def _hidden_row_by_row(self, body: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def _hidden_row_by_row(self, body: nn.Module, batch: Batch) -> Tensor:
         """Every row in a call of its own length, since a longer one beside it would change its rotary embedding."""
+        assert batch.attention_mask is not None
         rows = []
-        for ids, own in zip(input_ids, mask, strict=True):
-            length = int(own.sum())
-            out = body(input_ids=ids[None, :length], attention_mask=own[None, :length], use_cache=False)
+        for ids, mask, length in zip(batch.input_ids, batch.attention_mask, batch.row_lengths, strict=True):
+            out = body(input_ids=ids[None, :length], attention_mask=mask[None, :length], use_cache=False)
             rows.append(nn.functional.pad(_last_hidden(out)[0], (0, 0, 0, len(ids) - length)))
         return torch.stack(rows)
 

@@ -142,9 +142,9 @@ def probe(policy: Policy, own: Own) -> str | None:
     """
     group, plain = _rows(policy)
     with policy.scoring():
-        logps = policy(plain)
+        logps = policy(plain).logps
         if not sharing.mean_apart(logps, own.logps) <= own.tolerance and unfuse(policy.model):
-            logps = policy(plain)
+            logps = policy(plain).logps
             if sharing.mean_apart(logps, own.logps) <= own.tolerance:
                 logger.warning(
                     "%s: its layers have other results in strop's fused form than in their own, which they keep: it is "
@@ -161,7 +161,7 @@ def probe(policy: Policy, own: Own) -> str | None:
             _check_gradients(policy, plain)
         if not policy.share_prefix:
             return None
-        apart = sharing.mean_apart(policy(pack([group]).to(policy.device)), logps)
+        apart = sharing.mean_apart(policy(pack([group]).to(policy.device)).logps, logps)
         if not apart <= own.tolerance:
             return (
                 f"shared rows gave other log-probs than plain ones (off by {apart:.2g}, where rounding may do "
@@ -172,7 +172,7 @@ def probe(policy: Policy, own: Own) -> str | None:
 
 def _check_gradients(policy: Policy, plain: Batch) -> None:
     with torch.enable_grad():
-        reached = policy(plain).requires_grad
+        reached = policy(plain).logps.requires_grad
     if not reached:
         raise ModelError(
             "its log-probs do not depend on any weight that trains, as far as gradients tell",

@@ -12,12 +12,12 @@ import copy
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from strop.batch import TokenScores
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
@@ -38,9 +38,10 @@ def micro_batch_logps(policy: Policy, groups: Sequence[Group]) -> tuple[Tensor, 
 
     def score(part: Sequence[Group]) -> Tensor:
         nonlocal num_passes
-        logps = policy(policy.collate(part)).cpu()
+        scored: TokenScores = policy(policy.collate(part))
+        logps = scored.logps.cpu()
         num_passes += 1
-        return cast(Tensor, logps)
+        return logps
 
     logps = in_halves(score, groups)
     return logps, num_passes == 1

@@ -23,7 +23,7 @@ def test_a_window_divides_once_and_starts_again() -> None:
 
 def test_a_window_survives_json_exactly() -> None:
     window, other = MetricWindow(), MetricWindow()
-    window.add_means({"a": (torch.tensor(0.1, dtype=torch.float64), 3)})
+    window.add_means({"a": (0.1, 3)})
     window.add_totals(n=2)
     other.load_state_dict(json.loads(json.dumps(window.state_dict())))
     assert other.flush() == window.flush()

@@ -92,7 +92,7 @@ def test_each_group_has_its_own(policy: Policy, rows: list[Group], tmp_path: Pat
     found = taken(policy, None, rows, tmp_path)
     with policy.scoring():
         for i, group in enumerate(rows):
-            torch.testing.assert_close(found.values([i]), policy(policy.collate([group])), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.values([i]), policy(policy.collate([group])).logps, rtol=1e-5, atol=1e-5)
     some = [5, 2, 23, 2]
     assert torch.equal(found.values(some), torch.cat([found.values([i]) for i in some]))
     first, last = (rows[i].num_scored for i in (2, 7))
@@ -127,7 +127,7 @@ def scored(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = policy.forward
 
     def noted(batch: object) -> Tensor:
-        seen.append(batch.num_completions)  # type: ignore[attr-defined]
+        seen.append(batch.structure.num_completions)  # type: ignore[attr-defined]
         return forward(batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(policy, "forward", noted)
@@ -182,7 +182,7 @@ def test_what_comes_in_halves_is_not_kept(
     store, forward = ReferenceStore(tmp_path / "some.logps"), policy.forward
 
     def small(batch: object) -> Tensor:
-        if batch.num_groups > 2:  # type: ignore[attr-defined]
+        if batch.structure.num_groups > 2:  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(batch)  # type: ignore[arg-type]
 
@@ -227,7 +227,7 @@ def test_float64_of_a_float64_model(rows: list[Group], tmp_path: Path) -> None:
     found = taken(policy, None, rows[:3], tmp_path).values([0, 1, 2])
     assert found.dtype == torch.float64
     with policy.scoring():
-        torch.testing.assert_close(found, policy(policy.collate(rows[:3])), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, policy(policy.collate(rows[:3])).logps, rtol=0, atol=1e-12)
 
 
 def test_a_disk_that_does_not_take_them_is_an_error(policy: Policy, rows: list[Group], tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from papers import Step, step_loss
-from strop.batch import Batch, Extras, Scores, pack, pad
+from scored import ref_columns
+from strop.batch import Batch, Scores, TokenScores, pack, pad
+from strop.columns import Columns
 from strop.config.methods import KtoSettings, MethodSettings, SftSettings
 from strop.engine.evaluate import evaluate
-from strop.engine.step import StepScores, forward_backward
+from strop.engine.step import StepNumbers, forward_backward
 from strop.objectives.base import build_objective
 from strop.types import Completion, Group, Origin
 from variants import SETTINGS, dpo, name
@@ -31,12 +33,12 @@ class Bigram(nn.Module):
         self.dropout = nn.Dropout(0.0)
         self.num_calls = 0
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> TokenScores:
         self.num_calls += 1
         before = batch.input_ids.flatten()[batch.scored_positions]
         everything = self.dropout(self.table[before]).log_softmax(-1)
         logps = everything.gather(1, batch.targets[:, None]).squeeze(1)
-        return torch.stack([logps, (2 * everything).logsumexp(-1).detach()]) if batch.collisions else logps
+        return batch.token_scores(logps, collisions=(2 * everything).logsumexp(-1).detach())
 
 
 def make_groups(rows: str) -> list[Group]:
@@ -58,7 +60,7 @@ def make_others(groups: list[Group]) -> list[Group]:
     return [replace(g, completions=groups[i - 1].completions[:1], label=None) for i, g in enumerate(groups)]
 
 
-def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepScores, Tensor, int]:  # type: ignore[no-untyped-def]
+def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepNumbers, Tensor, int]:  # type: ignore[no-untyped-def]
     objective = build_objective(settings)
     policy, groups = Bigram(), make_groups(objective.rows)
     generator = torch.Generator().manual_seed(2)
@@ -67,11 +69,11 @@ def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepSco
     # some nats a token, so that z0 is not 0
     apart_refs = [-3 - torch.rand(g.num_scored, generator=generator).double() for g in apart]
     bounds = [0, *cuts, len(groups)]
-    batches = [layout(groups[a:b], refs[a:b], objective.extras) for a, b in pairwise(bounds)]
-    others = [layout(apart[a:b], apart_refs[a:b]) for a, b in pairwise(bounds)] if objective.needs_mismatched else []
-    result = forward_backward(policy, objective, batches, others)
+    batches = [layout(groups[a:b], ref_columns(refs[a:b]), objective.reads) for a, b in pairwise(bounds)]
+    others = [layout(apart[a:b], ref_columns(apart_refs[a:b])) for a, b in pairwise(bounds)]
+    result = forward_backward(policy, objective, batches, dict.fromkeys(objective.also, others))
     assert policy.table.grad is not None
-    return result, policy.table.grad, policy.num_calls
+    return result.fetch(), policy.table.grad, policy.num_calls
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
@@ -84,14 +86,14 @@ def test_the_cut_changes_nothing(settings: MethodSettings, cuts: list[int], layo
     torch.testing.assert_close(cut_gradient, gradient, rtol=1e-10, atol=1e-14)
     for metric, (total, count) in whole.metrics.items():
         assert cut.metrics[metric][1] == count
-        assert float(cut.metrics[metric][0]) == pytest.approx(float(total), rel=1e-10)
+        assert cut.metrics[metric][0] == pytest.approx(total, rel=1e-10)
 
 
 def test_only_a_statistic_over_several_micro_batches_costs_a_second_pass() -> None:
     for loss_type in ("kto_pair", "bco_pair", "aot", "aot_unpaired"):
         assert run(dpo(loss_type), [])[2] == 1
         assert run(dpo(loss_type), [4])[2] == 4
-    alone = [s for s in SETTINGS if not build_objective(s).whole_step and not build_objective(s).needs_mismatched]
+    alone = [s for s in SETTINGS if not build_objective(s).whole_step and not build_objective(s).also]
     assert len(alone) > len(SETTINGS) / 2
     for settings in alone:
         assert run(settings, [4])[2] == 2
@@ -114,18 +116,19 @@ def test_no_graph_lives_on_into_the_next_micro_batch(settings: MethodSettings) -
     nodes: list[weakref.ref[Any]] = []
 
     class Watched(Bigram):
-        def forward(self, batch: Batch) -> Tensor:
+        def forward(self, batch: Batch) -> TokenScores:
             assert not any(node() for node in nodes)
-            out = Marked.apply(super().forward(batch))  # type: ignore[no-untyped-call]
+            scored = super().forward(batch)
+            logps = Marked.apply(scored.logps)  # type: ignore[no-untyped-call]
             if torch.is_grad_enabled():
-                nodes.append(weakref.ref(out.grad_fn))
-            return out  # type: ignore[no-any-return]
+                nodes.append(weakref.ref(logps.grad_fn))
+            return scored._replace(logps=logps)
 
     objective = build_objective(settings)
     groups = make_groups(objective.rows)
-    batches = [pack([g], [-torch.ones(g.num_scored).double()], objective.extras) for g in groups]
-    apart = [pack([g], [-torch.ones(g.num_scored).double()]) for g in make_others(groups)]
-    forward_backward(Watched(), objective, batches, apart if objective.needs_mismatched else [])
+    batches = [pack([g], ref_columns([-torch.ones(g.num_scored).double()]), objective.reads) for g in groups]
+    apart = [pack([g], ref_columns([-torch.ones(g.num_scored).double()])) for g in make_others(groups)]
+    forward_backward(Watched(), objective, batches, dict.fromkeys(objective.also, apart))
     assert len(nodes) == len(groups)
 
 
@@ -142,9 +145,9 @@ def test_mismatched_completions_carry_no_gradient() -> None:
     """With a step of one undesirable row, only that row's tokens move the table."""
     policy, objective = Bigram(), build_objective(KtoSettings())
     groups = make_groups("labelled")[:2]
-    batch = pack(groups[1:], [-torch.ones(groups[1].num_scored)])
-    other = pack(make_others(groups)[1:], [-4 * torch.ones(groups[0].num_scored)])
-    forward_backward(policy, objective, [batch], [other])
+    batch = pack(groups[1:], ref_columns([-torch.ones(groups[1].num_scored)]))
+    other = pack(make_others(groups)[1:], ref_columns([-4 * torch.ones(groups[0].num_scored)]))
+    forward_backward(policy, objective, [batch], {"mismatched": [other]})
     assert policy.table.grad is not None
     met = set(batch.input_ids.flatten()[batch.scored_positions].tolist())
     assert set(policy.table.grad.abs().sum(1).nonzero().flatten().tolist()) == met
@@ -158,16 +161,21 @@ def test_an_evaluation_is_one_step(settings: MethodSettings) -> None:
     groups = make_groups(objective.rows)
     generator = torch.Generator().manual_seed(4)
     refs = [-4 * torch.rand(g.num_scored, generator=generator) for g in groups]
-    others = make_others(groups) if objective.needs_mismatched else []
+    others = make_others(groups)
     apart_refs = [-4 * torch.ones(g.num_scored) for g in others]
-    batches, apart = ([pack([g], [r]) for g, r in zip(*x, strict=True)] for x in ((groups, refs), (others, apart_refs)))
-    whole = ([pack(groups, refs)], [pack(others, apart_refs)] if others else [])
-    one_by_one = evaluate(policy, objective, batches, apart)
-    assert one_by_one.loss == pytest.approx(forward_backward(policy, objective, *whole).loss, rel=1e-12)
+    batches = [pack([g], ref_columns([r])) for g, r in zip(groups, refs, strict=True)]
+    apart = [pack([g], ref_columns([r])) for g, r in zip(others, apart_refs, strict=True)]
+    also = {name: [pack(others, ref_columns(apart_refs))] for name in objective.also}
+    whole = forward_backward(policy, objective, [pack(groups, ref_columns(refs))], also).fetch()
+    one_by_one = evaluate(policy, objective, batches, dict.fromkeys(objective.also, apart)).fetch()
+    assert one_by_one.loss == pytest.approx(whole.loss, rel=1e-12)
     # a statistic of each row alone would say something else
-    alone = [evaluate(policy, objective, [b], apart[i : i + 1]).loss for i, b in enumerate(batches)]
+    alone = [
+        evaluate(policy, objective, [b], dict.fromkeys(objective.also, apart[i : i + 1])).fetch().loss
+        for i, b in enumerate(batches)
+    ]
     assert one_by_one.loss != pytest.approx(sum(alone) / len(alone), rel=1e-4)
-    if objective.needs_mismatched:
+    if objective.also:
         assert one_by_one.metrics["kl"][1] == 1
 
 
@@ -175,11 +183,12 @@ def test_an_evaluation_is_one_step(settings: MethodSettings) -> None:
 def test_the_gradient_of_the_weights_is_that_of_the_loss(settings: MethodSettings) -> None:
     objective = build_objective(settings)
     groups = make_groups(objective.rows)
-    batch = pack(groups, [-torch.rand(g.num_scored).double() for g in groups], Extras(prompts=True, collisions=True))
+    refs = ref_columns([-torch.rand(g.num_scored).double() for g in groups])
+    batch = pack(groups, refs, {"prompt_logps", "collisions"} | objective.reads)
     policy = Bigram()
     apart = make_others(groups)
-    others = pack(apart, [-3 - torch.rand(g.num_scored).double() for g in apart])
-    forward_backward(policy, objective, [batch], [others] if objective.needs_mismatched else [])
+    others = pack(apart, ref_columns([-3 - torch.rand(g.num_scored).double() for g in apart]))
+    forward_backward(policy, objective, [batch], {name: [others] for name in objective.also})
     assert policy.table.grad is not None
     direction = torch.randn(12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -194,16 +203,14 @@ def test_the_gradient_of_the_weights_is_that_of_the_loss(settings: MethodSetting
         return [[next(parts).numpy() for _ in g.completions] for g in groups]
 
     def step_of(scores: Scores, groups: list[Group]) -> Step:
-        assert scores.ref_logps is not None
-        sides = (by_completion(x, groups) for x in (scores.logps, scores.ref_logps))
+        sides = (by_completion(x, groups) for x in (scores.logps, scores["ref_logps"]))
         return [list(zip(*group, strict=True)) for group in zip(*sides, strict=True)]
 
     def loss_at(distance: float) -> float:
         scores, still = scored_at(distance, batch), scored_at(0, batch)
-        assert scores.prompt_logps is not None and still.collisions is not None
-        prompts = [x.numpy() for x in scores.prompt_logps.split([len(g.prompt_ids) - 1 for g in groups])]
+        prompts = [x.numpy() for x in scores["prompt_logps"].split([len(g.prompt_ids) - 1 for g in groups])]
         fixed = (step_of(still, groups), step_of(scored_at(0, others), apart))
-        return step_loss(settings, step_of(scores, groups), *fixed, prompts, by_completion(still.collisions, groups))
+        return step_loss(settings, step_of(scores, groups), *fixed, prompts, by_completion(still["collisions"], groups))
 
     eps = 1e-6
     ahead, behind = loss_at(eps), loss_at(-eps)
@@ -219,7 +226,43 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch() -> None:
         policy = Bigram()
         policy.dropout.p = 0.5
         torch.rand(7)  # the global state before a step must not matter
-        return forward_backward(policy, objective, batches, seed=seed).loss
+        return forward_backward(policy, objective, batches, seed=seed).fetch().loss
 
     assert loss((0, 1)) == loss((0, 1))
     assert loss((0, 1)) != loss((0, 2)) != loss((1, 2))
+
+
+@pytest.mark.parametrize("cuts", [[], [3]], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
+def test_no_value_is_needed_during_a_step(settings: MethodSettings, cuts: list[int]) -> None:
+    """On the meta device tensors have shapes and no values: whatever reads one back fails there."""
+    objective, meta = build_objective(settings), torch.device("meta")
+    groups = make_groups(objective.rows)
+    bounds = [0, *cuts, len(groups)]
+
+    def batches(of: list[Group], reads: frozenset[str]) -> list[Batch]:
+        refs = [-torch.ones(g.num_scored) for g in of]
+        return [pack(of[a:b], ref_columns(refs[a:b]), reads).to(meta) for a, b in pairwise(bounds)]
+
+    also = dict.fromkeys(objective.also, batches(make_others(groups), frozenset()))
+    result = forward_backward(
+        Bigram().to(meta), objective, batches(groups, objective.reads), also, scale=torch.ones(())
+    )
+    assert result.terms.keys() == objective.units.keys()
+    with pytest.raises(NotImplementedError, match="meta"):
+        result.fetch()
+
+
+def test_numbers_are_fetched_as_they_are() -> None:
+    found = run(KtoSettings(), [])[0]
+    total, count = found.metrics["rewards/chosen"]
+    assert isinstance(total, float) and isinstance(count, int) and count == 4
+    result = forward_backward(Bigram(), build_objective(dpo()), [pack(g := make_groups("pair"), ones(g))])
+    numbers = result.fetch(norm=torch.tensor(0.1))
+    assert torch.equal(numbers.more["norm"], torch.tensor(0.1))
+    assert numbers.margins is not None and result.margins is not None and torch.equal(numbers.margins, result.margins)
+    assert numbers.loss == float(result.terms["preference"])
+
+
+def ones(groups: list[Group]) -> Columns:
+    return ref_columns([-torch.ones(g.num_scored).double() for g in groups])

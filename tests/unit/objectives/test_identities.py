@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from scored import make_scores, ref_columns
 from strop.batch import Scores
+from strop.columns import NO_COLUMNS, Columns
 from strop.config.methods import (
     CpoSettings,
     DpoSettings,
@@ -25,13 +27,11 @@ from strop.config.methods import (
 from strop.engine.step import step_loss
 from strop.errors import ConfigError
 from strop.objectives.base import build_objective
-from strop.objectives.cpo import Cpo
 from strop.objectives.dpo import Dpo
 from strop.objectives.ipo import Ipo
-from strop.objectives.orpo import Orpo, odds_ratio_loss
+from strop.objectives.orpo import odds_ratio_loss
 from strop.objectives.pairs import PairObjective
 from strop.objectives.sft import Sft
-from strop.objectives.simpo import Simpo
 from variants import SETTINGS, dpo, name
 
 PAIRS = 3
@@ -44,15 +44,13 @@ def pairs(chosen: Tensor, rejected: Tensor, ref: Tensor | None = None, tokens: i
     tokens, one of them scored; drawn from, the policy would always write the same token."""
     logps = torch.stack([chosen, rejected], 1).flatten().double()
     n = len(logps)
-    return Scores(
-        (logps / tokens).repeat_interleave(tokens),
-        (torch.zeros(n) if ref is None else ref / tokens).double().repeat_interleave(tokens),
-        torch.arange(n).repeat_interleave(tokens),
-        torch.arange(n // 2).repeat_interleave(2),
-        prompt_logps=torch.full((n // 2,), -2.0).double(),
-        prompt_index=torch.arange(n // 2),
-        collisions=torch.zeros(n * tokens).double(),
+    ref_logps = (torch.zeros(n) if ref is None else ref / tokens).double().repeat_interleave(tokens)
+    columns = Columns(
+        per_token={"ref_logps": ref_logps, "collisions": torch.zeros(n * tokens).double()},
+        per_prompt_token={"prompt_logps": torch.full((n // 2,), -2.0).double()},
     )
+    per_token = (logps / tokens).repeat_interleave(tokens)
+    return make_scores(per_token, [tokens] * n, [2] * (n // 2), columns, prompt_lengths=[2] * (n // 2))
 
 
 def loss(settings: MethodSettings, scores: Scores) -> float:
@@ -62,7 +60,7 @@ def loss(settings: MethodSettings, scores: Scores) -> float:
 def loss_and_gradient(settings: MethodSettings, scores: Scores) -> tuple[float, Tensor]:
     objective = build_objective(settings)
     leaf = scores.logps.clone().requires_grad_()
-    counts = {term: scores.count(unit) for term, unit in objective.units.items()}
+    counts = {term: unit(scores.structure) for term, unit in objective.units.items()}
     value = step_loss(objective, replace(scores, logps=leaf), counts)
     return float(value.detach()), torch.autograd.grad(value, leaf)[0]
 
@@ -111,12 +109,12 @@ def test_a_likelihood_term_is_added_by_its_own_count() -> None:
 
 def test_reference_free_losses_at_equal_sides() -> None:
     sides = torch.tensor([-6.0, -3.0])
-    scores = replace(pairs(sides, sides, tokens=3), ref_logps=None)
+    scores = replace(pairs(sides, sides, tokens=3), columns=NO_COLUMNS)
     nll = 9 / 6
     assert loss(SimpoSettings(simpo_beta=2.0, simpo_gamma=0.8), scores) == pytest.approx(math.log1p(math.exp(1.6)))
     assert loss(OrpoSettings(beta=0.1), scores) == pytest.approx(nll + 0.1 * LN2)
     assert loss(CpoSettings(cpo_alpha=0.5), scores) == pytest.approx(LN2 + 0.5 * nll)
-    assert not any(o.needs_reference for o in (Simpo, Orpo, Cpo))
+    assert not any(build_objective(s()).needs_reference for s in (SimpoSettings, OrpoSettings, CpoSettings))
     for settings in (SimpoSettings(), OrpoSettings(), CpoSettings()):
         total, count = build_objective(settings).metrics(scores)["rewards/accuracies"]
         assert (float(total), count) == (0, 2), "ties are not correct"
@@ -151,9 +149,9 @@ def test_divergences_meet_at_the_ends_of_alpha() -> None:
 
 def test_ld_alpha_counts_the_shared_length_in_full() -> None:
     """Chosen of 2 tokens, rejected of 4: with 0 the last two tokens are not there, with 1 it is plain dpo."""
-    policy, index = torch.tensor([-1.0, -2, -1, -1, -5, -9]).double(), torch.tensor([0, 0, 1, 1, 1, 1])
-    scores = Scores(policy, torch.zeros(6).double(), index, torch.tensor([0, 0]))
-    short = Scores(policy[:4], torch.zeros(4).double(), index[:4], torch.tensor([0, 0]))
+    policy, zeros = torch.tensor([-1.0, -2, -1, -1, -5, -9]).double(), torch.zeros(6).double()
+    scores = make_scores(policy, [2, 4], [2], ref_columns([zeros]))
+    short = make_scores(policy[:4], [2, 2], [2], ref_columns([zeros[:4]]))
     assert loss(dpo(ld_alpha=0.0), scores) == loss(dpo(), short)
     assert loss(dpo(ld_alpha=0.5), scores) == pytest.approx(math.log1p(math.exp(-0.1 * (-3 + 2 + 7))))
     raw = {key: float(total) for key, (total, _) in Dpo(dpo(ld_alpha=0.5)).metrics(scores).items()}
@@ -222,8 +220,8 @@ def test_very_long_completions_lose_no_digit(settings: MethodSettings) -> None:
     n = 2**20
     at, ref = torch.tensor([n * -(2.0**-6)]), torch.tensor([n * (-(2.0**-6) + 2.0**-20)])
     scores = pairs(at, ref, torch.cat([ref, at]), tokens=n)
-    assert scores.ref_logps is not None and scores.logps.float().equal(scores.logps)
-    scores = replace(scores, logps=scores.logps.float(), ref_logps=scores.ref_logps.float())
+    assert scores.logps.float().equal(scores.logps)
+    scores = replace(scores, logps=scores.logps.float(), columns=scores.columns.map(Tensor.float))
     assert Dpo(DpoSettings()).margins(scores).tolist() == [-2.0]
     value, gradient = loss_and_gradient(settings, scores)
     assert math.isfinite(value) and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
@@ -232,7 +230,7 @@ def test_very_long_completions_lose_no_digit(settings: MethodSettings) -> None:
 def test_prompts_of_one_token_have_no_likelihood() -> None:
     """The first token of a row is predicted from nothing."""
     scores = pairs(torch.tensor([-3.0, -1.0]), torch.tensor([-2.0, -4.0]), tokens=2)
-    none = replace(scores, prompt_logps=scores.logps[:0], prompt_index=scores.group_index[:0])
+    none = make_scores(scores.logps, [2] * 4, [2, 2], Columns(per_prompt_token={"prompt_logps": scores.logps[:0]}))
     assert loss(OrpoSettings(orpo_nll="full"), none) == loss(OrpoSettings(), scores)
 
 
@@ -246,10 +244,12 @@ def labelled(ratios: list[float], labels: list[bool], others: list[float]) -> Sc
     """Completions of one token with these log-ratios to a reference of 0."""
 
     def alone(values: list[float]) -> Scores:
-        places = torch.arange(len(values))
-        return Scores(torch.tensor(values).double(), torch.zeros(len(values)).double(), places, places)
+        ones = [1] * len(values)
+        return make_scores(torch.tensor(values).double(), ones, ones, ref_columns([torch.zeros(len(values)).double()]))
 
-    return replace(alone(ratios), labels=torch.tensor(labels), mismatched=alone(others))
+    scores = alone(ratios)
+    columns = scores.columns.beside(Columns(per_group={"labels": torch.tensor(labels)}))
+    return replace(scores, columns=columns, also={"mismatched": alone(others)})
 
 
 def test_kto_where_policy_and_reference_agree() -> None:
@@ -267,7 +267,7 @@ def test_kto_with_one_label_only(label: bool) -> None:
     sign = 1 if label else -1
     expected = [1 / (1 + math.exp(sign * 0.5 * (u - 3.0))) for u in (-3.0, -1.0)]
     assert value == pytest.approx(sum(expected) / 2) and torch.isfinite(gradient).all()
-    counts = {key: count for key, (_, count) in build_objective(KtoSettings()).metrics(scores).items()}
+    counts = {key: int(count) for key, (_, count) in build_objective(KtoSettings()).metrics(scores).items()}
     assert {counts["rewards/chosen"], counts["rewards/rejected"]} == {0, 2}
 
 
@@ -331,12 +331,11 @@ def test_smoothing_at_its_bounds() -> None:
 @given(st.lists(st.lists(numbers, min_size=1, max_size=5), min_size=1, max_size=5))
 def test_sft_means_are_over_tokens_or_sequences(rows: list[list[float]]) -> None:
     flat = torch.tensor([x for row in rows for x in row], dtype=torch.float64)
-    index = torch.repeat_interleave(torch.tensor([len(r) for r in rows]))
-    scores = Scores(flat, None, index, torch.arange(len(rows)))
+    scores = make_scores(flat, [len(r) for r in rows], [1] * len(rows))
 
     def value(settings: SftSettings) -> float:
         objective = Sft(settings)
-        return float(objective.terms(scores)["nll"]) / scores.count(objective.units["nll"])
+        return float(objective.terms(scores)["nll"]) / objective.units["nll"](scores.structure)
 
     assert value(SftSettings()) == pytest.approx(-float(flat.mean()), abs=1e-12)
     by_hand = sum(sum(r) / len(r) for r in rows) / len(rows)

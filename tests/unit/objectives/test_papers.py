@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from papers import Step, step_loss
+from scored import make_scores
 from strop.batch import Scores
+from strop.columns import Columns
 from strop.config.methods import MethodSettings
 from strop.objectives.base import build_objective
 from variants import SETTINGS, name
@@ -42,16 +44,21 @@ def make_extras(step: Step, seed: int) -> tuple[list[Any], list[list[Any]]]:
 
 def to_scores(step: Step, others: Step | None = None, prompts: Any = None, collisions: Any = None) -> Scores:
     completions = [c for group in step for c in group]
-    return Scores(
+    per_token = {"ref_logps": torch.tensor(np.concatenate([ref for _, ref in completions]))}
+    if collisions is not None:
+        per_token["collisions"] = torch.tensor(np.concatenate([x for group in collisions for x in group]))
+    columns = Columns(
+        per_token=per_token,
+        per_group={"labels": torch.tensor([i % 2 == 0 for i in range(len(step))])} if others else {},
+        per_prompt_token={} if prompts is None else {"prompt_logps": torch.tensor(np.concatenate(prompts))},
+    )
+    return make_scores(
         torch.tensor(np.concatenate([policy for policy, _ in completions])),
-        torch.tensor(np.concatenate([ref for _, ref in completions])),
-        torch.repeat_interleave(torch.tensor([len(policy) for policy, _ in completions])),
-        torch.repeat_interleave(torch.tensor([len(group) for group in step])),
-        torch.tensor([i % 2 == 0 for i in range(len(step))]) if others else None,
-        to_scores(others) if others else None,
-        None if prompts is None else torch.tensor(np.concatenate(prompts)),
-        None if prompts is None else torch.repeat_interleave(torch.tensor([len(x) for x in prompts])),
-        None if collisions is None else torch.tensor(np.concatenate([x for group in collisions for x in group])),
+        [len(policy) for policy, _ in completions],
+        [len(group) for group in step],
+        columns,
+        prompt_lengths=None if prompts is None else [1 + len(x) for x in prompts],
+        also={"mismatched": to_scores(others)} if others else None,
     )
 
 
@@ -69,9 +76,8 @@ def test_loss_and_gradient_are_those_of_the_paper(settings: MethodSettings) -> N
         step, others = make_step(objective.rows, seed), make_others(seed)
         prompts, collisions = make_extras(step, seed)
         scores = to_scores(step, others, prompts, collisions)
-        assert scores.prompt_logps is not None
-        leaves = [scores.logps.requires_grad_(), scores.prompt_logps.requires_grad_()]
-        loss = sum(term / scores.count(objective.units[t]) for t, term in objective.terms(scores).items())
+        leaves = [scores.logps.requires_grad_(), scores["prompt_logps"].requires_grad_()]
+        loss = sum(term / objective.units[t](scores.structure) for t, term in objective.terms(scores).items())
         assert isinstance(loss, torch.Tensor) and loss.dtype == torch.float64
         value = float(loss.detach())
         assert value == pytest.approx(step_loss(settings, step, step, others, prompts, collisions), rel=1e-12)

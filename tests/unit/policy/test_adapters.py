@@ -39,7 +39,7 @@ def adapted(policy: Policy) -> set[str]:
 
 def train_a_little(policy: Policy, groups: list[Group]) -> None:
     """Random steps, so that no trained weight is what it was drawn as."""
-    policy(policy.collate(groups)).sum().backward()
+    policy(policy.collate(groups)).logps.sum().backward()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in policy.trainable().values():
@@ -97,7 +97,7 @@ def test_trains_the_adapter_alone_and_loads_with_peft(
     assert all(torch.equal(saved[n], p) for n, p in policy.trainable().items())
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     with policy.scoring():
-        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(policy(policy.collate(groups)).logps, logps_of(again, groups), rtol=1e-4, atol=1e-4)
 
 
 def load_tokenizer_of(folder: Path) -> Any:
@@ -118,7 +118,7 @@ def test_weights_that_train_are_float32_on_a_low_base(build: MakePolicy, groups:
     policy = build(lora={"modules_to_save": ["lm_head"]}, training={"bf16": True})
     kinds = {p.requires_grad: p.dtype for p in policy.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
-    policy(policy.collate(groups)).sum().backward()
+    policy(policy.collate(groups)).logps.sum().backward()
     assert {p.grad.dtype for p in policy.trainable().values() if p.grad is not None} == {torch.float32}
 
 
@@ -133,9 +133,9 @@ def test_new_adapters_change_nothing_and_are_drawn_from_the_seed(
         policy = build_policy(config, config.models[0], torch.device("cpu"))
         assert torch.equal(torch.get_rng_state(), state)
         with policy.scoring():
-            with_adapter = policy(pack(groups))
+            with_adapter = policy(pack(groups)).logps
             with policy.model.disable_adapter():  # type: ignore[operator, union-attr]
-                assert torch.equal(policy(pack(groups)), with_adapter)
+                assert torch.equal(policy(pack(groups)).logps, with_adapter)
         drawn.append(torch.cat([p.flatten() for n, p in policy.trainable().items() if "lora_A" in n]))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
@@ -199,7 +199,7 @@ def test_layers_that_lie_the_other_way_round(
     policy.save_pretrained(tmp_path / "final", load_tokenizer_of(model_dir))
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     with policy.scoring():
-        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(policy(policy.collate(groups)).logps, logps_of(again, groups), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_tied_embeddings_stay_tied(tied_dir: Path, build: MakePolicy, groups: li
     policy.save_pretrained(tmp_path / "final", load_tokenizer_of(tied_dir))
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     with policy.scoring():
-        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(policy(policy.collate(groups)).logps, logps_of(again, groups), rtol=1e-4, atol=1e-4)
 
 
 # --- continuing -----------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_goes_on_from_an_adapter(
     assert dropouts == {(lora or {}).get("lora_dropout", 0.05)}
     again = AutoPeftModelForCausalLM.from_pretrained(adapter_dir).eval()
     with policy.scoring():
-        torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(policy(policy.collate(groups)).logps, logps_of(again, groups), rtol=1e-4, atol=1e-4)
     policy.save_pretrained(tmp_path / "next", load_tokenizer_of(model_dir))
     assert load_file(tmp_path / "next" / "adapter_model.safetensors").keys() == saved.keys()
 
@@ -389,7 +389,9 @@ def test_a_regular_expression_is_saved_as_one(
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"] == pattern
         again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name).eval()
         with policy.scoring():
-            torch.testing.assert_close(policy(policy.collate(groups)), logps_of(again, groups), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                policy(policy.collate(groups)).logps, logps_of(again, groups), rtol=1e-4, atol=1e-4
+            )
         policy = build(adapter=str(tmp_path / name))
 
 
@@ -492,7 +494,7 @@ def test_fused_experts_are_adapted_by_name(
         again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name).eval()
         with policy.scoring():
             tolerance = 0.2 if training else 1e-4
-            got, want = policy(policy.collate(groups)), logps_of(again, groups)
+            got, want = policy(policy.collate(groups)).logps, logps_of(again, groups)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
         policy = build(adapter=str(tmp_path / name), training=training)
     with pytest.raises(ModelError, match=r"no fused experts are called 'gate_up'\n.*experts.down_proj"):

@@ -400,7 +400,7 @@ def test_a_policy_trains_as_without(
         policy = build(lora=lora, training={"gradient_checkpointing": checkpointing})
         with policy.still():
             for batch in (groups[:1], groups[1:]):
-                policy(policy.collate(batch)).sum().backward()
+                policy(policy.collate(batch)).logps.sum().backward()
         results.append({n: p.grad for n, p in policy.trainable().items()})
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -23,6 +23,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from scored import ref_columns
 from strop.batch import GroupSpan, pack, pad
 from strop.config.run import RunConfig
 from strop.errors import ConfigError, ModelError
@@ -52,7 +53,7 @@ def test_full_training_trains_everything_in_float32(model_dir: Path, build: Make
     policy = build(training={"bf16": True})
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert policy.trainable().keys() == load_file(model_dir / "model.safetensors").keys()
-    policy(policy.collate(groups)).sum().backward()
+    policy(policy.collate(groups)).logps.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.trainable().values())
 
 
@@ -102,7 +103,7 @@ def test_low_precision_stays_near_float32(
     exact = build()
     policy = build(training=training, lora=lora)
     with exact.scoring(), policy.scoring():
-        logps, want = policy(pack(groups)), exact(pack(groups))
+        logps, want = policy(pack(groups)).logps, exact(pack(groups)).logps
     assert logps.dtype == torch.float32
     tolerance = 0.1 if training else 1e-6
     torch.testing.assert_close(logps, want, rtol=0, atol=tolerance)
@@ -143,7 +144,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(build: MakePolicy, groups: list
     shared = vars(projections.q_proj)["forward"].shared
     assert shared._input is None and not shared._outputs
     vars(keys)["forward"] = forward
-    assert torch.isfinite(policy(pack(groups))).all()
+    assert torch.isfinite(policy(pack(groups)).logps).all()
 
 
 def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest.MonkeyPatch, pretend: Any) -> None:
@@ -157,7 +158,7 @@ def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest
         monkeypatch.setattr(policy, "_hidden", exact._hidden)
         monkeypatch.setattr(type(policy.precision), "autocast", lambda self, device: torch.no_grad())
         with policy.scoring(), exact.scoring():
-            errors.append(float((policy(pack(groups)) - exact(pack(groups))).abs().max()))
+            errors.append(float((policy(pack(groups)).logps - exact(pack(groups)).logps).abs().max()))
     assert errors[0] > 1e-4 and errors[1] == 0
 
 
@@ -182,28 +183,28 @@ def test_scoring_is_free_of_dropout_and_gradients_and_leaves_no_trace(build: Mak
             nn.init.constant_(weight, 0.1)
     batch = policy.collate(groups)
     flags = {n: p.requires_grad for n, p in policy.named_parameters()}
-    assert not torch.equal(policy(batch), policy(batch))
+    assert not torch.equal(policy(batch).logps, policy(batch).logps)
     with pytest.raises(ZeroDivisionError), policy.scoring():
-        first, second = policy(batch), policy(batch)
+        first, second = policy(batch).logps, policy(batch).logps
         assert torch.equal(first, second) and not first.requires_grad
         assert all(m.training for m in policy.modules())
         raise ZeroDivisionError
-    assert not torch.equal(policy(batch), policy(batch))
-    assert policy(batch).requires_grad and all(m.training for m in policy.modules())
+    assert not torch.equal(policy(batch).logps, policy(batch).logps)
+    assert policy(batch).logps.requires_grad and all(m.training for m in policy.modules())
     assert {n: p.requires_grad for n, p in policy.named_parameters()} == flags
 
 
 def test_collate_follows_the_rows(build: MakePolicy, groups: list[Group], caplog: pytest.LogCaptureFixture) -> None:
     refs = [-torch.rand(g.num_scored) for g in groups]
-    shared = build().collate(groups, refs)
-    assert shared.layout is not None and shared.ref_logps is not None
+    shared = build().collate(groups, ref_columns(refs))
+    assert shared.layout is not None and "ref_logps" in shared.columns.names
     with caplog.at_level(logging.INFO, "strop"):
         policy = build(attn_implementation="eager")
     assert "prompts are not shared: attn_implementation is eager" in caplog.text
-    plain = policy.collate(groups, refs)
+    plain = policy.collate(groups, ref_columns(refs))
     assert plain.attention_mask is not None and plain.layout is None
     with policy.scoring():
-        torch.testing.assert_close(policy(plain), build()(shared), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(policy(plain).logps, build()(shared).logps, rtol=1e-5, atol=1e-5)
     assert "plain, padded; attention eager" in "\n".join(policy.describe())
     assert "shared by its completions" in "\n".join(build(lora={}).describe())
 
@@ -259,7 +260,7 @@ def test_a_full_model_loads_with_transformers(
     read = AutoTokenizer.from_pretrained(final)
     assert read.get_vocab() == tokenizer.get_vocab() and read.chat_template == tokenizer.chat_template
     # saving takes nothing away from the policy: it goes on
-    policy(policy.collate(groups)).sum().backward()
+    policy(policy.collate(groups)).logps.sum().backward()
     assert policy.base.config.use_cache is False and policy.base.config.attention_dropout == 0
 
 
@@ -345,8 +346,8 @@ def test_a_row_does_not_change_the_rotary_embedding_of_another(
         policy = build(training={"max_seq_length": 64, "max_prompt_length": 32})
     assert "its rotary embedding (longrope) depends on the longest row" in caplog.text
     with policy.scoring():
-        together = policy(pad(groups))  # rows of 3 to 16 tokens, on both sides of the 12
-        alone = torch.cat([policy(pad([g])) for g in groups])
+        together = policy(pad(groups)).logps  # rows of 3 to 16 tokens, on both sides of the 12
+        alone = torch.cat([policy(pad([g])).logps for g in groups])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     rows = [(g, c) for g in groups for c in g.completions]
@@ -388,8 +389,8 @@ def test_other_architectures_train_on_plain_rows(
         policy = build()
     assert reason in caplog.text and not policy.share_prefix
     with policy.scoring():
-        together = policy(policy.collate(groups))
-        alone = torch.cat([policy(policy.collate([g])) for g in groups])
+        together = policy(policy.collate(groups)).logps
+        alone = torch.cat([policy(policy.collate([g])).logps for g in groups])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -400,7 +401,7 @@ def test_the_auxiliary_loss_of_a_router_is_said_to_be_off(
     with caplog.at_level(logging.WARNING, "strop"):
         policy = build()
     assert "auxiliary loss for the router" in caplog.text
-    policy(policy.collate(groups)).sum().backward()
+    policy(policy.collate(groups)).logps.sum().backward()
 
 
 def test_layers_that_fusing_would_change_keep_their_own_forward(
@@ -417,7 +418,7 @@ def test_layers_that_fusing_would_change_keep_their_own_forward(
     assert not any("forward" in vars(module) for module in policy.modules())
     monkeypatch.undo()
     with policy.scoring(), want.scoring():
-        torch.testing.assert_close(policy(pack(groups)), want(pack(groups)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(policy(pack(groups)).logps, want(pack(groups)).logps, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_with_nan_weights_is_not_probed(model_dir: Path, build: MakePolicy) -> None:
@@ -462,7 +463,7 @@ def test_code_that_comes_with_a_model_runs_when_trusted(
         build()
     policy = build(trust_remote_code=True)
     assert not policy.share_prefix  # nobody has tested that architecture
-    torch.testing.assert_close(policy(pad(groups)), want(pad(groups)))
+    torch.testing.assert_close(policy(pad(groups)).logps, want(pad(groups)).logps)
     policy.save_pretrained(tmp_path / "final", tokenizer)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final", trust_remote_code=True)
     assert type(again).__name__ == "HouseForCausalLM"
@@ -474,5 +475,5 @@ def test_the_real_base_model(shared: Path, groups: list[Group]) -> None:
     policy = build_policy(config, config.models[0], torch.device("cpu"))
     assert policy.share_prefix
     with policy.scoring():
-        shared_logps, plain = policy(pack(groups)), policy(pad(groups))
+        shared_logps, plain = policy(pack(groups)).logps, policy(pad(groups)).logps
     torch.testing.assert_close(shared_logps, plain, rtol=0, atol=0.2)

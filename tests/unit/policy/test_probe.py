@@ -200,7 +200,7 @@ def test_rows_that_leak_are_found_in_every_precision(
 def test_a_capped_model_trains_as_its_own_code_scores(groups: list[Group]) -> None:
     policy = policy_of(Precision(torch.float32), soft_cap(3.0))
     with policy.scoring():
-        got = policy(policy.collate(groups))
+        got = policy(policy.collate(groups)).logps
         policy.base.set_attn_implementation(policy.plain_attention)
         want = []
         for group in groups:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scored import ref_columns
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
@@ -35,10 +36,10 @@ def test_one_tensor_a_group_whatever_the_cut(
         for group, result in zip(groups, results, strict=True):
             assert not result.requires_grad and result.dtype == torch.float32
             assert result.untyped_storage().nbytes() == 4 * len(result)  # no view of its whole pass
-            torch.testing.assert_close(result, policy(policy.collate([group])), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(result, policy(policy.collate([group])).logps, rtol=1e-5, atol=1e-5)
     # the tensors are what batches take
-    batch = policy.collate(groups, results)
-    assert batch.ref_logps is not None and torch.equal(batch.ref_logps, torch.cat(results))
+    batch = policy.collate(groups, ref_columns(results))
+    assert torch.equal(batch.columns.find("ref_logps"), torch.cat(results))
 
 
 def test_a_synced_reference_moves_only_when_it_is_time(build: Callable[..., Policy], groups: list[Group]) -> None:
@@ -46,7 +47,7 @@ def test_a_synced_reference_moves_only_when_it_is_time(build: Callable[..., Poli
     reference = SyncedReference(policy, every_steps=3, share=0.25)
     before = {name: weight.clone() for name, weight in policy.trainable().items()}
     with policy.scoring():  # margins are zero before the first step, bit for bit
-        assert torch.equal(policy(policy.collate(groups)), torch.cat(reference.logps(groups)))
+        assert torch.equal(policy(policy.collate(groups)).logps, torch.cat(reference.logps(groups)))
     initial = torch.cat(reference.logps(groups))
     for weight in policy.trainable().values():
         weight.data += torch.randn_like(weight)
@@ -83,7 +84,7 @@ def test_the_initial_policy_is_the_reference(
             assert reference is policy
         results = reference_logps(policy, [groups])
         with policy.scoring():  # margins are zero before the first step, bit for bit on the same micro-batches
-            assert torch.equal(policy(policy.collate(groups)), torch.cat(results))
+            assert torch.equal(policy(policy.collate(groups)).logps, torch.cat(results))
 
 
 @pytest.fixture

@@ -1,0 +1,149 @@
+"""What lies beside the tokens of groups: how many there are of everything, and named tensors. Floor 0.
+
+Shapes: M scored tokens, P scored prompt tokens, C completions, G groups.
+
+Nothing here knows what a column means. A new column needs whoever supplies it and an objective that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """How many there are of everything. Known when groups are collated, so counting never waits for a device.
+
+    completions_per_group: [G]. tokens_per_completion: [C], scored tokens only. prompt_lengths: [G], all tokens of each
+    prompt; each but the first can be scored.
+    """
+
+    completions_per_group: tuple[int, ...]
+    tokens_per_completion: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+
+    @classmethod
+    def join(cls, parts: Iterable[Structure]) -> Structure:
+        """The structure of several micro-batches as if they had been one."""
+        listed = list(parts)
+        return cls(
+            tuple(n for p in listed for n in p.completions_per_group),
+            tuple(n for p in listed for n in p.tokens_per_completion),
+            tuple(n for p in listed for n in p.prompt_lengths),
+        )
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.completions_per_group)
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.tokens_per_completion)
+
+    @property
+    def num_tokens(self) -> int:
+        """M: scored tokens of completions."""
+        return sum(self.tokens_per_completion)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """P: tokens of prompts that can be scored."""
+        return sum(self.prompt_lengths) - self.num_groups
+
+    def completion_index(self) -> Tensor:
+        """[M] int64: the completion of each scored token."""
+        return torch.repeat_interleave(torch.tensor(self.tokens_per_completion, dtype=torch.int64))
+
+    def group_index(self) -> Tensor:
+        """[C] int64: the group of each completion."""
+        return torch.repeat_interleave(torch.tensor(self.completions_per_group, dtype=torch.int64))
+
+
+Unit = Callable[[Structure], int]
+"""What a loss term is divided by: how many of it there are. Must add up over the micro-batches of a step."""
+
+
+def groups(structure: Structure) -> int:
+    return structure.num_groups
+
+
+def completions(structure: Structure) -> int:
+    return structure.num_completions
+
+
+def tokens(structure: Structure) -> int:
+    return structure.num_tokens
+
+
+class Columns(NamedTuple):
+    """Named tensors, each with one value (or row of values) per scored token, completion, group or scored prompt token.
+
+    A name stands once, whatever its level. A named tuple of dictionaries, because what wraps modules (hooks, sharding)
+    looks for tensors in tuples and dictionaries only.
+    """
+
+    per_token: Mapping[str, Tensor] = {}
+    per_completion: Mapping[str, Tensor] = {}
+    per_group: Mapping[str, Tensor] = {}
+    per_prompt_token: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def join(cls, parts: Sequence[Columns]) -> Columns:
+        """Those of several groups or micro-batches, one after the other; all have the same columns."""
+        levels = []
+        for same_level in zip(*parts, strict=True):
+            names = same_level[0].keys()
+            if odd := next((level.keys() ^ names for level in same_level if level.keys() != names), None):
+                raise ValueError(f"some parts have a column that others lack: {', '.join(sorted(odd))}")
+            levels.append({name: torch.cat([level[name] for level in same_level]) for name in names})
+        return cls(*levels)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for level in self for name in level)
+
+    def find(self, name: str) -> Tensor:
+        """The column of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for level in self:
+            if name in level:
+                return level[name]
+        raise KeyError(f"no column {name!r}; there are: {', '.join(sorted(self.names)) or 'none'}")
+
+    def beside(self, other: Columns) -> Columns:
+        """These and the others.
+
+        Raises:
+            ValueError: a name stands in both.
+        """
+        if twice := self.names & other.names:
+            raise ValueError(f"these columns are supplied twice: {', '.join(sorted(twice))}")
+        return Columns(*({**own, **more} for own, more in zip(self, other, strict=True)))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Columns:
+        """With `change` made to every column."""
+        return Columns(*({name: change(column) for name, column in level.items()} for level in self))
+
+    def check(self, structure: Structure) -> None:
+        """Refuse columns that are not of this structure.
+
+        Raises:
+            ValueError: one has another length.
+        """
+        s = structure
+        lengths = (s.num_tokens, s.num_completions, s.num_groups, s.num_prompt_tokens)
+        for what, level, length in zip(self._fields, self, lengths, strict=True):
+            for name, column in level.items():
+                if len(column) != length:
+                    raise ValueError(f"column {name}: {len(column)} values, where there are {length} ({what})")
+
+
+NO_COLUMNS = Columns()
