@@ -149,9 +149,10 @@ class Session:
         found = self._precision(self.prepared.config)
         tokens = planned_rows(self.model)
         prepared = with_precision(self.prepared, self.machine, found, tokens, self._resumed)
+        prepared = self._agreed(prepared)
         precision = self._precision(prepared.config)
         if self._world is not None:
-            self._exit.enter_context(_one_way(precision, self._world.device, self._resumed))
+            self._exit.enter_context(_one_way(precision, self._world, self._resumed))
         if not self._backward:
             without = {"training.gradient_checkpointing": False}
             prepared = replace(prepared, config=prepared.config.with_values(without, "nothing is trained"))
@@ -172,7 +173,11 @@ class Session:
             prepared = fitted(prepared, self.machine, precision, tokens)
         else:
             prepared = with_budget(prepared, tokens, self.machine.kind)
-        return Settled(prepared, self.machine, precision, tokens)
+        return Settled(self._agreed(prepared), self.machine, precision, tokens)
+
+    def _agreed(self, prepared: Prepared) -> Prepared:
+        """With what the main process has chosen by the speed and the memory of its device, so that all cut alike."""
+        return prepared if self._world is None else replace(prepared, config=self._world.broadcast(prepared.config))
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -308,8 +313,9 @@ def for_each_model(models: Sequence[ModelSection], config: RunConfig, work: Call
         )
 
 
-def _one_way(precision: Precision, device: torch.device, resumed: Checkpoint | None) -> AbstractContextManager[None]:
-    """Inside, products on a CPU go one way, that of the run that is gone on from."""
-    if device.type != "cpu":
+def _one_way(precision: Precision, world: World, resumed: Checkpoint | None) -> AbstractContextManager[None]:
+    """Inside, products on a CPU go one way, that of the run that is gone on from, and the same in every process."""
+    if world.device.type != "cpu":
         return nullcontext()
-    return rates.taking(rates.ways_of_run(precision.compute, resumed.state.get("products") if resumed else None))
+    ways = rates.ways_of_run(precision.compute, resumed.state.get("products") if resumed else None)
+    return rates.taking(world.broadcast(ways))

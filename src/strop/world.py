@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 T = TypeVar("T")
 
@@ -41,13 +41,14 @@ class World(ABC):
         """Whether this process writes the files and speaks to the terminal: rank 0."""
         return self.rank == 0
 
-    @abstractmethod
-    def sum_counts(self, counts: Sequence[int]) -> list[int]:
-        """Each count, summed over all processes; exact integers, known on the CPU."""
+    def deal(self, parts: Sequence[T]) -> list[Sequence[T]]:
+        """The micro-batches of each process, by rank, of those that all have cut alike: every `size`-th. Rank 0 has the
+        most; others may have none."""
+        return [parts[rank :: self.size] for rank in range(self.size)]
 
     @abstractmethod
-    def sum(self, values: Tensor) -> Tensor:
-        """Element by element, summed over all processes; the shape is the same everywhere."""
+    def sum(self, counts: Sequence[int]) -> list[int]:
+        """Each count, summed over all processes; exact integers, known on the CPU."""
 
     @abstractmethod
     def any(self, flag: bool) -> bool:
@@ -58,8 +59,9 @@ class World(ABC):
         """What rank 0 gave: a value that pickles."""
 
     @abstractmethod
-    def gather(self, rows: Tensor) -> list[Tensor]:
-        """[n, ...] of this process -> the rows of every process, by rank. n may differ, and may be 0."""
+    def gather(self, value: T) -> list[T]:
+        """What every process gives, by rank: tensors (of any number of rows, which may differ from process to process),
+        numbers, and dataclasses of them. On the device of this process."""
 
     @abstractmethod
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -68,11 +70,8 @@ class World(ABC):
 
 @dataclass(frozen=True)
 class _Alone(World):
-    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+    def sum(self, counts: Sequence[int]) -> list[int]:
         return list(counts)
-
-    def sum(self, values: Tensor) -> Tensor:
-        return values
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -80,8 +79,8 @@ class _Alone(World):
     def broadcast(self, value: T) -> T:
         return value
 
-    def gather(self, rows: Tensor) -> list[Tensor]:
-        return [rows]
+    def gather(self, value: T) -> list[T]:
+        return [value]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         pass

@@ -21,8 +21,8 @@ from strop.batch import Batch, TokenScores, pack, pad
 from strop.config.methods import CpoSettings, KtoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
 from strop.config.sections import ModelSection
 from strop.data.mismatch import Mismatched
-from strop.engine.step import forward_backward
-from strop.objectives.base import build_objective
+from strop.engine.step import StepScores, forward_backward
+from strop.objectives.base import Objective, build_objective
 from strop.plan.cutting import cut
 from strop.plan.tokens import packed_tokens
 from strop.policy.build import assemble
@@ -30,7 +30,9 @@ from strop.policy.load import LoadedModel
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.types import Completion, Group, Origin
+from strop.world import World
 from variants import dpo, name
+from worlds import in_worlds
 
 SETTINGS: list[MethodSettings] = [
     SftSettings(),
@@ -106,20 +108,26 @@ def make_groups(rows: str) -> list[Group]:
     return groups
 
 
-def one_step(
-    forward: nn.Module, settings: MethodSettings, batches_of: Callable[..., list[Batch]]
-) -> tuple[float, dict[str, Tensor]]:
-    objective = build_objective(settings)
+def batches_for(
+    objective: Objective[MethodSettings], batches_of: Callable[..., list[Batch]]
+) -> tuple[list[Batch], dict[str, list[Batch]]]:
+    """The micro-batches of a step, and those of its further groups."""
     groups = make_groups(objective.rows)
     generator = torch.Generator().manual_seed(6)
     # as a reference would have scored: some nats a token, so that z of kto_pair is not 0
     refs = [-6.5 * torch.rand(g.num_scored, generator=generator, dtype=torch.float64) - 3 for g in groups]
     others = Mismatched(groups, num_epochs=1, seed=0, max_tokens=64) if objective.also else ()
     apart_refs = [-9.5 * torch.ones(g.num_scored, dtype=torch.float64) for g in others]
-    forward.zero_grad()
     also = {"mismatched": batches_of(others, apart_refs)} if others else {}
-    wants = objective.reads & Policy.SUPPLIES
-    result = forward_backward(forward, objective, batches_of(groups, refs, wants), also)
+    return batches_of(groups, refs, objective.reads & Policy.SUPPLIES), also
+
+
+def one_step(
+    forward: nn.Module, settings: MethodSettings, batches_of: Callable[..., list[Batch]]
+) -> tuple[float, dict[str, Tensor]]:
+    objective = build_objective(settings)
+    forward.zero_grad()
+    result = forward_backward(forward, objective, *batches_for(objective, batches_of))
     gradients = {n.removeprefix("model."): p.grad.clone() for n, p in forward.named_parameters() if p.grad is not None}
     return result.fetch().loss, gradients
 
@@ -174,3 +182,38 @@ def test_a_completion_does_not_see_its_sibling(model: nn.Module) -> None:
     n = chosen.num_scored
     assert torch.equal(before[n:], after[n:]), "bit for bit"
     assert not torch.equal(before[:n], after[:n])
+
+
+@pytest.mark.parametrize("size", [2, 9])
+@pytest.mark.parametrize(
+    "settings", [SftSettings(), dpo(), dpo("kto_pair"), KtoSettings(), OrpoSettings(), SimpoSettings()], ids=name
+)
+def test_processes_take_the_step_that_one_takes(settings: MethodSettings, size: int, model: nn.Module) -> None:
+    """Losses, metrics and margins in every process are those of one; of nine, some have no micro-batch at all."""
+    objective, policies = build_objective(settings), [policy_of(model) for _ in range(size + 1)]
+    batches, also = batches_for(objective, by_budget(60))
+    alone = forward_backward(policies[-1], objective, batches, also)
+    assert 2 < len(batches) < 9
+
+    def work(world: World) -> StepScores:
+        policy, own = policies[world.rank], {name: world.deal(some)[world.rank] for name, some in also.items()}
+        found = forward_backward(policy, objective, world.deal(batches)[world.rank], own, world=world)
+        world.sum_gradients(policy.trainable().values())
+        return found
+
+    expected = alone.fetch()
+    for result in in_worlds(size, work):
+        found = result.fetch()
+        assert found.loss == pytest.approx(expected.loss, rel=RELATIVE)
+        assert found.terms == pytest.approx(expected.terms, rel=RELATIVE)
+        for metric, (total, count) in expected.metrics.items():
+            assert found.metrics[metric] == (pytest.approx(total, rel=RELATIVE, abs=1e-12), count)
+        if expected.margins is not None:
+            assert found.margins is not None
+            assert sorted(found.margins.tolist()) == pytest.approx(sorted(expected.margins.tolist()), rel=RELATIVE)
+    gradients = {n: p.grad for n, p in policies[-1].trainable().items()}
+    for policy in policies[:size]:
+        for weight, parameter in policy.trainable().items():
+            whole = gradients[weight]
+            assert parameter.grad is not None and whole is not None
+            assert float((parameter.grad - whole).norm() / whole.norm()) < RELATIVE, weight

@@ -38,7 +38,7 @@ def fails(error: BaseException) -> Callable[..., Any]:
 @pytest.fixture
 def no_step(watched: pytest.MonkeyPatch) -> Callable[[], None]:
     """no_step(): from here on no forward pass with gradients is made."""
-    return lambda: watched.setattr("strop.engine.loop.forward_backward", fails(AssertionError("a step was taken")))
+    return lambda: watched.setattr("strop.engine.gradients.forward_backward", fails(AssertionError("a step was taken")))
 
 
 # ---- overwriting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -12,11 +12,12 @@ from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.engine.memory import cut_finer, does_not_fit
-from strop.engine.source import Cut, GroupSet, batches_of, further_batches
-from strop.engine.step import Forward, StepScores, summarise
+from strop.engine.source import Cut, GroupSet, Part
+from strop.engine.step import ALONE, Forward, StepScores, join_all, summarise
 from strop.objectives.base import Objective
 from strop.policy.memory import attempt
 from strop.policy.policy import Policy
+from strop.world import World
 
 
 def evaluate(
@@ -25,21 +26,23 @@ def evaluate(
     batches: Iterable[Batch],
     also: Mapping[str, Iterable[Batch]] | None = None,
     done: Callable[[int], None] = lambda num_groups: None,
+    world: World = ALONE,
 ) -> StepScores:
     """Score `batches` without gradients (the caller switches dropout off) and sum over all of them at once.
 
     Args:
         also: the micro-batches of the further groups that the objective reads, by name.
+        world: the processes that have a share of the micro-batches each; all get the same result.
         done: called with the number of groups of each micro-batch as it is scored.
     """
     parts = []
     with torch.no_grad():
         apart = {name: [Scores.of(b, policy(b)) for b in micro_batches] for name, micro_batches in (also or {}).items()}
-        others = {name: Scores.join(scored) for name, scored in apart.items()}
+        others = {name: join_all(scored, world) for name, scored in sorted(apart.items())}
         for batch in batches:
             parts.append(Scores.of(batch, policy(batch), others))
             done(batch.structure.num_groups)
-    return summarise(objective, Scores.join(parts))
+    return summarise(objective, join_all(parts, world, others))
 
 
 class Watcher(Protocol):
@@ -69,10 +72,12 @@ class Evaluation:
         groups: GroupSet,
         cut: Cut,
         watcher: Watcher,
+        world: World,
         should_stop: Callable[[], bool],
     ) -> None:
         self.config, self.policy, self.objective = config, policy, objective
-        self.groups, self.cut, self.watcher, self.should_stop = groups, cut, watcher, should_stop
+        self.groups, self.cut, self.watcher = groups, cut, watcher
+        self.world, self.should_stop = world, should_stop
 
     def scores(self, where: str) -> StepScores | None:
         """The scores of all groups with the weights as they are; None: stopped. where: how messages name the time.
@@ -95,16 +100,19 @@ class Evaluation:
             self.cut = finer
 
     def _score(self) -> StepScores:
-        groups, policy = self.groups, self.policy
-        with policy.scoring(), self.watcher.evaluating(len(groups.groups)) as done:
-            batches = self._until_stopped(batches_of(groups, policy, self.cut.parts(groups)))
-            further = further_batches(groups, policy, self.cut)
-            also = {name: self._until_stopped(of) for name, of in further.items()}
-            return evaluate(policy, self.objective, batches, also, done)
+        groups = self.groups
+        with self.policy.scoring(), self.watcher.evaluating(len(groups.groups)) as done:
+            batches = self._until_stopped(groups, self.cut.parts(groups))
+            also = {name: self._until_stopped(some, self.cut.parts(some)) for name, some in groups.also.items()}
+            return evaluate(self.policy, self.objective, batches, also, done, self.world)
 
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """An evaluation can be long, and nothing of it is lost but itself."""
-        for batch in batches:
+    def _until_stopped(self, groups: GroupSet, parts: Sequence[Part]) -> Iterator[Batch]:
+        """The micro-batches of this process. An evaluation can be long, and nothing of it is lost but itself, so before
+        each of them all processes ask whether to stop."""
+        shares = self.world.deal(parts)
+        own = shares[self.world.rank]
+        for at in range(len(shares[0])):
             if self.should_stop():
                 raise _StoppedError
-            yield batch
+            if at < len(own):
+                yield groups.batch(self.policy, own[at])

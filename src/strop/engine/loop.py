@@ -1,7 +1,7 @@
 """The training loop: step, log, evaluate, save, until the source has no more steps. Floor 3.
 
     for each step of the source:
-        forward and backward over its micro-batches  (step.py)
+        forward and backward over its micro-batches  (gradients.py, step.py)
         refuse or clip the gradient, update          (optim.py)
         emit a record of the step                    (records.py)
         log, evaluate, save when due                 (metrics.py, evaluate.py, snapshot.py)
@@ -27,20 +27,17 @@ from strop.config.methods import MethodSettings
 from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import Evaluation
-from strop.engine.memory import cut_finer, decided_by_auto, does_not_fit, recomputing
+from strop.engine.gradients import Gradients
 from strop.engine.metrics import MetricWindow, UpdateProbe, peak_memory_gib
 from strop.engine.optim import build_optimizer, learning_rate, without_gradient
-from strop.engine.recipe import cut_matters
 from strop.engine.records import StepRecord, Sum, WeightsDigest
 from strop.engine.snapshot import Snapshot
-from strop.engine.source import Cut, GroupSet, StepSource, batches_of, further_batches
+from strop.engine.source import Cut, StepSource
 from strop.engine.stalled import StalledLoss
 from strop.engine.state import TrainState
-from strop.engine.step import StepNumbers, StepScores, check_columns, forward_backward, suspect_rows
+from strop.engine.step import StepNumbers, StepScores, check_columns, suspect_rows
 from strop.errors import Interrupted, SaveError, TrainingError
 from strop.objectives.base import Objective
-from strop.policy.checkpointing import checkpoint_all
-from strop.policy.memory import attempt
 from strop.policy.policy import Policy
 from strop.types import Group
 from strop.world import World
@@ -72,19 +69,6 @@ class Cuts(NamedTuple):
     evaluation: Cut
 
 
-class _Gradients(NamedTuple):
-    """What a step's passes gave. cut: places in the step's set of groups, by micro-batch."""
-
-    result: StepScores
-    cut: tuple[tuple[int, ...], ...]
-    num_tokens: int
-
-    @property
-    def order(self) -> list[int]:
-        """Places of the groups as they stand in `result`."""
-        return [place for part in self.cut for place in part]
-
-
 class _Update(NamedTuple):
     """What the optimizer did with the gradients of a step. numbers: of the step. weights: the digest of what trained,
     before."""
@@ -113,10 +97,11 @@ class Loop:
     ) -> None:
         self.config, self.training = config, config.training
         self.policy, self.objective, self.source, self.world = policy, objective, source, world
-        self.cut, self.outputs = cuts.training, outputs
+        self.outputs = outputs
         check_columns(objective, policy=policy.SUPPLIES, source=source.supplies, also=source.also)
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, self.training)
+        self.gradients = Gradients(config, policy, objective, source, cuts.training, world, outputs.note)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=policy.precision.scaler)
         self.snapshot = Snapshot(self.parameters, self.optimizer, self.scaler, source)
         self.state = TrainState()
@@ -125,7 +110,7 @@ class Loop:
         self.stalled = StalledLoss(source.num_steps, self._rate)
         self.evaluation: Evaluation | None = None
         if source.validation is not None:
-            parts = (config, policy, objective, source.validation, cuts.evaluation, outputs)
+            parts = (config, policy, objective, source.validation, cuts.evaluation, outputs, world)
             self.evaluation = Evaluation(*parts, self.should_stop)
         self._stop_asked = should_stop
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
@@ -144,11 +129,14 @@ class Loop:
         state, options = self.state, self.config.finetuning
         if self._evaluation_is_due():  # before the first step, or what a signal broke off
             self._between_steps(save=False)
-        while state.step < self.source.num_steps and not stops_early(options, state):
-            self.step(state.step + 1)
-            if self._is_logged(state.step):
-                self._log()
-            self._between_steps(save=state.step % self.training.save_steps == 0)
+        try:
+            while state.step < self.source.num_steps and not stops_early(options, state):
+                self.step(state.step + 1)
+                if self._is_logged(state.step):
+                    self._log()
+                self._between_steps(save=state.step % self.training.save_steps == 0)
+        finally:
+            self.gradients.close()
         if not self.window.is_empty:
             self._log()
         return state
@@ -192,10 +180,11 @@ class Loop:
     def step(self, step: int) -> None:
         """One optimizer step, from 1: gradients, update, record."""
         started = time.perf_counter()
-        groups = self.source.step(step)
+        scale = self.scaler.scale(torch.ones((), device=self.world.device)) if self.scaler.is_enabled() else 1.0
+        found = self.gradients.take(step, scale)
+        groups = found.own.groups
         rate = self._rate(step)
-        taken = self._gradients(step, groups)
-        update = self._update(step, rate, taken.result, [groups.groups[i] for i in taken.order])
+        update = self._update(step, rate, found.result, [groups.groups[i] for i in found.order])
         numbers, margins = update.numbers, update.numbers.margins
         self.source.after(step)
         epoch, inside = self.source.place(step)
@@ -207,7 +196,7 @@ class Loop:
                 step_in_epoch=inside,
                 epochs=self.source.epochs(step),
                 indices=tuple(groups.indices or range(len(groups.groups))),
-                cut=taken.cut,
+                cut=found.own.cut,
                 seed=(self.config.seed, step),
                 learning_rate=rate,
                 loss=numbers.loss,
@@ -216,11 +205,11 @@ class Loop:
                 clipped=update.clipped,
                 skipped=update.skipped,
                 metrics=numbers.metrics,
-                margins=None if margins is None else _in_order(margins, taken.order).numpy(),
+                margins=None if margins is None else _in_order(margins, found.order).numpy(),
                 num_groups=len(groups.groups),
                 num_zero_signal_groups=sum(_has_no_signal(group) for group in groups.groups),
-                num_scored_tokens=taken.result.scores.structure.num_tokens,
-                num_tokens=taken.num_tokens,
+                num_scored_tokens=found.result.scores.structure.num_tokens,
+                num_tokens=found.num_tokens,
                 seconds=seconds,
                 weights=update.weights,
                 update=update.moved,
@@ -230,45 +219,11 @@ class Loop:
     def _emit(self, record: StepRecord) -> None:
         """Everything that is told of a step goes out here."""
         self.state.add(record)
+        self.state.micro_batch_tokens = self.gradients.fitting_tokens
         self.window.add(record)
         self.outputs.step(record)
         if note := self.stalled.after(record.step, record.loss):
             self.outputs.note(note)
-
-    def _gradients(self, step: int, groups: GroupSet) -> _Gradients:
-        """The gradients of one step.
-
-        Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
-        smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks). Where these are
-        single groups already and `gradient_checkpointing` is auto, all layers compute their activations again.
-        """
-        scale = self.scaler.scale(torch.ones((), device=self.world.device)) if self.scaler.is_enabled() else 1.0
-
-        def whole_step() -> _Gradients:
-            parts = self.cut.parts(groups)
-            batches = list(batches_of(groups, self.policy, parts))
-            also = {name: list(of) for name, of in further_batches(groups, self.policy, self.cut).items()}
-            seed = (self.config.seed, step)
-            with self.policy.still():
-                result = forward_backward(self.policy, self.objective, batches, also, seed=seed, scale=scale)
-            fed = sum(b.num_tokens for some in (batches, *also.values()) for b in some)
-            return _Gradients(result, tuple(map(tuple, parts)), fed)
-
-        while True:
-            done, why = attempt(whole_step)
-            if done is not None:
-                return done
-            self.optimizer.zero_grad(set_to_none=True)
-            finer = self.cut.smaller(groups)
-            if finer is None and decided_by_auto(self.config) and checkpoint_all(self.policy):
-                self.outputs.note(recomputing(f"step {step}", why))
-                continue
-            if finer is None:
-                longest = max(group.num_tokens for group in groups.lengths)
-                raise does_not_fit(self.config, why, f"step {step}", longest, backward=True)
-            but = ", but for the masks of lora_dropout" if cut_matters(self.config) else ""
-            self.outputs.note(cut_finer(f"step {step}", why, self.cut.budget_tokens, finer.budget_tokens) + but)
-            self.cut, self.state.micro_batch_tokens = finer, finer.budget_tokens
 
     def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> _Update:
         """Check, clip, step. The weights stay as they are where anything is not finite."""
@@ -401,7 +356,7 @@ class Loop:
         """Go on from a checkpoint: its weights, optimizer and state."""
         self.state = self.snapshot.restore(checkpoint)
         if self.state.micro_batch_tokens is not None:  # with dropout the cut decides the masks
-            self.cut = Cut(self.state.micro_batch_tokens, self.cut.tokens)
+            self.gradients.cut_finer(self.state.micro_batch_tokens)
         self.window.load_state_dict(self.state.window)
         self._mark = (self.state.seconds, self.state.tokens)
         self._kept_best = (self.state.best_step, self.state.best_value)

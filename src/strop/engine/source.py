@@ -23,6 +23,7 @@ from strop.plan.cutting import cut
 from strop.plan.tokens import RowTokens
 from strop.policy.policy import Policy
 from strop.types import Group
+from strop.world import World
 
 Part = Sequence[int]
 """Places in a `GroupSet`, from 0, of the groups of one micro-batch."""
@@ -120,11 +121,31 @@ class StepSource(Protocol):
         """What checkpoints keep of the source beside the number of the step, by name; loaded in place."""
 
 
+@dataclass(frozen=True)
+class MicroBatches:
+    """A set of groups as micro-batches. cut: all of them, as places in the set. batches: those of this process. also:
+    those of this process of the further groups, by name."""
+
+    groups: GroupSet
+    cut: tuple[tuple[int, ...], ...]
+    batches: Sequence[Batch]
+    also: Mapping[str, Sequence[Batch]]
+
+    @classmethod
+    def of(cls, groups: GroupSet, cut: Cut, policy: Policy, world: World) -> MicroBatches:
+        def own(some: GroupSet, parts: Sequence[Part]) -> list[Batch]:
+            return [some.batch(policy, part) for part in world.deal(parts)[world.rank]]
+
+        parts = cut.parts(groups)
+        also = {name: own(others, cut.parts(others)) for name, others in groups.also.items()}
+        return cls(groups, tuple(map(tuple, parts)), own(groups, parts), also)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this process feeds to the model, padding left out."""
+        return sum(batch.num_tokens for some in (self.batches, *self.also.values()) for batch in some)
+
+
 def batches_of(groups: GroupSet, policy: Policy, parts: Sequence[Part]) -> Iterator[Batch]:
     """The micro-batches of these parts, made as they are asked for."""
     return (groups.batch(policy, part) for part in parts)
-
-
-def further_batches(groups: GroupSet, policy: Policy, cut: Cut) -> dict[str, Iterator[Batch]]:
-    """The micro-batches of the further groups of a set, by name, made as they are asked for."""
-    return {name: batches_of(others, policy, cut.parts(others)) for name, others in groups.also.items()}

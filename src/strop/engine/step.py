@@ -32,9 +32,13 @@ from strop.config.methods import MethodSettings
 from strop.errors import ConfigError
 from strop.objectives.base import Mean, Objective
 from strop.types import Group
+from strop.world import World
 
 Forward = Callable[[Batch], TokenScores]
 """A policy: scores a micro-batch."""
+
+ALONE = World.alone("cpu")
+"""One process; where it computes is the batches' business."""
 
 Counts = Mapping[str, int]
 """Term name -> what its sum is divided by."""
@@ -120,9 +124,11 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def count_units(units: Mapping[str, Unit], batches: Sequence[Batch]) -> Counts:
-    """Term name -> the count of its unit over the whole step."""
-    return {term: sum(unit(b.structure) for b in batches) for term, unit in units.items()}
+def count_units(units: Mapping[str, Unit], batches: Sequence[Batch], world: World = ALONE) -> Counts:
+    """Term name -> the count of its unit over the whole step, of which this process has `batches`."""
+    return dict(
+        zip(units, world.sum([sum(unit(b.structure) for b in batches) for unit in units.values()]), strict=True)
+    )
 
 
 def step_loss(objective: Objective[MethodSettings], scores: Scores, counts: Counts) -> Tensor:
@@ -139,42 +145,70 @@ def forward_backward(
     *,
     seed: tuple[int, int] = (0, 0),
     scale: float | Tensor = 1.0,
+    world: World = ALONE,
 ) -> StepScores:
     """Add the gradients of one step's loss, times `scale`, to the weights and return its scores.
 
+    With several processes, these are the gradients of this one's micro-batches, to be summed; the scores are those of
+    the whole step, rank by rank, everywhere.
+
     Args:
-        batches: the micro-batches of the step.
+        batches: the micro-batches of the step that this process has, as `World.deal` deals them.
         also: those of the further groups that the objective reads, by name.
         seed: (run seed, step): dropout's random state is a function of it and of the micro-batch's place.
         scale: the loss scale of float16.
     """
-    counts = count_units(objective.units, batches)
-    others, place = {}, len(batches)
+    counts = count_units(objective.units, batches, world)
+    further = sorted((also or {}).items())
+    num_batches, *num_further = world.sum([len(batches), *(len(own) for _, own in further)])
+
+    def score(batch: Batch, at: int, first: int = 0) -> TokenScores:
+        """at: the place among those of this process. first: the place in the step of the first one of its kind."""
+        return _seeded(policy, batch, seed, first + at * world.size + world.rank)
+
+    others: dict[str, Scores] = {}
     with torch.no_grad():
-        for name, parts_of in sorted((also or {}).items()):
-            apart = [Scores.of(b, _seeded(policy, b, seed, place + i)) for i, b in enumerate(parts_of)]
-            others[name] = Scores.join(apart)
-            place += len(apart)
-    if objective.whole_step and len(batches) > 1:
+        first = num_batches
+        for (name, own), num in zip(further, num_further, strict=True):
+            others[name] = join_all([Scores.of(b, score(b, i, first)) for i, b in enumerate(own)], world)
+            first += num
+    if objective.whole_step and num_batches > 1:
         with torch.no_grad():
-            first = [Scores.of(b, _seeded(policy, b, seed, i), others) for i, b in enumerate(batches)]
-        whole = Scores.join(first)
-        assert not whole.columns.per_prompt_token, "coefficients are those of completions"
-        leaf = whole.logps.detach().requires_grad_()
-        (coefficients,) = torch.autograd.grad(step_loss(objective, replace(whole, logps=leaf), counts), leaf)
-        shares = torch.split(coefficients, [len(part.logps) for part in first])
-        for i, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-            torch.autograd.backward((_seeded(policy, batch, seed, i).logps * share).sum() * scale)
+            once = [Scores.of(b, score(b, i), others) for i, b in enumerate(batches)]
+            whole = join_all(once, world, others)
+        for i, (batch, share) in enumerate(
+            zip(batches, _coefficients(objective, whole, once, counts, world), strict=True)
+        ):
+            torch.autograd.backward((score(batch, i).logps * share).sum() * scale)
         return summarise(objective, whole)
     parts = []
     for i, batch in enumerate(batches):
-        scores = Scores.of(batch, _seeded(policy, batch, seed, i), others)
+        scores = Scores.of(batch, score(batch, i), others)
         torch.autograd.backward(step_loss(objective, scores, counts) * scale)
         parts.append(scores.detached())
         # Else the nodes of its graph, which hold no more tensors, still lie among the next one's in the heap and split
         # what it frees: rows of 1,900 tokens came to a peak of 4.9 GB instead of 3.6.
         del scores
-    return summarise(objective, Scores.join(parts))
+    return summarise(objective, join_all(parts, world, others))
+
+
+def join_all(parts: Sequence[Scores], world: World, also: Mapping[str, Scores] | None = None) -> Scores:
+    """The scores of the micro-batches of all processes, rank by rank, as if they had been one. parts: this one's. also:
+    the further groups of the whole step, which every process has already."""
+    everywhere = world.gather([replace(part, also={}) for part in parts])
+    return replace(Scores.join([part for own in everywhere for part in own]), also=also or {})
+
+
+def _coefficients(
+    objective: Objective[MethodSettings], whole: Scores, own: Sequence[Scores], counts: Counts, world: World
+) -> Sequence[Tensor]:
+    """d loss / d logp of the scored tokens of each micro-batch of this process, whose scores are `own`."""
+    assert not whole.columns.per_prompt_token, "coefficients are those of completions"
+    leaf = whole.logps.detach().requires_grad_()
+    (coefficients,) = torch.autograd.grad(step_loss(objective, replace(whole, logps=leaf), counts), leaf)
+    sizes = world.gather([len(part.logps) for part in own])
+    before = sum(sum(ranks) for ranks in sizes[: world.rank])
+    return torch.split(coefficients[before : before + sum(sizes[world.rank])], sizes[world.rank])
 
 
 def summarise(objective: Objective[MethodSettings], scores: Scores) -> StepScores:

@@ -105,7 +105,7 @@ def test_kills_in_the_export(
     shutil.copytree(unbroken.path, trained)
     shutil.rmtree(trained / "final")
     tally = Tally(f"kills in the export ({'adapter' if lora else 'model'})", record_property)
-    watched.setattr("strop.engine.loop.forward_backward", None)  # no step is taken
+    watched.setattr("strop.engine.gradients.forward_backward", None)  # no step is taken
     config = runs.config(keys)
     folder = Path(config.training.output_dir) / "run"
 

@@ -1,0 +1,117 @@
+"""The gradients of a step, whatever the memory allows, by all processes together. Floor 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from strop.config import RunConfig
+from strop.config.methods import MethodSettings
+from strop.engine.ahead import Ahead
+from strop.engine.memory import cut_finer, decided_by_auto, does_not_fit, recomputing
+from strop.engine.recipe import cut_matters
+from strop.engine.source import Cut, MicroBatches, StepSource
+from strop.engine.step import StepScores, forward_backward
+from strop.objectives.base import Objective
+from strop.policy.checkpointing import checkpoint_all
+from strop.policy.memory import attempt
+from strop.policy.policy import Policy
+from strop.world import World
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the passes of a step gave. result: of the whole step. own: this process's micro-batches. order: places of
+    the groups in their set as they stand in `result`. num_tokens: fed to the model by all processes."""
+
+    result: StepScores
+    own: MicroBatches
+    order: list[int]
+    num_tokens: int
+
+
+class Gradients:
+    """Adds the gradients of step after step to the weights.
+
+    On a GPU the micro-batches of the next step are made while one computes; on a CPU that would only take time from it.
+
+    Args:
+        cut: how steps come in micro-batches; a finer one from the first time on that memory runs out.
+        note: how to tell of that.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        objective: Objective[MethodSettings],
+        source: StepSource,
+        cut: Cut,
+        world: World,
+        note: Callable[[str], None],
+    ) -> None:
+        self._config, self._policy, self._objective = config, policy, objective
+        self._source, self._cut, self._world, self._note = source, cut, world, note
+        self._ahead = Ahead(self._micro_batches, threaded=source.ahead and world.device.type != "cpu")
+        self.fitting_tokens: int | None = None
+        """Tokens of a micro-batch that fitted, where the first cut did not."""
+
+    def cut_finer(self, budget_tokens: int) -> None:
+        """From here on, micro-batches of at most so many tokens."""
+        self._cut = Cut(budget_tokens, self._cut.tokens)
+        self.fitting_tokens = budget_tokens
+
+    def close(self) -> None:
+        """Nothing more is made ahead."""
+        self._ahead.close()
+
+    def take(self, step: int, scale: float | Tensor) -> Found:
+        """The gradients of one step, times `scale`, summed over all processes.
+
+        Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
+        smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks). Where these are
+        single groups already and `gradient_checkpointing` is auto, all layers compute their activations again.
+
+        Raises:
+            TrainingError: micro-batches of one group each do not fit.
+        """
+        while True:
+            done, why = attempt(lambda: self._passes(step, scale))
+            if done is not None:
+                break
+            self._policy.zero_grad(set_to_none=True)
+            self._make_fit(step, why)
+        result, own = done
+        self._world.sum_gradients(self._policy.trainable().values())
+        order = [place for share in self._world.deal(own.cut) for part in share for place in part]
+        (num_tokens,) = self._world.sum([own.num_tokens])
+        return Found(result, own, order, num_tokens)
+
+    def _micro_batches(self, key: tuple[int, Cut]) -> MicroBatches:
+        """key: a step, and how it is cut."""
+        step, cut = key
+        return MicroBatches.of(self._source.step(step), cut, self._policy, self._world)
+
+    def _passes(self, step: int, scale: float | Tensor) -> tuple[StepScores, MicroBatches]:
+        own = self._ahead.take((step, self._cut))
+        if step < self._source.num_steps:
+            self._ahead.begin((step + 1, self._cut))
+        seed = (self._config.seed, step)
+        with self._policy.still():
+            parts = (self._policy, self._objective, own.batches, own.also)
+            return forward_backward(*parts, seed=seed, scale=scale, world=self._world), own
+
+    def _make_fit(self, step: int, why: str) -> None:
+        groups, before = self._source.step(step), self._cut.budget_tokens
+        finer = self._cut.smaller(groups)
+        if finer is None and decided_by_auto(self._config) and checkpoint_all(self._policy):
+            self._note(recomputing(f"step {step}", why))
+            return
+        if finer is None:
+            longest = max(group.num_tokens for group in groups.lengths)
+            raise does_not_fit(self._config, why, f"step {step}", longest, backward=True)
+        but = ", but for the masks of lora_dropout" if cut_matters(self._config) else ""
+        self._note(cut_finer(f"step {step}", why, before, finer.budget_tokens) + but)
+        self.cut_finer(finer.budget_tokens)
