@@ -14,9 +14,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from strop.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 log = logging.getLogger("strop")
 
@@ -97,19 +100,19 @@ def complain(message: str) -> None:
         sys.stderr.flush()
 
 
-class _Escaped(logging.Formatter):
-    """A record's message as a terminal may have it."""
+class _LogFormatter(logging.Formatter):
+    """Messages that cannot steer a terminal. All but information begin with their level, such as `warning: `."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escaped(super().format(record))
-
-
-class _Plain(_Escaped):
-    """Information as it is, everything else with its level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = escaped(super().format(record))
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def _coloured_level(text: Text) -> Text:
+    """Colours the level at the beginning of a log line, and nothing else: numbers and paths keep one colour."""
+    for level, style in (("warning", "yellow"), ("error", "bold red"), ("debug", "dim")):
+        text.highlight_regex(rf"\A{level}:", style)
+    return text
 
 
 VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")  # they set their own level when imported
@@ -172,11 +175,18 @@ def log_to_terminal(level: str) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
 
-        handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, markup=False)
-        handler.setFormatter(_Escaped())
+        handler = RichHandler(
+            console=Console(stderr=True),
+            show_time=False,
+            show_level=False,  # the formatter writes it, in the same words as without a terminal
+            show_path=False,
+            markup=False,
+            keywords=[],
+            highlighter=cast(Any, _coloured_level),
+        )
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Plain())
+    handler.setFormatter(_LogFormatter())
     log.addHandler(handler)
     log.setLevel(level.upper() if rank() == 0 else logging.ERROR)
     if level != "debug":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_the_page_generates(
         )
         + "\n"
     )
+    ends = json.loads(Path("outputs/NAME/final/generation_config.json").read_text())["eos_token_id"]
+    exec(blocks()[1], scope)  # the same, with the generation settings that the run has left
+    assert scope["settings"].eos_token_id == ends and scope["answer"].shape[1] > scope["inputs"]["input_ids"].shape[1]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of transformers
@@ -56,7 +60,7 @@ def test_the_page_merges(runs: Any, place: Callable[[Path], None], tmp_path: Pat
     folder.mkdir()
     (folder / "final").symlink_to(run.path / "final")
     place(folder)
-    code = blocks()[1]
+    code = blocks()[2]
     assert "merge" in code
     exec(code, {})
     merged = load_file("outputs/NAME/merged/model.safetensors")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from strop.config import RunConfig, load_config
+from strop.config import RunConfig, load_config, to_yaml
 from strop.config.methods import SftSettings
 from strop.dryrun import dry_run
 from strop.errors import ConfigError
@@ -61,6 +63,36 @@ def test_the_example_is_shown_before_all_rows_are_read(
     monkeypatch.setattr("strop.modelrows.load_data", look)
     with pytest.raises(InterruptedError):
         dry_run(config)
+
+
+HEAVY = (
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "transformers.modeling_utils",
+    "strop.estimate",
+    "strop.session",
+    "strop.policy.policy",
+    "strop.engine.loop",
+)
+
+
+def test_the_example_needs_no_model_classes_and_no_adapters(config: RunConfig) -> None:
+    """They take as long to import as all before them, and the example is shown without."""
+    script = f"""
+import sys
+from strop import dryrun
+from strop.config import load_config
+
+def show(*args, **options):
+    sys.exit(" ".join(name for name in {HEAVY} if name in sys.modules))
+
+dryrun.show_group = show
+dryrun.dry_run(load_config("run.yaml"))
+"""
+    Path("run.yaml").write_text(to_yaml(config))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.stderr.strip(), done.returncode) == ("", 1)  # `sys.exit` of a text gives 1: the example was reached
 
 
 def test_the_oddest_row_of_each_kind_is_shown_with_what_was_left_out(

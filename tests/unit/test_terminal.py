@@ -54,6 +54,21 @@ def test_the_log_is_escaped(stream: type[io.StringIO], monkeypatch: pytest.Monke
     assert is_tame(made.getvalue()) and r"\x1b[2J" in made.getvalue()
 
 
+def test_only_the_level_of_a_log_line_is_coloured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", made := Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    with session():
+        log_to_terminal("info")
+        logging.getLogger("strop").info("run: GET 11 of 12 in /a/b/c, true, 'quoted', loss 0.5 -> 1e-4")
+        logging.getLogger("strop").warning("run: 3 of 4")
+    information, warning = made.getvalue().splitlines()
+    assert information.rstrip() == "run: GET 11 of 12 in /a/b/c, true, 'quoted', loss 0.5 -> 1e-4"
+    assert warning.rstrip() == "\x1b[33mwarning:\x1b[0m run: 3 of 4"
+
+
 def test_complaints_that_quote_a_row_are_escaped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

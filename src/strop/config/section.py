@@ -111,6 +111,13 @@ def _unusable(name: str, value: Any) -> Iterator[Problem]:
             continue
         elif not item.strip():
             yield Problem((name,), f"{name} is empty", fix=f"write a value, or remove {name}")
+        elif any("\udc80" <= c <= "\udcff" for c in item):  # how Python keeps bytes that it could not decode
+            yield Problem(
+                (name,),
+                f"{name} holds letters that this process cannot read: its locale knows no UTF-8",
+                "a locale with UTF-8, such as C.UTF-8",
+                "start strop with PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment",
+            )
         elif "\0" in item or any("\ud800" <= c <= "\udfff" for c in item):
             yield Problem((name,), f"{name} holds a NUL or half a surrogate pair", "plain text")
         elif redact(item) != item:

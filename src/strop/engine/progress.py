@@ -33,6 +33,11 @@ SPEED_STEPS = 20
 """Tokens per second are those of the last so many steps."""
 RECORD_LINE = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm", "tokens_per_second")
 """Metrics of a record's line, in this order, where the record has them."""
+NARROWEST_BAR = 8
+CLOCK_WIDTH = 7
+"""Characters of 0:00:00."""
+DROPPED_FIRST = ("margin", "epoch", "speed", "loss")
+"""What a bar leaves out, in this order, where the terminal is too narrow for all of it."""
 NAMES = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
 
 
@@ -103,6 +108,17 @@ class Progress:
         if not self.quiet:
             self._print(text)
 
+    def _fitting(self, task: Task, parts: Mapping[str, str]) -> str:
+        """`parts` as far as the width of the terminal allows: the count and both times beside them stay whole."""
+        count = 2 * len(str(task.total)) + 1
+        room = self._console.width - len(task.name) - NARROWEST_BAR - count - 2 * CLOCK_WIDTH - 5  # and 5 gaps
+        left = dict(parts)
+        for name in DROPPED_FIRST:
+            if len("  ".join(left.values())) <= room:
+                break
+            left.pop(name, None)
+        return "  ".join(left.values())
+
     def _print(self, text: str) -> None:
         clean = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
         if self.live:
@@ -138,7 +154,7 @@ class Task:
         self.completed += n
         if self._progress.live:
             if metrics:
-                self._text = self._shown(metrics)
+                self._text = self._progress._fitting(self, self._shown(metrics))
             self._progress._bars.update(self._bar, completed=self.completed, shown=self._text)
         elif metrics is None:
             self._heartbeat()
@@ -171,21 +187,22 @@ class Task:
         if seconds >= WORTH_A_LINE_SECONDS:
             self._progress._report(f"{self.name}: {self.completed} of {self.total} in {_clock(seconds)}")
 
-    def _shown(self, metrics: Mapping[str, Any]) -> str:
-        parts = []
+    def _shown(self, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """What the bar says beside its count, by name, in the order it is shown."""
+        parts = {}
         if (epoch := metrics.get("epoch")) is not None:
-            parts.append(f"epoch {epoch:.2f}")
+            parts["epoch"] = f"epoch {epoch:.2f}"
         if (loss := metrics.get("loss")) is not None:
-            parts.append(f"loss {_number(loss)}")
+            parts["loss"] = f"loss {_number(loss)}"
         if (margin := metrics.get("rewards/margins")) is not None:
-            parts.append(f"margin {_number(margin)}")
+            parts["margin"] = f"margin {_number(margin)}"
         if (tokens := metrics.get("tokens")) is not None:
             now = time.monotonic()
             self._tokens.append((now, tokens))
             then, before = self._tokens[0]
             if now > then:
-                parts.append(f"{(tokens - before) / (now - then):,.0f} tokens/s")
-        return "  ".join(parts)
+                parts["speed"] = f"{(tokens - before) / (now - then):,.0f} tokens/s"
+        return parts
 
     def _heartbeat(self) -> None:
         now = time.monotonic()

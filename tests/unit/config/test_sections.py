@@ -254,3 +254,9 @@ def test_origins_of_a_configuration_made_in_python() -> None:
     assert config.origins["training.fp16"] == "default"
     assert config.origins["lora.enabled"] == "default"
     assert list(config.origins) == [key for key, _, _ in config.leaves()]
+
+
+def test_bytes_that_the_locale_cannot_read_are_said_so() -> None:
+    undecoded = "runs/größe".encode().decode("ascii", "surrogateescape")  # as Python takes an argument in such a locale
+    said = refused(TrainingSection, output_dir=undecoded)
+    assert "its locale knows no UTF-8" in said and "PYTHONUTF8=1" in said

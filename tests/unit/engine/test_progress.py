@@ -91,11 +91,11 @@ logging.info("after")
 """
 
 
-def run_in_a_terminal(term: str) -> str:
+def run_in_a_terminal(term: str, columns: int = 160) -> str:
     leader, follower = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT], stderr=follower, stdout=subprocess.DEVNULL,
-        env={**os.environ, "TERM": term, "COLUMNS": "160"},
+        env={**os.environ, "TERM": term, "COLUMNS": str(columns)},
     ) as process:  # fmt: skip
         os.close(follower)
         chunks = []
@@ -119,11 +119,19 @@ def test_in_a_terminal_a_bar_with_lines_above_it() -> None:
         assert piece in text
     plain = re.sub(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]", "", text)  # no colours, no cursor on and off
     lines = {line.strip() for line in plain.replace("\x1b[2K", "\n").splitlines()}
-    own = {"a log line", "INFO     a line of strop's own log", "a note [red]", "eval step 30/40  loss 0.2500", "after"}
+    own = {"a log line", "a line of strop's own log", "a note [red]", "eval step 30/40  loss 0.2500", "after"}
     assert own <= lines  # each on a line of its own
     last = plain.rpartition("after")[0].rpartition("\x1b[2K")[2]
     assert "broken off" not in last  # no bar is left behind
     assert text.count("\x1b[2K") < 30  # drawn a few times a second, not at every step
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 160])
+def test_a_narrow_bar_keeps_its_count_and_its_times(columns: int) -> None:
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", run_in_a_terminal("xterm", columns))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in plain
+    assert "loss 0.6931" in plain
+    assert ("epoch 0.50" in plain) == (columns >= 80)
 
 
 def test_a_dumb_terminal_gets_plain_lines() -> None:
