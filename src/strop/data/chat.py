@@ -21,6 +21,7 @@ from strop.data.answers import Answer, Content, Conversation, dropped_reasoning,
 from strop.data.forms import (
     TRAIN,
     Form,
+    Tools,
     forms_of,
     has_reasoning,
     readable,
@@ -31,7 +32,7 @@ from strop.data.marks import REASONING_KEYS, Span
 from strop.data.rows import RowRefused
 from strop.data.sandbox import NOW, bounded, variables
 from strop.data.template import choose_template, tokenizers_template
-from strop.data.writer import Ends, Tools, Writer
+from strop.data.writer import Ends, Writer
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
 
@@ -266,7 +267,7 @@ class Renderer:
             RowRefused: it fails on all of them; what is wrong with the plain one.
         """
         refusals = []
-        for form in forms_of(messages):
+        for form in forms_of(messages, writer.tools):
             formed = writer.in_form(form)
             try:
                 if form not in openings:

@@ -5,7 +5,7 @@ them.
 
 Templates differ in the key under which they look for reasoning, in whether the arguments of a tool call are an object
 or its JSON as text, in whether the content beside a call is null, empty or absent, and in whether contents are texts or
-lists of parts.
+lists of parts, and in whether tools and calls stand in {"type": "function", "function": ...} or are that function.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -22,6 +22,9 @@ from strop.types import Message
 
 TRAIN = "train"
 """Key of a turn that is false where the row says that the turn is not to be trained; no template sees it."""
+
+Tools = Sequence[Mapping[str, Any]] | None
+"""Tool schemas of a row."""
 
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
@@ -71,21 +74,31 @@ class Form:
 
     arguments: those of a call as an object, or as its JSON. beside_calls: what an absent content beside a call is;
     `absent`: nothing. parts: contents as lists of {"type": "text"} parts, as templates of vision models want them.
+    wrapped: tools and calls that a row has without a {"type": "function", "function": ...} around them get it.
     """
 
     arguments: Literal["object", "json"] = "object"
     beside_calls: Literal["absent", "null", "empty"] = "absent"
     parts: bool = False
+    wrapped: bool = False
 
     def of(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages in this form."""
         return messages if self == PLAIN_FORM else [self._message(message) for message in messages]
 
+    def of_tools(self, tools: Tools) -> Tools:
+        """The tool schemas of a row in this form."""
+        return [_wrapped(tool) for tool in tools] if tools and self.wrapped else tools
+
     def _message(self, message: Message) -> Message:
         changed: dict[str, Any] = {}
         if "tool_calls" in message:
+            calls = message["tool_calls"]
+            if self.wrapped:
+                calls = [_wrapped(call) for call in calls]
             if self.arguments == "json":
-                changed["tool_calls"] = [_with_json(call) for call in message["tool_calls"]]
+                calls = [_with_json(call) for call in calls]
+            changed["tool_calls"] = calls
             if self.beside_calls != "absent" and not message.get("content"):
                 changed["content"] = None if self.beside_calls == "null" else ""
         if self.parts and isinstance(message.get("content"), str):
@@ -105,10 +118,26 @@ FORMS_OF_CALLS = (
 )
 
 
-def forms_of(messages: Sequence[Message]) -> tuple[Form, ...]:
-    """The forms in which a template may take the messages, to be tried in order."""
-    calls = any("tool_calls" in message for message in messages)
-    return (PLAIN_FORM, *(FORMS_OF_CALLS if calls else ()), *OTHER_FORMS)
+def forms_of(messages: Sequence[Message], tools: Tools = None) -> tuple[Form, ...]:
+    """The forms in which a template may take the messages and tools, to be tried in order."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    forms = (PLAIN_FORM, *(FORMS_OF_CALLS if calls else ()), *OTHER_FORMS)
+    if not any(map(_is_bare, (*calls, *(tools or ())))):
+        return forms
+    return (*forms, *(replace(form, wrapped=True) for form in forms))
+
+
+def _is_bare(item: Mapping[str, Any]) -> bool:
+    """Whether a tool or a call is a function itself, where most stand around one."""
+    return "function" not in item and "name" in item
+
+
+def _wrapped(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not _is_bare(item):
+        return item
+    around = {key: item[key] for key in ("id", "type") if key in item}
+    function = {key: value for key, value in item.items() if key not in around}
+    return {"type": "function", **around, "function": function}
 
 
 def _with_json(call: Mapping[str, Any]) -> Mapping[str, Any]:

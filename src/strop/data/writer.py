@@ -13,14 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from strop.data.forms import PLAIN_FORM, Form, names_arguments, reasoning_keys
+from strop.data.forms import PLAIN_FORM, Form, Tools, names_arguments, reasoning_keys
 from strop.data.marks import Span
 from strop.data.rows import RowRefused
 from strop.data.sandbox import render
 from strop.types import Message
-
-Tools = Sequence[Mapping[str, Any]] | None
-"""Tool schemas of a row."""
 
 
 class Ends:
@@ -120,7 +117,8 @@ class Writer:
 
     def _render(self, messages: Sequence[Message], **how: bool) -> tuple[str, list[Span] | None]:
         formed = self._form.of(messages)
-        return render(self._template, formed, self.tools, self._variables, date=self._date, **how)
+        tools = self._form.of_tools(self.tools)
+        return render(self._template, formed, tools, self._variables, date=self._date, **how)
 
     def opening(self, messages: Sequence[Message]) -> str | None:
         """The prompt that inference sees; None where the template cannot write one for these messages."""
