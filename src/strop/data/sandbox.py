@@ -14,7 +14,7 @@ import datetime
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import meta
+from jinja2.runtime import LoopContext
+from jinja2.utils import Namespace
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from strop.data.marks import Span
@@ -56,6 +58,10 @@ TEMPLATE_ERRORS = (
 
 
 PLAIN = {"role", "content"}
+
+OF_DICT = frozenset(dir(dict))
+SAFE_OF_STR = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
+"""Attributes of a text that Jinja's sandbox hands on as they are; it wraps the two others."""
 
 
 @lru_cache
@@ -135,7 +141,32 @@ def has_generation_blocks(template: str) -> bool:
     compiled = _compile_jinja_template(template)
     # a chain of dictionaries, which Jinja would walk at every rendering: a third of its time
     compiled.globals = dict(compiled.globals)
+    compiled.environment.getattr = _quick(compiled.environment.getattr)
     return GENERATION.search(template) is not None
+
+
+def _quick(getattr_of_sandbox: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    """The sandbox's `x.y`, with a shorter way to the same value for what templates read most.
+
+    The sandbox raises and catches an AttributeError for every key of a message that is read as `message.role`, and
+    looks at the type of a text again for every method of it: that was half of the time of a rendering.
+    """
+
+    def quick(value: Any, name: str) -> Any:
+        kind = type(value)
+        if kind is dict:
+            if name in value and name not in OF_DICT:
+                return value[name]
+        elif kind is str:
+            if name in SAFE_OF_STR:
+                return getattr(value, name)
+        elif (kind is LoopContext or issubclass(kind, Namespace)) and not name.startswith("_"):
+            found = getattr(value, name, None)
+            if found is not None and not callable(found):
+                return found
+        return getattr_of_sandbox(value, name)
+
+    return quick
 
 
 @contextmanager

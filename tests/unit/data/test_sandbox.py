@@ -68,3 +68,40 @@ def test_a_template_that_fills_the_memory_is_stopped(
 def test_templates_cannot_reach_the_machine(words: str, make_tokenizer: Make) -> None:
     with pytest.raises(RowRefused, match="template_error"):
         Renderer(make_tokenizer(template="{{ " + words + " }}" + MESSAGES), TextRules("chat")).render(EXAMPLE)
+
+
+READS = {
+    "keys": "{{ m.role }}{{ m.content }}{{ m.absent }}{{ m.absent is defined }}{{ m.tool_calls is none }}",
+    "methods of a dictionary": "{{ m.items() | list }}{{ m.get('role') }}{{ m.keys() | list }}{{ m.update({'a': 1}) }}",
+    "a key like a method": "{{ m.items is mapping }}{{ m.pop is defined }}{{ m.copy().copy is string }}",
+    "texts": "{{ m.content.strip().split('a') }}{{ m.role.startswith('u') }}{{ m.role.absent is defined }}",
+    "formats": "{{ '{0.__class__}'.format(m) }}{{ '{a}'.format_map(m) }}",
+    "insides": "{{ m.__class__ }}{{ m.role.__class__ }}{{ n.__class__ }}{{ n._Namespace__attrs }}{{ loop.__init__ }}",
+    "namespaces": "{% set n.a = m.role %}{{ n.a }}{{ n.b }}{{ n.t }}{{ n.f() }}{{ n.none is none }}",
+    "loops": "{{ loop.first }}{{ loop.last }}{{ loop.previtem }}{{ loop.nextitem.role }}{{ loop.index0 }}{{ loop.no }}",
+    "lists": "{{ l.append(1) }}{{ l.index(2) }}{{ l.absent is defined }}",
+}
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_what_a_template_reads_is_what_the_sandbox_lets_it_read(reads: str) -> None:
+    """The shorter way to attributes gives what Jinja's own gives, and refuses what it refuses."""
+    template = (
+        "{% set n = namespace(t=1, f=m0.get, none=none) %}{% for m in messages %}" + READS[reads] + "{% endfor %}"
+    )
+    message = {"role": "user", "content": " abc ", "items": {"a": 1}, "copy": "x", "a": 2, "tool_calls": None}
+    given = {"messages": [message, {**message, "role": "assistant"}], "l": [1, 2], "m0": message}
+    environment = sandbox._compile_jinja_template.__wrapped__(template).environment
+    quick = sandbox._quick(environment.getattr)
+
+    def rendered() -> str:
+        try:
+            return str(environment.from_string(template).render(given))
+        except sandbox.TEMPLATE_ERRORS as error:
+            return repr(error)
+
+    expected = rendered()
+    environment.getattr = quick
+    assert rendered() == expected
+    sandbox.has_generation_blocks(template)
+    assert sandbox._compile_jinja_template(template).environment.getattr.__qualname__ == quick.__qualname__
