@@ -44,10 +44,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The processor and the number of threads do not depend on the computer that tests run on."""
-    chosen = PRETENDED[request.config.getoption("--pretend")]
+    """The processor and the number of threads do not depend on the computer that tests run on, in processes that they
+    start neither."""
+    name = request.config.getoption("--pretend")
+    chosen = PRETENDED[name]
     torch.set_num_threads(chosen.threads)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STROP_TESTS_PRETEND", name)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "inherited"), prepend=os.pathsep)
         if chosen.processor is not None:
             patch.setattr(machine, "processor", lambda: chosen.processor)
         if chosen.multiplies is not None:

@@ -3,7 +3,8 @@
     python tests/pretend.py [NAME ...] [-- PYTEST ARGUMENTS]
 
 runs the suite once in each of those that are named, or in all, and ends with one line for each. Within a run, `pytest
---pretend NAME` puts the processor in place; what a process must be started with is done here.
+--pretend NAME` puts the processor in place, and tests/inherited does so in processes that tests start; what a process
+must be started with is done here.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from strop.machine import Processor
-from strop.policy.rates import Rates
+
+if TYPE_CHECKING:
+    import torch
+
+    from strop.policy.rates import Rates
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD_NAME = "ein Ordner mit Ümläuten, 100 % 'so'"
@@ -38,6 +43,8 @@ class Multiplies:
 
     def rates(self, dtype: torch.dtype) -> Rates:
         """What `strop.policy.rates.measured` answers there."""
+        import torch
+
         if dtype == torch.float32:
             onednn = {"onednn": self.onednn} if torch.backends.mkldnn.is_available() else {}
             return {"linear": {"own": 1.0, **onednn}}
@@ -86,6 +93,14 @@ PRETENDED: Mapping[str, Surroundings] = {
 instructions for bfloat16 that are slower than float32's; with `onednn` large float32 matrices are multiplied by oneDNN.
 `real` is the computer as it is. Under `locale`, text that strop reads or writes without naming an encoding, which is
 the locale's then, is an error."""
+
+
+def put_into(module: ModuleType, chosen: Surroundings) -> None:
+    """The pretended processor in place of this computer's, in `strop.machine` or `strop.policy.rates`."""
+    if module.__name__ == "strop.machine" and chosen.processor is not None:
+        module.processor = lambda: chosen.processor  # type: ignore[attr-defined]
+    if module.__name__ == "strop.policy.rates" and chosen.multiplies is not None:
+        module.measured = chosen.multiplies.rates  # type: ignore[attr-defined]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*arguments: str) -> str:
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    real = {name: value for name, value in os.environ.items() if name != "STROP_TESTS_PRETEND"}
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**real, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -293,11 +294,19 @@ def test_other_hardware_is_no_change_and_other_data_is(
     assert "groups_per_step: 4" in (result.run_dir / "config.yaml").read_text()
 
 
-def start(folder: Path, model: Path, *flags: str) -> subprocess.Popen[str]:
+def start(folder: Path, model: Path) -> subprocess.Popen[str]:
     (folder / "c.json").write_text(json.dumps(settings(folder, model, "dpo", True, max_steps=400, save_steps=1)))
-    command = [sys.executable, "-m", "strop", "train", "--config", str(folder / "c.json"), *flags]
+    command = [sys.executable, "-m", "strop", "train", "--config", str(folder / "c.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def go_on(folder: Path, num_steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    """In this process, to fewer steps."""
+    caplog.set_level(logging.INFO, "strop")
+    config = strop.load_config(folder / "c.json", overrides={"training.max_steps": num_steps})
+    strop.train(config, resume="auto", allow_changes=True)
+    assert "going on from" in caplog.text
 
 
 def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -307,7 +316,7 @@ def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, model_dir: Path) -> None:
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     process = start(tmp_path, model_dir)
     run = tmp_path / "out" / "run"
     wait_for(lambda: any(run.glob("checkpoint-*/MANIFEST.json")), process)
@@ -315,21 +324,19 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, model_dir: Path) ->
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert "--resume" in said and "Traceback" not in said
-    process = start(tmp_path, model_dir, "--resume", "--allow-changes", "--max-steps", "20")
-    _, said = process.communicate(timeout=120)
-    assert "going on from" in said
+    go_on(tmp_path, 2, caplog)
 
 
-def test_kill_9_leaves_something_to_go_on_from(tmp_path: Path, model_dir: Path) -> None:
+def test_kill_9_leaves_something_to_go_on_from(
+    tmp_path: Path, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     process = start(tmp_path, model_dir)
     run = tmp_path / "out" / "run"
     wait_for(lambda: len(list(run.glob("checkpoint-*/MANIFEST.json"))) > 1, process)
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    process = start(tmp_path, model_dir, "--resume", "--allow-changes", "--max-steps", "2")
-    _, said = process.communicate(timeout=120)
-    assert "going on from" in said and process.returncode == 0, said
+    go_on(tmp_path, 2, caplog)
 
 
 @pytest.mark.parametrize(

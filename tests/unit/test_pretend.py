@@ -1,0 +1,38 @@
+"""What tests pretend is what the processes see that they start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pretend import PRETENDED
+
+CODE = """
+import sys
+from strop import machine
+assert "torch" not in sys.modules
+import torch
+from strop.policy import rates
+found = machine.processor()
+print(found.cores, found.name, rates.measured(torch.bfloat16))
+"""
+
+
+@pytest.mark.parametrize("name", ["plain", "bf16", "cores-8"])
+def test_started_processes_see_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STROP_TESTS_PRETEND", name)
+    chosen = PRETENDED[name]
+    assert chosen.processor is not None and chosen.multiplies is not None
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    expected = f"{chosen.processor.cores} pretended {chosen.multiplies.rates(torch.bfloat16)}"
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_none_is_put_in_place_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STROP_TESTS_PRETEND")
+    code = "from strop import machine; print(machine.processor().name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() != "pretended", done.stderr
