@@ -30,7 +30,7 @@ from strop.data.forms import (
 )
 from strop.data.marks import REASONING_KEYS, Span
 from strop.data.rows import RowRefused
-from strop.data.sandbox import NOW, bounded, variables
+from strop.data.sandbox import NOW, bounded, bounded_memory, variables
 from strop.data.template import choose_template, tokenizers_template
 from strop.data.writer import Ends, Writer
 from strop.errors import ConfigError
@@ -138,9 +138,16 @@ class Renderer:
         return isinstance(example.prompt, str) and (not self.wraps_text or not example.prompt)
 
     def unread_kwargs(self) -> list[str]:
-        """Names under `dataset.chat_template_kwargs` that no template of this tokenizer reads."""
+        """Names under `dataset.chat_template_kwargs` that no template of this tokenizer reads.
+
+        Raises:
+            ModelError: a template takes too much time or memory to be read.
+        """
+        if not self._rules.chat_template_kwargs:
+            return []
         templates = {self._template_for(None), self._template_for(({},))}
-        known = frozenset[str]().union(*map(variables, templates))
+        with bounded(self.chosen.name, 1), bounded_memory():
+            known = frozenset[str]().union(*map(variables, templates))
         return [name for name in self._rules.chat_template_kwargs if name not in known]
 
     def render(self, example: Example) -> tuple[Rendered, ...]:
@@ -168,8 +175,8 @@ class Renderer:
         own = example.template_kwargs or {}
         more = {**self._rules.chat_template_kwargs, **own, **self._special_tokens}
         writer = Writer(template, self._ends, more, example.tools, self._rules.date)
-        unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
         with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
+            unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
             openings: dict[Form, str | None] = {}
             rendered = tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
         if not unread:

@@ -131,15 +131,18 @@ def test_kills_in_the_export(
     tally.tell(num)
 
 
+ANSWERS: dict[RowShape, Callable[[int], dict[str, Any]]] = {
+    "single": lambda i: {"completion": "yes " * i},
+    "pair": lambda i: {"chosen": "yes " * i, "rejected": "no"},
+    "labelled": lambda i: {"completion": "yes " * i, "label": i % 2 == 0},
+    "group": lambda i: {"completions": ["yes " * i, "no"], "rewards": [1.0, 0.0]},
+}
+
+
 @few_or(150, few=20)
 @pytest.mark.parametrize("shape", sorted(SPLIT_FILES))
 def test_kills_of_prepare(shape: RowShape, num: int, record_property: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": f"question {i}", "chosen": "yes " * i, "rejected": "no"} for i in range(1, 100)]
-    if shape != "pair":
-        labels = [{"label": i % 2 == 0} if shape == "labelled" else {} for i in range(len(rows))]
-        rows = [
-            {"prompt": r["prompt"], "completion": r["chosen"], **label} for r, label in zip(rows, labels, strict=True)
-        ]
+    rows = [{"prompt": f"question {i}", **ANSWERS[shape](i)} for i in range(1, 100)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": 1}]))
     names = (*SPLIT_FILES[shape], "statistics.json", "rejected.jsonl")
 

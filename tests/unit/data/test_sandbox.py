@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,6 +47,23 @@ def test_a_template_that_takes_for_ever_is_stopped(
         Renderer(make_tokenizer(template=template + MESSAGES), TextRules("chat")).render(EXAMPLE)
     assert time.process_time() - started < 10
     assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+@unix
+@pytest.mark.parametrize("by_row", [False, True])
+def test_looking_for_the_variables_of_a_template_is_stopped(
+    by_row: bool, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    kwargs = {"enable_thinking": True}
+    renderer = Renderer(
+        make_tokenizer(template=FOLDED + MESSAGES), TextRules("chat", chat_template_kwargs={} if by_row else kwargs)
+    )
+    with pytest.raises(ModelError, match=r"the chat template takes more than 0\.3 seconds"):
+        if by_row:
+            renderer.render(replace(EXAMPLE, template_kwargs=kwargs))
+        else:
+            renderer.unread_kwargs()
 
 
 @linux
