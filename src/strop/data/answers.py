@@ -79,7 +79,7 @@ class Conversation:
         if self.blocks is None:
             self.answers = [self._closed_by_next_header(answer) for answer in self.answers]
         else:
-            self.answers = [replace(answer, is_history=False) for answer in self.answers]
+            self.answers = [replace(a, is_history=False) if a.is_history else a for a in self.answers]
 
     @property
     def contents(self) -> tuple[Content, ...]:
@@ -341,7 +341,7 @@ class Conversation:
         if answer.message == len(self._messages) - 1 and self._ends.stops_elsewhere:
             self.text = self.text[: answer.stop] + self._following_header()
         length = self._ends.next_header(self.text[answer.stop :])
-        return replace(answer, stop=answer.stop + length)
+        return replace(answer, stop=answer.stop + length) if length else answer
 
 
 def _is_looked_after(key: str, role: str) -> bool:
@@ -358,7 +358,9 @@ def _with_history(answers: Sequence[Answer]) -> list[Answer]:
     """The answers, where those that do not follow their generation prompt are history if others do follow theirs."""
     if not any(answer.as_generated for answer in answers):
         return list(answers)
-    return [replace(answer, is_history=answer.is_history or not answer.as_generated) for answer in answers]
+    return [
+        answer if answer.as_generated or answer.is_history else replace(answer, is_history=True) for answer in answers
+    ]
 
 
 def _num_common(one: str, other: str) -> int:

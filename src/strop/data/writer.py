@@ -35,6 +35,7 @@ class Ends:
         self.stops = frozenset({eos, *(str(tokenizer.convert_ids_to_tokens(token)) for token in known)})
         self.stops_elsewhere = bool(self.stops - {eos})
         self.controls = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._ends_of_answers = tuple(self.controls)
         longest_first = sorted(map(re.escape, self.controls), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or "(?!)")
 
@@ -62,7 +63,7 @@ class Ends:
 
     def is_closed(self, answer: str) -> bool:
         """Whether an answer ends with a control token."""
-        return answer.endswith(tuple(self.controls))
+        return answer.endswith(self._ends_of_answers)
 
     def next_header(self, behind: str) -> int:
         """How many characters behind an answer without an end token belong to it: those of the next turn's first token,
