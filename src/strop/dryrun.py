@@ -148,8 +148,8 @@ def _settle(
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
-    """One line a key that the run reads; `resolved` has the values and origins that the data decided (and only its own
-    model)."""
+    """One line per key that the run reads; `resolved` has the values and origins that the data decided (and only its
+    own model)."""
     decided = {key: value for key, value, _ in resolved.leaves()}
     rows, hidden = [], unread(config)
     for key, value, _ in config.leaves():

@@ -24,6 +24,7 @@ from strop.errors import ConfigError, DataError
 from strop.lengths import Sized
 from strop.modelrows import ModelRows
 from strop.objectives.base import MISMATCHED, Objective, build_objective
+from strop.plain import plain
 from strop.plan.budget import CPU_TOKENS, batch_budget, default_budget
 from strop.plan.cutting import cut
 from strop.plan.filling import filled_rows
@@ -85,7 +86,7 @@ class Prepared:
         made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
         own = training.groups_per_step != batch * accumulation
         what = "rows filled with groups" if training.packing else "groups"
-        yield f"effective batch: {training.groups_per_step} {what} a step{'' if own else made}"
+        yield f"effective batch: {training.groups_per_step} {what} per step{'' if own else made}"
         if training.packing:
             fill = int(lengths.num_tokens.sum()) / (plan.num_rows * training.max_seq_length)
             yield f"packing: {len(lengths)} groups in {plan.num_rows} rows, {100 * fill:.0f} % full"
@@ -93,7 +94,8 @@ class Prepared:
             yield "note: a step takes every row there is, so it is a whole epoch"
         steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
         epochs = steps / plan.steps_per_epoch
-        yield f"steps: {steps} ({plan.steps_per_epoch} an epoch, {epochs:.3g} epochs), {warmup} of them warm-up"
+        many = "1 epoch" if epochs == 1 else f"{plain(epochs)} epochs"
+        yield f"steps: {steps:,} ({plan.steps_per_epoch:,} per epoch, {many}), {warmup:,} of them warm-up"
         if warmup >= steps > 1:
             last = learning_rate(steps, steps, training)
             yield (
@@ -103,7 +105,7 @@ class Prepared:
         budget, sizes = self.budget, self.whole_epoch(tokens).work.tokens
         total = int(sizes.sum())
         yield (
-            f"tokens: {total:,} an epoch, in {len(sizes)} micro-batches of at most {budget:,}, "
+            f"tokens: {total:,} per epoch, in {len(sizes)} micro-batches of at most {budget:,}, "
             f"{100 * total / int(np.maximum(sizes, budget).sum()):.0f} % full"
         )
         if tokens is padded_tokens:
@@ -116,7 +118,7 @@ class Prepared:
             why = self.config.origins.get("training.gradient_checkpointing", "asked for")
             yield f"activations of {training.recomputed:.0%} of the layers are computed again on the way back ({why})"
         if MISMATCHED in self.objective.also:
-            yield f"mismatched completions: about {total:,} tokens more an epoch, scored without gradients"
+            yield f"mismatched completions: about {total:,} tokens more per epoch, scored without gradients"
         if self.objective.whole_step and len(sizes) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
         if (sync := self.objective.ref_sync) is not None:

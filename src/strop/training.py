@@ -16,7 +16,7 @@ from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.engine import checkpoint, final
 from strop.engine.checkpoint import Checkpoint
-from strop.engine.ending import Ending, RunResult
+from strop.engine.ending import Ending, RunResult, ending_of
 from strop.engine.environment import write_environment
 from strop.engine.loop import Loop
 from strop.engine.outputs import RunOutputs
@@ -87,9 +87,9 @@ def _train_model(
         Progress(quiet=_is_quiet(config, world)) as progress,
     ):
         done = final.finished(run) if resume else None
-        longer = done is not None and resume == "auto" and extends(done, config)
-        if longer:  # the old model stays until the new one is there
-            done = None
+        extended = None
+        if done and resume == "auto" and extends(done, config, num_steps := ending_of(run.path).num_steps):
+            done, extended = None, num_steps  # the old model stays until the new one is there
         if done:  # what can be seen at once; the rest below, as for a run that is not finished
             check_given(done, config, str(resume))
         saved = None if done else checkpoint_to_resume(run, resume)
@@ -100,7 +100,7 @@ def _train_model(
             if done:
                 return already_finished(done, session, run)
             if saved:
-                check_recipe(saved, session.config, session.made_from, allow_changes, longer=longer)
+                check_recipe(saved, session.config, session.made_from, allow_changes, extended=extended)
             _tell(model, session.final.describe())
             return _Run(session, run, progress, saved, allow_changes).whole()
 

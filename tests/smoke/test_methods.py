@@ -124,7 +124,7 @@ def test_what_is_scored_beside_completions_reaches_the_loss(
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("kto", {}, r"mismatched completions: about [\d,]+ tokens more an epoch"),
+        ("kto", {}, r"mismatched completions: about [\d,]+ tokens more per epoch"),
         ("kto", {"kto_loss": "apo_zero_unpaired"}, None),
         ("dpo", {"loss_type": "aot"}, "scored twice"),
         ("dpo", {"ref_sync_steps": 5}, "moves every 5 steps"),

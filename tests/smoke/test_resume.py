@@ -455,3 +455,17 @@ def test_a_finished_run_is_extended_by_epochs(tmp_path: Path, model_dir: Path) -
 
     once = run(1)
     assert run(3, "auto") == 3 * once
+
+
+def test_a_run_of_epochs_is_extended_by_steps(tmp_path: Path, model_dir: Path) -> None:
+    """Up to more steps than its epochs came to; as many or fewer extend nothing."""
+
+    def run(max_steps: int | None, resume: str | None = None) -> int:
+        keys = settings(tmp_path, model_dir, "sft", False, num_epochs=2, max_steps=max_steps)
+        return strop.train(strop.load_config(overrides=keys), resume=resume)[0].step
+
+    steps = run(None)
+    for as_many in (steps, steps - 1):
+        with pytest.raises(CheckpointError, match=f"max_steps: null then, {as_many} now"):
+            run(as_many, "auto")
+    assert run(steps + 1, "auto") == run(steps + 1, "auto") == steps + 1

@@ -395,7 +395,7 @@ def test_the_dry_run_knows_which_rows_there_will_be(
         dry_run(found.config)
         said = capsys.readouterr().out
         assert ("plain padded rows, prompts are not shared: attn_implementation is eager" in said) == bool(keys)
-        told.append(int(re.search(r"tokens: ([\d,]+) an epoch", said)[1].replace(",", "")))  # type: ignore[index]
+        told.append(int(re.search(r"tokens: ([\d,]+) per epoch", said)[1].replace(",", "")))  # type: ignore[index]
         policy = build_policy(found.config, found.model, torch.device("cpu"))
         rows = packed_tokens if policy.share_prefix else padded_tokens
         assert planned_rows(found.model) is rows

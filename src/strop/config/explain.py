@@ -21,7 +21,7 @@ from strop.config.schema import SECTIONS, Key, key_at
 from strop.config.section import Section, SectionError
 from strop.config.sections import ModelSection
 from strop.config.yamlfile import KeyPath, dotted, scalar, write_value
-from strop.errors import ConfigError
+from strop.errors import ConfigError, first_line
 from strop.redact import redact
 
 Places = Mapping[KeyPath, str]
@@ -132,6 +132,8 @@ def _single(detail: ErrorDetails, path: KeyPath, data: Mapping[str, Any], places
     if path == ("models",) or (kind == "missing" and path[:1] == ("models",)):
         return _models(kind, path, detail["input"], where, places)
     value = value_at(data, path, detail["input"])
+    if key is None and (cause := detail.get("ctx", {}).get("error")) is not None:  # what a check did not foresee
+        return ConfigError(f"{dotted(path)} cannot be checked: {first_line(cause)}", where=where)
     if key is None:  # a section that is not a section
         keys = ", ".join(list(SECTIONS.get(str(path[0]), ()))[:4])
         return ConfigError(f"{dotted(path)} is {shown(value)}", where=where, expected=f"keys and values ({keys}, ...)")

@@ -24,6 +24,8 @@ def unsafe_folder(key: str, text: str) -> Iterator[Problem]:
     try:
         home = Path("~").expanduser().resolve()
         real = Path(text).expanduser().resolve()
+    except UnicodeEncodeError:
+        return  # said already
     except (OSError, RuntimeError) as error:  # a loop of links, a home that nobody has
         yield Problem((key,), f"{key} is {text!r}, which cannot be followed: {error}", expected)
         return

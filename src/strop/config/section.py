@@ -7,6 +7,7 @@ keys are said by `problems`, all at once, so that a user sees every mistake in o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, get_args
@@ -16,6 +17,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 from strop.redact import redact
 
 LARGEST_INT = 2**63 - 1
+PATHS = frozenset(
+    {"output_dir", "mount_dir", "logging_dir", "train_file", "val_file", "splits_dir", "template", "name"}
+    | {"huggingface_id", "adapter", "ref_model_id", "resume_from_checkpoint"}
+)
+"""Keys of any section whose value is or can be a path."""
+NO_UTF8 = "its locale knows no UTF-8"
+WITH_UTF8 = (
+    "a locale with UTF-8, such as C.UTF-8",
+    "start strop with PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +123,11 @@ def _unusable(name: str, value: Any) -> Iterator[Problem]:
         elif not item.strip():
             yield Problem((name,), f"{name} is empty", fix=f"write a value, or remove {name}")
         elif any("\udc80" <= c <= "\udcff" for c in item):  # how Python keeps bytes that it could not decode
-            yield Problem(
-                (name,),
-                f"{name} holds letters that this process cannot read: its locale knows no UTF-8",
-                "a locale with UTF-8, such as C.UTF-8",
-                "start strop with PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment",
-            )
+            yield Problem((name,), f"{name} holds letters that this process cannot read: {NO_UTF8}", *WITH_UTF8)
         elif "\0" in item or any("\ud800" <= c <= "\udfff" for c in item):
             yield Problem((name,), f"{name} holds a NUL or half a surrogate pair", "plain text")
+        elif name in PATHS and not _can_be_path(item):
+            yield Problem((name,), f"{name} is {item!r}, which cannot be a path in this process: {NO_UTF8}", *WITH_UTF8)
         elif redact(item) != item:
             yield Problem(
                 (name,),
@@ -129,6 +137,14 @@ def _unusable(name: str, value: Any) -> Iterator[Problem]:
             )
         elif "${" in item:
             yield Problem((name,), f"{name} holds ${{...}}; variables are not replaced here", fix="write the value")
+
+
+def _can_be_path(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _items(value: Any) -> Iterator[Any]:

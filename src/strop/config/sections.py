@@ -121,7 +121,7 @@ class TrainingSection(Section):
     """The recipe of the run."""
 
     output_dir: str = "./outputs"
-    """Run folders are made here, one a model: {output_dir}/{model name}/."""
+    """Run folders are made here, one per model: {output_dir}/{model name}/."""
     num_epochs: int = Field(default=1, gt=0)
     """Passes over the training rows."""
     max_steps: int | None = Field(default=None, gt=0)

@@ -348,7 +348,7 @@ class _Reader:
         if isinstance(tools, list | tuple):
             tools = [parsed(tool, f"tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(tools)]
         if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise wrong_type("tools", tools, "a list of objects, one a tool")
+            raise wrong_type("tools", tools, "a list of objects, one per tool")
         return tuple(tools)
 
     def template_kwargs(self) -> Mapping[str, Any] | None:

@@ -107,23 +107,24 @@ class DataReport:
         }
 
     def lines(self) -> list[str]:
-        """What a person should know, in words: one line a split, and one for each thing that was lost or changed."""
+        """What a person should know, in words: one line per split, and one for each thing that was lost or changed."""
         how = self.rendering
-        lines = [f"text: {how.num_chat} rows by the {how.template} chat template"] if how.num_chat else []
-        lines += [f"text: {how.num_raw} rows as they are, by no template"] if how.num_raw else []
+        lines = [f"text: {how.num_chat:,} rows by the {how.template} chat template"] if how.num_chat else []
+        lines += [f"text: {how.num_raw:,} rows as they are, by no template"] if how.num_raw else []
         lines += [f"text: the template prints the day, {how.date} (dataset.date)"] if how.date else []
         for name, c in self.splits.items():
             tokens = self.statistics[name]["tokens"]
-            lines.append(f"{name}: {c.kept} of {c.rows_read} rows from {c.source}, {tokens['trained']} trained tokens")
+            kept = f"{c.kept:,} of {c.rows_read:,} rows from {c.source}"
+            lines.append(f"{name}: {kept}, {tokens['trained']:,} trained tokens")
             lines += [f"{name}: {words}" for words in self._lengths(name)]
-            lines += [f"{name}: {n} rows refused: {reason}" for reason, n in c.refused.most_common()]
-            lines += [f"{name}: {n} rows dropped: {reason}" for reason, n in c.dropped.most_common()]
+            lines += [f"{name}: {n:,} rows refused: {reason}" for reason, n in c.refused.most_common()]
+            lines += [f"{name}: {n:,} rows dropped: {reason}" for reason, n in c.dropped.most_common()]
             notes = {
                 "blank lines": c.blank_lines,
                 "rows not used, by the fraction of their source or max_eval_samples": c.not_used,
                 **{words: c.changes[name] for name, words in COUNTERS.items() if words},
             }
-            lines += [f"{name}: {n} {what}" for what, n in notes.items() if n]
+            lines += [f"{name}: {n:,} {what}" for what, n in notes.items() if n]
             lines += [f"{name}: {words}" for words in self._cut(name)]
             lines += [f"{name}: {sentence}" for sentence in self.findings[name].sentences()]
         return lines
@@ -134,13 +135,13 @@ class DataReport:
         if num_cut := changes["completions_cut"]:
             share = num_cut / self.statistics[name]["num_completions"]
             yield (
-                f"{num_cut} completions ({share:.1%}) cut at the right: raise training.max_seq_length "
+                f"{num_cut:,} completions ({share:.1%}) cut at the right: raise training.max_seq_length "
                 "(and max_completion_length), or leave such rows out by dataset.filter_overlength_samples: true"
             )
         if num_open := changes["without_end_token"]:
             yield (
-                f"{num_open} completions without an end token after the cut: the model does not learn from them where "
-                "to stop"
+                f"{num_open:,} completions without an end token after the cut: the model does not learn from them "
+                "where to stop"
             )
 
     def _lengths(self, name: str) -> Iterator[str]:
@@ -149,12 +150,12 @@ class DataReport:
         if not lengths["total"]:
             return
         parts = [
-            f"{part} " + " / ".join(str(summary[p]) for p in ("p50", "p90", "p99", "max"))
+            f"{part} " + " / ".join(f"{summary[p]:,}" for p in ("p50", "p90", "p99", "max"))
             for part, summary in lengths.items()
         ]
         yield f"tokens (median / 90 % / 99 % / most): {', '.join(parts)}"
         if tokens["saved_by_prefix_sharing"]:
-            yield f"shared prompts save {100 * tokens['saved_by_prefix_sharing']:.0f} % of {tokens['plain']} tokens"
+            yield f"shared prompts save {100 * tokens['saved_by_prefix_sharing']:.0f} % of {tokens['plain']:,} tokens"
 
 
 def group_statistics(groups: Groups) -> dict[str, Any]:

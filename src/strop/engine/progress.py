@@ -1,8 +1,8 @@
 """What the terminal shows of a run, and what a person there can say to it. Floor 3.
 
-In: tasks with a total, steps with a few numbers, records, notes. Out: on standard error, a live bar a task where that
-is a terminal, with log lines and notes above it; plain lines elsewhere, one a record. Showing costs a step some ten
-microseconds: the bar is drawn by a thread, four times a second at most.
+In: tasks with a total, steps with a few numbers, records, notes. Out: on standard error, a live bar per task where
+that is a terminal, with log lines and notes above it; plain lines elsewhere, one per record. Showing costs a step some
+ten microseconds: the bar is drawn by a thread, four times a second at most.
 """
 
 from __future__ import annotations

@@ -79,15 +79,18 @@ LENGTH = ("training.max_steps", "training.num_epochs")
 """Settings that a finished run can be extended by."""
 
 
-def extends(done: Checkpoint, config: RunConfig) -> bool:
-    """Whether a longer run is asked for than the finished one was."""
+def extends(done: Checkpoint, config: RunConfig, num_steps: int) -> bool:
+    """Whether a longer run is asked for than the finished one was, which had `num_steps`."""
     before, now = done.state["recipe"], recipe_of(config)
     changed = [key for key in LENGTH if before.get(key) != now[key] and not _is_default(config, key)]
-    return bool(changed) and all(_is_raised(before.get(key), now[key]) for key in changed)
+    return bool(changed) and all(_is_raised(before.get(key), now[key], num_steps) for key in changed)
 
 
-def _is_raised(before: Any, now: Any) -> bool:
-    return before is not None and now is not None and now >= before
+def _is_raised(before: int | None, now: int | None, num_steps: int) -> bool:
+    """before: null where epochs decided; then a limit of steps is longer than the `num_steps` that they came to."""
+    if now is None:
+        return False
+    return now > num_steps if before is None else now >= before
 
 
 def _is_default(config: RunConfig, key: str) -> bool:
@@ -100,17 +103,17 @@ def check_recipe(
     made_from: Mapping[str, str],
     allow_changes: bool,
     *,
-    longer: bool = False,
+    extended: int | None = None,
 ) -> None:
-    """Compare this run with the one that wrote `checkpoint`. made_from: hashes by the names of `MADE_FROM`. longer: a
-    finished run is extended, so its length may be raised.
+    """Compare this run with the one that wrote `checkpoint`. made_from: hashes by the names of `MADE_FROM`. extended:
+    the steps of the finished run that is extended, so its length may be raised; None: it was not finished.
 
     Raises:
         CheckpointError: a setting, the data or the weights differ; every difference is listed. With `allow_changes`
             they are only said, and the run's new config.yaml and data.json record them.
     """
     before, now = dict(checkpoint.state["recipe"]), recipe_of(config)
-    raised = [key for key in LENGTH if longer and _is_raised(before.get(key), now[key])]
+    raised = [key for key in LENGTH if extended is not None and _is_raised(before.get(key), now[key], extended)]
     if changes := _differences(_only(before, set(raised)), _only(now, set(raised))):
         log.info(
             "the finished run is extended (%s): after step %d the learning rate goes on as in a run of the new length",
@@ -192,7 +195,11 @@ def _only(recipe: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     missing = "absent"
     return [
-        f"{key}: {before.get(key, missing)} then, {now.get(key, missing)} now"
+        f"{key}: {_shown(before.get(key, missing))} then, {_shown(now.get(key, missing))} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key, missing) != now.get(key, missing)
     ]
+
+
+def _shown(value: Any) -> Any:
+    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else value

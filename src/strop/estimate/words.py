@@ -26,7 +26,7 @@ from strop.prepared import Prepared
 
 LEFT_OUT = (
     "the estimate leaves out: reading the data, the reference's pass before the first step, its log-probs (on the "
-    "CPU, 4 bytes a scored token and 0.6 kB a completion) and the model of ref_model_id, evaluations, "
+    "CPU, 4 bytes per scored token and 0.6 kB per completion) and the model of ref_model_id, evaluations, "
     "checkpoints, what a GPU's allocator leaves unused, modules_to_save, what layers that keep their own forward hold "
     "more than fused ones do (norms and MLPs of other kinds, eager attention), and in TFLOP/s and in the time on a GPU "
     "the products of a mixture's experts"
@@ -72,12 +72,16 @@ class Estimate:
         if self.steps is not None:
             mean = float(self.steps.mean())
             yield (
-                f"predicted time: {plain(mean)} s a step, {plain(float(self.steps.max()))} s the longest, "
+                f"predicted time: {_step(mean)} per step, {_step(float(self.steps.max()))} the longest, "
                 f"{duration(mean * self.num_steps)} for all {self.num_steps} "
                 f"({plain(self.flops / mean / 1e12)} TFLOP/s; {self.source})"
             )
         elif self.source:
             yield f"no prediction of time: {self.source}"
+
+
+def _step(seconds: float) -> str:
+    return f"{plain(seconds)} s" if seconds >= 1e-3 else "under 0.001 s"
 
 
 def estimate(

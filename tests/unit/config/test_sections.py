@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from strop.config import (
 )
 from strop.config.methods import NEUTRAL
 from strop.config.schema import KEYS
+from strop.config.section import PATHS
 from strop.errors import ConfigError
 
 ONE = (ModelSection(huggingface_id="org/model"),)
@@ -260,3 +265,46 @@ def test_bytes_that_the_locale_cannot_read_are_said_so() -> None:
     undecoded = "runs/größe".encode().decode("ascii", "surrogateescape")  # as Python takes an argument in such a locale
     said = refused(TrainingSection, output_dir=undecoded)
     assert "its locale knows no UTF-8" in said and "PYTHONUTF8=1" in said
+
+
+def in_ascii(code: str) -> str:
+    """What a process prints whose locale knows no UTF-8."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere paths are UTF-8 whatever the locale is")
+def test_a_file_is_read_as_utf8_and_its_paths_are_refused_where_the_locale_has_no_such_letters(tmp_path: Path) -> None:
+    """Every key that can be a path, with file and line; texts that are no paths hold what they like."""
+    homes = {"huggingface_id": "models", "adapter": "models", "ref_model_id": "post_training"}
+    homes |= {"resume_from_checkpoint": "finetuning", "logging_dir": "logging"}
+    homes |= dict.fromkeys(("output_dir", "mount_dir"), "training")
+    lines = []
+    for key in sorted(PATHS - {"huggingface_id", "adapter"}):
+        lines += [
+            f"{homes.get(key, 'dataset')}:",
+            f"  {key}: größe",
+            *["  method: dpo"][: key == "ref_model_id"],
+            "---",
+        ]
+    lines += ["models:", "  - huggingface_id: größe", "    adapter: größe"]
+    told = in_ascii(
+        f"""
+from strop.config import load_config
+from strop.errors import ConfigError
+for text in {chr(10).join(lines)!a}.split("\\n---\\n"):
+    with open({str(tmp_path / "c.yaml")!r}, "wb") as file:
+        file.write((text + "\\n").encode())
+    try:
+        load_config({str(tmp_path / "c.yaml")!r})
+    except ConfigError as error:
+        print(str(error).encode("ascii", "backslashreplace").decode())
+config = load_config(overrides={{"models.0.huggingface_id": "m", "dataset.prompt_column": "gr\\xf6\\xdfe"}})
+print(ascii(config.dataset.prompt_column))
+"""
+    )
+    for key in PATHS:
+        assert re.search(rf"c\.yaml:\d: \S*{key} is 'gr\\xf6\\xdfe', which cannot be a path in this process", told), key
+    assert told.count("PYTHONUTF8=1") >= len(PATHS) and told.endswith("'gr\\xf6\\xdfe'\n")

@@ -157,7 +157,10 @@ def test_b3_sharegpt(load: Make) -> None:
     assert load([{"conversations": turns}], "single") == [("b\n\nUser: q\n\nAssistant:", " x</s>")]
     answers = {"chosen": {"from": "gpt", "value": "x"}, "rejected": {"from": "gpt", "value": "y"}}
     pair = {"conversations": turns[:2], **answers}
-    assert load([pair], "pair") == [("b\n\nUser: q\n\nAssistant:", " x</s>", " y</s>")]
+    read = [("b\n\nUser: q\n\nAssistant:", " x</s>", " y</s>")]
+    assert load([pair], "pair") == read
+    for name in ("conversations", "question"):  # a name for the prompt that other files have changes nothing
+        assert load([pair], "pair", prompt_column=name) == read
     for broken in ({"from": "nobody", "value": "q"}, {"value": "q"}, {"from": "function_call", "value": "{"}):
         with pytest.raises(DataError):
             load([{"conversations": [broken]}], "single")
