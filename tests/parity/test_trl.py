@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import strop
 from scored import ref_columns
+from strop.columns import NO_COLUMNS
 from strop.config import RunConfig
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
@@ -94,8 +95,8 @@ def ours(config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
     policy = build_policy(config, config.models[0], torch.device("cpu"))
     groups = [prepared.data.train[i] for i in prepared.plan.groups(1)]
     objective = build_objective(config.post_training)
-    refs = reference_logps(policy, [groups]) if objective.needs_reference else None
-    forward_backward(policy, objective, [policy.collate(groups, ref_columns(refs), objective.reads & policy.SUPPLIES)])
+    columns = ref_columns(reference_logps(policy, [groups])) if objective.needs_reference else NO_COLUMNS
+    forward_backward(policy, objective, [policy.collate(groups, columns, objective.reads & policy.SUPPLIES)])
     return losses, {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
 
 
