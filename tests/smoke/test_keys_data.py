@@ -116,6 +116,13 @@ def test_dataset__template(runs: Any) -> None:
     assert run.data["rendering"]["template"] == "zephyr"
 
 
+def test_dataset__chat_template_kwargs(runs: Any, tmp_path: Path) -> None:
+    template = tmp_path / "named.jinja"
+    template.write_text("{{ assistant }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    prepared = runs.prepare({"template": str(template), "dataset.chat_template_kwargs": {"assistant": "helper: "}})
+    assert prepared.tokenizer.decode(prepared.data.train[0].prompt_ids).startswith("helper: ")
+
+
 def test_dataset__streaming(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()

@@ -63,7 +63,7 @@ def test_a_real_file_loads(
     )
     assert cli.main(["train", "--config", str(config), *flags, "--dry-run", "--no-time"]) == 0
     shown = capsys.readouterr().out
-    assert f"train: {len(good)} of {len(rows)} rows" in shown, shown
+    assert f"train: {len(good):,} of {len(rows):,} rows" in shown, shown
     # the same rows by the other road, into split files
     out = tmp_path / "splits"
     columns = [flag for flag in flags if flag in ("--completion-column", "answer")]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop.batch import Scores, Unit
+from strop.batch import Scores
+from strop.columns import Unit, groups
 from strop.config import RunConfig, load_config, resolve
 from strop.config.methods import MethodSettings
 from strop.data.formats import Columns, to_example
@@ -49,7 +50,7 @@ class Plain(Objective[PlainSettings]):
 
     @property
     def units(self) -> Mapping[str, Unit]:
-        return {"likelihood": "groups"}
+        return {"likelihood": groups}
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
         group_of = scores.group_index
@@ -57,7 +58,7 @@ class Plain(Objective[PlainSettings]):
         return {"likelihood": -(scores.sums(scores.logps) * (1 + place)).sum()}
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
-        return {"answers": (float(scores.num_completions), scores.num_groups)}
+        return {"answers": (float(scores.structure.num_completions), scores.structure.num_groups)}
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_a_step_is_the_same_however_it_is_cut(prepared: Prepared) -> None:
         policy.zero_grad()
         batches = [policy.collate([groups[i] for i in part]) for part in parts]
         result = forward_backward(policy, prepared.objective, batches)
-        losses.append(result.loss)
+        losses.append(result.fetch().loss)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
     expected = 0.0
     with policy.scoring():
