@@ -24,7 +24,7 @@ import strop
 from strop.columns import Columns
 from strop.config import RunConfig
 from strop.engine.evaluate import evaluate
-from strop.engine.source import Cut, GroupSet, Part, batches_of
+from strop.engine.source import Cut, GroupSet, Part
 from strop.plan.budget import default_budget
 from strop.plan.tokens import packed_tokens
 from strop.policy.build import build_policy
@@ -85,7 +85,7 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
         groups = replace(groups, columns={"ref_logps": ref_logps})
     policy = build_policy(config, config.models[0], device)
     with policy.scoring():
-        result = evaluate(policy, prepared.objective, batches_of(groups, policy, parts)).fetch()
+        result = evaluate(policy, prepared.objective, (groups.batch(policy, part) for part in parts)).fetch()
     found = {name: total / count for name, (total, count) in result.metrics.items() if "rewards" in name}
     row = {"side": side, "stage": stage, "loss": result.loss, **found, "seconds": round(seconds, 1)}
     print("RESULT " + json.dumps(row), flush=True)

@@ -10,7 +10,7 @@ the result of a step; the cut is the hardware's and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -144,8 +144,3 @@ class MicroBatches:
     def num_tokens(self) -> int:
         """Tokens that this process feeds to the model, padding left out."""
         return sum(batch.num_tokens for some in (self.batches, *self.also.values()) for batch in some)
-
-
-def batches_of(groups: GroupSet, policy: Policy, parts: Sequence[Part]) -> Iterator[Batch]:
-    """The micro-batches of these parts, made as they are asked for."""
-    return (groups.batch(policy, part) for part in parts)

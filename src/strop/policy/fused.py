@@ -18,6 +18,7 @@ own forward does. MLPs and norms are recognised by their parts, so each is compa
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -100,7 +101,7 @@ class SharedInput:
         self._input, self._outputs = None, {}
 
 
-class Fused:
+class Fused(ABC):
     """Another forward of a module, for calls with one tensor and nothing else; any other call takes the module's own,
     which may mean something by what else it is given (a gate, a mask)."""
 
@@ -116,9 +117,9 @@ class Fused:
         """Whether the module is as it was when it was fused."""
         return True
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The fused forward."""
-        raise NotImplementedError
 
 
 class FusedLinear(Fused):
