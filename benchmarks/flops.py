@@ -52,7 +52,7 @@ def matmul_rates(seconds: float = 1.0) -> dict[str, float]:
     machine has for it: strop's; torch's and oneDNN's, in 16 bits where oneDNN can: torch's own loops take a minute."""
     import torch
 
-    from strop.policy.matmul import linear
+    from strop.policy.kernels.matmul import linear
 
     def by_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")

@@ -119,15 +119,16 @@ def strop_side(folder: Path, case: Case, side: str, out: Path) -> Measured:
 
     import strop
     from strop.engine.loop import Loop
-    from strop.policy import build, rates
+    from strop.policy import build
+    from strop.policy.kernels import product_rates
     from strop.session import Session
 
     if side == "denormal":
         build.flush_denormals = lambda: None
     if side == "widened":
-        found = rates.ways_of_run
+        found = product_rates.ways_of_run
         low = {f"bfloat16 {kind}": "widened" for kind in ("linear", "batched")}
-        rates.ways_of_run = lambda *asked: {**found(*asked), **low}
+        product_rates.ways_of_run = lambda *asked: {**found(*asked), **low}
     if side == "fp32":
         case = replace(case, bf16=False)
 

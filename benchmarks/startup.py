@@ -32,8 +32,8 @@ def _made_up(rows: int) -> Iterator[tuple[str, Any]]:
     import random
     from array import array
 
-    from strop.data.table import Record, to_table
-    from strop.data.workshop import Worked
+    from strop.data.store.records import Worked
+    from strop.data.store.table import Record, to_table
     from strop.types import Completion, Group, Origin
 
     draw = random.Random(0)

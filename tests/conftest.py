@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pretend import EMULATES, PRETENDED
 from strop import machine
-from strop.policy import rates
-from strop.policy.denormals import flush_denormals
+from strop.policy.kernels import product_rates
+from strop.policy.kernels.denormals import flush_denormals
 
 # a busy machine is no failure
 hypothesis.settings.register_profile("strop", deadline=None)
@@ -55,7 +55,7 @@ def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
         if chosen.processor is not None:
             patch.setattr(machine, "processor", lambda: chosen.processor)
         if chosen.multiplies is not None:
-            patch.setattr(rates, "measured", chosen.multiplies.rates)
+            patch.setattr(product_rates, "measured", chosen.multiplies.rates)
         yield
 
 
@@ -65,7 +65,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     does."""
 
     def put(**changes: float) -> None:
-        monkeypatch.setattr(rates, "measured", replace(EMULATES, **changes).rates)
+        monkeypatch.setattr(product_rates, "measured", replace(EMULATES, **changes).rates)
 
     return put
 

@@ -25,7 +25,7 @@ from strop.machine import Processor
 if TYPE_CHECKING:
     import torch
 
-    from strop.policy.rates import Rates
+    from strop.policy.kernels.product_rates import Rates
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD_NAME = "ein Ordner mit Ümläuten, 100 % 'so'"
@@ -42,7 +42,7 @@ class Multiplies:
     onednn: float
 
     def rates(self, dtype: torch.dtype) -> Rates:
-        """What `strop.policy.rates.measured` answers there."""
+        """What `strop.policy.kernels.product_rates.measured` answers there."""
         import torch
 
         if dtype == torch.float32:
@@ -96,10 +96,10 @@ the locale's then, is an error."""
 
 
 def put_into(module: ModuleType, chosen: Surroundings) -> None:
-    """The pretended processor in place of this computer's, in `strop.machine` or `strop.policy.rates`."""
+    """The pretended processor in place of this computer's, in `strop.machine` or `kernels.product_rates`."""
     if module.__name__ == "strop.machine" and chosen.processor is not None:
         module.processor = lambda: chosen.processor  # type: ignore[attr-defined]
-    if module.__name__ == "strop.policy.rates" and chosen.multiplies is not None:
+    if module.__name__ == "strop.policy.kernels.product_rates" and chosen.multiplies is not None:
         module.measured = chosen.multiplies.rates  # type: ignore[attr-defined]
 
 

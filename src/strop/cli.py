@@ -257,7 +257,7 @@ def _demo(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     from strop.config.methods import METHODS
-    from strop.data.prepare import HELP, prepare
+    from strop.data.split_files import HELP, prepare
 
     if any(token in ("-h", "--help") for token in arguments):
         return _print(HELP)

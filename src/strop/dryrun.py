@@ -20,12 +20,12 @@ from strop.config import ModelSection, RunConfig, resolve
 from strop.config.read import unread
 from strop.config.yamlfile import write_value
 from strop.data.load import LoadedData
-from strop.data.show import SeenRow, odd_groups, show_group
-from strop.distributed import pick_device
+from strop.data.text.show import SeenRow, odd_groups, show_group
+from strop.device import pick_device
 from strop.errors import ConfigError
 from strop.machine import Machine, machine_named, machine_of
 from strop.modelrows import ModelRows
-from strop.policy.folder import has_weights, source_of
+from strop.policy.model.folder import has_weights, source_of
 from strop.preflight import run_folder, select_models
 from strop.rundir import RunDir
 from strop.terminal import escaped
@@ -127,7 +127,7 @@ def _settle(
     say: Callable[[str], None],
 ) -> Settled:
     """Settles the run, and says what it will be and need."""
-    from strop.policy.outline import reason_for_plain_rows
+    from strop.policy.model.from_config import reason_for_plain_rows
     from strop.session import Session
 
     with Session(config, model, None, machine=machine, read=read) as session:

@@ -60,7 +60,7 @@ class Processor:
 
 def processor() -> Processor:
     """This computer's. Every decision that depends on the processor asks `machine.processor()` at the time, so that
-    tests can put another one in its place; how fast it multiplies is measured (policy/rates.py)."""
+    tests can put another one in its place; how fast it multiplies is measured (policy/kernels/product_rates.py)."""
     return _found_processor()
 
 

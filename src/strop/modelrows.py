@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig, of_model
 from strop.config.sections import ModelSection
-from strop.data.day import with_day
 from strop.data.load import LoadedData, load_data
-from strop.data.show import SeenRow, first_row, left_out
-from strop.policy.generation import stop_tokens
-from strop.policy.load import load_tokenizer
+from strop.data.text.date import with_day
+from strop.data.text.show import SeenRow, first_row, left_out
+from strop.policy.model.generation import stop_tokens
+from strop.policy.model.load import load_tokenizer
 from strop.types import Origin
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from strop.config import DatasetSection, RunConfig
 from strop.config.sections import ModelSection
-from strop.data.formats import Columns, to_example
-from strop.data.readers import file_kind
-from strop.data.rows import Row, RowRefused
-from strop.data.sources import Source, choose_sources
+from strop.data.read.files import file_kind
+from strop.data.read.row import Row, RowRefused
+from strop.data.read.sources import Source, choose_sources
+from strop.data.shapes.examples import Columns, to_example
 from strop.errors import CheckpointError, ConfigError, StropError
-from strop.policy.folder import check_adapter, check_files
+from strop.policy.model.folder import check_adapter, check_files
 from strop.types import RowShape
 
 ROWS = 8

@@ -24,15 +24,15 @@ from strop.errors import ConfigError, DataError
 from strop.lengths import Sized
 from strop.modelrows import ModelRows
 from strop.objectives.base import MISMATCHED, Objective, build_objective
-from strop.plain import plain
 from strop.plan.budget import CPU_TOKENS, batch_budget, default_budget
 from strop.plan.cutting import cut
 from strop.plan.filling import filled_rows
 from strop.plan.order import Plan
 from strop.plan.tokens import RowTokens, padded_tokens
 from strop.plan.work import EpochWork
-from strop.policy.outline import CannotBuildError, empty_model
+from strop.policy.model.from_config import CannotBuildError, empty_model
 from strop.policy.reference import check_reference
+from strop.readable import plain
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData
 from strop.data.mismatch import Mismatched
-from strop.distributed import pick_device
+from strop.device import pick_device
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.loop import Cuts
-from strop.engine.memory import explaining_memory
 from strop.engine.offline import OfflineSource
+from strop.engine.out_of_memory import explaining_memory
 from strop.engine.progress import Progress
-from strop.engine.reference import scored
+from strop.engine.reference_logps import scored
 from strop.engine.source import Cut, GroupSet
 from strop.errors import StropError, TrainingError
 from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
@@ -42,13 +42,13 @@ from strop.modelrows import ModelRows
 from strop.objectives.base import MISMATCHED
 from strop.plan.budget import default_budget
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
-from strop.policy import rates
 from strop.policy.build import build_policy
-from strop.policy.identity import configuration_hash
+from strop.policy.kernels import product_rates
+from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
-from strop.policy.store import ReferenceStore
+from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
 from strop.world import World
 
@@ -317,5 +317,5 @@ def _one_way(precision: Precision, world: World, resumed: Checkpoint | None) -> 
     """Inside, products on a CPU go one way, that of the run that is gone on from, and the same in every process."""
     if world.device.type != "cpu":
         return nullcontext()
-    ways = rates.ways_of_run(precision.compute, resumed.state.get("products") if resumed else None)
-    return rates.taking(world.broadcast(ways))
+    ways = product_rates.ways_of_run(precision.compute, resumed.state.get("products") if resumed else None)
+    return product_rates.taking(world.broadcast(ways))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from strop import disk
-from strop.data.table import Groups
+from strop.data.store.table import Groups
 from strop.disk import in_words
 from strop.engine.optim import state_bytes
 from strop.errors import SaveError
-from strop.policy.load import model_config
-from strop.policy.outline import CannotBuildError, shape_of
+from strop.policy.model.from_config import CannotBuildError, shape_of
+from strop.policy.model.load import model_config
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
 from strop.types import Group

@@ -26,8 +26,8 @@ from strop.engine.state import TrainState
 from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, Interrupted
 from strop.estimate import LEFT_OUT
-from strop.policy import rates
-from strop.policy.generation import trained_ends
+from strop.policy.kernels import product_rates
+from strop.policy.model.generation import trained_ends
 from strop.preflight import check, run_folder, select_models
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
 from strop.rundir import RESULT, RunDir
@@ -221,7 +221,7 @@ class _Run:
         """What is known of a run before its first step."""
         config, data = self.session.config, self.session.prepared.data
         self.run.write_text("config.yaml", to_yaml(config))
-        write_environment(self.run, self.saved, seed=config.seed, products=rates.record())
+        write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record())
         self.run.write_json("data.json", data.report.as_dict())
         if data.rejected:
             self.run.write_lines("rejected.jsonl", data.rejected)

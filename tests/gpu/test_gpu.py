@@ -21,12 +21,12 @@ from conftest import build_model
 from strop.batch import Batch, GroupSpan, pack, pad
 from strop.config.sections import ModelSection
 from strop.machine import machine_of
-from strop.policy.attention import KERNELS, AttentionPlan, Scoring, best_kernel, dense_mask
 from strop.policy.build import assemble
 from strop.policy.checkpointing import checkpoint_layers
-from strop.policy.load import LoadedModel
-from strop.policy.logits import LogitTransform
-from strop.policy.logprobs import naive_token_logps, token_logps
+from strop.policy.kernels.attention import KERNELS, AttentionPlan, Scoring, best_kernel, dense_mask
+from strop.policy.kernels.logprobs import naive_token_logps, token_logps
+from strop.policy.model.load import LoadedModel
+from strop.policy.model.logit_transform import LogitTransform
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.types import Completion, Group, Origin

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 NAME = os.environ.get("STROP_TESTS_PRETEND")
-WANTED = ("strop.machine", "strop.policy.rates")
+WANTED = ("strop.machine", "strop.policy.kernels.product_rates")
 
 
 class _ThenPretend(Loader):

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from strop.batch import pack, pad
 from strop.config.sections import ModelSection
-from strop.policy import sharing
+from strop.policy import prefix_sharing
 from strop.policy.build import assemble
 from strop.policy.checkpointing import checkpoint_layers
-from strop.policy.load import LoadedModel
+from strop.policy.model.load import LoadedModel
+from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
-from strop.policy.silence import silence_config, silence_modules
 from strop.types import Completion, Group, Origin
 
 VOCABULARY = 97
@@ -215,7 +215,9 @@ def assert_same(
         assert (got[1][name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01 * size), name
 
 
-@pytest.mark.parametrize(("kind", "changes"), [*((kind, None) for kind in sorted(sharing.ARCHITECTURES)), *VARIANTS])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [*((kind, None) for kind in sorted(prefix_sharing.ARCHITECTURES)), *VARIANTS]
+)
 def test_layouts_agree(kind: str, changes: Mapping[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(kind, monkeypatch, changes=changes)
     assert policy.share_prefix, policy.plain_reason

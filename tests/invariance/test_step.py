@@ -26,7 +26,7 @@ from strop.objectives.base import Objective, build_objective
 from strop.plan.cutting import cut
 from strop.plan.tokens import packed_tokens
 from strop.policy.build import assemble
-from strop.policy.load import LoadedModel
+from strop.policy.model.load import LoadedModel
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.types import Completion, Group, Origin

@@ -12,8 +12,8 @@ from oracle.contract import EMPTY_THOUGHT, REASONING, Expected, NotRenderedError
 from oracle.conversations import CONVERSATIONS
 from oracle.families import Family, family
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
-from strop.data.rows import Row
-from strop.data.workshop import Workshop
+from strop.data.read.row import Row
+from strop.data.store.records import Workshop
 from strop.types import Origin
 
 Kind = Literal["right", "refused", "differs", "WRONG"]

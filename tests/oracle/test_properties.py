@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from oracle.families import Family, family, names
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
-from strop.data.rows import Row
-from strop.data.workshop import Workshop
+from strop.data.read.row import Row
+from strop.data.store.records import Workshop
 from strop.types import Origin
 
 FAMILIES = ("glm4moe", "gptoss", "llama3_1", "qwen3")

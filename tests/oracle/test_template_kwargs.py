@@ -11,10 +11,10 @@ from oracle.cells import judge, trained_by_strop
 from oracle.conversations import CONVERSATIONS
 from oracle.families import family, names
 from strop.config import DatasetSection, ModelSection, RunConfig
-from strop.data.chat import Renderer, TextRules
-from strop.data.rows import Row
-from strop.data.sandbox import variables
-from strop.data.workshop import Workshop
+from strop.data.read.row import Row
+from strop.data.store.records import Workshop
+from strop.data.text.render import Renderer, TextRules
+from strop.data.text.sandbox import variables
 from strop.types import Example, Origin
 
 pytestmark = pytest.mark.skipif(not names(), reason="the package trl, whose templates are the measure, is not there")

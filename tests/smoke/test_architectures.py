@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.architectures import Found, causal_kinds, check, limited, table, write_table
 
-from strop.policy.sharing import ARCHITECTURES
+from strop.policy.prefix_sharing import ARCHITECTURES
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

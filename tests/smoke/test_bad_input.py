@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from strop import cli
-from strop.data import sources
-from strop.data.rows import Row
+from strop.data.read import sources
+from strop.data.read.row import Row
 from strop.rundir import RunDir
 
 RECIPE = "--max-steps 3 --gradient-accumulation-steps 1 --warmup-steps 0 --max-seq-length 64 --output-dir out"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from strop import cli
-from strop.data.prepare import HELP
+from strop.data.split_files import HELP
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))

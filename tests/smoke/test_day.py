@@ -12,7 +12,7 @@ import yaml
 
 import strop
 from conftest import CHATML, build_model, build_tokenizer
-from strop.data import day as days
+from strop.data.text import date as days
 
 
 def test_a_resume_keeps_the_day_of_the_first_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from strop.data import crew
+from strop.data.store import worker_pool
 from strop.errors import DataError
 
 
@@ -142,11 +142,11 @@ def test_dataset__streaming(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_dataset__num_workers(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))
-    monkeypatch.setattr(crew, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(crew, "ALONE", 1)
+    monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(worker_pool, "ALONE", 1)
     started = []
-    hire = crew.Crew
-    monkeypatch.setattr(crew, "Crew", lambda workshop, n, how: started.append(n) or hire(workshop, n, how))
+    hire = worker_pool.Crew
+    monkeypatch.setattr(worker_pool, "Crew", lambda workshop, n, how: started.append(n) or hire(workshop, n, how))
     wanted = runs.prepare(num_workers=1).data.report.fingerprint
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "another"))  # or it would be read from there
     assert runs.prepare(num_workers=3).data.report.fingerprint == wanted and started == [3]

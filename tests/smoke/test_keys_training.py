@@ -26,7 +26,8 @@ from strop.engine import loop
 from strop.errors import ConfigError, TrainingError
 from strop.plan.budget import default_budget
 from strop.plan.tokens import packed_tokens
-from strop.policy import build, elementwise, policy
+from strop.policy import build, policy
+from strop.policy.kernels import elementwise
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
 from strop.prepared import with_budget

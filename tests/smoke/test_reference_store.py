@@ -14,7 +14,7 @@ import torch
 from strop import cli, training
 from strop.config import to_yaml
 from strop.policy import build, policy
-from strop.policy.store import ReferenceStore
+from strop.policy.reference_store import ReferenceStore
 
 
 def groups_scored(forwards: list[Any]) -> int:

@@ -28,14 +28,14 @@ from strop.estimate import (
 )
 from strop.estimate.memory import memory_of, saved_per_token
 from strop.machine import Machine, machine_of
-from strop.plain import duration
 from strop.plan.tokens import packed_tokens, padded_tokens
 from strop.plan.work import Work
-from strop.policy import outline
 from strop.policy.build import build_policy
-from strop.policy.outline import CannotBuildError, shape_of
+from strop.policy.model import from_config
+from strop.policy.model.from_config import CannotBuildError, shape_of
 from strop.policy.precision import Precision, resolve_precision
 from strop.prepared import Prepared, prepare, with_budget
+from strop.readable import duration
 
 CPU = Machine("cpu", 2**34, None)
 
@@ -188,7 +188,7 @@ def test_micro_batches_are_halved_before_anything_is_computed_again(
 def test_layers_that_cannot_be_computed_again_are_not_asked_to(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("strop.policy.outline.layers_that_can", lambda module: [])
+    monkeypatch.setattr("strop.policy.model.from_config.layers_that_can", lambda module: [])
     assert settle(prepared(), 1)[1] is False
 
 
@@ -344,14 +344,14 @@ def test_sizes_that_differ_from_layer_to_layer_count_with_the_largest(
     """As in Gemma 3n, whose feed-forward widths are a list."""
     found = prepared()
     one = shape_of(found.config.lora, found.model)
-    build = outline.empty_model
+    build = from_config.empty_model
 
     def listed(model: ModelSection) -> Any:
         module = build(model)
         vars(module.config)["intermediate_size"] = [16, one.inner, 32]
         return module
 
-    monkeypatch.setattr(outline, "empty_model", listed)
+    monkeypatch.setattr(from_config, "empty_model", listed)
     assert shape_of(found.config.lora, found.model).inner == one.inner
 
 

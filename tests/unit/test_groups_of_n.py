@@ -18,9 +18,9 @@ from strop.batch import Scores
 from strop.columns import Unit, groups
 from strop.config import RunConfig, load_config, resolve
 from strop.config.methods import MethodSettings
-from strop.data.formats import Columns, to_example
-from strop.data.rows import RowRefused
-from strop.data.show import show_group
+from strop.data.read.row import RowRefused
+from strop.data.shapes.examples import Columns, to_example
+from strop.data.text.show import show_group
 from strop.engine.step import forward_backward
 from strop.estimate import estimate, fitted, planned_precision
 from strop.machine import Machine

@@ -15,9 +15,9 @@ import sys
 from strop import machine
 assert "torch" not in sys.modules
 import torch
-from strop.policy import rates
+from strop.policy.kernels import product_rates
 found = machine.processor()
-print(found.cores, found.name, rates.measured(torch.bfloat16))
+print(found.cores, found.name, product_rates.measured(torch.bfloat16))
 """
 
 

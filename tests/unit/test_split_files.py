@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from strop.data.prepare import prepare_files
+from strop.data.split_files import prepare_files
 from strop.errors import DataError
 
 ROWS = [{"prompt": f"q {i}", "completion": f"x {i}"} for i in range(20)]

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop import cli
-from strop.data.formats import Columns, to_example
-from strop.data.rows import RowRefused
+from strop.data.read.row import RowRefused
+from strop.data.shapes.examples import Columns, to_example
 from strop.terminal import escaped, log_to_terminal, session
 from strop.types import Origin
 
@@ -102,7 +102,7 @@ def test_a_file_s_name_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 SPEAK = (
     "import logging, strop.policy; logging.getLogger('bitsandbytes.backends').warning('no kernels'); {more}"
-    "import strop.policy.adapters"
+    "import strop.policy.model.adapters"
 )
 
 

@@ -14,10 +14,11 @@ import strop
 for module in pkgutil.walk_packages(strop.__path__, "strop."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from strop import apart, machine
-from strop.data import sandbox
-apart.bound_time(60.0)
-apart.bound_memory()
+from strop import machine
+from strop import time_limit
+from strop.data.text import sandbox
+time_limit.bound_time(60.0)
+time_limit.bound_memory()
 with sandbox.bounded_memory():
     pass
 machine.Path = lambda name: type("Absent", (), {"exists": lambda self: False})()  # no /proc, either

@@ -1,21 +1,14 @@
-"""The data room: from files to groups. Floor 2.
+"""From files to groups. Floor 2.
 
-sources, readers      where rows come from, and one reader a file format
-rows                  a row with its origin, and the refusal of one
-shapes, formats       row -> Example: other tools' shapes, our own
-messages              their messages and texts, validated
-tokens                rows that are tokens already
-template              which chat template: the tokenizer's, a file, a YAML template compiled to Jinja
-sandbox               a template as a program: what it may take
-chat, marks           Example -> text, with what is trained and what the row has written
-encode                text -> ids and loss masks
-truncate              limits: cut or drop
-workshop, crew        all of these for some rows at a time, here or in several processes
-table, cache          groups on disk, memory-mapped; found again by what they were made of
-split                 what is held out
-report, doctor        what became of every row; what may be wrong with the good ones
-load                  all of it, wired
-preference, show      preference files for other tools; one group for the eye
-mismatch              prompts with completions of others
-prepare               files into split files
+read/              files, folders and data sets -> rows
+shapes/            rows -> examples: prompts and completions as text
+text/              examples -> tokens: chat templates, what is trained, limits
+store/             tokenised groups on disk
+load               all of these, wired: from the configuration to groups
+split              which rows are held out
+mismatch           every prompt with a completion of another row
+counters           what may be done to a row, and how people are told
+report, doctor     what became of every row; what may be wrong with the good ones
+split_files        `strop prepare`: files into split files
+preference         preference files for other tools
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.data.table import Groups
+from strop.data.store.table import Groups
 from strop.lengths import starts_of, taken_ragged
 
 MUCH_LONGER = 1.25

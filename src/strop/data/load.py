@@ -18,16 +18,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
-from strop.data.cache import Rejected, Tokenised, fetch
 from strop.data.counters import COUNTERS
-from strop.data.crew import work_all
 from strop.data.doctor import num_labels
+from strop.data.read.sources import Source, choose_sources, warn_of_unread
 from strop.data.report import DataReport, Rendering, SplitCounts
-from strop.data.sources import Source, choose_sources, warn_of_unread
 from strop.data.split import held_out, sample
-from strop.data.table import Groups, Shard
-from strop.data.truncate import Limits
-from strop.data.workshop import Worked, Workshop
+from strop.data.store.records import Worked, Workshop
+from strop.data.store.table import Groups, Shard
+from strop.data.store.token_cache import Rejected, Tokenised, fetch
+from strop.data.store.worker_pool import work_all
+from strop.data.text.truncate import Limits
 from strop.errors import DataError
 from strop.types import Group, RowShape
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from strop.data.formats import Columns, to_example
-from strop.data.readers import jsonl_rows, read_jsonl
-from strop.data.rows import Row, RowRefused
+from strop.data.read.files import jsonl_rows, read_jsonl
+from strop.data.read.row import Row, RowRefused
+from strop.data.shapes.examples import Columns, to_example
 from strop.errors import DataError
 from strop.types import Turns
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from strop.data.counters import COUNTERS
 from strop.data.doctor import Findings, examine
-from strop.data.table import Groups
+from strop.data.store.table import Groups
 
 PERCENTILES = (50, 90, 99)
 

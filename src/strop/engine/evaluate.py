@@ -11,11 +11,11 @@ import torch
 from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.engine.memory import cut_finer, does_not_fit
+from strop.engine.out_of_memory import cut_finer, does_not_fit
 from strop.engine.source import Cut, GroupSet, Part
 from strop.engine.step import ALONE, Forward, StepScores, join_all, summarise
 from strop.objectives.base import Objective
-from strop.policy.memory import attempt
+from strop.policy.allocator import attempt
 from strop.policy.policy import Policy
 from strop.world import World
 

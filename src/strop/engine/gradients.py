@@ -10,13 +10,13 @@ from torch import Tensor
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.engine.ahead import Ahead
-from strop.engine.memory import cut_finer, decided_by_auto, does_not_fit, recomputing
+from strop.engine.out_of_memory import cut_finer, decided_by_auto, does_not_fit, recomputing
 from strop.engine.recipe import cut_matters
 from strop.engine.source import Cut, MicroBatches, StepSource
 from strop.engine.step import StepScores, forward_backward
 from strop.objectives.base import Objective
+from strop.policy.allocator import attempt
 from strop.policy.checkpointing import checkpoint_all
-from strop.policy.memory import attempt
 from strop.policy.policy import Policy
 from strop.world import World
 

@@ -20,7 +20,7 @@ from strop.engine.recipe import recipe_of
 from strop.engine.records import StepRecord
 from strop.engine.trackers import Trackers
 from strop.errors import CheckpointError
-from strop.policy import rates
+from strop.policy.kernels import product_rates
 from strop.rundir import RunDir
 from strop.world import World
 
@@ -93,7 +93,7 @@ class RunOutputs:
             self.run.path,
             step,
             tensors,
-            {**state, "recipe": recipe_of(self.config), "products": rates.record()},
+            {**state, "recipe": recipe_of(self.config), "products": product_rates.record()},
             keep=self.config.training.save_total_limit,
             protect=protect,
             identity=self.made_from,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.policy.store import completion_key
+from strop.policy.reference_store import completion_key
 from strop.types import Group, GroupLengths
 
 Ints = NDArray[np.int64]

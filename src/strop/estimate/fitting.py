@@ -10,9 +10,9 @@ from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine
 from strop.plan.budget import longest_group
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
-from strop.policy.outline import CannotBuildError, predicting, reason_for_plain_rows, shape_of
+from strop.policy.kernels.product_rates import bf16_gains
+from strop.policy.model.from_config import CannotBuildError, predicting, reason_for_plain_rows, shape_of
 from strop.policy.precision import Precision, choose_precision
-from strop.policy.rates import bf16_gains
 from strop.prepared import Prepared, with_budget
 
 SHARES = (False, 0.25, 0.5, 0.75, True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from strop.config import RunConfig
 from strop.plan.work import Work
-from strop.policy.outline import Shape
+from strop.policy.model.from_config import Shape
 
 Floats = np.ndarray
 

@@ -19,14 +19,14 @@ from strop.engine.optim import state_bytes
 from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.plan.work import Work
-from strop.policy.attention import best_kernel
-from strop.policy.dropout import bytes_of_left_out
-from strop.policy.head_sizes import head_bytes, product_dtype, tile_shape
-from strop.policy.matmul import LARGE, keeps_kernels, widens
-from strop.policy.memory import KERNELS_KEPT
-from strop.policy.outline import Shape
+from strop.policy.allocator import KERNELS_KEPT
+from strop.policy.kernels.attention import best_kernel
+from strop.policy.kernels.dropout import bytes_of_left_out
+from strop.policy.kernels.head_sizes import head_bytes, product_dtype, tile_shape
+from strop.policy.kernels.matmul import LARGE, keeps_kernels, widens
+from strop.policy.kernels.tiled_attention import KEPT_BYTES
+from strop.policy.model.from_config import Shape
 from strop.policy.precision import Precision
-from strop.policy.tiles import KEPT_BYTES
 
 MIB = 2**20
 ROOM = 0.9

@@ -17,7 +17,7 @@ from strop.estimate.speed import measure
 from strop.machine import Machine
 from strop.plan.tokens import RowTokens
 from strop.plan.work import EpochWork, Work
-from strop.policy.outline import Shape
+from strop.policy.model.from_config import Shape
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
 

@@ -19,15 +19,15 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.engine.optim import build_optimizer
 from strop.lengths import Sized
-from strop.policy.adapters import adapters_of, add_adapters
+from strop.policy.allocator import keep_few_kernels, keep_freed_memory
 from strop.policy.build import elementwise_of
-from strop.policy.denormals import flush_denormals
-from strop.policy.fused import fuse
-from strop.policy.memory import keep_few_kernels, keep_freed_memory
-from strop.policy.outline import random_model
+from strop.policy.kernels.denormals import flush_denormals
+from strop.policy.kernels.fused import fuse
+from strop.policy.model.adapters import adapters_of, add_adapters
+from strop.policy.model.from_config import random_model
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
-from strop.policy.sharing import reason_against
+from strop.policy.prefix_sharing import reason_against
 from strop.terminal import warnings_only
 from strop.types import Completion, Group, GroupLengths, Origin
 

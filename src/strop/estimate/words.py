@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from strop.config import RunConfig
-from strop.engine.memory import ways_to_fit
+from strop.engine.out_of_memory import ways_to_fit
 from strop.errors import StropError
 from strop.estimate.flops import flops_of
 from strop.estimate.memory import MIB, fits, peak_memory
 from strop.estimate.seconds import Seconds, published_seconds, timed_seconds
 from strop.machine import Machine
-from strop.plain import duration, plain
 from strop.plan.tokens import RowTokens
-from strop.policy.outline import CannotBuildError, predicting, shape_of
+from strop.policy.model.from_config import CannotBuildError, predicting, shape_of
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
+from strop.readable import duration, plain
 
 LEFT_OUT = (
     "the estimate leaves out: reading the data, the reference's pass before the first step, its log-probs (on the "

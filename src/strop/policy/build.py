@@ -21,20 +21,21 @@ from transformers import PreTrainedTokenizerBase
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection, TrainingSection
 from strop.errors import ConfigError
-from strop.policy import identity, sharing
-from strop.policy.adapters import add_adapters, continue_adapters
+from strop.policy import prefix_sharing
+from strop.policy.allocator import keep_few_kernels, keep_freed_memory
 from strop.policy.checkpointing import checkpoint_layers
-from strop.policy.denormals import flush_denormals
-from strop.policy.elementwise import EAGER, Elementwise, compiled
-from strop.policy.folder import place_of
-from strop.policy.fused import fuse
-from strop.policy.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_errors
-from strop.policy.matmul import widens
-from strop.policy.memory import keep_few_kernels, keep_freed_memory
+from strop.policy.kernels.denormals import flush_denormals
+from strop.policy.kernels.elementwise import EAGER, Elementwise, compiled
+from strop.policy.kernels.fused import fuse
+from strop.policy.kernels.matmul import widens
+from strop.policy.kernels.product_rates import bf16_gain
+from strop.policy.model import identity
+from strop.policy.model.adapters import add_adapters, continue_adapters
+from strop.policy.model.folder import place_of
+from strop.policy.model.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_errors
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.policy.probe import own_logps, probe
-from strop.policy.rates import bf16_gain
 
 logger = logging.getLogger("strop")
 
@@ -126,7 +127,7 @@ def assemble(
         ModelError: the model's own logits differ from the policy's, or it sees later tokens.
     """
     where = place_of(model)
-    reason = sharing.reason_against(loaded.config, model.attn_implementation)
+    reason = prefix_sharing.reason_against(loaded.config, model.attn_implementation)
     if getattr(loaded.config.get_text_config(), "output_router_logits", False):
         logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
     policy = Policy(
@@ -164,8 +165,8 @@ def assemble(
 def _check_length(loaded: LoadedModel, max_seq_length: int, where: str) -> None:
     """Rows that are longer than the model's positions: impossible where positions are learned, said where rotary."""
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    kind = sharing.rope_by_length(loaded.config)
-    threshold = sharing.rope_threshold(loaded.config)
+    kind = prefix_sharing.rope_by_length(loaded.config)
+    threshold = prefix_sharing.rope_threshold(loaded.config)
     if kind == "dynamic" and threshold is not None and max_seq_length > threshold:
         raise ConfigError(
             f"training.max_seq_length is {max_seq_length}; with dynamic rotary scaling, rows of more than {threshold} "

@@ -23,14 +23,14 @@ from transformers import PreTrainedTokenizerBase
 from strop.batch import PROMPT_LOGPS, Batch, TokenScores, pack, pad
 from strop.columns import NO_COLUMNS, Columns
 from strop.errors import ModelError
-from strop.policy import sharing
-from strop.policy.adapters import trainable_names
-from strop.policy.attention import NAME, AttentionPlan, best_kernel, register_attention
-from strop.policy.casts import Casts
-from strop.policy.fused import forget_shared
-from strop.policy.load import LoadedModel
-from strop.policy.logits import logit_transform
-from strop.policy.logprobs import token_logps
+from strop.policy import prefix_sharing
+from strop.policy.kernels.attention import NAME, AttentionPlan, best_kernel, register_attention
+from strop.policy.kernels.cast_weights import Casts
+from strop.policy.kernels.fused import forget_shared
+from strop.policy.kernels.logprobs import token_logps
+from strop.policy.model.adapters import trainable_names
+from strop.policy.model.load import LoadedModel
+from strop.policy.model.logit_transform import logit_transform
 from strop.policy.precision import Precision
 from strop.policy.saving import save
 from strop.types import Group
@@ -76,7 +76,7 @@ class Policy(nn.Module):
         self.plain_attention: str = loaded.module.config._attn_implementation
         self._attention = self.plain_attention
         self.transform = logit_transform(loaded.config)
-        self._row_limit = sharing.rope_threshold(loaded.config)
+        self._row_limit = prefix_sharing.rope_threshold(loaded.config)
         register_attention()
         self.train()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
-from strop.policy.rates import bf16_gains
+from strop.policy.kernels.product_rates import bf16_gains
 
 _LOW = (torch.bfloat16, torch.float16)
 

@@ -1,11 +1,11 @@
 """What a loaded model is asked before it trains: whether strop's way of scoring it gives its own log-probs. Floor 2.
 
-The probe is one small group of random tokens (sharing.py). The model scores it by its own code, before any layer gets
-another forward; then the policy does as plain rows and, where prompts may be shared, as a shared row. Two ways of
-scoring may differ by rounding, and how much that is depends on the model: deep, small or widely initialised ones move
-further. So it is measured (`rounding_noise`): the model's own forward once more, with every layer's output moved by as
-much as rounding may move it (Monte Carlo arithmetic, Parker 1997). Ways are compared by the mean over the scored
-tokens, against that noise.
+The probe is one small group of random tokens (prefix_sharing.py). The model scores it by its own code, before any
+layer gets another forward; then the policy does as plain rows and, where prompts may be shared, as a shared row. Two
+ways of scoring may differ by rounding, and how much that is depends on the model: deep, small or widely initialised
+ones move further. So it is measured (`rounding_noise`): the model's own forward once more, with every layer's output
+moved by as much as rounding may move it (Monte Carlo arithmetic, Parker 1997). Ways are compared by the mean over the
+scored tokens, against that noise.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from strop.batch import Batch, pack, pad
 from strop.errors import ModelError
-from strop.policy import sharing
-from strop.policy.fused import unfuse
-from strop.policy.logits import LogitTransform, measured_transform
+from strop.policy import prefix_sharing
+from strop.policy.kernels.fused import unfuse
+from strop.policy.model.logit_transform import LogitTransform, measured_transform
 from strop.types import Group
 
 if TYPE_CHECKING:
@@ -75,15 +75,18 @@ def own_logps(policy: Policy) -> Own:
             noise = max(_rounded(policy.model, eps, seed, score, inferred) for seed in range(DRAWS))
         with policy.precision.autocast(policy.device):
             transform = measured_transform(policy.base, policy.body, inputs, policy.transform)
-    tolerance = sharing.tolerance(policy.precision.compute, noise)
-    if not (apart := sharing.mean_apart(own, inferred)) <= tolerance:
+    tolerance = prefix_sharing.tolerance(policy.precision.compute, noise)
+    if not (apart := prefix_sharing.mean_apart(own, inferred)) <= tolerance:
         raise ModelError(
             f"the architecture {kind} has other log-probs in training than in inference (off by {apart:.2g}): its code "
             "draws at random or computes otherwise there, which strop does not know how to switch off",
             where=policy.where,
         )
-    first, third = own[: sharing.PROBE_UNCHANGED], own[-sharing.PROBE_LENGTHS[1] :][: sharing.PROBE_UNCHANGED]
-    if not sharing.mean_apart(first, third) <= tolerance:
+    first, third = (
+        own[: prefix_sharing.PROBE_UNCHANGED],
+        own[-prefix_sharing.PROBE_LENGTHS[1] :][: prefix_sharing.PROBE_UNCHANGED],
+    )
+    if not prefix_sharing.mean_apart(first, third) <= tolerance:
         raise ModelError(
             f"it sees later tokens, so it is no causal language model (architecture {kind})", where=policy.where
         )
@@ -111,7 +114,7 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 def _rounded(model: nn.Module, eps: float, seed: int, score: Any, own: Tensor) -> float:
     """How far the mean of `score` moves by roundings of its layers, drawn from a seed."""
     with rounding_noise(model, eps, seed):
-        return sharing.mean_apart(score(), own)
+        return prefix_sharing.mean_apart(score(), own)
 
 
 @contextmanager
@@ -143,15 +146,15 @@ def probe(policy: Policy, own: Own) -> str | None:
     group, plain = _rows(policy)
     with policy.scoring():
         logps = policy(plain).logps
-        if not sharing.mean_apart(logps, own.logps) <= own.tolerance and unfuse(policy.model):
+        if not prefix_sharing.mean_apart(logps, own.logps) <= own.tolerance and unfuse(policy.model):
             logps = policy(plain).logps
-            if sharing.mean_apart(logps, own.logps) <= own.tolerance:
+            if prefix_sharing.mean_apart(logps, own.logps) <= own.tolerance:
                 logger.warning(
                     "%s: its layers have other results in strop's fused form than in their own, which they keep: it is "
                     "slower and takes more memory",
                     policy.where,
                 )
-        if not (apart := sharing.mean_apart(logps, own.logps)) <= own.tolerance:
+        if not (apart := prefix_sharing.mean_apart(logps, own.logps)) <= own.tolerance:
             raise ModelError(
                 f"its log-probs are not those of a linear head over its hidden states (off by {apart:.2g}), "
                 f"so the architecture {policy.base.config.model_type} cannot be trained here",
@@ -161,7 +164,7 @@ def probe(policy: Policy, own: Own) -> str | None:
             _check_gradients(policy, plain)
         if not policy.share_prefix:
             return None
-        apart = sharing.mean_apart(policy(pack([group]).to(policy.device)).logps, logps)
+        apart = prefix_sharing.mean_apart(policy(pack([group]).to(policy.device)).logps, logps)
         if not apart <= own.tolerance:
             return (
                 f"shared rows gave other log-probs than plain ones (off by {apart:.2g}, where rounding may do "
@@ -185,5 +188,5 @@ def _check_gradients(policy: Policy, plain: Batch) -> None:
 def _rows(policy: Policy) -> tuple[Group, Batch]:
     """The probe's group, and its plain rows."""
     tables = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()  # a few have inputs of other kinds
-    group = sharing.probe_group(min(table.weight.shape[0] for table in tables))
+    group = prefix_sharing.probe_group(min(table.weight.shape[0] for table in tables))
     return group, pad([group]).to(policy.device)

@@ -21,11 +21,11 @@ from strop.batch import TokenScores
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
+from strop.policy.allocator import in_halves
 from strop.policy.build import assemble, elementwise_of
-from strop.policy.folder import place_of
-from strop.policy.identity import weights_hash
-from strop.policy.load import check_vocabulary, load_model, load_tokenizer
-from strop.policy.memory import in_halves
+from strop.policy.model.folder import place_of
+from strop.policy.model.identity import weights_hash
+from strop.policy.model.load import check_vocabulary, load_model, load_tokenizer
 from strop.policy.policy import Policy
 from strop.types import Group
 

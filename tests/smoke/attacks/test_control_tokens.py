@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 import strop
 from smoke.attacks.trials import Tally, few_or
-from strop.data.rows import Row
-from strop.data.workshop import Worked, Workshop
+from strop.data.read.row import Row
+from strop.data.store.records import Worked, Workshop
 from strop.types import Origin, RowShape
 
 MARK = "\ue000"

@@ -33,9 +33,13 @@ MODEL_FILES = (
 @pytest.fixture(autouse=True)
 def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of foreign work, so low that reaching them takes no minutes."""
-    monkeypatch.setattr("strop.data.sandbox.SECONDS", 0.5)
-    monkeypatch.setattr("strop.data.sandbox.BYTES", 512 << 20)
-    for place in ("strop.apart.SECONDS", "strop.data.crew.SECONDS", "strop.policy.adapters.PATTERN_SECONDS"):
+    monkeypatch.setattr("strop.data.text.sandbox.SECONDS", 0.5)
+    monkeypatch.setattr("strop.data.text.sandbox.BYTES", 512 << 20)
+    for place in (
+        "strop.time_limit.SECONDS",
+        "strop.data.store.worker_pool.SECONDS",
+        "strop.policy.model.adapters.PATTERN_SECONDS",
+    ):
         monkeypatch.setattr(place, 2.0)
 
 

@@ -15,8 +15,8 @@ import pytest
 
 import strop
 from smoke.attacks.trials import TRAINED, Tally, few_or, num_changes, outcome, posix, run_apart
-from strop.data.prepare import prepare_files
-from strop.data.sources import SPLIT_FILES
+from strop.data.read.sources import SPLIT_FILES
+from strop.data.split_files import prepare_files
 from strop.types import RowShape
 
 pytestmark = posix

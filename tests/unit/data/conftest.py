@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
-from strop.data.table import SCHEMA, Groups, Record, Shard, to_table
+from strop.data.store.table import SCHEMA, Groups, Record, Shard, to_table
 from strop.types import Group
 
 TEXT = [

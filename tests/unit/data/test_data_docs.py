@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from strop.data.load import FIXES
-from strop.data.template import FOLDER
+from strop.data.text.chat_template import FOLDER
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "data.md").read_text()

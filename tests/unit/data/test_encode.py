@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from strop.data.chat import Renderer, TextRules
-from strop.data.encode import Encoded, Encoder
-from strop.data.rows import RowRefused
+from strop.data.read.row import RowRefused
+from strop.data.text.encode import Encoded, Encoder
+from strop.data.text.render import Renderer, TextRules
 from strop.errors import ModelError
 from strop.types import Example, Message, Origin, Turns
 

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from strop.data import crew, readers
 from strop.data.load import load_data
-from strop.data.workshop import Workshop
+from strop.data.read import files
+from strop.data.store import worker_pool
+from strop.data.store.records import Workshop
 from strop.errors import ConfigError, DataError
 
 Make = Callable[..., Any]
@@ -62,7 +63,7 @@ def test_b7_what_is_no_file_is_not_opened(name: str, tmp_path: Path, load: Make)
 def test_b7_a_line_without_end_is_not_read_into_memory(
     tmp_path: Path, load: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "LONGEST", 100)
+    monkeypatch.setattr(files, "LONGEST", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD)
     assert len(load(path).train) == NUM_ROWS
@@ -116,7 +117,7 @@ def test_b13_rows_that_change_while_they_are_read_are_not_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(Workshop, "work", writing)
-        patch.setattr(crew, "ROWS_AT_ONCE", 4)
+        patch.setattr(worker_pool, "ROWS_AT_ONCE", 4)
         with pytest.raises(DataError, match="changed while they were read"):
             load(path)
     assert not [entry for entry in cache.glob("*/*") if entry.is_dir()]

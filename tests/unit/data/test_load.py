@@ -13,8 +13,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from strop.config import RunConfig
-from strop.data import crew
 from strop.data.load import LoadedData, load_data
+from strop.data.store import worker_pool
 from strop.errors import ConfigError, DataError
 
 Make = Callable[..., Any]
@@ -52,7 +52,7 @@ def test_groups_keep_the_order_of_the_rows(
     assert lines(data.train) == sorted(lines(data.train)) and lines(data.eval) == sorted(lines(data.eval))
     assert data.report.splits["train"].blank_lines == 1
     # how many rows are worked on at once changes nothing
-    monkeypatch.setattr(crew, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 7)
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
     again = load_data(config, make_tokenizer(), "pair")
     assert (again.train, again.eval, again.report) == (data.train, data.eval, data.report)

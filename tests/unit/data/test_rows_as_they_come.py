@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from strop.data.chat import Renderer
 from strop.data.counters import COUNTERS
-from strop.data.formats import Columns, to_example
-from strop.data.rows import RowRefused
+from strop.data.read.row import RowRefused
+from strop.data.shapes.examples import Columns, to_example
+from strop.data.text.render import Renderer
 from strop.types import Example, Message, Origin, RowShape, Turns
 
 HERE = Origin("rows.jsonl", 7)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from strop.data import sandbox
-from strop.data.chat import Renderer, TextRules
-from strop.data.rows import RowRefused
+from strop.data.read.row import RowRefused
+from strop.data.text import sandbox
+from strop.data.text.render import Renderer, TextRules
 from strop.errors import ModelError
 from strop.types import Example, Origin
 

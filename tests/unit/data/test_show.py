@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from strop.data.chat import Renderer
-from strop.data.encode import Encoded, Encoder
 from strop.data.load import load_data
-from strop.data.show import odd_groups, show_group
-from strop.data.truncate import Limits, cut
+from strop.data.text.encode import Encoded, Encoder
+from strop.data.text.render import Renderer
+from strop.data.text.show import odd_groups, show_group
+from strop.data.text.truncate import Limits, cut
 from strop.types import Example, Group, Message, Origin
 
 HERE = Origin("rows.jsonl", 1)

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from strop.config import RunConfig
-from strop.data.sources import Sources, choose_sources, warn_of_unread
+from strop.data.read.sources import Sources, choose_sources, warn_of_unread
 from strop.errors import ConfigError, DataError
 
 Make = Callable[..., RunConfig]

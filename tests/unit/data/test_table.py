@@ -13,7 +13,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.data.table import SCHEMA, Groups, Record, Shard, to_table
+from strop.data.store.table import SCHEMA, Groups, Record, Shard, to_table
 from strop.plan.tokens import packed_tokens, padded_tokens
 from strop.types import Completion, Group, Origin
 

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.encode import Encoded, EncodedSide
-from strop.data.truncate import Limits, cut, shorten_prompts, shorter_prompts
+from strop.data.text.encode import Encoded, EncodedSide
+from strop.data.text.truncate import Limits, cut, shorten_prompts, shorter_prompts
 from strop.types import Example, Message, Origin
 
 HERE = Origin("rows.jsonl", 1)

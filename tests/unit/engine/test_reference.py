@@ -24,15 +24,15 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.engine import reference_cut
 from strop.engine.progress import Progress
-from strop.engine.reference import ReferenceLogps, reference_logps_of
+from strop.engine.reference_logps import ReferenceLogps, reference_logps_of
 from strop.errors import CheckpointError
 from strop.plan.cutting import cut
 from strop.plan.tokens import packed_tokens, padded_tokens
 from strop.policy.build import assemble, build_policy
-from strop.policy.load import LoadedModel
+from strop.policy.model.load import LoadedModel
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
-from strop.policy.store import ReferenceStore
+from strop.policy.reference_store import ReferenceStore
 from strop.types import Completion, Group, Origin
 
 BUDGET = 60

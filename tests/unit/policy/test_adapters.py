@@ -21,9 +21,9 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.build import build_policy
-from strop.policy.load import load_tokenizer
+from strop.policy.model.adapter_targets import linear_layers, resolve_targets, selected
+from strop.policy.model.load import load_tokenizer
 from strop.policy.policy import Policy
-from strop.policy.targets import linear_layers, resolve_targets, selected
 from strop.types import Group
 
 MakePolicy = Callable[..., Policy]

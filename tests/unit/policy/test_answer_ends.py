@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from strop.config.sections import ModelSection
-from strop.data.writer import Ends
+from strop.data.text.template_writer import Ends
 from strop.errors import ModelError
-from strop.policy.generation import closing, stop_tokens, stopping, trained_ends, write_generation
+from strop.policy.model.generation import closing, stop_tokens, stopping, trained_ends, write_generation
 from strop.types import Completion, Group, Origin
 
 END_OF_TEXT, END_OF_TURN = 1, 3

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from strop.batch import GroupSpan
 from strop.errors import ModelError
-from strop.policy import tiles
-from strop.policy.attention import (
+from strop.policy.kernels import tiled_attention
+from strop.policy.kernels.attention import (
     KERNELS,
     AttentionPlan,
     Scoring,
@@ -66,7 +66,7 @@ def test_keys_are_gathered_sequence_by_sequence() -> None:
     lengths = plan.lengths
     parts = torch.arange(LAYOUT[-1].stop).split(lengths.parts)
     gathered = torch.cat([parts[i] for i in lengths.gathered]).tolist()
-    want = [([*range(*s.prompt), *range(*s.own)], [*range(*s.own)]) for s in tiles.sequences(LAYOUT)]
+    want = [([*range(*s.prompt), *range(*s.own)], [*range(*s.own)]) for s in tiled_attention.sequences(LAYOUT)]
     assert gathered == [token for seen, _ in want for token in seen]
     keys, queries = ([len(part[i]) for part in want] for i in (0, 1))
     assert (lengths.longest_keys, lengths.longest_queries) == (max(keys), max(queries))
@@ -134,8 +134,8 @@ def test_every_kernel_is_the_oracle(
     key_heads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tiles, "WIDE_TILE_ROWS", rows)
-    monkeypatch.setattr(tiles, "KEPT_BYTES", {1: 60, 2: 0}.get(rows, 2**24))
+    monkeypatch.setattr(tiled_attention, "WIDE_TILE_ROWS", rows)
+    monkeypatch.setattr(tiled_attention, "KEPT_BYTES", {1: 60, 2: 0}.get(rows, 2**24))
     inputs = draw(heads, key_heads, torch.float64)
     scoring = Scoring(0.3, window, softcap, torch.linspace(-1, 2, heads, dtype=torch.float64) if sinks else None)
     want = attend("dense", inputs, scoring)
@@ -151,7 +151,7 @@ def test_tiles_round_no_worse_than_plain_products(
     dtype: torch.dtype, window: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float64 is the truth; the naive way is q k^T, a mask, a softmax, a product, in the dtype."""
-    monkeypatch.setattr(tiles, "KEPT_BYTES", kept)
+    monkeypatch.setattr(tiled_attention, "KEPT_BYTES", kept)
     exact = attend("dense", draw(6, 2, torch.float64, 32), Scoring(0.3, window))
     inputs = draw(6, 2, dtype, 32)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
@@ -168,13 +168,13 @@ def test_tiles_round_no_worse_than_plain_products(
 
 def test_tiles_leave_out_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of a tile end at its last query and, with a window, begin at the first that its first query sees."""
-    monkeypatch.setattr(tiles, "WIDE_TILE_ROWS", 128)
+    monkeypatch.setattr(tiled_attention, "WIDE_TILE_ROWS", 128)
     layout = (GroupSpan(0, 300, (200, 150)),)
-    full = tiles.cut_tiles(layout, None, 1, torch.float32, CPU)
+    full = tiled_attention.cut_tiles(layout, None, 1, torch.float32, CPU)
     assert [t.queries for t in full] == [(0, 125), (125, 250), (250, 375), (375, 500), (500, 575), (575, 650)]
     assert [t.keys for t in full[-3:]] == [((0, 500),), ((0, 300), (500, 575)), ((0, 300), (500, 650))]
     assert full[0].mask is full[3].mask  # one triangle
-    near = tiles.cut_tiles(layout, 50, 1, torch.float32, CPU)
+    near = tiled_attention.cut_tiles(layout, 50, 1, torch.float32, CPU)
     assert [t.keys for t in near[-3:]] == [((326, 500),), ((251, 300), (500, 575)), ((526, 650),)]
 
 
@@ -182,7 +182,7 @@ def test_tiles_leave_out_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tile_has_few_scores(repeats: int, dtype: torch.dtype) -> None:
     layout = (GroupSpan(0, 3000, (200, 900)),)
-    cut = tiles.cut_tiles(layout, None, repeats, dtype, CPU)
+    cut = tiled_attention.cut_tiles(layout, None, repeats, dtype, CPU)
     sizes = [repeats * (t.queries[1] - t.queries[0]) * sum(b - a for a, b in t.keys) for t in cut]
-    assert max(sizes) <= tiles.TILE_SCORES < 3 * max(sizes)
+    assert max(sizes) <= tiled_attention.TILE_SCORES < 3 * max(sizes)
     assert [t.queries[0] for t in cut] == [0, *(t.queries[1] for t in cut[:-1])] and cut[-1].queries[1] == 4100

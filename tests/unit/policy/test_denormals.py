@@ -43,7 +43,7 @@ def _can_flush() -> None:
 @onednn
 @pytest.mark.parametrize("before", ["", "denormal()"], ids=["no thread runs yet", "threads run already"])
 def test_every_thread_flushes(before: str) -> None:
-    asked = "from strop.policy.denormals import flush_denormals\nflush_denormals()\nprint(denormal())"
+    asked = "from strop.policy.kernels.denormals import flush_denormals\nflush_denormals()\nprint(denormal())"
     assert run(f"{before}\n{asked}") == "0"
 
 

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from strop.policy import dropout
-from strop.policy.casts import Casts
-from strop.policy.dropout import FEW, draw_left_out, without, zero_
-from strop.policy.fused import FusedLinear, FusedMlp, fuse
+from strop.policy.kernels import dropout
+from strop.policy.kernels.cast_weights import Casts
+from strop.policy.kernels.dropout import FEW, draw_left_out, without, zero_
+from strop.policy.kernels.fused import FusedLinear, FusedMlp, fuse
 
 CPU = torch.device("cpu")
 WIDTH, INNER = 24, 40

@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from strop.policy.casts import Casts
-from strop.policy.dropout import draw_left_out, zero_
-from strop.policy.elementwise import compiled
-from strop.policy.fused import FusedLinear, FusedMlp, FusedNorm, SharedInput, fuse
+from strop.policy.kernels.cast_weights import Casts
+from strop.policy.kernels.dropout import draw_left_out, zero_
+from strop.policy.kernels.elementwise import compiled
+from strop.policy.kernels.fused import FusedLinear, FusedMlp, FusedNorm, SharedInput, fuse
 from strop.policy.policy import Policy
 from strop.types import Group
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from strop import apart
+from strop import time_limit
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError
 from strop.manifest import MANIFEST, seal
-from strop.policy import adapters
-from strop.policy.folder import check_adapter, inspect_config
-from strop.policy.guard import check_numbers
-from strop.policy.load import load_model, load_tokenizer, model_config, quiet
+from strop.policy.model import adapters
+from strop.policy.model.folder import check_adapter, inspect_config
+from strop.policy.model.guard import check_numbers
+from strop.policy.model.load import load_model, load_tokenizer, model_config, quiet
 
 Make = Callable[..., Any]
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -144,7 +144,7 @@ def test_a_folder_with_a_manifest_is_compared_with_it(name: str, model_dir: Path
 EXPLODES = r"(([a-z_.0-9]+)+)+!"
 
 
-@pytest.mark.skipif(not apart.CAN_FORK, reason="nothing is tried where no process can be copied")
+@pytest.mark.skipif(not time_limit.CAN_FORK, reason="nothing is tried where no process can be copied")
 @pytest.mark.parametrize("where", ["target_modules", "rank_pattern", "exclude_modules"])
 def test_expressions_of_an_adapter_that_never_end_are_refused(
     where: str, model_dir: Path, make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

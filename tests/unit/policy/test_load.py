@@ -26,14 +26,14 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from strop import apart
+from strop import time_limit
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
-from strop.policy import patterns
 from strop.policy.build import build_policy
-from strop.policy.folder import inspect_config
-from strop.policy.load import check_vocabulary, load_model, load_tokenizer
+from strop.policy.model import tokenizer_patterns
+from strop.policy.model.folder import inspect_config
+from strop.policy.model.load import check_vocabulary, load_model, load_tokenizer
 
 
 def load(folder: Path | str, **keys: Any) -> Any:
@@ -375,13 +375,13 @@ def test_no_tokenizer(content: str | None, model_dir: Path) -> None:
 EXPLODES = "(?i)" + "strasse" * 6000
 
 
-@pytest.mark.skipif(not apart.CAN_FORK, reason="nothing is tried where processes cannot be copied")
+@pytest.mark.skipif(not time_limit.CAN_FORK, reason="nothing is tried where processes cannot be copied")
 @pytest.mark.parametrize("key", ["Regex", "\\u0052egex"])
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
 def test_a_pattern_that_is_compiled_for_ever_is_refused(
     key: str, part: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    monkeypatch.setattr(tokenizer_patterns, "SECONDS", 0.2)
     split = {"type": "Split", "pattern": {"Regex": EXPLODES}, "behavior": "Isolated", "invert": False}
     replace = {"type": "Replace", "pattern": {"Regex": EXPLODES}, "content": ""}
     file = model_dir / "tokenizer.json"

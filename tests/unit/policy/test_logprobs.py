@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from strop.policy import head_sizes, logprobs
-from strop.policy.logits import LogitTransform
-from strop.policy.logprobs import naive_token_logps, token_logps
+from strop.policy.kernels import head_sizes, logprobs
+from strop.policy.kernels.logprobs import naive_token_logps, token_logps
+from strop.policy.model.logit_transform import LogitTransform
 
 M, D, V = 13, 6, 31
 TRANSFORMS = [LogitTransform(), LogitTransform(0.25), LogitTransform(softcap=2.0), LogitTransform(3.0, 1.5)]

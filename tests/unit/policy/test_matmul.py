@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop.policy import matmul
+from strop.policy.kernels import matmul
 
 LAYOUTS = ("rows", "columns", "gaps", "other gaps")
 

@@ -27,13 +27,13 @@ from scored import ref_columns
 from strop.batch import GroupSpan, pack, pad
 from strop.config.run import RunConfig
 from strop.errors import ConfigError, ModelError
-from strop.policy import attention, logprobs
 from strop.policy import policy as policy_module
 from strop.policy.build import build_policy
-from strop.policy.fused import FusedMlp
-from strop.policy.identity import weights_hash
+from strop.policy.kernels import attention, logprobs
+from strop.policy.kernels.fused import FusedMlp
+from strop.policy.kernels.tiled_attention import Tile, cut_tiles
+from strop.policy.model.identity import weights_hash
 from strop.policy.policy import Policy
-from strop.policy.tiles import Tile, cut_tiles
 from strop.types import Group
 
 MakePolicy = Callable[..., Policy]
@@ -410,7 +410,7 @@ def test_layers_that_fusing_would_change_keep_their_own_forward(
     """Even if a layer by itself did not show it: the model's log-probs are taken before anything is fused."""
     want = build()
     forward = FusedMlp.__call__
-    monkeypatch.setattr("strop.policy.fused._agrees", lambda *_: True)
+    monkeypatch.setattr("strop.policy.kernels.fused._agrees", lambda *_: True)
     monkeypatch.setattr(FusedMlp, "__call__", lambda self, x: 3 * forward(self, x))
     with caplog.at_level(logging.WARNING, "strop"):
         policy = build()

@@ -17,14 +17,14 @@ from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, LlamaMod
 from strop.batch import GroupSpan
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
-from strop.policy import attention
 from strop.policy.build import assemble
-from strop.policy.load import LoadedModel
-from strop.policy.logits import LogitTransform, logit_transform
+from strop.policy.kernels import attention
+from strop.policy.kernels.tiled_attention import Tile, cut_tiles
+from strop.policy.model.load import LoadedModel
+from strop.policy.model.logit_transform import LogitTransform, logit_transform
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.probe import inference_mode
-from strop.policy.tiles import Tile, cut_tiles
 from strop.types import Group
 
 SIZES: dict[str, Any] = {

@@ -1,0 +1,151 @@
+"""Data sets that the package datasets keeps: folders written by `save_to_disk`, and the hub. Floor 2.
+
+Rows are read as Arrow tables and never decoded: an image or a sound that nobody looks at cannot fail, and costs
+nothing. Whatever that package raises, about a folder, a split or a row, becomes a DataError that names the data set.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from strop.data.read.arrow import RowMaker
+from strop.data.read.row import Row
+from strop.errors import DataError, StropError
+from strop.types import Origin
+
+logger = logging.getLogger("strop")
+
+ROWS_AT_ONCE = 256
+
+
+def saved_identity(folder: str, split: str) -> str:
+    """Names, sizes and dates of the folder's files: they are written once, by `save_to_disk`."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json.dumps(["saved", folder, split, facts])
+
+
+def hub_identity(name: str, subset: str | None, split: str) -> str:
+    """Where the package datasets keeps it: revision, files and their dates are in that path."""
+    # datasets takes a second to import, and most runs read plain files
+    import datasets
+
+    with _hub_errors(name, subset, split):
+        return json.dumps(["hub", name, split, datasets.load_dataset_builder(name, subset).cache_dir])
+
+
+def read_saved(folder: str, split: str) -> Iterator[Row]:
+    """The rows of a split of a `save_to_disk` folder.
+
+    Raises:
+        DataError: it is no such folder, has no such split, or cannot be read.
+    """
+    import datasets
+
+    with _errors(
+        "the folder cannot be read",
+        where=f"{folder} (split {split})",
+        expected="a folder that `save_to_disk` of the package datasets has written, and a split in it",
+        fix="set dataset.train_file for plain files; check dataset.split",
+    ):
+        loaded = datasets.load_from_disk(folder)
+        parts = _of_several(loaded, split) if isinstance(loaded, datasets.DatasetDict) else _of_one(loaded, split)
+        for name, data, start, stop in parts:
+            chosen = data if (start, stop) == (0, len(data)) else data.select(range(start, stop))
+            yield from _rows(chosen, f"{folder}[{name}]", start)
+
+
+Part = tuple[str, Any, int, int]
+"""A split's name, its data set, and the first row and the one behind the last."""
+
+
+def _of_several(loaded: Any, split: str) -> list[Part]:
+    if split in loaded:
+        return [(split, loaded[split], 0, len(loaded[split]))]
+    lengths = {name: len(data) for name, data in loaded.items()}
+    return [(name, loaded[name], start, stop) for name, start, stop in _absolute(split, lengths)]
+
+
+def _of_one(data: Any, split: str) -> list[Part]:
+    """Of a folder without named splits. It is one split, whatever it was a part of when it was saved."""
+    own = str(data.split or "train")
+    if split == own:
+        return [(own, data, 0, len(data))]
+    names = _split_names(split)
+    if unknown := names - _split_names(own) - {"train"}:
+        raise ValueError(f"it holds one split, {own!r}, and not {', '.join(sorted(unknown))}")
+    lengths = dict.fromkeys(names, len(data))
+    return [(own, data, start, stop) for _, start, stop in _absolute(split, lengths)]
+
+
+def _split_names(split: str) -> set[str]:
+    return {part.partition("[")[0].strip() for part in split.split("+")}
+
+
+def _absolute(split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    import datasets
+
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [(p.splitname, p.from_ or 0, lengths[p.splitname] if p.to is None else p.to) for p in parts]
+
+
+def read_hub(name: str, subset: str | None, split: str, streaming: bool) -> Iterator[Row]:
+    """The rows of a split of a hub data set, or of a folder of files.
+
+    Raises:
+        DataError: it is out of reach, or cannot be read.
+    """
+    import datasets
+
+    with _hub_errors(name, subset, split):
+        how = {"streaming": True} if streaming else {}
+        loaded: Any = datasets.load_dataset(name, subset, split=split, **how)
+        yield from _rows(loaded, f"{name}[{split}]", 0)
+
+
+def _rows(data: Any, label: str, before: int) -> Iterator[Row]:
+    """Rows of a data set that is read as a table. before: rows of the same split that are not in it."""
+    maker: RowMaker | None = None
+    number = before
+    for batch in data.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        if maker is None or not maker.schema.equals(batch.schema):
+            maker = RowMaker(batch.schema)
+        for row in maker.rows(batch):
+            number += 1
+            yield Row(Origin(label, number), row)
+
+
+@contextmanager
+def _hub_errors(name: str, subset: str | None, split: str) -> Iterator[None]:
+    import datasets
+
+    if not datasets.config.HF_HUB_OFFLINE:
+        logger.info("data set %s: asking %s for it", name, datasets.config.HF_ENDPOINT)
+    with _errors(
+        "the data set cannot be loaded",
+        where=f"dataset.name: {name}" + (f", subset {subset}" if subset else "") + f", split {split}",
+        expected="an existing file or folder, or a data set of the Hugging Face hub that can be reached from here",
+        fix="check the name, dataset.subset and dataset.split; offline, download it first and name its files",
+    ):
+        yield
+
+
+@contextmanager
+def _errors(found: str, *, where: str, expected: str, fix: str) -> Iterator[None]:
+    try:
+        yield
+    except StropError:
+        raise
+    except Exception as error:  # a package with dozens of its own, and those of each file format
+        raise DataError(f"{found}: {_first_line(error)}", where=where, expected=expected, fix=fix) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = re.split(r"[\r\n]", str(error).strip(), maxsplit=1)[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

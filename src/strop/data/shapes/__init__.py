@@ -1,0 +1,8 @@
+"""Rows to examples: which shapes of rows are known, and what each means. Floor 2.
+
+examples           row -> Example, or the reason why not
+foreign            shapes of other tools, rewritten as strop's own
+own                prompts and completions in strop's own shape
+messages           messages and texts of a row, validated
+json_columns       columns that hold JSON as text
+"""

@@ -1,0 +1,369 @@
+"""Rows to examples: which shapes are known, and what is wrong with a row that has none of them. Floor 2.
+
+In: one row as a mapping. Out: an Example, validated: every text is there, can be encoded and is not blank; roles are
+known and in order; a pair's sides share their prompt and differ after it; a completion ends with an assistant turn.
+`docs/data.md` shows each shape. How sides and their prompt come apart is in `sides`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from strop.config import DatasetSection
+from strop.config.dataset import bad_variable
+from strop.data.read.row import RowRefused
+from strop.data.shapes.foreign import own_shape
+from strop.data.shapes.json_columns import messages_in, parsed
+from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
+from strop.data.shapes.own import equal, explicit, implicit, same_kind
+from strop.types import Example, Message, Origin, RowShape, Turns
+
+PAIR_METHODS = "post_training.method: dpo"
+LABELLED_METHODS = "post_training.method: kto"
+SINGLE_METHODS = "post_training.method: sft"
+
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""Column with the row's own variables for the chat template."""
+
+SYSTEM = ("system", "system_prompt")
+"""Columns with the system text of a row."""
+
+JSON = ("tools", TEMPLATE_KWARGS)
+"""Columns that may stand as JSON text."""
+
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad)?\|?>")
+"""How a text points to what stands in a column of MEDIA."""
+
+GROUP = "completions"
+"""Column with the list of completions of a group."""
+
+NAMED = ("prompt", "chosen", "rejected", "completion", "label")
+"""Columns that may have other names: `dataset.prompt_column` and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What the columns of a row are called, and what is done with rows that can be read in two ways.
+
+    keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`. drops_trailing: turns behind the
+    last assistant turn are left out; else such rows are refused.
+    """
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    completion: str = "completion"
+    label: str = "label"
+    keeps_transcripts: bool = False
+    drops_trailing: bool = False
+
+    @classmethod
+    def of(cls, dataset: DatasetSection) -> Columns:
+        return cls(
+            dataset.prompt_column,
+            dataset.chosen_column,
+            dataset.rejected_column,
+            dataset.completion_column,
+            dataset.label_column,
+            keeps_transcripts=dataset.render == "raw",
+            drops_trailing=dataset.on_trailing_user == "drop",
+        )
+
+    def completions(self, rows: RowShape) -> tuple[str, ...]:
+        return (self.chosen, self.rejected) if rows == "pair" else (self.completion,)
+
+
+def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns: Columns) -> Example:
+    """The row as an example of the shape that the method needs.
+
+    Raises:
+        RowRefused: the row is not of that shape, or something in it cannot be trained on.
+    """
+    reader = _Reader(data, rows, columns)
+    prompt, completions, label = reader.parts()
+    prompt, completions = reader.with_system(prompt, completions)
+    reader.refuse_media((prompt, *completions))
+    if isinstance(prompt, tuple):
+        prompt = as_context(prompt)
+    return Example(prompt, completions, origin, reader.tools(), label, tuple(reader.notes), reader.template_kwargs())
+
+
+class _Reader:
+    """One row on its way.
+
+    data: the row in a shape of strop's own, without its nulls: a table fills columns that a row does not have.
+    nulls: columns that are null. notes: what was done to it, by the names of `COUNTERS`.
+    """
+
+    def __init__(self, data: Mapping[str, Any], rows: RowShape, columns: Columns) -> None:
+        self._columns, self._rows, self._whole = columns, rows, data
+        self.notes: list[str] = []
+        self._nulls = frozenset(key for key, value in data.items() if value is None)
+        given = {key: value for key, value in data.items() if value is not None} if self._nulls else dict(data)
+        self._read_json(given)
+        if rows == "group":
+            self.data: Mapping[str, Any] = given
+            return
+        labelled = rows == "labelled" and columns.label in given
+        kind: RowShape = "single" if rows == "single" or labelled else "pair"
+        self.data = own_shape(
+            given,
+            kind,
+            prompt=columns.prompt,
+            completions=columns.completions(kind),
+            keeps_transcripts=columns.keeps_transcripts,
+        )
+
+    def _read_json(self, row: dict[str, Any]) -> None:
+        """Messages and tools that stand as JSON text, in place of the text."""
+        columns = self._columns
+        names = ("messages", "conversations", columns.prompt, columns.chosen, columns.rejected, columns.completion)
+        for name in [name for name, value in row.items() if isinstance(value, str)]:
+            if name in names and (turns := messages_in(row[name], name)) is not None:
+                row[name] = turns
+                self.notes[:] = ["messages_as_json"]
+            elif name in (*JSON, "messages", "conversations", columns.label) and not row[name].strip():
+                del row[name]  # a CSV file has no other nulls
+                self._nulls |= {name}
+            elif name in JSON or (name == GROUP and self._rows == "group"):
+                row[name] = parsed(row[name], name)
+
+    def parts(self) -> tuple[Turns, tuple[Turns, ...], bool | None]:
+        """Prompt, completions and label."""
+        columns, label = self._columns, None
+        if self._rows == "labelled" and not (columns.chosen in self.data and columns.rejected in self.data):
+            prompt, completions, label = self._labelled()
+        elif self._rows == "single":
+            prompt, completions = self._single()
+        elif self._rows == "group":
+            prompt, completions = self._group()
+        else:
+            prompt, completions = self._pair()
+        completions = tuple(self._finished(completion) for completion in completions)
+        if self._rows != "group" and len(completions) == 2 and completions[0] == completions[1]:
+            raise equal((columns.chosen, columns.rejected))
+        return prompt, completions, label
+
+    def _labelled(self) -> tuple[Turns, tuple[Turns, ...], bool]:
+        columns, data = self._columns, self.data
+        pair = f"{columns.prompt}, {columns.chosen} and {columns.rejected}"
+        expected = f"{columns.prompt} or messages, {columns.completion} and {columns.label}; or {pair}"
+        talk = "messages" in data and columns.completion not in data
+        if talk and columns.label not in data and columns.label not in self._nulls:
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has 'messages' and no {columns.label!r}: nothing says whether it is desirable",
+                expected=expected,
+                fix=f"name the column with the label (--label-column); set {SINGLE_METHODS} only if every answer of "
+                "the file is one to imitate",
+            )
+        self._require((columns.label,) if talk else (columns.prompt, columns.completion, columns.label), expected)
+        label = {"true": True, "false": False}.get(str(data[columns.label]).lower())  # a CSV file has texts only
+        if label is None:
+            raise wrong_type(columns.label, data[columns.label], "true (desirable) or false")
+        if talk:
+            turns = self._ended(self._conversation(), "messages")
+            return turns[:-1], (turns[-1:],), label
+        prompt, completions = explicit(data, columns.prompt, (columns.completion,))
+        return prompt, completions, label
+
+    def _single(self) -> tuple[Turns, tuple[Turns, ...]]:
+        columns, data = self._columns, self.data
+        expected = f"messages, or {columns.prompt} and {columns.completion}"
+        if _is_label(data.get(columns.label)) and (columns.completion in data or "messages" in data):
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has a true/false {columns.label}: it is an unpaired preference row",
+                expected="a conversation or a prompt with a completion to imitate",
+                fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column {columns.label}",
+            )
+        if "messages" in data:
+            turns = self._conversation()
+            first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+            return turns[:first], (turns[first:],)
+        if columns.completion not in data and columns.chosen in data and columns.rejected in data:
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has {columns.chosen!r} and {columns.rejected!r}: it is a preference pair",
+                expected=expected,
+                fix=f"set {PAIR_METHODS}",
+            )
+        if "messages" in self._nulls and columns.completion not in data:
+            raise is_null("messages")
+        if "text" in data and columns.prompt not in data and columns.completion not in data:
+            return "", (text_of(data["text"], "text"),)
+        self._require((columns.prompt, columns.completion), expected)
+        return explicit(data, columns.prompt, (columns.completion,))
+
+    def _group(self) -> tuple[Turns, tuple[Turns, ...]]:
+        """A prompt with any number of completions, which need not differ."""
+        prompt = self._columns.prompt
+        expected = f"{prompt} and {GROUP}, a list of answers to it"
+        self._require((prompt,), expected)
+        if GROUP in self._nulls:
+            raise is_null(GROUP)
+        if GROUP not in self.data:
+            raise RowRefused(
+                "missing_field",
+                f"{GROUP!r} is missing",
+                expected=expected,
+                fix=f"put the answers into a list {GROUP!r}",
+            )
+        answers = self.data[GROUP]
+        if not isinstance(answers, list | tuple) or not answers:
+            raise wrong_type(GROUP, answers, "a list with at least one answer, each a text or a list of messages")
+        named = {f"{GROUP}[{i}]": answer for i, answer in enumerate(answers)}
+        return explicit({**named, prompt: self.data[prompt]}, prompt, tuple(named))
+
+    def _conversation(self) -> tuple[Message, ...]:
+        """The turns of `messages`, an assistant's among them."""
+        value = self.data["messages"]
+        if not isinstance(value, list | tuple):
+            raise wrong_type("messages", value, "a list of messages")
+        turns = turns_of(value, "messages")
+        if all(turn["role"] != "assistant" for turn in turns):
+            raise RowRefused("role_order", "messages has no assistant turn", expected="at least one, to train on")
+        return turns
+
+    def _pair(self) -> tuple[Turns, tuple[Turns, ...]]:
+        columns, data = self._columns, self.data
+        sides = (columns.chosen, columns.rejected)
+        expected = f"{columns.prompt}, {columns.chosen} and {columns.rejected}"
+        found = next((key for key in ("messages", "completion", "text", "input_ids") if key in data), None)
+        if found is not None and not any(side in data for side in sides):
+            raise RowRefused(
+                "wrong_shape",
+                f"the row has {found!r} and no {columns.chosen!r} and {columns.rejected!r}: it has nothing to compare",
+                expected=expected,
+                fix=f"set {LABELLED_METHODS if columns.label in data else SINGLE_METHODS}",
+            )
+        self._require(sides, expected)
+        same_kind(data, sides)
+        # a configured name says that there is such a column; without one the prompt may stand inside both sides
+        if columns.prompt in data or columns.prompt in self._nulls or columns.prompt != "prompt":
+            self._require((columns.prompt,), expected)
+            return explicit(data, columns.prompt, sides)
+        return implicit(data, sides, columns.prompt)
+
+    def _require(self, fields: tuple[str, ...], expected: str) -> None:
+        for field in fields:
+            if field in self.data:
+                continue
+            if field in self._nulls:
+                raise is_null(field)
+            names = ", ".join(repr(str(key)[:40]) for key in list(self._whole)[:12]) or "none"
+            kinds = {getattr(self._columns, kind): kind for kind in NAMED}
+            missing = [kinds[name] for name in fields if name not in self.data]
+            flags = ", ".join(f"--{kind}-column NAME" for kind in missing)
+            keys = ", ".join(f"dataset.{kind}_column" for kind in missing)
+            raise RowRefused(
+                "missing_field",
+                f"{field!r} is missing; the row has {names}",
+                expected=expected,
+                fix=f"if it has another name, say which: {flags} ({keys}); else mend the row, or set "
+                "dataset.on_error: skip to leave such rows out and count them",
+            )
+
+    def _finished(self, completion: Turns) -> Turns:
+        if isinstance(completion, str):
+            return completion
+        turns = self._ended(completion, "the conversation")
+        if not any(is_trained(turn) for turn in turns if turn["role"] == "assistant"):
+            raise RowRefused(
+                "nothing_labelled",
+                "the row says of every assistant turn that it is not to be trained",
+                expected="at least one to train on",
+            )
+        return turns
+
+    def _ended(self, turns: tuple[Message, ...], field: str) -> tuple[Message, ...]:
+        """The turns up to the last assistant turn."""
+        stop = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant") + 1
+        if stop == len(turns):
+            return turns
+        if not self._columns.drops_trailing:
+            raise RowRefused(
+                "trailing_turn",
+                f"{field} ends with a {turns[-1]['role']} turn, which nothing answers",
+                expected="an assistant turn at the end",
+                fix="mend the row, or set dataset.on_trailing_user: drop to train up to the last assistant turn",
+            )
+        self.notes += ["trailing_turns"] * (len(turns) - stop)
+        return turns[:stop]
+
+    def with_system(self, prompt: Turns, completions: tuple[Turns, ...]) -> tuple[Turns, tuple[Turns, ...]]:
+        """The row with the text of its system column as the first turn, unless its messages have one."""
+        there = [key for key in SYSTEM if key in self._whole]
+        if there:
+            named = {getattr(self._columns, kind) for kind in NAMED}
+            there = [key for key in there if key not in named]
+        if not there or prompt == "":  # a text without turns is whole as it is
+            return prompt, completions
+        found: dict[str, str] = {}
+        for key in there:
+            words = self._whole[key]
+            if words is not None and not isinstance(words, str):
+                raise RowRefused("wrong_type", f"{key} is no text", expected="a text, null, or nothing")
+            if words and words.strip():
+                found.setdefault(text_of(words, key), key)
+        if len(found) > 1:
+            names = " and ".join(found.values())
+            raise RowRefused("wrong_shape", f"{names} hold two system texts", expected="one of them")
+        # blank or not: rows of one file are all messages, so that all are rendered alike
+        if isinstance(prompt, str):
+            prompt = ({"role": "user", "content": prompt},)
+            completions = tuple(({"role": "assistant", "content": c},) for c in completions)
+        first = next(iter(prompt), None)
+        for words in found:
+            if first is None or first["role"] not in ("system", "developer"):
+                prompt = ({"role": "system", "content": words}, *prompt)
+            elif first["content"].strip() != words.strip():
+                self.notes.append("system_unused")
+        return prompt, completions
+
+    def refuse_media(self, parts: tuple[Turns, ...]) -> None:
+        """An image that a text points to is a part of the row, and it is not trained; others are counted."""
+        for name in MEDIA & self._whole.keys():
+            if self._whole[name] in (None, "", []):
+                continue
+            if "media_unread" not in self.notes:
+                self.notes.append("media_unread")
+            texts = [turn.get("content", "") for part in parts if not isinstance(part, str) for turn in part]
+            texts += [part for part in parts if isinstance(part, str)]
+            if match := next(filter(None, map(PLACEHOLDER.search, texts)), None):
+                raise RowRefused(
+                    "unsupported_modality",
+                    f"{match[0]!r} in the row's text points to its column {name!r}, which is not trained",
+                    expected="rows that are text alone",
+                )
+
+    def tools(self) -> tuple[Mapping[str, Any], ...] | None:
+        tools = self.data.get("tools")
+        if not tools:
+            return None
+        if isinstance(tools, list | tuple):
+            tools = [parsed(tool, f"tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(tools)]
+        if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise wrong_type("tools", tools, "a list of objects, one per tool")
+        return tuple(tools)
+
+    def template_kwargs(self) -> Mapping[str, Any] | None:
+        found = self.data.get(TEMPLATE_KWARGS)
+        if not found:
+            return None
+        if not isinstance(found, Mapping):
+            raise wrong_type(TEMPLATE_KWARGS, found, 'an object, such as {"enable_thinking": false}')
+        for name, value in found.items():
+            if (problem := bad_variable(name, value)) is not None:
+                raise RowRefused(
+                    "wrong_type", f"{TEMPLATE_KWARGS}: {problem}", expected="the template's own variables, as JSON"
+                )
+        return found
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))

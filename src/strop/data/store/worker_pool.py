@@ -1,0 +1,242 @@
+"""Rows worked on by several processes, in the order of the rows. Floor 2.
+
+In: a workshop and a stream of rows. Out: what became of them, batch by batch. The first batches are worked on here,
+so that small files start no process, unless the tokenizer may never come to an end (`Workshop.may_run_away`): then
+all are worked on in processes, which the system ends when they take too much. No more batches are under way than keep
+the processes busy, so memory does not grow with the file. A process ends with its parent, however that ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, islice
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+from strop import machine, time_limit
+from strop.data.read.row import Row
+from strop.data.store.records import Worked, Workshop
+from strop.errors import DataError
+
+ROWS_AT_ONCE = 512
+ALONE = 8
+"""Batches that are worked on before other processes are started."""
+
+MOST = 8
+"""Processes at most, where their number is left open."""
+
+logger = logging.getLogger("strop")
+
+SECONDS = 60.0
+BYTES_A_SECOND = 50_000
+"""Processor time for a batch: so much, and a second more for so many bytes of its rows; a hundredth is usual."""
+
+START = "fork" if time_limit.CAN_FORK else "spawn"
+"""A fork has the tokenizer already, and does not run the main module again."""
+
+
+def work_all(
+    workshop: Workshop, rows: Iterator[Row], *, limit: int | None, num_workers: int | None, start: str = START
+) -> Iterator[tuple[str, Worked]]:
+    """The rows' file names and what became of them, in order.
+
+    Args:
+        limit: stop behind so many good rows; none behind them is looked at.
+        num_workers: processes; None: by the number of processors.
+        start: how processes are started: fork or spawn.
+    """
+    batches = _Batches(rows, limit)
+    wanted = num_workers or min(MOST, machine.processor().cores)
+    apart_at_once = start == "fork" and workshop.may_run_away
+    for n in count():
+        if n == (0 if apart_at_once else ALONE) and (apart_at_once or wanted > 1):
+            crew = _hired(workshop, wanted, start)
+            if crew is not None:
+                yield from _in_processes(crew, batches, wanted)
+                return
+        batch = batches.next()
+        if batch is None:
+            return
+        done = workshop.work(*batch)
+        batches.finished(len(batch[0]), done)
+        yield batches.files[batch[1]], done
+
+
+class _Batches:
+    """Batches of one file each, of no more rows than may still be wanted."""
+
+    def __init__(self, rows: Iterator[Row], limit: int | None) -> None:
+        self._rows, self._missing, self._under_way = rows, limit, 0
+        self._held: list[Row] = []
+        self.files: list[str] = []
+
+    def next(self) -> tuple[list[Row], int] | None:
+        """Rows and the number of their file; None where there are no more, or none may be asked for now."""
+        size = ROWS_AT_ONCE if self._missing is None else min(ROWS_AT_ONCE, self._missing - self._under_way)
+        if size <= 0:
+            return None
+        rows = self._held[:size]
+        rows += islice(self._rows, size - len(rows))
+        if not rows:
+            return None
+        file = rows[0].origin.file
+        stop = next((i for i, row in enumerate(rows) if row.origin.file != file), len(rows))
+        self._held = rows[stop:] + self._held[size:]
+        rows = rows[:stop]
+        if file not in self.files:
+            self.files.append(file)
+        self._under_way += len(rows)
+        return rows, self.files.index(file)
+
+    def finished(self, num_rows: int, done: Worked) -> None:
+        self._under_way -= num_rows
+        if self._missing is not None:
+            self._missing -= done.num_good
+
+
+def _hired(workshop: Workshop, num_workers: int, start: str) -> Crew | None:
+    """Processes, the first of them started; None where the system starts none."""
+    try:
+        return Crew(workshop, num_workers, start)
+    except (OSError, ImportError, NotImplementedError) as error:
+        logger.warning("rows are worked on in one process, since others cannot be started here: %s", error)
+        return None
+
+
+def _in_processes(crew: Crew, batches: _Batches, num_workers: int) -> Iterator[tuple[str, Worked]]:
+    waiting: deque[tuple[int, int, Future[Worked]]] = deque()
+    try:
+        while True:
+            while len(waiting) < 2 * num_workers and (batch := batches.next()) is not None:
+                waiting.append((len(batch[0]), batch[1], crew.submit(*batch)))
+            if not waiting:
+                return
+            num_rows, file, future = waiting.popleft()
+            done = future.result()
+            batches.finished(num_rows, done)
+            yield batches.files[file], done
+    finally:
+        crew.dismiss()
+
+
+class Crew:
+    """Processes that work on batches: one is started for every batch that finds all others busy, up to a number."""
+
+    def __init__(self, workshop: Workshop, num_workers: int, start: str) -> None:
+        self._workshop, self._most = workshop, num_workers
+        self._context = multiprocessing.get_context(start)
+        self._members: list[_Member] = []
+        self._idle: SimpleQueue[_Member] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(num_workers)  # one waits for each process
+        self._under_way: list[Future[Worked]] = []
+        self._start_one()
+
+    def submit(self, rows: list[Row], file: int) -> Future[Worked]:
+        """Have a batch worked on.
+
+        Raises (the future):
+            DataError: the process that was at it is gone.
+        """
+        self._under_way = [future for future in self._under_way if not future.done()]
+        if len(self._members) < min(self._most, len(self._under_way) + 1):
+            self._start_one()
+        self._under_way.append(self._threads.submit(self._work, rows, file))
+        return self._under_way[-1]
+
+    def _start_one(self) -> None:
+        member = _Member(self._context, self._workshop)
+        self._members.append(member)
+        self._idle.put(member)
+
+    def _work(self, rows: list[Row], file: int) -> Worked:
+        member = self._idle.get()
+        try:
+            return member.work(rows, file)
+        finally:
+            self._idle.put(member)
+
+    def dismiss(self) -> None:
+        """End all processes, whatever they are at."""
+        for member in self._members:
+            member.end()
+        self._threads.shutdown(cancel_futures=True)
+
+
+class _Member:
+    """One process."""
+
+    def __init__(self, context: Any, workshop: Workshop) -> None:
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, workshop, os.getpid()), daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads; the children touch nothing that threads of ours hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+
+    def work(self, rows: list[Row], file: int) -> Worked:
+        seconds = SECONDS + sum(map(_size, rows)) / BYTES_A_SECOND
+        try:
+            self._pipe.send((rows, file, seconds))
+            if not self._pipe.poll(time_limit.SLACK * seconds):
+                self._process.kill()
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._gone(rows, seconds) from error
+        if isinstance(answer, BaseException):
+            raise answer
+        assert isinstance(answer, Worked)
+        return answer
+
+    def _gone(self, rows: list[Row], seconds: float) -> DataError:
+        self._process.join()
+        first, last = rows[0].origin, rows[-1].origin
+        where = f"{first.file}:{first.line}" + (f" to {last.line}" if len(rows) > 1 else "")
+        if self._process.exitcode == -getattr(signal, "SIGKILL", 9):
+            return DataError(
+                "a process that tokenises was killed",
+                where=where,
+                expected="memory for all of them",
+                fix="set dataset.num_workers: 1, or free memory",
+            )
+        return DataError(
+            f"tokenising these rows takes more than {time_limit.limit_passed(self._process.exitcode, seconds)}",
+            where=where,
+            expected="some milliseconds a row",
+            fix="look at these rows, and at the normalizer and pre_tokenizer in the model's tokenizer.json: a regular "
+            "expression there may never come to an end",
+        )
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _size(row: Row) -> int:
+    return len(row.raw) if row.raw is not None else len(str(row.data))
+
+
+def _serve(pipe: Connection, workshop: Workshop, parent: int) -> None:
+    """In the other process: batches come, what became of them goes, until the parent ends it or is gone."""
+    time_limit.enter(parent)
+    gc.freeze()  # what is there stays there: not to be looked through, nor copied, at every collection
+    time_limit.bound_memory()
+    while True:
+        rows, file, seconds = pipe.recv()
+        time_limit.bound_time(seconds)
+        try:
+            answer: Worked | BaseException = workshop.work(rows, file)
+        except Exception as error:  # noqa: BLE001 (raised again in the parent)
+            error.add_note(traceback.format_exc())
+            answer = error
+        pipe.send(answer)

@@ -1,0 +1,411 @@
+"""Where the answers of a conversation lie in its rendering, and which of them are trained. Floor 2.
+
+In: messages as a template takes them. Out: the rendering, with a span for each answer that is trained.
+
+An answer is all that the model has to write: it begins where the generation prompt for the turns before it ends, and it
+stops with the control token that generation stops at. So it is trained only where the rendering of the whole begins
+with that generation prompt and holds all that the row says. An earlier turn that the template renders otherwise (it
+drops the reasoning of earlier turns, say) is history: context, and not trained. Generation blocks of a template decide
+instead, cut at the end of the generation prompt.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from strop.data.read.row import RowRefused
+from strop.data.text.markers import REASONING_KEYS, THINK_TAG, Marks, Piece, Place, Reading, Span
+from strop.data.text.message_forms import without_arguments, without_reasoning
+from strop.data.text.template_writer import Writer
+from strop.types import Message
+
+Content = tuple[int, int, bool]
+"""What the row has written: start, stop, and whether it is an assistant turn."""
+
+KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id"})
+"""Keys of any message that are looked after one by one; an id says nothing but what belongs together."""
+
+EMPTY: tuple[object, ...] = ("", [], {})
+
+MOST_TURNS = 2000
+"""Each answer is rendered with all turns before it, so the work grows with the square of their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One assistant turn of the completion. message: its number. start, stop: in the rendering. earliest: where a
+    generation block of it may begin.
+
+    as_generated: the rendering up to `start` is the prompt that inference sees. is_history: the template renders it
+    otherwise than inference would, since other turns follow.
+    """
+
+    message: int
+    start: int
+    stop: int
+    earliest: int
+    as_generated: bool
+    is_history: bool
+
+
+class Conversation:
+    """A prompt and its continuation, rendered.
+
+    Args:
+        first: number of the first message behind the prompt.
+        opening: the prompt as inference sees it, where the caller has it.
+
+    Raises:
+        RowRefused: the template fails on these messages or drops a part of them, or answers cannot be found.
+    """
+
+    def __init__(self, writer: Writer, messages: Sequence[Message], first: int, opening: str | None = None) -> None:
+        if len(messages) > MOST_TURNS:
+            raise unverified(f"it has {len(messages)} turns, and each answer is rendered with all turns before it")
+        self._writer, self._ends = writer, writer.ends
+        self._messages, self._first, self._opening = messages, first, opening
+        self._numbers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        self.text, self.blocks = writer.tracked(messages)
+        self._rendered = self.text
+        self._marks = Marks.put(messages, self.text)
+        self._reading = self._read()
+        if self._reading is None:
+            self._refuse_controls_in_contents()
+        elif not self.blocks:
+            self._restore_thoughts()
+        self.answers = _with_history([self._answer(i) for i in self._numbers])
+        if self.blocks is None:
+            self.answers = [self._closed_by_next_header(answer) for answer in self.answers]
+        else:
+            self.answers = [replace(a, is_history=False) if a.is_history else a for a in self.answers]
+
+    @property
+    def contents(self) -> tuple[Content, ...]:
+        """What the row has written but for its calls, by start; all else is the template's."""
+        places = self._reading.places if self._reading is not None else ()
+        return tuple(
+            (place.start, place.stop, self._messages[place.piece.message]["role"] == "assistant")
+            for place in places
+            if place.piece.kind != "call"
+        )
+
+    @property
+    def lost_reasoning(self) -> list[int]:
+        """Numbers of the turns whose reasoning the template leaves out, as it does at inference."""
+        if self._reading is None or self._marks is None:
+            return []
+        seen = {id(place.piece) for place in self._reading.places}
+        kinds = ("thought", "reasoning")
+        return sorted({p.message for p in self._marks.pieces if p.kind in kinds and p.text and id(p) not in seen})
+
+    def unread_keys(self) -> list[tuple[int, str]]:
+        """Keys of messages, with the number of their message, without which the template writes the same."""
+        more = [
+            (i, key)
+            for i, message in enumerate(self._messages)
+            if not message.keys() <= KNOWN
+            for key, value in message.items()
+            if value not in EMPTY and not _is_looked_after(key, message["role"])
+        ]
+        if not more or self._writes_without(more):
+            return more
+        return [one for one in more if self._writes_without([one])]
+
+    def refuse_lost_arguments(self) -> None:
+        """A template that writes calls without their arguments would train calls that nobody has made."""
+        bare = without_arguments(self._messages)
+        if (
+            bare != list(self._messages)
+            and not self._writer.names_arguments
+            and self._writer.text(bare) == self._rendered
+        ):
+            raise RowRefused(
+                "dropped_by_template",
+                "the chat template leaves the arguments of tool calls out",
+                expected="a chat template that writes calls with their arguments",
+                fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes them",
+            )
+
+    def _writes_without(self, keys: Sequence[tuple[int, str]]) -> bool:
+        gone = set(keys)
+        messages = [{k: v for k, v in m.items() if (i, k) not in gone} for i, m in enumerate(self._messages)]
+        try:
+            return self._writer.text(messages) == self._rendered
+        except RowRefused:
+            return False
+
+    def spans(self, answer: Answer) -> list[Span]:
+        """What is trained of an answer: its generation blocks, or else all of it."""
+        if self.blocks is None:
+            return [(answer.start, answer.stop)]
+        own = [(max(a, answer.earliest), b) for a, b in self.blocks if self._owner(b) is answer]
+        return [(a, b) for a, b in own if a < b]
+
+    def refuse_words_of_others(self, spans: Sequence[Span]) -> None:
+        """What somebody else has written is never trained, whatever a generation block holds.
+
+        Args:
+            spans: what is trained, in order.
+        """
+        starts = [start for start, _ in spans]
+        for start, stop, is_assistants in self.contents:
+            n = bisect_left(starts, stop) - 1
+            if not is_assistants and n >= 0 and start < stop and spans[n][1] > start:
+                raise RowRefused(
+                    "spans_not_found",
+                    f"what is trained would hold {self.text[start:stop][:40]!r}, which no assistant turn says",
+                    expected="{% generation %} blocks around what the assistant writes, and nothing else",
+                    fix="mend the chat template, or set dataset.template to another one",
+                )
+
+    def is_followed(self, stop: int) -> bool:
+        """Whether the template writes more behind a generation block that ends there: then the block says where the
+        answer ends."""
+        return self.blocks is not None and bool(self.text[stop:].strip())
+
+    def _owner(self, stop: int) -> Answer | None:
+        """The answer that a block belongs to which ends at `stop`: the last one that begins in front of that."""
+        return next((answer for answer in reversed(self.answers) if answer.start < stop), None)
+
+    def _read(self) -> Reading | None:
+        """The rendering with marks; None where marks change what the template writes."""
+        if self._marks is None:
+            return None
+        reading = self._marks.read(self._writer.text(self._marks.messages))
+        verified = reading.is_whole and reading.text == self.text
+        seen = {id(place.piece) for place in reading.places}
+        for piece in self._marks.pieces:
+            gone = id(piece) not in seen and (verified or piece.text not in self.text)
+            if gone and piece.kind in ("content", "call"):
+                raise _dropped(self._messages, piece)
+        return reading if verified else None
+
+    def _refuse_controls_in_contents(self) -> None:
+        for i, message in enumerate(self._messages):
+            texts = [value for value in message.values() if isinstance(value, str)]
+            if control := next((c for c in self._ends.controls if any(c in text for text in texts)), None):
+                raise unverified(f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart")
+
+    def _restore_thoughts(self) -> None:
+        """Puts the content of the last turn, whose thoughts the template drops, behind the generation prompt.
+
+        That is the text that inference comes to: the template puts an answer without thoughts into the same place, and
+        what the generation prompt writes there already is how the content begins.
+        """
+        assert self._reading is not None and self._marks is not None
+        i = len(self._messages) - 1
+        thoughts = [p for p in self._marks.pieces if p.message == i and p.kind in ("thought", "reasoning")]
+        seen = {id(place.piece) for place in self._reading.of(i)}
+        if i < self._first or all(id(piece) in seen for piece in thoughts):
+            return
+        content = self._messages[i].get("content", "")
+        opening = self._opening_at(i)
+        probe = {**self._messages[i], "content": "x"}
+        marks = Marks.put([*self._messages[:-1], probe], self.text)
+        if opening is None or marks is None or any(piece.kind == "reasoning" for piece in thoughts):
+            raise dropped_reasoning(i, opening)
+        reading = marks.read(self._writer.text(marks.messages))
+        own = reading.of(i)
+        if not reading.is_whole or len(own) != 1 or own[0].piece.text != "x":
+            raise dropped_reasoning(i, opening)
+        start, stop = own[0].start, own[0].stop
+        written = opening[start:]
+        if not opening.startswith(reading.text[:start]) or not content.startswith(written):
+            raise dropped_reasoning(i, opening)
+        place = replace(own[0], stop=start + len(content))
+        before = tuple(place for place in reading.places if place.stop <= start and place is not own[0])
+        self.text = reading.text[:start] + content + reading.text[stop:]
+        self._reading, self._marks = Reading(self.text, (*before, place), is_whole=True), marks
+
+    def _opening_at(self, i: int) -> str | None:
+        if i == self._first and self._opening is not None:
+            return self._opening
+        return self._writer.opening(self._messages[:i])
+
+    def _answer(self, i: int) -> Answer:
+        opening = self._opening_at(i)
+        alone = self._alone(i)
+        own = self._reading.of(i) if self._reading is not None else []
+        own_alone = alone.of(i) if alone is not None else []
+        if not own or not own_alone or alone is None or self._reading is None:
+            return self._answer_without_marks(i, opening)
+        self._refuse_lost_reasoning(i, own_alone)
+        own = own[: len(own_alone)]  # templates repeat the name of a call where they write its result
+        is_same = [place.piece for place in own] == [place.piece for place in own_alone]
+        end = own[-1].stop
+        length, is_whole = self._ending(self.text[end:], alone.text[own_alone[-1].stop :])
+        others = (p.stop for p in self._reading.places if p.piece.message != i and p.start < own[0].start)
+        floor = max(others, default=0)
+        as_generated = opening is not None and self.text.startswith(opening)
+        opening = opening or ""
+        common = len(opening) if as_generated else _num_common(opening, self.text)
+        if as_generated and opening:
+            start = earliest = len(opening)
+        else:
+            begin = max(own[0].start - len(self._lead(i, own[0])), floor)
+            start = min(common, own[0].start) if common >= floor > 0 else begin
+            earliest = start if common >= floor > 0 else floor
+        if not floor <= start <= end + length:
+            raise unverified(f"turn {i + 1} does not follow its generation prompt")
+        # inference comes further along its prompt than the rendering of the whole does
+        is_other = not as_generated and _num_common(opening, alone.text) > common
+        is_history = not is_same or not is_whole or is_other
+        return Answer(i, start, end + length, earliest, as_generated, is_history)
+
+    def _lead(self, i: int, first: Place) -> str:
+        """What a content has in front of its first piece, a tag or white space, if the rendering has it there too."""
+        content = self._messages[i].get("content") or ""
+        own = first.piece.kind in ("content", "thought")
+        at = content.find(first.piece.text) if first.piece.text else content.find("<think>") + len("<think>")
+        lead = content[:at] if own else ""
+        return lead if self.text.endswith(lead, 0, first.start) else ""
+
+    def _closing(self, behind: str) -> int:
+        """How many of the characters behind an answer's last words are the answer's too."""
+        return self._ends.closing(behind, ends_with_a_header=not self._writer.asks_for_answers)
+
+    def _alone(self, i: int) -> Reading | None:
+        """The marked rendering that ends with turn `i`, as inference would write it; None where there is none."""
+        if i == len(self._messages) - 1:
+            return self._reading
+        if self._marks is None:
+            return None
+        try:
+            return self._marks.read(self._writer.text(self._marks.messages[: i + 1]))
+        except RowRefused:
+            return None
+
+    def _ending(self, behind: str, alone: str) -> tuple[int, bool]:
+        """How much of the text behind an answer's last words is the answer's, and whether the words are all there.
+
+        Args:
+            behind: that text in the rendering of the whole. alone: in that of the turns up to this one. They can end
+                by other control tokens; what inference would not write is not trained.
+        """
+        wanted = alone[: self._closing(alone)]
+        length = _num_common(behind, wanted)
+        if length == len(wanted):
+            return length, True
+        words = self._ends.first_control(wanted)
+        return max(self._ends.last_control(wanted[:length]), min(words, length)), length >= words
+
+    def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[Place]) -> None:
+        assert self._marks is not None
+        seen = {id(place.piece) for place in own_alone}
+        is_last = i == len(self._messages) - 1
+        kinds = ("reasoning", "thought") if is_last else ("reasoning",)
+        if any(p.message == i and p.kind in kinds and id(p) not in seen for p in self._marks.pieces):
+            raise dropped_reasoning(i, self._opening_at(i))
+
+    def _answer_without_marks(self, i: int, opening: str | None) -> Answer:
+        """An answer in which nothing could be marked, as what its turn adds to the generation prompt."""
+        is_last = i == len(self._messages) - 1
+        pieces = self._marks.pieces if self._marks is not None else []
+        if is_last and any(p.message == i and p.kind == "reasoning" and p.text not in self.text for p in pieces):
+            raise dropped_reasoning(i, opening)
+        try:
+            alone = self.text if is_last else self._writer.text(self._messages[: i + 1])
+        except RowRefused:
+            alone = ""
+        if opening is not None and alone.startswith(opening):
+            stop = len(opening) + self._closing(alone[len(opening) :])
+            if len(opening) < stop and self.text.startswith(alone[:stop]):
+                content = self._messages[i].get("content") or ""
+                # without a prompt there is no generation prompt, and the header is no part of the answer
+                start = len(opening) if i else max(self.text.find(content.strip(), 0, stop), 0)
+                return Answer(i, start, stop, start, as_generated=True, is_history=False)
+        if i != self._numbers[-1]:
+            return Answer(i, 0, 0, 0, as_generated=False, is_history=True)
+        raise unverified(f"turn {i + 1} is not rendered behind its generation prompt")
+
+    def _following_header(self) -> str:
+        """The first token of what would follow the last turn, where generation stops at it; else nothing."""
+        role = "tool" if "tool_calls" in self._messages[-1] else "user"
+        # with another turn behind them the last ones would lose their reasoning
+        messages = [_without_thoughts(m) if m["role"] == "assistant" else m for m in self._messages]
+        try:
+            short = self._writer.text(messages).rstrip()
+            long = self._writer.text([*messages, {"role": role, "content": "x"}])
+        except RowRefused:
+            return ""
+        if not long.startswith(short):
+            return ""
+        return long[len(short) :][: self._ends.next_header(long[len(short) :])]
+
+    def _closed_by_next_header(self, answer: Answer) -> Answer:
+        """The answer up to the first token of the next turn, where it has no end token and generation stops there."""
+        if answer.is_history or self._ends.is_closed(self.text[answer.start : answer.stop]):
+            return answer
+        if answer.message == len(self._messages) - 1 and self._ends.stops_elsewhere:
+            self.text = self.text[: answer.stop] + self._following_header()
+        length = self._ends.next_header(self.text[answer.stop :])
+        return replace(answer, stop=answer.stop + length) if length else answer
+
+
+def _is_looked_after(key: str, role: str) -> bool:
+    return key in KNOWN or (key in REASONING_KEYS if role == "assistant" else (key, role) == ("name", "tool"))
+
+
+def _without_thoughts(message: Message) -> Message:
+    content = message.get("content")
+    words = THINK_TAG.split(content)[-1].strip() if isinstance(content, str) else content
+    return {**without_reasoning(message), "content": words}
+
+
+def _with_history(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers, where those that do not follow their generation prompt are history if others do follow theirs."""
+    if not any(answer.as_generated for answer in answers):
+        return list(answers)
+    return [
+        answer if answer.as_generated or answer.is_history else replace(answer, is_history=True) for answer in answers
+    ]
+
+
+def _num_common(one: str, other: str) -> int:
+    """How many characters both texts begin with, by bisection: slices are compared faster than characters."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def _dropped(messages: Sequence[Message], piece: Piece) -> RowRefused:
+    number, role = piece.message + 1, messages[piece.message]["role"]
+    if piece.kind == "call":
+        return RowRefused(
+            "dropped_by_template",
+            f"the chat template leaves a call of {piece.text[:40]!r} in turn {number} out",
+            expected="a chat template that renders every call of a turn, or rows with one call per turn",
+        )
+    return RowRefused(
+        "dropped_by_template",
+        f"the chat template leaves turn {number}, a {role} turn, out",
+        expected=f"a chat template that renders {role} turns, or rows without them",
+    )
+
+
+def dropped_reasoning(i: int, opening: str | None) -> RowRefused:
+    """The refusal of a row whose reasoning in turn `i` the template leaves out. opening: its generation prompt."""
+    other = (
+        ""
+        if opening is None
+        else f", or a content that begins with what the generation prompt ends with ({opening[-20:]!r})"
+    )
+    return RowRefused(
+        "dropped_by_template",
+        f"the chat template leaves the reasoning of turn {i + 1} out",
+        expected="a chat template that renders reasoning" + other,
+        fix="set dataset.template to one that renders it, or dataset.on_dropped_reasoning: drop to train without it",
+    )
+
+
+def unverified(problem: str) -> RowRefused:
+    """The refusal of a row whose answers cannot be told in its rendering."""
+    return RowRefused(
+        "spans_not_found",
+        f"where the answers lie in the rendering cannot be told: {problem}",
+        expected="a chat template with {% generation %} blocks, or one that renders every turn as it is",
+    )

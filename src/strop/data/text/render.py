@@ -1,0 +1,398 @@
+"""Examples to text: renders the chat template and finds the row's words and the trained answers in it. Floor 2.
+
+In: an Example. Out: one Rendered for each completion: the whole conversation as text, with character spans.
+
+`forms.py` says how messages are handed to a template, `marks.py` where a rendering has put them, `answers.py` which
+part of it the model has to write.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from strop.data.read.row import RowRefused
+from strop.data.text.answers import Answer, Content, Conversation, dropped_reasoning, unverified
+from strop.data.text.chat_template import choose_template, tokenizers_template
+from strop.data.text.markers import REASONING_KEYS, Span
+from strop.data.text.message_forms import (
+    TRAIN,
+    Form,
+    Tools,
+    forms_of,
+    has_reasoning,
+    readable,
+    without_reasoning,
+    writes_python,
+)
+from strop.data.text.sandbox import NOW, bounded, bounded_memory, variables
+from strop.data.text.template_writer import Ends, Writer
+from strop.errors import ConfigError
+from strop.types import Example, Message, Turns
+
+TrainOn = Literal["all", "last", "last_and_tools"]
+"""Which assistant turns of a completion are trained: see `dataset.train_on`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text.
+
+    boundary: where the prompt ends. openings: where generation prompts of trained answers end, the prompt's first; no
+    token lies across them. trained: what the model has to write, each span at or after the boundary, end
+    tokens included. contents: what the row has written, by start; all else is the template's. starts_bare: no template
+    has written a BOS token, so the tokenizer's own belongs in front.
+
+    num_prompt_turns: messages in front of the first trained answer. num_history: answers that are not trained, since
+    the template renders them otherwise than inference would. num_left_out: answers that the row says not to train.
+    num_dropped_reasoning: turns whose reasoning was left out, as `dataset.on_dropped_reasoning` says.
+    is_generation_prompt: the prompt is the one that inference sees. left_out: what of the row is not in the text, in
+    words. has_unread_keys, has_unread_kwargs: the template does not read a key of a message, or a variable of the row.
+    may_be_closed: the tokenizer's EOS token may follow an answer without an end token.
+    """
+
+    text: str
+    boundary: int
+    trained: tuple[Span, ...]
+    contents: tuple[Content, ...]
+    openings: tuple[int, ...] = ()
+    starts_bare: bool = False
+    num_prompt_turns: int = 0
+    num_history: int = 0
+    num_left_out: int = 0
+    num_dropped_reasoning: int = 0
+    is_generation_prompt: bool = True
+    left_out: tuple[str, ...] = ()
+    has_unread_keys: bool = False
+    has_unread_kwargs: bool = False
+    may_be_closed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """What the configuration says about rendering: keys of `dataset` by their names."""
+
+    render: Literal["auto", "chat", "raw"] = "auto"
+    template: str | None = None
+    train_on: TrainOn = "all"
+    on_dropped_reasoning: Literal["refuse", "drop"] = "refuse"
+    date: datetime.date | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Renderer:
+    """Renders examples by a chat template.
+
+    Args:
+        rules: the configuration's; `render` decides about rows of plain texts, messages always go through a template.
+        stop_tokens: ids of tokens that generation stops at, besides the tokenizer's EOS token.
+
+    Raises:
+        ConfigError: the named template cannot be used.
+        ModelError: the tokenizer has several templates and no default.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, rules: TextRules = TextRules(), stop_tokens: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._rules = rules
+        self._ends = Ends(tokenizer, stop_tokens)
+        self._special_tokens = dict(tokenizer.special_tokens_map)
+        self._control_in = lru_cache(maxsize=4096)(self._find_control)
+        self.chosen = choose_template(rules.template, tokenizer)
+        self.template = self.chosen.source
+        added = tokenizer.added_tokens_decoder
+        self._special = {i: str(token.content) for i, token in added.items() if token.special}
+        in_template = {i: str(token.content) for i, token in added.items() if str(token.content) in self.template}
+        self._controls = {**in_template, **self._special}
+        self.wraps_text = rules.render == "chat" or (rules.render == "auto" and self.chosen.is_given)
+
+    def _template_for(self, tools: Tools) -> str:
+        if tools and self.chosen.is_the_tokenizers:
+            return tokenizers_template(self._tokenizer, with_tools=True)
+        return self.template
+
+    @property
+    def date(self) -> str | None:
+        """What the template takes for today; None where it does not ask."""
+        return str(self._rules.date) if self._rules.date is not None and NOW in self.template else None
+
+    def identity(self) -> list[Any]:
+        """All that decides what becomes of an example, besides the tokenizer."""
+        rules = replace(self._rules, template=None, date=self._rules.date if self.date else None)
+        return [self.template, self.wraps_text, repr(rules), sorted(self._ends.stops)]
+
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    def is_raw(self, example: Example) -> bool:
+        """Whether the example is trained as the text that it is; a text without a prompt has no turns."""
+        return isinstance(example.prompt, str) and (not self.wraps_text or not example.prompt)
+
+    def unread_kwargs(self) -> list[str]:
+        """Names under `dataset.chat_template_kwargs` that no template of this tokenizer reads.
+
+        Raises:
+            ModelError: a template takes too much time or memory to be read.
+        """
+        if not self._rules.chat_template_kwargs:
+            return []
+        templates = {self._template_for(None), self._template_for(({},))}
+        with bounded(self.chosen.name, 1), bounded_memory():
+            known = frozenset[str]().union(*map(variables, templates))
+        return [name for name in self._rules.chat_template_kwargs if name not in known]
+
+    def render(self, example: Example) -> tuple[Rendered, ...]:
+        """Each completion after the prompt.
+
+        Raises:
+            RowRefused: the template fails on this row, drops a part of it, or its trained spans cannot be found.
+            ModelError: the template is broken, or takes too much time or memory.
+            ConfigError: messages under `dataset.render: raw`.
+        """
+        if self.is_raw(example):
+            unread = [f"chat_template_kwargs.{name}" for name in example.template_kwargs or ()]
+            return tuple(_raw(str(example.prompt), str(completion), unread) for completion in example.completions)
+        self._refuse_unknown_tools(example)
+        prompt = _as_turns(example.prompt, "user")
+        if self._rules.render == "raw":
+            raise ConfigError(
+                "dataset.render is raw, and the row holds messages",
+                where=str(example.origin),
+                expected="rows of plain texts; messages need a template",
+                fix="set dataset.render: auto",
+            )
+        completions = [_as_turns(completion, "assistant") for completion in example.completions]
+        template = self._template_for(example.tools)
+        own = example.template_kwargs or {}
+        more = {**self._rules.chat_template_kwargs, **own, **self._special_tokens}
+        writer = Writer(template, self._ends, more, example.tools, self._rules.date)
+        with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
+            unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
+            openings: dict[Form, str | None] = {}
+            rendered = tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
+        if not unread:
+            return rendered
+        return tuple(replace(r, left_out=(*r.left_out, *unread), has_unread_kwargs=True) for r in rendered)
+
+    def _refuse_unknown_tools(self, example: Example) -> None:
+        """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
+        turns = [turn for part in (example.prompt, *example.completions) if not isinstance(part, str) for turn in part]
+        calls = any("tool_calls" in turn for turn in turns)
+        if not (calls or example.tools):
+            return
+        template = self._template_for(example.tools)
+        for there, key, what in ((calls, "tool_calls", "tool calls"), (bool(example.tools), "tools", "tools")):
+            if there and key not in template:
+                raise RowRefused(
+                    "dropped_by_template",
+                    f"the row has {what}, and the chat template ({self.chosen.name}) has no place for them",
+                    expected="a chat template that writes tools, or rows without them",
+                    fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes tools",
+                )
+
+    def _conversation(
+        self,
+        writer: Writer,
+        prompt: tuple[Message, ...],
+        completion: tuple[Message, ...],
+        openings: dict[Form, str | None],
+    ) -> Rendered:
+        """One completion after the prompt. openings: prompts as inference sees them, which the sides share."""
+        rows = prompt + completion
+        wanted = self._wanted(rows, len(prompt))
+        messages, num_dropped_reasoning = self._readable(rows, writer)
+        self._refuse_controls_elsewhere(messages, writer.tools)
+        conversation = self._written(messages, len(prompt), writer, openings)
+        text = conversation.text
+        answers = [answer for answer in conversation.answers if answer.message in wanted]
+        spans = {answer: conversation.spans(answer) for answer in answers if not answer.is_history}
+        trained = [answer for answer, own in spans.items() if own]
+        if not trained:
+            raise _nothing_trained(conversation, answers)
+        first = trained[0]
+        dropped = {i for i, row in enumerate(rows) if has_reasoning(row)} if num_dropped_reasoning else set[int]()
+        lost = [f"the reasoning of turn {i + 1}" for i in sorted(dropped.union(conversation.lost_reasoning))]
+        unread = conversation.unread_keys()
+        conversation.refuse_lost_arguments()
+        _refuse_lost_names(rows, unread)
+        all_trained = tuple(span for answer in trained for span in spans[answer])
+        conversation.refuse_words_of_others(all_trained)
+        return Rendered(
+            text,
+            first.start if first.as_generated else spans[first][0][0],
+            all_trained,
+            conversation.contents,
+            openings=tuple(answer.start for answer in trained if answer.as_generated),
+            num_prompt_turns=first.message,
+            num_history=sum(answer.is_history for answer in answers),
+            num_left_out=sum(row.get(TRAIN) is False for row in completion if row["role"] == "assistant"),
+            num_dropped_reasoning=num_dropped_reasoning,
+            is_generation_prompt=first.as_generated,
+            left_out=(*lost, *(f"{key!r} of turn {i + 1}" for i, key in unread)),
+            has_unread_keys=bool(unread),
+            may_be_closed=not conversation.is_followed(all_trained[-1][1]),
+        )
+
+    def _wanted(self, messages: Sequence[Message], first: int) -> set[int]:
+        """Numbers of the assistant turns that the row and `dataset.train_on` want trained."""
+        answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        if self._rules.train_on != "all":
+            with_calls = self._rules.train_on == "last_and_tools"
+            last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+            answers = [
+                i for i in answers if i == answers[-1] or (with_calls and i > last_user and "tool_calls" in messages[i])
+            ]
+        return {i for i in answers if messages[i].get(TRAIN) is not False}
+
+    def _readable(self, messages: Sequence[Message], writer: Writer) -> tuple[list[Message], int]:
+        """The messages with their reasoning where the template looks for it, and how many lost theirs."""
+        keys = writer.reasoning_keys
+        thinking = next((i for i, message in enumerate(messages) if has_reasoning(message)), None)
+        num_dropped = 0
+        if thinking is not None and not keys:
+            if self._rules.on_dropped_reasoning == "refuse":
+                raise dropped_reasoning(thinking, None)
+            num_dropped = sum(map(has_reasoning, messages))
+            messages = [without_reasoning(message) for message in messages]
+        return [readable(message, keys) for message in messages], num_dropped
+
+    def _written(
+        self, messages: Sequence[Message], first: int, writer: Writer, openings: dict[Form, str | None]
+    ) -> Conversation:
+        """The conversation in the first form that the template writes as it should.
+
+        Raises:
+            RowRefused: it fails on all of them; what is wrong with the plain one.
+        """
+        refusals = []
+        for form in forms_of(messages, writer.tools):
+            formed = writer.in_form(form)
+            try:
+                if form not in openings:
+                    openings[form] = formed.opening(messages[:first])
+                conversation = Conversation(formed, messages, first, openings[form])
+                _refuse_lone_surrogates(conversation.text)
+                _refuse_dropped_calls(messages, writer.tools, conversation.text)
+                if not writes_python(messages, conversation.text):
+                    return conversation
+                refusals.append(unverified("the template writes the arguments of a call as Python does"))
+            except RowRefused as refusal:
+                refusals.append(refusal)
+                if refusal.reason not in ("template_error", "dropped_by_template"):
+                    break
+        raise refusals[0]
+
+    def _find_control(self, words: str, by_assistant: bool) -> str | None:
+        """A control token that the tokenizer finds in a text. by_assistant: only special ones are (see `Encoder`)."""
+        ids = self._tokenizer(words, add_special_tokens=False)["input_ids"]
+        controls = self._special if by_assistant else self._controls
+        found = next((i for i in ids if i in controls and i != self._tokenizer.unk_token_id), None)
+        return None if found is None else controls[found]
+
+    def _refuse_controls_elsewhere(self, messages: Sequence[Message], tools: Tools) -> None:
+        """Tool calls and the like are not told apart from the template's own text, so a control token in them would
+        pass for the template's. The tokenizer says what is one: a normaliser makes control tokens of look-alikes."""
+        told_apart = ("role", "content", *REASONING_KEYS)
+        parts: list[tuple[Any, bool]] = [(list(tools or ()), False)]
+        for message in messages:
+            others = [value for key, value in message.items() if key not in told_apart]
+            parts.append((others, message["role"] == "assistant"))
+        for part, by_assistant in parts:
+            for words in _texts(part):
+                if control := self._control_in(words, by_assistant):
+                    raise RowRefused(
+                        "control_token",
+                        f"a tool, a tool call or another key of a message holds the control token {control!r}",
+                        expected="control tokens in contents alone, where they are encoded as text",
+                    )
+
+
+def _nothing_trained(conversation: Conversation, wanted: Sequence[Answer]) -> RowRefused:
+    if not wanted:
+        return RowRefused(
+            "nothing_trained",
+            "no answer of the row is to be trained: the row itself or dataset.train_on leaves them out",
+            expected="at least one assistant turn that is trained",
+        )
+    if conversation.blocks is not None:
+        return RowRefused(
+            "nothing_trained",
+            "the {% generation %} blocks of the chat template mark nothing of this row's answers",
+            expected="a block around every answer",
+        )
+    return unverified("no answer is rendered as inference would write it")
+
+
+def _refuse_lost_names(messages: Sequence[Message], unread: Sequence[tuple[int, str]]) -> None:
+    """Who speaks is a part of a turn; of a tool, its call says so already."""
+    for i, key in unread:
+        if key == "name":
+            raise RowRefused(
+                "dropped_by_template",
+                f"the chat template leaves the name {str(messages[i]['name'])[:40]!r} of turn {i + 1} out",
+                expected="a chat template that writes names, or turns without them",
+                fix="write names into the contents, remove the key, or set dataset.template to one that has it",
+            )
+
+
+def _raw(prompt: str, completion: str, left_out: Sequence[str]) -> Rendered:
+    text = prompt + completion
+    return Rendered(
+        text,
+        len(prompt),
+        ((len(prompt), len(text)),),
+        ((0, len(text), False),),
+        starts_bare=True,
+        left_out=tuple(left_out),
+        has_unread_kwargs=bool(left_out),
+    )
+
+
+def _as_turns(turns: Turns, role: str) -> tuple[Message, ...]:
+    return ({"role": role, "content": turns},) if isinstance(turns, str) else turns
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _refuse_dropped_calls(messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Tool calls and tools are not marked (templates serialise them), but their names have to be there."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    for kind, items in (("a tool call", calls), ("a tool", tools or ())):
+        for item in items:
+            function = item.get("function", item)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if isinstance(name, str) and name not in text:
+                raise RowRefused(
+                    "dropped_by_template",
+                    f"the chat template leaves {kind}, {name[:40]!r}, out",
+                    expected="a chat template that knows tools, or rows without them",
+                )
+
+
+def _refuse_lone_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowRefused(
+            "lone_surrogate",
+            "the rendered conversation holds half a surrogate pair",
+            expected="text that can be written as UTF-8",
+        ) from error

@@ -1,0 +1,144 @@
+"""Cutting what is too long, or dropping it. Floor 2.
+
+In: an encoded example and the limits. Out: the Group that is trained on, or the reason why there is none; never
+without a count. The order: prompt at the left to its limit (whole messages before single tokens), completions at the
+right to theirs, then completions to what is left of the sequence; all completions of a group by the same bound.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from strop.config import TrainingSection
+from strop.data.read.row import RowRefused
+from strop.data.text.encode import Encoded, EncodedSide
+from strop.types import Completion, Example, Group, Message, Origin
+
+Encode = Callable[[Sequence[Example]], Sequence[Encoded | RowRefused]]
+"""Renders and encodes examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Lengths in tokens. drop: leave longer rows out instead of cutting them."""
+
+    sequence: int
+    prompt: int | None = None
+    completion: int | None = None
+    drop: bool = False
+
+    @classmethod
+    def of(cls, training: TrainingSection, drop: bool) -> Limits:
+        return cls(training.max_seq_length, training.max_prompt_length, training.max_completion_length, drop)
+
+    def of_whole_rows(self) -> Limits:
+        """For rows without a border between prompt and completion: texts and tokens."""
+        return Limits(self.sequence, drop=self.drop)
+
+    def prompt_is_too_long(self, encoded: Encoded) -> bool:
+        return self.prompt is not None and len(encoded.prompt_ids) > self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """An example within the limits.
+
+    group: None where nothing is left to train on; `dropped` then says why. completions_cut: completions that lost
+    trained tokens.
+    """
+
+    group: Group | None
+    dropped: str | None
+    prompt_cut: bool
+    completions_cut: int
+
+
+def shorter_prompts(example: Example) -> list[Example]:
+    """The example with ever fewer messages in front, longest first: the system turn and the last user turn stay.
+
+    A cut prompt begins with a user turn, as templates want it.
+    """
+    if isinstance(example.prompt, str):
+        return []
+    prompt: tuple[Message, ...] = example.prompt
+    kept = 1 if prompt and prompt[0]["role"] in ("system", "developer") else 0
+    starts = [i for i in range(kept + 1, len(prompt)) if prompt[i]["role"] == "user"]
+    return [replace(example, prompt=prompt[:kept] + prompt[i:]) for i in starts]
+
+
+def shorten_prompts(examples: Sequence[Example], limits: Limits, encode: Encode) -> list[Encoded | None]:
+    """Each example, whose prompt is too long, without as few messages as make it fit, or with the fewest there can be.
+
+    None where there is no message to leave out. The number is found by bisection, all examples at once.
+    """
+    choices = [shorter_prompts(example) for example in examples]
+    found: list[Encoded | None] = [None] * len(examples)
+    low, high = [0] * len(examples), [len(choice) for choice in choices]
+    # invariant: fewer than `low` left-out turns do not fit; `high` do, or are one more than there can be
+    while open_ := [n for n in range(len(examples)) if low[n] < high[n]]:
+        middle = [(low[n] + high[n]) // 2 for n in open_]
+        for n, m, encoded in zip(
+            open_, middle, encode([choices[n][m] for n, m in zip(open_, middle, strict=True)]), strict=True
+        ):
+            fits = isinstance(encoded, Encoded) and not limits.prompt_is_too_long(encoded)
+            if isinstance(encoded, Encoded) and (fits or m == len(choices[n]) - 1):
+                found[n] = encoded
+            low[n], high[n] = (low[n], m) if fits else (m + 1, high[n])
+    return found
+
+
+def cut(
+    encoded: Encoded,
+    limits: Limits,
+    origin: Origin,
+    *,
+    bos: int | None,
+    prompt_cut: bool = False,
+    label: bool | None = None,
+    differ: bool = True,
+) -> Cut:
+    """The example within the limits, or the reason to drop it.
+
+    Args:
+        bos: a prompt that begins with this token keeps it when it is cut.
+        prompt_cut: messages have been left out already.
+        label: that of the example.
+        differ: two completions must not be the same: they are the sides of a pair.
+    """
+    prompt = encoded.prompt_ids
+    longest = max(len(side.ids) for side in encoded.sides)
+    if limits.drop:
+        if limits.prompt_is_too_long(encoded):
+            return Cut(None, "prompt_too_long", False, 0)
+        if limits.completion is not None and longest > limits.completion:
+            return Cut(None, "completion_too_long", False, 0)
+        if len(prompt) + longest > limits.sequence:
+            return Cut(None, "sequence_too_long", False, 0)
+    if limits.prompt is not None and limits.prompt_is_too_long(encoded):
+        head = prompt[:1] if prompt[0] == bos and limits.prompt > 1 else []
+        prompt = head + prompt[len(prompt) - limits.prompt + len(head) :]
+        prompt_cut = True
+    room = limits.sequence - len(prompt)
+    if limits.completion is not None:
+        room = min(room, limits.completion)
+    sides = [_cut_right(side, max(room, 0)) for side in encoded.sides]
+    completions_cut = sum(
+        side.mask.count(1) < whole.mask.count(1) for side, whole in zip(sides, encoded.sides, strict=True)
+    )
+    dropped = None
+    if not all(1 in side.mask for side in sides):
+        dropped = "nothing_trained"
+    elif differ and len(sides) == 2 and sides[0] == sides[1]:
+        dropped = "equal_after_truncation" if completions_cut else "equal_tokens"
+    if dropped is not None:
+        return Cut(None, dropped, prompt_cut, completions_cut)
+    completions = tuple(Completion(array("i", side.ids), side.mask) for side in sides)
+    return Cut(Group(array("i", prompt), completions, origin, label), None, prompt_cut, completions_cut)
+
+
+def _cut_right(side: EncodedSide, room: int) -> EncodedSide:
+    """At most `room` tokens, and none after the last trained one."""
+    stop = side.mask.rfind(1, 0, room) + 1
+    return EncodedSide(side.ids[:stop], side.mask[:stop])

@@ -1,0 +1,13 @@
+"""What a model is and how it is loaded, before anything is scored. Floor 2.
+
+folder, guard      what a model folder holds, and what it may not do
+load               a model section -> tokenizer and model, or one clear message
+tokenizer_patterns regular expressions of a tokenizer, compiled under a time limit
+generation         where an answer ends: generation settings, in and out
+from_config        sizes of a model from its configuration alone
+adapters           LoRA adapters: new ones, and continuing old ones
+adapter_targets    which layers get adapters, and how much of the model they reach
+random_parts       what a model draws at random while it trains, switched off
+logit_transform    what a model does between its head and the softmax
+identity           hashes of weights and configuration
+"""

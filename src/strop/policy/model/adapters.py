@@ -1,0 +1,394 @@
+"""LoRA adapters: new ones, and continuing old ones. Floor 2.
+
+A model and the `lora` section come in, a peft model goes out whose trainable weights are exactly the adapter's,
+in float32 (float64 on a float64 model); everything else is frozen. The head is evaluated outside its own forward, so
+it can be trained in full (`modules_to_save`) but not adapted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from strop import time_limit
+from strop.config.sections import LoraSection, ModelSection
+from strop.errors import ModelError, first_line, foreign_errors
+from strop.policy.model.adapter_targets import (
+    head_names,
+    linear_layers,
+    no_such_name,
+    reach,
+    resolve_parameters,
+    resolve_targets,
+    selected,
+    sizes,
+)
+from strop.policy.model.folder import adapter_files, place_of, read_json, source_of
+from strop.policy.model.load import LOAD_ERRORS, quiet
+
+logger = logging.getLogger("strop")
+
+# what an adapter of another making may hold that cannot be continued here, and peft's name for it
+_FOREIGN = (
+    "megatron_config",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+_INITS = (True, False, "gaussian", "orthogonal")
+_SHARED = ("r", "lora_alpha", "bias", "use_rslora", "use_dora")
+
+
+def add_adapters(
+    module: PreTrainedModel, lora: LoraSection, model: ModelSection, *, seed: int, master: torch.dtype
+) -> PeftModel:
+    """New adapters, drawn from `seed` alone; `module` is on the CPU and is changed in place.
+
+    Raises:
+        ModelError: `target_modules` or `modules_to_save` do not fit the model.
+    """
+    where = place_of(model)
+    targets = resolve_targets(module, lora.target_modules, where)
+    saved = _resolve_saved(module, lora.modules_to_save or (), where)
+    linears, weights = linear_layers(module), sizes(module)
+    experts = resolve_parameters(module, lora.target_parameters or (), where)
+    transposed = any(isinstance(linears[name], Conv1D) for name in selected(targets, linears))
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        bias=lora.bias,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=list(lora.target_parameters or ()) or None,
+        modules_to_save=list(saved) or None,
+        task_type=lora.task_type,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        fan_in_fan_out=transposed,
+        ensure_weight_tying=_is_tied(module) and any(_is_embedding(module, name) for name in saved),
+        base_model_name_or_path=source_of(model.huggingface_id),
+        revision=model.revision,
+    )
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(module, config)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"adapters cannot be added: {first_line(error)}", where=where) from error
+    named = targets if isinstance(targets, str) else ", ".join(sorted({n.rpartition(".")[2] for n in targets}))
+    logger.info("%s: adapters of rank %d on %s", where, lora.r, ", ".join([named, *(lora.target_parameters or ())]))
+    assert not experts or _adapted_names(adapted) >= experts.keys()
+    _tell_reach(adapted, weights, where)
+    return _finish(adapted, master, where)
+
+
+def continue_adapters(
+    module: PreTrainedModel, lora: LoraSection, model: ModelSection, *, master: torch.dtype
+) -> PeftModel:
+    """The adapter of `models[].adapter`, trainable. Its own rank, scale and targets hold; only `lora_dropout` is the
+    configuration's. `module` is on the CPU and is changed in place.
+
+    Raises:
+        ModelError: it cannot be read, is no LoRA adapter, does not fit the model, or `lora` says something else.
+    """
+    assert model.adapter is not None
+    where = f"{place_of(model)}, adapter {model.adapter}"
+    settings, weights = _read_adapter(model.adapter, where)
+    config = _adapter_config(settings, lora, where)
+    with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
+        return _continued(module, config, settings, weights, model, master)
+
+
+def _continued(
+    module: PreTrainedModel,
+    config: LoraConfig,
+    settings: Mapping[str, Any],
+    weights: Path,
+    model: ModelSection,
+    master: torch.dtype,
+) -> PeftModel:
+    """The adapter of these settings and weights on the model."""
+    where = f"{place_of(model)}, adapter {model.adapter}"
+    made_from = settings.get("base_model_name_or_path")
+    source = source_of(model.huggingface_id)
+    if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
+        logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
+    config.base_model_name_or_path, config.revision = source, model.revision
+    _try_patterns(settings, [name for name, _ in module.named_modules()], where)
+    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
+        stored = load_file(weights)
+    before = sizes(module)
+    adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
+    _check_loaded(adapted, stored, where)
+    if any(_is_head_or_embedding(module, name) for name, part in _adapted_parts(adapted)):
+        raise ModelError("it adapts the head or the embedding", where=where, fix="merge it into the model first")
+    targets = ", ".join(sorted([*_as_list(config.target_modules), *_as_list(config.target_parameters)]))
+    logger.info("%s: continued, rank %d, alpha %g, on %s", where, config.r, config.lora_alpha, targets)
+    _tell_reach(adapted, before, where)
+    return _finish(adapted, master, where)
+
+
+def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:
+    """The section of the adapters that a run trains: `lora`, with the rank and the layers of an adapter that is
+    continued; None where it trains in full.
+
+    Raises:
+        ModelError: the adapter cannot be read.
+    """
+    if model.adapter is None:
+        return lora if lora.enabled else None
+    where = f"{place_of(model)}, adapter {model.adapter}"
+    config = _adapter_config(_read_adapter(model.adapter, where)[0], lora, where)
+    targets, saved = config.target_modules, config.modules_to_save
+    return lora.model_copy(
+        update={
+            "r": config.r,
+            "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+            "modules_to_save": tuple(saved) if saved else None,
+            "target_parameters": tuple(config.target_parameters or ()) or None,
+        }
+    )
+
+
+def trainable_names(module: nn.Module) -> dict[str, str]:
+    """The weights that train: the name that each has in a saved folder -> its name in the module. They differ in
+    adapters, where peft leaves out the adapter's name.
+
+    Raises:
+        KeyError: a weight trains that peft does not save.
+    """
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not isinstance(module, PeftModel):
+        return {name: name for name in named}
+    own = module.state_dict(keep_vars=True)  # the weights themselves, which peft only names otherwise
+    saved = get_peft_model_state_dict(module, state_dict=own, save_embedding_layers=False)
+    saved_names = {id(weight): name for name, weight in reversed(saved.items())}
+    return {saved_names[id(weight)]: name for name, weight in named.items()}
+
+
+def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tuple[str, ...]:
+    parts = [name for name, _ in module.named_modules() if name]
+    for name in wanted:
+        if not selected((name,), parts):
+            named = (part for part in parts if not part.rpartition(".")[2].isdigit())
+            raise no_such_name("lora.modules_to_save", "module", name, named, where, "names")
+        if _is_tied(module) and _is_head_or_embedding(module, name) and name.rpartition(".")[2] != "embed_tokens":
+            raise ModelError(
+                f"lora.modules_to_save: {name} shares its weights with the "
+                f"{'embedding' if not _is_embedding(module, name) else 'head'}; a copy of its own would part them",
+                where=where,
+                fix="name embed_tokens, which trains both, where the model has it; else leave it out",
+            )
+    return wanted
+
+
+def _is_tied(module: nn.Module) -> bool:
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return head is not None and head.weight is module.get_input_embeddings().weight  # type: ignore[operator]
+
+
+def _is_embedding(module: nn.Module, name: str) -> bool:
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    parts = dict(module.named_modules())
+    return any(parts[full] is embedding for full in selected((name,), parts))
+
+
+def _is_head_or_embedding(module: nn.Module, name: str) -> bool:
+    return _is_embedding(module, name) or bool(selected((name,), head_names(module)))
+
+
+def _finish(adapted: PeftModel, master: torch.dtype, where: str) -> PeftModel:
+    """Weights that train to the master dtype; nothing trains that would not be saved."""
+    config = adapted.peft_config["default"]
+    if not isinstance(config.target_modules, str):  # which is a regular expression, and means another thing in a list
+        config.target_modules = sorted(config.target_modules or ())  # peft's set would be saved in any order
+    config.target_parameters = sorted(config.target_parameters or ()) or None
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(master)
+    try:
+        names = trainable_names(adapted)
+    except KeyError:
+        raise ModelError("adapters make weights trainable that peft does not save", where=where) from None
+    assert names, "adapters without weights"
+    return adapted
+
+
+def _read_adapter(adapter: str, where: str) -> tuple[dict[str, Any], Path]:
+    config, weights = adapter_files(adapter, where)
+    return read_json(config, where), weights
+
+
+def _try_patterns(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Match what an adapter from elsewhere has for regular expressions, where they can be stopped.
+
+    Raises:
+        ModelError: one takes for ever.
+    """
+    found = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    found += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or ()]
+    patterns = [text for text in found if isinstance(text, str)]
+    if not any(set(text) & set("*+{?|(") for text in patterns):
+        return
+    try:
+        time_limit.tried(_match, patterns, names, seconds=PATTERN_SECONDS)
+    except time_limit.TooMuch as limit:
+        raise ModelError(
+            f"a regular expression in adapter_config.json takes more than {limit}",
+            where=where,
+            expected="names of modules, or expressions that are matched at once",
+            fix="write the names of the modules into target_modules, rank_pattern and alpha_pattern",
+        ) from limit
+
+
+def _match(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        for name in names:
+            re.fullmatch(pattern, name)
+            re.match(rf"(.*\.)?({pattern})$", name)
+
+
+PATTERN_SECONDS = 10.0
+USUAL_NAMES = [
+    f"{stem}.{layer}.{part}"
+    for stem in ("model.layers", "transformer.h", "model.language_model.layers")
+    for layer in (0, 10)
+    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "attn.c_attn", "mlp.c_proj")
+]
+"""What modules are called: before a model is there, expressions are tried on these."""
+
+
+def _adapter_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
+    with foreign_errors(lambda why: ModelError(f"adapter_config.json: {why}", where=where)), quiet():
+        return _read_config(settings, lora, where)
+
+
+def _read_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
+    if settings.get("peft_type") != "LORA":
+        raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
+    _try_patterns(settings, USUAL_NAMES, where)
+    foreign = [name for name in _FOREIGN if settings.get(name)]
+    if foreign or settings.get("init_lora_weights", True) not in _INITS:
+        raise ModelError(
+            f"it uses {', '.join(foreign) or 'init_lora_weights: ' + str(settings['init_lora_weights'])}, "
+            "which cannot be continued",
+            where=where,
+            fix="merge it into the model with peft and train that",
+        )
+    known = {k: v for k, v in settings.items() if k in LoraConfig.__dataclass_fields__ and k != "auto_mapping"}
+    dropout = 0.0 if settings.get("target_parameters") else lora.lora_dropout  # peft has none on experts
+    config = LoraConfig(**{**known, "inference_mode": False, "lora_dropout": dropout})
+    _check_same(config, lora, where)
+    return config
+
+
+def _check_same(config: LoraConfig, lora: LoraSection, where: str) -> None:
+    """Settings that are not the section's defaults must be the adapter's own: they cannot be changed any more."""
+    default, differing = LoraSection(), []
+    for name in _SHARED:
+        ours, theirs = getattr(lora, name), getattr(config, name)
+        derived = name == "lora_alpha" and ours == 2 * lora.r
+        if ours != theirs and ours != getattr(default, name) and not derived:
+            differing.append(f"{name}: {ours} here, {theirs} in the adapter")
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        ours, theirs = _as_list(getattr(lora, name)), _as_list(getattr(config, name))
+        if ours and ours not in (["auto"], ["all-linear"]) and set(ours) != set(theirs):
+            differing.append(f"{name}: {', '.join(ours)} here, {', '.join(sorted(theirs))} in the adapter")
+    if differing:
+        raise ModelError(
+            f"the lora section differs from the adapter that is to be continued: {'; '.join(differing)}",
+            where=where,
+            fix="remove these keys from lora, or remove models[].adapter to start a new adapter",
+        )
+
+
+def _as_list(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _check_loaded(adapted: PeftModel, stored: Mapping[str, Tensor], where: str) -> None:
+    inside = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(set(inside) - set(stored)):
+        raise ModelError(f"{len(missing)} of its weights are missing, the first is {missing[0]}", where=where)
+    if left := sorted(set(stored) - set(inside)):
+        raise ModelError(
+            f"{len(left)} of its weights have no place in the model, the first is {left[0]}",
+            where=where,
+            fix="name the model that the adapter was made on in huggingface_id",
+        )
+    for name, tensor in inside.items():
+        if not torch.equal(tensor, stored[name].to(tensor.dtype)) or not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} was not read as it is stored, or is not finite", where=where)
+
+
+def _adapted_parts(adapted: PeftModel) -> list[tuple[str, nn.Module]]:
+    base = adapted.get_base_model()
+    return [(name, part) for name, part in base.named_modules() if isinstance(part, BaseTunerLayer)]
+
+
+def _adapted_names(adapted: PeftModel) -> set[str]:
+    """Full names in the base model of the layers and of the experts' weights that carry an adapter."""
+    names = set()
+    for name, part in _adapted_parts(adapted):
+        plain = ".".join(piece for piece in name.split(".") if piece != "base_layer")
+        parameter = getattr(part, "parameter_name", None)  # of a wrapper around a module's weight
+        names.add(plain if parameter is None else f"{plain}.{parameter}")
+    return names
+
+
+def _tell_reach(adapted: PeftModel, weights: Mapping[str, int], where: str) -> None:
+    for line in reach(weights, _adapted_names(adapted)):
+        logger.info("%s: %s", where, line)
+
+
+def check_adapter(adapted: PeftModel, folder: Path, config: PreTrainedConfig, where: str) -> None:
+    """Load a written adapter again by plain peft, on a model of shapes without weights: every tensor of the file has
+    its place there, and is what was trained.
+
+    Raises:
+        ModelError: peft does not load it, or loads something else.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+            base.tie_weights()
+    except LOAD_ERRORS as error:  # an architecture that cannot be built without its weights
+        logger.warning("%s: the written adapter was not loaded again: %s", where, first_line(error))
+        return
+    try:
+        # peft draws new adapters before it loads these; the caller's random numbers stay as they were
+        with quiet(), torch.random.fork_rng(devices=[]):
+            again = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+            places = get_peft_model_state_dict(again, save_embedding_layers=False)
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"peft does not load the adapter that was written: {first_line(error)}", where=where
+        ) from error
+    trained = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    written = load_file(folder / "adapter_model.safetensors")
+    wrong = sorted(written.keys() ^ places.keys() | written.keys() ^ trained.keys()) or [
+        name
+        for name, tensor in written.items()
+        if tensor.shape != places[name].shape or not torch.equal(tensor, trained[name].detach().cpu())
+    ]
+    if wrong:
+        found = f"peft loads another adapter than was trained: {len(wrong)} weights differ, the first is {wrong[0]}"
+        raise ModelError(found, where=where)
