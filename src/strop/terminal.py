@@ -82,6 +82,12 @@ def rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def show(text: str) -> None:
+    """Writes what a command was asked for to standard output."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters but for the tab and the line end, and marks that turn the direction of writing."""
 

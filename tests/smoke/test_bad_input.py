@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from strop import cli
+from strop import cli, terminal
 from strop.data.read import sources
 from strop.data.read.row import Row
 from strop.rundir import RunDir
@@ -67,9 +67,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
     def answer(line: str) -> Answer:
         said: list[str] = []
-        complain = cli.complain
+        complain = terminal.complain
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "complain", lambda message: (said.append(message), complain(message)))
+            patch.setattr("strop.cli.entry.complain", lambda message: (said.append(message), complain(message)))
             code = cli.main(shlex.split(line))
         captured = capfd.readouterr()
         assert "Traceback" not in captured.err + captured.out

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from strop import cli
-from strop.data.split_files import HELP
+from strop.cli.prepare import HELP
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
@@ -236,9 +236,6 @@ def understood(command: list[str]) -> bool:
         flags = [word.partition("=")[0] for word in rest[1:] if word.startswith("--")]
         return bool(ast.parse(source)) and all(f'"{flag}"' in source for flag in flags)
     assert program == "strop", f"no idea how to check {program}"
-    if rest[:1] == ["prepare"] and "--input" in rest:
-        flags = [word for word in rest[1:] if word.startswith("--")]
-        return all(f'"{flag}"' in (ROOT / "src/strop/cli.py").read_text(encoding="utf-8") for flag in flags)
     if rest[:1] in (["train"], ["reference"]) and not {"--help", "--config", "--model"} & set(rest):
         rest += ["--config", "configs/dpo.yaml"]
     if rest[:1] == ["prepare"]:  # it would read and write files

@@ -267,6 +267,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
 
 
+def test_every_command_is_in_the_table() -> None:
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py") if "\ndef run(" in path.read_text("utf-8")}
+    assert modules == {command.module for command in cli.COMMANDS.values()}
+
+
 def test_the_help_of_train_explains_layers_and_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     from strop.config.schema import KEYS
 

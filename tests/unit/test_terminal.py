@@ -86,7 +86,7 @@ def test_complaints_that_quote_a_row_are_escaped(
                 to_example(row, origin, "single", Columns())
             raise refusal.value.at(origin)
 
-        monkeypatch.setitem(cli.COMMANDS, "train", read)  # type: ignore[arg-type]
+        monkeypatch.setattr("strop.cli.train.run", read)
         assert cli.main(["train"]) == 1
         text = capsys.readouterr().err
         assert is_tame(text) and "x1b[2J" in text

@@ -22,31 +22,12 @@ from strop.config.methods import METHODS
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import SPLIT_FILES, file_source
 from strop.data.report import length_summary
-from strop.data.shapes.examples import NAMED, Columns, to_example
+from strop.data.shapes.examples import Columns, to_example
 from strop.data.split import held_out
 from strop.data.text.token_rows import is_tokenised
 from strop.durable import published
-from strop.errors import ConfigError, DataError
+from strop.errors import DataError
 from strop.types import Example, Origin, RowShape
-
-HELP = """\
-usage: strop prepare --input FILE ... --output-dir DIR [--method NAME] [options]
-       strop prepare --example NAME --output-dir DIR
-
-  --input FILE ...       JSON Lines, a JSON array, CSV or Parquet (jsonl:PATH, text:PATH, local:FOLDER)
-  --output-dir DIR       gets train.jsonl and val.jsonl (sft), train.kto.jsonl and val.kto.jsonl (kto), or
-                         train.dpo.jsonl and val.dpo.jsonl (all that train on pairs), and statistics.json; refused rows
-                         go to rejected.jsonl. It is what dataset.splits_dir names
-  --method NAME          the method that the rows are for (default: sft): see strop methods
-  --val-input FILE ...   validation rows, instead of a share of the others
-  --val-fraction SHARE   share of the rows to hold out (default: 0.1)
-  --seed N               what decides which (default: 42)
-  --keep-duplicates      keep rows that are there before
-  --on-trailing-user refuse|drop
-                         conversations with turns behind their last assistant turn: refuse them (default), or keep them
-                         for a run that drops these turns
-  --prompt-column, --completion-column, --chosen-column, --rejected-column, --label-column NAME
-"""
 
 _SUMS = [(a, b) for a in range(1, 6) for b in range(1, 9)]
 EXAMPLES: Mapping[RowShape, Sequence[Mapping[str, Any]]] = {
@@ -188,40 +169,19 @@ def _split(
     return train, held
 
 
-def prepare(options: Any) -> list[str]:
-    """What `strop prepare` does; `options` are its flags. What became of the rows, in words.
+def prepare_example(
+    method: str, output_dir: Path, *, val_fraction: float = 0.1, seed: int = 42, keep_duplicates: bool = False
+) -> Prepared:
+    """Writes the split files of a few made-up rows for a method, and the rows themselves as `example.METHOD.jsonl`.
 
     Raises:
-        StropError: a flag is wrong, or as `prepare_files`.
+        DataError: the folder holds split files already, or cannot be written to.
     """
-    if not options.output_dir:
-        raise ConfigError("--output-dir is missing", fix="see strop prepare --help")
-    if bool(options.input) == bool(options.example):
-        found = "--input and --example are both given" if options.input else "neither --input nor --example is given"
-        raise ConfigError(found, expected="one of the two", fix="see strop prepare --help")
-    if not 0 <= options.val_fraction < 1:
-        raise ConfigError(f"--val-fraction is {options.val_fraction}", expected="a share of at least 0 and below 1")
-    method, folder = options.example or options.method, Path(options.output_dir)
-    named = {name: getattr(options, f"{name}_column") for name in NAMED}
-    columns = Columns(**named, drops_trailing=options.on_trailing_user == "drop")
     rows = METHODS[method].ROWS
-    if options.example:
-        name, example = f"example.{method}.jsonl", EXAMPLES[rows]
-        read = (Row(Origin(name, line), data) for line, data in enumerate(example, start=1))
-        how = _How(rows, Columns(), options.val_fraction, options.seed, options.keep_duplicates)
-        result = _publish(folder, read, None, how, name, (name, example))
-    else:
-        result = prepare_files(
-            options.input,
-            folder,
-            rows,
-            val_inputs=options.val_input,
-            val_fraction=options.val_fraction,
-            seed=options.seed,
-            columns=columns,
-            keep_duplicates=options.keep_duplicates,
-        )
-    return [*result.lines(), f"train on it with: dataset.splits_dir: {folder} and post_training.method: {method}"]
+    name, example = f"example.{method}.jsonl", EXAMPLES[rows]
+    read = (Row(Origin(name, line), data) for line, data in enumerate(example, start=1))
+    how = _How(rows, Columns(), val_fraction, seed, keep_duplicates)
+    return _publish(output_dir, read, None, how, name, (name, example))
 
 
 class _Sorter:

@@ -13,3 +13,7 @@ precision          dtypes of computing and keeping
 checkpointing      which layers compute their activations again
 allocator          memory that need not be held, and running out of it
 """
+
+from strop.terminal import take_over
+
+take_over("peft", "bitsandbytes", "accelerate")  # before they are imported: some of them warn about parts they miss

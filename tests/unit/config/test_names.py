@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from strop import cli
+from strop.cli import COMMANDS
+from strop.cli.entry import dispatch
 from strop.config import load_config
 from strop.config.flags import split_flags
 from strop.config.foreign import ABSENT, RENAMED
@@ -34,7 +35,7 @@ def test_the_closest_name(name: str, meant: str | None) -> None:
 
 
 def test_what_is_absent_has_no_other_name() -> None:
-    names = {key.name for key in KEYS} | set(SECTIONS) | set(METHODS) | set(RENAMED)
+    names = {key.name for key in KEYS} | set(SECTIONS) | set(METHODS) | set(RENAMED) | set(COMMANDS)
     assert not names & set(ABSENT)
     assert all(name == name.lower() and "-" not in name for name in (*ABSENT, *RENAMED))
 
@@ -56,7 +57,7 @@ def test_what_is_absent_is_never_answered_with_a_key_of_like_spelling(name: str)
         split_flags([f"--{name.replace('_', '-')}", "x"], [])
     assert flag.value.fix == ABSENT[name]
     with pytest.raises(ConfigError) as command:
-        cli._dispatch([name])
+        dispatch([name])
     assert command.value.fix == ABSENT[name]
 
 

@@ -1,0 +1,58 @@
+"""The table of commands, in the order in which `strop --help` lists them. Floor 10.
+
+To add a command, write a module in this folder with the two functions of `CommandModule`, and add a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, cast
+
+
+class CommandModule(Protocol):
+    """What the module of a command provides."""
+
+    def usage(self) -> str:
+        """The text of `strop NAME --help`; it begins with `usage: strop NAME`."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Does the work.
+
+        Args:
+            arguments: what follows the command's name; `--help` is not among them.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            StropError: the user can fix it; `main` prints the message.
+        """
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of the table."""
+
+    module: str
+    summary: str
+    """One line for `strop --help`."""
+
+    def load(self) -> CommandModule:
+        """Imports the module. Only the command that runs is imported."""
+        return cast(CommandModule, import_module(f"strop.cli.{self.module}"))
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": Command("train", "train every model of a configuration (strop train --help)"),
+    "reference": Command(
+        "reference", "score the reference of a configuration ahead of its runs (strop reference --help)"
+    ),
+    "demo": Command("demo", "a real training run on this machine, one to three minutes, with nothing to download"),
+    "methods": Command("methods", "what there is to train by; strop methods NAME: formula, settings, data, metrics"),
+    "prepare": Command(
+        "prepare", "files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)"
+    ),
+    "schema": Command("schema", "print the JSON Schema of configuration files"),
+}

@@ -1,0 +1,108 @@
+"""`main`: runs a command and turns what happens into an exit code. Floor 10.
+
+In: arguments. Out: an exit code.
+
+    0      done
+    1      the user can fix it; one message on stderr says how
+    75     stopped by a signal and saved; the message names the command that continues the run
+    130    stopped by Ctrl-C where nothing could be saved
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from strop.cli.commands import COMMANDS
+from strop.errors import ConfigError, Interrupted, StropError
+from strop.terminal import ReaderLeft, complain, open_standard_streams, rank, session, show
+
+RESUMABLE = 75
+STOPPED = 130
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
+    """Runs a command and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
+    try:
+        with session():
+            return dispatch(arguments)
+    except StropError as error:
+        complain(str(error))
+        return 1
+    except Interrupted as stop:
+        if rank() == 0:
+            way_on = f"go on with: {_resume(arguments, prog)}"
+            complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
+        return RESUMABLE
+    except KeyboardInterrupt:
+        began = arguments[:1] == ["train"] and "--dry-run" not in arguments
+        way_on = f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
+        complain("stopped" + way_on * began)
+        return STOPPED
+    except ReaderLeft:
+        return 0
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Runs the command that the arguments begin with, or prints a help text.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command in ("-h", "--help", "help"):
+        show(_help())
+        return 0
+    if command == "--version":
+        from strop import __version__
+
+        show(f"strop {__version__}\n")
+        return 0
+    if command not in COMMANDS:
+        found = f"there is no command {command[:80]!r}" if command else "no command is given"
+        raise ConfigError(found, expected=", ".join(COMMANDS), fix=_instead_of(command, arguments))
+    module = COMMANDS[command].load()
+    if "-h" in rest or "--help" in rest:
+        show(module.usage())
+        return 0
+    return module.run(rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: strop COMMAND ...", "", *lines, "", "  --help, --version", ""])
+
+
+def _instead_of(command: str, arguments: list[str]) -> str:
+    """What to type instead of a command that there is not; empty where nothing is near."""
+    from strop.config.foreign import instead_of
+    from strop.config.methods import METHODS
+    from strop.config.names import closest
+
+    if command.startswith("--"):
+        return f"did you mean strop train {shlex.join(arguments)}?"
+    if (method := command.lower()) in METHODS:
+        return f"strop train --config FILE --method {method} trains by it, strop methods {method} explains it"
+    if instead := instead_of(command):
+        return instead
+    return f"did you mean strop {close}?" if (close := closest(command, COMMANDS)) is not None else ""
+
+
+def _resume(arguments: Sequence[str], prog: str) -> str:
+    """The same command line, continuing from the newest checkpoint."""
+    kept: list[str] = []
+    follows_resume = False  # whether a word without a dash would be the value of --resume
+    for token in arguments:
+        value_of_resume = follows_resume and not token.startswith("-")
+        follows_resume = token == "--resume"
+        if not (value_of_resume or follows_resume or token.startswith("--resume=") or token == "--overwrite"):
+            kept.append(token)
+    if prog.endswith("train.py"):
+        kept = kept[1:]
+    line = shlex.join([*prog.split(), *kept, "--resume"])
+    return f"the same torchrun command, ending in: {line}" if "TORCHELASTIC_RUN_ID" in os.environ else line

@@ -1,0 +1,89 @@
+"""`strop train`: trains, or with --dry-run says what would be trained. Floor 10."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+from strop.cli.run_config import load, parse, parser_of_run
+from strop.config.reference import LAYERS, key_help
+from strop.errors import ConfigError
+from strop.machine import bytes_of
+
+HELP = """\
+usage: strop train --config FILE [--preset NAME] [--dry-run] [--resume [auto|PATH]] [any key of the configuration]
+
+  --config FILE          the configuration
+  --preset NAME          cpu, gpu-bf16, gpu-fp16, memory-efficient, or a path
+  --dry-run              validate, read the data, show one example and the plan, stop; needs config.json, no weights
+    --no-time            do not time the processor
+    --verbose            say what the estimate leaves out, too
+    --device NAME        judge another machine: cpu, or a GPU's name, such as h100
+    --device-memory SIZE judge this much memory, such as 24GiB
+  --model-index N        train only the N-th model of the file, from 0
+  --resume [auto|PATH]   go on from the newest complete checkpoint, or from this one; start where there is none
+  --overwrite            start anew in a folder that holds another run
+  --allow-changes        resume although data or settings that change the result have changed; it is recorded
+"""
+
+
+def usage() -> str:
+    width = min(shutil.get_terminal_size().columns, 120)
+    return f"{HELP}\n{LAYERS}\n{key_help(width)}"
+
+
+def run(arguments: list[str]) -> int:
+    parser = parser_of_run("train")
+    parser.once("--resume", nargs="?", const="auto")
+    for flag in ("--device", "--device-memory"):
+        parser.once(flag)
+    for switch in ("--dry-run", "--no-time", "--verbose", "--overwrite", "--allow-changes"):
+        parser.switch(switch)
+    options, overrides = parse(parser, arguments)
+    _check_flags(options)
+    memory = None if options.device_memory is None else bytes_of(options.device_memory)
+    config = load(options, overrides, resume=options.resume, needs_weights=not options.dry_run)
+    if options.dry_run:
+        from strop.dryrun import dry_run
+
+        dry_run(
+            config,
+            model_index=options.model_index,
+            device=options.device,
+            memory=memory,
+            timed=not options.no_time,
+            verbose=options.verbose,
+        )
+        return 0
+
+    from strop.training import train
+
+    train(
+        config,
+        model_index=options.model_index,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        allow_changes=options.allow_changes,
+    )
+    return 0
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    """Refuses flags that exclude each other or need another."""
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume and --overwrite are both given", fix="choose one")
+    if options.resume == "":
+        raise ConfigError("--resume is empty", expected="auto, the path of a checkpoint, or nothing after it")
+    of_the_dry_run = {
+        "--no-time": options.no_time,
+        "--verbose": options.verbose,
+        "--device": options.device,
+        "--device-memory": options.device_memory,
+    }
+    given = [flag for flag, value in of_the_dry_run.items() if value]
+    if given and not options.dry_run:
+        raise ConfigError(
+            f"{' and '.join(given)} without --dry-run",
+            expected="a dry run: a run takes the machine it is on",
+            fix="add --dry-run",
+        )
