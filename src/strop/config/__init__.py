@@ -2,7 +2,7 @@
 
 In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows where each value came from.
 
-    section, methods, sections, run   the schema, by section
+    section, sections/, methods, run  the schema: what a section is, one file per section, the methods, all together
     schema, names                     its keys in words; names as people write them
     yamlfile, layers                  reading, and merging defaults < preset < file < overrides
     explain                           every problem with its place and what to do
@@ -10,7 +10,6 @@ In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows
     flags, reference                  the command line's keys; help, documentation and JSON Schema from the classes
 """
 
-from strop.config.dataset import DatasetSection
 from strop.config.dump import to_yaml
 from strop.config.guidance import advice, of_model, resolve
 from strop.config.layers import CommandLine, load_config
@@ -29,6 +28,7 @@ from strop.config.methods import (
 from strop.config.run import RunConfig
 from strop.config.section import Section
 from strop.config.sections import (
+    DatasetSection,
     FinetuningSection,
     GpuSection,
     LoggingSection,

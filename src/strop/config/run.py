@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from strop.config.dataset import DatasetSection
 from strop.config.methods import DpoSettings, PostTraining, SftSettings
 from strop.config.section import ListOf, Problem, Section
 from strop.config.sections import (
+    DatasetSection,
     FinetuningSection,
     GpuSection,
     LoggingSection,

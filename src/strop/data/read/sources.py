@@ -16,7 +16,7 @@ from os.path import exists, isdir, isfile
 from pathlib import Path
 
 from strop.config import DatasetSection
-from strop.config.dataset import SourceSection
+from strop.config.sections import SourceSection
 from strop.data.read.files import READERS, file_kind, read_lines, read_text, unreadable
 from strop.data.read.row import Row
 from strop.data.read.saved_datasets import hub_identity, read_hub, read_saved, saved_identity

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.config import DatasetSection
-from strop.config.dataset import bad_variable
+from strop.config.sections.dataset import bad_variable
 from strop.data.read.row import RowRefused
 from strop.data.shapes.foreign import own_shape
 from strop.data.shapes.json_columns import messages_in, parsed

@@ -1,120 +1,21 @@
-"""The sections of the configuration other than `dataset` and `post_training`. Floor 1, no torch.
-
-Every field says its unit and range; the reference page of the documentation and the JSON Schema are made from here.
-"""
+"""The `training` section of the configuration: batch, optimizer, limits, precision, memory. Floor 1, no torch."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from strop.config.folders import unsafe_folder
-from strop.config.section import ListOf, Problem, Section
-
-
-def _last_part(data: dict[str, Any]) -> str:
-    return re.split(r"[/\\]", str(data.get("huggingface_id", "")).rstrip("/\\"))[-1]
-
-
-def _half_of_max_seq_length(data: dict[str, Any]) -> int:
-    return int(data.get("max_seq_length", 512)) // 2
-
+from strop.config.section import Problem, Section
 
 LEARNING_RATES = "by method (sft 2e-5, preferences 5e-7; ten times that for adapters)"
 """How `training.learning_rate` is chosen where nobody gives it."""
 
 
-class ModelSection(Section):
-    """One model to train."""
-
-    huggingface_id: str = Field(min_length=1, json_schema_extra={"x-type": "a hub id or a folder"})
-    """Hub id, or a folder with the model and its tokenizer."""
-    name: str = Field(
-        default_factory=_last_part,
-        pattern=r"^[^/\\\x00-\x1f\x7f]+$",
-        json_schema_extra={"x-default": "the last part of huggingface_id", "x-type": "a folder name, without slashes"},
-    )
-    """Name of the run's folder under `training.output_dir`; default: the last part of `huggingface_id`."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you have read it."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
-    adapter: str | None = None
-    """Hub id or folder of a LoRA adapter to continue from; the model with it is also the reference."""
-    attn_implementation: str | None = None
-    """Null: shared-prefix attention where the architecture allows it. A name that transformers knows (`sdpa`,
-    `eager`, ...): that attention, on plain padded rows."""
-
-    def problems(self) -> Iterator[Problem]:
-        if (
-            self.name in ("", ".", "..")
-            or len(self.name.encode(errors="replace")) > 200
-            or re.search(r"[/\\\x00-\x1f\x7f]", self.name)
-        ):
-            yield Problem(
-                ("name", "huggingface_id"),
-                f"name {self.name[:60]!r} cannot be the name of a folder",
-                "a folder name of at most 200 bytes, without slashes and control characters",
-                "give the model a `name:`",
-            )
-
-
-class LoraSection(Section):
-    """Low-rank adapters (arXiv 2106.09685). The section's presence switches them on."""
-
-    enabled: bool = Field(default=True, json_schema_extra={"x-default": "true if the section is given, else false"})
-    """Train adapters instead of all weights; true when a `lora` section is given, else false."""
-    r: int = Field(default=16, gt=0, le=65_536)
-    """Rank."""
-    lora_alpha: float = Field(
-        default_factory=lambda data: 2.0 * data.get("r", 16), gt=0, json_schema_extra={"x-default": "2 r"}
-    )
-    """Scale: the adapter's output is multiplied by lora_alpha / r. Default 2 r."""
-    target_parameters: ListOf[str] | None = None
-    """Weights of fused experts that get adapters too, by exact name, such as `experts.gate_up_proj`. They take neither
-    dropout nor use_dora nor biases."""
-    lora_dropout: float = Field(
-        default_factory=lambda data: 0.0 if data.get("target_parameters") else 0.05,
-        ge=0,
-        lt=1,
-        json_schema_extra={"x-default": "0.05, or 0 with target_parameters"},
-    )
-    """Dropout probability on the adapter's input. Default 0.05, or 0 with target_parameters."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained too."""
-    target_modules: ListOf[str] | str = Field(
-        default="auto", json_schema_extra={"x-type": "auto, all-linear, or a list of module names"}
-    )
-    """Module names; `auto`: the attention projections of the model's family; `all-linear`: every linear layer but the
-    head."""
-    modules_to_save: ListOf[str] | None = None
-    """Modules that are trained in full and saved with the adapter."""
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
-    """Kind of model; strop tunes causal language models."""
-    use_rslora: bool = False
-    """Rank-stabilised scale lora_alpha / sqrt(r) (arXiv 2312.03732)."""
-    use_dora: bool = False
-    """Weight-decomposed adapters (arXiv 2402.09353)."""
-
-    def problems(self) -> Iterator[Problem]:
-        named = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        if both := sorted(set(named) & set(self.modules_to_save or ())):
-            yield Problem(
-                ("modules_to_save", "target_modules"),
-                f"{', '.join(both)} stands in target_modules and in modules_to_save: adapted, and trained in full",
-                fix="name each module in one of the two",
-            )
-        refused = {"lora_dropout": 0.0, "use_dora": False, "bias": "none"}
-        for key, needed in refused.items() if self.target_parameters else ():
-            if (value := getattr(self, key)) != needed:
-                yield Problem(
-                    (key, "target_parameters"),
-                    f"{key} is {value}, which adapters of experts do not take",
-                    fix=f"leave {key} out, or target_parameters",
-                )
+def _half_of_max_seq_length(data: dict[str, Any]) -> int:
+    return int(data.get("max_seq_length", 512)) // 2
 
 
 class TrainingSection(Section):
@@ -240,59 +141,3 @@ class TrainingSection(Section):
         yield from unsafe_folder("output_dir", self.output_dir)
         if self.mount_dir is not None:
             yield from unsafe_folder("mount_dir", self.mount_dir)
-
-
-class GpuSection(Section):
-    """Devices."""
-
-    device_ids: ListOf[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    """The GPU to use, as a list of one: this version trains on one device. null: the first one, or the CPU where there
-    is none."""
-    use_ddp: bool = False
-    """Data parallelism over several device_ids; refused on GPUs in this version, which trains on one."""
-
-    def problems(self) -> Iterator[Problem]:
-        if self.device_ids and len(set(self.device_ids)) < len(self.device_ids):
-            yield Problem(("device_ids",), f"device_ids {list(self.device_ids)} names a device twice")
-
-
-class FinetuningSection(Section):
-    """Resuming, the best model, early stopping."""
-
-    resume_from_checkpoint: str | None = None
-    """As `--resume`: `auto` (the newest complete checkpoint of the run folder) or the path of a checkpoint."""
-    load_best_model_at_end: bool = True
-    """The final model is the one with the best evaluation; needs validation rows."""
-    metric_for_best_model: str = Field(
-        default="eval_loss",
-        pattern=r"^[A-Za-z]\w*(/\w+)*$",
-        json_schema_extra={"x-type": "the name of a metric, such as eval_loss or eval_rewards/accuracies"},
-    )
-    """A metric of the evaluation, with or without the prefix `eval_`."""
-    greater_is_better: bool | None = Field(
-        default=None, json_schema_extra={"x-default": "by metric (false for losses)"}
-    )
-    """null: false for losses (`loss`, `nll`, `perplexity`), true for everything else."""
-    early_stopping_patience: int | None = Field(default=None, gt=0)
-    """Stop after so many evaluations in a row that were not better; null: never."""
-
-
-class LoggingSection(Section):
-    """What is written down besides metrics.jsonl."""
-
-    report_to: ListOf[Literal["tensorboard"]] = ()
-    """Trackers."""
-    logging_dir: str = "./logs"
-    """Folder of trackers and margins; relative to the run folder."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much the terminal says."""
-    margins: bool = True
-    """Write every step's margins to {logging_dir}/margins (methods with a margin)."""
-
-    def problems(self) -> Iterator[Problem]:
-        if re.match(r"(\./+)*(final|checkpoint-[^/]*|[^/]+\.(yaml|json|jsonl|html))(/|$)", self.logging_dir):
-            yield Problem(
-                ("logging_dir",),
-                f"logging_dir is {self.logging_dir!r}, a name that the run folder has for something else",
-                "another name, such as ./logs",
-            )
