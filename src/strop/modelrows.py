@@ -18,7 +18,7 @@ from strop.data.load import LoadedData, load_data
 from strop.data.text.date import with_day
 from strop.data.text.show import SeenRow, first_row, left_out
 from strop.policy.model.generation import stop_tokens
-from strop.policy.model.load import load_tokenizer
+from strop.policy.model.tokenizer import check_model, read_tokenizer
 from strop.types import Origin
 
 
@@ -26,18 +26,21 @@ from strop.types import Origin
 class ModelRows:
     """What it takes to tokenise the rows of a run for one model.
 
-    config: of this model alone, with the day. stop_tokens: ids of the tokens that generation stops at.
+    config: of this model alone, with the day. stop_tokens: ids of the tokens that generation stops at. needs_weights:
+    refuse a folder without weights.
     """
 
     config: RunConfig
+    model: ModelSection
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: tuple[int, ...]
+    needs_weights: bool = True
 
     @classmethod
     def of(
         cls, config: RunConfig, model: ModelSection, *, kept_day: str | None = None, needs_weights: bool = True
     ) -> ModelRows:
-        """Loads the tokenizer.
+        """Reads the tokenizer; the model is looked at before all rows are read (`load`).
 
         Args:
             kept_day: what the template took for today at the first launch, where a run is resumed.
@@ -47,8 +50,9 @@ class ModelRows:
             ModelError: there is no such model or no tokenizer, or it cannot be used.
             ConfigError: the named chat template cannot be used.
         """
-        tokenizer = load_tokenizer(model, needs_weights=needs_weights)
-        return cls(with_day(of_model(config, model), tokenizer, kept_day), tokenizer, stop_tokens(model))
+        tokenizer = read_tokenizer(model, needs_weights=needs_weights)
+        config = with_day(of_model(config, model), tokenizer, kept_day)
+        return cls(config, model, tokenizer, stop_tokens(model), needs_weights)
 
     def first(self) -> SeenRow | None:
         """The first training row; None where it is not among the first few (`first_row`)."""
@@ -59,5 +63,11 @@ class ModelRows:
         return left_out(self.config, self.tokenizer, self.config.post_training.ROWS, origins, self.stop_tokens)
 
     def load(self) -> LoadedData:
-        """All rows (`load_data`)."""
+        """All rows (`load_data`), of a model that can be trained.
+
+        Raises:
+            ModelError: it cannot (`check_model`).
+            DataError: rows are refused.
+        """
+        check_model(self.model, self.tokenizer, needs_weights=self.needs_weights)
         return load_data(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)

@@ -20,8 +20,8 @@ from strop.data.store.table import Groups
 from strop.disk import in_words
 from strop.engine.optim import state_bytes
 from strop.errors import SaveError
+from strop.policy.model.configuration import model_config
 from strop.policy.model.from_config import CannotBuildError, shape_of
-from strop.policy.model.load import model_config
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
 from strop.types import Group

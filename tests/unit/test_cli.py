@@ -109,9 +109,11 @@ def test_a_run_without_a_file(calls: Calls) -> None:
     ],
 )
 def test_the_dry_run(flags: str, given: dict[str, Any], config: Path, calls: Calls) -> None:
-    assert cli.main(["train", "--config", "c.yaml", "--dry-run", "--model-index=0", *flags.split()]) == 0
-    ((name, _, named),) = calls
-    assert name == "dry_run" and named == {"rest": (), "model_index": 0, "verbose": False, **given}
+    for file in (["--config", "c.yaml", "--dry-run"], ["--dry-run", "c.yaml"], ["c.yaml", "--dry-run"]):
+        assert cli.main(["train", *file, "--model-index=0", *flags.split()]) == 0
+    assert len(calls) == 3
+    for name, _, named in calls:
+        assert name == "dry_run" and named == {"rest": (), "model_index": 0, "verbose": False, **given}
 
 
 def test_the_demo(calls: Calls) -> None:
@@ -135,8 +137,12 @@ def test_the_demo(calls: Calls) -> None:
         ("train --config c.yaml --dry-run --device-memory 24", "--device-memory is '24'"),
         ("train --config c.yaml --dry-run --device-memory 0GiB", "expected: a number with a unit: GiB, GB, MiB or MB"),
         ("train --config", "expected one argument"),
-        ("train c.yaml", "'c.yaml' belongs to no flag\n  to do:    did you mean --config c.yaml?"),
-        ("train --config c.yaml d.yaml", "'d.yaml' belongs to no flag"),
+        ("c.yaml", "did you mean strop train c.yaml?"),
+        ("train none.yaml", "none.yaml: the configuration cannot be read"),
+        ("train c.toml", "'c.toml' belongs to no flag"),
+        ("train --config c.yaml d.yaml", "2 configurations are given: c.yaml, d.yaml"),
+        ("train c.yaml d.yml", "2 configurations are given: c.yaml, d.yml"),
+        ("train c.yaml --dry-run more", "'more' belongs to no flag"),
         ("train --config c.yaml --model-index x", "invalid int value"),
         ("train --config c.yaml --resume --overwrite", "--resume and --overwrite are both given"),
         ("train --config c.yaml --resume=", "--resume is empty"),
@@ -186,6 +192,10 @@ def test_anything_else_is_a_bug_and_is_not_hidden(config: Path, calls: Calls) ->
         ("train --resume --config c.yaml", "strop train --config c.yaml --resume"),
         ("train --resume a/b --config c.yaml --bf16", "strop train --config c.yaml --bf16 --resume"),
         ("train --resume=a/b --config c.yaml", "strop train --config c.yaml --resume"),
+        ("train c.yaml", "strop train c.yaml --resume"),
+        ("train --seed 3 c.yaml --resume a/b", "strop train --seed 3 c.yaml --resume"),
+        ("train --bf16 --resume c.yaml", "strop train --bf16 c.yaml --resume"),
+        ("train --overwrite c.yaml", "strop train c.yaml --resume"),
         ("train --config c.yaml --split train[:10%]", "strop train --config c.yaml --split 'train[:10%]' --resume"),
     ],
 )

@@ -70,6 +70,8 @@ HEAVY = (
     "bitsandbytes",
     "datasets",
     "transformers.modeling_utils",
+    "transformers.activations",
+    "torch._dynamo",
     "strop.estimate",
     "strop.session",
     "strop.policy.policy",

@@ -80,11 +80,12 @@ def _help() -> str:
 
 def _instead_of(command: str, arguments: list[str]) -> str:
     """What to type instead of a command that there is not; empty where nothing is near."""
+    from strop.config.flags import is_file
     from strop.config.foreign import instead_of
     from strop.config.methods import METHODS
     from strop.config.names import closest
 
-    if command.startswith("--"):
+    if command.startswith("--") or is_file(command):
         return f"did you mean strop train {shlex.join(arguments)}?"
     if (method := command.lower()) in METHODS:
         return f"strop train --config FILE --method {method} trains by it, strop methods {method} explains it"
@@ -95,10 +96,12 @@ def _instead_of(command: str, arguments: list[str]) -> str:
 
 def _resume(arguments: Sequence[str], prog: str) -> str:
     """The same command line, continuing from the newest checkpoint."""
+    from strop.config.flags import is_file
+
     kept: list[str] = []
     follows_resume = False  # whether a word without a dash would be the value of --resume
     for token in arguments:
-        value_of_resume = follows_resume and not token.startswith("-")
+        value_of_resume = follows_resume and not token.startswith("-") and not is_file(token)
         follows_resume = token == "--resume"
         if not (value_of_resume or follows_resume or token.startswith("--resume=") or token == "--overwrite"):
             kept.append(token)

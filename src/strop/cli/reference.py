@@ -6,7 +6,7 @@ from strop.cli.run_config import load, parse, parser_of_run
 
 
 def usage() -> str:
-    return "usage: strop reference --config FILE [--preset NAME] [--model-index N] [any key]\n"
+    return "usage: strop reference [--config] FILE [--preset NAME] [--model-index N] [any key]\n"
 
 
 def run(arguments: list[str]) -> int:

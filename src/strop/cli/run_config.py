@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from strop.cli.parser import Parser
 from strop.config import CommandLine, RunConfig, load_config
-from strop.config.flags import split_flags
+from strop.config.flags import is_file, split_flags
+from strop.errors import ConfigError
 from strop.terminal import log_to_terminal
 
 
@@ -25,13 +26,28 @@ def parser_of_run(command: str) -> Parser:
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, CommandLine]:
-    """The command's own flags, and the keys of the configuration that are given as flags.
+    """The command's own flags, and the keys of the configuration that are given as flags. A YAML file that stands alone
+    is that of `--config`.
 
     Raises:
-        ConfigError: a flag that is neither, or has no good value.
+        ConfigError: a flag that is neither, or has no good value; several configurations.
     """
-    overrides, rest = split_flags(arguments, parser.flags)
-    return parser.parse_args(rest), overrides
+    overrides, own = split_flags(arguments, parser.flags)
+    options, rest = parser.parse_known_args(own)
+    if is_file(getattr(options, "resume", None) or ""):  # a word behind --resume is its value, which is a folder
+        rest, options.resume = [options.resume, *rest], "auto"
+    files = [word for word in rest if is_file(word)]
+    if others := [word for word in rest if word not in files]:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    given = [*([options.config] if options.config is not None else []), *files]
+    if len(given) > 1:
+        raise ConfigError(
+            f"{len(given)} configurations are given: {', '.join(given)}",
+            expected="one",
+            fix="name one; what is to differ follows it as flags: --learning-rate 1e-6",
+        )
+    options.config = given[0] if given else None
+    return options, overrides
 
 
 def load(

@@ -11,9 +11,9 @@ from strop.errors import ConfigError
 from strop.machine import bytes_of
 
 HELP = """\
-usage: strop train --config FILE [--preset NAME] [--dry-run] [--resume [auto|PATH]] [any key of the configuration]
+usage: strop train [--config] FILE [--preset NAME] [--dry-run] [--resume [auto|PATH]] [any key of the configuration]
 
-  --config FILE          the configuration
+  --config FILE          the configuration; a FILE.yaml that stands alone is it, too
   --preset NAME          cpu, gpu-bf16, gpu-fp16, memory-efficient, or a path
   --dry-run              validate, read the data, show one example and the plan, stop; needs config.json, no weights
     --no-time            do not time the processor

@@ -27,7 +27,7 @@ ALIASES: Mapping[str, str] = {
 
 
 def split_flags(tokens: Sequence[str], own: Collection[str]) -> tuple[CommandLine, list[str]]:
-    """Takes the flags of configuration keys out of a command line.
+    """Takes the flags of configuration keys out of a command line. A configuration file that follows no flag stays.
 
     Args:
         tokens: what follows the command.
@@ -48,9 +48,12 @@ def split_flags(tokens: Sequence[str], own: Collection[str]) -> tuple[CommandLin
                 rest.append(waiting.pop(0))
             continue
         if not token.startswith("--") or token == "--":
-            fix = f"did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else ""
-            fix = fix or "a value follows its flag: --learning-rate 1e-6"
-            raise ConfigError(f"{token[:80]!r} belongs to no flag", fix=fix)
+            if is_file(token):
+                rest.append(token)
+                continue
+            raise ConfigError(
+                f"{token[:80]!r} belongs to no flag", fix="a value follows its flag: --learning-rate 1e-6"
+            )
         name, path, negated = _named(flag, own)
         key = key_at(path)
         if key is None:
@@ -63,6 +66,11 @@ def split_flags(tokens: Sequence[str], own: Collection[str]) -> tuple[CommandLin
         overrides[name] = _value(flag, key, negated, text if equals else None, waiting)
         overrides.flags[name] = flag
     return overrides, rest
+
+
+def is_file(token: str) -> bool:
+    """Whether a word of the command line names a configuration file."""
+    return token.endswith((".yaml", ".yml")) and not token.startswith("-")
 
 
 def _named(flag: str, own: Collection[str]) -> tuple[str, KeyPath, bool]:
@@ -87,14 +95,14 @@ def _nearest_flag(name: str, own: Collection[str]) -> str:
     if homes := [key for key in KEYS if key.name == last]:
         wrong = f"{last} belongs in {' or '.join(k.section or 'the top' for k in homes)}; " if section else ""
         return f"{wrong}write {' or '.join(_dotted_flag(key) for key in homes)}"
-    if last in RENAMED:
-        return f"did you mean --{RENAMED[last].replace('.N.', '.0.')}?"
+    if (known := RENAMED.get(last, RENAMED.get(name))) is not None:
+        return f"did you mean --{known.replace('.N.', '.0.')}?"
     if instead := instead_of(last):
         return instead
-    known = {key.name: _dotted_flag(key) if section else _flag(key.name) for key in KEYS}
-    known |= {alias: _flag(alias) for alias in ALIASES} | {flag.lstrip("-").replace("-", "_"): flag for flag in own}
-    close = closest(last, known)
-    return f"did you mean {known[close]}?" if close is not None else "strop train --help lists all flags"
+    flags = {key.name: _dotted_flag(key) if section else _flag(key.name) for key in KEYS}
+    flags |= {alias: _flag(alias) for alias in ALIASES} | {flag.lstrip("-").replace("-", "_"): flag for flag in own}
+    close = closest(last, flags)
+    return f"did you mean {flags[close]}?" if close is not None else "strop train --help lists all flags"
 
 
 def _flag(name: str) -> str:
@@ -112,13 +120,14 @@ def _is_value(token: str) -> bool:
 def _value(flag: str, key: Key, negated: bool, text: str | None, waiting: list[str]) -> str:
     """The flag's value, taken from behind the `=` or from the tokens that follow."""
     if negated:
-        if text is not None or (waiting and _is_value(waiting[0])):
+        if text is not None or (waiting and _is_value(waiting[0]) and not is_file(waiting[0])):
             raise ConfigError(f"{flag} takes no value", fix=f"write {flag}, or {flag.replace('--no-', '--', 1)} VALUE")
         return "false"
     if text is not None:
         return text
-    if waiting and _is_value(waiting[0]):
+    is_switch = bool in key.kinds
+    if waiting and _is_value(waiting[0]) and not (is_switch and is_file(waiting[0])):
         return waiting.pop(0)
-    if bool in key.kinds:
+    if is_switch:
         return "true"
     raise ConfigError(f"{flag} needs a value", expected=key.expected)

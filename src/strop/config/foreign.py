@@ -8,7 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_MANY: Mapping[str, str] = {
+    "models.N.huggingface_id": "model_path model_id pretrained_model_name_or_path models.path models.id",
+    "dataset.train_file": (
+        "dataset.path dataset.file datasets dataset_path dataset_file data_path data_file data_files train_path "
+        "train_files train_data train_data_path train_dataset train_dataset_path training_file"
+    ),
+    "dataset.val_file": (
+        "val_path val_files val_data val_dataset val_dataset_path valid_file validation_file validation_path "
+        "validation_data validation_dataset dev_file eval_file eval_files eval_path eval_data eval_data_path "
+        "eval_dataset eval_dataset_path test_file test_files test_path test_dataset test_datasets"
+    ),
+    "dataset.splits_dir": "dataset_dir",
+    "dataset.prompt_column": "prompt_key prompt_field field_prompt",
+    "dataset.chosen_column": "chosen_key chosen_field field_chosen",
+    "dataset.rejected_column": "rejected_key rejected_field field_rejected",
+    "post_training.method": "stage rl rlhf_type trainer_type algorithm",
+}
+"""What strop calls a key -> what others call it, where they have many names."""
+
 RENAMED: Mapping[str, str] = {
+    **{name: key for key, names in _MANY.items() for name in names.split()},
     "lr": "training.learning_rate",
     "epochs": "training.num_epochs",
     "num_train_epochs": "training.num_epochs",
@@ -38,8 +58,16 @@ RENAMED: Mapping[str, str] = {
     "model_name_or_path": "models.N.huggingface_id",
     "base_model": "models.N.huggingface_id",
     "adapter_name_or_path": "models.N.adapter",
+    "adapter_path": "models.N.adapter",
     "attn_impl": "models.N.attn_implementation",
     "dataset_name": "dataset.name",
+    "dataset_id": "dataset.name",
+    "hf_dataset": "dataset.name",
+    "val_split": "dataset.validation_split",
+    "test_size": "dataset.validation_split",
+    "eval_size": "dataset.validation_split",
+    "max_train_samples": "dataset.max_samples",
+    "num_train_samples": "dataset.max_samples",
     "dataset_num_proc": "dataset.num_workers",
     "val_size": "dataset.validation_split",
     "val_set_size": "dataset.validation_split",
@@ -51,6 +79,9 @@ RENAMED: Mapping[str, str] = {
     "lora_rank": "lora.r",
     "lora_target": "lora.target_modules",
     "lora_target_modules": "lora.target_modules",
+    "finetuning_type": "lora.enabled",
+    "train_type": "lora.enabled",
+    "tuner_type": "lora.enabled",
     "use_lora": "lora.enabled",
     "use_peft": "lora.enabled",
     "dpo_beta": "post_training.beta",
@@ -73,7 +104,8 @@ RENAMED: Mapping[str, str] = {
     "warmup_proportion": "training.warmup_ratio",
     "torchdynamo": "training.torch_compile",
 }
-"""What other tools call a key: known to the hints of error messages, not to the schema."""
+"""What other tools call a key: known to the hints of error messages, not to the schema. A name with a section in front
+means this only there."""
 
 _GROUPS: Mapping[str, str] = {
     "strop trains no quantised weights: use lora with training.bf16: true, which stores the base in 16 bits, and "

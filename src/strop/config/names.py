@@ -66,8 +66,8 @@ def nearest(name: str, section: str = "") -> str:
     homes = [key.dotted for key in KEYS if key.name == name and key.section != section]
     if homes:
         return f"{name} belongs in {' or '.join(_section_of(home) for home in homes)}: {' or '.join(homes)}"
-    if name in RENAMED:
-        return f"did you mean {RENAMED[name]}?"
+    if (known := RENAMED.get(name, RENAMED.get(f"{section}.{name}"))) is not None:
+        return f"did you mean {known}?"
     if instead := instead_of(name):
         return instead
     own = [*SECTIONS.get(section, ()), *([*SECTIONS, "preset"] if not section else [])]

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from strop.demo.task import ASK, ITEMS, NUM_ITEMS, Items, prompt_of
-from strop.policy.model.load import quiet
+from strop.policy.model.configuration import quiet
 
 PAD, UNK, USER, ASSISTANT, END = "<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (

@@ -32,7 +32,8 @@ from strop.policy.kernels.product_rates import bf16_gain
 from strop.policy.model import identity
 from strop.policy.model.adapters import add_adapters, continue_adapters
 from strop.policy.model.folder import place_of
-from strop.policy.model.load import LoadedModel, check_vocabulary, load_model, load_tokenizer, model_errors
+from strop.policy.model.load import LoadedModel, load_model, model_errors
+from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.policy.probe import own_logps, probe

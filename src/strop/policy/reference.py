@@ -25,7 +25,8 @@ from strop.policy.allocator import in_halves
 from strop.policy.build import assemble, elementwise_of
 from strop.policy.model.folder import place_of
 from strop.policy.model.identity import weights_hash
-from strop.policy.model.load import check_vocabulary, load_model, load_tokenizer
+from strop.policy.model.load import load_model
+from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
 from strop.policy.policy import Policy
 from strop.types import Group
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from strop.policy.model.adapters import check_adapter
+from strop.policy.model.configuration import quiet
 from strop.policy.model.generation import write_generation
-from strop.policy.model.load import quiet
 from strop.policy.precision import short_name
 
 if TYPE_CHECKING:

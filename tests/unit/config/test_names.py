@@ -10,7 +10,7 @@ import pytest
 from strop.cli import COMMANDS
 from strop.cli.entry import dispatch
 from strop.config import load_config
-from strop.config.flags import split_flags
+from strop.config.flags import ALIASES, split_flags
 from strop.config.foreign import ABSENT, RENAMED
 from strop.config.methods import METHODS
 from strop.config.names import closest, nearest
@@ -38,6 +38,19 @@ def test_what_is_absent_has_no_other_name() -> None:
     names = {key.name for key in KEYS} | set(SECTIONS) | set(METHODS) | set(RENAMED) | set(COMMANDS)
     assert not names & set(ABSENT)
     assert all(name == name.lower() and "-" not in name for name in (*ABSENT, *RENAMED))
+    assert {name.rpartition(".")[0] for name in RENAMED} <= set(SECTIONS)
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_name_of_another_tool_is_answered_with_its_key_wherever_it_stands(name: str) -> None:
+    section, _, last = name.rpartition(".")
+    places = [section] if section else ["", *SECTIONS]
+    assert {nearest(last, place) for place in places} == {f"did you mean {RENAMED[name]}?"}
+    if name in ALIASES:  # a flag, not a key
+        return
+    with pytest.raises(ConfigError) as flag:
+        split_flags([f"--{name.replace('_', '-')}", "x"], [])
+    assert flag.value.fix == f"did you mean --{RENAMED[name].replace('.N.', '.0.')}?"
 
 
 def test_keys_that_are_named_instead_are_there() -> None:

@@ -22,7 +22,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.build import build_policy
 from strop.policy.model.adapter_targets import linear_layers, resolve_targets, selected
-from strop.policy.model.load import load_tokenizer
+from strop.policy.model.tokenizer import load_tokenizer
 from strop.policy.policy import Policy
 from strop.types import Group
 

@@ -16,9 +16,11 @@ from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError
 from strop.manifest import MANIFEST, seal
 from strop.policy.model import adapters
+from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.folder import check_adapter, inspect_config
 from strop.policy.model.guard import check_numbers
-from strop.policy.model.load import load_model, load_tokenizer, model_config, quiet
+from strop.policy.model.load import load_model
+from strop.policy.model.tokenizer import load_tokenizer
 
 Make = Callable[..., Any]
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     Gemma2Config,
@@ -33,7 +34,8 @@ from strop.errors import ModelError
 from strop.policy.build import build_policy
 from strop.policy.model import tokenizer_patterns
 from strop.policy.model.folder import inspect_config
-from strop.policy.model.load import check_vocabulary, load_model, load_tokenizer
+from strop.policy.model.load import load_model
+from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer
 
 
 def load(folder: Path | str, **keys: Any) -> Any:
@@ -151,7 +153,7 @@ def test_values_of_the_configuration_that_are_of_no_use(key: str, model_dir: Pat
             load_tokenizer(ModelSection(huggingface_id=str(model_dir)))
             continue
         told.append(value)
-    assert told
+    assert told or key == "auto_map"  # which is not read without trust_remote_code
 
 
 def test_no_config(model_dir: Path) -> None:
@@ -419,3 +421,19 @@ def test_infinities_are_read_as_transformers_writes_them(tmp_path: Path, tokeniz
     edit_config(tmp_path, other={"__float__": "Infinity", "more": 1}, third={"__float__": 3})
     read = inspect_config(ModelSection(huggingface_id=str(tmp_path))).config
     assert read["other"] == {"__float__": "Infinity", "more": 1} and read["third"] == {"__float__": 3}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    "named", ["TokenizersBackend", "PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer", None]
+)
+def test_the_tokenizer_is_the_one_that_transformers_chooses(kind: str, named: str | None, model_dir: Path) -> None:
+    """It is chosen by names of the configuration, without building it."""
+    file = model_dir / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": named}))
+    config = {"model_type": kind, "vocab_size": 10_000, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    expected = AutoTokenizer.from_pretrained(model_dir)
+    found = read_tokenizer(ModelSection(huggingface_id=str(model_dir)))
+    assert type(found) is type(expected) and found.get_vocab() == expected.get_vocab()
+    assert found("the fox jumps").input_ids == expected("the fox jumps").input_ids

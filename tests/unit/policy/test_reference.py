@@ -15,7 +15,7 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.build import build_policy
-from strop.policy.model.load import load_tokenizer
+from strop.policy.model.tokenizer import load_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.reference import SyncedReference, reference_logps, reference_policy
 from strop.types import Group

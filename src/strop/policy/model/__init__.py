@@ -1,7 +1,9 @@
 """What a model is and how it is loaded, before anything is scored. Floor 2.
 
 folder, guard      what a model folder holds, and what it may not do
-load               a model section -> tokenizer and model, or one clear message
+configuration      config.json -> the configuration class of its architecture
+tokenizer          a model section -> its tokenizer, or one clear message
+load               a model section -> the model, or one clear message
 tokenizer_patterns regular expressions of a tokenizer, compiled under a time limit
 generation         where an answer ends: generation settings, in and out
 from_config        sizes of a model from its configuration alone

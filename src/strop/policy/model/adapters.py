@@ -35,8 +35,8 @@ from strop.policy.model.adapter_targets import (
     selected,
     sizes,
 )
+from strop.policy.model.configuration import LOAD_ERRORS, quiet
 from strop.policy.model.folder import adapter_files, place_of, read_json, source_of
-from strop.policy.model.load import LOAD_ERRORS, quiet
 
 logger = logging.getLogger("strop")
 

@@ -20,8 +20,9 @@ from strop.errors import ModelError, StropError, first_line
 from strop.policy.checkpointing import layers_that_can
 from strop.policy.model.adapter_targets import linear_layers, resolve_parameters, resolve_targets, selected
 from strop.policy.model.adapters import adapters_of
+from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
 from strop.policy.model.folder import place_of
-from strop.policy.model.load import LOAD_ERRORS, LoadedModel, model_config, quiet
+from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import LogitTransform, logit_transform
 from strop.policy.model.random_parts import silence_config
 from strop.policy.prefix_sharing import reason_against

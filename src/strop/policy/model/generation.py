@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
-from strop.policy.model.folder import fetch, place_of, read_json, source_of
-from strop.policy.model.load import model_config
+from strop.policy.model.configuration import model_config
+from strop.policy.model.folder import fetch, inspect_config, place_of, read_json, source_of
 from strop.types import Completion, Group
 
 logger = logging.getLogger("strop")
@@ -121,9 +121,9 @@ def stop_tokens(model: ModelSection) -> tuple[int, ...]:
     """
     where = place_of(model)
     file = fetch(source_of(model.huggingface_id), "generation_config.json", model.revision, where, optional=True)
-    if file is not None:
-        found = read_json(file, where).get("eos_token_id")
-    else:
+    named = read_json(file, where) if file is not None else inspect_config(model).config
+    found = named.get("eos_token_id")
+    if file is None and found is None:  # the architecture may have a default
         found = GenerationConfig.from_model_config(model_config(model)).eos_token_id
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if wrong := [token for token in listed if type(token) is not int]:
