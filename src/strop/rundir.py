@@ -1,7 +1,8 @@
 """The run folder: who may use it, what lies in it, and how it gets there whole. Floor 1, no torch.
 
     {output_dir}/{model name}/
-        config.yaml environment.json data.json metrics.jsonl rejected.jsonl
+        config.yaml environment.json plan.json data.json metrics.jsonl rejected.jsonl pairs.json result.json
+        report.html findings.json
         logs/margins/ logs/tensorboard/
         checkpoint-{step}/        written and read by the engine
         final/                    the finished model; its presence means that the run is done
@@ -36,11 +37,10 @@ from strop.durable import JsonLines, to_json
 from strop.errors import CheckpointError, ConfigError, StropError
 from strop.manifest import MANIFEST
 from strop.redact import redact
+from strop.runfiles import RUN_FILES
 
 logger = logging.getLogger(__name__)
 
-RESULT = "result.json"
-RUN_FILES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "rejected.jsonl", RESULT)
 FINAL = "final"
 LOCK = ".lock"
 LINES_AT_ONCE = 256

@@ -24,13 +24,15 @@ from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
 from strop.engine.state import TrainState
 from strop.engine.trackers import open_trackers
-from strop.errors import ConfigError, Interrupted
+from strop.errors import ConfigError, Interrupted, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.policy.kernels import product_rates
 from strop.policy.model.generation import trained_ends
 from strop.preflight import check, run_folder, select_models
+from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
-from strop.rundir import RESULT, RunDir
+from strop.rundir import RunDir
+from strop.runfiles import RESULT
 from strop.session import Session, Splits, for_each_model, reference_made_from, start_world
 from strop.space import check_space
 from strop.world import World
@@ -161,6 +163,9 @@ class _Run:
         except Interrupted as stopped:
             log.info("%s: stopped by %s after step %d of %d", name, stop.name, stopped.step, source.num_steps)
             raise
+        except TrainingError:
+            report(session, self.run)
+            raise
         finally:
             outputs.close()
         checkpoint.refuse_nonfinite(f"no final model after step {state.step}", session.policy.trainable())
@@ -214,6 +219,7 @@ class _Run:
         _tell(session.model, ending.lines())
         if warning := ending.warning():
             log.warning("%s: %s", name, warning)
+        report(session, run)
         log.info("%s: the model of step %d is in %s", name, step, run.final)
         return RunResult(name, run.path, ending)
 
@@ -222,6 +228,7 @@ class _Run:
         config, data = self.session.config, self.session.prepared.data
         self.run.write_text("config.yaml", to_yaml(config))
         write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record())
+        write_plan(self.session, self.run)
         self.run.write_json("data.json", data.report.as_dict())
         if data.rejected:
             self.run.write_lines("rejected.jsonl", data.rejected)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import strop
+from strop.runfiles import RUN_FILES
 
 NUM_ROWS = 40
 STEPS = 3
@@ -22,7 +23,7 @@ TOKENIZERS = {"gpt2": None, "mistral-v3-32k": "tokenizer", "mistral-tekken-131k"
 """Name -> which template its rows are rendered by; null: the tokenizer has none."""
 DATA = {"sft": "instruct_sft.train.jsonl", "dpo": "hh_helpful.train.jsonl"}
 RUNS = [("sft", "full", "fp32"), ("sft", "lora", "bf16"), ("dpo", "lora", "fp32"), ("dpo", "full", "bf16")]
-PAPERS = {"config.yaml", "environment.json", "data.json", "metrics.jsonl", "result.json"}
+PAPERS = set(RUN_FILES) - {"rejected.jsonl", "pairs.json"}
 PAPERS |= {"logs", "final", f"checkpoint-{STEPS}"}
 
 
@@ -77,7 +78,7 @@ def test_a_run_leaves_a_model_that_generates(
     name: str, method: str, weights: str, precision: str, shared: Path, models: dict[str, Path], tmp_path: Path
 ) -> None:
     run = train(shared, models[name], tmp_path, method, weights, precision)
-    assert {p.name for p in run.iterdir()} - {".lock"} == PAPERS
+    assert {p.name for p in run.iterdir()} - {".lock", "pairs.json"} == PAPERS
     check_data(run, name)
     check_metrics(run, method, precision)
     check_final(run / "final", models[name], weights)

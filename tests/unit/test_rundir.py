@@ -21,7 +21,8 @@ import pytest
 from strop import durable
 from strop.errors import CheckpointError, ConfigError, StropError
 from strop.manifest import MANIFEST
-from strop.rundir import RUN_FILES, TO_BE_REPLACED, RunDir
+from strop.rundir import TO_BE_REPLACED, RunDir
+from strop.runfiles import RUN_FILES
 
 HOLD = """
 import sys, time

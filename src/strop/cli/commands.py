@@ -49,11 +49,11 @@ COMMANDS: Mapping[str, Command] = {
     "reference": Command(
         "reference", "score the reference of a configuration ahead of its runs (strop reference --help)"
     ),
+    "report": Command("report", "what is wrong with a run, and a page that shows it (strop report --help)"),
     "demo": Command("demo", "a real training run on this machine, one to three minutes, with nothing to download"),
     "methods": Command("methods", "what there is to train by; strop methods NAME: formula, settings, data, metrics"),
     "prepare": Command(
         "prepare", "files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)"
     ),
-    "merge": Command("merge", "an adapter into its base, compared before it is written (strop merge --help)"),
     "schema": Command("schema", "print the JSON Schema of configuration files"),
 }

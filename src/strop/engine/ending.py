@@ -15,7 +15,7 @@ from strop.config import RunConfig
 from strop.engine.best import stops_early
 from strop.engine.state import TrainState
 from strop.errors import CheckpointError
-from strop.rundir import RESULT
+from strop.runfiles import RESULT
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
 """Metrics of the lines, where an evaluation has them."""

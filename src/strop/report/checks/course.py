@@ -1,0 +1,266 @@
+"""The course of a run by any method: numbers that are not finite, steps, gradients, evaluations. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from strop.report.facts import Facts, wilson
+from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
+
+
+def lower(facts: Facts, factor: float) -> Remedy:
+    """Divide the rate."""
+    if not facts.rate:
+        return Remedy("lower the learning rate")
+    value = float(f"{facts.rate / factor:.3g}")
+    return Remedy(f"divide the learning rate by {factor:g}", {"training.learning_rate": value})
+
+
+def longer_warmup(share: float) -> Remedy:
+    return Remedy("warm up longer", {"training.warmup_steps": None, "training.warmup_ratio": share})
+
+
+def higher(facts: Facts, factor: float) -> Remedy:
+    if not facts.rate:
+        return Remedy("raise the learning rate")
+    value = float(f"{facts.rate * factor:.3g}")
+    return Remedy(f"multiply the learning rate by {factor:g}", {"training.learning_rate": value})
+
+
+def finite(facts: Facts) -> Iterator[Finding]:
+    """A loss that is no number."""
+    train, evaluated = facts.run.train, facts.run.eval
+    if not len(train) and not len(evaluated):
+        yield unchecked("not-finite", "whether all numbers are finite: metrics.jsonl has no line")
+        return
+    skipped = int(train.total("num_skipped_steps"))
+    bad = [
+        (float(table.step[i]), words)
+        for table, words in ((train, "training"), (evaluated, "evaluation"))
+        for i in np.flatnonzero(~np.isfinite(table.columns.get("loss", np.zeros(len(table)))))[:1].tolist()
+    ]
+    numbers: dict[str, float | int | str] = {"steps skipped": skipped}
+    numbers |= {f"first not finite, {words}": f"step {step:.0f}" for step, words in bad}
+    evaluation_is_bad = any(words == "evaluation" for _, words in bad)
+    if bad or skipped:
+        first = min((step for step, _ in bad), default=None)
+        what = "loss of an evaluation" if evaluation_is_bad else "loss"
+        claim = (
+            f"The {what} is not a finite number from step {first:.0f} on"
+            if first is not None
+            else f"{skipped:,} steps were skipped, since their loss or gradient was not finite"
+        )
+        severe = evaluation_is_bad or (bool(bad) and not skipped) or skipped > 0.01 * max(facts.num_steps, 100)
+        yield Finding(
+            "not-finite",
+            Severity.FAIL if severe else Severity.WARN,
+            claim,
+            Evidence.EXACT,
+            numbers,
+            harmless_if="" if severe else "it is a single step, and the row that caused it is known",
+            remedies=[
+                Remedy("look at the rows that the log names at this step"),
+                *_wider(facts),
+                lower(facts, 2),
+            ],
+            chart="loss",
+            steps=None if first is None else (first, facts.run.last_step),
+            explains=("rate-high", "risen", "worse-than-start"),
+        )
+    else:
+        yield passed("not-finite", f"All {len(train) + len(evaluated):,} logged losses are finite numbers")
+
+
+def _wider(facts: Facts) -> list[Remedy]:
+    if not facts.run.value("training.fp16"):
+        return []
+    return [Remedy("compute in bf16, whose range is that of float32", {"training.fp16": None, "training.bf16": True})]
+
+
+def steps(facts: Facts) -> Iterator[Finding]:
+    """Few steps, few chances to see anything."""
+    done = facts.run.last_step
+    if not done:
+        yield unchecked("few-steps", "the number of steps: none is logged")
+    elif done < facts.thresholds["few_steps"]:
+        yield Finding(
+            "few-steps",
+            Severity.NOTE,
+            f"The run has {done} optimizer steps, which is few for a course to be seen",
+            Evidence.RULE,
+            {"steps": done},
+            harmless_if="it is a trial",
+            remedies=[Remedy("train longer", {"training.max_steps": None, "training.num_epochs": _more_epochs(facts)})],
+            thresholds=("few_steps",),
+        )
+    else:
+        yield passed("few-steps", f"The run has {done:,} optimizer steps")
+
+
+def _more_epochs(facts: Facts) -> int:
+    return int(2 * (facts.run.number("training.num_epochs") or 1)) or 1
+
+
+def spikes(facts: Facts) -> Iterator[Finding]:
+    """Norms far above those before them."""
+    at, norms = facts.run.train.series("grad_norm")
+    if len(norms) < facts.thresholds["trend_lines"]:
+        yield unchecked("gradient-spikes", f"spikes of the gradient: {len(norms)} logged steps are too few")
+        return
+    medians = _trailing_medians(norms)
+    places = np.flatnonzero(norms[10:] > facts.thresholds["spike"] * medians[10:]) + 10
+    share = len(places) / len(norms)
+    if len(places):
+        worst = int(places[np.argmax(norms[places] / medians[places])])
+        often = share > facts.thresholds["spikes_share"] and len(places) > 2
+        yield Finding(
+            "gradient-spikes",
+            Severity.WARN if often else Severity.NOTE,
+            f"The gradient has {len(places):,} spikes, the largest of {norms[worst]:.3g} at step {at[worst]:.0f}, "
+            f"where {medians[worst]:.3g} was usual",
+            Evidence.RULE,
+            {"logged steps with a spike": len(places), "share": share},
+            harmless_if="they are single and clipped: a clipped step moves the weights no further than others",
+            remedies=[
+                Remedy("look at the rows of that step"),
+                Remedy("clip lower", {"training.max_grad_norm": 0.3}),
+                lower(facts, 2),
+            ],
+            thresholds=("spike", "spikes_share"),
+            chart="gradient",
+            steps=(float(at[worst]), float(at[worst])),
+        )
+    else:
+        yield passed("gradient-spikes", "The gradient has no spikes")
+
+
+def _trailing_medians(values: np.ndarray, most: int = 100) -> np.ndarray:
+    """The median of up to `most` values before each one, taken anew every tenth value."""
+    found = np.full(len(values), np.inf)
+    stride = max(10, len(values) // 20_000)
+    for start in range(10, len(values), stride):
+        found[start : start + stride] = max(float(np.median(values[max(0, start - most) : start])), 1e-12)
+    return found
+
+
+def clipping(facts: Facts) -> Iterator[Finding]:
+    """Where every step is clipped, the limit is part of the learning rate."""
+    clipped, norm = facts.last("clipped"), facts.last("grad_norm")
+    limit = facts.run.number("training.max_grad_norm")
+    if clipped is None or norm is None or not limit:
+        return
+    if clipped > facts.thresholds["clipped_share"] and norm > 10 * limit:
+        yield Finding(
+            "always-clipped",
+            Severity.NOTE,
+            f"Every step is clipped, from a norm of {norm:.3g} to {limit:g}: the limit decides how far a step goes",
+            Evidence.MEASURED,
+            {"share of steps clipped": clipped, "norm": norm, "training.max_grad_norm": limit},
+            harmless_if="the optimizer divides by the size of the gradient, as Adam does, and the course is steady",
+            remedies=[lower(facts, 3)],
+            thresholds=("clipped_share",),
+            chart="gradient",
+        )
+    else:
+        yield passed("always-clipped", f"{clipped:.0%} of the last steps are clipped")
+
+
+def evaluation_size(facts: Facts) -> Iterator[Finding]:
+    """An accuracy of few rows says little."""
+    table = facts.run.eval
+    if not len(table):
+        yield unchecked("eval-size", "the evaluation: there is none (dataset.val_file, dataset.validation_split)")
+        return
+    n = facts.last("num_groups", table)
+    share = facts.last("rewards/accuracies", table)
+    if n is None:
+        return
+    low, high = wilson(0.5 if share is None else share, n)
+    half = (high - low) / 2
+    what = "an accuracy" if share is not None else "a share"
+    if half > facts.thresholds["eval_interval"]:
+        yield Finding(
+            "eval-size",
+            Severity.NOTE,
+            f"The evaluation has {int(n):,} rows, so {what} of it is known to ± {half:.0%} only",
+            Evidence.MEASURED,
+            {"validation rows": int(n), "half-width of the 95 % interval": half},
+            harmless_if="only the shape of the course is wanted",
+            remedies=[_more_held_out(facts)],
+            thresholds=("eval_interval",),
+        )
+    else:
+        yield passed("eval-size", f"The evaluation has {int(n):,} rows: {what} of it is known to ± {half:.1%}")
+
+
+def _more_held_out(facts: Facts) -> Remedy:
+    if facts.run.value("dataset.val_file") is None:
+        return Remedy("hold out more rows: about 400 for ± 5 %", {"dataset.validation_split": 0.2})
+    return Remedy("use a larger validation file: about 400 rows for ± 5 %")
+
+
+def risen(facts: Facts) -> Iterator[Finding]:
+    """The evaluation's loss: ends above where it began, or above its lowest."""
+    at, values = facts.run.eval.series("loss")
+    if len(values) < 2:
+        why = "there is no evaluation" if not len(values) else "there is one evaluation only"
+        yield unchecked("worse-than-start", f"whether the model got worse: {why}")
+        yield unchecked("risen", f"overfitting: {why}")
+        return
+    t, first, end = facts.thresholds, float(values[0]), float(values[-1])
+    size = max(abs(first), 1e-9)
+    started = at[0] == 0
+    if not started:
+        yield unchecked("worse-than-start", "whether the model got worse: it was not evaluated before the first step")
+    elif end > first + max(1e-4, t["first_loss"]) * size:
+        bad = end > first + t["worse_fail"] * size
+        yield Finding(
+            "worse-than-start",
+            Severity.FAIL if bad else Severity.WARN,
+            f"The model got worse: its evaluation loss was {first:.4g} before training and is {end:.4g} now",
+            Evidence.MEASURED,
+            {"evaluation loss before": first, "evaluation loss now": end},
+            harmless_if="the validation rows are of another kind than the training rows",
+            remedies=[lower(facts, 10), Remedy("train fewer steps", _fewer(facts, at[int(values.argmin())]))],
+            thresholds=("worse_fail",),
+            chart="loss",
+            steps=(float(at[int(values.argmin())]), float(at[-1])),
+            explains=("risen",),
+        )
+    else:
+        yield passed("worse-than-start", f"The evaluation loss fell from {first:.4g} to {end:.4g}")
+    low = float(values.min())
+    best = float(at[int(values.argmin())])
+    gained = max(first - low, 1e-9)
+    above = (end - low) / max(abs(low), 1e-9)
+    numbers = {"lowest evaluation loss": low, "at step": best, "at the end": end}
+    if above > t["risen_note"] and (end - low) > 0.05 * gained and best > 0:
+        yield Finding(
+            "risen",
+            Severity.WARN if above > t["risen_warn"] else Severity.NOTE,
+            f"The evaluation loss was lowest at step {best:.0f} ({low:.4g}) and has risen to {end:.4g} since: the "
+            "model learns its rows by heart",
+            Evidence.RULE,
+            numbers,
+            harmless_if="the final model is that of the best step (finetuning.load_best_model_at_end), or only "
+            "its certainty grows while its accuracy holds",
+            remedies=[
+                Remedy("stop where it was best", _fewer(facts, best)),
+                Remedy("return the best model", {"finetuning.load_best_model_at_end": True}),
+                lower(facts, 2),
+            ],
+            thresholds=("risen_note", "risen_warn"),
+            chart="loss",
+            steps=(best, float(at[-1])),
+        )
+    else:
+        yield passed("risen", "The evaluation loss does not rise again", numbers=numbers)
+
+
+def _fewer(facts: Facts, step: float) -> dict[str, int]:
+    return {"training.max_steps": max(1, int(step))} if step >= 1 else {"training.num_epochs": 1}
+
+
+CHECKS = (finite, risen, spikes, clipping, steps, evaluation_size)

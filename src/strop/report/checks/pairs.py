@@ -1,0 +1,414 @@
+"""Methods on a chosen and a rejected completion, with a reference and without. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from strop.report.checks.course import higher, longer_warmup, lower
+from strop.report.facts import LN2, Facts, wilson
+from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
+
+
+def weaker(facts: Facts) -> list[Remedy]:
+    """What holds the policy closer to where it began, in the order to try."""
+    found = [lower(facts, 3)]
+    if facts.beta and facts.has_reference:
+        found.append(Remedy("raise beta threefold", {"post_training.beta": float(f"{facts.beta * 3:.3g}")}))
+    return [*found, Remedy("train fewer steps", {"training.num_epochs": 1})]
+
+
+def _anchored(facts: Facts) -> list[Remedy]:
+    if facts.method == "dpo" or facts.method == "simpo":
+        weight = facts.run.number("post_training.sft_weight") or 0.0
+        return [Remedy("add the likelihood of the chosen side", {"post_training.sft_weight": max(0.2, 2 * weight)})]
+    return []
+
+
+def likelihood_displacement(facts: Facts) -> Iterator[Finding]:
+    """The margin grows while chosen completions become less likely, too (arXiv 2402.13228, 2410.08847)."""
+    if not facts.is_pairs or not facts.has_reference:
+        return
+    chosen, rejected = facts.logp_gain("chosen"), facts.logp_gain("rejected")
+    if chosen is None or rejected is None:
+        yield unchecked("likelihood-displacement", "whether chosen answers stay as likely: no rewards are logged")
+        return
+    t = facts.thresholds
+    numbers: Numbers = {
+        "chosen, nats per token": chosen,
+        "rejected, nats per token": rejected,
+        "measured on": facts.watched_words,
+    }
+    lost = -chosen
+    if lost >= t["displaced_note"] and chosen > rejected:
+        half = lost > 0.5 * -rejected and lost >= t["displaced_warn"]
+        severity = Severity.NOTE
+        if facts.has_trend and lost >= t["displaced_warn"]:
+            severity = Severity.FAIL if lost >= t["displaced_fail"] and half else Severity.WARN
+        yield Finding(
+            "likelihood-displacement",
+            severity,
+            f"Chosen answers became less likely ({chosen:+.2f} nats per token); the margin grew only because rejected "
+            f"answers fell faster ({rejected:+.2f})",
+            Evidence.RULE,
+            numbers,
+            harmless_if="the model was trained on the chosen answers before, so they can only fall, and what it "
+            "generates is still good",
+            remedies=[*_anchored(facts), *weaker(facts), Remedy("remove pairs whose sides are nearly the same")],
+            thresholds=("displaced_note", "displaced_warn", "displaced_fail"),
+            chart="rewards",
+            steps=_second_half(facts),
+        )
+    else:
+        yield passed("likelihood-displacement", f"Chosen answers: {chosen:+.2f} nats per token", numbers=numbers)
+
+
+def _second_half(facts: Facts) -> tuple[float, float]:
+    last = float(facts.run.last_step)
+    return last / 2, last
+
+
+def drift(facts: Facts) -> Iterator[Finding]:
+    """How far the policy has gone from its reference, per token: far enough, and it writes nonsense."""
+    if not facts.has_reference:
+        return
+    gains = {side: facts.logp_gain(side) for side in ("chosen", "rejected")}
+    known = {side: gain for side, gain in gains.items() if gain is not None}
+    if not known:
+        yield unchecked("drift", "how far the policy is from its reference: no rewards are logged")
+        return
+    t, worst = facts.thresholds, max(known.values(), key=abs)
+    numbers: dict[str, float | int | str] = {f"{side}, nats per token": gain for side, gain in known.items()}
+    levels = ((Severity.FAIL, "drift_fail"), (Severity.WARN, "drift_warn"), (Severity.NOTE, "drift_note"))
+    severity = next((level for level, name in levels if abs(worst) >= t[name]), None)
+    if severity is not None:
+        yield Finding(
+            "drift",
+            severity,
+            f"The policy is far from its reference: {abs(worst):.2f} nats per token on {facts.watched_words}",
+            Evidence.RULE,
+            numbers,
+            harmless_if="a new format or language is to be learnt, and what it generates is good",
+            remedies=weaker(facts),
+            thresholds=("drift_note", "drift_warn", "drift_fail"),
+            chart="rewards",
+            explains=("likelihood-displacement",) if severity is Severity.FAIL else (),
+        )
+    else:
+        yield passed("drift", f"Policy and reference are {abs(worst):.2f} nats per token apart", numbers=numbers)
+
+
+def _last_margins(facts: Facts) -> np.ndarray | None:
+    """The margins of the last fifth of the steps."""
+    margins = facts.run.margins
+    if not margins.values:
+        return None
+    kept = [v for s, v in zip(margins.steps, margins.values, strict=True) if s > 0.8 * margins.steps[-1]]
+    found = np.concatenate(kept or list(margins.values[-1:]))
+    return found if len(found) else None
+
+
+def learnt_too_little(facts: Facts) -> Iterator[Finding]:
+    """The sides of a pair are as far apart at the end as at the beginning."""
+    if not facts.is_pairs or not facts.has_reference:
+        return
+    margins, mean = _last_margins(facts), facts.raw_margin
+    size = float(np.median(np.abs(margins))) if margins is not None else None if mean is None else abs(mean)
+    if size is None:
+        yield unchecked("rate-low", "whether anything is learnt: no margins are logged")
+        return
+    t = facts.thresholds
+    loss = facts.last("loss/preference") or facts.last("loss")
+    numbers: Numbers = {
+        "median distance of the sides, nats": size,
+        "learning rate": facts.rate or 0.0,
+        "steps": facts.run.last_step,
+    }
+    if size < t["stuck_margin"]:
+        near = f", the loss stays at {loss:.4f}" if loss is not None else ""
+        yield Finding(
+            "rate-low",
+            Severity.WARN if facts.run.last_step >= t["trend_lines"] else Severity.NOTE,
+            f"Hardly anything is learnt: the sides of a pair are {size:.2g} nats apart at the end{near}",
+            Evidence.RULE,
+            numbers,
+            harmless_if="the run is a trial of a few steps",
+            remedies=[higher(facts, 10 if facts.is_adapted else 3), Remedy("train longer", _longer_run(facts))],
+            thresholds=("stuck_margin",),
+            chart="loss",
+            explains=("accuracy-half",),
+        )
+    elif facts.beta and loss is not None and mean is not None and abs(loss - LN2) < t["stuck_loss"] and abs(mean) > 1:
+        yield Finding(
+            "rate-low",
+            Severity.NOTE,
+            f"The loss looks flat at {loss:.4f} since beta is small ({facts.beta:g}): the margin has grown to "
+            f"{mean:.2g} nats",
+            Evidence.EXACT,
+            {**numbers, "margin, nats": mean},
+            harmless_if="beta is meant to be so small",
+            remedies=[Remedy("raise beta", {"post_training.beta": 0.1})],
+            thresholds=("stuck_loss",),
+            chart="margins",
+        )
+    else:
+        yield passed("rate-low", f"The sides of a pair are {size:.2g} nats apart at the end", numbers=numbers)
+
+
+def _longer_run(facts: Facts) -> dict[str, int]:
+    return {"training.num_epochs": int(2 * (facts.run.number("training.num_epochs") or 1)) or 1}
+
+
+def _accuracy(facts: Facts, of_eval: bool) -> tuple[float, float, float] | None:
+    """(accuracy at the end, its 95 % interval) over the pairs that it was measured on."""
+    table = facts.run.eval if of_eval else facts.run.train
+    share, groups = facts.last("rewards/accuracies", table), table.series("num_groups")[1]
+    if share is None or not len(groups):
+        return None
+    n = groups[-1] if of_eval else groups[-max(1, round(0.2 * len(groups))) :].sum()
+    return (share, *wilson(min(max(share, 0.0), 1.0), float(n)))
+
+
+def accuracy(facts: Facts) -> Iterator[Finding]:
+    """Pairs are told apart; both splits agree on which way."""
+    if not facts.is_pairs:
+        return
+    train, held = _accuracy(facts, False), _accuracy(facts, True)
+    if train is None:
+        yield unchecked("accuracy-half", "whether pairs are told apart: no accuracy is logged")
+        return
+    share, low, high = train
+    numbers: dict[str, float | int | str] = {
+        "accuracy on training pairs": share,
+        "95 % interval": f"{low:.2f} to {high:.2f}",
+    }
+    if held is not None:
+        numbers |= {"accuracy on validation pairs": held[0], "its interval": f"{held[1]:.2f} to {held[2]:.2f}"}
+    look = Remedy("read the pairs below: is the chosen side the better one? dataset.chosen_column and rejected_column")
+    common: dict[str, Any] = {"numbers": numbers, "chart": "accuracy", "steps": _second_half(facts)}
+    if held is not None and held[2] < 0.5 < low and facts.has_reference:
+        yield Finding(
+            "splits-disagree",
+            Severity.FAIL,
+            f"What is learnt from the training pairs is wrong for the validation pairs: accuracy {share:.2f} there, "
+            f"{held[0]:.2f} here. In one of the two, chosen and rejected are exchanged",
+            Evidence.MEASURED,
+            remedies=[look],
+            explains=("worse-than-start", "risen", "accuracy-half", "likelihood-displacement", "drift", "rate-high"),
+            **common,
+        )
+    elif high < 0.5 and facts.has_reference and facts.has_trend:
+        yield Finding(
+            "accuracy-falls",
+            Severity.FAIL,
+            f"The training makes the chosen sides less likely than the rejected ones: accuracy {share:.2f}",
+            Evidence.MEASURED,
+            remedies=[look, lower(facts, 10)],
+            **common,
+        )
+    elif low <= 0.5 <= high and facts.has_reference:
+        yield Finding(
+            "accuracy-half",
+            Severity.WARN if facts.has_trend and high - low < 0.2 else Severity.NOTE,
+            f"Pairs are not told apart: accuracy {share:.2f} on training pairs, as by tossing a coin",
+            Evidence.MEASURED,
+            harmless_if="the labels are noisy and the run is short",
+            remedies=[look, higher(facts, 3), *_smoothed(facts)],
+            **common,
+        )
+    else:
+        yield passed("accuracy-half", f"Accuracy on training pairs: {share:.2f}", numbers=numbers)
+
+
+def _smoothed(facts: Facts) -> list[Remedy]:
+    fits = facts.method == "dpo" and facts.loss_type in ("sigmoid", "robust")
+    return [Remedy("take some labels for flipped", {"post_training.label_smoothing": 0.1})] if fits else []
+
+
+def saturated(facts: Facts) -> Iterator[Finding]:
+    """All pairs are won: a shallow cue, or learnt by heart."""
+    if not facts.is_pairs:
+        return
+    at, values = facts.run.train.series("rewards/accuracies")
+    if len(values) < facts.thresholds["trend_lines"]:
+        yield unchecked("saturated", f"saturation: {len(values)} logged accuracies are too few")
+        return
+    t = facts.thresholds
+    smooth = np.convolve(values, np.ones(5) / 5, "valid")
+    won = smooth >= t["saturated"]
+    share = float(won.mean())
+    if share >= t["saturated_share"]:
+        begins = float(at[int(np.argmax(won)) + 4])
+        early = begins < facts.run.last_step / 3
+        held = _accuracy(facts, True)
+        numbers: dict[str, float | int | str] = {"share of the run": share, "from step": begins}
+        if held is not None:
+            numbers["accuracy on validation pairs"] = held[0]
+        alike = held is not None and held[0] >= t["saturated"] - 0.05
+        yield Finding(
+            "saturated",
+            Severity.NOTE,
+            f"Nearly all training pairs are won from step {begins:.0f} on: "
+            + ("a shallow cue tells the sides apart" if early or alike else "they may be learnt by heart"),
+            Evidence.RULE,
+            numbers,
+            harmless_if="what tells them apart is what is wanted, and held-out pairs are won as well",
+            remedies=[
+                Remedy("read the best pairs below: what tells the sides apart?"),
+                Remedy("train fewer steps", {"training.num_epochs": 1}),
+                lower(facts, 3),
+                *_smoothed(facts),
+            ],
+            thresholds=("saturated", "saturated_share"),
+            chart="accuracy",
+            steps=(begins, float(at[-1])),
+        )
+    else:
+        yield passed("saturated", "The training pairs are not all won")
+
+
+FOLLOW_A_HIGH_RATE = (
+    "drift",
+    "likelihood-displacement",
+    "worse-than-start",
+    "risen",
+    "accuracy-half",
+    "accuracy-falls",
+    "always-clipped",
+    "gradient-spikes",
+    "chosen-falls",
+)
+
+
+def rate_high(facts: Facts) -> Iterator[Finding]:
+    """The loss rises above its start, or the chosen side collapses early: the steps are too long."""
+    if not facts.is_pairs:
+        return
+    at, losses = facts.run.train.series("loss/preference" if "loss/preference" in facts.run.train else "loss")
+    if len(losses) < 5:
+        yield unchecked("rate-high", f"whether the learning rate is too high: {len(losses)} logged losses are too few")
+        return
+    start, end = float(losses[0]) if not facts.has_reference else _start_of(facts, losses), facts.last_loss
+    width = max(1, len(losses) // 10)
+    smooth = np.array([np.median(losses[i : i + width]) for i in range(0, len(losses), width)])
+    peak = float(smooth.max())
+    scale = max(abs(start), LN2) / LN2
+    numbers: dict[str, float | int | str] = {
+        "loss at the start": start, "highest": peak, "at the end": end, "learning rate": facts.rate or 0.0}  # fmt: skip
+    if peak > start + facts.thresholds["rate_high_loss"] * scale:
+        still = end > start
+        worst = int(smooth.argmax()) * width
+        yield Finding(
+            "rate-high",
+            Severity.FAIL if still else Severity.WARN,
+            f"The loss rises above its start, from {start:.3g} to {peak:.3g}: the learning rate is too high",
+            Evidence.RULE,
+            numbers,
+            remedies=[lower(facts, 10), longer_warmup(0.2)],
+            thresholds=("rate_high_loss",),
+            chart="loss",
+            steps=(float(at[worst]), float(at[min(worst + width, len(at) - 1)])),
+            explains=FOLLOW_A_HIGH_RATE,
+        )
+    else:
+        yield passed("rate-high", "The training loss stays below its start", numbers=numbers)
+
+
+def _start_of(facts: Facts, losses: np.ndarray) -> float:
+    from strop.report.checks.start import first_loss
+
+    found = first_loss(facts) if facts.starts_at_reference else None
+    return float(losses[0]) if found is None else found
+
+
+def chosen_falls(facts: Facts) -> Iterator[Finding]:
+    """Without a reference nothing holds the chosen side but the loss itself."""
+    if not facts.is_pairs or facts.has_reference:
+        return
+    gain = facts.logp_gain("chosen")
+    if gain is None:
+        yield unchecked("chosen-falls", "whether chosen answers stay as likely: no log-probs are logged")
+        return
+    t = facts.thresholds
+    numbers: Numbers = {"chosen, nats per token": gain, "measured on": facts.watched_words}
+    if -gain >= t["nll_rise"]:
+        yield Finding(
+            "chosen-falls",
+            Severity.FAIL if -gain >= t["collapse"] and facts.has_trend else Severity.WARN,
+            f"Chosen answers became less likely ({gain:+.2f} nats per token), and there is no reference to hold them",
+            Evidence.RULE,
+            numbers,
+            remedies=[*_anchored(facts), lower(facts, 3), *_softer(facts)],
+            thresholds=("nll_rise", "collapse"),
+            chart="likelihood",
+            steps=_second_half(facts),
+        )
+    else:
+        yield passed("chosen-falls", f"Chosen answers: {gain:+.2f} nats per token", numbers=numbers)
+
+
+def _softer(facts: Facts) -> list[Remedy]:
+    if facts.method in ("orpo", "cpo") and facts.beta:
+        return [Remedy("halve beta", {"post_training.beta": float(f"{facts.beta / 2:.3g}")})]
+    return []
+
+
+def odds_idle(facts: Facts) -> Iterator[Finding]:
+    """Without a reference the start ranks pairs already; what counts is the rise."""
+    if facts.method not in ("orpo", "simpo", "cpo"):
+        return
+    before, after = facts.first("rewards/margins", facts.watched), facts.last("rewards/margins", facts.watched)
+    if before is None or after is None:
+        yield unchecked("odds-idle", "whether the preference is learnt: no margins are logged")
+        return
+    numbers: Numbers = {"margin at the start": before, "margin at the end": after, "measured on": facts.watched_words}
+    if after <= before and facts.run.last_step >= facts.thresholds["trend_lines"]:
+        yield Finding(
+            "odds-idle",
+            Severity.WARN,
+            f"The preference is not learnt: the margin was {before:.3g} at the start and is {after:.3g} now",
+            Evidence.MEASURED,
+            numbers,
+            harmless_if="the model first has to learn to answer at all",
+            remedies=[
+                *([Remedy("give the preference more weight", {"post_training.beta": float(f"{facts.beta * 3:.3g}")})]
+                  if facts.method == "orpo" and facts.beta else []),
+                higher(facts, 3),
+                Remedy("train the chosen answers first, then the preference: method sft, then dpo"),
+            ],
+            chart="margins",
+        )  # fmt: skip
+    else:
+        yield passed("odds-idle", f"The margin grew from {before:.3g} to {after:.3g}", numbers=numbers)
+
+
+def simpo_settings(facts: Facts) -> Iterator[Finding]:
+    """The beta of dpo in a configuration of simpo trains next to nothing."""
+    if facts.method != "simpo" or facts.beta is None:
+        return
+    if facts.beta < 1:
+        yield Finding(
+            "simpo-beta",
+            Severity.WARN,
+            f"simpo_beta is {facts.beta:g}, as for dpo: it scales a margin per token here, and 2 to 10 is usual",
+            Evidence.MEASURED,
+            {"post_training.simpo_beta": facts.beta},
+            remedies=[Remedy("take the usual value", {"post_training.simpo_beta": 2.0})],
+        )
+    else:
+        yield passed("simpo-beta", f"simpo_beta is {facts.beta:g}")
+
+
+CHECKS = (
+    accuracy,
+    rate_high,
+    likelihood_displacement,
+    drift,
+    chosen_falls,
+    odds_idle,
+    learnt_too_little,
+    saturated,
+    simpo_settings,
+)

@@ -1,0 +1,272 @@
+"""The data of a run, as data.json counts it. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from strop.report.facts import Facts
+from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
+
+
+def has_data(facts: Facts) -> Iterator[Finding]:
+    """Without data.json nothing is known of the rows."""
+    if not facts.split("train"):
+        yield unchecked("rows", "the rows: data.json is missing or cannot be read")
+
+
+def same_pairs(facts: Facts) -> Iterator[Finding]:
+    """A pair whose sides are the same has no gradient."""
+    if not facts.is_pairs or not facts.split("train"):
+        return
+    same, groups = facts.run.train.total("num_zero_signal_groups"), facts.run.train.total("num_groups")
+    if not groups:
+        yield unchecked("same-pairs", "pairs whose sides are the same: no training step is logged")
+        return
+    share, t = same / groups, facts.thresholds
+    numbers = {"pairs whose sides are the same": int(same), "pairs seen": int(groups)}
+    if share >= t["same_pair_warn"]:
+        yield Finding(
+            "same-pairs",
+            Severity.FAIL if share >= t["same_pair_fail"] else Severity.WARN,
+            f"In {share:.0%} of the pairs both sides are the same tokens: nothing can be learnt from them",
+            Evidence.EXACT,
+            numbers,
+            remedies=[
+                Remedy("raise the length limits, if the sides differ only behind the cut", _longer(facts)),
+                Remedy("remove such pairs from the data"),
+            ],
+            thresholds=("same_pair_warn", "same_pair_fail"),
+            explains=(
+                "gradient-zero",
+                "stuck",
+                "rate-low",
+                "accuracy-half",
+                "duplicates",
+                "weights-unmoved",
+                "odds-idle",
+            ),
+        )
+    else:
+        yield passed("same-pairs", f"{int(same):,} of {int(groups):,} pairs have the same tokens on both sides")
+
+
+def _longer(facts: Facts) -> dict[str, int]:
+    limit = facts.run.number("training.max_seq_length")
+    return {"training.max_seq_length": int(2 * limit)} if limit else {}
+
+
+def leakage(facts: Facts) -> Iterator[Finding]:
+    """What is trained on says nothing about held-out rows."""
+    rows, prompts = (facts.share("eval", "num_groups", "findings", name) for name in ("leaked_rows", "leaked_prompts"))
+    if rows is None or prompts is None:
+        if facts.split("train"):
+            yield unchecked("leakage", "whether validation rows are trained on: there are none")
+        return
+    numbers = {"validation rows that are trained on": int(rows[0]), "with a prompt that is": int(prompts[0])}
+    if rows[0] or prompts[0]:
+        fail = rows[1] > 0.01 or prompts[1] >= facts.thresholds["leaked_fail"]
+        what = f"{rows[1]:.0%} of the validation rows are trained on" if rows[0] else (
+            f"{prompts[1]:.0%} of the validation rows have a prompt that is trained on"
+        )  # fmt: skip
+        yield Finding(
+            "leakage",
+            Severity.FAIL if fail else Severity.WARN,
+            f"{what}, so the evaluation looks better than it is",
+            Evidence.EXACT,
+            numbers,
+            harmless_if="all rows share one prompt, and differ in their answers",
+            remedies=[Remedy("split by prompt: strop prepare --input FILE --output-dir DIR, then dataset.splits_dir")],
+            thresholds=("leaked_fail",),
+            chart="loss",
+        )
+    else:
+        yield passed("leakage", "No validation row and none of its prompts is trained on", numbers=numbers)
+
+
+def duplicates(facts: Facts) -> Iterator[Finding]:
+    """Rows that stand there more than once are learnt by heart first."""
+    found = facts.share("train", "num_groups", "findings", "duplicates")
+    if found is None:
+        return
+    count, share = found
+    t = facts.thresholds
+    if share >= t["duplicates_note"] and count >= 2:
+        yield Finding(
+            "duplicates",
+            Severity.WARN if share >= t["duplicates_warn"] else Severity.NOTE,
+            f"{int(count):,} training rows ({share:.1%}) stand there more than once",
+            Evidence.EXACT,
+            {"rows that are there before": int(count)},
+            harmless_if="they are meant to count more often",
+            remedies=[Remedy("strop prepare --input FILE --output-dir DIR removes them")],
+            thresholds=("duplicates_note", "duplicates_warn"),
+        )
+    else:
+        yield passed("duplicates", f"{int(count):,} training rows stand there more than once")
+
+
+def contradictions(facts: Facts) -> Iterator[Finding]:
+    """Pairs in both orders, completions with both labels."""
+    found = facts.share("train", "num_groups", "findings", "contradictions")
+    if found is None or facts.method == "sft":
+        return
+    count, share = found
+    t = facts.thresholds
+    if share >= t["contradictions_warn"]:
+        yield Finding(
+            "contradictions",
+            Severity.FAIL if share >= t["contradictions_fail"] else Severity.WARN,
+            f"{int(count):,} training rows ({share:.1%}) are contradicted by another: the same pair the other way "
+            "round, or the other label",
+            Evidence.EXACT,
+            {"rows that another contradicts": int(count)},
+            remedies=[Remedy("keep one of each two, or drop both"), *_smoothing(facts, share)],
+            thresholds=("contradictions_warn", "contradictions_fail"),
+            explains=("accuracy-half", "stuck", "rate-low"),
+        )
+    else:
+        yield passed("contradictions", f"{int(count):,} training rows are contradicted by another")
+
+
+def _smoothing(facts: Facts, share: float) -> list[Remedy]:
+    if facts.method != "dpo" or facts.loss_type not in ("sigmoid", "robust"):
+        return []
+    value = min(0.4, max(0.05, round(share / 2, 2)))
+    return [Remedy("tell the loss how noisy the labels are", {"post_training.label_smoothing": value})]
+
+
+def begins_twice(facts: Facts) -> Iterator[Finding]:
+    """Two BOS tokens: the model has never seen that."""
+    found = facts.share("train", "num_groups", "findings", "double_bos")
+    if found is None:
+        return
+    if found[0]:
+        yield Finding(
+            "double-bos",
+            Severity.FAIL,
+            f"{int(found[0]):,} prompts ({found[1]:.0%}) begin with two BOS tokens, which the model has never seen",
+            Evidence.EXACT,
+            {"prompts": int(found[0])},
+            remedies=[Remedy("take the BOS token out of the rows or of the chat template")],
+        )
+    else:
+        yield passed("double-bos", "No prompt begins with two BOS tokens")
+
+
+def ends(facts: Facts) -> Iterator[Finding]:
+    """Without an end token the model does not learn where to stop."""
+    found = facts.share("train", "num_completions", "findings", "missing_eos")
+    if found is None:
+        return
+    count, share = found
+    t = facts.thresholds
+    if share >= t["no_end_warn"]:
+        yield Finding(
+            "no-end-token",
+            Severity.FAIL if share >= t["no_end_fail"] else Severity.WARN,
+            f"{share:.0%} of the completions have no end token, so the model does not learn where to stop",
+            Evidence.EXACT,
+            {"completions without an end token": int(count)},
+            harmless_if="text is continued for ever on purpose",
+            remedies=[
+                Remedy("raise the length limit, if they are cut", _longer(facts)),
+                Remedy("leave overlong rows out", {"dataset.filter_overlength_samples": True}),
+                Remedy("check that the chat template closes a turn: strop train --dry-run shows it"),
+            ],
+            thresholds=("no_end_warn", "no_end_fail"),
+            explains=("completions-cut",),
+        )
+    else:
+        yield passed("no-end-token", f"{1 - share:.0%} of the completions end with an end token")
+
+
+def losses(facts: Facts) -> Iterator[Finding]:
+    """Rows that are read and not trained on."""
+    split = facts.split("train")
+    read = facts.count("train", "rows_read")
+    reasons = {
+        str(reason)[:200]: n
+        for kind in ("refused", "dropped")
+        if isinstance(split.get(kind), dict)
+        for reason, n in split[kind].items()
+        if isinstance(n, int)
+    }
+    if not read:
+        return
+    lost = sum(reasons.values())
+    share = lost / read
+    if share >= facts.thresholds["lost_warn"]:
+        yield Finding(
+            "rows-lost",
+            Severity.WARN,
+            f"{lost:,} of {int(read):,} rows ({share:.0%}) are not trained on, most of them: "
+            f"{max(reasons, key=lambda r: reasons[r])}",
+            Evidence.EXACT,
+            dict(sorted(reasons.items(), key=lambda item: -item[1])[:5]),
+            remedies=[Remedy("look at rejected.jsonl in the run folder")],
+            thresholds=("lost_warn",),
+        )
+    else:
+        yield passed("rows-lost", f"{lost:,} of {int(read):,} rows are refused or dropped")
+
+
+def cuts(facts: Facts) -> Iterator[Finding]:
+    """Completions that are not whole."""
+    found = facts.share("train", "num_completions", "completions_cut")
+    if found is None:
+        return
+    count, share = found
+    t = facts.thresholds
+    if share >= t["cut_warn"]:
+        yield Finding(
+            "completions-cut",
+            Severity.FAIL if share >= t["cut_fail"] else Severity.WARN,
+            f"{share:.0%} of the completions are cut at the length limit",
+            Evidence.EXACT,
+            {"completions cut": int(count)},
+            remedies=[
+                Remedy("raise the limit", _longer(facts)),
+                Remedy("leave such rows out", {"dataset.filter_overlength_samples": True}),
+            ],
+            thresholds=("cut_warn", "cut_fail"),
+        )
+    else:
+        yield passed("completions-cut", f"{int(count):,} completions are cut at the length limit")
+
+
+def longer_wins(facts: Facts) -> Iterator[Finding]:
+    """Where the chosen side is mostly the longer one, length is what is learnt first."""
+    share, groups = facts.count("train", "findings", "length", "chosen_is_longer"), facts.count("train", "num_groups")
+    if share is None or not groups or not facts.is_pairs:
+        return
+    t = facts.thresholds
+    means = {
+        f"mean tokens, {n}": facts.count("train", "findings", "length", f"mean_{n}") or 0
+        for n in ("chosen", "rejected")
+    }
+    chosen, rejected = means.values()
+    alike = max(chosen, rejected) <= 1.1 * min(chosen, rejected)
+    if max(share, 1 - share) >= t["longer_note"] and groups >= 50 and not alike:
+        word = "longer" if share > 0.5 else "shorter"
+        yield Finding(
+            "length-bias",
+            Severity.WARN if max(share, 1 - share) >= t["longer_warn"] else Severity.NOTE,
+            f"The chosen side is the {word} one in {max(share, 1 - share):.0%} of the pairs, so length is learnt, too",
+            Evidence.RULE,
+            {"share of pairs whose chosen side is longer": share, **means},
+            harmless_if="longer answers are wanted, or better because of what makes them long",
+            remedies=[
+                Remedy("balance the pairs by length"),
+                *(
+                    [Remedy("compare per token", {"post_training.loss_type": "sigmoid_norm"})]
+                    if facts.method == "dpo"
+                    else []
+                ),
+            ],
+            thresholds=("longer_note", "longer_warn"),
+        )
+    else:
+        yield passed("length-bias", f"The chosen side is the longer one in {share:.0%} of the pairs")
+
+
+CHECKS = (has_data, same_pairs, begins_twice, leakage, ends, contradictions, cuts, losses, duplicates, longer_wins)

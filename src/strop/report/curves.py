@@ -1,0 +1,178 @@
+"""Which charts a page has, by what the run logged. Floor 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from strop.report.charts import Chart, LineChart, Region, Series, heat_map
+from strop.report.facts import Facts, wilson
+from strop.report.findings import Severity
+from strop.report.reading import RunRecord, Table
+
+if TYPE_CHECKING:
+    from strop.report.page import Examined
+
+MOST_HEATS = 4
+MOST_REGIONS = 3
+
+
+def charts_of(examined: Sequence[Examined], labels: Sequence[str]) -> list[Chart]:
+    """All charts, those first that a finding is about."""
+    many = len(examined) > 1
+    drawn: list[LineChart] = []
+    for make in MAKERS:
+        parts = [make(Facts(e.run, e.thresholds)) for e in examined]
+        kept = [(part, label) for part, label in zip(parts, labels, strict=True) if part is not None]
+        if not kept:
+            continue
+        first = kept[0][0]
+        if many:
+            series = [_named(part.series, label) for part, label in kept]
+            first.series = [s for some in series for s in some]
+            first.note = ""
+        drawn.append(first)
+    told = [f for e in examined for f in e.diagnosis.of(Severity.FAIL, Severity.WARN, Severity.NOTE)]
+    for chart in drawn:
+        found = [f for f in told if f.chart == chart.key and f.steps is not None][:MOST_REGIONS]
+        chart.regions = [Region(*f.steps, f"{f.id}: {f.claim}") for f in found if f.steps is not None]
+        if found and not many:
+            chart.note = f"Shaded: {found[0].claim}"
+    wanted = {f.chart: place for place, f in reversed(list(enumerate(told)))}
+    drawn.sort(key=lambda chart: wanted.get(chart.key, len(told)))
+    return [picture for chart in drawn if (picture := chart.draw()) is not None]
+
+
+def _named(series: Sequence[Series], label: str) -> list[Series]:
+    """One line of each run: that of the evaluations, or the first one."""
+    best = next((s for s in series if s.dots), series[0])
+    return [Series(label, best.steps, best.values)]
+
+
+def heat_maps(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Chart]:
+    """The margins of each run over its steps."""
+    found: list[Chart] = []
+    for place, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        note = (
+            "Steps from left to right, margins (chosen minus rejected, not times beta) from below; darker: more pairs."
+        )
+        title = "Margins of the training pairs" + (f": {label}" if len(runs) > 1 else "")
+        key = "margins" if len(runs) == 1 else f"margins-{place + 1}"
+        chart = heat_map(key, title, note, run.margins.steps, run.margins.values)
+        if chart is not None and len(found) < MOST_HEATS:
+            found.append(chart)
+    return found
+
+
+def _both(facts: Facts, name: str, word: str = "") -> list[Series]:
+    """A metric in training and in the evaluations."""
+    lead = f"{word} " if word else ""
+    parts = [(f"{lead}train", facts.run.train, False), (f"{lead}eval", facts.run.eval, True)]
+    return [Series(label, *table.series(name), dots=dots) for label, table, dots in parts if name in table]
+
+
+def _loss(facts: Facts) -> LineChart | None:
+    series = _both(facts, "loss")
+    levels = []
+    if facts.method == "dpo" and facts.loss_type in ("sigmoid", "robust", "aot", "sigmoid_norm"):
+        levels = [(math.log(2), "ln 2: no preference")]
+    return LineChart("loss", "Loss", series, levels=levels) if series else None
+
+
+def _rewards(facts: Facts) -> LineChart | None:
+    """How much likelier both sides have become."""
+    names = {
+        "chosen": "desirable" if facts.method == "kto" else "chosen",
+        "rejected": "undesirable" if facts.method == "kto" else "rejected",
+    }
+    series = [Series(names[side], *facts.ratio_per_token(side)) for side in ("chosen", "rejected")]
+    series = [s for s in series if len(s.steps)]
+    title = f"Likelihood against the reference, nats per token ({facts.watched_words})"
+    return LineChart("rewards", title, series, levels=[(0.0, "as the reference")]) if series else None
+
+
+def _likelihood(facts: Facts) -> LineChart | None:
+    if facts.has_reference or not facts.is_pairs:
+        return None
+    series = [
+        Series(side, *facts.watched.series(f"logps_per_token/{side}"))
+        for side in ("chosen", "rejected")
+        if f"logps_per_token/{side}" in facts.watched
+    ]
+    title = f"Likelihood of both sides, nats per token ({facts.watched_words})"
+    return LineChart("likelihood", title, series) if series else None
+
+
+def _accuracy(facts: Facts) -> LineChart | None:
+    series = []
+    if "rewards/accuracies" in facts.run.train:
+        series.append(Series("train", *facts.run.train.series("rewards/accuracies")))
+    if "rewards/accuracies" in facts.run.eval:
+        steps, values = facts.run.eval.series("rewards/accuracies")
+        if facts.has_reference:  # before the first step all pairs are ties, which count as wrong
+            steps, values = steps[steps > 0], values[steps > 0]
+        series.append(Series("eval", steps, values, dots=True, spread=_spread(facts.run.eval, values)))
+    return LineChart("accuracy", "Pairs told apart (accuracy)", series, levels=[(0.5, "a coin")]) if series else None
+
+
+def _spread(table: Table, values: np.ndarray) -> np.ndarray | None:
+    """[n] half-widths of the 95 % intervals of shares."""
+    groups = table.series("num_groups")[1][-len(values) or None :]
+    if len(groups) != len(values):
+        return None
+    pairs = zip(np.clip(values, 0, 1).tolist(), groups.tolist(), strict=True)
+    return np.array([(high - low) / 2 for low, high in (wilson(v, n) for v, n in pairs)])
+
+
+def _kl(facts: Facts) -> LineChart | None:
+    series = [
+        Series(words, *facts.run.train.series(name))
+        for name, words in (("kl", "z0"), ("kl_unclamped", "not clamped"))
+        if name in facts.run.train
+    ]
+    return LineChart("kl", "Divergence from the reference (z0), nats", series) if series else None
+
+
+def _gradient(facts: Facts) -> LineChart | None:
+    limit = facts.run.number("training.max_grad_norm")
+    levels = [(limit, "clipped above")] if limit else []
+    series = [Series("norm", *facts.run.train.series("grad_norm"))] if "grad_norm" in facts.run.train else []
+    return LineChart("gradient", "Norm of the gradient, before clipping", series, levels=levels) if series else None
+
+
+def _single(key: str, title: str, name: str, word: str) -> Callable[[Facts], LineChart | None]:
+    """A chart of one metric of the training."""
+
+    def make(facts: Facts) -> LineChart | None:
+        return LineChart(key, title, [Series(word, *facts.run.train.series(name))]) if name in facts.run.train else None
+
+    return make
+
+
+def _lengths(facts: Facts) -> LineChart | None:
+    names = ("chosen", "rejected") if facts.method != "sft" else ("completion",)
+    series = [
+        Series(side, *facts.run.train.series(f"lengths/{side}"))
+        for side in names
+        if f"lengths/{side}" in facts.run.train
+    ]
+    return LineChart("lengths", "Trained tokens of a completion", series) if series else None
+
+
+MAKERS = (
+    _loss,
+    _rewards,
+    _likelihood,
+    _accuracy,
+    _kl,
+    _gradient,
+    _single("rate", "Learning rate", "learning_rate", "rate"),
+    _single("update", "Size of an update against the weights", "update_ratio", "ratio"),
+    _lengths,
+    _single("speed", "Tokens per second", "tokens_per_second", "tokens/s"),
+    _single("memory", "Most memory held so far, GiB", "peak_memory_gib", "GiB"),
+)
+"""In this order where no finding is about one."""

@@ -1,0 +1,181 @@
+"""What the checks ask of a run: its method, windows of its series, and what follows from both. Floor 2."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from strop.report.findings import Thresholds
+from strop.report.lines import Column
+from strop.report.reading import RunRecord, Table
+
+WITH_REFERENCE = ("dpo", "ipo", "kto")
+ON_PAIRS = ("dpo", "ipo", "orpo", "simpo", "cpo")
+LN2 = math.log(2)
+WINDOW = 0.2
+"""Share of a series that its end is."""
+FIRST_LINES = 10
+"""At most so many logged lines are the beginning of a series."""
+
+
+class Facts:
+    """One run, with what is derived from it. Numbers are None where the run does not say."""
+
+    def __init__(self, run: RunRecord, thresholds: Thresholds) -> None:
+        self.run, self.thresholds = run, thresholds
+
+    # -- what was asked for ------------------------------------------------------------------------------------------
+
+    @property
+    def method(self) -> str:
+        return self.run.method
+
+    @property
+    def loss_type(self) -> str:
+        return str(self.run.value("post_training.loss_type", ""))
+
+    @property
+    def has_reference(self) -> bool:
+        return self.method in WITH_REFERENCE
+
+    @property
+    def is_pairs(self) -> bool:
+        return self.method in ON_PAIRS
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy is the reference before the first step."""
+        return self.has_reference and self.run.value("post_training.ref_model_id") is None
+
+    @property
+    def beta(self) -> float | None:
+        key = "post_training.simpo_beta" if self.method == "simpo" else "post_training.beta"
+        found = self.run.number(key)
+        return found if found and found > 0 else None
+
+    @property
+    def rate(self) -> float | None:
+        return self.run.number("training.learning_rate")
+
+    @property
+    def is_adapted(self) -> bool:
+        return bool(self.run.value("lora.enabled", False)) or self.run.value("models.adapter") is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run: planned, or else done."""
+        planned = self.run.plan.get("num_steps") or self.run.result.get("num_steps")
+        return planned if isinstance(planned, int) and planned > 0 else self.run.last_step
+
+    # -- series ------------------------------------------------------------------------------------------------------
+
+    def first(self, name: str, table: Table | None = None) -> float | None:
+        """The median of the first logged lines: a tenth of them, from 1 to `FIRST_LINES`. Of evaluations, the first."""
+        table = self.run.train if table is None else table
+        _, values = table.series(name)
+        if not len(values):
+            return None
+        most = 1 if table is self.run.eval else min(FIRST_LINES, max(1, len(values) // 10))
+        return float(np.median(values[:most]))
+
+    def last(self, name: str, table: Table | None = None) -> float | None:
+        """The median of the last `WINDOW` of the logged lines. Of evaluations, the last."""
+        table = self.run.train if table is None else table
+        _, values = table.series(name)
+        if not len(values):
+            return None
+        most = 1 if table is self.run.eval else max(1, round(WINDOW * len(values)))
+        return float(np.median(values[-most:]))
+
+    def last_steps(self, name: str = "loss", table: Table | None = None) -> tuple[float, float] | None:
+        """The first and the last step of that window."""
+        table = self.run.train if table is None else table
+        steps, _ = table.series(name)
+        if not len(steps):
+            return None
+        most = 1 if table is self.run.eval else max(1, round(WINDOW * len(steps)))
+        return float(steps[-most]), float(steps[-1])
+
+    @cached_property
+    def watched(self) -> Table:
+        """Where the course of rewards is read: evaluations, which are of the same rows each time, where there are at
+        least two; else the training."""
+        return self.run.eval if len(self.run.eval) >= 2 else self.run.train
+
+    @property
+    def watched_words(self) -> str:
+        return "validation rows" if self.watched is self.run.eval else "training rows"
+
+    @property
+    def has_trend(self) -> bool:
+        """Whether there are enough logged steps to speak of a trend."""
+        return len(self.run.train) >= self.thresholds["trend_lines"] or len(self.run.eval) >= 5
+
+    def ratio_per_token(self, side: str, table: Table | None = None) -> tuple[Column, Column]:
+        """(steps, log-ratio of policy to reference per token) of the `chosen` or `rejected` completions."""
+        table = self.watched if table is None else table
+        rewards, lengths = (table.columns.get(f"{name}/{side}") for name in ("rewards", "lengths"))
+        if rewards is None or lengths is None or self.beta is None or not self.has_reference:
+            return np.zeros(0), np.zeros(0)
+        with np.errstate(all="ignore"):
+            values = np.asarray(rewards, np.float64) / self.beta / lengths
+        kept = np.isfinite(values)
+        return table.step[kept], values[kept]
+
+    def logp_gain(self, side: str) -> float | None:
+        """How much likelier the `chosen` or `rejected` completions have become, in nats per token: against the
+        reference where there is one, else against the beginning."""
+        if self.has_reference:
+            values = self.ratio_per_token(side)[1]
+            if not len(values):
+                return None
+            most = 1 if self.watched is self.run.eval else max(1, round(WINDOW * len(values)))
+            return float(np.median(values[-most:]))
+        name = f"logps_per_token/{side}"
+        before, after = self.first(name, self.watched), self.last(name, self.watched)
+        return None if before is None or after is None else after - before
+
+    @property
+    def last_loss(self) -> float:
+        """The preference loss at the end of the training, or the loss where it is all there is; NaN without one."""
+        found = self.last("loss/preference")
+        found = self.last("loss") if found is None else found
+        return math.nan if found is None else found
+
+    @cached_property
+    def raw_margin(self) -> float | None:
+        """The difference of both sides at the end of the training, not times beta."""
+        found = self.last("rewards/margins")
+        return None if found is None or self.beta is None else found / self.beta
+
+    # -- the data ----------------------------------------------------------------------------------------------------
+
+    def split(self, name: str) -> dict[str, Any]:
+        """What data.json says of a split."""
+        splits = self.run.data.get("splits")
+        found = splits.get(name) if isinstance(splits, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def count(self, split: str, *path: str) -> float | None:
+        """A number of data.json, such as ("train", "findings", "duplicates")."""
+        found: Any = self.split(split)
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+    def share(self, split: str, of: str, *path: str) -> tuple[float, float] | None:
+        """(count, its share of the count `of`), both of data.json; None where one is missing."""
+        part, whole = self.count(split, *path), self.count(split, of)
+        return None if part is None or not whole else (part, part / whole)
+
+
+def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share of n (Wilson 1927)."""
+    if n <= 0:
+        return 0.0, 1.0
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(max(0.0, share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+    return middle - half, middle + half

@@ -1,0 +1,183 @@
+"""What a finding is, and every threshold with its source. Floor 2.
+
+A finding is one sentence with its numbers, how it is known, when it is harmless, and what to try, in order. Its id is
+stable: programs may rely on it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from strop.config.names import closest
+from strop.config.yamlfile import write_value
+from strop.errors import ConfigError
+
+
+class Severity(StrEnum):
+    """From what spoils a run to what could not be looked at."""
+
+    FAIL = "fail"
+    WARN = "warn"
+    NOTE = "note"
+    OK = "ok"
+    UNCHECKED = "unchecked"
+
+
+ORDER = tuple(Severity)
+Numbers = Mapping[str, float | int | str]
+"""What a finding rests on, by name."""
+
+
+class Evidence(StrEnum):
+    """How a finding is known: an identity that must hold; a number that was measured; a rule of thumb, whose threshold
+    nobody has published."""
+
+    EXACT = "exact"
+    MEASURED = "measured"
+    RULE = "rule of thumb"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to try. settings: keys and their new values, for the command line; none: it is not a setting."""
+
+    words: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def command(self, run: Path) -> str:
+        """The command that trains the run again with these settings, in another folder; empty without settings."""
+        if not self.settings:
+            return ""
+        values = {"training.output_dir": f"{run.parent}-retry", **self.settings}
+        flags = [part for key, value in values.items() for part in ("--" + key, write_value(value))]
+        return shlex.join(["strop", "train", "--config", str(run / "config.yaml"), *flags])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """id: stable. claim: one sentence. numbers: what it rests on, by name. thresholds: names of those it was held
+    against. chart: the chart that shows it; steps: first and last step that it is about. explains: ids of findings that
+    follow from this one and are not told beside it."""
+
+    id: str
+    severity: Severity
+    claim: str
+    evidence: Evidence = Evidence.MEASURED
+    numbers: Numbers = field(default_factory=dict)
+    harmless_if: str = ""
+    remedies: Sequence[Remedy] = ()
+    thresholds: Sequence[str] = ()
+    chart: str = ""
+    steps: tuple[float, float] | None = None
+    explains: Sequence[str] = ()
+
+    def as_dict(self, run: Path) -> dict[str, Any]:
+        """What findings.json holds of it."""
+        return {
+            "id": self.id,
+            "severity": str(self.severity),
+            "claim": self.claim,
+            "evidence": str(self.evidence),
+            "numbers": dict(self.numbers),
+            "harmless_if": self.harmless_if,
+            "remedies": [
+                {"words": r.words, "settings": dict(r.settings), "command": r.command(run)} for r in self.remedies
+            ],
+            "thresholds": list(self.thresholds),
+            "steps": list(self.steps) if self.steps else None,
+        }
+
+
+def passed(id_: str, claim: str, **more: Any) -> Finding:
+    """Looked at, and fine."""
+    return Finding(id_, Severity.OK, claim, **more)
+
+
+def unchecked(id_: str, why: str) -> Finding:
+    """Could not be looked at."""
+    return Finding(id_, Severity.UNCHECKED, why)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """meaning: what is compared with it, and its unit. source: who says so; "rule of thumb": nobody has published a
+    number, and this one was chosen and then tried on healthy and on broken runs (docs/findings.md)."""
+
+    value: float
+    meaning: str
+    source: str
+
+
+RULE = "rule of thumb"
+THRESHOLDS: Mapping[str, Threshold] = {
+    "first_loss": Threshold(1e-3, "share by which a first loss may differ from its identity", "arithmetic"),
+    "first_margin": Threshold(0.02, "nats per root of 100 tokens between policy and reference at the start", RULE),
+    "trend_lines": Threshold(20, "logged steps that a trend needs", RULE),
+    "displaced_note": Threshold(0.05, "nats per token that chosen answers lose", RULE),
+    "displaced_warn": Threshold(0.2, "nats per token that chosen answers lose", RULE),
+    "displaced_fail": Threshold(0.5, "nats per token that chosen answers lose", RULE),
+    "drift_note": Threshold(0.3, "nats per token between policy and reference", RULE),
+    "drift_warn": Threshold(0.6, "nats per token between policy and reference", RULE),
+    "drift_fail": Threshold(3.0, "nats per token between policy and reference", RULE),
+    "saturated": Threshold(0.98, "accuracy on training pairs", RULE),
+    "saturated_share": Threshold(0.2, "share of the run at that accuracy", RULE),
+    "stuck_loss": Threshold(0.01, "nats that a loss stays near ln 2", RULE),
+    "stuck_margin": Threshold(0.1, "nats between the sides of a pair that count as learnt nothing", RULE),
+    "rate_high_loss": Threshold(0.3, "nats above ln 2 early in the run", RULE),
+    "spike": Threshold(10, "times the median of the 100 norms before", RULE),
+    "spikes_share": Threshold(0.01, "share of steps with a spike", RULE),
+    "clipped_share": Threshold(0.95, "share of steps whose gradient is clipped", RULE),
+    "moved_share": Threshold(0.1, "share of the weights that an update changes", "rounding of bfloat16"),
+    "few_steps": Threshold(50, "optimizer steps", RULE),
+    "eval_interval": Threshold(0.05, "half-width of a 95 % interval of an accuracy", "Wilson; arXiv 2411.00640"),
+    "risen_note": Threshold(0.01, "share by which an evaluation loss rose above its lowest", RULE),
+    "risen_warn": Threshold(0.05, "share by which an evaluation loss rose above its lowest", RULE),
+    "worse_fail": Threshold(0.05, "share by which an evaluation loss ends above that before training", RULE),
+    "same_pair_warn": Threshold(0.01, "share of pairs whose sides are the same", "arXiv 2410.08847"),
+    "same_pair_fail": Threshold(0.2, "share of pairs whose sides are the same", RULE),
+    "leaked_fail": Threshold(0.1, "share of validation rows whose prompt is trained on", RULE),
+    "duplicates_note": Threshold(0.001, "share of rows that stand there more than once", RULE),
+    "duplicates_warn": Threshold(0.05, "share of rows that stand there more than once", RULE),
+    "contradictions_warn": Threshold(0.005, "share of rows that another contradicts", RULE),
+    "contradictions_fail": Threshold(0.05, "share of rows that another contradicts", RULE),
+    "lost_warn": Threshold(0.05, "share of rows that are refused or dropped", RULE),
+    "cut_warn": Threshold(0.05, "share of completions that are cut", RULE),
+    "cut_fail": Threshold(0.2, "share of completions that are cut", RULE),
+    "no_end_warn": Threshold(0.05, "share of completions without an end token", RULE),
+    "no_end_fail": Threshold(0.5, "share of completions without an end token", RULE),
+    "longer_note": Threshold(0.6, "share of pairs whose chosen side is longer", "arXiv 2407.01085"),
+    "longer_warn": Threshold(0.75, "share of pairs whose chosen side is longer", RULE),
+    "kl_zero": Threshold(0.8, "share of steps whose divergence is clamped to 0", RULE),
+    "labels_ratio": Threshold(4 / 3, "desirable to undesirable, each times its weight", "arXiv 2402.01306"),
+    "sft_random": Threshold(1.0, "nats per token above those of tokens drawn at random", RULE),
+    "sft_high": Threshold(4.0, "nats per token at the start", RULE),
+    "sft_low": Threshold(0.3, "nats per token at the start", RULE),
+    "sft_still": Threshold(0.02, "share that the loss has fallen after the whole run", RULE),
+    "nll_rise": Threshold(0.05, "nats per token that chosen answers lose without a reference", RULE),
+    "collapse": Threshold(0.3, "nats per token that chosen answers lose without a reference", RULE),
+}
+"""Every number that a finding is held against."""
+
+
+class Thresholds:
+    """The thresholds, some of them replaced."""
+
+    def __init__(self, replaced: Mapping[str, float] | None = None) -> None:
+        self.replaced = dict(replaced or {})
+        for name in self.replaced:
+            if name not in THRESHOLDS:
+                close = closest(name, THRESHOLDS)
+                raise ConfigError(
+                    f"there is no threshold {name[:80]!r}",
+                    where="--threshold",
+                    expected=", ".join(THRESHOLDS),
+                    fix=f"did you mean {close}?" if close else "",
+                )
+
+    def __getitem__(self, name: str) -> float:
+        return self.replaced.get(name, THRESHOLDS[name].value)

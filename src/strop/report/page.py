@@ -1,0 +1,176 @@
+"""The page: one file of HTML, from what was read and found. Floor 2.
+
+In: runs with their diagnoses. Out: text. Everything foreign (rows, names, settings, messages) goes through the escaping
+of jinja2, with what cannot be seen made visible; the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from strop.readable import duration
+from strop.report.charts import number
+from strop.report.curves import charts_of, heat_maps
+from strop.report.diagnose import Diagnosis
+from strop.report.findings import THRESHOLDS, Evidence, Finding, Severity, Thresholds
+from strop.report.reading import RunRecord
+from strop.report.tables import Table, differences, evaluations, tables_of
+from strop.report.words import Ours, shown, visible
+
+WORDS: Mapping[Severity, tuple[str, str]] = {
+    Severity.FAIL: ("✗", "wrong"),
+    Severity.WARN: ("!", "worth a look"),
+    Severity.NOTE: ("i", "note"),
+    Severity.OK: ("✓", "passed"),
+    Severity.UNCHECKED: ("?", "not checked"),
+}
+MOST_CHARACTERS = 600
+"""Of each text of a pair."""
+MOST_PAIRS = 10
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A run with what was found."""
+
+    run: RunRecord
+    diagnosis: Diagnosis
+    thresholds: Thresholds
+
+
+def page(examined: Sequence[Examined]) -> str:
+    """The page of one run, or of several side by side."""
+    environment = Environment(
+        loader=PackageLoader("strop.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
+    )
+    environment.filters["percent"] = lambda text: quote(text, safe="")
+    css = environment.loader.get_source(environment, "page.css")[0]  # type: ignore[union-attr]
+    return environment.get_template("page.html").render(**_context(examined), css=Ours(css))
+
+
+def _context(examined: Sequence[Examined]) -> dict[str, Any]:
+    runs = [e.run for e in examined]
+    labels = labels_of(runs)
+    charts = charts_of(examined, labels)
+    by_key = {c.key: c for c in charts}
+    names = visible(", ".join(labels), 400)
+    return {
+        "title": f"{visible(names, 200)}: strop report",
+        "heading": f"strop report: {names}"
+        if len(runs) > 1
+        else f"strop report: {names} ({visible(runs[0].method, 40) or 'method unknown'})",
+        "summary": "; ".join(map(_summary, runs)),
+        "runs": [
+            _of_run(e, label, by_key if len(runs) == 1 else {}) for e, label in zip(examined, labels, strict=True)
+        ],
+        "differences": differences(runs, labels) if len(runs) > 1 else [],
+        "charts": charts,
+        "evaluations": evaluations(runs, labels),
+        "heats": heat_maps(runs, labels),
+    }
+
+
+def labels_of(runs: Sequence[RunRecord]) -> list[str]:
+    """The name of each run, with as much of its path as tells it from the others."""
+    for depth in range(1, 4):
+        labels = ["/".join(run.path.parts[-depth:]) for run in runs]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(run.path) for run in runs]
+
+
+def _summary(run: RunRecord) -> str:
+    seconds = run.train.series("seconds")[1]
+    parts = [
+        visible(run.value("models.huggingface_id", "model unknown"), 200),
+        "adapters" if run.value("lora.enabled", False) else "all weights",
+        f"{run.last_step:,} steps",
+        *([duration(float(seconds[-1]))] if len(seconds) and 0 <= seconds[-1] < 1e10 else []),
+        visible(run.result.get("reason", "finished" if run.is_finished else "not finished"), 300),
+    ]
+    return " · ".join(parts)
+
+
+def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[str, Any]:
+    run, diagnosis = examined.run, examined.diagnosis
+    told = diagnosis.of(Severity.FAIL, Severity.WARN, Severity.NOTE)
+    counts = [(s, len(diagnosis.of(s))) for s in Severity]
+    return {
+        "label": label,
+        "verdict": diagnosis.verdict,
+        "worst": str(told[0].severity) if told else "ok",
+        "counts": [
+            {"severity": str(s), "mark": WORDS[s][0], "words": WORDS[s][1], "number": n} for s, n in counts if n
+        ],
+        "findings": [_finding(f, run, charts, examined.thresholds) for f in told],
+        "passed": diagnosis.of(Severity.OK),
+        "unchecked": diagnosis.of(Severity.UNCHECKED),
+        "gaps": run.gaps,
+        "worst_pairs": list(_pairs(run, "worst")),
+        "best_pairs": list(_pairs(run, "best")),
+        "pairs_note": visible(run.pairs.get("note", ""), 600),
+        "tables": tables_of(run),
+    }
+
+
+def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:
+    mark, words = WORDS[f.severity]
+    rows = [
+        (name, number(thresholds[name]), THRESHOLDS[name].meaning,
+         "given for this report" if name in thresholds.replaced else THRESHOLDS[name].source)
+        for name in f.thresholds
+    ]  # fmt: skip
+    return {
+        "id": f.id,
+        "severity": str(f.severity),
+        "mark": mark,
+        "words": words,
+        "evidence": {Evidence.EXACT: "exact", Evidence.MEASURED: "measured", Evidence.RULE: "rule of thumb"}[
+            f.evidence
+        ],
+        "claim": f.claim,
+        "numbers": [
+            {"name": name, "value": number(value) if isinstance(value, int | float) else value}
+            for name, value in f.numbers.items()
+        ],
+        "chart": charts.get(f.chart),
+        "harmless_if": f.harmless_if,
+        "remedies": [{"words": r.words, "command": r.command(run.path)} for r in f.remedies],
+        "thresholds": Table("Thresholds", ("name", "value", "of what", "who says so"), tuple(rows)) if rows else None,
+    }
+
+
+def _pairs(run: RunRecord, which: str) -> Iterator[dict[str, Any]]:
+    """The pairs of pairs.json, as far as they are what it should hold."""
+    found = run.pairs.get(which)
+    for pair in found[:MOST_PAIRS] if isinstance(found, list) else ():
+        if not isinstance(pair, dict):
+            continue
+        margin = pair.get("margin")
+        texts = [(name, pair.get(name)) for name in ("prompt", "chosen", "rejected")]
+        step = pair.get("step")
+        yield {
+            "margin": number(float(margin)) if isinstance(margin, int | float) else "unknown",
+            "source": visible(pair.get("source", ""), 300),
+            "about": f", as of step {step}" if isinstance(step, int) else "",
+            "parts": [
+                {"name": name, "text": visible(text[:MOST_CHARACTERS]), "more": _more(pair, name, text)}
+                for name, text in texts
+                if isinstance(text, str)
+            ],
+        }
+
+
+def _more(pair: Mapping[str, Any], name: str, text: str) -> int:
+    cut = pair.get(f"{name}_characters")
+    whole = cut if isinstance(cut, int) and cut > len(text) else len(text)
+    return max(0, whole - MOST_CHARACTERS)

@@ -1,0 +1,332 @@
+"""A run folder as a record: what it says, and what in it could not be read. Floor 2.
+
+Everything in the folder may be missing, half-written, of an older version or of foreign hand: what cannot be read is
+left out and told (`RunRecord.gaps`). Numbers come from metrics.jsonl and the margins log; the rest is small JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from strop.errors import ConfigError, first_line
+from strop.report.lines import Column, Lines, read_lines
+from strop.runfiles import RECORDS, RESULT
+
+MOST_BYTES = 1 << 24
+"""Of a file that is read whole; a larger one is not ours."""
+MOST_ARRAYS = 2000
+"""Steps whose margins are read one by one; of longer runs, evenly spaced ones."""
+MARGIN_FIELDS = ("global_step", "epoch", "step", "mean", "batch_size")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of the resolved configuration. origin: where its value was given; empty: a default. derived: the value is
+    a default that follows from other keys, or was decided by the program."""
+
+    value: Any
+    origin: str = ""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether a person or a preset chose it."""
+        return bool(self.origin) and not self.origin.startswith(("default", "auto"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines of metrics.jsonl of one split. step: [n]. columns: name -> [n], NaN where a line has none."""
+
+    step: Column
+    columns: Mapping[str, Column]
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns and bool(np.isfinite(self.columns[name]).any())
+
+    def series(self, name: str) -> tuple[Column, Column]:
+        """(steps, values) of the lines that have a finite value."""
+        values = self.columns.get(name)
+        if values is None:
+            return np.zeros(0), np.zeros(0)
+        kept = np.isfinite(values)
+        return self.step[kept], values[kept].astype(np.float64)
+
+    def total(self, name: str) -> float:
+        return float(self.series(name)[1].sum())
+
+
+@dataclass(frozen=True)
+class Margins:
+    """The margins of single steps. steps: [n]. values: one array of [groups] for each."""
+
+    steps: tuple[int, ...]
+    values: tuple[NDArray[np.float32], ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind. Mappings are empty, and tables have no line, where there is nothing to read.
+
+    gaps: sentences about what is missing or damaged.
+    """
+
+    path: Path
+    settings: Mapping[str, Setting]
+    environment: Mapping[str, Any]
+    data: Mapping[str, Any]
+    result: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    pairs: Mapping[str, Any]
+    train: Table
+    eval: Table
+    margins: Margins
+    is_finished: bool
+    gaps: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A setting's value; `default` where the run does not say."""
+        found = self.settings.get(key)
+        return default if found is None or found.value is None else found.value
+
+    def number(self, key: str) -> float | None:
+        """A setting's value where it is a number."""
+        found = self.value(key)
+        return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+    @property
+    def method(self) -> str:
+        return str(self.value("post_training.method", ""))
+
+    @cached_property
+    def last_step(self) -> int:
+        """The last step that anything is known of."""
+        ends = [float(t.step[-1]) for t in (self.train, self.eval) if len(t)]
+        return int(max(ends, default=0))
+
+
+def read_run(path: Path | str) -> RunRecord:
+    """A run folder.
+
+    Raises:
+        ConfigError: it is no folder, or nothing in it is of a run.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise ConfigError(
+            "there is no such folder" if not folder.exists() else "it is a file",
+            where=str(folder),
+            expected="the folder of a run: training.output_dir/NAME",
+            fix=_nearby(folder),
+        )
+    if not any((folder / name).is_file() for name in RECORDS):
+        raise ConfigError(
+            "nothing in this folder is of a run",
+            where=str(folder),
+            expected="config.yaml, metrics.jsonl and what else a run writes",
+            fix=_nearby(folder) or "give the folder of one run: training.output_dir/NAME",
+        )
+    gaps: list[str] = []
+    parts = {name: _json(folder / f"{name}.json", gaps) for name in ("environment", "data", "plan", "pairs")}
+    settings = _settings(folder / "config.yaml", gaps)
+    lines = _lines(folder / "metrics.jsonl", gaps, text="split")
+    train, evaluated = _split(lines, "train"), _split(lines, "eval")
+    finished = (folder / "final").is_dir()
+    if not finished:
+        gaps.append("there is no final/: the run goes on, or it was stopped")
+    result = _json(folder / RESULT, gaps if finished else [])
+    margins = _margins(_logs(folder, settings), gaps)
+    return RunRecord(folder, settings, **parts, result=result, train=train, eval=evaluated, margins=margins,
+                     is_finished=finished, gaps=tuple(gaps))  # fmt: skip
+
+
+def _nearby(folder: Path) -> str:
+    """Folders of runs under this one."""
+    if not folder.is_dir():
+        return ""
+    found = sorted({p.parent for name in ("config.yaml", "metrics.jsonl") for p in folder.glob(f"*/{name}")})
+    return "the runs here: " + ", ".join(map(str, found[:5])) if found else ""
+
+
+def _read(path: Path, gaps: list[str]) -> str | None:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            gaps.append(f"{path.name} is larger than {MOST_BYTES >> 20} MiB and was not read")
+            return None
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        gaps.append(f"{path.name} cannot be read: {first_line(error)}")
+        return None
+
+
+OPTIONAL = ("plan.json", "pairs.json")
+"""Of versions since there are reports, and of methods on pairs."""
+
+
+def _json(path: Path, gaps: list[str]) -> Mapping[str, Any]:
+    if path.name in OPTIONAL and not path.exists():
+        return {}
+    text = _read(path, gaps)
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        gaps.append(f"{path.name} is no JSON: {first_line(error)}")
+        return {}
+    if not isinstance(found, dict):
+        gaps.append(f"{path.name} holds no object")
+        return {}
+    return found
+
+
+def _settings(path: Path, gaps: list[str]) -> dict[str, Setting]:
+    """Every key of the resolved configuration, dotted, with where it came from: that stands in a comment."""
+    text = _read(path, gaps)
+    if text is None:
+        return {}
+    try:
+        found = yaml.load(text, Loader=_NoAliases)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        gaps.append(f"config.yaml is not readable: {first_line(error)}")
+        return {}
+    if not isinstance(found, dict):
+        gaps.append("config.yaml holds no settings")
+        return {}
+    origins = dict(_origins(text))
+    return {key: Setting(value, origins.get(key, "")) for key, value in _leaves(found)}
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Plain values only: an alias can make a small file an enormous one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*), which the configuration of a run never has")
+        return super().compose_node(parent, index)
+
+
+def _leaves(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in found.items():
+        name = f"{prefix}{key}"
+        if not prefix and isinstance(value, dict):
+            yield from _leaves(value, f"{name}.")
+        elif not prefix and key == "models" and isinstance(value, list):
+            for model in value[:1]:
+                if isinstance(model, dict):
+                    yield from _leaves(model, "models.")
+        else:
+            yield name, value
+
+
+def _origins(text: str) -> Iterator[tuple[str, str]]:
+    """(key, origin) of every line that has one: `to_yaml` writes one key a line, its origin behind two spaces and #."""
+    section = ""
+    for line in text.splitlines():
+        if not line.startswith((" ", "#")) and line.rstrip().endswith(":"):
+            section = line.rstrip()[:-1] + "."
+            continue
+        body, mark, origin = line.rpartition("  # ")
+        if not mark or body.count('"') % 2 - body.count('\\"') % 2:
+            continue
+        key = body.strip().removeprefix("- ").partition(":")[0]
+        yield (f"{section}{key}" if line.startswith(" ") else key), origin.strip()
+
+
+def _lines(path: Path, gaps: list[str], **asked: Any) -> Lines:
+    empty = Lines({}, np.zeros(0, np.int32), (), 0, 0)
+    if not path.is_file():
+        gaps.append(f"{path.name} is missing")
+        return empty
+    try:
+        found = read_lines(path, **asked)
+    except OSError as error:
+        gaps.append(f"{path.name} cannot be read: {first_line(error)}")
+        return empty
+    if found.num_damaged:
+        gaps.append(f"{path.name}: {found.num_damaged:,} damaged lines are left out")
+    if found.num_unread:
+        gaps.append(f"{path.name}: {found.num_unread:,} columns are left out, since they are too many or too long")
+    return found
+
+
+def _split(lines: Lines, name: str) -> Table:
+    """The lines of one split in the order of their steps."""
+    step = lines.columns.get("step", np.full(len(lines), np.nan))
+    kept = lines.where(name) & np.isfinite(step) & (step >= 0) & (step < 1e15)
+    order = np.flatnonzero(kept)
+    order = order[np.argsort(step[order], kind="stable")]
+    columns = {key: values[order] for key, values in lines.columns.items() if key != "step"}
+    return Table(
+        step[order].astype(np.float64), {k: v for k, v in columns.items() if np.isfinite(v).any() or k in NULLS}
+    )
+
+
+NULLS = ("loss", "grad_norm")
+"""Numbers of every line: null where they are not finite."""
+
+
+def _logs(folder: Path, settings: Mapping[str, Setting]) -> Path:
+    """Where the logs of the run are."""
+    given = settings.get("logging.logging_dir")
+    named = (
+        Path(str(given.value)) if given and isinstance(given.value, str) and "\0" not in given.value else Path("logs")
+    )
+    logs = folder / named.expanduser()
+    inside = (logs / folder.name / "margins").is_dir()
+    return logs / folder.name if inside else logs
+
+
+def _margins(logs: Path, gaps: list[str]) -> Margins:
+    """The arrays of evenly spaced steps. The names are taken from the log, in the form that strop gives them."""
+    log = logs / "margins" / "margins_log.jsonl"
+    if not log.is_file():
+        return Margins((), ())
+    lines = _lines(log, gaps, only=MARGIN_FIELDS)
+    columns = [lines.columns.get(name, np.zeros(0)) for name in ("global_step", "epoch", "step")]
+    if not all(len(c) for c in columns):
+        return Margins((), ())
+    places = np.flatnonzero(np.isfinite(np.stack(columns)).all(axis=0))
+    if len(places) > MOST_ARRAYS:
+        places = places[np.linspace(0, len(places) - 1, MOST_ARRAYS).astype(int)]
+    steps, arrays, lost = [], [], 0
+    for place in places.tolist():
+        at, epoch, step = (int(c[place]) for c in columns)
+        values = _array(log.parent / f"epoch_{epoch:03d}" / f"step_{step:05d}.npy")
+        if values is None:
+            lost += 1
+            continue
+        steps.append(at)
+        arrays.append(values)
+    if lost:
+        gaps.append(f"margins: the arrays of {lost:,} steps cannot be read")
+    return Margins(tuple(steps), tuple(arrays))
+
+
+def _array(path: Path) -> NDArray[np.float32] | None:
+    """[groups] finite margins of a step; None where the file is no such array."""
+    try:
+        if path.is_symlink() or path.stat().st_size > MOST_BYTES:
+            return None
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind != "f":
+        return None
+    kept = found[np.isfinite(found)]
+    return kept.astype(np.float32)

@@ -1,0 +1,135 @@
+"""What a run leaves for its report: its plan before the first step, its pairs and the page at the end. Floor 7.
+
+plan.json   what was planned and predicted, and sizes that findings need
+pairs.json  the pairs that are won the least and the most, as text, for methods that have margins
+report.html, findings.json  see `strop.report`
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from strop.errors import StropError
+from strop.estimate import estimate
+from strop.readable import plain
+from strop.report.diagnose import Diagnosis
+from strop.report.findings import Severity
+from strop.report.write import examine, write
+from strop.rundir import RunDir
+from strop.runfiles import PAIRS, PLAN
+from strop.session import Session
+from strop.types import Group
+
+log = logging.getLogger("strop")
+
+NUM_PAIRS = 10
+"""Of the worst and of the best."""
+MOST_STEPS = 4000
+"""At the end of the run, whose margins are looked at."""
+MOST_CHARACTERS = 2000
+"""Of each text of a pair."""
+MOST_TOLD = 3
+"""Findings on the terminal; the page has all."""
+
+
+def write_plan(session: Session, run: RunDir) -> None:
+    """plan.json, once the policy is built."""
+    prepared, policy = session.final.prepared, session.policy
+    plan, trained = prepared.plan, policy.trainable().values()
+    run.write_json(
+        PLAN,
+        {
+            "num_steps": plan.num_steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "groups_per_step": plan.groups_per_step,
+            "vocabulary": getattr(policy.loaded_config.get_text_config(), "vocab_size", None),
+            "num_trained_weights": sum(p.numel() for p in trained),
+            "prediction": _prediction(session),
+        },
+    )
+
+
+def _prediction(session: Session) -> Mapping[str, Any]:
+    """What the estimate says; nothing where it knows no such architecture."""
+    settled = session.final
+    try:
+        found = estimate(settled.prepared, settled.machine, settled.precision, settled.tokens)
+    except StropError as error:
+        return {"why_not": error.found}
+    seconds = None if found.steps is None else float(found.steps.mean()) * found.num_steps
+    return {"peak_memory_bytes": found.peak, "seconds": seconds, "source": found.source}
+
+
+def write_pairs(session: Session, run: RunDir) -> None:
+    """pairs.json: of the last epoch, or of its last steps, as the margins log has them."""
+    margins = dict(_last_margins(session, run))
+    if not margins:
+        return
+    order = sorted(margins, key=lambda index: (margins[index][0], index))
+    count = min(NUM_PAIRS, len(order) // 2)
+    groups = session.prepared.data.train
+    listed = {
+        name: [{"margin": margins[i][0], "step": margins[i][1], **_texts(groups[i], session)} for i in some]
+        for name, some in (("worst", order[:count]), ("best", order[::-1][:count]))
+    }
+    note = (
+        f"Of {len(margins):,} training pairs, by their margin (chosen minus rejected, not times beta) when they were "
+        "last trained on. A pair that stays far below the others is often labelled the wrong way round."
+    )
+    run.write_json(PAIRS, {"note": note, **listed})
+
+
+def _last_margins(session: Session, run: RunDir) -> Iterator[tuple[int, tuple[float, int]]]:
+    """(number of the group, (its margin, the step)) of the last epoch; later steps come later."""
+    plan = session.prepared.plan
+    first = max(1, plan.num_steps - min(plan.steps_per_epoch, MOST_STEPS) + 1)
+    for step in range(first, plan.num_steps + 1):
+        epoch, inside = plan.position(step)
+        path = run.logs / "margins" / f"epoch_{epoch:03d}" / f"step_{inside:05d}.npy"
+        if not path.is_file():
+            continue
+        values, indices = np.load(path, allow_pickle=False), plan.groups(step)
+        if len(values) == len(indices):
+            yield from ((i, (float(v), step)) for i, v in zip(indices, values, strict=True) if np.isfinite(v))
+
+
+def _texts(group: Group, session: Session) -> dict[str, Any]:
+    """A pair as the text that its tokens stand for, and where it came from."""
+    decode = session.prepared.tokenizer.decode
+    parts = {
+        "prompt": group.prompt_ids,
+        **dict(zip(("chosen", "rejected"), (c.ids for c in group.completions), strict=False)),
+    }
+    texts = {name: str(decode(list(ids), skip_special_tokens=False)) for name, ids in parts.items()}
+    cut = {name: text[:MOST_CHARACTERS] for name, text in texts.items()}
+    return {**cut, **{f"{name}_characters": len(text) for name, text in texts.items()}, "source": str(group.origin)}
+
+
+def report(session: Session, run: RunDir) -> None:
+    """The page of a run that has come to its end, and what it says in short. Whatever goes wrong here is told, and
+    nothing else: a training does not fail by its report."""
+    if not session.world.is_main:
+        return
+    try:
+        write_pairs(session, run)
+        examined = examine([run.path])
+        page, _ = write(examined, run.path)
+    except Exception as error:  # noqa: BLE001 (see above)
+        log.warning("%s: the report could not be written: %s: %s", run.path, type(error).__name__, error)
+        return
+    _tell(session.model.name, examined[0].diagnosis, page)
+
+
+def _tell(name: str | None, diagnosis: Diagnosis, page: Path) -> None:
+    told = diagnosis.of(Severity.FAIL, Severity.WARN)
+    for finding in told[:MOST_TOLD]:
+        numbers = ", ".join(f"{k} {plain(v) if isinstance(v, int | float) else v}" for k, v in finding.numbers.items())
+        level = logging.WARNING if finding.severity is Severity.FAIL else logging.INFO
+        log.log(level, "%s: %s: %s (%s)", name, finding.severity, finding.claim, numbers or finding.id)
+    log.info("%s: %s", name, diagnosis.verdict)
+    log.info("%s: the report is %s", name, page)
