@@ -43,6 +43,7 @@ FLOORS = {
     "space": 5,
     "session": 6,
     "catalogue": 6,
+    "export": 6,
     "dryrun": 7,
     "references": 7,
     "reporting": 7,

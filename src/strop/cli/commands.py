@@ -55,5 +55,6 @@ COMMANDS: Mapping[str, Command] = {
     "prepare": Command(
         "prepare", "files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)"
     ),
+    "merge": Command("merge", "an adapter into its base, compared before it is written (strop merge --help)"),
     "schema": Command("schema", "print the JSON Schema of configuration files"),
 }

@@ -128,8 +128,8 @@ _GROUPS: Mapping[str, str] = {
         "grpo ppo rloo gspo dapo reinforce reinforce_plus_plus online_dpo nash_md xpo rlhf gkd reward "
         "reward_model reward_funcs reward_modeling rm prm num_generations"
     ),
-    "peft merges an adapter into its base: see docs/using-your-model.md": (
-        "merge merge_adapter merge_lora merge_and_unload save_merged"
+    "strop merge RUN --output-dir DIR merges an adapter into its base": (
+        "merge_adapter merge_lora merge_and_unload save_merged"
     ),
     "final/ is a model as transformers loads it: docs/using-your-model.md shows how to generate with it and to "
     "serve it": (

@@ -23,7 +23,8 @@ from strop.policy.allocator import keep_few_kernels, keep_freed_memory
 from strop.policy.build import elementwise_of
 from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.kernels.fused import fuse
-from strop.policy.model.adapters import adapters_of, add_adapters
+from strop.policy.model.adapter_settings import adapters_of
+from strop.policy.model.adapters import add_adapters
 from strop.policy.model.from_config import random_model
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision

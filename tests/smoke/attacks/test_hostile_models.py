@@ -38,7 +38,7 @@ def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (
         "strop.time_limit.SECONDS",
         "strop.data.store.worker_pool.SECONDS",
-        "strop.policy.model.adapters.PATTERN_SECONDS",
+        "strop.policy.model.adapter_settings.PATTERN_SECONDS",
     ):
         monkeypatch.setattr(place, 2.0)
 

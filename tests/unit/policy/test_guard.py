@@ -15,7 +15,7 @@ from strop import time_limit
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError
 from strop.manifest import MANIFEST, seal
-from strop.policy.model import adapters
+from strop.policy.model import adapter_settings
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.folder import check_adapter, inspect_config
 from strop.policy.model.guard import check_numbers
@@ -158,12 +158,12 @@ def test_expressions_of_an_adapter_that_never_end_are_refused(
         get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
     file = folder / "adapter_config.json"
     model = ModelSection(name="run", huggingface_id=str(model_dir), adapter=str(folder))
-    assert adapters.adapters_of(LoraSection(), model) is not None
+    assert adapter_settings.adapters_of(LoraSection(), model) is not None
     value = {EXPLODES: 4} if where == "rank_pattern" else EXPLODES
     file.write_text(json.dumps({**json.loads(file.read_text()), where: value}))
-    monkeypatch.setattr(adapters, "PATTERN_SECONDS", 1.0)
+    monkeypatch.setattr(adapter_settings, "PATTERN_SECONDS", 1.0)
     with pytest.raises(ModelError, match=r"adapter_config\.json takes more than 1 seconds of processor time"):
-        adapters.adapters_of(LoraSection(), model)
+        adapter_settings.adapters_of(LoraSection(), model)
 
 
 def test_random_merges_are_switched_off(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

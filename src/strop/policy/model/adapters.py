@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from strop import time_limit
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
+from strop.policy.model.adapter_settings import adapter_config, as_list, read_adapter, try_patterns
 from strop.policy.model.adapter_targets import (
     head_names,
     linear_layers,
@@ -36,25 +35,9 @@ from strop.policy.model.adapter_targets import (
     sizes,
 )
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
-from strop.policy.model.folder import adapter_files, place_of, read_json, source_of
+from strop.policy.model.folder import place_of, source_of
 
 logger = logging.getLogger("strop")
-
-# what an adapter of another making may hold that cannot be continued here, and peft's name for it
-_FOREIGN = (
-    "megatron_config",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-)
-_INITS = (True, False, "gaussian", "orthogonal")
-_SHARED = ("r", "lora_alpha", "bias", "use_rslora", "use_dora")
 
 
 def add_adapters(
@@ -111,8 +94,8 @@ def continue_adapters(
     """
     assert model.adapter is not None
     where = f"{place_of(model)}, adapter {model.adapter}"
-    settings, weights = _read_adapter(model.adapter, where)
-    config = _adapter_config(settings, lora, where)
+    settings, weights = read_adapter(model.adapter, where)
+    config = adapter_config(settings, lora, where)
     with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
         return _continued(module, config, settings, weights, model, master)
 
@@ -132,40 +115,18 @@ def _continued(
     if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
         logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
     config.base_model_name_or_path, config.revision = source, model.revision
-    _try_patterns(settings, [name for name, _ in module.named_modules()], where)
+    try_patterns(settings, [name for name, _ in module.named_modules()], where)
     with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
         stored = load_file(weights)
     before = sizes(module)
     adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
-    _check_loaded(adapted, stored, where)
+    check_loaded(adapted, stored, where)
     if any(_is_head_or_embedding(module, name) for name, part in _adapted_parts(adapted)):
         raise ModelError("it adapts the head or the embedding", where=where, fix="merge it into the model first")
-    targets = ", ".join(sorted([*_as_list(config.target_modules), *_as_list(config.target_parameters)]))
+    targets = ", ".join(sorted([*as_list(config.target_modules), *as_list(config.target_parameters)]))
     logger.info("%s: continued, rank %d, alpha %g, on %s", where, config.r, config.lora_alpha, targets)
     _tell_reach(adapted, before, where)
     return _finish(adapted, master, where)
-
-
-def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:
-    """The section of the adapters that a run trains: `lora`, with the rank and the layers of an adapter that is
-    continued; None where it trains in full.
-
-    Raises:
-        ModelError: the adapter cannot be read.
-    """
-    if model.adapter is None:
-        return lora if lora.enabled else None
-    where = f"{place_of(model)}, adapter {model.adapter}"
-    config = _adapter_config(_read_adapter(model.adapter, where)[0], lora, where)
-    targets, saved = config.target_modules, config.modules_to_save
-    return lora.model_copy(
-        update={
-            "r": config.r,
-            "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
-            "modules_to_save": tuple(saved) if saved else None,
-            "target_parameters": tuple(config.target_parameters or ()) or None,
-        }
-    )
 
 
 def trainable_names(module: nn.Module) -> dict[str, str]:
@@ -232,99 +193,12 @@ def _finish(adapted: PeftModel, master: torch.dtype, where: str) -> PeftModel:
     return adapted
 
 
-def _read_adapter(adapter: str, where: str) -> tuple[dict[str, Any], Path]:
-    config, weights = adapter_files(adapter, where)
-    return read_json(config, where), weights
-
-
-def _try_patterns(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """Match what an adapter from elsewhere has for regular expressions, where they can be stopped.
+def check_loaded(adapted: PeftModel, stored: Mapping[str, Tensor], where: str) -> None:
+    """Every tensor of the adapter's file has its place in the model, and is there as it is stored.
 
     Raises:
-        ModelError: one takes for ever.
+        ModelError: one is missing, left over, or not what was stored.
     """
-    found = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    found += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or ()]
-    patterns = [text for text in found if isinstance(text, str)]
-    if not any(set(text) & set("*+{?|(") for text in patterns):
-        return
-    try:
-        time_limit.tried(_match, patterns, names, seconds=PATTERN_SECONDS)
-    except time_limit.TooMuch as limit:
-        raise ModelError(
-            f"a regular expression in adapter_config.json takes more than {limit}",
-            where=where,
-            expected="names of modules, or expressions that are matched at once",
-            fix="write the names of the modules into target_modules, rank_pattern and alpha_pattern",
-        ) from limit
-
-
-def _match(patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        for name in names:
-            re.fullmatch(pattern, name)
-            re.match(rf"(.*\.)?({pattern})$", name)
-
-
-PATTERN_SECONDS = 10.0
-USUAL_NAMES = [
-    f"{stem}.{layer}.{part}"
-    for stem in ("model.layers", "transformer.h", "model.language_model.layers")
-    for layer in (0, 10)
-    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "attn.c_attn", "mlp.c_proj")
-]
-"""What modules are called: before a model is there, expressions are tried on these."""
-
-
-def _adapter_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
-    with foreign_errors(lambda why: ModelError(f"adapter_config.json: {why}", where=where)), quiet():
-        return _read_config(settings, lora, where)
-
-
-def _read_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> LoraConfig:
-    if settings.get("peft_type") != "LORA":
-        raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
-    _try_patterns(settings, USUAL_NAMES, where)
-    foreign = [name for name in _FOREIGN if settings.get(name)]
-    if foreign or settings.get("init_lora_weights", True) not in _INITS:
-        raise ModelError(
-            f"it uses {', '.join(foreign) or 'init_lora_weights: ' + str(settings['init_lora_weights'])}, "
-            "which cannot be continued",
-            where=where,
-            fix="merge it into the model with peft and train that",
-        )
-    known = {k: v for k, v in settings.items() if k in LoraConfig.__dataclass_fields__ and k != "auto_mapping"}
-    dropout = 0.0 if settings.get("target_parameters") else lora.lora_dropout  # peft has none on experts
-    config = LoraConfig(**{**known, "inference_mode": False, "lora_dropout": dropout})
-    _check_same(config, lora, where)
-    return config
-
-
-def _check_same(config: LoraConfig, lora: LoraSection, where: str) -> None:
-    """Settings that are not the section's defaults must be the adapter's own: they cannot be changed any more."""
-    default, differing = LoraSection(), []
-    for name in _SHARED:
-        ours, theirs = getattr(lora, name), getattr(config, name)
-        derived = name == "lora_alpha" and ours == 2 * lora.r
-        if ours != theirs and ours != getattr(default, name) and not derived:
-            differing.append(f"{name}: {ours} here, {theirs} in the adapter")
-    for name in ("target_modules", "target_parameters", "modules_to_save"):
-        ours, theirs = _as_list(getattr(lora, name)), _as_list(getattr(config, name))
-        if ours and ours not in (["auto"], ["all-linear"]) and set(ours) != set(theirs):
-            differing.append(f"{name}: {', '.join(ours)} here, {', '.join(sorted(theirs))} in the adapter")
-    if differing:
-        raise ModelError(
-            f"the lora section differs from the adapter that is to be continued: {'; '.join(differing)}",
-            where=where,
-            fix="remove these keys from lora, or remove models[].adapter to start a new adapter",
-        )
-
-
-def _as_list(names: Any) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or ())
-
-
-def _check_loaded(adapted: PeftModel, stored: Mapping[str, Tensor], where: str) -> None:
     inside = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if missing := sorted(set(inside) - set(stored)):
         raise ModelError(f"{len(missing)} of its weights are missing, the first is {missing[0]}", where=where)

@@ -18,8 +18,8 @@ from transformers.initialization import no_init_weights
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, StropError, first_line
 from strop.policy.checkpointing import layers_that_can
+from strop.policy.model.adapter_settings import adapters_of
 from strop.policy.model.adapter_targets import linear_layers, resolve_parameters, resolve_targets, selected
-from strop.policy.model.adapters import adapters_of
 from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel

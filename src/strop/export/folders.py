@@ -1,0 +1,115 @@
+"""What an export reads and where it writes: the adapter of a run, a folder that nothing else is in. Floor 6."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from strop.config.sections import ModelSection
+from strop.disk import free_bytes, in_words, refuse_in_the_way
+from strop.errors import CheckpointError, ModelError, SaveError
+from strop.policy.model.folder import adapter_files, fetch, place_of, read_json, source_of
+from strop.rundir import FINAL
+
+ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""What tokenizers of transformers consist of; a model has some of them."""
+GENERATION = "generation_config.json"
+
+
+def adapter_of(source: str, base: str | None = None) -> ModelSection:
+    """The base and the adapter that `source` stands for.
+
+    Args:
+        source: a run folder, the folder of an adapter, or the hub id of one.
+        base: the model that the adapter belongs to; None: as the adapter says.
+
+    Raises:
+        ModelError: it is no adapter, or does not say what it belongs to.
+    """
+    final = Path(source).expanduser() / FINAL
+    adapter = str(final) if final.is_dir() else source
+    where = f"adapter {adapter}"
+    folder = source_of(adapter)
+    if os.path.isdir(folder) and not os.path.lexists(Path(folder, ADAPTER_CONFIG)):
+        whole = os.path.lexists(Path(folder, "config.json"))
+        raise ModelError(
+            "it is a whole model, without an adapter" if whole else f"there is no {ADAPTER_CONFIG}",
+            where=adapter,
+            expected="a run folder with final/, or a folder that peft has saved an adapter in",
+            fix="use it as it is: there is nothing to merge"
+            if whole
+            else "check the path; a run that ended has final/",
+        )
+    settings = read_json(adapter_files(adapter, where)[0], where)
+    named = base or settings.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise ModelError(
+            f"{ADAPTER_CONFIG} does not say which model it belongs to (base_model_name_or_path)",
+            where=where,
+            fix="name the model: --base MODEL",
+        )
+    if base is None and os.path.isabs(named) and not os.path.isdir(named):
+        raise ModelError(
+            f"its base is not there any more: {named}", where=where, fix="name where the base is now: --base MODEL"
+        )
+    revision = settings.get("revision") if base is None else None
+    return ModelSection(huggingface_id=named, revision=revision, adapter=adapter)
+
+
+def check_output(target: Path, sources: tuple[str, ...]) -> None:
+    """Refuse a folder that something is in, or that is one of those that are read.
+
+    Raises:
+        CheckpointError: it cannot be written, or holds files.
+    """
+    refuse_in_the_way(target)
+    real = Path(os.path.realpath(target))
+    for source in sources:
+        if os.path.isdir(source) and real == Path(os.path.realpath(source)):
+            raise CheckpointError("it is the folder that is read", where=str(target), fix="choose another --output-dir")
+    if target.is_dir() and any(target.iterdir()):
+        raise CheckpointError(
+            f"the folder is in use: it holds {min(p.name for p in target.iterdir())}",
+            where=str(target),
+            expected="a folder that is not there yet, or is empty",
+            fix="choose another --output-dir, or remove the folder",
+        )
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raises SaveError where the disk has no room for so many bytes."""
+    free = free_bytes(target)
+    if free is not None and free < needed:
+        raise SaveError(
+            f"the disk is too full: {in_words(needed)} needed, {in_words(free)} free",
+            where=str(target),
+            fix="make room, or choose an --output-dir on another disk",
+        )
+
+
+def copy_tokenizer(model: ModelSection, target: Path) -> None:
+    """The tokenizer and the generation settings of an adapter, which a run saves beside it; else those of its base."""
+    assert model.adapter is not None
+    where = place_of(model)
+    adapter, base = source_of(model.adapter), source_of(model.huggingface_id)
+    has_own = fetch(adapter, "tokenizer.json", None, where, optional=True) is not None
+    source, revision = (adapter, None) if has_own else (base, model.revision)
+    for name in TOKENIZER_FILES:
+        if (file := fetch(source, name, revision, where, optional=True)) is not None:
+            shutil.copyfile(file, target / name)
+    for place, version in ((adapter, None), (base, model.revision)):
+        if (file := fetch(place, GENERATION, version, where, optional=True)) is not None:
+            shutil.copyfile(file, target / GENERATION)
+            break

@@ -1,0 +1,224 @@
+"""`strop merge`: an adapter into its base, as one model that proves to be the model with its adapter. Floor 6.
+
+    the small files      configuration, tokenizer, generation settings
+    the adapter's model  in memory, in float32 where that fits; what it answers is kept
+    merged weights       by peft, one layer at a time, in float32
+    new files            shard by shard: merged weights rounded once to the dtype of the base's, others copied
+    the merged model     loaded from the new files by plain transformers, and compared
+
+The folder gets its name after that. Where the two models differ by more than rounding, it never does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from strop.config.sections import ModelSection
+from strop.disk import unusable
+from strop.durable import published
+from strop.errors import ModelError, foreign_errors
+from strop.export.adapted import in_files, linear_products, merged_weights, parted_head, with_adapter
+from strop.export.folders import adapter_of, check_output, check_room, copy_tokenizer
+from strop.export.proof import (
+    PROMPTS,
+    Answers,
+    Line,
+    Proof,
+    compare_answers,
+    compare_layers,
+    distance,
+    encode,
+    greedy,
+    logits_of,
+    move_weights,
+    refuse,
+)
+from strop.export.shards import Shard, read_header, rewrite
+from strop.machine import machine_of
+from strop.manifest import seal
+from strop.policy.model.adapter_targets import head_names
+from strop.policy.model.configuration import quiet
+from strop.policy.model.folder import ModelFiles, inspect_model, place_of, source_of
+from strop.policy.model.identity import weights_hash
+from strop.policy.model.load import LoadedModel, load_model
+from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
+from strop.policy.precision import short_name
+
+log = logging.getLogger("strop")
+
+PROOF = "merge-proof.md"
+INDEX = "model.safetensors.index.json"
+SPARE = 2**24
+"""Bytes for the small files."""
+WARN_SHARE = 0.25
+"""A merge that moves logits by more than this share of what the adapter does has rounded too much of it away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """weights: of the base's files, by their names there. head: of a tied model whose head is its own now. products,
+    answers: of the model with its adapter. moved: how far the adapter moves logits. made_from: a hash of the two."""
+
+    loaded: LoadedModel
+    weights: dict[str, Tensor]
+    head: tuple[str, Tensor] | None
+    products: dict[str, tuple[Tensor, Tensor]]
+    answers: Answers
+    moved: float
+    made_from: str
+
+
+def merge(
+    source: str,
+    target: Path,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    proof: bool = False,
+) -> Proof:
+    """Merge an adapter into its base, and prove it.
+
+    Args:
+        source: a run folder, or an adapter.
+        target: is made; must not be there yet, or be empty.
+        base: the adapter's base; None: as it says itself.
+        dtype: of the merged model's files; None: that of the base's, tensor by tensor.
+        prompts: what both models are asked.
+        proof: write the table into the folder, too.
+
+    Raises:
+        ModelError: they cannot be merged, or the merged model is not the adapter's; nothing is written then.
+        SaveError, CheckpointError: the folder cannot be written.
+    """
+    model = adapter_of(source, base)
+    assert model.adapter is not None
+    where = f"{place_of(model)}, adapter {model.adapter}"
+    files = inspect_model(model)
+    check_output(target, (files.source, source_of(model.adapter), source))
+    shards = [read_header(path) for path in files.weights]
+    check_room(target, _bytes(shards, dtype) + SPARE)
+    try:
+        with published(target) as folder:
+            copy_tokenizer(model, folder)
+            stored = dtype or files.stored
+            made = _merged(model, files, shards, folder, prompts, where)
+            _write(made, shards, folder, dtype)
+            found = _prove(made, folder, prompts, stored)
+            refuse(found, where)
+            if proof:
+                (folder / PROOF).write_text(f"# {where}\n\n{found.table()}", encoding="utf-8")
+            seal(folder, 0, {"merged_from": made.made_from})
+    except OSError as error:
+        raise unusable(target, error, "--output-dir") from error
+    if found.rounded > WARN_SHARE * found.moved:
+        log.warning(
+            "%s: %s rounds much of the adapter away: it moves logits by %.2g, rounding %.2g; --dtype float32 keeps it",
+            where,
+            short_name(stored),
+            found.moved,
+            found.rounded,
+        )
+    return found
+
+
+def _bytes(shards: Sequence[Shard], dtype: torch.dtype | None) -> int:
+    specs = [spec for shard in shards for spec in shard.specs.values()]
+    if dtype is None:
+        return sum(spec.nbytes for spec in specs)
+    return sum(torch.Size(s.shape).numel() * max(s.dtype.itemsize, dtype.itemsize) for s in specs)
+
+
+def _merged(
+    model: ModelSection, files: ModelFiles, shards: Sequence[Shard], folder: Path, prompts: Sequence[str], where: str
+) -> Merged:
+    """The adapter's model: asked, then merged, in memory."""
+    loaded = load_model(model, dtype=_compute(files, shards))
+    module = loaded.module
+    embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings()
+    was_tied = head is not None and head.weight is embedding
+    loaded.config.dtype = files.stored
+    loaded.config.save_pretrained(folder)
+    tokenizer = load_tokenizer(ModelSection(huggingface_id=str(folder), name="merged"), needs_weights=False)
+    check_vocabulary(tokenizer, module, where)
+    names = {name for shard in shards for name in shard.specs}
+    adapted = with_adapter(module, model)
+    log.info("%s: asking it %d prompts", where, len(prompts))
+    asked = _asked(tokenizer, prompts, embedding.shape[0])
+    texts = greedy(adapted, asked)
+    answers = Answers(texts, logits_of(adapted, asked, texts))
+    with quiet(), adapted.disable_adapter():
+        moved = distance(answers.logits, logits_of(adapted, asked, texts))
+    products, digest = linear_products(adapted), weights_hash(adapted)
+    log.info("%s: merging", where)
+    weights = merged_weights(adapted, where)
+    own_head = parted_head(adapted, was_tied)
+    at_head = f"{(head_names(module) or ['lm_head'])[0]}.weight"
+    if was_tied:
+        weights.pop(at_head, None)
+    placed = in_files(adapted.get_base_model(), weights, names, where)
+    return Merged(loaded, placed, None if own_head is None else (at_head, own_head), products, answers, moved, digest)
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rows: int) -> list[list[int]]:
+    with foreign_errors(lambda why: ModelError(f"a prompt cannot be written by its chat template: {why}")):
+        return encode(tokenizer, prompts, rows)
+
+
+def _compute(files: ModelFiles, shards: Sequence[Shard]) -> torch.dtype:
+    """float32, unless the memory of this computer is too small for the model in it."""
+    if torch.float64 in (spec.dtype for shard in shards for spec in shard.specs.values()):
+        return torch.float64
+    numel = sum(torch.Size(spec.shape).numel() for shard in shards for spec in shard.specs.values())
+    memory = machine_of(torch.device("cpu")).memory
+    return torch.float32 if memory is None or numel * 4 * 1.2 < memory else files.stored
+
+
+def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dtype | None) -> None:
+    """The base's files with merged weights in them, and the configuration that belongs to them."""
+    config, added = made.loaded.config, {}
+    if made.head is not None:
+        added = dict([made.head])
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        log.info(
+            "the head and the embedding shared their weights; the adapter made them differ, so each has its own now"
+        )
+    if dtype is not None:
+        config.dtype = dtype
+    config.save_pretrained(folder)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards):
+        new = added if number == 0 else {}
+        specs = rewrite(shard, folder / shard.path.name, made.weights, new, dtype)
+        weight_map |= dict.fromkeys(specs, shard.path.name)
+        total += sum(spec.nbytes for spec in specs.values())
+    if "model.safetensors" not in weight_map.values():
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _prove(made: Merged, folder: Path, prompts: Sequence[str], stored: torch.dtype) -> Proof:
+    """Load what was written, and compare it with the adapter's model."""
+    compute = made.loaded.module.dtype
+    made.weights.clear()
+    made.loaded.module.to("meta")  # its memory is the merged model's now
+    section = ModelSection(huggingface_id=str(folder), name="merged")
+    merged, tokenizer = load_model(section, dtype=compute).module.eval(), load_tokenizer(section)
+    asked = _asked(tokenizer, prompts, merged.get_input_embeddings().weight.shape[0])
+    log.info("comparing the merged model with the adapter's")
+    coarser = max((stored, compute), key=lambda kind: torch.finfo(kind).eps)
+    lines: list[Line] = list(compare_layers(merged, made.products, coarser))
+    answers = Answers(greedy(merged, asked), logits_of(merged, asked, made.answers.texts))
+    move_weights(merged, coarser)
+    lines += compare_answers(made.answers, answers, logits_of(merged, asked, made.answers.texts))
+    return Proof(lines, made.moved, distance(made.answers.logits, answers.logits))

@@ -1,0 +1,162 @@
+"""Files of weights, read and written one tensor at a time. Floor 6.
+
+A new file has the names, shapes and order of an old one; tensors that are given take the place of those that are there,
+and all others are copied byte for byte. Never more than one tensor is in memory beside those that are given.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from strop.durable import NewFile
+from strop.errors import ModelError, first_line
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of dtypes in the headers of safetensors files."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One tensor of a file, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A safetensors file by its header: its tensors in the order in which they lie in it."""
+
+    path: Path
+    specs: Mapping[str, Spec]
+    metadata: Mapping[str, str]
+
+    def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """These tensors, one after the other.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(self.path, error) from error
+
+
+def read_header(path: Path) -> Shard:
+    """A file's tensors, of which none is read.
+
+    Raises:
+        ModelError: the file is damaged, or has tensors of a dtype that is not known here.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.offset_keys()}
+            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    for name, (_, dtype) in stored.items():
+        if dtype not in DTYPES:
+            raise ModelError(f"{path.name}: {name} is of the dtype {dtype}, which is not known here", where=str(path))
+    return Shard(path, {name: Spec(shape, DTYPES[dtype]) for name, (shape, dtype) in stored.items()}, metadata)
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path.name} is damaged: {first_line(error)}", where=str(path), fix="download or copy the file again"
+    )
+
+
+class ShardWriter:
+    """A safetensors file that is written front to back, a tensor at a time, and synced at the end.
+
+    Args:
+        specs: its tensors, in the order in which they will come.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+        self._waiting = list(specs.items())[::-1]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        at = 0
+        for name, spec in specs.items():
+            header[name] = {
+                "dtype": NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [at, at + spec.nbytes],
+            }
+            at += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        self._file = NewFile(path)
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        expected, spec = self._waiting.pop()
+        found = Spec(tuple(tensor.shape), tensor.dtype)
+        assert (name, found) == (expected, spec), f"{name} {found} comes where {expected} {spec} was announced"
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(data.numpy().data)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        assert kind is not None or not self._waiting, f"{self._waiting[-1][0]} was announced and did not come"
+        self._file.__exit__(kind, *rest)
+
+
+def rewrite(
+    shard: Shard, target: Path, replaced: Mapping[str, Tensor], added: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Spec]:
+    """A shard with some tensors replaced and some added, in the same dtypes.
+
+    Args:
+        replaced, added: by name; they are rounded once to the dtype in the file.
+        dtype: what all floating point tensors are stored in; None: each as it was, and added ones as the first is.
+
+    Returns:
+        The tensors of the new file.
+    """
+    specs = {name: Spec(spec.shape, _stored(spec.dtype, dtype)) for name, spec in shard.specs.items()}
+    usual = next(iter(specs.values())).dtype
+    specs |= {name: Spec(tuple(tensor.shape), usual) for name, tensor in added.items()}
+    old = [name for name in shard.specs if name not in replaced]
+    unchanged = shard.tensors(old)
+    with ShardWriter(target, specs, shard.metadata) as writer:
+        for name, spec in specs.items():
+            new = replaced[name] if name in replaced else added.get(name)
+            tensor = next(unchanged)[1] if new is None else new
+            writer.write(name, tensor.to(spec.dtype))
+    return specs
+
+
+def _stored(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and own.is_floating_point else own

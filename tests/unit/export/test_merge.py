@@ -1,0 +1,288 @@
+"""An adapter merged into its base: the same answers in plain transformers, and a refusal where they are not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from strop.cli import main
+from strop.errors import CheckpointError, ModelError, SaveError
+from strop.export import adapted, merge, proof
+from strop.machine import Machine
+from strop.policy.model.configuration import quiet
+from strop.policy.model.load import load_model
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture
+def make(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Callable[..., tuple[Path, Path]]:
+    """A base and an adapter that changes what it answers, as folders."""
+
+    def build(model: PreTrainedModel, shard: str = "50GB", **lora: Any) -> tuple[Path, Path]:
+        base, adapter = tmp_path / "base", tmp_path / "adapter"
+        model.save_pretrained(base, max_shard_size=shard)
+        make_tokenizer().save_pretrained(base)
+        torch.manual_seed(1)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "task_type": "CAUSAL_LM", **lora}
+        with quiet():
+            plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            changed = get_peft_model(plain, LoraConfig(**settings))
+        for name, weight in changed.named_parameters():
+            if weight.requires_grad:
+                fresh = torch.randn_like(weight)
+                weight.data = fresh * 0.2 if "lora_" in name and "magnitude" not in name else weight + 0.1 * fresh
+        with quiet():
+            changed.save_pretrained(adapter)
+        return base, adapter
+
+    return build
+
+
+def same_answers(base: Path, adapter: Path, merged: Path, tolerance: float) -> None:
+    """By plain transformers and peft, in float32."""
+    with quiet():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with_it = PeftModel.from_pretrained(plain, str(adapter)).eval()
+        one = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        ours, theirs = one(ids).logits, with_it(ids).logits
+        with quiet(), with_it.disable_adapter():
+            before = with_it(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+    assert (before - theirs).abs().max() > 10 * tolerance  # the adapter does something
+
+
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+    "head": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_merged_model_is_the_adapters(
+    variant: str, dtype: torch.dtype, make: Any, make_model: Any, tmp_path: Path
+) -> None:
+    base, adapter = make(make_model(dtype=dtype), **VARIANTS[variant])
+    found = merge.merge(str(adapter), tmp_path / "merged")
+    assert not found.failed and found.moved > 0
+    same_answers(base, adapter, tmp_path / "merged", 1e-5 if dtype == torch.float32 else 3e-2)
+    stored = load_file(tmp_path / "merged/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    before = load_file(base / "model.safetensors")
+    assert stored.keys() == before.keys()
+    if "saved" not in variant:
+        assert torch.equal(stored["model.norm.weight"], before["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("lora", "parts"),
+    [
+        ({}, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+    ],
+    ids=["layers", "head", "embedding", "saved"],
+)
+def test_a_tied_head_stays_tied_unless_the_adapter_parts_it(
+    lora: dict[str, Any], parts: bool, make: Any, make_model: Any, tmp_path: Path
+) -> None:
+    base, adapter = make(make_model(tie_word_embeddings=True), **lora)
+    assert not merge.merge(str(adapter), tmp_path / "merged").failed
+    same_answers(base, adapter, tmp_path / "merged", 1e-5)
+    assert ("lm_head.weight" in load_file(tmp_path / "merged/model.safetensors")) == parts
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is not parts
+
+
+FAMILIES = {
+    "gpt2": (
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1)),
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
+    "qwen3": (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)), {"bias": "all"}),
+    "mixtral": (
+        lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)),
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, make: Any, tmp_path: Path) -> None:
+    """Layers that are stored transposed, biases that are trained, experts that are stacked on loading."""
+    torch.manual_seed(0)
+    build, lora = FAMILIES[family]
+    base, adapter = make(build(), **lora)
+    assert not merge.merge(str(adapter), tmp_path / "merged").failed
+    same_answers(base, adapter, tmp_path / "merged", 1e-5)
+    assert load_file(tmp_path / "merged/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_shards_stay_as_they_were(make: Any, make_model: Any, tmp_path: Path) -> None:
+    base, adapter = make(make_model(), shard="60KB", target_modules=["q_proj"])
+    merge.merge(str(adapter), tmp_path / "merged")
+    names = sorted(p.name for p in base.glob("*.safetensors"))
+    assert len(names) > 2 and names == sorted(p.name for p in (tmp_path / "merged").glob("*.safetensors"))
+    assert (
+        json.loads((base / merge.INDEX).read_text())["weight_map"]
+        == (json.loads((tmp_path / "merged" / merge.INDEX).read_text())["weight_map"])
+    )
+    same_answers(base, adapter, tmp_path / "merged", 1e-5)
+    for name in names:
+        before, after = load_file(base / name), load_file(tmp_path / "merged" / name)
+        assert before.keys() == after.keys()
+        assert all(("q_proj" in key) != torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("how", ["left out", "doubled", "transposed head"])
+def test_a_wrong_merge_is_refused_and_nothing_is_left(
+    how: str, make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapter = make(make_model(dtype=torch.bfloat16), target_modules=["q_proj", "down_proj"])
+    right = adapted.merged_weights
+
+    def wrong(*args: Any) -> dict[str, torch.Tensor]:
+        weights = right(*args)
+        name = "model.layers.1.self_attn.q_proj.weight"
+        if how == "left out":
+            del weights[name]
+        elif how == "doubled":
+            weights[name] = weights[name] * 1.5
+        else:
+            weights["lm_head.weight"] = torch.zeros(400, 32)
+        return weights
+
+    monkeypatch.setattr(merge, "merged_weights", wrong)
+    before = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    with pytest.raises(ModelError, match="is not the model with its adapter"):
+        merge.merge(str(adapter), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))
+    assert before == {p.name: p.read_bytes() for p in adapter.iterdir()}
+
+
+def test_a_text_may_part_only_where_two_tokens_are_equally_likely() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.9], [0.0, 1.0, 3.0]])
+    ours = proof.Answers([[1, 2]], [logits])
+    near = proof.Answers([[2, 2]], [logits + 0.01])
+    (_, texts) = proof.compare_answers(ours, near, [logits + 0.03])
+    assert texts.holds and texts.found == pytest.approx(0.1)
+    far = proof.Answers([[1, 1]], [logits + 0.01])
+    (_, texts) = proof.compare_answers(ours, far, [logits + 0.03])
+    assert not texts.holds and texts.found == pytest.approx(2.0)
+
+
+def test_a_model_that_does_not_fit_into_memory_in_float32(
+    make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = make(make_model(dtype=torch.bfloat16))
+    monkeypatch.setattr(merge, "machine_of", lambda device: Machine("cpu", 100_000, None))
+    seen = []
+    monkeypatch.setattr(merge, "load_model", lambda m, dtype: seen.append(dtype) or load_model(m, dtype=dtype))
+    assert not merge.merge(str(adapter), tmp_path / "merged").failed
+    assert seen == [torch.bfloat16] * 2
+    same_answers(base, adapter, tmp_path / "merged", 3e-2)
+
+
+def test_in_another_dtype(make: Any, make_model: Any, tmp_path: Path) -> None:
+    _, adapter = make(make_model(dtype=torch.bfloat16))
+    exact = merge.merge(str(adapter), tmp_path / "merged", dtype=torch.float32)
+    assert exact.rounded < 1e-4 * exact.moved
+    assert load_file(tmp_path / "merged/model.safetensors")["lm_head.weight"].dtype == torch.float32
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
+
+
+# ---- what cannot be merged
+
+
+def test_an_adapter_of_another_base_is_refused(make: Any, make_model: Any, tmp_path: Path) -> None:
+    _, adapter = make(make_model())
+    other = tmp_path / "other"
+    make_model(hidden_size=64).save_pretrained(other)
+    (tmp_path / "base/tokenizer.json").rename(other / "tokenizer.json")
+    (tmp_path / "base/tokenizer_config.json").rename(other / "tokenizer_config.json")
+    with pytest.raises(ModelError, match="does not fit the model"):
+        merge.merge(str(adapter), tmp_path / "merged", base=str(other))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("what", ["whole model", "no adapter", "base gone", "truncated", "other kind"])
+def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> None:
+    base, adapter = make(make_model())
+    config = adapter / "adapter_config.json"
+    source, words = adapter, ""
+    if what == "whole model":
+        source, words = base, "a whole model, without an adapter"
+    elif what == "no adapter":
+        config.unlink()
+        words = "there is no adapter_config.json"
+    elif what == "base gone":
+        base.rename(tmp_path / "elsewhere")
+        words = "its base is not there any more"
+    elif what == "truncated":
+        weights = adapter / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        words = "adapter_model.safetensors is damaged"
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "IA3"}))
+        words = "it is of the kind IA3"
+    with pytest.raises(ModelError, match=words):
+        merge.merge(str(source), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_folders_in_use(make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = make(make_model())
+    for taken in (base, adapter, tmp_path):
+        with pytest.raises(CheckpointError, match=r"in use|is read"):
+            merge.merge(str(adapter), taken)
+    monkeypatch.setattr("strop.export.folders.free_bytes", lambda path: 1000)
+    with pytest.raises(SaveError, match="the disk is too full"):
+        merge.merge(str(adapter), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_command(make: Any, make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, adapter = make(make_model())
+    target = tmp_path / "merged"
+    assert main(["merge", str(adapter), "--output-dir", str(target), "--proof"]) == 0
+    told = capsys.readouterr().out
+    assert "greedy texts: 20 of 20 equal" in told and str(target) in told
+    assert "greedy texts: 20 of 20 equal" in (target / "merge-proof.md").read_text()
+    assert main(["merge", str(adapter), "--output-dir", str(target)]) == 1
+    assert "the folder is in use" in capsys.readouterr().err
+    (target / "config.json").write_text("{}")  # sealed: damage is told by whoever loads it
+    assert main(["merge", str(adapter), "--output-dir", str(tmp_path / "again"), "--base", str(target)]) == 1
+    assert "it is not what was written" in capsys.readouterr().err
