@@ -55,6 +55,11 @@ class Structure:
         """P: tokens of prompts that can be scored."""
         return sum(self.prompt_lengths) - self.num_groups
 
+    @property
+    def of_levels(self) -> tuple[int, int, int, int]:
+        """How long a column of each level of `Columns` is, in their order."""
+        return self.num_tokens, self.num_completions, self.num_groups, self.num_prompt_tokens
+
     def completion_index(self) -> Tensor:
         """[M] int64: the completion of each scored token."""
         return torch.repeat_interleave(torch.tensor(self.tokens_per_completion, dtype=torch.int64))
@@ -138,9 +143,7 @@ class Columns(NamedTuple):
         Raises:
             ValueError: one has another length.
         """
-        s = structure
-        lengths = (s.num_tokens, s.num_completions, s.num_groups, s.num_prompt_tokens)
-        for what, level, length in zip(self._fields, self, lengths, strict=True):
+        for what, level, length in zip(self._fields, self, structure.of_levels, strict=True):
             for name, column in level.items():
                 if len(column) != length:
                     raise ValueError(f"column {name}: {len(column)} values, where there are {length} ({what})")

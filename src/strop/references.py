@@ -6,11 +6,12 @@ import logging
 
 from strop.config import RunConfig, resolve
 from strop.config.sections import ModelSection
+from strop.each_model import for_each_model
 from strop.engine.progress import Progress
 from strop.errors import ConfigError
 from strop.objectives.base import build_objective
 from strop.preflight import select_models
-from strop.session import Session, for_each_model, start_world
+from strop.session import Session, start_world
 
 log = logging.getLogger("strop")
 

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,11 +31,9 @@ from strop.device import pick_device
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.loop import Cuts
 from strop.engine.offline import OfflineSource
-from strop.engine.out_of_memory import explaining_memory
 from strop.engine.progress import Progress
 from strop.engine.reference_logps import scored
 from strop.engine.source import Cut, GroupSet
-from strop.errors import StropError, TrainingError
 from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
 from strop.machine import Machine, machine_of
 from strop.modelrows import ModelRows
@@ -289,28 +287,6 @@ def start_world(config: RunConfig) -> World:
         torch.cuda.set_device(device)  # libraries that are not told a device take the current one
         torch.cuda.reset_peak_memory_stats(device)  # of a model trained before
     return World.alone(device)
-
-
-def for_each_model(models: Sequence[ModelSection], config: RunConfig, work: Callable[[ModelSection], None]) -> None:
-    """All of them, also after one that fails."""
-    failures: list[tuple[str, StropError]] = []
-    for model in models:
-        try:
-            with explaining_memory(config, model.name or model.huggingface_id):
-                work(model)
-        except StropError as error:
-            if len(models) == 1:
-                raise
-            log.error("%s failed: %s", model.name, error)
-            failures.append((model.name, error))
-    if failures:
-        raise TrainingError(
-            f"{len(failures)} of {len(models)} models failed: "
-            + "; ".join(
-                f"{name}: {error.where + ': ' if error.where else ''}{error.found}" for name, error in failures
-            ),
-            fix="the messages above say what to do for each",
-        )
 
 
 def _one_way(precision: Precision, world: World, resumed: Checkpoint | None) -> AbstractContextManager[None]:

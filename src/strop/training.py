@@ -14,6 +14,7 @@ import torch
 
 from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
+from strop.each_model import for_each_model
 from strop.engine import checkpoint, final
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.ending import Ending, RunResult, ending_of
@@ -33,7 +34,7 @@ from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
 from strop.rundir import RunDir
 from strop.runfiles import RESULT
-from strop.session import Session, Splits, for_each_model, reference_made_from, start_world
+from strop.session import Session, Splits, reference_made_from, start_world
 from strop.space import check_space
 from strop.world import World
 

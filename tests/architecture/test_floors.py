@@ -38,6 +38,7 @@ FLOORS = {
     "engine": 3,
     "modelrows": 3,
     "preflight": 3,
+    "each_model": 4,
     "prepared": 4,
     "estimate": 5,
     "space": 5,

@@ -129,6 +129,7 @@ def save(
 ) -> Path:
     """Write checkpoint-{step} and let older ones go. When this returns, the checkpoint survives a power cut.
 
+    tensors: by name; two names may be of one tensor, and else no two share memory.
     keep: checkpoints to keep besides the protected ones, this one included; null: all. protect: steps never to let go.
     A failure leaves every older checkpoint as it was, and nothing of this one.
 
@@ -225,14 +226,14 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor with a dense memory of its own, as safetensors wants them; those that have it are not copied."""
+    """Each tensor dense, and with memory of its own, as safetensors wants them. One that has two names (8-bit
+    optimizers keep one table for all weights) is copied for the second."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
         dense = tensor.detach().contiguous()
-        memory = dense.untyped_storage().data_ptr()
-        separate[name] = dense.clone() if memory in seen else dense
-        seen.add(memory)
+        separate[name] = dense.clone() if id(tensor) in seen else dense
+        seen.add(id(tensor))
     return separate
 
 

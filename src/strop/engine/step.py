@@ -7,8 +7,9 @@ counts follow from the batches' structure, so they are known before the first fo
 share is divided by the same number: how the step is cut changes nothing.
 
 An objective whose terms hold a statistic of the whole step gets the whole step: a pass without gradients collects
-all log-probs, the objective is differentiated with respect to them, and a second pass carries these coefficients
-d loss / d logp back. A step of one micro-batch is the whole step already and needs no extra pass.
+all that the policy gives, the objective is differentiated with respect to it, and a second pass carries these
+coefficients, d loss / d logp and those of the policy's columns, back. A step of one micro-batch is the whole step
+already and needs no extra pass.
 
 Where an objective reads the scores of further groups (`also`), it gets them with those of every micro-batch: one pass
 without gradients over these groups alone, whatever the number of micro-batches.
@@ -19,7 +20,7 @@ one transfer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from strop.batch import Batch, Scores, TokenScores
-from strop.columns import Unit
+from strop.columns import Columns, Unit
 from strop.config.methods import MethodSettings
 from strop.errors import ConfigError
 from strop.objectives.base import Mean, Objective
@@ -176,10 +177,11 @@ def forward_backward(
         with torch.no_grad():
             once = [Scores.of(b, score(b, i), others) for i, b in enumerate(batches)]
             whole = join_all(once, world, others)
-        for i, (batch, share) in enumerate(
-            zip(batches, _coefficients(objective, whole, once, counts, world), strict=True)
+        wants = batches[0].wants if batches else frozenset()
+        for i, (batch, slopes) in enumerate(
+            zip(batches, _coefficients(objective, whole, once, wants, counts, world), strict=True)
         ):
-            torch.autograd.backward((score(batch, i).logps * share).sum() * scale)
+            torch.autograd.backward(_carried(score(batch, i), slopes) * scale)
         return summarise(objective, whole)
     parts = []
     for i, batch in enumerate(batches):
@@ -200,15 +202,56 @@ def join_all(parts: Sequence[Scores], world: World, also: Mapping[str, Scores] |
 
 
 def _coefficients(
-    objective: Objective[MethodSettings], whole: Scores, own: Sequence[Scores], counts: Counts, world: World
-) -> Sequence[Tensor]:
-    """d loss / d logp of the scored tokens of each micro-batch of this process, whose scores are `own`."""
-    assert not whole.columns.per_prompt_token, "coefficients are those of completions"
-    leaf = whole.logps.detach().requires_grad_()
-    (coefficients,) = torch.autograd.grad(step_loss(objective, replace(whole, logps=leaf), counts), leaf)
-    sizes = world.gather([len(part.logps) for part in own])
-    before = sum(sum(ranks) for ranks in sizes[: world.rank])
-    return torch.split(coefficients[before : before + sum(sizes[world.rank])], sizes[world.rank])
+    objective: Objective[MethodSettings],
+    whole: Scores,
+    own: Sequence[Scores],
+    wants: Set[str],
+    counts: Counts,
+    world: World,
+) -> list[TokenScores]:
+    """d loss / d of all that the policy has given for each micro-batch of this process, whose scores are `own`: of the
+    log-probs, and of the columns that it was asked for (`wants`)."""
+    sizes = world.gather([part.structure.of_levels for part in own])
+    if not own:
+        return []
+    logps = _leaf(whole.logps)
+    of_policy = [
+        {name: _leaf(column) for name, column in level.items() if name in wants and column.is_floating_point()}
+        for level in whole.columns
+    ]
+    columns = Columns(*({**level, **leaves} for level, leaves in zip(whole.columns, of_policy, strict=True)))
+    loss = step_loss(objective, replace(whole, logps=logps, columns=columns), counts)
+    found = torch.autograd.grad(
+        loss, (logps, *(x for level in of_policy for x in level.values())), materialize_grads=True
+    )
+    slopes = iter(found)
+
+    def parts(level: int) -> Sequence[Tensor]:
+        """The next slopes, of columns of this level, for each micro-batch of this process."""
+        before = sum(n[level] for ranks in sizes[: world.rank] for n in ranks)
+        here = [n[level] for n in sizes[world.rank]]
+        return torch.split(next(slopes)[before : before + sum(here)], here)
+
+    of_logps = parts(0)
+    of_columns = [{name: parts(n) for name in level} for n, level in enumerate(of_policy)]
+    return [
+        TokenScores(of_logps[i], Columns(*({name: each[i] for name, each in level.items()} for level in of_columns)))
+        for i in range(len(own))
+    ]
+
+
+def _leaf(values: Tensor) -> Tensor:
+    return values.detach().requires_grad_()
+
+
+def _carried(scored: TokenScores, slopes: TokenScores) -> Tensor:
+    """A scalar with the gradient of the loss of these slopes; what the policy gives without a gradient adds none."""
+    carried = (scored.logps * slopes.logps).sum()
+    for level, own in zip(scored.columns, slopes.columns, strict=True):
+        for name, column in level.items():
+            if column.requires_grad:
+                carried = carried + (column * own[name]).sum()
+    return carried
 
 
 def summarise(objective: Objective[MethodSettings], scores: Scores) -> StepScores:

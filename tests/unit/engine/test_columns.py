@@ -19,6 +19,8 @@ from strop.engine.step import check_columns, forward_backward
 from strop.errors import ConfigError
 from strop.objectives.base import Mean, Objective, build_objective
 from strop.types import Completion, Group, Origin
+from strop.world import World
+from worlds import in_worlds
 
 SIZES = (3, 1, 8, 3, 1, 1, 8)
 """Completions of each group."""
@@ -49,6 +51,33 @@ class Clipped(Objective[SftSettings]):
         return {"clipped": (outside, scores.structure.num_tokens), "solved": (solved.sum(), len(solved))}
 
 
+class Centred(Objective[SftSettings]):
+    """Means over the whole step, of all that a policy gives with gradients: the log-probs of completions and of
+    prompts, and a column of its own."""
+
+    METRICS: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def whole_step(self) -> bool:
+        return True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"prompt_logps", "entropy", "frozen"})
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return {"loss": completions}
+
+    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        prompts = scores["prompt_logps"].double().mean()
+        apart = scores.sums(scores.logps * scores["frozen"]) - prompts * scores["entropy"].mean()
+        return {"loss": (apart.square() * scores.sums(scores["entropy"]).tanh()).sum()}
+
+    def metrics(self, scores: Scores) -> Mapping[str, Mean]:
+        return {}
+
+
 class Bigram(nn.Module):
     """Log-probs and entropy of a token given the one before it."""
 
@@ -58,7 +87,9 @@ class Bigram(nn.Module):
 
     def forward(self, batch: Batch) -> TokenScores:
         rows = self.table[batch.input_ids.flatten()[batch.scored_positions]].log_softmax(-1)
-        return batch.token_scores(rows.gather(1, batch.targets[:, None])[:, 0], entropy=-(rows.exp() * rows).sum(-1))
+        logps = rows.gather(1, batch.targets[:, None])[:, 0]
+        entropy = -(rows.exp() * rows).sum(-1)
+        return batch.token_scores(logps, entropy=entropy, frozen=entropy.detach())
 
 
 def make_groups() -> list[Group]:
@@ -90,10 +121,10 @@ def make_columns(groups: list[Group]) -> list[Columns]:
     ]
 
 
-def batches(cuts: list[int], layout=pack) -> list[Batch]:  # type: ignore[no-untyped-def]
+def batches(cuts: list[int], layout=pack, wants: frozenset[str] = frozenset({"entropy"})) -> list[Batch]:  # type: ignore[no-untyped-def]
     groups, columns = make_groups(), make_columns(make_groups())
     bounds = [0, *cuts, len(groups)]
-    return [layout(groups[a:b], Columns.join(columns[a:b]), {"entropy"}) for a, b in pairwise(bounds)]
+    return [layout(groups[a:b], Columns.join(columns[a:b]), wants) for a, b in pairwise(bounds)]
 
 
 def by_hand(table: Tensor) -> Tensor:
@@ -128,6 +159,27 @@ def test_groups_of_unlike_sizes_and_a_new_column(cuts: list[int], layout) -> Non
     solved, count = found.metrics["solved"]
     assert (solved, count) == (sum(size > 1 for size in SIZES), len(SIZES))
     assert evaluate(policy, objective, batches(cuts, layout)).fetch().loss == pytest.approx(found.loss, rel=1e-12)
+
+
+def whole_step(world: World, cuts: list[int], layout) -> tuple[float, Tensor]:  # type: ignore[no-untyped-def]
+    """The loss of `Centred` and its gradient, summed over all processes."""
+    policy, objective = Bigram(), Centred(SftSettings())
+    own = world.deal(batches(cuts, layout, objective.reads))[world.rank]
+    found = forward_backward(policy, objective, own, world=world)
+    world.sum_gradients(policy.parameters())
+    assert policy.table.grad is not None
+    return found.fetch().loss, policy.table.grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("layout", [pack, pad])
+@pytest.mark.parametrize("cuts", [[1, 2, 3, 4, 5, 6], [3, 5]], ids=str)
+def test_a_statistic_of_the_step_reads_whatever_the_policy_gives(cuts: list[int], layout, size: int) -> None:  # type: ignore[no-untyped-def]
+    """Also with more processes than micro-batches."""
+    loss, gradient = whole_step(World.alone("cpu"), [], pack)  # one micro-batch: no second pass
+    for found, slopes in in_worlds(size, lambda world: whole_step(world, cuts, layout)):
+        assert found == pytest.approx(loss, rel=1e-12)
+        torch.testing.assert_close(slopes, gradient, rtol=1e-10, atol=1e-13)
 
 
 def test_units_of_ones_own() -> None:

@@ -1,0 +1,43 @@
+"""The models of a configuration, one after the other. Floor 4.
+
+One that fails does not stop the others: it is said at once, and all failures are one error in the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from strop.config import RunConfig
+from strop.config.sections import ModelSection
+from strop.engine.out_of_memory import explaining_memory
+from strop.errors import StropError, TrainingError
+
+log = logging.getLogger("strop")
+
+
+def for_each_model(models: Sequence[ModelSection], config: RunConfig, work: Callable[[ModelSection], None]) -> None:
+    """Do `work` for every model, also after one that fails.
+
+    Raises:
+        StropError: that of the model, where there is only one.
+        TrainingError: names those that failed, where there are several.
+    """
+    failures: list[tuple[str, StropError]] = []
+    for model in models:
+        try:
+            with explaining_memory(config, model.name or model.huggingface_id):
+                work(model)
+        except StropError as error:
+            if len(models) == 1:
+                raise
+            log.error("%s failed: %s", model.name, error)
+            failures.append((model.name, error))
+    if failures:
+        raise TrainingError(
+            f"{len(failures)} of {len(models)} models failed: "
+            + "; ".join(
+                f"{name}: {error.where + ': ' if error.where else ''}{error.found}" for name, error in failures
+            ),
+            fix="the messages above say what to do for each",
+        )
