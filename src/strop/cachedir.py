@@ -38,7 +38,9 @@ def cache_folder(kind: str, *, must_keep: bool = False) -> Path:
 def cannot_keep(path: str, problem: str) -> ConfigError:
     """The error where the cache cannot be written and has to be."""
     return ConfigError(
-        f"it cannot be written ({problem})", where=path, fix="make room, or set STROP_CACHE to another folder"
+        f"it cannot be written ({problem})",
+        where=path,
+        fix="set STROP_CACHE to a folder that this user can write, on a disk with room",
     )
 
 

@@ -5,9 +5,30 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from strop.errors import CheckpointError, SaveError
+
+_REMEDIES: Mapping[int, str] = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room: the quota of this user is used up",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or use a file system that takes larger ones",
+    errno.EACCES: "give this user the permission to write there",
+    errno.EPERM: "give this user the permission to write there",
+    errno.EROFS: "mount the file system for writing",
+    errno.EIO: "check the disk, which reports a failure",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close what holds so many files open on this machine",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.ELOOP: "remove the links that lead to each other",
+    errno.ENOENT: "bring the folder back, which was removed or unmounted",
+    errno.ESTALE: "mount the folder again",
+    errno.ENOTDIR: "remove or rename what is in the way",
+    errno.EEXIST: "remove or rename what is in the way",
+}
+"""What to do about a failure of the system, by its number."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def free_bytes(path: Path) -> int | None:
@@ -15,6 +36,16 @@ def free_bytes(path: Path) -> int | None:
     for folder in (path, *path.parents):
         try:
             return shutil.disk_usage(folder).free
+        except OSError:
+            continue
+    return None
+
+
+def device_of(path: Path) -> int | None:
+    """Which disk a file at `path`, which need not exist, would lie on; null where the system does not say."""
+    for folder in (path, *path.parents):
+        try:
+            return os.stat(folder).st_dev
         except OSError:
             continue
     return None
@@ -28,6 +59,29 @@ def in_words(num_bytes: int | None) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
     return f"{num_bytes} bytes"
+
+
+def remedy(why: str) -> str:
+    """What to do about a write that failed.
+
+    Args:
+        why: what the system or a library says, in the words of `os.strerror` or with Rust's "(os error N)" behind it.
+    """
+    number = _number_of(why)
+    return "see what the system says of this path" if number is None else _REMEDIES[number]
+
+
+def room(why: str, path: Path, needed: int | None = None) -> str:
+    """What stands behind `why` of the room on the disk of `path`: nothing, where room is not what is missing."""
+    if _number_of(why) not in (None, *_FULL):
+        return ""
+    wanted = "" if needed is None else f" {in_words(needed)} needed,"
+    return f";{wanted} {in_words(free_bytes(path))} free"
+
+
+def _number_of(why: str) -> int | None:
+    found = [n for n in _REMEDIES if os.strerror(n) in why or f"(os error {n})" in why]
+    return max(found, key=lambda n: len(os.strerror(n)), default=None)  # some of these words begin others
 
 
 def ensure_space(path: Path, needed: int) -> None:
@@ -64,9 +118,10 @@ def unusable(path: Path, error: OSError, key: str = "training.output_dir") -> Ch
             expected="a folder, or a name that is free",
             fix=f"remove or rename what is in the way, or choose another {key}",
         )
+    why = error.strerror or str(error)
     return CheckpointError(
-        f"cannot be written: {error.strerror or error}; {in_words(free_bytes(path))} free",
+        f"cannot be written: {why}{room(why, path)}",
         where=str(path),
         expected="a folder that this user can write, on a disk with room",
-        fix=f"make room or give the permission, or choose another {key}",
+        fix=f"{remedy(why)}, or choose another {key}",
     )

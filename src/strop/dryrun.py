@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ from strop.config.yamlfile import write_value
 from strop.data.load import LoadedData
 from strop.data.text.show import SeenRow, odd_groups, show_group
 from strop.device import pick_device
-from strop.errors import ConfigError
+from strop.errors import ConfigError, SaveError
 from strop.machine import Machine, machine_named, machine_of
 from strop.modelrows import ModelRows
 from strop.policy.model.folder import has_weights, source_of
@@ -140,11 +141,23 @@ def _settle(
         say(f"plain padded rows, prompts are not shared: {reason}")
     for line in settled.prediction():
         say(line)
+    for note in _space(settled, run_folder(config, model)):
+        say(f"note: {note}")
     folder = source_of(model.huggingface_id)
     if os.path.isdir(folder) and not has_weights(folder):
         say(f"note: there are no weights in {folder}: this dry run needs none, a run does")
     say("")
     return settled
+
+
+def _space(settled: Settled, folder: Path) -> list[str]:
+    """What is to be said of the disks. One that is too full stops a run, and is only said here."""
+    from strop.space import check_space
+
+    try:
+        return list(check_space(settled.prepared, settled.precision, folder))
+    except SaveError as error:
+        return [f"this would stop a run here: {error}"]
 
 
 def _values(config: RunConfig, resolved: RunConfig) -> list[str]:

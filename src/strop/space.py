@@ -1,8 +1,9 @@
 """What a run will take of its disk, known before the model is loaded. Floor 5.
 
 From shapes alone: checkpoints (what trains and the optimizer's state), the final model, and the reference's log-probs
-that lie in the run folder while it trains. A run that could leave no checkpoint and no model is refused. One that will
-run short later is warned of: a save that fails is told and tried again, and the run goes on.
+that lie in the run folder while it trains; a copy of the final model in `mount_dir`, and what the cache keeps of the
+reference. A run that could leave no checkpoint and no model is refused. One that will run short later is warned of: a
+save that fails is told and tried again, and the run goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from strop import disk
+from strop.cachedir import cache_folder
 from strop.data.store.table import Groups
 from strop.disk import in_words
 from strop.engine.optim import state_bytes
@@ -89,6 +91,15 @@ def check_space(
         space = Space.of(prepared, precision, steps_done)
     except CannotBuildError:
         return
+    elsewhere = _elsewhere(prepared, space)
+    beside = [other for other in elsewhere if disk.device_of(other.path) == disk.device_of(path)]
+    for other in elsewhere:
+        short = disk.free_bytes(other.path)
+        if other not in beside and short is not None and short < other.size:
+            yield (
+                f"{other.path}: the disk will be full: {in_words(other.size)} needed for {other.what}, "
+                f"{in_words(short)} free; {other.otherwise}. Make room or {other.instead}"
+            )
     if free is None:
         return
     free += freed
@@ -99,12 +110,39 @@ def check_space(
             expected=f"room for a checkpoint and what the run leaves; at the most {space.describe()}",
             fix="make room, or choose another training.output_dir",
         )
-    if free < space.peak:
+    peak = space.peak + sum(other.size for other in beside)
+    if free < peak:
+        parts = ", ".join([space.describe(), *(f"{other.what} of {in_words(other.size)}" for other in beside)])
         yield (
-            f"{path}: the disk will be full: {in_words(space.peak)} needed, {in_words(free)} free "
-            f"({space.describe()}); checkpoints that do not fit are told and left out. Lower "
+            f"{path}: the disk will be full: {in_words(peak)} needed, {in_words(free)} free "
+            f"({parts}); checkpoints that do not fit are told and left out. Lower "
             "training.save_total_limit or make room"
         )
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """What a run writes outside of its folder. size: bytes. otherwise: what becomes of it where there is no room.
+    instead: what else can be done."""
+
+    path: Path
+    size: int
+    what: str
+    otherwise: str
+    instead: str
+
+
+def _elsewhere(prepared: Prepared, space: Space) -> list[_Elsewhere]:
+    training, found = prepared.config.training, []
+    if training.mount_dir:
+        mount = Path(training.mount_dir).expanduser().absolute()
+        otherwise, instead = "copying fails at the end of the run", "choose another training.mount_dir"
+        found.append(_Elsewhere(mount, space.final, "the copy of the final model", otherwise, instead))
+    if training.reference_store and space.reference:
+        what = "what the cache keeps of the reference"
+        otherwise, instead = "later runs score it again", "set STROP_CACHE to another folder"
+        found.append(_Elsewhere(cache_folder("references"), space.reference, what, otherwise, instead))
+    return found
 
 
 def _most_at_once(prepared: Prepared, steps_done: int) -> int:

@@ -551,7 +551,7 @@ def disk_full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
 @pytest.mark.parametrize(
     ("size", "said", "to_do"),
     [
-        (1_000, "config.yaml: cannot be written: File too large", "make room"),
+        (1_000, "config.yaml: cannot be written: File too large\n", "ulimit -f"),
         (100_000, "final: the final model could not be written: ", "then --resume"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 import strop
 from strop import disk, session
 from strop.config import of_model, resolve
+from strop.dryrun import dry_run
 from strop.errors import SaveError
 from strop.policy.precision import Precision
 from strop.prepared import Prepared, prepare
@@ -102,3 +103,46 @@ def test_a_disk_that_will_be_full_is_warned_of(
         patch.setattr(disk, "free_bytes", lambda path: space.peak - 1)
         strop.train(config)
     assert "the disk will be full" in caplog.text and "save_total_limit" in caplog.text
+
+
+OTHER_DISKS = {"mount": ("mount_dir", "the run ends without it"), "cache": ("STROP_CACHE", "later runs score it again")}
+
+
+@pytest.mark.parametrize("full", OTHER_DISKS)
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_the_disks_of_the_mirror_and_of_the_cache_are_looked_at(
+    full: str,
+    same_disk: bool,
+    runs: Any,
+    watched: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    watched.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    keys = {"training.mount_dir": str(tmp_path / "mount"), "training.reference_store": True}
+    config = runs.config(keys, save_steps=8)
+    space = space_of(config)
+
+    def disk_of(path: Path) -> str:
+        return next((name for name in OTHER_DISKS if (tmp_path / name) in (path, *path.parents)), "run")
+
+    watched.setattr(disk, "device_of", lambda path: 0 if same_disk else disk_of(path))
+    room = 10**12 if not same_disk else space.peak
+    watched.setattr(disk, "free_bytes", lambda path: 10 if not same_disk and disk_of(path) == full else room)
+    dry_run(config, timed=False)
+    told = [line for line in capsys.readouterr().out.splitlines() if "the disk will be full" in line]
+    (line,) = told
+    if same_disk:  # the run itself fits, with what lies elsewhere it does not
+        assert "the copy of the final model of" in line and "what the cache keeps of the reference of" in line
+    else:
+        assert all(words in line for words in OTHER_DISKS[full]) and "10 bytes free" in line
+
+
+def test_a_dry_run_says_that_the_disk_is_too_full(
+    runs: Any, watched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = runs.config()
+    watched.setattr(disk, "free_bytes", lambda path: 10)
+    dry_run(config, timed=False)
+    shown = capsys.readouterr().out
+    assert "note: this would stop a run here: " in shown and "too full for this run to end" in shown

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.distributed.tensor import DTensor
 
 from strop import durable
-from strop.disk import ensure_space, free_bytes, in_words
+from strop.disk import ensure_space, remedy, room
 from strop.errors import CheckpointError, SaveError, foreign_errors
 from strop.manifest import MANIFEST, Damaged, FileEntry, Manifest, carries_manifest, read_manifest, verify_files
 from strop.policy.precision import nonfinite
@@ -252,10 +252,10 @@ def _make_way(target: Path) -> None:
 
 def _save_failed(target: Path, needed: int, why: str) -> SaveError:
     return SaveError(
-        f"the checkpoint could not be written: {why}; {in_words(needed)} needed, {in_words(free_bytes(target))} free",
+        f"the checkpoint could not be written: {why}{room(why, target, needed)}",
         where=str(target),
         expected="older checkpoints are untouched",
-        fix="make room or mend the disk, then go on with --resume",
+        fix=f"{remedy(why)}; a run that has ended goes on with --resume",
     )
 
 

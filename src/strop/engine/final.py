@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from strop.disk import ensure_space, free_bytes, in_words
+from strop.disk import ensure_space, remedy, room
 from strop.engine.checkpoint import Checkpoint
 from strop.errors import CheckpointError, SaveError, foreign_errors
 from strop.manifest import Damaged, read_manifest, seal, verify_listed
@@ -43,23 +43,26 @@ def export(
     """
     identity = {**made_from, RECIPE: json.dumps(recipe, sort_keys=True)}
 
-    def failed(why: str) -> SaveError:
+    def failed(why: str, to_do: str) -> SaveError:
         return SaveError(
             f"the final model could not be written: {why}",
             where=str(run.final),
-            fix="make room or give the permission, then --resume: nothing that a checkpoint holds is trained again",
+            fix=f"{to_do}, then --resume: nothing that a checkpoint holds is trained again",
         )
 
     def fill(folder: Path) -> None:
-        with foreign_errors(lambda why: SaveError(f"{why}; {in_words(free_bytes(folder))} free")):
+        with foreign_errors(lambda why: SaveError(why + room(why, folder))):
             write(folder)
             seal(folder, step, identity)
 
     try:
         ensure_space(run.path, needed)
+    except SaveError as error:
+        raise failed(error.found, "make room") from error
+    try:
         return run.publish_final(fill)
     except CheckpointError as error:
-        raise failed(error.found) from error
+        raise failed(error.found, remedy(error.found)) from error
 
 
 def finished(run: RunDir) -> Checkpoint | None:

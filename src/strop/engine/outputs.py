@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from strop.config import RunConfig
+from strop.disk import remedy
 from strop.engine import checkpoint
 from strop.engine.margins import MarginsLog
 from strop.engine.progress import Progress
@@ -138,8 +139,9 @@ def _as_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        why = error.strerror or str(error)
         raise CheckpointError(
-            f"the margins cannot be written: {error.strerror or error}",
+            f"the margins cannot be written: {why}",
             where=str(folder),
-            fix="make room or give the permission and go on with --resume; `logging.margins: false` leaves them out",
+            fix=f"{remedy(why)} and go on with --resume; `logging.margins: false` leaves them out",
         ) from error

@@ -28,6 +28,7 @@ from filelock import FileLock
 from strop.cachedir import cache_folder
 from strop.data.store.records import Worked
 from strop.data.store.table import SCHEMA, Shard
+from strop.disk import remedy
 from strop.errors import DataError
 
 log = logging.getLogger("strop")
@@ -99,11 +100,12 @@ def fetch(
                 ) from error
             log.warning("%s was deleted while it was used: the rows are tokenised again", folder)
         except OSError as error:
+            why = error.strerror or str(error)
             raise DataError(
-                f"the token cache cannot be written: {error.strerror or error}",
+                f"the token cache cannot be written: {why}",
                 where=str(folder),
                 expected="room and leave to write; tokens take some 5 bytes each",
-                fix="free space, or set the environment variable STROP_CACHE to another folder",
+                fix=f"{remedy(why)}, or set the environment variable STROP_CACHE to another folder",
             ) from error
     raise AssertionError("the last try returns or raises")
 
