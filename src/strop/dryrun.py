@@ -8,13 +8,14 @@ comes after the first example, and the processor is timed last.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from strop.config import ModelSection, RunConfig, resolve
@@ -74,8 +75,7 @@ def dry_run(
         read = _read(config, model, console)
         runs.append(_settle(config, model, machine, read, say))
     say("The configuration: key, value, where it came from\n")
-    for line in _values(config, runs[0].prepared.config):
-        say(line)
+    _show_values(_values(config, runs[0].prepared.config), console)
     for note in notes:
         say(f"note: {note}")
     if timed and machine.kind == "cpu":
@@ -160,9 +160,9 @@ def _space(settled: Settled, folder: Path) -> list[str]:
         return [f"this would stop a run here: {error}"]
 
 
-def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
-    """One line per key that the run reads; `resolved` has the values and origins that the data decided (and only its
-    own model)."""
+def _values(config: RunConfig, resolved: RunConfig) -> list[tuple[str, str, str]]:
+    """Key, value and origin of each key that the run reads; `resolved` has the values and origins that the data
+    decided (and only its own model)."""
     decided = {key: value for key, value, _ in resolved.leaves()}
     rows, hidden = [], unread(config)
     for key, value, _ in config.leaves():
@@ -170,8 +170,20 @@ def _values(config: RunConfig, resolved: RunConfig) -> list[str]:
             continue
         settled = resolved if not key.startswith("models.") else config
         rows.append((key, write_value(decided[key] if settled is resolved else value), settled.origins.get(key, "")))
+    return rows
+
+
+def _show_values(rows: Sequence[tuple[str, str, str]], console: Console) -> None:
+    """In three columns. On a terminal, what is too long for its column goes on below, in the column."""
+    if console.is_terminal:
+        table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2))
+        for row in rows:
+            table.add_row(*(Text(escaped(cell)) for cell in row))
+        console.print(table, soft_wrap=False)
+        return
     widths = [max(len(row[i]) for row in rows if len(row[i]) <= 48) for i in (0, 1)]
-    return [f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows]
+    for key, value, origin in rows:
+        console.print(Text(escaped(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}")))
 
 
 def _machine(config: RunConfig, device: str | None, memory: int | None) -> tuple[Machine, list[str]]:

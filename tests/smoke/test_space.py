@@ -105,7 +105,10 @@ def test_a_disk_that_will_be_full_is_warned_of(
     assert "the disk will be full" in caplog.text and "save_total_limit" in caplog.text
 
 
-OTHER_DISKS = {"mount": ("mount_dir", "the run ends without it"), "cache": ("STROP_CACHE", "later runs score it again")}
+OTHER_DISKS = {
+    "mount": ("mount_dir", "copying fails at the end of the run"),
+    "cache": ("STROP_CACHE", "later runs score it again"),
+}
 
 
 @pytest.mark.parametrize("full", OTHER_DISKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from strop.config import RunConfig, load_config, to_yaml
 from strop.config.methods import SftSettings
@@ -190,3 +192,20 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="--device-memory"):
         bytes_of(text)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_table_of_values_fits_the_terminal(width: int, config: RunConfig) -> None:
+    long = {"training.output_dir": "./" + "a-long-name/" * 9, "dataset.max_samples": 5}
+    told = io.StringIO()
+    dry_run(
+        config.with_values(long, "where it came from, in many words that need more than a line of an old terminal"),
+        timed=False,
+        console=Console(file=told, force_terminal=True, width=width, soft_wrap=True, color_system=None),
+    )
+    table = told.getvalue().partition("where it came from\n\n")[2].partition("\ndry run")[0]
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= width
+    begun = [line.split()[0] for line in lines if line[:1].strip()]
+    assert {"training.output_dir", "dataset.max_samples", "training.learning_rate"} <= set(begun)
+    assert all("." in key or key == "seed" for key in begun)  # what goes on below stands in its column
