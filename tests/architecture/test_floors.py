@@ -45,6 +45,7 @@ FLOORS = {
     "session": 6,
     "catalogue": 6,
     "export": 6,
+    "generate": 7,
     "dryrun": 7,
     "references": 7,
     "reporting": 7,

@@ -40,6 +40,13 @@ def test_the_page_generates(
     adapted: bool, runs: Any, place: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     place(runs(max_steps=1, **({"r": 4} if adapted else {})).path)
+    Path("prompts.jsonl").write_text('{"prompt": "hello"}\n{"messages": [{"role": "user", "content": "yes"}]}\n')
+    for command in re.findall(r"^strop (generate .* .*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        assert main(shlex.split(command)) == 0
+    assert [set(json.loads(line)) for line in Path("answers.jsonl").read_text().splitlines()] == 2 * [
+        {"prompt", "sample", *(f"{who}{what}" for who in ("", "base_") for what in ("completion", "tokens", "finish"))}
+    ]
+    capsys.readouterr()
     code = blocks()[0]
     assert "generate" in code
     exec(code, scope := {})

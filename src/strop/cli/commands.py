@@ -55,6 +55,9 @@ COMMANDS: Mapping[str, Command] = {
     "prepare": Command(
         "prepare", "files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)"
     ),
+    "generate": Command(
+        "generate", "what a model answers: a prompt, a file of them, or a chat (strop generate --help)"
+    ),
     "merge": Command("merge", "an adapter into its base, compared before it is written (strop merge --help)"),
     "schema": Command("schema", "print the JSON Schema of configuration files"),
 }

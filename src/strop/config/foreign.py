@@ -131,10 +131,11 @@ _GROUPS: Mapping[str, str] = {
     "strop merge RUN --output-dir DIR merges an adapter into its base": (
         "merge_adapter merge_lora merge_and_unload save_merged"
     ),
-    "final/ is a model as transformers loads it: docs/using-your-model.md shows how to generate with it and to "
-    "serve it": (
-        "generate chat infer inference predict predict_with_generate sample complete serve api webui webchat vllm "
-        "use_vllm deploy"
+    "strop generate RUN answers a prompt, a file of prompts, or you": (
+        "chat infer inference predict predict_with_generate sample complete"
+    ),
+    "final/ is a model as transformers loads it: docs/using-your-model.md shows how to serve it": (
+        "serve api webui webchat vllm use_vllm deploy"
     ),
     "a model is evaluated while it trains, by its loss on held-out rows: training.eval_steps, dataset.val_file, "
     "dataset.validation_split": ("eval evaluate evaluation test bench benchmark lm_eval lm_eval_harness do_eval"),

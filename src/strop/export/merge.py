@@ -41,8 +41,7 @@ from strop.export.proof import (
     move_weights,
     refuse,
 )
-from strop.export.shards import Shard, read_header, rewrite
-from strop.machine import machine_of
+from strop.export.shards import Shard, memory_dtype, read_header, rewrite
 from strop.manifest import seal
 from strop.policy.model.adapter_targets import head_names
 from strop.policy.model.configuration import quiet
@@ -141,7 +140,7 @@ def _merged(
     model: ModelSection, files: ModelFiles, shards: Sequence[Shard], folder: Path, prompts: Sequence[str], where: str
 ) -> Merged:
     """The adapter's model: asked, then merged, in memory."""
-    loaded = load_model(model, dtype=_compute(files, shards))
+    loaded = load_model(model, dtype=memory_dtype(shards, files.stored))
     module = loaded.module
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings()
     was_tied = head is not None and head.weight is embedding
@@ -171,15 +170,6 @@ def _merged(
 def _asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rows: int) -> list[list[int]]:
     with foreign_errors(lambda why: ModelError(f"a prompt cannot be written by its chat template: {why}")):
         return encode(tokenizer, prompts, rows)
-
-
-def _compute(files: ModelFiles, shards: Sequence[Shard]) -> torch.dtype:
-    """float32, unless the memory of this computer is too small for the model in it."""
-    if torch.float64 in (spec.dtype for shard in shards for spec in shard.specs.values()):
-        return torch.float64
-    numel = sum(torch.Size(spec.shape).numel() for shard in shards for spec in shard.specs.values())
-    memory = machine_of(torch.device("cpu")).memory
-    return torch.float32 if memory is None or numel * 4 * 1.2 < memory else files.stored
 
 
 def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dtype | None) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from strop.durable import NewFile
 from strop.errors import ModelError, first_line
+from strop.machine import machine_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -87,6 +88,20 @@ def read_header(path: Path) -> Shard:
         if dtype not in DTYPES:
             raise ModelError(f"{path.name}: {name} is of the dtype {dtype}, which is not known here", where=str(path))
     return Shard(path, {name: Spec(shape, DTYPES[dtype]) for name, (shape, dtype) in stored.items()}, metadata)
+
+
+def memory_dtype(shards: Sequence[Shard], stored: torch.dtype) -> torch.dtype:
+    """What a model is held in, on a CPU: float32, unless the memory of this computer is too small for it.
+
+    Args:
+        stored: the dtype of most of its weights.
+    """
+    specs = [spec for shard in shards for spec in shard.specs.values()]
+    if any(spec.dtype == torch.float64 for spec in specs):
+        return torch.float64
+    needed = 1.2 * torch.float32.itemsize * sum(torch.Size(spec.shape).numel() for spec in specs)
+    memory = machine_of(torch.device("cpu")).memory
+    return torch.float32 if memory is None or needed < memory else stored
 
 
 def _damaged(path: Path, error: Exception) -> ModelError:

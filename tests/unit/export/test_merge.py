@@ -24,7 +24,7 @@ from transformers import (
 
 from strop.cli import main
 from strop.errors import CheckpointError, ModelError, SaveError
-from strop.export import adapted, merge, proof
+from strop.export import adapted, merge, proof, shards
 from strop.machine import Machine
 from strop.policy.model.configuration import quiet
 from strop.policy.model.load import load_model
@@ -208,7 +208,7 @@ def test_a_model_that_does_not_fit_into_memory_in_float32(
     make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = make(make_model(dtype=torch.bfloat16))
-    monkeypatch.setattr(merge, "machine_of", lambda device: Machine("cpu", 100_000, None))
+    monkeypatch.setattr(shards, "machine_of", lambda device: Machine("cpu", 100_000, None))
     seen = []
     monkeypatch.setattr(merge, "load_model", lambda m, dtype: seen.append(dtype) or load_model(m, dtype=dtype))
     assert not merge.merge(str(adapter), tmp_path / "merged").failed
