@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from strop.batch import Scores
+from strop.batch import Scores, own_columns, structure_of
 from strop.columns import NO_COLUMNS, Columns, Structure
+from strop.config.methods import MethodSettings
+from strop.objectives.base import Objective
+from strop.types import Group
 
 
 def make_scores(
@@ -25,6 +28,15 @@ def make_scores(
     structure = Structure(tuple(sizes), tuple(lengths), tuple(prompt_lengths or [1] * len(sizes)))
     columns.check(structure)
     return Scores(structure, logps, structure.completion_index(), structure.group_index(), columns, also or {})
+
+
+def beside(objective: Objective[MethodSettings], groups: Sequence[Group], refs: Sequence[Tensor]) -> list[Columns]:
+    """Per group: a reference's log-probs, and what the objective derives from the whole step."""
+    structure = structure_of(groups)
+    own = ref_columns(refs)
+    if objective.derives:
+        own = own.beside(objective.derive(structure, own.beside(own_columns(groups))))
+    return own.split(structure)
 
 
 def ref_columns(refs: Sequence[Tensor]) -> Columns:

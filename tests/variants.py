@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from strop.config.group_methods import Advantage, Aggregation, Algorithm, Correction, Gate
 from strop.config.methods import (
     CpoSettings,
     DpoSettings,
+    GrpoSettings,
     IpoSettings,
     KtoSettings,
     LossType,
@@ -22,6 +24,12 @@ NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 1e-3}}
 
 def dpo(loss_type: str = "sigmoid", **settings: Any) -> DpoSettings:
     return DpoSettings(loss_type=loss_type, **{**NEEDED.get(loss_type, {}), **settings})  # type: ignore[arg-type]
+
+
+def grpo(algorithm: str = "grpo", **settings: Any) -> GrpoSettings:
+    found = GrpoSettings(algorithm=algorithm, **settings)  # type: ignore[arg-type]
+    needed = {"normalizer_length": 16} if found.aggregation == "constant" else {}
+    return GrpoSettings(algorithm=algorithm, **{**needed, **settings})  # type: ignore[arg-type]
 
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -40,6 +48,21 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 def reads(loss_type: str, option: str) -> bool:
     return option not in DpoSettings.READ_BY or loss_type in DpoSettings.READ_BY[option].values
 
+
+GROUP_SETTINGS: list[GrpoSettings] = [
+    *(grpo(algorithm) for algorithm in get_args(Algorithm)),
+    *(grpo(algorithm, beta=0.1) for algorithm in get_args(Algorithm)),
+    *(grpo(advantage=advantage) for advantage in get_args(Advantage)),
+    *(grpo(aggregation=aggregation, beta=0.04) for aggregation in get_args(Aggregation)),
+    *(grpo(gate=gate) for gate in get_args(Gate)),
+    *(grpo(gate=gate, importance_sampling_level="sequence") for gate in ("cispo", "sapo", "none")),
+    *(grpo(kl_estimator=k, beta=0.2) for k in ("k1", "k2", "k3+")),
+    *(grpo(kl_estimator=k, beta=0.2, use_bias_correction_kl=False) for k in ("k2", "k3", "k3+")),
+    *(grpo(sampler_correction=c, sampler_correction_max=1.2) for c in get_args(Correction)[1:]),
+    *(grpo(sampler_correction=f"{c}_mask", sampler_correction_min=0.9) for c in ("token", "sequence", "geometric")),
+    grpo("dapo", delta=1.5, epsilon=0.1, advantage="reinforce++_baseline", beta=0.1, kl_in="reward"),
+]
+"""Every algorithm, and every value of each axis."""
 
 SETTINGS: list[MethodSettings] = [
     SftSettings(),
@@ -67,11 +90,13 @@ SETTINGS: list[MethodSettings] = [
     SimpoSettings(sft_weight=0.5, simpo_gamma=0.0),
     CpoSettings(),
     CpoSettings(label_smoothing=0.2, cpo_alpha=0.0),
+    *(grpo(algorithm, beta=0.1) for algorithm in get_args(Algorithm)),
+    grpo("dapo", advantage="batch", sampler_correction="sequence_mask", aggregation="prompt"),
 ]
 
 
 def name(settings: MethodSettings) -> str:
     """A short id: the method and what is not its default."""
-    given = {k: getattr(settings, k) for k in type(settings).model_fields if k != "method"}
+    given = {k: getattr(settings, k) for k in type(settings).model_fields if k in settings.model_fields_set}
     changed = [f"{k}={v}" for k, v in given.items() if v != type(settings).model_fields[k].default]
     return "-".join([settings.method, *changed])

@@ -6,7 +6,7 @@ like; so log-probs of one row layout can be laid beside those of any other. A gr
 
 What lies beside the tokens is in named columns, and how many there are of everything is in plain integers
 (`columns.py`). Nothing here knows what a column means, but for `prompt_logps`, whose tokens have to be gathered too,
-and the labels that groups have.
+and the labels and numbers that groups have themselves.
 
 Shifting happens here and nowhere else: `scored_positions[m]` is the position whose hidden state predicts
 `targets[m]`. A completion's last token predicts nothing and is not fed at all.
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from strop.columns import NO_COLUMNS, Columns, Structure
-from strop.types import Group
+from strop.types import OF_COMPLETIONS, OF_TOKENS, Group
 
 
 class TokenScores(NamedTuple):
@@ -168,6 +168,26 @@ class Scores:
         return zeros.index_add(0, self.completion_index, per_token.double())
 
 
+def own_columns(groups: Sequence[Group]) -> Columns:
+    """The columns that groups have themselves: labels, and numbers in float64. All have the same ones."""
+    names = own_names(groups[0])
+    assert all(own_names(g) == names for g in groups)
+
+    def joined(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.frombuffer(g.numbers[name]) for g in groups]))
+
+    return Columns(
+        per_token={name: joined(name) for name in OF_TOKENS if name in names},
+        per_completion={name: joined(name) for name in OF_COMPLETIONS if name in names},
+        per_group={"labels": torch.tensor([g.label for g in groups])} if "labels" in names else {},
+    )
+
+
+def own_names(group: Group) -> frozenset[str]:
+    """Names of the columns that a group has itself."""
+    return frozenset(group.numbers) | (frozenset() if group.label is None else {"labels"})
+
+
 def structure_of(groups: Sequence[Group]) -> Structure:
     """How many there are of everything in these groups."""
     return Structure(
@@ -287,10 +307,7 @@ def _batch(
     if PROMPT_LOGPS in wants:
         positions.append(_ranges(prompt_starts, np.array(structure.prompt_lengths) - 1))
         targets += [np.asarray(g.prompt_ids)[1:] for g in groups]
-    labels = [g.label for g in groups if g.label is not None]
-    assert len(labels) in (0, len(groups))
-    if labels:
-        columns = columns.beside(Columns(per_group={"labels": torch.tensor(labels)}))
+    columns = columns.beside(own_columns(groups))
     columns.check(structure)
     return Batch(
         scored_positions=torch.from_numpy(np.concatenate(positions)),

@@ -123,6 +123,15 @@ class Columns(NamedTuple):
                 return level[name]
         raise KeyError(f"no column {name!r}; there are: {', '.join(sorted(self.names)) or 'none'}")
 
+    def only(self, name: str) -> Columns:
+        """The column of that name alone.
+
+        Raises:
+            KeyError: there is none.
+        """
+        self.find(name)
+        return Columns(*({name: level[name]} if name in level else {} for level in self))
+
     def beside(self, other: Columns) -> Columns:
         """These and the others.
 
@@ -132,6 +141,21 @@ class Columns(NamedTuple):
         if twice := self.names & other.names:
             raise ValueError(f"these columns are supplied twice: {', '.join(sorted(twice))}")
         return Columns(*({**own, **more} for own, more in zip(self, other, strict=True)))
+
+    def split(self, structure: Structure) -> list[Columns]:
+        """[G] those of each group."""
+        s = structure
+        of_group = iter(s.tokens_per_completion)
+        tokens = [sum(next(of_group) for _ in range(n)) for n in s.completions_per_group]
+        counts = (tokens, s.completions_per_group, [1] * s.num_groups, [n - 1 for n in s.prompt_lengths])
+        levels: list[list[dict[str, Tensor]]] = []
+        for level, sizes in zip(self, counts, strict=True):
+            parts: list[dict[str, Tensor]] = [{} for _ in sizes]
+            for name, column in level.items():
+                for part, values in zip(parts, torch.split(column, list(sizes)), strict=True):
+                    part[name] = values
+            levels.append(parts)
+        return [Columns(*parts) for parts in zip(*levels, strict=True)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Columns:
         """With `change` made to every column."""

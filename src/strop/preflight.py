@@ -116,8 +116,8 @@ def _is_quickly_read(source: Source) -> bool:
 def _check_row(row: Row, rows: RowShape, columns: Columns) -> None:
     if row.refusal is not None:
         raise row.refusal.at(row.origin)
-    if row.data is None or "input_ids" in row.data:  # a blank line; tokens, which are looked at with the tokenizer
-        return
+    if row.data is None or {"input_ids", "completion_ids"} & row.data.keys():
+        return  # a blank line; tokens, which are looked at with the tokenizer
     try:
         to_example(row.data, row.origin, rows, columns)
     except RowRefused as refusal:

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.batch import PROMPT_LOGPS
 from strop.config import RunConfig, advice, of_model
-from strop.config.methods import KtoSettings, MethodSettings
+from strop.config.methods import GrpoSettings, KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.doctor import imbalance
 from strop.data.load import LoadedData
+from strop.data.store.numbers import check_groups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
@@ -73,6 +74,11 @@ class Prepared:
         if isinstance(settings, KtoSettings):
             note = imbalance(self.data.num_labels, settings.desirable_weight, settings.undesirable_weight)
             notes = [note] if note is not None else []
+        if isinstance(settings, GrpoSettings) and not self.data.train.counts("old_logps").any():
+            notes = [
+                "the rows have no old_logps: every ratio is 1, and what another policy sampled is trained as if this "
+                "one had"
+            ]
         try:
             size = sum(weight.numel() for weight in empty_model(self.model).parameters())
         except CannotBuildError:
@@ -82,6 +88,7 @@ class Prepared:
     def describe(self, tokens: RowTokens) -> Iterator[str]:
         """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
         plan, training, lengths = self.plan, self.config.training, self.data.train.lengths
+        yield from self.objective.describe()
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
         own = training.groups_per_step != batch * accumulation
@@ -162,6 +169,9 @@ def prepare(
     data = rows.load() if read is None else read[1]
     if MISMATCHED in objective.also:
         _check_mismatched(data)
+    if isinstance(objective.settings, GrpoSettings):
+        for groups in (data.train, data.eval):
+            check_groups(groups, objective.reads, objective.settings.advantage)
     if data.eval:
         _check_metric(config, objective)
     else:

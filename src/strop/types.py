@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
@@ -19,6 +19,13 @@ Turns = tuple[Message, ...] | str
 RowShape = Literal["single", "pair", "labelled", "group"]
 """What a method keeps together: one completion per row, a chosen and a rejected one, one with a label,
 or any number."""
+
+OF_COMPLETIONS = ("rewards",)
+"""Numbers that a row of a group may have, one per completion."""
+
+OF_TOKENS = ("old_logps", "sampler_logps")
+"""Numbers that a row of a group may have, one per trained token: log-probs under the policy that a ratio is taken to,
+and as what sampled the tokens has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,8 @@ class Example:
     a labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of. An
     assistant turn with `"train": False` is one that the row says is not to be trained. `notes`: what was done to the
     row so that it could be read, for the report. `template_kwargs`: the row's own variables for the chat template.
+    `numbers`: those of `OF_COMPLETIONS` and `OF_TOKENS` that the row has, by name: per completion a number, or one per
+    trained token.
     """
 
     prompt: Turns
@@ -51,6 +60,7 @@ class Example:
     label: bool | None = None
     notes: tuple[str, ...] = ()
     template_kwargs: Mapping[str, Any] | None = None
+    numbers: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def split_before(self, turn: int) -> Example:
         """The same conversation with its first `turn` messages as the prompt, where it has one completion."""
@@ -102,13 +112,15 @@ class Group:
     """One prompt and its n completions, as tokens: what everything after the data room works on.
 
     prompt_ids: at least one token (the first completion token needs a position that predicts it). label: as in
-    Example.
+    Example. numbers: what lies beside the tokens, by name: of `OF_COMPLETIONS` one per completion, of `OF_TOKENS` one
+    per trained token, completion after completion.
     """
 
     prompt_ids: array[int]
     completions: tuple[Completion, ...]
     origin: Origin
     label: bool | None = None
+    numbers: Mapping[str, array[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.prompt_ids) > 0 and self.completions

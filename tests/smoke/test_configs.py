@@ -36,7 +36,10 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
     pairs = [{"prompt": f"question {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no maybe"} for i in range(24)]
     splits = folder / "data" / "splits"
     splits.mkdir(parents=True)
-    for rows, name in ((single, ""), (pairs, ".dpo")):
+    groups = [
+        {"prompt": f"question {i}", "completions": ["yes", "no", "maybe"], "rewards": [1, 0, 0]} for i in range(24)
+    ]
+    for rows, name in ((single, ""), (pairs, ".dpo"), (groups, ".groups")):
         for split in ("train", "val"):
             (splits / f"{split}{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("configs", "scripts"):
@@ -67,7 +70,9 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def with_local_files(text: str) -> str:
     """A configuration with the models and data sets of the hub replaced."""
-    rows = "train.jsonl" if re.search(r"^  method: sft", text, flags=re.MULTILINE) else "train.dpo.jsonl"
+    method = re.search(r"^  method: (\w+)", text, flags=re.MULTILINE)
+    names = {"sft": "train.jsonl", "grpo": "train.groups.jsonl"}
+    rows = names.get(method[1] if method else "", "train.dpo.jsonl")
     text = re.sub(r"^(  validation_split: )[\d.]+", r"\g<1>0.5", text, flags=re.MULTILINE)  # kto compares two rows
     text = re.sub(r"^( *(?:- )?huggingface_id: )\S+", r"\1model", text, flags=re.MULTILINE)
     return re.sub(r"^(dataset:\n(?: .*\n)*?  name: )\S+", rf"\1data/splits/{rows}", text, flags=re.MULTILINE)

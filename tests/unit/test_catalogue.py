@@ -69,5 +69,13 @@ def test_the_table_of_data_has_every_method_and_stands_in_the_guide(capsys: pyte
     for data, method, note in FOR_DATA:
         assert f"| {data} | [{method}](methods/{method}.md) | {note} |\n" in guide
         assert re.search(rf"^  {re.escape(data)} +{method} *{re.escape(note)}$", shown, flags=re.MULTILINE)
-        kind = "labelled" if "marked" in data else "pair" if "pairs" in data else "single"
+        kind = (
+            "group"
+            if "rewards" in data
+            else "labelled"
+            if "marked" in data
+            else "pair"
+            if "pairs" in data
+            else "single"
+        )
         assert kind == METHODS[method].ROWS

@@ -15,9 +15,10 @@ usage: strop prepare --input FILE ... --output-dir DIR [--method NAME] [options]
        strop prepare --example NAME --output-dir DIR
 
   --input FILE ...       JSON Lines, a JSON array, CSV or Parquet (jsonl:PATH, text:PATH, local:FOLDER)
-  --output-dir DIR       gets train.jsonl and val.jsonl (sft), train.kto.jsonl and val.kto.jsonl (kto), or
-                         train.dpo.jsonl and val.dpo.jsonl (all that train on pairs), and statistics.json; refused rows
-                         go to rejected.jsonl. It is what dataset.splits_dir names
+  --output-dir DIR       gets train.jsonl and val.jsonl (sft), train.kto.jsonl and val.kto.jsonl (kto),
+                         train.groups.jsonl and val.groups.jsonl (grpo), or train.dpo.jsonl and val.dpo.jsonl (all that
+                         train on pairs), and statistics.json; refused rows go to rejected.jsonl. It is what
+                         dataset.splits_dir names
   --method NAME          the method that the rows are for (default: sft): see strop methods
   --val-input FILE ...   validation rows, instead of a share of the others
   --val-fraction SHARE   share of the rows to hold out (default: 0.1)

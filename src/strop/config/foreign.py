@@ -23,7 +23,7 @@ _MANY: Mapping[str, str] = {
     "dataset.prompt_column": "prompt_key prompt_field field_prompt",
     "dataset.chosen_column": "chosen_key chosen_field field_chosen",
     "dataset.rejected_column": "rejected_key rejected_field field_rejected",
-    "post_training.method": "stage rl rlhf_type trainer_type algorithm",
+    "post_training.method": "stage rl rlhf_type trainer_type",
 }
 """What strop calls a key -> what others call it, where they have many names."""
 
@@ -123,10 +123,13 @@ _GROUPS: Mapping[str, str] = {
         "wandb wandb_project wandb_entity wandb_name wandb_run_id use_wandb mlflow comet_ml comet swanlab "
         "use_swanlab neptune trackio report plot_loss run_name log_with"
     ),
-    "strop trains on given rows, not on what the model generates meanwhile, and no reward models: use method: dpo "
-    "on pairs of answers, or kto on answers marked as good or bad": (
-        "grpo ppo rloo gspo dapo reinforce reinforce_plus_plus online_dpo nash_md xpo rlhf gkd reward "
-        "reward_model reward_funcs reward_modeling rm prm num_generations"
+    "strop trains on given rows, not on what the model generates meanwhile, and no reward models: use method: grpo on "
+    "sampled answers with rewards, dpo on pairs of answers, or kto on answers marked as good or bad": (
+        "ppo online_dpo nash_md xpo rlhf gkd reward reward_model reward_funcs reward_modeling rm prm num_generations"
+    ),
+    "it is an algorithm of grpo: set post_training.method: grpo and post_training.algorithm to grpo, dr_grpo, dapo, "
+    "bnpo, gspo, cispo, sapo, gmpo, rloo, reinforce++ or maxrl": (
+        "dr_grpo dapo bnpo gspo cispo sapo gmpo rloo reinforce reinforce++ reinforce_plus_plus maxrl"
     ),
     "strop merge RUN --output-dir DIR merges an adapter into its base": (
         "merge_adapter merge_lora merge_and_unload save_merged"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from strop.config.methods import METHODS, ReferenceSettings, SimpoSettings
+from strop.config.methods import METHODS, GrpoSettings, ReferenceSettings, SimpoSettings
 from strop.config.run import RunConfig
 from strop.config.schema import key_at
 from strop.config.sections import FinetuningSection, ModelSection
@@ -28,7 +28,8 @@ def resolve(config: RunConfig) -> RunConfig:
 
     `training.learning_rate` by method and by what trains (open where some models train adapters and others all
     weights: `of_model` decides then), `training.warmup_ratio` unless steps are given, no
-    `training.max_completion_length` for sft, `finetuning.greater_is_better` by metric.
+    `training.max_completion_length` for sft, `post_training.normalizer_length` by that key for grpo,
+    `finetuning.greater_is_better` by metric.
     """
     training, finetuning = config.training, config.finetuning
     found: dict[str, Any] = {}
@@ -39,6 +40,9 @@ def resolve(config: RunConfig) -> RunConfig:
         found["training.warmup_ratio"] = WARMUP_RATIO
     if config.post_training.method == "sft" and "max_completion_length" not in training.model_fields_set:
         found["training.max_completion_length"] = None
+    method, length = config.post_training, training.max_completion_length
+    if isinstance(method, GrpoSettings) and method.aggregation == "constant" and method.normalizer_length is None:
+        found |= {} if length is None else {"post_training.normalizer_length": length}
     if finetuning.greater_is_better is None:
         found["finetuning.greater_is_better"] = _greater_is_better(finetuning)
     return config.with_values(found, {key: default_origin(key) for key in found}) if found else config
@@ -78,7 +82,7 @@ def advice(config: RunConfig, num_weights: int | None = None) -> list[str]:
 def _advice(config: RunConfig, num_weights: int | None) -> Iterator[str]:
     method, training = config.post_training, config.training
     yield from _about_the_rate(config, num_weights)
-    if isinstance(method, ReferenceSettings) and not 0.01 <= method.beta <= 1:
+    if isinstance(method, ReferenceSettings) and not isinstance(method, GrpoSettings) and not 0.01 <= method.beta <= 1:
         effect = "leaves the policy almost free of" if method.beta < 0.01 else "holds the policy to"
         yield (
             f"post_training.beta {method.beta:g} lies outside 0.01 to 1: it {effect} the reference; 0.1 to 0.3 is a "

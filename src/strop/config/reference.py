@@ -107,6 +107,7 @@ FOR_DATA = (
     ("pairs, and a model that had no sft", "orpo", "sft and preference in one run, no reference"),
     ("pairs of translations", "cpo", "what it was made for; no reference"),
     ("single answers marked as good or bad", "kto", "without pairs, also where one kind is rare"),
+    ("several answers per prompt with rewards", "grpo", "algorithm: dapo, gspo, rloo and others"),
 )
 """What the data is, the method for it, and what to know of it."""
 

@@ -24,7 +24,7 @@ from strop.data.read.sources import SPLIT_FILES, file_source
 from strop.data.report import length_summary
 from strop.data.shapes.examples import Columns, to_example
 from strop.data.split import held_out
-from strop.data.text.token_rows import is_tokenised
+from strop.data.text.token_rows import is_tokenised, is_tokenised_group
 from strop.durable import published
 from strop.errors import DataError
 from strop.types import Example, Origin, RowShape
@@ -46,6 +46,14 @@ EXAMPLES: Mapping[RowShape, Sequence[Mapping[str, Any]]] = {
     ],
     "labelled": [
         {"prompt": f"What is {a} + {b}?", "completion": f"{a + b + (a + b) % 2}.", "label": (a + b) % 2 == 0}
+        for a, b in _SUMS
+    ],
+    "group": [
+        {
+            "prompt": f"What is {a} + {b}?",
+            "completions": [f"{a + b + wrong}." for wrong in (0, 1, 0, 2)],
+            "rewards": [1.0, 0.0, 1.0, 0.0],
+        }
         for a, b in _SUMS
     ],
 }
@@ -225,12 +233,16 @@ class _Sorter:
 
     def _kept(self, row: Row) -> _Kept | None:
         shape = self._how.rows
+        prompt: Any
         try:
             if row.data is None:
                 assert row.refusal is not None
                 raise row.refusal
-            if shape == "single" and is_tokenised(row.data):
-                prompt: Any = row.data["input_ids"]
+            if shape == "group" and is_tokenised_group(row.data):
+                prompt = row.data.get("prompt_ids")
+                words = [prompt, row.data["completion_ids"]]
+            elif shape == "single" and is_tokenised(row.data):
+                prompt = row.data["input_ids"]
                 words = [row.data["input_ids"], row.data.get("labels")]
             else:
                 example = to_example(row.data, row.origin, shape, self._how.columns)
@@ -257,7 +269,8 @@ DEEP = "the row is nested too deeply to be compared"
 
 
 def _words(example: Example) -> list[Any]:
-    return [example.prompt, *example.completions, example.tools, example.label, example.template_kwargs]
+    beside = [example.tools, example.label, example.template_kwargs, example.numbers]
+    return [example.prompt, *example.completions, *beside]
 
 
 def _json(value: Any) -> str:

@@ -100,7 +100,7 @@ class Evaluation:
             self.cut = finer
 
     def _score(self) -> StepScores:
-        groups = self.groups
+        groups = self.groups.derived(self.objective)
         with self.policy.scoring(), self.watcher.evaluating(len(groups.groups)) as done:
             batches = self._until_stopped(groups, self.cut.parts(groups))
             also = {name: self._until_stopped(some, self.cut.parts(some)) for name, some in groups.also.items()}

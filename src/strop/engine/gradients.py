@@ -92,7 +92,8 @@ class Gradients:
     def _micro_batches(self, key: tuple[int, Cut]) -> MicroBatches:
         """key: a step, and how it is cut."""
         step, cut = key
-        return MicroBatches.of(self._source.step(step), cut, self._policy, self._world)
+        groups = self._source.step(step).derived(self._objective)
+        return MicroBatches.of(groups, cut, self._policy, self._world)
 
     def _passes(self, step: int, scale: float | Tensor) -> tuple[StepScores, MicroBatches]:
         own = self._ahead.take((step, self._cut))

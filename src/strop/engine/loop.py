@@ -370,6 +370,8 @@ def _in_order(values: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def _has_no_signal(group: Group) -> bool:
-    """Whether no preference can be learnt from a group: its completions are the same tokens."""
+    """Whether comparing a group's completions teaches nothing: all have one reward, or are the same tokens."""
+    if (rewards := group.numbers.get("rewards")) is not None:
+        return len(set(rewards)) == 1
     first, *rest = group.completions
     return bool(rest) and all(c == first for c in rest)

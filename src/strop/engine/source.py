@@ -11,14 +11,16 @@ the result of a step; the cut is the hardware's and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
 
-from strop.batch import Batch
+from strop.batch import Batch, own_columns, own_names, structure_of
 from strop.columns import NO_COLUMNS, Columns
+from strop.config.methods import MethodSettings
 from strop.lengths import Lengths, lengths_of
+from strop.objectives.base import Objective
 from strop.plan.cutting import cut
 from strop.plan.tokens import RowTokens
 from strop.policy.policy import Policy
@@ -49,14 +51,29 @@ class GroupSet:
 
     @property
     def supplies(self) -> frozenset[str]:
-        """Names of the columns that lie beside the groups, with the labels that they have themselves."""
-        labels = {"labels"} if self.groups[0].label is not None else set()
-        return frozenset({*self.columns, *labels})
+        """Names of the columns that lie beside the groups, with those that they have themselves."""
+        return own_names(self.groups[0]).union(self.columns)
 
     @property
     def lengths(self) -> Lengths:
         """The lengths of the groups, which are known without reading them."""
         return lengths_of(self.groups)
+
+    def derived(self, objective: Objective[MethodSettings]) -> GroupSet:
+        """The set of a whole step, with the columns that the objective derives from those of all its groups."""
+        if not objective.derives:
+            return self
+        structure, columns = structure_of(self.groups), own_columns(self.groups)
+        everywhere = range(len(self.groups))
+        for supplied in self.columns.values():
+            columns = columns.beside(supplied(everywhere))
+        found = objective.derive(structure, columns)
+
+        def supply(name: str) -> Supply:
+            each = found.only(name).split(structure)
+            return lambda part: Columns.join([each[i] for i in part])
+
+        return replace(self, columns={**self.columns, **{name: supply(name) for name in objective.derives}})
 
     def batch(self, policy: Policy, part: Part) -> Batch:
         columns = NO_COLUMNS

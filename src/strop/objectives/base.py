@@ -6,11 +6,15 @@ depend on how the step was cut. What a step's loss is: sum over terms of terms[t
 
 Columns that are supplied today, and by whom:
 
-    ref_logps     [M]  the source of the steps   log-probs under the reference
-    labels        [G]  the source of the steps   whether a completion is a desirable one
-    prompt_logps  [P]  the policy                log-probs of each prompt's tokens but the first, with gradients
-    collisions    [M]  the policy                log(sum over the vocabulary of p^2), the log-prob that two tokens drawn
-                                                 there are the same; without gradients
+    ref_logps      [M]  the source of the steps   log-probs under the reference
+    labels         [G]  the source of the steps   whether a completion is a desirable one
+    rewards        [C]  the source of the steps   how good a completion is
+    old_logps      [M]  the source of the steps   log-probs under the policy that ratios are taken to
+    sampler_logps  [M]  the source of the steps   log-probs as what sampled the tokens has them
+    prompt_logps   [P]  the policy                log-probs of each prompt's tokens but the first, with gradients
+    collisions     [M]  the policy                log(sum over the vocabulary of p^2), the log-prob that two tokens
+                                                  drawn there are the same; without gradients
+    advantages     [M]  grpo derives them         from the rewards of the whole step
 
 and further groups (`also`):
 
@@ -22,7 +26,7 @@ An objective works on tensors alone and turns none into a Python number: that wo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import ClassVar, Generic, TypeVar
@@ -30,7 +34,7 @@ from typing import ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from strop.batch import Scores
-from strop.columns import Unit
+from strop.columns import NO_COLUMNS, Columns, Structure, Unit
 from strop.config.methods import MethodSettings
 from strop.types import RowShape
 
@@ -58,7 +62,8 @@ class Objective(ABC, Generic[S]):
 
     Declared on the class: `METRICS`, how to read each metric of its variants.
 
-    Declared by the instance, since variants differ: `reads`, the columns it reads beside the log-probs; `also`, further
+    Declared by the instance, since variants differ: `reads`, the columns it needs beside the log-probs; `derives`, the
+    columns that it makes of those of a whole step before anything is scored (`derive`); `also`, further
     groups that are scored first and without gradients, whose scores it finds in `scores.also`; `units`, what each term
     is divided by; `whole_step`, whether the terms hold a statistic of the whole step: `terms` is then called once with
     the scores of the whole step, else once per micro-batch; `ref_sync`, whether the reference follows the policy
@@ -83,6 +88,20 @@ class Objective(ABC, Generic[S]):
     def reads(self) -> frozenset[str]:
         """Names of the columns it reads."""
         return frozenset()
+
+    @property
+    def derives(self) -> frozenset[str]:
+        """Names of the columns that `derive` gives."""
+        return frozenset()
+
+    def derive(self, structure: Structure, columns: Columns) -> Columns:
+        """Columns that follow from those beside the groups of a whole step. They do not depend on the policy, so a
+        statistic of the step in them costs no second pass. On the CPU, without gradients."""
+        return NO_COLUMNS
+
+    def describe(self) -> Iterator[str]:
+        """Lines for a person: what its name does not say."""
+        return iter(())
 
     @property
     def also(self) -> frozenset[str]:

@@ -77,7 +77,7 @@ def test_what_is_absent_is_never_answered_with_a_key_of_like_spelling(name: str)
 @pytest.mark.parametrize(
     ("key", "value", "fix"),
     [
-        ("post_training.method", "grpo", ABSENT["grpo"]),
+        ("post_training.method", "dapo", ABSENT["dapo"]),
         ("post_training.method", "PPO", ABSENT["ppo"]),
         ("post_training.method", "hinge", "write method: dpo and loss_type: hinge"),
         ("post_training.loss_type", "simpo", "write method: simpo"),

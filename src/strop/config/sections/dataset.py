@@ -92,7 +92,7 @@ class DatasetSection(Section):
     """Validation rows; wins over `splits_dir` and `validation_split`."""
     splits_dir: str | None = None
     """Folder with `train.jsonl` and `val.jsonl` (sft), `train.dpo.jsonl` and `val.dpo.jsonl` (pairs),
-    or `train.kto.jsonl` and `val.kto.jsonl` (kto)."""
+    `train.kto.jsonl` and `val.kto.jsonl` (kto), or `train.groups.jsonl` and `val.groups.jsonl` (grpo)."""
     prompt_column: str = "prompt"
     """Column with the prompt (text or a list of messages)."""
     chosen_column: str = "chosen"

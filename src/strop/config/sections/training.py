@@ -10,7 +10,7 @@ from pydantic import Field
 from strop.config.folders import unsafe_folder
 from strop.config.section import Problem, Section
 
-LEARNING_RATES = "by method (sft 2e-5, preferences 5e-7; ten times that for adapters)"
+LEARNING_RATES = "by method (sft 2e-5, preferences 5e-7, grpo 1e-6; ten times that for adapters)"
 """How `training.learning_rate` is chosen where nobody gives it."""
 
 
@@ -44,8 +44,8 @@ class TrainingSection(Section):
     per_device_train_batch_size x that; halved until the estimate of memory fits the device. Changes memory and
     speed; the result only through the masks of lora_dropout, where a resume keeps it."""
     learning_rate: float | None = Field(default=None, gt=0, json_schema_extra={"x-default": LEARNING_RATES})
-    """Peak learning rate; null: by method and by what trains (all weights: sft 2e-5, preferences 5e-7; adapters: ten
-    times that)."""
+    """Peak learning rate; null: by method and by what trains (all weights: sft 2e-5, preferences 5e-7, grpo 1e-6;
+    adapters: ten times that)."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, towards 0, which it would reach one step after the last; constant does not decay."""
     warmup_steps: int | None = Field(default=None, ge=0)

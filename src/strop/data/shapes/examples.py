@@ -18,6 +18,7 @@ from strop.data.read.row import RowRefused
 from strop.data.shapes.foreign import own_shape
 from strop.data.shapes.json_columns import messages_in, parsed
 from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
+from strop.data.shapes.numbers import Numbers, numbers_of
 from strop.data.shapes.own import equal, explicit, implicit, same_kind
 from strop.types import Example, Message, Origin, RowShape, Turns
 
@@ -89,7 +90,8 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
     reader.refuse_media((prompt, *completions))
     if isinstance(prompt, tuple):
         prompt = as_context(prompt)
-    return Example(prompt, completions, origin, reader.tools(), label, tuple(reader.notes), reader.template_kwargs())
+    tools, kwargs, notes = reader.tools(), reader.template_kwargs(), tuple(reader.notes)
+    return Example(prompt, completions, origin, tools, label, notes, kwargs, reader.numbers(len(completions)))
 
 
 class _Reader:
@@ -350,6 +352,10 @@ class _Reader:
         if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
             raise wrong_type("tools", tools, "a list of objects, one per tool")
         return tuple(tools)
+
+    def numbers(self, num_completions: int) -> Numbers:
+        """What a group has beside its completions."""
+        return numbers_of(self.data, num_completions) if self._rows == "group" else {}
 
     def template_kwargs(self) -> Mapping[str, Any] | None:
         found = self.data.get(TEMPLATE_KWARGS)

@@ -28,16 +28,17 @@ from strop.data.counters import LEFT_OUT
 from strop.data.read.files import parse_line
 from strop.data.read.row import Row, RowRefused
 from strop.data.shapes.examples import Columns, to_example
+from strop.data.store.numbers import check_numbers, with_numbers
 from strop.data.store.table import Record, to_table
 from strop.data.text.date import day_of
 from strop.data.text.encode import Encoded, Encoder
 from strop.data.text.message_forms import reasons
 from strop.data.text.render import Rendered, Renderer, TextRules
 from strop.data.text.sandbox import bounded_memory
-from strop.data.text.token_rows import from_tokens, is_tokenised
+from strop.data.text.token_rows import from_tokens, group_from_tokens, is_tokenised, is_tokenised_group
 from strop.data.text.truncate import Limits, cut, shorten_prompts
 from strop.errors import DataError, ModelError, foreign_errors
-from strop.types import Example, Group, RowShape
+from strop.types import OF_TOKENS, Example, Group, RowShape
 
 
 @dataclass
@@ -147,7 +148,11 @@ class Workshop:
         examples = [self._example(row) for row in rows]
         good = [example for example in examples if isinstance(example, Example)]
         encoded = iter(self._encode(good))
-        results = [next(encoded) if isinstance(example, Example) else example for example in examples]
+        found = [next(encoded) if isinstance(example, Example) else example for example in examples]
+        results = [
+            (isinstance(whole, Encoded) and check_numbers(_numbers(example, whole), whole)) or whole
+            for example, whole in zip(examples, found, strict=True)
+        ]
         shortened = self._shortened(examples, results)
         records: list[Record] = []
         for i, (row, example, result) in enumerate(zip(rows, examples, results, strict=True)):
@@ -179,6 +184,8 @@ class Workshop:
         try:
             if self._rows == "single" and is_tokenised(row.data):
                 return from_tokens(row.data, self._vocabulary)
+            if self._rows == "group" and is_tokenised_group(row.data):
+                return group_from_tokens(row.data, self._vocabulary)
             return to_example(row.data, row.origin, self._rows, self._columns)
         except RowRefused as refusal:
             return refusal
@@ -238,7 +245,10 @@ class Workshop:
         if done.group is None:
             assert done.dropped is not None
             return done.dropped
-        group = done.group
+        numbers = _numbers(example, whole)
+        if done.prompt_cut and any(name in numbers for name in OF_TOKENS):
+            return "prompt_too_long"  # log-probs after another prompt
+        group = with_numbers(done.group, numbers)
         return Record(
             group,
             file,
@@ -254,6 +264,11 @@ class Workshop:
             },
             raw=isinstance(example, Encoded) or self.renderer.is_raw(example),
         )
+
+
+def _numbers(example: Example | Encoded | RowRefused | None, whole: Encoded) -> Mapping[str, tuple[Any, ...]]:
+    """What the row has beside its tokens."""
+    return example.numbers if isinstance(example, Example) else whole.numbers
 
 
 def _unusable(tokenizer: PreTrainedTokenizerBase, why: str) -> ModelError:

@@ -5,7 +5,7 @@ and its lengths); the tokens stay in the file, and the operating system keeps of
 
 One row of the table is one group: ids (the prompt, then its completions), one byte an id (1 = trained), the prompt's
 length, the origin, what was done to the row, and hashes by which rows are compared. What every completion has of its
-own (`OF_COMPLETIONS`) stands in lists, one entry a completion.
+own (`PER_COMPLETION`) stands in lists, one entry per completion; so do the numbers of the row (`NUMBERS`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ import pyarrow as pa
 
 from strop.data.counters import COUNTERS
 from strop.lengths import Lengths, starts_of, taken_ragged
-from strop.types import Completion, Group, Origin
+from strop.types import OF_COMPLETIONS, OF_TOKENS, Completion, Group, Origin
 
-OF_COMPLETIONS = {"completions": pa.int32(), "scored": pa.int32(), "hashes": pa.uint64()}
+PER_COMPLETION = {"completions": pa.int32(), "scored": pa.int32(), "hashes": pa.uint64()}
 """Of every completion: its tokens, how many of them are trained, and a hash of its ids."""
+
+NUMBERS = (*OF_COMPLETIONS, *OF_TOKENS)
+"""What a row may have beside its tokens; an empty list where it has not."""
 
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("mask", pa.binary()),
         ("prompt", pa.int32()),
-        *((name, pa.list_(kind)) for name, kind in OF_COMPLETIONS.items()),
+        *((name, pa.list_(kind)) for name, kind in PER_COMPLETION.items()),
         ("label", pa.int32()),
         ("again", pa.int32()),
         ("line", pa.int64()),
@@ -45,6 +48,7 @@ SCHEMA = pa.schema(
         ("raw", pa.int32()),
         ("prompt_hash", pa.uint64()),
         ("digest", pa.binary(16)),
+        *((name, pa.list_(pa.float64())) for name in NUMBERS),
     ]
 )
 CHUNK = 1 << 16
@@ -82,6 +86,7 @@ def to_table(records: Sequence[Record]) -> Any:
         "again": [record.again for record in records],
         "prompt_hash": [_hash(record.prompt_key) for record in records],
         "digest": [_digest(g) for g in groups],
+        **{name: [g.numbers.get(name, ()) for g in groups] for name in NUMBERS},
     }
     return pa.record_batch([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
 
@@ -112,7 +117,7 @@ def _hash(key: bytes) -> int:
 
 
 def _digest(group: Group) -> bytes:
-    """Of the ids, masks and label alone: the same tokens give the same, wherever they were read."""
+    """Of the ids, masks, label and numbers alone: the same tokens give the same, wherever they were read."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(_bytes(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
     digest.update(_bytes(group.prompt_ids))
@@ -120,14 +125,16 @@ def _digest(group: Group) -> bytes:
         digest.update(bytes([group.label]))
     for completion in group.completions:
         digest.update(_bytes(completion.ids) + completion.loss_mask)
+    for name, numbers in sorted(group.numbers.items()):
+        digest.update(name.encode() + _bytes(numbers))
     return digest.digest()
 
 
-def _bytes(ids: array[int]) -> bytes:
+def _bytes(values: array[Any]) -> bytes:
     if sys.byteorder == "big":
-        ids = array("i", ids)
-        ids.byteswap()
-    return ids.tobytes()
+        values = array(values.typecode, values)
+        values.byteswap()
+    return values.tobytes()
 
 
 class Shard:
@@ -169,6 +176,8 @@ class _Part:
         self._mask = mask.buffers()[2]
         self._numbers = [self.column(name) for name in ("prompt", "line", "file", "label")]
         self._lengths, self._starts = self.ragged("completions")
+        numbers = {name: self.ragged(name) for name in NUMBERS}
+        self._beside = {name: found for name, found in numbers.items() if len(found[0])}
 
     def __len__(self) -> int:
         return int(self._batch.num_rows)
@@ -193,7 +202,11 @@ class _Part:
         mask = self._mask[mask_start : mask_start + len(ids)].to_pybytes()
         lengths = self._lengths[self._starts[row] : self._starts[row + 1]].tolist()
         completions = tuple(Completion(ids[a:b], mask[a:b]) for a, b in pairwise(accumulate(lengths, initial=prompt)))
-        return Group(ids[:prompt], completions, Origin(files[file], line), None if label < 0 else bool(label))
+        beside = {}
+        for name, (values, starts) in self._beside.items():
+            if starts[row + 1] > starts[row]:
+                beside[name] = array("d", values[starts[row] : starts[row + 1]].tobytes())
+        return Group(ids[:prompt], completions, Origin(files[file], line), None if label < 0 else bool(label), beside)
 
 
 class Groups(Sequence[Group]):
@@ -263,10 +276,8 @@ class Groups(Sequence[Group]):
         return np.zeros(0, np.int64) if out is None else out
 
     def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A column of `OF_COMPLETIONS`: its numbers row after row, and [rows + 1] where those of each row begin."""
-        counts = np.empty(len(self), np.int32)
-        for where, part, rows in self._by_part():
-            counts[where] = np.diff(part.ragged(name)[1])[rows]
+        """A column of `PER_COMPLETION`: its numbers row after row, and [rows + 1] where those of each row begin."""
+        counts = self.counts(name)
         starts = starts_of(counts)
         out: np.ndarray | None = None
         for where, part, rows in self._by_part():
@@ -277,6 +288,13 @@ class Groups(Sequence[Group]):
             places = np.arange(int(own.sum())) + np.repeat(first - starts_of(own)[:-1], own)
             out[places] = taken_ragged(values, own_starts, rows)
         return np.zeros(0, np.int64) if out is None else out, starts
+
+    def counts(self, name: str) -> np.ndarray:
+        """[rows] how many numbers of `PER_COMPLETION` or `NUMBERS` each row has."""
+        counts = np.empty(len(self), np.int32)
+        for where, part, rows in self._by_part():
+            counts[where] = np.diff(part.ragged(name)[1])[rows]
+        return counts
 
     def _by_part(self) -> Iterator[tuple[Any, _Part, np.ndarray]]:
         """(which of these groups, the record batch that they are in, their rows there), for each that has some."""

@@ -94,7 +94,8 @@ class Encoded:
     """An example as tokens, before any limit.
 
     counts: what was done to the row, by the names of `COUNTERS`. num_prompt_turns: messages in front of the first
-    trained answer. left_out: what of the row is not in the tokens, in words.
+    trained answer. left_out: what of the row is not in the tokens, in words. numbers: of a row that came as tokens, as
+    in Example.
     """
 
     prompt_ids: list[int]
@@ -102,6 +103,7 @@ class Encoded:
     counts: Mapping[str, int] = field(default_factory=dict)
     num_prompt_turns: int = 0
     left_out: tuple[str, ...] = ()
+    numbers: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

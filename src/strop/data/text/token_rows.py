@@ -1,7 +1,7 @@
-"""Rows that are tokens already: {"input_ids", "labels"}. Floor 2.
+"""Rows that are tokens already: {"input_ids", "labels"}, and groups {"prompt_ids", "completion_ids"}. Floor 2.
 
 In: a row. Out: an Encoded, as from the encoder. Labels are the ids again, -100 where nothing is trained; they are not
-shifted, as `transformers` wants them too.
+shifted, as `transformers` wants them too. All tokens of a group's completions are trained.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.data.read.row import RowRefused
+from strop.data.shapes.messages import wrong_type
+from strop.data.shapes.numbers import numbers_of
 from strop.data.text.encode import Encoded, EncodedSide
 
 NOT_TRAINED = -100
@@ -18,6 +20,30 @@ NOT_TRAINED = -100
 def is_tokenised(data: Mapping[str, Any]) -> bool:
     """Whether the row holds tokens instead of texts."""
     return "input_ids" in data and data.get("messages") is None and "prompt" not in data
+
+
+def is_tokenised_group(data: Mapping[str, Any]) -> bool:
+    """Whether the row holds a prompt and its completions as tokens."""
+    return "completion_ids" in data and "completions" not in data
+
+
+def group_from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
+    """A prompt and its completions.
+
+    Args:
+        vocabulary: ids lie below it.
+
+    Raises:
+        RowRefused: ids or numbers are not what they should be.
+    """
+    if data.get("prompt_ids") is None:
+        raise RowRefused("missing_field", "'prompt_ids' is missing beside 'completion_ids'", expected="both")
+    prompt, listed = _ids(data["prompt_ids"], "prompt_ids", vocabulary), data["completion_ids"]
+    if not isinstance(listed, list | tuple) or not listed:
+        raise wrong_type("completion_ids", listed, "a list with at least one list of token ids")
+    sides = [_ids(ids, f"completion_ids[{i}]", vocabulary) for i, ids in enumerate(listed)]
+    numbers = numbers_of(data, len(sides))
+    return Encoded(prompt, tuple(EncodedSide(ids, b"\1" * len(ids)) for ids in sides), numbers=numbers)
 
 
 def from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
@@ -45,14 +71,8 @@ def from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
             expected="as many of each",
         )
     ids, labels = ([x for x, kept in zip(xs, seen, strict=True) if kept] for xs in (ids, labels))
+    _check_known(ids, "input_ids", vocabulary)
     for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if not 0 <= token < vocabulary:
-            raise RowRefused(
-                "unknown_token",
-                f"input_ids[{i}] is {token}",
-                expected=f"ids of the model's tokenizer, from 0 to {vocabulary - 1}",
-                fix="tokenise the rows with this model's tokenizer, or give texts",
-            )
         if label not in (token, NOT_TRAINED):
             raise RowRefused(
                 "token_mismatch",
@@ -68,10 +88,27 @@ def from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
     return Encoded(ids[:first], (EncodedSide(ids[first:stop], mask[: stop - first]),))
 
 
+def _ids(value: Any, field: str, vocabulary: int) -> list[int]:
+    ids = _integers(value, field)
+    _check_known(ids, field, vocabulary)
+    return ids
+
+
+def _check_known(ids: Sequence[int], field: str, vocabulary: int) -> None:
+    for i, token in enumerate(ids):
+        if not 0 <= token < vocabulary:
+            raise RowRefused(
+                "unknown_token",
+                f"{field}[{i}] is {token}",
+                expected=f"ids of the model's tokenizer, from 0 to {vocabulary - 1}",
+                fix="tokenise the rows with this model's tokenizer, or give texts",
+            )
+
+
 def _integers(value: Any, field: str) -> list[int]:
     numbers = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(numbers, Sequence) or not all(type(n) is int for n in numbers):
         raise RowRefused("wrong_type", f"{field} is no list of whole numbers", expected="a list of token ids")
     if not numbers:
-        raise RowRefused("empty_field", f"{field} is an empty list", expected="at least two tokens")
+        raise RowRefused("empty_field", f"{field} is an empty list", expected="some tokens")
     return list(numbers)

@@ -1,0 +1,146 @@
+"""What the settings of all methods have in common: which are read, which are refused. Floor 1, no torch.
+
+A setting that the chosen method or loss does not read is an error, never ignored. Null and a setting's neutral value
+(the one that changes nothing, in `NEUTRAL`) pass, so that a block written for one method can be switched to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import Field, model_validator
+
+from strop.config.section import Problem, Section, SectionError
+from strop.types import RowShape
+
+NEUTRAL: Mapping[str, Any] = {
+    "label_smoothing": 0.0,
+    "loss_type": "sigmoid",
+    "ipo_norm": "mean",
+    "f_divergence": "reverse_kl",
+    "sft_weight": 0.0,
+    "ld_alpha": 1.0,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+    "wpo_weighting": False,
+    "orpo_nll": "completion",
+    "use_ref_model": True,
+    "loss_reduction": "tokens",
+}
+"""The value of each setting that says nothing about methods which do not read it."""
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether this value of a setting says nothing: null, or the one in `NEUTRAL`."""
+    neutral = NEUTRAL.get(name)
+    return value is None or (value == neutral and isinstance(value, bool) == isinstance(neutral, bool))
+
+
+class Readers(NamedTuple):
+    """Who reads a setting that not every variant of its method reads: `setting` must have one of `values`, or any
+    value but null where these are not listed."""
+
+    setting: str
+    values: tuple[str, ...] = ()
+
+    def include(self, settings: MethodSettings) -> bool:
+        value = getattr(settings, self.setting)
+        return value in self.values if self.values else value is not None
+
+    def __str__(self) -> str:
+        return f"{self.setting} {either(self.values)}" if self.values else self.setting
+
+
+def either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    *front, last = names
+    return f"{', '.join(front)} or {last}" if front else last
+
+
+class MethodSettings(Section):
+    """What the settings of all methods have in common."""
+
+    LEARNING_RATE: ClassVar[float] = 5e-7
+    """The default of `training.learning_rate` under this method."""
+
+    OBJECTIVE: ClassVar[str]
+    """`module:class` of the objective that takes these settings, below `strop.objectives`."""
+
+    ROWS: ClassVar[RowShape] = "pair"
+    """What the method needs of the data."""
+
+    READ_BY: ClassVar[Mapping[str, Readers]] = {}
+    """Settings that some variants of the method do not read, and which do."""
+
+    method: str
+
+    def unread(self) -> Mapping[str, Readers]:
+        """Settings that stand in this class but not for this variant of the method, and who reads them."""
+        return {name: readers for name, readers in self.READ_BY.items() if not readers.include(self)}
+
+    def problems(self) -> Iterator[Problem]:
+        unread = self.unread()
+        read = ", ".join(name for name in type(self).model_fields if name not in unread and name != "method")
+        for name, readers in unread.items():
+            value = getattr(self, name)
+            is_default = value == type(self).model_fields[name].default
+            if name in self.model_fields_set and not is_default and not is_neutral(name, value):
+                given = getattr(self, readers.setting)
+                variant = f"{readers.setting} {'null' if given is None else given}"
+                yield Problem(
+                    (name,),
+                    f"{name} is {value!r}, but {variant} does not read it",
+                    f"the settings of {self.method} with {variant}: {read}",
+                    f"remove {name}, or choose {readers}",
+                )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_method(cls, data: Any) -> Any:
+        """Drops settings of other methods that are null or neutral, and refuses the others."""
+        if not isinstance(data, Mapping):
+            return data
+        from strop.config.methods import METHODS
+
+        admitted, problems = {}, []
+        for name, value in data.items():
+            readers = [method for method, settings in METHODS.items() if name in settings.model_fields]
+            if name in cls.model_fields or not readers:
+                admitted[name] = value  # unknown everywhere: refused with the nearest name
+            elif not is_neutral(name, value):
+                method = cls.model_fields["method"].default
+                problems.append(
+                    Problem(
+                        (name,),
+                        f"{name} is {value!r}, but method {method} does not read it",
+                        f"the settings of {method}: {', '.join(n for n in cls.model_fields if n != 'method')}",
+                        f"write method: {value}"
+                        if name == "loss_type" and isinstance(value, str) and value in METHODS
+                        else f"remove {name}, or set method: {either(readers)}",
+                    )
+                )
+        if problems:
+            raise SectionError(problems)
+        return admitted
+
+
+class ReferenceSettings(MethodSettings):
+    """What methods that hold the policy to a reference have in common."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is held to the reference; higher stays closer."""
+    use_ref_model: bool = True
+    """true or false, the reference is the model as it is when training starts; its log-probs are taken before the
+    first step and no second model stays in memory. false only forbids naming another one in `ref_model_id`."""
+    ref_model_id: str | None = None
+    """Hub id or folder of another model to be the reference; it must share the policy's vocabulary."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.ref_model_id is not None and not self.use_ref_model:
+            yield Problem(
+                ("ref_model_id", "use_ref_model"),
+                f"ref_model_id names the reference model {self.ref_model_id!r} while use_ref_model is false",
+                fix="set use_ref_model: true, or remove ref_model_id",
+            )

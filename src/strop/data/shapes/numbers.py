@@ -1,0 +1,65 @@
+"""The numbers that a row of a group has beside its completions: rewards, and log-probs of the tokens. Floor 2.
+
+In: a row. Out: the numbers by name, as many as there are completions; how many tokens each completion has is known
+later (`store/numbers.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from strop.data.read.row import RowRefused
+from strop.data.shapes.json_columns import parsed
+from strop.data.shapes.messages import wrong_type
+from strop.types import OF_COMPLETIONS, OF_TOKENS
+
+Numbers = Mapping[str, tuple[Any, ...]]
+"""Name -> per completion a number (`OF_COMPLETIONS`) or a tuple of one per trained token (`OF_TOKENS`)."""
+
+
+def numbers_of(data: Mapping[str, Any], num_completions: int) -> Numbers:
+    """The numbers of a row; a column that is null or not there gives none. A reward may be true or false: 1 or 0.
+
+    Raises:
+        RowRefused: not as many as there are completions, or not finite numbers.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for name in (*OF_COMPLETIONS, *OF_TOKENS):
+        if (value := data.get(name)) is None:
+            continue
+        values = _listed(parsed(value, name) if isinstance(value, str) else value, name)
+        if len(values) != num_completions:
+            raise RowRefused(
+                "wrong_shape",
+                f"{name} has {len(values)} entries, and there are {num_completions} completions",
+                expected="one entry per completion",
+            )
+        if name in OF_COMPLETIONS:
+            found[name] = tuple(_number(v, f"{name}[{i}]") for i, v in enumerate(values))
+        else:
+            found[name] = tuple(_logps(v, f"{name}[{i}]") for i, v in enumerate(values))
+    return found
+
+
+def _listed(value: Any, name: str) -> Sequence[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, list | tuple):
+        raise wrong_type(name, value, "a list with one entry per completion")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise wrong_type(name, value, "a finite number")
+    return float(value)
+
+
+def _logps(value: Any, name: str) -> tuple[float, ...]:
+    values = tuple(_number(v, f"{name}[{i}]") for i, v in enumerate(_listed(value, name)))
+    if high := [v for v in values if v > 0]:
+        raise RowRefused(
+            "wrong_type", f"{name} holds {high[0]:g}, which is no log-prob", expected="natural logarithms, at most 0"
+        )
+    return values

@@ -1,0 +1,109 @@
+"""Rewards to advantages, over the groups of a whole step. Floor 2.
+
+Shapes: C completions, M scored tokens. With r the reward of a completion, means and standard deviations s (unbiased, as
+TRL has them) over its group where nothing else is said:
+
+    group                    (r - mean) / (s + 1e-4)                          GRPO, arXiv 2402.03300
+    mean                     r - mean                                         Dr. GRPO, 2503.20783
+    batch                    (r - mean) / (s of all rewards of the step + 1e-4)              2508.08221
+    rloo                     r - the mean of the others of the group          2402.14740
+    maxrl                    (r - mean) / mean; 0 where mean is 0             2602.02710
+    opo                      r - (sum of length x r) / (sum of lengths)       2505.23585
+    reinforce++              r, whitened over the tokens of the step          2501.03262
+    reinforce++_baseline     r - mean, whitened over the tokens of the step   2501.03262
+    none                     r
+
+Whitening takes the mean of all tokens of the step away and divides by their standard deviation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strop.columns import Structure
+from strop.errors import DataError
+
+EPSILON = 1e-4
+
+
+def advantages(kind: str, rewards: Tensor, structure: Structure, costs: Tensor | None = None) -> Tensor:
+    """[M] float64.
+
+    Args:
+        rewards: [C].
+        costs: [M] what is taken off the reward at each token (the divergence from a reference, times its weight): off
+            that of the completion; under reinforce++ off what is still to come.
+
+    Raises:
+        DataError: a negative reward under maxrl.
+    """
+    rewards, of_token = rewards.double(), structure.completion_index()
+    if kind == "reinforce++":
+        per_token = rewards[of_token]
+        return _whitened(per_token if costs is None else per_token - _to_come(costs, structure))
+    if costs is not None:
+        rewards = rewards - torch.zeros_like(rewards).index_add(0, of_token, costs.double())
+    own = _of_completions(kind, rewards, structure)[of_token]
+    return _whitened(own) if kind == "reinforce++_baseline" else own
+
+
+def group_means(values: Tensor, structure: Structure) -> Tensor:
+    """[C] -> [C] the mean of each one's group."""
+    return _group_sums(values, structure) / _group_sums(torch.ones_like(values), structure)
+
+
+def group_stds(values: Tensor, structure: Structure) -> Tensor:
+    """[C] -> [C] the unbiased standard deviation of each one's group; 0 in a group of one. Exactly 0 where all values
+    of a group are the same."""
+    sizes = _group_sums(torch.ones_like(values), structure)
+    first = torch.tensor(structure.completions_per_group, device=values.device).cumsum(0)
+    starts = first - first.new_tensor(structure.completions_per_group)
+    # around the group's first value: the mean of equal values need not be that value to the last bit
+    centred = values - values[starts][structure.group_index().to(values.device)]
+    apart = centred - group_means(centred, structure)
+    return (_group_sums(apart**2, structure) / (sizes - 1).clamp(min=1)).sqrt()
+
+
+def _of_completions(kind: str, r: Tensor, structure: Structure) -> Tensor:
+    mean = group_means(r, structure)
+    match kind:
+        case "group":
+            return (r - mean) / (group_stds(r, structure) + EPSILON)
+        case "batch":
+            return (r - mean) / ((r.std() if len(r) > 1 else r.new_zeros(())) + EPSILON)
+        case "rloo":
+            sizes = _group_sums(torch.ones_like(r), structure)
+            return (r - mean) * sizes / (sizes - 1)
+        case "maxrl":
+            if bool((r < 0).any()):
+                raise DataError(
+                    f"a reward is {float(r.min()):g}, and advantage maxrl divides by the mean of a group",
+                    where="post_training.advantage: maxrl",
+                    expected="rewards of at least 0",
+                    fix="shift the rewards, or choose another advantage",
+                )
+            return torch.where(mean > 0, (r - mean) / mean, 0.0)
+        case "opo":
+            lengths = torch.tensor(structure.tokens_per_completion, dtype=r.dtype)
+            return r - _group_sums(lengths * r, structure) / _group_sums(lengths, structure)
+        case "mean" | "reinforce++_baseline":
+            return r - mean
+    return r
+
+
+def _group_sums(values: Tensor, structure: Structure) -> Tensor:
+    """[C] -> [C] the sum over each one's group."""
+    index = structure.group_index().to(values.device)
+    return values.new_zeros(structure.num_groups).index_add(0, index, values)[index]
+
+
+def _to_come(costs: Tensor, structure: Structure) -> Tensor:
+    """[M] -> [M] the sum from each token to the end of its completion."""
+    parts = torch.split(costs.double(), list(structure.tokens_per_completion))
+    return torch.cat([part.flip(0).cumsum(0).flip(0) for part in parts])
+
+
+def _whitened(values: Tensor) -> Tensor:
+    apart = values - values.mean()
+    return apart / (apart**2).mean().clamp(min=1e-8).sqrt()
