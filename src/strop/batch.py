@@ -1,15 +1,14 @@
 """Groups to tensors: the micro-batch that a policy scores, and what an objective sees of it. Floor 1.
 
 Shapes: B rows, T tokens per row, M scored tokens, P scored prompt tokens, C completions, G groups.
-The M scored tokens stand in the order group by group, completion by completion, token by token, whatever the rows look
-like; so log-probs of one row layout can be laid beside those of any other. A group has any number of completions.
+Scored tokens are ordered by group, then completion, then token, in both row layouts; so log-probs from one layout can
+be compared with those from the other. A group has any number of completions.
 
-What lies beside the tokens is in named columns, and how many there are of everything is in plain integers
-(`columns.py`). Nothing here knows what a column means, but for `prompt_logps`, whose tokens have to be gathered too,
-and the labels and numbers that groups have themselves.
+Other values of a batch are in named columns, and its counts are Python integers (`columns.py`). Only few columns are
+known here by name: `prompt_logps`, whose tokens have to be gathered as well, and those that groups carry themselves.
 
 Shifting happens here and nowhere else: `scored_positions[m]` is the position whose hidden state predicts
-`targets[m]`. A completion's last token predicts nothing and is not fed at all.
+`targets[m]`. A completion's last token predicts nothing, so it is not fed to the model.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from strop.types import OF_COMPLETIONS, OF_TOKENS, Group
 class TokenScores(NamedTuple):
     """What a policy returns for a batch.
 
-    logps: [M] natural log-probs of the scored tokens of completions. columns: what else the batch wants of it.
+    logps: [M] natural log-probs of the scored tokens of completions. columns: the other columns that the batch wants.
     """
 
     logps: Tensor
@@ -39,7 +38,10 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GroupSpan:
-    """Where a group lies in a shared-prefix row: prompt at [start, start + prompt), then the completions."""
+    """Where a group lies in a shared-prefix row: its prompt at [start, start + prompt), then its completions.
+
+    completions: the number of tokens of each that are fed, which leaves out the last one.
+    """
 
     start: int
     prompt: int
@@ -57,9 +59,9 @@ class Batch:
     input_ids, position_ids: [B, T] int64. `layout` is set for one shared-prefix row (B = 1, no padding);
     `attention_mask` [B, T] bool is set for plain rows, one completion each, right-padded. row_lengths: tokens of each
     of the B rows, padding left out.
-    scored_positions: [M] int64 into the flattened B * T; [M + P] where prompts are scored, those of prompts at the end.
-    targets: the tokens there. completion_index: [M] int64 in [0, C). group_index: [C] int64 in [0, G).
-    columns: what was supplied beside the groups. wants: names of the columns that the policy is to supply.
+    scored_positions: [M] int64 into the flattened B * T, or [M + P] if prompts are scored, whose positions come last.
+    targets: the tokens predicted there. completion_index: [M] int64 in [0, C). group_index: [C] int64 in [0, G).
+    columns: those that came with the groups. wants: names of the columns that the policy has to supply.
     """
 
     input_ids: Tensor
@@ -81,11 +83,11 @@ class Batch:
         return sum(self.row_lengths)
 
     def token_scores(self, logps: Tensor, **per_token: Tensor) -> TokenScores:
-        """What a policy returns, from values at all of `targets`: those of prompts are laid apart.
+        """Splits values of all `targets` into those of completions and those of prompts.
 
         Args:
-            logps: of `targets`.
-            per_token: further columns, with values at all of `targets` too; those that the batch wants are kept.
+            logps: [M] or [M + P], the log-probs of `targets`.
+            per_token: further columns of the same length. Those that the batch does not want are left out.
         """
         n = self.structure.num_tokens
         prompts = {PROMPT_LOGPS: logps[n:]} if PROMPT_LOGPS in self.wants else {}
@@ -98,17 +100,19 @@ class Batch:
 
 
 PROMPT_LOGPS = "prompt_logps"
-"""Column, per scored prompt token: the log-probs of each prompt's own tokens but the first, once per prompt."""
+"""A column per scored prompt token: the log-probs of a prompt's tokens, without its first, once per prompt."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What an objective sees: log-probs of the scored tokens, what lies beside them, and whose they are.
+    """What an objective sees: log-probs of the scored tokens, further columns, and which completion each belongs to.
 
-    logps: [M] natural log, under the policy. completion_index: [M]. group_index: [C]. columns: of the batch and of the
-    policy; `scores["ref_logps"]` is one of them. also: further groups, by name, which the objective asks for; those of
-    the whole step in each of its micro-batches, scored without gradients. Sums over tokens are taken in float64: in
-    float32 a sum near -2500 is off by 5e-4, which the gradient of a preference loss shows.
+    logps: [M] natural log, under the policy. completion_index: [M]. group_index: [C]. columns: those of the batch and
+    of the policy; `scores["ref_logps"]` reads one. also: further groups by name, if the objective asks for them; they
+    are those of the whole step, the same for each of its micro-batches, and scored without gradients.
+
+    Sums over tokens are taken in float64: in float32 a sum near -2500 is off by 5e-4, which is visible in the gradient
+    of a preference loss.
     """
 
     structure: Structure
@@ -126,7 +130,7 @@ class Scores:
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
-        """The scores of several micro-batches of a step as if they had been one."""
+        """The scores of several micro-batches of a step, as if they were one."""
         num_completions = num_groups = 0
         completion_index, group_index = [], []
         for p in parts:
@@ -159,7 +163,7 @@ class Scores:
     @property
     def log_ratios(self) -> Tensor:
         """[C] float64: each completion's log-prob under the policy minus that under the reference."""
-        # summed apart, subtracted in float64: the two are close, their sums are large
+        # each is summed in float64 before subtracting: the sums are large and nearly equal
         return self.sums(self.logps) - self.sums(self["ref_logps"])
 
     def sums(self, per_token: Tensor) -> Tensor:
@@ -189,7 +193,7 @@ def own_names(group: Group) -> frozenset[str]:
 
 
 def structure_of(groups: Sequence[Group]) -> Structure:
-    """How many there are of everything in these groups."""
+    """Counts the groups, their completions and their tokens."""
     return Structure(
         tuple(len(g.completions) for g in groups),
         tuple(c.num_scored for g in groups for c in g.completions),
@@ -201,16 +205,17 @@ def pack(groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable
     """One shared-prefix row: each prompt once, then its completions, whose positions restart at the prompt's length.
 
     Args:
-        columns: what is supplied beside the groups, in their order.
-        wants: names of the columns that the policy is to supply.
+        columns: values that come with the groups, in the order of the groups.
+        wants: names of the columns that the policy has to supply.
 
     Raises:
         ValueError: a column has another length than the groups.
     """
     structure = structure_of(groups)
-    segments: list[NDArray[np.integer]] = []  # prompt, completions, prompt, ...
-    firsts: list[int] = []  # the position of each one's first token
-    prompt_starts, starts, before = [], [], []  # where prompts and completions begin in the row, and what predicts each
+    segments: list[NDArray[np.integer]] = []  # token ids: prompt, its completions, next prompt, ...
+    firsts: list[int] = []  # position id of each segment's first token
+    prompt_starts, starts = [], []  # places in the row where prompts and completions begin
+    before = []  # place in the row that predicts each completion's first token: the end of its prompt
     spans = []
     at = 0
     for group, prompt in zip(groups, structure.prompt_lengths, strict=True):
@@ -243,7 +248,7 @@ def pack(groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable
 
 
 def pad(groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable[str] = ()) -> Batch:
-    """Plain rows: every completion after its own copy of the prompt, padded at the right to the longest.
+    """Plain rows: each completion after its own copy of the prompt, padded on the right to the longest row.
 
     Arguments and errors are those of `pack`.
     """
@@ -261,8 +266,8 @@ def pad(groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable[
     row_starts = np.arange(num_rows) * width
     places = _ranges(row_starts, row_lengths)
     tokens = np.concatenate(segments, dtype=np.int64)
-    # padding is masked, and repeats its row's last token: one that is only padding may have zeros for an embedding, of
-    # which norms have no slope
+    # Padding is masked and repeats its row's last token. The embedding of a pad token may be all zeros, where the
+    # gradient of a norm is not defined.
     ids = np.repeat(tokens[np.cumsum(row_lengths) - 1], width)
     mask = np.zeros(num_rows * width, dtype=np.bool_)
     ids[places] = tokens
@@ -295,8 +300,14 @@ def _batch(
     prompt_starts: ArrayLike,
     **rows: Any,
 ) -> Batch:
-    """starts: [C], where in the flattened rows each completion begins. before: [C], the place that predicts its first
-    token. prompt_starts: [G], where each prompt begins. rows: the fields of `Batch` that say how rows lie."""
+    """Finds what is scored, which is alike in both layouts.
+
+    Args:
+        starts: [C] where each completion begins in the flattened rows.
+        before: [C] the place that predicts each completion's first token.
+        prompt_starts: [G] where each prompt begins.
+        rows: the fields of `Batch` that describe the rows.
+    """
     completions = [c for g in groups for c in g.completions]
     lengths = np.array([len(c.ids) for c in completions])
     trained = np.frombuffer(b"".join(c.loss_mask for c in completions), dtype=np.uint8) != 0
@@ -322,7 +333,7 @@ def _batch(
 
 
 def _ranges(starts: ArrayLike, lengths: ArrayLike) -> NDArray[np.int64]:
-    """start, start + 1, ... of each length, one range after the other."""
+    """Concatenates the ranges [start, start + length) without a Python loop over tokens."""
     counts = np.asarray(lengths, dtype=np.int64)
     shifts = np.asarray(starts, dtype=np.int64) - (np.cumsum(counts) - counts)
     places: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(shifts, counts)

@@ -1,8 +1,12 @@
-"""What lies beside the tokens of groups: how many there are of everything, and named tensors. Floor 0.
+"""Named columns of numbers that belong to a batch, and the counts that say how long each column is. Floor 0.
+
+`Structure` counts the groups, completions and tokens of a batch. `Columns` holds tensors by name, with one value per
+token, completion or group, such as a reference's log-probs or labels.
 
 Shapes: M scored tokens, P scored prompt tokens, C completions, G groups.
 
-Nothing here knows what a column means. A new column needs whoever supplies it and an objective that reads it.
+Nothing here knows what a column means. To add one, let the step source or the policy supply it and an objective read
+it; nothing between them changes.
 """
 
 from __future__ import annotations
@@ -17,10 +21,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """How many there are of everything. Known when groups are collated, so counting never waits for a device.
+    """How many groups, completions and tokens a batch has, as Python integers: counting never waits for a device.
 
     completions_per_group: [G]. tokens_per_completion: [C], scored tokens only. prompt_lengths: [G], all tokens of each
-    prompt; each but the first can be scored.
+    prompt; every token but the first can be scored.
     """
 
     completions_per_group: tuple[int, ...]
@@ -29,7 +33,7 @@ class Structure:
 
     @classmethod
     def join(cls, parts: Iterable[Structure]) -> Structure:
-        """The structure of several micro-batches as if they had been one."""
+        """The structure of several micro-batches together, as if they were one."""
         listed = list(parts)
         return cls(
             tuple(n for p in listed for n in p.completions_per_group),
@@ -70,26 +74,29 @@ class Structure:
 
 
 Unit = Callable[[Structure], int]
-"""What a loss term is divided by: how many of it there are. Must add up over the micro-batches of a step."""
+"""Counts what a loss term is divided by. The count of a step is the sum of the counts of its micro-batches."""
 
 
 def groups(structure: Structure) -> int:
+    """A `Unit`: the loss term is a mean over groups."""
     return structure.num_groups
 
 
 def completions(structure: Structure) -> int:
+    """A `Unit`: the loss term is a mean over completions."""
     return structure.num_completions
 
 
 def tokens(structure: Structure) -> int:
+    """A `Unit`: the loss term is a mean over scored tokens of completions."""
     return structure.num_tokens
 
 
 class Columns(NamedTuple):
     """Named tensors, each with one value (or row of values) per scored token, completion, group or scored prompt token.
 
-    A name stands once, whatever its level. A named tuple of dictionaries, because what wraps modules (hooks, sharding)
-    looks for tensors in tuples and dictionaries only.
+    A name occurs once, whatever its level. This is a named tuple of dictionaries because code that wraps modules
+    (hooks, sharding) finds tensors in tuples and dictionaries only.
     """
 
     per_token: Mapping[str, Tensor] = {}
@@ -99,7 +106,11 @@ class Columns(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Columns]) -> Columns:
-        """Those of several groups or micro-batches, one after the other; all have the same columns."""
+        """Concatenates the columns of several groups or micro-batches.
+
+        Raises:
+            ValueError: some have a column that others lack.
+        """
         levels = []
         for same_level in zip(*parts, strict=True):
             names = same_level[0].keys()
@@ -133,10 +144,10 @@ class Columns(NamedTuple):
         return Columns(*({name: level[name]} if name in level else {} for level in self))
 
     def beside(self, other: Columns) -> Columns:
-        """These and the others.
+        """These columns and the others together.
 
         Raises:
-            ValueError: a name stands in both.
+            ValueError: both have a column of the same name.
         """
         if twice := self.names & other.names:
             raise ValueError(f"these columns are supplied twice: {', '.join(sorted(twice))}")
@@ -158,19 +169,19 @@ class Columns(NamedTuple):
         return [Columns(*parts) for parts in zip(*levels, strict=True)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Columns:
-        """With `change` made to every column."""
+        """The same columns, each replaced by `change(column)`."""
         return Columns(*({name: change(column) for name, column in level.items()} for level in self))
 
     def check(self, structure: Structure) -> None:
-        """Refuse columns that are not of this structure.
+        """Refuses columns that do not belong to this structure.
 
         Raises:
-            ValueError: one has another length.
+            ValueError: a column has another length than there are tokens, completions or groups.
         """
         for what, level, length in zip(self._fields, self, structure.of_levels, strict=True):
             for name, column in level.items():
                 if len(column) != length:
-                    raise ValueError(f"column {name}: {len(column)} values, where there are {length} ({what})")
+                    raise ValueError(f"column {name} has {len(column)} values, expected {length} ({what})")
 
 
 NO_COLUMNS = Columns()

@@ -31,7 +31,7 @@ class Lengths(Sequence[GroupLengths]):
 
     @classmethod
     def of(cls, groups: Iterable[Sized]) -> Lengths:
-        """Of groups, or of lengths one by one."""
+        """Collects the lengths of groups, or lengths that are given one by one."""
         each = [group.lengths for group in groups]
         counts = [len(group.completions) for group in each]
         return cls(
@@ -56,13 +56,13 @@ class Lengths(Sequence[GroupLengths]):
         return np.maximum.reduceat(self.completions, self.starts[:-1]) if len(self) else self.completions[:0]
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """[C] numbers of completions -> [G] their sums over each group."""
+        """[C] one value per completion -> [G] the sum over each group."""
         if not len(self):
             return np.zeros(0, np.int64)
         return np.add.reduceat(values, self.starts[:-1], dtype=np.int64)
 
     def taken(self, numbers: np.ndarray) -> Lengths:
-        """The lengths of the groups of these numbers, in this order."""
+        """The lengths of the groups with these indices, in this order."""
         starts = starts_of(self.counts[numbers])
         return Lengths(self.prompt[numbers], taken_ragged(self.completions, self.starts, numbers), starts)
 
@@ -90,21 +90,21 @@ class Measured(Protocol):
 
 
 def lengths_of(groups: Sequence[Sized]) -> Lengths:
-    """The lengths of groups, without reading them where that can be."""
+    """The lengths of groups. Groups that know them (`Measured`) are not read."""
     if isinstance(groups, Lengths):
         return groups
     return groups.lengths if isinstance(groups, Measured) else Lengths.of(groups)
 
 
 def starts_of(counts: np.ndarray) -> np.ndarray:
-    """[n] counts -> [n + 1] where each begins, and the end of the last."""
+    """[n] counts -> [n + 1] where each part begins, and where the last one ends."""
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts
 
 
 def taken_ragged(values: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The values of the parts of these numbers, part after part; part n is values[starts[n] : starts[n + 1]]."""
+    """Concatenates the parts with these indices; part n is values[starts[n] : starts[n + 1]]."""
     first, counts = starts[:-1][numbers], np.diff(starts)[numbers]
     new = starts_of(counts)
     return np.asarray(values[np.arange(new[-1]) + np.repeat(first - new[:-1], counts)])

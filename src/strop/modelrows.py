@@ -1,8 +1,8 @@
-"""The rows of a run as one of its models reads them. Floor 3.
+"""The rows of a run, tokenised for one of its models. Floor 3.
 
 In: the configuration and a model. Out: its tokenizer, the configuration with the day that its chat template prints, and
-the rows as tokens. The model's folder says at which tokens generation stops, and rows have to end there; so whoever
-tokenises rows for a model does it here.
+the rows as tokens. Completions have to end with a token that generation stops at, and the model's folder says which
+those are; so all code that tokenises rows for a model does it here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ModelRows:
         """Reads the tokenizer; the model is looked at before all rows are read (`load`).
 
         Args:
-            kept_day: what the template took for today at the first launch, where a run is resumed.
+            kept_day: the day that the template printed at the first launch, if a run is resumed.
             needs_weights: refuse a folder without weights.
 
         Raises:
@@ -59,7 +59,7 @@ class ModelRows:
         return first_row(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)
 
     def left_out(self, origins: Collection[Origin]) -> dict[Origin, tuple[str, ...]]:
-        """What of these training rows is not in their tokens, in words (`left_out`)."""
+        """Which parts of these training rows are not in their tokens, in words (`left_out`)."""
         return left_out(self.config, self.tokenizer, self.config.post_training.ROWS, origins, self.stop_tokens)
 
     def load(self) -> LoadedData:

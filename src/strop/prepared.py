@@ -1,6 +1,7 @@
-"""A run before any weight is loaded: tokenizer, groups, objective, the recipe resolved for this data. Floor 4.
+"""What is known of a run before any weight is loaded. Floor 4.
 
-config -> model sections -> `Prepared`, which the run takes up and the dry run describes.
+In: the configuration and one of its models. Out: a `Prepared` run: tokenizer, groups, objective and plan, and the
+configuration with the values that depend on the data filled in. A run continues from it; the dry run describes it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from strop.readable import plain
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before any weight is loaded: rows as groups, the objective, the recipe resolved for this data."""
+    """A run before any weight is loaded. config: with the values that depend on the data, but for the size of
+    micro-batches (`with_budget`)."""
 
     config: RunConfig
     model: ModelSection
@@ -50,26 +52,26 @@ class Prepared:
 
     @property
     def budget(self) -> int:
-        """`micro_batch_tokens`, once it is settled."""
+        """Tokens per micro-batch; only once `with_budget` has decided them."""
         tokens = self.config.training.micro_batch_tokens
         assert tokens is not None
         return tokens
 
     def first_step(self, tokens: RowTokens) -> list[list[Sized]]:
-        """The lengths of the groups of each micro-batch of the first step. tokens: what rows cost."""
+        """The lengths of the groups in each micro-batch of the first step. tokens: those that groups take."""
         lengths = self.data.train.lengths
         return [[lengths[i] for i in part] for part in cut(lengths, self.plan.groups(1), self.budget, tokens)]
 
     def whole_epoch(self, tokens: RowTokens) -> EpochWork:
-        """The micro-batches of the first epoch in numbers."""
+        """Counts over the micro-batches of the first epoch."""
         return self._known.of(self, tokens)
 
     def work(self, tokens: RowTokens) -> EpochWork:
-        """The micro-batches of the first epoch in numbers, or of the run where it is shorter."""
+        """Counts over the micro-batches of the first epoch, or of the run if it is shorter."""
         return self.whole_epoch(tokens).of_steps(self.plan.num_steps)
 
     def advice(self) -> list[str]:
-        """Warnings about the configuration, for a model of this size where that is known, and for these rows."""
+        """Warnings about the configuration, given these rows and the model's size, if that is known."""
         settings, notes = self.config.post_training, []
         if isinstance(settings, KtoSettings):
             note = imbalance(self.data.num_labels, settings.desirable_weight, settings.undesirable_weight)
@@ -86,7 +88,7 @@ class Prepared:
         return [*advice(self.config, size), *notes]
 
     def describe(self, tokens: RowTokens) -> Iterator[str]:
-        """Lines for a person: what the run will be, once `micro_batch_tokens` is settled. tokens: what rows cost."""
+        """Lines of text: what the run will be. It needs the size of micro-batches. tokens: those that groups take."""
         plan, training, lengths = self.plan, self.config.training, self.data.train.lengths
         yield from self.objective.describe()
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
@@ -133,7 +135,7 @@ class Prepared:
 
 
 class _KnownWork:
-    """The last epoch that was gone through: the estimate, what makes it fit and the description read the same one."""
+    """Keeps the counts of the last epoch that was cut, since the estimate and the description ask for the same one."""
 
     def __init__(self) -> None:
         self._key: tuple[Plan, int, RowTokens] | None = None
@@ -154,10 +156,14 @@ def prepare(
     checkpoint: Checkpoint | None = None,
     read: tuple[ModelRows, LoadedData] | None = None,
 ) -> Prepared:
-    """Read the tokenizer and the data, and resolve what depends on them; loads no weights.
+    """Reads the tokenizer and the data, and decides what depends on them. Loads no weights.
 
     Args:
-        read: tokenizer and rows, where they have been read already.
+        checkpoint: what the run continues from; the values that belong to its recipe are kept.
+        read: tokenizer and rows, if they have been read already.
+
+    Raises:
+        StropError: the rows, the tokenizer or the configuration cannot be used.
     """
     config = of_model(config, model)
     objective = build_objective(config.post_training)
@@ -193,8 +199,8 @@ def prepare(
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:
-    """`micro_batch_tokens` from the longest group, or the filled row, and the device, where the configuration leaves it
-    open."""
+    """With `micro_batch_tokens` decided from the device and the longest group (under packing, a filled row), unless the
+    configuration gives it."""
     training = prepared.config.training
     if training.micro_batch_tokens is not None:
         return prepared
@@ -208,7 +214,7 @@ def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prep
 
 
 def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> None:
-    """Now, not at the first evaluation."""
+    """Refuses a wrong `metric_for_best_model` now, not at the first evaluation."""
     options = config.finetuning
     decides = options.load_best_model_at_end or options.early_stopping_patience is not None
     name = options.metric_for_best_model.removeprefix("eval_")

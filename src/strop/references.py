@@ -1,4 +1,4 @@
-"""`strop reference`: log-probs of the reference, scored ahead for runs to come. Floor 7."""
+"""`strop reference`: scores the reference before any run, so that runs find its log-probs in the store. Floor 7."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger("strop")
 
 
 def fill_references(config: RunConfig, *, model_index: int | None = None) -> None:
-    """Score the reference of each model of `config` on its rows and keep the log-probs for runs to come.
+    """Scores the reference of each model of `config` on its rows and keeps the log-probs for later runs.
 
     Raises:
-        StropError: the method needs none, they are not kept, or what would stop the run before its first step.
+        StropError: the method needs no reference, the store is off, or whatever would stop a run before its first step.
     """
     config = resolve(config)
     objective = build_objective(config.post_training)
@@ -28,7 +28,7 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
         raise ConfigError(
             "there is nothing to score ahead",
             where=f"post_training.method: {config.post_training.method}",
-            expected="a method with a reference that stays as it is, and training.reference_store: true",
+            expected="a method with a reference that does not change, and training.reference_store: true",
         )
     for_each_model(select_models(config, model_index), config, lambda model: _fill_reference(config, model))
 

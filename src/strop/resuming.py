@@ -19,7 +19,7 @@ log = logging.getLogger("strop")
 
 
 def already_finished(done: Checkpoint, session: Session, run: RunDir) -> RunResult:
-    """The result of a run that is finished, where it is this one."""
+    """The result of a finished run, after checking that the configuration still describes that run."""
     made_from = session.made_from
     if "reference" in done.identity:
         with session.reference() as reference:
@@ -31,14 +31,21 @@ def already_finished(done: Checkpoint, session: Session, run: RunDir) -> RunResu
 
 
 def checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
-    """What `--resume` names: the newest whole checkpoint of the folder, one by its path, or none."""
+    """The checkpoint that `--resume` asks for: the newest whole one of the folder, or the one at the given path.
+
+    Returns:
+        None without `--resume`, or where the folder has no checkpoint and the run has to start.
+
+    Raises:
+        CheckpointError: the path cannot be resumed from, or the run is finished.
+    """
     if resume is None:
         return None
     named = None if resume == "auto" else Path(resume).expanduser()
     if run.replaces and (named is None or named.absolute().is_relative_to(run.path)):
         if named is not None:
             raise CheckpointError(
-                "the run here was to be overwritten; it is not gone on from",
+                "the run here was going to be overwritten, so it cannot be resumed",
                 where=f"--resume {named}",
                 fix=f"give --resume alone, or --overwrite; to keep the earlier run, remove {run.path / TO_BE_REPLACED}",
             )
@@ -50,17 +57,18 @@ def checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
             where=str(run.final),
             fix="train anew with --overwrite or in another training.output_dir",
         )
-    log.info("going on from %s", found.path) if found else log.info("no checkpoint in %s: starting", run.path)
+    log.info("resuming from %s", found.path) if found else log.info("no checkpoint in %s: starting", run.path)
     return found
 
 
 def best_checkpoint(run: RunDir, saved: Checkpoint | None, step: int) -> Path:
-    """Where the checkpoint of the best evaluation is, which may be from before the resume, from another folder."""
+    """The checkpoint of the best evaluation. If that was before the resume, it lies beside the resumed checkpoint,
+    which may be in another folder."""
     return (saved.path.parent if saved and step <= saved.step else run.path) / f"checkpoint-{step}"
 
 
 def look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
-    """Say it now, not after the training, where the best model so far is gone."""
+    """Warns at the start, not after the training, if the checkpoint of the best model so far is missing."""
     best = loop.state.best_step
     if (
         best is not None
@@ -72,6 +80,6 @@ def look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
 
 
 def mirror(config: RunConfig, run: RunDir) -> None:
-    """Copy the run to `training.mount_dir`, where it is given."""
+    """Copies the run to `training.mount_dir`, if that is given."""
     if config.training.mount_dir:
         log.info("mirrored to %s", run.mirror(config.training.mount_dir))

@@ -220,7 +220,7 @@ class RunDir:
             self._has_marked = True
         self.replaces = overwrite or os.path.lexists(self._mark)
         if resume and self.replaces:
-            logger.warning("%s: the run here was to be overwritten; nothing of it is gone on from", self.path)
+            logger.warning("%s: the run here was going to be overwritten, so nothing of it is resumed", self.path)
         if not resume and not overwrite and present:
             raise CheckpointError(
                 f"the folder holds another run: {', '.join(present)}",

@@ -1,12 +1,14 @@
-"""One model of a configuration and everything it works with, each part built once, when it is first asked for. Floor 6.
+"""One model of a configuration with everything that belongs to its run. Floor 6.
 
-    prepared   tokenizer, groups, objective, recipe                       nothing is loaded
-    settled    precision, micro-batches, recomputation: what fits         nothing is loaded
+Each part is built once, when it is first asked for, from the parts above it:
+
+    prepared   tokenizer, groups, objective, recipe; no weights are loaded
+    settled    precision, micro-batch size and recomputation that fit the device; no weights are loaded
     policy     the model, ready to train
-    final      what is settled, for the rows that the policy really takes
+    final      `settled` again, for the row layout that the policy really uses
     source     the groups of every step, with the reference's log-probs
 
-`strop train`, `strop reference` and `--dry-run` go up this list as far as they need.
+`strop train`, `strop reference` and `--dry-run` each go down this list as far as they need.
 """
 
 from __future__ import annotations
@@ -58,8 +60,11 @@ Splits = tuple[GroupSet, GroupSet | None]
 
 @dataclass(frozen=True)
 class Settled:
-    """A run of which all is decided but its weights. prepared: its configuration says how a step is cut and what is
-    computed again. tokens: what rows cost."""
+    """A run in which everything is decided and no weight is loaded.
+
+    prepared: its configuration now says how large micro-batches are and which layers are recomputed. tokens: how many
+    tokens groups take in the row layout of the run.
+    """
 
     prepared: Prepared
     machine: Machine
@@ -67,26 +72,26 @@ class Settled:
     tokens: RowTokens
 
     def describe(self) -> Iterator[str]:
-        """Lines for a person: what the run will be."""
+        """Lines of text: what the run will be."""
         return self.prepared.describe(self.tokens)
 
     def prediction(self) -> list[str]:
-        """Lines for a person: the memory it will take."""
+        """Lines of text: the memory that the run will take."""
         return list(prediction(self.prepared, self.machine, self.precision, self.tokens))
 
     def time(self) -> list[str]:
-        """Lines for a person: the time it will take. On a CPU, layers are timed, which takes up to half a minute."""
+        """Lines of text: the time that the run will take. On a CPU, layers are timed, for up to half a minute."""
         return predicted_time(self.prepared, self.machine, self.precision, self.tokens)
 
 
 class Session:
-    """A `with` block in which one model is worked with; products on a CPU go one way inside.
+    """The work on one model, as a `with` block: inside, a CPU computes matrix products in the way chosen for the run.
 
     Args:
-        world: this process and its device; None: nothing is to be loaded, and `machine` is judged.
-        machine: default: that of the world's device.
-        resumed: what the run goes on from.
-        read: tokenizer and data, where they have been read already.
+        world: this process and its device. None: nothing will be loaded, only planned for `machine`.
+        machine: what the run must fit. Default: the machine of the world's device.
+        resumed: the checkpoint that the run continues from.
+        read: tokenizer and data, if they have been read already.
         backward: whether there will be backward passes, which need memory for activations.
     """
 
@@ -121,7 +126,7 @@ class Session:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration with all that is settled so far."""
+        """The configuration with everything that has been decided so far."""
         for name in ("final", "settled"):
             if name in self.__dict__:
                 found: Settled = self.__dict__[name]
@@ -143,7 +148,7 @@ class Session:
 
     @cached_property
     def _open(self) -> tuple[Prepared, Precision]:
-        """With the precision decided; how steps are cut is still open."""
+        """The run with its precision decided; the size of micro-batches is still open."""
         found = self._precision(self.prepared.config)
         tokens = planned_rows(self.model)
         prepared = with_precision(self.prepared, self.machine, found, tokens, self._resumed)
@@ -158,7 +163,7 @@ class Session:
 
     @cached_property
     def settled(self) -> Settled:
-        """As the configuration promises: rows that share prompts, where the architecture can."""
+        """The run as planned from the configuration alone: prompts are shared if the architecture allows it."""
         return self._fitted(*self._open, planned_rows(self.model))
 
     def _precision(self, config: RunConfig) -> Precision:
@@ -174,7 +179,7 @@ class Session:
         return Settled(self._agreed(prepared), self.machine, precision, tokens)
 
     def _agreed(self, prepared: Prepared) -> Prepared:
-        """With what the main process has chosen by the speed and the memory of its device, so that all cut alike."""
+        """With the configuration of the main process: each measured its own device, and all must cut steps alike."""
         return prepared if self._world is None else replace(prepared, config=self._world.broadcast(prepared.config))
 
     # -- the model ---------------------------------------------------------------------------------------------------
@@ -187,13 +192,14 @@ class Session:
 
     @property
     def _is_hashed(self) -> bool:
-        """Whether the weights that a run begins with matter later: else a checkpoint has all that is left of them."""
+        """Whether to hash the weights that the run begins with. Without a reference, full training needs no hash: all
+        that is left of the first weights is in the checkpoint."""
         return self._config.adapts(self.model) or self.prepared.objective.needs_reference
 
     @cached_property
     def final(self) -> Settled:
-        """`settled`, unless the policy refused to share prompts: then micro-batches are chosen anew. Layers are
-        recomputed as they are in the policy, which is built."""
+        """`settled`, or, if the policy turned out not to share prompts, new micro-batches for plain rows. Which layers
+        are recomputed stays as it is, because the policy has been built with it."""
         if self.policy.share_prefix or self.settled.tokens is not packed_tokens:
             return self.settled
         built = self.settled.prepared.config
@@ -204,7 +210,7 @@ class Session:
 
     @cached_property
     def made_from(self) -> dict[str, str]:
-        """Hashes of what the run begins with, by the names that checkpoints have."""
+        """Hashes of what the run begins with, under the names used in checkpoints."""
         configuration = configuration_hash(self.policy.loaded_config)
         found = {"data": self.prepared.data.report.fingerprint, "configuration": configuration}
         return found | {"weights": self.policy.weights_hash} if self._is_hashed else found
@@ -213,7 +219,7 @@ class Session:
 
     @cached_property
     def cuts(self) -> Cuts:
-        """How training and validation groups are cut to begin with."""
+        """How training and validation groups are first cut into micro-batches."""
         training, data, tokens = self.final.prepared.config.training, self.prepared.data, self.final.tokens
         assert training.micro_batch_tokens is not None
         cut = Cut(training.micro_batch_tokens, tokens)
@@ -223,8 +229,8 @@ class Session:
         return Cuts(cut, Cut(budget, tokens))
 
     def groups(self) -> Splits:
-        """Training and validation groups, with their prompts' mismatched completions where the objective wants them,
-        without log-probs of a reference."""
+        """Training and validation groups, without reference log-probs. If the objective asks for mismatched
+        completions (those of other prompts), they are attached."""
         data, objective = self.prepared.data, self.prepared.objective
         train, validation = GroupSet(data.train, wants=objective.reads & Policy.SUPPLIES), None
         if data.eval:
@@ -235,20 +241,24 @@ class Session:
         return train, validation
 
     def _with_mismatched(self, groups: GroupSet, num_epochs: int) -> GroupSet:
-        """The groups, and their prompts with completions of others for so many epochs."""
+        """The groups, and with them their prompts paired with completions of other prompts, for each epoch."""
         limit, seed = self.config.training.max_seq_length, self.config.seed
         others = Mismatched(groups.groups, num_epochs=num_epochs, seed=seed, max_tokens=limit)
         return replace(groups, also={MISMATCHED: replace(groups, groups=others, wants=frozenset())})
 
     def reference(self) -> AbstractContextManager[Policy]:
-        """What scores as the reference: the policy, or another model for the time of the block."""
+        """The model to score the reference with: the policy itself, or another one that is loaded for the block."""
         return reference_policy(self.config, self.model, self.policy, self.prepared.tokenizer)
 
     def score(self, reference: Policy, progress: Progress, folder: Path | None) -> Splits:
-        """The groups with the log-probs of a reference that stays as it is, all that the run will want.
+        """Scores the groups with a reference that does not change during the run.
 
-        folder: of the run, on whose disk they lie; None: they are scored for runs to come, and what cannot be stored is
-        an error.
+        Args:
+            folder: the run folder, in which the log-probs are kept. None: they are scored for later runs, and failing
+                to store them is an error.
+
+        Returns:
+            Training and validation groups with all reference log-probs that the run will need.
         """
         plan, training, ahead = self.prepared.plan, self.config.training, folder is None
         store = None
@@ -256,7 +266,8 @@ class Session:
             store = ReferenceStore.of(reference, reference.weights_hash, must_keep=ahead)
         folder = folder or cache_folder("references", must_keep=ahead)
         train, validation = self.groups()
-        # not the budget of the steps, which follows the memory that is free: the cut decides the last bits
+        # The cut decides the last bits of the log-probs. The budget of training steps depends on the memory that is
+        # free today, so it would make a store of little use to other runs.
         tokens, device = self.final.tokens, self.world.device.type
         own_cut = Cut(default_budget(train.groups, training.per_device_train_batch_size, tokens, device), tokens)
         visits = plan.all_visits() if train.also else None
@@ -265,21 +276,25 @@ class Session:
         return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress, folder)
 
     def source(self, splits: Splits) -> OfflineSource:
-        """The groups of every step. splits: as `score` gives them, or without a reference's log-probs where the
-        objective needs none, or one that follows the policy."""
+        """The groups of every step.
+
+        Args:
+            splits: what `score` returns; or what `groups` returns, if the objective needs no reference or has one that
+                follows the policy.
+        """
         sync = self.prepared.objective.ref_sync
         following = None if sync is None else SyncedReference(self.policy, sync.every_steps, sync.share)
         return OfflineSource(self.prepared.plan, *splits, following)
 
 
 def reference_made_from(reference: Policy) -> dict[str, str]:
-    """Hashes of another model that is the reference, by the names that checkpoints have."""
+    """Hashes of a reference that is another model, under the names used in checkpoints."""
     configuration = configuration_hash(reference.loaded_config)
     return {"reference": reference.weights_hash, "reference_configuration": configuration}
 
 
 def start_world(config: RunConfig) -> World:
-    """This process, on the device of the configuration, which is from now on the current one."""
+    """This process, on the device that the configuration chooses; it becomes torch's current device."""
     device, notes = pick_device(config.gpu)
     for note in notes:
         log.warning(note)
@@ -290,7 +305,8 @@ def start_world(config: RunConfig) -> World:
 
 
 def _one_way(precision: Precision, world: World, resumed: Checkpoint | None) -> AbstractContextManager[None]:
-    """Inside, products on a CPU go one way, that of the run that is gone on from, and the same in every process."""
+    """A block in which a CPU computes matrix products in one fixed way: that of the resumed run, if there is one, and
+    the same in all processes."""
     if world.device.type != "cpu":
         return nullcontext()
     ways = product_rates.ways_of_run(precision.compute, resumed.state.get("products") if resumed else None)

@@ -41,7 +41,7 @@ class Space:
 
     @classmethod
     def of(cls, prepared: Prepared, precision: Precision, steps_done: int = 0) -> Space:
-        """What a run will still write. steps_done: of a run that is gone on from.
+        """What a run will still write. steps_done: by an earlier process, if the run is resumed.
 
         Raises:
             CannotBuildError: the model cannot be built from its configuration alone.
@@ -80,7 +80,7 @@ def check_space(
 
     Args:
         path: the run folder.
-        steps_done: of a run that is gone on from.
+        steps_done: by an earlier process, if the run is resumed.
         freed: bytes that the run will remove before it writes.
 
     Raises:

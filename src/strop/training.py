@@ -1,6 +1,6 @@
-"""`strop train`: every model of a configuration, from its session to its final model. Floor 8.
+"""`strop train`: trains every model of a configuration. Floor 8.
 
-run folder -> session -> checks of a resume -> loop -> final model
+For each model: open the run folder, build the session, check a resume, run the loop, write the final model.
 """
 
 from __future__ import annotations
@@ -49,27 +49,27 @@ def train(
     overwrite: bool = False,
     allow_changes: bool = False,
 ) -> list[RunResult]:
-    """Train the models of `config`, one after the other.
+    """Trains the models of `config`, one after the other.
 
     Args:
         config: a configuration, or the path of a YAML file with one.
-        model_index: train only this one, from 0.
-        resume: "auto" goes on from the newest complete checkpoint of the run folder (or starts, where there is none);
-            a path goes on from that checkpoint. Default: `finetuning.resume_from_checkpoint`.
-        overwrite: delete the run that stands in the run folder.
-        allow_changes: resume although settings or data that change the result are not those of the run.
+        model_index: train only the model at this position, from 0.
+        resume: "auto" continues from the newest complete checkpoint of the run folder, or starts if there is none; a
+            path continues from that checkpoint. Default: `finetuning.resume_from_checkpoint`.
+        overwrite: delete the run that is in the run folder.
+        allow_changes: resume although data, or settings that change the result, differ from those of the run.
 
     Raises:
-        StropError: something that the user can mend. With several models, every model is tried first.
-        Interrupted: stopped by a signal after a checkpoint.
+        StropError: something that the user can fix. With several models, it is raised after all have been tried.
+        Interrupted: a signal stopped the run; a checkpoint has been written.
     """
     config = resolve(config if isinstance(config, RunConfig) else load_config(config))
     models = select_models(config, model_index)
     if len(models) > 1 and (resume or config.finetuning.resume_from_checkpoint or "auto") != "auto":
         raise ConfigError(
-            f"one checkpoint cannot be gone on from by {len(models)} models",
+            f"{len(models)} models cannot resume from one checkpoint",
             where=f"--resume {resume or config.finetuning.resume_from_checkpoint}",
-            expected="auto, which finds each model's own",
+            expected="auto, which finds the checkpoint of each model",
             fix="choose the model of this checkpoint with --model-index",
         )
     check(config, model_index=model_index, resume=resume)  # all of them, before the first trains
@@ -113,7 +113,10 @@ def _is_quiet(config: RunConfig, world: World) -> bool:
 
 
 def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
-    """Read, settle and load, and say what there is to say, before what it is about. run: where it will write."""
+    """Builds the parts of the session in order, and logs what is known at each point before the next, slower one.
+
+    run: where the run will write; None if nothing will be trained.
+    """
     model = session.model
     _tell(model, session.prepared.data.report.lines())
     for note in session.prepared.advice():
@@ -135,9 +138,9 @@ def _tell(model: ModelSection, lines: Iterable[str]) -> None:
 
 
 class _Run:
-    """A run of a session into a run folder, from its first step or from `saved`.
+    """Trains one model into its run folder, from the first step or from the checkpoint `saved`.
 
-    made_from: hashes of all that the result depends on, the reference's too once it is scored.
+    made_from: hashes of everything that the result depends on. Those of a reference are added once it is scored.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class _Run:
         self.resumed_at = saved.step if saved else 0
 
     def whole(self) -> RunResult:
-        """Score the reference, train, and leave the final model."""
+        """Scores the reference, trains, and writes the final model."""
         session, name = self.session, self.session.model.name
         source = session.source(self._splits())
         if not self.saved:
@@ -157,7 +160,7 @@ class _Run:
         outputs = self._outputs(source.num_steps)
         try:
             devices = [session.world.device] if session.world.device.type == "cuda" else []
-            # dropout's draws are seeded; the caller's go on
+            # training seeds torch's generators; afterwards they continue where the caller left them
             with StopSignal(self.progress.note) as stop, torch.random.fork_rng(devices):
                 parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
                 state, step = self._train(Loop(session.config, *parts, should_stop=lambda: stop.requested), outputs)
@@ -175,7 +178,7 @@ class _Run:
         return self._finish(ending)
 
     def _splits(self) -> Splits:
-        """The groups, with the log-probs of a reference where the objective needs one that stays as it is."""
+        """The groups, with reference log-probs if the objective needs a reference that does not change."""
         session, objective = self.session, self.session.prepared.objective
         if not objective.needs_reference or objective.ref_sync is not None:
             return session.groups()
@@ -195,12 +198,12 @@ class _Run:
         return RunOutputs(*parts, made_from=self.made_from, num_steps=num_steps, resumed_at=self.resumed_at)
 
     def _train(self, loop: Loop, outputs: RunOutputs) -> tuple[TrainState, int]:
-        """The state after the last step, and the step that the weights are of."""
+        """Returns the state after the last step, and the step whose weights the policy holds: the last or the best."""
         if self.saved:
             loop.restore(self.saved)
             look_for_best(loop, self.run, self.saved)
             checkpoint.retire_newer(self.run.path, self.saved.step)
-            self._write_records()  # this run's, now that it is known to fit
+            self._write_records()  # only now: the checkpoint has been found to fit
         evaluated = loop.state.evaluated_step == self.resumed_at
         outputs.cut(self.resumed_at if self.saved else -1, evaluated=evaluated)
         state = loop.run()
@@ -208,7 +211,7 @@ class _Run:
         return state, loop.load_best(lambda step: checkpoint.open_checkpoint(best(step)))
 
     def _finish(self, ending: Ending) -> RunResult:
-        """Leave the final model, and say how the run ended."""
+        """Writes the final model, and logs how the run ended."""
         session, run, step = self.session, self.run, ending.final_step
         prepared, policy, name = session.prepared, session.policy, session.model.name
         run.write_json(RESULT, ending.as_dict())
@@ -225,7 +228,7 @@ class _Run:
         return RunResult(name, run.path, ending)
 
     def _write_records(self) -> None:
-        """What is known of a run before its first step."""
+        """Writes what is known of a run before its first step: configuration, environment, data report."""
         config, data = self.session.config, self.session.prepared.data
         self.run.write_text("config.yaml", to_yaml(config))
         write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record())

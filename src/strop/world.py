@@ -1,8 +1,8 @@
-"""The processes that train one model together, as one of them sees them. Floor 0: torch alone.
+"""The processes that train one model together, as seen by one of them. Floor 0, needs nothing but torch.
 
-Who needs to know which process this is gets a `World` as an argument, and nobody asks the environment. Everything that
-must be the same everywhere is decided from what these methods return: counts of a step, its loss and gradients, whether
-to stop, which files are written. With one process, every method returns what it was given.
+Code that has to know which process it runs in takes a `World` as an argument; nothing else reads the environment.
+Whatever must be equal in all processes is decided from what these methods return: the counts of a step, its loss and
+gradients, whether to stop, which files are written. With one process, every method returns what it is given.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World(ABC):
-    """One of `size` processes. rank: its number, from 0; local_rank: its number on this machine; device: where it
-    computes.
+    """One of `size` processes.
 
-    Processes meet in the methods below: all of them must call the same one, in the same order.
+    rank: its number, from 0. local_rank: its number on this machine. device: where it computes.
+
+    The abstract methods are collective: every process must call the same ones in the same order.
     """
 
     device: torch.device
@@ -42,8 +43,11 @@ class World(ABC):
         return self.rank == 0
 
     def deal(self, parts: Sequence[T]) -> list[Sequence[T]]:
-        """The micro-batches of each process, by rank, of those that all have cut alike: every `size`-th. Rank 0 has the
-        most; others may have none."""
+        """Deals micro-batches to processes: element r of the result is the share of rank r.
+
+        All processes have cut the step into the same `parts`, and each takes every `size`-th of them. Rank 0 gets the
+        most; other ranks may get none.
+        """
         return [parts[rank :: self.size] for rank in range(self.size)]
 
     @abstractmethod
@@ -56,16 +60,18 @@ class World(ABC):
 
     @abstractmethod
     def broadcast(self, value: T) -> T:
-        """What rank 0 gave: a value that pickles."""
+        """The value of rank 0, in every process. It must pickle."""
 
     @abstractmethod
     def gather(self, value: T) -> list[T]:
-        """What every process gives, by rank: tensors (of any number of rows, which may differ from process to process),
-        numbers, and dataclasses of them. On the device of this process."""
+        """The values of all processes, by rank, on the device of this process.
+
+        A value is a tensor, a number or a dataclass of them. The first dimension of tensors may differ by process.
+        """
 
     @abstractmethod
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over all processes. One that only other processes have is made here."""
+        """Replaces each gradient by its sum over all processes. A parameter without one here gets the others' sum."""
 
 
 @dataclass(frozen=True)

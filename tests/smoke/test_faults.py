@@ -76,7 +76,7 @@ def test_a_checkpoint_of_a_run_that_is_to_be_overwritten_is_refused(runs: Any, w
     config = runs.config()
     (first,) = strop.train(config)
     (first.run_dir / TO_BE_REPLACED).write_text("")
-    with pytest.raises(CheckpointError, match="was to be overwritten"):
+    with pytest.raises(CheckpointError, match="was going to be overwritten"):
         strop.train(config, resume=str(first.run_dir / "checkpoint-4"))
 
 
@@ -120,7 +120,7 @@ def test_a_final_model_that_is_damaged_is_written_again_without_training(
         (done.final / name).write_bytes(damaged)
         caplog.clear()
         strop.train(config, resume="auto")
-        assert f"{name}: " in caplog.text and "is not what was written" in caplog.text
+        assert f"{name}: " in caplog.text and "is damaged" in caplog.text
         assert {p.name: p.read_bytes() for p in done.final.iterdir()} == whole
     shutil.rmtree(done.run_dir / "checkpoint-4")
     (done.final / name).unlink()
@@ -211,7 +211,7 @@ def test_a_save_that_fails_does_not_end_a_run(
     run = runs(keys, fresh=True)
     assert run.checkpoints == kept and failing.count == 4
     told = capsys.readouterr().err
-    assert all(f"step {n} is not saved" in told for n in numbers)
+    assert all(f"step {n} could not be saved" in told for n in numbers)
     if not best:
         assert runs.same_run(run, unbroken)
 
@@ -224,7 +224,7 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(runs: Any, watched: pytest
     assert runs.same_run(run, unbroken)  # every record, in order
     assert len(run.margins) < 4
     told = capsys.readouterr().err
-    assert "a record has to wait" in told and "the margins of step 1 cannot be written" in told
+    assert "a line of metrics could not be written yet" in told and "the margins of step 1 cannot be written" in told
 
 
 def lambda_of(failing: Failing) -> Callable[..., Any]:

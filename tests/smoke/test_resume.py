@@ -195,7 +195,7 @@ def test_a_finished_run_says_so(tmp_path: Path, model_dir: Path) -> None:
     [
         ({"learning_rate": 2e-3}, "auto", r"finished, with other settings:\n    training.learning_rate: 0.001 then"),
         ({"max_steps": 5}, "auto", "training.max_steps: 7 then, 5 now"),
-        ({}, "checkpoint-6", "no checkpoint is gone on from"),
+        ({}, "checkpoint-6", "cannot be resumed from a checkpoint"),
     ],
     ids=str,
 )
@@ -306,7 +306,7 @@ def go_on(folder: Path, num_steps: int, caplog: pytest.LogCaptureFixture) -> Non
     caplog.set_level(logging.INFO, "strop")
     config = strop.load_config(folder / "c.json", overrides={"training.max_steps": num_steps})
     strop.train(config, resume="auto", allow_changes=True)
-    assert "going on from" in caplog.text
+    assert "resuming from" in caplog.text
 
 
 def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -407,12 +407,12 @@ def test_another_environment_is_told_and_the_launchs_record_stays(
             strop.train(config, resume="auto")
     launch = json.loads(file.read_text())
     assert [resume.pop("after_step") for resume in launch.pop("resumes")] == [2]
-    assert "not as at the launch" not in caplog.text
+    assert "changed since the launch" not in caplog.text
     launch["packages"]["torch"], launch["num_threads"], launch["devices"] = "1.0", 77, [{"name": "a GPU"}]
     file.write_text(json.dumps(launch))
     strop.train(config, resume="auto")
     for line in ("torch 1.0 then", "num_threads 77 then", "devices [{'name': 'a GPU'}] then, [] now"):
-        assert f"not as at the launch, so the result may differ in its last digits: {line}" in caplog.text
+        assert f"changed since the launch, so the last digits may differ: {line}" in caplog.text
     after = json.loads(file.read_text())
     (resume,) = after.pop("resumes")
     assert after == launch and resume["after_step"] == 4 and resume["packages"]["torch"] == torch.__version__

@@ -177,7 +177,7 @@ def test_joined_scores_are_those_of_one_batch(left: list[Group], right: list[Gro
 def test_columns_that_do_not_fit_are_refused() -> None:
     group = Group(array("i", [1, 2]), (Completion(array("i", [3, 4]), b"\1\1"),) * 3, Origin("rows", 1))
     for level, wrong in {"per_token": 5, "per_completion": 2, "per_group": 3}.items():
-        with pytest.raises(ValueError, match=f"column advantages: {wrong} values, where there are .*{level}"):
+        with pytest.raises(ValueError, match=f"column advantages has {wrong} values, expected .*{level}"):
             pack([group], Columns(**{level: {"advantages": torch.zeros(wrong)}}))
     once = Columns(per_group={"labels": torch.zeros(1)})
     with pytest.raises(ValueError, match="supplied twice: labels"):

@@ -1,4 +1,4 @@
-"""What the next step needs, made in a thread while this step computes. Floor 3."""
+"""Prepares the input of the next step in a thread while the current step computes. Floor 3."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ Made = TypeVar("Made")
 
 
 class Ahead(Generic[Key, Made]):
-    """Calls `make`, which must be a function of its key alone: so what was begun in the thread is what would have been
-    made on the spot. What goes wrong in the thread is raised where the result is taken.
+    """Calls `make(key)`, if possible before its result is needed.
+
+    `make` must be a function of its key alone, so that a result made ahead equals one made on the spot. Errors of the
+    thread are raised where the result is taken.
 
     Args:
-        threaded: whether anything is begun ahead.
+        threaded: False: nothing is made ahead.
     """
 
     def __init__(self, make: Callable[[Key], Made], *, threaded: bool) -> None:
@@ -24,13 +26,13 @@ class Ahead(Generic[Key, Made]):
         self._begun: tuple[Key, Future[Made]] | None = None
 
     def begin(self, key: Key) -> None:
-        """Start to make what will be taken next. At most one is begun at a time: an earlier one is let go."""
+        """Starts to make what will be taken next. Only one result is made at a time: an earlier one is dropped."""
         if self._pool is not None:
             self._forget()
             self._begun = key, self._pool.submit(self._make, key)
 
     def take(self, key: Key) -> Made:
-        """What `make` gives for this key, from the thread where that has begun it."""
+        """Returns `make(key)`, from the thread if it was begun there."""
         begun, self._begun = self._begun, None
         if begun is not None and begun[0] == key:
             return begun[1].result()
@@ -38,7 +40,7 @@ class Ahead(Generic[Key, Made]):
         return self._make(key)
 
     def close(self) -> None:
-        """Let go of what was begun, and end the thread."""
+        """Drops what was begun, and ends the thread."""
         self._forget()
         if self._pool is not None:
             self._pool.shutdown()

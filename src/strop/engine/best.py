@@ -1,4 +1,4 @@
-"""Which evaluation is the best one so far, and when enough were no better. Floor 3."""
+"""Which evaluation is the best so far, and when to stop early. Floor 3."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from strop.engine.state import TrainState
 
 
 def deciding_value(options: FinetuningSection, record: Mapping[str, Any], evaluated: Sequence[str]) -> float | None:
-    """What the best model is chosen by and early stopping goes by; None where there is neither.
+    """The metric that the best model and early stopping are decided by; None if neither is asked for.
 
     Args:
         record: an evaluation's line of metrics.jsonl.
@@ -27,7 +27,8 @@ def deciding_value(options: FinetuningSection, record: Mapping[str, Any], evalua
 
 
 def is_best(options: FinetuningSection, state: TrainState, value: float) -> bool:
-    """Count an evaluation of `state.step`; true where its model is the best so far and to be kept."""
+    """Takes the evaluation of `state.step` into account. Returns whether its model is the best so far and must be
+    saved."""
     best = state.best_value
     better = best is None or (value > best if options.greater_is_better else value < best)
     better = better and math.isfinite(value)
@@ -39,6 +40,6 @@ def is_best(options: FinetuningSection, state: TrainState, value: float) -> bool
 
 
 def stops_early(options: FinetuningSection, state: TrainState) -> bool:
-    """Whether early stopping is asked for and due."""
+    """Whether early stopping is on and its patience is used up."""
     patience = options.early_stopping_patience
     return patience is not None and state.stale_evals >= patience

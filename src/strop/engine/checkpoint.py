@@ -1,4 +1,5 @@
-"""Checkpoints: everything a run needs to go on, whole or absent, and never trusted without its hashes. Floor 3.
+"""Checkpoints: everything that a run needs to continue. A checkpoint is complete or absent, and its hashes are verified
+before it is used. Floor 3.
 
 In: named tensors of any dtype and shape, and a JSON state. Out: a folder
 
@@ -7,11 +8,12 @@ In: named tensors of any dtype and shape, and a JSON state. Out: a folder
         state.json                                     the state
         MANIFEST.json                                  step, size and SHA-256 of every file, versions, its own hash
 
-There is no pickle in it. A save writes all of this under a temporary name, syncs every file and the folder, renames,
-syncs the run folder, and only then lets older checkpoints go. A load takes the newest one whose files are exactly
-those of its manifest; a damaged one is set aside and said, and the next older one is tried.
+There is no pickle in it. A save writes everything under a temporary name, syncs every file and the folder, renames it,
+syncs the run folder, and only then removes older checkpoints. A load takes the newest checkpoint whose files are
+exactly those of its manifest; a damaged one is renamed with a warning, and the next older one is tried.
 
-Steps are compared as numbers and never by a clock. Nothing that lacks our manifest is ever removed.
+The newest is the one with the highest step; times of files do not matter. A folder without our manifest is never
+removed.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 STATE = "state.json"
 MAX_FILE_BYTES = 2**28
-"""Tensors go into files of about this size: a save holds one file's worth of them in host memory at a time."""
+"""Approximate size of a tensor file. A save holds the tensors of one file in host memory at a time."""
 SHOWN = 8
 """Differences listed in a message."""
 
@@ -60,8 +62,8 @@ SHOWN = 8
 class Checkpoint:
     """A verified checkpoint.
 
-    step: the optimizer steps it stands after. state: as it was saved. identity: what the run was made from (hashes of
-    configuration and data, by name), for the caller to compare. versions: of the code that wrote it.
+    step: the number of optimizer steps done. state: as it was saved. identity: hashes of what the run was made from
+    (configuration, data, weights), by name, for the caller to compare. versions: those of the packages that wrote it.
     """
 
     path: Path
@@ -71,10 +73,10 @@ class Checkpoint:
     versions: Mapping[str, str]
 
     def load_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the saved tensors into the given ones, in place, on whatever device they are.
+        """Copies the saved tensors into the given ones, in place, on any device.
 
         Raises:
-            CheckpointError: a name, shape or dtype is not the same on both sides; nothing has been copied then.
+            CheckpointError: a name, shape or dtype differs; then nothing has been copied.
         """
         reader = HuggingFaceStorageReader(str(self.path))
         with foreign_errors(lambda why: CheckpointError(f"cannot be read: {why}", where=str(self.path))):
@@ -127,11 +129,14 @@ def save(
     protect: Collection[int] = (),
     identity: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write checkpoint-{step} and let older ones go. When this returns, the checkpoint survives a power cut.
+    """Writes checkpoint-{step} and removes older ones. When this returns, the checkpoint survives a power cut.
 
-    tensors: by name; two names may be of one tensor, and else no two share memory.
-    keep: checkpoints to keep besides the protected ones, this one included; null: all. protect: steps never to let go.
-    A failure leaves every older checkpoint as it was, and nothing of this one.
+    A failure leaves all older checkpoints as they were, and nothing of the new one.
+
+    Args:
+        tensors: by name. Two names may stand for one tensor; otherwise no two tensors may share memory.
+        keep: how many checkpoints to keep besides the protected ones, including this one; None: all.
+        protect: steps whose checkpoints are never removed.
 
     Raises:
         SaveError: the disk is full or cannot be written.
@@ -162,15 +167,15 @@ def save(
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes on disk that a checkpoint of `tensors` takes, nearly: headers and the state come on top."""
+    """Bytes on disk that a checkpoint of `tensors` takes, with an estimate for headers and the state."""
     return sum(t.nbytes for t in tensors.values()) + 256 * len(tensors) + 4096
 
 
 def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write nothing with a NaN in it: a checkpoint would push the good ones out, a model would look finished.
+    """Refuses to write tensors with a NaN: a checkpoint with one would displace good ones.
 
     Raises:
-        CheckpointError: NaN or infinity; the message begins with `what`.
+        CheckpointError: there is a NaN or an infinity; the message begins with `what`.
     """
     if bad := nonfinite(tensors):
         raise CheckpointError(
@@ -181,7 +186,7 @@ def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
-    """The tensor files, synced; name -> bytes and hash of each."""
+    """Writes and syncs the tensor files. Returns the size and hash of each file by its name."""
     if not tensors:
         return {}
     assert not any(isinstance(t, DTensor) for t in tensors.values()), "one process saves whole tensors"
@@ -200,7 +205,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Fil
 
 
 class _RecordedFiles(FileSystem):
-    """The files that torch.distributed.checkpoint writes, as durable ones."""
+    """Lets torch.distributed.checkpoint write through our own files, which hash and sync what they write."""
 
     def __init__(self) -> None:
         self.written: dict[str, FileEntry] = {}
@@ -214,7 +219,7 @@ class _RecordedFiles(FileSystem):
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tensor name -> number of the file it goes to, from 1, in the order given."""
+    """Tensor name -> number of the file it goes to, from 1. Files are filled in the order of the tensors."""
     index, filled = 1, 0
     files = {}
     for name, tensor in tensors.items():
@@ -226,8 +231,8 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor dense, and with memory of its own, as safetensors wants them. One that has two names (8-bit
-    optimizers keep one table for all weights) is copied for the second."""
+    """Contiguous tensors that share no memory, as safetensors requires. A tensor with two names (8-bit optimizers keep
+    one table for all weights) is copied for the second name."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -244,7 +249,7 @@ def _write(path: Path, text: str) -> FileEntry:
 
 
 def _make_way(target: Path) -> None:
-    # hours into a run, what somebody else named so is moved rather than met with an error, and never removed
+    # A folder of this name that strop did not write must not stop a run after hours, and must not be deleted either.
     aside = _free_name(target, "foreign")
     durable.rename(target, aside)
     logger.warning("%s had no %s, so strop did not write it; it is now %s", target, MANIFEST, aside.name)
@@ -289,7 +294,8 @@ def _is_sound(path: Path, step: int) -> bool:
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that is exactly what was saved, or null. Damaged ones are renamed and said."""
+    """The newest checkpoint that is exactly what was saved; None: there is none. Damaged ones are renamed, with a
+    warning."""
     if not run_dir.is_dir():
         return None
     durable.restore_replaced(run_dir)
@@ -305,7 +311,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 
 def _quarantine(path: Path) -> str:
-    """Rename a damaged checkpoint; says how that went."""
+    """Renames a damaged checkpoint. Returns a sentence about how that went."""
     aside = _free_name(path, "bad")
     try:
         durable.rename(path, aside)
@@ -315,10 +321,10 @@ def _quarantine(path: Path) -> str:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, which was asked for by name: that one or none.
+    """The checkpoint at `path`. Unlike `newest`, it tries no other one.
 
     Raises:
-        CheckpointError: it is not there, or it is not what was saved.
+        CheckpointError: it does not exist, or it is not what was saved.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -336,9 +342,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def retire_newer(run_dir: Path, step: int) -> list[Path]:
-    """Set aside checkpoints after `step`, as a resume from an older one needs it: they are of another course now.
+    """Renames the checkpoints after `step` to .retired-checkpoint-N, and returns their new paths.
 
-    They are renamed to .retired-checkpoint-N, not removed. Returns where they are.
+    A resume from an older checkpoint needs this: the newer ones belong to a course of training that is now abandoned.
     """
     newer = sorted((at, p) for at, p in _numbered(run_dir).items() if at > step and carries_manifest(p))
     moved = []
@@ -350,7 +356,7 @@ def retire_newer(run_dir: Path, step: int) -> list[Path]:
 
 
 def _numbered(run_dir: Path) -> dict[int, Path]:
-    """Step -> folder of everything named like a checkpoint; links are not followed."""
+    """Step -> folder, of all folders named like a checkpoint. Symbolic links are left out."""
     with os.scandir(run_dir) as entries:
         names = [e.name for e in entries if CHECKPOINT_NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
     return {int(name.removeprefix("checkpoint-")): run_dir / name for name in names}
@@ -365,7 +371,7 @@ def _free_name(path: Path, kind: str) -> Path:
 
 
 def _open(path: Path, step: int | None) -> Checkpoint:
-    """Verify everything, then read what is small."""
+    """Verifies all files, then reads the state. Tensors are read by `load_into`."""
     manifest = read_manifest(path, step)
     verify_files(path, manifest)
     try:
@@ -377,7 +383,7 @@ def _open(path: Path, step: int | None) -> Checkpoint:
 
 @contextmanager
 def _dcp() -> Iterator[None]:
-    """torch.distributed.checkpoint without its say on single processes, and with its errors as what they were."""
+    """Silences a warning of torch.distributed.checkpoint about single processes, and raises the error that it wraps."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -1,6 +1,6 @@
-"""How a run ended: why, what the evaluations before and after say, and whether it got worse. Floor 3.
+"""How a run ended: why it stopped, the evaluations before and after, and whether the model got worse. Floor 3.
 
-In: the records of metrics.jsonl. Out: an `Ending`, which is the run folder's result.json, and lines for a person.
+In: the lines of metrics.jsonl. Out: an `Ending`, which is written as result.json, and lines of text about it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from strop.errors import CheckpointError
 from strop.runfiles import RESULT
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
-"""Metrics of the lines, where an evaluation has them."""
+"""Metrics that the lines show, if an evaluation has them."""
 VISIBLE = 1e-4
-"""A loss is worse, or has moved at all, where it differs by more than this share of what it was."""
+"""A loss counts as worse if it is above the earlier one by more than this share of it."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """reason: why the run ended, as a sentence. early: by early stopping. step: the last one trained, of num_steps.
-    final_step: the step that the model in `final/` is of. metrics: by name (`eval_at_start`: before the first step;
-    `eval`: of `final_step`; `train`: the last line of the training), records of metrics.jsonl. worse: whether the loss
-    of `eval` is above that of `eval_at_start`; null where one of them is missing.
+    """How a run ended.
+
+    reason: why, as a sentence. early: whether by early stopping. step: the last step trained, of num_steps. final_step:
+    the step of the model in `final/`. metrics: lines of metrics.jsonl by name: `eval_at_start` before the first step,
+    `eval` of `final_step`, `train` the last one of the training. worse: whether the loss of `eval` is above that of
+    `eval_at_start`; None if one of them is missing.
     """
 
     reason: str
@@ -49,7 +51,7 @@ class Ending:
         final_step: int,
         records: Iterable[Mapping[str, Any]],
     ) -> Ending:
-        """records: all of metrics.jsonl, in its order."""
+        """records: all lines of metrics.jsonl, in order."""
         metrics: dict[str, Mapping[str, Any]] = {}
         for record in records:
             if record.get("split") == "train":
@@ -64,11 +66,11 @@ class Ending:
         return cls(reason, early, state.step, num_steps, final_step, metrics, _is_worse(metrics))
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON holds."""
+        """The content of result.json."""
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """For a person; what is bad is in `warning`."""
+        """Lines of text about the ending. A model that got worse is left to `warning`."""
         yield self.reason
         before, after = self.metrics.get("eval_at_start"), self.metrics.get("eval")
         if after is None:
@@ -77,27 +79,27 @@ class Ending:
             shown = ", ".join(f"{name} {number(after[name])}" for name in SHOWN if _has(after, name))
             yield f"evaluation of the model of step {self.final_step}: {shown}"
             return
-        # the rewards before the first step are those of the reference itself: 0, whatever the model
+        # rewards before the first step are not shown: the policy is still the reference, so they are 0
         shown = f"loss {number(before.get('loss'))} -> {number(after.get('loss'))}"
         shown += "".join(f", {name} {number(after[name])}" for name in SHOWN[1:] if _has(after, name))
         yield f"evaluation before the first step and of the model of step {self.final_step}: {shown}"
 
     def warning(self) -> str | None:
-        """What speaks against the model in `final/`."""
+        """Why not to use the model in `final/`; None if nothing speaks against it."""
         if not self.worse:
             return None
         before, after = self.metrics["eval_at_start"]["loss"], self.metrics["eval"]["loss"]
         return (
             f"the model got worse: its evaluation loss was {number(before)} before the first step and is "
-            f"{number(after)} now. Lower training.learning_rate, train fewer steps, or look at the data; the model "
-            "that the run began with is as it was"
+            f"{number(after)} now. Lower training.learning_rate, train fewer steps, or look at the data. The model "
+            "that the run started from is unchanged"
         )
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One model's finished run: `final` holds the model, `run_dir` everything else. ending: why it ended, and what
-    its evaluations say; the same as result.json in the run folder."""
+    """The finished run of one model: `final` holds the model, `run_dir` everything else. ending: the content of
+    result.json, which says why the run ended and what its evaluations were."""
 
     name: str
     run_dir: Path
@@ -105,7 +107,7 @@ class RunResult:
 
     @property
     def step(self) -> int:
-        """The last step trained, which is not the step of `final` where the best model was asked for."""
+        """The last step trained. The model in `final` may be of an earlier one, if that was the best."""
         return self.ending.step
 
     @property
@@ -115,13 +117,13 @@ class RunResult:
 
     @property
     def metrics(self) -> Mapping[str, Mapping[str, Any]]:
-        """Records of metrics.jsonl: `train`, the last line of the training; `eval`, the evaluation of the model in
-        `final`; `eval_at_start`, the one before the first step. The last two where there are validation rows."""
+        """Lines of metrics.jsonl: `train`, the last one of the training; `eval`, the evaluation of the model in
+        `final`; `eval_at_start`, the one before the first step. The last two need validation rows."""
         return self.ending.metrics
 
     @property
     def got_worse(self) -> bool | None:
-        """Whether the evaluation loss is above that before the first step; None where there is none to compare."""
+        """Whether the evaluation loss is above that before the first step; None if one of them is missing."""
         return self.ending.worse
 
     @property
@@ -130,10 +132,10 @@ class RunResult:
 
 
 def ending_of(run_dir: Path) -> Ending:
-    """How the run that is finished ended, as it wrote it down.
+    """Reads how a finished run ended.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: result.json cannot be read.
     """
     written = run_dir / RESULT
     try:
@@ -169,7 +171,7 @@ def _has(record: Mapping[str, Any], name: str) -> bool:
 
 
 def number(value: float | None) -> str:
-    """A metric for a person."""
+    """A metric as text, with about four digits."""
     if value is None:
         return "not finite"
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.3g}"

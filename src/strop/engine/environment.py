@@ -1,7 +1,7 @@
-"""What a run was made with: the content of environment.json. Floor 3.
+"""environment.json: the software and hardware that a run was made with. Floor 3.
 
-Facts that explain a difference between two runs, and nothing else: the environment's variables are not in it, and the
-command line is without its credentials.
+It holds facts that can explain a difference between two runs, and no secrets: environment variables are left out, and
+credentials are removed from the command line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = ("strop", "torch", "transformers", "peft", "datasets", "tokenizers", 
 
 
 def describe_environment(*, seed: int, world_size: int = 1, command: Sequence[str] | None = None) -> dict[str, object]:
-    """environment.json as a mapping. command: the command line; default: this process's."""
+    """The content of environment.json. command: default: the command line of this process."""
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -52,18 +52,23 @@ COMPARED = ("python", "packages", "platform", "processor", "num_cpus", "num_thre
 
 
 def write_environment(run: RunDir, saved: Checkpoint | None, *, seed: int, products: Any) -> None:
-    """environment.json of a launch; of a resume from `saved` the launch's, with this one behind it, and what differs is
-    told. products: how matrix products are computed here."""
+    """Writes environment.json. A resume keeps the record of the first launch, adds its own to it, and warns about
+    differences.
+
+    Args:
+        saved: the checkpoint that is resumed from.
+        products: how matrix products are computed here.
+    """
     environment: dict[str, Any] = {**describe_environment(seed=seed), "products": products}
     if saved and (launch := launch_record(saved.path.parent)) is not None:
         for line in changed_since(launch, environment):
-            log.warning("%s: not as at the launch, so the result may differ in its last digits: %s", run.path, line)
+            log.warning("%s: changed since the launch, so the last digits may differ: %s", run.path, line)
         environment = resumed(launch, saved.step, environment)
     run.write_json(ENVIRONMENT, environment)
 
 
 def launch_record(run_dir: Path) -> dict[str, Any] | None:
-    """What a run wrote down when it began; None where that is gone or cannot be read."""
+    """The environment.json of an earlier launch; None if it is missing or cannot be read."""
     try:
         found = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,7 +77,7 @@ def launch_record(run_dir: Path) -> dict[str, Any] | None:
 
 
 def changed_since(launch: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each version, count or device that is another one than at the launch."""
+    """One line for each version, count or device that differs from the launch."""
     for name in COMPARED:
         before, after = launch.get(name), now.get(name)
         if name == "packages" and isinstance(before, Mapping) and isinstance(after, Mapping):
@@ -83,7 +88,7 @@ def changed_since(launch: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 
 
 def resumed(launch: Mapping[str, Any], step: int, now: Mapping[str, Any]) -> dict[str, Any]:
-    """The launch's record as it is, with that of one more resume behind it."""
+    """The record of the launch, unchanged, with that of one more resume added."""
     return {**launch, "resumes": [*launch.get("resumes", ()), {"after_step": step, **now}]}
 
 
@@ -111,7 +116,7 @@ def _devices() -> list[dict[str, object]]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working folder, where it is in a git repository and git is there."""
+    """The commit of the working folder; None outside of a git repository, or without git."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", timeout=5, check=False

@@ -28,12 +28,12 @@ def evaluate(
     done: Callable[[int], None] = lambda num_groups: None,
     world: World = ALONE,
 ) -> StepScores:
-    """Score `batches` without gradients (the caller switches dropout off) and sum over all of them at once.
+    """Scores `batches` without gradients and summarises them as one. The caller switches dropout off.
 
     Args:
-        also: the micro-batches of the further groups that the objective reads, by name.
-        world: the processes that have a share of the micro-batches each; all get the same result.
-        done: called with the number of groups of each micro-batch as it is scored.
+        also: the micro-batches of further groups that the objective reads, by name.
+        done: called after each micro-batch with its number of groups.
+        world: the processes that share the evaluation; `batches` are those of this one. All get the same result.
     """
     parts = []
     with torch.no_grad():
@@ -46,22 +46,22 @@ def evaluate(
 
 
 class Watcher(Protocol):
-    """Who is told how far an evaluation is."""
+    """Shows how far an evaluation is."""
 
     def evaluating(self, num_groups: int) -> AbstractContextManager[Callable[[int], None]]: ...
     def note(self, text: str) -> None: ...
 
 
 class _StoppedError(Exception):
-    """A signal came in the middle of an evaluation."""
+    """A signal stopped an evaluation before its end."""
 
 
 class Evaluation:
-    """Evaluates a policy on one set of groups, as often as it is asked to.
+    """Evaluates a policy on one set of groups, repeatedly.
 
     Args:
-        cut: how the groups come in micro-batches; a finer one from the first time on that memory runs out.
-        should_stop: asked before each micro-batch; where it says so, the evaluation ends without a result.
+        cut: how the groups are first cut into micro-batches. If memory runs out, they become smaller for good.
+        should_stop: asked before each micro-batch; True ends the evaluation without a result.
     """
 
     def __init__(
@@ -80,7 +80,10 @@ class Evaluation:
         self.world, self.should_stop = world, should_stop
 
     def scores(self, where: str) -> StepScores | None:
-        """The scores of all groups with the weights as they are; None: stopped. where: how messages name the time.
+        """The scores of all groups with the current weights; None if it was stopped.
+
+        Args:
+            where: how messages name this evaluation.
 
         Raises:
             TrainingError: micro-batches of one group each do not fit into memory.
@@ -107,8 +110,8 @@ class Evaluation:
             return evaluate(self.policy, self.objective, batches, also, done, self.world)
 
     def _until_stopped(self, groups: GroupSet, parts: Sequence[Part]) -> Iterator[Batch]:
-        """The micro-batches of this process. An evaluation can be long, and nothing of it is lost but itself, so before
-        each of them all processes ask whether to stop."""
+        """The micro-batches of this process. All processes ask before each one whether to stop: an evaluation can be
+        long, and stopping it loses nothing else."""
         shares = self.world.deal(parts)
         own = shares[self.world.rank]
         for at in range(len(shares[0])):

@@ -1,7 +1,7 @@
-"""The finished model, `final/`: written whole, with a manifest that says what it is and what it was made from. Floor 3.
+"""`final/`, the finished model. It is complete or absent, and has a manifest of what it was made from. Floor 3.
 
-The last step is in a checkpoint before anything is written here, so an export that fails is taken again by a resume,
-without training. Its manifest lists every file with its hash; whoever loads the folder later finds damage out by it.
+The last step is saved in a checkpoint first, so if the export fails, a resume repeats it without training. The manifest
+lists every file with its hash, by which later readers can detect damage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from strop.rundir import RunDir
 log = logging.getLogger("strop")
 
 RECIPE = "recipe"
-"""Where the settings stand in the manifest's identity, as JSON."""
+"""Key of the manifest's identity under which the settings are stored, as JSON."""
 
 
 def export(
@@ -33,13 +33,16 @@ def export(
     recipe: Mapping[str, Any],
     made_from: Mapping[str, str],
 ) -> Path:
-    """Let `write` fill a folder, and make it `final/` once it is whole, sealed and on disk.
+    """Lets `write` fill a folder, and renames it to `final/` once it is complete and on disk.
 
     Args:
-        needed: bytes that it will take. step: the model's. recipe, made_from: as in the checkpoints.
+        needed: bytes that the model will take.
+        step: the step that the model is of.
+        recipe: the settings that decide the result, as in checkpoints.
+        made_from: hashes of what the run was made from, as in checkpoints.
 
     Raises:
-        SaveError: the disk is full or cannot be written; no `final/` is there then, or the one that was.
+        SaveError: the disk is full or cannot be written. An earlier `final/` is still there then.
     """
     identity = {**made_from, RECIPE: json.dumps(recipe, sort_keys=True)}
 
@@ -66,7 +69,7 @@ def export(
 
 
 def finished(run: RunDir) -> Checkpoint | None:
-    """What the run was made from, where `final/` is there and is what was written; nothing can be loaded from it."""
+    """What a finished run was made from; None if `final/` is missing or damaged. The result holds no tensors."""
     if not run.is_finished:
         return None
     try:
@@ -74,7 +77,7 @@ def finished(run: RunDir) -> Checkpoint | None:
         verify_listed(run.final, manifest.files)
         recipe = json.loads(manifest.identity[RECIPE])
     except (Damaged, KeyError, ValueError) as damage:
-        log.warning("%s is not what was written: %s. It is made again", run.final, damage)
+        log.warning("%s is damaged: %s. It is written again", run.final, damage)
         return None
     identity = {name: value for name, value in manifest.identity.items() if name != RECIPE}
     return Checkpoint(run.final, manifest.step, {"recipe": recipe}, identity, manifest.versions)

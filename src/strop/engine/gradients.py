@@ -1,4 +1,4 @@
-"""The gradients of a step, whatever the memory allows, by all processes together. Floor 3."""
+"""The gradients of a step, summed over all processes, in micro-batches as small as the memory requires. Floor 3."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from strop.world import World
 
 @dataclass(frozen=True)
 class Found:
-    """What the passes of a step gave. result: of the whole step. own: this process's micro-batches. order: places of
-    the groups in their set as they stand in `result`. num_tokens: fed to the model by all processes."""
+    """The result of a step's forward and backward passes.
+
+    result: the scores of the whole step. own: the micro-batches of this process. order: for each group in `result`, its
+    place in the step's set of groups. num_tokens: tokens fed to the model by all processes.
+    """
 
     result: StepScores
     own: MicroBatches
@@ -33,13 +36,14 @@ class Found:
 
 
 class Gradients:
-    """Adds the gradients of step after step to the weights.
+    """Computes the gradients of one step after the other.
 
-    On a GPU the micro-batches of the next step are made while one computes; on a CPU that would only take time from it.
+    On a GPU, the micro-batches of the next step are made while the current one computes. On a CPU that would only take
+    time from the step.
 
     Args:
-        cut: how steps come in micro-batches; a finer one from the first time on that memory runs out.
-        note: how to tell of that.
+        cut: how steps are first cut into micro-batches. If memory runs out, they become smaller for good.
+        note: called with a line of text when that happens.
     """
 
     def __init__(
@@ -56,23 +60,23 @@ class Gradients:
         self._source, self._cut, self._world, self._note = source, cut, world, note
         self._ahead = Ahead(self._micro_batches, threaded=source.ahead and world.device.type != "cpu")
         self.fitting_tokens: int | None = None
-        """Tokens of a micro-batch that fitted, where the first cut did not."""
+        """The size of micro-batches that fitted into memory; None as long as the first cut fits."""
 
     def cut_finer(self, budget_tokens: int) -> None:
-        """From here on, micro-batches of at most so many tokens."""
+        """From now on, limits micro-batches to so many tokens."""
         self._cut = Cut(budget_tokens, self._cut.tokens)
         self.fitting_tokens = budget_tokens
 
     def close(self) -> None:
-        """Nothing more is made ahead."""
+        """Ends the thread that makes micro-batches."""
         self._ahead.close()
 
     def take(self, step: int, scale: float | Tensor) -> Found:
-        """The gradients of one step, times `scale`, summed over all processes.
+        """Computes the gradients of one step, times `scale`, summed over all processes.
 
-        Where memory runs out, what the step has added to the gradients is dropped and the whole step is taken again in
-        smaller micro-batches: the same step, since the cut changes nothing (but dropout's masks). Where these are
-        single groups already and `gradient_checkpointing` is auto, all layers compute their activations again.
+        If memory runs out, the gradients of the step so far are dropped and the whole step is repeated in smaller
+        micro-batches. It is the same step, since the cut changes nothing but the masks of dropout. If micro-batches are
+        single groups already and `gradient_checkpointing` is auto, all layers are recomputed from then on.
 
         Raises:
             TrainingError: micro-batches of one group each do not fit.
@@ -90,7 +94,7 @@ class Gradients:
         return Found(result, own, order, num_tokens)
 
     def _micro_batches(self, key: tuple[int, Cut]) -> MicroBatches:
-        """key: a step, and how it is cut."""
+        """key: the number of a step, and how it is cut."""
         step, cut = key
         groups = self._source.step(step).derived(self._objective)
         return MicroBatches.of(groups, cut, self._policy, self._world)

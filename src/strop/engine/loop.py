@@ -6,8 +6,8 @@
         emit a record of the step                    (records.py)
         log, evaluate, save when due                 (metrics.py, evaluate.py, snapshot.py)
 
-Everything that a resume needs beside weights and optimizer fits in `TrainState`: the order of the data and the state
-of dropout are functions of the step.
+A resume needs the weights, the optimizer and the few numbers of `TrainState`. The order of the data and the random
+state of dropout are functions of the step, so they need not be saved.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from strop.types import Group
 from strop.world import World
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Non-finite steps that may be left out one after the other before a run stops."""
+"""Non-finite steps that may be skipped in a row before a run stops."""
 
 
 class Outputs(Protocol):
-    """Where the loop puts what it finds."""
+    """Where the loop sends its results: run folder, trackers, terminal."""
 
     def step(self, record: StepRecord) -> None:
         """A step is done."""
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl: the mean over the steps since the last one, or an evaluation."""
+        """A line of metrics.jsonl: means over the steps since the last line, or an evaluation."""
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]
@@ -63,15 +63,18 @@ class Outputs(Protocol):
 
 
 class Cuts(NamedTuple):
-    """How micro-batches are cut in training and in an evaluation, to begin with."""
+    """How training steps and evaluations are first cut into micro-batches."""
 
     training: Cut
     evaluation: Cut
 
 
 class _Update(NamedTuple):
-    """What the optimizer did with the gradients of a step. numbers: of the step. weights: the digest of what trained,
-    before."""
+    """What the optimizer did with the gradients of a step.
+
+    numbers: loss and metrics of the step. weights: a digest of the weights before the update. moved: how far the
+    weights moved, if that was measured.
+    """
 
     numbers: StepNumbers
     weights: str
@@ -82,7 +85,7 @@ class _Update(NamedTuple):
 
 
 class Loop:
-    """One run over the steps of a source."""
+    """Trains a policy on the steps of a source."""
 
     def __init__(
         self,
@@ -117,17 +120,17 @@ class Loop:
         self._kept_best: tuple[int | None, float | None] = (None, None)  # of the last save: step and value
         self._stood_still = self._looked_for_gradients = False
 
-    # -- the road ----------------------------------------------------------------------------------------------------
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> TrainState:
-        """Train to the last step, or to early stopping; the weights are then those of the last step.
+        """Trains to the last step, or until early stopping. The weights are then those of the last step.
 
         Raises:
-            TrainingError: a step that is not finite.
-            Interrupted: stopped by a signal, after a checkpoint.
+            TrainingError: a loss or gradient is not finite.
+            Interrupted: a signal stopped the run; a checkpoint has been written.
         """
         state, options = self.state, self.config.finetuning
-        if self._evaluation_is_due():  # before the first step, or what a signal broke off
+        if self._evaluation_is_due():  # before the first step, or one that a signal had stopped
             self._between_steps(save=False)
         try:
             while state.step < self.source.num_steps and not stops_early(options, state):
@@ -142,11 +145,11 @@ class Loop:
         return state
 
     def should_stop(self) -> bool:
-        """Whether any process was asked to stop."""
+        """Whether any process has been asked to stop."""
         return self.world.any(self._stop_asked())
 
     def _between_steps(self, *, save: bool) -> None:
-        """Evaluate where it is due, save, and stop where that is asked for: then an evaluation waits for the resume."""
+        """Evaluates if due, saves, and stops if asked to. An evaluation that is due then waits for the resume."""
         improved = self._evaluation_is_due() and not self.should_stop() and self._evaluate()
         early = stops_early(self.config.finetuning, self.state)
         if early and not self.window.is_empty:
@@ -178,7 +181,7 @@ class Loop:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> None:
-        """One optimizer step, from 1: gradients, update, record."""
+        """Does one optimizer step (from 1): gradients, update, record."""
         started = time.perf_counter()
         scale = self.scaler.scale(torch.ones((), device=self.world.device)) if self.scaler.is_enabled() else 1.0
         found = self.gradients.take(step, scale)
@@ -217,7 +220,7 @@ class Loop:
         )
 
     def _emit(self, record: StepRecord) -> None:
-        """Everything that is told of a step goes out here."""
+        """Hands the record of a step to everything that reads it."""
         self.state.add(record)
         self.state.micro_batch_tokens = self.gradients.fitting_tokens
         self.window.add(record)
@@ -226,7 +229,7 @@ class Loop:
             self.outputs.note(note)
 
     def _update(self, step: int, rate: float, result: StepScores, groups: Sequence[Group]) -> _Update:
-        """Check, clip, step. The weights stay as they are where anything is not finite."""
+        """Checks and clips the gradient, and updates the weights unless loss or gradient is not finite."""
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         if not self._looked_for_gradients:
@@ -247,7 +250,7 @@ class Loop:
                 self._stood_still = True
                 self.outputs.note(
                     f"step {step}: every gradient is exactly 0, so this step changes nothing; either the loss cannot "
-                    "fall any further on these rows (a lower beta?), or no weight that trains has a part in it"
+                    "fall any further on these rows (try a lower beta), or no trained weight takes part in it"
                 )
             self.scaler.step(self.optimizer)
             moved = probe.measure() if probe else {}
@@ -266,11 +269,11 @@ class Loop:
         allowed = overflow or self.training.on_nonfinite == "skip"
         if not allowed or in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{what}; the update was not made. Rows: {rows}",
+                f"{what}; the weights were not updated. Rows: {rows}",
                 where=f"step {step}",
                 expected="finite numbers",
                 fix="look at these rows; lower training.learning_rate; use bf16 instead of fp16; "
-                f"on_nonfinite: skip leaves out up to {MAX_SKIPPED_IN_A_ROW} such steps in a row",
+                f"on_nonfinite: skip skips up to {MAX_SKIPPED_IN_A_ROW} such steps in a row",
             )
         self.outputs.note(f"step {step}: {what}; skipped ({in_a_row} in a row). Rows: {rows}")
 
@@ -298,7 +301,7 @@ class Loop:
         )
 
     def _evaluate(self) -> bool:
-        """Evaluate; true when this is the best model so far and to be kept. A signal ends it without a result."""
+        """Evaluates. Returns whether this is the best model so far and must be saved; False if a signal stopped it."""
         assert self.evaluation is not None
         started = time.perf_counter()
         result = self.evaluation.scores(f"evaluation after step {self.state.step}")
@@ -320,12 +323,18 @@ class Loop:
         self.outputs.line(line)
         self.state.evaluated_step = self.state.step
         value = deciding_value(self.config.finetuning, line, self.objective.evaluated)
-        # the model before training is no candidate: a run that never gets better than it should not return it unseen
+        # The model before training is never the best one: a run that only got worse should not return its input.
         return is_best(self.config.finetuning, self.state, value) if self.state.step and value is not None else False
 
     def _save(self, *, must: bool) -> Path | None:
-        """Save this step; None where the disk does not take it and it need not: the run goes on, and the next save may
-        work. After the last step there is still the final model."""
+        """Saves a checkpoint of this step and returns its path.
+
+        If the disk does not take it, the run continues and None is returned: the next save may work, and after the last
+        step there is still the final model.
+
+        Args:
+            must: raise the error instead, because the run stops here.
+        """
         self.state.window = self.window.state_dict()
         tensors, state = self.snapshot.take(self.state)
         best = [self.state.best_step] if self.state.best_step and self.config.finetuning.load_best_model_at_end else []
@@ -334,18 +343,18 @@ class Loop:
         except SaveError as error:
             if must:
                 raise
-            self.outputs.note(f"warning: step {self.state.step} is not saved, the next save is tried again: {error}")
+            self.outputs.note(f"warning: step {self.state.step} could not be saved, the run goes on: {error}")
             return None
         self._kept_best = (self.state.best_step, self.state.best_value)
         return path
 
     def _forget_unsaved_best(self) -> None:
-        """Weights that are not saved cannot be returned in the end."""
+        """Forgets that this step was the best: its weights are not saved, so they cannot be returned at the end."""
         if self.config.finetuning.load_best_model_at_end and self.state.best_step == self.state.step:
             self.state.best_step, self.state.best_value = self._kept_best
 
     def load_best(self, open_best: Callable[[int], Checkpoint]) -> int:
-        """Take the weights of the best evaluation, where that is asked for; the step they are of."""
+        """Loads the weights of the best evaluation, if that is asked for. Returns the step of the weights."""
         best, options = self.state.best_step, self.config.finetuning
         if not options.load_best_model_at_end or best is None or best == self.state.step:
             return self.state.step
@@ -353,7 +362,7 @@ class Loop:
         return best
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: its weights, optimizer and state."""
+        """Continues from a checkpoint: loads its weights, optimizer and state."""
         self.state = self.snapshot.restore(checkpoint)
         if self.state.micro_batch_tokens is not None:  # with dropout the cut decides the masks
             self.gradients.cut_finer(self.state.micro_batch_tokens)
@@ -363,7 +372,7 @@ class Loop:
 
 
 def _in_order(values: Tensor, order: Sequence[int]) -> Tensor:
-    """values[i] is of the group at place order[i] -> by place."""
+    """Sorts values by place: values[i] belongs to the group at place order[i]."""
     ordered = torch.empty_like(values)
     ordered[list(order)] = values
     return ordered

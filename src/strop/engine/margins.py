@@ -1,12 +1,12 @@
-"""The margins of every optimizer step: a summary line each, and the full array. Floor 3.
+"""The margins of every optimizer step: one summary line per step, and the full array. Floor 3.
 
-    logs/margins/margins_log.jsonl          one object a step, fields below
-    logs/margins/epoch_000/step_00000.npy   float32 [G], one margin a group of the step
+    logs/margins/margins_log.jsonl          one object per step, fields below
+    logs/margins/epoch_000/step_00000.npy   float32 [G], one margin per group of the step
 
-A margin is chosen minus rejected, not times beta: of log-ratios to the reference, or of the log-probs that a method
-without one compares. Fields: epoch and step (both from 0, the step within its epoch), global_step (the optimizer step,
-from 1), batch_size, mean, std (of the values themselves, ddof 0), min, p10, median, p90, max, pos_frac (share above 0),
-npy (the array's path from this folder), sample (the first values).
+A margin is chosen minus rejected, without beta: of log-ratios to the reference, or, for methods without a reference,
+of the log-probs that they compare. Fields: epoch and step (both from 0, the step within its epoch), global_step (the
+optimizer step, from 1), batch_size, mean, std (with ddof 0), min, p10, median, p90, max, pos_frac (share above 0), npy
+(the array's path from this folder), sample (the first values).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAMPLE = 8
 
 
 class MarginsLog:
-    """Writes, and after a resume cuts, one run's margins; `folder` is `{logging_dir}/margins`."""
+    """The margins of one run; `folder` is `{logging_dir}/margins`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,14 +45,14 @@ class MarginsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = io.BytesIO()
         np.save(whole, values, allow_pickle=False)
-        # the array first: a line never names one that is not there, and `cut` removes one without a line
+        # the array first: no line may name a missing array, while `cut` removes arrays without a line
         path.write_bytes(whole.getvalue())
         self._lines.append(
             {"epoch": epoch, "step": step_in_epoch, "global_step": global_step, **_summary(values), "npy": name}
         )
 
     def cut(self, global_step: int) -> None:
-        """Drop what comes after the optimizer step `global_step`, lines and arrays.
+        """Removes lines and arrays after the optimizer step `global_step`, for a resume from there.
 
         Raises:
             OSError: the folder cannot be written.
@@ -75,7 +75,8 @@ class MarginsLog:
         named = {line.get("npy") for line in self._lines.read()}
         for path in sorted(self.folder.glob("epoch_*/step_*.npy")):
             name = path.relative_to(self.folder).as_posix()
-            # one without a line is of a process that died in between; where lines are damaged, it may be any
+            # An array without a line was left by a process that died between the two writes. If lines are damaged, it
+            # may also be one that belongs to the run.
             if name in dropped or (not damaged and name not in named):
                 durable.remove(path)
 

@@ -1,4 +1,4 @@
-"""Metrics as sums and counts, added up between two log lines and divided once. Floor 3."""
+"""Metrics as sums and counts, which are added up between two log lines and divided once. Floor 3."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MetricWindow:
         self._totals: dict[str, int] = {}
 
     def add(self, record: StepRecord) -> None:
-        """Take what a step was. A skipped one counts only as such: its numbers are not finite."""
+        """Adds a step. A skipped step only adds to the counts, since its numbers are not finite."""
         if not record.skipped:
             if len(record.terms) > 1:
                 self.add_means({f"loss/{term}": (share, 1) for term, share in record.terms.items()})
@@ -57,7 +57,7 @@ class MetricWindow:
         return not (self._sums or self._totals)
 
     def flush(self) -> dict[str, float | int]:
-        """The window's metrics; the next window starts empty."""
+        """Returns the metrics of the window and empties it."""
         record = {**means(self._sums, self._counts), **self._totals}
         for part in (self._sums, self._counts, self._totals):
             part.clear()
@@ -71,22 +71,22 @@ class MetricWindow:
 
 
 def means(sums: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
-    """Sum by count, for every metric that was counted at all."""
+    """Sum divided by count, for every metric with a count above 0."""
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: on the device, or, on the CPU, its largest resident set."""
+    """The peak memory of this process: allocated on the GPU, or, on a CPU, the largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resident("VmHWM") / 2**30
 
 
 class UpdateProbe:
-    """How far one optimizer step moved the weights, on a sample of at most `per_tensor` evenly spaced weights each.
+    """Measures how far one optimizer step moves the weights, on a sample of at most `per_tensor` weights per tensor.
 
-    update_ratio: norm of the change by norm of the weights. changed_fraction: share of weights whose bits changed;
-    near 0 when the learning rate is below the resolution of the weights.
+    update_ratio: norm of the change divided by norm of the weights. changed_fraction: share of weights whose bits
+    changed; it is near 0 if the learning rate is too small for the precision of the weights.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], per_tensor: int = 4096) -> None:
@@ -97,7 +97,7 @@ class UpdateProbe:
         self._before = [v.clone() for v in self._views]
 
     def measure(self) -> dict[str, Sum]:
-        """Call after the step."""
+        """Returns both measures; to be called after the step."""
         moved = torch.stack([(a - b).double().norm() for a, b in zip(self._views, self._before, strict=True)]).norm()
         size = torch.stack([b.double().norm() for b in self._before]).norm()
         changed = int(torch.stack([(a != b).sum() for a, b in zip(self._views, self._before, strict=True)]).sum())
@@ -112,7 +112,7 @@ def _ratio(moved: Tensor, size: Tensor) -> float:
 
 
 def no_such_metric(name: str, known: Sequence[str]) -> ConfigError:
-    """The error for a `metric_for_best_model` that no evaluation has."""
+    """The error for a `metric_for_best_model` that evaluations do not have."""
     return ConfigError(
         f"no evaluation has a metric {name!r}",
         where="finetuning.metric_for_best_model",

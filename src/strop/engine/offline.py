@@ -1,4 +1,4 @@
-"""Groups from files: a plan over stored groups, with log-probs of a reference beside them. Floor 3."""
+"""The step source of offline training: groups from files in the order of a plan, with reference log-probs. Floor 3."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from strop.policy.reference import SyncedReference
 
 
 class OfflineSource:
-    """A `StepSource` over groups that are all there before the first step.
+    """A `StepSource` whose groups are all known before the first step.
 
     Args:
-        train: all training groups; their further groups (`also`) by visit (`Plan.visits`).
-        following: a reference that follows the policy and scores every step; in place of stored log-probs.
+        train: all training groups. Their further groups (`also`) are indexed by visit (`Plan.visits`).
+        following: a reference that follows the policy and scores every step, instead of stored log-probs.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class OfflineSource:
         return {f"reference.{name}": tensor for name, tensor in weights.items()}
 
     def _followed(self, groups: GroupSet) -> GroupSet:
-        """The set with the log-probs of the reference as it is when they are asked for, where one follows."""
+        """Adds the log-probs of the reference that follows the policy, if there is one, scored when they are needed."""
         if (reference := self.following) is None:
             return groups
 
@@ -62,7 +62,7 @@ class OfflineSource:
 
 
 def _take(whole: GroupSet, indices: Sequence[int]) -> GroupSet:
-    """Some groups of a set, read now: those of a step are read more than once."""
+    """The groups at these indices, read into memory, since the groups of a step are used more than once."""
 
     def taken(supply: Supply) -> Supply:
         return lambda part: supply([indices[i] for i in part])

@@ -1,4 +1,4 @@
-"""The optimizer, its state as flat tensors, and the learning rate as a function of the step. Floor 3."""
+"""The optimizer, its state as named tensors, and the learning rate as a function of the step. Floor 3."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from strop.errors import ConfigError
 
 
 def state_bytes(optim: str, wide: int) -> int:
-    """Bytes of the optimizer's state per weight that trains. wide: bytes of such a weight."""
+    """Bytes of optimizer state per trained weight. wide: bytes of the weight itself."""
     return 2 if optim.endswith("8bit") else 2 * wide
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSection) -> torch.optim.Optimizer:
-    """AdamW over `parameters`, in their order. Vectors (norms, biases) are not decayed.
+    """AdamW over `parameters`, in their order. Weight decay leaves vectors (norms, biases) out.
 
     Raises:
         ConfigError: an 8-bit optimizer without the package bitsandbytes.
@@ -62,8 +62,8 @@ def require_optimizer(training: TrainingSection) -> None:
 def learning_rate(step: int, num_steps: int, training: TrainingSection) -> float:
     """The rate of step `step` (from 1) of `num_steps`: linear warm-up to the peak, then the schedule.
 
-    The first step has peak / warm-up steps, not 0; linear and cosine would reach 0 one step after the last, so no
-    step is wasted.
+    No step has a rate of 0: the first one has peak / warm-up steps, and linear and cosine would reach 0 one step after
+    the last.
     """
     assert training.learning_rate is not None
     warmup = warmup_steps(num_steps, training)
@@ -81,7 +81,7 @@ def learning_rate(step: int, num_steps: int, training: TrainingSection) -> float
 
 
 def warmup_steps(num_steps: int, training: TrainingSection) -> int:
-    """Steps of warm-up, from `warmup_ratio` where it is given."""
+    """Steps of warm-up, computed from `warmup_ratio` if that is given."""
     if training.warmup_ratio is not None:
         return math.ceil(training.warmup_ratio * num_steps)
     assert training.warmup_steps is not None
@@ -91,11 +91,11 @@ def warmup_steps(num_steps: int, training: TrainingSection) -> int:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as flat names: its tensors, to be saved or loaded into, and its plain numbers.
+    """The state of the optimizer by name: its tensors, to save or to load into, and its plain numbers.
 
-    An optimizer makes the state of a weight at its first step with a gradient. Weights that had none yet take an empty
-    step here, with zero gradients and rate 0, which leaves them as they are: so the state is complete whenever it is
-    saved or loaded, whatever weights the steps so far have reached.
+    An optimizer creates the state of a weight at the first step in which the weight has a gradient. Weights without
+    state take an empty step here (zero gradients, rate 0), which does not change them. So the state is complete
+    whenever it is saved or loaded, whichever weights have had gradients so far.
     """
     _complete_state(optimizer)
     tensors: dict[str, Tensor] = {}
@@ -109,7 +109,7 @@ def optimizer_tensors(
 def set_optimizer_numbers(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], numbers: Mapping[str, Any]
 ) -> None:
-    """Give back the plain numbers of `optimizer_tensors`."""
+    """Puts the plain numbers of `optimizer_tensors` back into the optimizer."""
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         for key in state:
@@ -119,15 +119,15 @@ def set_optimizer_numbers(
 
 
 def without_gradient(parameters: Mapping[str, nn.Parameter], most: int = 4) -> str | None:
-    """A sentence with the names of the weights that the last backward pass has not reached at all, if there are any; a
-    gradient of 0 is one."""
+    """A sentence that names the weights which the last backward pass gave no gradient; None if there are none. A
+    gradient of 0 counts as a gradient."""
     names = [name for name, parameter in parameters.items() if parameter.grad is None]
     if not names:
         return None
     shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return (
-        f"{len(names)} of {len(parameters)} trained tensors got no gradient, so they stay as they are: {shown}. "
-        "Nothing that was scored depends on them (layers for images or sound, say)"
+        f"{len(names)} of {len(parameters)} trained tensors got no gradient and stay unchanged: {shown}. "
+        "The log-probs do not depend on them (they may be layers for images or sound)"
     )
 
 
@@ -138,13 +138,13 @@ def _complete_state(optimizer: torch.optim.Optimizer) -> None:
     if not fresh:
         return
     for p in gradients:
-        p.grad = None  # what has its state is not touched
+        p.grad = None  # the optimizer skips weights without a gradient, so weights that have state are not touched
     for p in fresh:
         p.grad = torch.zeros_like(p)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.step()
-    for p in fresh:  # it was no step: the first true one is to be corrected as the first
+    for p in fresh:  # the empty step must not count: Adam's bias correction starts with the first real one
         state = optimizer.state[p]
         if isinstance(count := state.get("step"), Tensor):
             count.zero_()

@@ -13,10 +13,11 @@ from strop.policy.allocator import is_out_of_memory
 def does_not_fit(
     config: RunConfig, why: str, where: str, longest_tokens: int | None = None, *, backward: bool = False
 ) -> TrainingError:
-    """The error, with the ways to fit that this configuration leaves, what costs the least first.
+    """The error, with the settings that could still make the run fit, the cheapest first.
 
-    longest_tokens: the longest group's, where micro-batches of one group each did not fit. backward: it was a training
-    step's pass, which keeps activations.
+    Args:
+        longest_tokens: tokens of the longest group, if micro-batches of one group each did not fit.
+        backward: it was a pass of a training step, which keeps activations.
     """
     alone = f", although micro-batches are single groups of at most {longest_tokens:,} tokens" if longest_tokens else ""
     return TrainingError(f"memory ran out{alone}: {why}", where=where, fix="; or ".join(ways_to_fit(config, backward)))
@@ -25,28 +26,28 @@ def does_not_fit(
 def cut_finer(where: str, why: str, before_tokens: int, now_tokens: int) -> str:
     """What to say when micro-batches become smaller."""
     return (
-        f"{where}: memory ran out ({why}); again, and from here on, in micro-batches of at most {now_tokens:,} tokens "
+        f"{where}: memory ran out ({why}); repeated, and continued, in micro-batches of at most {now_tokens:,} tokens "
         f"instead of {before_tokens:,}. The result is the same"
     )
 
 
 def decided_by_auto(config: RunConfig) -> bool:
-    """Whether the share of layers that are checkpointed is an estimate's, which may have been too small."""
+    """Whether the share of checkpointed layers was chosen by an estimate, which may have been too small."""
     return config.origins.get("training.gradient_checkpointing", "").startswith("auto")
 
 
 def recomputing(where: str, why: str) -> str:
     """What to say when all layers are checkpointed from now on."""
     return (
-        f"{where}: memory ran out ({why}), although micro-batches are single groups; again, and from here on, with the "
-        "activations of all layers computed again on the way back, since training.gradient_checkpointing is auto. The "
+        f"{where}: memory ran out ({why}), although micro-batches are single groups; repeated, and continued, with the "
+        "activations of all layers recomputed in the backward pass, since training.gradient_checkpointing is auto. The "
         "result is the same"
     )
 
 
 @contextmanager
 def explaining_memory(config: RunConfig, where: str) -> Iterator[None]:
-    """Say what can be done where memory runs out in the block, and nothing could be tried again."""
+    """Turns running out of memory inside the block into an error that says what can be done."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -56,8 +57,10 @@ def explaining_memory(config: RunConfig, where: str) -> Iterator[None]:
 
 
 def ways_to_fit(config: RunConfig, backward: bool = True) -> Iterator[str]:
-    """Settings that lower the peak where micro-batches are as small as they get, from those that change no result to
-    those that do. backward: the peak is that of a training step's pass."""
+    """Settings that lower the peak when micro-batches cannot get smaller, first those that do not change the result.
+
+    backward: the peak is that of a training step, which keeps activations.
+    """
     training = config.training
     if backward and training.gradient_checkpointing is not True and not decided_by_auto(config):
         yield "set training.gradient_checkpointing: true"
@@ -69,4 +72,4 @@ def ways_to_fit(config: RunConfig, backward: bool = True) -> Iterator[str]:
         yield "train adapters (lora.enabled: true)"
         if not training.optim.endswith("8bit"):
             yield "set training.optim: adamw_8bit"
-    yield f"lower training.max_seq_length (now {training.max_seq_length}), which cuts rows; a smaller model"
+    yield f"lower training.max_seq_length (now {training.max_seq_length}), which truncates rows; or use a smaller model"

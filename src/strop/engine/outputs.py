@@ -1,4 +1,4 @@
-"""What the loop finds, on its way to the run folder, the trackers and the terminal. Floor 3."""
+"""Sends the results of the loop to the run folder, the trackers and the terminal. Floor 3."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("strop")
 
 
 class RunOutputs:
-    """One run's outputs; see the protocol `Outputs` of the loop for what each method is told."""
+    """The outputs of one run. The protocol `Outputs` of the loop describes the methods."""
 
     def __init__(
         self,
@@ -52,8 +52,10 @@ class RunOutputs:
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
     def cut(self, step: int, *, evaluated: bool = True) -> None:
-        """Drop what an earlier process wrote after `step`, so that every step stands there once. evaluated: whether
-        the evaluation of `step` itself stays."""
+        """Removes what an earlier process wrote after `step`, so that every step is recorded once.
+
+        evaluated: whether the evaluation of `step` itself stays.
+        """
         self.run.cut_metrics(step, evaluated=evaluated)
         with _as_error(self.margins_log.folder):
             self.margins_log.cut(step)
@@ -101,7 +103,7 @@ class RunOutputs:
         )
 
     def _write_lines(self) -> None:
-        """Write what waits, in order; what the disk does not take waits for the next record."""
+        """Writes the waiting lines in order. Those that the disk does not take are tried again with the next line."""
         first_failure = len(self._waiting) == 1
         try:
             while self._waiting:
@@ -109,7 +111,7 @@ class RunOutputs:
                 del self._waiting[0]
         except CheckpointError as error:
             if first_failure:
-                self.note(f"warning: a record has to wait: {error}")
+                self.note(f"warning: a line of metrics could not be written yet: {error}")
 
     @contextmanager
     def evaluating(self, num_groups: int) -> Iterator[Callable[[int], None]]:

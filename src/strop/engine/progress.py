@@ -1,8 +1,8 @@
-"""What the terminal shows of a run, and what a person there can say to it. Floor 3.
+"""What the terminal shows of a run, and the signals that stop it. Floor 3.
 
-In: tasks with a total, steps with a few numbers, records, notes. Out: on standard error, a live bar per task where
-that is a terminal, with log lines and notes above it; plain lines elsewhere, one per record. Showing costs a step some
-ten microseconds: the bar is drawn by a thread, four times a second at most.
+In: tasks with a total, steps with a few numbers, records, notes. Out, on standard error: if it is a terminal, a live
+bar per task with log lines and notes above it; otherwise plain lines, one per record. A thread draws the bar at most
+four times per second, so it costs a step about ten microseconds.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from rich.text import Text
 
 DRAWS_PER_SECOND = 4
 HEARTBEAT_SECONDS = 30.0
-"""Without a terminal, a task that is not the training says where it is this often."""
+"""How often, without a terminal, a task other than the training says how far it is."""
 WORTH_A_LINE_SECONDS = 5.0
 SPEED_STEPS = 20
-"""Tokens per second are those of the last so many steps."""
+"""Tokens per second are measured over this many last steps."""
 RECORD_LINE = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm", "tokens_per_second")
-"""Metrics of a record's line, in this order, where the record has them."""
+"""Metrics that the line of a record shows, in this order, if the record has them."""
 NARROWEST_BAR = 8
 CLOCK_WIDTH = 7
 """Characters of 0:00:00."""
 DROPPED_FIRST = ("margin", "epoch", "speed", "loss")
-"""What a bar leaves out, in this order, where the terminal is too narrow for all of it."""
+"""What a bar leaves out, in this order, if the terminal is too narrow."""
 NAMES = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
 
 
 class Progress:
-    """The terminal for the time of a `with` block.
+    """Shows progress on the terminal during a `with` block.
 
-    stream: default standard error. live: a bar that moves; default: where the stream is a terminal that can.
-    quiet: nothing but notes.
+    stream: default: standard error. live: show moving bars; default: if the stream is a terminal that can show them.
+    quiet: show notes only.
     """
 
     def __init__(self, *, stream: TextIO | None = None, live: bool | None = None, quiet: bool = False) -> None:
@@ -94,22 +94,22 @@ class Progress:
         self._exit.close()
 
     def task(self, name: str, total: int, *, completed: int = 0) -> Task:
-        """Begin something with `total` parts, `completed` of which an earlier process did."""
+        """Begins a task with `total` parts, of which an earlier process has done `completed`."""
         task = Task(self, name, total, completed)
         self._open.append(task)
         return task
 
     def note(self, text: str) -> None:
-        """A line for the person at the terminal; above the bars where they move."""
+        """Prints a line, above the bars if they are shown."""
         self._print(text)
 
     def _report(self, text: str) -> None:
-        """A line about how far a task is."""
+        """Prints a line about how far a task is, unless quiet."""
         if not self.quiet:
             self._print(text)
 
     def _fitting(self, task: Task, parts: Mapping[str, str]) -> str:
-        """`parts` as far as the width of the terminal allows: the count and both times beside them stay whole."""
+        """As many of `parts` as fit the terminal beside the count and both times, which are always shown."""
         count = 2 * len(str(task.total)) + 1
         room = self._console.width - len(task.name) - NARROWEST_BAR - count - 2 * CLOCK_WIDTH - 5  # and 5 gaps
         left = dict(parts)
@@ -136,7 +136,7 @@ class Progress:
 
 
 class Task:
-    """One thing that progresses. It ends by itself with its last part, or by `close`."""
+    """One task with a bar. It ends with its last part, or by `close`."""
 
     def __init__(self, progress: Progress, name: str, total: int, completed: int) -> None:
         self._progress, self.name, self.total, self.completed = progress, name, total, completed
@@ -149,8 +149,11 @@ class Task:
             self._bar = progress._bars.add_task(name, total=total, completed=completed, shown="")
 
     def step(self, metrics: Mapping[str, Any] | None = None, *, n: int = 1) -> None:
-        """`n` parts are done. metrics: what the bar shows of `epoch`, `loss`, `rewards/margins` and `tokens` (all so
-        far, from which it computes the speed)."""
+        """Counts `n` more parts as done.
+
+        metrics: values that the bar shows: `epoch`, `loss`, `rewards/margins`, and `tokens` (all so far, from which the
+        speed is computed).
+        """
         self.completed += n
         if self._progress.live:
             if metrics:
@@ -162,7 +165,7 @@ class Task:
             self.close()
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl. Without a terminal it is shown; above a bar only evaluations are."""
+        """Shows a line of metrics.jsonl. With a bar, only evaluations are shown."""
         if self._progress.live and record.get("split") == "train":
             return
         parts = [f"{record.get('split', '')} step {record.get('step')}/{self.total}".strip()]
@@ -176,7 +179,7 @@ class Task:
         self._progress._report("  ".join(parts))
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Ends the task and removes its bar."""
         if self._closed:
             return
         self._closed = True
@@ -188,7 +191,7 @@ class Task:
             self._progress._report(f"{self.name}: {self.completed} of {self.total} in {_clock(seconds)}")
 
     def _shown(self, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """What the bar says beside its count, by name, in the order it is shown."""
+        """The texts beside the bar's count, by name, in the order in which they are shown."""
         parts = {}
         if (epoch := metrics.get("epoch")) is not None:
             parts["epoch"] = f"epoch {epoch:.2f}"
@@ -246,14 +249,13 @@ def _clock(seconds: float) -> str:
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a wish that the loop asks for between two steps, and in an evaluation between two
-    micro-batches.
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps, and evaluations between micro-batches.
 
-    Ctrl-C a second time changes nothing and says so; a third time gives up at once, by KeyboardInterrupt. SIGTERM never
-    does more than the first time: schedulers send it several times. Outside of the main thread, where Python takes no
-    signals, nothing is installed. A Ctrl-C that the process was told to ignore stays ignored.
+    A second Ctrl-C only prints a reminder; a third one raises KeyboardInterrupt at once. A repeated SIGTERM does
+    nothing, since schedulers send it several times. Outside of the main thread, where Python delivers no signals, no
+    handler is installed. If the process was told to ignore Ctrl-C, it stays ignored.
 
-    say: how to speak to the person at the terminal; it is called in a thread of its own. name: of the first signal.
+    say: prints a line; it is called in a thread of its own. name: the name of the first signal.
     """
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
@@ -287,13 +289,13 @@ class StopSignal:
                 raise KeyboardInterrupt
         if first:
             self.name = signal.Signals(number).name
-            self._tell(f"{self.name}: finishing the step, then saving; an evaluation is broken off")
+            self._tell(f"{self.name}: stopping after this step, which is saved; an evaluation ends at once")
         elif number == signal.SIGINT:
             self._tell("already stopping; one more Ctrl-C gives up at once, without saving")
 
     def _tell(self, text: str) -> None:
-        # This handler may run in the middle of a write to the same stream, with its locks held, which another thread
-        # can wait for. `threading` itself takes locks to start one.
+        # This handler may interrupt a write to the same stream that holds its lock; another thread can wait for that
+        # lock, this one would wait forever. `threading.Thread` takes locks itself, `_thread` does not.
         _thread.start_new_thread(self._say, (text,))
 
 

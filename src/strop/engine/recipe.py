@@ -1,4 +1,4 @@
-"""What a checkpoint's run was configured and fed with, and whether a resume may go on from it. Floor 3."""
+"""The recipe: the settings that decide a run's result. A resume compares them with those of its checkpoint. Floor 3."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from strop.objectives.base import build_objective
 log = logging.getLogger("strop")
 
 FREE_SECTIONS = ("gpu", "logging", "dataset")
-"""Sections that change no result: what `dataset` makes of the rows is compared as the fingerprint of the groups."""
+"""Sections that are not compared. The effect of `dataset` is compared through the fingerprint of the groups."""
 FREE_KEYS = frozenset(
     {
         "training.output_dir",
-        "training.per_device_train_batch_size",  # groups_per_step stands for the batch
+        "training.per_device_train_batch_size",  # compared as groups_per_step
         "training.per_device_eval_batch_size",
         "training.gradient_accumulation_steps",
         "training.micro_batch_tokens",
@@ -30,8 +30,8 @@ FREE_KEYS = frozenset(
         "training.mount_dir",
         "training.gradient_checkpointing",
         "training.reference_store",
-        "training.auto_precision",  # bf16 and fp16 say what came of it
-        "training.max_seq_length",  # seen in the groups, as the next two
+        "training.auto_precision",  # compared as bf16 and fp16
+        "training.max_seq_length",  # compared through the groups, as the next two
         "training.max_prompt_length",
         "training.max_completion_length",
         "finetuning.resume_from_checkpoint",
@@ -39,11 +39,11 @@ FREE_KEYS = frozenset(
 )
 
 NULL_MEANS = {"training.bf16": False, "training.fp16": False}
-"""What null stands for, where writing it out changes nothing."""
+"""What null stands for, so that writing it out is no change."""
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
-    """Every setting that decides the result of a run, by dotted key, as JSON holds it."""
+    """Every setting that decides the result of a run, by dotted key, as plain JSON values."""
     keys = {
         key: NULL_MEANS.get(key) if value is None else value
         for key, value, _ in config.leaves()
@@ -52,42 +52,43 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     if cut_matters(config):
         keys["training.micro_batch_tokens"] = config.training.micro_batch_tokens
     if config.training.packing or build_objective(config.post_training).also:
-        # rows are filled to it; completions of other rows are cut to it
+        # packed rows are filled to it, and completions of other rows are truncated to it
         keys["training.max_seq_length"] = config.training.max_seq_length
     if config.dataset.date is not None:
-        keys["dataset.date"] = config.dataset.date  # so that a resume can keep it
+        keys["dataset.date"] = config.dataset.date  # so that a resume prints the same day
     plain: dict[str, Any] = json.loads(json.dumps(keys))
     return plain
 
 
 def cut_matters(config: RunConfig) -> bool:
-    """Whether the cut of a step into micro-batches is part of the recipe: dropout draws its masks by micro-batch."""
+    """Whether cutting a step differently changes its result: it does under dropout, whose masks are drawn per
+    micro-batch."""
     return config.lora.lora_dropout > 0 and any(map(config.adapts, config.models))
 
 
 MADE_FROM = {
     "data": "data: the training or validation groups are not those of the run (see data.json)",
-    "weights": "models: the weights that the run began with are others by now",
-    "configuration": "models: the model's config.json says something else by now, and so computes something else",
-    "reference": "post_training.ref_model_id: the weights of that model are others by now",
-    "reference_configuration": "post_training.ref_model_id: that model's config.json says something else by now",
+    "weights": "models: the weights that the run started from have changed",
+    "configuration": "models: the model's config.json has changed, and with it what the model computes",
+    "reference": "post_training.ref_model_id: the weights of that model have changed",
+    "reference_configuration": "post_training.ref_model_id: that model's config.json has changed",
 }
-"""What a checkpoint has hashes of, and what to say where they differ."""
+"""The hashes of a checkpoint, and the message if one differs."""
 
 
 LENGTH = ("training.max_steps", "training.num_epochs")
-"""Settings that a finished run can be extended by."""
+"""Settings by which a finished run can be extended."""
 
 
 def extends(done: Checkpoint, config: RunConfig, num_steps: int) -> bool:
-    """Whether a longer run is asked for than the finished one was, which had `num_steps`."""
+    """Whether the configuration asks for a longer run than the finished one, which had `num_steps`."""
     before, now = done.state["recipe"], recipe_of(config)
     changed = [key for key in LENGTH if before.get(key) != now[key] and not _is_default(config, key)]
     return bool(changed) and all(_is_raised(before.get(key), now[key], num_steps) for key in changed)
 
 
 def _is_raised(before: int | None, now: int | None, num_steps: int) -> bool:
-    """before: null where epochs decided; then a limit of steps is longer than the `num_steps` that they came to."""
+    """before: None if epochs decided the length; then a limit of steps is compared with their number, `num_steps`."""
     if now is None:
         return False
     return now > num_steps if before is None else now >= before
@@ -105,18 +106,21 @@ def check_recipe(
     *,
     extended: int | None = None,
 ) -> None:
-    """Compare this run with the one that wrote `checkpoint`. made_from: hashes by the names of `MADE_FROM`. extended:
-    the steps of the finished run that is extended, so its length may be raised; None: it was not finished.
+    """Compares this run with the one that wrote `checkpoint`.
+
+    Args:
+        made_from: hashes under the names of `MADE_FROM`.
+        allow_changes: only warn about differences; the new config.yaml and data.json record them.
+        extended: the number of steps of the finished run, if it is extended: then its length may be raised.
 
     Raises:
-        CheckpointError: a setting, the data or the weights differ; every difference is listed. With `allow_changes`
-            they are only said, and the run's new config.yaml and data.json record them.
+        CheckpointError: a setting, the data or the weights differ; every difference is listed.
     """
     before, now = dict(checkpoint.state["recipe"]), recipe_of(config)
     raised = [key for key in LENGTH if extended is not None and _is_raised(before.get(key), now[key], extended)]
     if changes := _differences(_only(before, set(raised)), _only(now, set(raised))):
         log.info(
-            "the finished run is extended (%s): after step %d the learning rate goes on as in a run of the new length",
+            "the finished run is extended (%s): after step %d the learning rate is that of a run of the new length",
             "; ".join(changes),
             checkpoint.step,
         )
@@ -126,10 +130,10 @@ def check_recipe(
 
 
 def check_made_from(checkpoint: Checkpoint, made_from: Mapping[str, str], allow_changes: bool) -> None:
-    """The same of what is known later.
+    """Compares hashes that are known later, such as those of a reference that is another model.
 
     Raises:
-        CheckpointError: it differs, without `allow_changes`.
+        CheckpointError: one differs, and `allow_changes` is False.
     """
     _refuse(checkpoint, _others(checkpoint, made_from), allow_changes)
 
@@ -147,23 +151,23 @@ def _refuse(checkpoint: Checkpoint, differences: Sequence[str], allow_changes: b
             f"this run is not the one that wrote the checkpoint:{listed}",
             where=str(checkpoint.path),
             expected="the same settings, data and weights, so that the resumed run equals an unbroken one",
-            fix="put these back, or accept another result with --allow-changes",
+            fix="restore these, or accept a different result with --allow-changes",
         )
-    log.warning("going on from %s with changes:%s", checkpoint.path, listed)
+    log.warning("resuming from %s with changes:%s", checkpoint.path, listed)
 
 
 _ANEW = "train anew with --overwrite or in another training.output_dir, or leave it out"
 
 
 def check_given(done: Checkpoint, config: RunConfig, resume: str) -> None:
-    """The settings that are given are those of the finished run `done`.
+    """Refuses settings that differ from those of the finished run `done`. Those that are not given are not compared.
 
     Raises:
         CheckpointError: a checkpoint is named, or a setting is given that the run did not have.
     """
     if resume != "auto":
         raise CheckpointError(
-            "the run is finished; no checkpoint is gone on from", where=f"--resume {resume}", fix=_ANEW
+            "the run is finished, so it cannot be resumed from a checkpoint", where=f"--resume {resume}", fix=_ANEW
         )
     before, now = done.state["recipe"], recipe_of(config)
     given = {key for key, origin in config.origins.items() if not origin.startswith("default")}
@@ -171,7 +175,7 @@ def check_given(done: Checkpoint, config: RunConfig, resume: str) -> None:
 
 
 def check_finished(done: Checkpoint, config: RunConfig, made_from: Mapping[str, str]) -> None:
-    """All that `check_recipe` compares is as it was in the finished run `done`.
+    """Refuses a configuration that is not that of the finished run `done`; it compares as `check_recipe` does.
 
     Raises:
         CheckpointError: a setting, the data or the weights differ; every difference is listed.

@@ -1,7 +1,7 @@
-"""What an optimizer step was: one record per step, from which everything that is written of it derives. Floor 3.
+"""One record per optimizer step. Everything that is written or shown about a step is made from it. Floor 3.
 
-The loop emits a `StepRecord` at the end of each step. The window of metrics.jsonl, the margins log, the trackers and
-the terminal are made from it, and from nothing else.
+The loop emits a `StepRecord` at the end of each step. The lines of metrics.jsonl, the margins log, the trackers and the
+terminal are made from it and from nothing else.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ Sum = tuple[float, int]
 class StepRecord:
     """One optimizer step.
 
-    step: from 1. epoch, step_in_epoch: from 0. epochs: done after this step. indices: the source's numbers of the
-    step's groups, in its order. cut: the micro-batches, as places in `indices`. seed: what dropout's random state is a
-    function of, with the number of the micro-batch. loss, terms: the step's, and each term's share of it. grad_norm:
-    before clipping. skipped: the weights were left as they are, since loss or norm was not finite. metrics: the
-    method's, as (sum, count). margins: [groups] in the order of `indices`, where the method has them. num_tokens: fed
-    to the model, padding left out. num_zero_signal_groups: groups that no preference can be learnt from. seconds: of
-    the whole step. update: how far the weights moved, where it was measured. weights: a digest of the weights that
-    trained, as they were before the update (`WeightsDigest`).
+    step: from 1. epoch, step_in_epoch: from 0. epochs: number of epochs done after this step, a fraction.
+    indices: the numbers of the step's groups in their source. cut: the micro-batches, as places in `indices`.
+    seed: decides, with the place of a micro-batch, the random state of dropout.
+    loss: of the step. terms: the share of each term in it. grad_norm: before clipping. skipped: the weights were not
+    updated, because loss or norm was not finite. metrics: those of the method, as (sum, count).
+    margins: [groups] in the order of `indices`, if the method has them. num_tokens: tokens fed to the model, without
+    padding. num_zero_signal_groups: groups whose completions are all alike. seconds: duration of the whole step.
+    update: how far the weights moved, if it was measured. weights: a digest of the trained weights before the update
+    (`WeightsDigest`).
     """
 
     step: int
@@ -58,11 +59,10 @@ class StepRecord:
 
 
 class WeightsDigest:
-    """A hash of a sample of the weights: 16 evenly spaced values of each tensor that trains.
+    """A hash of a sample of the weights: 16 evenly spaced values of each trained tensor.
 
-    Two runs whose digests agree in every step have, as far as the sample shows, taken the same path bit for bit; the
-    first step in which they differ is the one after the cause. The sample is a view of the weights, made once; taking
-    it copies some kilobytes.
+    If the digests of two runs agree in every step, the runs are equal bit for bit, as far as the sample shows. The
+    first step whose digests differ is the one after the cause. A digest costs a copy of some kilobytes.
     """
 
     PER_TENSOR = 16
@@ -71,13 +71,13 @@ class WeightsDigest:
         self._views = [_spread(p.detach(), self.PER_TENSOR) for p in parameters]
 
     def sample(self) -> Tensor:
-        """The values as they are now, one float32 (float64 for float64 weights) each, on the weights' device."""
+        """The current values, in float32 (or float64, for float64 weights), on the device of the weights."""
         wide = any(view.dtype == torch.float64 for view in self._views)
         return torch.cat([view.to(torch.float64 if wide else torch.float32) for view in self._views])
 
     @staticmethod
     def of(sample: Tensor) -> str:
-        """16 hexadecimal digits. sample: on the CPU."""
+        """The digest of a sample that is on the CPU: 16 hexadecimal digits."""
         return hashlib.blake2b(sample.numpy().tobytes(), digest_size=8).hexdigest()
 
 

@@ -1,6 +1,7 @@
-"""How a pass of the reference is cut: wanted completions numbered through, each scored once, in micro-batches. Floor 3.
+"""How scoring with the reference is cut into micro-batches, so that each different completion is scored once. Floor 3.
 
-Arrays of numbers stand for completions, so that a million rows are no million objects.
+The completions of all groups are numbered from 0, and arrays hold what is known of each, so that a million rows do not
+become a million Python objects.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from strop.types import Group, GroupLengths
 
 Ints = NDArray[np.int64]
 CutInto = Callable[[Mapping[int, GroupLengths], Iterable[int]], list[list[int]]]
-"""Lengths of groups by number, and which of them -> micro-batches of these numbers."""
+"""Cuts groups into micro-batches: (lengths of groups by number, numbers to take) -> numbers per micro-batch."""
 
 WINDOW = 1024
-"""Groups that are cut into micro-batches together, in the order of the run. Rows that are added at the end of a data
-set therefore leave the windows before them as they were; only the last micro-batch of a window is not full."""
+"""How many groups are cut into micro-batches together. If rows are added at the end of a data set, all earlier windows
+stay the same, so their stored log-probs are still found. Only the last micro-batch of a window is not full."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The completions of some groups, numbered through: C of G groups.
+    """The C completions of the G groups that have to be scored.
 
-    numbers: [G] of the groups. starts: [G + 1] the first completion of each. prompts: [G], lengths: [C] in tokens.
-    token_starts: [C + 1] where the scored tokens of each begin. keys: [C, 2] uint64, equal for the same completion at
-    the same prompt.
+    numbers: [G] of the groups. starts: [G + 1] the first completion of each group. prompts: [G] and lengths: [C] in
+    tokens. token_starts: [C + 1] where the scored tokens of each completion begin. keys: [C, 2] uint64, equal for equal
+    completions of equal prompts.
     """
 
     numbers: Ints
@@ -67,9 +68,11 @@ class Wanted:
 
 
 class MicroBatches:
-    """The cut of wanted completions into micro-batches, each completion in one of them, where it comes first.
+    """The wanted completions, cut into micro-batches. Equal completions of equal prompts are scored once, where the
+    first of them stands.
 
-    order: completions, micro-batch by micro-batch. bounds: [micro-batches + 1] into it.
+    order: completions, micro-batch by micro-batch. bounds: [micro-batches + 1] where each begins in `order`. by_key,
+    key_starts: all completions sorted by key, and where each key begins.
     """
 
     def __init__(self, wanted: Wanted, order: Ints, bounds: Ints, by_key: Ints, key_starts: Ints) -> None:
@@ -81,7 +84,7 @@ class MicroBatches:
     @classmethod
     def of(cls, wanted: Wanted, cut_into: CutInto) -> MicroBatches:
         low, high = wanted.keys[:, 0], wanted.keys[:, 1]
-        by_key = np.lexsort((high, low))  # stable: of equal ones the first comes first
+        by_key = np.lexsort((high, low))  # stable: among equal keys, the first completion comes first
         changes = (low[by_key][1:] != low[by_key][:-1]) | (high[by_key][1:] != high[by_key][:-1])
         key_starts = np.concatenate(([0], np.flatnonzero(changes) + 1, [len(by_key)]))
         is_new = np.zeros(len(by_key), bool)
@@ -113,7 +116,7 @@ class MicroBatches:
         return self._order[self._bounds[n] : self._bounds[n + 1]]
 
     def _by_group(self, n: int) -> Iterator[tuple[int, Ints]]:
-        """(place of a group among the wanted ones, its completions that are scored here), group by group."""
+        """Pairs of a group (its place among the wanted ones) and its completions that are in this micro-batch."""
         completions = self.completions(n)
         owners = np.searchsorted(self._wanted.starts, completions, side="right") - 1
         stops = np.flatnonzero(np.diff(owners)) + 1
@@ -121,14 +124,14 @@ class MicroBatches:
             yield int(owner), own
 
     def key(self, n: int) -> bytes:
-        """16 bytes that stand for all that is scored together: prompts, completions, their order."""
+        """A hash (16 bytes) of all that is scored together: prompts, completions and their order."""
         digest = hashlib.blake2b(digest_size=16)
         for _, own in self._by_group(n):
             digest.update(struct.pack("<I", len(own)) + self._wanted.keys[own].tobytes())
         return digest.digest()
 
     def groups(self, n: int, groups: Sequence[Group]) -> list[Group]:
-        """What is scored together, with the completions alone that come first here."""
+        """The groups of the micro-batch, each with only those completions that are scored in it."""
         found = []
         for owner, own in self._by_group(n):
             group = groups[int(self._wanted.numbers[owner])]
@@ -146,8 +149,11 @@ class MicroBatches:
         return starts[completions + 1] - starts[completions]
 
     def places(self, n: int, values: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-        """(where it begins among the scored tokens of all wanted groups, log-probs) of each completion of the
-        micro-batch, as often as it stands in a group. values: [scored tokens of the micro-batch]."""
+        """Where the log-probs of the micro-batch belong: pairs of (place of the first token, log-probs).
+
+        The place counts the scored tokens of all wanted groups. A completion that stands in several groups gives one
+        pair for each. values: [scored tokens of the micro-batch].
+        """
         parts = np.split(values, np.cumsum(self._sizes(n))[:-1])
         for completion, part in zip(self.completions(n).tolist(), parts, strict=True):
             run = int(self._run_of[completion])

@@ -1,10 +1,10 @@
-"""The reference's log-probs of a run: read from the store or scored, and laid into one file. Floor 3.
+"""The reference log-probs of a run: read from the store or scored, and written to one memory-mapped file. Floor 3.
 
-In: groups and their numbers. Out: `ReferenceLogps`, which gives the log-probs of any of these groups.
+In: groups and their numbers. Out: `ReferenceLogps`, which returns the log-probs of any of these groups.
 
-How a pass is cut into micro-batches moves the last bits of its results. So the cut is made over all completions that
-the run wants, as if nothing were stored, and the store keeps whole micro-batches, found by what is in them: what an
-earlier run has left there saves time and changes no bit.
+The last bits of a log-prob depend on the micro-batch in which it was scored. So all completions that the run wants are
+cut into micro-batches as if nothing were stored, and the store keeps whole micro-batches under a hash of their content.
+What an earlier run stored saves time and does not change a bit.
 """
 
 from __future__ import annotations
@@ -37,19 +37,22 @@ from strop.types import Group
 log = logging.getLogger("strop")
 
 NUM_VERIFIED = 4
-"""Groups that are scored again before what was stored is believed."""
+"""Groups that are scored again to check the store before it is used."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-"""Nats per token, in the mean over a group, that scoring it alone instead of in its micro-batch may change, by compute
-dtype."""
+"""How far the mean log-prob per token of a group, in nats, may change when it is scored alone instead of in its
+micro-batch, by compute dtype."""
 
 
 class ReferenceLogps:
-    """The log-probs of the scored tokens of some groups, in the order of the groups, in a file that has no name and is
-    gone with the process. In memory stay 8 bytes per group, and as many again where `numbers` is not 0, 1, 2, ...
+    """The log-probs of the scored tokens of some groups, in a file without a name that vanishes with the process.
+
+    Memory: 8 bytes per group, twice that if `numbers` is not 0, 1, 2, ...
 
     Args:
-        numbers: of the groups, each once. starts: [groups + 1] where the log-probs of each begin, in tokens.
-        dtype: of the values. folder: on whose disk the file lies.
+        numbers: those of the groups, each once.
+        starts: [groups + 1] where the log-probs of each group begin, in tokens.
+        dtype: of the values.
+        folder: a folder on the disk that takes the file.
 
     Raises:
         CheckpointError: no file can be made in `folder`.
@@ -68,7 +71,7 @@ class ReferenceLogps:
         weakref.finalize(self, self._file.close)
 
     def write(self, placed: Iterable[tuple[int, NDArray[Any]]]) -> None:
-        """Put values where they begin, in tokens.
+        """Writes values, each array at its place, which is counted in tokens.
 
         Raises:
             CheckpointError: the disk does not take them.
@@ -86,10 +89,10 @@ class ReferenceLogps:
         return np.memmap(self._file, self._dtype, mode="r", shape=(int(self._starts[-1]),))
 
     def values(self, indices: Sequence[int]) -> Tensor:
-        """[scored tokens of these groups], group by group, completion by completion, token by token; on the CPU.
+        """[scored tokens of these groups], ordered by group, completion and token, on the CPU.
 
         Raises:
-            KeyError: a group whose log-probs were not taken.
+            KeyError: a group that was not scored.
         """
         at = [self._place(i) for i in indices]
         return torch.from_numpy(np.concatenate([self._mapped[self._starts[n] : self._starts[n + 1]] for n in at]))
@@ -115,9 +118,14 @@ def scored(
     indices: Sequence[int] | None = None,
     visits: Sequence[int] | None = None,
 ) -> GroupSet:
-    """The set with the reference's log-probs of these groups and of these visits' further groups (default: all).
+    """The groups with a column `ref_logps`: the log-probs of the reference.
 
-    folder: on whose disk they lie for the time of the run.
+    Args:
+        store: where log-probs are looked up and kept; None: all are scored.
+        cut_by: how scoring is cut into micro-batches.
+        folder: a folder on the disk that holds the log-probs during the run.
+        indices: which groups to score; None: all.
+        visits: which of the further groups (`also`) to score; None: all.
     """
     cut_into = partial(cut, budget=cut_by.budget_tokens, tokens=cut_by.tokens)
     numbers = range(len(groups.groups)) if indices is None else indices
@@ -141,19 +149,18 @@ def reference_logps_of(
     progress: Progress,
     folder: Path,
 ) -> ReferenceLogps:
-    """The log-probs of the groups of these numbers under the reference.
+    """The log-probs under the reference of the groups with these numbers.
 
-    They are a function of the model, of these groups in this order, and of `cut_into`: not of what the store has, and
-    not of where a pass before this one was interrupted. A completion that stands at the same prompt in several groups
-    is scored once.
+    The result depends on the model, on these groups in this order and on `cut_into`, but not on the content of the
+    store, nor on where an earlier pass was interrupted. Equal completions of equal prompts are scored once.
 
     Args:
-        store: where they are looked for and kept; None: they are scored.
-        folder: on whose disk they lie for the time of the run.
+        store: where log-probs are looked up and kept; None: all are scored.
+        folder: a folder on the disk that holds the log-probs during the run.
 
     Raises:
-        CheckpointError: this disk does not take them.
-        ConfigError: the store must be written and cannot.
+        CheckpointError: the disk does not take them.
+        ConfigError: the store has to be written and cannot be.
     """
     wanted = Wanted.of(groups, numbers)
     parts = MicroBatches.of(wanted, cut_into)
@@ -171,7 +178,7 @@ def reference_logps_of(
             logps, in_one = micro_batch_logps(reference, parts.groups(n, groups))
             values = logps.numpy()
             results.write(parts.places(n, values))
-            if store is not None and in_one:  # halves have other bits, which another run may not get
+            if store is not None and in_one:  # one that had to be halved has other bits, which other runs may not get
                 store.append(parts.key(n), values)
             task.step(n=parts.num_tokens(n))
     return results
@@ -185,8 +192,8 @@ def _read(
     results: ReferenceLogps,
     done: NDArray[np.bool_],
 ) -> None:
-    """Take what the store has, and mark it as done. A few groups are scored again: if they are further off than
-    rounding explains, the store is emptied, and it is said."""
+    """Takes what the store has, and marks it as done. A few groups are scored again as a check: if they differ by more
+    than rounding, the store is emptied, with a warning."""
     number_of = {parts.key(n): n for n in range(len(parts))}
     for key, values in store.read(number_of.keys()):
         n = number_of[key]
@@ -195,19 +202,19 @@ def _read(
     known = np.flatnonzero(done)
     if not len(known):
         return
-    apart = 0.0
+    difference = 0.0  # nats per token
     some = {parts.key(n) for n in known[:: max(1, len(known) // NUM_VERIFIED)][:NUM_VERIFIED].tolist()}
     with reference.scoring():
         for key, values in store.read(some):
             first = parts.groups(number_of[key], groups)[0]
             live, _ = micro_batch_logps(reference, [first])
-            apart = max(apart, float(np.abs(live.numpy() - values[: first.num_scored]).mean()))
-    if not apart <= (tolerance := TOLERANCE[reference.precision.compute]):
+            difference = max(difference, float(np.abs(live.numpy() - values[: first.num_scored]).mean()))
+    if not difference <= (tolerance := TOLERANCE[reference.precision.compute]):
         log.warning(
-            "%s: stored reference log-probs are not those of the model: %.2g nats per token apart in a group, at most "
-            "%.2g is rounding; the file is emptied and all are scored again",
+            "%s: stored reference log-probs are not those of the model: they differ by %.2g nats per token in a group, "
+            "and rounding explains at most %.2g; the file is emptied and all are scored again",
             store.path,
-            apart,
+            difference,
             tolerance,
         )
         store.clear()
@@ -215,7 +222,7 @@ def _read(
         return
     num_read = sum(len(parts.completions(n)) for n in known.tolist())
     log.info(
-        "reference log-probs of %d of %d completions were scored before: %s",
+        "reference log-probs of %d of %d completions are taken from the store: %s",
         num_read,
         parts.num_completions,
         store.path,

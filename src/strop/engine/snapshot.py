@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run in memory: weights, optimizer, scaler, source and state. Floor 3."""
+"""Between a run in memory and a checkpoint: weights, optimizer, scaler, source and state. Floor 3."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from strop.engine.state import TrainState
 
 
 class Snapshot:
-    """Takes and puts back the tensors and numbers of one run; they stay where they are."""
+    """Collects what a checkpoint of the run holds, and loads a checkpoint into the run. Tensors are not copied."""
 
     def __init__(
         self,
@@ -28,12 +28,12 @@ class Snapshot:
         self.parameters, self.optimizer, self.scaler, self.source = parameters, optimizer, scaler, source
 
     def take(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Named tensors, which are those of the run itself, and what JSON holds."""
+        """The run's own tensors by name, and everything else as JSON values."""
         tensors, numbers = self._tensors()
         return tensors, {"train": asdict(state), "optimizer": numbers, "scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> TrainState:
-        """Load everything; the state of then."""
+        """Loads everything, and returns the state that was saved."""
         saved = checkpoint.state
         self.load_tensors(checkpoint)
         set_optimizer_numbers(self.optimizer, self.parameters, saved["optimizer"])
@@ -41,7 +41,7 @@ class Snapshot:
         return TrainState(**saved["train"])
 
     def load_tensors(self, checkpoint: Checkpoint) -> None:
-        """Load the tensors alone."""
+        """Loads the tensors only."""
         tensors, _ = self._tensors()
         checkpoint.load_into(tensors)
 

@@ -1,11 +1,11 @@
-"""What the loop asks for: the groups of each step and those it evaluates on, and how they are cut. Floor 3.
+"""Where the loop gets its groups from, and how they are cut into micro-batches. Floor 3.
 
-    StepSource.step(n) -> GroupSet      the groups of step n, with the columns beside them
-    Cut.parts(GroupSet) -> parts        which of them go into one micro-batch together
+    StepSource.step(n) -> GroupSet      the groups of step n, with their columns
+    Cut.parts(GroupSet) -> parts        which groups go into one micro-batch
     GroupSet.batch(policy, part)        the micro-batch
 
-The loop does not know where groups come from: `offline.py` takes them from files by a plan. The set of groups decides
-the result of a step; the cut is the hardware's and changes nothing.
+The loop does not know where groups come from; `offline.py` takes them from files in the order of a plan. The groups
+decide the result of a step. The cut depends on the hardware and does not change the result.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from strop.types import Group
 from strop.world import World
 
 Part = Sequence[int]
-"""Places in a `GroupSet`, from 0, of the groups of one micro-batch."""
+"""The groups of one micro-batch, as places in a `GroupSet`, from 0."""
 
 Supply = Callable[[Part], Columns]
-"""Gives one column of the groups at these places, made or read when it is asked for."""
+"""Computes or reads one column for the groups at these places."""
 
 
 @dataclass(frozen=True)
 class GroupSet:
-    """Groups with what is laid beside them.
+    """Groups with their columns.
 
-    groups: read from the disk when one is asked for, where they lie there. columns: what lies beside them, by name.
-    also: further groups that the objective reads the scores of, by name. wants: columns that the policy is to supply.
-    indices: the numbers that the groups have in their source.
+    groups: may lie on disk; each is read when it is used. columns: by name. also: further groups whose scores the
+    objective reads, by name. wants: names of the columns that the policy has to supply. indices: the numbers of the
+    groups in their source.
     """
 
     groups: Sequence[Group]
@@ -51,12 +51,12 @@ class GroupSet:
 
     @property
     def supplies(self) -> frozenset[str]:
-        """Names of the columns that lie beside the groups, with those that they have themselves."""
+        """Names of the columns that come with the groups, including those that groups carry themselves."""
         return own_names(self.groups[0]).union(self.columns)
 
     @property
     def lengths(self) -> Lengths:
-        """The lengths of the groups, which are known without reading them."""
+        """The lengths of the groups. Stored groups know them without being read."""
         return lengths_of(self.groups)
 
     def derived(self, objective: Objective[MethodSettings]) -> GroupSet:
@@ -84,8 +84,8 @@ class GroupSet:
 
 @dataclass(frozen=True)
 class Cut:
-    """How sets of groups come in micro-batches: each of at most `budget_tokens`, as `tokens` counts them; a group that
-    is longer stands alone."""
+    """How groups are cut into micro-batches: each has at most `budget_tokens` as counted by `tokens`, or is one group
+    that is longer than that."""
 
     budget_tokens: int
     tokens: RowTokens
@@ -95,32 +95,33 @@ class Cut:
         return cut(groups.lengths, range(len(groups.groups)), self.budget_tokens, self.tokens)
 
     def smaller(self, groups: GroupSet) -> Cut | None:
-        """One in which the largest micro-batches of this set, and of its further groups, come in two; None: each is one
-        group already."""
+        """A cut that splits the largest micro-batch of these groups and their further groups in two; None if every
+        micro-batch is a single group already."""
         largest = max(self._divisible(some) for some in (groups, *groups.also.values()))
         return Cut(largest // 2, self.tokens) if largest else None
 
     def _divisible(self, groups: GroupSet) -> int:
-        """Tokens of the largest micro-batch of several groups, or 0."""
+        """Tokens of the largest micro-batch that has several groups; 0 if there is none."""
         lengths = groups.lengths
         parts = (part for part in self.parts(groups) if len(part) > 1)
         return max((self.tokens([lengths[i] for i in part]) for part in parts), default=0)
 
 
 class StepSource(Protocol):
-    """Where the groups of a run come from. num_steps: steps of the run. validation: what is evaluated on, if anything.
+    """Where the groups of a run come from.
 
-    What a step is made of is a function of the step's number and, where `ahead` is false, of the weights before it.
+    num_steps: the steps of the run. validation: the groups to evaluate on, if there are any. The content of a step
+    depends on its number only, and, if `ahead` is False, on the weights before it.
     """
 
     num_steps: int
     validation: GroupSet | None
     supplies: frozenset[str]
-    """Names of the columns that lie beside the groups of every step."""
+    """Names of the columns that come with the groups of every step."""
     also: frozenset[str]
     """Names of the further groups of every step."""
     ahead: bool
-    """Whether a step's groups and columns are known before the step before it is done."""
+    """Whether the groups and columns of a step are known before the previous step is done."""
 
     def step(self, step: int) -> GroupSet:
         """The groups of a step, from 1, in the order in which their margins are written."""
@@ -129,19 +130,22 @@ class StepSource(Protocol):
         """(epoch, step in the epoch), both from 0, of a step from 1."""
 
     def epochs(self, step: int) -> float:
-        """Epochs that are done after so many steps."""
+        """How many epochs so many steps are, as a fraction."""
 
     def after(self, step: int) -> None:
-        """Told when a step has changed the weights."""
+        """Called after each step, when the weights have changed."""
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What checkpoints keep of the source beside the number of the step, by name; loaded in place."""
+        """Tensors of the source that checkpoints must hold, by name. They are loaded in place."""
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """A set of groups as micro-batches. cut: all of them, as places in the set. batches: those of this process. also:
-    those of this process of the further groups, by name."""
+    """Groups cut into micro-batches.
+
+    cut: the micro-batches of all processes, as places in `groups`. batches: those of this process, as tensors. also:
+    the same for the further groups, by name.
+    """
 
     groups: GroupSet
     cut: tuple[tuple[int, ...], ...]
@@ -159,5 +163,5 @@ class MicroBatches:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that this process feeds to the model, padding left out."""
+        """Tokens that this process feeds to the model, without padding."""
         return sum(batch.num_tokens for some in (self.batches, *self.also.values()) for batch in some)

@@ -1,4 +1,4 @@
-"""Whether the loss has moved at all after a tenth of the run, and which rate would move it. Floor 3."""
+"""Warns after a tenth of the run if the loss has not moved, and says which learning rate would move it. Floor 3."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections import deque
 from collections.abc import Callable
 
 STILL = 1e-3
-"""A loss that never was further from its first value than this share of it has not left it."""
+"""A loss has not moved if it was never further from its first value than this share of it."""
 WANTED = 1e-2
-"""The share of its first value by which a loss should fall until the end of a run."""
+"""By which share of its first value a loss should fall during a run."""
 RECENT = 5
-"""The loss now is the mean of so many steps."""
+"""The current loss is the mean over this many steps."""
 
 
 class StalledLoss:
-    """Told the loss of every step from the first on; a resumed run, which does not know the first, says nothing."""
+    """Watches the loss from the first step on. A resumed run does not know the first loss and stays silent."""
 
     def __init__(self, num_steps: int, rate: Callable[[int], float]) -> None:
-        """rate: the learning rate of a step, from 1."""
+        """rate: returns the learning rate of a step, from 1."""
         self._num_steps, self._rate, self._seen = num_steps, rate, 0
         self._tenth = math.ceil(num_steps / 10)
         self._first = math.nan
@@ -27,7 +27,7 @@ class StalledLoss:
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def after(self, step: int, loss: float) -> str | None:
-        """What to say after this step; null nearly always."""
+        """Takes the loss of a step. Returns a warning, or, nearly always, None."""
         if step != self._seen + 1 or step > self._tenth or not math.isfinite(loss):
             return None
         self._seen = step
@@ -40,7 +40,8 @@ class StalledLoss:
         return self._advice(step)
 
     def _advice(self, step: int) -> str | None:
-        """As long as a loss has hardly moved, how far it moves is in proportion to the sum of the rates."""
+        """Extrapolates to the end of the run: a loss that has hardly moved falls in proportion to the sum of the
+        learning rates so far."""
         now, wanted = statistics.mean(self._recent), WANTED * abs(self._first)
         noise = statistics.stdev(self._recent) / math.sqrt(len(self._recent))
         fallen = self._first - now
@@ -53,9 +54,9 @@ class StalledLoss:
             factor = min(wanted / ends, 1000.0)
             words = f"at this rate it will have fallen by about {ends:.1g} at the end"
         else:
-            factor, words = 10.0, "no fall can be told from its noise"
+            factor, words = 10.0, "any fall is lost in its noise"
         return (
-            f"after {step} of {self._num_steps} steps the loss has not left its first value {self._first:.4f}: "
+            f"after {step} of {self._num_steps} steps the loss has not moved from its first value {self._first:.4f}: "
             f"{words}. A training.learning_rate of about {peak * factor:.0e} instead of {peak:.0e} would move it"
         )
 

@@ -1,4 +1,4 @@
-"""What a run knows at the end of a step, besides weights and optimizer. Floor 3."""
+"""The numbers that a run carries from step to step, besides weights and optimizer. Floor 3."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from strop.engine.records import StepRecord
 
 @dataclass
 class TrainState:
-    """Goes into every checkpoint, as JSON."""
+    """The state of a run after a step. Checkpoints hold it as JSON."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     evaluated_step: int | None = None
-    """The step of the last evaluation that came to its end."""
+    """The step of the last evaluation that was completed."""
     best_value: float | None = None
     best_step: int | None = None
     stale_evals: int = 0
     skipped_in_a_row: int = 0
     num_skipped: int = 0
     micro_batch_tokens: int | None = None
-    """What fitted into memory, where the configured number did not."""
+    """The size of micro-batches that fitted into memory; None as long as the configured one fits."""
     window: dict[str, Any] = field(default_factory=lambda: MetricWindow().state_dict())
 
     def add(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Counts a step that is done."""
         self.step = record.step
         self.tokens += record.num_tokens
         self.seconds += record.seconds

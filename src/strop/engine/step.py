@@ -1,21 +1,21 @@
-"""One optimizer step's forward and backward: scores, the loss of the whole step, its gradients. Floor 3.
+"""Forward and backward passes of one optimizer step: scores, the loss of the whole step, its gradients. Floor 3.
 
 Shapes: M scored tokens of a micro-batch.
 
-The loss of a step is sum over terms of (the term's sum over the step) / (the count of its unit over the step). The
-counts follow from the batches' structure, so they are known before the first forward pass and every micro-batch's
-share is divided by the same number: how the step is cut changes nothing.
+The loss of a step is a sum over terms: each term's sum over the step, divided by the count of its unit over the step.
+The counts follow from the structure of the batches, so they are known before the first forward pass, and the share of
+every micro-batch is divided by the same number. Therefore it does not matter how the step is cut.
 
-An objective whose terms hold a statistic of the whole step gets the whole step: a pass without gradients collects
-all that the policy gives, the objective is differentiated with respect to it, and a second pass carries these
-coefficients, d loss / d logp and those of the policy's columns, back. A step of one micro-batch is the whole step
-already and needs no extra pass.
+Some objectives need a statistic of the whole step. For them, a pass without gradients collects everything that the
+policy returns, the loss is differentiated with respect to it, and a second pass carries these coefficients (d loss /
+d logp, and those of the policy's columns) back through the model. A step of one micro-batch is already the whole step
+and needs no extra pass.
 
-Where an objective reads the scores of further groups (`also`), it gets them with those of every micro-batch: one pass
-without gradients over these groups alone, whatever the number of micro-batches.
+Some objectives read the scores of further groups (`also`). These are scored in one pass without gradients, and every
+micro-batch gets the scores of all of them.
 
-Nothing in a step reads a value from the device: numbers come back as tensors, and `StepScores.fetch` takes them all in
-one transfer.
+No value is read from the device within a step: numbers are returned as tensors, and `StepScores.fetch` takes them all
+in one transfer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Forward = Callable[[Batch], TokenScores]
 """A policy: scores a micro-batch."""
 
 ALONE = World.alone("cpu")
-"""One process; where it computes is the batches' business."""
+"""One process. Its device is not used here: batches bring their own."""
 
 Counts = Mapping[str, int]
 """Term name -> what its sum is divided by."""
@@ -49,8 +49,8 @@ Counts = Mapping[str, int]
 class StepNumbers:
     """The numbers of a step (or an evaluation), on the host.
 
-    loss: the step's. terms: each term's share of it. metrics: (sum, count). margins: [G] float64, or None.
-    more: what else was fetched with them, in its own shape and dtype.
+    loss: of the step. terms: the share of each term in it. metrics: (sum, count). margins: [G] float64, or None. more:
+    further tensors that were fetched with them, in their own shapes and dtypes.
     """
 
     loss: float
@@ -62,9 +62,9 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepScores:
-    """What a step's (or an evaluation's) forward passes gave, with no gradients attached, where it was computed.
+    """The results of the forward passes of a step (or an evaluation), detached, on the device that computed them.
 
-    terms: each term's share of the loss, float64 scalars. metrics: (sum, count). margins: [G] or None.
+    terms: the share of each term in the loss, float64 scalars. metrics: (sum, count). margins: [G] or None.
     """
 
     scores: Scores
@@ -73,7 +73,7 @@ class StepScores:
     margins: Tensor | None
 
     def fetch(self, **more: Tensor) -> StepNumbers:
-        """All of these numbers, and further tensors of at most float64, in one transfer from the device."""
+        """Copies all of these numbers, and further tensors, to the host in one transfer. All travel as float64."""
         numbers = [*self.terms.values(), *(x for mean in self.metrics.values() for x in mean)]
         margins = () if self.margins is None else (self.margins,)
         tensors = [x for x in (*numbers, *more.values(), *margins) if isinstance(x, Tensor)]
@@ -93,14 +93,14 @@ class StepScores:
 def check_columns(
     objective: Objective[MethodSettings], *, policy: Iterable[str], source: Iterable[str], also: Iterable[str]
 ) -> None:
-    """Refuse, before the first step, an objective that reads what nothing supplies.
+    """Refuses an objective that reads a column or further groups that nothing supplies.
 
     Args:
-        policy, source: names of the columns that the policy and the source of the steps supply.
-        also: names of the further groups that the source supplies.
+        policy, source: names of the columns that the policy and the step source supply.
+        also: names of the further groups that the step source supplies.
 
     Raises:
-        ConfigError: names what is missing.
+        ConfigError: something is missing, or a column is supplied by both.
     """
     where = f"post_training.method: {objective.settings.method}"
     by_policy, by_source, groups = frozenset(policy), frozenset(source), frozenset(also)
@@ -108,16 +108,16 @@ def check_columns(
         raise ConfigError(
             f"{type(objective).__name__} reads {', '.join(missing)}, which nothing supplies",
             where=where,
-            expected=f"of the policy: {_listed(by_policy)}; of the source of the steps: {_listed(by_source)}",
-            fix="train on rows that have it, or with a source that supplies it",
+            expected=f"a column of the policy ({_listed(by_policy)}) or of the step source ({_listed(by_source)})",
+            fix="train on rows that have it, or with a step source that supplies it",
         )
     if twice := sorted(objective.reads & by_policy & by_source):
-        raise ConfigError(f"{', '.join(twice)}: supplied by the policy and by the source of the steps", where=where)
+        raise ConfigError(f"{', '.join(twice)}: supplied by both the policy and the step source", where=where)
     if unknown := sorted(objective.also - groups):
         raise ConfigError(
             f"{type(objective).__name__} reads the scores of {', '.join(unknown)} groups, which nothing supplies",
             where=where,
-            expected=f"of the source of the steps: {_listed(groups)}",
+            expected=f"further groups of the step source ({_listed(groups)})",
         )
 
 
@@ -126,14 +126,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def count_units(units: Mapping[str, Unit], batches: Sequence[Batch], world: World = ALONE) -> Counts:
-    """Term name -> the count of its unit over the whole step, of which this process has `batches`."""
+    """Term name -> the count of its unit over the whole step. batches: the share of this process in the step."""
     return dict(
         zip(units, world.sum([sum(unit(b.structure) for b in batches) for unit in units.values()]), strict=True)
     )
 
 
 def step_loss(objective: Objective[MethodSettings], scores: Scores, counts: Counts) -> Tensor:
-    """The share that `scores` has in the loss of a step with these counts; a float64 scalar."""
+    """The share of `scores` in the loss of a step with these counts; a float64 scalar."""
     terms = objective.terms(scores)
     return torch.stack([terms[t] / counts[t] for t in sorted(terms)]).sum()
 
@@ -148,15 +148,15 @@ def forward_backward(
     scale: float | Tensor = 1.0,
     world: World = ALONE,
 ) -> StepScores:
-    """Add the gradients of one step's loss, times `scale`, to the weights and return its scores.
+    """Adds the gradients of one step's loss, times `scale`, to the weights, and returns the scores of the step.
 
-    With several processes, these are the gradients of this one's micro-batches, to be summed; the scores are those of
-    the whole step, rank by rank, everywhere.
+    With several processes, the gradients are those of this process's micro-batches, which the caller sums. The scores
+    are those of the whole step, ordered by rank, in all processes.
 
     Args:
-        batches: the micro-batches of the step that this process has, as `World.deal` deals them.
-        also: those of the further groups that the objective reads, by name.
-        seed: (run seed, step): dropout's random state is a function of it and of the micro-batch's place.
+        batches: the micro-batches of this process, as dealt by `World.deal`.
+        also: the micro-batches of further groups that the objective reads, by name.
+        seed: (run seed, step). Together with a micro-batch's place it decides the random state of dropout.
         scale: the loss scale of float16.
     """
     counts = count_units(objective.units, batches, world)
@@ -164,7 +164,7 @@ def forward_backward(
     num_batches, *num_further = world.sum([len(batches), *(len(own) for _, own in further)])
 
     def score(batch: Batch, at: int, first: int = 0) -> TokenScores:
-        """at: the place among those of this process. first: the place in the step of the first one of its kind."""
+        """at: the place among the batches of this process. first: where batches of this kind begin in the step."""
         return _seeded(policy, batch, seed, first + at * world.size + world.rank)
 
     others: dict[str, Scores] = {}
@@ -188,15 +188,19 @@ def forward_backward(
         scores = Scores.of(batch, score(batch, i), others)
         torch.autograd.backward(step_loss(objective, scores, counts) * scale)
         parts.append(scores.detached())
-        # Else the nodes of its graph, which hold no more tensors, still lie among the next one's in the heap and split
-        # what it frees: rows of 1,900 tokens came to a peak of 4.9 GB instead of 3.6.
+        # Otherwise the nodes of this graph, which hold no tensors any more, would lie in the heap between those of the
+        # next graph and fragment it: rows of 1,900 tokens reached a peak of 4.9 GB instead of 3.6.
         del scores
     return summarise(objective, join_all(parts, world, others))
 
 
 def join_all(parts: Sequence[Scores], world: World, also: Mapping[str, Scores] | None = None) -> Scores:
-    """The scores of the micro-batches of all processes, rank by rank, as if they had been one. parts: this one's. also:
-    the further groups of the whole step, which every process has already."""
+    """The scores of the micro-batches of all processes, ordered by rank, as if they were one.
+
+    Args:
+        parts: those of this process.
+        also: the further groups of the whole step, which every process has already.
+    """
     everywhere = world.gather([replace(part, also={}) for part in parts])
     return replace(Scores.join([part for own in everywhere for part in own]), also=also or {})
 
@@ -255,7 +259,7 @@ def _carried(scored: TokenScores, slopes: TokenScores) -> Tensor:
 
 
 def summarise(objective: Objective[MethodSettings], scores: Scores) -> StepScores:
-    """Terms, metrics and margins of scores that are a whole step (or a whole evaluation)."""
+    """Computes terms, metrics and margins from the scores of a whole step (or a whole evaluation)."""
     with torch.no_grad():
         terms = objective.terms(scores)
         shares = {t: terms[t] / unit(scores.structure) for t, unit in objective.units.items()}
@@ -268,7 +272,7 @@ def _seeded(policy: Forward, batch: Batch, seed: tuple[int, int], micro_batch: i
 
 
 def suspect_rows(result: StepScores, groups: Sequence[Group], most: int = 8) -> str:
-    """The rows with log-probs that are not finite; where all are finite, all rows of the step."""
+    """Names the rows whose log-probs are not finite, or, if all are finite, the rows of the step."""
     sums = result.scores.sums(result.scores.logps)
     bad = sorted(set(result.scores.group_index[~torch.isfinite(sums)].tolist()))
     rows = [str(groups[i].origin) for i in bad or range(len(groups))]

@@ -1,7 +1,7 @@
-"""Trackers: where a run's records go besides metrics.jsonl. Floor 3.
+"""Trackers: services and files that get every line of metrics.jsonl as well. Floor 3.
 
-A record is one line of metrics.jsonl. A tracker that fails, on a full disk or a lost connection, is said once and left
-out from then on: no chart is worth a run.
+A record is one line of metrics.jsonl. If a tracker fails, because of a full disk or a lost connection, a warning is
+printed and it gets no more records: a chart is not worth losing a run.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from strop.redact import redact
 logger = logging.getLogger(__name__)
 
 FAILURES = (OSError, RuntimeError, ValueError)
-"""What writing and sending fails with; anything else is a bug and shows."""
+"""Errors of writing and sending. Anything else is a bug and is raised."""
 NOT_CHARTED = ("step", "split")
 
 
 class Tracker(Protocol):
     def log(self, record: Mapping[str, Any]) -> None:
-        """Take one record: `step`, `split` and numbers."""
+        """Takes one record: `step`, `split` and numbers."""
 
     def close(self) -> None:
-        """Write out what is still held."""
+        """Writes out what is still buffered."""
 
 
 class TensorBoard:
-    """Every number of a record as `{split}/{name}`, in an events file of `folder`.
+    """Writes every number of a record as `{split}/{name}` to an events file in `folder`.
 
-    resumed_at: the step of the checkpoint that the run goes on from. What earlier files have beyond it is not shown.
+    resumed_at: the step of the checkpoint that the run continues from. Later steps in earlier files are not shown.
     """
 
     def __init__(self, folder: Path, *, resumed_at: int | None = None, config: str = "") -> None:
-        from torch.utils.tensorboard import SummaryWriter  # 0.3 s that only runs with this tracker pay
+        from torch.utils.tensorboard import SummaryWriter  # takes 0.3 s, so only runs with this tracker import it
 
         self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
         if config and resumed_at is None:
@@ -46,7 +46,7 @@ class TensorBoard:
         for name, value in record.items():
             if name not in NOT_CHARTED and isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
-        self._writer.flush()  # or a killed run lacks the two minutes before its last checkpoint
+        self._writer.flush()  # otherwise a killed run would lose up to two minutes of records
 
     def close(self) -> None:
         self._writer.close()

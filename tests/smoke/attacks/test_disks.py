@@ -1,4 +1,4 @@
-"""Disks that fill up at any write, in the final export too: what can be gone on from, once there is room again."""
+"""Disks that fill up at any write, in the final export too: the run can be resumed once there is room again."""
 
 from __future__ import annotations
 

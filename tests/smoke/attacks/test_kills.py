@@ -1,4 +1,4 @@
-"""Kills at any moment, by time and by change to a file: what is gone on from ends as if nothing had happened."""
+"""Kills at any moment, by time and by change to a file: the resumed run ends as if nothing had happened."""
 
 from __future__ import annotations
 

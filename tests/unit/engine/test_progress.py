@@ -209,7 +209,7 @@ def test_without_a_say_it_goes_to_standard_error(capfd: pytest.CaptureFixture[st
     def said() -> bool:
         nonlocal text
         text += capfd.readouterr().err
-        return "SIGTERM: finishing the step, then saving" in text
+        return "SIGTERM: stopping after this step, which is saved" in text
 
     wait_for(said)
 

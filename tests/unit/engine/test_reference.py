@@ -145,7 +145,7 @@ def test_a_completion_is_scored_once_and_read_again(
     with caplog.at_level(logging.INFO, "strop"):
         assert torch.equal(taken(policy, store, rows, tmp_path).values(range(len(rows))), first)
     assert len(scored) == 4, "a few groups, to be sure"
-    assert f"{len(different)} of {len(different)} completions were scored before" in caplog.text
+    assert f"{len(different)} of {len(different)} completions are taken from the store" in caplog.text
     scored.clear()
     draw = np.random.default_rng(1)
     further = [*rows, drawn_group(24, draw), drawn_group(25, draw)]  # rows that are added at the end
