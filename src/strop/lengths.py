@@ -1,17 +1,23 @@
-"""The lengths of many groups as arrays: what plans, estimates and reports work on. Floor 1.
+"""Many groups as arrays, without reading them: their lengths, and keys that say which tokens are the same. Floor 1.
 
-In: numbers of tokens. Out: `Lengths`, a sequence of `GroupLengths` that keeps no Python object per group.
+In: groups, or the columns that a table has of them. Out: `Lengths`, what plans, estimates and reports work on: a
+sequence of `GroupLengths` that keeps no Python object per group. `Keys`, by which a pass over a reference tells what it
+has scored already.
 """
 
 from __future__ import annotations
 
+import hashlib
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from strop.types import Group, GroupLengths
+from strop.types import Completion, Group, GroupLengths
 
 Sized = Group | GroupLengths
 """A group, or its lengths alone."""
@@ -108,3 +114,67 @@ def taken_ragged(values: np.ndarray, starts: np.ndarray, numbers: np.ndarray) ->
     first, counts = starts[:-1][numbers], np.diff(starts)[numbers]
     new = starts_of(counts)
     return np.asarray(values[np.arange(new[-1]) + np.repeat(first - new[:-1], counts)])
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """G groups with C completions together.
+
+    lengths: in tokens. scored: [C] trained tokens of each completion. prompts: [G] uint64, equal for equal tokens.
+    completions: [C] uint64, equal for equal tokens of which the same ones are trained.
+    """
+
+    lengths: Lengths
+    scored: np.ndarray
+    prompts: NDArray[np.uint64]
+    completions: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, groups: Iterable[Group]) -> Keys:
+        """Of groups that are read one by one."""
+        listed = list(groups)
+        completions = [completion for group in listed for completion in group.completions]
+        return cls(
+            Lengths.of(listed),
+            np.array([completion.num_scored for completion in completions], np.int64),
+            np.array([prompt_key(group.prompt_ids) for group in listed], np.uint64),
+            np.array([completion_key(completion) for completion in completions], np.uint64),
+        )
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """Groups whose keys are known without reading them."""
+
+    def keyed(self, numbers: np.ndarray) -> Keys:
+        """Those of the groups of these numbers, in this order."""
+
+
+def keys_of(groups: Sequence[Group], numbers: Sequence[int] | np.ndarray) -> Keys:
+    """The keys of the groups of these numbers, without reading the groups where that can be."""
+    if isinstance(groups, Keyed):
+        return groups.keyed(np.asarray(numbers, np.int64))
+    return Keys.of(groups[int(i)] for i in numbers)
+
+
+def prompt_key(ids: array[int]) -> int:
+    """64 bits of the tokens of a prompt."""
+    return hash_of(little_endian(ids))
+
+
+def completion_key(completion: Completion) -> int:
+    """64 bits of the tokens of a completion and of which of them are trained."""
+    return hash_of(little_endian(completion.ids) + completion.loss_mask)
+
+
+def hash_of(content: bytes) -> int:
+    """64 bits that are the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def little_endian(values: array[Any]) -> bytes:
+    """The same bytes on every machine."""
+    if sys.byteorder == "big":
+        values = array(values.typecode, values)
+        values.byteswap()
+    return values.tobytes()

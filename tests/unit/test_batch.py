@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from strop.batch import PROMPT_LOGPS, Batch, GroupSpan, Scores, TokenScores, pack, pad
 from strop.columns import Columns, Structure, completions, groups, tokens
@@ -201,3 +202,32 @@ def test_a_batch_moves_with_its_columns() -> None:
     found = [moved.input_ids, moved.group_index, moved.columns.find("ref_logps"), moved.columns.find("labels")]
     assert {t.device.type for t in found} == {"meta"}
     assert moved.structure == Structure((1,), (2,), (2,))
+
+
+def test_a_batch_goes_to_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, columns too; to a CPU nothing is copied. The GPU is played: tensors stay where they are."""
+    pinned: set[int] = set()
+    moved: list[tuple[str, bool, bool]] = []
+
+    def pin(self: Tensor) -> Tensor:
+        copy = self.clone()
+        pinned.add(id(copy))
+        kept.append(copy)  # so that no other tensor gets its id
+        return copy
+
+    def to(self: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        moved.append((device.type, id(self) in pinned, non_blocking))
+        return self
+
+    kept: list[Tensor] = []
+    one = Group(array("i", [1, 2]), (Completion(array("i", [3, 4]), b"\1\1"),), Origin("rows", 1), label=True)
+    batch = pack([one, one], Columns(per_group={"rewards": torch.ones(2)}))
+    num_tensors = sum(isinstance(v, Tensor) for v in vars(batch).values()) + len(batch.columns.names)
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    there = batch.to(torch.device("cuda"))
+    assert moved == [("cuda", True, True)] * num_tensors and num_tensors > 5
+    assert all(torch.equal(v, getattr(there, n)) for n, v in vars(batch).items() if isinstance(v, Tensor))
+    moved.clear()
+    batch.to(torch.device("cpu"))
+    assert moved == [("cpu", False, False)] * num_tensors

@@ -6,13 +6,14 @@ function of (seed, epoch).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from strop.lengths import Keys, Lengths, keys_of, lengths_of, prompt_key
 from strop.types import Group
 
 
@@ -27,7 +28,7 @@ class Mismatched(Sequence[Group]):
     def __init__(self, groups: Sequence[Group], *, num_epochs: int, seed: int, max_tokens: int) -> None:
         assert len(groups) > 1
         self._groups, self._num_epochs, self._seed, self._max_tokens = groups, num_epochs, seed, max_tokens
-        self._prompts = _numbered(groups)
+        self._prompts = _numbered(keys_of(groups, range(len(groups))).prompts)
         self._partners: dict[int, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
@@ -43,28 +44,55 @@ class Mismatched(Sequence[Group]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         epoch, row = divmod(index, len(self._groups))
-        if epoch not in self._partners:
-            self._partners[epoch] = partners(self._prompts, self._seed, epoch)
-        own, other = self._groups[row], self._groups[int(self._partners[epoch][row])]
+        own, other = self._groups[row], self._groups[int(self._partners_in(epoch)[row])]
         room = self._max_tokens - max(len(c.ids) for c in other.completions)
         return Group(own.prompt_ids[-max(1, room) :], other.completions, own.origin)
 
+    def _partners_in(self, epoch: int) -> NDArray[np.int64]:
+        """For each row the one whose completion it gets; those of two epochs are kept."""
+        if epoch not in self._partners:
+            while len(self._partners) > 1:
+                del self._partners[next(iter(self._partners))]
+            self._partners[epoch] = partners(self._prompts, self._seed, epoch)
+        return self._partners[epoch]
 
-def _numbered(groups: Sequence[Group]) -> NDArray[np.int64]:
-    """For each group the number of its prompt, in the order in which prompts come first. Kept of a prompt is a hash of
-    its tokens, so that a million of them take little room."""
-    hashes = bytearray()
-    for group in groups:
-        hashes += hashlib.blake2b(group.prompt_ids.tobytes(), digest_size=16).digest()
-    low, high = np.frombuffer(hashes, np.uint64).reshape(-1, 2).T
-    rows = np.lexsort((high, low))  # stable: of equal prompts the first comes first
-    differs = (low[rows][1:] != low[rows][:-1]) | (high[rows][1:] != high[rows][:-1])
-    starts = np.concatenate(([0], np.flatnonzero(differs) + 1))
-    number = np.empty(len(starts), np.int64)
-    number[np.argsort(rows[starts])] = np.arange(len(starts))
-    found = np.empty(len(groups), np.int64)
-    found[rows] = np.repeat(number, np.diff(starts, append=len(rows)))
-    return found
+    @cached_property
+    def lengths(self) -> Lengths:
+        """The lengths of all groups."""
+        rows, others = self._rows(np.arange(len(self)))
+        whole = lengths_of(self._groups)
+        return self._cut(whole.taken(rows), whole.taken(others))
+
+    def keyed(self, numbers: np.ndarray) -> Keys:
+        """Keys of the groups of these numbers; a prompt that has given way is read."""
+        rows, others = self._rows(numbers)
+        own, other = keys_of(self._groups, rows), keys_of(self._groups, others)
+        lengths, prompts = self._cut(own.lengths, other.lengths), own.prompts.copy()
+        for i in np.flatnonzero(lengths.prompt < own.lengths.prompt).tolist():
+            prompts[i] = prompt_key(self[int(numbers[i])].prompt_ids)
+        return Keys(lengths, other.scored, prompts, other.completions)
+
+    def _rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each visit the row of its prompt and that of its completion."""
+        epochs, rows = np.divmod(numbers, len(self._groups))
+        others = np.empty_like(rows)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            others[here] = self._partners_in(epoch)[rows[here]]
+        return rows, others
+
+    def _cut(self, own: Lengths, other: Lengths) -> Lengths:
+        """Prompts of these lengths, as far as they have room, with completions of those."""
+        room = np.maximum(1, self._max_tokens - other.longest.astype(np.int64))
+        return Lengths(np.minimum(own.prompt, room), other.completions, other.starts)
+
+
+def _numbered(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each group the number of its prompt, in the order in which prompts come first."""
+    _, firsts, found = np.unique(keys, return_index=True, return_inverse=True)
+    number = np.empty(len(firsts), np.int64)
+    number[np.argsort(firsts)] = np.arange(len(firsts))
+    return np.asarray(number[found])
 
 
 def partners(prompts: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:

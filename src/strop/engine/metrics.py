@@ -14,12 +14,14 @@ from strop.machine import resident
 
 
 class MetricWindow:
-    """Means and totals over the steps since the last log line. Its state goes into checkpoints."""
+    """Means and totals over the steps since the last log line, and the digest of the weights that the last of these
+    steps began with. Its state goes into checkpoints."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._totals: dict[str, int] = {}
+        self._weights: str | None = None
 
     def add(self, record: StepRecord) -> None:
         """Adds a step. A skipped step only adds to the counts, since its numbers are not finite."""
@@ -42,6 +44,7 @@ class MetricWindow:
         )
         if record.skipped:
             self.add_totals(num_skipped_steps=1)
+        self._weights = record.weights
 
     def add_means(self, metrics: Mapping[str, Sum]) -> None:
         for name, (total, count) in metrics.items():
@@ -56,18 +59,22 @@ class MetricWindow:
     def is_empty(self) -> bool:
         return not (self._sums or self._totals)
 
-    def flush(self) -> dict[str, float | int]:
+    def flush(self) -> dict[str, float | int | str]:
         """Returns the metrics of the window and empties it."""
-        record = {**means(self._sums, self._counts), **self._totals}
+        record: dict[str, float | int | str] = {**means(self._sums, self._counts), **self._totals}
+        if self._weights is not None:
+            record["weights_digest"], self._weights = self._weights, None
         for part in (self._sums, self._counts, self._totals):
             part.clear()
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self._sums), "counts": dict(self._counts), "totals": dict(self._totals)}
+        sums = {"sums": dict(self._sums), "counts": dict(self._counts), "totals": dict(self._totals)}
+        return {**sums, "weights": self._weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sums, self._counts, self._totals = dict(state["sums"]), dict(state["counts"]), dict(state["totals"])
+        self._weights = state.get("weights")
 
 
 def means(sums: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:

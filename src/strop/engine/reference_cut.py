@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.policy.reference_store import completion_key
+from strop.lengths import keys_of, starts_of
 from strop.types import Group, GroupLengths
 
 Ints = NDArray[np.int64]
@@ -45,25 +45,17 @@ class Wanted:
     keys: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], numbers: Sequence[int]) -> Wanted:
-        starts, prompts, lengths, token_starts, keys = (*(array("q") for _ in range(4)), bytearray())
-        starts.append(0)
-        token_starts.append(0)
-        for i in numbers:  # groups stay on disk; a few numbers of each are kept
-            group = groups[i]
-            prompts.append(len(group.prompt_ids))
-            starts.append(starts[-1] + len(group.completions))
-            for completion in group.completions:
-                lengths.append(len(completion.ids))
-                token_starts.append(token_starts[-1] + completion.num_scored)
-                keys += completion_key(group, completion)
+    def of(cls, groups: Sequence[Group], numbers: Sequence[int] | np.ndarray) -> Wanted:
+        known = keys_of(groups, numbers)
+        lengths = known.lengths
+        of_prompts = np.repeat(known.prompts, lengths.counts)
         return cls(
-            np.array(numbers, np.int64),
-            np.array(starts, np.int64),
-            np.array(prompts, np.int64),
-            np.array(lengths, np.int64),
-            np.array(token_starts, np.int64),
-            np.frombuffer(keys, "<u8").reshape(-1, 2),
+            np.asarray(numbers, np.int64),
+            lengths.starts.astype(np.int64),
+            lengths.prompt.astype(np.int64),
+            lengths.completions.astype(np.int64),
+            starts_of(known.scored),
+            np.stack((of_prompts, known.completions), axis=1).astype("<u8", copy=False),
         )
 
 
@@ -147,6 +139,11 @@ class MicroBatches:
     def _sizes(self, n: int) -> Ints:
         completions, starts = self.completions(n), self._wanted.token_starts
         return starts[completions + 1] - starts[completions]
+
+    def spans(self, n: int) -> list[tuple[int, int]]:
+        """Where each completion of the micro-batch begins and ends among the scored tokens of all wanted groups."""
+        starts = self._wanted.token_starts[self.completions(n)]
+        return list(zip(starts.tolist(), (starts + self._sizes(n)).tolist(), strict=True))
 
     def places(self, n: int, values: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
         """Where the log-probs of the micro-batch belong: pairs of (place of the first token, log-probs).

@@ -66,6 +66,7 @@ class ReferenceLogps:
             self._sorted = numbers[self._order]
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (stays open as long as this object)
+            self._file.truncate(int(starts[-1]) * dtype.itemsize)  # so that it can be mapped before all is written
         except OSError as error:
             raise unusable(folder, error) from error
         weakref.finalize(self, self._file.close)
@@ -97,6 +98,10 @@ class ReferenceLogps:
         at = [self._place(i) for i in indices]
         return torch.from_numpy(np.concatenate([self._mapped[self._starts[n] : self._starts[n + 1]] for n in at]))
 
+    def between(self, start: int, stop: int) -> NDArray[Any]:
+        """The values from token `start` to token `stop`."""
+        return np.array(self._mapped[start:stop])
+
     def _place(self, number: int) -> int:
         if self._order is None:
             if not 0 <= number < len(self._starts) - 1:
@@ -115,8 +120,8 @@ def scored(
     cut_by: Cut,
     progress: Progress,
     folder: Path,
-    indices: Sequence[int] | None = None,
-    visits: Sequence[int] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
+    visits: np.ndarray | None = None,
 ) -> GroupSet:
     """The groups with a column `ref_logps`: the log-probs of the reference.
 
@@ -144,7 +149,7 @@ def reference_logps_of(
     reference: Policy,
     store: ReferenceStore | None,
     groups: Sequence[Group],
-    numbers: Sequence[int],
+    numbers: Sequence[int] | np.ndarray,
     cut_into: CutInto,
     progress: Progress,
     folder: Path,
@@ -203,12 +208,12 @@ def _read(
     if not len(known):
         return
     difference = 0.0  # nats per token
-    some = {parts.key(n) for n in known[:: max(1, len(known) // NUM_VERIFIED)][:NUM_VERIFIED].tolist()}
     with reference.scoring():
-        for key, values in store.read(some):
-            first = parts.groups(number_of[key], groups)[0]
+        for n in known[:: max(1, len(known) // NUM_VERIFIED)][:NUM_VERIFIED].tolist():
+            first = parts.groups(n, groups)[0]
             live, _ = micro_batch_logps(reference, [first])
-            difference = max(difference, float(np.abs(live.numpy() - values[: first.num_scored]).mean()))
+            stored = [results.between(*span) for span in parts.spans(n)[: len(first.completions)]]
+            difference = max(difference, float(np.abs(live.numpy() - np.concatenate(stored)).mean()))
     if not difference <= (tolerance := TOLERANCE[reference.precision.compute]):
         log.warning(
             "%s: stored reference log-probs are not those of the model: they differ by %.2g nats per token in a group, "

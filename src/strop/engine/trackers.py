@@ -44,7 +44,7 @@ class TensorBoard:
 
     def log(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
-            if name not in NOT_CHARTED and isinstance(value, int | float) and not isinstance(value, bool):
+            if name not in NOT_CHARTED:
                 self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
         self._writer.flush()  # otherwise a killed run would lose up to two minutes of records
 
@@ -59,9 +59,11 @@ class Trackers:
         self._trackers = dict(trackers)
 
     def log(self, record: Mapping[str, Any]) -> None:
+        """Hand on one line of metrics.jsonl, without what is no number."""
+        numbers = {name: value for name, value in record.items() if name in NOT_CHARTED or _is_number(value)}
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(record)
+                tracker.log(numbers)
             except FAILURES as error:
                 del self._trackers[name]
                 logger.warning("%s failed and gets no more records: %s. The run goes on.", name, error)
@@ -75,6 +77,10 @@ class Trackers:
             except FAILURES as error:
                 logger.warning("%s could not be closed; its last records may be missing: %s", name, error)
         self._trackers.clear()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def open_trackers(

@@ -89,21 +89,20 @@ class Plan:
         epoch, _ = self.position(step)
         return tuple((epoch * self.num_groups + self._groups(step).astype(np.int64)).tolist())
 
-    def all_visits(self) -> list[int]:
-        """Every visit of the run."""
-        visits: list[int] = []
+    def all_visits(self) -> np.ndarray:
+        """Every visit of the run, in its order."""
+        visits = []
         for epoch in range(self.num_epochs):
             order, _ = self.epoch(epoch, self.num_steps - epoch * self.steps_per_epoch)
-            visits += (order.astype(np.int64) + epoch * self.num_groups).tolist()
-        return visits
+            visits.append(order.astype(np.int64) + epoch * self.num_groups)
+        return np.concatenate(visits)
 
-    def all_groups(self) -> Sequence[int]:
+    def all_groups(self) -> Sequence[int] | np.ndarray:
         """Every group that the run will meet, in ascending order: all of them, unless it ends in its first epoch."""
         if self.num_steps >= self.steps_per_epoch:
             return range(self.num_groups)
         order, _ = self.epoch(0, self.num_steps)
-        met: list[int] = np.sort(order).tolist()
-        return met
+        return np.sort(order)
 
 
 @lru_cache(maxsize=2)

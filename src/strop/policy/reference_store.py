@@ -38,12 +38,11 @@ from strop.policy.kernels import product_rates
 from strop.policy.model.identity import numbers_of
 from strop.policy.policy import Policy
 from strop.policy.precision import short_name
-from strop.types import Completion, Group
 
 log = logging.getLogger("strop")
 
-FORMAT = 2
-"""1 had a record a completion, scored beside whatever was missing then."""
+FORMAT = 3
+"""1 had a record per completion, scored beside whatever was missing then; 2 other hashes of completions."""
 PATIENCE = 10.0
 """Seconds that another process may write before it is said."""
 _MAGIC = b"SRL2"
@@ -177,15 +176,6 @@ def _records(data: mmap.mmap, position: int) -> Iterator[tuple[bytes, int, int]]
         if magic != _MAGIC or position > len(data) or zlib.crc32(key + data[start:position]) != checksum:
             return
         yield key, start, position
-
-
-def completion_key(group: Group, completion: Completion) -> bytes:
-    """16 bytes that stand for a completion's tokens, which of them are trained, and its prompt's tokens."""
-    digest = hashlib.blake2b(struct.pack("<II", len(group.prompt_ids), len(completion.ids)), digest_size=16)
-    for ids in (group.prompt_ids, completion.ids):
-        digest.update(np.asarray(ids, dtype="<i4").tobytes())
-    digest.update(completion.loss_mask)
-    return digest.digest()
 
 
 def model_identity(policy: Policy, weights: str) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.data.mismatch import Mismatched, partners
+from strop.data.store.table import Groups
+from strop.lengths import Keys, keys_of
 from strop.plan.order import Plan
 from strop.types import Completion, Group, Origin
 
@@ -50,7 +53,7 @@ def test_visits_count_over_epochs(num_rows: int) -> None:
     groups = [group(i) for i in range(num_rows)]
     plan = Plan.of(num_rows, 3, 3, None, 7)
     found = Mismatched(groups, num_epochs=plan.num_epochs, seed=7, max_tokens=64)
-    assert len(found) == 3 * num_rows and sorted(plan.all_visits()) == list(range(len(found)))
+    assert len(found) == 3 * num_rows and sorted(plan.all_visits().tolist()) == list(range(len(found)))
     for step in range(1, plan.num_steps + 1):
         for visit, row in zip(plan.visits(step), plan.groups(step), strict=True):
             assert found[visit].prompt_ids == groups[row].prompt_ids
@@ -59,6 +62,37 @@ def test_visits_count_over_epochs(num_rows: int) -> None:
     assert list(found[0:2]) == [found[0], found[1]]
     with pytest.raises(IndexError):
         found[len(found)]
+
+
+@pytest.mark.parametrize("max_tokens", [64, 8])
+def test_lengths_and_keys_are_known_without_reading(
+    max_tokens: int, on_disk: Callable[..., Groups], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the groups themselves; of many prompts that give way only these are read."""
+    listed = [group(i % 7, prompt=1 + i % 5, completion=1 + i % 6) for i in range(12)]
+    stored, num_epochs = on_disk(listed), 3
+    expected = list(Mismatched(listed, num_epochs=num_epochs, seed=1, max_tokens=max_tokens))
+    num_read = 0
+    get = Groups.__getitem__
+
+    def counted(self: Groups, index: int) -> Group:
+        nonlocal num_read
+        num_read += 1
+        return get(self, index)
+
+    monkeypatch.setattr(Groups, "__getitem__", counted)
+    found = Mismatched(stored, num_epochs=num_epochs, seed=1, max_tokens=max_tokens)
+    assert list(found.lengths) == [g.lengths for g in expected]
+    assert num_read == 0
+    numbers = np.arange(len(found))[::-1]
+    known, alone = keys_of(found, numbers), Keys.of(expected[i] for i in numbers)
+    given_way = sum(len(g.prompt_ids) < len(listed[i % 12].prompt_ids) for i, g in enumerate(expected))
+    assert num_read == 2 * given_way and bool(given_way) == (max_tokens == 8)
+    assert list(known.lengths) == list(alone.lengths)
+    for name in ("scored", "prompts", "completions"):
+        assert getattr(known, name).tolist() == getattr(alone, name).tolist(), name
+    monkeypatch.undo()
+    assert list(found) == expected
 
 
 def test_the_prompt_gives_way_at_the_left() -> None:

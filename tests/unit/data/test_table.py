@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.data.store.table import SCHEMA, Groups, Record, Shard, to_table
+from strop.lengths import completion_key, keys_of, prompt_key
 from strop.plan.tokens import packed_tokens, padded_tokens
 from strop.types import Completion, Group, Origin
 
@@ -51,8 +52,39 @@ def test_groups_come_back(tmp_path_factory: Any, given_: list[Group], rows_a_bat
     assert [scored[a:b].tolist() for a, b in pairwise(starts)] == [
         [c.num_scored for c in g.completions] for g in given_
     ]
+    numbers = np.arange(len(view))[::-2]
+    for known in (view.keyed(numbers), keys_of(given_, numbers)):
+        assert list(known.lengths) == [given_[i].lengths for i in numbers]
+        assert known.scored.tolist() == [c.num_scored for i in numbers for c in given_[i].completions]
+        assert known.prompts.tolist() == [prompt_key(given_[i].prompt_ids) for i in numbers]
+        assert known.completions.tolist() == [completion_key(c) for i in numbers for c in given_[i].completions]
     backwards = view.taken(np.arange(len(view))[::-1])
     assert list(backwards) == given_[::-1] and list(backwards.lengths) == [g.lengths for g in given_[::-1]]
+
+
+def test_keys_are_of_tokens_and_of_what_is_trained() -> None:
+    def pair(prompt: list[int], completion: list[int], mask: bytes) -> tuple[int, int]:
+        return prompt_key(array("i", prompt)), completion_key(Completion(array("i", completion), mask))
+
+    one = pair([1, 2, 3], [4, 5], b"\1\1")
+    others = [
+        pair([1, 2, 3], [4, 5], b"\0\1"),
+        pair([1, 2, 3], [4, 6], b"\1\1"),
+        pair([1, 2], [4, 5], b"\1\1"),
+        pair([1, 2], [3, 4, 5], b"\0\1\1"),  # the same tokens in all, parted elsewhere
+    ]
+    assert len({one, *others}) == 5 and one == pair([1, 2, 3], [4, 5], b"\1\1")
+
+
+def test_of_a_pair_twenty_bytes_stay_in_memory(on_disk: Callable[..., Groups]) -> None:
+    """Its place and its lengths; what stands for one file of many takes none."""
+    sides = tuple(Completion(array("i", [i, i]), b"\0\1") for i in (1, 2))
+    groups = on_disk([Group(array("i", [3] * 5), sides, Origin("f", i + 1)) for i in range(1000)])
+    for view in (groups, groups.taken(np.arange(0, 1000, 2))):
+        lengths = view.lengths
+        arrays = (view._row_of, view.shard_of, lengths.prompt, lengths.completions, lengths.starts)
+        assert sum(a.nbytes for a in arrays if a.strides != (0,)) <= 20 * len(view) + 8
+        assert view.shard_of.tolist() == [0] * len(view)
 
 
 def test_views_choose_repeat_and_join(on_disk: Callable[..., Groups]) -> None:

@@ -42,7 +42,15 @@ def test_a_window_is_made_from_records() -> None:
     window = MetricWindow()
     window.add(RECORD)
     window.add(
-        replace(RECORD, loss=1.5, grad_norm=4.0, clipped=False, metrics={"rewards/margins": (0.0, 1)}, update={})
+        replace(
+            RECORD,
+            loss=1.5,
+            grad_norm=4.0,
+            clipped=False,
+            metrics={"rewards/margins": (0.0, 1)},
+            update={},
+            weights="01",
+        )
     )
     assert window.flush() == {
         "loss": 1.0,
@@ -55,7 +63,9 @@ def test_a_window_is_made_from_records() -> None:
         "num_groups": 6,
         "num_zero_signal_groups": 2,
         "num_scored_tokens": 40,
+        "weights_digest": "01",
     }
+    assert window.is_empty and not window.flush()
 
 
 def test_of_a_skipped_step_only_counts_are_kept() -> None:
@@ -69,6 +79,7 @@ def test_of_a_skipped_step_only_counts_are_kept() -> None:
         "num_zero_signal_groups": 2,
         "num_scored_tokens": 40,
         "num_skipped_steps": 2,
+        "weights_digest": "00",
     }
     assert (state.num_skipped, state.skipped_in_a_row, state.tokens) == (2, 2, 100)
     state.add(RECORD)

@@ -7,16 +7,18 @@ import itertools
 import logging
 import resource
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conftest import build_model
@@ -151,6 +153,23 @@ def test_a_completion_is_scored_once_and_read_again(
     further = [*rows, drawn_group(24, draw), drawn_group(25, draw)]  # rows that are added at the end
     taken(policy, store, further, tmp_path)
     assert sum(scored[4:]) < len(different) / 2
+
+
+def test_the_store_is_read_once(
+    policy: Policy, rows: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to look whether what it has is of this model."""
+    taken(policy, ReferenceStore(tmp_path / "s.logps"), rows, tmp_path)
+    read, num_read = ReferenceStore.read, 0
+
+    def counted(self: ReferenceStore, wanted: Set[bytes]) -> Iterator[tuple[bytes, NDArray[Any]]]:
+        nonlocal num_read
+        num_read += 1
+        return read(self, wanted)
+
+    monkeypatch.setattr(ReferenceStore, "read", counted)
+    taken(policy, ReferenceStore(tmp_path / "s.logps"), rows, tmp_path)
+    assert num_read == 1
 
 
 def test_a_killed_pass_goes_on(

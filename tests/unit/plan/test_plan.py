@@ -58,7 +58,7 @@ def test_an_epoch_is_its_steps_one_behind_the_other(plan: Plan) -> None:
     order, starts = plan.epoch(1)
     steps = range(plan.steps_per_epoch + 1, 2 * plan.steps_per_epoch + 1)
     assert [tuple(order[a:b].tolist()) for a, b in pairwise(starts)] == [plan.groups(step) for step in steps]
-    assert plan.all_visits() == [visit for step in range(1, plan.num_steps + 1) for visit in plan.visits(step)]
+    assert plan.all_visits().tolist() == [visit for step in range(1, plan.num_steps + 1) for visit in plan.visits(step)]
 
 
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)

@@ -6,7 +6,6 @@ import multiprocessing
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from strop.errors import ConfigError
 from strop.policy import reference_store as store_module
 from strop.policy.model.identity import weights_hash
 from strop.policy.policy import Policy
-from strop.policy.reference_store import ReferenceStore, completion_key, model_identity
-from strop.types import Completion, Group
+from strop.policy.reference_store import ReferenceStore, model_identity
 
 Values = dict[bytes, NDArray[Any]]
 
@@ -84,22 +82,6 @@ def test_a_folder_that_is_deleted_is_made_again(tmp_path: Path, caplog: pytest.L
         add(store, values)
         assert same(read(store, values), values), number
     assert "cannot be written" not in caplog.text
-
-
-def test_the_key_is_of_tokens_prompt_and_mask(groups: list[Group]) -> None:
-    group, one = groups[0], groups[0].completions[0]
-    others = [
-        completion_key(group, one),
-        completion_key(group, Completion(one.ids, b"\1" * (len(one.ids) - 1) + b"\0")),
-        completion_key(group, group.completions[1]),
-        completion_key(replace(group, prompt_ids=group.prompt_ids[1:]), one),
-        # the same tokens in all, parted elsewhere
-        completion_key(
-            replace(group, prompt_ids=group.prompt_ids[:-1]),
-            Completion(group.prompt_ids[-1:] + one.ids, b"\0" + one.loss_mask),
-        ),
-    ]
-    assert len(set(others)) == len(others)
 
 
 def test_every_cut_of_the_file_is_read_up_to_there_and_written_on(

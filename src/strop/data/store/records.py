@@ -170,7 +170,7 @@ class Workshop:
                     done.dropped[record] += 1
                 elif self._rows == "labelled" and record.group.label is None:
                     first, second = record.group.unpaired()
-                    records += [replace(record, group=first), Record(second, file, record.prompt_key, again=1)]
+                    records += [replace(record, group=first), Record(second, file, record.prompt_words, again=1)]
                 else:
                     records.append(record)
                 if records and not done.left_out:
@@ -252,7 +252,7 @@ class Workshop:
         return Record(
             group,
             file,
-            prompt_key=_prompt_key(example, encoded),
+            prompt_words=_prompt_words(example, encoded),
             counts={
                 **Counter(notes),
                 **(_kinds(example) if isinstance(example, Example) else {}),
@@ -328,7 +328,7 @@ def _refuse(done: Worked, row: Row, refusal: RowRefused) -> None:
         }  # fmt: skip
 
 
-def _prompt_key(example: Example | Encoded, encoded: Encoded) -> bytes:
+def _prompt_words(example: Example | Encoded, encoded: Encoded) -> bytes:
     """What rows with one prompt share: its words, whatever is cut of it."""
     if isinstance(example, Encoded) or not example.prompt:
         ids = [*encoded.prompt_ids, *encoded.sides[0].ids] if not isinstance(example, Encoded) else encoded.prompt_ids

@@ -4,14 +4,14 @@ In: encoded rows. Out: groups by index, built when they are asked for. In memory
 and its lengths); the tokens stay in the file, and the operating system keeps of it what is used.
 
 One row of the table is one group: ids (the prompt, then its completions), one byte an id (1 = trained), the prompt's
-length, the origin, what was done to the row, and hashes by which rows are compared. What every completion has of its
-own (`PER_COMPLETION`) stands in lists, one entry per completion; so do the numbers of the row (`NUMBERS`).
+length, the origin, what was done to the row, and hashes by which rows are compared: of the prompt's words, of its
+tokens (`prompt_key`), of each completion's tokens, and of all of them. What every completion has of its own
+(`PER_COMPLETION`) stands in lists, one entry per completion; so do the numbers of the row (`NUMBERS`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 
 from strop.data.counters import COUNTERS
-from strop.lengths import Lengths, starts_of, taken_ragged
+from strop.lengths import Keys, Lengths, completion_key, hash_of, little_endian, prompt_key, starts_of, taken_ragged
 from strop.types import OF_COMPLETIONS, OF_TOKENS, Completion, Group, Origin
 
 PER_COMPLETION = {"completions": pa.int32(), "scored": pa.int32(), "hashes": pa.uint64()}
-"""Of every completion: its tokens, how many of them are trained, and a hash of its ids."""
+"""Of every completion: its tokens, how many of them are trained, and its key (`completion_key`)."""
 
 NUMBERS = (*OF_COMPLETIONS, *OF_TOKENS)
 """What a row may have beside its tokens; an empty list where it has not."""
@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         *((name, pa.int32()) for name in COUNTERS),
         ("raw", pa.int32()),
         ("prompt_hash", pa.uint64()),
+        ("prompt_key", pa.uint64()),
         ("digest", pa.binary(16)),
         *((name, pa.list_(pa.float64())) for name in NUMBERS),
     ]
@@ -59,13 +60,13 @@ CHUNK = 1 << 16
 class Record:
     """A group with what was done to its row.
 
-    prompt_key: what rows with one prompt share. file: number of the origin's file in the source. again: 1 for the
+    prompt_words: what rows with one prompt share. file: number of the origin's file in the source. again: 1 for the
     second group of one row (a pair that labelled groups are made of); what is counted by rows is counted at the first.
     """
 
     group: Group
     file: int
-    prompt_key: bytes
+    prompt_words: bytes
     counts: Mapping[str, int] = field(default_factory=dict)
     raw: int = 0
     again: int = 0
@@ -84,7 +85,8 @@ def to_table(records: Sequence[Record]) -> Any:
         **{name: [int(record.counts.get(name, 0)) for record in records] for name in COUNTERS},
         "raw": [int(record.raw) for record in records],
         "again": [record.again for record in records],
-        "prompt_hash": [_hash(record.prompt_key) for record in records],
+        "prompt_hash": [hash_of(record.prompt_words) for record in records],
+        "prompt_key": [prompt_key(g.prompt_ids) for g in groups],
         "digest": [_digest(g) for g in groups],
         **{name: [g.numbers.get(name, ()) for g in groups] for name in NUMBERS},
     }
@@ -104,7 +106,7 @@ def _of_completions(groups: Sequence[Group]) -> dict[str, list[list[int]]]:
     return {
         "completions": [[len(c.ids) for c in g.completions] for g in groups],
         "scored": [[c.num_scored for c in g.completions] for g in groups],
-        "hashes": [[_hash(_bytes(c.ids)) for c in g.completions] for g in groups],
+        "hashes": [[completion_key(c) for c in g.completions] for g in groups],
     }
 
 
@@ -112,29 +114,18 @@ def _array(ids: array[int]) -> np.ndarray:
     return np.frombuffer(ids, dtype=np.int32)
 
 
-def _hash(key: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-
-
 def _digest(group: Group) -> bytes:
     """Of the ids, masks, label and numbers alone: the same tokens give the same, wherever they were read."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(_bytes(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
-    digest.update(_bytes(group.prompt_ids))
+    digest.update(little_endian(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
+    digest.update(little_endian(group.prompt_ids))
     if group.label is not None:
         digest.update(bytes([group.label]))
     for completion in group.completions:
-        digest.update(_bytes(completion.ids) + completion.loss_mask)
+        digest.update(little_endian(completion.ids) + completion.loss_mask)
     for name, numbers in sorted(group.numbers.items()):
-        digest.update(name.encode() + _bytes(numbers))
+        digest.update(name.encode() + little_endian(numbers))
     return digest.digest()
-
-
-def _bytes(values: array[Any]) -> bytes:
-    if sys.byteorder == "big":
-        values = array(values.typecode, values)
-        values.byteswap()
-    return values.tobytes()
 
 
 class Shard:
@@ -217,7 +208,8 @@ class Groups(Sequence[Group]):
     """
 
     def __init__(self, shards: Sequence[Shard], shard_of: np.ndarray, row_of: np.ndarray) -> None:
-        self.shards, self.shard_of, self._row_of = tuple(shards), shard_of, row_of
+        one = np.broadcast_to(np.int16(0), np.shape(row_of))  # takes no memory
+        self.shards, self.shard_of, self._row_of = tuple(shards), one if len(shards) == 1 else shard_of, row_of
 
     @classmethod
     def of(cls, shard: Shard) -> Groups:
@@ -237,8 +229,16 @@ class Groups(Sequence[Group]):
 
     @cached_property
     def lengths(self) -> Lengths:
-        """The lengths of all groups."""
-        return Lengths(self.column("prompt"), *self.ragged("completions"))
+        """The lengths of all groups, 16 bytes per pair."""
+        completions, starts = self.ragged("completions")
+        small = np.int32 if len(completions) < 2**31 else np.int64
+        return Lengths(self.column("prompt"), completions, starts.astype(small))
+
+    def keyed(self, numbers: np.ndarray) -> Keys:
+        """Keys of the groups of these numbers, in this order."""
+        some = self.taken(numbers)
+        (scored, _), (completions, _) = some.ragged("scored"), some.ragged("hashes")
+        return Keys(some.lengths, scored, some.column("prompt_key"), completions)
 
     def __len__(self) -> int:
         return len(self._row_of)

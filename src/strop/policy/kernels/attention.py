@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from strop.batch import GroupSpan
+from strop.batch import GroupSpan, to_device
 from strop.errors import ModelError
 from strop.policy.kernels.tiled_attention import Tile, cut_tiles, sequences, tiled_attention
 
@@ -118,8 +118,8 @@ class AttentionPlan:
                 gathered += [first, first + 1]
                 gathered += [i for j, n in enumerate(span.completions[1:], first + 2) if n for i in (first, j)]
             self._lengths = Lengths(
-                _starts(own).to(self.device, non_blocking=True),
-                _starts(seen).to(self.device, non_blocking=True),
+                to_device(_starts(own), self.device),
+                to_device(_starts(seen), self.device),
                 max(own),
                 max(seen),
                 parts,
