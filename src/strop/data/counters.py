@@ -12,6 +12,8 @@ COUNTERS = {
     "with_tools": "rows with tools, or with calls of some",
     "with_reasoning": "rows with reasoning",
     "media_unread": "rows have images, videos or sounds, which are not trained",
+    "reasoning_unread": "rows have a column of reasoning beside their turns, which is not trained: write it under "
+    "reasoning_content of the answer's message",
     "prompts_cut": "prompts cut at the left",
     "completions_cut": "",
     "without_end_token": "",
@@ -34,5 +36,6 @@ LEFT_OUT = {
     "trailing_turns": "the turns behind the last assistant turn",
     "system_unused": "the system column",
     "media_unread": "the column of images, videos or sounds",
+    "reasoning_unread": "the column of reasoning",
 }
 """What strop itself leaves out of a row, by the counter that counts it."""

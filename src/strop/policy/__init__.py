@@ -2,6 +2,7 @@
 
 model/             what a model is and how it is loaded: folder, tokenizer, adapters
 kernels/           arithmetic: attention, fused layers, products, the head
+load               tokenizer and model, for programs that use strop's parts
 build              a model section -> a policy, in one order
 policy             the module whose forward scores a batch
 saving             what is left in `final/`

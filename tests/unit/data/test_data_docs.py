@@ -20,7 +20,7 @@ def test_the_schema_of_data_records_is_one() -> None:
 
 
 def test_the_page_names_every_reason() -> None:
-    source = "\n".join(path.read_text() for path in (ROOT / "src" / "strop" / "data").glob("*.py"))
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "strop" / "data").rglob("*.py"))
     reasons = set(re.findall(r'(?:RowRefused\(|reason = )\s*"([a-z_0-9]+)"', source)) | FIXES.keys()
     assert {"sharegpt_keys", "template_error", "nothing_trained"} < reasons
     named = set(re.findall(r"`([a-z_0-9]+)`", PAGE))

@@ -252,7 +252,7 @@ def test_pairs_stay_together_until_they_are_tokens() -> None:
         ("missing_field", {"prompt": "q", "completion": "x"}),
         ("missing_field", {"completion": "x", "label": True}),
         ("null_field", {"prompt": "q", "completion": "x", "label": None}),
-        ("wrong_type", {"prompt": "q", "completion": "x", "label": 1}),
+        ("wrong_type", {"prompt": "q", "completion": "x", "label": 2}),
         ("wrong_type", {"prompt": "q", "completion": "x", "label": "good"}),
         ("wrong_shape", {"messages": [u("q"), a("x")]}),
         ("empty_field", {"prompt": "q", "completion": " ", "label": True}),

@@ -81,7 +81,7 @@ SHAPES: list[tuple[RowShape, Row]] = [
 ]
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
 @pytest.mark.parametrize(("rows", "row"), SHAPES)
 def test_a_system_column_is_the_first_turn_of_every_shape(rows: RowShape, row: Row, column: str) -> None:
     answers = ["x"] if rows != "pair" and "chosen" not in row else ["x", "y"]
@@ -411,7 +411,9 @@ def test_calls_without_their_arguments_are_refused(make_tokenizer: Callable[...,
     assert '"a": 1' in rendered.text
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought", "thoughts"])
+@pytest.mark.parametrize(
+    "key", ["reasoning_content", "reasoning", "thinking", "thought", "thoughts", "cot", "chain_of_thought", "rationale"]
+)
 @pytest.mark.parametrize("value", ["hm", [{"type": "text", "text": "hm"}]])
 def test_reasoning_is_read_under_each_of_its_keys(key: str, value: Any, make_tokenizer: Callable[..., Any]) -> None:
     """And refused by a template that has no place for it."""

@@ -52,6 +52,15 @@ def refusal(action: Callable[[], object]) -> str:
     return message
 
 
+def test_programs_load_a_tokenizer_and_a_model_by_one_short_name(model_dir: Path) -> None:
+    from strop.policy import load as parts
+
+    section = ModelSection(huggingface_id=str(model_dir))
+    tokenizer, loaded = parts.load_tokenizer(section), parts.load_model(section, dtype=torch.float32)
+    assert isinstance(loaded, parts.LoadedModel)
+    check_vocabulary(tokenizer, loaded.module, "here")
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     config = {**json.loads(file.read_text()), **changes}

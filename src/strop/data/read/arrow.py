@@ -19,7 +19,7 @@ import pyarrow as pa
 NOT_READ = b""
 """What stands in place of a column of bytes: something is there, and it is no text."""
 
-WITHOUT_NULLS = frozenset({"tools", "tool_calls", "chat_template_kwargs"})
+WITHOUT_NULLS = frozenset({"tools", "tool_calls", "functions", "function_call", "chat_template_kwargs"})
 PARTS_OF_A_MESSAGE = frozenset({"role", "from"})
 
 Convert = Callable[[Any], Any]

@@ -4,5 +4,6 @@ examples           row -> Example, or the reason why not
 foreign            shapes of other tools, rewritten as strop's own
 own                prompts and completions in strop's own shape
 messages           messages and texts of a row, validated
+beside             what stands beside the turns: system text, tools, media, reasoning
 json_columns       columns that hold JSON as text
 """

@@ -7,15 +7,21 @@ known and in order; a pair's sides share their prompt and differ after it; a com
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from strop.config import DatasetSection
-from strop.config.sections.dataset import bad_variable
 from strop.data.read.row import RowRefused
-from strop.data.shapes.foreign import own_shape
+from strop.data.shapes.beside import (
+    TEMPLATE_KWARGS,
+    note_media,
+    note_reasoning,
+    template_kwargs_of,
+    tools_of,
+    with_system,
+)
+from strop.data.shapes.foreign import ANSWERS, BETTER_AND_WORSE, QUESTIONS, own_shape
 from strop.data.shapes.json_columns import messages_in, parsed
 from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
 from strop.data.shapes.numbers import Numbers, numbers_of
@@ -26,18 +32,14 @@ PAIR_METHODS = "post_training.method: dpo"
 LABELLED_METHODS = "post_training.method: kto"
 SINGLE_METHODS = "post_training.method: sft"
 
-TEMPLATE_KWARGS = "chat_template_kwargs"
-"""Column with the row's own variables for the chat template."""
-
-SYSTEM = ("system", "system_prompt")
-"""Columns with the system text of a row."""
-
 JSON = ("tools", TEMPLATE_KWARGS)
 """Columns that may stand as JSON text."""
 
-MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
-PLACEHOLDER = re.compile(r"<\|?(?:image|img|video|audio)(?:_pad)?\|?>")
-"""How a text points to what stands in a column of MEDIA."""
+LABEL = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+"""What a label says, by its text."""
+
+KTO_TAG = "kto_tag"
+"""Column that can only say whether an answer is desirable, whatever `dataset.label_column` names."""
 
 GROUP = "completions"
 """Column with the list of completions of a group."""
@@ -74,6 +76,11 @@ class Columns:
             drops_trailing=dataset.on_trailing_user == "drop",
         )
 
+    @property
+    def named(self) -> frozenset[str]:
+        """The columns that are read under these names."""
+        return frozenset(getattr(self, kind) for kind in NAMED)
+
     def completions(self, rows: RowShape) -> tuple[str, ...]:
         return (self.chosen, self.rejected) if rows == "pair" else (self.completion,)
 
@@ -86,11 +93,13 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
     """
     reader = _Reader(data, rows, columns)
     prompt, completions, label = reader.parts()
-    prompt, completions = reader.with_system(prompt, completions)
-    reader.refuse_media((prompt, *completions))
+    named = columns.named
+    prompt, completions = with_system(data, named, prompt, completions, reader.notes)
+    note_media(data, (prompt, *completions), reader.notes)
+    note_reasoning(data, named, reader.notes)
     if isinstance(prompt, tuple):
         prompt = as_context(prompt)
-    tools, kwargs, notes = reader.tools(), reader.template_kwargs(), tuple(reader.notes)
+    tools, kwargs, notes = tools_of(reader.data), template_kwargs_of(reader.data), tuple(reader.notes)
     return Example(prompt, completions, origin, tools, label, notes, kwargs, reader.numbers(len(completions)))
 
 
@@ -123,7 +132,8 @@ class _Reader:
     def _read_json(self, row: dict[str, Any]) -> None:
         """Messages and tools that stand as JSON text, in place of the text."""
         columns = self._columns
-        names = ("messages", "conversations", columns.prompt, columns.chosen, columns.rejected, columns.completion)
+        sides = (columns.chosen, columns.rejected, columns.completion, *ANSWERS, *BETTER_AND_WORSE)
+        names = ("messages", "conversations", columns.prompt, *QUESTIONS, *sides)
         for name in [name for name, value in row.items() if isinstance(value, str)]:
             if name in names and (turns := messages_in(row[name], name)) is not None:
                 row[name] = turns
@@ -164,9 +174,9 @@ class _Reader:
                 "the file is one to imitate",
             )
         self._require((columns.label,) if talk else (columns.prompt, columns.completion, columns.label), expected)
-        label = {"true": True, "false": False}.get(str(data[columns.label]).lower())  # a CSV file has texts only
+        label = _label(data[columns.label])
         if label is None:
-            raise wrong_type(columns.label, data[columns.label], "true (desirable) or false")
+            raise wrong_type(columns.label, data[columns.label], "true or 1 (desirable), false or 0")
         if talk:
             turns = self._ended(self._conversation(), "messages")
             return turns[:-1], (turns[-1:],), label
@@ -176,13 +186,8 @@ class _Reader:
     def _single(self) -> tuple[Turns, tuple[Turns, ...]]:
         columns, data = self._columns, self.data
         expected = f"messages, or {columns.prompt} and {columns.completion}"
-        if _is_label(data.get(columns.label)) and (columns.completion in data or "messages" in data):
-            raise RowRefused(
-                "wrong_shape",
-                f"the row has a true/false {columns.label}: it is an unpaired preference row",
-                expected="a conversation or a prompt with a completion to imitate",
-                fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column {columns.label}",
-            )
+        if columns.completion in data or "messages" in data:
+            self._refuse_label()
         if "messages" in data:
             turns = self._conversation()
             first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
@@ -200,6 +205,18 @@ class _Reader:
             return "", (text_of(data["text"], "text"),)
         self._require((columns.prompt, columns.completion), expected)
         return explicit(data, columns.prompt, (columns.completion,))
+
+    def _refuse_label(self) -> None:
+        """Rows of answers that are to be imitated and of others: half of them nobody should imitate."""
+        for name in (self._columns.label, KTO_TAG):
+            if _label(self.data.get(name)) is not None:
+                raise RowRefused(
+                    "wrong_shape",
+                    f"the row has a true/false {name}: it is an unpaired preference row",
+                    expected="a conversation or a prompt with a completion to imitate",
+                    fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column {name} (or rename "
+                    "it, if it says something else)",
+                )
 
     def _group(self) -> tuple[Turns, tuple[Turns, ...]]:
         """A prompt with any number of completions, which need not differ."""
@@ -297,79 +314,11 @@ class _Reader:
         self.notes += ["trailing_turns"] * (len(turns) - stop)
         return turns[:stop]
 
-    def with_system(self, prompt: Turns, completions: tuple[Turns, ...]) -> tuple[Turns, tuple[Turns, ...]]:
-        """The row with the text of its system column as the first turn, unless its messages have one."""
-        there = [key for key in SYSTEM if key in self._whole]
-        if there:
-            named = {getattr(self._columns, kind) for kind in NAMED}
-            there = [key for key in there if key not in named]
-        if not there or prompt == "":  # a text without turns is whole as it is
-            return prompt, completions
-        found: dict[str, str] = {}
-        for key in there:
-            words = self._whole[key]
-            if words is not None and not isinstance(words, str):
-                raise RowRefused("wrong_type", f"{key} is no text", expected="a text, null, or nothing")
-            if words and words.strip():
-                found.setdefault(text_of(words, key), key)
-        if len(found) > 1:
-            names = " and ".join(found.values())
-            raise RowRefused("wrong_shape", f"{names} hold two system texts", expected="one of them")
-        # blank or not: rows of one file are all messages, so that all are rendered alike
-        if isinstance(prompt, str):
-            prompt = ({"role": "user", "content": prompt},)
-            completions = tuple(({"role": "assistant", "content": c},) for c in completions)
-        first = next(iter(prompt), None)
-        for words in found:
-            if first is None or first["role"] not in ("system", "developer"):
-                prompt = ({"role": "system", "content": words}, *prompt)
-            elif first["content"].strip() != words.strip():
-                self.notes.append("system_unused")
-        return prompt, completions
-
-    def refuse_media(self, parts: tuple[Turns, ...]) -> None:
-        """An image that a text points to is a part of the row, and it is not trained; others are counted."""
-        for name in MEDIA & self._whole.keys():
-            if self._whole[name] in (None, "", []):
-                continue
-            if "media_unread" not in self.notes:
-                self.notes.append("media_unread")
-            texts = [turn.get("content", "") for part in parts if not isinstance(part, str) for turn in part]
-            texts += [part for part in parts if isinstance(part, str)]
-            if match := next(filter(None, map(PLACEHOLDER.search, texts)), None):
-                raise RowRefused(
-                    "unsupported_modality",
-                    f"{match[0]!r} in the row's text points to its column {name!r}, which is not trained",
-                    expected="rows that are text alone",
-                )
-
-    def tools(self) -> tuple[Mapping[str, Any], ...] | None:
-        tools = self.data.get("tools")
-        if not tools:
-            return None
-        if isinstance(tools, list | tuple):
-            tools = [parsed(tool, f"tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(tools)]
-        if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise wrong_type("tools", tools, "a list of objects, one per tool")
-        return tuple(tools)
-
     def numbers(self, num_completions: int) -> Numbers:
         """What a group has beside its completions."""
         return numbers_of(self.data, num_completions) if self._rows == "group" else {}
 
-    def template_kwargs(self) -> Mapping[str, Any] | None:
-        found = self.data.get(TEMPLATE_KWARGS)
-        if not found:
-            return None
-        if not isinstance(found, Mapping):
-            raise wrong_type(TEMPLATE_KWARGS, found, 'an object, such as {"enable_thinking": false}')
-        for name, value in found.items():
-            if (problem := bad_variable(name, value)) is not None:
-                raise RowRefused(
-                    "wrong_type", f"{TEMPLATE_KWARGS}: {problem}", expected="the template's own variables, as JSON"
-                )
-        return found
 
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
+def _label(value: Any) -> bool | None:
+    """What a label says; None where it is none. A CSV file has texts only, and some tables have numbers."""
+    return LABEL.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None

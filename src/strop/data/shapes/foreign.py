@@ -32,6 +32,9 @@ ADDITIONS = ("input", "context")
 ANSWERS = ("answer", "response", "output")
 """Where the answer to a question may stand, if there is no completion column."""
 
+BETTER_AND_WORSE = ("response_j", "response_k")
+"""The sides of a pair of stack-exchange."""
+
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -59,19 +62,26 @@ def own_shape(
         RowRefused: it is of another tool's shape, and broken.
     """
     if "messages" in data:
-        # beside completions the messages are what leads up to them
-        asks = rows == "pair" and prompt not in data and all(side in data for side in completions)
-        return {**_without(data, "messages"), prompt: data["messages"]} if asks else data
+        if prompt in data or any(side not in data for side in completions):
+            return data
+        leads_up = rows == "pair" or not _is_answered(data["messages"])
+        return {**_without(data, "messages"), prompt: data["messages"]} if leads_up else data
     if isinstance(data.get("conversations"), list | tuple):
         return _sharegpt(data, rows, prompt, completions)
     if rows == "pair":
-        if "response_j" in data and "response_k" in data and not any(side in data for side in completions):
-            data = {**data, completions[0]: data["response_j"], completions[1]: data["response_k"]}
+        if all(side in data for side in BETTER_AND_WORSE) and not any(side in data for side in completions):
+            data = {**data, **{side: data[of] for side, of in zip(completions, BETTER_AND_WORSE, strict=True)}}
         if prompt not in data and all(_is_transcript(data.get(side)) for side in completions):
             return _transcripts(data, prompt, completions, keeps_transcripts)
     elif isinstance(data.get("inputs"), Mapping) and isinstance(data.get("outputs"), Mapping):
         return _data_record(data, prompt, completions[0])
     return _question(data, rows, prompt, completions)
+
+
+def _is_answered(turns: Any) -> bool:
+    """Whether a conversation ends with an answer; one that does not is what leads up to completions beside it."""
+    last = turns[-1] if isinstance(turns, list | tuple) and turns else None
+    return not isinstance(last, Mapping) or last.get("role") == "assistant"
 
 
 def _without(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -169,7 +179,7 @@ def _sharegpt(data: Mapping[str, Any], rows: RowShape, prompt: str, completions:
         turns = list(found)  # messages under sharegpt's name
     else:
         turns = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(found)]
-    if rows == "single":
+    if rows == "single" and (prompt in rest or any(side not in rest for side in completions) or _is_answered(turns)):
         return {**rest, "messages": turns}
     for side in completions:
         if isinstance(rest.get(side), Mapping):

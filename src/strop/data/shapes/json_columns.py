@@ -14,8 +14,14 @@ from typing import Any
 
 from strop.data.read.row import RowRefused
 
-MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
+MESSAGES = re.compile(r"""[\s\ufeff]*\[?\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
 """How a list of messages begins, or a message, as JSON or as Python writes it."""
+
+OBJECT = re.compile(r"""[\s\ufeff]*"?\s*\[?\s*\{""")
+"""How any list of objects begins, also one whose JSON was written as JSON once more."""
+
+ROLE = re.compile(r"""["'](?:role|from)\\?["']\s*:""")
+"""A key that every message has."""
 
 ROLES = frozenset({"system", "user", "assistant", "tool", "human", "gpt"})
 
@@ -32,11 +38,14 @@ def messages_in(text: str, field: str) -> Any:
     Raises:
         RowRefused: it is messages in a form that cannot be read.
     """
-    if not MESSAGES.match(text):
+    begins_as_messages = MESSAGES.match(text) is not None
+    if not begins_as_messages and (OBJECT.match(text) is None or ROLE.search(text) is None):
         return None
     found = _value(text)
+    if isinstance(found, str):
+        return messages_in(found, field)  # written as JSON twice
     if found is _NO_VALUE:
-        if not text.rstrip().endswith(("]", "}")):
+        if not begins_as_messages or not text.rstrip().endswith(("]", "}")):
             return None  # an answer may begin so and go on in words
         raise RowRefused(
             "invalid_json",
@@ -45,13 +54,18 @@ def messages_in(text: str, field: str) -> Any:
             fix="write the column by json.dumps (str() of a numpy array cannot be read again)",
         )
     if isinstance(found, list):
-        return found if found and all(map(_is_message, found)) else None
+        are_messages = bool(found) and all(map(_is_message, found))
+        return found if are_messages and (begins_as_messages or any(map(_has_known_role, found))) else None
     # one object may be what an answer is meant to be, unless it is a turn by every sign
-    return found if _is_message(found) and str(found.get("role", found.get("from"))) in ROLES else None
+    return found if _is_message(found) and _has_known_role(found) else None
 
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and any(keys <= value.keys() for keys in KEYS)
+
+
+def _has_known_role(message: Mapping[str, Any]) -> bool:
+    return str(message.get("role", message.get("from"))) in ROLES
 
 
 _NO_VALUE = object()
@@ -63,7 +77,7 @@ LONGEST = 1 << 24
 def _value(text: str) -> Any:
     for read in (json.loads, ast.literal_eval) if len(text) < LONGEST else (json.loads,):
         try:
-            return read(text.strip())
+            return read(text.strip().removeprefix("\ufeff").lstrip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return _NO_VALUE

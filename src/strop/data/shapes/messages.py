@@ -24,12 +24,26 @@ PLAIN = frozenset({"role", "content"})
 TRAIN_KEYS = ("weight", "train", "training", "trainable", "train_turn", "loss", "loss_weight", "loss_mask")
 """Keys by which rows say whether an assistant turn is trained: 0 or false, 1 or true."""
 
-OTHER_REASONING_KEYS = ("thought", "thoughts")
+SKIP_KEYS = ("masked", "ignore_loss", "skip_loss")
+"""Keys by which they say whether it is not trained."""
+
+OTHER_REASONING_KEYS = (
+    "thought",
+    "thoughts",
+    "reasoning_text",
+    "reasoning_trace",
+    "thinking_content",
+    "thought_process",
+    "chain_of_thought",
+    "cot",
+    "rationale",
+)
 """Further keys for reasoning, which no template reads."""
 
 NOT_TEXT = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos", "file", "files"), "text alone"),
-    "function_call": "tool_calls, a list of calls",
+    "function_call": "tool_calls, a list of calls; or an object with name and arguments",
+    "mask": "train: true or false, since it is not known whether a mask of 1 means that the turn is trained",
     "refusal": "the refusal as the content",
     "train_detail": "train: true or false for the whole turn",
     **dict.fromkeys(("reasoning_details", "thinking_blocks"), "the reasoning as a text under reasoning_content"),
@@ -79,6 +93,8 @@ def _message(message: Any, field: str) -> Message:
     role = message["role"]
     if not isinstance(role, str):
         raise wrong_type(f"{field}.role", role, "a text")
+    if role == "function":  # OpenAI's old name
+        message, role = {**message, "role": "tool"}, "tool"
     if role not in ROLES:
         raise RowRefused("unknown_role", f"{field}.role is {role[:40]!r}", expected="one of " + ", ".join(ROLES))
     # a missing key and a null are the same to templates of current models; tables fill missing keys with null
@@ -86,6 +102,7 @@ def _message(message: Any, field: str) -> Message:
     if not turn.keys() <= PLAIN:
         if role == "assistant":
             _settle_reasoning(turn, field)
+            _settle_function_call(turn)
         _check_keys(turn, field)
     if "tool_calls" in turn:
         _settle_calls(turn, field)
@@ -108,18 +125,18 @@ def _check_keys(turn: dict[str, Any], field: str) -> None:
             )
         del turn[key]
     said: dict[str, bool] = {}
-    for key in TRAIN_KEYS:
+    for key in (*TRAIN_KEYS, *SKIP_KEYS):
         if key in turn:
             value = turn.pop(key)
             if not isinstance(value, bool | int | float) or value not in (0, 1):
                 raise RowRefused(
                     "wrong_type",
                     f"{field}.{key} is {in_words(value)}",
-                    expected="0 or false (the turn is not trained), 1 or true: turns have no other weights",
+                    expected="0 or false, 1 or true: a turn is trained or not, and has no other weight",
                 )
-            said[key] = bool(value)
+            said[key] = bool(value) is (key in TRAIN_KEYS)
     if turn["role"] != "assistant":
-        if asked := next((key for key in said if said[key] and "weight" not in key), None):
+        if asked := next((key for key in said if said[key] and key in TRAIN_KEYS and "weight" not in key), None):
             raise RowRefused(
                 "wrong_type",
                 f"{field}.{asked} is true, and the turn is one of role {turn['role']}",
@@ -154,6 +171,14 @@ def _settle_reasoning(turn: dict[str, Any], field: str) -> None:
     if said:  # the same once more, in the form of one provider or another
         turn.pop("reasoning_details", None)
         turn.pop("thinking_blocks", None)
+
+
+def _settle_function_call(turn: dict[str, Any]) -> None:
+    """OpenAI's old form of a call, as today's."""
+    call = turn.get("function_call")
+    if isinstance(call, Mapping) and "tool_calls" not in turn and isinstance(call.get("name"), str):
+        del turn["function_call"]
+        turn["tool_calls"] = [{"type": "function", "function": dict(call)}]
 
 
 def _settle_calls(turn: dict[str, Any], field: str) -> None:

@@ -38,7 +38,7 @@ ODD = {
     ("with_tools",): "with tools",
     ("with_reasoning",): "with reasoning",
     ("message_keys_unread", "template_kwargs_unread"): "with keys that the chat template does not read",
-    ("trailing_turns", "system_unused", "media_unread"): "of which strop leaves a part out",
+    ("trailing_turns", "system_unused", "media_unread", "reasoning_unread"): "of which strop leaves a part out",
     ("other_prompts",): "whose prompt is not the one that inference sees",
 }
 """Counters of a row -> what is odd about it."""
