@@ -129,8 +129,13 @@ def _settle(
 ) -> Settled:
     """Settles the run, and says what it will be and need."""
     from strop.policy.model.from_config import reason_for_plain_rows
+    from strop.policy.model.outline import check_outline
     from strop.session import Session
 
+    folder = source_of(model.huggingface_id)
+    is_without = os.path.isdir(folder) and not has_weights(folder)
+    if os.path.isdir(folder) and not is_without:
+        check_outline(model)
     with Session(config, model, None, machine=machine, read=read) as session:
         settled = session.settled
         for line in settled.describe():
@@ -143,8 +148,7 @@ def _settle(
         say(line)
     for note in _space(settled, run_folder(config, model)):
         say(f"note: {note}")
-    folder = source_of(model.huggingface_id)
-    if os.path.isdir(folder) and not has_weights(folder):
+    if is_without:
         say(f"note: there are no weights in {folder}: this dry run needs none, a run does")
     say("")
     return settled

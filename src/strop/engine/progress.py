@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
@@ -23,6 +23,7 @@ from typing import Any, Self, TextIO
 import rich.progress
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 from rich.text import Text
 
 DRAWS_PER_SECOND = 4
@@ -36,9 +37,21 @@ RECORD_LINE = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate",
 NARROWEST_BAR = 8
 CLOCK_WIDTH = 7
 """Characters of 0:00:00."""
+ECHO_WIDTH = 8
+"""Columns that a bar leaves free at its end. A terminal shows Ctrl-C as ^C behind the bar; wrapped into the next row, it
+would leave the bar's row behind. Room for four."""
 DROPPED_FIRST = ("margin", "epoch", "speed", "loss")
 """What a bar leaves out, in this order, if the terminal is too narrow."""
 NAMES = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
+
+
+class _Bars(rich.progress.Progress):
+    """Bars as wide as the terminal, but for the room that Ctrl-C needs."""
+
+    def make_tasks_table(self, tasks: Iterable[rich.progress.Task]) -> Table:
+        table = super().make_tasks_table(tasks)
+        table.width = max(1, self.console.width - ECHO_WIDTH)
+        return table
 
 
 class Progress:
@@ -53,7 +66,7 @@ class Progress:
         self._console = Console(file=self._stream, stderr=True)
         self.quiet = quiet
         self.live = not quiet and (self._can_move() if live is None else live)
-        self._bars = rich.progress.Progress(
+        self._bars = _Bars(
             rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(bar_width=None),
             rich.progress.MofNCompleteColumn(),
@@ -64,7 +77,6 @@ class Progress:
             refresh_per_second=DRAWS_PER_SECOND,
             speed_estimate_period=600,  # steps can take minutes
             redirect_stdout=sys.stdout.isatty(),
-            expand=True,
         )
         self._exit = ExitStack()
         self._open: list[Task] = []
@@ -111,7 +123,7 @@ class Progress:
     def _fitting(self, task: Task, parts: Mapping[str, str]) -> str:
         """As many of `parts` as fit the terminal beside the count and both times, which are always shown."""
         count = 2 * len(str(task.total)) + 1
-        room = self._console.width - len(task.name) - NARROWEST_BAR - count - 2 * CLOCK_WIDTH - 5  # and 5 gaps
+        room = self._console.width - ECHO_WIDTH - len(task.name) - NARROWEST_BAR - count - 2 * CLOCK_WIDTH - 5  # and 5 gaps
         left = dict(parts)
         for name in DROPPED_FIRST:
             if len("  ".join(left.values())) <= room:

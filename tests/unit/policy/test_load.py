@@ -35,6 +35,7 @@ from strop.policy.build import build_policy
 from strop.policy.model import tokenizer_patterns
 from strop.policy.model.folder import inspect_config
 from strop.policy.model.load import load_model
+from strop.policy.model.outline import check_outline
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer
 
 
@@ -446,3 +447,36 @@ def test_the_tokenizer_is_the_one_that_transformers_chooses(kind: str, named: st
     found = read_tokenizer(ModelSection(huggingface_id=str(model_dir)))
     assert type(found) is type(expected) and found.get_vocab() == expected.get_vocab()
     assert found("the fox jumps").input_ids == expected("the fox jumps").input_ids
+
+
+@pytest.mark.parametrize(
+    "larger",
+    [
+        {"hidden_size": 8192},
+        {"intermediate_size": 1_000_000},
+        {"vocab_size": 10_000_000},
+        {"num_hidden_layers": 400, "intermediate_size": 20_000},
+        {"num_hidden_layers": 40},
+    ],
+    ids=str,
+)
+def test_a_configuration_larger_than_the_weights_is_refused_before_any_is_made(
+    larger: dict[str, Any], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: Any, **__: Any) -> None:
+        pytest.fail("weights are made")
+
+    edit_config(model_dir, **larger)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", made)
+    assert "another shape" in (said := refusal(lambda: load(model_dir))) or "describes a model of" in said
+    assert refusal(lambda: check_outline(ModelSection(huggingface_id=str(model_dir)))) == said
+
+
+def test_a_configuration_that_fits_the_weights_is_taken(model_dir: Path) -> None:
+    section = ModelSection(huggingface_id=str(model_dir))
+    check_outline(section)
+    edit_weights(model_dir, lambda tensors: tensors.update(more=torch.ones(100_000)))
+    check_outline(section)
+    edit_config(model_dir, tie_word_embeddings=True)
+    edit_weights(model_dir, lambda tensors: [tensors.pop(name) for name in ("lm_head.weight", "more")].clear())
+    check_outline(section)

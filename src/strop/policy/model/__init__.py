@@ -6,6 +6,7 @@ tokenizer          a model section -> its tokenizer, or one clear message
 load               a model section -> the model, or one clear message
 tokenizer_patterns regular expressions of a tokenizer, compiled under a time limit
 generation         where an answer ends: generation settings, in and out
+outline            a model without weights, held against the headers of its files
 from_config        sizes of a model from its configuration alone
 adapters           LoRA adapters: new ones, and continuing old ones
 adapter_targets    which layers get adapters, and how much of the model they reach

@@ -24,6 +24,7 @@ from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import LogitTransform, logit_transform
+from strop.policy.model.outline import build_outline
 from strop.policy.model.random_parts import silence_config
 from strop.policy.prefix_sharing import reason_against
 
@@ -66,10 +67,8 @@ def empty_model(model: ModelSection) -> PreTrainedModel:
         CannotBuildError: its configuration does not suffice.
     """
     config = model_config(model)
-    with _building(model), torch.device("meta"):
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-        module.tie_weights()
-    return module
+    with _building(model):
+        return build_outline(config, trust_remote_code=model.trust_remote_code)
 
 
 def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype) -> LoadedModel:

@@ -25,6 +25,7 @@ from strop.policy.allocator import is_out_of_memory
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
 from strop.policy.model.folder import inspect_model, place_of
 from strop.policy.model.guard import check_sealed
+from strop.policy.model.outline import check_config_against_files, other_shape
 from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.precision import nonfinite, short_name
 
@@ -86,6 +87,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
         logger.warning("%s: revision %s is not read: the model is a folder on this machine", where, model.revision)
     config = build_config(model, files, where)
     check_task(config, where)
+    check_config_against_files(config, files, model, where)
     original = copy.deepcopy(config)
     silenced = silence_config(config)
     attention = _plain_attention(model, config, where)
@@ -147,13 +149,7 @@ def _check_complete(report: Mapping[str, Any], where: str) -> None:
     """transformers fills gaps with random numbers and a warning; here every gap is an error."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
     if mismatched:
-        name, found, expected = mismatched[0]
-        raise ModelError(
-            f"{len(mismatched)} weights have another shape than config.json says, the first is {name}: {list(found)}",
-            where=where,
-            expected=str(list(expected)),
-            fix="use the config.json and the weights of one and the same model",
-        )
+        raise other_shape(mismatched, where)
     if missing:
         raise ModelError(
             f"{len(missing)} weights are missing from its files, the first is {missing[0]}",

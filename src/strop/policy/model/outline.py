@@ -1,0 +1,95 @@
+"""A model without its weights, held against the headers of the files before any weight is read or made. Floor 2.
+
+transformers makes every weight that the files lack or have in another shape, at the size that config.json says; a
+config.json of a much larger model would fill the memory before anything is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from strop.config.sections import ModelSection
+from strop.errors import ModelError
+from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
+from strop.policy.model.folder import ModelFiles, inspect_model, place_of
+
+FAR = 2
+"""config.json is refused where it describes so many times the weights that the files hold, whatever their names."""
+
+Mismatch = tuple[str, Sequence[int], Sequence[int]]
+"""Name, shape in the files, shape in the model."""
+
+
+def build_outline(config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on torch's meta device: shapes without weights, tied ones once. Raises whatever transformers does."""
+    from transformers import AutoModelForCausalLM  # seconds, which a dry run's first example does not wait for
+
+    with torch.device("meta"):
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        module.tie_weights()
+    return module
+
+
+def check_outline(model: ModelSection) -> None:
+    """Refuse a config.json that describes a larger model than the weights beside it; no weight is read.
+
+    Raises:
+        ModelError: it does; or the model is not one that may be loaded.
+    """
+    check_config_against_files(model_config(model), inspect_model(model), model, place_of(model))
+
+
+def check_config_against_files(config: PreTrainedConfig, files: ModelFiles, model: ModelSection, where: str) -> None:
+    """`check_outline`, of what is known already.
+
+    What is smaller in config.json than in the files costs no more memory than the files, and is found when they are
+    read; names that transformers changes while it reads are known only then.
+
+    Raises:
+        ModelError: config.json describes more weights than there are.
+    """
+    try:
+        with quiet():
+            module = build_outline(config, trust_remote_code=model.trust_remote_code)
+    except LOAD_ERRORS:
+        return  # loading it says what is wrong
+    stored = dict(_shapes(files.weights))
+    wanted = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
+    has, needs = sum(map(prod, stored.values())), sum(map(prod, wanted.values()))
+    if needs <= has:
+        return
+    if wrong := sorted((name, stored[name], size) for name, size in wanted.items() if stored.get(name, size) != size):
+        raise other_shape(wrong, where)
+    if needs > FAR * has:
+        raise ModelError(
+            f"config.json describes a model of {needs:,} weights, and its files hold {has:,}",
+            where=where,
+            fix=SAME_MODEL,
+        )
+
+
+SAME_MODEL = "use the config.json and the weights of one and the same model"
+
+
+def other_shape(wrong: Sequence[Mismatch], where: str) -> ModelError:
+    """The error for weights in the files that have another shape than in the model."""
+    name, found, expected = wrong[0]
+    return ModelError(
+        f"{len(wrong)} weights have another shape than config.json says, the first is {name}: {list(found)}",
+        where=where,
+        expected=str(list(expected)),
+        fix=SAME_MODEL,
+    )
+
+
+def _shapes(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                yield name, tuple(tensors.get_slice(name).get_shape())
