@@ -34,12 +34,12 @@ SPEED_STEPS = 20
 """Tokens per second are measured over this many last steps."""
 RECORD_LINE = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm", "tokens_per_second")
 """Metrics that the line of a record shows, in this order, if the record has them."""
-NARROWEST_BAR = 8
+NARROWEST_BAR = 6
 CLOCK_WIDTH = 7
 """Characters of 0:00:00."""
-ECHO_WIDTH = 8
-"""Columns that a bar leaves free at its end. A terminal shows Ctrl-C as ^C behind the bar; wrapped into the next row, it
-would leave the bar's row behind. Room for four."""
+ECHO_WIDTH = 2
+"""Columns that a bar leaves free at its end. A terminal shows Ctrl-C as ^C behind the bar; wrapped into the next row,
+it would leave the bar's row behind."""
 DROPPED_FIRST = ("margin", "epoch", "speed", "loss")
 """What a bar leaves out, in this order, if the terminal is too narrow."""
 NAMES = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
@@ -48,9 +48,13 @@ NAMES = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
 class _Bars(rich.progress.Progress):
     """Bars as wide as the terminal, but for the room that Ctrl-C needs."""
 
+    def __init__(self, *columns: rich.progress.ProgressColumn, console: Console, **settings: Any) -> None:
+        self._terminal = console  # which `rich` asks for a table before it has it
+        super().__init__(*columns, console=console, **settings)
+
     def make_tasks_table(self, tasks: Iterable[rich.progress.Task]) -> Table:
         table = super().make_tasks_table(tasks)
-        table.width = max(1, self.console.width - ECHO_WIDTH)
+        table.width = max(1, self._terminal.width - ECHO_WIDTH)
         return table
 
 
@@ -123,7 +127,8 @@ class Progress:
     def _fitting(self, task: Task, parts: Mapping[str, str]) -> str:
         """As many of `parts` as fit the terminal beside the count and both times, which are always shown."""
         count = 2 * len(str(task.total)) + 1
-        room = self._console.width - ECHO_WIDTH - len(task.name) - NARROWEST_BAR - count - 2 * CLOCK_WIDTH - 5  # and 5 gaps
+        taken = len(task.name) + NARROWEST_BAR + count + 2 * CLOCK_WIDTH + 5  # and 5 gaps
+        room = self._console.width - ECHO_WIDTH - taken
         left = dict(parts)
         for name in DROPPED_FIRST:
             if len("  ".join(left.values())) <= room:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -132,6 +133,61 @@ def test_a_narrow_bar_keeps_its_count_and_its_times(columns: int) -> None:
     assert "\N{HORIZONTAL ELLIPSIS}" not in plain
     assert "loss 0.6931" in plain
     assert ("epoch 0.50" in plain) == (columns >= 80)
+
+
+PRESSED = """
+import sys, time
+from strop.engine.progress import Progress
+with Progress(live=True) as shown:
+    task = shown.task("training", 1000)
+    for _ in range(40):
+        task.step({"loss": 0.5, "epoch": 0.1})
+        time.sleep(0.05)
+    shown.note("a note")
+    time.sleep(0.5)
+print("after", file=sys.stderr)
+"""
+
+
+def screen(written: str, width: int) -> list[str]:
+    """The rows that a terminal shows: it wraps, goes up and clears rows, which is all that is used here."""
+    rows, y, x = [""], 0, 0
+    for piece in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[^\x1b]", written):
+        if piece.startswith("\x1b"):
+            y = max(0, y - int(piece[2:-1] or 1)) if piece.endswith("A") else y
+            if piece == "\x1b[2K":
+                rows[y] = ""
+        elif piece == "\r":
+            x = 0
+        else:
+            if piece == "\n" or x == width:
+                y, x = y + 1, x if piece == "\n" else 0
+                rows += [""] * (y == len(rows))
+            if piece != "\n":
+                rows[y] = rows[y].ljust(x)[:x] + piece + rows[y][x + 1 :]
+                x += 1
+    return [row.rstrip() for row in rows]
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_control_c_leaves_no_bar_behind(columns: int) -> None:
+    """The terminal writes ^C where the cursor is, behind the bar."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
+    written = b""
+    with subprocess.Popen([sys.executable, "-c", PRESSED], stderr=follower, env=environment) as process:
+        os.close(follower)
+        pressed = 0
+        with suppress(OSError):  # how a terminal says that its other end is closed
+            while chunk := os.read(leader, 65536):
+                written += chunk
+                if pressed < 3 and written.count(b"training") > 2 * pressed:
+                    os.write(leader, b"\x03")
+                    pressed += 1
+        assert process.wait() == 0
+    os.close(leader)
+    assert pressed == 3 and written.count(b"^C") == 3
+    assert [row for row in screen(written.decode(), columns) if row] == ["a note", "after"]
 
 
 def test_a_dumb_terminal_gets_plain_lines() -> None:
