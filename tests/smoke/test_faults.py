@@ -206,8 +206,8 @@ def test_a_save_that_fails_does_not_end_a_run(
 ) -> None:
     keys = {"training.save_steps": 1, "training.save_total_limit": None, "finetuning.load_best_model_at_end": best}
     unbroken = runs(keys)
-    failing = Failing(checkpoint._write_tensors, numbers, FULL)
-    watched.setattr(checkpoint, "_write_tensors", failing)
+    failing = Failing(checkpoint.write_tensor_files, numbers, FULL)
+    watched.setattr(checkpoint, "write_tensor_files", failing)
     run = runs(keys, fresh=True)
     assert run.checkpoints == kept and failing.count == 4
     told = capsys.readouterr().err

@@ -67,8 +67,8 @@ def test_the_remedy_is_that_of_the_cause(
             raise fault
 
         if fails is in_a_checkpoint:
-            monkeypatch.setattr(durable, "_write_all", partial(broken, fault))
-            monkeypatch.setattr(checkpoint, "_write_tensors", partial(broken, fault))
+            monkeypatch.setattr(durable, "write_all", partial(broken, fault))
+            monkeypatch.setattr(checkpoint, "write_tensor_files", partial(broken, fault))
         with pytest.raises(CheckpointError) as caught:
             fails(tmp_path, fault)
         message = str(caught.value)

@@ -83,15 +83,13 @@ def _instead_of(command: str, arguments: list[str]) -> str:
     from strop.config.flags import is_file
     from strop.config.foreign import instead_of
     from strop.config.methods import METHODS
-    from strop.config.names import closest
+    from strop.config.names import did_you_mean
 
     if command.startswith("--") or is_file(command):
         return f"did you mean strop train {shlex.join(arguments)}?"
     if (method := command.lower()) in METHODS:
         return f"strop train --config FILE --method {method} trains by it, strop methods {method} explains it"
-    if instead := instead_of(command):
-        return instead
-    return f"did you mean strop {close}?" if (close := closest(command, COMMANDS)) is not None else ""
+    return instead_of(command) or did_you_mean(command, COMMANDS, "strop ")
 
 
 def _resume(arguments: Sequence[str], prog: str) -> str:

@@ -7,7 +7,7 @@ from typing import get_args
 
 from strop.config.foreign import instead_of
 from strop.config.methods import METHODS, LossType
-from strop.config.names import closest
+from strop.config.names import did_you_mean
 from strop.errors import ConfigError
 from strop.terminal import show
 
@@ -40,5 +40,4 @@ def _instead_of_method(name: str) -> str:
     """What to type instead of a method that there is not; empty where nothing is near."""
     if name in get_args(LossType):
         return "it is a loss_type of dpo: strop methods dpo"
-    close = closest(name, METHODS)
-    return instead_of(name) or (f"did you mean strop methods {close}?" if close is not None else "")
+    return instead_of(name) or did_you_mean(name, METHODS, "strop methods ")

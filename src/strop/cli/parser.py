@@ -9,7 +9,7 @@ import argparse
 from typing import Any, NoReturn
 
 from strop.config.foreign import instead_of
-from strop.config.names import closest
+from strop.config.names import did_you_mean
 from strop.errors import ConfigError
 
 
@@ -25,11 +25,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
-        close = closest(unknown, self.flags)
         if unknown:
             message = f"unknown flag {unknown}" if unknown.startswith("-") else f"{unknown!r} belongs to no flag"
-        meant = f"did you mean {close}?" if close else f"see {self.prog} --help"
-        raise ConfigError(message, fix=instead_of(unknown) or meant)
+        meant = instead_of(unknown) or did_you_mean(unknown, self.flags)
+        raise ConfigError(message, fix=meant or f"see {self.prog} --help")
 
     @property
     def flags(self) -> list[str]:

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from strop.config.foreign import instead_of
 from strop.config.methods import METHODS, LossType, MethodSettings
-from strop.config.names import closest, nearest
+from strop.config.names import did_you_mean, nearest
 from strop.config.run import RunConfig
 from strop.config.schema import SECTIONS, Key, key_at
 from strop.config.section import Section, SectionError
@@ -204,8 +204,8 @@ def _fix(key: Key, value: Any) -> str:
             return f"write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
         if instead := _elsewhere(key, value):
             return instead
-        if (close := closest(value.lower(), key.choices, cutoff=0.5)) is not None:
-            return f"did you mean {close}?"
+        if hint := did_you_mean(value.lower(), key.choices):
+            return hint
         bare = scalar(value.strip().replace("_", "").lstrip("0") or value)
         if kinds & {int, float} and isinstance(bare, int | float) and not isinstance(bare, bool):
             return f"write {bare}, without quotes, leading zeros or underscores"

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from strop.config.explain import combined, explain, shown, value_at
 from strop.config.guidance import default_origin, resolve
 from strop.config.methods import MethodSettings
-from strop.config.names import closest, numbered, target
+from strop.config.names import did_you_mean, numbered, target
 from strop.config.run import RunConfig
 from strop.config.schema import SECTIONS, key_at
 from strop.config.section import Section
@@ -115,12 +115,11 @@ def _find_preset(name: str) -> Path:
     folders = (PROJECT_PRESETS, PRESETS)
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     if name not in known:
-        close = closest(name, known)
         raise ConfigError(
             f"there is no preset {name[:80]!r}",
             where="preset",
             expected=f"one of {', '.join(known)}, or the path of a YAML file",
-            fix=f"did you mean {close}?" if close is not None else "",
+            fix=did_you_mean(name, known),
         )
     return next(file for folder in folders if (file := folder / f"{name}.yaml").is_file())
 

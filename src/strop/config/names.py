@@ -71,8 +71,8 @@ def nearest(name: str, section: str = "") -> str:
     if instead := instead_of(name):
         return instead
     own = [*SECTIONS.get(section, ()), *([*SECTIONS, "preset"] if not section else [])]
-    if (close := closest(name, own)) is not None:
-        return f"did you mean {close}?" if not section else f"did you mean {_in(section)}{close}?"
+    if hint := did_you_mean(name, own, _in(section)):
+        return hint
     if (close := closest(name, [key.name for key in KEYS])) is not None:
         return f"did you mean {' or '.join(key.dotted for key in KEYS if key.name == close)}?"
     if section in SECTIONS and section:
@@ -80,9 +80,19 @@ def nearest(name: str, section: str = "") -> str:
     return f"the sections: {', '.join(s for s in SECTIONS if s)}" if not section else ""
 
 
-def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that was probably meant: the shortest that `name` begins (`gpu` for `gpu-bf16`), or the most
-    similar one, of at least `cutoff` between 0 and 1; None where nothing is near."""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The hint `did you mean ...?` for an unknown name; empty if no known name is near. Every such hint is made here.
+
+    Args:
+        prefix: what to type before the known name, such as "strop methods ".
+    """
+    close = closest(name, known)
+    return "" if close is None else f"did you mean {prefix}{close}?"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant: the shortest one that begins with `name` (`gpu-bf16` for `gpu`), or else
+    the most similar one; None if no name is near."""
     known = sorted(known, key=len)
     if len(name) > 2 and (begun := [k for k in known if k.startswith(name)]):
         return begun[0]
@@ -94,4 +104,4 @@ def _section_of(home: str) -> str:
 
 
 def _in(section: str) -> str:
-    return "" if section == "models" else f"{section}."
+    return "" if section in ("", "models") else f"{section}."

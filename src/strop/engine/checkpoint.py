@@ -151,7 +151,7 @@ def save(
     try:
         durable.make_folder(temp)
         with foreign_errors(lambda why: _save_failed(target, needed, why)):
-            files = _write_tensors(temp, tensors)
+            files = write_tensor_files(temp, tensors)
         files[STATE] = _write(temp / STATE, json.dumps(state, indent=1))
         _write(temp / MANIFEST, Manifest.of(step, files, identity).to_text())
         durable.sync_folder(temp)
@@ -185,7 +185,7 @@ def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
+def write_tensor_files(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileEntry]:
     """Writes and syncs the tensor files. Returns the size and hash of each file by its name."""
     if not tensors:
         return {}

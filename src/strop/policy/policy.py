@@ -122,7 +122,7 @@ class Policy(nn.Module):
         """
         try:
             with self.precision.autocast(batch.input_ids.device):
-                hidden = self._hidden(batch)
+                hidden = self.hidden_states(batch)
         except BaseException:
             forget_shared(self.model)
             raise
@@ -213,8 +213,8 @@ class Policy(nn.Module):
         """
         save(self, Path(folder), tokenizer, ends)
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """[B, T, D] after the body's last norm."""
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """[B, T, D] the output of the body, after its last norm."""
         shared = batch.layout is not None
         self._use_attention(NAME if shared else self.plain_attention)
         body = self.body

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from strop.config.names import closest
+from strop.config.names import did_you_mean
 from strop.config.yamlfile import write_value
 from strop.errors import ConfigError
 
@@ -171,12 +171,11 @@ class Thresholds:
         self.replaced = dict(replaced or {})
         for name in self.replaced:
             if name not in THRESHOLDS:
-                close = closest(name, THRESHOLDS)
                 raise ConfigError(
                     f"there is no threshold {name[:80]!r}",
                     where="--threshold",
                     expected=", ".join(THRESHOLDS),
-                    fix=f"did you mean {close}?" if close else "",
+                    fix=did_you_mean(name, THRESHOLDS),
                 )
 
     def __getitem__(self, name: str) -> float:

@@ -48,7 +48,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, rng: random.Random, *, in_export:
     """
     first = rng.randrange(1 if in_export else 60)
     last = first + rng.choice((1, 5, 1000))
-    write, save, count = durable._write_all, Policy.save_pretrained, 0
+    write, save, count = durable.write_all, Policy.save_pretrained, 0
     counts = not in_export
 
     def written(fd: int, view: memoryview) -> None:
@@ -67,6 +67,6 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, rng: random.Random, *, in_export:
         save(self, *arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "_write_all", written)
+        patch.setattr(durable, "write_all", written)
         patch.setattr(Policy, "save_pretrained", saved)
         yield

@@ -221,13 +221,13 @@ def test_a_cache_that_is_deleted_costs_nothing_but_time(
     assert len(whole[0]) == 20 and len(whole[1]) == 1
     for at in (1, 2, 3, 5, 8):  # while it is written, at any file of it
         with monkeypatch.context() as patch:
-            patch.setattr("strop.data.store.token_cache._checksum", _deleting(cache, at))
+            patch.setattr("strop.data.store.token_cache.checksum_of", _deleting(cache, at))
             assert load() == whole
 
 
 def _deleting(folder: Path, at: int) -> Callable[[Path], int]:
     count = 0
-    real = strop.data.store.token_cache._checksum
+    real = strop.data.store.token_cache.checksum_of
 
     def checksum(path: Path) -> int:
         nonlocal count

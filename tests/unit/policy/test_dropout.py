@@ -34,10 +34,10 @@ def test_every_element_is_left_out_with_probability_p_and_by_itself(p: float) ->
 
 
 def test_places_are_in_order_and_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, places = torch.ones(100, 1000), dropout._places
+    x, places = torch.ones(100, 1000), dropout.geometric_places
     torch.manual_seed(0)
     whole = draw_left_out(x, 0.05)
-    monkeypatch.setattr(dropout, "_places", lambda count, p: places(min(count, 7), p))  # the draws run out
+    monkeypatch.setattr(dropout, "geometric_places", lambda count, p: places(min(count, 7), p))  # the draws run out
     torch.manual_seed(0)
     for found in (whole, draw_left_out(x, 0.05)):
         assert found.dtype == torch.int64 and bool((found.diff() > 0).all())

@@ -155,7 +155,7 @@ def test_fp32_logits(build: MakePolicy, groups: list[Group], monkeypatch: pytest
     for fp32_logits in (False, True):
         policy = build(training={"bf16": True, "fp32_logits": fp32_logits})
         # the same hidden states for all three, so that only the head differs
-        monkeypatch.setattr(policy, "_hidden", exact._hidden)
+        monkeypatch.setattr(policy, "hidden_states", exact.hidden_states)
         monkeypatch.setattr(type(policy.precision), "autocast", lambda self, device: torch.no_grad())
         with policy.scoring(), exact.scoring():
             errors.append(float((policy(pack(groups)).logps - exact(pack(groups)).logps).abs().max()))
@@ -410,7 +410,7 @@ def test_layers_that_fusing_would_change_keep_their_own_forward(
     """Even if a layer by itself did not show it: the model's log-probs are taken before anything is fused."""
     want = build()
     forward = FusedMlp.__call__
-    monkeypatch.setattr("strop.policy.kernels.fused._agrees", lambda *_: True)
+    monkeypatch.setattr("strop.policy.kernels.fused.agrees", lambda *_: True)
     monkeypatch.setattr(FusedMlp, "__call__", lambda self, x: 3 * forward(self, x))
     with caplog.at_level(logging.WARNING, "strop"):
         policy = build()

@@ -42,7 +42,7 @@ def as_another_process(monkeypatch: pytest.MonkeyPatch, found: product_rates.Rat
         return found
 
     product_rates._known.cache_clear()
-    monkeypatch.setattr(product_rates, "_measure", measure)
+    monkeypatch.setattr(product_rates, "measure", measure)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def _read(place: Path) -> dict[str, Any] | None:
     """The entry, if it is there and whole."""
     try:
         entry: dict[str, Any] = json.loads((place / ENTRY).read_bytes())
-        whole = all(_checksum(place / name) == entry["checksums"][name] for name in (TABLE, REJECTED))
+        whole = all(checksum_of(place / name) == entry["checksums"][name] for name in (TABLE, REJECTED))
         whole = whole and entry.pop("checksum") == _of_json(entry)
     except FileNotFoundError:
         if place.exists():
@@ -164,7 +164,8 @@ def _of_json(entry: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
 
 
-def _checksum(path: Path) -> int:
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file's content."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -178,7 +179,7 @@ def _write(place: Path, label: str, make: Callable[[], Iterator[tuple[str, Worke
     new = Path(tempfile.mkdtemp(prefix=f"{place.name}-", dir=place.parent))
     try:
         entry = _fill(new, label, make)
-        entry["checksums"] = {name: _checksum(new / name) for name in (TABLE, REJECTED)}
+        entry["checksums"] = {name: checksum_of(new / name) for name in (TABLE, REJECTED)}
         (new / ENTRY).write_text(json.dumps({**entry, "checksum": _of_json(entry)}), encoding="utf-8")
         if place.exists():
             shutil.rmtree(place)

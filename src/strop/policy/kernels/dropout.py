@@ -34,14 +34,14 @@ def draw_left_out(x: Tensor, p: float) -> Tensor:
     if _by_mask(p, x.device.type):
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
     expected = p * x.numel()
-    places = _places(int(expected + 5 * math.sqrt(expected)) + 8, p)
+    places = geometric_places(int(expected + 5 * math.sqrt(expected)) + 8, p)
     while int(places[-1]) < x.numel():  # once in millions
-        places = torch.cat([places, places[-1] + 1 + _places(8, p)])
+        places = torch.cat([places, places[-1] + 1 + geometric_places(8, p)])
     return places[: int(torch.searchsorted(places, x.numel()))]
 
 
-def _places(count: int, p: float) -> Tensor:
-    """[count] int64: the first places at which something happens that has probability p everywhere."""
+def geometric_places(count: int, p: float) -> Tensor:
+    """[count] int64: the first places, in ascending order, of events that have probability p at every place."""
     return torch.empty(count, dtype=torch.int64).geometric_(p).cumsum_(0).sub_(1)
 
 

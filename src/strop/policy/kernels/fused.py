@@ -290,7 +290,7 @@ def fuse(model: nn.Module, casts: Casts, device: torch.device, elementwise: Elem
     for module in model.modules():
         _share_input(module, linears)
         for kind, fused in _candidates(module, linears, elementwise):
-            if _agrees(module, fused, device):
+            if agrees(module, fused, device):
                 _replace_forward(module, fused)
                 done[kind] += 1
     logger.debug("fused: %s", ", ".join(f"{n} {kind}" for kind, n in done.items()) or "nothing")
@@ -365,10 +365,12 @@ def _candidates(
         yield "norms", FusedNorm(module, elementwise)
 
 
-def _agrees(module: nn.Module, fused: Fused, device: torch.device) -> bool:
-    """Whether both forwards give the same without dropout, but for rounding, for a few random tokens: as they are, and
-    so large that a module which cuts off what is large would show it. What overflows tells nothing. A module that
-    cannot be called with one tensor is another kind of module, whatever it raises."""
+def agrees(module: nn.Module, fused: Fused, device: torch.device) -> bool:
+    """Whether both forwards give the same result, up to rounding and without dropout, for a few random tokens.
+
+    Large tokens are tried too, so that a module which clamps large values is noticed; values that overflow are not
+    compared. If the module cannot be called with one tensor, it is a module of another kind, whatever it raises.
+    """
     training = module.training
     module.eval()
     try:

@@ -138,7 +138,7 @@ def measured_on() -> str:
 @cache
 def _known(dtype: torch.dtype, on: str) -> Rates:
     file = cache_folder("rates") / f"{_name(dtype)}-{on}.json"
-    return _read(file, dtype) or _kept(file, dtype, _measure(dtype))
+    return _read(file, dtype) or _kept(file, dtype, measure(dtype))
 
 
 def _read(file: Path, dtype: torch.dtype) -> Rates | None:
@@ -170,7 +170,8 @@ def _kept(file: Path, dtype: torch.dtype, rates: Rates) -> Rates:
     return rates
 
 
-def _measure(dtype: torch.dtype) -> Rates:
+def measure(dtype: torch.dtype) -> Rates:
+    """Times every way of multiplying in `dtype` on one thread."""
     keep_few_kernels()
     works = {(kind, name): work for kind, ways in _works(dtype).items() for name, work in ways.items()}
     num_threads = torch.get_num_threads()

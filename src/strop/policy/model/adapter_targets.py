@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from strop.config.names import closest
+from strop.config.names import did_you_mean
 from strop.errors import ModelError
 
 Targets = tuple[str, ...] | str
@@ -225,12 +225,11 @@ def no_such_name(key: str, kind: str, name: str, parts: Iterable[str], where: st
             of their last parts.
     """
     last_parts = sorted({part.rpartition(".")[2] for part in parts})
-    nearest = closest(name, last_parts)
     return ModelError(
         f"{key}: no {kind} is called {name!r}",
         where=where,
         expected=f"{expected} among {', '.join(last_parts)}",
-        fix=f"did you mean {nearest}?" if nearest else "",
+        fix=did_you_mean(name, last_parts),
     )
 
 
