@@ -23,7 +23,7 @@ from typing import Any, Self, TextIO
 import rich.progress
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 DRAWS_PER_SECOND = 4
@@ -72,7 +72,7 @@ class Progress:
         self.live = not quiet and (self._can_move() if live is None else live)
         self._bars = _Bars(
             rich.progress.TextColumn("{task.description}", markup=False),
-            rich.progress.BarColumn(bar_width=None),
+            rich.progress.BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[shown]}", markup=False),
             rich.progress.TimeElapsedColumn(),
