@@ -7,6 +7,7 @@ needs a tokenizer, weights or a network is looked at later.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import islice
 from os import path
 from pathlib import Path
@@ -79,6 +80,7 @@ def _problems(
     for model in models:
         try:
             check_files(model, needs_weights=needs_weights)
+            _check_package(model)
             if model.adapter is not None:
                 check_adapter(model)
         except StropError as error:
@@ -94,6 +96,17 @@ def _problems(
         _check_data(config.dataset, config.post_training.ROWS)
     except StropError as error:
         yield error
+
+
+def _check_package(model: ModelSection) -> None:
+    """Refuse a base that is to be quantised where nothing is installed that does it."""
+    if model.quant != "none" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "the package bitsandbytes is not installed",
+            where=f"model {model.name}, quant: {model.quant}",
+            expected="bitsandbytes, which is the extra `bnb`",
+            fix="pip install -e '.[bnb]' in strop's folder, or leave quant out",
+        )
 
 
 def _check_data(dataset: DatasetSection, rows: RowShape) -> None:

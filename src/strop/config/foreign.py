@@ -60,6 +60,14 @@ RENAMED: Mapping[str, str] = {
     "adapter_name_or_path": "models.N.adapter",
     "adapter_path": "models.N.adapter",
     "attn_impl": "models.N.attn_implementation",
+    "load_in_4bit": "models.N.quant",
+    "load_in_8bit": "models.N.quant",
+    "quantization_bit": "models.N.quant",
+    "bits": "models.N.quant",
+    "bnb_4bit_quant_type": "models.N.bnb_quant_type",
+    "bnb_4bit_compute_dtype": "models.N.bnb_compute_dtype",
+    "bnb_4bit_use_double_quant": "models.N.bnb_double_quant",
+    "use_double_quant": "models.N.bnb_double_quant",
     "dataset_name": "dataset.name",
     "dataset_id": "dataset.name",
     "hf_dataset": "dataset.name",
@@ -108,10 +116,8 @@ RENAMED: Mapping[str, str] = {
 means this only there."""
 
 _GROUPS: Mapping[str, str] = {
-    "strop trains no quantised weights: use lora with training.bf16: true, which stores the base in 16 bits, and "
-    "optim: adamw_8bit": (
-        "quant quantize quantise quantization quantization_bit quantization_config load_in_4bit load_in_8bit "
-        "bnb_4bit_compute_dtype bnb_4bit_quant_type qlora gptq awq bits nf4 fp8"
+    "models[].quant: 4bit or 8bit (--quant 4bit) quantises the base under adapters, by bitsandbytes": (
+        "quantize quantise quantization quantization_config qlora gptq awq nf4 fp8"
     ),
     "this version trains on one device: lora, training.micro_batch_tokens and training.gradient_checkpointing "
     "make a run fit, training.gradient_accumulation_steps makes its batch large": (
@@ -121,7 +127,7 @@ _GROUPS: Mapping[str, str] = {
     ),
     "numbers go to metrics.jsonl of the run folder and, with logging.report_to: [tensorboard], to TensorBoard": (
         "wandb wandb_project wandb_entity wandb_name wandb_run_id use_wandb mlflow comet_ml comet swanlab "
-        "use_swanlab neptune trackio report plot_loss run_name log_with"
+        "use_swanlab neptune trackio plot_loss run_name log_with"
     ),
     "strop trains on given rows, not on what the model generates meanwhile, and no reward models: use method: grpo on "
     "sampled answers with rewards, dpo on pairs of answers, or kto on answers marked as good or bad": (

@@ -111,6 +111,15 @@ class RunConfig(Section):
                     "names that differ, since they name the run folders",
                     "give each model its own `name:`",
                 )
+        for i, model in enumerate(self.models):
+            if model.quant != "none" and not self.adapts(model):
+                yield Problem(
+                    (f"models.{i}.quant", "lora.enabled"),
+                    f"models.{i}.quant is {model.quant}, and all weights are to be trained: quantised ones cannot "
+                    "move by a step of training, which is smaller than the distance between two of them",
+                    "adapters on top of the quantised base",
+                    "set lora.enabled: true, or quant: none",
+                )
         if self.training.packing and self.post_training.method != "sft":
             yield Problem(
                 ("training.packing",),

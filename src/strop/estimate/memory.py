@@ -86,7 +86,7 @@ def memory_of(
     backward = work.tokens * (4 * shape.inner * c + 4 * shape.width * _stream(shape, precision))
     casts = _casts(shape, config, precision, device)
     parts: dict[str, Numbers | float] = {
-        "weights": base * (c if shape.adapters else wide) + shape.adapters * wide,
+        "weights": weight_bytes(shape, precision),
         "gradients": trained * wide,
         "optimizer": trained * state_bytes(config.training.optim, wide),
         "activations": activations + _probabilities(shape, work, config, precision, device),
@@ -95,6 +95,8 @@ def memory_of(
         "allocator": holes * (activations + backward + head),
         "process": PROCESS[device],
     }
+    if shape.matrix_bytes is not None:  # the largest one: dequantised in float32, then in the compute dtype
+        parts["dequantised layer"] = float(shape.width * shape.inner * (4 + c))
     if device == "cpu":
         parts["matmul library"] = _matmul_library(shape, work, config, precision)
     copies = _float32_copies(shape, work, config, precision, device)
@@ -103,6 +105,15 @@ def memory_of(
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: np.broadcast_to(size, len(work)).astype(np.int64) for name, size in parts.items()}
+
+
+def weight_bytes(shape: Shape, precision: Precision) -> float:
+    """Of the base and its adapters."""
+    c, wide = precision.compute.itemsize, precision.master.itemsize
+    if not shape.adapters:
+        return (shape.matrix + shape.others) * wide
+    matrix = shape.matrix * (c if shape.matrix_bytes is None else shape.matrix_bytes)
+    return matrix + shape.others * c + shape.adapters * wide
 
 
 def trained_weights(shape: Shape) -> int:
@@ -124,6 +135,10 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
     inputs: float = shape.width + shape.queries  # flash attention keeps its output, whatever trains
     if shape.adapters and device != "cuda":
         inputs = min(shape.distinct, inputs)
+    if shape.matrix_bytes is not None:
+        # layers have their own forwards: adapters keep what they read, an MLP all that it makes
+        inputs = shape.adapted * (2 if config.lora.lora_dropout else 1)
+        kept += 2 * shape.inner * c
     return kept + (inputs + shape.width + 2 * shape.inner) * c
 
 

@@ -25,7 +25,7 @@ from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.kernels.fused import fuse
 from strop.policy.model.adapter_settings import adapters_of
 from strop.policy.model.adapters import add_adapters
-from strop.policy.model.from_config import random_model
+from strop.policy.model.from_config import CannotBuildError, random_model
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.prefix_sharing import reason_against
@@ -58,8 +58,10 @@ def measure(config: RunConfig, model: ModelSection, precision: Precision, groups
     """The speed of training on `groups`. Draws no random number that a run would see.
 
     Raises:
-        CannotBuildError: the architecture cannot be built with so few layers.
+        CannotBuildError: the architecture cannot be built with so few layers, or the base is quantised.
     """
+    if model.quant != "none":
+        raise CannotBuildError("the time of a quantised base is not predicted", where=model.name)
     keep_few_kernels()
     flush_denormals()
     if adapters_of(config.lora, model) is None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from strop.config.sections import ModelSection
 from strop.disk import free_bytes, in_words, refuse_in_the_way
-from strop.errors import CheckpointError, ModelError, SaveError
+from strop.engine.final import RECIPE
+from strop.errors import CheckpointError, ModelError, SaveError, foreign_errors
+from strop.manifest import MANIFEST, carries_manifest, read_manifest
 from strop.policy.model.folder import adapter_files, fetch, place_of, read_json, source_of
 from strop.rundir import FINAL
 
@@ -65,7 +69,17 @@ def adapter_of(source: str, base: str | None = None) -> ModelSection:
             f"its base is not there any more: {named}", where=where, fix="name where the base is now: --base MODEL"
         )
     revision = settings.get("revision") if base is None else None
-    return ModelSection(huggingface_id=named, revision=revision, adapter=adapter)
+    return ModelSection(huggingface_id=named, revision=revision, adapter=adapter, **_quantisation(Path(folder)))
+
+
+def _quantisation(adapter: Path) -> dict[str, Any]:
+    """How the base was quantised that a run trained the adapter on, as its manifest says; {}: it has none."""
+    if not carries_manifest(adapter):
+        return {}
+    with foreign_errors(lambda why: ModelError(f"its {MANIFEST} cannot be read: {why}", where=str(adapter))):
+        recipe = json.loads(read_manifest(adapter).identity.get(RECIPE, "{}"))
+    keys = ("quant", "bnb_quant_type", "bnb_double_quant", "bnb_compute_dtype")
+    return {key: recipe[f"models.0.{key}"] for key in keys if f"models.0.{key}" in recipe}
 
 
 def check_output(target: Path, sources: tuple[str, ...]) -> None:

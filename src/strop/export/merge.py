@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
@@ -48,6 +48,7 @@ from strop.policy.model.configuration import quiet
 from strop.policy.model.folder import ModelFiles, inspect_model, place_of, source_of
 from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import LoadedModel, load_model
+from strop.policy.model.quantised import dequantise
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
 from strop.policy.precision import short_name
 
@@ -142,6 +143,7 @@ def _merged(
     """The adapter's model: asked, then merged, in memory."""
     loaded = load_model(model, dtype=memory_dtype(shards, files.stored))
     module = loaded.module
+    opened = dequantise(module, torch.float32)  # an adapter is right on the numbers that it was trained on
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings()
     was_tied = head is not None and head.weight is embedding
     loaded.config.dtype = files.stored
@@ -158,7 +160,8 @@ def _merged(
         moved = distance(answers.logits, logits_of(adapted, asked, texts))
     products, digest = linear_products(adapted), weights_hash(adapted)
     log.info("%s: merging", where)
-    weights = merged_weights(adapted, where)
+    weights = {f"{name}.weight": module.get_submodule(name).weight.detach() for name in opened}
+    weights |= merged_weights(adapted, where)
     own_head = parted_head(adapted, was_tied)
     at_head = f"{(head_names(module) or ['lm_head'])[0]}.weight"
     if was_tied:
@@ -201,7 +204,7 @@ def _prove(made: Merged, folder: Path, prompts: Sequence[str], stored: torch.dty
     """Load what was written, and compare it with the adapter's model."""
     compute = made.loaded.module.dtype
     made.weights.clear()
-    made.loaded.module.to("meta")  # its memory is the merged model's now
+    nn.Module.to(made.loaded.module, "meta")  # its memory is the merged model's now
     section = ModelSection(huggingface_id=str(folder), name="merged")
     merged, tokenizer = load_model(section, dtype=compute).module.eval(), load_tokenizer(section)
     asked = _asked(tokenizer, prompts, merged.get_input_embeddings().weight.shape[0])

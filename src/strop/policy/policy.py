@@ -31,6 +31,7 @@ from strop.policy.kernels.logprobs import token_logps
 from strop.policy.model.adapters import trainable_names
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import logit_transform
+from strop.policy.model.quantised import total_weights
 from strop.policy.precision import Precision
 from strop.policy.saving import save
 from strop.types import Group
@@ -178,7 +179,7 @@ class Policy(nn.Module):
     def describe(self) -> list[str]:
         """Lines for the terminal: sizes, dtypes, rows."""
         trained = sum(p.numel() for p in self.trainable().values())
-        total = sum(p.numel() for p in self.model.parameters())
+        total = total_weights(self.model)
         shared = f"each prompt once, shared by its completions; attention by {self.attention_kernel}"
         plain = f"plain, padded; attention {self.plain_attention}"
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -36,7 +36,25 @@ class ModelSection(Section):
     """Null: shared-prefix attention where the architecture allows it. A name that transformers knows (`sdpa`,
     `eager`, ...): that attention, on plain padded rows."""
 
+    quant: Literal["4bit", "8bit", "none"] = "none"
+    """Quantise the linear layers of the frozen base as it is loaded, by bitsandbytes (the extra `bnb`); adapters train
+    on top (QLoRA, arXiv 2305.14314)."""
+    bnb_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 numbers that 4 bits stand for: of a normal distribution, or floating point."""
+    bnb_double_quant: bool = True
+    """Quantise the scales of 4 bits, too: 4.1 bits per weight instead of 4.5."""
+    bnb_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What layers in 4 bits multiply in; auto: what the run computes in (bf16, fp16)."""
+
     def problems(self) -> Iterator[Problem]:
+        for key in ("bnb_quant_type", "bnb_double_quant", "bnb_compute_dtype"):
+            value = getattr(self, key)
+            if self.quant != "4bit" and value != type(self).model_fields[key].default:
+                yield Problem(
+                    (key, "quant"),
+                    f"{key} is {value}, which is read with quant: 4bit alone; quant is {self.quant}",
+                    fix=f"set quant: 4bit, or remove {key}",
+                )
         if (
             self.name in ("", ".", "..")
             or len(self.name.encode(errors="replace")) > 200

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.names import did_you_mean
 from strop.errors import ModelError
+from strop.policy.model.quantised import is_quantised, num_weights
 
 Targets = tuple[str, ...] | str
 """Names, or a regular expression that full names match whole."""
@@ -52,7 +53,7 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 def _is_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return isinstance(module, Conv1D)
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or is_quantised(module):
         return True
     try:
         with torch.no_grad():
@@ -123,8 +124,9 @@ def _is_router(name: str, layer: nn.Module, experts: Collection[int]) -> bool:
 
 
 def _outputs(layer: nn.Module) -> int:
-    rows, columns = layer.weight.shape  # type: ignore[misc]
-    return int(columns if isinstance(layer, Conv1D) else rows)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    return int(layer.weight.shape[1])  # type: ignore[index]
 
 
 def resolve_targets(module: nn.Module, wanted: tuple[str, ...] | str, where: str) -> Targets:
@@ -257,7 +259,7 @@ def resolve_parameters(module: nn.Module, wanted: Iterable[str], where: str) -> 
 
 def sizes(module: nn.Module) -> dict[str, int]:
     """Weights of every layer that text flows through and of all fused experts, by full name, before it is adapted."""
-    layers = {name: int(layer.weight.numel()) for name, layer in text_layers(module).items()}  # type: ignore[operator]
+    layers = {name: num_weights(layer) for name, layer in text_layers(module).items()}
     return layers | {name: p.numel() for name, p in expert_parameters(module).items()}
 
 

@@ -36,6 +36,7 @@ from strop.policy.model.adapter_targets import (
 )
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
 from strop.policy.model.folder import place_of, source_of
+from strop.policy.model.quantised import is_quantised
 
 logger = logging.getLogger("strop")
 
@@ -151,6 +152,12 @@ def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tu
         if not selected((name,), parts):
             named = (part for part in parts if not part.rpartition(".")[2].isdigit())
             raise no_such_name("lora.modules_to_save", "module", name, named, where, "names")
+        if any(is_quantised(part) for full, part in module.named_modules() if full in selected((name,), [full])):
+            raise ModelError(
+                f"lora.modules_to_save: {name} is quantised, so it cannot be trained in full",
+                where=where,
+                fix="adapt it (lora.target_modules), or set models[].quant: none",
+            )
         if _is_tied(module) and _is_head_or_embedding(module, name) and name.rpartition(".")[2] != "embed_tokens":
             raise ModelError(
                 f"lora.modules_to_save: {name} shares its weights with the "

@@ -25,6 +25,7 @@ from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import LogitTransform, logit_transform
 from strop.policy.model.outline import build_outline
+from strop.policy.model.quantised import bytes_per_weight
 from strop.policy.model.random_parts import silence_config
 from strop.policy.prefix_sharing import reason_against
 
@@ -135,8 +136,10 @@ class Shape:
     adapters: int = 0
     adapted: float = 0.0
     distinct: float = 0.0
+    matrix_bytes: float | None = None
     """adapters: their weights. adapted: inputs of adapted layers, in elements a token a layer; distinct: those that
-    several of them share (q, k, v; gate, up) counted once."""
+    several of them share (q, k, v; gate, up) counted once. matrix_bytes: of each weight of `matrix`, with its scales,
+    where the base is quantised; None: it is not."""
 
 
 def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
@@ -149,6 +152,7 @@ def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
     module = empty_model(model)
     try:
         shape = _without_adapters(module, module.config.get_text_config())
+        shape = replace(shape, matrix_bytes=bytes_per_weight(model))
     except LOAD_ERRORS as error:  # an architecture whose configuration has other names, or one a layer
         found = f"its config.json does not say how large it is: {first_line(error)}"
         raise CannotBuildError(found, where=place_of(model)) from error

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.allocator import is_out_of_memory
+from strop.policy.model import quantised
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
 from strop.policy.model.folder import inspect_model, place_of
 from strop.policy.model.guard import check_sealed
@@ -72,7 +73,7 @@ def model_errors(where: str, doing: str) -> Iterator[None]:
 
 
 def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
-    """The model on the CPU, its weights in `dtype`, its dropout off.
+    """The model on the CPU, its weights in `dtype`, or quantised as the section says; its dropout off.
 
     Raises:
         ModelError: it cannot be loaded completely and safely as a causal language model.
@@ -105,6 +106,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
                 ignore_mismatched_sizes=True,  # refused below, with the tensors' names
                 output_loading_info=True,
                 **attention,
+                **quantised.loading(model, dtype),
             )
     except LOAD_ERRORS as error:
         raise ModelError(
@@ -114,6 +116,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
         ) from error
     _check_complete(report, where)
     _check_finite(module, where)
+    quantised.settle(module, model, where)
     silenced |= silence_modules(module)
     if silenced:
         values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))

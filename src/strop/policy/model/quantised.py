@@ -1,0 +1,186 @@
+"""Bases whose frozen linear layers lie in 4 or 8 bits (bitsandbytes). Floor 2.
+
+A layer keeps its weight quantised and dequantises it for each product, forward and backward; all rows are multiplied by
+the same numbers, so how a step is cut changes nothing. Embeddings, the head and norms are not quantised. Adapters on
+top train as on any frozen base (QLoRA, arXiv 2305.14314), and the reference is the same quantised model without them.
+
+Two things that bitsandbytes does otherwise are switched off here:
+
+    4 bits on a CPU   outside of training it packs a weight anew for another product, which has no gradient
+    8 bits            it rounds what comes in, too, and takes large columns of a batch apart, so that a row's result
+                      depends on the rows beside it
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from strop.config.sections import ModelSection
+from strop.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("strop")
+
+LEAST = 0.5
+"""Share of the weights beside embedding and head that has to be quantised: less is not what was asked for."""
+INT8_STEPS = 127.0
+
+
+def loading(model: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is given to quantise a model as it reads it. dtype: what its layers compute in, where the
+    section does not say."""
+    if model.quant == "none":
+        return {}
+    from transformers import BitsAndBytesConfig  # slow to import, and needed here alone
+
+    if model.quant == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        chosen = model.bnb_compute_dtype
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model.bnb_quant_type,
+            bnb_4bit_use_double_quant=model.bnb_double_quant,
+            bnb_4bit_compute_dtype=dtype if chosen == "auto" else getattr(torch, chosen),
+        )
+    return {"quantization_config": config, "device_map": {"": "cpu"}}
+
+
+def settle(module: PreTrainedModel, model: ModelSection, where: str) -> None:
+    """Make the quantised layers of a loaded model compute as the head of this file says.
+
+    Raises:
+        ModelError: most of the model was not quantised.
+    """
+    if model.quant == "none":
+        return
+    layers: list[Any] = [part for part in module.modules() if is_quantised(part)]
+    done = sum(num_weights(layer) for layer in layers)
+    ends = (module.get_input_embeddings(), module.get_output_embeddings())
+    apart = {id(weight) for part in ends if part is not None for weight in part.parameters()}
+    left = sum(p.numel() for p in module.parameters() if p.is_floating_point() and id(p) not in apart)
+    share = done / max(1, done + left)
+    logger.info("%s: %s, %.1f %% of the weights beside embedding and head", where, describe(model), 100 * share)
+    if share < LEAST:
+        raise ModelError(
+            f"bitsandbytes quantised {100 * share:.1f} % of its weights beside embedding and head",
+            where=where,
+            expected=f"at least {100 * LEAST:.0f} %; it does not reach fused experts",
+            fix="leave quant out, or choose a model whose layers are linear layers",
+        )
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        if _is_int8(layer):
+            vars(layer)["forward"] = Int8Forward(layer)
+
+
+def describe(model: ModelSection) -> str:
+    """In words, for the log."""
+    if model.quant == "8bit":
+        return "quantised to 8 bits"
+    return f"quantised to 4 bits ({model.bnb_quant_type}{', double' if model.bnb_double_quant else ''})"
+
+
+def bytes_per_weight(model: ModelSection) -> float | None:
+    """Of a quantised layer, with its scales: a float32 for every 64 weights, or with double quantisation a byte for 64
+    and a float32 for 64 x 256; None: nothing is quantised."""
+    if model.quant == "none":
+        return None
+    if model.quant == "8bit":
+        return 1.0
+    return 0.5 + (1 / 64 + 4 / (64 * 256) if model.bnb_double_quant else 4 / 64)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
+
+
+def num_weights(layer: nn.Module) -> int:
+    """Of a linear layer, however they are stored."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel()
+
+
+def total_weights(module: nn.Module) -> int:
+    """Of a model, however they are stored."""
+    quantised = [part for part in module.modules() if is_quantised(part)]
+    packed = {id(layer.weight) for layer in quantised}
+    others = sum(p.numel() for p in module.parameters() if id(p) not in packed)
+    return others + sum(map(num_weights, quantised))
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """[O, I] float32: the weight that a quantised layer multiplies by."""
+    weight: Any = layer.weight
+    if _is_int8(layer):
+        return int8_dense(weight.data, weight.SCB, torch.float32)
+    from bitsandbytes.functional import dequantize_4bit
+
+    found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return found.float().reshape(weight.quant_state.shape)
+
+
+def dequantise(module: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Give every quantised layer its weight back as a plain one, in place; their full names."""
+    names = [name for name, part in module.named_modules() if is_quantised(part)]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        holder = module.get_submodule(parent)
+        layer: Any = getattr(holder, last)
+        with torch.device("meta"):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight = nn.Parameter(dense(layer).to(dtype), requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+        setattr(holder, last, plain)
+    return names
+
+
+def _is_int8(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Linear8bitLt"
+
+
+def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """[O, I] of weight [O, I] int8 and scales [O], the largest of each row."""
+    return weight.to(dtype) * (scales.to(weight.device) / INT8_STEPS).to(dtype)[:, None]
+
+
+class _Int8Product(torch.autograd.Function):
+    """x [..., I] times a weight in 8 bits, which gets no gradient. Neither x nor the dequantised weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scales)
+        return nn.functional.linear(x, int8_dense(weight, scales, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scales = ctx.saved_tensors
+        return grad @ int8_dense(weight, scales, grad.dtype), None, None
+
+
+class Int8Forward:
+    """The forward of a layer in 8 bits: its weight dequantised, in the dtype of autocast, or in that of x."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, kind = self.layer, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            y: Tensor = _Int8Product.apply(x.to(dtype), layer.weight.data, layer.weight.SCB)  # type: ignore[no-untyped-call]
+            return y if layer.bias is None else y + layer.bias.to(dtype)

@@ -1,0 +1,259 @@
+"""Bases in 4 and 8 bits: the numbers of the dequantised model, gradients too, whatever ran before."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import strop
+from strop.cli import main
+from strop.config.run import RunConfig
+from strop.config.sections import LoraSection, ModelSection, TrainingSection
+from strop.errors import ConfigError, ModelError
+from strop.estimate.memory import weight_bytes
+from strop.policy.build import build_policy
+from strop.policy.kernels.denormals import flush_denormals
+from strop.policy.model import quantised
+from strop.policy.model.from_config import shape_of
+from strop.policy.model.load import load_model
+from strop.policy.policy import Policy
+from strop.policy.precision import resolve_precision
+from strop.types import Completion, Group, Origin
+
+KINDS: dict[str, dict[str, Any]] = {
+    "nf4": {"quant": "4bit"},
+    "fp4": {"quant": "4bit", "bnb_quant_type": "fp4", "bnb_double_quant": False},
+    "8bit": {"quant": "8bit"},
+}
+CPU = torch.device("cpu")
+
+
+def group(*lengths: int, prompt: int = 7, seed: int = 0) -> Group:
+    random = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> array[int]:
+        return array("i", torch.randint(5, 390, (n,), generator=random).tolist())
+
+    return Group(ids(prompt), tuple(Completion(ids(n), bytes([1]) * n) for n in lengths), Origin("test", 1))
+
+
+GROUPS = [group(5, 9, seed=1), group(12, 3, prompt=15, seed=2)]
+
+
+@pytest.fixture
+def build(model_dir: Path) -> Callable[..., Policy]:
+    """A policy of the tiny model in so many bits, its adapters moved away from nothing."""
+
+    def made(quant: dict[str, Any], **keys: Any) -> Policy:
+        config = strop.load_config(
+            overrides={
+                "models": [{"huggingface_id": str(model_dir), **quant}],
+                "dataset.train_file": "rows.jsonl",
+                "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear"},
+                **keys,
+            }
+        )
+        policy = build_policy(config, config.models[0], CPU, hashed=True)
+        random = torch.Generator().manual_seed(3)
+        for name, weight in policy.trainable().items():
+            if "lora_B" in name:
+                weight.data = torch.randn(weight.shape, generator=random) * 0.1
+        return policy
+
+    return made
+
+
+def scored(policy: Policy) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Log-probs of the groups, and the gradients of their weighted sum."""
+    logps = policy(policy.collate(GROUPS)).logps
+    weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
+    for weight in policy.trainable().values():
+        weight.grad = None
+    (logps * weights).sum().backward()
+    return logps.detach(), {n: w.grad.clone() for n, w in policy.trainable().items() if w.grad is not None}
+
+
+def dequantised(policy: Policy, dtype: torch.dtype) -> Policy:
+    """The same policy, its base dequantised by hand; as a plain model in another dtype."""
+    for part in policy.model.modules():
+        for name, layer in list(part.named_children()):
+            if quantised.is_quantised(layer):
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+                plain.weight.data = quantised.dense(layer)
+                setattr(part, name, plain.requires_grad_(False))
+    policy.model.to(dtype)
+    return policy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_the_dequantised_model(kind: str, build: Callable[..., Policy]) -> None:
+    policy = build(KINDS[kind])
+    layers = [part for part in policy.model.modules() if quantised.is_quantised(part)]
+    assert len(layers) == 14 and policy.share_prefix
+    found, slopes = scored(policy)
+    plain = dequantised(policy, torch.float32)
+    expected, right = scored(plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert slopes.keys() == right.keys() and len(slopes) == 28
+    for name, slope in right.items():
+        torch.testing.assert_close(slopes[name], slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scoring_before_changes_no_gradient(
+    kind: str, build: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On some processors, bitsandbytes packs weights anew outside of training, for good, and gradients stop there."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    policy = build(KINDS[kind])
+    before = scored(policy)
+    hashed = {n: t.clone() for n, t in policy.model.state_dict().items()}
+    for part in policy.model.modules():
+        if quantised.is_quantised(part):
+            assert not getattr(part, "support_avx512bf16_for_cpu", False)
+    with policy.scoring():
+        policy(policy.collate(GROUPS))
+    policy.eval()
+    with torch.no_grad():
+        policy(policy.collate(GROUPS))
+    policy.train()
+    after = scored(policy)
+    assert torch.equal(before[0], after[0])
+    assert all(torch.equal(slope, after[1][name]) for name, slope in before[1].items())
+    assert all(torch.equal(t, hashed[n]) for n, t in policy.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str, build: Callable[..., Policy]) -> None:
+    policy = build(KINDS[kind])
+    with policy.scoring():
+        together = policy(policy.collate(GROUPS)).logps
+        alone = torch.cat([policy(policy.collate([one])).logps for one in GROUPS])
+        policy.share_prefix = False
+        padded = policy(policy.collate(GROUPS)).logps
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(padded, together, rtol=1e-4, atol=1e-4)
+
+
+def test_the_weights_hash_knows_the_quantisation(build: Callable[..., Policy]) -> None:
+    others = [{}, {"quant": "4bit", "bnb_double_quant": False}]
+    hashes = {build(quant).weights_hash for quant in [*KINDS.values(), *others]}
+    assert len(hashes) == 5
+    assert build(KINDS["nf4"]).weights_hash in hashes
+
+
+def test_it_is_small_and_counted_as_what_it_is(build: Callable[..., Policy]) -> None:
+    policy, plain = build(KINDS["nf4"]), build({})
+    counted = [one.describe()[0].partition(" weights")[0] for one in (policy, plain)]
+    assert counted[0] == counted[1]
+    layers = [part for part in policy.model.modules() if quantised.is_quantised(part)]
+    stored = sum(layer.weight.nbytes for layer in layers)
+    assert stored * 2 == sum(quantised.num_weights(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_estimate_knows_its_size(kind: str, tmp_path: Path, make_model: Any, make_tokenizer: Any) -> None:
+    make_model(hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    section = ModelSection(huggingface_id=str(tmp_path), **KINDS[kind])
+    lora = LoraSection(r=4, target_modules=("q_proj",))
+    module = load_model(section, dtype=torch.float32).module
+    adapters = 2 * 4 * (256 + 256) * 4
+    tables = (".quant_map", ".nested_quant_map")  # of the numbers that 4 bits stand for: the same in every layer
+    stored = sum(t.nbytes for name, t in module.state_dict().items() if not name.endswith(tables))
+    shape, precision = shape_of(lora, section), resolve_precision(TrainingSection(), CPU)
+    assert weight_bytes(shape, precision) == pytest.approx(stored + adapters, rel=0.03)
+    assert weight_bytes(shape, precision) < 0.6 * weight_bytes(replace(shape, matrix_bytes=None), precision)
+
+
+def test_int8_in_another_dtype_and_with_a_bias() -> None:
+    flush_denormals()
+    layer = torch.nn.Linear(16, 8)
+    q = torch.nn.Module()
+    scales = layer.weight.detach().abs().amax(1)
+    q.weight = torch.nn.Parameter((layer.weight.detach() / scales[:, None] * 127).round().to(torch.int8), False)
+    q.weight.SCB, q.bias = scales, layer.bias
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    y = quantised.Int8Forward(q)(x)
+    w = quantised.int8_dense(q.weight.data, scales, torch.float32)
+    torch.testing.assert_close(w, layer.weight.detach(), atol=float(scales.max()) / 250, rtol=0)
+    torch.testing.assert_close(y, x @ w.T + layer.bias)
+    (slope,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(slope, (2 * y) @ w)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quantised.Int8Forward(q)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_in_16_bits(dtype: str, build: Callable[..., Policy]) -> None:
+    policy = build(KINDS["nf4"], **{f"training.{dtype}": True})
+    exact, _ = scored(build(KINDS["nf4"]))
+    found, slopes = scored(policy)
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.15)
+    assert len(slopes) == 28
+    for slope in slopes.values():
+        assert slope.dtype == torch.float32 and bool(slope.isfinite().all()) and bool(slope.any())
+
+
+# ---- what is refused
+
+
+def test_full_training_of_a_quantised_base_is_refused(model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="all weights are to be trained"):
+        RunConfig(models=[{"huggingface_id": str(model_dir), "quant": "4bit"}], dataset={"train_file": "rows.jsonl"})
+
+
+def test_settings_that_nothing_reads_are_refused() -> None:
+    for quant, key, value in (("none", "bnb_quant_type", "fp4"), ("8bit", "bnb_double_quant", False)):
+        with pytest.raises(ConfigError, match="which is read with quant: 4bit alone"):
+            RunConfig(
+                models=[{"huggingface_id": "m", "quant": quant, key: value}], lora={}, dataset={"train_file": "r"}
+            )
+
+
+def test_modules_that_are_quantised_cannot_be_trained_in_full(build: Callable[..., Policy]) -> None:
+    lora = {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}
+    with pytest.raises(ModelError, match="down_proj is quantised"):
+        build(KINDS["nf4"], lora=lora)
+
+
+def test_a_model_that_is_not_reached_is_refused(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> None:
+    """bitsandbytes does not see fused experts."""
+    size = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
+    MixtralForCausalLM(MixtralConfig(**size, **heads)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="does not reach fused experts"):
+        load_model(ModelSection(huggingface_id=str(tmp_path), quant="4bit"), dtype=torch.float32)
+
+
+def test_an_absent_package_is_told_before_anything_is_loaded(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("strop.preflight.find_spec", lambda name: None)
+    (model_dir / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    config = model_dir / "c.yaml"
+    config.write_text(
+        f"models: [{{huggingface_id: {model_dir}}}]\ndataset: {{train_file: {model_dir}/rows.jsonl}}\nlora: {{r: 4}}\n"
+    )
+    assert main(["train", "--config", str(config), "--quant", "4bit"]) == 1
+    assert "the extra `bnb`" in capsys.readouterr().err
+
+
+def test_the_dequantised_module_is_a_plain_one(model_dir: Path) -> None:
+    section = ModelSection(huggingface_id=str(model_dir), quant="4bit")
+    module = load_model(section, dtype=torch.float32).module
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        before = module(ids).logits
+        assert len(quantised.dequantise(module, torch.float32)) == 14
+        after = module(ids).logits
+    assert isinstance(module, LlamaForCausalLM) and not any(map(quantised.is_quantised, module.modules()))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
