@@ -263,7 +263,7 @@ def table(found: Sequence[Found]) -> str:
 
 
 def _cell(row: Found) -> str:
-    untested = f"the architecture {row.kind} is not among those it is tested with"
+    untested = f"sharing is not tested with the architecture {row.kind}"
     return "" if row.reason == untested else row.reason.replace("|", "\\|")
 
 

@@ -24,7 +24,7 @@ pytestmark = [
         ("qwen3_5_text", "plain", "layers of the kind linear_attention"),
         ("gemma4_text", "shared", ""),
         ("musicgen", "not built", "codes of sound"),
-        ("reformer", "refused", "do not depend on any weight that trains"),
+        ("reformer", "refused", "reaches any weight that trains"),
     ],
 )
 def test_an_architecture_is_right_or_refused(

@@ -1,8 +1,8 @@
-"""The contract of an objective: what it reads, what it divides by, and a pure function of log-probs. Floor 2.
+"""The contract of an objective: a pure function of log-probs, what it reads and what it is divided by. Floor 2.
 
 Shapes: M scored tokens, P scored prompt tokens, C completions, G groups. An objective returns sums. The engine counts
-each term's unit over the whole optimizer step (all micro-batches, all ranks) and divides once, so a loss does not
-depend on how the step was cut. What a step's loss is: sum over terms of terms[t] / units[t](structure of the step).
+the unit of each term over the whole optimizer step (all micro-batches, all ranks) and divides once, so a loss does not
+depend on how the step is cut. The loss of a step is the sum over terms of terms[t] / units[t](structure of the step).
 
 Columns that are supplied today, and by whom:
 
@@ -20,7 +20,7 @@ and further groups (`also`):
 
     mismatched    every prompt of the step with a completion of another row, drawn anew each epoch; has ref_logps
 
-An objective works on tensors alone and turns none into a Python number: that would make the device wait.
+An objective works on tensors only and turns none into a Python number, because that would wait for the device.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from strop.types import RowShape
 S = TypeVar("S", bound=MethodSettings)
 
 Mean = tuple[Tensor | float, Tensor | int]
-"""A metric as (sum, count): means are taken over whatever the caller has added up. A count that depends on values of a
+"""A metric as (sum, count): the caller adds both up and divides at the end. A count that depends on the values of a
 column is a tensor; the others follow from the structure."""
 
 
@@ -51,16 +51,16 @@ MISMATCHED = "mismatched"
 
 @dataclass(frozen=True, slots=True)
 class RefSync:
-    """Every so many steps the reference's weights become share x the policy's + (1 - share) x their own."""
+    """Every so many steps, the weights of the reference become share x the policy's + (1 - share) x their own."""
 
     every_steps: int
     share: float
 
 
 class Objective(ABC, Generic[S]):
-    """One method, with its settings.
+    """One method with its settings.
 
-    Declared on the class: `METRICS`, how to read each metric of its variants.
+    The class declares `METRICS`: how to read each metric of its variants.
 
     Declared by the instance, since variants differ: `reads`, the columns it needs beside the log-probs; `derives`, the
     columns that it makes of those of a whole step before anything is scored (`derive`); `also`, further
@@ -77,7 +77,7 @@ class Objective(ABC, Generic[S]):
 
     @property
     def rows(self) -> RowShape:
-        """What the data must keep together."""
+        """The shape of its rows: single completions, pairs, labelled completions or groups."""
         return self.settings.ROWS
 
     @property
@@ -86,7 +86,7 @@ class Objective(ABC, Generic[S]):
 
     @property
     def reads(self) -> frozenset[str]:
-        """Names of the columns it reads."""
+        """Names of the columns that it reads."""
         return frozenset()
 
     @property
@@ -100,17 +100,17 @@ class Objective(ABC, Generic[S]):
         return NO_COLUMNS
 
     def describe(self) -> Iterator[str]:
-        """Lines for a person: what its name does not say."""
+        """Lines of text: what the name of the method does not say."""
         return iter(())
 
     @property
     def also(self) -> frozenset[str]:
-        """Names of the further groups it reads the scores of."""
+        """Names of the further groups whose scores it reads."""
         return frozenset()
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it reads log-probs of a reference."""
+        """Whether it reads the log-probs of a reference."""
         return "ref_logps" in self.reads
 
     @property
@@ -132,22 +132,22 @@ class Objective(ABC, Generic[S]):
 
     @property
     def evaluated(self) -> list[str]:
-        """Names of the numbers that an evaluation may give: the loss, its terms, the metrics of its variants."""
+        """Names of all numbers that an evaluation may have: the loss, its terms, the metrics of its variants."""
         return ["loss", *([f"loss/{t}" for t in self.units] if len(self.units) > 1 else []), *self.METRICS]
 
     def margins(self, scores: Scores) -> Tensor | None:
-        """[G] float64: chosen minus rejected of each pair, not times beta; None where the method has none. Called
-        without gradients."""
+        """[G] float64: chosen minus rejected of each pair, without beta; None: the method has none. Called without
+        gradients."""
         return None
 
 
 def build_objective(settings: MethodSettings) -> Objective[MethodSettings]:
-    """The objective that takes these settings, as their class declares."""
+    """The objective of these settings, which their class names."""
     return objective_class(type(settings))(settings)
 
 
 def objective_class(settings: type[MethodSettings]) -> type[Objective[MethodSettings]]:
-    """The class of that objective."""
+    """The class of the objective that settings of this class belong to."""
     module, _, name = settings.OBJECTIVE.partition(":")
     cls: type[Objective[MethodSettings]] = getattr(import_module(f"strop.objectives.{module}"), name)
     return cls

@@ -1,4 +1,4 @@
-"""What the objectives on pairs have in common: the two sides, their metrics, the likelihood of the chosen one. Floor 2.
+"""What objectives on pairs share: the two sides of a pair, their metrics, the likelihood of the chosen side. Floor 2.
 
 Shapes: M scored tokens, C = 2 G completions (chosen, rejected, chosen, ...), G pairs.
 """
@@ -22,7 +22,7 @@ R = TypeVar("R", bound=ReferenceSettings)
 
 
 class Sides(NamedTuple):
-    """One number a completion, [G] float64 each: of the chosen and of the rejected ones."""
+    """One number per completion, [G] float64 each: of the chosen ones and of the rejected ones."""
 
     chosen: Tensor
     rejected: Tensor
@@ -38,7 +38,7 @@ class Sides(NamedTuple):
 
 
 class PairObjective(Objective[S]):
-    """A preference between two completions. `sides` is what it goes by, `beta` times that the implicit reward."""
+    """A preference between two completions. It compares `sides`; `beta` times a side is its implicit reward."""
 
     METRICS: ClassVar[Mapping[str, str]] = {
         "rewards/chosen": "implicit reward of the chosen completions; its sign means little, its fall is worth a look",
@@ -56,15 +56,15 @@ class PairObjective(Objective[S]):
     @property
     @abstractmethod
     def beta(self) -> float:
-        """What a side is multiplied with to be a reward."""
+        """The factor between a side and its implicit reward."""
 
     @abstractmethod
     def sides(self, scores: Scores) -> Sides:
-        """What makes a completion better than another."""
+        """The number of each completion by which the two are compared, such as a log-ratio."""
 
     @property
     def sft_weight(self) -> float:
-        """Weight of the chosen completions' negative log-likelihood in the loss; 0: there is no such term."""
+        """Weight of the negative log-likelihood of the chosen completions in the loss; 0: no such term."""
         return 0.0
 
     @abstractmethod
@@ -103,7 +103,7 @@ class PairObjective(Objective[S]):
 
 
 class ReferenceObjective(PairObjective[R]):
-    """Pairs against a reference: a side is the log-ratio of policy to reference."""
+    """Pairs compared with a reference: a side is the log-ratio of policy to reference."""
 
     @property
     def reads(self) -> frozenset[str]:
@@ -118,7 +118,7 @@ class ReferenceObjective(PairObjective[R]):
 
 
 def chosen_tokens(structure: Structure) -> int:
-    """Scored tokens of the chosen completions: what their likelihood is divided by."""
+    """A `Unit`: scored tokens of the chosen completions, by which their likelihood is divided."""
     return sum(structure.tokens_per_completion[0::2])
 
 
@@ -138,7 +138,7 @@ def chosen_nll(scores: Scores) -> Tensor:
 
 
 def means(scores: Scores) -> Sides:
-    """Mean log-prob of a completion's tokens."""
+    """The mean log-prob of the tokens of each completion."""
     return Sides.of(scores.sums(scores.logps) / scores.lengths)
 
 

@@ -1,9 +1,9 @@
-"""The plan of a run, on lengths alone: which groups make a step, and how a step is cut. Floor 2.
+"""The plan of a run, which needs only the lengths of groups: what makes a step, and how a step is cut. Floor 2.
 
 order      which groups make which optimizer step
 filling    `training.packing`: rows filled with groups
-tokens     what rows cost in tokens
-budget     tokens of a micro-batch, where nobody says
-cutting    steps into micro-batches
-work       the micro-batches of a whole epoch in numbers
+tokens     how many tokens groups take in each row layout
+budget     the default size of a micro-batch
+cutting    cuts steps into micro-batches
+work       counts over the micro-batches of an epoch, from which memory and time are predicted
 """

@@ -1,4 +1,4 @@
-"""Tokens of a micro-batch, where nobody says. Floor 2."""
+"""The default size of a micro-batch, in tokens. Floor 2."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from strop.lengths import Sized, lengths_of
 from strop.plan.tokens import RowTokens
 
 CPU_TOKENS = 2048
-"""Tokens of a micro-batch up to which a CPU gains: larger ones only take more memory. Short rows of a small model took
-1.8 times as long in micro-batches of 130 tokens."""
+"""Tokens per micro-batch on a CPU. Larger micro-batches take more memory and are not faster; smaller ones are slower:
+short rows of a small model took 1.8 times as long in micro-batches of 130 tokens."""
 
 
 def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens, device_type: str) -> int:
-    """By the longest of the groups."""
+    """The default size for these groups, from the longest one."""
     return batch_budget(batch_size, longest_group(groups, tokens), device_type)
 
 
 def longest_group(groups: Sequence[Sized], tokens: RowTokens) -> int:
-    """Tokens of the group that costs the most."""
+    """Tokens of the largest group."""
     return int(tokens.of_each(lengths_of(groups)).max())
 
 
 def batch_budget(batch_size: int, longest: int, device_type: str) -> int:
-    """On a GPU what `batch_size` of the longest cost; on a CPU `CPU_TOKENS`, or the longest."""
+    """On a GPU, the tokens of `batch_size` longest groups; on a CPU, `CPU_TOKENS`, or the longest group if larger."""
     return max(longest, CPU_TOKENS) if device_type == "cpu" else batch_size * longest

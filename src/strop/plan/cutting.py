@@ -1,12 +1,12 @@
-"""A step into micro-batches: on the hardware's account, and without changing a result. Floor 2.
+"""Cuts a step into micro-batches that fit into memory. The cut does not change the result of the step. Floor 2.
 
-The rule, for one step: its groups, the longest first, which needs the most memory; each into that of the last `OPEN`
-micro-batches which it lengthens the least, of those the fullest, of those the first; into a new one where none has
-room. So rows that share prompts are filled, and padded ones hold alike lengths. A group that is longer than the budget
-stands alone.
+The rule for one step: take the groups in order of length, the longest first, so that running out of memory shows early.
+Put each into the one of the last `OPEN` micro-batches that grows the least by it; among equals the fullest, then the
+first. If none has room, begin a new micro-batch. So shared-prefix rows get filled, and padded rows get groups of
+similar length. A group that is longer than the budget is a micro-batch by itself.
 
-The rule stands here twice. `_cut_one` takes one step and loops over plain numbers. `_cut_many` takes many steps at once
-and loops over the place in a step, so that an epoch of a million groups is cut in a second. A test holds them equal.
+The rule is implemented twice. `_cut_one` takes one step and loops over its groups. `_cut_many` takes many steps at once
+and loops over the place within a step, so that an epoch of a million groups is cut in a second. A test compares them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from strop.lengths import Lengths, Sized, lengths_of, starts_of
 from strop.plan.tokens import RowTokens, padded_width
 
 OPEN = 8
-"""Micro-batches that are looked at for room: enough for a step, and a pass over many rows stays linear."""
+"""How many micro-batches are considered for a group. The limit keeps the time linear in the number of groups."""
 TOGETHER = 1 << 16
-"""Groups that `_cut_many` takes at once, at most: what bounds its memory."""
+"""How many groups `_cut_many` takes at once, which bounds its memory."""
 FEW = 16
-"""Steps up to which a loop over plain numbers is the faster one."""
+"""Up to this many steps, `_cut_one` is faster than `_cut_many`."""
 
 Ints = np.ndarray
 
@@ -32,7 +32,7 @@ Ints = np.ndarray
 def cut(
     groups: Sequence[Sized] | Mapping[int, Sized], indices: Iterable[int], budget: int, tokens: RowTokens
 ) -> list[list[int]]:
-    """Indices of the groups of one step into micro-batches of at most `budget` tokens."""
+    """Cuts the groups of one step, given by their indices, into micro-batches of at most `budget` tokens."""
     chosen = np.fromiter(indices, np.int64)
     if isinstance(groups, Mapping):
         lengths = Lengths.of(groups[i] for i in chosen.tolist())
@@ -51,14 +51,14 @@ def cut(
 def cut_steps(
     lengths: Lengths, order: np.ndarray, starts: np.ndarray, budget: int, tokens: RowTokens
 ) -> Iterator[tuple[Ints, Ints, Ints]]:
-    """Many steps into micro-batches, some steps at a time.
+    """Cuts many steps into micro-batches, a number of steps at a time.
 
     Args:
-        order: numbers of groups, step after step; step s has order[starts[s] : starts[s + 1]].
+        order: indices of groups, step after step; step s has order[starts[s] : starts[s + 1]].
 
     Yields:
-        for some consecutive steps: their groups' numbers, sorted by micro-batch [n]; where each micro-batch begins
-        among these [micro-batches + 1]; and how many micro-batches each of these steps has [steps].
+        For some consecutive steps: the indices of their groups, sorted by micro-batch [n]; where each micro-batch
+        begins among them [micro-batches + 1]; and the number of micro-batches of each step [steps].
     """
     counts = np.diff(starts)
     most = int(counts.max(initial=1))
@@ -68,7 +68,7 @@ def cut_steps(
         numbers = np.asarray(order[starts[first] : starts[min(first + stride, len(counts))]], np.int64)
         own = lengths.taken(numbers)
         step_of = np.repeat(np.arange(len(counts[some])), counts[some])
-        by_length = np.lexsort((-own.num_tokens, step_of))  # stable, as the rule asks of alike lengths
+        by_length = np.lexsort((-own.num_tokens, step_of))  # stable, so equal lengths keep their order as in `cut`
         sizes = _sizes(own, by_length, tokens)
         cut_together = _cut_each if len(counts[some]) <= FEW else _cut_many
         part_of = cut_together(sizes, counts[some], budget, tokens)  # within its step, from 0
@@ -82,8 +82,8 @@ def cut_steps(
 
 
 def _sizes(lengths: Lengths, order: Ints, tokens: RowTokens) -> tuple[Ints, Ints]:
-    """In this order of each group the tokens where prompts are shared; else its plain rows and the longest one's tokens
-    (the first then stands for the number of rows)."""
+    """Two numbers per group, in this order, from which the size of a micro-batch follows. Shared-prefix rows: the
+    group's tokens, twice. Plain rows: the number of its rows, and the tokens of the longest one."""
     if tokens.shares_prompts:
         size = lengths.num_tokens[order]
         return size, size
@@ -91,11 +91,11 @@ def _sizes(lengths: Lengths, order: Ints, tokens: RowTokens) -> tuple[Ints, Ints
 
 
 def _cut_one(counts: Ints, widths: Ints, budget: int, tokens: RowTokens) -> list[int]:
-    """The micro-batch of each group of one step, from 0. counts, widths: as `_sizes` gives them, longest first."""
+    """The micro-batch of each group of one step, from 0. counts, widths: from `_sizes`, the longest group first."""
     shares = tokens.shares_prompts
-    rows: list[int] = []  # of each micro-batch: tokens where prompts are shared, else rows
-    longest: list[int] = []
-    used: list[int] = []
+    rows: list[int] = []  # of each micro-batch: its tokens if prompts are shared, else the number of its rows
+    longest: list[int] = []  # of each micro-batch: the tokens of its longest row
+    used: list[int] = []  # of each micro-batch: its tokens, with padding
     found: list[int] = []
     for count, width in zip(counts.tolist(), widths.tolist(), strict=True):
         best, least, fullest = -1, 0, 0
@@ -117,16 +117,16 @@ def _cut_one(counts: Ints, widths: Ints, budget: int, tokens: RowTokens) -> list
 
 
 def _cut_each(sizes: tuple[Ints, Ints], counts: np.ndarray, budget: int, tokens: RowTokens) -> Ints:
-    """`_cut_one` for one step after the other. counts: groups of each."""
+    """Calls `_cut_one` for each step. counts: the number of groups of each step."""
     starts = starts_of(counts).tolist()
     parts = [_cut_one(sizes[0][a:b], sizes[1][a:b], budget, tokens) for a, b in pairwise(starts)]
     return np.array([part for some in parts for part in some], np.int64)
 
 
 def _cut_many(sizes: tuple[Ints, Ints], counts: np.ndarray, budget: int, tokens: RowTokens) -> Ints:
-    """The same for many steps at once: place k of every step, then place k + 1.
+    """The same result as `_cut_each`, for all steps at once: place k of every step, then place k + 1.
 
-    S steps; of each the last `OPEN` micro-batches are kept, in columns that are used in turn.
+    For each of the S steps, the last `OPEN` micro-batches are kept in as many columns, which are used in turn.
     """
     shares, num_steps, most = tokens.shares_prompts, len(counts), int(counts.max())
     places = np.arange(most) < np.asarray(counts)[:, None]  # [S, most]: whether the step has so many groups

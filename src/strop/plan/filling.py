@@ -12,7 +12,7 @@ from strop.lengths import Sized, lengths_of, starts_of, taken_ragged
 
 @dataclass(frozen=True, eq=False)
 class FilledRows(Sequence[list[int]]):
-    """The groups of each row. groups: [G] indices, row after row. starts: [rows + 1], where each row begins."""
+    """Which groups are in which row. groups: [G] indices, row after row. starts: [rows + 1] where each row begins."""
 
     groups: np.ndarray
     starts: np.ndarray
@@ -45,8 +45,8 @@ class FilledRows(Sequence[list[int]]):
 
 
 def filled_rows(groups: Sequence[Sized], max_tokens: int, seed: int) -> FilledRows:
-    """The rows, filled to `max_tokens`: the longest groups first, each into the fullest row that has room for it. Which
-    of alike length share a row is a function of the seed."""
+    """Fills rows with groups up to `max_tokens`: the longest groups first, each into the fullest row that has room. The
+    seed decides which groups of equal length share a row."""
     sizes = lengths_of(groups).num_tokens
     max_tokens = min(max_tokens, int(sizes.sum()))  # no row is longer
     order = np.random.default_rng([seed, len(sizes)]).permutation(len(sizes))
@@ -74,10 +74,10 @@ def filled_rows(groups: Sequence[Sized], max_tokens: int, seed: int) -> FilledRo
 
 
 class _Rooms:
-    """A set of numbers up to `most` that finds its smallest one from a bound on.
+    """A set of numbers up to `most` that quickly finds its smallest number above a bound.
 
-    One bit for each number, in words of about sqrt(most) bits, and one bit for each word that is not empty: what is
-    done for one number touches two words, however many there are.
+    It has one bit per number, in words of about sqrt(most) bits, and one bit per word that is not empty. Every
+    operation touches two words, however many numbers there are.
     """
 
     def __init__(self, most: int) -> None:

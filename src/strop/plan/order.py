@@ -1,9 +1,9 @@
 """Which groups make which optimizer step. Floor 2.
 
-Nothing here has state: the groups of a step are a function of (seed, number of groups, groups_per_step, step), under
-`training.packing` of the groups' lengths, too; so the step number is all that a resume has to know.
+Nothing here has state: the groups of a step depend only on the seed, the number of groups, groups_per_step and the step
+(under `training.packing`, also on the lengths of the groups). So a resume needs nothing but the step.
 
-Steps count from 1; epochs and the steps inside one from 0.
+Steps are counted from 1; epochs, and steps within an epoch, from 0.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from strop.plan.filling import FilledRows
 
 @dataclass(frozen=True)
 class Plan:
-    """The recipe of a run as data: `num_groups` rows, `groups_per_step` of them a step, for `num_steps` steps.
+    """Which groups each step takes: `groups_per_step` of `num_groups` groups, for `num_steps` steps.
 
-    Every epoch is its own permutation; its last step takes what is left. rows: under `training.packing`, the groups
-    of each filled row; then `groups_per_step` counts these.
+    Every epoch has its own permutation; its last step takes what is left. rows: under `training.packing`, the groups in
+    each filled row; `groups_per_step` then counts rows.
     """
 
     num_groups: int
@@ -43,13 +43,13 @@ class Plan:
         seed: int,
         rows: FilledRows | None = None,
     ) -> Plan:
-        """`max_steps`, where given, decides the length of the run; else `num_epochs`."""
+        """`max_steps` decides the length of the run or, if it is None, `num_epochs`."""
         steps_per_epoch = ceil((num_groups if rows is None else len(rows)) / groups_per_step)
         return cls(num_groups, groups_per_step, max_steps or num_epochs * steps_per_epoch, seed, rows)
 
     @property
     def num_rows(self) -> int:
-        """What `groups_per_step` counts: groups, or rows filled with them."""
+        """How many there are of what `groups_per_step` counts: groups, or rows filled with groups."""
         return self.num_groups if self.rows is None else len(self.rows)
 
     @property
@@ -76,7 +76,7 @@ class Plan:
         return chosen if self.rows is None else self.rows.groups_of(chosen)
 
     def epoch(self, epoch: int, num_steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(indices of the groups of an epoch in their order, [steps + 1] where each step begins), up to `num_steps`."""
+        """The indices of an epoch's groups in order, and [steps + 1] where each step begins; at most `num_steps`."""
         steps = self.steps_per_epoch if num_steps is None else min(num_steps, self.steps_per_epoch)
         starts = np.minimum(np.arange(steps + 1) * self.groups_per_step, self.num_rows)
         order = _epoch_order(self.seed, epoch, self.num_rows)[: starts[-1]]
@@ -85,7 +85,7 @@ class Plan:
         return self.rows.groups_of(order), starts_of(self.rows.counts[order])[starts]
 
     def visits(self, step: int) -> tuple[int, ...]:
-        """The groups of step `step` counted over all epochs: epoch * num_groups + index."""
+        """The visits of a step. A visit is a group in an epoch, numbered epoch * num_groups + index."""
         epoch, _ = self.position(step)
         return tuple((epoch * self.num_groups + self._groups(step).astype(np.int64)).tolist())
 

@@ -1,4 +1,4 @@
-"""What groups cost in tokens: as rows that share prompts, or as plain rows that are padded. Floor 2."""
+"""How many tokens groups take in each row layout: shared-prefix rows, or plain padded rows. Floor 2."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from strop.lengths import Lengths, Sized
 
 @dataclass(frozen=True)
 class RowTokens:
-    """How the tokens that a model computes for a micro-batch are counted, padding included.
+    """Counts the tokens that a model computes for groups in one row layout, including padding.
 
-    shares_prompts: one row holds each prompt once, followed by its completions; else every completion is a row with
-    its prompt, and all rows are padded to the longest.
+    shares_prompts: one row holds each prompt once, followed by its completions. Otherwise each completion is a row with
+    its prompt, and all rows are padded to the longest one.
     """
 
     shares_prompts: bool
@@ -28,14 +28,14 @@ class RowTokens:
         return len(rows) * max(rows)
 
     def of_each(self, lengths: Lengths) -> np.ndarray:
-        """[G] tokens of each group alone."""
+        """[G] tokens of each group as a micro-batch by itself."""
         if self.shares_prompts:
             return lengths.num_tokens
         return np.asarray(lengths.counts * padded_width(lengths))
 
 
 def padded_width(lengths: Lengths) -> np.ndarray:
-    """[G] tokens of each group's longest plain row; the last token of a completion is fed to no model."""
+    """[G] tokens of each group's longest plain row. The last token of a completion is not fed to the model."""
     return np.asarray(lengths.longest.astype(np.int64) + lengths.prompt - 1)
 
 

@@ -1,7 +1,7 @@
-"""The work of micro-batches in numbers, of one or of a whole epoch. Floor 2.
+"""Counts over one micro-batch or all of an epoch, from which memory and time are predicted. Floor 2.
 
-In: lengths, and how steps are cut. Out: `Work`, arrays with one number per micro-batch: what memory and time follow
-from. An epoch is gone through once, some steps at a time.
+In: lengths of groups, and how steps are cut. Out: `Work`, arrays with one number per micro-batch. An epoch is cut once,
+a number of steps at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Ints = np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """B micro-batches in numbers, [B] each.
+    """Counts over B micro-batches, [B] each.
 
-    tokens: of its rows, padding included. seen: keys that its queries see, all together. scored: scored tokens at most.
-    longest: tokens of its longest group. again: tokens of prompts again before every further completion. squares: of
-    groups' tokens, their sum.
+    tokens: those of its rows, including padding. seen: the sum over its queries of the keys that each sees. scored: an
+    upper bound of its scored tokens. longest: tokens of its longest group. again: tokens of prompts that plain rows
+    repeat. squares: the sum of the squares of its groups' tokens.
     """
 
     tokens: Ints
@@ -37,13 +37,13 @@ class Work:
 
     @classmethod
     def of(cls, groups: Iterable[Sized], tokens: RowTokens, *, prompts: bool = False) -> Work:
-        """Of one micro-batch of these groups. prompts: their own tokens are scored too."""
+        """The counts of one micro-batch of these groups. prompts: tokens of prompts are scored too."""
         lengths = Lengths.of(groups)
         return cls.of_parts(lengths, np.array([0, len(lengths)]), tokens, prompts=prompts)
 
     @classmethod
     def of_parts(cls, lengths: Lengths, starts: np.ndarray, tokens: RowTokens, *, prompts: bool) -> Work:
-        """Of micro-batches, each of the groups starts[b] : starts[b + 1]."""
+        """The counts of several micro-batches; number b has the groups starts[b] : starts[b + 1]."""
         prompt, completions = lengths.prompt.astype(np.int64), lengths.completions.astype(np.int64)
         answers, counts, spans = lengths.sums(completions), lengths.counts, tokens.of_each(lengths)
 
@@ -65,16 +65,16 @@ class Work:
 
     @classmethod
     def joined(cls, parts: Iterable[Work]) -> Work:
-        """One behind the other."""
+        """Concatenates the counts of several series of micro-batches."""
         columns = zip(*([getattr(part, field.name) for field in fields(cls)] for part in parts), strict=True)
         return cls(*(np.concatenate(column) for column in columns))
 
     def taken(self, numbers: np.ndarray | slice) -> Work:
-        """The micro-batches of these numbers."""
+        """The micro-batches with these indices."""
         return Work(*(getattr(self, field.name)[numbers] for field in fields(self)))
 
     def distinct(self) -> Work:
-        """Those that differ, in any order."""
+        """Each different micro-batch once, in any order."""
         order = np.lexsort([getattr(self, field.name) for field in fields(self)])
         ordered = self.taken(order)
         differs = np.zeros(len(self), bool)
@@ -90,15 +90,15 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class EpochWork:
-    """The micro-batches of the first epoch. starts: [steps + 1]; step s has those from starts[s] to starts[s + 1]."""
+    """Counts over the micro-batches of the first epoch. Step s has those from starts[s] to starts[s + 1]."""
 
     work: Work
     starts: Ints
 
     @classmethod
     def of(cls, plan: Plan, lengths: Lengths, budget: int, tokens: RowTokens, *, prompts: bool) -> EpochWork:
-        """Of a plan, each step cut into micro-batches of at most `budget` tokens. prompts: their own tokens are scored
-        too."""
+        """The counts of a plan whose steps are cut into micro-batches of at most `budget` tokens. prompts: tokens of
+        prompts are scored too."""
         counts: list[Ints] = []
 
         def works() -> Iterator[Work]:
@@ -114,10 +114,10 @@ class EpochWork:
         return len(self.starts) - 1
 
     def of_steps(self, num_steps: int) -> EpochWork:
-        """The first steps alone."""
+        """The first `num_steps` steps."""
         starts = self.starts[: num_steps + 1]
         return EpochWork(self.work.taken(slice(starts[-1])), starts)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """[B] numbers of micro-batches -> [steps] their sums over each step."""
+        """[B] one number per micro-batch -> [steps] the sum over each step."""
         return np.add.reduceat(values, self.starts[:-1])

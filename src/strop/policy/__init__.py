@@ -1,18 +1,18 @@
 """The policy: from a model folder to log-probs of scored tokens. Floor 2.
 
-model/             what a model is and how it is loaded: folder, tokenizer, adapters
-kernels/           arithmetic: attention, fused layers, products, the head
-load               tokenizer and model, for programs that use strop's parts
-build              a model section -> a policy, in one order
-policy             the module whose forward scores a batch
-saving             what is left in `final/`
-reference          the model that log-ratios are taken against
-reference_store    its log-probs on disk
-prefix_sharing     where prompts may be shared by their completions
-probe              whether strop's way of scoring gives the model's own log-probs
-precision          dtypes of computing and keeping
-checkpointing      which layers compute their activations again
-allocator          memory that need not be held, and running out of it
+model/             loading a model: folder, configuration, tokenizer, adapters
+kernels/           the arithmetic: attention, fused layers, matrix products, the head
+load               tokenizer and model, for programs that use parts of strop
+build              builds a policy from a model section, in one fixed order
+policy             the module whose forward pass scores a batch
+saving             writes `final/`
+reference          the model that the policy is compared with
+reference_store    reference log-probs on disk
+prefix_sharing     which models may share a prompt among its completions
+probe              checks at load that strop computes the log-probs that the model itself computes
+precision          the dtypes in which weights are stored and products computed
+checkpointing      which layers recompute their activations in the backward pass
+allocator          settings of memory allocators, and what to do when memory runs out
 """
 
 from strop.terminal import take_over

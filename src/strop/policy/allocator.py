@@ -1,6 +1,7 @@
-"""Memory that need not be held, and running out of it: how that shows, and what can be tried again. Floor 2.
+"""Settings of memory allocators, and how running out of memory is recognised and survived. Floor 2.
 
-What fails is tried again only when its exception is gone: a traceback holds the tensors of every frame it went through.
+Work that ran out of memory is tried again only after its exception is gone, because a traceback keeps the tensors of
+every frame that it went through.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _SIGNS = re.compile(
 
 
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Of oneDNN, and of the layer between it and torch."""
+"""Variables that limit the kernel caches of oneDNN and of the layer between it and torch."""
 KERNELS_KEPT = 256
 
 
 def keep_few_kernels() -> None:
-    """Let oneDNN keep fewer kernels than 1024, where the environment says nothing; before its first product.
+    """Lets oneDNN keep fewer kernels than its 1024, unless the environment sets a limit. Call it before any product.
 
-    It keeps one, with its buffers, for every shape of a product, and rows of many lengths have many shapes: a run of a
-    model of 14 million weights in bfloat16 came to 1.2 GiB, and to half of that with this limit, at the same speed. All
-    shapes of one pass must have room, or every layer makes its kernels anew: with 128 and prompts of 1,000 tokens a
-    step took 10 to 20 % longer.
+    oneDNN keeps one kernel with its buffers for every shape of a product, and rows of many lengths have many shapes. A
+    run of a model of 14 million weights in bfloat16 took 1.2 GiB, and half of that with this limit, at the same speed.
+    The limit must hold all shapes of one pass, or every layer makes its kernels again: with a limit of 128 and prompts
+    of 1,000 tokens, a step took 10 to 20 % longer.
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS_KEPT))
@@ -48,12 +49,11 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for what is allocated next, where it is glibc and the environment says
-    nothing.
+    """Lets glibc keep freed memory for later allocations, unless the environment configures it.
 
-    Else it takes blocks of 32 MiB and more from the system each time, page by page, as the gradient of a head is in
-    every backward pass: training all of a model of 135 million weights took 15 % longer. Where little of that size is
-    allocated (adapters over a frozen head) it gains nothing.
+    By default glibc gets every block of 32 MiB or more from the system anew, page by page. The gradient of a head is
+    such a block in every backward pass: training all 135 million weights of a model took 15 % longer. With adapters on
+    a frozen head there are few such blocks, and nothing is gained.
     """
     if any(name in os.environ for name in _MALLOC_SETTINGS):
         return
@@ -80,7 +80,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def attempt(compute: Callable[[], T]) -> tuple[T | None, str]:
-    """(the result, ""), or (None, why) where memory ran out; then what was allocated is free again."""
+    """Returns (result, ""), or (None, why) if memory ran out; then everything that was allocated is free again."""
     try:
         return compute(), ""
     except (RuntimeError, MemoryError) as error:
@@ -94,9 +94,10 @@ def attempt(compute: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def in_halves(score: Callable[[Sequence[Group]], Tensor], groups: Sequence[Group]) -> Tensor:
-    """`score` of all groups at once or, where memory does not suffice, of their halves one after the other.
+    """Scores all groups at once or, if memory does not suffice, their halves one after the other.
 
-    For passes without gradients, in which groups do not meet: [M] of the same order, but for rounding the same.
+    For passes without gradients, in which groups do not influence each other: the result is [M] in the same order, and
+    the same up to rounding.
 
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: one group alone does not fit.

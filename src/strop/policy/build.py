@@ -1,13 +1,13 @@
-"""A model section to a policy, as it is before the first step. Floor 2.
+"""Builds the policy of a model section, as it is before the first step. Floor 2.
 
-The order is the same for every kind of model, and nothing is looked for afterwards:
+The order is the same for every kind of model:
 
     load the weights
-    add or continue adapters; from here on it is known what trains, and by which names
-    hash what was loaded, where it is asked for
-    recompute layers where that is settled; to the device
+    add or continue adapters; from here on it is known which weights train, and under which names
+    hash what was loaded, if asked for
+    switch recomputation of layers on; move the model to the device
     fuse layers
-    probe: the fused layers, and rows that share prompts, against the model's own forward
+    probe: compare fused layers and shared-prefix rows with the model's own forward pass
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def build_policy(
     """The policy of one model of the configuration, as it is before the first step.
 
     Args:
-        tokenizer: the model's, where it is loaded already.
-        hashed: take its `weights_hash`.
+        tokenizer: that of the model, if it is loaded already.
+        hashed: compute `Policy.weights_hash`.
 
     Raises:
-        ModelError, ConfigError: it cannot be built as the configuration says.
+        ModelError, ConfigError: the model cannot be built as configured.
     """
     keep_few_kernels()
     if device.type == "cpu":
@@ -65,14 +65,14 @@ def build_policy(
     precision = resolve_precision(training, device)
     if device.type == "cpu" and precision.compute == torch.bfloat16 and (gain := bf16_gain()) < 1:
         logger.warning(
-            "bfloat16 takes longer than float32 on this processor, whose products are %.2g times as fast in it, and "
-            "saves some memory; training.auto_precision: true chooses the faster one",
+            "bfloat16 is slower than float32 on this processor (products run at %.2g times the speed) and saves some "
+            "memory; training.auto_precision: true chooses the faster one",
             gain,
         )
     elif device.type == "cpu" and widens(precision.compute):
         logger.warning(
-            "products of %s are made in float32 and rounded on this processor, which takes longer than float32 itself "
-            "and saves some memory; good to try a GPU's configuration",
+            "on this processor, products of %s are computed in float32 and rounded, which is slower than float32 "
+            "itself and saves some memory; use it to try out the configuration of a GPU",
             short_name(precision.compute),
         )
     adapted = config.adapts(model)
@@ -104,10 +104,10 @@ def build_policy(
 
 
 def elementwise_of(training: TrainingSection, device: torch.device) -> Elementwise:
-    """As `training.torch_compile` says.
+    """Elementwise functions, compiled if `training.torch_compile` is set.
 
     Raises:
-        ConfigError: nothing can be compiled here.
+        ConfigError: this machine cannot compile.
     """
     return compiled(device) if training.torch_compile else EAGER
 
@@ -122,15 +122,15 @@ def assemble(
     elementwise: Elementwise = EAGER,
     weights_hash: str | None = None,
 ) -> Policy:
-    """A policy around a model that is on its device, with the rows that are right for it, probed.
+    """Wraps a model that is on its device, chooses its row layout, fuses its layers and probes the result.
 
     Raises:
-        ModelError: the model's own logits differ from the policy's, or it sees later tokens.
+        ModelError: the policy's log-probs differ from the model's own, or the model sees later tokens.
     """
     where = place_of(model)
     reason = prefix_sharing.reason_against(loaded.config, model.attn_implementation)
     if getattr(loaded.config.get_text_config(), "output_router_logits", False):
-        logger.warning("%s: its auxiliary loss for the router is not part of any objective here; it is off", where)
+        logger.warning("%s: the auxiliary loss for the router is off: no objective here contains it", where)
     policy = Policy(
         module,
         loaded,
@@ -149,10 +149,10 @@ def assemble(
     refused = probe(policy, own)
     if refused is not None:
         logger.warning(
-            "%s: prompts are not shared, so each is computed again for every further completion: %s; %s",
+            "%s: prompts are not shared, so each is computed again for every completion: %s; %s",
             where,
             refused,
-            "training in float32 (bf16: false, fp16: false) may tell them apart from rounding"
+            "in float32 (bf16: false, fp16: false), where rounding is smaller, they may pass this check"
             if precision.is_low
             else "the result is the same, only slower",
         )
@@ -164,7 +164,7 @@ def assemble(
 
 
 def _check_length(loaded: LoadedModel, max_seq_length: int, where: str) -> None:
-    """Rows that are longer than the model's positions: impossible where positions are learned, said where rotary."""
+    """Refuses rows that are longer than a model with learned positions can take; for others, warns."""
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     kind = prefix_sharing.rope_by_length(loaded.config)
     threshold = prefix_sharing.rope_threshold(loaded.config)
@@ -184,7 +184,9 @@ def _check_length(loaded: LoadedModel, max_seq_length: int, where: str) -> None:
             where=where,
             fix=f"set training.max_seq_length to {limit} or less",
         )
-    logger.warning("%s: max_seq_length %d is beyond the %d positions it was made for", where, max_seq_length, limit)
+    logger.warning(
+        "%s: max_seq_length %d exceeds the %d positions the model was made for", where, max_seq_length, limit
+    )
 
 
 def _is_position(name: str) -> bool:

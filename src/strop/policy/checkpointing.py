@@ -1,4 +1,4 @@
-"""Gradient checkpointing: which layers compute their activations again in the backward pass. Floor 2."""
+"""Gradient checkpointing: which layers recompute their activations in the backward pass. Floor 2."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ def layers_that_can(module: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def checkpoint_layers(module: nn.Module, share: float, *, random: bool, where: str) -> int:
-    """Switch checkpointing on for a share of the layers, evenly spread, and off for the rest; how many.
+    """Switches checkpointing on for a share of the layers, evenly spread, and off for the others.
 
-    The layers must stay in train mode: transformers checkpoints nothing in eval mode. `random`: a layer draws random
-    numbers (lora_dropout), so that its random state has to be kept for the second time.
+    The layers must stay in train mode, since transformers checkpoints nothing in eval mode.
+
+    Args:
+        random: whether layers draw random numbers (lora_dropout); then their random state is kept for recomputation.
+
+    Returns:
+        How many layers are checkpointed.
 
     Raises:
         ModelError: the model has no layers that can be checkpointed.
@@ -43,8 +48,7 @@ def checkpoint_layers(module: nn.Module, share: float, *, random: bool, where: s
 
 
 def checkpoint_all(module: nn.Module) -> bool:
-    """Switch checkpointing on for every layer of a model that `checkpoint_layers` has seen; whether that changes
-    anything."""
+    """Switches checkpointing on for all layers, after `checkpoint_layers`. Returns whether that changed anything."""
     without = [layer for layer in layers_that_can(module) if not layer.gradient_checkpointing]
     for layer in without:
         layer.gradient_checkpointing = True

@@ -1,11 +1,11 @@
-"""The policy: a module whose forward takes a batch and returns the log-probs of its scored tokens. Floor 2.
+"""The policy: a module that takes a batch and returns the log-probs of its scored tokens. Floor 2.
 
-Shapes: B rows, T tokens a row, M scored tokens, D width.
+Shapes: B rows, T tokens per row, M scored tokens, D width.
 
-The base body is called, not the causal language model around it; hidden states are gathered where something is scored
-and go through the tiled head of logprobs.py. Body and head meet inside `forward`, so that what wraps the module
-(sharding, hooks) sees both. The module stays in train mode always: gradient checkpointing works only there, and
-dropout, which is only lora_dropout, is switched by `scoring()`.
+`forward` calls the body of the model, gathers hidden states at the scored positions only, and passes them through the
+tiled head of logprobs.py. Body and head are both called inside `forward`, so that code which wraps the module
+(sharding, hooks) sees both. The module always stays in train mode, because gradient checkpointing works only there;
+dropout (only lora_dropout is active) is switched off by `scoring()`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Policy(nn.Module):
     """A causal language model as the engine sees it.
 
     Args:
-        model: `loaded.module`, or the peft model around it, on its device; what trains in it is known by now.
-        loaded: what was loaded.
-        share_prefix: whether groups become shared-prefix rows (else plain padded rows).
-        fp32_logits: the head's matrix products in float32 whatever the precision.
+        model: `loaded.module`, or the peft model around it, on its device. Its weights that train require gradients.
+        loaded: the model as it was loaded.
+        share_prefix: whether groups become shared-prefix rows, not plain padded rows.
+        fp32_logits: compute the products of the head in float32, whatever the precision.
         where: how messages name the model.
-        weights_hash: of what was loaded, as `identity.weights_hash` gives it, where it was asked for.
+        weights_hash: `identity.weights_hash` of what was loaded, if it was asked for.
     """
 
     SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions"})
-    """Columns that it scores beside the log-probs, in the same pass, where a batch wants them."""
+    """Columns that the policy can compute in the same pass as the log-probs, if a batch wants them."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Policy(nn.Module):
 
     @property
     def body(self) -> nn.Module:
-        """What is before the head; a few of transformers' classes have it by another name than they say.
+        """The model without its head. A few classes of transformers keep it under another name than they declare.
 
         Raises:
             ModelError: it is not found.
@@ -111,15 +111,16 @@ class Policy(nn.Module):
         return isinstance(self.model, PeftModel)
 
     def collate(self, groups: Sequence[Group], columns: Columns = NO_COLUMNS, wants: Iterable[str] = ()) -> Batch:
-        """Groups to a micro-batch on the policy's device: a shared-prefix row, or plain rows. Arguments: as of
-        `batch.pack`; `wants` are among `SUPPLIES`."""
+        """Makes a micro-batch on the policy's device: a shared-prefix row, or plain rows. The arguments are those of
+        `batch.pack`; `wants` must be among `SUPPLIES`."""
         return (pack if self.share_prefix else pad)(groups, columns, wants).to(self.device)
 
     def forward(self, batch: Batch) -> TokenScores:
-        """Natural log-probs of the batch's scored tokens, float32 (float64 on a float64 model), and what it wants.
+        """Natural log-probs of the batch's scored tokens, in float32 (float64 on a float64 model), and the columns that
+        the batch wants.
 
-        Batches between a forward pass and its backward pass must all have one kind of rows, as `collate` makes them:
-        with gradient checkpointing, layers run again under the attention of the latest batch.
+        Between a forward pass and its backward pass, all batches must have the same row layout, as `collate` makes
+        them: with gradient checkpointing, layers are recomputed with the attention of the latest batch.
         """
         try:
             with self.precision.autocast(batch.input_ids.device):
@@ -127,7 +128,8 @@ class Policy(nn.Module):
         except BaseException:
             forget_shared(self.model)
             raise
-        # float32 before the gather: a prompt's last token is gathered once a completion, and its gradients add up
+        # to float32 before gathering: a prompt's last token is gathered once per completion, and the gradients of
+        # these copies are added up, which must not happen in 16 bits
         hidden = hidden.to(self.precision.master).flatten(0, 1).index_select(0, batch.scored_positions)
         head = self.base.get_output_embeddings()
         collisions = "collisions" in batch.wants
@@ -145,7 +147,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """No gradients and no dropout, in train mode: reference log-probs and evaluation."""
+        """A block without gradients and dropout, for the reference and evaluations; the module stays in train mode."""
         dropouts = [m for m in self.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
         before = [m.p for m in dropouts]
         try:
@@ -158,26 +160,26 @@ class Policy(nn.Module):
                 m.p = p
 
     def still(self) -> AbstractContextManager[None]:
-        """No weight changes inside, so that their 16-bit copies are made once: around a step's passes."""
+        """A block in which no weight changes, so that 16-bit copies of weights are made once: the passes of a step."""
         return self.casts.still()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The weights that train, by the names they have in a saved folder."""
+        """The weights that train, by the names under which they are saved."""
         return {saved: self.model.get_parameter(name) for saved, name in self._trained.items()}
 
     @property
     def weights_hash(self) -> str:
-        """Of all weights as they were loaded, adapters among them."""
-        assert self._weights_hash is not None, "it is taken while a policy is built, where that asks for it"
+        """A hash of all weights as they were loaded, including adapters."""
+        assert self._weights_hash is not None, "only a policy that was built with `hashed` has a hash"
         return self._weights_hash
 
     @property
     def attention_kernel(self) -> str:
-        """What attends in shared rows."""
+        """Name of the kernel that computes attention in shared-prefix rows."""
         return self.kernel or best_kernel(self.device, self.precision.compute)
 
     def describe(self) -> list[str]:
-        """Lines for the terminal: sizes, dtypes, rows."""
+        """Lines of text: number of weights, dtypes, row layout."""
         trained = sum(p.numel() for p in self.trainable().values())
         total = total_weights(self.model)
         shared = f"each prompt once, shared by its completions; attention by {self.attention_kernel}"
@@ -190,12 +192,12 @@ class Policy(nn.Module):
 
     @property
     def saved_dtype(self) -> torch.dtype:
-        """What a fully trained model is saved in: what was asked for, else the dtype that the base has in its files."""
+        """The dtype of a saved full model: what was asked for, or else the dtype that the base has in its files."""
         return self.save_dtype or self._stored
 
     @property
     def saved_bytes(self) -> int:
-        """About what `save_pretrained` will take on a disk, but for the tokenizer."""
+        """Approximate bytes that `save_pretrained` will write, without the tokenizer."""
         if self.has_adapters:
             return sum(p.nbytes for p in self.trainable().values())
         return sum(p.numel() for p in self.model.parameters()) * self.saved_dtype.itemsize
@@ -203,14 +205,14 @@ class Policy(nn.Module):
     def save_pretrained(
         self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, float] | None = None
     ) -> None:
-        """Write what loads with plain peft (adapters, in float32) or transformers (a full model, in `saved_dtype`),
-        generation settings, and the tokenizer with its chat template.
+        """Writes a folder that loads with plain peft (adapters, in float32) or transformers (a full model, in
+        `saved_dtype`), with generation settings, the tokenizer and its chat template.
 
         Args:
-            ends: the tokens that completions end with, as `trained_ends` gives them; None: nothing is known of them.
+            ends: the tokens that completions end with, as `trained_ends` returns them; None: they are not known.
 
         Raises:
-            ModelError: an adapter that was written is not one that peft loads.
+            ModelError: peft cannot load the adapter that was written.
         """
         save(self, Path(folder), tokenizer, ends)
 
@@ -226,11 +228,11 @@ class Policy(nn.Module):
         assert batch.attention_mask is not None
         if self._row_limit is not None and batch.input_ids.shape[1] > self._row_limit:
             return self._hidden_row_by_row(body, batch)
-        # rows are padded at the right, where a model's own positions are those of the batch
+        # rows are padded on the right, so the positions that the model counts itself are those of the batch
         return _last_hidden(body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False))
 
     def _hidden_row_by_row(self, body: nn.Module, batch: Batch) -> Tensor:
-        """Every row in a call of its own length, since a longer one beside it would change its rotary embedding."""
+        """Calls the body once per row, because a longer row in the same batch would change its rotary embedding."""
         assert batch.attention_mask is not None
         rows = []
         for ids, mask, length in zip(batch.input_ids, batch.attention_mask, batch.row_lengths, strict=True):

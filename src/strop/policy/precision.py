@@ -1,4 +1,4 @@
-"""In which dtype a run computes and keeps its weights. Floor 2: configuration and device in, `Precision` out.
+"""The dtypes in which a run computes and keeps its weights. Floor 2: configuration and device in, `Precision` out.
 
 `bf16` and `fp16` mean: matrix products in 16 bits (torch.autocast), weights that train and the optimizer's state in
 float32. Pure 16-bit weights round away updates of a learning rate of 5e-7. What does not train (the base under LoRA)
@@ -23,15 +23,18 @@ _LOW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """compute: dtype of the matrix products, and of weights that do not train. scaler: losses are scaled before the
-    backward pass (float16, whose smallest number is 6e-8)."""
+    """The dtypes of a run.
+
+    compute: dtype of matrix products, and of weights that do not train. scaler: whether losses are scaled before the
+    backward pass, which float16 needs, since its smallest number is 6e-8.
+    """
 
     compute: torch.dtype
     scaler: bool = False
 
     @classmethod
     def of(cls, bf16: bool | None, fp16: bool | None) -> Precision:
-        """That of bf16, of fp16, or float32."""
+        """bfloat16, float16 or, if both are off, float32."""
         return cls(torch.bfloat16) if bf16 else cls(torch.float16, scaler=True) if fp16 else cls(torch.float32)
 
     @property
@@ -44,15 +47,15 @@ class Precision:
         return self.compute in _LOW
 
     def of_head(self, fp32_logits: bool) -> torch.dtype:
-        """dtype of the head's products."""
+        """dtype of the products of the head."""
         return torch.float32 if fp32_logits and self.is_low else self.compute
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Around forward passes: torch.autocast for 16 bits, nothing for float32 and float64."""
+        """A block for forward passes: torch.autocast for 16 bits, nothing for float32 and float64."""
         return torch.autocast(device.type, dtype=self.compute) if self.is_low else nullcontext()
 
     def describe(self, adapters: bool) -> str:
-        """One line for the terminal: the dtypes of weights, compute and optimizer."""
+        """One line of text: the dtypes of weights, products and optimizer."""
         master, compute = short_name(self.master), short_name(self.compute)
         weights = f"adapters {master} on a base in {compute}" if adapters else master
         scaled = ", with a gradient scaler" if self.scaler else ""
@@ -60,7 +63,7 @@ class Precision:
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of those that hold NaN or infinity."""
+    """Names of the tensors that hold NaN or infinity."""
     known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     found = {name: t.detach() for name, t in tensors.items() if t.dtype in known and t.numel()}
     return [name for name, t in found.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
@@ -89,8 +92,15 @@ def resolve_precision(training: TrainingSection, device: torch.device) -> Precis
 def choose_precision(
     training: TrainingSection, gains: Callable[[], bool], gpu: Callable[[], str] | None = None
 ) -> Precision:
-    """The same of a device. gains: tells whether bfloat16 is faster there. gpu: tells the name of one, which refuses
-    bfloat16 where it does not gain by it; a CPU computes it all the same."""
+    """`resolve_precision` for any device.
+
+    Args:
+        gains: returns whether bfloat16 is faster than float32 there.
+        gpu: returns the name of the GPU; None: a CPU. A GPU without bfloat16 refuses it; a CPU computes it slowly.
+
+    Raises:
+        ConfigError: bf16 is set on a GPU that does not compute it.
+    """
     bf16, fp16 = training.bf16, training.fp16
     if training.auto_precision and bf16 is None and fp16 is None:
         bf16 = gains()

@@ -1,9 +1,10 @@
-"""Where shared-prefix rows are right, and how that is checked on the loaded model. Floor 2.
+"""Which models may use shared-prefix rows, and the group of tokens by which that is checked at load. Floor 2.
 
-Three gates: an allowlist of architectures whose only mixing of tokens is attention that goes through transformers'
-interface and hands keywords on (each is tested); settings of one model that break it; and, at load, a probe: one small
-group of random tokens as a shared row and as plain rows. The probe also holds the log-probs of strop's head beside
-those of the model's own logits, and looks whether the model sees later tokens.
+A model has to pass three checks. Its architecture is on an allowlist: tokens influence each other only through
+attention, which goes through transformers' interface and passes keywords on; each entry is tested. Its settings do not
+break that. And a probe at load gives equal log-probs for one small group of random tokens as a shared row and as plain
+rows. The probe also compares the log-probs of strop's head with those of the model's own logits, and checks that the
+model does not see later tokens.
 """
 
 from __future__ import annotations
@@ -90,18 +91,20 @@ ARCHITECTURES = frozenset(
         "youtu",
     }
 )
-"""transformers' model_type of the architectures that shared-prefix rows are tested with."""
+"""The model_type (of transformers) of each architecture for which shared-prefix rows are tested."""
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _CAUSAL_FOR_TEXT = (None, False, "vision")
-"""Values of use_bidirectional_attention that leave text causal; "vision" means the tokens of one image alone."""
+"""Values of use_bidirectional_attention under which text stays causal; "vision" affects tokens of images only."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 _STATIC_WITH_ALPHA = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
-"""Architectures whose rotary scaling is called dynamic and fixed all the same, by an alpha."""
+"""Architectures whose rotary scaling is called dynamic although an alpha makes it fixed."""
 
 
 def reason_against(config: PreTrainedConfig, attn_implementation: str | None = None) -> str | None:
-    """Why this model gets plain rows; None where shared rows are right. attn_implementation: what is asked for in place
-    of strop's own attention, if anything is."""
+    """Why this model gets plain rows; None if shared rows are right.
+
+    attn_implementation: the attention that the configuration asks for in place of strop's own.
+    """
     if attn_implementation is not None:
         return f"attn_implementation is {attn_implementation}"
     text = config.get_text_config()
@@ -120,19 +123,19 @@ def reason_against(config: PreTrainedConfig, attn_implementation: str | None = N
 def _reason_against_architecture(config: PreTrainedConfig) -> str:
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if known and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
-        return f"how the architecture {config.model_type} mixes its tokens cannot be exchanged"
-    return f"the architecture {config.model_type} is not among those it is tested with"
+        return f"the attention of the architecture {config.model_type} cannot be replaced"
+    return f"sharing is not tested with the architecture {config.model_type}"
 
 
 def rope_by_length(config: PreTrainedConfig) -> str | None:
-    """The kind of rotary scaling, where frequencies depend on the longest row; else None."""
+    """The kind of rotary scaling, if its frequencies depend on the longest row of a batch; else None."""
     fixed = config.model_type in _STATIC_WITH_ALPHA
     kinds = {p.get("rope_type") for p in _rope_parameters(config) if not (fixed and p.get("alpha"))}
     return next((kind for kind in _LENGTH_DEPENDENT if kind in kinds), None)
 
 
 def rope_threshold(config: PreTrainedConfig) -> int | None:
-    """Up to this many tokens a row's length does not matter to the rotary embedding."""
+    """The length up to which rotary embeddings do not depend on the longest row; None: they never do."""
     if rope_by_length(config) is None:
         return None
     limits = [
@@ -146,21 +149,21 @@ def rope_threshold(config: PreTrainedConfig) -> int | None:
 
 
 def _rope_parameters(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
-    """The rotary settings of the text model, which stand in one mapping or in one per layer type."""
+    """The rotary settings of the text model: one mapping, or one per type of layer."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     yield parameters
     yield from (inner for inner in parameters.values() if isinstance(inner, Mapping))
 
 
 PROBE_LENGTHS = (7, 5, 4)
-"""Tokens of the probe's prompt, first (and third) and second completion."""
+"""Tokens of the probe's prompt, of its first and third completion, and of its second completion."""
 PROBE_UNCHANGED = 3
-"""Scored tokens of the third completion that come before the token in which it differs from the first."""
+"""How many scored tokens of the third completion come before the token in which it differs from the first."""
 
 
 def probe_group(num_ids: int) -> Group:
-    """A group of random ids below `num_ids`, always the same; the third completion is the first with another id in
-    its last token but one (the last is only a target)."""
+    """A group of random ids below `num_ids`, always the same. The third completion is the first one with another id as
+    its second to last token (the last one is not fed to the model)."""
     draw = torch.Generator().manual_seed(0)
     prompt, first, second = (array("q", torch.randint(num_ids, (n,), generator=draw).tolist()) for n in PROBE_LENGTHS)
     third = array("q", [*first[:-2], (first[-2] + 1) % num_ids, first[-1]])
@@ -169,9 +172,12 @@ def probe_group(num_ids: int) -> Group:
 
 
 def tolerance(compute: torch.dtype, noise: float) -> float:
-    """How far the means of two ways to score may lie apart. noise: what rounding moves in this model, measured; between
-    shared and plain rows of right models it is met to 60 % (32 of them, to 12 layers, in bfloat16). A floor stands for
-    norms and softmaxes that compute in float32 whatever the model computes in."""
+    """How much the mean log-probs of two ways of scoring may differ.
+
+    noise: how much rounding moves them in this model, as measured. Shared and plain rows of correct models differ by up
+    to 60 % of the tolerance (32 models of up to 12 layers, in bfloat16). It has a lower bound, as norms and softmaxes
+    compute in float32 in all models.
+    """
     floor = {torch.float64: 1e-8, torch.float32: 2e-5}.get(compute, torch.finfo(compute).eps / 4)
     return floor + 4 * noise
 

@@ -1,11 +1,11 @@
-"""What a loaded model is asked before it trains: whether strop's way of scoring it gives its own log-probs. Floor 2.
+"""Checks a loaded model before it trains: strop must compute the log-probs that the model itself computes. Floor 2.
 
-The probe is one small group of random tokens (prefix_sharing.py). The model scores it by its own code, before any
-layer gets another forward; then the policy does as plain rows and, where prompts may be shared, as a shared row. Two
-ways of scoring may differ by rounding, and how much that is depends on the model: deep, small or widely initialised
-ones move further. So it is measured (`rounding_noise`): the model's own forward once more, with every layer's output
-moved by as much as rounding may move it (Monte Carlo arithmetic, Parker 1997). Ways are compared by the mean over the
-scored tokens, against that noise.
+The probe is one small group of random tokens (prefix_sharing.py). First the model scores it with its own code, before
+any layer is fused. Then the policy scores it as plain rows and, if prompts may be shared, as a shared row. The results
+may differ by rounding. How much depends on the model: more if it is deep, small or initialised with large weights. So
+the effect of rounding is measured (`rounding_noise`): the model's own forward pass is repeated with the output of every
+layer moved by as much as rounding could move it (Monte Carlo arithmetic, Parker 1997). The means over the scored tokens
+may differ by a multiple of that.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("strop")
 
 DRAWS = 3
-"""Forward passes that the noise of rounding is measured by; the largest counts."""
+"""Forward passes by which the effect of rounding is measured; the largest one counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The model's own answer. logps: [M], natural log. tolerance: how far the mean of another way may lie from it.
-    transform: what it does to its logits."""
+    """What the model itself computes for the probe.
+
+    logps: [M], natural log. tolerance: how much the mean of another way of scoring may differ. transform: what the
+    model does to its logits.
+    """
 
     logps: Tensor
     tolerance: float
@@ -49,8 +52,8 @@ def own_logps(policy: Policy) -> Own:
     """Log-probs of the probe from the model's own logits.
 
     Raises:
-        ModelError: it has no linear head, does to its logits what is not known here, sees later tokens, or is another
-            model in training than in inference.
+        ModelError: the model has no linear head, changes its logits in an unknown way, sees later tokens, or computes
+            something else in training than in inference.
     """
     head, kind = policy.base.get_output_embeddings(), policy.base.config.model_type
     if head is None or getattr(head, "weight", torch.empty(0)).ndim != 2:
@@ -78,8 +81,8 @@ def own_logps(policy: Policy) -> Own:
     tolerance = prefix_sharing.tolerance(policy.precision.compute, noise)
     if not (apart := prefix_sharing.mean_apart(own, inferred)) <= tolerance:
         raise ModelError(
-            f"the architecture {kind} has other log-probs in training than in inference (off by {apart:.2g}): its code "
-            "draws at random or computes otherwise there, which strop does not know how to switch off",
+            f"the architecture {kind} has different log-probs in training and in inference (off by {apart:.2g}): its "
+            "code is random or different in training, and strop does not know how to switch that off",
             where=policy.where,
         )
     first, third = (
@@ -88,12 +91,12 @@ def own_logps(policy: Policy) -> Own:
     )
     if not prefix_sharing.mean_apart(first, third) <= tolerance:
         raise ModelError(
-            f"it sees later tokens, so it is no causal language model (architecture {kind})", where=policy.where
+            f"it sees later tokens, so it is not a causal language model (architecture {kind})", where=policy.where
         )
     if transform is None:
         raise ModelError(
-            f"what the architecture {kind} does to its logits is neither a factor nor a soft cap of them all, so it "
-            "cannot be trained here",
+            f"the architecture {kind} changes its logits by something other than one factor or soft cap, so it cannot "
+            "be trained here",
             where=policy.where,
         )
     return Own(own, tolerance, transform)
@@ -101,7 +104,7 @@ def own_logps(policy: Policy) -> Own:
 
 @contextmanager
 def inference_mode(model: nn.Module) -> Iterator[None]:
-    """The model as inference runs it; afterwards every module is in the mode that it was in."""
+    """A block in which the model is in eval mode; afterwards every module is in its earlier mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -112,15 +115,15 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _rounded(model: nn.Module, eps: float, seed: int, score: Any, own: Tensor) -> float:
-    """How far the mean of `score` moves by roundings of its layers, drawn from a seed."""
+    """How much the mean of `score` changes under random rounding errors, drawn from a seed."""
     with rounding_noise(model, eps, seed):
         return prefix_sharing.mean_apart(score(), own)
 
 
 @contextmanager
 def rounding_noise(model: nn.Module, eps: float, seed: int) -> Iterator[None]:
-    """Every floating point output of a layer without layers inside moves by up to eps / 2 of itself, as rounding may
-    move it."""
+    """A block in which every output of a layer (one without sublayers) is changed at random by up to eps / 2 of itself,
+    which is the size of a rounding error."""
     draw = torch.Generator().manual_seed(seed)
 
     def moved(_: nn.Module, __: Any, out: Any) -> Any:
@@ -138,10 +141,14 @@ def rounding_noise(model: nn.Module, eps: float, seed: int) -> Iterator[None]:
 
 
 def probe(policy: Policy, own: Own) -> str | None:
-    """Score one small group in every way there is; why shared rows are not right, or None.
+    """Scores the probe in every way that the policy can. Layers that give other results when fused are unfused.
+
+    Returns:
+        Why shared rows are not right for this model; None if they are, or are not used.
 
     Raises:
-        ModelError: the policy's log-probs are not those of the model's own logits, or nothing that trains moves them.
+        ModelError: the policy's log-probs are not those of the model's own logits, or do not depend on any weight that
+            trains.
     """
     group, plain = _rows(policy)
     with policy.scoring():
@@ -150,8 +157,8 @@ def probe(policy: Policy, own: Own) -> str | None:
             logps = policy(plain).logps
             if prefix_sharing.mean_apart(logps, own.logps) <= own.tolerance:
                 logger.warning(
-                    "%s: its layers have other results in strop's fused form than in their own, which they keep: it is "
-                    "slower and takes more memory",
+                    "%s: its layers give other results in strop's fused form than in their own, which they keep; that "
+                    "is slower and takes more memory",
                     policy.where,
                 )
         if not (apart := prefix_sharing.mean_apart(logps, own.logps)) <= own.tolerance:
@@ -167,7 +174,7 @@ def probe(policy: Policy, own: Own) -> str | None:
         apart = prefix_sharing.mean_apart(policy(pack([group]).to(policy.device)).logps, logps)
         if not apart <= own.tolerance:
             return (
-                f"shared rows gave other log-probs than plain ones (off by {apart:.2g}, where rounding may do "
+                f"shared rows gave other log-probs than plain rows (off by {apart:.2g}; rounding explains up to "
                 f"{own.tolerance:.2g})"
             )
     return None
@@ -178,15 +185,15 @@ def _check_gradients(policy: Policy, plain: Batch) -> None:
         reached = policy(plain).logps.requires_grad
     if not reached:
         raise ModelError(
-            "its log-probs do not depend on any weight that trains, as far as gradients tell",
+            "no gradient of its log-probs reaches any weight that trains",
             where=policy.where,
-            expected="adapters on layers that text flows through, in a model whose code hands gradients on",
+            expected="adapters on layers that text passes through, in a model whose code passes gradients on",
             fix="name other layers in lora.target_modules, or train all weights (lora.enabled: false)",
         )
 
 
 def _rows(policy: Policy) -> tuple[Group, Batch]:
-    """The probe's group, and its plain rows."""
+    """The group of the probe, and its plain rows."""
     tables = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()  # a few have inputs of other kinds
     group = prefix_sharing.probe_group(min(table.weight.shape[0] for table in tables))
     return group, pad([group]).to(policy.device)

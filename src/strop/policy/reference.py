@@ -1,9 +1,8 @@
-"""Reference log-probs, taken before the first step unless they are stored already. Floor 2.
+"""The reference: which model it is, and the log-probs of groups under it. Floor 2.
 
-Groups come in, one tensor a group goes out: the log-probs of its scored tokens under the reference. The reference is
-the policy as it is before its first step (no second model in memory, full training too), or another model by id, which
-must have the same vocabulary and is freed when its log-probs are taken. One that follows the policy cannot be taken
-beforehand: `SyncedReference` is a second model.
+The reference is the policy as it is before its first step, so no second model is held in memory, in full training
+neither; or it is another model with the same vocabulary, which is freed once the groups are scored. A reference that
+follows the policy (`SyncedReference`) is a second model in memory.
 """
 
 from __future__ import annotations
@@ -32,9 +31,12 @@ from strop.types import Group
 
 
 def micro_batch_logps(policy: Policy, groups: Sequence[Group]) -> tuple[Tensor, bool]:
-    """[scored tokens of the groups] on the CPU, float32, or float64 on a float64 model, scored as one micro-batch, and
-    whether it was one: what does not fit into memory is scored in halves, which rounds otherwise. Inside
-    `Policy.scoring`."""
+    """Scores groups as one micro-batch. Call it inside `Policy.scoring`.
+
+    Returns:
+        The log-probs [scored tokens of the groups] on the CPU, in float32 (float64 on a float64 model); and whether one
+        pass was enough. If memory did not suffice, the groups were scored in halves, which changes the last bits.
+    """
     num_passes = 0
 
     def score(part: Sequence[Group]) -> Tensor:
@@ -49,42 +51,42 @@ def micro_batch_logps(policy: Policy, groups: Sequence[Group]) -> tuple[Tensor, 
 
 
 def reference_logps(policy: Policy, micro_batches: Iterable[Sequence[Group]]) -> list[Tensor]:
-    """One [scored tokens of the group] tensor a group, on the CPU, in the order of `micro_batches`.
+    """One tensor [scored tokens of the group] per group, on the CPU, in the order of `micro_batches`.
 
-    float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; a later pass
-    over the same micro-batches by the same model gives the same bits.
+    It is float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; another
+    pass over the same micro-batches by the same model gives the same bits.
     """
     results: list[Tensor] = []
     with policy.scoring():
         for batch in micro_batches:
             logps, _ = micro_batch_logps(policy, batch)
-            # clones, since a view would keep its whole micro-batch in memory
+            # cloned, because a view would keep the whole micro-batch in memory
             results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
     return results
 
 
 class SyncedReference:
-    """A reference that follows the policy (TR-DPO, arXiv 2404.09656): a second model, scored as batches are made.
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656): a second model, which scores every batch.
 
     Args:
-        policy: trained in full, before its first step.
-        every_steps, share: after so many steps the weights become share x the policy's + (1 - share) x their own.
+        policy: before its first step, trained in full.
+        every_steps, share: every so many steps, the weights become share x the policy's + (1 - share) x their own.
     """
 
     def __init__(self, policy: Policy, every_steps: int, share: float) -> None:
         self._leader, self._every, self._share = policy.trainable(), every_steps, share
         self._copy = copy.deepcopy(policy)
         self.weights = {name: weight.detach() for name, weight in self._copy.trainable().items()}
-        """What is copied, by the names of `Policy.trainable`."""
+        """The weights that follow the policy, by the names of `Policy.trainable`."""
         self._copy.requires_grad_(False)
 
     def logps(self, groups: Sequence[Group]) -> list[Tensor]:
-        """One [scored tokens] tensor a group, scored as one micro-batch."""
+        """One tensor [scored tokens] per group; they are scored as one micro-batch."""
         return reference_logps(self._copy, [groups])
 
     @torch.no_grad()
     def after(self, step: int) -> None:
-        """Move, if it is time."""
+        """Moves the weights towards the policy's, if this step is one of those."""
         if step % self._every == 0:
             for name, weight in self.weights.items():
                 weight.lerp_(self._leader[name], self._share)
@@ -94,8 +96,8 @@ class SyncedReference:
 def reference_policy(
     config: RunConfig, model: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Policy]:
-    """What scores as the reference: `policy` itself, or the model of `ref_model_id`, which leaves the memory at the
-    end of the block. Enter before the first step is taken and before a checkpoint is loaded.
+    """A block with the model that is the reference: `policy` itself, or the model of `ref_model_id`, which is freed at
+    the end. Use it before the first step, and before a checkpoint is loaded into the policy.
 
     Raises:
         ModelError: `ref_model_id` cannot be loaded or has another vocabulary.
@@ -116,10 +118,10 @@ def reference_policy(
 
 
 def check_reference(config: RunConfig, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be known of `ref_model_id` before any weight is loaded: its folder and its vocabulary.
+    """Checks the folder and the vocabulary of `ref_model_id` before any weight is loaded.
 
     Raises:
-        ModelError: it is not there, or has another vocabulary.
+        ModelError: the model does not exist, or has another vocabulary.
     """
     if (section := _section(config, model)) is not None:
         _its_tokenizer(section, tokenizer)
@@ -177,7 +179,7 @@ def _load_reference(
 
 @contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Say of the reference what is wrong with it."""
+    """Errors of the block name the reference as their place."""
     try:
         yield
     except ModelError as error:

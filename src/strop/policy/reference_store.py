@@ -1,15 +1,15 @@
-"""Reference log-probs on disk, found again by the model that gave them and by what was scored together. Floor 2.
+"""Reference log-probs on disk, which later runs with the same reference and the same rows reuse. Floor 2.
 
-One file a model, `references/{hash}.logps` in the cache folder, with a lock beside it, to which records are only added:
-one a micro-batch, since what is scored together decides the last bits. A record's key is a hash of the prompts and
-completions in it. The model's hash covers what `model_identity` lists: weights, adapters, configuration, dtypes, the
-head, the kind of rows, the device, its threads and instructions, the releases of the libraries that compute; so runs
-with another beta, loss or learning rate share it.
+There is one file per model, `references/{hash}.logps` in the cache folder, with a lock file beside it. Records are only
+appended, one per micro-batch, because the last bits of a log-prob depend on what is scored together. The key of a
+record is a hash of its prompts and completions. The hash of the model covers everything in `model_identity`: weights,
+adapters, configuration, dtypes, head, row layout, device, threads, processor instructions and versions of libraries.
+Runs that differ only in beta, loss or learning rate share the file.
 
     record: b"SRL2", key [16], number of bytes [u32], crc32 of key and values [u32], values (float32 or float64)
 
-All numbers are little-endian. Writers take a lock. What a killed one has left half-written does not have its checksum:
-readers stop there, and the next writer cuts it off.
+All numbers are little-endian. Writers take the lock. A record that a killed writer left incomplete fails its checksum:
+readers stop there, and the next writer truncates the file to that point.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from strop.policy.precision import short_name
 log = logging.getLogger("strop")
 
 FORMAT = 3
-"""1 had a record per completion, scored beside whatever was missing then; 2 other hashes of completions."""
+"""Part of `model_identity`, so that files of earlier formats are not found."""
 PATIENCE = 10.0
-"""Seconds that another process may write before it is said."""
+"""Seconds to wait for another process that writes before a warning."""
 _MAGIC = b"SRL2"
 _HEAD = struct.Struct("<4s16sII")
 
@@ -61,11 +61,14 @@ class ReferenceStore:
 
     @classmethod
     def of(cls, policy: Policy, weights: str, *, must_keep: bool = False) -> ReferenceStore:
-        """The store of a policy as it is now. weights: their `weights_hash`. must_keep: not to be able to write is an
-        error, and not only said.
+        """The store of a policy with its current weights.
+
+        Args:
+            weights: `weights_hash` of these weights.
+            must_keep: raise an error if the store cannot be written, instead of a warning.
 
         Raises:
-            ConfigError: its folder must be written and cannot.
+            ConfigError: the folder of the store cannot be written, and `must_keep` is set.
         """
         identity = model_identity(policy, weights)
         name = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=20).hexdigest()
@@ -73,14 +76,14 @@ class ReferenceStore:
         return cls(folder / f"{name}.logps", policy.precision.master, must_keep=must_keep)
 
     def append(self, key: bytes, values: NDArray[Any]) -> None:
-        """Add what was scored. What cannot be written is said once.
+        """Adds a record. If it cannot be written, there is one warning, and later records are not tried.
 
         Args:
-            key: 16 bytes that stand for the micro-batch.
-            values: [scored tokens] of it.
+            key: 16 bytes that identify the micro-batch.
+            values: its log-probs, [scored tokens].
 
         Raises:
-            ConfigError: it cannot be written and must be.
+            ConfigError: it cannot be written, and `must_keep` is set.
         """
         if not self._writable:
             return
@@ -89,7 +92,7 @@ class ReferenceStore:
         try:
             try:
                 self._add(record)
-            except FileNotFoundError:  # the cache may be deleted at any time, this one too
+            except FileNotFoundError:  # the cache folder may be deleted at any time, also just now
                 self._add(record)
         except OSError as error:
             self._give_up(error)
@@ -101,7 +104,7 @@ class ReferenceStore:
             self._end = file.tell()
 
     def clear(self) -> None:
-        """Forget everything, for all runs."""
+        """Deletes all records."""
         try:
             with self._alone():
                 self.path.unlink(missing_ok=True)
@@ -111,12 +114,12 @@ class ReferenceStore:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """With the lock; where another process keeps it, that is said."""
+        """Holds the lock, and logs if another process keeps it for long."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=PATIENCE)
         except Timeout:
-            log.warning("%s: another process is writing, and is waited for", self.path)
+            log.warning("%s: waiting for another process that is writing", self.path)
             self._lock.acquire()
         try:
             yield
@@ -128,10 +131,10 @@ class ReferenceStore:
         problem = error.strerror or str(error)
         if self._must_keep:
             raise cannot_keep(str(self.path), problem) from error
-        log.warning("%s cannot be written (%s): reference log-probs are kept for this run only", self.path, problem)
+        log.warning("%s cannot be written (%s): later runs will score the reference again", self.path, problem)
 
     def read(self, wanted: Set[bytes]) -> Iterator[tuple[bytes, NDArray[Any]]]:
-        """(key, [scored tokens] log-probs) of those records that are here, as they were written first."""
+        """Pairs of key and log-probs [scored tokens] for the wanted records that exist, the first one per key."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -151,24 +154,24 @@ class ReferenceStore:
                         yield key, np.frombuffer(data[start:stop], self._numpy)
 
     def _cut_tail(self, file: BinaryIO) -> None:
-        """Leave whole records only, so that what is added can be read."""
+        """Truncates the file after its last complete record, so that records added after it can be read."""
         size = os.fstat(file.fileno()).st_size
         if size == self._end:
             return
         end = 0
         if size:
             with self.path.open("rb") as old, mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                # the known end first; where no record begins there, the file may be another one by now
+                # Start at the known end. If no record begins there, the file has been replaced: start at its beginning.
                 for start in (self._end, 0):
                     end = end or max((stop for _, _, stop in _records(data, start)), default=0)
         if end < size:
-            log.warning("%s: %d bytes at its end are not whole and are cut off", self.path, size - end)
+            log.warning("%s: the last %d bytes are an incomplete record and are removed", self.path, size - end)
             file.truncate(end)
             file.seek(end)
 
 
 def _records(data: mmap.mmap, position: int) -> Iterator[tuple[bytes, int, int]]:
-    """(key, start, stop) of the values of each record, up to the first that is not whole."""
+    """(key, start, stop) of the values of each record, up to the first incomplete one."""
     while position + _HEAD.size <= len(data):
         magic, key, length, checksum = _HEAD.unpack_from(data, position)
         start = position + _HEAD.size
@@ -179,8 +182,8 @@ def _records(data: mmap.mmap, position: int) -> Iterator[tuple[bytes, int, int]]
 
 
 def model_identity(policy: Policy, weights: str) -> dict[str, object]:
-    """Everything about a policy that its log-probs depend on, to the last bit as far as it can be known: also what
-    decides the order of additions, which kernels choose by."""
+    """Everything that the log-probs of a policy depend on, as far as possible to the last bit. That includes whatever
+    changes the order of additions, since kernels are chosen by it."""
     on_cpu = policy.device.type == "cpu"
     return {
         "format": FORMAT,
@@ -196,5 +199,5 @@ def model_identity(policy: Policy, weights: str) -> dict[str, object]:
 
 
 def _processor() -> list[object]:
-    """Of a CPU, what its kernels are chosen by."""
+    """The properties of a CPU by which kernels are chosen."""
     return ["cpu", torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), machine.processor().name]

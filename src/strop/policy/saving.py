@@ -1,4 +1,4 @@
-"""A policy to a folder that loads with plain peft or transformers. Floor 2."""
+"""Writes a policy to a folder that loads with plain peft or transformers. Floor 2."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ logger = logging.getLogger("strop")
 def save(
     policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, float] | None = None
 ) -> None:
-    """As `Policy.save_pretrained` says.
+    """Does the work of `Policy.save_pretrained`.
 
     Raises:
-        ModelError: an adapter that was written is not one that peft loads.
+        ModelError: peft cannot load the adapter that was written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         if isinstance(policy.model, PeftModel):
             policy.model.save_pretrained(str(folder), save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # a form of peft's that nobody has filled in
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
             check_adapter(policy.model, folder, policy.loaded_config, policy.where)
         else:
             _save_full(policy, folder)
@@ -47,7 +47,7 @@ def _save_full(policy: Policy, folder: Path) -> None:
     base, dtype = policy.base, _saving_dtype(policy)
     training_config, base.config = base.config, policy.loaded_config
     generation = getattr(base, "generation_config", None)
-    if generation is not None:  # is written apart
+    if generation is not None:  # it is written by `write_generation`
         base.generation_config = GenerationConfig()
     try:
         base.save_pretrained(folder, state_dict=_in_dtype(base.state_dict(keep_vars=True), dtype))
@@ -60,7 +60,8 @@ def _save_full(policy: Policy, folder: Path) -> None:
 
 
 def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The floating point tensors in another dtype. Names of one tensor, as tied weights have, stay names of one."""
+    """The tensors, with floating point ones in another dtype. Names that share a tensor, as tied weights do, still
+    share one."""
     made: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in made:
@@ -70,12 +71,12 @@ def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
 
 def _saving_dtype(policy: Policy) -> torch.dtype:
-    """`saved_dtype`; float32 where a weight has become too large for float16."""
+    """`saved_dtype`, or float32 if a weight is too large for float16."""
     if policy.saved_dtype != torch.float16:
         return policy.saved_dtype
     most = torch.finfo(torch.float16).max
     large = [n for n, p in policy.base.named_parameters() if p.numel() and float(p.detach().abs().max()) > most]
     if not large:
         return torch.float16
-    logger.warning("%s: saved in float32, since %s is too large for float16 by now", policy.where, large[0])
+    logger.warning("%s: saved in float32, since the weights of %s are too large for float16", policy.where, large[0])
     return torch.float32

@@ -31,7 +31,7 @@ from strop.policy.prefix_sharing import (
         ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "(dynamic)"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1e3, "rope_theta": 1e4}}, "(dynamic)"),
         ("mamba", {}, "it has layers of the kind"),
-        ("bloom", {}, "how the architecture bloom mixes its tokens cannot be exchanged"),
+        ("bloom", {}, "the attention of the architecture bloom cannot be replaced"),
         ("diffllama", {}, "architecture diffllama is not among those"),
         ("qwen3_next", {}, "layers of the kind linear_attention"),
         ("llama", {"layer_types": ["full_attention", "linear_attention"]}, "layers of the kind linear_attention"),

@@ -134,7 +134,7 @@ def test_two_writers_at_once(store: ReferenceStore) -> None:
 def test_what_cannot_be_written_is_said_once(store: ReferenceStore, caplog: pytest.LogCaptureFixture) -> None:
     store.path.mkdir()
     add(store, drawn(3))
-    assert caplog.text.count("kept for this run only") == 1
+    assert caplog.text.count("later runs will score the reference again") == 1
 
 
 def test_what_must_be_kept_and_cannot_be_is_an_error(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_what_cannot_be_removed_or_read_is_said(
     monkeypatch.setattr(Path, "unlink", refuse)
     store.clear()
     add(store, drawn(3))  # not after what could not be removed
-    assert caplog.text.count("kept for this run only") == 1
+    assert caplog.text.count("later runs will score the reference again") == 1
     monkeypatch.setattr(Path, "open", refuse)
     assert read(store, drawn(3)) == {}
     assert "cannot be read" in caplog.text
