@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from strop.world import World
 
@@ -38,16 +38,7 @@ class ThreadWorld(World):
 
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
-    def sum(self, counts: Sequence[int]) -> list[int]:
-        return [sum(column) for column in zip(*self.meeting.exchange(self.rank, list(counts)), strict=True)]
-
-    def any(self, flag: bool) -> bool:
-        return any(self.meeting.exchange(self.rank, flag))
-
-    def broadcast(self, value: T) -> T:
-        return self.meeting.exchange(self.rank, value)[0]
-
-    def gather(self, value: T) -> list[T]:
+    def _exchange(self, value: Any) -> list[Any]:
         return self.meeting.exchange(self.rank, value)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -57,6 +48,14 @@ class ThreadWorld(World):
                 there = [g for g in grads if g is not None]
                 own[i].grad = torch.stack(there).sum(0) if there else None
             self.meeting.barrier.wait(PATIENCE)  # nobody goes on while another still reads its gradients
+
+    def share_tensors(self, tensors: Iterable[Tensor]) -> None:
+        self.any(False)
+        own = list(tensors)
+        for mine, first in zip(own, self.meeting.exchange(self.rank, own)[0], strict=True):
+            if not self.is_main:
+                mine.detach().copy_(first)
+        self.meeting.barrier.wait(PATIENCE)
 
 
 def in_worlds(size: int, work: Callable[[World], T]) -> list[T]:

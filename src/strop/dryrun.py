@@ -23,7 +23,7 @@ from strop.config.read import unread
 from strop.config.yamlfile import write_value
 from strop.data.load import LoadedData
 from strop.data.text.show import SeenRow, odd_groups, show_group
-from strop.device import pick_device
+from strop.device import num_processes, pick_device
 from strop.errors import ConfigError, SaveError
 from strop.machine import Machine, machine_named, machine_of
 from strop.modelrows import ModelRows
@@ -73,7 +73,8 @@ def dry_run(
     runs = []
     for model in models:
         read = _read(config, model, console)
-        runs.append(_settle(config, model, machine, read, say))
+        processes = num_processes(config.gpu) if device is None else config.gpu.asked_processes
+        runs.append(_settle(config, model, machine, processes, read, say))
     say("The configuration: key, value, where it came from\n")
     _show_values(_values(config, runs[0].prepared.config), console)
     for note in notes:
@@ -124,6 +125,7 @@ def _settle(
     config: RunConfig,
     model: ModelSection,
     machine: Machine,
+    processes: int,
     read: tuple[ModelRows, LoadedData],
     say: Callable[[str], None],
 ) -> Settled:
@@ -136,7 +138,7 @@ def _settle(
     is_without = os.path.isdir(folder) and not has_weights(folder)
     if os.path.isdir(folder) and not is_without:
         check_outline(model)
-    with Session(config, model, None, machine=machine, read=read) as session:
+    with Session(config, model, None, machine=machine, num_processes=processes, read=read) as session:
         settled = session.settled
         for line in settled.describe():
             say(line)

@@ -8,16 +8,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
+
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.engine.out_of_memory import explaining_memory
 from strop.errors import StropError, TrainingError
+from strop.world import World
 
 log = logging.getLogger("strop")
 
 
-def for_each_model(models: Sequence[ModelSection], config: RunConfig, work: Callable[[ModelSection], None]) -> None:
-    """Do `work` for every model, also after one that fails.
+def for_each_model(
+    models: Sequence[ModelSection], config: RunConfig, world: World, work: Callable[[ModelSection], None]
+) -> None:
+    """Do `work` for every model, also after one that fails; what fails in one process fails in all.
 
     Raises:
         StropError: that of the model, where there is only one.
@@ -25,8 +30,10 @@ def for_each_model(models: Sequence[ModelSection], config: RunConfig, work: Call
     """
     failures: list[tuple[str, StropError]] = []
     for model in models:
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)  # of a model trained before
         try:
-            with explaining_memory(config, model.name or model.huggingface_id):
+            with world.together(), explaining_memory(config, model.name or model.huggingface_id):
                 work(model)
         except StropError as error:
             if len(models) == 1:

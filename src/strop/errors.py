@@ -6,7 +6,8 @@
     |- ModelError       (ValueError)    a model folder, a tokenizer, an adapter
     |- CheckpointError  (RuntimeError)  a run folder or a checkpoint in it
     |  `- SaveError                     the disk did not take what was to be saved; what was there is untouched
-    `- TrainingError    (RuntimeError)  a step that must not be taken
+    |- TrainingError    (RuntimeError)  a step that must not be taken
+    `- PeerError                        another process of the same training failed, and this one ends with it
     Interrupted         (Exception)     not an error: stopped by a signal, saved, resumable
 
 A message says where, what was found, what was expected and what to do, in this order and in one line each.
@@ -72,6 +73,10 @@ class SaveError(CheckpointError):
 
 class TrainingError(StropError, RuntimeError):
     """A step that must not be taken: the weights are those of the step before."""
+
+
+class PeerError(StropError):
+    """Another process of the same training failed or is gone. This one is well, and ends with it."""
 
 
 class Interrupted(Exception):  # noqa: N818 (it is not an error)

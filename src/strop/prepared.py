@@ -44,7 +44,7 @@ MANY_ROWS = 100_000
 @dataclass(frozen=True)
 class Prepared:
     """A run before any weight is loaded. config: with the values that depend on the data, but for the size of
-    micro-batches (`with_budget`)."""
+    micro-batches (`with_budget`). num_processes: how many train together, each on a device or a share of the CPU."""
 
     config: RunConfig
     model: ModelSection
@@ -52,6 +52,7 @@ class Prepared:
     data: LoadedData
     objective: Objective[MethodSettings]
     plan: Plan
+    num_processes: int = 1
     _known: _KnownWork = field(default_factory=lambda: _KnownWork(), compare=False, repr=False)
 
     @property
@@ -96,9 +97,12 @@ class Prepared:
         plan, training, lengths = self.plan, self.config.training, self.data.train.lengths
         yield from self.objective.describe()
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-        made = f" = {batch} per device x {accumulation} accumulation steps x 1 device"
-        own = training.groups_per_step != batch * accumulation
+        devices = "1 device" if self.num_processes == 1 else f"{self.num_processes} devices"
+        made = f" = {batch} per device x {accumulation} accumulation steps x {devices}"
+        own = training.groups_per_step != batch * accumulation * self.num_processes
         what = "rows filled with groups" if training.packing else "groups"
+        if self.num_processes > 1:
+            yield f"processes: {self.num_processes}, each with the whole model and a share of every step"
         yield f"effective batch: {training.groups_per_step} {what} per step{'' if own else made}"
         if training.packing:
             fill = int(lengths.num_tokens.sum()) / (plan.num_rows * training.max_seq_length)
@@ -159,12 +163,14 @@ def prepare(
     model: ModelSection,
     checkpoint: Checkpoint | None = None,
     read: tuple[ModelRows, LoadedData] | None = None,
+    num_processes: int = 1,
 ) -> Prepared:
     """Reads the tokenizer and the data, and decides what depends on them. Loads no weights.
 
     Args:
         checkpoint: what the run continues from; the values that belong to its recipe are kept.
         read: tokenizer and rows, if they have been read already.
+        num_processes: how many will train together.
 
     Raises:
         StropError: the rows, the tokenizer or the configuration cannot be used.
@@ -196,12 +202,12 @@ def prepare(
         config = config.with_values(kept, "the resumed run")
     groups_per_step = config.training.groups_per_step
     if groups_per_step is None:
-        groups_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        groups_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * num_processes
         origin = "batch size x accumulation steps x devices"
         config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
     filled = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
     plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, filled)
-    return Prepared(config, model, tokenizer, data, objective, plan)
+    return Prepared(config, model, tokenizer, data, objective, plan, num_processes)
 
 
 def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:

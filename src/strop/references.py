@@ -6,12 +6,14 @@ import logging
 
 from strop.config import RunConfig, resolve
 from strop.config.sections import ModelSection
+from strop.device import start_world
 from strop.each_model import for_each_model
 from strop.engine.progress import Progress
 from strop.errors import ConfigError
 from strop.objectives.base import build_objective
 from strop.preflight import select_models
-from strop.session import Session, start_world
+from strop.session import Session
+from strop.world import World
 
 log = logging.getLogger("strop")
 
@@ -30,14 +32,16 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
             where=f"post_training.method: {config.post_training.method}",
             expected="a method with a reference that does not change, and training.reference_store: true",
         )
-    for_each_model(select_models(config, model_index), config, lambda model: _fill_reference(config, model))
+    models = select_models(config, model_index)
+    with start_world(config.gpu) as world:
+        for_each_model(models, config, world, lambda model: _fill_reference(config, model, world))
 
 
-def _fill_reference(config: RunConfig, model: ModelSection) -> None:
-    quiet = config.logging.log_level in ("warning", "error")
+def _fill_reference(config: RunConfig, model: ModelSection, world: World) -> None:
+    quiet = not world.is_main or config.logging.log_level in ("warning", "error")
     with (
         Progress(quiet=quiet) as progress,
-        Session(config, model, start_world(config), backward=False) as session,
+        Session(config, model, world, backward=False) as session,
         session.reference() as reference,
     ):
         session.score(reference, progress, folder=None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from strop.config import RunConfig
 from strop.engine import checkpoint
 from strop.engine.checkpoint import Checkpoint
-from strop.engine.ending import RunResult, ending_of
+from strop.engine.ending import Ending, RunResult, ending_of
 from strop.engine.loop import Loop
 from strop.engine.recipe import check_finished
 from strop.errors import CheckpointError
@@ -26,8 +26,12 @@ def already_finished(done: Checkpoint, session: Session, run: RunDir) -> RunResu
             made_from = made_from | reference_made_from(reference)
     check_finished(done, session.config, made_from)
     log.info("%s is finished: its model is in %s; nothing is trained", session.model.name, run.final)
-    mirror(session.config, run)
-    return RunResult(session.model.name, run.path, ending_of(run.path))
+
+    def how() -> Ending:
+        mirror(session.config, run)
+        return ending_of(run.path)
+
+    return RunResult(session.model.name, run.path, session.world.on_main(how))
 
 
 def checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
@@ -70,11 +74,9 @@ def best_checkpoint(run: RunDir, saved: Checkpoint | None, step: int) -> Path:
 def look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
     """Warns at the start, not after the training, if the checkpoint of the best model so far is missing."""
     best = loop.state.best_step
-    if (
-        best is not None
-        and loop.config.finetuning.load_best_model_at_end
-        and not best_checkpoint(run, saved, best).is_dir()
-    ):
+    if best is None or not loop.config.finetuning.load_best_model_at_end:
+        return
+    if not loop.world.on_main(lambda: best_checkpoint(run, saved, best).is_dir()):
         log.warning("the best model so far, %s, is gone: a later one will be final", best_checkpoint(run, saved, best))
         loop.state.best_step = None
 

@@ -22,14 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
-
 from strop.cachedir import cache_folder
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData
 from strop.data.mismatch import Mismatched
-from strop.device import pick_device
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.loop import Cuts
 from strop.engine.offline import OfflineSource
@@ -90,6 +87,7 @@ class Session:
     Args:
         world: this process and its device. None: nothing will be loaded, only planned for `machine`.
         machine: what the run must fit. Default: the machine of the world's device.
+        num_processes: how many will train together. Default: those of the world.
         resumed: the checkpoint that the run continues from.
         read: tokenizer and data, if they have been read already.
         backward: whether there will be backward passes, which need memory for activations.
@@ -102,12 +100,14 @@ class Session:
         world: World | None,
         *,
         machine: Machine | None = None,
+        num_processes: int | None = None,
         resumed: Checkpoint | None = None,
         read: tuple[ModelRows, LoadedData] | None = None,
         backward: bool = True,
     ) -> None:
         assert world is not None or machine is not None
         self._config, self.model, self._world, self._machine = config, model, world, machine
+        self._num_processes = num_processes or (world.size if world is not None else 1)
         self._resumed, self._read, self._backward = resumed, read, backward
         self._exit = ExitStack()
 
@@ -141,7 +141,7 @@ class Session:
 
     @cached_property
     def prepared(self) -> Prepared:
-        found = prepare(self._config, self.model, self._resumed, self._read)
+        found = prepare(self._config, self.model, self._resumed, self._read, self._num_processes)
         if found.data.chat_template is not None:
             found.tokenizer.chat_template = found.data.chat_template  # goes into final/, for whoever generates
         return found
@@ -180,7 +180,9 @@ class Session:
 
     def _agreed(self, prepared: Prepared) -> Prepared:
         """With the configuration of the main process: each measured its own device, and all must cut steps alike."""
-        return prepared if self._world is None else replace(prepared, config=self._world.broadcast(prepared.config))
+        if self._world is None:
+            return prepared
+        return replace(prepared, config=self._world.on_main(lambda: prepared.config))
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -262,18 +264,19 @@ class Session:
         """
         plan, training, ahead = self.prepared.plan, self.config.training, folder is None
         store = None
-        if training.reference_store:
+        if training.reference_store and self.world.is_main:
             store = ReferenceStore.of(reference, reference.weights_hash, must_keep=ahead)
-        folder = folder or cache_folder("references", must_keep=ahead)
+        folder = folder if folder is not None and folder.is_dir() else cache_folder("references", must_keep=ahead)
         train, validation = self.groups()
         # The cut decides the last bits of the log-probs. The budget of training steps depends on the memory that is
         # free today, so it would make a store of little use to other runs.
         tokens, device = self.final.tokens, self.world.device.type
         own_cut = Cut(default_budget(train.groups, training.per_device_train_batch_size, tokens, device), tokens)
         visits = plan.all_visits() if train.also else None
-        train = scored(reference, store, train, own_cut, progress, folder, plan.all_groups(), visits)
+        world = self.world
+        train = scored(reference, store, train, own_cut, progress, folder, world, plan.all_groups(), visits)
         # cut as the evaluation will cut them
-        return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress, folder)
+        return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress, folder, world)
 
     def source(self, splits: Splits) -> OfflineSource:
         """The groups of every step.
@@ -293,21 +296,10 @@ def reference_made_from(reference: Policy) -> dict[str, str]:
     return {"reference": reference.weights_hash, "reference_configuration": configuration}
 
 
-def start_world(config: RunConfig) -> World:
-    """This process, on the device that the configuration chooses; it becomes torch's current device."""
-    device, notes = pick_device(config.gpu)
-    for note in notes:
-        log.warning(note)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # libraries that are not told a device take the current one
-        torch.cuda.reset_peak_memory_stats(device)  # of a model trained before
-    return World.alone(device)
-
-
 def _one_way(precision: Precision, world: World, resumed: Checkpoint | None) -> AbstractContextManager[None]:
     """A block in which a CPU computes matrix products in one fixed way: that of the resumed run, if there is one, and
     the same in all processes."""
     if world.device.type != "cpu":
         return nullcontext()
-    ways = product_rates.ways_of_run(precision.compute, resumed.state.get("products") if resumed else None)
-    return product_rates.taking(world.broadcast(ways))
+    before = resumed.state.get("products") if resumed else None
+    return product_rates.taking(world.on_main(lambda: product_rates.ways_of_run(precision.compute, before)))

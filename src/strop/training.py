@@ -9,13 +9,16 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from os import PathLike
+from typing import NamedTuple
 
 import torch
 
 from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
+from strop.device import start_world
 from strop.each_model import for_each_model
 from strop.engine import checkpoint, final
+from strop.engine.alike import check_alike, start_facts
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.ending import Ending, RunResult, ending_of
 from strop.engine.environment import write_environment
@@ -34,7 +37,7 @@ from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
 from strop.rundir import RunDir
 from strop.runfiles import RESULT
-from strop.session import Session, Splits, reference_made_from, start_world
+from strop.session import Session, Splits, reference_made_from
 from strop.space import check_space
 from strop.world import World
 
@@ -72,40 +75,72 @@ def train(
             expected="auto, which finds the checkpoint of each model",
             fix="choose the model of this checkpoint with --model-index",
         )
-    check(config, model_index=model_index, resume=resume)  # all of them, before the first trains
     results: list[RunResult] = []
-    for_each_model(models, config, lambda m: results.append(_train_model(config, m, resume, overwrite, allow_changes)))
+    with start_world(config.gpu) as world:
+        with world.together():
+            check_alike(world, start_facts(config))
+            check(config, model_index=model_index, resume=resume)  # all models, before the first trains
+        asked = _Asked(resume, overwrite, allow_changes)
+        for_each_model(models, config, world, lambda model: results.append(_train_model(config, model, world, asked)))
     return results
 
 
-def _train_model(
-    config: RunConfig, model: ModelSection, resume: str | None, overwrite: bool, allow_changes: bool
-) -> RunResult:
-    world = start_world(config)
+class _Asked(NamedTuple):
+    """What to do about a run that stands in the run folder; see `train`."""
+
+    resume: str | None
+    overwrite: bool
+    allow_changes: bool
+
+
+class _Before(NamedTuple):
+    """What a run goes on from. done: the run is finished; its final model. saved: the checkpoint. extended: the steps
+    of the finished run that is to be longer."""
+
+    done: Checkpoint | None = None
+    saved: Checkpoint | None = None
+    extended: int | None = None
+
+
+def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _Asked) -> RunResult:
     config = of_model(config, model)
-    resume = resume or (None if overwrite else config.finetuning.resume_from_checkpoint)
-    folder, logging_dir = run_folder(config, model), config.logging.logging_dir
+    resume = asked.resume or (None if asked.overwrite else config.finetuning.resume_from_checkpoint)
     with (
-        RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir) as run,
+        _open(config, model, world, asked.overwrite, resume) as run,
         Progress(quiet=_is_quiet(config, world)) as progress,
     ):
-        done = final.finished(run) if resume else None
-        extended = None
-        if done and resume == "auto" and extends(done, config, num_steps := ending_of(run.path).num_steps):
-            done, extended = None, num_steps  # the old model stays until the new one is there
-        if done:  # what can be seen at once; the rest below, as for a run that is not finished
-            check_given(done, config, str(resume))
-        saved = None if done else checkpoint_to_resume(run, resume)
-        if config.training.mount_dir:
-            run.mirror_target(config.training.mount_dir)  # now, not after hours
+        done, saved, extended = world.on_main(lambda: _look(config, run, resume))
         with Session(config, model, world, resumed=done or saved) as session:
             _build(session, None if done else run, saved.step if saved else 0)
+            check_alike(world, session.made_from)
             if done:
                 return already_finished(done, session, run)
             if saved:
-                check_recipe(saved, session.config, session.made_from, allow_changes, extended=extended)
+                check_recipe(saved, session.config, session.made_from, asked.allow_changes, extended=extended)
             _tell(model, session.final.describe())
-            return _Run(session, run, progress, saved, allow_changes).whole()
+            return _Run(session, run, progress, saved, asked.allow_changes).whole()
+
+
+def _open(config: RunConfig, model: ModelSection, world: World, overwrite: bool, resume: str | None) -> RunDir:
+    """The run folder, entered by rank 0; the others only know its parts."""
+    folder, logging_dir = run_folder(config, model), config.logging.logging_dir
+    if not world.is_main:
+        return RunDir(folder, logging_dir=logging_dir)
+    return RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir)
+
+
+def _look(config: RunConfig, run: RunDir, resume: str | None) -> _Before:
+    """Look at what is in the run folder, and at where the mirror will be: now, not after hours."""
+    done = final.finished(run) if resume else None
+    extended = None
+    if done and resume == "auto" and extends(done, config, num_steps := ending_of(run.path).num_steps):
+        done, extended = None, num_steps  # the old model stays until the new one is there
+    if done:  # what can be seen at once; the rest later, as for a run that is not finished
+        check_given(done, config, str(resume))
+    saved = None if done else checkpoint_to_resume(run, resume)
+    if config.training.mount_dir:
+        run.mirror_target(config.training.mount_dir)
+    return _Before(done, saved, extended)
 
 
 def _is_quiet(config: RunConfig, world: World) -> bool:
@@ -123,7 +158,7 @@ def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
         log.warning("%s: %s", model.name, note)
     _tell(model, session.settled.prediction())  # before anything large is loaded
     log.debug("%s: %s", model.name, LEFT_OUT)
-    if run is not None:
+    if run is not None and session.world.is_main:
         found, freed = session.settled, run.replaced_bytes()
         for note in check_space(found.prepared, found.precision, run.path, steps_done=steps_done, freed=freed):
             log.warning("%s: %s", model.name, note)
@@ -155,13 +190,13 @@ class _Run:
         """Scores the reference, trains, and writes the final model."""
         session, name = self.session, self.session.model.name
         source = session.source(self._splits())
-        if not self.saved:
+        if not self.saved and session.world.is_main:
             self._write_records()  # from here on the folder holds a run; what failed before can be started anew
         outputs = self._outputs(source.num_steps)
         try:
             devices = [session.world.device] if session.world.device.type == "cuda" else []
             # training seeds torch's generators; afterwards they continue where the caller left them
-            with StopSignal(self.progress.note) as stop, torch.random.fork_rng(devices):
+            with StopSignal(outputs.note) as stop, torch.random.fork_rng(devices):
                 parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
                 state, step = self._train(Loop(session.config, *parts, should_stop=lambda: stop.requested), outputs)
         except Interrupted as stopped:
@@ -173,9 +208,14 @@ class _Run:
         finally:
             outputs.close()
         checkpoint.refuse_nonfinite(f"no final model after step {state.step}", session.policy.trainable())
-        records = self.run.metrics.read()
-        ending = Ending.of(session.config, state, num_steps=source.num_steps, final_step=step, records=records)
-        return self._finish(ending)
+
+        def finish() -> Ending:
+            records = self.run.metrics.read()
+            ending = Ending.of(session.config, state, num_steps=source.num_steps, final_step=step, records=records)
+            self._finish(ending)
+            return ending
+
+        return RunResult(name, self.run.path, session.world.on_main(finish))
 
     def _splits(self) -> Splits:
         """The groups, with reference log-probs if the objective needs a reference that does not change."""
@@ -193,24 +233,28 @@ class _Run:
     def _outputs(self, num_steps: int) -> RunOutputs:
         config, run = self.session.config, self.run
         resumed_at = self.resumed_at if self.saved else None
-        trackers = open_trackers(config.logging.report_to, run.logs, resumed_at=resumed_at, config=to_yaml(config))
+        report_to = config.logging.report_to if self.session.world.is_main else ()
+        trackers = open_trackers(report_to, run.logs, resumed_at=resumed_at, config=to_yaml(config))
         parts = (config, run, trackers, self.progress, self.session.world)
         return RunOutputs(*parts, made_from=self.made_from, num_steps=num_steps, resumed_at=self.resumed_at)
 
     def _train(self, loop: Loop, outputs: RunOutputs) -> tuple[TrainState, int]:
         """Returns the state after the last step, and the step whose weights the policy holds: the last or the best."""
+        is_main = self.session.world.is_main
         if self.saved:
             loop.restore(self.saved)
             look_for_best(loop, self.run, self.saved)
-            checkpoint.retire_newer(self.run.path, self.saved.step)
-            self._write_records()  # only now: the checkpoint has been found to fit
+            if is_main:
+                checkpoint.retire_newer(self.run.path, self.saved.step)
+                self._write_records()  # only now: the checkpoint has been found to fit
         evaluated = loop.state.evaluated_step == self.resumed_at
         outputs.cut(self.resumed_at if self.saved else -1, evaluated=evaluated)
         state = loop.run()
         best = partial(best_checkpoint, self.run, self.saved)
-        return state, loop.load_best(lambda step: checkpoint.open_checkpoint(best(step)))
+        on_main = self.session.world.on_main
+        return state, loop.load_best(lambda step: on_main(lambda: checkpoint.open_checkpoint(best(step))))
 
-    def _finish(self, ending: Ending) -> RunResult:
+    def _finish(self, ending: Ending) -> None:
         """Writes the final model, and logs how the run ended."""
         session, run, step = self.session, self.run, ending.final_step
         prepared, policy, name = session.prepared, session.policy, session.model.name
@@ -225,13 +269,13 @@ class _Run:
             log.warning("%s: %s", name, warning)
         report(session, run)
         log.info("%s: the model of step %d is in %s", name, step, run.final)
-        return RunResult(name, run.path, ending)
 
     def _write_records(self) -> None:
         """Writes what is known of a run before its first step: configuration, environment, data report."""
         config, data = self.session.config, self.session.prepared.data
         self.run.write_text("config.yaml", to_yaml(config))
-        write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record())
+        size = self.session.world.size
+        write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record(), world_size=size)
         write_plan(self.session, self.run)
         self.run.write_json("data.json", data.report.as_dict())
         if data.rejected:

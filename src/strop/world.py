@@ -3,19 +3,39 @@
 Code that has to know which process it runs in takes a `World` as an argument; nothing else reads the environment.
 Whatever must be equal in all processes is decided from what these methods return: the counts of a step, its loss and
 gradients, whether to stop, which files are written. With one process, every method returns what it is given.
+
+A process that fails calls `tell` in place of its next collective method. That call then fails in the other processes
+too, so none of them waits for one that never comes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from strop.errors import PeerError, StropError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a process that failed gives in place of a value. rank: its number. why: its message. memory: whether memory
+    ran out, so that all processes can try again with less."""
+
+    rank: int
+    why: str
+    memory: bool = False
+
+
+class PeerMemoryError(RuntimeError):
+    """Memory ran out in another process; all of them try again."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,9 @@ class World(ABC):
 
     rank: its number, from 0. local_rank: its number on this machine. device: where it computes.
 
-    The abstract methods are collective: every process must call the same ones in the same order.
+    `sum`, `any`, `on_main`, `gather`, `tell`, `sum_gradients` and `share_tensors` are collective: every process must
+    call the same ones in the same order. Only `tell` may stand for any other; it makes the others raise `PeerError` or
+    `PeerMemoryError`.
     """
 
     device: torch.device
@@ -50,43 +72,87 @@ class World(ABC):
         """
         return [parts[rank :: self.size] for rank in range(self.size)]
 
-    @abstractmethod
     def sum(self, counts: Sequence[int]) -> list[int]:
         """Each count, summed over all processes; exact integers, known on the CPU."""
+        return [sum(column) for column in zip(*self._exchanged(list(counts)), strict=True)]
 
-    @abstractmethod
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
+        return any(self._exchanged(flag))
 
-    @abstractmethod
-    def broadcast(self, value: T) -> T:
-        """The value of rank 0, in every process. It must pickle."""
+    def on_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns in rank 0, in every process. Only rank 0 calls it. The value must pickle."""
+        brought: Any = make() if self.is_main else None
+        first: T = self._exchanged(brought)[0]
+        return first
 
-    @abstractmethod
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank, on the device of this process.
 
-        A value is a tensor, a number or a dataclass of them. The first dimension of tensors may differ by process.
+        A value is anything that pickles; in it, the first dimension of tensors may differ by process.
         """
+        return self._exchanged(value)
+
+    def tell(self, error: BaseException, *, memory: bool = False) -> None:
+        """Makes the collective call that the other processes are in fail, since this one has failed.
+
+        Args:
+            memory: memory ran out here, and all processes are to repeat what they did.
+        """
+        self._exchange(Failure(self.rank, str(error) or type(error).__name__, memory))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that fails in all processes if it fails in one.
+
+        Rank 0, which speaks to the user, raises its own error, or `PeerError` with the message of the process that
+        failed. The others raise `PeerError`.
+        """
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as error:
+            self.tell(error)
+            if self.is_main or not isinstance(error, StropError):
+                raise
+            raise PeerError(f"process 0 says what is wrong: {error}") from error
+
+    def _exchanged(self, value: T) -> list[T]:
+        """The values of all processes, by rank.
+
+        Raises:
+            PeerError, PeerMemoryError: another process has failed.
+        """
+        brought = self._exchange(value)
+        failures = [one for one in brought if isinstance(one, Failure)]
+        for failure in failures:
+            if not failure.memory:
+                raise PeerError(f"process {failure.rank} of {self.size} failed: {failure.why}")
+        for failure in failures:
+            raise PeerMemoryError(f"in process {failure.rank}: {failure.why}")
+        return brought
+
+    @abstractmethod
+    def _exchange(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank; one may be a `Failure`. Tensors are on the device of this process."""
 
     @abstractmethod
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces each gradient by its sum over all processes. A parameter without one here gets the others' sum."""
 
+    @abstractmethod
+    def share_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces the values of these tensors by those of rank 0; shapes and dtypes are the same in all processes."""
+
 
 @dataclass(frozen=True)
 class _Alone(World):
-    def sum(self, counts: Sequence[int]) -> list[int]:
-        return list(counts)
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def broadcast(self, value: T) -> T:
-        return value
-
-    def gather(self, value: T) -> list[T]:
+    def _exchange(self, value: T) -> list[T]:
         return [value]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        pass
+
+    def share_tensors(self, tensors: Iterable[Tensor]) -> None:
         pass

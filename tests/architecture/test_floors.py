@@ -23,6 +23,7 @@ FLOORS = {
     "runfiles": 0,
     "world": 0,
     "config": 1,
+    "distributed": 1,
     "time_limit": 1,
     "batch": 1,
     "lengths": 1,
@@ -52,12 +53,13 @@ FLOORS = {
     "resuming": 7,
     "training": 8,
     "demo": 9,
+    "launch": 9,
     "cli": 10,
     "__main__": 11,
     "__init__": 10,
 }
-# of the same floor: cachedir and disk raise
-NEIGHBOURS = {("cachedir", "errors"), ("disk", "errors")}
+# of the same floor: these raise
+NEIGHBOURS = {("cachedir", "errors"), ("disk", "errors"), ("world", "errors")}
 TORCH_FREE = ("errors", "types", "config", "terminal", "cli", "__init__", "__main__")
 MODULES = sorted(SRC.rglob("*.py"))
 

@@ -72,7 +72,7 @@ def test_gpu__device_ids_on_gpus(runs: Any, two_gpus: list[torch.device], watche
         with pytest.raises(StropError, match="enough seen"):
             runs(device_ids=ids)
     assert [device.index for device in two_gpus] == [0, 0, 1] and current == two_gpus
-    for ids, words in (([2], "device 2 is not there"), ([0, 1], "several devices")):
+    for ids, words in (([2], "device 2 is not there"), ([0, 1], "asks for 2 processes")):
         with pytest.raises(ConfigError, match=words):
             runs(device_ids=ids)
 
@@ -83,8 +83,18 @@ def test_gpu__use_ddp(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_gpu__use_ddp_on_gpus(runs: Any, two_gpus: list[torch.device]) -> None:
-    with pytest.raises(ConfigError, match="use_ddp True: several devices"):
+    with pytest.raises(ConfigError, match="asks for 2 processes, and this is one"):
         runs(use_ddp=True)
+    assert two_gpus == []
+
+
+def test_gpu__num_processes(runs: Any, two_gpus: list[torch.device]) -> None:
+    """By the command line it starts them: `test_processes.py`."""
+    for count, words in ((2, "asks for 2 processes, and this is one"), (3, "asks for 3 processes")):
+        with pytest.raises(ConfigError, match=words):
+            runs(num_processes=count)
+    with pytest.raises(ConfigError, match="device_ids names 2 devices"):
+        runs(num_processes=3, device_ids=[0, 1])
     assert two_gpus == []
 
 

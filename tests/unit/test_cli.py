@@ -258,10 +258,14 @@ def test_of_several_processes_the_first_one_speaks(
     config: Path, calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("strop.cli.entry.SECONDS_TO_SPEAK", 0.0)
     calls.work = lambda: logging.getLogger("strop").warning("careful")
     assert cli.main(["train", "--config", "c.yaml"]) == 0
     assert cli.main(["train", "--config", "c.yaml", "--num-epochs", "0"]) == 1
-    assert capsys.readouterr().err.startswith("[rank 1] --num-epochs")
+    assert capsys.readouterr().err == "", "rank 0 speaks"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.main(["train", "--config", "c.yaml", "--num-epochs", "0"]) == 1
+    assert capsys.readouterr().err.startswith("[rank 1] --num-epochs"), "the first one of another machine"
 
 
 # ---- help

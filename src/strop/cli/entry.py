@@ -13,13 +13,16 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 
 from strop.cli.commands import COMMANDS
-from strop.errors import ConfigError, Interrupted, StropError
+from strop.errors import ConfigError, Interrupted, PeerError, StropError
 from strop.terminal import ReaderLeft, complain, open_standard_streams, rank, session, show
 
 RESUMABLE = 75
+SECONDS_TO_SPEAK = 2.0
+"""Of several processes, those that do not speak leave so much later: the launcher ends all when one leaves."""
 STOPPED = 130
 
 
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
         with session():
             return dispatch(arguments)
     except StropError as error:
-        complain(str(error))
+        _tell(error)
         return 1
     except Interrupted as stop:
         if rank() == 0:
@@ -70,6 +73,14 @@ def dispatch(arguments: list[str]) -> int:
         show(module.usage())
         return 0
     return module.run(rest)
+
+
+def _tell(error: StropError) -> None:
+    """Of several processes rank 0 speaks, and, of what it may not know, the first one on each machine."""
+    if rank() == 0 or (os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, PeerError)):
+        complain(str(error))
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
 
 
 def _help() -> str:

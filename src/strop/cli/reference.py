@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from strop.cli.run_config import load, parse, parser_of_run
+from strop.cli.run_config import load, parse, parser_of_run, run_in_processes
 
 
 def usage() -> str:
@@ -12,6 +12,9 @@ def usage() -> str:
 def run(arguments: list[str]) -> int:
     options, overrides = parse(parser_of_run("reference"), arguments)
     config = load(options, overrides)
+
+    if (code := run_in_processes(config, "reference", arguments)) is not None:
+        return code
 
     from strop.references import fill_references
 

@@ -2,6 +2,8 @@
 
 options, overrides = parse(parser_of_run("train"), arguments)
 config = load(options, overrides)
+if (code := run_in_processes(config, "train", arguments)) is not None:
+    return code
 """
 
 from __future__ import annotations
@@ -67,3 +69,23 @@ def load(
 
     check(config, model_index=options.model_index, resume=resume, needs_weights=needs_weights)
     return config
+
+
+def run_in_processes(config: RunConfig, command: str, arguments: Sequence[str]) -> int | None:
+    """Runs the command again in as many processes as the configuration asks for; their exit code.
+
+    None where this process is to do the work: it is the only one, or was started as one of several.
+
+    Raises:
+        ConfigError: it was started as one of several by a launcher that strop does not join.
+    """
+    if config.gpu.asked_processes == 1 and not config.gpu.use_ddp:
+        return None
+    from strop.device import num_processes
+    from strop.distributed import find_place
+
+    if find_place() is not None or (count := num_processes(config.gpu)) == 1:
+        return None
+    from strop.launch import launch
+
+    return launch([command, *arguments], count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 
-from strop.cli.run_config import load, parse, parser_of_run
+from strop.cli.run_config import load, parse, parser_of_run, run_in_processes
 from strop.config.reference import LAYERS, key_help
 from strop.errors import ConfigError
 from strop.machine import bytes_of
@@ -55,6 +55,9 @@ def run(arguments: list[str]) -> int:
             verbose=options.verbose,
         )
         return 0
+
+    if (code := run_in_processes(config, "train", arguments)) is not None:
+        return code
 
     from strop.training import train
 

@@ -51,7 +51,7 @@ COMPARED = ("python", "packages", "platform", "processor", "num_cpus", "num_thre
 """What can change a result in its last digits."""
 
 
-def write_environment(run: RunDir, saved: Checkpoint | None, *, seed: int, products: Any) -> None:
+def write_environment(run: RunDir, saved: Checkpoint | None, *, seed: int, products: Any, world_size: int = 1) -> None:
     """Writes environment.json. A resume keeps the record of the first launch, adds its own to it, and warns about
     differences.
 
@@ -59,7 +59,7 @@ def write_environment(run: RunDir, saved: Checkpoint | None, *, seed: int, produ
         saved: the checkpoint that is resumed from.
         products: how matrix products are computed here.
     """
-    environment: dict[str, Any] = {**describe_environment(seed=seed), "products": products}
+    environment: dict[str, Any] = {**describe_environment(seed=seed, world_size=world_size), "products": products}
     if saved and (launch := launch_record(saved.path.parent)) is not None:
         for line in changed_since(launch, environment):
             log.warning("%s: changed since the launch, so the last digits may differ: %s", run.path, line)

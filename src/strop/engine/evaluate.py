@@ -11,11 +11,10 @@ import torch
 from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.engine.out_of_memory import cut_finer, does_not_fit
+from strop.engine.out_of_memory import attempt_together, cut_finer, does_not_fit
 from strop.engine.source import Cut, GroupSet, Part
 from strop.engine.step import ALONE, Forward, StepScores, join_all, summarise
 from strop.objectives.base import Objective
-from strop.policy.allocator import attempt
 from strop.policy.policy import Policy
 from strop.world import World
 
@@ -90,7 +89,7 @@ class Evaluation:
         """
         while True:
             try:
-                found, why = attempt(self._score)
+                found, why = attempt_together(self._score, self.world)
             except _StoppedError:
                 return None
             if found is not None:

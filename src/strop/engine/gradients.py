@@ -10,12 +10,11 @@ from torch import Tensor
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.engine.ahead import Ahead
-from strop.engine.out_of_memory import cut_finer, decided_by_auto, does_not_fit, recomputing
+from strop.engine.out_of_memory import attempt_together, cut_finer, decided_by_auto, does_not_fit, recomputing
 from strop.engine.recipe import cut_matters
 from strop.engine.source import Cut, MicroBatches, StepSource
 from strop.engine.step import StepScores, forward_backward
 from strop.objectives.base import Objective
-from strop.policy.allocator import attempt
 from strop.policy.checkpointing import checkpoint_all
 from strop.policy.policy import Policy
 from strop.world import World
@@ -74,15 +73,16 @@ class Gradients:
     def take(self, step: int, scale: float | Tensor) -> Found:
         """Computes the gradients of one step, times `scale`, summed over all processes.
 
-        If memory runs out, the gradients of the step so far are dropped and the whole step is repeated in smaller
-        micro-batches. It is the same step, since the cut changes nothing but the masks of dropout. If micro-batches are
-        single groups already and `gradient_checkpointing` is auto, all layers are recomputed from then on.
+        If memory runs out in one process, the gradients of the step so far are dropped, and all processes repeat the
+        whole step in smaller micro-batches. It is the same step, since the cut changes nothing but the masks of
+        dropout. If micro-batches are single groups already and `gradient_checkpointing` is auto, all layers are
+        recomputed from then on.
 
         Raises:
             TrainingError: micro-batches of one group each do not fit.
         """
         while True:
-            done, why = attempt(lambda: self._passes(step, scale))
+            done, why = attempt_together(lambda: self._passes(step, scale), self._world)
             if done is not None:
                 break
             self._policy.zero_grad(set_to_none=True)

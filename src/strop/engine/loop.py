@@ -55,9 +55,9 @@ class Outputs(Protocol):
     def line(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl: means over the steps since the last line, or an evaluation."""
 
-    def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]
-    ) -> Path: ...
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
+        """Called by all processes, which return when it is saved."""
+
     def evaluating(self, num_groups: int) -> AbstractContextManager[Callable[[int], None]]: ...
     def note(self, text: str) -> None: ...
 
@@ -106,7 +106,7 @@ class Loop:
         self.optimizer = build_optimizer(self.parameters, self.training)
         self.gradients = Gradients(config, policy, objective, source, cuts.training, world, outputs.note)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=policy.precision.scaler)
-        self.snapshot = Snapshot(self.parameters, self.optimizer, self.scaler, source)
+        self.snapshot = Snapshot(self.parameters, self.optimizer, self.scaler, source, world)
         self.state = TrainState()
         self.window = MetricWindow()
         self.digest = WeightsDigest(list(self.parameters.values()))
@@ -307,7 +307,7 @@ class Loop:
         result = self.evaluation.scores(f"evaluation after step {self.state.step}")
         if result is None:
             return False
-        numbers = result.fetch()
+        numbers = self.world.on_main(result.fetch)  # the last bits may depend on the machine
         metrics = {name: total / count for name, (total, count) in numbers.metrics.items() if count}
         line = {
             "step": self.state.step,

@@ -1,13 +1,40 @@
-"""What to say when a run does not fit into memory. Floor 3."""
+"""Running out of memory: tried again by all processes together, and what to say of it. Floor 3."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from strop.config import RunConfig
 from strop.errors import TrainingError
-from strop.policy.allocator import is_out_of_memory
+from strop.policy.allocator import attempt, is_out_of_memory
+from strop.world import PeerMemoryError, World
+
+T = TypeVar("T")
+
+
+def attempt_together(compute: Callable[[], T], world: World) -> tuple[T | None, str]:
+    """(the result, "") in all processes, or (None, why) in all of them where memory ran out in one.
+
+    `compute` may make any number of collective calls: the others learn of it in the next one.
+    """
+    heard = False
+
+    def whole() -> T:
+        nonlocal heard
+        try:
+            found = compute()
+            world.any(False)  # who has come to the end waits for those that may not come to theirs
+        except PeerMemoryError as error:
+            heard = True
+            raise MemoryError(str(error)) from None
+        return found
+
+    found, why = attempt(whole)
+    if found is None and not heard:
+        world.tell(MemoryError(why), memory=True)
+    return found, why
 
 
 def does_not_fit(

@@ -20,7 +20,7 @@ from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
 from strop.engine.records import StepRecord
 from strop.engine.trackers import Trackers
-from strop.errors import CheckpointError
+from strop.errors import CheckpointError, SaveError
 from strop.policy.kernels import product_rates
 from strop.rundir import RunDir
 from strop.world import World
@@ -29,7 +29,7 @@ log = logging.getLogger("strop")
 
 
 class RunOutputs:
-    """The outputs of one run. The protocol `Outputs` of the loop describes the methods."""
+    """The outputs of one run, which rank 0 writes. The protocol `Outputs` of the loop describes the methods."""
 
     def __init__(
         self,
@@ -56,6 +56,8 @@ class RunOutputs:
 
         evaluated: whether the evaluation of `step` itself stays.
         """
+        if not self.world.is_main:
+            return
         self.run.cut_metrics(step, evaluated=evaluated)
         with _as_error(self.margins_log.folder):
             self.margins_log.cut(step)
@@ -92,6 +94,25 @@ class RunOutputs:
                 )
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
+        """Rank 0 saves, and the others wait for it.
+
+        Raises:
+            SaveError: in all processes, where the disk does not take it.
+        """
+        found = self.world.on_main(lambda: self._saved(step, tensors, state, protect))
+        if isinstance(found, SaveError):
+            raise found
+        return found
+
+    def _saved(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]
+    ) -> Path | SaveError:
+        try:
+            return self._save(step, tensors, state, protect)
+        except SaveError as error:
+            return error
+
+    def _save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
         return checkpoint.save(
             self.run.path,
             step,

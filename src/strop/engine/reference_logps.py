@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,20 @@ from strop.disk import unusable
 from strop.engine.progress import Progress
 from strop.engine.reference_cut import CutInto, Ints, MicroBatches, Wanted
 from strop.engine.source import Cut, GroupSet, Part
+from strop.engine.step import ALONE
 from strop.plan.cutting import cut
 from strop.policy.policy import Policy
 from strop.policy.reference import micro_batch_logps
 from strop.policy.reference_store import ReferenceStore
 from strop.types import Group
+from strop.world import World
 
 log = logging.getLogger("strop")
 
+AT_ONCE = 8
+"""Micro-batches that each of several processes scores before they exchange the log-probs."""
+STORED_AT_ONCE = 256
+"""Micro-batches whose log-probs rank 0 gives to the others at once."""
 NUM_VERIFIED = 4
 """Groups that are scored again to check the store before it is used."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -120,6 +127,7 @@ def scored(
     cut_by: Cut,
     progress: Progress,
     folder: Path,
+    world: World,
     indices: Sequence[int] | np.ndarray | None = None,
     visits: np.ndarray | None = None,
 ) -> GroupSet:
@@ -134,9 +142,10 @@ def scored(
     """
     cut_into = partial(cut, budget=cut_by.budget_tokens, tokens=cut_by.tokens)
     numbers = range(len(groups.groups)) if indices is None else indices
-    found = reference_logps_of(reference, store, groups.groups, numbers, cut_into, progress, folder)
+    found = reference_logps_of(reference, store, groups.groups, numbers, cut_into, progress, folder, world)
     also = {
-        name: scored(reference, store, others, cut_by, progress, folder, visits) for name, others in groups.also.items()
+        name: scored(reference, store, others, cut_by, progress, folder, world, visits)
+        for name, others in groups.also.items()
     }
 
     def ref_logps(part: Part) -> Columns:
@@ -153,14 +162,16 @@ def reference_logps_of(
     cut_into: CutInto,
     progress: Progress,
     folder: Path,
+    world: World = ALONE,
 ) -> ReferenceLogps:
     """The log-probs under the reference of the groups with these numbers.
 
     The result depends on the model, on these groups in this order and on `cut_into`, but not on the content of the
-    store, nor on where an earlier pass was interrupted. Equal completions of equal prompts are scored once.
+    store, nor on where an earlier pass was interrupted. Equal completions of equal prompts are scored once. Each
+    process scores a share of the micro-batches, and all of them return all log-probs.
 
     Args:
-        store: where log-probs are looked up and kept; None: all are scored.
+        store: where rank 0 looks log-probs up and keeps them; None: all are scored.
         folder: a folder on the disk that holds the log-probs during the run.
 
     Raises:
@@ -174,19 +185,43 @@ def reference_logps_of(
     done = np.zeros(len(parts), bool)
     if store is not None:
         _read(reference, store, groups, parts, results, done)
+    if world.size > 1:
+        done = _share(store, parts, results, done, world)
     missing = np.flatnonzero(~done).tolist()
     if not missing:
         return results
     task = progress.task("reference log-probs", sum(parts.num_tokens(n) for n in missing))
+    at_once = world.size * (AT_ONCE if world.size > 1 else 1)
     with reference.scoring():
-        for n in missing:
-            logps, in_one = micro_batch_logps(reference, parts.groups(n, groups))
-            values = logps.numpy()
-            results.write(parts.places(n, values))
-            if store is not None and in_one:  # one that had to be halved has other bits, which other runs may not get
-                store.append(parts.key(n), values)
-            task.step(n=parts.num_tokens(n))
+        for begin in range(0, len(missing), at_once):
+            own = []
+            for n in missing[begin : begin + at_once][world.rank :: world.size]:
+                logps, in_one = micro_batch_logps(reference, parts.groups(n, groups))
+                own.append((n, logps.numpy(), in_one))
+            for n, values, in_one in chain(*world.gather(own)):
+                results.write(parts.places(n, values))
+                if store is not None and in_one:  # one that had to be halved has other bits, which no other run may get
+                    store.append(parts.key(n), values)
+                task.step(n=parts.num_tokens(n))
     return results
+
+
+def _share(
+    store: ReferenceStore | None,
+    parts: MicroBatches,
+    results: ReferenceLogps,
+    done: NDArray[np.bool_],
+    world: World,
+) -> NDArray[np.bool_]:
+    """Give what rank 0 has found in its store to all processes; the micro-batches that they have then."""
+    number_of = {parts.key(n): n for n in np.flatnonzero(done).tolist()}
+    stored = store.read(number_of.keys()) if store is not None and number_of else iter(())
+    everywhere = np.zeros(len(parts), bool)
+    while some := world.on_main(lambda: [(number_of[key], values) for key, values in islice(stored, STORED_AT_ONCE)]):
+        for n, values in some:
+            results.write(parts.places(n, values))
+            everywhere[n] = True
+    return everywhere
 
 
 def _read(

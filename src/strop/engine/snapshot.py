@@ -13,10 +13,12 @@ from strop.engine.checkpoint import Checkpoint
 from strop.engine.optim import optimizer_tensors, set_optimizer_numbers
 from strop.engine.source import StepSource
 from strop.engine.state import TrainState
+from strop.world import World
 
 
 class Snapshot:
-    """Collects what a checkpoint of the run holds, and loads a checkpoint into the run. Tensors are not copied."""
+    """Collects what a checkpoint of the run holds, and loads a checkpoint into the run. Tensors are not copied. Rank 0
+    reads files, and gives the others what it has read."""
 
     def __init__(
         self,
@@ -24,8 +26,10 @@ class Snapshot:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         source: StepSource,
+        world: World,
     ) -> None:
         self.parameters, self.optimizer, self.scaler, self.source = parameters, optimizer, scaler, source
+        self.world = world
 
     def take(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The run's own tensors by name, and everything else as JSON values."""
@@ -43,7 +47,9 @@ class Snapshot:
     def load_tensors(self, checkpoint: Checkpoint) -> None:
         """Loads the tensors only."""
         tensors, _ = self._tensors()
-        checkpoint.load_into(tensors)
+        if self.world.is_main:
+            checkpoint.load_into(tensors)
+        self.world.share_tensors(tensors.values())
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         optimizer, numbers = optimizer_tensors(self.optimizer, self.parameters)

@@ -14,11 +14,28 @@ class GpuSection(Section):
     """Devices."""
 
     device_ids: ListOf[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
-    """The GPU to use, as a list of one: this version trains on one device. null: the first one, or the CPU where there
-    is none."""
+    """The GPUs to train on, one process each, which `strop train` starts. null: the first one, or under torchrun one
+    per process; the CPU where there is none."""
     use_ddp: bool = False
-    """Data parallelism over several device_ids; refused on GPUs in this version, which trains on one."""
+    """Data parallelism: every process has the whole model and a share of each step. Several processes train like this
+    in any case; without device_ids and num_processes, true takes all GPUs of the machine."""
+    num_processes: int | None = Field(default=None, gt=0, le=1024)
+    """Processes on this machine, which `strop train` starts; on a CPU they share its cores. null: one per device_id,
+    or one; under torchrun as many as it starts."""
+
+    @property
+    def asked_processes(self) -> int:
+        """How many processes a machine with enough devices is asked for."""
+        return len(self.device_ids) if self.device_ids else self.num_processes or 1
 
     def problems(self) -> Iterator[Problem]:
-        if self.device_ids and len(set(self.device_ids)) < len(self.device_ids):
-            yield Problem(("device_ids",), f"device_ids {list(self.device_ids)} names a device twice")
+        ids, count = self.device_ids, self.num_processes
+        if ids and len(set(ids)) < len(ids):
+            yield Problem(("device_ids",), f"device_ids {list(ids)} names a device twice")
+        if ids and count not in (None, len(ids)):
+            yield Problem(
+                ("num_processes", "device_ids"),
+                f"num_processes is {count}, and device_ids names {len(ids)} devices",
+                "one process per device",
+                "leave num_processes out",
+            )

@@ -1,0 +1,98 @@
+"""Starts the processes of a training on this machine, and ends when they have. Floor 9.
+
+torch's own launcher does the work (torch.distributed.elastic). A signal to this process is passed on, as often as it
+comes, and then waited for as long as it takes: a save must not be cut off. One process that fails ends all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
+from torch.distributed.elastic.multiprocessing.api import RunProcsResult, SignalException
+
+from strop.terminal import complain
+
+PERIOD_SECONDS = 0.2
+"""How often the processes are looked at."""
+HOST = "127.0.0.1"
+
+
+def launch(arguments: Sequence[str], num_processes: int) -> int:
+    """Run `strop` with these arguments in so many processes; the exit code.
+
+    0: all are done. Else that of the first process that ended otherwise; 128 + the signal where a signal killed it.
+    """
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what there is to say is said here
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    with tempfile.TemporaryDirectory(prefix="strop-") as folder:
+        processes = start_processes(
+            "strop",
+            sys.executable,
+            args=dict.fromkeys(range(num_processes), ("-m", "strop", *arguments)),
+            envs={rank: _environment(rank, num_processes, store.port) for rank in range(num_processes)},
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        return _exit_code(_watched(processes))
+
+
+def _environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun gives, too. The threads of a CPU are divided among the processes."""
+    threads = max(1, len(os.sched_getaffinity(0)) // size) if hasattr(os, "sched_getaffinity") else 1
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is in this process
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+
+
+def _watched(processes: PContext) -> RunProcsResult:
+    while True:
+        try:
+            found = processes.wait(period=PERIOD_SECONDS)
+        except SignalException as stop:
+            _pass_on(processes, stop.sigval)
+            continue
+        assert found is not None, "it waits for ever"
+        return found
+
+
+def _pass_on(processes: PContext, number: signal.Signals) -> None:
+    for pid in processes.pids().values():
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue  # it has ended
+
+
+def _exit_code(found: RunProcsResult) -> int:
+    if not found.failures:
+        return 0
+    # those that a signal killed could not say so; the others end because of them
+    killed = [
+        failure for failure in found.failures.values() if failure.exitcode < 0 and -failure.exitcode not in ENDING
+    ]
+    first = min(killed or found.failures.values(), key=lambda failure: failure.timestamp)
+    if first.exitcode >= 0:
+        return first.exitcode
+    if not killed:
+        return 128 - first.exitcode  # asked to end before there was anything to save
+    name = signal.Signals(-first.exitcode).name
+    complain(f"process {first.local_rank} (pid {first.pid}) was killed by {name}; all others are ended")
+    return 128 - first.exitcode
+
+
+ENDING = (signal.SIGTERM, signal.SIGINT)
+"""Signals by which processes are asked to end."""

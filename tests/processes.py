@@ -1,0 +1,71 @@
+"""Several real processes on this machine, joined as torchrun joins them: `in_processes(2, work, ...)`.
+
+They are forked from a server that has imported strop once, so that each takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed import TCPStore
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 120
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["strop.training", "strop.distributed"])
+
+
+def in_processes(size: int, work: Callable[..., T], *args: Any) -> list[T]:
+    """`work(*args)` in each process of a world of this size: what each gives, by rank. An error in one is raised here.
+
+    work: a function of a module, which joins the world by itself, as `strop.train` does, or by `joined`.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    started = []
+    for rank in range(size):
+        here, there = FORKED.Pipe()
+        process = FORKED.Process(target=_run, args=(there, rank, size, store.port, work, args))
+        process.start()
+        there.close()
+        started.append((process, here))
+    found: list[Any] = []
+    for rank, (process, here) in enumerate(started):
+        try:
+            assert here.poll(PATIENCE_SECONDS), f"process {rank} says nothing"
+            found.append(here.recv())
+        except EOFError:
+            found.append(AssertionError(f"process {rank} is gone"))
+        finally:
+            process.join(5)
+            process.kill()
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+    return found
+
+
+def _run(answer: Connection, rank: int, size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "CUDA_VISIBLE_DEVICES": "",  # they are compared with float32 on the CPU
+    }
+    try:
+        result = work(*args)
+    except BaseException as error:  # noqa: BLE001 (raised in the test)
+        error.add_note("".join(traceback.format_exception(error)))
+        result = error
+    answer.send(result)

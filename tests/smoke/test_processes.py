@@ -1,0 +1,193 @@
+"""Whole runs in several processes: the losses, margins and weights of one process, and one run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+import strop
+from processes import in_processes
+from strop import RunConfig
+from strop.config import to_yaml
+from strop.errors import CheckpointError, ConfigError, PeerError
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sft": {"post_training.method": "sft"},
+    "dpo": {"post_training.method": "dpo"},
+    "kto_pair": {"post_training.method": "dpo", "post_training.loss_type": "kto_pair"},
+    "kto": {"post_training.method": "kto"},
+    "orpo": {"post_training.method": "orpo"},
+    "simpo": {"post_training.method": "simpo"},
+}
+"""One method of each kind."""
+FULL: dict[str, Any] = {}
+LORA: dict[str, Any] = {"lora.r": 4, "lora.lora_dropout": 0.0}
+CUT = {"training.micro_batch_tokens": 64, "training.groups_per_step": 4, "training.learning_rate": 1e-3}
+RELATIVE = 1e-5
+
+
+def train(config: RunConfig, resume: str | None = None) -> list[Path]:
+    return [result.run_dir for result in strop.train(config, resume=resume)]
+
+
+def in_many(size: int, config: RunConfig, resume: str | None = None) -> Path:
+    """The folder of the run of so many processes, which all of them name."""
+    folders = in_processes(size, train, config, resume)
+    assert folders == folders[:1] * size
+    return folders[0][0]
+
+
+def assert_close(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert float((two[name] - weight).norm()) <= RELATIVE * float(weight.norm()), name
+
+
+def assert_same_run(one: Any, two: Any) -> None:
+    """Every record, every margin and every weight."""
+    assert len(one.untimed) == len(two.untimed)
+    for before, after in zip(one.untimed, two.untimed, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            close = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+            assert after[name] == close, (name, before["step"])
+    arrays = [sorted(run.path.glob("logs/margins/*/*.npy")) for run in (one, two)]
+    assert [path.name for path in arrays[0]] == [path.name for path in arrays[1]]
+    for a, b in zip(*arrays, strict=True):
+        np.testing.assert_allclose(np.load(b), np.load(a), rtol=1e-4, atol=1e-5)
+    assert_close(one.final, two.final)
+
+
+OFTEN = {"sft full 2", "dpo lora 3", "kto_pair full 2", "kto lora 2", "orpo lora 2", "simpo full 2"}
+"""What the suite runs; `make nightly` runs all."""
+
+
+def _cases() -> Iterator[Any]:
+    for kind, (what, keys), size in product(KINDS, (("full", FULL), ("lora", LORA)), (2, 3)):
+        name = f"{kind} {what} {size}"
+        yield pytest.param(kind, keys, size, id=name, marks=() if name in OFTEN else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(("kind", "keys", "size"), list(_cases()))
+def test_the_run_of_several_processes_is_that_of_one(kind: str, keys: dict[str, Any], size: int, runs: Any) -> None:
+    settings = {**KINDS[kind], **keys, **CUT}
+    alone = runs(settings)
+    many = runs.at(in_many(size, runs.config(settings)))
+    assert_same_run(alone, many)
+    assert json.loads((many.path / "environment.json").read_text())["world_size"] == size
+
+
+def test_a_run_goes_on_in_another_number_of_processes(runs: Any, tmp_path: Path) -> None:
+    """2 -> 1 -> 3: the steps that follow are those of one unbroken run in one process."""
+    settings = {**LORA, **CUT, "training.max_steps": 6, "training.save_steps": 2, "training.save_total_limit": None}
+    settings |= {"finetuning.load_best_model_at_end": True, "finetuning.metric_for_best_model": "eval_loss"}
+    alone = runs({**settings, "training.groups_per_step": 4})
+    two = {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 2}
+    begun = in_many(2, runs.config({**settings, **two}))
+    assert runs.at(begun).config["training"]["groups_per_step"] == 4, "1 per device x 2 x 2 processes"
+    then = Path(train(runs.config({**settings, **two}), resume=str(begun / "checkpoint-2"))[0])
+    last = in_many(3, runs.config({**settings, **two}), str(then / "checkpoint-4"))
+    assert_same_run(alone, runs.at(begun))
+    for run, first in ((runs.at(then), 3), (runs.at(last), 5)):
+        assert run.steps() == list(range(first, 7))
+        assert run.series("loss") == pytest.approx(alone.series("loss")[first - 1 :], rel=RELATIVE)
+        assert_close(alone.final, run.final)
+
+
+def test_a_run_in_several_processes_is_resumed_and_finished_once(runs: Any) -> None:
+    """Every step stands once in its files, and what is finished says so in all processes."""
+    keys = {**CUT, "training.save_steps": 2}
+    config = runs.config(keys)
+    run = runs.at(in_many(2, config))
+    before = run.final
+    (run.path / "final").rename(run.path / "elsewhere")
+    assert in_many(2, config, "auto") == run.path
+    assert run.steps() == [1, 2, 3, 4] and [line["global_step"] for line in run.margins] == [1, 2, 3, 4]
+    assert runs.same(before, run.final)
+    assert in_many(2, config, "auto") == run.path, "finished: nothing is trained"
+    with pytest.raises(CheckpointError, match="holds another run"):
+        in_many(2, config)
+
+
+def _train_in(folders: list[Path], config: RunConfig, settings: Mapping[str, Any]) -> str:
+    """Each process in its own folder, the second with its own settings, too: what each says in the end."""
+    rank = int(os.environ["RANK"])
+    os.chdir(folders[rank])
+    try:
+        strop.train(config.with_values(settings, "test") if rank else config)
+    except (ConfigError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    ("differs", "settings", "main_says", "other_says"),
+    [
+        ("settings", {"training.learning_rate": 0.5}, "ConfigError: process 1 on", "the configuration of the run"),
+        ("rows", {}, "ConfigError: process 1 on", "the rows (training or validation groups)"),
+        ("weights", {}, "ConfigError: process 1 on", "the weights that the run begins with"),
+        ("no file", {}, "PeerError: process 1 of 2 failed", "rows.jsonl"),
+    ],
+)
+def test_processes_that_do_not_train_the_same_are_refused(
+    differs: str, settings: dict[str, Any], main_says: str, other_says: str, runs: Any, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for at, folder in enumerate(folders):
+        folder.mkdir()
+        rows = runs.files["pairs"].read_text()
+        other = at == 1 and differs
+        (folder / "model").symlink_to(runs.files["other" if other == "weights" else "model"])
+        if other != "no file":
+            (folder / "rows.jsonl").write_text(rows.replace("maybe", "perhaps") if other == "rows" else rows)
+    keys = {"models.0.huggingface_id": "model", "dataset.train_file": "rows.jsonl"}
+    main, other = in_processes(2, _train_in, folders, runs.config({**CUT, **keys}), settings)
+    assert main.startswith(main_says) and other_says in main
+    assert other.startswith(("PeerError", "ConfigError"))
+
+
+def launched(folder: Path, config: RunConfig, *flags: str) -> subprocess.Popen[str]:
+    """`strop train` of this configuration, which starts processes by itself."""
+    folder.mkdir(exist_ok=True)
+    (folder / "c.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "strop", "train", str(folder / "c.yaml"), *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_sigterm_to_the_launcher_saves_once_and_says_how_to_go_on(runs: Any, tmp_path: Path) -> None:
+    endless = {"training.max_steps": 100_000, "training.save_steps": 2, "training.eval_at_start": False}
+    config = runs.config({**CUT, **endless, "gpu.num_processes": 2})
+    process = launched(tmp_path, config)
+    run = Path(config.training.output_dir) / "run"
+    deadline = time.monotonic() + 120
+    while not any(run.glob("checkpoint-*/MANIFEST.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 75, said
+    assert said.count("stopped after step") == 1 and "--resume" in said and "Traceback" not in said
+    assert said.count("SIGTERM: ") == 1, "told once"
+    steps = runs.at(run).steps()
+    assert steps == list(range(1, len(steps) + 1)) and runs.at(run).checkpoints[-1] == len(steps)
+
+
+def test_a_mistake_is_said_once(runs: Any, tmp_path: Path) -> None:
+    """By the process that speaks, though all of them meet it."""
+    keys = {**CUT, "gpu.num_processes": 2, "training.on_nonfinite": "stop", "training.learning_rate": 1e30}
+    process = launched(tmp_path, runs.config(keys))
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 1, said
+    assert said.count("finite") >= 1 and said.count("to do:") == 1 and "Traceback" not in said
