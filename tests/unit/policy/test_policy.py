@@ -126,7 +126,7 @@ def test_a_processor_that_is_slower_in_16_bits_is_told(
     assert said in caplog.text and bool(caplog.records) is bool(said)
     caplog.clear()
     build(training={"fp16": True})
-    assert ("products of float16 are made in float32" in caplog.text) is (fp16 < 1)
+    assert ("products of float16 are computed in float32" in caplog.text) is (fp16 < 1)
 
 
 def test_a_pass_that_fails_leaves_nothing_behind(build: MakePolicy, groups: list[Group]) -> None:
@@ -372,7 +372,7 @@ def test_dynamic_rotary_scaling_has_a_limit(model_dir: Path, build: MakePolicy) 
         ("bloom", {"n_layer": 1, "n_head": 2}, "the attention of the architecture bloom cannot be replaced"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
         ("diffllama", {}, "sharing is not tested with the architecture diffllama"),
-        ("falcon", {"alibi": False, "head_dim": ...}, "architecture falcon mixes"),
+        ("falcon", {"alibi": False, "head_dim": ...}, "the attention of the architecture falcon cannot"),
     ],
 )
 def test_other_architectures_train_on_plain_rows(

@@ -32,7 +32,7 @@ from strop.policy.prefix_sharing import (
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1e3, "rope_theta": 1e4}}, "(dynamic)"),
         ("mamba", {}, "it has layers of the kind"),
         ("bloom", {}, "the attention of the architecture bloom cannot be replaced"),
-        ("diffllama", {}, "architecture diffllama is not among those"),
+        ("diffllama", {}, "sharing is not tested with the architecture diffllama"),
         ("qwen3_next", {}, "layers of the kind linear_attention"),
         ("llama", {"layer_types": ["full_attention", "linear_attention"]}, "layers of the kind linear_attention"),
         ("llama", {"layer_types": ["conv", "chunked_attention"]}, "kind chunked_attention, conv"),
