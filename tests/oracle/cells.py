@@ -32,7 +32,11 @@ LEAD = (
 )
 EMPTY = "the twin writes an empty think block into an earlier turn, the template does not"
 RESTORED = "the template drops the reasoning of a content; it is put back behind the generation prompt"
-REASONS = (TAIL, PROMPT, HISTORY, CLOSING, NEXT, LEAD, EMPTY, RESTORED, OTHER_PROMPT)
+SEEN = (
+    "once an answer follows, the template leaves things of earlier turns out that inference has seen; the answer is "
+    "put behind its generation prompt"
+)
+REASONS = (TAIL, PROMPT, HISTORY, CLOSING, NEXT, LEAD, EMPTY, RESTORED, OTHER_PROMPT, SEEN)
 """Why what is trained is not what the training twin marks, though it is right; each is checked where it is given."""
 
 
@@ -113,6 +117,8 @@ def judge(family: Family, row: Mapping[str, Any], *, twin: bool) -> Cell:
         return Cell("WRONG", (f"the prompt ends {prompt[-60:]!r}", f"must be {expected.trained[0].opening[-60:]!r}"))
     if expected.by_blocks or family.twin is None:
         return Cell("right")
+    if oracle.is_behind_its_prompt:
+        return Cell("differs", (SEEN,))
     return _beside_the_twin(family, row, oracle, expected)
 
 

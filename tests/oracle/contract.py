@@ -99,8 +99,37 @@ class Oracle:
 
     @cached_property
     def whole(self) -> str:
-        """The rendering of the whole conversation."""
-        return self.render(self.messages)
+        """The text of the whole conversation."""
+        return self._text(self.messages)
+
+    @property
+    def is_behind_its_prompt(self) -> bool:
+        """Whether the text is not the template's rendering of the whole, but the answer behind its prompt."""
+        return self.whole != self.render(self.messages)
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        """The rendering, or the last answer behind the generation prompt that it follows.
+
+        A template can leave things of earlier turns out once an answer follows. Where the generation prompt ends as
+        the rendering does in front of the answer, with the same last words of the row, the answer is the same.
+        """
+        whole, i = self.render(messages), _numbers(messages)[-1]
+        if i == 0 or re.search(r"{%-?\s*generation", self.template):
+            return whole
+        try:
+            bare, opening = self.render(messages[:i]), self.render(messages[:i], prompt=True)
+        except Exception:  # noqa: BLE001 - whatever a template raises
+            return whole
+        asked = opening[_common(bare, opening) :]
+        if whole.startswith(opening) or not asked:
+            return whole
+        said = words_of(messages[i - 1]).strip()
+        words = next((words for words in (said, json.dumps(said)[1:-1]) if words and words in opening), None)
+        if words is None:
+            return whole
+        tail = opening[opening.rfind(words) :]
+        at = whole.rfind(tail)
+        return opening + whole[at + len(tail) :] if at >= 0 and tail.endswith(asked) else whole
 
     def expected(self) -> Expected:
         """What must be trained: generation blocks decide, where the template has some."""
@@ -149,7 +178,7 @@ class Oracle:
         problems = []
         for form in _forms(self.row["messages"]):
             try:
-                text = self.render(form)
+                text = self._text(form)
             except Exception as error:  # noqa: BLE001 - whatever a template raises
                 problems.append(f"{type(error).__name__}: {error}")
                 continue
@@ -160,7 +189,7 @@ class Oracle:
         raise NotRenderedError(problems[-1])
 
     def _numbers(self) -> list[int]:
-        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return _numbers(self.messages)
 
     def _prompts(self, turns: Sequence[Turn]) -> list[list[int]]:
         first = next((turn.number for turn in Expected(list(turns)).trained), -1)
@@ -170,7 +199,7 @@ class Oracle:
         opening = self.opening(i)
         if opening is None:
             return None
-        alone = self.render(self.messages[: i + 1])
+        alone = self._text(self.messages[: i + 1])
         if not self.whole.startswith(opening):
             return self._behind_its_prompt(i, opening, alone)
         if not alone.startswith(opening):
@@ -237,6 +266,10 @@ class Oracle:
         if not self.whole.startswith(alone[:header] + answer):
             return Turn(i, opening, "", is_generated=False)
         return Turn(i, opening, answer + "".join(closing), is_generated=False)
+
+
+def _numbers(messages: Sequence[Message]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from strop.data.read.row import RowRefused
+from strop.data.text.from_prompt import behind_prompt, with_thoughts
 from strop.data.text.markers import REASONING_KEYS, THINK_TAG, Marks, Piece, Place, Reading, Span
 from strop.data.text.message_forms import without_arguments, without_reasoning
+from strop.data.text.refusals import dropped, dropped_reasoning, unverified
 from strop.data.text.template_writer import Writer
 from strop.types import Message
 
@@ -65,16 +67,19 @@ class Conversation:
         if len(messages) > MOST_TURNS:
             raise unverified(f"it has {len(messages)} turns, and each answer is rendered with all turns before it")
         self._writer, self._ends = writer, writer.ends
-        self._messages, self._first, self._opening = messages, first, opening
+        self._messages, self._first = messages, first
         self._numbers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         self.text, self.blocks = writer.tracked(messages)
         self._rendered = self.text
         self._marks = Marks.put(messages, self.text)
+        self._openings: dict[int, str | None] = {} if opening is None else {first: opening}
         self._reading = self._read()
         if self._reading is None:
             self._refuse_controls_in_contents()
         elif not self.blocks:
             self._restore_thoughts()
+            self._begin_with_the_prompt()
+        self._refuse_dropped()
         self.answers = _with_history([self._answer(i) for i in self._numbers])
         if self.blocks is None:
             self.answers = [self._closed_by_next_header(answer) for answer in self.answers]
@@ -174,13 +179,20 @@ class Conversation:
         if self._marks is None:
             return None
         reading = self._marks.read(self._writer.text(self._marks.messages))
-        verified = reading.is_whole and reading.text == self.text
+        if reading.is_whole and reading.text == self.text:
+            return reading
         seen = {id(place.piece) for place in reading.places}
-        for piece in self._marks.pieces:
-            gone = id(piece) not in seen and (verified or piece.text not in self.text)
-            if gone and piece.kind in ("content", "call"):
-                raise _dropped(self._messages, piece)
-        return reading if verified else None
+        self._refuse_if_dropped([p for p in self._marks.pieces if id(p) not in seen and p.text not in self.text])
+        return None
+
+    def _refuse_dropped(self) -> None:
+        if self._reading is not None and self._marks is not None:
+            seen = {id(place.piece) for place in self._reading.places}
+            self._refuse_if_dropped([piece for piece in self._marks.pieces if id(piece) not in seen])
+
+    def _refuse_if_dropped(self, gone: Sequence[Piece]) -> None:
+        if piece := next((piece for piece in gone if piece.kind in ("content", "call")), None):
+            raise dropped(self._messages, piece)
 
     def _refuse_controls_in_contents(self) -> None:
         for i, message in enumerate(self._messages):
@@ -189,40 +201,43 @@ class Conversation:
                 raise unverified(f"turn {i + 1} holds the control token {control!r}, which only marks could tell apart")
 
     def _restore_thoughts(self) -> None:
-        """Puts the content of the last turn, whose thoughts the template drops, behind the generation prompt.
-
-        That is the text that inference comes to: the template puts an answer without thoughts into the same place, and
-        what the generation prompt writes there already is how the content begins.
-        """
+        """Puts the content of the last turn, whose thoughts the template drops, behind the generation prompt."""
         assert self._reading is not None and self._marks is not None
         i = len(self._messages) - 1
         thoughts = [p for p in self._marks.pieces if p.message == i and p.kind in ("thought", "reasoning")]
         seen = {id(place.piece) for place in self._reading.of(i)}
         if i < self._first or all(id(piece) in seen for piece in thoughts):
             return
-        content = self._messages[i].get("content", "")
         opening = self._opening_at(i)
-        probe = {**self._messages[i], "content": "x"}
-        marks = Marks.put([*self._messages[:-1], probe], self.text)
+        marks = Marks.put([*self._messages[:-1], {**self._messages[i], "content": "x"}], self.text)
         if opening is None or marks is None or any(piece.kind == "reasoning" for piece in thoughts):
             raise dropped_reasoning(i, opening)
-        reading = marks.read(self._writer.text(marks.messages))
-        own = reading.of(i)
-        if not reading.is_whole or len(own) != 1 or own[0].piece.text != "x":
+        probe = marks.read(self._writer.text(marks.messages))
+        content = self._messages[i].get("content", "")
+        restored = with_thoughts(probe, content, opening, lambda place: place.piece.message == i)
+        if restored is None:
             raise dropped_reasoning(i, opening)
-        start, stop = own[0].start, own[0].stop
-        written = opening[start:]
-        if not opening.startswith(reading.text[:start]) or not content.startswith(written):
-            raise dropped_reasoning(i, opening)
-        place = replace(own[0], stop=start + len(content))
-        before = tuple(place for place in reading.places if place.stop <= start and place is not own[0])
-        self.text = reading.text[:start] + content + reading.text[stop:]
-        self._reading, self._marks = Reading(self.text, (*before, place), is_whole=True), marks
+        self.text, self._reading, self._marks = restored.text, restored, marks
+
+    def _begin_with_the_prompt(self) -> None:
+        """Puts the last answer behind its generation prompt, where the template renders earlier turns otherwise."""
+        assert self._reading is not None and self._marks is not None
+        i = len(self._messages) - 1
+        opening = self._opening_at(i)
+        if i < self._first or opening is None or self.text.startswith(opening):
+            return
+        try:
+            prompt = self._marks.read(self._writer.text(self._marks.messages[:i], generation_prompt=True))
+        except RowRefused:
+            return
+        found = behind_prompt(self._reading, prompt, i) if prompt.text == opening else None
+        if found is not None:
+            self.text, self._reading = found.text, found
 
     def _opening_at(self, i: int) -> str | None:
-        if i == self._first and self._opening is not None:
-            return self._opening
-        return self._writer.opening(self._messages[:i])
+        if i not in self._openings:
+            self._openings[i] = self._writer.opening(self._messages[:i])
+        return self._openings[i]
 
     def _answer(self, i: int) -> Answer:
         opening = self._opening_at(i)
@@ -370,42 +385,3 @@ def _num_common(one: str, other: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low
-
-
-def _dropped(messages: Sequence[Message], piece: Piece) -> RowRefused:
-    number, role = piece.message + 1, messages[piece.message]["role"]
-    if piece.kind == "call":
-        return RowRefused(
-            "dropped_by_template",
-            f"the chat template leaves a call of {piece.text[:40]!r} in turn {number} out",
-            expected="a chat template that renders every call of a turn, or rows with one call per turn",
-        )
-    return RowRefused(
-        "dropped_by_template",
-        f"the chat template leaves turn {number}, a {role} turn, out",
-        expected=f"a chat template that renders {role} turns, or rows without them",
-    )
-
-
-def dropped_reasoning(i: int, opening: str | None) -> RowRefused:
-    """The refusal of a row whose reasoning in turn `i` the template leaves out. opening: its generation prompt."""
-    other = (
-        ""
-        if opening is None
-        else f", or a content that begins with what the generation prompt ends with ({opening[-20:]!r})"
-    )
-    return RowRefused(
-        "dropped_by_template",
-        f"the chat template leaves the reasoning of turn {i + 1} out",
-        expected="a chat template that renders reasoning" + other,
-        fix="set dataset.template to one that renders it, or dataset.on_dropped_reasoning: drop to train without it",
-    )
-
-
-def unverified(problem: str) -> RowRefused:
-    """The refusal of a row whose answers cannot be told in its rendering."""
-    return RowRefused(
-        "spans_not_found",
-        f"where the answers lie in the rendering cannot be told: {problem}",
-        expected="a chat template with {% generation %} blocks, or one that renders every turn as it is",
-    )

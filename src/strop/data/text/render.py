@@ -18,7 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from strop.data.read.row import RowRefused
-from strop.data.text.answers import Answer, Content, Conversation, dropped_reasoning, unverified
+from strop.data.text.answers import Answer, Content, Conversation
 from strop.data.text.chat_template import choose_template, tokenizers_template
 from strop.data.text.markers import REASONING_KEYS, Span
 from strop.data.text.message_forms import (
@@ -31,22 +31,11 @@ from strop.data.text.message_forms import (
     without_reasoning,
     writes_python,
 )
+from strop.data.text.refusals import dropped_reasoning, refuse_lost_parts, unverified
 from strop.data.text.sandbox import NOW, bounded, bounded_memory, variables
 from strop.data.text.template_writer import Ends, Writer
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
-
-PARTS_OF_A_TURN = {
-    "name": "write names into the contents, remove the key, or set dataset.template to one that has it",
-    "channel": "write an analysis under reasoning_content of the answer that follows it, and remove the key",
-    "recipient": "write calls as tool_calls, and remove the key",
-    "tools": "put them into the column tools of the row",
-    "functions": "put them into the column tools of the row",
-}
-"""Keys of a message that are refused where the template leaves them out, and what to do."""
-
-FINAL = ("channel", "final")
-"""What an answer is anyway."""
 
 TrainOn = Literal["all", "last", "last_and_tools"]
 """Which assistant turns of a completion are trained: see `dataset.train_on`."""
@@ -235,7 +224,7 @@ class Renderer:
         lost = [f"the reasoning of turn {i + 1}" for i in sorted(dropped.union(conversation.lost_reasoning))]
         unread = conversation.unread_keys()
         conversation.refuse_lost_arguments()
-        _refuse_lost_parts(rows, unread)
+        refuse_lost_parts(rows, unread)
         all_trained = tuple(span for answer in trained for span in spans[answer])
         conversation.refuse_words_of_others(all_trained)
         return Rendered(
@@ -342,19 +331,6 @@ def _nothing_trained(conversation: Conversation, wanted: Sequence[Answer]) -> Ro
             expected="a block around every answer",
         )
     return unverified("no answer is rendered as inference would write it")
-
-
-def _refuse_lost_parts(messages: Sequence[Message], unread: Sequence[tuple[int, str]]) -> None:
-    """Some keys are a part of their turn: who speaks (of a tool, its call says so already), and to whom or for whom."""
-    for i, key in unread:
-        value = messages[i][key]
-        if key in PARTS_OF_A_TURN and (key, value) != FINAL:
-            raise RowRefused(
-                "dropped_by_template",
-                f"the chat template leaves the {key} {str(value)[:40]!r} of turn {i + 1} out",
-                expected=f"a chat template that writes it, or turns without the key {key}",
-                fix=PARTS_OF_A_TURN[key],
-            )
 
 
 def _raw(prompt: str, completion: str, left_out: Sequence[str]) -> Rendered:

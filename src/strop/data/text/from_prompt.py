@@ -1,0 +1,72 @@
+"""A last answer behind its generation prompt, where the template renders the conversation otherwise. Floor 2.
+
+In: a rendering, read by its marks, which does not begin with the generation prompt of its last answer. Out: that prompt
+with the answer behind it, where this is provably the text that inference comes to; else nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from strop.data.text.markers import Place, Reading
+
+
+def behind_prompt(whole: Reading, prompt: Reading, number: int) -> Reading | None:
+    """The generation prompt, with what the rendering of the whole has behind it.
+
+    Templates leave things of earlier turns out once an answer follows, and inference has seen them: gpt-oss the
+    reasoning in front of a call, Mistral Nemo the system text. The answer is the same where the prompt ends alike in
+    both: the same words are the last, and what the prompt has behind these stands in the whole in front of the answer.
+
+    Args:
+        whole: the marked rendering of the conversation. prompt: that of the generation prompt of its last turn.
+        number: of that turn.
+    """
+    own = whole.of(number)
+    if not prompt.is_whole or not prompt.places or not own:
+        return None
+    last = max(prompt.places, key=_stop)
+    before = max(
+        (p for p in whole.places if p.piece.message < number and p.stop <= own[0].start), key=_stop, default=None
+    )
+    if before is None or before.piece is not last.piece:
+        return None
+    tail = prompt.text[last.stop :]
+    start = before.stop + len(tail)
+    if start > own[0].start or not whole.text.startswith(tail, before.stop):
+        return None
+    by = len(prompt.text) - start
+    moved = tuple(replace(place, start=place.start + by, stop=place.stop + by) for place in own)
+    return Reading(prompt.text + whole.text[start:], prompt.places + moved, is_whole=True)
+
+
+def _stop(place: Place) -> int:
+    return place.stop
+
+
+def with_thoughts(probe: Reading, content: str, opening: str, is_probe: Callable[[Place], bool]) -> Reading | None:
+    """The content of the last turn, whose thoughts the template drops, behind the generation prompt.
+
+    That is the text that inference comes to: the template puts an answer without thoughts into the same place, and the
+    content begins with what the generation prompt writes there already, or where that ends: inside of the thoughts.
+
+    Args:
+        probe: the marked rendering with a short word in place of the content. content: the content.
+        is_probe: whether a place is that of the word.
+    """
+    words = [place for place in probe.places if is_probe(place)]
+    if not probe.is_whole or len(words) != 1:
+        return None
+    start, stop = words[0].start, words[0].stop
+    written = opening[start:]
+    if not opening.startswith(probe.text[:start]):
+        return None
+    if not content.startswith(written):
+        if "<think>" not in written or "<think>" in content.partition("</think>")[0]:
+            return None
+        start += len(written)
+    before = tuple(place for place in probe.places if place.stop <= words[0].start and place is not words[0])
+    place = replace(words[0], start=start, stop=start + len(content))
+    text = (opening if start == len(opening) else probe.text[:start]) + content + probe.text[stop:]
+    return Reading(text, (*before, place), is_whole=True)

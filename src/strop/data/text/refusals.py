@@ -1,0 +1,81 @@
+"""What is said of rows that a template cannot write, or not so that answers can be told. Floor 2.
+
+In: what was found. Out: the refusal: what the template leaves out, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from strop.data.read.row import RowRefused
+from strop.data.text.markers import Piece
+from strop.types import Message
+
+PARTS_OF_A_TURN = {
+    "name": "write names into the contents, remove the key, or set dataset.template to one that has it",
+    "channel": "write an analysis under reasoning_content of the answer that follows it, and remove the key",
+    "recipient": "write calls as tool_calls, and remove the key",
+    "tools": "put them into the column tools of the row",
+    "functions": "put them into the column tools of the row",
+}
+"""Keys of a message that are refused where the template leaves them out, and what to do."""
+
+FINAL = ("channel", "final")
+"""What an answer is anyway."""
+
+
+def refuse_lost_parts(messages: Sequence[Message], unread: Sequence[tuple[int, str]]) -> None:
+    """Refuse a row of which the template leaves out who speaks (of a tool, its call says so already), or for whom.
+
+    Args:
+        unread: keys that it does not read, with the number of their message.
+    """
+    for i, key in unread:
+        value = messages[i][key]
+        if key in PARTS_OF_A_TURN and (key, value) != FINAL:
+            raise RowRefused(
+                "dropped_by_template",
+                f"the chat template leaves the {key} {str(value)[:40]!r} of turn {i + 1} out",
+                expected=f"a chat template that writes it, or turns without the key {key}",
+                fix=PARTS_OF_A_TURN[key],
+            )
+
+
+def dropped(messages: Sequence[Message], piece: Piece) -> RowRefused:
+    """The refusal of a row of which the template leaves a turn or a call out."""
+    number, role = piece.message + 1, messages[piece.message]["role"]
+    if piece.kind == "call":
+        return RowRefused(
+            "dropped_by_template",
+            f"the chat template leaves a call of {piece.text[:40]!r} in turn {number} out",
+            expected="a chat template that renders every call of a turn, or rows with one call per turn",
+        )
+    return RowRefused(
+        "dropped_by_template",
+        f"the chat template leaves turn {number}, a {role} turn, out",
+        expected=f"a chat template that renders {role} turns, or rows without them",
+    )
+
+
+def dropped_reasoning(i: int, opening: str | None) -> RowRefused:
+    """The refusal of a row whose reasoning in turn `i` the template leaves out. opening: its generation prompt."""
+    other = (
+        ""
+        if opening is None
+        else f", or a content that begins with what the generation prompt ends with ({opening[-20:]!r})"
+    )
+    return RowRefused(
+        "dropped_by_template",
+        f"the chat template leaves the reasoning of turn {i + 1} out",
+        expected="a chat template that renders reasoning" + other,
+        fix="set dataset.template to one that renders it, or dataset.on_dropped_reasoning: drop to train without it",
+    )
+
+
+def unverified(problem: str) -> RowRefused:
+    """The refusal of a row whose answers cannot be told in its rendering."""
+    return RowRefused(
+        "spans_not_found",
+        f"where the answers lie in the rendering cannot be told: {problem}",
+        expected="a chat template with {% generation %} blocks, or one that renders every turn as it is",
+    )

@@ -1,0 +1,115 @@
+"""Templates that leave things of earlier turns out once an answer follows: the answer stands behind the generation
+prompt that inference sees, where that is provably the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from strop.data.read.row import RowRefused
+from strop.data.text.render import Rendered, Renderer
+from strop.types import Example, Origin
+
+HERE = Origin("rows.jsonl", 7)
+Row = dict[str, Any]
+
+SYSTEM_AT_THE_END = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}{% if m['role'] == 'user' %}"
+    "{% if loop.last and system is defined %}{{ '[INST]' + system + '\n\n' + m['content'] + '[/INST]' }}"
+    "{% else %}{{ '[INST]' + m['content'] + '[/INST]' }}{% endif %}{% else %}{{ m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+"""The system text stands in the last user turn, if nothing follows it."""
+
+THOUGHTS_WHILE_UNANSWERED = (
+    "{% set done = messages[-1]['role'] == 'assistant' and not messages[-1].tool_calls %}"
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}"
+    "{% if m.reasoning and (loop.last or not done) %}{{ '{' + m.reasoning + '}' }}{% endif %}{{ m['content'] or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+"""The reasoning in front of a call stands there until the answer comes."""
+
+OPEN_THOUGHT = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|assistant|>' + m['content'].split('</think>')[-1] + '</s>' }}{% else %}{{ '<|user|>' + m['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+
+
+def u(content: str) -> Row:
+    return {"role": "user", "content": content}
+
+
+def a(content: str, **more: Any) -> Row:
+    return {"role": "assistant", "content": content, **more}
+
+
+def s(content: str) -> Row:
+    return {"role": "system", "content": content}
+
+
+@pytest.fixture
+def render(make_tokenizer: Callable[..., Any]) -> Callable[..., tuple[Rendered, ...]]:
+    def rendered(template: str, prompt: list[Row], *answers: list[Row]) -> tuple[Rendered, ...]:
+        return Renderer(make_tokenizer(template=template)).render(
+            Example(tuple(prompt), tuple(map(tuple, answers)), HERE)
+        )
+
+    return rendered
+
+
+def trained(rendered: Rendered) -> list[str]:
+    return [rendered.text[start:stop] for start, stop in rendered.trained]
+
+
+def test_a_system_text_that_an_answer_drives_out_stands_in_the_prompt(render: Callable[..., Any]) -> None:
+    for prompt in ([s("b"), u("q")], [s("q"), u("q")]):
+        (one, two) = render(SYSTEM_AT_THE_END, prompt, [a("x")], [a("q")])
+        for side, answer in ((one, "x</s>"), (two, "q</s>")):
+            assert side.text[: side.boundary] == f"<s>[INST]{prompt[0]['content']}\n\nq[/INST]"
+            assert trained(side) == [answer] and side.is_generation_prompt and not side.left_out
+
+
+def test_what_earlier_answers_have_not_seen_makes_them_history(render: Callable[..., Any]) -> None:
+    (found,) = render(SYSTEM_AT_THE_END, [s("b"), u("q")], [a("x"), u("r"), a("y")])
+    assert found.text == "<s>[INST]q[/INST]x</s>[INST]b\n\nr[/INST]y</s>"
+    assert trained(found) == ["y</s>"] and found.num_history == 1
+    (found,) = render(SYSTEM_AT_THE_END, [u("q")], [a("x"), u("r"), a("y")])
+    assert trained(found) == ["x</s>", "y</s>"] and found.num_history == 0
+
+
+def test_reasoning_before_a_call_is_trained_and_seen_by_the_answer(render: Callable[..., Any]) -> None:
+    call = a("", reasoning="hm", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    result = {"role": "tool", "content": "r"}
+    (found,) = render(THOUGHTS_WHILE_UNANSWERED, [u("q")], [call, result, a("x", reasoning="so")])
+    assert trained(found) == ['{hm}{"name": "f", "arguments": {}}<|end|>', "{so}x<|end|>"]
+    assert found.is_generation_prompt and not found.left_out and found.num_history == 0
+    (one, two) = render(THOUGHTS_WHILE_UNANSWERED, [u("q"), call, result], [a("x", reasoning="so")], [a("y")])
+    assert one.text[: one.boundary] == two.text[: two.boundary] and "{hm}" in one.text[: one.boundary]
+    assert (trained(one), trained(two)) == (["{so}x<|end|>"], ["y<|end|>"])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        SYSTEM_AT_THE_END.replace("'[/INST]' }}{% else", "'[/SYS]' }}{% else"),  # the prompt ends otherwise
+        SYSTEM_AT_THE_END.replace("m['content'] + '[/INST]' }}{% else", "'[/INST]' }}{% else"),  # without the question
+        "{% generation %}{% endgeneration %}" + SYSTEM_AT_THE_END,
+    ],
+)
+def test_what_is_not_provably_the_same_text_is_refused(template: str, render: Callable[..., Any]) -> None:
+    with pytest.raises(RowRefused, match="leaves turn 1, a system turn, out"):
+        render(template, [s("b"), u("q")], [a("x")])
+
+
+@pytest.mark.parametrize("content", ["so\n</think>\n\nx", "<think>\nso\n</think>\n\nx"])
+def test_a_content_that_begins_inside_of_its_thoughts(content: str, render: Callable[..., Any]) -> None:
+    (found,) = render(OPEN_THOUGHT, [u("q")], [a(content)])
+    assert found.text[: found.boundary] == "<|user|>q<|assistant|><think>\n"
+    assert trained(found) == ["so\n</think>\n\nx</s>"]
+    with pytest.raises(RowRefused, match="leaves the reasoning"):
+        render(OPEN_THOUGHT, [u("q")], [a("<think>so</think>x")])  # another line end than the prompt has
