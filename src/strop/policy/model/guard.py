@@ -35,14 +35,15 @@ def check_links(folder: Path, where: str) -> None:
     """Every file of a model folder that anybody reads is the folder's own.
 
     Raises:
-        ModelError: one is a link that leads out of the folder, or nowhere.
+        ModelError: one is no file, or a link that leads out of the folder, or nowhere.
     """
     for place in (folder, folder / TEMPLATES):
         with foreign_errors(lambda why, at=place: ModelError(f"{at} cannot be read: {why}", where=where)):  # type: ignore[misc]
             names = sorted(os.listdir(place)) if os.path.isdir(place) else []
         for name in names:
             is_read = os.path.splitext(name)[1].lower() in READ or name == TEMPLATES
-            if is_read and (os.path.islink(place / name) or os.path.islink(place)):
+            is_plain = os.path.isfile(place / name) and not os.path.islink(place / name)
+            if is_read and (not is_plain or os.path.islink(place)):
                 contained(place / name, folder, where)
 
 
@@ -68,7 +69,7 @@ def contained(file: Path, folder: Path, where: str) -> Path:
             fix="copy the file itself there, if it belongs to the model",
         )
     if not (real.is_file() or file.name == TEMPLATES):
-        raise ModelError(f"{file.name} is no file", where=where)
+        raise ModelError(f"{file.name} is no file", where=where, fix="put the file itself there, or nothing")
     return file
 
 
