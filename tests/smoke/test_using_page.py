@@ -73,6 +73,10 @@ def test_the_page_merges(runs: Any, place: Callable[[Path], None], tmp_path: Pat
     (command,) = re.findall(r"^strop (merge .*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert main(shlex.split(command)) == 0
     merged = load_file("outputs/NAME/merged/model.safetensors")
+    for command in re.findall(r"^strop (convert .*)$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        assert main(shlex.split(command)) == 0
+    again = load_file("outputs/NAME/again/model.safetensors")
+    assert again.keys() == merged.keys() and all(torch.equal(again[name], merged[name]) for name in merged)
     assert not any("lora" in name for name in merged)
     from transformers import AutoModelForCausalLM
 

@@ -58,6 +58,9 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command(
         "generate", "what a model answers: a prompt, a file of them, or a chat (strop generate --help)"
     ),
+    "convert": Command(
+        "convert", "between transformers' folders and consolidated.00.pth, to the bit (strop convert --help)"
+    ),
     "merge": Command("merge", "an adapter into its base, compared before it is written (strop merge --help)"),
     "schema": Command("schema", "print the JSON Schema of configuration files"),
 }

@@ -123,7 +123,7 @@ _GROUPS: Mapping[str, str] = {
     "make a run fit, training.gradient_accumulation_steps makes its batch large": (
         "deepspeed deepspeed_config ds_config zero_stage fsdp fsdp_config accelerate ddp_timeout "
         "ddp_find_unused_parameters tensor_parallel_size pipeline_parallel_size context_parallel_size "
-        "sequence_parallel_size num_processes num_gpus nproc_per_node device_map local_rank"
+        "sequence_parallel_size num_gpus nproc_per_node device_map local_rank"
     ),
     "numbers go to metrics.jsonl of the run folder and, with logging.report_to: [tensorboard], to TensorBoard": (
         "wandb wandb_project wandb_entity wandb_name wandb_run_id use_wandb mlflow comet_ml comet swanlab "
@@ -149,7 +149,7 @@ _GROUPS: Mapping[str, str] = {
     "a model is evaluated while it trains, by its loss on held-out rows: training.eval_steps, dataset.val_file, "
     "dataset.validation_split": ("eval evaluate evaluation test bench benchmark lm_eval lm_eval_harness do_eval"),
     "final/ holds safetensors and a tokenizer as transformers writes them; tools of other formats start from it": (
-        "convert export gguf ggml onnx mlx export_dir save_method"
+        "export gguf ggml onnx mlx export_dir save_method"
     ),
     "strop uploads nothing: hf upload OWNER/NAME outputs/NAME/final does": (
         "push push_to_hub upload publish hub_model_id hub_token hub_strategy hub_private_repo"

@@ -1,1 +1,1 @@
-"""A trained model in other forms: an adapter merged into its base, and the proof that the merge is right. Floor 6."""
+"""A trained model in other forms: an adapter merged into its base, which is proven, and other layouts. Floor 6."""

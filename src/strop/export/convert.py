@@ -1,0 +1,193 @@
+"""`strop convert`: a transformers folder to `consolidated.00.pth` with `params.json`, and back. Floor 6.
+
+    consolidated   consolidated.00.pth, params.json, tokenizer files
+    hf             model.safetensors, or shards with their index; config.json, tokenizer files
+
+Tensors come and go one at a time, none is computed with, and there and back is the same to the bit. params.json has
+Meta's keys and, under `hf_config`, config.json as it was; without it (files of Meta's or Mistral's own) the
+configuration follows from the keys (`params.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from strop.config.sections import ModelSection
+from strop.disk import unusable
+from strop.durable import published, to_json
+from strop.errors import ModelError
+from strop.export.consolidated import Consolidated
+from strop.export.folders import GENERATION, TOKENIZER_FILES, check_output, check_room
+from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
+from strop.export.params import PARAMS, layout_of, params_of
+from strop.export.pth import write_pth
+from strop.export.shards import Shard, ShardWriter, Spec, read_header
+from strop.manifest import seal
+from strop.policy.model.configuration import model_config, quiet
+from strop.policy.model.folder import fetch, inspect_model, place_of
+
+log = logging.getLogger("strop")
+
+WEIGHTS = "consolidated.00.pth"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+SPARE = 2**24
+"""Bytes for the small files."""
+
+
+def to_consolidated(source: str, target: Path) -> None:
+    """A transformers folder, or a model on the hub, to the consolidated layout.
+
+    Raises:
+        ModelError: it is none of these families, or not whole.
+        SaveError, CheckpointError: the folder cannot be written.
+    """
+    model = ModelSection(huggingface_id=source)
+    files, config, where = inspect_model(model), model_config(model), place_of(model)
+    layout = layout_of(config, where)
+    check_output(target, (files.source,))
+    shards = [read_header(path) for path in files.weights]
+    own = {name: spec for shard in shards for name, spec in shard.specs.items() if not name.endswith(DERIVED)}
+    with _named(where):
+        specs = {layout.consolidated_name(name): spec for name, spec in own.items()}
+    _check_whole(config, own, where)
+    if config.tie_word_embeddings:
+        specs[HEAD] = specs[EMBEDDING]  # readers of this layout expect a head
+    check_room(target, sum(spec.nbytes for spec in specs.values()) + SPARE)
+    with _written(target) as folder, _named(where):
+        write_pth(folder / WEIGHTS, specs, _as_consolidated(shards, specs, layout))
+        (folder / PARAMS).write_text(to_json(params_of(config, files.config), indent=2), encoding="utf-8")
+        _copy_small_files(files.source, files.revision, where, folder)
+
+
+def _as_consolidated(
+    shards: Sequence[Shard], specs: Mapping[str, Spec], layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in the order of `specs`: that of the shards, and at the end the head of a tied model."""
+    written: set[str] = set()
+    embedding: tuple[Shard, str] | None = None
+    for shard in shards:
+        for name, tensor in shard.tensors([name for name in shard.specs if not name.endswith(DERIVED)]):
+            theirs = layout.consolidated_name(name)
+            written.add(theirs)
+            if theirs == EMBEDDING:
+                embedding = shard, name
+            yield theirs, layout.to_consolidated(theirs, tensor)
+    if HEAD in specs.keys() - written:
+        assert embedding is not None
+        shard, name = embedding
+        yield from ((HEAD, tensor) for _, tensor in shard.tensors([name]))
+
+
+def to_transformers(source: str, target: Path) -> None:
+    """A folder with `consolidated.NN.pth` and `params.json` to one that transformers loads.
+
+    Raises:
+        ModelError: a file is missing, damaged or holds code; it is none of these families, or not whole.
+        SaveError, CheckpointError: the folder cannot be written.
+    """
+    found = Consolidated.open(Path(source).expanduser())
+    check_output(target, (source,))
+    config, layout = found.config, found.layout
+    with _named(found.where):
+        names = {layout.transformers_name(name): name for name in found.specs}
+    specs = {name: found.specs[theirs] for name, theirs in names.items()}
+    if config.tie_word_embeddings:
+        specs.pop("lm_head.weight", None)
+    _check_whole(config, specs, found.where)
+    check_room(target, sum(spec.nbytes for spec in specs.values()) + SPARE)
+    with _written(target) as folder, _named(found.where):
+        config.save_pretrained(folder)
+        parts = _shards(specs)
+        for file, part in parts.items():
+            with ShardWriter(folder / file, part, {}) as writer:
+                for name in part:
+                    writer.write(name, layout.to_transformers(names[name], found.tensor(names[name])))
+        if len(parts) > 1:
+            total = sum(spec.nbytes for spec in specs.values())
+            weight_map = {name: file for file, part in parts.items() for name in part}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _copy_small_files(str(found.folder), None, found.where, folder)
+        seal(folder, 0, {})
+    if not (target / "tokenizer.json").exists():
+        log.warning("%s: there is no tokenizer.json to copy; add the model's tokenizer to %s", found.where, target)
+
+
+def _shards(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
+    """Files of at most `SHARD_BYTES`, but for a tensor that is larger: names of files -> their tensors."""
+    parts: list[dict[str, Spec]] = [{}]
+    for name, spec in specs.items():
+        if parts[-1] and sum(s.nbytes for s in parts[-1].values()) + spec.nbytes > SHARD_BYTES:
+            parts.append({})
+        parts[-1][name] = spec
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts)}
+
+
+def _check_whole(config: PreTrainedConfig, specs: Mapping[str, Spec], where: str) -> None:
+    """Every weight that the configuration describes is there, in its shape, and no other.
+
+    Args:
+        specs: by transformers' names.
+
+    Raises:
+        ModelError: names the first that is not.
+    """
+    with quiet(), torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    there = {name: spec.shape for name, spec in specs.items() if name in wanted or not config.tie_word_embeddings}
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            raise ModelError(
+                f"{name}: {_shape(there.get(name))}",
+                where=where,
+                expected=f"{_shape(wanted.get(name))}, as the configuration says",
+                fix="use the configuration and all files of one and the same model",
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _copy_small_files(source: str, revision: str | None, where: str, target: Path) -> None:
+    for name in (*TOKENIZER_FILES, GENERATION):
+        if (file := fetch(source, name, revision, where, optional=True)) is not None:
+            shutil.copyfile(file, target / name)
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[Path]:
+    """A folder to write into, which is `target` once it is whole.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        with published(target) as folder:
+            yield folder
+    except OSError as error:
+        raise unusable(target, error, "--output-dir") from error
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say of which model a message is that does not."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(error.found, where=error.where or where, expected=error.expected, fix=error.fix) from error
