@@ -5,8 +5,19 @@ from __future__ import annotations
 PLAN = "plan.json"
 PAIRS = "pairs.json"
 RESULT = "result.json"
+FAILURE = "failure.json"
 REPORT = "report.html"
 FINDINGS = "findings.json"
-RECORDS = ("config.yaml", "environment.json", PLAN, "data.json", "metrics.jsonl", "rejected.jsonl", PAIRS, RESULT)
+RECORDS = (
+    "config.yaml",
+    "environment.json",
+    PLAN,
+    "data.json",
+    "metrics.jsonl",
+    "rejected.jsonl",
+    PAIRS,
+    FAILURE,
+    RESULT,
+)
 """What is written down of a run while it goes on."""
 RUN_FILES = (*RECORDS, REPORT, FINDINGS)

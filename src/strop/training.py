@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from strop import durable
 from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.device import start_world
@@ -36,7 +37,7 @@ from strop.preflight import check, run_folder, select_models
 from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
 from strop.rundir import RunDir
-from strop.runfiles import RESULT
+from strop.runfiles import FAILURE, RESULT
 from strop.session import Session, Splits, reference_made_from
 from strop.space import check_space
 from strop.world import World
@@ -202,8 +203,10 @@ class _Run:
         except Interrupted as stopped:
             log.info("%s: stopped by %s after step %d of %d", name, stop.name, stopped.step, source.num_steps)
             raise
-        except TrainingError:
-            report(session, self.run)
+        except TrainingError as error:
+            if session.world.is_main:
+                self.run.write_json(FAILURE, {"error": error.found, "where": error.where, "fix": error.fix})
+                report(session, self.run)
             raise
         finally:
             outputs.close()
@@ -277,6 +280,7 @@ class _Run:
         size = self.session.world.size
         write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record(), world_size=size)
         write_plan(self.session, self.run)
+        durable.remove(self.run.path / FAILURE)  # of the process that this one goes on from
         self.run.write_json("data.json", data.report.as_dict())
         if data.rejected:
             self.run.write_lines("rejected.jsonl", data.rejected)

@@ -80,4 +80,5 @@ def test_a_run_that_ends_with_an_error_leaves_one_too(runs: Any, watched: pytest
     with pytest.raises(TrainingError):
         strop.train(config)
     (page,) = runs.folder.glob(f"{runs._num_folders}/*/{REPORT}")
-    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    found = read(page.parent / FINDINGS)
+    assert found["findings"][0]["id"] == "ended-by-error" and "the loss is" in found["verdict"]

@@ -167,13 +167,21 @@ def _axes(frame: Frame) -> list[str]:
     for value in ticks(frame.low_y, frame.high_y):
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
     for value in ticks(frame.low_x, frame.high_x):
         parts.append(
             f'<text class="tick" x="{frame.x(value):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{_steps(value)}</text>'
         )
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     return parts
+
+
+def _tick(value: float) -> str:
+    """A round number, in little room: 0.25, 5e-4."""
+    if value and not 0.01 <= abs(value) < 1e6:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return plain(value, 4)
 
 
 def _steps(value: float) -> str:

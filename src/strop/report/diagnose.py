@@ -15,7 +15,14 @@ from strop.report.reading import RunRecord
 
 Check = Callable[[Facts], Iterator[Finding]]
 
-CHECKS: tuple[Check, ...] = (*start.CHECKS, *rows.CHECKS, *course.CHECKS, *pairs.CHECKS, *unpaired.CHECKS)
+CHECKS: tuple[Check, ...] = (
+    *start.CHECKS,
+    *rows.CHECKS,
+    *course.CHECKS,
+    *pairs.CHECKS,
+    *unpaired.CHECKS,
+    *course.GENERAL,
+)
 """In the order in which findings of one severity are told: exact ones first."""
 
 

@@ -124,12 +124,12 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "drift_note": Threshold(0.3, "nats per token between policy and reference", RULE),
     "drift_warn": Threshold(0.6, "nats per token between policy and reference", RULE),
     "drift_fail": Threshold(3.0, "nats per token between policy and reference", RULE),
-    "saturated": Threshold(0.98, "accuracy on training pairs", RULE),
+    "saturated_at": Threshold(0.98, "accuracy on training pairs", RULE),
     "saturated_share": Threshold(0.2, "share of the run at that accuracy", RULE),
     "stuck_loss": Threshold(0.01, "nats that a loss stays near ln 2", RULE),
     "stuck_margin": Threshold(0.1, "nats between the sides of a pair that count as learnt nothing", RULE),
     "rate_high_loss": Threshold(0.3, "nats above ln 2 early in the run", RULE),
-    "spike": Threshold(10, "times the median of the 100 norms before", RULE),
+    "spike_size": Threshold(10, "times the median of the 100 norms before", RULE),
     "spikes_share": Threshold(0.01, "share of steps with a spike", RULE),
     "clipped_share": Threshold(0.95, "share of steps whose gradient is clipped", RULE),
     "moved_share": Threshold(0.1, "share of the weights that an update changes", "rounding of bfloat16"),
@@ -146,6 +146,7 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "contradictions_warn": Threshold(0.005, "share of rows that another contradicts", RULE),
     "contradictions_fail": Threshold(0.05, "share of rows that another contradicts", RULE),
     "lost_warn": Threshold(0.05, "share of rows that are refused or dropped", RULE),
+    "lost_fail": Threshold(0.5, "share of rows that are refused or dropped", RULE),
     "cut_warn": Threshold(0.05, "share of completions that are cut", RULE),
     "cut_fail": Threshold(0.2, "share of completions that are cut", RULE),
     "no_end_warn": Threshold(0.05, "share of completions without an end token", RULE),
@@ -158,8 +159,8 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "sft_high": Threshold(4.0, "nats per token at the start", RULE),
     "sft_low": Threshold(0.3, "nats per token at the start", RULE),
     "sft_still": Threshold(0.02, "share that the loss has fallen after the whole run", RULE),
-    "nll_rise": Threshold(0.05, "nats per token that chosen answers lose without a reference", RULE),
-    "collapse": Threshold(0.3, "nats per token that chosen answers lose without a reference", RULE),
+    "falls_warn": Threshold(0.05, "nats per token that chosen answers lose without a reference", RULE),
+    "falls_fail": Threshold(0.3, "nats per token that chosen answers lose without a reference", RULE),
 }
 """Every number that a finding is held against."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -25,8 +26,7 @@ BLOCK = 1 << 24
 """Bytes that are parsed at a time."""
 LARGE = 1 << 26
 """Bytes of a file from which on numbers are kept with 24 bits: they are drawn and compared, not trained with."""
-MOST_COLUMNS = 96
-LONGEST_NAME = 80
+NESTED = re.compile(rb"\[\s*\[")
 MOST_WORDS = 4096
 """Different texts of the text column that are kept apart; further ones count as damage."""
 
@@ -35,13 +35,12 @@ MOST_WORDS = 4096
 class Lines:
     """columns: name -> [n] numbers, NaN where a line has none (or a null). words: [n] the value of the one column of
     text that was asked for, as places in `vocabulary`; -1 where there is none. num_damaged: lines that are no JSON
-    object. num_unread: names of columns that are too long or too many."""
+    object."""
 
     columns: Mapping[str, Column]
     words: NDArray[np.int32]
     vocabulary: tuple[str, ...]
     num_damaged: int
-    num_unread: int
 
     def __len__(self) -> int:
         return len(self.words)
@@ -56,26 +55,30 @@ class Lines:
 class _Gathered:
     """Blocks, as they come."""
 
-    def __init__(self, text: str | None, only: Collection[str] | None, dtype: type) -> None:
-        self.text, self.only, self.dtype = text, only, dtype
+    def __init__(self, numbers: Collection[str], text: str | None, dtype: type) -> None:
+        self.numbers, self.text, self.dtype = numbers, text, dtype
+        fields = [(name, pa.float64()) for name in numbers] + ([(text, pa.string())] if text else [])
+        self.parsing = pa.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
         self.parts: dict[str, list[tuple[int, np.ndarray]]] = {}
         self.words: list[np.ndarray] = []
         self.vocabulary: dict[str, int] = {}
         self.num_lines = self.num_damaged = 0
-        self.unread: set[str] = set()
 
-    def is_wanted(self, name: str) -> bool:
-        if self.only is not None:
-            return name in self.only
-        if len(name) > LONGEST_NAME or (name not in self.parts and len(self.parts) >= MOST_COLUMNS):
-            self.unread.add(name[:LONGEST_NAME])
-            return False
-        return True
+    def parse(self, block: bytes) -> None:
+        """A block of whole lines.
+
+        Raises:
+            pyarrow.ArrowException, ValueError: one of them is no object of the kind that is expected.
+        """
+        if not is_flat(block):
+            raise ValueError("not one flat object a line")
+        options = pa.json.ReadOptions(block_size=max(len(block) + 1, 1024))
+        self.table(pa.json.read_json(BytesIO(block), read_options=options, parse_options=self.parsing))
 
     def add(self, num: int, columns: Mapping[str, np.ndarray], words: np.ndarray) -> None:
         for name, values in columns.items():
             self.parts.setdefault(name, []).append((self.num_lines, values.astype(self.dtype)))
-        self.words.append(words)
+        self.words.append(words.astype(np.int32))
         self.num_lines += num
 
     def number_of(self, word: str) -> int:
@@ -88,16 +91,12 @@ class _Gathered:
         words = np.full(found.num_rows, -1, np.int32)
         columns: dict[str, np.ndarray] = {}
         for name, column in zip(found.column_names, found.columns, strict=True):
-            kind = column.type
-            if name == self.text and pa.types.is_string(kind):
+            if name == self.text:
                 encoded = column.combine_chunks().dictionary_encode()
                 known = np.array([self.number_of(w) for w in encoded.dictionary.to_pylist()] + [-1], np.int32)
-                places = encoded.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)
-                words = known[places]
-            elif (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and self.is_wanted(name):
-                columns[name] = column.cast(pa.float64()).to_numpy()
-            elif pa.types.is_null(kind) and self.is_wanted(name):
-                columns[name] = np.full(found.num_rows, np.nan)
+                words = known[encoded.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)]
+            elif column.null_count < found.num_rows:
+                columns[name] = column.to_numpy()
         self.add(found.num_rows, columns, words)
 
     def objects(self, block: bytes) -> None:
@@ -105,9 +104,10 @@ class _Gathered:
         records = [r for line in block.splitlines() if line.strip() for r in [_object(line)]]
         good = [r for r in records if r is not None]
         self.num_damaged += len(records) - len(good)
-        names = dict.fromkeys(name for r in good for name, value in r.items() if value is None or _is_number(value))
         columns = {
-            name: np.array([_number(r.get(name)) for r in good], float) for name in names if self.is_wanted(name)
+            name: np.array([_number(r.get(name)) for r in good], float)
+            for name in self.numbers
+            if any(_is_number(r.get(name)) for r in good)
         }
         words = [self.number_of(w) if isinstance(w := r.get(self.text or ""), str) else -1 for r in good]
         self.add(len(good), columns, np.array(words, np.int32))
@@ -120,24 +120,32 @@ class _Gathered:
                 column[start : start + len(values)] = values
             columns[name] = column
         words = np.concatenate(self.words) if self.words else np.zeros(0, np.int32)
-        return Lines(columns, words, tuple(self.vocabulary), self.num_damaged, len(self.unread))
+        return Lines(columns, words, tuple(self.vocabulary), self.num_damaged)
 
 
-def read_lines(path: Path, *, text: str | None = None, only: Collection[str] | None = None) -> Lines:
-    """All lines of a file. text: name of the one column of text that is kept. only: names of the columns of numbers
-    that are; default all. What a crash cut short at the end of the file is damage of one line.
+def read_lines(path: Path, numbers: Collection[str], *, text: str | None = None) -> Lines:
+    """All lines of a file. numbers: names of the columns that are kept. text: that of the one column of text that is.
+    What a crash cut short at the end of the file is damage of one line.
 
     Raises:
         OSError: the file cannot be read.
     """
-    gathered = _Gathered(text, only, np.float32 if path.stat().st_size > LARGE else np.float64)
+    gathered = _Gathered(numbers, text, np.float32 if path.stat().st_size > LARGE else np.float64)
     for block in _blocks(path):
         try:
-            options = pa.json.ReadOptions(block_size=max(len(block) + 1, 1024))
-            gathered.table(pa.json.read_json(BytesIO(block), read_options=options))
+            gathered.parse(block)
         except (pa.ArrowException, ValueError, KeyError):
             gathered.objects(block)
     return gathered.whole()
+
+
+def is_flat(block: bytes) -> bool:
+    """Whether every line is between one pair of braces, with no list in a list: what logs have. pyarrow's parser ends
+    the whole process at a line that is `null`, and at brackets nested some ten thousand deep."""
+    text = block if block.endswith(b"\n") else block + b"\n"
+    count = text.count(b"\n")
+    begin, end = text.startswith(b"{") + text.count(b"\n{"), text.count(b"}\n")
+    return begin == end == text.count(b"{") == text.count(b"}") == count and not NESTED.search(text)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

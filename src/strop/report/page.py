@@ -62,6 +62,8 @@ def _context(examined: Sequence[Examined]) -> dict[str, Any]:
     labels = labels_of(runs)
     charts = charts_of(examined, labels)
     by_key = {c.key: c for c in charts}
+    told = [_of_run(e, label, by_key if len(runs) == 1 else {}) for e, label in zip(examined, labels, strict=True)]
+    embedded = {f["chart"].key for run in told for f in run["findings"] if f["figure"]}
     names = visible(", ".join(labels), 400)
     return {
         "title": f"{visible(names, 200)}: strop report",
@@ -69,11 +71,10 @@ def _context(examined: Sequence[Examined]) -> dict[str, Any]:
         if len(runs) > 1
         else f"strop report: {names} ({visible(runs[0].method, 40) or 'method unknown'})",
         "summary": "; ".join(map(_summary, runs)),
-        "runs": [
-            _of_run(e, label, by_key if len(runs) == 1 else {}) for e, label in zip(examined, labels, strict=True)
-        ],
+        "runs": told,
         "differences": differences(runs, labels) if len(runs) > 1 else [],
-        "charts": charts,
+        "charts": [c for c in charts if c.key not in embedded],
+        "embedded": bool(embedded),
         "evaluations": evaluations(runs, labels),
         "heats": heat_maps(runs, labels),
     }
@@ -111,7 +112,7 @@ def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[s
         "counts": [
             {"severity": str(s), "mark": WORDS[s][0], "words": WORDS[s][1], "number": n} for s, n in counts if n
         ],
-        "findings": [_finding(f, run, charts, examined.thresholds) for f in told],
+        "findings": list(_findings(told, run, charts, examined.thresholds)),
         "passed": diagnosis.of(Severity.OK),
         "unchecked": diagnosis.of(Severity.UNCHECKED),
         "gaps": run.gaps,
@@ -120,6 +121,17 @@ def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[s
         "pairs_note": visible(run.pairs.get("note", ""), 600),
         "tables": tables_of(run),
     }
+
+
+def _findings(
+    told: Sequence[Finding], run: RunRecord, charts: Mapping[str, Any], thresholds: Thresholds
+) -> Iterator[dict[str, Any]]:
+    """A chart stands in the first finding that is about it; the others link to it."""
+    drawn: set[str] = set()
+    for f in told:
+        beside = f.chart in charts and f.chart not in drawn and f.severity is not Severity.NOTE
+        drawn |= {f.chart} if beside else set()
+        yield {**_finding(f, run, charts, thresholds), "figure": beside}
 
 
 def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:

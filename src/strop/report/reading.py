@@ -7,7 +7,7 @@ left out and told (`RunRecord.gaps`). Numbers come from metrics.jsonl and the ma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,22 @@ from numpy.typing import NDArray
 
 from strop.errors import ConfigError, first_line
 from strop.report.lines import Column, Lines, read_lines
-from strop.runfiles import RECORDS, RESULT
+from strop.runfiles import FAILURE, PAIRS, PLAN, RECORDS, RESULT
 
 MOST_BYTES = 1 << 24
 """Of a file that is read whole; a larger one is not ours."""
 MOST_ARRAYS = 2000
 """Steps whose margins are read one by one; of longer runs, evenly spaced ones."""
-MARGIN_FIELDS = ("global_step", "epoch", "step", "mean", "batch_size")
+MARGIN_FIELDS = ("global_step", "epoch", "step")
+SIDES = ("chosen", "rejected")
+NUMBERS = (
+    *("step", "loss", "loss/preference", "loss/nll", "nll", "learning_rate", "grad_norm", "clipped"),
+    *("update_ratio", "changed_fraction", "tokens", "tokens_per_second", "seconds", "peak_memory_gib"),
+    *("num_groups", "num_zero_signal_groups", "num_skipped_steps", "kl", "kl_unclamped"),
+    *("rewards/margins", "rewards/accuracies", "lengths/completion"),
+    *(f"{name}/{side}" for name in ("rewards", "logps_per_token", "lengths") for side in SIDES),
+)
+"""Of a line of metrics.jsonl: what charts and checks read."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class RunRecord:
     result: Mapping[str, Any]
     plan: Mapping[str, Any]
     pairs: Mapping[str, Any]
+    failure: Mapping[str, Any]
     train: Table
     eval: Table
     margins: Margins
@@ -142,9 +152,9 @@ def read_run(path: Path | str) -> RunRecord:
             fix=_nearby(folder) or "give the folder of one run: training.output_dir/NAME",
         )
     gaps: list[str] = []
-    parts = {name: _json(folder / f"{name}.json", gaps) for name in ("environment", "data", "plan", "pairs")}
+    parts = {name: _json(folder / f"{name}.json", gaps) for name in ("environment", "data", "plan", "pairs", "failure")}
     settings = _settings(folder / "config.yaml", gaps)
-    lines = _lines(folder / "metrics.jsonl", gaps, text="split")
+    lines = _lines(folder / "metrics.jsonl", NUMBERS, gaps, text="split")
     train, evaluated = _split(lines, "train"), _split(lines, "eval")
     finished = (folder / "final").is_dir()
     if not finished:
@@ -174,8 +184,8 @@ def _read(path: Path, gaps: list[str]) -> str | None:
         return None
 
 
-OPTIONAL = ("plan.json", "pairs.json")
-"""Of versions since there are reports, and of methods on pairs."""
+OPTIONAL = (PLAN, PAIRS, FAILURE)
+"""Not of every version, method and ending."""
 
 
 def _json(path: Path, gaps: list[str]) -> Mapping[str, Any]:
@@ -248,20 +258,18 @@ def _origins(text: str) -> Iterator[tuple[str, str]]:
         yield (f"{section}{key}" if line.startswith(" ") else key), origin.strip()
 
 
-def _lines(path: Path, gaps: list[str], **asked: Any) -> Lines:
-    empty = Lines({}, np.zeros(0, np.int32), (), 0, 0)
+def _lines(path: Path, numbers: Sequence[str], gaps: list[str], *, text: str | None = None) -> Lines:
+    empty = Lines({}, np.zeros(0, np.int32), (), 0)
     if not path.is_file():
         gaps.append(f"{path.name} is missing")
         return empty
     try:
-        found = read_lines(path, **asked)
+        found = read_lines(path, numbers, text=text)
     except OSError as error:
         gaps.append(f"{path.name} cannot be read: {first_line(error)}")
         return empty
     if found.num_damaged:
         gaps.append(f"{path.name}: {found.num_damaged:,} damaged lines are left out")
-    if found.num_unread:
-        gaps.append(f"{path.name}: {found.num_unread:,} columns are left out, since they are too many or too long")
     return found
 
 
@@ -272,13 +280,7 @@ def _split(lines: Lines, name: str) -> Table:
     order = np.flatnonzero(kept)
     order = order[np.argsort(step[order], kind="stable")]
     columns = {key: values[order] for key, values in lines.columns.items() if key != "step"}
-    return Table(
-        step[order].astype(np.float64), {k: v for k, v in columns.items() if np.isfinite(v).any() or k in NULLS}
-    )
-
-
-NULLS = ("loss", "grad_norm")
-"""Numbers of every line: null where they are not finite."""
+    return Table(step[order].astype(np.float64), {k: v for k, v in columns.items() if np.isfinite(v).any()})
 
 
 def _logs(folder: Path, settings: Mapping[str, Setting]) -> Path:
@@ -297,7 +299,7 @@ def _margins(logs: Path, gaps: list[str]) -> Margins:
     log = logs / "margins" / "margins_log.jsonl"
     if not log.is_file():
         return Margins((), ())
-    lines = _lines(log, gaps, only=MARGIN_FIELDS)
+    lines = _lines(log, MARGIN_FIELDS, gaps)
     columns = [lines.columns.get(name, np.zeros(0)) for name in ("global_step", "epoch", "step")]
     if not all(len(c) for c in columns):
         return Margins((), ())

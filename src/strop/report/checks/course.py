@@ -8,6 +8,7 @@ import numpy as np
 
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
+from strop.report.words import visible
 
 
 def lower(facts: Facts, factor: float) -> Remedy:
@@ -29,6 +30,23 @@ def higher(facts: Facts, factor: float) -> Remedy:
     return Remedy(f"multiply the learning rate by {factor:g}", {"training.learning_rate": value})
 
 
+def ended(facts: Facts) -> Iterator[Finding]:
+    """A training that an error ended."""
+    error = facts.run.failure.get("error")
+    if isinstance(error, str):
+        where, fix = (facts.run.failure.get(name) for name in ("where", "fix"))
+        yield Finding(
+            "ended-by-error",
+            Severity.FAIL,
+            f"The training was ended by an error: {visible(error, 400)}",
+            Evidence.EXACT,
+            {"where": visible(where, 200)} if isinstance(where, str) else {},
+            remedies=[*([Remedy(visible(fix, 400))] if isinstance(fix, str) and fix else []), lower(facts, 10)],
+            chart="loss",
+            explains=("few-steps", "rate-low", "not-finite"),
+        )
+
+
 def finite(facts: Facts) -> Iterator[Finding]:
     """A loss that is no number."""
     train, evaluated = facts.run.train, facts.run.eval
@@ -39,7 +57,7 @@ def finite(facts: Facts) -> Iterator[Finding]:
     bad = [
         (float(table.step[i]), words)
         for table, words in ((train, "training"), (evaluated, "evaluation"))
-        for i in np.flatnonzero(~np.isfinite(table.columns.get("loss", np.zeros(len(table)))))[:1].tolist()
+        for i in np.flatnonzero(~np.isfinite(table.columns.get("loss", np.full(len(table), np.nan))))[:1].tolist()
     ]
     numbers: dict[str, float | int | str] = {"steps skipped": skipped}
     numbers |= {f"first not finite, {words}": f"step {step:.0f}" for step, words in bad}
@@ -110,7 +128,7 @@ def spikes(facts: Facts) -> Iterator[Finding]:
         yield unchecked("gradient-spikes", f"spikes of the gradient: {len(norms)} logged steps are too few")
         return
     medians = _trailing_medians(norms)
-    places = np.flatnonzero(norms[10:] > facts.thresholds["spike"] * medians[10:]) + 10
+    places = np.flatnonzero(norms[10:] > facts.thresholds["spike_size"] * medians[10:]) + 10
     share = len(places) / len(norms)
     if len(places):
         worst = int(places[np.argmax(norms[places] / medians[places])])
@@ -128,7 +146,7 @@ def spikes(facts: Facts) -> Iterator[Finding]:
                 Remedy("clip lower", {"training.max_grad_norm": 0.3}),
                 lower(facts, 2),
             ],
-            thresholds=("spike", "spikes_share"),
+            thresholds=("spike_size", "spikes_share"),
             chart="gradient",
             steps=(float(at[worst]), float(at[worst])),
         )
@@ -210,7 +228,7 @@ def risen(facts: Facts) -> Iterator[Finding]:
         yield unchecked("risen", f"overfitting: {why}")
         return
     t, first, end = facts.thresholds, float(values[0]), float(values[-1])
-    size = max(abs(first), 1e-9)
+    size, low = max(abs(first), 1e-9), float(values.min())
     started = at[0] == 0
     if not started:
         yield unchecked("worse-than-start", "whether the model got worse: it was not evaluated before the first step")
@@ -227,19 +245,20 @@ def risen(facts: Facts) -> Iterator[Finding]:
             thresholds=("worse_fail",),
             chart="loss",
             steps=(float(at[int(values.argmin())]), float(at[-1])),
-            explains=("risen",),
+            explains=() if low < first - t["risen_note"] * size else ("risen",),
         )
     else:
         yield passed("worse-than-start", f"The evaluation loss fell from {first:.4g} to {end:.4g}")
-    low = float(values.min())
     best = float(at[int(values.argmin())])
     gained = max(first - low, 1e-9)
     above = (end - low) / max(abs(low), 1e-9)
     numbers = {"lowest evaluation loss": low, "at step": best, "at the end": end}
     if above > t["risen_note"] and (end - low) > 0.05 * gained and best > 0:
+        learnt = first - low > t["risen_note"] * size  # there was something before it was lost again
+        bad = started and learnt and end > first + t["worse_fail"] * size
         yield Finding(
             "risen",
-            Severity.WARN if above > t["risen_warn"] else Severity.NOTE,
+            Severity.FAIL if bad else Severity.WARN if above > t["risen_warn"] else Severity.NOTE,
             f"The evaluation loss was lowest at step {best:.0f} ({low:.4g}) and has risen to {end:.4g} since: the "
             "model learns its rows by heart",
             Evidence.RULE,
@@ -254,6 +273,7 @@ def risen(facts: Facts) -> Iterator[Finding]:
             thresholds=("risen_note", "risen_warn"),
             chart="loss",
             steps=(best, float(at[-1])),
+            explains=("worse-than-start",) if learnt else (),
         )
     else:
         yield passed("risen", "The evaluation loss does not rise again", numbers=numbers)
@@ -263,4 +283,6 @@ def _fewer(facts: Facts, step: float) -> dict[str, int]:
     return {"training.max_steps": max(1, int(step))} if step >= 1 else {"training.num_epochs": 1}
 
 
-CHECKS = (finite, risen, spikes, clipping, steps, evaluation_size)
+CHECKS = (ended, finite)
+GENERAL = (risen, spikes, clipping, steps, evaluation_size)
+"""Told behind what a method itself shows."""

@@ -186,6 +186,7 @@ def accuracy(facts: Facts) -> Iterator[Finding]:
     }
     if held is not None:
         numbers |= {"accuracy on validation pairs": held[0], "its interval": f"{held[1]:.2f} to {held[2]:.2f}"}
+    judged, where = (train, "training pairs") if held is None else (held, "validation pairs")
     look = Remedy("read the pairs below: is the chosen side the better one? dataset.chosen_column and rejected_column")
     common: dict[str, Any] = {"numbers": numbers, "chart": "accuracy", "steps": _second_half(facts)}
     if held is not None and held[2] < 0.5 < low and facts.has_reference:
@@ -208,18 +209,18 @@ def accuracy(facts: Facts) -> Iterator[Finding]:
             remedies=[look, lower(facts, 10)],
             **common,
         )
-    elif low <= 0.5 <= high and facts.has_reference:
+    elif judged[1] <= 0.5 <= judged[2] and facts.has_reference:
         yield Finding(
             "accuracy-half",
-            Severity.WARN if facts.has_trend and high - low < 0.2 else Severity.NOTE,
-            f"Pairs are not told apart: accuracy {share:.2f} on training pairs, as by tossing a coin",
+            Severity.WARN if facts.has_trend and judged[2] - judged[1] < 0.2 else Severity.NOTE,
+            f"Pairs are not told apart: accuracy {judged[0]:.2f} on {where}, as by tossing a coin",
             Evidence.MEASURED,
             harmless_if="the labels are noisy and the run is short",
             remedies=[look, higher(facts, 3), *_smoothed(facts)],
             **common,
         )
     else:
-        yield passed("accuracy-half", f"Accuracy on training pairs: {share:.2f}", numbers=numbers)
+        yield passed("accuracy-half", f"Accuracy on {where}: {judged[0]:.2f}", numbers=numbers)
 
 
 def _smoothed(facts: Facts) -> list[Remedy]:
@@ -237,7 +238,7 @@ def saturated(facts: Facts) -> Iterator[Finding]:
         return
     t = facts.thresholds
     smooth = np.convolve(values, np.ones(5) / 5, "valid")
-    won = smooth >= t["saturated"]
+    won = smooth >= t["saturated_at"]
     share = float(won.mean())
     if share >= t["saturated_share"]:
         begins = float(at[int(np.argmax(won)) + 4])
@@ -246,7 +247,7 @@ def saturated(facts: Facts) -> Iterator[Finding]:
         numbers: dict[str, float | int | str] = {"share of the run": share, "from step": begins}
         if held is not None:
             numbers["accuracy on validation pairs"] = held[0]
-        alike = held is not None and held[0] >= t["saturated"] - 0.05
+        alike = held is not None and held[0] >= t["saturated_at"] - 0.05
         yield Finding(
             "saturated",
             Severity.NOTE,
@@ -261,7 +262,7 @@ def saturated(facts: Facts) -> Iterator[Finding]:
                 lower(facts, 3),
                 *_smoothed(facts),
             ],
-            thresholds=("saturated", "saturated_share"),
+            thresholds=("saturated_at", "saturated_share"),
             chart="accuracy",
             steps=(begins, float(at[-1])),
         )
@@ -333,15 +334,15 @@ def chosen_falls(facts: Facts) -> Iterator[Finding]:
         return
     t = facts.thresholds
     numbers: Numbers = {"chosen, nats per token": gain, "measured on": facts.watched_words}
-    if -gain >= t["nll_rise"]:
+    if -gain >= t["falls_warn"]:
         yield Finding(
             "chosen-falls",
-            Severity.FAIL if -gain >= t["collapse"] and facts.has_trend else Severity.WARN,
+            Severity.FAIL if -gain >= t["falls_fail"] and facts.has_trend else Severity.WARN,
             f"Chosen answers became less likely ({gain:+.2f} nats per token), and there is no reference to hold them",
             Evidence.RULE,
             numbers,
             remedies=[*_anchored(facts), lower(facts, 3), *_softer(facts)],
-            thresholds=("nll_rise", "collapse"),
+            thresholds=("falls_warn", "falls_fail"),
             chart="likelihood",
             steps=_second_half(facts),
         )

@@ -37,8 +37,10 @@ def same_pairs(facts: Facts) -> Iterator[Finding]:
             ],
             thresholds=("same_pair_warn", "same_pair_fail"),
             explains=(
+                "no-end-token",
+                "completions-cut",
+                "accuracy-falls",
                 "gradient-zero",
-                "stuck",
                 "rate-low",
                 "accuracy-half",
                 "duplicates",
@@ -122,7 +124,7 @@ def contradictions(facts: Facts) -> Iterator[Finding]:
             {"rows that another contradicts": int(count)},
             remedies=[Remedy("keep one of each two, or drop both"), *_smoothing(facts, share)],
             thresholds=("contradictions_warn", "contradictions_fail"),
-            explains=("accuracy-half", "stuck", "rate-low"),
+            explains=("accuracy-half", "rate-low"),
         )
     else:
         yield passed("contradictions", f"{int(count):,} training rows are contradicted by another")
@@ -198,13 +200,16 @@ def losses(facts: Facts) -> Iterator[Finding]:
     if share >= facts.thresholds["lost_warn"]:
         yield Finding(
             "rows-lost",
-            Severity.WARN,
+            Severity.FAIL if share >= facts.thresholds["lost_fail"] else Severity.WARN,
             f"{lost:,} of {int(read):,} rows ({share:.0%}) are not trained on, most of them: "
             f"{max(reasons, key=lambda r: reasons[r])}",
             Evidence.EXACT,
             dict(sorted(reasons.items(), key=lambda item: -item[1])[:5]),
-            remedies=[Remedy("look at rejected.jsonl in the run folder")],
-            thresholds=("lost_warn",),
+            remedies=[
+                Remedy("look at rejected.jsonl in the run folder"),
+                Remedy("raise the length limits, if rows are dropped for them", _longer(facts)),
+            ],
+            thresholds=("lost_warn", "lost_fail"),
         )
     else:
         yield passed("rows-lost", f"{lost:,} of {int(read):,} rows are refused or dropped")

@@ -31,7 +31,15 @@ def rate_is_zero(facts: Facts) -> Iterator[Finding]:
             {"training.learning_rate": asked if asked is not None else 0.0, "logged steps": len(rates)},
             remedies=[Remedy("give a learning rate", {"training.learning_rate": _usual_rate(facts)})],
             chart="rate",
-            explains=("weights-unmoved", "stuck", "rate-low", "accuracy-half", "sft-still", "few-steps", "odds-idle"),
+            explains=(
+                "weights-unmoved",
+                "rate-low",
+                "accuracy-half",
+                "accuracy-falls",
+                "sft-still",
+                "few-steps",
+                "odds-idle",
+            ),
         )
     else:
         yield passed("rate-zero", f"The learning rate is above 0; its highest logged value is {rates.max():.3g}")
@@ -61,7 +69,14 @@ def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
                 Remedy("check lora.target_modules and models.0.adapter: does any weight train?"),
             ],
             chart="gradient",
-            explains=("weights-unmoved", "stuck", "rate-low", "accuracy-half", "sft-still", "odds-idle"),
+            explains=(
+                "weights-unmoved",
+                "rate-low",
+                "accuracy-half",
+                "accuracy-falls",
+                "sft-still",
+                "odds-idle",
+            ),
         )
     elif zero:
         share = zero / len(norms)
@@ -99,7 +114,7 @@ def weights_stand_still(facts: Facts) -> Iterator[Finding]:
             },
             remedies=[Remedy("raise the learning rate tenfold", _times(facts, 10))],
             thresholds=("moved_share",),
-            explains=("rate-low", "stuck", "sft-still", "accuracy-half", "odds-idle"),
+            explains=("rate-low", "sft-still", "accuracy-half", "accuracy-falls", "odds-idle"),
         )
     else:
         yield passed("weights-unmoved", f"An update changes {moved:.0%} of the weights")

@@ -1,0 +1,298 @@
+"""Whether findings are right: healthy runs of every method, and runs that are broken on purpose.
+
+    python -m benchmarks.findings [--only TEXT] [--write]
+
+Every run is trained here, by a tiny model on rows of words: the words of a chosen answer come from one half of the
+vocabulary more often than those of a rejected one, so there is something to learn, and it cannot be learnt wholly. A
+healthy run must raise no `fail`, and few of lesser weight; a broken one must raise the finding that it was made for
+first. `--write` puts the table into docs/findings.md. The exit code is 1 where one of them does not do so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "findings.md"
+BEGIN, END = "<!-- calibration: python -m benchmarks.findings --write -->", "<!-- end -->"
+WORDS = [f"w{i}" for i in range(60)]
+NUM_TRAIN, NUM_EVAL = 320, 160
+RECIPE: dict[str, Any] = {
+    "models.0.name": "run",
+    "training.num_epochs": 2,
+    "training.per_device_train_batch_size": 8,
+    "training.gradient_accumulation_steps": 1,
+    "training.learning_rate": 5e-4,
+    "training.logging_steps": 1,
+    "training.eval_steps": 20,
+    "training.save_steps": 10_000,
+    "training.max_seq_length": 48,
+    "training.reference_store": False,
+    "finetuning.load_best_model_at_end": False,
+    "finetuning.early_stopping_patience": None,
+    "logging.log_level": "error",
+}
+Rows = list[dict[str, Any]]
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "sft": {},
+    "dpo": {},
+    "dpo hinge": {"post_training.loss_type": "hinge"},
+    "dpo apo_zero": {"post_training.loss_type": "apo_zero"},
+    "dpo sigmoid_norm": {"post_training.loss_type": "sigmoid_norm", "post_training.beta": 1.0},
+    "ipo": {},
+    "kto": {},
+    "orpo": {},
+    "simpo": {},
+    "cpo": {},
+}
+"""Healthy runs: the method, a word about the variant, and its settings."""
+
+
+def pair(draw: random.Random, length: int | None = None, bias: float = 0.65) -> dict[str, str]:
+    """A prompt and two answers; `bias` of the chosen words, and 1 - `bias` of the rejected, are of the first half."""
+    half = len(WORDS) // 2
+    prompt = " ".join(draw.choices(WORDS, k=draw.randint(3, 9)))
+
+    def answer(share: float) -> str:
+        count = length or draw.randint(6, 12)
+        return "".join(f" {draw.choice(WORDS[:half] if draw.random() < share else WORDS[half:])}" for _ in range(count))
+
+    return {"prompt": prompt, "chosen": answer(bias), "rejected": answer(1 - bias)}
+
+
+def pairs(draw: random.Random, count: int) -> Rows:
+    return [pair(draw) for _ in range(count)]
+
+
+def turned(rows: Rows) -> Rows:
+    """Chosen and rejected exchanged."""
+    return [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+
+
+def as_sft(rows: Rows) -> Rows:
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+
+
+def as_kto(rows: Rows) -> Rows:
+    """Both sides of a pair, with their labels."""
+    sides = (("chosen", True), ("rejected", False))
+    return [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
+
+
+SHAPES: Mapping[str, Callable[[Rows], Rows]] = {"sft": as_sft, "kto": as_kto}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run. first: the finding that it must raise first; empty: it is healthy. train, held: make the rows; default:
+    those of a healthy run. after: what is done to the folder once it is trained. fails: the training ends with an
+    error."""
+
+    name: str
+    method: str
+    first: str = ""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    train: Callable[[random.Random], Rows] = lambda draw: pairs(draw, NUM_TRAIN)
+    held: Callable[[random.Random, Rows], Rows] = lambda draw, train: pairs(draw, NUM_EVAL)
+    after: Callable[[Path], None] | None = None
+    fails: bool = False
+
+
+def _same_behind_the_cut(draw: random.Random) -> Rows:
+    """Most pairs differ behind the cut only; such are dropped."""
+    rows = [pair(draw, length=24) for _ in range(NUM_TRAIN - 60)]
+    return [{**row, "rejected": f"{row['chosen']} {draw.choice(WORDS)}"} for row in rows] + pairs(draw, 60)
+
+
+def _both_ways(draw: random.Random) -> Rows:
+    rows = pairs(draw, NUM_TRAIN // 2)
+    return rows + turned(rows)
+
+
+def _random_labels(draw: random.Random) -> Rows:
+    return [row if draw.random() < 0.5 else turned([row])[0] for row in pairs(draw, NUM_TRAIN)]
+
+
+def _too_long(draw: random.Random) -> Rows:
+    return [pair(draw, length=24) for _ in range(NUM_TRAIN)]
+
+
+def _repeated(draw: random.Random) -> Rows:
+    some = pairs(draw, 40)
+    return pairs(draw, NUM_TRAIN - 160) + some * 4
+
+
+def _no_reference_named(folder: Path) -> None:
+    """The run took another reference than its configuration says."""
+    path = folder / "config.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join("  ref_model_id: null" if "ref_model_id:" in x else x for x in lines) + "\n", "utf-8")
+
+
+OTHER = "OTHER MODEL"
+"""Stands for the folder of a model with other weights."""
+BROKEN: tuple[Scenario, ...] = (
+    Scenario("a rate that rounding swallows", "dpo", "weights-unmoved", {"training.learning_rate": 1e-13}),
+    Scenario("a rate far too low", "dpo", "rate-low", {"training.learning_rate": 1e-7}),
+    Scenario("a rate far too high", "dpo", "rate-high", {"training.learning_rate": 0.5, "training.warmup_steps": 0}),
+    Scenario("a rate far too high, sft", "sft", "rate-high", {"training.learning_rate": 2.0}),
+    Scenario("chosen and rejected exchanged in training", "dpo", "splits-disagree",
+             train=lambda draw: turned(pairs(draw, NUM_TRAIN))),
+    Scenario("labels exchanged in training", "kto", "rewards-together",
+             train=lambda draw: turned(pairs(draw, NUM_TRAIN))),
+    Scenario("labels drawn at random", "dpo", "accuracy-half", {"training.learning_rate": 3e-4}, train=_random_labels),
+    Scenario("sides that differ behind the cut only", "dpo", "rows-lost", {"training.max_completion_length": 16},
+             train=_same_behind_the_cut),
+    Scenario("every pair in both orders", "dpo", "contradictions", train=_both_ways),
+    Scenario("another reference than the model at the start", "dpo", "reference-mismatch",
+             {"post_training.ref_model_id": OTHER}, after=_no_reference_named),
+    Scenario("all answers cut before their end", "dpo", "no-end-token", {"training.max_completion_length": 16},
+             train=_too_long),
+    Scenario("validation rows that are trained on", "dpo", "leakage", held=lambda draw, train: train[:NUM_EVAL]),
+    Scenario("half of the rows four times", "sft", "duplicates", train=_repeated),
+    Scenario("few rows, many epochs", "sft", "risen",
+             {"training.num_epochs": 30, "training.learning_rate": 1e-3, "training.eval_steps": 8},
+             train=lambda draw: pairs(draw, 96)),
+    Scenario("chosen answers that fall with the rejected ones", "dpo", "likelihood-displacement",
+             {"training.learning_rate": 2e-3}),
+    Scenario("the beta of dpo for simpo", "simpo", "simpo-beta", {"post_training.simpo_beta": 0.1}),
+    Scenario("one label only", "kto", "labels", train=lambda draw: pairs(draw, NUM_TRAIN)),
+    Scenario("numbers that are not finite", "dpo", "ended-by-error", {"training.learning_rate": 1e30}, fails=True),
+)  # fmt: skip
+
+
+def scenarios() -> list[Scenario]:
+    """All of them, healthy ones first."""
+    healthy = [Scenario(f"healthy {name}", name.split()[0], keys=keys) for name, keys in METHODS.items()]
+    return [*healthy, *BROKEN]
+
+
+def write_models(folder: Path) -> None:
+    """Two models of other weights, with one tokenizer of words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", "<eos>", *WORDS]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(words), eos_token_id=2, bos_token_id=None, pad_token_id=0, max_position_embeddings=128, **sizes
+    )
+    for seed, name in enumerate(("model", "other")):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        if name == "other":  # far enough to be told from rounding
+            with torch.no_grad():
+                model.lm_head.weight.mul_(20)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def trained(scenario: Scenario, folder: Path, seed: int = 0) -> Path:
+    """The run folder. folder: has the models; rows and runs are written there."""
+    import strop
+    from strop.errors import StropError
+
+    draw = random.Random(seed)
+    place = folder / f"{scenario.name.replace(' ', '-').replace(',', '')}-{seed}"
+    place.mkdir()
+    train = scenario.train(draw)
+    held = scenario.held(draw, train)
+    shape = SHAPES.get(scenario.method, lambda rows: rows)
+    files = {"train_file": shape(train), "val_file": shape(held)}
+    if scenario.first == "labels":
+        files["train_file"] = [row for row in files["train_file"] if row["label"]]
+    for name, rows in files.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {k: str(folder / "other") if v == OTHER else v for k, v in scenario.keys.items()}
+    overrides = {
+        **RECIPE,
+        "models.0.huggingface_id": str(folder / "model"),
+        "post_training.method": scenario.method,
+        **{f"dataset.{name}": str(place / f"{name}.jsonl") for name in files},
+        "training.output_dir": str(place),
+        "seed": seed,
+        **keys,
+    }
+    try:
+        strop.train(strop.load_config(overrides=overrides))
+    except StropError:
+        if not scenario.fails:
+            raise
+    run = place / "run"
+    if scenario.after is not None:
+        scenario.after(run)
+    return run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """told: id and severity of what is told, in order."""
+
+    scenario: Scenario
+    told: Sequence[tuple[str, str]]
+
+    @property
+    def is_right(self) -> bool:
+        if self.scenario.first:
+            return bool(self.told) and self.told[0][0] == self.scenario.first
+        return all(severity != "fail" for _, severity in self.told)
+
+
+def outcome(scenario: Scenario, run: Path) -> Outcome:
+    from strop.report.findings import Severity
+    from strop.report.write import examine
+
+    (examined,) = examine([run])
+    told = examined.diagnosis.of(Severity.FAIL, Severity.WARN, Severity.NOTE)
+    return Outcome(scenario, [(f.id, str(f.severity)) for f in told])
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Markdown."""
+    lines = ["| run | must raise first | told, in order | |", "|---|---|---|---|"]
+    for o in outcomes:
+        told = ", ".join(f"{id_} ({severity})" for id_, severity in o.told) or "nothing"
+        first = f"`{o.scenario.first}`" if o.scenario.first else "no `fail`"
+        lines.append(f"| {o.scenario.name} | {first} | {told} | {'right' if o.is_right else '**wrong**'} |")
+    right = sum(o.is_right for o in outcomes)
+    return "\n".join([*lines, "", f"{right} of {len(outcomes)} are right."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    import torch
+
+    torch.set_num_threads(1)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as name:
+        write_models(Path(name))
+        for scenario in scenarios():
+            if options.only in scenario.name:
+                outcomes.append(outcome(scenario, trained(scenario, Path(name))))
+                print(table(outcomes[-1:]).splitlines()[2], flush=True)
+    if options.write and not options.only:
+        text = PAGE.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table(outcomes)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    return int(not all(o.is_right for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Each finding on a run folder that has what it looks for, and on a healthy one that has not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from strop.cli.run_config import load, parse, parser_of_run
+from strop.report.checks import course, pairs, rows, start, unpaired
+from strop.report.findings import THRESHOLDS, Severity
+from strop.report.reading import read_run
+from strop.report.write import examine
+
+ROOT = Path(__file__).resolve().parents[3]
+FAIL, WARN, NOTE, OK, UNCHECKED = Severity
+STEPS = 100
+
+
+def per_token(chosen: float, rejected: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Sides that end so many nats per token from the reference."""
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        done = line["step"] / STEPS
+        c, r = (0.1 * 20 * side * done for side in (chosen, rejected))
+        return {"rewards/chosen": c, "rewards/rejected": r, "rewards/margins": c - r}
+
+    return change
+
+
+def held(accuracy: float, train: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda line: {"rewards/accuracies": accuracy if line["split"] == "eval" and line["step"] else train}
+
+
+def constant(**values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda line: {name.replace("__", "/"): value for name, value in values.items()}
+
+
+def rising(start_: float, end: float, split: str = "train") -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda line: {"loss": start_ + (end - start_) * line["step"] / STEPS} if line["split"] == split else {}
+
+
+BROKEN: list[tuple[str, Severity, Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any]]] = [
+    ("rate-zero", FAIL, constant(learning_rate=0.0), {}),
+    ("gradient-zero", FAIL, constant(grad_norm=0.0), {}),
+    ("gradient-zero", NOTE, lambda line: {"grad_norm": 0.0 if line["step"] > 90 else 1.0}, {}),
+    ("weights-unmoved", FAIL, constant(changed_fraction=0.002), {}),
+    ("weights-unmoved", WARN, constant(changed_fraction=0.05), {}),
+    ("reference-mismatch", FAIL, constant(rewards__chosen=3.0), {}),
+    ("reference-mismatch", UNCHECKED, constant(rewards__chosen=3.0), {"post_training.ref_model_id": "org/other"}),
+    ("first-loss", FAIL, lambda line: {"loss": 0.8} if line["step"] == 0 else {}, {}),
+    ("same-pairs", FAIL, lambda line: {"num_zero_signal_groups": 16} if line["split"] == "train" else {}, {}),
+    ("same-pairs", WARN, lambda line: {"num_zero_signal_groups": 1} if line["split"] == "train" else {}, {}),
+    ("not-finite", FAIL, lambda line: {"loss": None} if line["step"] == 100 else {}, {}),
+    ("not-finite", WARN, lambda line: {"num_skipped_steps": 1} if line["step"] == 50 else {}, {}),
+    ("worse-than-start", FAIL, rising(math.log(2), 0.9, "eval"), {}),
+    ("worse-than-start", WARN, rising(math.log(2), 0.7, "eval"), {}),
+    ("gradient-spikes", NOTE, lambda line: {"grad_norm": 80.0} if line["step"] == 60 else {}, {}),
+    ("gradient-spikes", WARN, lambda line: {"grad_norm": 80.0} if line["step"] in (40, 60, 80) else {}, {}),
+    ("always-clipped", NOTE, constant(clipped=1.0, grad_norm=50.0), {}),
+    ("eval-size", NOTE, lambda line: {"num_groups": 100} if line["split"] == "eval" else {}, {}),
+    ("splits-disagree", FAIL, held(0.2, 0.8), {}),
+    ("accuracy-falls", FAIL, held(0.2, 0.2), {}),
+    ("accuracy-half", WARN, held(0.51, 0.8), {}),
+    ("likelihood-displacement", NOTE, per_token(-0.1, -0.25), {}),
+    ("likelihood-displacement", WARN, per_token(-0.25, -0.8), {}),
+    ("likelihood-displacement", FAIL, per_token(-0.55, -0.6), {}),
+    ("drift", NOTE, per_token(0.1, -0.4), {}),
+    ("drift", WARN, per_token(0.1, -0.9), {}),
+    ("drift", FAIL, per_token(0.1, -4.0), {}),
+    ("rate-low", WARN, per_token(0.0005, -0.0005), {}),
+    ("rate-high", FAIL, rising(math.log(2), 3.0), {}),
+    ("rate-high", WARN, lambda line: {"loss": 3.0 if 20 < line["step"] < 40 else 0.5}, {}),
+    ("saturated", NOTE, lambda line: {"rewards/accuracies": 1.0 if line["split"] == "train" else 0.8}, {}),
+    ("simpo-beta", WARN, constant(), {"post_training.method": "simpo", "post_training.simpo_beta": 0.1}),
+    ("few-steps", NOTE, lambda line: {"step": line["step"] // 4}, {}),
+]
+
+
+@pytest.mark.parametrize(("id_", "severity", "change", "settings"), BROKEN, ids=[f"{b[0]}-{b[1]}" for b in BROKEN])
+def test_a_finding_is_raised_by_what_it_looks_for(
+    id_: str,
+    severity: Severity,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    settings: dict[str, Any],
+    make: Callable[..., Any],
+) -> None:
+    healthy = {f.id: f.severity for f in make(name="healthy").diagnose().findings}
+    assert healthy.get(id_, OK) == OK
+    made = make(change)
+    made.settings |= settings
+    found = made.finding(id_)
+    assert found.severity == severity
+    if severity != UNCHECKED:
+        assert found.numbers and found.remedies
+
+
+DATA: list[tuple[str, Severity, str, Any]] = [
+    ("duplicates", NOTE, "train.findings.duplicates", 3),
+    ("duplicates", WARN, "train.findings.duplicates", 80),
+    ("contradictions", WARN, "train.findings.contradictions", 8),
+    ("contradictions", FAIL, "train.findings.contradictions", 80),
+    ("double-bos", FAIL, "train.findings.double_bos", 1),
+    ("leakage", WARN, "eval.findings.leaked_prompts", 3),
+    ("leakage", FAIL, "eval.findings.leaked_prompts", 300),
+    ("leakage", FAIL, "eval.findings.leaked_rows", 30),
+    ("no-end-token", WARN, "train.findings.missing_eos", 200),
+    ("no-end-token", FAIL, "train.findings.missing_eos", 2000),
+    ("completions-cut", WARN, "train.completions_cut", 200),
+    ("completions-cut", FAIL, "train.completions_cut", 800),
+    ("rows-lost", WARN, "train.refused", {"no prompt": 100}),
+    ("rows-lost", FAIL, "train.dropped", {"equal_after_truncation": 600}),
+    ("length-bias", NOTE, "train.findings.length", {"mean_chosen": 40, "mean_rejected": 20, "chosen_is_longer": 0.65}),
+    ("length-bias", WARN, "train.findings.length", {"mean_chosen": 40, "mean_rejected": 20, "chosen_is_longer": 0.95}),
+]
+
+
+@pytest.mark.parametrize(("id_", "severity", "place", "value"), DATA)
+def test_the_data_raise_their_findings(
+    id_: str, severity: Severity, place: str, value: Any, make: Callable[..., Any]
+) -> None:
+    assert make(name="healthy").finding(id_).severity == OK
+    made = make()
+    split, *path, last = place.split(".")
+    found = getattr(made, split)
+    for name in path:
+        found = found[name]
+    found[last] = value
+    assert made.finding(id_).severity == severity
+
+
+def test_a_healthy_run_raises_nothing(make: Callable[..., Any]) -> None:
+    diagnosis = make().diagnose()
+    assert [f.id for f in diagnosis.findings if f.severity in (FAIL, WARN, NOTE)] == []
+    assert diagnosis.verdict.startswith("Nothing looks wrong")
+
+
+def test_a_cause_hides_what_follows_from_it(make: Callable[..., Any]) -> None:
+    """A rate of 0 explains a loss that stays and pairs that are not told apart."""
+    still = {"learning_rate": 0.0, "changed_fraction": 0.0, "loss": math.log(2), "rewards/accuracies": 0.0}
+    made = make(lambda line: {**per_token(0, 0)(line), **still})
+    assert [f.id for f in made.diagnose().findings if f.severity == FAIL] == ["rate-zero"]
+    assert made.diagnose().verdict.startswith("Something is wrong: the learning rate is 0")
+
+
+def test_the_margins_of_the_first_step_stand_in_for_an_evaluation(make: Callable[..., Any]) -> None:
+    made = make()
+    made.lines = [line for line in made.lines if line["split"] == "train"]
+    made.margins = [np.zeros(8), np.ones(8)]
+    assert made.finding("reference-mismatch").severity == OK
+    made.margins = [np.full(8, 12.0), np.ones(8)]
+    found = made.finding("reference-mismatch")
+    assert found.severity == FAIL and "margins of step 1" in found.numbers.values()
+
+
+def test_few_lines_are_no_trend(make: Callable[..., Any]) -> None:
+    made = make(per_token(-0.55, -0.6))
+    assert made.finding("likelihood-displacement").severity == FAIL
+    made.lines = [line for line in made.lines if line["step"] in (0, 50, 100)]
+    assert made.finding("likelihood-displacement").severity == NOTE
+
+
+def test_remedies_are_commands_that_the_command_line_takes(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Every key of every remedy is one of the configuration, and its value one that the key takes."""
+    import shlex
+
+    from strop.config import load_config
+    from strop.config.dump import to_yaml
+
+    seen = set()
+    for number, (_, _, change, settings) in enumerate(BROKEN):
+        if "not-finite" in str(settings):
+            continue
+        made = make(change, name=f"run{number}")
+        made.settings |= settings
+        path = made.write()
+        method = made.settings["post_training.method"]
+        config = load_config(
+            overrides={
+                "models.0.huggingface_id": "org/model",
+                "post_training.method": method,
+                "dataset.name": "org/data",
+            }
+        )
+        (path / "config.yaml").write_text(to_yaml(config))
+        for finding in examine([path])[0].diagnosis.findings:
+            for remedy in finding.remedies:
+                command = remedy.command(path)
+                if command and command not in seen:
+                    seen.add(command)
+                    words = shlex.split(command)
+                    assert words[:2] == ["strop", "train"]
+                    options, overrides = parse(parser_of_run("train"), words[2:])
+                    load_config(options.config, overrides=overrides)
+    assert len(seen) > 15
+    assert load is not None
+
+
+def test_a_remedy_that_the_run_has_already_is_not_told(make: Callable[..., Any]) -> None:
+    made = make(per_token(-0.55, -0.6))
+    made.settings["training.num_epochs"] = 1
+    words = [r.words for r in made.finding("likelihood-displacement").remedies]
+    assert "train fewer steps" not in words and words
+    made.settings["training.num_epochs"] = 3
+    assert "train fewer steps" in [r.words for r in made.finding("likelihood-displacement").remedies]
+
+
+def test_every_finding_and_every_threshold_is_explained() -> None:
+    """docs/findings.md has each id and each threshold, with its value, and no other."""
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    source = "".join(Path(m.__file__ or "").read_text(encoding="utf-8") for m in (course, pairs, rows, start, unpaired))
+    ids = set(re.findall(r'(?:Finding|passed|unchecked)\(\s*"([a-z-]+)"', source))
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", page, re.M)) == ids | {"reference-mismatch"}
+    listed = dict(re.findall(r"^\| `([a-z]+_[a-z_]+)` \| ([^|]+) \|", page, re.M))
+    assert {name: float(value) for name, value in listed.items()} == {
+        name: float(f"{t.value:.6g}") for name, t in THRESHOLDS.items()
+    }
+
+
+def test_thresholds_that_nothing_reads_are_not_there() -> None:
+    folder = ROOT / "src" / "strop" / "report"
+    source = "".join(p.read_text(encoding="utf-8") for p in folder.rglob("*.py") if p.name != "findings.py")
+    assert [name for name in THRESHOLDS if f'"{name}"' not in source] == []
+
+
+def test_explained_findings_exist() -> None:
+    """What a finding explains is the id of another."""
+    source = "".join(Path(m.__file__ or "").read_text(encoding="utf-8") for m in (course, pairs, rows, start, unpaired))
+    ids = set(re.findall(r'(?:Finding|passed|unchecked)\(\s*"([a-z-]+)"', source)) | {"reference-mismatch"}
+    named = {i for part in re.findall(r"explains=\(([^)]*)\)|FOLLOW_A_HIGH_RATE = \(([^)]*)\)", source) for x in part
+             for i in re.findall(r'"([a-z-]+)"', x)}  # fmt: skip
+    assert named <= ids
+
+
+def test_numbers_of_a_run_that_was_read_are_those_of_its_lines(make: Callable[..., Any]) -> None:
+    made = make()
+    run = read_run(made.write())
+    for table, split in ((run.train, "train"), (run.eval, "eval")):
+        lines = [line for line in made.lines if line["split"] == split]
+        assert table.step.tolist() == [line["step"] for line in lines]
+        for name, values in table.columns.items():
+            assert values.tolist() == [line[name] for line in lines]
