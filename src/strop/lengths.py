@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload, runtime_checkable
 
@@ -18,6 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strop.types import Completion, Group, GroupLengths
+
+CHUNK = 1 << 16
+"""Groups that are looked at together where a pass over all of them needs more than a few bytes of each."""
 
 Sized = Group | GroupLengths
 """A group, or its lengths alone."""
@@ -69,8 +72,15 @@ class Lengths(Sequence[GroupLengths]):
 
     def taken(self, numbers: np.ndarray) -> Lengths:
         """The lengths of the groups with these indices, in this order."""
-        starts = starts_of(self.counts[numbers])
+        starts = starts_of(self.starts[numbers + 1] - self.starts[numbers])
         return Lengths(self.prompt[numbers], taken_ragged(self.completions, self.starts, numbers), starts)
+
+    def chunks(self) -> Iterator[Lengths]:
+        """The same lengths, those of `CHUNK` groups at a time."""
+        for first in range(0, len(self), CHUNK):
+            starts = self.starts[first : first + CHUNK + 1]
+            completions = self.completions[starts[0] : starts[-1]]
+            yield Lengths(self.prompt[first : first + CHUNK], completions, starts - starts[0])
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -111,7 +121,8 @@ def starts_of(counts: np.ndarray) -> np.ndarray:
 
 def taken_ragged(values: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Concatenates the parts with these indices; part n is values[starts[n] : starts[n + 1]]."""
-    first, counts = starts[:-1][numbers], np.diff(starts)[numbers]
+    first = starts[numbers]
+    counts = starts[numbers + 1] - first
     new = starts_of(counts)
     return np.asarray(values[np.arange(new[-1]) + np.repeat(first - new[:-1], counts)])
 

@@ -37,9 +37,6 @@ from strop.policy.model.from_config import CannotBuildError, empty_model
 from strop.policy.reference import check_reference
 from strop.readable import plain
 
-MANY_ROWS = 100_000
-"""Rows from which passes over all of them leave enough freed memory to give it back."""
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -183,8 +180,7 @@ def prepare(
     config, tokenizer = rows.config, rows.tokenizer
     check_reference(config, model, tokenizer)
     data = rows.load() if read is None else read[1]
-    if len(data.train) >= MANY_ROWS:
-        give_back_freed_memory()
+    give_back_freed_memory(len(data.train))
     if MISMATCHED in objective.also:
         _check_mismatched(data)
     if isinstance(objective.settings, GrpoSettings):

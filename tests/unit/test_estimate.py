@@ -108,6 +108,15 @@ def test_it_grows_and_shrinks_as_it_should(prepared: Callable[..., Prepared]) ->
     assert guess(prepared(ref_sync_steps=2)).parts["reference"] == plain.parts["weights"]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_the_peak_is_found_wherever_it_is(
+    chunk: int, prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = guess(prepared(micro_batch_tokens=64))
+    monkeypatch.setattr("strop.estimate.memory.CHUNK", chunk)
+    assert guess(prepared(micro_batch_tokens=64)).memory == whole.memory
+
+
 def test_auto_takes_the_smallest_share_that_fits(prepared: Callable[..., Prepared]) -> None:
     key = "training.gradient_checkpointing"
     without, whole = (

@@ -10,6 +10,7 @@ from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine
 from strop.plan.budget import longest_group
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
+from strop.policy.allocator import give_back_freed_memory
 from strop.policy.kernels.product_rates import bf16_gains
 from strop.policy.model.from_config import CannotBuildError, predicting, reason_for_plain_rows, shape_of
 from strop.policy.precision import Precision, choose_precision
@@ -54,6 +55,7 @@ def _fitted(start: Prepared, machine: Machine, precision: Precision, tokens: Row
         work = found.work(tokens).work
         if fits(peak_memory(work, shape, found.config, found.objective, precision, machine), machine.memory):
             break
+    give_back_freed_memory(len(start.data.train))
     return found
 
 

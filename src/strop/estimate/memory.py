@@ -50,6 +50,10 @@ def fits(parts: Mapping[str, int], memory: int | None) -> bool:
     return memory is None or sum(parts.values()) <= ROOM * memory
 
 
+CHUNK = 4096
+"""Micro-batches that are looked at together, since each takes some hundred bytes while it is."""
+
+
 def peak_memory(
     work: Work,
     shape: Shape,
@@ -62,9 +66,15 @@ def peak_memory(
     probabilities of attention."""
     work = work.distinct()
     holes = HOLES * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
-    parts = memory_of(shape, work, config, precision, machine.kind, objective, holes)
-    most = int(np.sum(list(parts.values()), axis=0).argmax())
-    peak = {name: int(size[most]) for name, size in parts.items()}
+    peak: dict[str, int] = {}
+    most = -1
+    for first in range(0, len(work), CHUNK):
+        some = work.taken(slice(first, first + CHUNK))
+        parts = memory_of(shape, some, config, precision, machine.kind, objective, holes)
+        totals = np.sum(list(parts.values()), axis=0)
+        if (highest := int(totals.max())) > most:
+            most, at = highest, int(totals.argmax())
+            peak = {name: int(size[at]) for name, size in parts.items()}
     return {**peak, "process": peak["process"] + machine.held}
 
 

@@ -19,7 +19,7 @@ def default_budget(groups: Sequence[Sized], batch_size: int, tokens: RowTokens, 
 
 def longest_group(groups: Sequence[Sized], tokens: RowTokens) -> int:
     """Tokens of the largest group."""
-    return int(tokens.of_each(lengths_of(groups)).max())
+    return max(int(tokens.of_each(some).max()) for some in lengths_of(groups).chunks())
 
 
 def batch_budget(batch_size: int, longest: int, device_type: str) -> int:

@@ -107,5 +107,6 @@ class Plan:
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
-    order = np.random.default_rng([seed, epoch]).permutation(num_groups)
-    return order.astype(np.int32) if num_groups < 2**31 else order
+    order = np.arange(num_groups, dtype=np.int32 if num_groups < 2**31 else np.int64)
+    np.random.default_rng([seed, epoch]).shuffle(order)  # the same as `permutation`, in half of the memory
+    return order

@@ -76,13 +76,12 @@ class Work:
     def distinct(self) -> Work:
         """Each different micro-batch once, in any order."""
         order = np.lexsort([getattr(self, field.name) for field in fields(self)])
-        ordered = self.taken(order)
         differs = np.zeros(len(self), bool)
         differs[:1] = True
         for field in fields(self):
-            values = getattr(ordered, field.name)
+            values = getattr(self, field.name)[order]
             differs[1:] |= values[1:] != values[:-1]
-        return ordered.taken(np.flatnonzero(differs))
+        return self.taken(order[differs])
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -64,9 +64,15 @@ def keep_freed_memory() -> None:
         mallopt(_TOP_PAD, 2**26)
 
 
-def give_back_freed_memory() -> None:
-    """Give back to the system what is free in the middle of the heap, where the C library is glibc. It keeps blocks of
-    up to 32 MiB there for what is allocated next, which after a pass over a million rows may be much."""
+MANY_ROWS = 100_000
+"""Rows from which passes over all of them leave enough freed memory to give it back."""
+
+
+def give_back_freed_memory(num_rows: int) -> None:
+    """After passes over so many rows, give back to the system what is free in the middle of the heap, where the C
+    library is glibc: it keeps blocks of up to 32 MiB there for what is allocated next."""
+    if num_rows < MANY_ROWS:
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

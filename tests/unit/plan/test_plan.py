@@ -103,6 +103,18 @@ def test_the_default_budget_by_device(longest: int, batch_size: int, on_cpu: int
     assert default_budget(groups, batch_size, packed_tokens, "cpu") == on_cpu
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 50])
+def test_lengths_come_some_at_a_time(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, in their order; the longest is found wherever it is."""
+    listed = [_group(2 + i % 5, *range(1, 2 + i % 4)) for i in range(7)]
+    whole = Lengths.of(listed)
+    longest = [default_budget(whole, 1, tokens, "cuda") for tokens in (packed_tokens, padded_tokens)]
+    monkeypatch.setattr("strop.lengths.CHUNK", chunk)
+    assert [one for some in whole.chunks() for one in some] == list(whole)
+    assert all(len(some) <= chunk for some in whole.chunks())
+    assert [default_budget(whole, 1, tokens, "cuda") for tokens in (packed_tokens, padded_tokens)] == longest
+
+
 def test_rows_without_a_limit_are_one() -> None:
     groups = [_group(3, 2), _group(5, 4), _group(1, 1)]
     assert filled_rows(groups, 10**15, 0) == filled_rows(groups, sum(g.num_tokens for g in groups), 0)

@@ -25,7 +25,17 @@ import numpy as np
 import pyarrow as pa
 
 from strop.data.counters import COUNTERS
-from strop.lengths import Keys, Lengths, completion_key, hash_of, little_endian, prompt_key, starts_of, taken_ragged
+from strop.lengths import (
+    CHUNK,
+    Keys,
+    Lengths,
+    completion_key,
+    hash_of,
+    little_endian,
+    prompt_key,
+    starts_of,
+    taken_ragged,
+)
 from strop.types import OF_COMPLETIONS, OF_TOKENS, Completion, Group, Origin
 
 PER_COMPLETION = {"completions": pa.int32(), "scored": pa.int32(), "hashes": pa.uint64()}
@@ -52,8 +62,6 @@ SCHEMA = pa.schema(
         *((name, pa.list_(pa.float64())) for name in NUMBERS),
     ]
 )
-CHUNK = 1 << 16
-"""Groups that are looked at together where a pass over all of them needs more than a few bytes of each."""
 
 
 @dataclass(frozen=True, slots=True)
