@@ -6,6 +6,7 @@ config.json of a much larger model would fill the memory before anything is comp
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -56,7 +57,7 @@ def check_config_against_files(config: PreTrainedConfig, files: ModelFiles, mode
     """
     try:
         with quiet():
-            module = build_outline(config, trust_remote_code=model.trust_remote_code)
+            module = build_outline(copy.deepcopy(config), trust_remote_code=model.trust_remote_code)
     except LOAD_ERRORS:
         return  # loading it says what is wrong
     stored = dict(_shapes(files.weights))
