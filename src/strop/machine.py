@@ -6,6 +6,7 @@ A GPU is asked for by its driver's tool, and taken to reach a share of the rate 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -75,6 +76,15 @@ def _found_processor() -> Processor:
         first = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
         facts += [" ".join(line.split()) for line in first if line.startswith(("cpu family", "model", "stepping"))]
     return Processor(cores, ", ".join(facts))
+
+
+def processor_model() -> str | None:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 BF16_CAPABILITY = 8.0

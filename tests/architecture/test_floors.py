@@ -36,6 +36,7 @@ FLOORS = {
     "policy": 2,
     "objectives": 2,
     "report": 2,
+    "installation": 2,
     "engine": 3,
     "modelrows": 3,
     "preflight": 3,

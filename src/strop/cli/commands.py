@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, Command] = {
         "reference", "score the reference of a configuration ahead of its runs (strop reference --help)"
     ),
     "report": Command("report", "what is wrong with a run, and a page that shows it (strop report --help)"),
+    "doctor": Command("doctor", "versions, devices, disks and what is missing, to paste where one asks for help"),
     "demo": Command("demo", "a real training run on this machine, one to three minutes, with nothing to download"),
     "methods": Command("methods", "what there is to train by; strop methods NAME: formula, settings, data, metrics"),
     "prepare": Command(

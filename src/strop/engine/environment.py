@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from strop.engine.checkpoint import Checkpoint
+from strop.machine import processor_model
 from strop.redact import redact_arguments
 from strop.rundir import RunDir
 
@@ -35,7 +36,7 @@ def describe_environment(*, seed: int, world_size: int = 1, command: Sequence[st
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_model(),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "devices": _devices(),
@@ -90,15 +91,6 @@ def changed_since(launch: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 def resumed(launch: Mapping[str, Any], step: int, now: Mapping[str, Any]) -> dict[str, Any]:
     """The record of the launch, unchanged, with that of one more resume added."""
     return {**launch, "resumes": [*launch.get("resumes", ()), {"after_step": step, **now}]}
-
-
-def _processor() -> str | None:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(package: str) -> str | None:

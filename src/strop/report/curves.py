@@ -40,8 +40,8 @@ def charts_of(examined: Sequence[Examined], labels: Sequence[str]) -> list[Chart
         found = [f for f in told if f.chart == chart.key and f.steps is not None][:MOST_REGIONS]
         chart.regions = [Region(*f.steps, f"{f.id}: {f.claim}") for f in found if f.steps is not None]
         if found and not many:
-            first, last = chart.regions[0].first, chart.regions[0].last
-            chart.note = f"Shaded: steps {first:,.0f} to {last:,.0f} ({found[0].id})"
+            begin, end = chart.regions[0].first, chart.regions[0].last
+            chart.note = f"Shaded: steps {begin:,.0f} to {end:,.0f} ({found[0].id})"
     wanted = {f.chart: place for place, f in reversed(list(enumerate(told)))}
     drawn.sort(key=lambda chart: wanted.get(chart.key, len(told)))
     return [picture for chart in drawn if (picture := chart.draw()) is not None]
