@@ -32,7 +32,7 @@ def _made_up(rows: int) -> Iterator[tuple[str, Any]]:
     import random
     from array import array
 
-    from strop.data.store.records import Worked
+    from strop.data.store.records import PipelineResult
     from strop.data.store.table import Record, to_table
     from strop.types import Completion, Group, Origin
 
@@ -48,7 +48,7 @@ def _made_up(rows: int) -> Iterator[tuple[str, Any]]:
     for start in range(0, rows, ROWS_A_BATCH):
         lines = range(start, min(start + ROWS_A_BATCH, rows))
         records = [Record(group(line), 0, b"%d" % line) for line in lines]
-        yield "rows", Worked(num_good=len(records), table=to_table(records))
+        yield "rows", PipelineResult(num_good=len(records), table=to_table(records))
 
 
 def _overrides(folder: Path) -> dict[str, Any]:

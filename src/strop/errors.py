@@ -21,7 +21,7 @@ from contextlib import contextmanager
 
 
 class StropError(Exception):
-    """A problem that the user can mend.
+    """A problem that the user can fix.
 
     Args:
         found: what is wrong, as one sentence with the value that was met.

@@ -177,7 +177,7 @@ def make_policy(lora: bool, checkpointing: bool, precision: Precision, where: An
 
 def logps_and_gradients(policy: Policy, batch: Batch) -> list[Tensor]:
     policy.zero_grad()
-    with policy.still():
+    with policy.weights_fixed():
         logps = policy(batch.to(policy.device)).logps
         generator = torch.Generator().manual_seed(5)
         (logps * torch.randn(len(logps), generator=generator).to(logps.device)).sum().backward()

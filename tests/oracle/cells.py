@@ -13,7 +13,7 @@ from oracle.conversations import CONVERSATIONS
 from oracle.families import Family, family
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
 from strop.data.read.row import Row
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 from strop.types import Origin
 
 Kind = Literal["right", "refused", "differs", "WRONG"]
@@ -66,7 +66,7 @@ def trained_by_strop(family: Family, template: str, row: Mapping[str, Any]) -> T
         training=TrainingSection(max_seq_length=8192, max_prompt_length=None, max_completion_length=None),
     )
     tokenizer = family.tokenizer(template)
-    worked = Workshop(config, tokenizer, "single", family.stop_ids()).work([Row(Origin("rows.jsonl", 1), row)])
+    worked = RowPipeline(config, tokenizer, "single", family.stop_ids()).work([Row(Origin("rows.jsonl", 1), row)])
     if worked.refused or worked.dropped:
         why = dict(worked.first_refusal or {})
         return f"{next(iter(worked.refused or worked.dropped))}: {why.get('found', '')}"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracle.families import Family, family, names
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
 from strop.data.read.row import Row
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 from strop.types import Origin
 
 FAMILIES = ("glm4moe", "gptoss", "llama3_1", "qwen3")
@@ -95,7 +95,7 @@ def worked(one: Family, made: dict[str, Any], normalizer: str | None = None) -> 
         dataset=DatasetSection(on_error="skip"),
         training=TrainingSection(max_seq_length=1_000_000, max_prompt_length=None, max_completion_length=None),
     )
-    shop = Workshop(config, one.tokenizer(normalizer=normalizer), "single", one.stop_ids())
+    shop = RowPipeline(config, one.tokenizer(normalizer=normalizer), "single", one.stop_ids())
     done = shop.work([Row(Origin("rows.jsonl", 1), made)])
     if done.refused or done.dropped:
         return str(next(iter(done.refused or done.dropped)))

@@ -12,7 +12,7 @@ from oracle.conversations import CONVERSATIONS
 from oracle.families import family, names
 from strop.config import DatasetSection, ModelSection, RunConfig
 from strop.data.read.row import Row
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 from strop.data.text.render import Renderer, TextRules
 from strop.data.text.sandbox import variables
 from strop.types import Example, Origin
@@ -68,7 +68,7 @@ def test_qwen3_without_thinking_is_asked_with_its_empty_think_block(by: str) -> 
         dataset=DatasetSection(chat_template_kwargs=given if by == "configuration" else {"enable_thinking": True}),
     )
     made = {**row, "chat_template_kwargs": given} if by == "row" else row
-    shop = Workshop(config, tokenizer, "single", one.stop_ids())
+    shop = RowPipeline(config, tokenizer, "single", one.stop_ids())
     group = shop.work([Row(HERE, made)]).first
     assert group is not None
     asked = tokenizer.apply_chat_template(
@@ -121,7 +121,7 @@ def test_another_variable_is_another_entry_of_the_cache() -> None:
         config = RunConfig(
             models=[ModelSection(huggingface_id="none")], dataset=DatasetSection(chat_template_kwargs=given)
         )
-        return Workshop(config, one.tokenizer(), "single").identity()
+        return RowPipeline(config, one.tokenizer(), "single").identity()
 
     assert identity() == identity()
     assert len({str(identity()), str(identity(enable_thinking=False)), str(identity(enable_thinking=True))}) == 3

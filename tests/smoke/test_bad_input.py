@@ -265,7 +265,7 @@ CASES = {
         SFT,
         "chat template is broken",
         "(line 1)",
-        "mend the chat template",
+        "fix the chat template",
         prepare=write("model/chat_template.jinja", "{% for m in %}"),
     ),
     "an unknown architecture": model(edit("config.json", model_type="lama"), "'lama' is unknown", "such as 'llama'"),
@@ -341,7 +341,7 @@ CASES = {
     "noise as CSV": data("x.csv", bytes(range(128, 256)), "x.csv:1: the file is not UTF-8"),
     "noise as Parquet": data("x.parquet", bytes(99), "x.parquet:1: the Parquet file cannot be read"),
     "noise as gzip": data("x.jsonl.gz", b"noise", "x.jsonl.gz: the file cannot be read", "gzip"),
-    "half a JSON array": data("x.json", '[{"prompt": "a"', "x.json:1: the JSON array is broken", "mend the file"),
+    "half a JSON array": data("x.json", '[{"prompt": "a"', "x.json:1: the JSON array is broken", "fix the file"),
     "validation rows of another kind": case(f"{SFT} --val-file dpo.jsonl", "dpo.jsonl:1: ", "it is a preference pair"),
     "no validation rows": case(f"{SFT} --val-file e.jsonl", "e.jsonl: there are no rows", prepare=write("e.jsonl", "")),
     # ---- the folder

@@ -145,8 +145,8 @@ def test_dataset__num_workers(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 2)
     monkeypatch.setattr(worker_pool, "ALONE", 1)
     started = []
-    hire = worker_pool.Crew
-    monkeypatch.setattr(worker_pool, "Crew", lambda workshop, n, how: started.append(n) or hire(workshop, n, how))
+    hire = worker_pool.WorkerPool
+    monkeypatch.setattr(worker_pool, "WorkerPool", lambda pipeline, n, how: started.append(n) or hire(pipeline, n, how))
     wanted = runs.prepare(num_workers=1).data.report.fingerprint
     monkeypatch.setenv("STROP_CACHE", str(tmp_path / "another"))  # or it would be read from there
     assert runs.prepare(num_workers=3).data.report.fingerprint == wanted and started == [3]

@@ -4,11 +4,11 @@ read/              files, folders and data sets -> rows
 shapes/            rows -> examples: prompts and completions as text
 text/              examples -> tokens: chat templates, what is trained, limits
 store/             tokenised groups on disk
-load               all of these, wired: from the configuration to groups
+load               runs all of these, from the configuration to groups
 split              which rows are held out
-mismatch           every prompt with a completion of another row
-counters           what may be done to a row, and how people are told
-report, doctor     what became of every row; what may be wrong with the good ones
+mismatch           pairs every prompt with a completion of another row
+counters           the table of everything that may be done to a row, with the words of the report
+report, doctor     what became of every row; what may be wrong with rows that can be trained on
 split_files        `strop prepare`: files into split files
 preference         preference files for other tools
 """

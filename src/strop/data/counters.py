@@ -1,7 +1,4 @@
-"""What may be done to a row, and how people are told. Floor 2.
-
-In: nothing. Out: the one table of counters that a record carries from the tokeniser to the report.
-"""
+"""The one table of counters: what may be done to a row, and how the report says it. Floor 2."""
 
 from __future__ import annotations
 
@@ -29,8 +26,7 @@ COUNTERS = {
     "beginning of its own rendering (it ends with an open <think>, say, and the answers have none)",
     "double_bos": "",
 }
-"""Name in data.json -> what it counts, in words for a person; empty where the report
-has more to say of it."""
+"""Name in data.json -> what it counts, as the report says it; empty if the report says it in more detail."""
 
 LEFT_OUT = {
     "trailing_turns": "the turns behind the last assistant turn",

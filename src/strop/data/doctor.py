@@ -1,7 +1,7 @@
-"""What may be wrong with rows that are each fine. Floor 2.
+"""Problems of the data as a whole, such as duplicates, although each row is fine. Floor 2.
 
-In: the groups of each split. Out: Findings: counts, and sentences where they say something. Rows are compared by
-hashes of their prompts' words and of their tokens, so nothing is read twice and memory stays small: 8 bytes a row.
+In: the groups of each split. Out: Findings: counts, and sentences about those that matter. Rows are compared by hashes
+of their prompts and of their tokens, so no row is read again and memory stays small: 8 bytes per row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from strop.data.store.table import Groups
 from strop.lengths import starts_of, taken_ragged
 
 MUCH_LONGER = 1.25
-"""Chosen completions this much longer than rejected ones teach length, too (or the other way round)."""
+"""If chosen completions are this many times as long as rejected ones, or the reverse, length is learnt as well."""
 
 MOST_DESIRABLE = 4 / 3
 """Desirable completions may count so many times as much as undesirable ones."""

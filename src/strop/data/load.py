@@ -1,8 +1,8 @@
-"""The data room's only wiring: from the configuration to groups. Floor 2.
+"""Loads the data of a run: from the configuration to groups and a report. Floor 2.
 
-    sources -> workshop (in several processes) -> cache -> views of it to train and to evaluate on, and a report
+    sources -> RowPipeline (in several processes) -> token cache -> training and validation groups, and a report
 
-The order of the groups is the order of the rows. The tokens stay on disk; nothing here grows with them.
+Groups are in the order of the rows. The tokens stay on disk, so memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from strop.data.doctor import num_labels
 from strop.data.read.sources import Source, choose_sources, warn_of_unread
 from strop.data.report import DataReport, Rendering, SplitCounts
 from strop.data.split import held_out, sample
-from strop.data.store.records import Worked, Workshop
+from strop.data.store.records import PipelineResult, RowPipeline
 from strop.data.store.table import Groups, Shard
 from strop.data.store.token_cache import Rejected, Tokenised, fetch
 from strop.data.store.worker_pool import work_all
@@ -36,11 +36,11 @@ logger = logging.getLogger("strop")
 
 @dataclass(frozen=True)
 class LoadedData:
-    """What a run trains and evaluates on.
+    """The rows that a run trains and evaluates on.
 
-    chat_template: the template that rows were rendered by, to be saved with the tokenizer; None where none was used.
-    rejected: what rejected.jsonl holds, one object a row: file, line, reason, raw. num_labels: how many of the training
-    completions are desirable (True) and undesirable (False), as often as they are met in an epoch.
+    chat_template: the template that rendered the rows, to be saved with the tokenizer; None if no row was rendered.
+    rejected: the content of rejected.jsonl, one object per row: file, line, reason, raw. num_labels: how many desirable
+    (True) and undesirable (False) completions an epoch has.
     """
 
     train: Groups
@@ -54,7 +54,7 @@ class LoadedData:
 def load_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape, stop_tokens: Sequence[int] = ()
 ) -> LoadedData:
-    """Reads, renders, encodes and cuts the rows that the configuration names, or finds that done.
+    """Reads, renders, encodes and truncates the rows that the configuration names, or takes them from the cache.
 
     Args:
         rows: what the method needs: one completion per row, pairs, or labelled completions (made of pairs, too).
@@ -68,16 +68,16 @@ def load_data(
     dataset = config.dataset
     sources = choose_sources(dataset, rows)
     warn_of_unread(dataset)
-    workshop = Workshop.tried(config, tokenizer, rows, stop_tokens)
-    _warn_of_unread_kwargs(workshop)
-    identity = workshop.identity()
-    train = _train_parts(sources.train, workshop, identity, config)
+    pipeline = RowPipeline.tried(config, tokenizer, rows, stop_tokens)
+    _warn_of_unread_kwargs(pipeline)
+    identity = pipeline.identity()
+    train = _train_parts(sources.train, pipeline, identity, config)
     groups = _joined([part.whole for part in train])
     parts = {"train": train}
     views: dict[str, Groups] = {}
     not_used = 0
     if sources.eval is not None:
-        tokens = _tokenise(sources.eval, dataset.max_eval_samples, workshop, identity, config)
+        tokens = _tokenise(sources.eval, dataset.max_eval_samples, pipeline, identity, config)
         parts["eval"] = [_Part.of(sources.eval, tokens, 1.0, 0)]
         views["eval"] = parts["eval"][0].whole
     elif dataset.validation_split > 0:
@@ -91,21 +91,21 @@ def load_data(
     views["train"] = groups
     for name in parts:
         if not len(views[name]):
-            raise _nothing_left(parts[name], workshop.limits)
+            raise _nothing_left(parts[name], pipeline.limits)
         _refuse_losses(parts[name], dataset.max_dropped_fraction)
     names: list[str] = [name for name in ("train", "eval") if name in views]
     counts = {name: _counts(parts.get(name, []), views[name], train) for name in names}
     if "eval" in counts:
         counts["eval"].leave_out(not_used)
-    how = _rendering(views, workshop)
+    how = _rendering(views, pipeline)
     weighed = _weighed(views["train"], [part.source.weight for part in train], config.seed)
     if not len(weighed):
-        raise _nothing_left(train, workshop.limits)
+        raise _nothing_left(train, pipeline.limits)
     return LoadedData(
         train=weighed,
         eval=views["eval"] if "eval" in views and len(views["eval"]) else (),
         report=DataReport.of(counts, views, how, trained=weighed, pairs=rows == "pair"),
-        chat_template=workshop.renderer.template if how.num_chat else None,
+        chat_template=pipeline.renderer.template if how.num_chat else None,
         rejected=sum((part.tokens.rejected for some in parts.values() for part in some), Rejected([])),
         num_labels=num_labels(weighed),
     )
@@ -113,7 +113,7 @@ def load_data(
 
 @dataclass(frozen=True)
 class _Part:
-    """A source, its tokens, and the groups of it that are used."""
+    """A source, its tokens, and those of its groups that are used."""
 
     source: Source
     tokens: Tokenised
@@ -128,26 +128,26 @@ class _Part:
         return cls(source, tokens, whole)
 
 
-def _warn_of_unread_kwargs(workshop: Workshop) -> None:
-    if unread := workshop.renderer.unread_kwargs():
+def _warn_of_unread_kwargs(pipeline: RowPipeline) -> None:
+    if unread := pipeline.renderer.unread_kwargs():
         logger.warning(
             "dataset.chat_template_kwargs: the chat template (%s) reads no %s, so nothing comes of it",
-            workshop.renderer.chosen.name,
+            pipeline.renderer.chosen.name,
             " and no ".join(unread),
         )
 
 
 def _train_parts(
-    sources: Sequence[Source], workshop: Workshop, identity: Mapping[str, Any], config: RunConfig
+    sources: Sequence[Source], pipeline: RowPipeline, identity: Mapping[str, Any], config: RunConfig
 ) -> list[_Part]:
-    """The sources one behind the other, `max_samples` good rows of them together."""
+    """The sources one after the other, with at most `max_samples` good rows in all."""
     parts = []
     missing = config.dataset.max_samples
     for source in sources:
         limit = min((n for n in (source.limit, missing) if n is not None), default=None)
         if limit == 0:
             break
-        tokens = _tokenise(source, limit, workshop, identity, config)
+        tokens = _tokenise(source, limit, pipeline, identity, config)
         parts.append(_Part.of(source, tokens, source.share, config.seed))
         if missing is not None:
             missing -= _num_rows(tokens.shard) + tokens.dropped.total()
@@ -155,13 +155,13 @@ def _train_parts(
 
 
 def _tokenise(
-    source: Source, limit: int | None, workshop: Workshop, identity: Mapping[str, Any], config: RunConfig
+    source: Source, limit: int | None, pipeline: RowPipeline, identity: Mapping[str, Any], config: RunConfig
 ) -> Tokenised:
     rows = source.identity()
 
-    def make() -> Iterator[tuple[str, Worked]]:
+    def make() -> Iterator[tuple[str, PipelineResult]]:
         read = source.read_lines or source.read
-        yield from work_all(workshop, read(), limit=limit, num_workers=config.dataset.num_workers)
+        yield from work_all(pipeline, read(), limit=limit, num_workers=config.dataset.num_workers)
         if source.identity() != rows:
             raise DataError(
                 "the rows were changed while they were read",
@@ -170,16 +170,16 @@ def _tokenise(
             )
 
     whole = {**identity, "source": rows, "limit": limit}
-    return fetch(whole, source.label, make, strict=workshop.stops_at_errors)
+    return fetch(whole, source.label, make, strict=pipeline.stops_at_errors)
 
 
 def _num_rows(groups: Shard | Groups) -> int:
-    """Rows that the groups are of: two labelled ones can be of one pair."""
+    """How many rows the groups come from: two labelled groups can come from one pair."""
     return len(groups) - int(groups.column("again").sum())
 
 
 def _row_numbers(groups: Groups) -> np.ndarray:
-    """For each group the number of its row, from 0: the groups of a row stand side by side and stay together."""
+    """For each group the number of its row, from 0. The groups of a row are adjacent and stay together."""
     return np.asarray(np.cumsum(groups.column("again") == 0) - 1)
 
 
@@ -220,17 +220,17 @@ def _counts(parts: Sequence[_Part], kept: Groups, train: Sequence[_Part]) -> Spl
     return counts
 
 
-def _rendering(views: Mapping[str, Groups], workshop: Workshop) -> Rendering:
+def _rendering(views: Mapping[str, Groups], pipeline: RowPipeline) -> Rendering:
     num_rows = sum(_num_rows(view) for view in views.values())
     num_raw = sum(int(view.column("raw").sum()) for view in views.values())
     if num_raw == num_rows:
         return Rendering(0, num_raw, None, None)
-    renderer = workshop.renderer
+    renderer = pipeline.renderer
     return Rendering(num_rows - num_raw, num_raw, renderer.chosen.name, renderer.template_sha256, renderer.date)
 
 
 def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
-    """Rows may be skipped, but not most of a file without a word. Rows that were to be dropped are not lost."""
+    """Refuses to train if too many rows are lost. Rows that the configuration asks to drop do not count as lost."""
     lost = sum((part.tokens.refused + part.tokens.dropped for part in parts), Counter[str]())
     lost -= Counter({reason: n for reason, n in lost.items() if reason in ASKED_FOR})
     num_rows = sum(_num_rows(part.tokens.shard) for part in parts) + lost.total()
@@ -243,7 +243,7 @@ def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
         where=", ".join(part.source.label for part in parts),
         expected=f"at most {100 * most:g} % (dataset.max_dropped_fraction)",
         fix=(f"look at {examples}; " if examples else "")
-        + f"{FIXES.get(lost.most_common(1)[0][0], 'mend the rows')}; or raise dataset.max_dropped_fraction",
+        + f"{FIXES.get(lost.most_common(1)[0][0], 'fix the rows')}; or raise dataset.max_dropped_fraction",
     )
 
 

@@ -1,7 +1,7 @@
-"""Every prompt with a completion of another row: what a divergence of policy and reference is estimated on. Floor 2.
+"""Pairs every prompt with a completion of another row, to estimate how far policy and reference differ. Floor 2.
 
-In: groups of one completion each. Out: a sequence of groups, one a row and epoch, made when they are asked for; a pure
-function of (seed, epoch).
+In: groups of one completion each. Out: a sequence of groups, one per row and epoch, made on demand. It depends only on
+the seed and the epoch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What became of the rows: counts by reason, lengths, and a fingerprint of the tokens. Floor 2.
+"""The report on the data: what became of every row, lengths, and a fingerprint of the tokens. Floor 2.
 
-In: what happened to each row, and the groups. Out: a DataReport, which is the run's data.json. In every split
-rows_read = kept + not_used + refused + dropped; blank lines stand beside it.
+In: what happened to each row, and the groups. Out: a DataReport, which is written as data.json. In every split,
+rows_read = kept + not_used + refused + dropped; blank lines are counted separately.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Everything there is to know about the data of a run before its first step."""
+    """Everything that is known about the data of a run before its first step."""
 
     splits: Mapping[str, SplitCounts]
     statistics: Mapping[str, Mapping[str, Any]]
@@ -107,7 +107,7 @@ class DataReport:
         }
 
     def lines(self) -> list[str]:
-        """What a person should know, in words: one line per split, and one for each thing that was lost or changed."""
+        """Lines of text: one per split, and one for everything that was lost or changed."""
         how = self.rendering
         lines = [f"text: {how.num_chat:,} rows by the {how.template} chat template"] if how.num_chat else []
         lines += [f"text: {how.num_raw:,} rows as they are, by no template"] if how.num_raw else []
@@ -130,7 +130,7 @@ class DataReport:
         return lines
 
     def _cut(self, name: str) -> Iterator[str]:
-        """How many completions are not whole, and what to do about it."""
+        """How many completions are truncated, and what to do about it."""
         changes = self.splits[name].changes
         if num_cut := changes["completions_cut"]:
             share = num_cut / self.statistics[name]["num_completions"]

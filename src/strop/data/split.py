@@ -1,7 +1,7 @@
 """Which training rows are held out for evaluation. Floor 2.
 
-In: one key a row (rows with equal keys share their prompt), the share and the seed. Out: a flag a row. A pure function
-of the seed and the keys' pattern: with no key twice, of (seed, number of rows).
+In: one key per row (rows with equal keys share their prompt), the share and the seed. Out: a flag per row. The result
+depends only on the seed and on which keys are equal; if all differ, only on the seed and the number of rows.
 """
 
 from __future__ import annotations

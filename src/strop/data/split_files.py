@@ -1,8 +1,9 @@
-"""Files into split files: read in any format, checked, without duplicates and leaks, split for ever alike. Floor 2.
+"""Turns files of rows into split files for training and validation, checked and without duplicates. Floor 2.
 
-In: files of rows. Out: train and validation files in a folder, each row as it was read, and `statistics.json`; refused
-rows in `rejected.jsonl`, their credentials masked. All files are whole and there, or none is. Which row goes where is a
-function of the seed and the rows' order; rows with one prompt stay together.
+In: files of rows in any format. Out: training and validation files in a folder, each row as it was read, and
+`statistics.json`; refused rows go to `rejected.jsonl`, with credentials masked. Either all files are written
+completely, or none. The seed and the order of the rows decide which row goes where; rows with the same prompt stay
+together.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Prepared:
         """The same in words."""
         lines = [f"{self.num_read} row{'s' * (self.num_read != 1)} read"]
         lines += [f"{n} refused: {reason}" for reason, n in self.refused.most_common()]
-        lines += [f"{self.duplicates} dropped: there before, word for word"] if self.duplicates else []
+        lines += [f"{self.duplicates} dropped: duplicates, word for word"] if self.duplicates else []
         lines += [f"{self.leaks} left out of the validation rows: their prompt is trained on"] if self.leaks else []
         for name, facts in self.splits.items():
             length, count = facts["characters"], facts["rows"]

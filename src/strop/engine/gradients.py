@@ -104,7 +104,7 @@ class Gradients:
         if step < self._source.num_steps:
             self._ahead.begin((step + 1, self._cut))
         seed = (self._config.seed, step)
-        with self._policy.still():
+        with self._policy.weights_fixed():
             parts = (self._policy, self._objective, own.batches, own.also)
             return forward_backward(*parts, seed=seed, scale=scale, world=self._world), own
 

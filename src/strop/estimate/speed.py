@@ -94,13 +94,13 @@ def _built(
         module = add_adapters(loaded.module, adapters, model, seed=config.seed, master=precision.master)
     shares = reason_against(loaded.config, model.attn_implementation) is None
     policy = Policy(module, loaded, precision, share_prefix=shares, fp32_logits=config.training.fp32_logits)
-    fuse(module, policy.casts, policy.device, elementwise_of(config.training, policy.device))
+    fuse(module, policy.weight_copies, policy.device, elementwise_of(config.training, policy.device))
     batch = policy.collate([_random_group(group.lengths, vocabulary) for group in groups])
     parameters = policy.trainable()
     optimizer = build_optimizer(parameters, config.training)
 
     def compute() -> None:
-        with policy.still():
+        with policy.weights_fixed():
             policy(batch).logps.sum().backward()
 
     def update() -> None:

@@ -145,7 +145,7 @@ def assemble(
     if own.transform != policy.transform:
         logger.info("%s: its logits, measured: %s", where, own.transform.describe())
         policy.transform = own.transform
-    fuse(module, policy.casts, policy.device, elementwise)
+    fuse(module, policy.weight_copies, policy.device, elementwise)
     refused = probe(policy, own)
     if refused is not None:
         logger.warning(

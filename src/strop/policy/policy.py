@@ -25,9 +25,9 @@ from strop.columns import NO_COLUMNS, Columns
 from strop.errors import ModelError
 from strop.policy import prefix_sharing
 from strop.policy.kernels.attention import NAME, AttentionPlan, best_kernel, register_attention
-from strop.policy.kernels.cast_weights import Casts
 from strop.policy.kernels.fused import forget_shared
 from strop.policy.kernels.logprobs import token_logps
+from strop.policy.kernels.weight_copies import WeightCopies
 from strop.policy.model.adapters import trainable_names
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import logit_transform
@@ -71,7 +71,7 @@ class Policy(nn.Module):
         self.head_dtype = precision.of_head(fp32_logits)
         self.plain_reason: str | None = None  # why prompts are not shared, where they are not
         self.kernel: str | None = None  # of the shared rows' attention; None: the best one
-        self.casts = Casts()
+        self.weight_copies = WeightCopies()
         self.loaded_config, self._stored = loaded.config, loaded.stored
         self.save_dtype: torch.dtype | None = None  # of a full model's files; None: as the base's
         self.plain_attention: str = loaded.module.config._attn_implementation
@@ -140,7 +140,7 @@ class Policy(nn.Module):
             batch.targets,
             transform=self.transform,
             compute=self.head_dtype,
-            cast=self.casts,
+            cast=self.weight_copies,
             collisions=collisions,
         )
         return batch.token_scores(scored[0], collisions=scored[1]) if collisions else batch.token_scores(scored)
@@ -153,15 +153,15 @@ class Policy(nn.Module):
         try:
             for m in dropouts:
                 m.p = 0.0
-            with torch.no_grad(), self.casts.still():
+            with torch.no_grad(), self.weight_copies.weights_fixed():
                 yield
         finally:
             for m, p in zip(dropouts, before, strict=True):
                 m.p = p
 
-    def still(self) -> AbstractContextManager[None]:
+    def weights_fixed(self) -> AbstractContextManager[None]:
         """A block in which no weight changes, so that 16-bit copies of weights are made once: the passes of a step."""
-        return self.casts.still()
+        return self.weight_copies.weights_fixed()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The weights that train, by the names under which they are saved."""

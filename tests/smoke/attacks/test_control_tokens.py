@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import strop
 from smoke.attacks.trials import Tally, few_or
 from strop.data.read.row import Row
-from strop.data.store.records import Worked, Workshop
+from strop.data.store.records import PipelineResult, RowPipeline
 from strop.types import Origin, RowShape
 
 MARK = "\ue000"
@@ -298,7 +298,7 @@ METHODS: dict[RowShape, str] = {"single": "sft", "pair": "dpo", "labelled": "kto
 
 
 @cache
-def workshop_of(name: str, shape: RowShape, render: str) -> Workshop:
+def workshop_of(name: str, shape: RowShape, render: str) -> RowPipeline:
     keys = {
         "models.0.huggingface_id": "none",
         "dataset.train_file": "none.jsonl",
@@ -308,10 +308,12 @@ def workshop_of(name: str, shape: RowShape, render: str) -> Workshop:
         "training.max_prompt_length": None,
         "training.max_completion_length": None,
     }
-    return Workshop(strop.load_config(overrides=keys), tokenizer_of(name), shape)
+    return RowPipeline(strop.load_config(overrides=keys), tokenizer_of(name), shape)
 
 
-def controls(done: Worked, family: Family, tokenizer: PreTrainedTokenizerFast, *, with_plain: bool) -> list[list[int]]:
+def controls(
+    done: PipelineResult, family: Family, tokenizer: PreTrainedTokenizerFast, *, with_plain: bool
+) -> list[list[int]]:
     """The control tokens of the prompt and of each completion, in order."""
     found = set(tokenizer.convert_tokens_to_ids([*family.special, *(family.plain if with_plain else ())]))
     assert done.first is not None
@@ -342,8 +344,8 @@ def test_control_tokens_of_rows_are_text(num: int, record_property: Any) -> None
             plain = not is_answer(place) and bool(family.plain) and rng.random() < 0.5
             words = hostile(rng.choice(family.plain if plain else family.special), rng)
             rows = replaced(row, ""), replaced(row, words)
-        workshop = workshop_of(name, shape, rng.choice(("auto", "raw")) if is_text else "auto")
-        clean, attacked = (workshop.work([Row(Origin("rows.jsonl", 1), data)]) for data in rows)
+        pipeline = workshop_of(name, shape, rng.choice(("auto", "raw")) if is_text else "auto")
+        clean, attacked = (pipeline.work([Row(Origin("rows.jsonl", 1), data)]) for data in rows)
         assert clean.first is not None, (seed, clean.first_refusal)
         if attacked.first is None:
             assert attacked.refused, seed

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strop.data.read.arrow import NOT_READ
 from strop.data.read.sources import choose_sources
 from strop.data.shapes.examples import Columns, to_example
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 from strop.types import Example, Origin, RowShape
 
 Row = dict[str, Any]
@@ -194,7 +194,7 @@ def tokens(name: str, shape: RowShape, make_config: Make, tokenizer: Any) -> lis
     """What becomes of the rows: ids, masks, and what was done to them, but for how the format holds them."""
     config = make_config({"max_seq_length": 10**6, "max_prompt_length": None}, name=name, on_error="skip")
     rows = choose_sources(config.dataset, shape).train[0].read()
-    done = Workshop(config, tokenizer, shape).work(list(rows))
+    done = RowPipeline(config, tokenizer, shape).work(list(rows))
     found = done.table.to_pylist() if done.table is not None else []
     kept = [{**record, "messages_as_json": 0, "line": 0, "prompt_hash": 0} for record in found]
     return [*kept, {"refused": dict(done.refused), "dropped": dict(done.dropped)}]

@@ -17,7 +17,7 @@ import pytest
 from strop.data.load import load_data
 from strop.data.read import files
 from strop.data.store import worker_pool
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 from strop.errors import ConfigError, DataError
 
 Make = Callable[..., Any]
@@ -109,14 +109,14 @@ def test_b13_rows_that_change_while_they_are_read_are_not_kept(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD)
-    work = Workshop.work
+    work = RowPipeline.work
 
-    def writing(self: Workshop, *args: Any) -> Any:
+    def writing(self: RowPipeline, *args: Any) -> Any:
         path.write_text(GOOD.replace("x", "y"))
         return work(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workshop, "work", writing)
+        patch.setattr(RowPipeline, "work", writing)
         patch.setattr(worker_pool, "ROWS_AT_ONCE", 4)
         with pytest.raises(DataError, match="changed while they were read"):
             load(path)
@@ -146,12 +146,12 @@ def test_b13_a_run_that_is_killed_leaves_nothing_that_stays(tmp_path: Path, load
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD)
 
-    def killed(self: Workshop, *args: Any) -> Any:
+    def killed(self: RowPipeline, *args: Any) -> Any:
         os.kill(os.getpid(), 9)
 
     child = os.fork()
     if child == 0:
-        Workshop.work = killed  # type: ignore[method-assign]
+        RowPipeline.work = killed  # type: ignore[method-assign]
         load(path)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from strop.data.read.row import RowRefused
-from strop.data.text.markers import Marks
+from strop.data.text.markers import Markers
 from strop.data.text.render import Rendered, Renderer, TextRules
 from strop.errors import ConfigError, ModelError
 from strop.types import Example, Message, Origin
@@ -239,7 +239,7 @@ def test_rows_that_hold_marks_themselves(make_tokenizer: Make) -> None:
     for content in ("\U000f0000\U000f0001", "\U00100000x\U000f0003"):
         rendered = render(tokenizer, turn("user", content), turn("assistant", content))
         assert [w.removesuffix("<|end|>") for w in words(rendered, rendered.trained)] == [content]
-    assert Marks.put((), "\U00100000\U000f0003") is None
+    assert Markers.put((), "\U00100000\U000f0003") is None
 
 
 def test_text_rows_are_wrapped_or_not(make_tokenizer: Make) -> None:

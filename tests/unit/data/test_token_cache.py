@@ -14,7 +14,7 @@ import pytest
 import strop.data.store.token_cache
 from strop.data.load import load_data
 from strop.data.store import worker_pool
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 from strop.errors import DataError
 
 Make = Callable[..., Any]
@@ -35,13 +35,13 @@ def rows(path: Path, num: int, start: int = 0) -> str:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows were worked on, call by call."""
     calls: list[int] = []
-    work = Workshop.work
+    work = RowPipeline.work
 
-    def counting(self: Workshop, some: Any, file: int = 0) -> Any:
+    def counting(self: RowPipeline, some: Any, file: int = 0) -> Any:
         calls.append(len(some))
         return work(self, some, file)
 
-    monkeypatch.setattr(Workshop, "work", counting)
+    monkeypatch.setattr(RowPipeline, "work", counting)
     return calls
 
 
@@ -159,7 +159,7 @@ def test_b13_without_shared_memory_one_process_does_it(
 
     monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 7)
     monkeypatch.setattr(worker_pool, "ALONE", 2)
-    monkeypatch.setattr(worker_pool, "Crew", refused)
+    monkeypatch.setattr(worker_pool, "WorkerPool", refused)
     config = make_config(train_file=rows(tmp_path / "rows.jsonl", 60), num_workers=3, validation_split=0.0)
     assert len(load_data(config, make_tokenizer(), "single").train) == 60
     assert caplog.text.count("in one process") == 1

@@ -19,7 +19,7 @@ from strop import time_limit
 from strop.data.load import load_data
 from strop.data.read.files import read_lines
 from strop.data.store import worker_pool
-from strop.data.store.records import Workshop, may_run_away
+from strop.data.store.records import RowPipeline, may_run_away
 from strop.data.store.worker_pool import work_all
 from strop.errors import DataError, ModelError
 
@@ -45,9 +45,9 @@ def test_processes_of_any_start_give_the_same_rows(
     monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 4)
     monkeypatch.setattr(worker_pool, "ALONE", 1)
     path = rows(tmp_path / "rows.jsonl", [f"question {i}" for i in range(20)])
-    workshop = Workshop(make_config(train_file=str(path)), make_tokenizer(), "single")
-    alone = list(work_all(workshop, read_lines(str(path)), limit=None, num_workers=1))
-    apart_ = list(work_all(workshop, read_lines(str(path)), limit=None, num_workers=2, start=start))
+    pipeline = RowPipeline(make_config(train_file=str(path)), make_tokenizer(), "single")
+    alone = list(work_all(pipeline, read_lines(str(path)), limit=None, num_workers=1))
+    apart_ = list(work_all(pipeline, read_lines(str(path)), limit=None, num_workers=2, start=start))
     assert len(alone) == 5
     assert [(file, done.table, done.num_good) for file, done in alone] == [
         (file, done.table, done.num_good) for file, done in apart_
@@ -58,13 +58,13 @@ LOADS = """
 import os, sys, time
 sys.path[:0] = {paths!r}
 from strop.data.store import worker_pool
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 def forever(self, *_):
     open(os.path.join({folder!r}, str(os.getpid())), "w").close()
     time.sleep(1000)
-Workshop.work = forever
-workshop = Workshop.__new__(Workshop)
-members = worker_pool.Crew(workshop, 3, "fork")
+RowPipeline.work = forever
+pipeline = RowPipeline.__new__(RowPipeline)
+members = worker_pool.WorkerPool(pipeline, 3, "fork")
 from strop.data.read.row import Row
 from strop.types import Origin
 for n in range(3):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from strop.policy.kernels import dropout
-from strop.policy.kernels.cast_weights import Casts
 from strop.policy.kernels.dropout import FEW, draw_left_out, without, zero_
 from strop.policy.kernels.fused import FusedLinear, FusedMlp, fuse
+from strop.policy.kernels.weight_copies import WeightCopies
 
 CPU = torch.device("cpu")
 WIDTH, INNER = 24, 40
@@ -102,7 +102,7 @@ def test_fused_layers_leave_out_the_same_on_the_way_back(
     config = LoraConfig(r=4, lora_alpha=6, lora_dropout=p, target_modules=adapted, init_lora_weights=False)
     plain = get_peft_model(Block().double(), config).double()
     fused = copy.deepcopy(plain)
-    fuse(fused, Casts(), CPU)
+    fuse(fused, WeightCopies(), CPU)
     assert isinstance(vars(fused.base_model.model.mlp)["forward"], FusedMlp)
     drawn: dict[nn.Module, Tensor] = {}
     draw = FusedLinear.draw

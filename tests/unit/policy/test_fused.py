@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from strop.policy.kernels.cast_weights import Casts
 from strop.policy.kernels.dropout import draw_left_out, zero_
 from strop.policy.kernels.elementwise import compiled
 from strop.policy.kernels.fused import FusedLinear, FusedMlp, FusedNorm, SharedInput, fuse
+from strop.policy.kernels.weight_copies import WeightCopies
 from strop.policy.policy import Policy
 from strop.types import Group
 
@@ -81,7 +81,7 @@ def pair(dtype: torch.dtype = torch.float64, lora: dict[str, Any] | None = None,
     if lora is not None:
         plain = adapt(plain, torch.float64 if dtype == torch.float64 else torch.float32, **lora)
     fused = copy.deepcopy(plain)
-    fuse(fused, Casts(), CPU)
+    fuse(fused, WeightCopies(), CPU)
     return plain, fused
 
 
@@ -149,7 +149,7 @@ def test_fused_rounds_no_worse_than_plain(
 def test_compiled_rounds_hardly_worse_than_plain(dtype: torch.dtype) -> None:
     plain, _ = pair(dtype, {})
     fused = copy.deepcopy(plain)
-    fuse(fused, Casts(), CPU, compiled(CPU))
+    fuse(fused, WeightCopies(), CPU, compiled(CPU))
     low = dtype == torch.bfloat16
     truth, theirs, ours = run(copy.deepcopy(plain).double()), run(plain, dtype, low), run(fused, dtype, low)
     for name, value in truth.items():
@@ -243,7 +243,7 @@ def test_what_it_does_not_know_keeps_its_own_forward() -> None:
             self.hooked.register_forward_hook(lambda module, args, out: out + 1)
 
     odd = Odd()
-    fuse(odd, Casts(), CPU)
+    fuse(odd, WeightCopies(), CPU)
     assert not any("forward" in vars(m) for m in (odd.shifted, odd.swapped, odd.relu, odd.hooked))
 
     class Clamped(Mlp):
@@ -255,10 +255,10 @@ def test_what_it_does_not_know_keeps_its_own_forward() -> None:
 
     for dtype in (torch.float32, torch.bfloat16):
         clamped, usual = Clamped().to(dtype), Mlp().to(dtype)
-        fuse(nn.Sequential(clamped, usual), Casts(), CPU)
+        fuse(nn.Sequential(clamped, usual), WeightCopies(), CPU)
         assert "forward" not in vars(clamped) and "forward" in vars(usual)
     dora = adapt(Layer(), torch.float32, use_dora=True)
-    fuse(dora, Casts(), CPU)
+    fuse(dora, WeightCopies(), CPU)
     assert not any("forward" in vars(m) for n, m in dora.named_modules() if n.endswith(("_proj", "out", "mlp")))
 
 
@@ -283,7 +283,7 @@ def test_what_cannot_be_tried_keeps_its_own_forward() -> None:
 
     kinds = [Gated(), Refuses(), Several(), Fits()]
     assert all(module.training for module in kinds)
-    fuse(nn.Sequential(*kinds), Casts(), CPU)
+    fuse(nn.Sequential(*kinds), WeightCopies(), CPU)
     assert not any("forward" in vars(module) for module in kinds)
     assert all(module.training for module in kinds)
 
@@ -297,7 +297,7 @@ def test_more_than_one_argument_means_the_modules_own_forward() -> None:
 
     module = MayGate()
     plain = copy.deepcopy(module)
-    fuse(nn.Sequential(module), Casts(), CPU)
+    fuse(nn.Sequential(module), WeightCopies(), CPU)
     assert isinstance(vars(module)["forward"], FusedNorm)
     x, gate = torch.randn(2, 3, WIDTH).unbind()
     torch.testing.assert_close(module(x), plain(x))
@@ -321,7 +321,7 @@ def test_layers_of_one_input_are_computed_together(adapted: list[str]) -> None:
     if adapted:
         plain = get_peft_model(plain, LoraConfig(r=4, target_modules=adapted, init_lora_weights=False)).double()
     fused = copy.deepcopy(plain)
-    fuse(fused, Casts(), CPU)
+    fuse(fused, WeightCopies(), CPU)
     want, got = run(plain), run(fused)
     assert got.keys() == want.keys()
     for name in want:
@@ -329,7 +329,7 @@ def test_layers_of_one_input_are_computed_together(adapted: list[str]) -> None:
 
 
 def test_what_is_computed_together_is_not_kept_and_not_mistaken() -> None:
-    linears = [FusedLinear(nn.Linear(WIDTH, 4), Casts()) for _ in range(3)]
+    linears = [FusedLinear(nn.Linear(WIDTH, 4), WeightCopies()) for _ in range(3)]
     shared = SharedInput(tuple(linears))
     x = torch.randn(3, WIDTH)
     with torch.no_grad():
@@ -366,22 +366,22 @@ def test_a_copy_is_a_model_of_its_own() -> None:
 
 
 def test_copies_are_made_once_while_weights_stand_still() -> None:
-    casts, weight = Casts(), nn.Parameter(torch.randn(3, 3))
-    with casts.still():
-        first = casts(weight, torch.bfloat16)
-        with casts.still():
-            assert casts(weight, torch.bfloat16) is first
-        assert casts(weight, torch.bfloat16) is first and not first.requires_grad
-        assert casts(weight, torch.float16).dtype == torch.float16
+    weight_copies, weight = WeightCopies(), nn.Parameter(torch.randn(3, 3))
+    with weight_copies.weights_fixed():
+        first = weight_copies(weight, torch.bfloat16)
+        with weight_copies.weights_fixed():
+            assert weight_copies(weight, torch.bfloat16) is first
+        assert weight_copies(weight, torch.bfloat16) is first and not first.requires_grad
+        assert weight_copies(weight, torch.float16).dtype == torch.float16
     with torch.no_grad():
         weight += 1
-    with pytest.raises(ZeroDivisionError), casts.still():
-        again = casts(weight, torch.bfloat16)
+    with pytest.raises(ZeroDivisionError), weight_copies.weights_fixed():
+        again = weight_copies(weight, torch.bfloat16)
         assert torch.equal(again, weight.bfloat16())
         assert again.data_ptr() == first.data_ptr()  # memory that the process has
         raise ZeroDivisionError
-    assert casts(weight, torch.bfloat16) is not again
-    assert casts(weight, torch.float32).data_ptr() == weight.data_ptr()
+    assert weight_copies(weight, torch.bfloat16) is not again
+    assert weight_copies(weight, torch.float32).data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("lora", [None, {"lora_dropout": 0.0}, {"use_dora": True, "lora_dropout": 0.0}], ids=str)
@@ -398,7 +398,7 @@ def test_a_policy_trains_as_without(
         if not fusing:
             monkeypatch.setattr("strop.policy.build.fuse", lambda *args: None)
         policy = build(lora=lora, training={"gradient_checkpointing": checkpointing})
-        with policy.still():
+        with policy.weights_fixed():
             for batch in (groups[:1], groups[1:]):
                 policy(policy.collate(batch)).logps.sum().backward()
         results.append({n: p.grad for n, p in policy.trainable().items()})

@@ -67,11 +67,11 @@ def test_a_synced_reference_moves_only_when_it_is_time(build: Callable[..., Poli
 def test_a_synced_reference_copies_no_copies(build: Callable[..., Policy], groups: list[Group]) -> None:
     """What the policy had rounded to 16 bits is of no use to another model."""
     policy = build(training={"bf16": True})
-    assert policy.casts._copies
+    assert policy.weight_copies._copies
     reference = SyncedReference(policy, every_steps=1, share=0.5)
     reference.logps(groups)
     own = {id(weight) for weight in reference._copy.parameters()}
-    assert {key for key, _ in reference._copy.casts._copies} <= own
+    assert {key for key, _ in reference._copy.weight_copies._copies} <= own
 
 
 def test_the_initial_policy_is_the_reference(

@@ -92,10 +92,10 @@ def test_every_cut_of_the_file_is_read_up_to_there_and_written_on(
     whole = store.path.read_bytes()
     for length in range(len(whole)):
         store.path.write_bytes(whole[:length])
-        mended = ReferenceStore(store.path)
-        found = read(mended, values)
+        fixed = ReferenceStore(store.path)
+        found = read(fixed, values)
         assert len(found) < len(values) and same(found, {key: values[key] for key in found})
-        add(mended, {key: logps for key, logps in values.items() if key not in found})
+        add(fixed, {key: logps for key, logps in values.items() if key not in found})
         assert same(read(ReferenceStore(store.path), values), values)
     assert "an incomplete record" in caplog.text
 

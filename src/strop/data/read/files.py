@@ -220,7 +220,7 @@ def _broken_array(path: str, text: str, position: int, problem: str) -> DataErro
         f"the JSON array is broken: {problem}",
         where=f"{path}:{text.count(chr(10), 0, position) + 1}",
         expected="a JSON array of objects, or JSON Lines",
-        fix="mend the file; in JSON Lines (one object a line) a broken row costs that row alone",
+        fix="fix the file; in JSON Lines (one object a line) a broken row costs that row alone",
     )
 
 

@@ -29,7 +29,7 @@ class RowRefused(ValueError):  # noqa: N818 (it becomes an error only where rows
 
     def at(self, origin: Origin) -> DataError:
         """The same refusal as the error that stops a run."""
-        fix = self.fix or "mend the row, or set dataset.on_error: skip to leave such rows out and count them"
+        fix = self.fix or "fix the row, or set dataset.on_error: skip to leave such rows out and count them"
         return DataError(f"{self.found} [{self.reason}]", where=str(origin), expected=self.expected, fix=fix)
 
 

@@ -104,7 +104,7 @@ def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns:
 
 
 class _Reader:
-    """One row on its way.
+    """Reads one row.
 
     data: the row in a shape of strop's own, without its nulls: a table fills columns that a row does not have.
     nulls: columns that are null. notes: what was done to it, by the names of `COUNTERS`.
@@ -283,7 +283,7 @@ class _Reader:
                 "missing_field",
                 f"{field!r} is missing; the row has {names}",
                 expected=expected,
-                fix=f"if it has another name, say which: {flags} ({keys}); else mend the row, or set "
+                fix=f"if it has another name, say which: {flags} ({keys}); else fix the row, or set "
                 "dataset.on_error: skip to leave such rows out and count them",
             )
 
@@ -309,7 +309,7 @@ class _Reader:
                 "trailing_turn",
                 f"{field} ends with a {turns[-1]['role']} turn, which nothing answers",
                 expected="an assistant turn at the end",
-                fix="mend the row, or set dataset.on_trailing_user: drop to train up to the last assistant turn",
+                fix="fix the row, or set dataset.on_trailing_user: drop to train up to the last assistant turn",
             )
         self.notes += ["trailing_turns"] * (len(turns) - stop)
         return turns[:stop]

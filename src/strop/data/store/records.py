@@ -2,7 +2,7 @@
 
     rows -> formats -> chat -> encode -> truncate -> records, and what became of every other row
 
-Rows are worked on some hundreds at a time, here or in other processes (`crew`); a workshop has no state, so what
+Rows are worked on some hundreds at a time, here or in other processes (`worker_pool`); a pipeline has no state, so what
 becomes of a row does not depend on its neighbours.
 """
 
@@ -42,7 +42,7 @@ from strop.types import OF_TOKENS, Example, Group, RowShape
 
 
 @dataclass
-class Worked:
+class PipelineResult:
     """What became of some rows.
 
     table: the records, or None where there are none. num_good: rows that were neither refused nor blank.
@@ -62,7 +62,7 @@ class Worked:
     left_out: tuple[str, ...] = ()
 
 
-class Workshop:
+class RowPipeline:
     """Works on rows as the configuration says."""
 
     def __init__(
@@ -94,13 +94,13 @@ class Workshop:
 
     def __reduce__(self) -> tuple[object, ...]:
         # another process makes its own: compiled templates cannot be sent
-        return Workshop, self._made_of
+        return RowPipeline, self._made_of
 
     @classmethod
     def tried(
         cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, rows: RowShape, stop_tokens: Sequence[int] = ()
-    ) -> Workshop:
-        """A workshop, made in another process first where the tokenizer may never come to an end.
+    ) -> RowPipeline:
+        """A pipeline, made in another process first where the tokenizer may never come to an end.
 
         Raises:
             ModelError: it takes too much time or memory to be made.
@@ -137,13 +137,13 @@ class Workshop:
             "versions": [tokenizers.__version__, transformers.__version__],
         }
 
-    def work(self, rows: Sequence[Row], file: int = 0) -> Worked:
+    def work(self, rows: Sequence[Row], file: int = 0) -> PipelineResult:
         """The records of some rows, in their order.
 
         Args:
             file: number of the file that the rows are from.
         """
-        done = Worked()
+        done = PipelineResult()
         rows = [_parsed(row) for row in rows]
         examples = [self._example(row) for row in rows]
         good = [example for example in examples if isinstance(example, Example)]
@@ -319,7 +319,7 @@ def _parsed(row: Row) -> Row:
         return Row(row.origin, refusal=refusal, raw=row.raw)
 
 
-def _refuse(done: Worked, row: Row, refusal: RowRefused) -> None:
+def _refuse(done: PipelineResult, row: Row, refusal: RowRefused) -> None:
     done.refused[refusal.reason] += 1
     done.rejected.append(row.rejected(refusal.reason))
     if done.first_refusal is None:

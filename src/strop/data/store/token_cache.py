@@ -1,9 +1,9 @@
-"""Tokenised sources on disk, found again by what they were made of. Floor 2.
+"""Tokenised sources on disk, which later runs reuse. Floor 2.
 
-In: an identity (rows, tokenizer, template, limits, code) and a way to make the table. Out: a Tokenised, read from the
-cache folder or made now. An entry is a folder that is complete or absent: it is written beside its place and renamed,
-under a lock, so that several runs at once make it once. An entry that is not what it was when it was written is made
-anew. The folder is $STROP_CACHE, or ~/.cache/strop, and may be deleted at any time.
+In: everything that decides the tokens (rows, tokenizer, template, limits, code), and a function that makes the table.
+Out: a Tokenised, read from the cache folder or made now. An entry is a folder that is complete or absent: it is written
+under another name and renamed, under a lock, so that of several runs at once only one makes it. A damaged entry is made
+again. The folder is $STROP_CACHE, or ~/.cache/strop, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from strop.cachedir import cache_folder
-from strop.data.store.records import Worked
+from strop.data.store.records import PipelineResult
 from strop.data.store.table import SCHEMA, Shard
 from strop.disk import remedy
 from strop.errors import DataError
@@ -77,7 +77,7 @@ class Rejected(Sequence[Mapping[str, Any]]):
 
 
 def fetch(
-    identity: Mapping[str, Any], label: str, make: Callable[[], Iterator[tuple[str, Worked]]], *, strict: bool
+    identity: Mapping[str, Any], label: str, make: Callable[[], Iterator[tuple[str, PipelineResult]]], *, strict: bool
 ) -> Tokenised:
     """The tokens of a source, from the cache or made now.
 
@@ -110,7 +110,9 @@ def fetch(
     raise AssertionError("the last try returns or raises")
 
 
-def _fetch(place: Path, label: str, make: Callable[[], Iterator[tuple[str, Worked]]], strict: bool) -> Tokenised:
+def _fetch(
+    place: Path, label: str, make: Callable[[], Iterator[tuple[str, PipelineResult]]], strict: bool
+) -> Tokenised:
     """The entry at `place`, its files open: from here on it may be deleted."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(place) + ".lock"):
@@ -173,7 +175,7 @@ def checksum_of(path: Path) -> int:
     return value
 
 
-def _write(place: Path, label: str, make: Callable[[], Iterator[tuple[str, Worked]]]) -> dict[str, Any]:
+def _write(place: Path, label: str, make: Callable[[], Iterator[tuple[str, PipelineResult]]]) -> dict[str, Any]:
     for unfinished in place.parent.glob(f"{place.name}-*"):
         shutil.rmtree(unfinished)  # of a run that was killed; the lock says that nobody is at it
     new = Path(tempfile.mkdtemp(prefix=f"{place.name}-", dir=place.parent))
@@ -190,7 +192,7 @@ def _write(place: Path, label: str, make: Callable[[], Iterator[tuple[str, Worke
     return entry
 
 
-def _fill(new: Path, label: str, make: Callable[[], Iterator[tuple[str, Worked]]]) -> dict[str, Any]:
+def _fill(new: Path, label: str, make: Callable[[], Iterator[tuple[str, PipelineResult]]]) -> dict[str, Any]:
     refused, dropped, blank, good = Counter[str](), Counter[str](), 0, 0
     files: list[str] = []
     first: tuple[str, Mapping[str, str]] | None = None

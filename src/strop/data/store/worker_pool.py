@@ -1,9 +1,9 @@
-"""Rows worked on by several processes, in the order of the rows. Floor 2.
+"""Tokenises rows in several processes; the results come in the order of the rows. Floor 2.
 
-In: a workshop and a stream of rows. Out: what became of them, batch by batch. The first batches are worked on here,
-so that small files start no process, unless the tokenizer may never come to an end (`Workshop.may_run_away`): then
-all are worked on in processes, which the system ends when they take too much. No more batches are under way than keep
-the processes busy, so memory does not grow with the file. A process ends with its parent, however that ends.
+In: a pipeline and a stream of rows. Out: the results, batch by batch. The first batches are processed here, so that
+small files start no process. If the tokenizer may run for ever (`RowPipeline.may_run_away`), all batches go to other
+processes, which the operating system ends when they take too much. Only as many batches are in work as keep the
+processes busy, so memory does not grow with the file. The processes end with their parent, however that ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from strop import machine, time_limit
 from strop.data.read.row import Row
-from strop.data.store.records import Worked, Workshop
+from strop.data.store.records import PipelineResult, RowPipeline
 from strop.errors import DataError
 
 ROWS_AT_ONCE = 512
@@ -46,8 +46,8 @@ START = "fork" if time_limit.CAN_FORK else "spawn"
 
 
 def work_all(
-    workshop: Workshop, rows: Iterator[Row], *, limit: int | None, num_workers: int | None, start: str = START
-) -> Iterator[tuple[str, Worked]]:
+    pipeline: RowPipeline, rows: Iterator[Row], *, limit: int | None, num_workers: int | None, start: str = START
+) -> Iterator[tuple[str, PipelineResult]]:
     """The rows' file names and what became of them, in order.
 
     Args:
@@ -57,17 +57,17 @@ def work_all(
     """
     batches = _Batches(rows, limit)
     wanted = num_workers or min(MOST, machine.processor().cores)
-    apart_at_once = start == "fork" and workshop.may_run_away
+    apart_at_once = start == "fork" and pipeline.may_run_away
     for n in count():
         if n == (0 if apart_at_once else ALONE) and (apart_at_once or wanted > 1):
-            crew = _hired(workshop, wanted, start)
-            if crew is not None:
-                yield from _in_processes(crew, batches, wanted)
+            pool = _start_pool(pipeline, wanted, start)
+            if pool is not None:
+                yield from _in_processes(pool, batches, wanted)
                 return
         batch = batches.next()
         if batch is None:
             return
-        done = workshop.work(*batch)
+        done = pipeline.work(*batch)
         batches.finished(len(batch[0]), done)
         yield batches.files[batch[1]], done
 
@@ -98,27 +98,27 @@ class _Batches:
         self._under_way += len(rows)
         return rows, self.files.index(file)
 
-    def finished(self, num_rows: int, done: Worked) -> None:
+    def finished(self, num_rows: int, done: PipelineResult) -> None:
         self._under_way -= num_rows
         if self._missing is not None:
             self._missing -= done.num_good
 
 
-def _hired(workshop: Workshop, num_workers: int, start: str) -> Crew | None:
+def _start_pool(pipeline: RowPipeline, num_workers: int, start: str) -> WorkerPool | None:
     """Processes, the first of them started; None where the system starts none."""
     try:
-        return Crew(workshop, num_workers, start)
+        return WorkerPool(pipeline, num_workers, start)
     except (OSError, ImportError, NotImplementedError) as error:
         logger.warning("rows are worked on in one process, since others cannot be started here: %s", error)
         return None
 
 
-def _in_processes(crew: Crew, batches: _Batches, num_workers: int) -> Iterator[tuple[str, Worked]]:
-    waiting: deque[tuple[int, int, Future[Worked]]] = deque()
+def _in_processes(pool: WorkerPool, batches: _Batches, num_workers: int) -> Iterator[tuple[str, PipelineResult]]:
+    waiting: deque[tuple[int, int, Future[PipelineResult]]] = deque()
     try:
         while True:
             while len(waiting) < 2 * num_workers and (batch := batches.next()) is not None:
-                waiting.append((len(batch[0]), batch[1], crew.submit(*batch)))
+                waiting.append((len(batch[0]), batch[1], pool.submit(*batch)))
             if not waiting:
                 return
             num_rows, file, future = waiting.popleft()
@@ -126,22 +126,22 @@ def _in_processes(crew: Crew, batches: _Batches, num_workers: int) -> Iterator[t
             batches.finished(num_rows, done)
             yield batches.files[file], done
     finally:
-        crew.dismiss()
+        pool.close()
 
 
-class Crew:
+class WorkerPool:
     """Processes that work on batches: one is started for every batch that finds all others busy, up to a number."""
 
-    def __init__(self, workshop: Workshop, num_workers: int, start: str) -> None:
-        self._workshop, self._most = workshop, num_workers
+    def __init__(self, pipeline: RowPipeline, num_workers: int, start: str) -> None:
+        self._workshop, self._most = pipeline, num_workers
         self._context = multiprocessing.get_context(start)
-        self._members: list[_Member] = []
-        self._idle: SimpleQueue[_Member] = SimpleQueue()
+        self._members: list[_Worker] = []
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(num_workers)  # one waits for each process
-        self._under_way: list[Future[Worked]] = []
+        self._under_way: list[Future[PipelineResult]] = []
         self._start_one()
 
-    def submit(self, rows: list[Row], file: int) -> Future[Worked]:
+    def submit(self, rows: list[Row], file: int) -> Future[PipelineResult]:
         """Have a batch worked on.
 
         Raises (the future):
@@ -154,37 +154,37 @@ class Crew:
         return self._under_way[-1]
 
     def _start_one(self) -> None:
-        member = _Member(self._context, self._workshop)
+        member = _Worker(self._context, self._workshop)
         self._members.append(member)
         self._idle.put(member)
 
-    def _work(self, rows: list[Row], file: int) -> Worked:
+    def _work(self, rows: list[Row], file: int) -> PipelineResult:
         member = self._idle.get()
         try:
             return member.work(rows, file)
         finally:
             self._idle.put(member)
 
-    def dismiss(self) -> None:
-        """End all processes, whatever they are at."""
+    def close(self) -> None:
+        """Ends all processes at once."""
         for member in self._members:
             member.end()
         self._threads.shutdown(cancel_futures=True)
 
 
-class _Member:
+class _Worker:
     """One process."""
 
-    def __init__(self, context: Any, workshop: Workshop) -> None:
+    def __init__(self, context: Any, pipeline: RowPipeline) -> None:
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, workshop, os.getpid()), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, pipeline, os.getpid()), daemon=True)
         with warnings.catch_warnings():
             # Python warns of forks beside threads; the children touch nothing that threads of ours hold
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
 
-    def work(self, rows: list[Row], file: int) -> Worked:
+    def work(self, rows: list[Row], file: int) -> PipelineResult:
         seconds = SECONDS + sum(map(_size, rows)) / BYTES_A_SECOND
         try:
             self._pipe.send((rows, file, seconds))
@@ -195,7 +195,7 @@ class _Member:
             raise self._gone(rows, seconds) from error
         if isinstance(answer, BaseException):
             raise answer
-        assert isinstance(answer, Worked)
+        assert isinstance(answer, PipelineResult)
         return answer
 
     def _gone(self, rows: list[Row], seconds: float) -> DataError:
@@ -226,7 +226,7 @@ def _size(row: Row) -> int:
     return len(row.raw) if row.raw is not None else len(str(row.data))
 
 
-def _serve(pipe: Connection, workshop: Workshop, parent: int) -> None:
+def _serve(pipe: Connection, pipeline: RowPipeline, parent: int) -> None:
     """In the other process: batches come, what became of them goes, until the parent ends it or is gone."""
     time_limit.enter(parent)
     gc.freeze()  # what is there stays there: not to be looked through, nor copied, at every collection
@@ -235,7 +235,7 @@ def _serve(pipe: Connection, workshop: Workshop, parent: int) -> None:
         rows, file, seconds = pipe.recv()
         time_limit.bound_time(seconds)
         try:
-            answer: Worked | BaseException = workshop.work(rows, file)
+            answer: PipelineResult | BaseException = pipeline.work(rows, file)
         except Exception as error:  # noqa: BLE001 (raised again in the parent)
             error.add_note(traceback.format_exc())
             answer = error

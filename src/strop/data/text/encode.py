@@ -120,8 +120,8 @@ class Encoder:
     """Encodes by one tokenizer.
 
     Args:
-        template: the chat template in use. Added tokens that are not special but stand in it (`<tool_call>`) are
-            control tokens in the mouths of others; an assistant may write them.
+        template: the chat template in use. Added tokens that it contains but that are not special (`<tool_call>`)
+            count as control tokens in turns of users and tools; an assistant may write them.
 
     Raises:
         ModelError: the tokenizer gives no offsets.
@@ -153,7 +153,8 @@ class Encoder:
         return token in self._special
 
     def encode(self, examples: Sequence[Sequence[Rendered]]) -> list[Encoded | RowRefused]:
-        """All sides of all examples, in two calls of the tokenizer; a refusal stands where its example stood."""
+        """Encodes all sides of all examples in two calls of the tokenizer. Results and refusals are in the order of the
+        examples."""
         firsts = self._batch([sides[0].text for sides in examples])
         heads = [
             self._shared(sides[0], tokens, side)

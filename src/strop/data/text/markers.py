@@ -1,11 +1,11 @@
-"""Marks: private-use characters around what a row has written, by which a rendering shows where it has put it. Floor 2.
+"""Markers: private-use characters around a row's words, by which they are found in a rendered conversation. Floor 2.
 
-In: messages. Out: the same messages with marks; and from a marked rendering the text without marks and the place of
-every marked piece in it.
+In: messages. Out: the same messages with markers; and, from a rendering of these, the text without markers and the place
+of every marked piece in it.
 
-Marked are contents, reasoning and the names of called tools. An answer that holds `<think>` and `</think>` is marked in
-pieces between these tags, since templates take such answers apart there. Marks stand inside of the white space at a
-piece's ends, so a template may trim what it likes.
+Contents, reasoning and names of called tools are marked. An answer with `<think>` and `</think>` is marked in pieces
+between these tags, because templates split such answers there. Markers are placed inside of the white space at the ends
+of a piece, so that a template may trim the piece.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Reading:
         return [place for place in self.places if place.piece.message == message]
 
 
-class Marks:
+class Markers:
     """One conversation with marks around its pieces.
 
     messages: the marked messages. pieces: what is marked.
@@ -81,11 +81,11 @@ class Marks:
         self.messages = tuple(self._marked_message(i, message) for i, message in enumerate(messages))
 
     @classmethod
-    def put(cls, messages: Sequence[Message], text: str) -> Marks | None:
+    def put(cls, messages: Sequence[Message], text: str) -> Markers | None:
         """The messages with marks that their rendering `text` does not hold; None where there are none to be had."""
         plane = next((plane for plane in PLANES if not plane[1].search(text)), None)
-        marks = None if plane is None else cls(*plane, messages)
-        return None if marks is None or len(marks.pieces) > MOST_PIECES else marks
+        markers = None if plane is None else cls(*plane, messages)
+        return None if markers is None or len(markers.pieces) > MOST_PIECES else markers
 
     def read(self, rendered: str) -> Reading:
         """Reads a rendering of (the first of) the marked messages."""

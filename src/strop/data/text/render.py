@@ -1,9 +1,9 @@
-"""Examples to text: renders the chat template and finds the row's words and the trained answers in it. Floor 2.
+"""Examples to text: renders the chat template, and finds the row's words and the trained answers in the text. Floor 2.
 
-In: an Example. Out: one Rendered for each completion: the whole conversation as text, with character spans.
+In: an Example. Out: one Rendered per completion: the whole conversation as text, with character spans.
 
-`forms.py` says how messages are handed to a template, `marks.py` where a rendering has put them, `answers.py` which
-part of it the model has to write.
+`message_forms.py` knows the forms in which templates expect messages, `markers.py` finds a row's words in the text, and
+`answers.py` finds the parts that the model has to write.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A chat template as what it is: a program that came with a download. Floor 2.
+"""Runs chat templates, which are programs that came with a download, within limits. Floor 2.
 
 In: a Jinja source and messages. Out: the text, as `apply_chat_template` of the tokenizer writes it. transformers keeps
-a template from files and from Python's insides, but neither from loops inside of loops nor from texts of many
-gigabytes; here a row's rendering gets so much processor time and memory, and no more.
+templates away from files and from Python's internals, but does not stop nested loops or texts of many gigabytes; here,
+rendering a row has a limit of processor time and memory.
 
 The limits are the operating system's: both on Linux, time alone on macOS, none on Windows, and none in a thread that is
 not the main one.
@@ -120,7 +120,7 @@ def render(
         raise ModelError(
             f"the tokenizer's chat template is broken: {error.message} (line {error.lineno})",
             expected="a Jinja template",
-            fix="mend the chat template beside the tokenizer (chat_template.jinja, or in tokenizer_config.json)",
+            fix="fix the chat template beside the tokenizer (chat_template.jinja, or in tokenizer_config.json)",
         ) from error
     except TEMPLATE_ERRORS as error:
         raise RowRefused(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
 from strop.data.read.sources import choose_sources
-from strop.data.store.records import Workshop
+from strop.data.store.records import RowPipeline
 from strop.data.store.table import Groups
 from strop.terminal import escaped
 from strop.types import Completion, Group, Origin, RowShape
@@ -62,9 +62,9 @@ def first_row(
     """The first training row as it is trained, before the others are read; None where that is none of the first few.
     What is wrong with them is said by `load_data`."""
     source = choose_sources(config.dataset, rows).train[0]
-    workshop = Workshop(config, tokenizer, rows, stop_tokens)
+    pipeline = RowPipeline(config, tokenizer, rows, stop_tokens)
     for row in islice((source.read_lines or source.read)(), LOOKED_AT):
-        done = workshop.work([row])
+        done = pipeline.work([row])
         if done.first is not None:
             return SeenRow(done.first, done.left_out)
     return None
@@ -79,7 +79,7 @@ def left_out(
 ) -> dict[Origin, tuple[str, ...]]:
     """What of some training rows is not in their tokens, in words. The table of tokens does not hold it, so the sources
     are read once more, up to the last of these rows; streams are not."""
-    workshop = Workshop(config, tokenizer, rows, stop_tokens)
+    pipeline = RowPipeline(config, tokenizer, rows, stop_tokens)
     found: dict[Origin, tuple[str, ...]] = {}
     for source in choose_sources(config.dataset, rows).train:
         if source.is_stream:
@@ -88,7 +88,7 @@ def left_out(
             if len(found) == len(origins):
                 return found
             if row.origin in origins:
-                found[row.origin] = workshop.work([row]).left_out
+                found[row.origin] = pipeline.work([row]).left_out
     return found
 
 

@@ -1,8 +1,8 @@
-"""Cutting what is too long, or dropping it. Floor 2.
+"""Truncates rows that are too long, or drops them. Floor 2.
 
-In: an encoded example and the limits. Out: the Group that is trained on, or the reason why there is none; never
-without a count. The order: prompt at the left to its limit (whole messages before single tokens), completions at the
-right to theirs, then completions to what is left of the sequence; all completions of a group by the same bound.
+In: an encoded example and the limits. Out: the Group that is trained on, or the reason why there is none; both are
+counted. The prompt is truncated on the left to its limit (whole messages before single tokens), then completions on the
+right to theirs, then completions to what remains of the sequence. All completions of a group have the same limit.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ matmul             one product, the way that is fastest here
 product_rates      how fast each way is on this processor, measured once
 logprobs           the head: hidden states -> log-probs, tile by tile
 head_sizes         sizes of these tiles
-cast_weights       weights in 16 bits, copied once per step
+weight_copies       weights in 16 bits, copied once per step
 dropout            dropout of what adapters see
 denormals          numbers too small for their format, taken for 0
 """

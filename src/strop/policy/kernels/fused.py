@@ -28,10 +28,10 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from strop.policy.kernels.cast_weights import Casts
 from strop.policy.kernels.dropout import draw_left_out
 from strop.policy.kernels.elementwise import ACTIVATIONS, EAGER, Elementwise
 from strop.policy.kernels.lora_products import LeftOut, Weights, gradients, products
+from strop.policy.kernels.weight_copies import WeightCopies
 
 logger = logging.getLogger("strop")
 
@@ -127,8 +127,8 @@ class FusedLinear(Fused):
 
     module: nn.Linear | LoraLinear
 
-    def __init__(self, module: nn.Linear | LoraLinear, casts: Casts) -> None:
-        self.module, self.casts = module, casts
+    def __init__(self, module: nn.Linear | LoraLinear, weight_copies: WeightCopies) -> None:
+        self.module, self.weight_copies = module, weight_copies
         self.shared: SharedInput | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,9 +174,9 @@ class FusedLinear(Fused):
         """The same in the compute dtype."""
         dtype = compute_dtype(device) or self.base.weight.dtype
         parameters = self.parameters
-        if parameters[3] is not None and not torch.is_grad_enabled() and self.casts.is_zero(parameters[3]):
+        if parameters[3] is not None and not torch.is_grad_enabled() and self.weight_copies.is_zero(parameters[3]):
             parameters = (*parameters[:2], None, None)  # as before the first step: the adapter adds nothing
-        w, bias, a, b = (None if p is None else self.casts(p, dtype) for p in parameters)
+        w, bias, a, b = (None if p is None else self.weight_copies(p, dtype) for p in parameters)
         assert w is not None
         scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLinear) else 1.0
         return Weights(w, bias, a, b, scale / (1 - self.dropout))
@@ -276,7 +276,9 @@ PROBE_SIZES = (1.0, 30.0, 1000.0)
 """Of the random numbers that a module and its fused forward are compared with."""
 
 
-def fuse(model: nn.Module, casts: Casts, device: torch.device, elementwise: Elementwise = EAGER) -> Counter[str]:
+def fuse(
+    model: nn.Module, weight_copies: WeightCopies, device: torch.device, elementwise: Elementwise = EAGER
+) -> Counter[str]:
     """Fuse what is known in `model`, which is on its device; how many of each kind. elementwise: what MLPs and norms
     do element by element."""
     done: Counter[str] = Counter()
@@ -284,7 +286,7 @@ def fuse(model: nn.Module, casts: Casts, device: torch.device, elementwise: Elem
     inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLinear)}
     for module in model.modules():
         if module not in inside and isinstance(module, nn.Linear | LoraLinear) and _is_plain_linear(module):
-            linears[module] = FusedLinear(module, casts)
+            linears[module] = FusedLinear(module, weight_copies)
             _replace_forward(module, linears[module])
             done["linear layers"] += 1
     for module in model.modules():

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from strop.policy.kernels.cast_weights import Casts
 from strop.policy.kernels.head_sizes import (
     gradient_columns,
     kept_logits,
@@ -41,6 +40,7 @@ from strop.policy.kernels.head_sizes import (
     tile_shape,
 )
 from strop.policy.kernels.matmul import linear, takes_buffer
+from strop.policy.kernels.weight_copies import WeightCopies
 from strop.policy.model.logit_transform import UNCHANGED, LogitTransform
 
 Cast = Callable[[Tensor, torch.dtype], Tensor]
@@ -90,7 +90,15 @@ def token_logps(
     wants_gradients = torch.is_grad_enabled() and (trains or hidden.requires_grad)
     num_kept = kept_logits(len(targets), weight.shape[0], weight.shape[1], compute) if trains and wants_gradients else 0
     with torch.autocast(hidden.device.type, enabled=False):
-        options = (transform, compute, cast or Casts(), tile, wants_gradients and not trains, num_kept, collisions)
+        options = (
+            transform,
+            compute,
+            cast or WeightCopies(),
+            tile,
+            wants_gradients and not trains,
+            num_kept,
+            collisions,
+        )
         logps, log_squares = _TokenLogps.apply(hidden, weight, bias, targets, *options)  # type: ignore[no-untyped-call]
         return torch.stack([logps, log_squares]) if collisions else logps
 

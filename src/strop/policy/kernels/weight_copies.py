@@ -1,8 +1,8 @@
-"""Weights in the dtype of the matrix products, copied once while they stand still. Floor 2.
+"""16-bit copies of weights for matrix products, each made once between two updates. Floor 2.
 
-In 16 bits torch.autocast copies every float32 weight in every forward pass. Between two updates the copies are the
-same, so whoever knows that no weight changes (a step's forward and backward passes, a pass of scoring) says so, and
-each copy is made once.
+In 16 bits, torch.autocast copies every float32 weight in every forward pass. The copies change only with the weights.
+So code that knows that no weight changes (the passes of a step, scoring) runs in a block `weights_fixed`, in which each
+copy is made once.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 
-class Casts:
-    """Detached copies of weights. Outside `still` each is made anew.
+class WeightCopies:
+    """Detached copies of weights. Outside of `weights_fixed`, every use makes a new copy.
 
-    On a CPU the memory of a copy is used again for the next: fresh pages cost more than the copying.
+    On a CPU the memory of a copy is used again for the next one: fresh pages cost more than the copying.
     """
 
     def __init__(self) -> None:
@@ -27,8 +27,8 @@ class Casts:
         self._zero: dict[int, tuple[Tensor, bool]] = {}
 
     @contextmanager
-    def still(self) -> Iterator[None]:
-        """No weight changes inside. A block in a block belongs to the outer one."""
+    def weights_fixed(self) -> Iterator[None]:
+        """A block in which no weight changes. Blocks may be nested; the outermost one counts."""
         if self._current is not None:
             yield
             return
@@ -41,7 +41,7 @@ class Casts:
             self._copies = {key: pair for key, pair in self._copies.items() if pair[1].device.type == "cpu"}
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight itself where it has the dtype, else a copy; without gradients."""
+        """The weight in this dtype, without gradients: itself if it has the dtype, else a copy."""
         if weight.dtype == dtype:
             return weight.detach()
         if self._current is None:
@@ -54,13 +54,16 @@ class Casts:
         self._current.add(key)
         return self._copies[key][1]
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Casts:
-        """None: a copy of a model has weights of its own."""
-        return Casts()
+    def __deepcopy__(self, _: dict[int, Any]) -> WeightCopies:
+        """An empty one: a copied model has weights of its own."""
+        return WeightCopies()
 
     def is_zero(self, weight: Tensor) -> bool:
-        """Whether every number is 0, as in half of a new adapter; looked up once inside `still`, outside not at all,
-        and never again once one is not: a GPU is waited for."""
+        """Whether all numbers of the weight are 0, as in half of a new adapter.
+
+        The answer waits for a GPU, so it is looked up once per block; once it is no, never again. Outside of a block it
+        is always False.
+        """
         if self._current is None:
             return False
         if id(weight) not in self._zero:
