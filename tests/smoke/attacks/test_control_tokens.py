@@ -298,7 +298,7 @@ METHODS: dict[RowShape, str] = {"single": "sft", "pair": "dpo", "labelled": "kto
 
 
 @cache
-def workshop_of(name: str, shape: RowShape, render: str) -> RowPipeline:
+def pipeline_of(name: str, shape: RowShape, render: str) -> RowPipeline:
     keys = {
         "models.0.huggingface_id": "none",
         "dataset.train_file": "none.jsonl",
@@ -344,7 +344,7 @@ def test_control_tokens_of_rows_are_text(num: int, record_property: Any) -> None
             plain = not is_answer(place) and bool(family.plain) and rng.random() < 0.5
             words = hostile(rng.choice(family.plain if plain else family.special), rng)
             rows = replaced(row, ""), replaced(row, words)
-        pipeline = workshop_of(name, shape, rng.choice(("auto", "raw")) if is_text else "auto")
+        pipeline = pipeline_of(name, shape, rng.choice(("auto", "raw")) if is_text else "auto")
         clean, attacked = (pipeline.work([Row(Origin("rows.jsonl", 1), data)]) for data in rows)
         assert clean.first is not None, (seed, clean.first_refusal)
         if attacked.first is None:

@@ -133,7 +133,7 @@ class WorkerPool:
     """Processes that work on batches: one is started for every batch that finds all others busy, up to a number."""
 
     def __init__(self, pipeline: RowPipeline, num_workers: int, start: str) -> None:
-        self._workshop, self._most = pipeline, num_workers
+        self._pipeline, self._most = pipeline, num_workers
         self._context = multiprocessing.get_context(start)
         self._members: list[_Worker] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -154,7 +154,7 @@ class WorkerPool:
         return self._under_way[-1]
 
     def _start_one(self) -> None:
-        member = _Worker(self._context, self._workshop)
+        member = _Worker(self._context, self._pipeline)
         self._members.append(member)
         self._idle.put(member)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from strop.data.read.row import RowRefused
 from strop.data.text.from_prompt import behind_prompt, with_thoughts
-from strop.data.text.markers import REASONING_KEYS, THINK_TAG, Marks, Piece, Place, Reading, Span
+from strop.data.text.markers import REASONING_KEYS, THINK_TAG, Markers, Piece, Place, Reading, Span
 from strop.data.text.message_forms import without_arguments, without_reasoning
 from strop.data.text.refusals import dropped, dropped_reasoning, unverified
 from strop.data.text.template_writer import Writer
@@ -71,7 +71,7 @@ class Conversation:
         self._numbers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         self.text, self.blocks = writer.tracked(messages)
         self._rendered = self.text
-        self._marks = Marks.put(messages, self.text)
+        self._markers = Markers.put(messages, self.text)
         self._openings: dict[int, str | None] = {} if opening is None else {first: opening}
         self._reading = self._read()
         if self._reading is None:
@@ -99,11 +99,11 @@ class Conversation:
     @property
     def lost_reasoning(self) -> list[int]:
         """Numbers of the turns whose reasoning the template leaves out, as it does at inference."""
-        if self._reading is None or self._marks is None:
+        if self._reading is None or self._markers is None:
             return []
         seen = {id(place.piece) for place in self._reading.places}
         kinds = ("thought", "reasoning")
-        return sorted({p.message for p in self._marks.pieces if p.kind in kinds and p.text and id(p) not in seen})
+        return sorted({p.message for p in self._markers.pieces if p.kind in kinds and p.text and id(p) not in seen})
 
     def unread_keys(self) -> list[tuple[int, str]]:
         """Keys of messages, with the number of their message, without which the template writes the same."""
@@ -162,7 +162,7 @@ class Conversation:
                     "spans_not_found",
                     f"what is trained would hold {self.text[start:stop][:40]!r}, which no assistant turn says",
                     expected="{% generation %} blocks around what the assistant writes, and nothing else",
-                    fix="mend the chat template, or set dataset.template to another one",
+                    fix="fix the chat template, or set dataset.template to another one",
                 )
 
     def is_followed(self, stop: int) -> bool:
@@ -176,19 +176,19 @@ class Conversation:
 
     def _read(self) -> Reading | None:
         """The rendering with marks; None where marks change what the template writes."""
-        if self._marks is None:
+        if self._markers is None:
             return None
-        reading = self._marks.read(self._writer.text(self._marks.messages))
+        reading = self._markers.read(self._writer.text(self._markers.messages))
         if reading.is_whole and reading.text == self.text:
             return reading
         seen = {id(place.piece) for place in reading.places}
-        self._refuse_if_dropped([p for p in self._marks.pieces if id(p) not in seen and p.text not in self.text])
+        self._refuse_if_dropped([p for p in self._markers.pieces if id(p) not in seen and p.text not in self.text])
         return None
 
     def _refuse_dropped(self) -> None:
-        if self._reading is not None and self._marks is not None:
+        if self._reading is not None and self._markers is not None:
             seen = {id(place.piece) for place in self._reading.places}
-            self._refuse_if_dropped([piece for piece in self._marks.pieces if id(piece) not in seen])
+            self._refuse_if_dropped([piece for piece in self._markers.pieces if id(piece) not in seen])
 
     def _refuse_if_dropped(self, gone: Sequence[Piece]) -> None:
         if piece := next((piece for piece in gone if piece.kind in ("content", "call")), None):
@@ -202,32 +202,32 @@ class Conversation:
 
     def _restore_thoughts(self) -> None:
         """Puts the content of the last turn, whose thoughts the template drops, behind the generation prompt."""
-        assert self._reading is not None and self._marks is not None
+        assert self._reading is not None and self._markers is not None
         i = len(self._messages) - 1
-        thoughts = [p for p in self._marks.pieces if p.message == i and p.kind in ("thought", "reasoning")]
+        thoughts = [p for p in self._markers.pieces if p.message == i and p.kind in ("thought", "reasoning")]
         seen = {id(place.piece) for place in self._reading.of(i)}
         if i < self._first or all(id(piece) in seen for piece in thoughts):
             return
         opening = self._opening_at(i)
-        marks = Marks.put([*self._messages[:-1], {**self._messages[i], "content": "x"}], self.text)
-        if opening is None or marks is None or any(piece.kind == "reasoning" for piece in thoughts):
+        markers = Markers.put([*self._messages[:-1], {**self._messages[i], "content": "x"}], self.text)
+        if opening is None or markers is None or any(piece.kind == "reasoning" for piece in thoughts):
             raise dropped_reasoning(i, opening)
-        probe = marks.read(self._writer.text(marks.messages))
+        probe = markers.read(self._writer.text(markers.messages))
         content = self._messages[i].get("content", "")
         restored = with_thoughts(probe, content, opening, lambda place: place.piece.message == i)
         if restored is None:
             raise dropped_reasoning(i, opening)
-        self.text, self._reading, self._marks = restored.text, restored, marks
+        self.text, self._reading, self._markers = restored.text, restored, markers
 
     def _begin_with_the_prompt(self) -> None:
         """Puts the last answer behind its generation prompt, where the template renders earlier turns otherwise."""
-        assert self._reading is not None and self._marks is not None
+        assert self._reading is not None and self._markers is not None
         i = len(self._messages) - 1
         opening = self._opening_at(i)
         if i < self._first or opening is None or self.text.startswith(opening):
             return
         try:
-            prompt = self._marks.read(self._writer.text(self._marks.messages[:i], generation_prompt=True))
+            prompt = self._markers.read(self._writer.text(self._markers.messages[:i], generation_prompt=True))
         except RowRefused:
             return
         found = behind_prompt(self._reading, prompt, i) if prompt.text == opening else None
@@ -285,10 +285,10 @@ class Conversation:
         """The marked rendering that ends with turn `i`, as inference would write it; None where there is none."""
         if i == len(self._messages) - 1:
             return self._reading
-        if self._marks is None:
+        if self._markers is None:
             return None
         try:
-            return self._marks.read(self._writer.text(self._marks.messages[: i + 1]))
+            return self._markers.read(self._writer.text(self._markers.messages[: i + 1]))
         except RowRefused:
             return None
 
@@ -307,17 +307,17 @@ class Conversation:
         return max(self._ends.last_control(wanted[:length]), min(words, length)), length >= words
 
     def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[Place]) -> None:
-        assert self._marks is not None
+        assert self._markers is not None
         seen = {id(place.piece) for place in own_alone}
         is_last = i == len(self._messages) - 1
         kinds = ("reasoning", "thought") if is_last else ("reasoning",)
-        if any(p.message == i and p.kind in kinds and id(p) not in seen for p in self._marks.pieces):
+        if any(p.message == i and p.kind in kinds and id(p) not in seen for p in self._markers.pieces):
             raise dropped_reasoning(i, self._opening_at(i))
 
     def _answer_without_marks(self, i: int, opening: str | None) -> Answer:
         """An answer in which nothing could be marked, as what its turn adds to the generation prompt."""
         is_last = i == len(self._messages) - 1
-        pieces = self._marks.pieces if self._marks is not None else []
+        pieces = self._markers.pieces if self._markers is not None else []
         if is_last and any(p.message == i and p.kind == "reasoning" and p.text not in self.text for p in pieces):
             raise dropped_reasoning(i, opening)
         try:
