@@ -1,7 +1,7 @@
 """Markers: private-use characters around a row's words, by which they are found in a rendered conversation. Floor 2.
 
-In: messages. Out: the same messages with markers; and, from a rendering of these, the text without markers and the place
-of every marked piece in it.
+In: messages. Out: the same messages with markers; and, from a rendering of these, the text without markers and the
+place of every marked piece in it.
 
 Contents, reasoning and names of called tools are marked. An answer with `<think>` and `</think>` is marked in pieces
 between these tags, because templates split such answers there. Markers are placed inside of the white space at the ends
