@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from torch.distributed import TCPStore
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 120
+STORES: list[TCPStore] = []
+"""They live as long as their processes may."""
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["strop.training", "strop.distributed"])
 
@@ -27,16 +30,8 @@ def in_processes(size: int, work: Callable[..., T], *args: Any) -> list[T]:
 
     work: a function of a module, which joins the world by itself, as `strop.train` does, or by `joined`.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    started = []
-    for rank in range(size):
-        here, there = FORKED.Pipe()
-        process = FORKED.Process(target=_run, args=(there, rank, size, store.port, work, args))
-        process.start()
-        there.close()
-        started.append((process, here))
     found: list[Any] = []
-    for rank, (process, here) in enumerate(started):
+    for rank, (process, here) in enumerate(start_processes(size, work, *args)):
         try:
             assert here.poll(PATIENCE_SECONDS), f"process {rank} says nothing"
             found.append(here.recv())
@@ -49,6 +44,20 @@ def in_processes(size: int, work: Callable[..., T], *args: Any) -> list[T]:
         if isinstance(result, BaseException):
             raise result
     return found
+
+
+def start_processes(size: int, work: Callable[..., Any], *args: Any) -> list[tuple[ForkServerProcess, Connection]]:
+    """The processes of a world of this size, by rank, and what each answers by: what `work(*args)` gives."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    STORES.append(store)
+    started = []
+    for rank in range(size):
+        here, there = FORKED.Pipe()
+        process = FORKED.Process(target=_run, args=(there, rank, size, store.port, work, args))
+        process.start()
+        there.close()
+        started.append((process, here))
+    return started
 
 
 def _run(answer: Connection, rank: int, size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -41,6 +41,12 @@ class ThreadWorld(World):
     def _exchange(self, value: Any) -> list[Any]:
         return self.meeting.exchange(self.rank, value)
 
+    def doing(self, what: str) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         own = list(parameters)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from strop.config.sections import GpuSection
-from strop.distributed import Place, find_place, join, leave
+from strop.distributed import Place, find_place, join
 from strop.errors import ConfigError
 from strop.world import World
 
@@ -36,10 +36,11 @@ def start_world(gpu: GpuSection) -> Iterator[World]:
         log.warning(note)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # libraries that are not told a device take the current one
+    world = World.alone(device) if place is None or place.size == 1 else join(place, device)
     try:
-        yield World.alone(device) if place is None or place.size == 1 else join(place, device)
+        yield world
     finally:
-        leave()
+        world.leave()
 
 
 def num_processes(gpu: GpuSection) -> int:

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from strop.errors import ConfigError, PeerError, TrainingError
+from strop.errors import ConfigError, LostError, TrainingError
+from strop.heartbeat import Heartbeat
 from strop.world import World
 
 FOREVER = timedelta(days=365)
@@ -107,6 +108,8 @@ def join(place: Place, device: torch.device) -> World:
     """
     try:
         store, _, _ = next(rendezvous("env://"))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        heartbeat = Heartbeat(address, port, place.rank, place.size)
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=FOREVER)
         control = dist.group.WORLD
         tensors = dist.new_group(backend="nccl") if device.type == "cuda" else control
@@ -117,19 +120,14 @@ def join(place: Place, device: torch.device) -> World:
             fix="on several machines, look whether this address and port can be reached from each of them, and which "
             "network interface is taken (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
         ) from error
-    return _Joined(device, place.rank, place.size, place.local_rank, control, tensors)
-
-
-def leave() -> None:
-    """Close the connections, where there are any."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    return _Joined(device, place.rank, place.size, place.local_rank, heartbeat, control, tensors)
 
 
 @dataclass(frozen=True)
 class _Joined(World):
     """One of the processes that torch.distributed connects. control, tensors: its process groups."""
 
+    heartbeat: Heartbeat | None = field(default=None, repr=False)
     control: Any = field(default=None, repr=False)
     tensors: Any = field(default=None, repr=False)
 
@@ -203,14 +201,25 @@ class _Joined(World):
                 if not self.is_main:
                     tensor.detach().copy_(there)
 
+    def doing(self, what: str) -> None:
+        assert self.heartbeat is not None
+        self.heartbeat.doing = what
+
+    def leave(self) -> None:
+        assert self.heartbeat is not None
+        self.heartbeat.stop()
+        dist.destroy_process_group()
+
     @contextmanager
     def _connected(self) -> Iterator[None]:
         """A connection that breaks is another process that is gone."""
         try:
             yield
         except RuntimeError as error:
-            why = str(error).strip().partition("\n")[0]
-            raise PeerError(f"process {self.rank} has lost the others: {why}") from error
+            assert self.heartbeat is not None
+            first_line = str(error).strip().partition("\n")[0]
+            why = self.heartbeat.gone() or f"process {self.rank} has lost the others: {first_line}"
+            raise LostError(why, fix="start the same command again with --resume") from error
 
 
 def buckets(gradients: Iterable[Tensor], limit: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:

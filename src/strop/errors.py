@@ -8,6 +8,7 @@
     |  `- SaveError                     the disk did not take what was to be saved; what was there is untouched
     |- TrainingError    (RuntimeError)  a step that must not be taken
     `- PeerError                        another process of the same training failed, and this one ends with it
+       `- LostError                     the other process is gone
     Interrupted         (Exception)     not an error: stopped by a signal, saved, resumable
 
 A message says where, what was found, what was expected and what to do, in this order and in one line each.
@@ -77,6 +78,10 @@ class TrainingError(StropError, RuntimeError):
 
 class PeerError(StropError):
     """Another process of the same training failed or is gone. This one is well, and ends with it."""
+
+
+class LostError(PeerError):
+    """Another process is gone, without a word: the connection to it broke."""
 
 
 class Interrupted(Exception):  # noqa: N818 (it is not an error)

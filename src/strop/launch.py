@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult, SignalException
 
+from strop.heartbeat import last_beat
 from strop.terminal import complain
 
 PERIOD_SECONDS = 0.2
@@ -40,7 +41,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             envs={rank: _environment(rank, num_processes, store.port) for rank in range(num_processes)},
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        return _exit_code(_watched(processes))
+        return _exit_code(_watched(processes), num_processes, store)
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -77,21 +78,19 @@ def _pass_on(processes: PContext, number: signal.Signals) -> None:
             continue  # it has ended
 
 
-def _exit_code(found: RunProcsResult) -> int:
+def _exit_code(found: RunProcsResult, size: int, store: TCPStore) -> int:
     if not found.failures:
         return 0
-    # those that a signal killed could not say so; the others end because of them
-    killed = [
-        failure for failure in found.failures.values() if failure.exitcode < 0 and -failure.exitcode not in ENDING
-    ]
-    first = min(killed or found.failures.values(), key=lambda failure: failure.timestamp)
+    first = min(found.failures.values(), key=lambda failure: failure.timestamp)  # the others ended because of it
     if first.exitcode >= 0:
         return first.exitcode
-    if not killed:
-        return 128 - first.exitcode  # asked to end before there was anything to save
-    name = signal.Signals(-first.exitcode).name
-    complain(f"process {first.local_rank} (pid {first.pid}) was killed by {name}; all others are ended")
-    return 128 - first.exitcode
+    killed_by = signal.Signals(-first.exitcode)
+    if killed_by not in ENDING:  # else it was asked to end before there was anything to save
+        complain(
+            f"process {first.local_rank} of {size} was killed by {killed_by.name}; the others were ended. "
+            f"It {last_beat(store, first.local_rank)}\n  to do:    start the same command again with --resume"
+        )
+    return 128 + killed_by
 
 
 ENDING = (signal.SIGTERM, signal.SIGINT)

@@ -154,6 +154,7 @@ def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
     run: where the run will write; None if nothing will be trained.
     """
     model = session.model
+    session.world.doing("reading the rows")
     _tell(model, session.prepared.data.report.lines())
     for note in session.prepared.advice():
         log.warning("%s: %s", model.name, note)
@@ -163,6 +164,7 @@ def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
         found, freed = session.settled, run.replaced_bytes()
         for note in check_space(found.prepared, found.precision, run.path, steps_done=steps_done, freed=freed):
             log.warning("%s: %s", model.name, note)
+    session.world.doing("loading the model")
     _tell(model, session.policy.describe())
     if session.final is not session.settled:
         _tell(model, session.final.prediction())
@@ -212,6 +214,8 @@ class _Run:
             outputs.close()
         checkpoint.refuse_nonfinite(f"no final model after step {state.step}", session.policy.trainable())
 
+        session.world.doing("writing the final model")
+
         def finish() -> Ending:
             records = self.run.metrics.read()
             ending = Ending.of(session.config, state, num_steps=source.num_steps, final_step=step, records=records)
@@ -225,6 +229,7 @@ class _Run:
         session, objective = self.session, self.session.prepared.objective
         if not objective.needs_reference or objective.ref_sync is not None:
             return session.groups()
+        session.world.doing("scoring the reference")
         with session.reference() as reference:
             if reference is not session.policy:
                 others = reference_made_from(reference)

@@ -64,6 +64,10 @@ class World(ABC):
         """Whether this process writes the files and speaks to the terminal: rank 0."""
         return self.rank == 0
 
+    @abstractmethod
+    def doing(self, what: str) -> None:
+        """Notes what this process does from now on, for the others to tell if it hangs or is gone."""
+
     def deal(self, parts: Sequence[T]) -> list[Sequence[T]]:
         """Deals micro-batches to processes: element r of the result is the share of rank r.
 
@@ -71,6 +75,10 @@ class World(ABC):
         most; other ranks may get none.
         """
         return [parts[rank :: self.size] for rank in range(self.size)]
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Ends the connection to the other processes. Nothing is called after it."""
 
     def sum(self, counts: Sequence[int]) -> list[int]:
         """Each count, summed over all processes; exact integers, known on the CPU."""
@@ -150,6 +158,12 @@ class World(ABC):
 class _Alone(World):
     def _exchange(self, value: T) -> list[T]:
         return [value]
+
+    def doing(self, what: str) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         pass

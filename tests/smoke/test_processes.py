@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import pytest
 from torch import Tensor
 
 import strop
-from processes import in_processes
-from strop import RunConfig
+from processes import in_processes, start_processes
+from strop import RunConfig, heartbeat
 from strop.config import to_yaml
+from strop.engine.loop import Loop
 from strop.errors import CheckpointError, ConfigError, PeerError
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -158,6 +160,22 @@ def test_processes_that_do_not_train_the_same_are_refused(
     assert other.startswith(("PeerError", "ConfigError"))
 
 
+def test_only_rank_0_needs_the_run_folder(runs: Any, tmp_path: Path) -> None:
+    """As on two machines without a shared disk: begun, resumed, and with the weights of the best evaluation."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    keys = {**CUT, "training.output_dir": "out", "training.save_steps": 2, "finetuning.load_best_model_at_end": True}
+    config = runs.config({**keys, "finetuning.resume_from_checkpoint": "auto"})
+    assert in_processes(2, _train_in, folders, config, {}) == ["trained", "trained"]
+    run = runs.at(folders[0] / "out" / "run")
+    before = run.final
+    (run.path / "final").rename(run.path / "elsewhere")
+    assert in_processes(2, _train_in, folders, config, {}) == ["trained", "trained"]
+    assert runs.same(before, run.final) and run.steps() == [1, 2, 3, 4]
+    assert not list(folders[1].iterdir())
+
+
 def launched(folder: Path, config: RunConfig, *flags: str) -> subprocess.Popen[str]:
     """`strop train` of this configuration, which starts processes by itself."""
     folder.mkdir(exist_ok=True)
@@ -191,3 +209,112 @@ def test_a_mistake_is_said_once(runs: Any, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=100)
     assert process.returncode == 1, said
     assert said.count("finite") >= 1 and said.count("to do:") == 1 and "Traceback" not in said
+
+
+LONG = {**CUT, "training.max_steps": 60, "training.save_steps": 2, "training.eval_steps": 1000}
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank -> process, of those that a launcher has started."""
+    found = {}
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        told = dict(x.split("=", 1) for x in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in x)
+        if "RANK" in told:
+            found[int(told["RANK"])] = int(pid)
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(done: Callable[[], bool], what: str, seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="it looks for processes in /proc")
+@pytest.mark.parametrize(
+    "victims",
+    [
+        "rank 1",
+        "launcher",
+        pytest.param("rank 0", marks=pytest.mark.nightly),
+        pytest.param("all", marks=pytest.mark.nightly),
+    ],
+)
+def test_whatever_is_killed_the_same_command_goes_on(victims: str, runs: Any, tmp_path: Path) -> None:
+    """All processes end, with one message that names the one that was killed, and the result is the unbroken run's."""
+    unbroken = runs.at(in_many(2, runs.config(LONG)))
+    config = runs.config({**LONG, "gpu.num_processes": 2})
+    process = launched(tmp_path, config)
+    run = Path(config.training.output_dir) / "run"
+    wait_until(lambda: any(run.glob("checkpoint-*/MANIFEST.json")), "a checkpoint")
+    ranks = ranks_of(process.pid)
+    assert sorted(ranks) == [0, 1]
+    targets = {"launcher": [process.pid], "all": [process.pid, *ranks.values()]}
+    for pid in targets.get(victims) or [ranks[int(victims[-1])]]:
+        os.kill(pid, signal.SIGKILL)
+    _, said = process.communicate(timeout=100)
+    wait_until(lambda: not any(map(is_alive, ranks.values())), "all have ended", 60)
+    assert process.returncode != 0
+    if victims.startswith("rank"):
+        assert process.returncode == 128 + signal.SIGKILL
+        assert said.count("to do:") == 1 and "Traceback" not in said, said
+        assert f"process {victims[-1]} of 2 was killed by SIGKILL" in said and "last did: " in said
+    resumed = launched(tmp_path, config, "--resume")
+    _, said = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, said
+    assert runs.at(run).series("step") == list(range(1, 61))
+    assert runs.same(unbroken.final, runs.at(run).final), "bit for bit"
+
+
+def _hang_in_rank_1(config: RunConfig, limit_seconds: float, said: Path) -> None:
+    """It stops in the third step, and does not even beat any more."""
+    heartbeat.LIMIT_SECONDS = limit_seconds
+    os.dup2(os.open(f"{said}-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT), 2)
+    step = Loop.step
+
+    def stops(loop: Loop, number: int) -> None:
+        if loop.world.rank == 1 and number == 3:
+            loop.world.doing("step 3")
+            time.sleep(2 * heartbeat.BEAT_SECONDS)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        step(loop, number)
+
+    Loop.step = stops  # type: ignore[method-assign]
+    strop.train(config)
+
+
+def test_a_process_that_hangs_ends_all(runs: Any, tmp_path: Path) -> None:
+    started = start_processes(2, _hang_in_rank_1, runs.config(CUT), 4.0, tmp_path / "said")
+    main, other = (process for process, _ in started)
+    main.join(100)
+    other.kill()
+    assert main.exitcode == 1
+    said = (tmp_path / "said-0").read_text()
+    assert "process 1 of 2 hangs. It (pid" in said and "last did: step 3" in said and said.count("to do:") == 1
+
+
+@pytest.mark.nightly
+def test_torchrun_on_two_machines(runs: Any, tmp_path: Path) -> None:
+    """Two of its agents, which find each other by an address."""
+    config = runs.config({**CUT, "gpu.num_processes": 1})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "-m", "strop", "train"]
+    agents = [
+        subprocess.Popen([*command, str(tmp_path / "c.yaml")], stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [agent.communicate(timeout=200)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sum("the model of step 4 is in" in text for text in said) == 1, "rank 0 speaks"
+    assert_same_run(runs(CUT), runs.at(Path(config.training.output_dir) / "run"))

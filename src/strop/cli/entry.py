@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from strop.cli.commands import COMMANDS
-from strop.errors import ConfigError, Interrupted, PeerError, StropError
+from strop.errors import ConfigError, Interrupted, LostError, PeerError, StropError
 from strop.terminal import ReaderLeft, complain, open_standard_streams, rank, session, show
 
 RESUMABLE = 75
@@ -77,7 +77,9 @@ def dispatch(arguments: list[str]) -> int:
 
 def _tell(error: StropError) -> None:
     """Of several processes rank 0 speaks, and, of what it may not know, the first one on each machine."""
-    if rank() == 0 or (os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, PeerError)):
+    launcher_speaks = isinstance(error, LostError) and "TORCHELASTIC_RUN_ID" not in os.environ
+    first = rank() == 0 or (os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, PeerError))
+    if first and not launcher_speaks:
         complain(str(error))
     else:
         time.sleep(SECONDS_TO_SPEAK)

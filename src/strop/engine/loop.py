@@ -183,6 +183,7 @@ class Loop:
     def step(self, step: int) -> None:
         """Does one optimizer step (from 1): gradients, update, record."""
         started = time.perf_counter()
+        self.world.doing(f"step {step}")
         scale = self.scaler.scale(torch.ones((), device=self.world.device)) if self.scaler.is_enabled() else 1.0
         found = self.gradients.take(step, scale)
         groups = found.own.groups
@@ -303,6 +304,7 @@ class Loop:
     def _evaluate(self) -> bool:
         """Evaluates. Returns whether this is the best model so far and must be saved; False if a signal stopped it."""
         assert self.evaluation is not None
+        self.world.doing(f"evaluation after step {self.state.step}")
         started = time.perf_counter()
         result = self.evaluation.scores(f"evaluation after step {self.state.step}")
         if result is None:
@@ -335,6 +337,7 @@ class Loop:
         Args:
             must: raise the error instead, because the run stops here.
         """
+        self.world.doing(f"saving step {self.state.step}")
         self.state.window = self.window.state_dict()
         tensors, state = self.snapshot.take(self.state)
         best = [self.state.best_step] if self.state.best_step and self.config.finetuning.load_best_model_at_end else []

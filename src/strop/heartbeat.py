@@ -1,0 +1,133 @@
+"""Whether the other processes of a training still live, and what each did last. Floor 1.
+
+Every process writes a beat into the store of torch.distributed, every `BEAT_SECONDS`, from a thread of its own, and
+reads those of the others. One whose beats stop is hung, or it or its machine is gone: then every other process ends,
+and the first of them says which one it was and what it last did. A store that does not answer is gone with the launcher
+or the machine that held it, which ends this process, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from strop.terminal import complain
+
+BEAT_SECONDS = 1.0
+LIMIT_SECONDS = 28.0
+"""After so long without a beat a process counts as hung."""
+GONE_SECONDS = 3.0
+"""After so long without a beat a process whose connection broke counts as gone."""
+SECONDS_TO_SPEAK = 2.0
+"""Processes that say nothing leave so much later: launchers end all of them when one leaves."""
+STARTING = "starting"
+LEFT = "left"
+
+
+@dataclass
+class Beat:
+    """The last beat of a process. changed: when a new one was seen last, by this process's clock."""
+
+    text: str
+    changed: float
+
+    @property
+    def has_left(self) -> bool:
+        return bool(json.loads(self.text)["doing"] == LEFT)
+
+    def __str__(self) -> str:
+        told = json.loads(self.text)
+        return f"(pid {told['pid']} on {told['host']}) last did: {told['doing']}"
+
+
+def last_beat(store: TCPStore, rank: int) -> str:
+    """What a process last did, as the end of a sentence that begins with it."""
+    return str(Beat(store.get(_key(rank)).decode(), 0.0)) if store.check([_key(rank)]) else "had not begun"
+
+
+def _key(rank: int) -> str:
+    return f"strop/beat/{rank}"
+
+
+class Heartbeat:
+    """The thread of one process. `doing`: what it is at, in words.
+
+    Raises:
+        RuntimeError: the store cannot be reached.
+    """
+
+    def __init__(self, host: str, port: int, rank: int, size: int) -> None:
+        self.doing = STARTING
+        self._rank, self._size, self._count = rank, size, 0
+        self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LIMIT_SECONDS))
+        self._beats: dict[int, Beat] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="strop-heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tells the others that this process leaves, and ends the thread."""
+        self._stopped.set()
+        self._thread.join(LIMIT_SECONDS)
+        self.doing = LEFT
+        with suppress(RuntimeError):  # nobody is there any more
+            self._write()
+
+    def gone(self) -> str:
+        """Which processes are gone, as a sentence, once a connection has broken; empty where none is known to be."""
+        deadline = time.monotonic() + 3 * GONE_SECONDS
+        while not (found := list(self._silent(GONE_SECONDS))) and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 4)
+        return "; ".join(f"process {rank} of {self._size} is gone. It {self._beats[rank]}" for rank in found)
+
+    def _silent(self, seconds: float) -> Iterator[int]:
+        """Ranks that have not beaten for so long, and did not leave."""
+        now = time.monotonic()
+        for rank, beat in sorted(self._beats.items()):
+            if rank != self._rank and now - beat.changed > seconds and not beat.has_left:
+                yield rank
+
+    def _run(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                self._write()
+                self._read()
+            except RuntimeError:  # also where it does not answer in time
+                self._end("the store of the training does not answer: its launcher, or the first machine, is gone", [])
+            if silent := list(self._silent(LIMIT_SECONDS)):
+                listed = "; ".join(f"process {rank} of {self._size} hangs. It {self._beats[rank]}" for rank in silent)
+                self._end(f"{listed}. Nothing was heard of it for {LIMIT_SECONDS:.0f} seconds", silent)
+
+    def _write(self) -> None:
+        self._count += 1
+        told = {"count": self._count, "doing": self.doing, "pid": os.getpid(), "host": socket.gethostname()}
+        self._store.set(_key(self._rank), json.dumps(told))
+
+    def _read(self) -> None:
+        for rank in range(self._size):
+            if not self._store.check([_key(rank)]):
+                continue  # it has not begun
+            text = self._store.get(_key(rank)).decode()
+            known = self._beats.get(rank)
+            if known is None or known.text != text:
+                self._beats[rank] = Beat(text, time.monotonic())
+
+    def _end(self, why: str, silent: list[int]) -> None:
+        """Ends this process at once: its main thread may wait for what never comes. What is saved stays whole."""
+        if self._stopped.is_set():
+            return
+        first = min(rank for rank in range(self._size) if rank not in silent)
+        if self._rank == first:
+            complain(f"{why}\n  to do:    start the same command again with --resume")
+        else:
+            time.sleep(SECONDS_TO_SPEAK)
+        os._exit(1)
