@@ -54,6 +54,7 @@ FLOORS = {
     "reporting": 7,
     "resuming": 7,
     "training": 8,
+    "evaluate": 8,
     "demo": 9,
     "launch": 9,
     "cli": 10,

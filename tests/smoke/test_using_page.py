@@ -46,6 +46,11 @@ def test_the_page_generates(
     assert [set(json.loads(line)) for line in Path("answers.jsonl").read_text().splitlines()] == 2 * [
         {"prompt", "sample", *(f"{who}{what}" for who in ("", "base_") for what in ("completion", "tokens", "finish"))}
     ]
+    text = PAGE.read_text(encoding="utf-8")
+    Path("rows.jsonl").write_text('{"prompt": "hello", "completion": "yes"}\n{"prompt": "no", "completion": "yes"}\n')
+    (command,) = re.findall(r"^strop (eval .*)$", text, flags=re.MULTILINE)
+    assert main(shlex.split(command)) == 0
+    assert json.loads(Path("numbers.json").read_text())["rows"] == 2
     capsys.readouterr()
     code = blocks()[0]
     assert "generate" in code

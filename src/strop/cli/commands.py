@@ -59,6 +59,7 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command(
         "generate", "what a model answers: a prompt, a file of them, or a chat (strop generate --help)"
     ),
+    "eval": Command("eval", "models on the same rows, side by side, with intervals (strop eval --help)"),
     "convert": Command(
         "convert", "between transformers' folders and consolidated.00.pth, to the bit (strop convert --help)"
     ),

@@ -146,8 +146,8 @@ _GROUPS: Mapping[str, str] = {
     "final/ is a model as transformers loads it: docs/using-your-model.md shows how to serve it": (
         "serve api webui webchat vllm use_vllm deploy"
     ),
-    "a model is evaluated while it trains, by its loss on held-out rows: training.eval_steps, dataset.val_file, "
-    "dataset.validation_split": ("eval evaluate evaluation test bench benchmark lm_eval lm_eval_harness do_eval"),
+    "strop eval MODEL --data FILE evaluates a model; training.eval_steps does while it trains, on dataset.val_file or "
+    "dataset.validation_split": ("evaluate evaluation test bench benchmark lm_eval lm_eval_harness do_eval"),
     "final/ holds safetensors and a tokenizer as transformers writes them; tools of other formats start from it": (
         "export gguf ggml onnx mlx export_dir save_method"
     ),

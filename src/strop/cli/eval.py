@@ -1,0 +1,71 @@
+"""`strop eval`: models on the same rows, side by side. Floor 10."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+
+from strop.cli.run_config import parse, parser_of_run
+from strop.config import load_config
+from strop.config.layers import CommandLine
+from strop.errors import ConfigError
+from strop.terminal import log_to_terminal, show
+
+HELP = """\
+usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key of the configuration]
+
+  MODEL|RUN ...      run folders, adapters, model folders, or hub ids; the first is what others are compared with
+  --data FILE        the rows, as of dataset.train_file; all of them are scored
+  --method NAME      by whose objective (default: sft); its settings as flags, such as --beta 0.1
+  --reference MODEL  what a method with a reference compares with (default: what the first model was trained from)
+  --output FILE      the numbers as JSON, too
+  --config FILE      settings of data, method and precision from a configuration; its models are not looked at
+
+Gives the loss and the metrics that an evaluation of a run gives, with 95 % intervals over the rows, and each model's
+difference to the first on the same rows.
+"""
+
+
+def usage() -> str:
+    return HELP
+
+
+def run(arguments: list[str]) -> int:
+    sources = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    parser = parser_of_run("eval")
+    for flag in ("--data", "--reference", "--output"):
+        parser.once(flag)
+    options, overrides = parse(parser, arguments[len(sources) :])
+    if not sources:
+        raise ConfigError("no model and no run is given", fix="strop eval outputs/NAME --data FILE")
+    if options.model_index is not None:
+        raise ConfigError("--model-index: the models are those that are named", fix="leave it out")
+    target = None if options.output is None else Path(options.output)
+
+    config = load_config(
+        options.config, preset=options.preset, overrides=_with_rows(overrides, sources[0], options.data)
+    )
+    log_to_terminal(config.logging.log_level)
+
+    from strop.durable import to_json, write_file
+    from strop.evaluate.scoring import evaluate
+    from strop.evaluate.table import as_json, in_words
+    from strop.generate.answers import check_target
+
+    if target is not None:
+        check_target(target)
+    found = evaluate(config, sources, options.reference)
+    show("\n".join(in_words(found)) + "\n")
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, f"{to_json(as_json(found), indent=2)}\n".encode())
+    return 0
+
+
+def _with_rows(overrides: CommandLine, source: str, data: str | None) -> CommandLine:
+    overrides["models.0.huggingface_id"] = source
+    overrides.flags["models.0.huggingface_id"] = source
+    if data is not None:
+        overrides["dataset.train_file"] = data
+        overrides.flags["dataset.train_file"] = "--data"
+    return overrides

@@ -1,0 +1,151 @@
+"""A model's numbers, row by row, by the objective of a method. Floor 8.
+
+Every model scores the same rows, as the first one's tokenizer has them. Where the method compares with a reference, one
+model is the reference of all: the one that is named, else what the first model was trained from.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from strop.batch import Batch, Scores
+from strop.columns import Unit
+from strop.config import RunConfig, resolve
+from strop.config.methods import MethodSettings
+from strop.config.sections import ModelSection
+from strop.device import start_world
+from strop.engine.progress import Progress
+from strop.engine.source import GroupSet
+from strop.engine.step import join_all, summarise
+from strop.errors import ConfigError, DataError
+from strop.evaluate.intervals import Metric, Ratio
+from strop.generate.source import Source
+from strop.objectives.base import Objective, build_objective
+from strop.policy.policy import Policy
+from strop.session import Session
+from strop.world import World
+
+log = logging.getLogger("strop")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """numbers: of all rows, by name. by_row: the same row by row; empty if the loss holds a statistic of all rows."""
+
+    name: str
+    numbers: Mapping[str, float]
+    by_row: Mapping[str, Metric]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """models: in the order in which they were given. num_rows: that all of them scored. reference: None: none was
+    needed."""
+
+    models: Sequence[Evaluated]
+    num_rows: int
+    reference: str | None
+
+
+def evaluate(config: RunConfig, sources: Sequence[str], reference: str | None = None) -> Evaluation:
+    """Evaluate models on the rows of `config.dataset`, all of them.
+
+    Args:
+        config: its models are not looked at. sources: runs, adapters, model folders or hub ids. reference: one of them,
+            too; None: what the first of `sources` was trained from.
+
+    Raises:
+        StropError: a model or the rows cannot be read, or models have other tokens for them.
+    """
+    config = resolve(config)
+    objective = build_objective(config.post_training)
+    if not objective.needs_reference and reference is not None:
+        raise ConfigError(
+            f"--reference {reference}: the method {config.post_training.method} compares with no reference",
+            fix="leave --reference out",
+        )
+    with start_world(config.gpu) as world, tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        if world.size > 1:
+            raise ConfigError(f"started as {world.size} processes", expected="one", fix="start strop eval by itself")
+        first, groups, fingerprint = Source.of(sources[0]), None, None
+        if objective.needs_reference:
+            base = first.base() if reference is None else Source.of(reference)
+            with _session(config, base.model, world) as session:
+                groups, _ = session.score(session.policy, progress, Path(folder))
+                fingerprint = session.prepared.data.report.fingerprint
+            reference = base.model.adapter or base.model.huggingface_id
+        found = []
+        for given in sources:
+            gc.collect()
+            log.info("scoring %s", given)
+            with _session(config, Source.of(given).model, world) as session:
+                own = session.prepared.data.report.fingerprint
+                fingerprint = fingerprint or own
+                if own != fingerprint:
+                    raise DataError(
+                        "its tokenizer or chat template makes other tokens of the rows than that of the models before",
+                        where=given,
+                        expected="models of one family, so that their numbers are of the same thing",
+                        fix="evaluate it in a call of its own, or name a template: --template",
+                    )
+                scored = session.groups()[0] if groups is None else groups
+                found.append(_evaluated(given, session.policy, objective, scored.derived(objective), world))
+    return Evaluation(found, len(scored.groups), reference if objective.needs_reference else None)
+
+
+def _session(config: RunConfig, model: ModelSection, world: World) -> Session:
+    """One model on all rows, of which none is held out."""
+    values = {
+        "models": (model,),
+        "lora.enabled": False,
+        "dataset.validation_split": 0.0,
+        "dataset.val_file": None,
+        "training.reference_store": False,
+        "training.micro_batch_tokens": None,
+    }
+    return Session(config.with_values(values, "strop eval"), model, world, backward=False)
+
+
+def _evaluated(
+    name: str, policy: Policy, objective: Objective[MethodSettings], groups: GroupSet, world: World
+) -> Evaluated:
+    with policy.scoring():
+        others = {
+            key: join_all([Scores.of(b, policy(b)) for b in _batches(policy, some)], world)
+            for key, some in sorted(groups.also.items())
+        }
+        parts = [Scores.of(batch, policy(batch), others) for batch in _batches(policy, groups)]
+    whole = summarise(objective, join_all(parts, world, others)).fetch()
+    numbers = {"loss": whole.loss, **{key: total / count for key, (total, count) in whole.metrics.items() if count}}
+    by_row = {} if objective.whole_step else _by_row(objective, parts)
+    return Evaluated(name, numbers, {key: metric for key, metric in by_row.items() if key in numbers})
+
+
+def _batches(policy: Policy, groups: GroupSet) -> Iterator[Batch]:
+    """Each group alone, so that its numbers can be told from those of the others."""
+    return (groups.batch(policy, [i]) for i in range(len(groups.groups)))
+
+
+def _by_row(objective: Objective[MethodSettings], parts: Sequence[Scores]) -> dict[str, Metric]:
+    terms, metrics = [], []
+    with torch.no_grad():
+        for part in parts:
+            terms.append({key: float(total) for key, total in objective.terms(part).items()})
+            metrics.append({key: (float(a), float(n)) for key, (a, n) in objective.metrics(part).items()})
+    units: Mapping[str, Unit] = objective.units
+    counts = {key: np.array([float(unit(part.structure)) for part in parts]) for key, unit in units.items()}
+    found: dict[str, Metric] = {
+        "loss": [Ratio(np.array([row[key] for row in terms]), count) for key, count in counts.items()]
+    }
+    for key in sorted({key for row in metrics for key in row}):
+        each = [row.get(key, (0.0, 0.0)) for row in metrics]
+        found[key] = [Ratio(np.array([a for a, _ in each]), np.array([n for _, n in each]))]
+    return found

@@ -1,0 +1,177 @@
+"""`strop eval`: a run's own numbers, TRL's numbers, and intervals that cover what they should."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from strop.cli import main
+from strop.evaluate.intervals import Ratio, difference, interval, value
+from strop.policy.model.configuration import quiet
+
+CHATML = (
+    "{% for m in messages %}{{ '\n' if not loop.first }}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def rows(pair: bool, n: int = 10) -> list[dict[str, Any]]:
+    found = []
+    for i in range(n):
+        prompt = [{"role": "user", "content": f"question {i} " + "hello " * (i % 3)}]
+        good, bad = ([{"role": "assistant", "content": text * (1 + i % 3)}] for text in ("yes ", "no maybe "))
+        chosen = {"chosen": good, "rejected": bad} if pair else {"completion": good}
+        found.append({"prompt": prompt, **chosen})
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path, make_model: Any, make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Path:
+    """A base, another whole model, and an adapter; with rows of two kinds."""
+    for name, seed in (("base", 0), ("other", 1)):
+        make_model(seed).save_pretrained(tmp_path / name)
+        make_tokenizer(CHATML).save_pretrained(tmp_path / name)
+    with quiet():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        adapted = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        torch.manual_seed(2)
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.data = torch.randn_like(weight) * 0.3
+        adapted.save_pretrained(tmp_path / "adapter")
+    for name, pair in (("pairs", True), ("singles", False)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(pair)))
+    return tmp_path
+
+
+def evaluated(place: Path, models: list[str], data: str, *flags: str) -> dict[str, Any]:
+    target = place / f"numbers-{len(list(place.glob('numbers-*')))}.json"
+    words = [*(str(place / model) for model in models), "--data", str(place / f"{data}.jsonl"), "--output", str(target)]
+    assert main(["eval", *words, *flags]) == 0
+    return json.loads(target.read_text())
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL and its dependencies warn of their own future
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_numbers_are_those_of_trl_s_own_evaluation(method: str, place: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is the oracle; install the extra `dev`")
+    from datasets import Dataset
+
+    pair = method == "dpo"
+    settings: dict[str, Any] = {
+        "output_dir": str(place / "trl"),
+        "per_device_eval_batch_size": 10,  # TRL takes the mean of the means of batches
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "max_length": 512,
+    }
+    data = Dataset.from_list(rows(pair))
+    model = AutoModelForCausalLM.from_pretrained(place / "other")
+    common = {
+        "model": model,
+        "train_dataset": data,
+        "eval_dataset": data,
+        "processing_class": PreTrainedTokenizerFast.from_pretrained(place / "base"),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if pair:
+            reference = AutoModelForCausalLM.from_pretrained(place / "base")
+            trainer = trl.DPOTrainer(**common, ref_model=reference, args=trl.DPOConfig(**settings, beta=0.3))
+        else:
+            trainer = trl.SFTTrainer(**common, args=trl.SFTConfig(**settings))
+        theirs = trainer.evaluate()
+    flags = ("--beta", "0.3", "--reference", str(place / "base")) if pair else ()
+    found = evaluated(place, ["other"], "pairs" if pair else "singles", "--method", method, *flags)
+    (ours,) = found["models"]
+    assert ours["metrics"]["loss"]["value"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    if pair:
+        for name in ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"):
+            assert ours["metrics"][name]["value"] == pytest.approx(theirs[f"eval_{name}"], rel=1e-5, abs=1e-6), name
+
+
+def test_a_base_against_itself_and_an_adapter_against_its_base(place: Path) -> None:
+    found = evaluated(place, ["base", "adapter"], "pairs", "--method", "dpo", "--reference", str(place / "base"))
+    base, adapter = (model["metrics"] for model in found["models"])
+    assert base["loss"]["value"] == pytest.approx(0.693147, abs=1e-5) and base["rewards/margins"]["value"] == 0
+    assert adapter["rewards/margins"]["value"] != 0 and found["rows"] == 10
+    assert adapter["loss"]["difference"] == pytest.approx(adapter["loss"]["value"] - base["loss"]["value"])
+    low, high = adapter["loss"]["interval"]
+    assert low < adapter["loss"]["value"] < high
+    alone = evaluated(place, ["adapter"], "pairs", "--method", "dpo")  # its base is its reference
+    assert alone["models"][0]["metrics"]["loss"]["value"] == pytest.approx(adapter["loss"]["value"], rel=1e-6)
+
+
+def test_an_adapter_and_the_merged_model_are_the_same(place: Path) -> None:
+    assert main(["merge", str(place / "adapter"), "--output-dir", str(place / "merged")]) == 0
+    found = evaluated(place, ["adapter", "merged"], "singles")
+    one, two = (model["metrics"]["loss"] for model in found["models"])
+    assert one["value"] == pytest.approx(two["value"], rel=1e-5) and abs(two["difference"]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["kto", "simpo", "orpo"])
+def test_other_methods(method: str, place: Path) -> None:
+    flags = ["--reference", str(place / "base")] if method == "kto" else []
+    found = evaluated(place, ["other"], "pairs", "--method", method, *flags)
+    metrics = found["models"][0]["metrics"]
+    assert metrics["loss"]["value"] > 0 and len(metrics["loss"]["interval"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "pairs.jsonl"], "no model and no run is given"),
+        (["other", "--data", "pairs.jsonl", "--method", "dpo"], "what it was trained from is not known"),
+        (["other", "--data", "singles.jsonl", "--reference", "base"], "compares with no reference"),
+        (["other", "--data", "gone.jsonl"], "there is no such file"),
+        (["./gone", "--data", "singles.jsonl"], "there is no such folder"),
+    ],
+)
+def test_what_is_refused(
+    words: list[str], said: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(["eval", *words]) == 1
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+
+
+# ---- intervals
+
+
+def test_a_value_is_a_ratio_of_sums_and_sums_of_several() -> None:
+    one, two = Ratio(np.array([1.0, 5.0]), np.array([1.0, 3.0])), Ratio(np.array([2.0, 2.0]), np.array([1.0, 1.0]))
+    assert value([one]) == 1.5 and value([one, two]) == 3.5
+    assert interval([Ratio(np.ones(1), np.ones(1))], 0) is None
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    random, covered = np.random.default_rng(1), 0
+    for trial in range(200):
+        counts = random.integers(1, 9, 60).astype(float)
+        sums = counts * 0.7 + random.normal(size=60) * np.sqrt(counts)
+        found = interval([Ratio(sums, counts)], trial)
+        assert found is not None
+        covered += found.low <= 0.7 <= found.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_differences_are_of_paired_rows() -> None:
+    """Two models that differ by the same on every row: rows vary, the difference does not."""
+    random = np.random.default_rng(0)
+    counts, sums = np.ones(50), random.normal(size=50) * 10
+    found = difference([Ratio(sums, counts)], [Ratio(sums + 0.25, counts)], 0)
+    assert found is not None and found.low == pytest.approx(0.25) == pytest.approx(found.high)
+    alone = interval([Ratio(sums, counts)], 0)
+    assert alone is not None and alone.high - alone.low > 2
