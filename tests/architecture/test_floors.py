@@ -43,6 +43,7 @@ FLOORS = {
     "preflight": 3,
     "each_model": 4,
     "prepared": 4,
+    "newconfig": 4,
     "estimate": 5,
     "space": 5,
     "session": 6,

@@ -1,0 +1,88 @@
+"""`strop init`: what it writes is a configuration that fits the rows, and nothing is replaced or guessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.cli import main
+from strop.config import load_config
+from strop.modelrows import ModelRows
+
+PAIRS = [{"prompt": f"question {i}", "chosen": "yes " * (1 + i % 9), "rejected": "no maybe"} for i in range(40)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "dpo": PAIRS,
+    "kto": [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0} for i, r in enumerate(PAIRS)],
+    "sft": [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS],
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
+    def written(rows: list[dict[str, Any]]) -> Path:
+        path = tmp_path / 'rows, of: "mine" # 1.jsonl'  # what YAML reads otherwise where it is not quoted
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_what_is_written_fits_the_rows(
+    method: str, write: Callable[..., Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The method is that of their shape, no row is cut, and half the limit would cut some."""
+    data, path = write(ROWS[method]), tmp_path / "strop.yaml"
+    asked = ["init", "--model", str(model_dir), "--data", str(data), "--output", str(path)]
+    assert main(asked) == 0
+    assert f"strop train --config {path}" in capsys.readouterr().out
+    config = load_config(path)
+    assert config.post_training.method == method
+    assert config.dataset.train_file == str(data) and config.models[0].huggingface_id == str(model_dir)
+    loaded = ModelRows.of(config, config.models[0]).load()
+    counts = loaded.report.splits
+    assert sum(c.kept for c in counts.values()) == len(PAIRS)
+    assert not [c for c in counts.values() if c.changes["prompts_cut"] or c.changes["completions_cut"]]
+    longest = max(s["lengths"]["total"]["max"] for s in loaded.report.statistics.values())
+    assert longest <= config.training.max_seq_length < longest + 64 or config.training.max_seq_length == 64
+
+
+def test_a_file_that_is_there_is_not_replaced(
+    write: Callable[..., Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "strop.yaml"
+    path.write_text("mine")
+    assert main(["init", "--model", str(model_dir), "--data", str(write(PAIRS)), "--output", str(path)]) == 1
+    assert path.read_text() == "mine" and "there is a file of this name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"a": 1, "b": "x"}], "the shape of no method"),
+        ([], "no"),
+    ],
+)
+def test_rows_of_no_shape_are_refused(
+    rows: list[dict[str, Any]],
+    words: str,
+    write: Callable[..., Path],
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "strop.yaml"
+    assert main(["init", "--model", str(model_dir), "--data", str(write(rows)), "--output", str(path)]) == 1
+    assert words in capsys.readouterr().err and not path.exists()
+
+
+def test_nobody_is_asked_where_nobody_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "--model", "org/model"]) == 1
+    assert "--data is missing" in capsys.readouterr().err
