@@ -338,7 +338,7 @@ class JsonLines:
                     if (record := _object(line)) is not None:
                         yield record
 
-    def cut(self, keep: Callable[[dict[str, Any]], bool | None]) -> int:
+    def retain(self, keep: Callable[[dict[str, Any]], bool | None]) -> int:
         """Keep the records for which `keep` is true, in one step: the old file or the new one, never a mix.
 
         keep: None where the record does not tell. Such records, and lines that are no JSON object, are damage: then the

@@ -307,7 +307,7 @@ class RunDir:
         except OSError as error:
             raise unusable(self.metrics.path, error) from error
 
-    def cut_metrics(self, step: int, *, evaluated: bool = True) -> None:
+    def rewind_metrics(self, step: int, *, evaluated: bool = True) -> None:
         """Drop what metrics.jsonl has after `step`, as a resume from there needs it; a half-written end goes too.
         evaluated: whether the evaluation of `step` itself stays."""
 
@@ -318,7 +318,7 @@ class RunDir:
             return at < step or (at == step and (evaluated or record.get("split") != "eval"))
 
         try:
-            damaged = self.metrics.cut(stays)
+            damaged = self.metrics.retain(stays)
         except OSError as error:
             raise unusable(self.metrics.path, error) from error
         tell_damage(self.metrics.path, damaged)

@@ -256,7 +256,7 @@ class _Run:
                 checkpoint.retire_newer(self.run.path, self.saved.step)
                 self._write_records()  # only now: the checkpoint has been found to fit
         evaluated = loop.state.evaluated_step == self.resumed_at
-        outputs.cut(self.resumed_at if self.saved else -1, evaluated=evaluated)
+        outputs.rewind(self.resumed_at if self.saved else -1, evaluated=evaluated)
         state = loop.run()
         best = partial(best_checkpoint, self.run, self.saved)
         on_main = self.session.world.on_main

@@ -11,8 +11,8 @@ import pytest
 from strop import catalogue
 from strop.cli import main
 from strop.config import METHODS
+from strop.config.manual import FOR_DATA
 from strop.config.methods import LossType
-from strop.config.reference import FOR_DATA
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -143,7 +143,7 @@ def test_a_half_written_last_line_goes_away(tmp_path: Path, half: bytes) -> None
     log.close()
     assert [r["step"] for r in log.read()] == [1, 2, 4]
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + half)
-    log.cut(lambda record: record["step"] <= 2)
+    log.retain(lambda record: record["step"] <= 2)
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
@@ -173,9 +173,9 @@ def test_cutting_keeps_going_lines_exact(tmp_path: Path) -> None:
     for record in records:
         log.append(record)
     before = (tmp_path / "log").read_bytes()
-    log.cut(lambda record: True)
+    log.retain(lambda record: True)
     assert (tmp_path / "log").read_bytes() == before
-    log.cut(lambda record: record["step"] <= 3)
+    log.retain(lambda record: record["step"] <= 3)
     log.append({"step": 4})
     log.close()
     assert list(log.read()) == [*records[:3], {"step": 4}]

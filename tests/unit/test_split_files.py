@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from strop.data.split_files import prepare_files
+from strop.data.split_files import write_split_files
 from strop.errors import DataError
 
 ROWS = [{"prompt": f"q {i}", "completion": f"x {i}"} for i in range(20)]
@@ -20,7 +20,7 @@ def test_no_half_of_a_split_is_ever_there(tmp_path: Path, on_disk: Callable[...,
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "{\n")
     for at in range(1, 60):
         out = tmp_path / f"out-{at}"
-        disk = on_disk(at, None, lambda out=out: prepare_files([str(path)], out, "single"))
+        disk = on_disk(at, None, lambda out=out: write_split_files([str(path)], out, "single"))
         there = sorted(p.name for p in out.iterdir()) if out.exists() else []
         assert there in ([], ["rejected.jsonl", "statistics.json", "train.jsonl", "val.jsonl"])
         if there:
@@ -37,5 +37,5 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, on_disk: Callable[..., Any])
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     full = OSError(28, "No space left on device")
     with pytest.raises(DataError, match="No space left"):
-        on_disk(3, full, lambda: prepare_files([str(path)], tmp_path / "out", "single"))
+        on_disk(3, full, lambda: write_split_files([str(path)], tmp_path / "out", "single"))
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]

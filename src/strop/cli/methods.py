@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
         found = f"{len(arguments)} names are given"
         raise ConfigError(found, expected="one, or none for the list", fix="name one method")
     if not arguments:
-        from strop.config.reference import method_list
+        from strop.config.manual import method_list
 
         show(method_list())
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from strop.cli.parser import Parser
-from strop.config.reference import json_schema, markdown
+from strop.config.manual import json_schema, markdown
 from strop.terminal import show
 
 

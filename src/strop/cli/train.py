@@ -6,7 +6,7 @@ import argparse
 import shutil
 
 from strop.cli.run_config import load, parse, parser_of_run, run_in_processes
-from strop.config.reference import LAYERS, key_help
+from strop.config.manual import LAYERS, key_help
 from strop.errors import ConfigError
 from strop.machine import bytes_of
 

@@ -7,7 +7,7 @@ In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows
     yamlfile, layers                  reading, and merging defaults < preset < file < overrides
     explain                           every problem with its place and what to do
     guidance, dump                    what is left open, decided; warnings; the resolved configuration as YAML
-    flags, reference                  the command line's keys; help, documentation and JSON Schema from the classes
+    flags, manual                     the command line's keys; help, documentation and JSON Schema from the classes
 """
 
 from strop.config.dump import to_yaml

@@ -62,7 +62,7 @@ EXAMPLES: Mapping[RowShape, Sequence[Mapping[str, Any]]] = {
 
 
 @dataclass
-class Prepared:
+class SplitStatistics:
     """What became of the rows. Lengths are in characters."""
 
     num_read: int = 0
@@ -96,7 +96,7 @@ class _Kept:
     length: int
 
 
-def prepare_files(
+def write_split_files(
     inputs: Sequence[str],
     output_dir: Path,
     rows: RowShape,
@@ -106,7 +106,7 @@ def prepare_files(
     seed: int = 42,
     columns: Columns | None = None,
     keep_duplicates: bool = False,
-) -> Prepared:
+) -> SplitStatistics:
     """Writes the split files of `inputs` (and of `val_inputs`, whose rows all become validation rows).
 
     Raises:
@@ -135,7 +135,7 @@ def _publish(
     how: _How,
     label: str,
     example: tuple[str, Sequence[Mapping[str, Any]]] | None = None,
-) -> Prepared:
+) -> SplitStatistics:
     """Writes everything beside its place, and puts it there once it is whole.
 
     Args:
@@ -164,7 +164,7 @@ def _publish(
 
 
 def _split(
-    kept: Sequence[_Kept], given: Sequence[_Kept] | None, how: _How, result: Prepared
+    kept: Sequence[_Kept], given: Sequence[_Kept] | None, how: _How, result: SplitStatistics
 ) -> tuple[Sequence[_Kept], Sequence[_Kept]]:
     """Rows to train and to evaluate on."""
     if given is not None:
@@ -178,9 +178,9 @@ def _split(
     return train, held
 
 
-def prepare_example(
+def write_example_files(
     method: str, output_dir: Path, *, val_fraction: float = 0.1, seed: int = 42, keep_duplicates: bool = False
-) -> Prepared:
+) -> SplitStatistics:
     """Writes the split files of a few made-up rows for a method, and the rows themselves as `example.METHOD.jsonl`.
 
     Raises:
@@ -201,7 +201,7 @@ class _Sorter:
         self._file: IO[str] | None = None
         self._seen: set[bytes] = set()
         self._first: tuple[Row, RowRefused] | None = None
-        self.result = Prepared()
+        self.result = SplitStatistics()
 
     def __enter__(self) -> Self:
         return self

@@ -45,13 +45,13 @@ class MarginsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = io.BytesIO()
         np.save(whole, values, allow_pickle=False)
-        # the array first: no line may name a missing array, while `cut` removes arrays without a line
+        # the array first: no line may name a missing array, while `rewind` removes arrays without a line
         path.write_bytes(whole.getvalue())
         self._lines.append(
             {"epoch": epoch, "step": step_in_epoch, "global_step": global_step, **_summary(values), "npy": name}
         )
 
-    def cut(self, global_step: int) -> None:
+    def rewind(self, global_step: int) -> None:
         """Removes lines and arrays after the optimizer step `global_step`, for a resume from there.
 
         Raises:
@@ -70,7 +70,7 @@ class MarginsLog:
                 dropped.add(line.get("npy"))
             return at <= global_step
 
-        damaged = self._lines.cut(keep)
+        damaged = self._lines.retain(keep)
         tell_damage(self._lines.path, damaged)
         named = {line.get("npy") for line in self._lines.read()}
         for path in sorted(self.folder.glob("epoch_*/step_*.npy")):

@@ -51,16 +51,16 @@ class RunOutputs:
         self._margins_lost = self._num_tokens = 0
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
-    def cut(self, step: int, *, evaluated: bool = True) -> None:
+    def rewind(self, step: int, *, evaluated: bool = True) -> None:
         """Removes what an earlier process wrote after `step`, so that every step is recorded once.
 
         evaluated: whether the evaluation of `step` itself stays.
         """
         if not self.world.is_main:
             return
-        self.run.cut_metrics(step, evaluated=evaluated)
+        self.run.rewind_metrics(step, evaluated=evaluated)
         with _as_error(self.margins_log.folder):
-            self.margins_log.cut(step)
+            self.margins_log.rewind(step)
 
     def line(self, line: Mapping[str, Any]) -> None:
         if not self.world.is_main:

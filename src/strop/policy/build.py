@@ -63,18 +63,8 @@ def build_policy(
         flush_denormals()
     where, training = place_of(model), config.training
     precision = resolve_precision(training, device)
-    if device.type == "cpu" and precision.compute == torch.bfloat16 and (gain := bf16_gain()) < 1:
-        logger.warning(
-            "bfloat16 is slower than float32 on this processor (products run at %.2g times the speed) and saves some "
-            "memory; training.auto_precision: true chooses the faster one",
-            gain,
-        )
-    elif device.type == "cpu" and widens(precision.compute):
-        logger.warning(
-            "on this processor, products of %s are computed in float32 and rounded, which is slower than float32 "
-            "itself and saves some memory; use it to try out the configuration of a GPU",
-            short_name(precision.compute),
-        )
+    if device.type == "cpu":
+        _warn_of_slow_precision(precision)
     adapted = config.adapts(model)
     if device.type == "cpu" and not adapted:
         keep_freed_memory()
@@ -101,6 +91,22 @@ def build_policy(
     )
     policy.save_dtype = None if training.save_dtype == "auto" else getattr(torch, training.save_dtype)
     return policy
+
+
+def _warn_of_slow_precision(precision: Precision) -> None:
+    """Warns if this CPU is slower in 16 bits than in float32."""
+    if precision.compute == torch.bfloat16 and (gain := bf16_gain()) < 1:
+        logger.warning(
+            "bfloat16 is slower than float32 on this processor (products run at %.2g times the speed) and saves some "
+            "memory; training.auto_precision: true chooses the faster one",
+            gain,
+        )
+    elif widens(precision.compute):
+        logger.warning(
+            "on this processor, products of %s are computed in float32 and rounded, which is slower than float32 "
+            "itself and saves some memory; use it to try out the configuration of a GPU",
+            short_name(precision.compute),
+        )
 
 
 def elementwise_of(training: TrainingSection, device: torch.device) -> Elementwise:

@@ -16,7 +16,7 @@ import pytest
 import strop
 from smoke.attacks.trials import TRAINED, Tally, few_or, num_changes, outcome, posix, run_apart
 from strop.data.read.sources import SPLIT_FILES
-from strop.data.split_files import prepare_files
+from strop.data.split_files import write_split_files
 from strop.types import RowShape
 
 pytestmark = posix
@@ -147,7 +147,7 @@ def test_kills_of_prepare(shape: RowShape, num: int, record_property: Any, tmp_p
     names = (*SPLIT_FILES[shape], "statistics.json", "rejected.jsonl")
 
     def prepare(folder: Path) -> None:
-        prepare_files([str(tmp_path / "rows.jsonl")], folder, shape)
+        write_split_files([str(tmp_path / "rows.jsonl")], folder, shape)
 
     def files(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}

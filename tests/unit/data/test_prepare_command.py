@@ -17,7 +17,7 @@ import pytest
 from strop.cli import main
 from strop.config.methods import METHODS
 from strop.data.load import load_data
-from strop.data.split_files import prepare_files
+from strop.data.split_files import write_split_files
 from strop.errors import DataError
 
 Make = Callable[..., Any]
@@ -50,7 +50,7 @@ def as_file(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
 def test_b6_what_goes_in_comes_out(kind: str, tmp_path: Path) -> None:
-    result = prepare_files([as_file(tmp_path, kind, ROWS)], tmp_path / "out", "single", val_fraction=0.2)
+    result = write_split_files([as_file(tmp_path, kind, ROWS)], tmp_path / "out", "single", val_fraction=0.2)
     train, held = written(tmp_path / "out")
     assert len(held) == 4 and sorted(train + held, key=ROWS.index) == ROWS
     assert train == sorted(train, key=ROWS.index)
@@ -63,24 +63,24 @@ def test_b6_splits_are_a_function_of_seed_and_rows(tmp_path: Path) -> None:
     path = as_file(tmp_path, "jsonl", ROWS)
     found = []
     for n, seed in enumerate((1, 1, 2)):
-        prepare_files([path], tmp_path / str(n), "single", seed=seed)
+        write_split_files([path], tmp_path / str(n), "single", seed=seed)
         found.append(written(tmp_path / str(n)))
     assert found[0] == found[1] != found[2]
 
 
 def test_b6_duplicates_and_leaks_go(tmp_path: Path) -> None:
     rows = [*ROWS, *ROWS[:3], {**ROWS[4], "completion": "another"}]
-    result = prepare_files([as_file(tmp_path, "jsonl", rows)], tmp_path / "out", "single", val_fraction=0.3)
+    result = write_split_files([as_file(tmp_path, "jsonl", rows)], tmp_path / "out", "single", val_fraction=0.3)
     train, held = written(tmp_path / "out")
     assert result.duplicates == 3 and len(train) + len(held) == 21
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
-    kept = prepare_files([str(tmp_path / "rows.jsonl")], tmp_path / "all", "single", keep_duplicates=True)
+    kept = write_split_files([str(tmp_path / "rows.jsonl")], tmp_path / "all", "single", keep_duplicates=True)
     assert kept.duplicates == 0 and sum(split["rows"] for split in kept.splits.values()) == 24
     (tmp_path / "val").mkdir()
     given = as_file(
         tmp_path / "val", "jsonl", [ROWS[0], {**ROWS[1], "completion": "z"}, {"prompt": "n", "completion": "x"}]
     )
-    leaks = prepare_files([str(tmp_path / "rows.jsonl")], tmp_path / "given", "single", val_inputs=[given])
+    leaks = write_split_files([str(tmp_path / "rows.jsonl")], tmp_path / "given", "single", val_inputs=[given])
     assert (leaks.duplicates, leaks.leaks) == (4, 1)
     assert [row["prompt"] for row in written(tmp_path / "given")[1]] == ["n"]
 
@@ -88,17 +88,17 @@ def test_b6_duplicates_and_leaks_go(tmp_path: Path) -> None:
 def test_b6_refused_rows_are_kept_aside(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "q", "chosen": "x", "rejected": "y"}\n\n{"prompt": "q"}\n{\n')
-    result = prepare_files([str(path)], tmp_path / "out", "pair")
+    result = write_split_files([str(path)], tmp_path / "out", "pair")
     assert result.refused == {"missing_field": 1, "truncated_json": 1} and result.num_read == 3
     assert [(r["line"], r["raw"]) for r in lines(tmp_path / "out" / "rejected.jsonl")] == [
         (3, '{"prompt": "q"}'),
         (4, "{"),
     ]
     with pytest.raises(DataError, match="there already"):
-        prepare_files([str(path)], tmp_path / "out", "pair")
+        write_split_files([str(path)], tmp_path / "out", "pair")
     path.write_text("{}\n")
     with pytest.raises(DataError, match="no row is good"):
-        prepare_files([str(path)], tmp_path / "none", "pair")
+        write_split_files([str(path)], tmp_path / "none", "pair")
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("sft", "single"), ("dpo", "pair"), ("kto", "labelled")])
@@ -165,7 +165,7 @@ def test_b6_refused_rows_are_not_held_in_memory(tmp_path: Path) -> None:
     for n in (200, 4000):
         path.write_text(json.dumps(ROWS[0]) + "\n" + bad * n)
         tracemalloc.start()
-        prepare_files([str(path)], tmp_path / str(n), "single", val_fraction=0.0)
+        write_split_files([str(path)], tmp_path / str(n), "single", val_fraction=0.0)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(lines(tmp_path / str(n) / "rejected.jsonl")) == n
@@ -175,7 +175,7 @@ def test_b6_refused_rows_are_not_held_in_memory(tmp_path: Path) -> None:
 def test_b6_credentials_in_refused_rows_are_masked(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[0]) + '\n{"prompt": "postgres://me:pa55@host/db"}\n')
-    prepare_files([str(path)], tmp_path / "out", "single")
+    write_split_files([str(path)], tmp_path / "out", "single")
     (row,) = lines(tmp_path / "out" / "rejected.jsonl")
     assert row["raw"] == '{"prompt": "postgres://[redacted]@host/db"}' and row["line"] == 2
 
@@ -195,11 +195,11 @@ def test_b6_every_method_s_name_is_known(
 
 def test_b6_columns_that_cannot_be_written_are_left_out(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": "x", "image": {"bytes": b"\x89PNG"}, "note": None}]
-    result = prepare_files([as_file(tmp_path, "parquet", rows)], tmp_path / "out", "single")
+    result = write_split_files([as_file(tmp_path, "parquet", rows)], tmp_path / "out", "single")
     assert written(tmp_path / "out")[0] == [{"prompt": "q", "completion": "x", "note": None}] and not result.refused
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"prompt": "q", "completion": "x", "note": "\\ud800"}\n')
-    prepare_files([str(odd)], tmp_path / "odd", "single")
+    write_split_files([str(odd)], tmp_path / "odd", "single")
     assert written(tmp_path / "odd")[0][0]["note"] == "\ud800"
 
 

@@ -13,7 +13,7 @@ from strop.data.load import load_data
 from strop.data.text.encode import Encoded, Encoder
 from strop.data.text.render import Renderer
 from strop.data.text.show import odd_groups, show_group
-from strop.data.text.truncate import Limits, cut
+from strop.data.text.truncate import Limits, truncate
 from strop.types import Example, Group, Message, Origin
 
 HERE = Origin("rows.jsonl", 1)
@@ -24,7 +24,7 @@ def group(tokenizer: Any, prompt: str, *sides: tuple[Message, ...]) -> Group:
     example = Example(({"role": "user", "content": prompt},), sides, HERE)
     (encoded,) = Encoder(tokenizer, renderer.template).encode([renderer.render(example)])
     assert isinstance(encoded, Encoded)
-    done = cut(encoded, Limits(1000), HERE, bos=None).group
+    done = truncate(encoded, Limits(1000), HERE, bos=None).group
     assert done is not None
     return done
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.data.text.encode import Encoded, EncodedSide
-from strop.data.text.truncate import Limits, cut, shorten_prompts, shorter_prompts
+from strop.data.text.truncate import Limits, shorten_prompts, shorter_prompts, truncate
 from strop.types import Example, Message, Origin
 
 HERE = Origin("rows.jsonl", 1)
@@ -39,7 +39,7 @@ limits = st.builds(
 
 @given(encoded(), limits)
 def test_what_comes_out_is_within_the_limits_and_part_of_what_went_in(row: Encoded, limit: Limits) -> None:
-    done = cut(row, limit, HERE, bos=BOS)
+    done = truncate(row, limit, HERE, bos=BOS)
     assert (done.group is None) == (done.dropped is not None)
     if done.group is None:
         return
@@ -68,7 +68,7 @@ def test_nothing_is_cut_or_dropped_without_need(row: Encoded, limit: Limits) -> 
         and longest <= (limit.completion or limit.sequence)
         and len(row.prompt_ids) + longest <= limit.sequence
     )
-    done = cut(row, limit, HERE, bos=BOS)
+    done = truncate(row, limit, HERE, bos=BOS)
     if fits:
         assert done.group is not None and not done.prompt_cut and not done.completions_cut
     elif limit.drop:
@@ -81,24 +81,24 @@ def test_nothing_is_cut_or_dropped_without_need(row: Encoded, limit: Limits) -> 
 
 @given(encoded(num_sides=2), limits)
 def test_both_sides_of_a_pair_are_cut_by_the_same_bound(row: Encoded, limit: Limits) -> None:
-    done = cut(row, limit, HERE, bos=BOS)
+    done = truncate(row, limit, HERE, bos=BOS)
     if done.group is None:
         return
-    swapped = cut(Encoded(row.prompt_ids, row.sides[::-1], 0, 0), limit, HERE, bos=BOS)
+    swapped = truncate(Encoded(row.prompt_ids, row.sides[::-1], 0, 0), limit, HERE, bos=BOS)
     assert swapped.group is not None
     assert swapped.group.completions == done.group.completions[::-1]
     for n, one in enumerate(row.sides):
         # a side is cut as it would be without the other
-        alone = cut(Encoded(row.prompt_ids, (one,), 0, 0), limit, HERE, bos=BOS)
+        alone = truncate(Encoded(row.prompt_ids, (one,), 0, 0), limit, HERE, bos=BOS)
         assert alone.group is not None and alone.group.completions == (done.group.completions[n],)
 
 
 def test_a_cut_prompt_keeps_its_bos_token_and_its_end() -> None:
     row = Encoded([BOS, 1, 2, 3, 4], (EncodedSide([9], b"\1"),), 0, 0)
     for limit, expected in ((3, [BOS, 3, 4]), (2, [BOS, 4]), (1, [4])):
-        done = cut(row, Limits(10, prompt=limit), HERE, bos=BOS)
+        done = truncate(row, Limits(10, prompt=limit), HERE, bos=BOS)
         assert done.group is not None and list(done.group.prompt_ids) == expected and done.prompt_cut
-    other = cut(row, Limits(10, prompt=3), HERE, bos=None)
+    other = truncate(row, Limits(10, prompt=3), HERE, bos=None)
     assert other.group is not None and list(other.group.prompt_ids) == [2, 3, 4]
 
 
@@ -108,17 +108,17 @@ def side(ids: Sequence[int], mask: bytes | None = None) -> EncodedSide:
 
 def test_sides_that_become_equal_are_dropped_with_their_own_reason() -> None:
     pair = Encoded([5], (side([1, 2, 3]), side([1, 2, 4])), 0, 0)
-    assert cut(pair, Limits(10), HERE, bos=None).dropped is None
-    assert cut(pair, Limits(10, completion=2), HERE, bos=None).dropped == "equal_after_truncation"
+    assert truncate(pair, Limits(10), HERE, bos=None).dropped is None
+    assert truncate(pair, Limits(10, completion=2), HERE, bos=None).dropped == "equal_after_truncation"
     equal = Encoded([5], (side([1, 2]), side([1, 2])), 0, 0)
-    assert cut(equal, Limits(10), HERE, bos=None).dropped == "equal_tokens"
+    assert truncate(equal, Limits(10), HERE, bos=None).dropped == "equal_tokens"
 
 
 def test_a_prompt_that_fills_the_sequence_leaves_nothing_to_train() -> None:
     row = Encoded(list(range(10)), (side([1, 2]),), 0, 0)
-    assert cut(row, Limits(10), HERE, bos=None).dropped == "nothing_trained"
+    assert truncate(row, Limits(10), HERE, bos=None).dropped == "nothing_trained"
     context = Encoded([1], (side([1, 2, 3], b"\0\0\1"),), 0, 0)
-    assert cut(context, Limits(10, completion=2), HERE, bos=None).dropped == "nothing_trained"
+    assert truncate(context, Limits(10, completion=2), HERE, bos=None).dropped == "nothing_trained"
 
 
 def message(role: str, length: int = 1) -> Message:

@@ -64,24 +64,24 @@ def test_after_a_cut_every_step_stands_there_once(tmp_path: Path) -> None:
         file.write('{"epoch": 2, "st')  # killed here, with the array of the line written already
     np.save(tmp_path / "epoch_002" / "step_00002.npy", np.zeros(3, dtype=np.float32))
     log = MarginsLog(tmp_path)
-    log.cut(6)
+    log.rewind(6)
     assert [line["global_step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert len(list(tmp_path.rglob("*.npy"))) == 6
     write_steps(log, 7, 10)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == unbroken
-    log.cut(0)
+    log.rewind(0)
     assert lines(tmp_path) == [] and list(tmp_path.rglob("*.npy")) == []
 
 
 def test_other_peoples_arrays_stay(tmp_path: Path) -> None:
     write_steps(MarginsLog(tmp_path), 1, 2)
     (tmp_path / "mine.npy").write_bytes(b"precious")
-    MarginsLog(tmp_path).cut(0)
+    MarginsLog(tmp_path).rewind(0)
     assert (tmp_path / "mine.npy").exists()
 
 
 def test_cutting_what_is_not_there_is_fine(tmp_path: Path) -> None:
-    MarginsLog(tmp_path / "absent").cut(3)
+    MarginsLog(tmp_path / "absent").rewind(3)
     assert not (tmp_path / "absent").exists()
 
 
@@ -99,7 +99,7 @@ def test_arrays_stay_where_the_log_is_damaged(tmp_path: Path, caplog: pytest.Log
     file = tmp_path / "margins_log.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text(lines[0] + "{" + lines[1][5:] + lines[2] + lines[3])
-    log.cut(3)
+    log.rewind(3)
     kept = {p.name for p in tmp_path.glob("epoch_000/*")}
     assert kept == {"step_00000.npy", "step_00001.npy", "step_00002.npy"}
     assert (tmp_path / ".bad-margins_log.jsonl").exists() and "1 lines are damaged" in caplog.text

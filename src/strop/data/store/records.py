@@ -36,7 +36,7 @@ from strop.data.text.message_forms import reasons
 from strop.data.text.render import Rendered, Renderer, TextRules
 from strop.data.text.sandbox import bounded_memory
 from strop.data.text.token_rows import from_tokens, group_from_tokens, is_tokenised, is_tokenised_group
-from strop.data.text.truncate import Limits, cut, shorten_prompts
+from strop.data.text.truncate import Limits, shorten_prompts, truncate
 from strop.errors import DataError, ModelError, foreign_errors
 from strop.types import OF_TOKENS, Example, Group, RowShape
 
@@ -241,7 +241,7 @@ class RowPipeline:
         label, notes = (example.label, example.notes) if isinstance(example, Example) else (None, ())
         differ = self._rows != "group"
         prompt_cut = short is not None
-        done = cut(encoded, limits, row.origin, bos=self._bos, prompt_cut=prompt_cut, label=label, differ=differ)
+        done = truncate(encoded, limits, row.origin, bos=self._bos, prompt_cut=prompt_cut, label=label, differ=differ)
         if done.group is None:
             assert done.dropped is not None
             return done.dropped

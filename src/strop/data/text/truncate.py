@@ -42,7 +42,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Truncated:
     """An example within the limits.
 
     group: None where nothing is left to train on; `dropped` then says why. completions_cut: completions that lost
@@ -89,7 +89,7 @@ def shorten_prompts(examples: Sequence[Example], limits: Limits, encode: Encode)
     return found
 
 
-def cut(
+def truncate(
     encoded: Encoded,
     limits: Limits,
     origin: Origin,
@@ -98,7 +98,7 @@ def cut(
     prompt_cut: bool = False,
     label: bool | None = None,
     differ: bool = True,
-) -> Cut:
+) -> Truncated:
     """The example within the limits, or the reason to drop it.
 
     Args:
@@ -111,11 +111,11 @@ def cut(
     longest = max(len(side.ids) for side in encoded.sides)
     if limits.drop:
         if limits.prompt_is_too_long(encoded):
-            return Cut(None, "prompt_too_long", False, 0)
+            return Truncated(None, "prompt_too_long", False, 0)
         if limits.completion is not None and longest > limits.completion:
-            return Cut(None, "completion_too_long", False, 0)
+            return Truncated(None, "completion_too_long", False, 0)
         if len(prompt) + longest > limits.sequence:
-            return Cut(None, "sequence_too_long", False, 0)
+            return Truncated(None, "sequence_too_long", False, 0)
     if limits.prompt is not None and limits.prompt_is_too_long(encoded):
         head = prompt[:1] if prompt[0] == bos and limits.prompt > 1 else []
         prompt = head + prompt[len(prompt) - limits.prompt + len(head) :]
@@ -133,9 +133,9 @@ def cut(
     elif differ and len(sides) == 2 and sides[0] == sides[1]:
         dropped = "equal_after_truncation" if completions_cut else "equal_tokens"
     if dropped is not None:
-        return Cut(None, dropped, prompt_cut, completions_cut)
+        return Truncated(None, dropped, prompt_cut, completions_cut)
     completions = tuple(Completion(array("i", side.ids), side.mask) for side in sides)
-    return Cut(Group(array("i", prompt), completions, origin, label), None, prompt_cut, completions_cut)
+    return Truncated(Group(array("i", prompt), completions, origin, label), None, prompt_cut, completions_cut)
 
 
 def _cut_right(side: EncodedSide, room: int) -> EncodedSide:

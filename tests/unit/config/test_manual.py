@@ -7,8 +7,8 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+from strop.config.manual import json_schema, key_help, markdown
 from strop.config.methods import METHODS
-from strop.config.reference import json_schema, key_help, markdown
 from strop.config.schema import KEYS, SECTIONS, key_at
 
 ROOT = Path(__file__).resolve().parents[3]
