@@ -102,9 +102,12 @@ class LineChart:
 
     def draw(self) -> Chart | None:
         """None where there is nothing to draw."""
-        series = [s for s in self.series if len(s.steps)][:MOST_LINES]
+        there = [s for s in self.series if len(s.steps)]
+        series = there[:MOST_LINES]
         if not series:
             return None
+        if len(there) > len(series):
+            self.note = f"{self.note} The first {len(series)} of {len(there)} lines are drawn.".strip()
         most = max(2, 2 * BUCKETS // len(series)) if len(series) > 2 else BUCKETS
         drawn = [(s, buckets(s.steps, s.values, most)) for s in series]
         frame = _frame([b for _, points in drawn for b in points], [v for v, _ in self.levels])

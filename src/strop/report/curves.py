@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,9 +64,14 @@ def heat_maps(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Chart]:
         title = "Margins of the training pairs" + (f": {label}" if len(runs) > 1 else "")
         key = "margins" if len(runs) == 1 else f"margins-{place + 1}"
         chart = heat_map(key, title, note, run.margins.steps, run.margins.values)
-        if chart is not None and len(found) < MOST_HEATS:
+        if chart is not None:
             found.append(chart)
-    return found
+    if len(found) > MOST_HEATS:
+        last = found[MOST_HEATS - 1]
+        found[MOST_HEATS - 1] = replace(
+            last, note=f"{last.note} The first {MOST_HEATS} of {len(found)} runs are drawn."
+        )
+    return found[:MOST_HEATS]
 
 
 def _both(facts: Facts, name: str, word: str = "") -> list[Series]:

@@ -157,6 +157,17 @@ def test_several_runs_are_laid_side_by_side(make: Callable[..., Any], tmp_path: 
     assert [run["run"] for run in json.loads(listed.read_text())["runs"]] == ["one", "other"]
 
 
+def test_what_is_not_drawn_of_many_runs_is_told(make: Callable[..., Any]) -> None:
+    folders = []
+    for number in range(8):
+        made = make(name=f"run{number}")
+        made.margins = [np.linspace(-1, 1, 8)] * 4
+        folders.append(made.write())
+    text = Read(page(examine(folders))).text
+    assert "The first 6 of 8 lines are drawn." in text and "The first 4 of 8 runs are drawn." in text
+    assert all(text.count(f"run{number}") > 3 for number in range(8))  # in the tables all of them stand
+
+
 def test_the_old_page_stays_where_the_new_one_fails(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     path = make().write()
     write(examine([path]), path)
