@@ -27,8 +27,9 @@ from typing import Any
 
 from .tiny import NOT_ALONE, write_model
 
-SECONDS = 240
-"""Of one architecture, at most."""
+SECONDS = 600
+"""Of one architecture, at most: the slowest took 117 on an idle processor's lowest priority, and one over 240 on a busy
+one."""
 BYTES = 8 * 2**30
 RUNS = (("sft", False, True), ("dpo", True, True), ("sft", True, False), ("dpo", False, False))
 """Method; LoRA or all weights; whether the run is resumed after its first step and compared."""

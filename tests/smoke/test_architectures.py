@@ -42,7 +42,9 @@ def test_no_architecture_of_the_installed_transformers_ends_in_a_fault() -> None
     found = [limited(kind) for kind in causal_kinds()]
     assert not [row for row in found if row.result == "fault"]
     counts = Counter(row.result for row in found)
-    assert counts["shared"] >= len(ARCHITECTURES) and counts["plain"] > counts["refused"] > counts["not built"], counts
+    # as docs/models.md has them, of the tested version of transformers
+    assert counts["shared"] >= max(69, len(ARCHITECTURES)) and counts["shared"] + counts["plain"] >= 160, counts
+    assert counts["refused"] <= 24 and counts["not built"] <= 5, counts
 
 
 def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:

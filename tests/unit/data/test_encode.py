@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from strop.data.read.row import RowRefused
-from strop.data.text.encode import Encoded, Encoder
+from strop.data.text.encode import Encoded, Encoder, Tokens
 from strop.data.text.render import Renderer, TextRules
 from strop.errors import ModelError
 from strop.types import Example, Message, Origin, Turns
@@ -341,3 +342,18 @@ def check_real_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     raw = encode(tokenizer, "a" + nasty, nasty, mode="raw")
     leading = len(tokenizer("a")["input_ids"]) - len(tokenizer("a", add_special_tokens=False)["input_ids"])
     assert not {*raw.prompt_ids[leading:], *raw.sides[0].ids[:-1]} & controls.keys()
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=8), st.booleans())
+def test_offsets_never_fall_and_leave_no_gap(pairs: list[tuple[int, int]], is_contiguous: bool) -> None:
+    offsets = [(start, start + length) for start, length in pairs]
+    if is_contiguous:
+        stops = [sum(length for _, length in pairs[: i + 1]) for i in range(len(pairs))]
+        offsets = list(zip([0, *stops], stops, strict=False))
+
+    encoding = SimpleNamespace(ids=list(range(len(offsets))), offsets=offsets)
+    found = Tokens.of(encoding, frozenset())
+    ends = [max(stop for _, stop in offsets[: i + 1]) for i in range(len(offsets))]
+    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends], strict=False)]
+    assert (found.ids, found.starts, found.ends) == (encoding.ids, starts, ends)
+    assert not is_contiguous or list(zip(found.starts, found.ends, strict=True)) == offsets

@@ -16,11 +16,13 @@ it right to encode a part again, and to encode the second side of a pair from it
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, compress, count, islice
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +56,8 @@ class Tokens:
         """The tokens of an encoding. added: ids of added tokens, which take in no character that is not theirs."""
         ids: list[int] = encoding.ids
         starts, stops = zip(*encoding.offsets, strict=True) if ids else ((), ())
+        if starts[:1] == (0,) and starts[1:] == stops[:-1] and list(stops) == sorted(stops):
+            return cls(ids, list(starts), list(stops))  # the usual case: each begins where the one in front of it ends
         ends = list(accumulate(stops, max))
         filled = list(map(min, starts, chain((0,), ends)))
         if filled != list(starts):
@@ -197,7 +201,7 @@ class Encoder:
         parts: list[Tokens] = []
         done = 0
         content_starts = [content[0] for content in rendered.contents]
-        for i in [i for i, token in enumerate(tokens.ids) if token in self._controls]:
+        for i in list(compress(count(), map(self._controls.__contains__, tokens.ids))):
             token, start, stop = tokens.ids[i], tokens.starts[i], tokens.ends[i]
             last = bisect_left(content_starts, stop) - 1
             if last < 0 or rendered.contents[last][1] <= start:
@@ -320,12 +324,24 @@ class Encoder:
         backend.no_padding()
         backend.encode_special_tokens = as_text
         try:
-            return [
-                Tokens.of(encoding, self._added)
-                for encoding in backend.encode_batch(list(texts), add_special_tokens=False)
-            ]
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = False
+        with _without_collection():
+            return [Tokens.of(encoding, self._added) for encoding in encodings]
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for cycles of garbage in here: offsets are a tuple per token, which hold none, and each few hundred of
+    them start a search through all that the process has."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _joined(sides: Sequence[_Side]) -> Encoded:

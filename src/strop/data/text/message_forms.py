@@ -124,7 +124,8 @@ def forms_of(messages: Sequence[Message], tools: Tools = None) -> tuple[Form, ..
     forms = (PLAIN_FORM, *(FORMS_OF_CALLS if calls else ()), *OTHER_FORMS)
     if not any(map(_is_bare, (*calls, *(tools or ())))):
         return forms
-    return (*forms, *(replace(form, wrapped=True) for form in forms))
+    # wrapped first: that is what inference servers hand to templates, and many templates write a tool as it comes
+    return (*(replace(form, wrapped=True) for form in forms), *forms)
 
 
 def _is_bare(item: Mapping[str, Any]) -> bool:

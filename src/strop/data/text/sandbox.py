@@ -57,8 +57,6 @@ TEMPLATE_ERRORS = (
 """What a template can raise on a row it was not written for."""
 
 
-PLAIN = {"role", "content"}
-
 OF_DICT = frozenset(dir(dict))
 SAFE_OF_STR = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
 """Attributes of a text that Jinja's sandbox hands on as they are; it wraps the two others."""
@@ -132,7 +130,7 @@ def render(
 
 
 def _is_plain(message: Message) -> bool:
-    return message.keys() <= PLAIN and all(type(value) is str for value in message.values())
+    return len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str
 
 
 @lru_cache
