@@ -51,7 +51,7 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place | None:
     """What torchrun, or strop's own launcher, tells a process; None where it was started alone.
 
     Raises:
-        ConfigError: another launcher started it, or what is told is no place.
+        ConfigError: another launcher started it, or its address is not usable.
     """
     told = os.environ if environment is None else environment
     if "RANK" not in told and "WORLD_SIZE" not in told:

@@ -1,4 +1,4 @@
-"""`--dry-run`: the road up to the weights, told instead of run. Floor 7.
+"""`--dry-run`: builds a run up to the weights, and describes it instead of running it. Floor 7.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
 what the run would be. Loads no weights and touches no GPU; writes nothing but into the cache. What takes long to import

@@ -293,7 +293,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 class JsonLines:
-    """A log of one JSON object a line that a crash can cut short by a part of its last line, and by nothing else.
+    """A log of one JSON object per line that a crash can cut short by a part of its last line, and by nothing else.
 
     A line is one write to the end of the file. It is not synced: a log line is not worth a disk's wait in every step.
     `sync` does it for all lines so far.

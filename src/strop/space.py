@@ -3,7 +3,7 @@
 From shapes alone: checkpoints (what trains and the optimizer's state), the final model, and the reference's log-probs
 that lie in the run folder while it trains; a copy of the final model in `mount_dir`, and what the cache keeps of the
 reference. A run that could leave no checkpoint and no model is refused. One that will run short later is warned of: a
-save that fails is told and tried again, and the run goes on.
+save that fails causes a warning and is tried again, and the run goes on.
 """
 
 from __future__ import annotations

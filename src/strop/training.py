@@ -95,7 +95,7 @@ class _Asked(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What a run goes on from. done: the run is finished; its final model. saved: the checkpoint. extended: the steps
+    """What a run continues from. done: the run is finished; its final model. saved: the checkpoint. extended: the steps
     of the finished run that is to be longer."""
 
     done: Checkpoint | None = None
@@ -285,7 +285,7 @@ class _Run:
         size = self.session.world.size
         write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record(), world_size=size)
         write_plan(self.session, self.run)
-        durable.remove(self.run.path / FAILURE)  # of the process that this one goes on from
+        durable.remove(self.run.path / FAILURE)  # of the process that this one continues
         self.run.write_json("data.json", data.report.as_dict())
         if data.rejected:
             self.run.write_lines("rejected.jsonl", data.rejected)

@@ -98,7 +98,7 @@ def _numbered(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 def partners(prompts: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
     """For each row another one, never itself, and of another prompt unless most rows share one; each is taken once.
 
-    prompts: a number a row, from 0, equal for equal prompts.
+    prompts: one number per row, from 0, equal for equal prompts.
     """
     draw = np.random.default_rng([seed, epoch, 1])  # [seed, epoch] orders the rows
     counts = np.bincount(prompts)

@@ -1,6 +1,6 @@
 """A log of JSON lines as columns of numbers. Floor 2.
 
-In: a file with one object a line. Out: numpy arrays. Blocks of the file go through pyarrow's parser, which reads a
+In: a file with one object per line. Out: numpy arrays. Blocks of the file go through pyarrow's parser, which reads a
 million lines in seconds; a block that it refuses (a damaged line, a bare NaN) is read line by line in Python.
 """
 
@@ -71,7 +71,7 @@ class _Gathered:
             pyarrow.ArrowException, ValueError: one of them is no object of the kind that is expected.
         """
         if not is_flat(block):
-            raise ValueError("not one flat object a line")
+            raise ValueError("not one flat object per line")
         options = pa.json.ReadOptions(block_size=max(len(block) + 1, 1024))
         self.table(pa.json.read_json(BytesIO(block), read_options=options, parse_options=self.parsing))
 

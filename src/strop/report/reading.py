@@ -245,7 +245,7 @@ def _leaves(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _origins(text: str) -> Iterator[tuple[str, str]]:
-    """(key, origin) of every line that has one: `to_yaml` writes one key a line, its origin behind two spaces and #."""
+    """(key, origin) of each line that has one: it writes one key per line, its origin behind two spaces and #."""
     section = ""
     for line in text.splitlines():
         if not line.startswith((" ", "#")) and line.rstrip().endswith(":"):

@@ -16,7 +16,7 @@ class SourceSection(Section):
     """One of several sources of rows; a text is the source of that name."""
 
     name: str
-    """`jsonl:PATH`, `text:PATH` (a row a line), `local:PATH` (a `save_to_disk` folder), or as `dataset.name`."""
+    """`jsonl:PATH`, `text:PATH` (one row per line), `local:PATH` (a `save_to_disk` folder), or as `dataset.name`."""
     subset: str | None = None
     """Hub configuration of the data set."""
     split: str = "train"

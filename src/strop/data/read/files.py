@@ -1,4 +1,4 @@
-"""One reader a file format: a path in, rows out. Floor 2.
+"""One reader per file format: a path in, rows out. Floor 2.
 
 JSON Lines is read on bytes and split at LF only: U+2028, U+0085 and the like are text, and a line with broken
 UTF-8 costs that line alone. A CSV or Parquet file, or a JSON array, that breaks off is refused as a whole: what
@@ -220,7 +220,7 @@ def _broken_array(path: str, text: str, position: int, problem: str) -> DataErro
         f"the JSON array is broken: {problem}",
         where=f"{path}:{text.count(chr(10), 0, position) + 1}",
         expected="a JSON array of objects, or JSON Lines",
-        fix="fix the file; in JSON Lines (one object a line) a broken row costs that row alone",
+        fix="fix the file; in JSON Lines (one object per line) a broken row costs that row alone",
     )
 
 

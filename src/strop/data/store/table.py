@@ -1,6 +1,6 @@
-"""Groups on disk: an Arrow file a source, memory-mapped, and views of it that look like lists of groups. Floor 2.
+"""Groups on disk: one Arrow file per source, memory-mapped, and views of it that look like lists of groups. Floor 2.
 
-In: encoded rows. Out: groups by index, built when they are asked for. In memory stay a few numbers a row (its place
+In: encoded rows. Out: groups by index, built when they are asked for. In memory stay a few numbers per row (its place
 and its lengths); the tokens stay in the file, and the operating system keeps of it what is used.
 
 One row of the table is one group: ids (the prompt, then its completions), one byte an id (1 = trained), the prompt's
@@ -154,7 +154,7 @@ class Shard:
         return int(self._bounds[-1])
 
     def column(self, name: str) -> np.ndarray:
-        """A column with one number a row."""
+        """A column with one number per row."""
         return Groups.of(self).column(name)
 
     def group(self, row: int) -> Group:

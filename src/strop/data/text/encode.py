@@ -87,7 +87,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class EncodedSide:
-    """A completion: its ids and one byte a token, 1 = trained."""
+    """A completion: its ids and one byte per token, 1 = trained."""
 
     ids: list[int]
     mask: bytes

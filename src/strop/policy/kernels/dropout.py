@@ -20,7 +20,7 @@ FEW = 0.2
 
 
 def bytes_of_left_out(p: float, device_type: str) -> float:
-    """What `draw_left_out` gives, in bytes an element of x."""
+    """What `draw_left_out` gives, in bytes per element of x."""
     return float(p > 0) if _by_mask(p, device_type) else 8 * p
 
 

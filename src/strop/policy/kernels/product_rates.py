@@ -96,7 +96,7 @@ def record() -> dict[str, Any] | None:
 
 
 def ways_of_run(dtype: torch.dtype, recorded: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """The ways of a run that computes in `dtype`. recorded: `record` of the run that it goes on from, whose ways it
+    """The ways of a run that computes in `dtype`. recorded: `record` of the run that it continues, whose ways it
     keeps on such a processor, so that it ends as an unbroken run does."""
     found = ways(dtype)
     if recorded is None:

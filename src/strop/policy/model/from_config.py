@@ -153,7 +153,7 @@ def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
     try:
         shape = _without_adapters(module, module.config.get_text_config())
         shape = replace(shape, matrix_bytes=bytes_per_weight(model))
-    except LOAD_ERRORS as error:  # an architecture whose configuration has other names, or one a layer
+    except LOAD_ERRORS as error:  # an architecture whose configuration has other names, or one per layer
         found = f"its config.json does not say how large it is: {first_line(error)}"
         raise CannotBuildError(found, where=place_of(model)) from error
     adapters = adapters_of(lora, model)
