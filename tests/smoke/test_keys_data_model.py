@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 import strop
 from strop.errors import ConfigError, DataError, ModelError
+from strop.policy.model.quantised import is_quantised
 
 LN2 = math.log(2)
 LORA = {"r": 4, "lora_dropout": 0.0, "max_steps": 1}
@@ -123,6 +124,37 @@ def test_models__attn_implementation(runs: Any, forwards: list[Any], built: list
     shared = runs()
     assert None not in {batch.layout for with_gradients, batch in forwards if with_gradients}
     assert plain.series("loss", "eval") == pytest.approx(shared.series("loss", "eval"), rel=1e-3)
+
+
+def quantised_layers(policy: Any) -> list[Any]:
+    return [part for part in policy.model.modules() if is_quantised(part)]
+
+
+def test_models__quant(runs: Any, built: list[Any]) -> None:
+    kinds = {"none": set(), "4bit": {"Linear4bit"}, "8bit": {"Linear8bitLt"}}
+    for quant in kinds:
+        runs({**LORA, "quant": quant})
+    for policy, kind in zip(built, kinds.values(), strict=True):
+        assert {type(layer).__name__ for layer in quantised_layers(policy)} == kind
+
+
+def test_models__bnb_quant_type(runs: Any, built: list[Any]) -> None:
+    for kind in ("nf4", "fp4"):
+        runs({**LORA, "quant": "4bit", "bnb_quant_type": kind})
+        assert {layer.weight.quant_type for layer in quantised_layers(built[-1])} == {kind}
+
+
+def test_models__bnb_double_quant(runs: Any, built: list[Any]) -> None:
+    for double in (True, False):
+        runs({**LORA, "quant": "4bit", "bnb_double_quant": double})
+        assert {layer.weight.quant_state.nested for layer in quantised_layers(built[-1])} == {double}
+
+
+def test_models__bnb_compute_dtype(runs: Any, built: list[Any]) -> None:
+    wanted = {"auto": torch.float32, "bfloat16": torch.bfloat16}
+    for name, dtype in wanted.items():
+        runs({**LORA, "quant": "4bit", "bnb_compute_dtype": name})
+        assert {layer.compute_dtype for layer in quantised_layers(built[-1])} == {dtype}
 
 
 # ---- dataset

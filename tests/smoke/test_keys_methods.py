@@ -192,6 +192,14 @@ def test_lora__task_type(runs: Any) -> None:
         runs.config(task_type="SEQ_CLS")
 
 
+def test_lora__loraplus_lr_ratio(runs: Any) -> None:
+    """With plain steps, what B has moved by is its rate times its gradient."""
+    plain, faster = (runs({**LORA, "optim": "sgd", "loraplus_lr_ratio": ratio}) for ratio in (None, 16.0))
+    for name, weight in plain.final.items():
+        factor = 16.0 if "lora_B" in name else 1.0
+        torch.testing.assert_close(faster.final[name], factor * weight, rtol=1e-4, atol=1e-9)
+
+
 def test_lora__use_rslora(runs: Any) -> None:
     plain, stable = runs(LORA), runs({**LORA, "use_rslora": True})
     assert stable.adapter["use_rslora"] is True

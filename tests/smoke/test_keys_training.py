@@ -421,6 +421,9 @@ def test_training__reference_store(
         ("adamw_torch_fused", torch.optim.AdamW),
         ("adamw_8bit", bnb.optim.AdamW8bit),
         ("paged_adamw_8bit", bnb.optim.PagedAdamW8bit),
+        ("lion_8bit", bnb.optim.Lion8bit),
+        ("adafactor", torch.optim.Adafactor),
+        ("sgd", torch.optim.SGD),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
@@ -433,7 +436,8 @@ def test_training__optim(name: str, kind: type, runs: Any, watched: pytest.Monke
 
     build_optimizer = loop.build_optimizer
     watched.setattr(loop, "build_optimizer", build)
-    run = runs(optim=name)
+    rate = {"sgd": 1.0, "lion_8bit": 2e-3}.get(name, 1e-2)
+    run = runs(optim=name, learning_rate=rate)
     assert [type(optimizer) for optimizer in made] == [kind]
     assert bool(made[0].defaults.get("fused")) is (name == "adamw_torch_fused")
     assert run.series("loss")[-1] < run.series("loss")[0]

@@ -29,7 +29,7 @@ from strop.engine.checkpoint import Checkpoint
 from strop.engine.evaluate import Evaluation
 from strop.engine.gradients import Gradients
 from strop.engine.metrics import MetricWindow, UpdateProbe, peak_memory_gib
-from strop.engine.optim import build_optimizer, learning_rate, without_gradient
+from strop.engine.optim import build_optimizer, learning_rate, set_rate, without_gradient
 from strop.engine.records import StepRecord, Sum, WeightsDigest
 from strop.engine.snapshot import Snapshot
 from strop.engine.source import Cut, StepSource
@@ -103,7 +103,7 @@ class Loop:
         self.outputs = outputs
         check_columns(objective, policy=policy.SUPPLIES, source=source.supplies, also=source.also)
         self.parameters = policy.trainable()
-        self.optimizer = build_optimizer(self.parameters, self.training)
+        self.optimizer = build_optimizer(self.parameters, self.training, config.lora.loraplus_lr_ratio)
         self.gradients = Gradients(config, policy, objective, source, cuts.training, world, outputs.note)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=policy.precision.scaler)
         self.snapshot = Snapshot(self.parameters, self.optimizer, self.scaler, source, world)
@@ -244,8 +244,7 @@ class Loop:
         finite = math.isfinite(numbers.loss) and math.isfinite(norm)
         moved: Mapping[str, Sum] = {}
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             probe = UpdateProbe(self.parameters) if self._is_logged(step) else None
             if norm == 0.0 and not self._stood_still:
                 self._stood_still = True

@@ -16,32 +16,65 @@ from strop.errors import ConfigError
 
 def state_bytes(optim: str, wide: int) -> int:
     """Bytes of optimizer state per trained weight. wide: bytes of the weight itself."""
-    return 2 if optim.endswith("8bit") else 2 * wide
+    match optim:
+        case "sgd":
+            return 0
+        case "lion_8bit" | "adafactor":  # adafactor keeps one number per row and one per column
+            return 1
+        case "adamw_8bit" | "paged_adamw_8bit":
+            return 2
+    return 2 * wide
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], training: TrainingSection) -> torch.optim.Optimizer:
-    """AdamW over `parameters`, in their order. Weight decay leaves vectors (norms, biases) out.
+RATE_FACTOR = "rate_factor"
+"""In a group of an optimizer: what the learning rate is multiplied by."""
+
+
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], training: TrainingSection, loraplus_lr_ratio: float | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of `training.optim` over `parameters`. Weight decay leaves vectors (norms, biases) out.
+
+    Args:
+        loraplus_lr_ratio: what the learning rate of the second matrices of adapters is multiplied by; null: 1.
 
     Raises:
         ConfigError: an 8-bit optimizer without the package bitsandbytes.
     """
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    exempt = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, training.weight_decay), (exempt, 0.0))
-        if params
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = training.weight_decay if parameter.ndim >= 2 else 0.0
+        is_second = ".lora_B." in name or ".lora_embedding_B" in name
+        factor = (loraplus_lr_ratio or 1.0) if is_second else 1.0
+        groups.setdefault((decay, factor), []).append(parameter)
+    found = [
+        {"params": params, "weight_decay": decay, RATE_FACTOR: factor} for (decay, factor), params in groups.items()
     ]
     assert training.learning_rate is not None
     lr = training.learning_rate
-    if training.optim in ("adamw_torch", "adamw_torch_fused"):
-        return torch.optim.AdamW(groups, lr=lr, fused=training.optim == "adamw_torch_fused")
+    match training.optim:
+        case "adamw_torch" | "adamw_torch_fused":
+            return torch.optim.AdamW(found, lr=lr, fused=training.optim == "adamw_torch_fused")
+        case "sgd":
+            return torch.optim.SGD(found, lr=lr)
+        case "adafactor":
+            return torch.optim.Adafactor(found, lr=lr)
     require_optimizer(training)
     import bitsandbytes as bnb
 
-    kind = bnb.optim.PagedAdamW8bit if training.optim == "paged_adamw_8bit" else bnb.optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(groups, lr=lr)
+    kinds = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "lion_8bit": bnb.optim.Lion8bit,
+    }
+    optimizer: torch.optim.Optimizer = kinds[training.optim](found, lr=lr)
     return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of the next step, in each group times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[RATE_FACTOR]
 
 
 def require_optimizer(training: TrainingSection) -> None:

@@ -97,6 +97,6 @@ def ways_to_fit(config: RunConfig, backward: bool = True) -> Iterator[str]:
         yield "remove post_training.ref_sync_steps, which keeps a second model"
     if not all(map(config.adapts, config.models)):
         yield "train adapters (lora.enabled: true)"
-        if not training.optim.endswith("8bit"):
+        if training.optim.startswith("adamw_torch"):
             yield "set training.optim: adamw_8bit"
     yield f"lower training.max_seq_length (now {training.max_seq_length}), which truncates rows; or use a smaller model"

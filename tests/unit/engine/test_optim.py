@@ -13,6 +13,8 @@ from strop.engine.optim import (
     learning_rate,
     optimizer_tensors,
     set_optimizer_numbers,
+    set_rate,
+    state_bytes,
     without_gradient,
 )
 
@@ -54,9 +56,34 @@ def test_vectors_are_not_decayed() -> None:
     }
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+def test_second_matrices_of_adapters_learn_faster() -> None:
+    """As the optimizer itself has it: with `sgd` a step is the rate times the gradient."""
+    names = ("m.lora_A.weight", "m.lora_B.weight", "e.lora_embedding_B", "m.bias")
+    weights = {name: nn.Parameter(torch.zeros(2, *[2] * ("bias" not in name))) for name in names}
+    optimizer = build_optimizer(weights, section(optim="sgd", weight_decay=0.0), 16.0)
+    set_rate(optimizer, 0.25)
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert [float(weight.detach().mean()) for weight in weights.values()] == [-0.25, -4.0, -4.0, -0.25]
+    plain = build_optimizer(weights, section(optim="sgd"))
+    set_rate(plain, 0.25)
+    assert {group["lr"] for group in plain.param_groups} == {0.25}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "lion_8bit", "adafactor", "sgd"])
+def test_the_estimate_knows_the_state(optim: str) -> None:
+    weight = nn.Parameter(torch.randn(256, 512))
+    optimizer = build_optimizer({"w": weight}, section(optim=optim))
+    tensors, _ = optimizer_tensors(optimizer, {"w": weight})
+    tables = ("qmap", "absmax", "step")
+    held = sum(t.nbytes for name, t in tensors.items() if not any(word in name for word in tables)) / weight.numel()
+    assert state_bytes(optim, 4) == pytest.approx(held, abs=0 if optim != "adafactor" else 1)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "lion_8bit", "adafactor", "sgd"])
 def test_state_goes_out_and_in_exactly(optim: str) -> None:
-    if optim == "adamw_8bit":
+    if optim.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
     settings = section(optim=optim, weight_decay=0.1)
 
@@ -111,7 +138,7 @@ def test_the_first_step_after_a_look_at_the_state_is_the_first(optim: str) -> No
     assert moved[0] == moved[1] == pytest.approx(-1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "lion_8bit", "adafactor"])
 def test_weights_without_a_gradient_have_a_state_too(optim: str) -> None:
     """Else a checkpoint of theirs could not be resumed. Neither they nor the others move by it."""
     if optim == "adamw_8bit":

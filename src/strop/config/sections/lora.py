@@ -42,6 +42,9 @@ class LoraSection(Section):
     """Modules that are trained in full and saved with the adapter."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """Kind of model; strop tunes causal language models."""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0, le=1000)
+    """LoRA+ (arXiv 2402.12354): the second matrix of each adapter (B, which begins at 0) learns so many times as fast
+    as the first; null: as fast. The paper takes 16."""
     use_rslora: bool = False
     """Rank-stabilised scale lora_alpha / sqrt(r) (arXiv 2312.03732)."""
     use_dora: bool = False

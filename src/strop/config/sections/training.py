@@ -100,8 +100,11 @@ class TrainingSection(Section):
     step on at which a single group does not fit."""
     reference_store: bool = True
     """Keep reference log-probs in the cache folder, where other runs with the same model and rows find them."""
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """Optimizer; the 8-bit ones need the extra `bnb`."""
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"
+    ] = "adamw_torch_fused"
+    """Optimizer; the 8-bit ones need the extra `bnb`. `sgd` has no momentum. The default learning rates are AdamW's:
+    Lion (arXiv 2302.06675) takes about a fifth of them, and sgd far more."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay; norms and biases are exempt."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
