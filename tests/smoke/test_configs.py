@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from strop import cli
-from strop.cli.prepare import HELP
+from strop.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
@@ -50,6 +50,7 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
 @pytest.fixture
 def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commands that were reached; none of them does anything."""
+    import strop.cli.train
     import strop.demo
     import strop.dryrun
     import strop.preflight
@@ -57,6 +58,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import strop.training
 
     monkeypatch.setattr(strop.preflight, "check", lambda *_, **__: None)  # pages name files that are not there
+    monkeypatch.setattr(strop.cli.train, "run_in_processes", lambda *_: None)
     names: list[str] = []
     for module, name in (
         (strop.training, "train"),
@@ -222,6 +224,10 @@ def shown_files(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
+REACHED = ("train", "reference", "demo", "methods", "schema")
+"""Commands that are called as they are shown; of the others, the flags are looked up."""
+
+
 def understood(command: list[str]) -> bool:
     """Whether a command can be typed as it is shown; capitals and dots stand for something else."""
     program, *rest = [word for word in command if word != "..."]
@@ -240,11 +246,15 @@ def understood(command: list[str]) -> bool:
         source = (ROOT / rest[0]).read_text(encoding="utf-8")
         flags = [word.partition("=")[0] for word in rest[1:] if word.startswith("--")]
         return bool(ast.parse(source)) and all(f'"{flag}"' in source for flag in flags)
+    if program == "torchrun":
+        return understood(rest[rest.index("-m") + 1 :])
     assert program == "strop", f"no idea how to check {program}"
     if rest[:1] in (["train"], ["reference"]) and not {"--help", "--config", "--model"} & set(rest):
         rest += ["--config", "configs/dpo.yaml"]
-    if rest[:1] == ["prepare"]:  # it would read and write files
-        return all(word in HELP for word in rest if word.startswith("--"))
+    if rest[0] in COMMANDS and rest[0] not in REACHED:  # it would read and write files
+        usage = COMMANDS[rest[0]].load().usage()
+        flags = [word.strip("[]").partition("=")[0] for word in rest if word.strip("[").startswith("--")]
+        return all(flag in usage for flag in flags)
     rest = [{"FILE": "configs/dpo.yaml", "NAME": "dpo"}.get(word, word) for word in rest]
     return cli.main(rest) == 0
 
