@@ -101,9 +101,7 @@ def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[Mod
         first = SeenRow(group, rows.left_out([group.origin]).get(group.origin, ()))
 
     def show(title: str, row: SeenRow, *, whole: bool) -> None:
-        shown = show_group(
-            row.group, rows.tokenizer, rows=rows.config.post_training.ROWS, colour=console.is_terminal, whole=whole
-        )
+        shown = show_group(row.group, rows.tokenizer, rows=rows.config.rows, colour=console.is_terminal, whole=whole)
         console.print(Text(escaped(f"\n{title}, trained tokens marked:")))
         console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
         if row.left_out:

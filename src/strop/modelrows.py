@@ -56,11 +56,11 @@ class ModelRows:
 
     def first(self) -> SeenRow | None:
         """The first training row; None where it is not among the first few (`first_row`)."""
-        return first_row(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)
+        return first_row(self.config, self.tokenizer, self.config.rows, self.stop_tokens)
 
     def left_out(self, origins: Collection[Origin]) -> dict[Origin, tuple[str, ...]]:
         """Which parts of these training rows are not in their tokens, in words (`left_out`)."""
-        return left_out(self.config, self.tokenizer, self.config.post_training.ROWS, origins, self.stop_tokens)
+        return left_out(self.config, self.tokenizer, self.config.rows, origins, self.stop_tokens)
 
     def load(self) -> LoadedData:
         """All rows (`load_data`), of a model that can be trained.
@@ -70,4 +70,4 @@ class ModelRows:
             DataError: rows are refused.
         """
         check_model(self.model, self.tokenizer, needs_weights=self.needs_weights)
-        return load_data(self.config, self.tokenizer, self.config.post_training.ROWS, self.stop_tokens)
+        return load_data(self.config, self.tokenizer, self.config.rows, self.stop_tokens)

@@ -93,7 +93,7 @@ def _problems(
             where = f"reference {error.where}"
             yield type(error)(error.found, where=where, expected=error.expected, fix=error.fix)
     try:
-        _check_data(config.dataset, config.post_training.ROWS)
+        _check_data(config.dataset, config.rows)
     except StropError as error:
         yield error
 

@@ -18,6 +18,7 @@ from strop.config.methods import GrpoSettings, KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.doctor import imbalance
 from strop.data.load import LoadedData
+from strop.data.prompts import PromptGroups
 from strop.data.store.numbers import check_groups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
@@ -78,7 +79,11 @@ class Prepared:
         if isinstance(settings, KtoSettings):
             note = imbalance(self.data.num_labels, settings.desirable_weight, settings.undesirable_weight)
             notes = [note] if note is not None else []
-        if isinstance(settings, GrpoSettings) and not self.data.train.counts("old_logps").any():
+        if (
+            isinstance(settings, GrpoSettings)
+            and not self.config.rollout.enabled
+            and not self.data.train.counts("old_logps").any()
+        ):
             notes = [
                 "the rows have no old_logps: every ratio is 1, and what another policy sampled is trained as if this "
                 "one had"
@@ -93,6 +98,13 @@ class Prepared:
         """Lines of text: what the run will be. It needs the size of micro-batches. tokens: those that groups take."""
         plan, training, lengths = self.plan, self.config.training, self.data.train.lengths
         yield from self.objective.describe()
+        if (rollout := self.config.rollout).enabled:
+            rewards = ", ".join(f"{reward.weight:g} x {reward.name}" for reward in self.config.rewards)
+            yield (
+                f"sampling: {rollout.num_generations} completions per prompt at temperature {rollout.temperature:g}, "
+                f"rewarded by {rewards}; the rows' own answers are for the rewards alone, and lengths below are the "
+                "longest there can be"
+            )
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         devices = "1 device" if self.num_processes == 1 else f"{self.num_processes} devices"
         made = f" = {batch} per device x {accumulation} accumulation steps x {devices}"
@@ -184,8 +196,13 @@ def prepare(
     if MISMATCHED in objective.also:
         _check_mismatched(data)
     if isinstance(objective.settings, GrpoSettings):
-        for groups in (data.train, data.eval):
-            check_groups(groups, objective.reads, objective.settings.advantage)
+        if config.rollout.enabled:
+            training, num = config.training, config.rollout.num_generations
+            limits = (training.max_seq_length, training.max_completion_length)
+            data = replace(data, train=PromptGroups(data.train, num, *limits))
+        else:
+            for groups in (data.train, data.eval):
+                check_groups(groups, objective.reads, objective.settings.advantage)
     if data.eval:
         _check_metric(config, objective)
     else:

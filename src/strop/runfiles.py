@@ -8,6 +8,7 @@ RESULT = "result.json"
 FAILURE = "failure.json"
 REPORT = "report.html"
 FINDINGS = "findings.json"
+ROLLOUTS = "rollouts.jsonl"
 RECORDS = (
     "config.yaml",
     "environment.json",
@@ -18,6 +19,7 @@ RECORDS = (
     PAIRS,
     FAILURE,
     RESULT,
+    ROLLOUTS,
 )
 """What is written down of a run while it goes on."""
 RUN_FILES = (*RECORDS, REPORT, FINDINGS)

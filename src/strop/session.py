@@ -32,7 +32,7 @@ from strop.engine.loop import Cuts
 from strop.engine.offline import OfflineSource
 from strop.engine.progress import Progress
 from strop.engine.reference_logps import scored
-from strop.engine.source import Cut, GroupSet
+from strop.engine.source import Cut, GroupSet, StepSource
 from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
 from strop.machine import Machine, machine_of
 from strop.modelrows import ModelRows
@@ -41,12 +41,19 @@ from strop.plan.budget import default_budget
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
+from strop.policy.model.generation import stop_tokens
 from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
 from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
+from strop.rollout.drawing import Drawing
+from strop.rollout.rows import rows_by_origin
+from strop.rollout.sampler import Sampler
+from strop.rollout.scoring import Scorer
+from strop.rollout.source import Limits, RolloutSource
+from strop.runfiles import ROLLOUTS
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -278,16 +285,46 @@ class Session:
         # cut as the evaluation will cut them
         return train, validation and scored(reference, store, validation, self.cuts.evaluation, progress, folder, world)
 
-    def source(self, splits: Splits) -> OfflineSource:
+    def source(self, splits: Splits, folder: Path) -> StepSource:
         """The groups of every step.
 
         Args:
+            folder: of the run, where what is sampled is written down.
             splits: what `score` returns; or what `groups` returns, if the objective needs no reference or has one that
                 follows the policy.
         """
+        if self.config.rollout.enabled:
+            return self._rollouts(folder)
         sync = self.prepared.objective.ref_sync
         following = None if sync is None else SyncedReference(self.policy, sync.every_steps, sync.share)
         return OfflineSource(self.prepared.plan, *splits, following)
+
+    def _rollouts(self, folder: Path) -> RolloutSource:
+        """Groups that the policy samples."""
+        prepared, how, training = self.prepared, self.config.rollout, self.config.training
+        self.policy.transform = self.policy.transform.at_temperature(how.temperature)
+        ends = {*stop_tokens(self.model), *self._end_token()}
+        drawing = Drawing(how.top_k, how.top_p, how.min_p, len(prepared.tokenizer))
+        sampler = Sampler(
+            self.policy,
+            how.num_generations,
+            sorted(ends),
+            drawing=drawing,
+            seed=self.config.seed,
+            batch_tokens=how.batch_tokens,
+        )
+        limits = Limits(training.max_seq_length, training.max_completion_length)
+        scorer = Scorer(self.config.rewards, how)
+        rows = rows_by_origin(self.config.dataset, self.config.rows)
+        parts = (prepared.plan, prepared.data.train, rows, sampler, scorer, prepared.tokenizer, limits)
+        source = RolloutSource(*parts, folder / ROLLOUTS, log.warning, self.world)
+        self._exit.callback(source.close)
+        source.rewind(self._resumed.step if self._resumed else 0)
+        return source
+
+    def _end_token(self) -> tuple[int, ...]:
+        token = self.prepared.tokenizer.eos_token_id
+        return () if token is None else (token,)
 
 
 def reference_made_from(reference: Policy) -> dict[str, str]:

@@ -192,7 +192,7 @@ class _Run:
     def whole(self) -> RunResult:
         """Scores the reference, trains, and writes the final model."""
         session, name = self.session, self.session.model.name
-        source = session.source(self._splits())
+        source = session.source(self._splits(), self.run.path)
         if not self.saved and session.world.is_main:
             self._write_records()  # from here on the folder holds a run; what failed before can be started anew
         outputs = self._outputs(source.num_steps)

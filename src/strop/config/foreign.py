@@ -105,6 +105,12 @@ RENAMED: Mapping[str, str] = {
     "f_divergence_type": "post_training.f_divergence",
     "f_alpha_divergence_coef": "post_training.f_alpha",
     "sample_packing": "training.packing",
+    "reward_funcs": "rewards",
+    "reward_functions": "rewards",
+    "reward_weights": "rewards",
+    "use_rollout": "rollout.enabled",
+    "num_samples_per_prompt": "rollout.num_generations",
+    "n_samples_per_prompt": "rollout.num_generations",
     "seed_everything": "seed",
     "dataloader_num_workers": "dataset.num_workers",
     "preprocessing_num_workers": "dataset.num_workers",
@@ -129,9 +135,9 @@ _GROUPS: Mapping[str, str] = {
         "wandb wandb_project wandb_entity wandb_name wandb_run_id use_wandb mlflow comet_ml comet swanlab "
         "use_swanlab neptune trackio plot_loss run_name log_with"
     ),
-    "strop trains on given rows, not on what the model generates meanwhile, and no reward models: use method: grpo on "
-    "sampled answers with rewards, dpo on pairs of answers, or kto on answers marked as good or bad": (
-        "ppo online_dpo nash_md xpo rlhf gkd reward reward_model reward_funcs reward_modeling rm prm num_generations"
+    "strop trains no reward models and not against one: use method: grpo with a rollout section, whose answers are "
+    "rewarded by functions, dpo on pairs of answers, or kto on answers marked as good or bad": (
+        "ppo online_dpo nash_md xpo rlhf gkd reward reward_model reward_modeling rm prm"
     ),
     "it is an algorithm of grpo: set post_training.method: grpo and post_training.algorithm to grpo, dr_grpo, dapo, "
     "bnpo, gspo, cispo, sapo, gmpo, rloo, reinforce++ or maxrl": (

@@ -40,6 +40,8 @@ def resolve(config: RunConfig) -> RunConfig:
         found["training.warmup_ratio"] = WARMUP_RATIO
     if config.post_training.method == "sft" and "max_completion_length" not in training.model_fields_set:
         found["training.max_completion_length"] = None
+    if config.rollout.enabled and "validation_split" not in config.dataset.model_fields_set:
+        found["dataset.validation_split"] = 0.0
     method, length = config.post_training, training.max_completion_length
     if isinstance(method, GrpoSettings) and method.aggregation == "constant" and method.normalizer_length is None:
         found |= {} if length is None else {"post_training.normalizer_length": length}

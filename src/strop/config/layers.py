@@ -125,7 +125,8 @@ def _find_preset(name: str) -> Path:
 
 
 def _document_layer(data: Mapping[str, Any], places: Mapping[KeyPath, Place]) -> Layer:
-    """The layer of a file. Null for a section is an empty section; only for `lora` that would be two-edged."""
+    """The layer of a file. Null for a section is an empty section; only for `lora` and `rollout` that would be
+    two-edged."""
     values: dict[KeyPath, Any] = {}
     preset = None
     problems = []
@@ -138,8 +139,8 @@ def _document_layer(data: Mapping[str, Any], places: Mapping[KeyPath, Place]) ->
             if isinstance(value, Mapping):
                 values.update({(name, str(key)): item for key, item in value.items()})
             if isinstance(value, Mapping) or value is None:
-                if name == "lora" and not value:
-                    problems.append(_empty_lora(places[name,].where))
+                if name in ("lora", "rollout") and not value:
+                    problems.append(_empty_switch(name, places[name,].where))
                 continue
             problems.append(_not_a_section(name, value, places[name,].where))
         else:
@@ -154,9 +155,9 @@ def _not_a_section(name: str, value: Any, where: str) -> ConfigError:
     return ConfigError(f"{name} is {shown(value)}", where=where, expected=f"a section with keys ({keys}, ...)")
 
 
-def _empty_lora(where: str) -> ConfigError:
-    expected = "enabled: true or enabled: false, or other keys (they switch adapters on)"
-    return ConfigError("the lora section is empty", where=where, expected=expected)
+def _empty_switch(name: str, where: str) -> ConfigError:
+    expected = "enabled: true or enabled: false, or other keys (they switch it on)"
+    return ConfigError(f"the {name} section is empty", where=where, expected=expected)
 
 
 def _override_layer(overrides: Mapping[str, Any]) -> Layer:
@@ -191,8 +192,8 @@ def _expanded(path: KeyPath, value: Any, place: Place) -> Mapping[KeyPath, Any]:
     value = _plain(value)
     if not isinstance(value, Mapping):
         raise _not_a_section(name, value, place.where)
-    if name == "lora" and not value:
-        raise _empty_lora(place.where)
+    if name in ("lora", "rollout") and not value:
+        raise _empty_switch(name, place.where)
     return {(name, str(key)): item for key, item in value.items()}
 
 

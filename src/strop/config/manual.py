@@ -108,6 +108,7 @@ FOR_DATA = (
     ("pairs of translations", "cpo", "what it was made for; no reference"),
     ("single answers marked as good or bad", "kto", "without pairs, also where one kind is rare"),
     ("several answers per prompt with rewards", "grpo", "algorithm: dapo, gspo, rloo and others"),
+    ("prompts, and rewards that can check an answer", "grpo", "rollout: the model samples the answers itself"),
 )
 """What the data is, the method for it, and what to know of it."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from strop.config.methods import DpoSettings, PostTraining, SftSettings
+from strop.config.methods import DpoSettings, GrpoSettings, PostTraining, SftSettings
 from strop.config.section import ListOf, Problem, Section
 from strop.config.sections import (
     DatasetSection,
@@ -17,8 +17,12 @@ from strop.config.sections import (
     LoggingSection,
     LoraSection,
     ModelSection,
+    RewardSection,
+    RolloutSection,
     TrainingSection,
 )
+from strop.config.sections.rollout import as_rewards
+from strop.types import RowShape
 
 
 class RunConfig(Section):
@@ -30,6 +34,13 @@ class RunConfig(Section):
     """Models to train, one after the other."""
     dataset: DatasetSection = DatasetSection()
     post_training: PostTraining = SftSettings()
+    rollout: RolloutSection = RolloutSection(enabled=False)
+    rewards: Annotated[tuple[RewardSection, ...], BeforeValidator(as_rewards)] = Field(
+        default=(),
+        json_schema_extra={"x-type": "a list of names, or of objects with name, weight and settings"},
+    )
+    """What sampled completions are rewarded by: `exact_match`, `regex`, `format`, `length`, or functions of your own
+    (`module:function`, `file.py:function`); with `weight` and `settings`."""
     lora: LoraSection = LoraSection(enabled=False)
     training: TrainingSection = TrainingSection()
     gpu: GpuSection = GpuSection()
@@ -101,7 +112,67 @@ class RunConfig(Section):
         """Whether adapters train, and not all weights: new ones or the model's own."""
         return self.lora.enabled or model.adapter is not None
 
+    @property
+    def rows(self) -> RowShape:
+        """What the method needs of the data: under rollout a prompt with the answer that rewards may look at."""
+        return "single" if self.rollout.enabled else self.post_training.ROWS
+
+    def _rollout_problems(self) -> Iterator[Problem]:
+        method, rollout, dataset = self.post_training, self.rollout, self.dataset
+        if not rollout.enabled:
+            if self.rewards:
+                yield Problem(
+                    ("rewards",),
+                    "rewards are given, and nothing is sampled that they could reward",
+                    "a rollout section beside them",
+                    "add rollout: {enabled: true}, or remove rewards",
+                )
+            return
+        if not isinstance(method, GrpoSettings):
+            yield Problem(
+                ("rollout", "post_training.method"),
+                f"completions are to be sampled, and method {method.method} trains on those of the rows",
+                "method grpo",
+                "set post_training.method: grpo, or remove rollout",
+            )
+            return
+        if not self.rewards:
+            yield Problem(
+                ("rewards", "rollout"), "completions are to be sampled, and no reward is given", "at least one"
+            )
+        if rollout.num_generations < 2 and method.advantage not in ("reinforce++", "none"):
+            yield Problem(
+                ("rollout.num_generations", "post_training.advantage"),
+                f"rollout.num_generations is 1, and advantage {method.advantage} compares the completions of a prompt",
+                "at least 2",
+                "raise it, or set post_training.advantage: reinforce++",
+            )
+        if method.beta:
+            yield Problem(
+                ("post_training.beta", "rollout"),
+                f"post_training.beta is {method.beta:g}, and a reference is scored for rows of files only",
+                "beta 0 with rollout",
+                "remove beta",
+            )
+        if method.sampler_correction != "none":
+            yield Problem(
+                ("post_training.sampler_correction", "rollout"),
+                f"sampler_correction is {method.sampler_correction}, and what samples is the policy itself",
+                "none with rollout",
+                "remove sampler_correction",
+            )
+        given = dataset.model_fields_set
+        if dataset.val_file is not None or ("validation_split" in given and dataset.validation_split > 0):
+            key = "val_file" if dataset.val_file is not None else "validation_split"
+            yield Problem(
+                (f"dataset.{key}", "rollout"),
+                f"dataset.{key} holds rows to evaluate on, and a run that samples is not evaluated on any",
+                "no validation rows with rollout",
+                f"remove dataset.{key}",
+            )
+
     def problems(self) -> Iterator[Problem]:
+        yield from self._rollout_problems()
         names = [model.name for model in self.models]
         for i, name in enumerate(names):
             if name in names[:i]:

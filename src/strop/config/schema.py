@@ -32,7 +32,7 @@ class Key:
     name: str
     field: FieldInfo
     methods: tuple[str, ...] = ()
-    """For post_training: the methods that read it."""
+    """The methods that read it, where not all do."""
 
     @property
     def dotted(self) -> str:
@@ -119,6 +119,10 @@ def _range(whole: bool, metadata: Iterable[Any]) -> Iterator[str]:
         yield " and ".join(f"{words[name]} {bounds[name]}" for name in words if name in bounds)
 
 
+READ_BY: Mapping[str, tuple[str, ...]] = {"rollout": ("grpo",), "rewards": ("grpo",)}
+"""Sections and keys at the top that only some methods read."""
+
+
 def _all_keys() -> Iterable[Key]:
     for name, field in RunConfig.model_fields.items():
         annotation = field.annotation
@@ -128,9 +132,9 @@ def _all_keys() -> Iterable[Key]:
             names = dict.fromkeys(key for settings in METHODS.values() for key in settings.model_fields)
             yield from (setting(key) for key in names)
         elif isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from (Key(name, key, f) for key, f in annotation.model_fields.items())
+            yield from (Key(name, key, f, READ_BY.get(name, ())) for key, f in annotation.model_fields.items())
         else:
-            yield Key("", name, field)
+            yield Key("", name, field, READ_BY.get(name, ()))
 
 
 def setting(name: str, method: str | None = None) -> Key:

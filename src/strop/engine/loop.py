@@ -208,7 +208,7 @@ class Loop:
                 grad_norm=update.grad_norm,
                 clipped=update.clipped,
                 skipped=update.skipped,
-                metrics=numbers.metrics,
+                metrics={**numbers.metrics, **self.source.metrics(step)},
                 margins=None if margins is None else _in_order(margins, found.order).numpy(),
                 num_groups=len(groups.groups),
                 num_zero_signal_groups=sum(_has_no_signal(group) for group in groups.groups),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from strop.columns import Columns
+from strop.engine.records import Sum
 from strop.engine.source import GroupSet, Part, Supply
 from strop.plan.order import Plan
 from strop.policy.reference import SyncedReference
@@ -37,6 +38,9 @@ class OfflineSource:
 
     def place(self, step: int) -> tuple[int, int]:
         return self.plan.position(step)
+
+    def metrics(self, step: int) -> Mapping[str, Sum]:
+        return {}
 
     def epochs(self, step: int) -> float:
         return step / self.plan.steps_per_epoch

@@ -34,6 +34,8 @@ FREE_KEYS = frozenset(
         "training.max_seq_length",  # compared through the groups, as the next two
         "training.max_prompt_length",
         "training.max_completion_length",
+        "rollout.batch_tokens",
+        "rollout.reward_timeout",
         "finetuning.resume_from_checkpoint",
     }
 )
@@ -54,9 +56,12 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     if config.training.packing or build_objective(config.post_training).also:
         # packed rows are filled to it, and completions of other rows are truncated to it
         keys["training.max_seq_length"] = config.training.max_seq_length
+    if config.rollout.enabled:  # completions are sampled up to these
+        keys["training.max_seq_length"] = config.training.max_seq_length
+        keys["training.max_completion_length"] = config.training.max_completion_length
     if config.dataset.date is not None:
         keys["dataset.date"] = config.dataset.date  # so that a resume prints the same day
-    plain: dict[str, Any] = json.loads(json.dumps(keys))
+    plain: dict[str, Any] = json.loads(json.dumps(keys, default=lambda section: section.model_dump()))
     return plain
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from strop.batch import Batch, own_columns, own_names, structure_of
 from strop.columns import NO_COLUMNS, Columns
 from strop.config.methods import MethodSettings
+from strop.engine.records import Sum
 from strop.lengths import Lengths, lengths_of
 from strop.objectives.base import Objective
 from strop.plan.cutting import cut
@@ -128,6 +129,9 @@ class StepSource(Protocol):
 
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, step in the epoch), both from 0, of a step from 1."""
+
+    def metrics(self, step: int) -> Mapping[str, Sum]:
+        """What the source itself measured when it made the step that was asked for last, as (sum, count)."""
 
     def epochs(self, step: int) -> float:
         """How many epochs so many steps are, as a fraction."""

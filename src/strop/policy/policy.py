@@ -159,6 +159,29 @@ class Policy(nn.Module):
             for m, p in zip(dropouts, before, strict=True):
                 m.p = p
 
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """No gradients, no dropout, and the model's own attention, so that it can decode with a cache; each module is
+        then in the mode that it was in."""
+        training = [(m, m.training) for m in self.modules()]
+        with self.scoring():
+            self._use_attention(self.plain_attention)
+            self.eval()
+            try:
+                yield
+            finally:
+                for m, was in training:
+                    m.training = was
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, D] after the body -> [R, V] what the softmax is taken of, in float32 at least; without gradients."""
+        head, dtype = self.base.get_output_embeddings(), self.head_dtype
+        bias = getattr(head, "bias", None)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            products = nn.functional.linear(hidden.to(dtype), self.weight_copies(head.weight, dtype))
+            logits = products.to(self.precision.master)
+            return self.transform(logits if bias is None else logits + bias)
+
     def weights_fixed(self) -> AbstractContextManager[None]:
         """A block in which no weight changes, so that 16-bit copies of weights are made once: the passes of a step."""
         return self.weight_copies.weights_fixed()

@@ -10,6 +10,7 @@ from strop.config.sections.gpu import GpuSection
 from strop.config.sections.logging import LoggingSection
 from strop.config.sections.lora import LoraSection
 from strop.config.sections.model import ModelSection
+from strop.config.sections.rollout import RewardSection, RolloutSection
 from strop.config.sections.training import LEARNING_RATES, TrainingSection
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "LoggingSection",
     "LoraSection",
     "ModelSection",
+    "RewardSection",
+    "RolloutSection",
     "SourceSection",
     "TrainingSection",
 ]

@@ -27,6 +27,11 @@ class LogitTransform:
     def changes(self) -> bool:
         return self != UNCHANGED
 
+    def at_temperature(self, temperature: float) -> LogitTransform:
+        """What divides its result by the temperature."""
+        cap = None if self.softcap is None else self.softcap / temperature
+        return LogitTransform(self.scale / temperature, cap)
+
     def describe(self) -> str:
         """For a person."""
         return f"times {self.scale:g}" + ("" if self.softcap is None else f", capped at {self.softcap:g}")

@@ -1,0 +1,65 @@
+"""The `rollout` and `rewards` sections of the configuration: completions that the policy itself samples. Floor 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from strop.config.section import JsonMapping, MappingOf, Problem, Section
+
+
+class RewardSection(Section):
+    """One of several rewards; a text is the reward of that name."""
+
+    name: str
+    """`exact_match`, `regex`, `format` or `length`; or a function of your own: `module:function` or
+    `file.py:function`."""
+    weight: float = 1.0
+    """What it counts in the sum."""
+    settings: MappingOf[Any] = Field(default_factory=JsonMapping)
+    """Arguments of the function, by name."""
+
+
+def as_rewards(value: Any) -> Any:
+    """Names among the rewards stand for themselves."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return value
+    return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+
+class RolloutSection(Section):
+    """Completions that the policy samples in every step. The section's presence switches it on."""
+
+    enabled: bool = Field(default=True, json_schema_extra={"x-default": "true if the section is given, else false"})
+    """Sample completions in every step instead of reading them; true when a `rollout` section is given, else false."""
+    num_generations: int = Field(default=8, gt=0, le=1024)
+    """Completions of each prompt."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it, in sampling and in training."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from so many likeliest tokens; 0: from all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the likeliest tokens that together have this probability; 1: from all."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Draw from tokens that are at least this share as likely as the likeliest; 0: from all."""
+    batch_tokens: int = Field(default=32_768, gt=0)
+    """Tokens, prompts and completions, that are decoded together at most; changes memory and speed."""
+    reward_timeout: float = Field(default=60.0, gt=0)
+    """Seconds that a reward may take for the completions of one prompt."""
+    on_reward_error: Literal["stop", "skip_group", "value"] = "stop"
+    """A reward that fails, takes too long, or gives null or no number: stop, leave the prompt out of the step, or take
+    reward_error_value. What is not stopped at is counted."""
+    reward_error_value: float = 0.0
+    """The reward of a completion whose own cannot be had, under on_reward_error value."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.reward_error_value != 0 and self.on_reward_error != "value":
+            yield Problem(
+                ("reward_error_value", "on_reward_error"),
+                f"reward_error_value is {self.reward_error_value:g}, and on_reward_error {self.on_reward_error} does "
+                "not read it",
+                fix="set on_reward_error: value, or remove reward_error_value",
+            )

@@ -1,0 +1,8 @@
+"""How good a completion is: functions that are shipped and a user's own, each called in a process apart. Floor 2, no
+torch.
+
+shipped    functions by name
+lookup     a name to a function
+worker     the process that calls them
+calls      one call with a time limit, from this side
+"""

@@ -1,0 +1,114 @@
+"""Calls of rewards, in a process that can be ended. Floor 2, no torch.
+
+In: the completions of one prompt. Out: the values of every reward, or what went wrong. A process that takes too long or
+dies is replaced by a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from strop.errors import ConfigError
+
+START_SECONDS = 120.0
+"""What importing the modules of the rewards may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardCall:
+    """What one reward gave for the completions of one prompt. values: one per completion, None where it gave no finite
+    number. error: why there are none at all, else empty."""
+
+    values: tuple[float | None, ...]
+    error: str = ""
+
+
+class RewardCaller:
+    """Calls rewards in a process of their own, with this process's paths and working folder.
+
+    Args:
+        rewards: (name, settings) of each. timeout: seconds that one call may take.
+
+    Raises:
+        ConfigError: a reward cannot be found or imported, or this system is not one that can do it.
+    """
+
+    def __init__(self, rewards: Sequence[tuple[str, Mapping[str, Any]]], timeout: float) -> None:
+        if os.name != "posix":
+            raise ConfigError("rewards are called in a process of their own, which needs Linux or macOS")
+        self._rewards, self._timeout = [(name, dict(settings)) for name, settings in rewards], timeout
+        self._process, self._pipe = self._start()
+
+    def values(self, number: int, given: Mapping[str, Any]) -> RewardCall:
+        """One reward, for the completions of one prompt. given: arguments by name, `completions` among them.
+
+        Raises:
+            ConfigError: the reward does not fit the rows, whatever the completions.
+        """
+        name, num = self._rewards[number][0], len(given["completions"])
+        try:
+            self._pipe.send((number, dict(given)))
+            if not self._pipe.poll(self._timeout):
+                self._restart()
+                return RewardCall((None,) * num, f"it took more than {self._timeout:g} seconds")
+            kind, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            code = self._restart()
+            return RewardCall((None,) * num, f"its process ended (exit code {code})")
+        if kind == "refused":
+            raise ConfigError(f"reward {name}: {answer}", where="rewards")
+        if kind == "error":
+            return RewardCall((None,) * num, answer)
+        return RewardCall(tuple(answer))
+
+    def close(self) -> None:
+        """End the process."""
+        self._end()
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        ours, theirs = socket.socketpair()
+        paths = os.pathsep.join([path for path in sys.path if path] + [os.getcwd()])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "strop.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        pipe = Connection(ours.detach())
+        self._finalizer = weakref.finalize(self, _kill, process)
+        try:
+            pipe.send(self._rewards)
+            kind, answer = pipe.recv() if pipe.poll(START_SECONDS) else ("refused", "importing it takes too long")
+        except (EOFError, OSError):
+            kind, answer = "refused", f"its process ended while it was imported (exit code {process.wait()})"
+        if kind == "refused":
+            _kill(process)
+            names = ", ".join(name for name, _ in self._rewards)
+            raise ConfigError(answer, where=f"rewards ({names})")
+        return process, pipe
+
+    def _restart(self) -> int | None:
+        """A new process in place of this one; the old one's exit code."""
+        code = self._end()
+        self._process, self._pipe = self._start()
+        return code
+
+    def _end(self) -> int | None:
+        self._pipe.close()
+        self._finalizer()
+        return self._process.returncode
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()

@@ -1,0 +1,51 @@
+"""A reward's name to its function. Floor 2, no torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from strop.errors import ConfigError
+from strop.rewards.shipped import SHIPPED
+
+
+def find_reward(name: str) -> Callable[..., Any]:
+    """A shipped reward, or `module:function`, or `file.py:function`.
+
+    Raises:
+        ConfigError: there is none, or its module cannot be imported.
+    """
+    module, _, function = name.rpartition(":")
+    if not module:
+        if name in SHIPPED:
+            return SHIPPED[name]
+        expected = f"{', '.join(SHIPPED)}, module:function or file.py:function"
+        raise ConfigError(f"there is no reward {name!r}", where="rewards", expected=expected)
+    try:
+        loaded = _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        found: Callable[..., Any] = getattr(loaded, function)
+    except Exception as error:
+        raise ConfigError(
+            f"reward {name} cannot be imported: {type(error).__name__}: {error}",
+            where="rewards",
+            expected="module:function of an importable module, or file.py:function",
+            fix="paths are relative to the folder where strop is started",
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"reward {name} is no function", where="rewards")
+    return found
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"strop_reward_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

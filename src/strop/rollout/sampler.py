@@ -1,0 +1,183 @@
+"""Prompts to groups of completions: the policy decodes for itself, with the weights that train. Floor 4.
+
+A prompt is fed once; its completions then decode together over one cache, and those that are done leave it. What is
+drawn for a completion is a function of (seed, step, prompt, index) and of the weights: prompts beside it, batches and
+the number of processes change nothing but the rounding of a forward pass.
+
+Logits are those of the training forward: the body, the head at the last position, the policy's transform (temperature
+in it). So the log-probs that are recorded are those that training finds, to rounding.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from strop.errors import ConfigError
+from strop.policy.policy import Policy
+from strop.rollout.drawing import FROM_ALL, Drawing, uniforms
+
+LEAVE = 0.75
+"""Rows that are done leave the cache once no more than this share of it is still at work; before, copying it costs
+more than carrying them along."""
+
+PADDABLE = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers that a mask hides padding from. Prompts of other models decode with prompts of their own length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """number: of the prompt among all prompts. room: tokens that a completion has at most."""
+
+    number: int
+    ids: Sequence[int]
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A completion: ids with the end token, the natural log-prob of each; whether it came to an end."""
+
+    ids: array[int]
+    logps: array[float]
+    ended: bool
+
+
+class Sampler:
+    """Samples `num_completions` completions of each prompt.
+
+    Args:
+        ends: ids of the tokens that end a completion.
+        batch_tokens: prompts and completions that are decoded together at most.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        num_completions: int,
+        ends: Sequence[int],
+        *,
+        drawing: Drawing = FROM_ALL,
+        seed: int = 0,
+        batch_tokens: int = 32_768,
+    ) -> None:
+        if not ends:
+            raise ConfigError(
+                "nothing ends a completion: the model has no end token",
+                expected="an EOS token in the tokenizer or in generation_config.json",
+            )
+        self._policy, self._num, self._drawing, self._seed = policy, num_completions, drawing, seed
+        self._ends = torch.tensor(sorted(ends), device=policy.device)
+        self._batch_tokens = batch_tokens
+
+    def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
+        """The completions of each prompt, in the order of the prompts."""
+        found: dict[int, list[Sampled]] = {}
+        with self._policy.generating():
+            for batch in self._batches(prompts):
+                rows = _Rows(self._policy, [prompts[i] for i in batch], self._num, self._seed, step)
+                rows.decode(self._drawing, self._ends)
+                found.update(zip(batch, rows.groups(frozenset(self._ends.tolist())), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Places of prompts of like length that are decoded together, the longest first."""
+        config = self._policy.base.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        one_length = not kinds <= PADDABLE
+        batch: list[int] = []
+        for i in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), i)):
+            longest = prompts[batch[0] if batch else i]
+            width = len(longest.ids) + max(prompts[j].room for j in (*batch, i))
+            is_full = (len(batch) + 1) * self._num * width > self._batch_tokens
+            if batch and (is_full or (one_length and len(longest.ids) != len(prompts[i].ids))):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+
+class _Rows:
+    """Completions that decode together. Row p * num + g is completion g of prompt p."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt], num: int, seed: int, step: int) -> None:
+        self._policy, self._prompts, self._num = policy, prompts, num
+        self._rooms = torch.tensor([p.room for p in prompts for _ in range(num)], device=policy.device)
+        most = int(self._rooms.max())
+        drawn = np.stack([uniforms(seed, step, p.number, g, most) for p in prompts for g in range(num)])
+        self._uniforms = torch.from_numpy(drawn).to(policy.device)
+        self._tokens: list[Tensor] = []  # [rows] of every step, -1 for rows that are done
+        self._logps: list[Tensor] = []
+
+    def decode(self, drawing: Drawing, ends: Tensor) -> None:
+        """Until every row has ended or has no more room."""
+        device = self._policy.device
+        logits, cache, mask, positions = self._prefill()
+        there = torch.arange(len(self._rooms), device=device)  # the rows that the cache has
+        going = torch.ones(len(there), dtype=torch.bool, device=device)  # of these, the ones at work
+        for t in range(int(self._rooms.max())):
+            tokens, logps = drawing.draw(logits, self._uniforms[there, t])
+            self._note(there, going, tokens, logps)
+            going &= ~torch.isin(tokens, ends) & (self._rooms[there] > t + 1)
+            left = int(going.sum())
+            if not left:
+                return
+            if left <= LEAVE * len(there):
+                kept = going.nonzero().squeeze(1)
+                cache.reorder_cache(kept)
+                there, going, tokens, positions = there[kept], going[kept], tokens[kept], positions[kept]
+                mask = None if mask is None else mask[kept]
+            if mask is not None:
+                mask = F.pad(mask, (0, 1), value=1)
+            logits = self._next(tokens[:, None], positions[:, None] + t, mask, cache)[0]
+
+    def _note(self, there: Tensor, going: Tensor, tokens: Tensor, logps: Tensor) -> None:
+        now = torch.full_like(self._rooms, -1)
+        now[there] = torch.where(going, tokens, -1)
+        found = torch.zeros(len(now), dtype=logps.dtype, device=now.device)
+        found[there] = logps
+        self._tokens.append(now)
+        self._logps.append(found)
+
+    def _prefill(self) -> tuple[Tensor, Any, Tensor | None, Tensor]:
+        """Logits [R, V], the cache and its mask after the prompts, and the position of each row's first token."""
+        device, width = self._policy.device, max(len(p.ids) for p in self._prompts)
+        pads = [width - len(p.ids) for p in self._prompts]
+        ids = torch.tensor([[p.ids[0]] * n + list(p.ids) for p, n in zip(self._prompts, pads, strict=True)]).to(device)
+        mask = None
+        if any(pads):
+            mask = (torch.arange(width)[None] >= torch.tensor(pads)[:, None]).long().to(device)
+        positions = (torch.arange(width)[None] - torch.tensor(pads)[:, None]).clamp(min=0).to(device)
+        logits, cache = self._next(ids, positions, mask, None)
+        if self._num > 1:
+            cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(self._num))
+            logits = logits.repeat_interleave(self._num, 0)
+            mask = None if mask is None else mask.repeat_interleave(self._num, 0)
+        first = torch.tensor([len(p.ids) for p in self._prompts for _ in range(self._num)], device=device)
+        return logits, cache, mask, first
+
+    def _next(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
+        """[R, V] logits after the last of `ids`, and the cache with them."""
+        policy = self._policy
+        with policy.precision.autocast(ids.device):
+            out = policy.body(
+                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            )
+        return policy.logits(out.last_hidden_state[:, -1]), out.past_key_values
+
+    def groups(self, ends: frozenset[int]) -> list[list[Sampled]]:
+        """What was drawn, by prompt."""
+        tokens, logps = torch.stack(self._tokens, 1).tolist(), torch.stack(self._logps, 1).double().tolist()
+        rows = []
+        for ids, own in zip(tokens, logps, strict=True):
+            n = ids.index(-1) if -1 in ids else len(ids)
+            rows.append(Sampled(array("i", ids[:n]), array("d", own[:n]), ended=ids[n - 1] in ends))
+        return [rows[i : i + self._num] for i in range(0, len(rows), self._num)]

@@ -1,0 +1,104 @@
+"""Completions to rewards: every reward of a group called, weighed and counted. Floor 4."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from strop.config.sections import RewardSection, RolloutSection
+from strop.errors import TrainingError
+from strop.rewards.calls import RewardCaller
+from strop.types import Origin
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards of a prompt's completions. total: weighed and added up. each: by reward."""
+
+    total: tuple[float, ...]
+    each: Mapping[str, tuple[float, ...]]
+
+
+@dataclass
+class Failures:
+    """Completions whose reward could not be had, by the name of the reward; and the first of them in words."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: str = ""
+
+    def add(self, others: Failures) -> None:
+        self.counts += others.counts
+        self.first = self.first or others.first
+
+
+class Scorer:
+    """Rewards completions, one prompt at a time.
+
+    Raises:
+        ConfigError: as `RewardCaller`.
+    """
+
+    def __init__(self, rewards: Sequence[RewardSection], how: RolloutSection) -> None:
+        self.names = tuple(_unlike([reward.name for reward in rewards]))
+        self._weights = [reward.weight for reward in rewards]
+        self._how = how
+        self._caller = RewardCaller([(reward.name, reward.settings) for reward in rewards], how.reward_timeout)
+
+    def close(self) -> None:
+        """End the process that calls the rewards."""
+        self._caller.close()
+
+    def score(
+        self,
+        prompt: str,
+        completions: Sequence[str],
+        num_tokens: Sequence[int],
+        row: Mapping[str, Any],
+        origin: Origin,
+        failures: Failures,
+    ) -> Scored | None:
+        """The rewards, or None where the group is to be left out.
+
+        Args:
+            row: the columns of the prompt's row, which rewards get by their names.
+            failures: what cannot be had is added here.
+
+        Raises:
+            TrainingError: a reward fails under on_reward_error stop.
+            ConfigError: a reward does not fit the rows.
+        """
+        n = len(completions)
+        columns = {name: [value] * n for name, value in row.items()}
+        given = {**columns, "prompts": [prompt] * n, "completions": list(completions), "num_tokens": list(num_tokens)}
+        each: dict[str, tuple[float, ...]] = {}
+        left_out = False
+        for number, name in enumerate(self.names):
+            call = self._caller.values(number, given)
+            missing = sum(value is None for value in call.values)
+            if missing:
+                why = call.error or f"it gave no finite number for {missing} of {n} completions"
+                self._fail(name, missing, why, origin, failures)
+                left_out = left_out or self._how.on_reward_error == "skip_group"
+            each[name] = tuple(self._how.reward_error_value if v is None else v for v in call.values)
+        if left_out:
+            return None
+        total = tuple(sum(w * v for w, v in zip(self._weights, own, strict=True)) for own in zip(*each.values()))  # noqa: B905
+        return Scored(total, each)
+
+    def _fail(self, name: str, missing: int, why: str, origin: Origin, failures: Failures) -> None:
+        failures.counts[name] += missing
+        failures.first = failures.first or f"reward {name} fails: {why} ({origin})"
+        if self._how.on_reward_error == "stop":
+            raise TrainingError(
+                f"reward {name} fails: {why}",
+                where=str(origin),
+                expected="a finite number for every completion",
+                fix="mend it, or set rollout.on_reward_error: skip_group or value, which count such completions",
+            )
+
+
+def _unlike(names: Sequence[str]) -> list[str]:
+    """The names, numbered where one stands twice."""
+    return [name if names.count(name) == 1 else f"{name}#{names[:i].count(name) + 1}" for i, name in enumerate(names)]

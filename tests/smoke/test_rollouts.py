@@ -1,0 +1,257 @@
+"""Runs that sample: method grpo with rollout and rewards, by the real road."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import strop
+from strop.config import RunConfig, load_config, to_yaml
+from strop.errors import ConfigError, DataError, TrainingError
+
+REWARDS = '''
+import math, os, time
+
+def vowels(completions, answer, **_):
+    """Some number that depends on the text and on a column of the row."""
+    return [sum(c in "aeiou" for c in text) / (1 + len(text)) + 0.01 * a for text, a in zip(completions, answer)]
+
+async def waits(completions):
+    return [float(len(text) % 3) for text in completions]
+
+def fails(completions): raise ValueError("no luck")
+def nan(completions): return [math.nan if i % 2 else 1.0 for i, _ in enumerate(completions)]
+def null(completions): return [None if i % 2 else 1.0 for i, _ in enumerate(completions)]
+def hangs(completions): time.sleep(600)
+def dies(completions): os._exit(7)
+def short(completions): return [1.0]
+def talks(completions):
+    print("x" * 10_000_000)
+    return [1.0 * (i % 2) for i, _ in enumerate(completions)]
+def once(prompts, completions):
+    """Fails for one of the prompts."""
+    if "question 3" in prompts[0]:
+        raise ValueError("not this one")
+    return [float(len(text)) for text in completions]
+'''
+
+
+def config(folder: Path, model_dir: Path, *rewards: Any, **keys: Any) -> RunConfig:
+    rows = [{"prompt": f"question {i}", "completion": "yes", "answer": i} for i in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.py").write_text(REWARDS)
+    named = [f"{folder / 'own.py'}:{r}" if isinstance(r, str) and r.isidentifier() else r for r in rewards]
+    overrides: dict[str, Any] = {
+        "models": [{"huggingface_id": str(model_dir), "name": "run"}],
+        "dataset.train_file": str(folder / "rows.jsonl"),
+        "post_training.method": "grpo",
+        "rollout.num_generations": 4,
+        "rewards": named or [f"{folder / 'own.py'}:vowels"],
+        "training.output_dir": str(folder / "out"),
+        "training.groups_per_step": 3,
+        "training.max_steps": 4,
+        "training.max_seq_length": 64,
+        "training.max_completion_length": 8,
+        "training.learning_rate": 1e-2,
+        "training.warmup_steps": 0,
+        "training.logging_steps": 1,
+        **keys,
+    }
+    return load_config(overrides=overrides)
+
+
+def lines(path: Path, split: str = "train") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_samples_rewards_trains_and_writes_down(tmp_path: Path, model_dir: Path) -> None:
+    own = f"{tmp_path / 'own.py'}:waits"
+    rewards = ("vowels", {"name": own, "weight": 0.5}, {"name": "length", "settings": {"max_length": 8, "cache": 4}})
+    (result,) = strop.train(config(tmp_path, model_dir, *rewards))
+    records = lines(result.run_dir / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record["clip_ratio/region_mean"] == 0 and record["rewards/failed"] == 0
+        assert record["time/sample"] > 0 and record["time/reward"] > 0 and record["num_groups"] == 3
+        means = [record[f"rewards/{name}/mean"] for name in (f"{tmp_path / 'own.py'}:vowels", own, "length")]
+        assert record["reward"] == pytest.approx(means[0] + 0.5 * means[1] + means[2])
+    rollouts = lines(result.run_dir / "rollouts.jsonl")
+    assert [r["step"] for r in rollouts] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert {r["where"] for r in rollouts[:6]} == {r["where"] for r in rollouts[6:]}, "an epoch meets every prompt"
+    for row in rollouts:
+        assert len(row["completion_ids"]) == len(row["rewards"]) == len(row["old_logps"]) == 4
+        assert [len(x) for x in row["completion_ids"]] == [len(x) for x in row["old_logps"]]
+        assert row["rewards"] == pytest.approx(
+            [
+                sum(x)
+                for x in zip(
+                    *[
+                        [w * v for v in values]
+                        for w, values in zip((1, 0.5, 1), row["rewards_by_name"].values(), strict=True)
+                    ],
+                    strict=True,
+                )
+            ]
+        )
+
+
+def test_what_was_sampled_trains_again_from_its_file(tmp_path: Path, model_dir: Path) -> None:
+    (result,) = strop.train(config(tmp_path, model_dir, **{"training.max_steps": 1}))
+    (tmp_path / "again").mkdir()
+    keys = {
+        "models": [{"huggingface_id": str(model_dir), "name": "again"}],
+        "dataset": {"train_file": str(result.run_dir / "rollouts.jsonl"), "validation_split": 0.0},
+        "post_training.method": "grpo",
+        "training.output_dir": str(tmp_path / "again"),
+        "training.groups_per_step": 3,
+        "training.max_steps": 1,
+        "training.learning_rate": 1e-2,
+        "training.warmup_steps": 0,
+    }
+    (again,) = strop.train(load_config(overrides=keys))
+    first, second = (lines(r.run_dir / "metrics.jsonl")[0] for r in (result, again))
+    for name in ("loss", "grad_norm", "reward", "reward_std", "completions/mean_length"):
+        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("changes", [{"training.micro_batch_tokens": 1}, {"rollout.batch_tokens": 1}], ids=str)
+def test_how_a_step_is_cut_or_decoded_changes_nothing(changes: dict[str, Any], tmp_path: Path, model_dir: Path) -> None:
+    runs = []
+    for name, keys in (("a", {}), ("b", changes)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (result,) = strop.train(config(folder, model_dir, **keys))
+        runs.append(lines(result.run_dir / "rollouts.jsonl"))
+    assert [r["completion_ids"] for r in runs[0]] == [r["completion_ids"] for r in runs[1]]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> None:
+    """Killed in the middle, resumed: the same completions, rewards and weights as a run that nobody killed."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    keys = {"training.max_steps": 6, "training.save_steps": 2, "finetuning.load_best_model_at_end": False}
+    for folder in (whole, broken):
+        folder.mkdir()
+        text = to_yaml(config(folder, model_dir, **keys, **{"finetuning.early_stopping_patience": None}))
+        (folder / "config.yaml").write_text(text)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def start(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "strop", "train", "--config", str(folder / "config.yaml"), *flags]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+    assert start(whole).wait() == 0
+    process = start(broken)
+    log = broken / "out" / "run" / "rollouts.jsonl"
+    while process.poll() is None and (not log.exists() or len(log.read_bytes().splitlines()) < 7):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was to be killed in its third step"
+    assert start(broken, "--resume").wait() == 0
+
+    def rollouts(folder: Path) -> list[dict[str, Any]]:
+        own = lines(folder / "out" / "run" / "rollouts.jsonl")
+        return [{name: x for name, x in r.items() if name not in ("where", "rewards_by_name")} for r in own]
+
+    assert rollouts(broken) == rollouts(whole)
+    weights = [(folder / "out" / "run" / "final" / "model.safetensors").read_bytes() for folder in (whole, broken)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("reward", "found"),
+    [
+        ("fails", "ValueError: no luck"),
+        ("nan", "no finite number for 2 of 4 completions"),
+        ("null", "no finite number for 2 of 4 completions"),
+        ("hangs", "more than 0.5 seconds"),
+        ("dies", r"its process ended \(exit code 7\)"),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run_and_names_the_row(
+    reward: str, found: str, tmp_path: Path, model_dir: Path
+) -> None:
+    with pytest.raises(TrainingError, match=found) as stopped:
+        strop.train(config(tmp_path, model_dir, reward, **{"rollout.reward_timeout": 0.5}))
+    assert "rows.jsonl:" in str(stopped.value)
+
+
+@pytest.mark.parametrize("reward", ["fails", "hangs", "dies"])
+def test_a_value_stands_in_for_a_reward_that_fails(reward: str, tmp_path: Path, model_dir: Path) -> None:
+    keys = {"rollout.on_reward_error": "value", "rollout.reward_error_value": -1.0, "rollout.reward_timeout": 0.5}
+    (result,) = strop.train(config(tmp_path, model_dir, reward, "talks", **keys, **{"training.max_steps": 1}))
+    (record,) = lines(result.run_dir / "metrics.jsonl")
+    assert record["rewards/failed"] == 12
+    assert record["reward"] == pytest.approx(-1 + 0.5) and record["frac_reward_zero_std"] == 0
+
+
+def test_a_group_whose_reward_fails_is_left_out(tmp_path: Path, model_dir: Path) -> None:
+    keys = {"rollout.on_reward_error": "skip_group", "training.max_steps": 2}
+    (result,) = strop.train(config(tmp_path, model_dir, "once", **keys))
+    records = lines(result.run_dir / "metrics.jsonl")
+    assert sorted(r["num_groups"] for r in records) == [2, 3] and sum(r["rewards/failed"] for r in records) == 4
+    assert not any("question 3" in r["prompt"] for r in lines(result.run_dir / "rollouts.jsonl"))
+    with pytest.raises(TrainingError, match="no prompt of this step has rewards"):
+        other = tmp_path / "other"
+        other.mkdir()
+        strop.train(config(other, model_dir, "fails", **{"rollout.on_reward_error": "skip_group"}))
+
+
+@pytest.mark.parametrize(
+    ("reward", "found"),
+    [
+        ("short", "1 values for 4 completions"),
+        ("missing", "cannot be imported"),
+        ("no_such_module:f", "cannot be imported"),
+        ("exact_macht", "there is no reward 'exact_macht'"),
+        ({"name": "exact_match", "settings": {"column": "solution"}}, "no column 'solution'"),
+    ],
+    ids=str,
+)
+def test_a_reward_that_cannot_be_one_is_refused(reward: Any, found: str, tmp_path: Path, model_dir: Path) -> None:
+    if reward == "exact_macht":
+        reward = {"name": reward}
+    with pytest.raises(ConfigError, match=found):
+        strop.train(config(tmp_path, model_dir, reward))
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        ({"post_training.method": "dpo"}, "completions are to be sampled, and method dpo"),
+        ({"rewards": []}, "no reward is given"),
+        ({"rollout.num_generations": 1}, "num_generations is 1"),
+        ({"post_training.beta": 0.1}, "a reference is scored for rows of files only"),
+        ({"post_training.sampler_correction": "token_mask"}, "what samples is the policy itself"),
+        ({"dataset.validation_split": 0.5}, "is not evaluated on any"),
+        ({"rollout.enabled": False}, "nothing is sampled that they could reward"),
+        ({"rollout.reward_error_value": 1.0}, "on_reward_error stop does not read it"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(
+    keys: dict[str, Any], found: str, tmp_path: Path, model_dir: Path
+) -> None:
+    with pytest.raises(ConfigError, match=found):
+        config(tmp_path, model_dir, **keys)
+
+
+def test_a_prompt_without_room_is_refused(tmp_path: Path, model_dir: Path) -> None:
+    keys = {"training.max_seq_length": 6, "training.max_prompt_length": 5, "training.max_completion_length": None}
+    loaded = config(tmp_path, model_dir, **keys)
+    assert loaded.training.max_completion_length is None
+    with pytest.raises(DataError, match=r"which leaves 0 for a completion|rows are dropped"):
+        strop.train(config(tmp_path, model_dir, **{**keys, "training.max_prompt_length": None}))
+
+
+def test_the_configuration_comes_back(tmp_path: Path, model_dir: Path) -> None:
+    given = config(tmp_path, model_dir, "vowels", {"name": "regex", "weight": 2.0, "settings": {"pattern": "a+"}})
+    (tmp_path / "again.yaml").write_text(to_yaml(given))
+    assert load_config(tmp_path / "again.yaml") == given

@@ -1,0 +1,106 @@
+"""The shipped rewards, and calls in a process apart."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strop.errors import ConfigError
+from strop.rewards.calls import RewardCaller
+from strop.rewards.shipped import exact_match, format, length, regex
+
+THINKING = "<think>2 and 2</think>\n<answer>4</answer>"
+
+
+def test_exact_match() -> None:
+    texts = [" 4\n", "four", "4.0"]
+    assert exact_match(texts, completion=["4", "Four", 4]) == [1.0, 0.0, 0.0]
+    assert exact_match(texts, answer=["4", "Four", "4"], column="answer", ignore_case=True) == [1.0, 1.0, 0.0]
+    with pytest.raises(ConfigError, match="no column 'answer'"):
+        exact_match(texts, column="answer", completion=["4"] * 3)
+
+
+def test_regex() -> None:
+    texts = ["so #### 4", "first #### 5, no: #### 4", "4"]
+    assert regex(texts, pattern="####") == [1.0, 1.0, 0.0]
+    assert regex(texts, pattern=r"#### (\d+)", column="answer", answer=["4", "4", "4"]) == [1.0, 1.0, 0.0]
+    assert regex(texts, pattern=r"\d+", column="answer", answer=["4", "5", "4"]) == [1.0, 0.0, 1.0]
+
+
+def test_format() -> None:
+    assert format([THINKING, f"{THINKING} and more", "4", f"\n{THINKING} "]) == [1.0, 0.0, 0.0, 1.0]
+    assert format(["ab", "b"], pattern="a.") == [1.0, 0.0]
+
+
+def test_length_is_the_soft_penalty_of_the_paper() -> None:
+    """Eq. 13: 0 up to L_max - L_cache, linear between, -1 from L_max on."""
+    assert length([10, 80, 90, 95, 100, 300], max_length=100, cache=20) == [0.0, 0.0, -0.5, -0.75, -1.0, -1.0]
+    with pytest.raises(ConfigError, match="cache is 200"):
+        length([1], max_length=100, cache=200)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import os, time\n"
+        "def where(completions): return [float(os.getpid())] * len(completions)\n"
+        "def hangs(completions): time.sleep(60)\n"
+        "def dies(completions): os._exit(3)\n"
+        "def takes(completions, prompts, *, factor): return [factor * len(p) for p in prompts]\n"
+    )
+    return path
+
+
+def caller(own: Path, name: str, timeout: float = 20.0, **settings: Any) -> RewardCaller:
+    return RewardCaller([(f"{own}:{name}", settings)], timeout)
+
+
+def test_it_is_called_elsewhere_with_what_it_names(own: Path) -> None:
+    calls = caller(own, "takes", factor=2)
+    given = {"completions": ["x", "y"], "prompts": ["abc", "de"], "more": [1, 2]}
+    assert calls.values(0, given).values == (6.0, 4.0)
+    calls.close()
+    calls = caller(own, "where")
+    (first,), (second,) = (calls.values(0, {"completions": ["x"]}).values for _ in range(2))
+    assert first == second != os.getpid()
+    calls.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first), 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "why"), [("hangs", "more than 0.3 seconds"), ("dies", "exit code 3")])
+def test_a_process_that_is_lost_is_replaced(own: Path, name: str, why: str) -> None:
+    calls = RewardCaller([(f"{own}:{name}", {}), (f"{own}:where", {})], 0.3)
+    for _ in range(2):
+        call = calls.values(0, {"completions": ["x", "y"]})
+        assert call.values == (None, None) and why in call.error
+        assert calls.values(1, {"completions": ["x"]}).values[0] is not None
+    calls.close()
+
+
+def test_it_ends_with_the_process_that_calls_it(own: Path) -> None:
+    script = (
+        "import os, sys\nfrom strop.rewards.calls import RewardCaller\n"
+        f"caller = RewardCaller([({f'{own}:where'!r}, {{}})], 20.0)\n"
+        "print(int(caller.values(0, {'completions': ['x']}).values[0]), flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    pid, until = int(done.stdout), time.monotonic() + 20
+    while time.monotonic() < until:
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("the process that calls rewards outlives the one that started it")
+
+
+def test_settings_that_do_not_fit_are_an_error(own: Path) -> None:
+    calls = caller(own, "takes", factr=2)
+    assert "factr" in calls.values(0, {"completions": ["x"], "prompts": ["p"]}).error
+    calls.close()

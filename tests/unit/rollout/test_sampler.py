@@ -1,0 +1,193 @@
+"""The group sampler: what it draws, and that nothing but seed, step, prompt and index decides it."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from conftest import build_model, build_tokenizer
+from strop.config import load_config, resolve
+from strop.errors import ConfigError
+from strop.policy.build import build_policy
+from strop.policy.policy import Policy
+from strop.rollout.drawing import Drawing, uniforms
+from strop.rollout.sampler import Prompt, Sampled, Sampler
+from strop.types import Completion, Group, Origin
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "dense": lambda: build_model(),
+    "sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
+    "mixture": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    ),
+    "hybrid": lambda: Lfm2ForCausalLM(
+        Lfm2Config(**{**SIZES, "block_ff_dim": 48, "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1]})
+    ),
+}
+PROMPTS = [[5, 6, 7], [9] * 9, [11, 12, 13, 14, 15], [20, 21, 22], list(range(30, 47))]
+ENDS = (3, *range(50, 110, 3))
+"""Several, so that some completions end before others."""
+
+
+def make_policy(folder: Path, family: str = "dense", **keys: Any) -> Policy:
+    torch.manual_seed(0)
+    FAMILIES[family]().save_pretrained(folder / family)
+    build_tokenizer().save_pretrained(folder / family)
+    overrides = {
+        "models.0.huggingface_id": str(folder / family),
+        "method": "sft",
+        "training.max_seq_length": 64,
+        **keys,
+    }
+    config = resolve(load_config(overrides=overrides))
+    return build_policy(config, config.models[0], torch.device("cpu"), tokenizer=build_tokenizer())
+
+
+def prompts(of: list[list[int]] = PROMPTS, room: int = 12) -> list[Prompt]:
+    return [Prompt(number, ids, room) for number, ids in enumerate(of)]
+
+
+def as_group(prompt: Prompt, completions: list[Sampled]) -> Group:
+    made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in completions)
+    return Group(array("i", prompt.ids), made, Origin("rows", 1))
+
+
+def trained_logps(policy: Policy, given: list[Prompt], found: list[list[Sampled]]) -> torch.Tensor:
+    """As the training forward has them."""
+    return policy(policy.collate([as_group(p, own) for p, own in zip(given, found, strict=True)])).logps.detach()
+
+
+def ids(found: list[list[Sampled]]) -> list[list[list[int]]]:
+    return [[list(c.ids) for c in own] for own in found]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_log_probs_are_those_of_the_training_forward(family: str, tmp_path: Path) -> None:
+    policy = make_policy(tmp_path, family)
+    given = prompts()
+    found = Sampler(policy, 4, ENDS, seed=1).sample(1, given)
+    recorded = torch.tensor([x for own in found for c in own for x in c.logps])
+    torch.testing.assert_close(trained_logps(policy, given, found), recorded.float(), rtol=0, atol=1e-5)
+    lengths = {len(c.ids) for own in found for c in own}
+    assert len(lengths) > 4, "some end early"
+    for completion in itertools.chain(*found):
+        assert completion.ended == (completion.ids[-1] in ENDS)
+        assert completion.ended or len(completion.ids) == 12
+        assert not set(ENDS).intersection(completion.ids[:-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_and_neighbours_change_nothing(family: str, tmp_path: Path) -> None:
+    policy = make_policy(tmp_path, family)
+    whole = ids(Sampler(policy, 4, ENDS, seed=1).sample(3, prompts()))
+    assert ids(Sampler(policy, 4, ENDS, seed=1, batch_tokens=1).sample(3, prompts())) == whole
+    assert ids(Sampler(policy, 4, ENDS, seed=1).sample(3, prompts()[::-1])) == whole[::-1]
+    assert ids(Sampler(policy, 4, ENDS, seed=1).sample(3, prompts()[2:3])) == whole[2:3]
+    assert [own[:2] for own in whole] == ids(Sampler(policy, 2, ENDS, seed=1).sample(3, prompts()))
+    for other in ({"seed": 2}, {"step": 4}):
+        assert ids(Sampler(policy, 4, ENDS, seed=other.get("seed", 1)).sample(other.get("step", 3), prompts())) != whole
+
+
+def test_the_temperature_is_that_of_the_policy(tmp_path: Path) -> None:
+    """Log-probs of both are divided alike, and a cold policy repeats itself."""
+    policy = make_policy(tmp_path)
+    policy.transform = policy.transform.at_temperature(0.5)
+    found = Sampler(policy, 4, ENDS, seed=1).sample(1, prompts())
+    recorded = torch.tensor([x for own in found for c in own for x in c.logps])
+    torch.testing.assert_close(trained_logps(policy, prompts(), found), recorded.float(), rtol=0, atol=1e-5)
+    policy.transform = policy.transform.at_temperature(1e-4)
+    cold = Sampler(policy, 8, ENDS, seed=1).sample(1, prompts())
+    assert all(len({tuple(c.ids) for c in own}) == 1 for own in cold)
+
+
+def test_adapters_sample_and_modes_come_back(tmp_path: Path) -> None:
+    policy = make_policy(tmp_path, **{"lora.r": 4, "lora.lora_dropout": 0.5})
+    modes = [m.training for m in policy.modules()]
+    base = ids(Sampler(policy, 2, ENDS).sample(1, prompts()))
+    with torch.no_grad():
+        for weight in policy.trainable().values():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    found = Sampler(policy, 2, ENDS).sample(1, prompts())
+    assert ids(found) != base
+    assert modes == [m.training for m in policy.modules()] and any(modes)
+    recorded = torch.tensor([x for own in found for c in own for x in c.logps])
+    with policy.scoring():
+        torch.testing.assert_close(trained_logps(policy, prompts(), found), recorded.float(), rtol=0, atol=1e-5)
+
+
+DRAWINGS = (
+    *(Drawing(), Drawing(vocabulary=9), Drawing(top_k=5), Drawing(top_p=0.7), Drawing(min_p=0.1)),
+    Drawing(4, 0.8, 0.05),
+)
+
+
+@pytest.mark.parametrize("drawing", DRAWINGS, ids=str)
+def test_draws_are_those_of_the_distribution(drawing: Drawing) -> None:
+    """Chi-square of 20,000 draws against the exact probabilities, and nothing outside of them."""
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 1.5
+    exact = logits.softmax(-1).numpy()
+    kept = np.arange(12) < (drawing.vocabulary or 12)
+    order = np.argsort(-exact * kept)
+    if drawing.top_k:
+        kept[order[drawing.top_k :]] = False
+    if drawing.top_p < 1:
+        mass = exact[order] * kept[order]
+        kept[order[np.cumsum(mass) - mass >= drawing.top_p * mass.sum()]] = False
+    if drawing.min_p:
+        kept &= exact >= drawing.min_p * exact.max()
+    expected = exact * kept / (exact * kept).sum()
+    draws = 20_000
+    tokens, logps = drawing.draw(logits.expand(draws, -1), torch.tensor(uniforms(1, 2, 3, 4, draws)))
+    counts = np.bincount(tokens.numpy(), minlength=12)
+    assert not counts[~kept].any()
+    where = expected > 0
+    statistic = ((counts[where] - draws * expected[where]) ** 2 / (draws * expected[where])).sum()
+    assert statistic < 11 + 4 * np.sqrt(22), "four standard deviations of a chi-square of 11 degrees"
+    np.testing.assert_allclose(logps.numpy(), np.log(exact)[tokens.numpy()], rtol=1e-12)
+
+
+def test_the_numbers_of_a_completion_are_its_own() -> None:
+    keys = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]
+    assert len({tuple(uniforms(*key, 3)) for key in keys}) == len(keys)
+    assert list(uniforms(*keys[0], 3)) == list(uniforms(*keys[0], 8)[:3]), "more room changes nothing"
+
+
+def test_the_ends_of_the_unit_interval_draw_what_can_be_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]], dtype=torch.float64)
+    for number, token in ((0.0, 1), (1 - 2**-53, 2)):
+        assert Drawing().draw(logits, torch.tensor([number], dtype=torch.float64))[0].item() == token
+
+
+def test_a_model_that_never_ends_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing ends a completion"):
+        Sampler(make_policy(tmp_path), 2, ())

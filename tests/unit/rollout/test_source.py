@@ -1,0 +1,112 @@
+"""The step source that samples: one process or several make the same groups."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import build_tokenizer
+from strop.config.sections import RolloutSection
+from strop.errors import TrainingError
+from strop.plan.order import Plan
+from strop.rollout.sampler import Prompt, Sampled
+from strop.rollout.scoring import Failures, Scored
+from strop.rollout.source import Limits, RolloutSource
+from strop.types import Completion, Group, Origin
+from strop.world import World
+from worlds import in_worlds
+
+PROMPTS = [
+    Group(array("i", [5 + i] * (1 + i)), (Completion(array("i", [3]), b"\1"),), Origin("rows", i)) for i in range(7)
+]
+
+
+class Sampling:
+    """Two completions that say for what they were sampled."""
+
+    def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
+        return [
+            [Sampled(array("i", [step, p.number, 40 + g]), array("d", [-0.1, -0.2, -0.3 - g]), g == 0) for g in (0, 1)]
+            for p in prompts
+        ]
+
+
+class Scoring:
+    names = ("a",)
+
+    def __init__(self, fails: Sequence[int] = ()) -> None:
+        self.fails = fails
+
+    def score(
+        self, prompt: str, completions: Any, num: Any, row: Mapping[str, Any], origin: Origin, failures: Failures
+    ) -> Scored | None:
+        if origin.line in self.fails:
+            failures.counts["a"] += 2
+            failures.first = failures.first or str(origin)
+            return None
+        values = (float(row["value"]), 0.0)
+        return Scored(values, {"a": values})
+
+    def close(self) -> None: ...
+
+
+def make(world: World, folder: Path, fails: Sequence[int] = ()) -> RolloutSource:
+    rows = {g.origin: {"value": i} for i, g in enumerate(PROMPTS)}
+    parts: Any = (Plan.of(7, 4, 1, None, 0), PROMPTS, rows, Sampling(), Scoring(fails), build_tokenizer())
+    return RolloutSource(*parts, Limits(32, 8), folder / "rollouts.jsonl", lambda note: None, world)
+
+
+def told(source: RolloutSource) -> list[Any]:
+    found = []
+    for step in (1, 2):
+        groups = source.step(step)
+        assert source.step(step) is groups, "made once"
+        metrics = {k: v for k, v in source.metrics(step).items() if not k.startswith("time/")}
+        found.append(([*groups.groups], [*(groups.indices or ())], metrics))
+        source.after(step)
+    return found
+
+
+@pytest.mark.parametrize("fails", [(), (2, 5)])
+def test_processes_share_the_prompts_and_all_get_all_groups(tmp_path: Path, fails: tuple[int, ...]) -> None:
+    logs = []
+    results = []
+    for size in (1, 2, 3):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        results += in_worlds(size, lambda world, folder=folder: told(make(world, folder, fails)))  # type: ignore[misc]
+        logs.append((folder / "rollouts.jsonl").read_text())
+    assert all(result == results[0] for result in results[1:])
+    assert logs[0] == logs[1] == logs[2] and len(logs[0].splitlines()) == 7 - len(fails)
+    (groups, indices, metrics), _ = results[0]
+    assert [g.origin.line for g in groups] == indices and metrics["completions/clipped_ratio"] == (
+        len(groups),
+        2 * len(groups),
+    )
+    assert [list(g.completions[1].ids) for g in groups] == [[1, i, 41] for i in indices]
+    assert metrics["rewards/a/mean"] == (sum(map(float, indices)), 2 * len(groups))
+
+
+def test_what_a_resume_makes_again_leaves_the_log(tmp_path: Path) -> None:
+    source = make(World.alone("cpu"), tmp_path)
+    told(source)
+    source.rewind(1)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert steps == [1, 1, 1, 1]
+    source.step(2)
+    source.close()
+
+
+def test_a_step_without_rewards_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no prompt of this step has rewards: rows:"):
+        told(make(World.alone("cpu"), tmp_path, range(7)))
+
+
+def test_the_defaults_sample_from_everything() -> None:
+    how = RolloutSection()
+    assert (how.temperature, how.top_k, how.top_p, how.min_p) == (1.0, 0, 1.0, 0.0)
