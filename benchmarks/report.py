@@ -17,6 +17,8 @@ from .inputs import ROOT
 from .measure import IDLE_CORES, RESULTS
 
 Result = Mapping[str, Any]
+STEPS = "steps.json"
+"""What `benchmarks.step_ratio --out` writes, beside the folders of machines."""
 
 HEAD = """# Results
 
@@ -66,14 +68,32 @@ def ratio(result: Result, target: Target) -> float:
     return median(theirs / ours for theirs, ours in pairs)
 
 
-def table(results: Sequence[Sequence[Result]]) -> Iterator[str]:
-    """RESULTS.md, line by line. results: by machine, the one with the most rounds first."""
+def table(results: Sequence[Sequence[Result]], steps: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """RESULTS.md, line by line. results: by machine, the one with the most rounds first. steps: of another commit."""
     yield HEAD
     yield "| side | what it is |\n|---|---|"
     yield from (f"| {name} | {text} |" for name, text in SIDES.items())
     yield from section(results[0], CASES)
     for others in results[1:]:
         yield from section(others, ())
+    if steps is not None:
+        yield from beside(steps)
+
+
+def beside(steps: Mapping[str, Any]) -> Iterator[str]:
+    """What `benchmarks.step_ratio` has measured."""
+    yield f"\n## Steps and starts beside those of commit {steps['against'][:7]}\n"
+    yield (
+        f"{steps['date']}, commit {steps['commit'][:7]}, one thread. Seconds of processor time, the least of the "
+        "rounds; in brackets the quartiles of the ratios of all pairs that were taken in turn.\n"
+    )
+    yield "| case | what | pairs | seconds | before | ratio |\n|---|---|---|---|---|---|"
+    for result in steps["cases"]:
+        for what in ("step", "start"):
+            if (found := result.get(what)) is not None:
+                low, high = found["quartiles"]
+                seconds = f"{found['times']} | {found['seconds']:.3f} | {found['before']:.3f}"
+                yield f"| {result['case']} | {what} | {seconds} | {found['ratio']:.3f} ({low:.3f} - {high:.3f}) |"
 
 
 def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
@@ -243,7 +263,8 @@ def main() -> None:
     results = load(args.results)
     if not results:
         raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
-    args.table.write_text("\n".join(table(results)) + "\n", encoding="utf-8")
+    steps = json.loads(path.read_text(encoding="utf-8")) if (path := args.results / STEPS).exists() else None
+    args.table.write_text("\n".join(table(results, steps)) + "\n", encoding="utf-8")
     args.plot.write_text(plot(results[0]), encoding="utf-8")
     print(f"{sum(map(len, results))} cases: {args.table}, {args.plot}")
 

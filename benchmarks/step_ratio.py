@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -149,14 +150,14 @@ def compare(trees: Sequence[Path], case: Case, rounds: int) -> dict[str, Any]:
         subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
         found = [one_round(trees, work, work / "inputs", case, n) for n in range(rounds)]
     new, old = ([min(times) for times in zip(*side, strict=True)] for side in zip(*found, strict=True))
-    result = {"start": _figures(new[:1], old[:1], [(a[0], b[0]) for a, b in found])}
+    result = {"start": figures_of(new[:1], old[:1], [(a[0], b[0]) for a, b in found])}
     if len(new) > 1:
         pairs = [pair for a, b in found for pair in zip(a[1:], b[1:], strict=True)]
-        result["step"] = _figures(new[1:], old[1:], pairs)
+        result["step"] = figures_of(new[1:], old[1:], pairs)
     return {"case": case.name, "rounds": rounds, **result}
 
 
-def _figures(new: Sequence[float], old: Sequence[float], pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+def figures_of(new: Sequence[float], old: Sequence[float], pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """pairs: (new, old) of every time that was taken."""
     ratios = sorted(a / b for a, b in pairs)
     return {
@@ -164,8 +165,7 @@ def _figures(new: Sequence[float], old: Sequence[float], pairs: Sequence[tuple[f
         "before": sum(old) / len(old),
         "ratio": sum(new) / sum(old),
         "median": median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
+        "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
         "times": len(ratios),
     }
 
@@ -178,7 +178,7 @@ def lines(found: Sequence[dict[str, Any]]) -> Iterator[str]:
                 yield (
                     f"{result['case']}, {what}: {figures['seconds']:.3f} s, {figures['before']:.3f} s before; ratio "
                     f"{figures['ratio']:.3f}; of {figures['times']} pairs {figures['median']:.3f} "
-                    f"({figures['least']:.3f} - {figures['most']:.3f})"
+                    f"(quartiles {figures['quartiles'][0]:.3f} - {figures['quartiles'][1]:.3f})"
                 )
 
 
@@ -186,9 +186,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="COMMIT", help="the commit to compare with")
     parser.add_argument("--case", nargs="+", default=DEFAULT, metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="2 or more: the first start measures the processor")
     parser.add_argument("--steps", type=int, help="of each round, the warm-up included")
-    parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
+    parser.add_argument("--out", type=Path, help="a file for the figures, as JSON: benchmarks/results/steps.json")
     for hidden in ("--train", "--to"):
         parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--as", dest="as_", help=argparse.SUPPRESS)
@@ -199,6 +199,8 @@ def main() -> int:
     if not args.against:
         parser.error("--against is missing")
     known, found = {**CASES, TOY.name: TOY, START.name: START}, []
+    ours = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
+    facts = {"against": args.against, "commit": ours.stdout.strip(), "date": date.today().isoformat()}
     with checked_out(args.against) as tree:
         for name in args.case:
             case = known[name] if args.steps is None or name == START.name else replace(known[name], steps=args.steps)
@@ -207,8 +209,8 @@ def main() -> int:
                 continue
             found.append(compare((ROOT, tree), case, args.rounds))
             print(*lines(found[-1:]), sep="\n", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps({"against": args.against, "cases": found}, indent=1) + "\n", encoding="utf-8")
+            if args.out:
+                args.out.write_text(json.dumps({**facts, "cases": found}, indent=1) + "\n", encoding="utf-8")
     slow = [r["case"] for r in found if max(r[what]["ratio"] for what in ("step", "start") if what in r) > MOST]
     print(f"above {MOST}: {', '.join(slow) or 'none'}")
     return 1 if slow else 0

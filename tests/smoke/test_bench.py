@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import step_ratio
 from benchmarks.cases import TOY
 from benchmarks.report import main as make_report
 from benchmarks.sides import check_side
@@ -107,6 +108,32 @@ def test_machines_do_not_mix(tmp_path: Path) -> None:
     assert "| one | seconds | G | 4.00 |" in slow and "| two | seconds | G | 4.00 |" in slow
     assert "| one | seconds | G | 1.00 |" in fast and "| two |" not in fast and "not measured" not in fast
     assert ">4.00</text>" in plot and ">two</text>" in plot
+
+
+def test_steps_beside_those_of_another_commit_are_reported(tmp_path: Path) -> None:
+    """The ratio is that of the sums of least times, and quartiles are of the pairs."""
+    pairs = [(1.0, 2.0), (3.0, 2.0), (1.5, 1.0), (1.0, 4.0)]
+    figures = step_ratio.figures_of([1.0, 1.5], [2.0, 1.0], pairs)
+    assert (figures["seconds"], figures["before"], figures["times"]) == (1.25, 1.5, 4)
+    assert figures["ratio"] == pytest.approx(2.5 / 3) and figures["quartiles"] == [0.5, 1.5]
+    found = [{"case": "toy", "rounds": 2, "start": figures, "step": figures}]
+    (line, other) = step_ratio.lines(found)
+    assert line.startswith("toy, step: 1.250 s, 1.500 s before; ratio 0.833; of 4 pairs") and "start" in other
+    steps = {"against": "a" * 40, "commit": "b" * 40, "date": "2026-01-02", "cases": found}
+    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    (tmp_path / "a-processor").mkdir()
+    (tmp_path / "a-processor" / "made-up.json").write_text(json.dumps(stored({"strop": 2.0, "G": 4.0})))
+    table, _ = report(tmp_path)
+    assert "## Steps and starts beside those of commit aaaaaaa" in table
+    assert "| toy | step | 4 | 1.250 | 1.500 | 0.833 (0.500 - 1.500) |" in table
+
+
+@pytest.mark.nightly
+def test_two_trees_take_their_steps_in_turn() -> None:
+    """This tree beside itself."""
+    found = step_ratio.compare((ROOT, ROOT), replace(TOY, steps=4), rounds=1)
+    assert found["step"]["times"] == 2 and found["start"]["times"] == 1
+    assert all(found[what][side] > 0 for what in ("step", "start") for side in ("seconds", "before"))
 
 
 def test_the_harness_measures_its_smallest_case(tmp_path: Path) -> None:
