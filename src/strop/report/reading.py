@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
 from strop.report.lines import Column, Lines, read_lines
 from strop.runfiles import FAILURE, PAIRS, PLAN, RECORDS, RESULT
@@ -211,24 +211,12 @@ def _settings(path: Path, gaps: list[str]) -> dict[str, Setting]:
     if text is None:
         return {}
     try:
-        found = yaml.load(text, Loader=_NoAliases)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        found = parse(text.encode(), path.name).data
+    except (ConfigError, RecursionError) as error:
         gaps.append(f"config.yaml is not readable: {first_line(error)}")
-        return {}
-    if not isinstance(found, dict):
-        gaps.append("config.yaml holds no settings")
         return {}
     origins = dict(_origins(text))
     return {key: Setting(value, origins.get(key, "")) for key, value in _leaves(found)}
-
-
-class _NoAliases(yaml.SafeLoader):
-    """Plain values only: an alias can make a small file an enormous one."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (*), which the configuration of a run never has")
-        return super().compose_node(parent, index)
 
 
 def _leaves(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -215,3 +215,11 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StropError, match="it is a file"):
         examine([tmp_path / "file"])
+
+
+def test_numbers_are_read_as_the_configuration_means_them(make: Callable[..., Any]) -> None:
+    """5e-07 is a number in YAML 1.2, which configurations are; it is text in YAML 1.1."""
+    path = make().write()
+    text = (path / "config.yaml").read_text(encoding="utf-8")
+    assert "learning_rate: 5e-07" in text
+    assert read_run(path).number("training.learning_rate") == 5e-7

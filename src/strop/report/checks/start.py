@@ -29,7 +29,11 @@ def rate_is_zero(facts: Facts) -> Iterator[Finding]:
             f"The learning rate is 0 in all {len(rates):,} logged steps, so nothing is trained",
             Evidence.EXACT,
             {"training.learning_rate": asked if asked is not None else 0.0, "logged steps": len(rates)},
-            remedies=[Remedy("give a learning rate", {"training.learning_rate": _usual_rate(facts)})],
+            remedies=[
+                Remedy("look at the warm-up and at training.lr_scheduler_type: they keep the rate at 0")
+                if asked
+                else Remedy("give a learning rate", {"training.learning_rate": _usual_rate(facts)})
+            ],
             chart="rate",
             explains=(
                 "weights-unmoved",
@@ -144,7 +148,7 @@ def first_loss(facts: Facts) -> float | None:
         "bco_pair": 2 * LN2,
         "nca_pair": 2 * LN2,
         "sppo_hard": 0.5 / beta**2,
-        "exo_pair": -LN2 - 0.5 * math.log(e * (1 - e)) if e else None,
+        "exo_pair": -LN2 - 0.5 * math.log(e * (1 - e)) if 0 < e < 1 else None,
         **dict.fromkeys(("sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"), LN2),
     }
     return losses.get(facts.loss_type)
