@@ -33,14 +33,24 @@ from strop.engine.offline import OfflineSource
 from strop.engine.progress import Progress
 from strop.engine.reference_logps import scored
 from strop.engine.source import Cut, GroupSet, StepSource
-from strop.estimate import fitted, planned_precision, planned_rows, predicted_time, prediction, with_precision
+from strop.estimate import (
+    fitted,
+    group_cost,
+    planned_precision,
+    planned_rows,
+    predicted_time,
+    prediction,
+    with_precision,
+)
 from strop.machine import Machine, machine_of
 from strop.modelrows import ModelRows
 from strop.objectives.base import MISMATCHED
 from strop.plan.budget import default_budget
+from strop.plan.dealing import BY_TOKENS, GroupCost
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
+from strop.policy.model.from_config import CannotBuildError, shape_of
 from strop.policy.model.generation import stop_tokens
 from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
@@ -231,11 +241,21 @@ class Session:
         """How training and validation groups are first cut into micro-batches."""
         training, data, tokens = self.final.prepared.config.training, self.prepared.data, self.final.tokens
         assert training.micro_batch_tokens is not None
-        cut = Cut(training.micro_batch_tokens, tokens)
+        cut = Cut(training.micro_batch_tokens, tokens, self._group_cost)
         if not data.eval:
             return Cuts(cut, cut)
         budget = default_budget(data.eval, training.per_device_eval_batch_size, tokens, self.world.device.type)
-        return Cuts(cut, Cut(budget, tokens))
+        return Cuts(cut, replace(cut, budget_tokens=budget))
+
+    @property
+    def _group_cost(self) -> GroupCost:
+        """By tokens alone, if nothing is known of the architecture. One process has nothing to deal."""
+        if self.world.size == 1:
+            return BY_TOKENS
+        try:
+            return group_cost(shape_of(self.config.lora, self.model), self.config)
+        except CannotBuildError:
+            return BY_TOKENS
 
     def groups(self) -> Splits:
         """Training and validation groups, without reference log-probs. If the objective asks for mismatched

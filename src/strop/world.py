@@ -68,17 +68,13 @@ class World(ABC):
     def doing(self, what: str) -> None:
         """Notes what this process does from now on, for the others to tell if it hangs or is gone."""
 
-    def deal(self, parts: Sequence[T]) -> list[Sequence[T]]:
-        """Deals micro-batches to processes: element r of the result is the share of rank r.
-
-        All processes have cut the step into the same `parts`, and each takes every `size`-th of them. Rank 0 gets the
-        most; other ranks may get none.
-        """
-        return [parts[rank :: self.size] for rank in range(self.size)]
-
     @abstractmethod
     def leave(self) -> None:
         """Ends the connection to the other processes. Nothing is called after it."""
+
+    def deal(self, parts: Sequence[T]) -> list[Sequence[T]]:
+        """Deals parts that are about alike: element r of the result is the share of rank r, every `size`-th of them."""
+        return [parts[rank :: self.size] for rank in range(self.size)]
 
     def sum(self, counts: Sequence[int]) -> list[int]:
         """Each count, summed over all processes; exact integers, known on the CPU."""

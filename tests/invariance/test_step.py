@@ -196,8 +196,8 @@ def test_processes_take_the_step_that_one_takes(settings: MethodSettings, size: 
     assert 2 < len(batches) < 9
 
     def work(world: World) -> StepScores:
-        policy, own = policies[world.rank], {name: world.deal(some)[world.rank] for name, some in also.items()}
-        found = forward_backward(policy, objective, world.deal(batches)[world.rank], own, world=world)
+        policy, own = policies[world.rank], {name: some[world.rank :: world.size] for name, some in also.items()}
+        found = forward_backward(policy, objective, batches[world.rank :: world.size], own, world=world)
         world.sum_gradients(policy.trainable().values())
         return found
 

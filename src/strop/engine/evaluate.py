@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.engine.out_of_memory import attempt_together, cut_finer, does_not_fit
-from strop.engine.source import Cut, GroupSet, Part
+from strop.engine.source import Cut, GroupSet
 from strop.engine.step import ALONE, Forward, StepScores, join_all, summarise
 from strop.objectives.base import Objective
 from strop.policy.policy import Policy
@@ -94,7 +94,7 @@ class Evaluation:
                 return None
             if found is not None:
                 return found
-            finer = self.cut.smaller(self.groups)
+            finer = self.cut.smaller(self.groups, self.world.size)
             if finer is None:
                 longest = max(self.groups.lengths, key=lambda group: group.num_tokens)
                 raise does_not_fit(self.config, why, where, longest.num_tokens)
@@ -104,16 +104,16 @@ class Evaluation:
     def _score(self) -> StepScores:
         groups = self.groups.derived(self.objective)
         with self.policy.scoring(), self.watcher.evaluating(len(groups.groups)) as done:
-            batches = self._until_stopped(groups, self.cut.parts(groups))
-            also = {name: self._until_stopped(some, self.cut.parts(some)) for name, some in groups.also.items()}
+            batches = self._until_stopped(groups)
+            also = {name: self._until_stopped(some) for name, some in groups.also.items()}
             return evaluate(self.policy, self.objective, batches, also, done, self.world)
 
-    def _until_stopped(self, groups: GroupSet, parts: Sequence[Part]) -> Iterator[Batch]:
+    def _until_stopped(self, groups: GroupSet) -> Iterator[Batch]:
         """The micro-batches of this process. All processes ask before each one whether to stop: an evaluation can be
         long, and stopping it loses nothing else."""
-        shares = self.world.deal(parts)
+        shares = self.cut.shares(groups, self.world.size)
         own = shares[self.world.rank]
-        for at in range(len(shares[0])):
+        for at in range(max(map(len, shares))):
             if self.should_stop():
                 raise _StoppedError
             if at < len(own):

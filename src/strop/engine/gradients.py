@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class Gradients:
 
     def cut_finer(self, budget_tokens: int) -> None:
         """From now on, limits micro-batches to so many tokens."""
-        self._cut = Cut(budget_tokens, self._cut.tokens)
+        self._cut = replace(self._cut, budget_tokens=budget_tokens)
         self.fitting_tokens = budget_tokens
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Gradients:
             self._make_fit(step, why)
         result, own = done
         self._world.sum_gradients(self._policy.trainable().values())
-        order = [place for share in self._world.deal(own.cut) for part in share for place in part]
+        order = [place for part in own.cut for place in part]
         (num_tokens,) = self._world.sum([own.num_tokens])
         return Found(result, own, order, num_tokens)
 
@@ -110,7 +110,7 @@ class Gradients:
 
     def _make_fit(self, step: int, why: str) -> None:
         groups, before = self._source.step(step), self._cut.budget_tokens
-        finer = self._cut.smaller(groups)
+        finer = self._cut.smaller(groups, self._world.size)
         if finer is None and decided_by_auto(self._config) and checkpoint_all(self._policy):
             self._note(recomputing(f"step {step}", why))
             return

@@ -23,6 +23,7 @@ from strop.engine.records import Sum
 from strop.lengths import Lengths, lengths_of
 from strop.objectives.base import Objective
 from strop.plan.cutting import cut
+from strop.plan.dealing import BY_TOKENS, GroupCost, deal
 from strop.plan.tokens import RowTokens
 from strop.policy.policy import Policy
 from strop.types import Group
@@ -86,25 +87,34 @@ class GroupSet:
 @dataclass(frozen=True)
 class Cut:
     """How groups are cut into micro-batches: each has at most `budget_tokens` as counted by `tokens`, or is one group
-    that is longer than that."""
+    that is longer than that. With several processes, each first gets its groups, of about the same `cost`."""
 
     budget_tokens: int
     tokens: RowTokens
+    cost: GroupCost = BY_TOKENS
 
     def parts(self, groups: GroupSet) -> list[list[int]]:
-        """The micro-batches of a set."""
+        """The micro-batches of one process that has all groups."""
         return cut(groups.lengths, range(len(groups.groups)), self.budget_tokens, self.tokens)
 
-    def smaller(self, groups: GroupSet) -> Cut | None:
+    def shares(self, groups: GroupSet, num_processes: int) -> list[list[list[int]]]:
+        """The micro-batches of each process, by rank. Some may have none."""
+        if num_processes == 1:
+            return [self.parts(groups)]
+        lengths = groups.lengths
+        dealt = deal(self.cost.of_each(lengths, self.tokens), num_processes)
+        return [cut(lengths, share, self.budget_tokens, self.tokens) if share else [] for share in dealt]
+
+    def smaller(self, groups: GroupSet, num_processes: int = 1) -> Cut | None:
         """A cut that splits the largest micro-batch of these groups and their further groups in two; None if every
         micro-batch is a single group already."""
-        largest = max(self._divisible(some) for some in (groups, *groups.also.values()))
-        return Cut(largest // 2, self.tokens) if largest else None
+        largest = max(self._divisible(some, num_processes) for some in (groups, *groups.also.values()))
+        return replace(self, budget_tokens=largest // 2) if largest else None
 
-    def _divisible(self, groups: GroupSet) -> int:
+    def _divisible(self, groups: GroupSet, num_processes: int) -> int:
         """Tokens of the largest micro-batch that has several groups; 0 if there is none."""
         lengths = groups.lengths
-        parts = (part for part in self.parts(groups) if len(part) > 1)
+        parts = (part for share in self.shares(groups, num_processes) for part in share if len(part) > 1)
         return max((self.tokens([lengths[i] for i in part]) for part in parts), default=0)
 
 
@@ -147,8 +157,8 @@ class StepSource(Protocol):
 class MicroBatches:
     """Groups cut into micro-batches.
 
-    cut: the micro-batches of all processes, as places in `groups`. batches: those of this process, as tensors. also:
-    the same for the further groups, by name.
+    cut: the micro-batches of all processes, rank by rank, as places in `groups`. batches: those of this process, as
+    tensors. also: the same for the further groups, by name.
     """
 
     groups: GroupSet
@@ -158,12 +168,13 @@ class MicroBatches:
 
     @classmethod
     def of(cls, groups: GroupSet, cut: Cut, policy: Policy, world: World) -> MicroBatches:
-        def own(some: GroupSet, parts: Sequence[Part]) -> list[Batch]:
-            return [some.batch(policy, part) for part in world.deal(parts)[world.rank]]
-
-        parts = cut.parts(groups)
-        also = {name: own(others, cut.parts(others)) for name, others in groups.also.items()}
-        return cls(groups, tuple(map(tuple, parts)), own(groups, parts), also)
+        shares = cut.shares(groups, world.size)
+        batches = [groups.batch(policy, part) for part in shares[world.rank]]
+        also = {
+            name: [others.batch(policy, part) for part in cut.shares(others, world.size)[world.rank]]
+            for name, others in groups.also.items()
+        }
+        return cls(groups, tuple(tuple(part) for share in shares for part in share), batches, also)
 
     @property
     def num_tokens(self) -> int:

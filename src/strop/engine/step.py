@@ -161,7 +161,9 @@ def forward_backward(
     """
     counts = count_units(objective.units, batches, world)
     further = sorted((also or {}).items())
-    num_batches, *num_further = world.sum([len(batches), *(len(own) for _, own in further)])
+    counted = world.gather([len(batches), *(len(own) for _, own in further)])
+    num_batches = sum(count for count, *_ in counted)
+    places, *further_places = (world.size * max(column) for column in zip(*counted, strict=True))
 
     def score(batch: Batch, at: int, first: int = 0) -> TokenScores:
         """at: the place among the batches of this process. first: where batches of this kind begin in the step."""
@@ -169,8 +171,8 @@ def forward_backward(
 
     others: dict[str, Scores] = {}
     with torch.no_grad():
-        first = num_batches
-        for (name, own), num in zip(further, num_further, strict=True):
+        first = places
+        for (name, own), num in zip(further, further_places, strict=True):
             others[name] = join_all([Scores.of(b, score(b, i, first)) for i, b in enumerate(own)], world)
             first += num
     if objective.whole_step and num_batches > 1:

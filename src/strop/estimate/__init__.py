@@ -12,6 +12,7 @@ driver's tool. `make bench` measures the errors.
 """
 
 from strop.estimate.fitting import fitted, planned_precision, planned_rows, with_precision
+from strop.estimate.flops import group_cost
 from strop.estimate.words import LEFT_OUT, Estimate, estimate, predicted_time, prediction
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Estimate",
     "estimate",
     "fitted",
+    "group_cost",
     "planned_precision",
     "planned_rows",
     "predicted_time",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from strop.config import RunConfig
+from strop.plan.dealing import GroupCost
 from strop.plan.work import Work
 from strop.policy.model.from_config import Shape
 
@@ -27,3 +28,11 @@ def body_flops(shape: Shape, work: Work) -> Floats:
 def recomputing(shape: Shape, config: RunConfig) -> float:
     """What checkpointing makes of the layers' work."""
     return 1 + config.training.recomputed / (2 if shape.adapters else 3)
+
+
+def group_cost(shape: Shape, config: RunConfig) -> GroupCost:
+    """What attention and the head cost beside one token's way through the layers, forward and backward."""
+    ways = 2 if shape.adapters else 3
+    token = (2.0 * shape.matrix * ways + 6.0 * shape.adapters) * recomputing(shape, config)
+    seen = 4.0 * shape.queries * shape.layers * 3.5 * recomputing(shape, config)
+    return GroupCost(seen / token, 2.0 * shape.vocabulary * shape.width * ways / token)

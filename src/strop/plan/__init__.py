@@ -4,6 +4,7 @@ order      which groups make which optimizer step
 filling    `training.packing`: rows filled with groups
 tokens     how many tokens groups take in each row layout
 budget     the default size of a micro-batch
+dealing    which groups of a step each process takes
 cutting    cuts steps into micro-batches
 work       counts over the micro-batches of an epoch, from which memory and time are predicted
 """

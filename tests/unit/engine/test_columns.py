@@ -164,7 +164,7 @@ def test_groups_of_unlike_sizes_and_a_new_column(cuts: list[int], layout) -> Non
 def whole_step(world: World, cuts: list[int], layout) -> tuple[float, Tensor]:  # type: ignore[no-untyped-def]
     """The loss of `Centred` and its gradient, summed over all processes."""
     policy, objective = Bigram(), Centred(SftSettings())
-    own = world.deal(batches(cuts, layout, objective.reads))[world.rank]
+    own = batches(cuts, layout, objective.reads)[world.rank :: world.size]
     found = forward_backward(policy, objective, own, world=world)
     world.sum_gradients(policy.parameters())
     assert policy.table.grad is not None
