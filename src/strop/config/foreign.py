@@ -180,7 +180,7 @@ _GROUPS: Mapping[str, str] = {
         "preprocess tokenize prepare_data process"
     ),
     "strop train --config FILE --dry-run validates a configuration and its rows, and shows an example": (
-        "check validate doctor inspect dry_run estimate lint"
+        "check validate inspect dry_run estimate lint"
     ),
     "strop train --config FILE trains": ("do_train run fit finetune fine_tune tune start launch"),
     "strop train --config FILE --overwrite starts anew in the folder of another run": (
