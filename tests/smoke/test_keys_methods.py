@@ -116,7 +116,7 @@ def test_post_training__ref_model_id(runs: Any, logps_by_hand: ByHand, forwards:
 
 
 def test_lora__enabled(runs: Any) -> None:
-    on, off, unsaid = runs(LORA), runs({**LORA, "enabled": False}), runs(max_steps=1)
+    on, off, unsaid = runs(LORA), runs({**LORA, "lora.enabled": False}), runs(max_steps=1)
     assert (on.path / "final" / "adapter_model.safetensors").is_file()
     assert (off.path / "final" / "model.safetensors").is_file()
     assert all(torch.equal(off.final[name], unsaid.final[name]) for name in unsaid.final)

@@ -146,7 +146,7 @@ def test_auto_recomputes_everything_before_it_gives_up(
     monkeypatch.setattr(Policy, "forward", limited)
     again, same_weights = train(tmp_path / "little", model_dir, **keys)
     said = " ".join(capfd.readouterr().err.split())
-    assert len(failed) == 1 and said.count("activations of all layers computed again") == 1
+    assert len(failed) == 1 and said.count("activations of all layers recomputed") == 1
     assert [r["loss"] for r in again] == [r["loss"] for r in metrics]
     assert all(torch.equal(same_weights[name], weight) for name, weight in weights.items())
     with pytest.raises(TrainingError, match=r"(?s)single groups .*gradient_checkpointing: true"):

@@ -23,7 +23,7 @@ TOKENIZERS = {"gpt2": None, "mistral-v3-32k": "tokenizer", "mistral-tekken-131k"
 """Name -> which template its rows are rendered by; null: the tokenizer has none."""
 DATA = {"sft": "instruct_sft.train.jsonl", "dpo": "hh_helpful.train.jsonl"}
 RUNS = [("sft", "full", "fp32"), ("sft", "lora", "bf16"), ("dpo", "lora", "fp32"), ("dpo", "full", "bf16")]
-PAPERS = set(RUN_FILES) - {"rejected.jsonl", "pairs.json"}
+PAPERS = set(RUN_FILES) - {"rejected.jsonl", "pairs.json", "failure.json", "rollouts.jsonl"}
 PAPERS |= {"logs", "final", f"checkpoint-{STEPS}"}
 
 

@@ -141,7 +141,7 @@ def test_a_store_that_cannot_be_written_is_an_error(
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reference", "--help"]) == 0
-    assert "strop reference --config FILE" in capsys.readouterr().out
+    assert "strop reference [--config] FILE" in capsys.readouterr().out
 
 
 def test_memory_that_runs_out_is_explained(

@@ -58,7 +58,7 @@ def test_evaluations_frame_the_training(runs: Any) -> None:
 ALWAYS = {"step", "epoch", "split", "loss", "num_groups", "num_scored_tokens", "seconds"}
 TRAIN = {
     "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gib", "clipped", "update_ratio",
-    "changed_fraction", "num_zero_signal_groups",
+    "changed_fraction", "num_zero_signal_groups", "weights_digest",
 }  # fmt: skip
 METHODS = {
     "sft": {"nll", "lengths/completion"},
@@ -386,7 +386,7 @@ def test_what_fails_before_the_first_step_leaves_no_run(
         (DataError, {"train_file": str(tmp_path / "none.jsonl")}),
         (ModelError, {"models.0.huggingface_id": str(tmp_path / "none")}),
         (ModelError, {"ref_model_id": str(tmp_path / "foreign")}),
-        (ModelError, {"target_modules": ["none"], "enabled": True}),
+        (ModelError, {"target_modules": ["none"], "lora.enabled": True}),
     ):
         with pytest.raises(error):
             runs({**keys, **wrong})

@@ -59,15 +59,20 @@ def run(arguments: list[str]) -> int:
     if (code := run_in_processes(config, "train", arguments)) is not None:
         return code
 
+    from strop.engine.progress import StopSignal
     from strop.training import train
 
-    train(
-        config,
-        model_index=options.model_index,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        allow_changes=options.allow_changes,
-    )
+    StopSignal.ends_process = True
+    try:
+        train(
+            config,
+            model_index=options.model_index,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            allow_changes=options.allow_changes,
+        )
+    finally:
+        StopSignal.ends_process = False
     return 0
 
 

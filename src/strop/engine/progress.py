@@ -18,13 +18,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from types import FrameType, TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, ClassVar, Self, TextIO
 
 import rich.progress
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Column, Table
 from rich.text import Text
+
+from strop.errors import Interrupted
 
 DRAWS_PER_SECOND = 4
 HEARTBEAT_SECONDS = 30.0
@@ -273,7 +275,11 @@ class StopSignal:
     handler is installed. If the process was told to ignore Ctrl-C, it stays ignored.
 
     say: prints a line; it is called in a thread of its own. name: the name of the first signal.
+    ends_process: the process ends with a run that was stopped, so the handlers stay. A signal that comes once more,
+        after everything was saved, would end the process otherwise, and its exit code would not say that it was saved.
     """
+
+    ends_process: ClassVar[bool] = False
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.requested = False
@@ -294,8 +300,9 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        if not (self.ends_process and isinstance(error, Interrupted)):
+            for number, before in self._before.items():
+                signal.signal(number, before)
         self._before.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

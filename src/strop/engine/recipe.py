@@ -165,7 +165,8 @@ _ANEW = "train anew with --overwrite or in another training.output_dir, or leave
 
 
 def check_given(done: Checkpoint, config: RunConfig, resume: str) -> None:
-    """Refuses settings that differ from those of the finished run `done`. Those that are not given are not compared.
+    """Refuses settings that differ from those of the finished run `done`. Those that are not given are not compared;
+    nor is null, which may be decided later: `check_finished` compares all.
 
     Raises:
         CheckpointError: a checkpoint is named, or a setting is given that the run did not have.
@@ -175,7 +176,7 @@ def check_given(done: Checkpoint, config: RunConfig, resume: str) -> None:
             "the run is finished, so it cannot be resumed from a checkpoint", where=f"--resume {resume}", fix=_ANEW
         )
     before, now = done.state["recipe"], recipe_of(config)
-    given = {key for key, origin in config.origins.items() if not origin.startswith("default")}
+    given = {key for key, value in now.items() if value is not None and not _is_default(config, key)}
     _refuse_finished(done, "settings", _differences(before, {**before, **_only(now, given)}))
 
 

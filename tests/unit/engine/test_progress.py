@@ -19,6 +19,7 @@ import pytest
 
 from strop.engine import progress
 from strop.engine.progress import Progress, StopSignal
+from strop.errors import Interrupted
 
 SHOWN = {"loss": 0.6931, "epoch": 0.5, "rewards/margins": 0.0125, "tokens": 100}
 RECORD = {"step": 3, "epoch": 0.25, "split": "train", "loss": 0.5, "rewards/margins": -0.1, "learning_rate": 5e-7}
@@ -321,3 +322,21 @@ def test_outside_of_the_main_thread_nothing_is_installed() -> None:
     thread.start()
     thread.join()
     assert seen == [False, before]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_signals_of_a_run_that_was_saved_leave_its_exit_code_alone(ends: bool) -> None:
+    """Where the process ends with the run, a signal after the save does nothing; else the old handlers are back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(StopSignal, "ends_process", ends)
+            with StopSignal(lambda line: None):
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise Interrupted(3, "checkpoint-3")
+        assert (signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]) is not ends
+        if ends:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -277,7 +277,7 @@ def test_a_weight_too_large_for_float16_is_not_lost(
         policy.trainable()["lm_head.weight"][0, 0] = 1e6
     policy.save_pretrained(tmp_path / "final", tokenizer)
     assert load_file(tmp_path / "final" / "model.safetensors")["lm_head.weight"][0, 0] == 1e6
-    assert "saved in float32, since lm_head.weight is too large" in caplog.text
+    assert "saved in float32, since the weights of lm_head.weight are too large" in caplog.text
 
 
 def test_saving_twice_gives_the_same_bytes(
