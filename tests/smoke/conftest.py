@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,7 +23,7 @@ from strop.engine.checkpoint import open_checkpoint
 from strop.policy.build import build_policy
 from strop.policy.policy import Policy
 from strop.prepared import Prepared, prepare
-from strop.types import Group
+from strop.types import Completion, Group, Origin
 
 RECIPE = {
     "models.0.name": "run",
@@ -43,6 +44,7 @@ RECIPE = {
 NUM_ROWS = 16
 MICRO_BATCH = 64
 """Tokens."""
+GROUP_COLUMNS = {"old_logps": "old", "sampler_logps": "sampler"}
 TIMINGS = {"seconds", "tokens_per_second", "peak_memory_gib"}
 
 
@@ -178,6 +180,7 @@ def runs(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer: 
     for name, rows in (("pairs", pairs), ("singles", singles)):
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files["groups"] = folder / "groups.jsonl"  # of `group_step`
     return Runs(folder, files)
 
 
@@ -250,6 +253,36 @@ def _logps_by_hand(model: nn.Module, group: Group) -> list[Tensor]:
 def logps_by_hand() -> Callable[[nn.Module, Group], list[Tensor]]:
     """A transformers model and a group -> [trained tokens] log-probs of each completion."""
     return _logps_by_hand
+
+
+@pytest.fixture(scope="session")
+def group_step(
+    runs: Runs, make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]
+) -> list[list[dict[str, Any]]]:
+    """Four groups as `group_papers` has them, which are the rows of `runs.files["groups"]`. `pi` is the model of the
+    runs, `ref` the other one; the rest is made up, on both sides of the bounds of every gate."""
+    draw, num_tokens = np.random.default_rng(0), len(make_tokenizer())
+    models = {"pi": make_model(0), "ref": make_model(1)}
+    step, rows = [], []
+    for lengths, rewards in (
+        ((3, 5, 1), (0.0, 1.0, 2.0)),
+        ((6, 2), (1.0, 0.5)),
+        ((4, 4), (1.0, 2.0)),
+        ((2, 6), (3, 1)),
+    ):
+        prompt, *ids = (draw.integers(4, num_tokens, n).tolist() for n in (3, *lengths))
+        group = Group(prompt, tuple(Completion(own, b"\1" * len(own)) for own in ids), Origin("made", 1))
+        by_hand = {name: [x.numpy() for x in _logps_by_hand(model, group)] for name, model in models.items()}
+        completions = []
+        for pi, ref, r in zip(by_hand["pi"], by_hand["ref"], rewards, strict=True):
+            old = np.minimum(pi + draw.normal(0, 0.4, len(pi)), -1e-3)
+            sampler = np.minimum(old + draw.normal(0, 0.3, len(pi)), -1e-3)
+            completions.append({"pi": pi, "ref": ref, "old": old, "sampler": sampler, "r": r})
+        step.append(completions)
+        columns = {name: [y[key].tolist() for y in completions] for name, key in GROUP_COLUMNS.items()}
+        rows.append({"prompt_ids": prompt, "completion_ids": ids, "rewards": list(rewards), **columns})
+    runs.files["groups"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return step
 
 
 @pytest.fixture
