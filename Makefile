@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/strop demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The suite once for each pretended processor, locale, time zone and folder (tests/pretend.py): hours. PRETEND="bf16 no-shm" names some of
 # them, TESTS="tests/unit" some of the tests.
