@@ -239,34 +239,32 @@ def trained(scenario: Scenario, folder: Path, seed: int = 0) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """told: id and severity of what is told, in order."""
+    """raised: id and severity of each finding, in order."""
 
     scenario: Scenario
-    told: Sequence[tuple[str, str]]
+    raised: Sequence[tuple[str, str]]
 
     @property
     def is_right(self) -> bool:
         if self.scenario.first:
-            return bool(self.told) and self.told[0][0] == self.scenario.first
-        return all(severity != "fail" for _, severity in self.told)
+            return bool(self.raised) and self.raised[0][0] == self.scenario.first
+        return all(severity != "fail" for _, severity in self.raised)
 
 
 def outcome(scenario: Scenario, run: Path) -> Outcome:
-    from strop.report.findings import Severity
     from strop.report.write import examine
 
     (examined,) = examine([run])
-    told = examined.diagnosis.of(Severity.FAIL, Severity.WARN, Severity.NOTE)
-    return Outcome(scenario, [(f.id, str(f.severity)) for f in told])
+    return Outcome(scenario, [(f.id, str(f.severity)) for f in examined.diagnosis.raised])
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown."""
     lines = ["| run | must raise first | told, in order | |", "|---|---|---|---|"]
     for o in outcomes:
-        told = ", ".join(f"{id_} ({severity})" for id_, severity in o.told) or "nothing"
+        raised = ", ".join(f"{id_} ({severity})" for id_, severity in o.raised) or "nothing"
         first = f"`{o.scenario.first}`" if o.scenario.first else "no `fail`"
-        lines.append(f"| {o.scenario.name} | {first} | {told} | {'right' if o.is_right else '**wrong**'} |")
+        lines.append(f"| {o.scenario.name} | {first} | {raised} | {'right' if o.is_right else '**wrong**'} |")
     right = sum(o.is_right for o in outcomes)
     return "\n".join([*lines, "", f"{right} of {len(outcomes)} are right."])
 

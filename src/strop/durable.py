@@ -284,7 +284,8 @@ def _finite(value: object) -> object:
     return value
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """The object of a line of a log; None where it holds no object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -335,7 +336,7 @@ class JsonLines:
         if self.path.exists():
             with self.path.open("rb") as file:
                 for line in file:
-                    if (record := _object(line)) is not None:
+                    if (record := json_object(line)) is not None:
                         yield record
 
     def retain(self, keep: Callable[[dict[str, Any]], bool | None]) -> int:
@@ -349,7 +350,7 @@ class JsonLines:
             return 0
         kept, damaged = [], 0
         for line in self.path.read_bytes().splitlines(keepends=True):
-            record = _object(line)
+            record = json_object(line)
             wanted = None if record is None else keep(record)
             if record is not None and wanted:
                 kept.append(record)

@@ -6,10 +6,14 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from strop.cli.parser import Parser
 from strop.errors import ConfigError
 from strop.terminal import show
+
+if TYPE_CHECKING:
+    from strop.report.diagnose import Examined
 
 HELP = """\
 usage: strop report RUN [RUN ...] [--output DIR] [--fail-on fail|warn|note] [--threshold NAME=VALUE ...]
@@ -44,7 +48,7 @@ def run(arguments: list[str]) -> int:
     examined = examine(options.runs, replaced)
     page, listed = write(examined, _folder(options, [e.run.path for e in examined]))
     found = [f for e in examined for f in e.diagnosis.findings]
-    lines = [line for e in examined for line in _lines(e.run.name, e.diagnosis.verdict, e.diagnosis.findings)]
+    lines = [line for e in examined for line in _lines(e)]
     show("\n".join([*lines, f"page: {page}", f"findings: {listed}"]) + "\n")
     return exit_code(found, Severity(options.fail_on) if options.fail_on else None)
 
@@ -66,12 +70,9 @@ def _threshold(given: str) -> tuple[str, float]:
     return name, value
 
 
-def _lines(name: str, verdict: str, findings: Sequence[object]) -> Iterator[str]:
-    from strop.report.findings import Finding, Severity
+def _lines(examined: Examined) -> Iterator[str]:
     from strop.report.words import shown
 
-    yield f"{shown(name)}: {shown(verdict)}"
-    for finding in findings:
-        assert isinstance(finding, Finding)
-        if finding.severity in (Severity.FAIL, Severity.WARN, Severity.NOTE):
-            yield f"  {finding.severity:<5} {finding.id}: {shown(finding.claim)}"
+    yield f"{shown(examined.run.name)}: {shown(examined.diagnosis.verdict)}"
+    for finding in examined.diagnosis.raised:
+        yield f"  {finding.severity:<5} {finding.id}: {shown(finding.claim)}"

@@ -8,6 +8,8 @@ length, so that no spike is lost.
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -271,9 +273,10 @@ def _svg(key: str, title: str, words: str, parts: Iterable[str]) -> Ours:
     return Ours(head + "".join(parts) + "</svg>")
 
 
-def _table(
-    drawn: Sequence[tuple[Series, Sequence[Bucket]]],
-) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], str]:
+Row = tuple[str, ...]
+
+
+def _table(drawn: Sequence[tuple[Series, Sequence[Bucket]]]) -> tuple[Row, tuple[Row, ...], str]:
     """Header, rows and CSV: the values of all series at the same steps, where they have some."""
     names = [s.name for s, _ in drawn]
     steps: dict[float, list[str]] = {}
@@ -281,17 +284,17 @@ def _table(
         for b in points:
             steps.setdefault(b.step, [""] * len(names))[place] = number(b.median)
     rows = [(f"{step:g}" if step < 1e6 else f"{step:.0f}", *cells) for step, cells in sorted(steps.items())]
-    lines = [("step", *names), *rows]
-    csv = "\r\n".join(",".join(map(_cell, line)) for line in lines) + "\r\n"
-    shown = rows if len(rows) <= ROWS else [rows[i] for i in np.linspace(0, len(rows) - 1, ROWS).astype(int)]
-    return ("step", *names), tuple(shown), csv
+    return _numbers(("step", *names), rows)
 
 
-def _cell(text: str) -> str:
-    """A cell of CSV; one that a spreadsheet would take for a formula gets an apostrophe."""
-    if text[:1] in ("=", "+", "@", "\t", "\r"):
-        text = "'" + text
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
+def _numbers(header: Row, rows: Sequence[Row]) -> tuple[Row, tuple[Row, ...], str]:
+    """Header, as many rows as a page shows, evenly spaced, and CSV of all of them, for programs: without thousands
+    separators, and with an apostrophe before a name that a spreadsheet would take for a formula."""
+    names = ["'" + name if name[:1] in ("=", "+", "@", "\t", "\r") else name for name in header]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([names, *([cell.replace(",", "") for cell in row] for row in rows)])
+    places = range(len(rows)) if len(rows) <= ROWS else np.linspace(0, len(rows) - 1, ROWS).astype(int).tolist()
+    return header, tuple(rows[i] for i in places), text.getvalue()
 
 
 def heat_map(key: str, title: str, note: str, steps: Sequence[int], values: Sequence[np.ndarray]) -> Chart | None:
@@ -330,6 +333,4 @@ def heat_map(key: str, title: str, note: str, steps: Sequence[int], values: Sequ
     words = f"median from {number(drawn[0][1])} to {number(drawn[-1][1])}, {drawn[-1][2]:.0%} above 0 at the end"
     header = ("step", "median", "above 0")
     rows = [(str(step), number(middle), f"{above:.1%}") for step, middle, above in drawn]
-    csv = "\r\n".join(",".join(row) for row in [header, *rows]) + "\r\n"
-    shown = rows if len(rows) <= ROWS else [rows[i] for i in np.linspace(0, len(rows) - 1, ROWS).astype(int)]
-    return Chart(key, title, note, _svg(key, title, words, parts), header, tuple(shown), csv)
+    return Chart(key, title, note, _svg(key, title, words, parts), *_numbers(header, rows))

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from strop.report.charts import Chart, LineChart, Region, Series, heat_map
+from strop.report.diagnose import Examined
 from strop.report.facts import Facts, wilson
-from strop.report.findings import Severity
 from strop.report.reading import RunRecord, Table
-
-if TYPE_CHECKING:
-    from strop.report.page import Examined
 
 MOST_HEATS = 4
 MOST_REGIONS = 3
@@ -24,34 +20,32 @@ MOST_REGIONS = 3
 def charts_of(examined: Sequence[Examined], labels: Sequence[str]) -> list[Chart]:
     """All charts, those first that a finding is about."""
     many = len(examined) > 1
+    facts = [Facts(e.run, e.thresholds) for e in examined]
     drawn: list[LineChart] = []
     for make in MAKERS:
-        parts = [make(Facts(e.run, e.thresholds)) for e in examined]
-        kept = [(part, label) for part, label in zip(parts, labels, strict=True) if part is not None]
-        if not kept:
+        charts = [(chart, label) for f, label in zip(facts, labels, strict=True) if (chart := make(f)) is not None]
+        if not charts:
             continue
-        first = kept[0][0]
+        first = charts[0][0]
         if many:
-            series = [_named(part.series, label) for part, label in kept]
-            first.series = [s for some in series for s in some]
-            first.note = ""
+            first.series = [_named(chart.series, label) for chart, label in charts]
         drawn.append(first)
-    told = [f for e in examined for f in e.diagnosis.of(Severity.FAIL, Severity.WARN, Severity.NOTE)]
+    raised = [f for e in examined for f in e.diagnosis.raised]
     for chart in drawn:
-        found = [f for f in told if f.chart == chart.key and f.steps is not None][:MOST_REGIONS]
+        found = [f for f in raised if f.chart == chart.key and f.steps is not None][:MOST_REGIONS]
         chart.regions = [Region(*f.steps, f"{f.id}: {f.claim}") for f in found if f.steps is not None]
         if found and not many:
             begin, end = chart.regions[0].first, chart.regions[0].last
             chart.note = f"Shaded: steps {begin:,.0f} to {end:,.0f} ({found[0].id})"
-    wanted = {f.chart: place for place, f in reversed(list(enumerate(told)))}
-    drawn.sort(key=lambda chart: wanted.get(chart.key, len(told)))
+    wanted = {f.chart: place for place, f in reversed(list(enumerate(raised)))}
+    drawn.sort(key=lambda chart: wanted.get(chart.key, len(raised)))
     return [picture for chart in drawn if (picture := chart.draw()) is not None]
 
 
-def _named(series: Sequence[Series], label: str) -> list[Series]:
-    """One line of each run: that of the evaluations, or the first one."""
+def _named(series: Sequence[Series], label: str) -> Series:
+    """The one line of a run beside others: that of the evaluations, or the first one."""
     best = next((s for s in series if s.dots), series[0])
-    return [Series(label, best.steps, best.values)]
+    return Series(label, best.steps, best.values)
 
 
 def heat_maps(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Chart]:

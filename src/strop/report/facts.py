@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from strop.config.methods import METHODS, ReferenceSettings
 from strop.report.findings import Thresholds
-from strop.report.lines import Column
+from strop.report.lines import Column, is_number
 from strop.report.reading import RunRecord, Table
 
-WITH_REFERENCE = ("dpo", "ipo", "kto")
-ON_PAIRS = ("dpo", "ipo", "orpo", "simpo", "cpo")
 LN2 = math.log(2)
 WINDOW = 0.2
 """Share of a series that its end is."""
@@ -39,11 +38,15 @@ class Facts:
 
     @property
     def has_reference(self) -> bool:
-        return self.method in WITH_REFERENCE
+        """Whether rewards are log-ratios to a reference, times beta."""
+        method = METHODS.get(self.method)
+        return method is not None and issubclass(method, ReferenceSettings) and method.ROWS in ("pair", "labelled")
 
     @property
     def is_pairs(self) -> bool:
-        return self.method in ON_PAIRS
+        """Whether it trains on a chosen and a rejected completion."""
+        method = METHODS.get(self.method)
+        return method is not None and method.ROWS == "pair"
 
     @property
     def starts_at_reference(self) -> bool:
@@ -87,17 +90,12 @@ class Facts:
         _, values = table.series(name)
         if not len(values):
             return None
-        most = 1 if table is self.run.eval else max(1, round(WINDOW * len(values)))
-        return float(np.median(values[-most:]))
+        return float(np.median(self.end(values, table)))
 
-    def last_steps(self, name: str = "loss", table: Table | None = None) -> tuple[float, float] | None:
-        """The first and the last step of that window."""
-        table = self.run.train if table is None else table
-        steps, _ = table.series(name)
-        if not len(steps):
-            return None
-        most = 1 if table is self.run.eval else max(1, round(WINDOW * len(steps)))
-        return float(steps[-most]), float(steps[-1])
+    def end(self, values: Column, table: Table) -> Column:
+        """The last `WINDOW` of the values of a series, at least one; of evaluations, the last value."""
+        count = 1 if table is self.run.eval else max(1, round(WINDOW * len(values)))
+        return values[-count:]
 
     @cached_property
     def watched(self) -> Table:
@@ -130,22 +128,17 @@ class Facts:
         reference where there is one, else against the beginning."""
         if self.has_reference:
             values = self.ratio_per_token(side)[1]
-            if not len(values):
-                return None
-            most = 1 if self.watched is self.run.eval else max(1, round(WINDOW * len(values)))
-            return float(np.median(values[-most:]))
+            return float(np.median(self.end(values, self.watched))) if len(values) else None
         name = f"logps_per_token/{side}"
         before, after = self.first(name, self.watched), self.last(name, self.watched)
         return None if before is None or after is None else after - before
 
-    @property
-    def last_loss(self) -> float:
-        """The preference loss at the end of the training, or the loss where it is all there is; NaN without one."""
-        found = self.last("loss/preference")
-        found = self.last("loss") if found is None else found
-        return math.nan if found is None else found
+    @staticmethod
+    def loss_name(table: Table) -> str:
+        """The column of the loss on the preference, which has its own where the loss is a sum of several terms."""
+        return "loss/preference" if "loss/preference" in table else "loss"
 
-    @cached_property
+    @property
     def raw_margin(self) -> float | None:
         """The difference of both sides at the end of the training, not times beta."""
         found = self.last("rewards/margins")
@@ -164,7 +157,7 @@ class Facts:
         found: Any = self.split(split)
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
-        return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+        return float(found) if is_number(found) else None
 
     def share(self, split: str, of: str, *path: str) -> tuple[float, float] | None:
         """(count, its share of the count `of`), both of data.json; None where one is missing."""

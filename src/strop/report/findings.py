@@ -181,3 +181,21 @@ class Thresholds:
 
     def __getitem__(self, name: str) -> float:
         return self.replaced.get(name, THRESHOLDS[name].value)
+
+    def severity(self, value: float, names: Sequence[str]) -> Severity | None:
+        """The worst severity whose threshold `value` reaches; None where it reaches none.
+
+        names: of thresholds, each with its severity after the last underscore, as in `drift_warn`.
+        """
+        reached = [Severity(name.rpartition("_")[2]) for name in names if value >= self[name]]
+        return min(reached, key=ORDER.index, default=None)
+
+    def graded(
+        self, id_: str, value: float, names: Sequence[str], claim: str, *, otherwise: str, **more: Any
+    ) -> Finding:
+        """A finding as severe as `value` makes it (see `severity`); one that has passed where it reaches no threshold.
+
+        claim, otherwise: the sentence of the one and of the other. more: what else the first has.
+        """
+        severity = self.severity(value, names)
+        return passed(id_, otherwise) if severity is None else Finding(id_, severity, claim, thresholds=names, **more)

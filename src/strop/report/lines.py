@@ -6,19 +6,20 @@ million lines in seconds; a block that it refuses (a damaged line, a bare NaN) i
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.json
 from numpy.typing import NDArray
+
+from strop.durable import json_object
 
 Column = NDArray[np.float64]
 
@@ -101,13 +102,13 @@ class _Gathered:
 
     def objects(self, block: bytes) -> None:
         """The same, line by line."""
-        records = [r for line in block.splitlines() if line.strip() for r in [_object(line)]]
+        records = [r for line in block.splitlines() if line.strip() for r in [json_object(line)]]
         good = [r for r in records if r is not None]
         self.num_damaged += len(records) - len(good)
         columns = {
             name: np.array([_number(r.get(name)) for r in good], float)
             for name in self.numbers
-            if any(_is_number(r.get(name)) for r in good)
+            if any(is_number(r.get(name)) for r in good)
         }
         words = [self.number_of(w) if isinstance(w := r.get(self.text or ""), str) else -1 for r in good]
         self.add(len(good), columns, np.array(words, np.int32))
@@ -167,22 +168,15 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield rest
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of JSON or YAML is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: object) -> float:
-    if not _is_number(value):
+    if not is_number(value):
         return math.nan
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except OverflowError:
         return math.nan

@@ -7,7 +7,6 @@ of jinja2, with what cannot be seen made visible; the same run gives the same by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -16,8 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from strop.readable import duration
 from strop.report.charts import number
 from strop.report.curves import charts_of, heat_maps
-from strop.report.diagnose import Diagnosis
-from strop.report.findings import THRESHOLDS, Evidence, Finding, Severity, Thresholds
+from strop.report.diagnose import Examined
+from strop.report.findings import THRESHOLDS, Finding, Severity, Thresholds
 from strop.report.reading import RunRecord
 from strop.report.tables import Table, differences, evaluations, tables_of
 from strop.report.words import Ours, shown, visible
@@ -30,17 +29,8 @@ WORDS: Mapping[Severity, tuple[str, str]] = {
     Severity.UNCHECKED: ("?", "not checked"),
 }
 MOST_CHARACTERS = 600
-"""Of each text of a pair."""
+"""Of each text of a pair that are shown."""
 MOST_PAIRS = 10
-
-
-@dataclass(frozen=True)
-class Examined:
-    """A run with what was found."""
-
-    run: RunRecord
-    diagnosis: Diagnosis
-    thresholds: Thresholds
 
 
 def page(examined: Sequence[Examined]) -> str:
@@ -62,8 +52,8 @@ def _context(examined: Sequence[Examined]) -> dict[str, Any]:
     labels = labels_of(runs)
     charts = charts_of(examined, labels)
     by_key = {c.key: c for c in charts}
-    told = [_of_run(e, label, by_key if len(runs) == 1 else {}) for e, label in zip(examined, labels, strict=True)]
-    embedded = {f["chart"].key for run in told for f in run["findings"] if f["figure"]}
+    parts = [_of_run(e, label, by_key if len(runs) == 1 else {}) for e, label in zip(examined, labels, strict=True)]
+    embedded = {f["chart"].key for part in parts for f in part["findings"] if f["figure"]}
     names = visible(", ".join(labels), 400)
     return {
         "title": f"{visible(names, 200)}: strop report",
@@ -71,7 +61,7 @@ def _context(examined: Sequence[Examined]) -> dict[str, Any]:
         if len(runs) > 1
         else f"strop report: {names} ({visible(runs[0].method, 40) or 'method unknown'})",
         "summary": "; ".join(map(_summary, runs)),
-        "runs": told,
+        "runs": parts,
         "differences": differences(runs, labels) if len(runs) > 1 else [],
         "charts": [c for c in charts if c.key not in embedded],
         "embedded": bool(embedded),
@@ -103,16 +93,16 @@ def _summary(run: RunRecord) -> str:
 
 def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[str, Any]:
     run, diagnosis = examined.run, examined.diagnosis
-    told = diagnosis.of(Severity.FAIL, Severity.WARN, Severity.NOTE)
+    raised = diagnosis.raised
     counts = [(s, len(diagnosis.of(s))) for s in Severity]
     return {
         "label": label,
         "verdict": diagnosis.verdict,
-        "worst": str(told[0].severity) if told else "ok",
+        "worst": str(raised[0].severity) if raised else "ok",
         "counts": [
             {"severity": str(s), "mark": WORDS[s][0], "words": WORDS[s][1], "number": n} for s, n in counts if n
         ],
-        "findings": list(_findings(told, run, charts, examined.thresholds)),
+        "findings": list(_findings(raised, run, charts, examined.thresholds)),
         "passed": diagnosis.of(Severity.OK),
         "unchecked": diagnosis.of(Severity.UNCHECKED),
         "gaps": run.gaps,
@@ -124,11 +114,11 @@ def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[s
 
 
 def _findings(
-    told: Sequence[Finding], run: RunRecord, charts: Mapping[str, Any], thresholds: Thresholds
+    findings: Sequence[Finding], run: RunRecord, charts: Mapping[str, Any], thresholds: Thresholds
 ) -> Iterator[dict[str, Any]]:
     """A chart stands in the first finding that is about it; the others link to it."""
     drawn: set[str] = set()
-    for f in told:
+    for f in findings:
         beside = f.chart in charts and f.chart not in drawn and f.severity is not Severity.NOTE
         drawn |= {f.chart} if beside else set()
         yield {**_finding(f, run, charts, thresholds), "figure": beside}
@@ -146,9 +136,7 @@ def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: 
         "severity": str(f.severity),
         "mark": mark,
         "words": words,
-        "evidence": {Evidence.EXACT: "exact", Evidence.MEASURED: "measured", Evidence.RULE: "rule of thumb"}[
-            f.evidence
-        ],
+        "evidence": str(f.evidence),
         "claim": f.claim,
         "numbers": [
             {"name": name, "value": number(value) if isinstance(value, int | float) else value}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
-from strop.report.lines import Column, Lines, read_lines
+from strop.report.lines import Column, Lines, is_number, read_lines
 from strop.runfiles import FAILURE, PAIRS, PLAN, RECORDS, RESULT
 
 MOST_BYTES = 1 << 24
@@ -39,8 +39,8 @@ NUMBERS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of the resolved configuration. origin: where its value was given; empty: a default. derived: the value is
-    a default that follows from other keys, or was decided by the program."""
+    """A key of the resolved configuration. origin: where its value was given; empty, or `default: ...`: nobody gave
+    it; `auto...`: the program chose it."""
 
     value: Any
     origin: str = ""
@@ -117,7 +117,7 @@ class RunRecord:
     def number(self, key: str) -> float | None:
         """A setting's value where it is a number."""
         found = self.value(key)
-        return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+        return float(found) if is_number(found) else None
 
     @property
     def method(self) -> str:
@@ -233,7 +233,7 @@ def _leaves(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _origins(text: str) -> Iterator[tuple[str, str]]:
-    """(key, origin) of each line that has one: it writes one key per line, its origin behind two spaces and #."""
+    """(key, origin) of each line that has one: config.yaml has one key per line, its origin after two spaces and #."""
     section = ""
     for line in text.splitlines():
         if not line.startswith((" ", "#")) and line.rstrip().endswith(":"):

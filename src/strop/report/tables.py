@@ -10,6 +10,7 @@ from typing import Any
 from strop.readable import duration
 from strop.report.charts import number
 from strop.report.facts import wilson
+from strop.report.lines import is_number
 from strop.report.reading import RunRecord
 from strop.report.words import visible
 
@@ -125,7 +126,7 @@ def _data(run: RunRecord) -> Table | None:
 
 
 def _count(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return ""
     return f"{value:,}" if isinstance(value, int) and abs(value) < 10**18 else number(float(value))
 
@@ -171,8 +172,7 @@ def _cost(run: RunRecord) -> Table | None:
 
 def _size(value: Any) -> float | None:
     """A number that can be a size or a time."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e18
-    return float(value) if fits else None
+    return float(value) if is_number(value) and 0 <= value < 1e18 else None
 
 
 def _given(run: RunRecord) -> Table | None:

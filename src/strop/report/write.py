@@ -9,9 +9,9 @@ from typing import Any
 from strop.disk import unusable
 from strop.durable import to_json, write_file
 from strop.redact import redact
-from strop.report.diagnose import diagnose
+from strop.report.diagnose import Examined, diagnose
 from strop.report.findings import Thresholds
-from strop.report.page import Examined, labels_of, page
+from strop.report.page import labels_of, page
 from strop.report.reading import read_run
 from strop.runfiles import FINDINGS, REPORT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from strop.cli import main
 from strop.errors import CheckpointError, ConfigError
 from strop.report import write as writing
+from strop.report.charts import LineChart, Series, heat_map
 from strop.report.page import page
 from strop.report.write import examine, write
 from strop.runfiles import FINDINGS, REPORT
@@ -117,7 +119,7 @@ def test_hostile_text_is_text_wherever_it_stands(make: Callable[..., Any]) -> No
     for line in made.lines:
         line[HOSTILE[:70]] = 1.0
         line[HOSTILE] = 2.0
-    path = made.write() if "/" not in made.path.name else made.path
+    path = made.write()
     (path / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE, "command": [HOSTILE]}))
     examined = examine([path])
     text = page(examined)
@@ -228,6 +230,19 @@ def test_a_folder_of_runs_names_them(make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         examine([path.parent])
     assert str(path) in caught.value.fix
+
+
+def test_the_csv_of_a_chart_is_for_programs() -> None:
+    """A cell per column, thousands as numbers, and no formula."""
+    steps = np.arange(50.0)
+    line = LineChart("loss", "Loss", [Series("=a, b", steps, 5870 + steps)]).draw()
+    heat = heat_map("margins", "Margins", "", range(50), [np.full(4, 5870.0 + step) for step in range(50)])
+    assert line is not None and heat is not None
+    for chart, names in ((line, ["step", "'=a, b"]), (heat, ["step", "median", "above 0"])):
+        header, *rows = csv.reader(chart.csv.splitlines())
+        assert header == names
+        assert [(float(row[0]), float(row[1])) for row in rows] == [(step, 5870 + step) for step in range(50)]
+        assert {len(row) for row in rows} == {len(names)}
 
 
 def test_a_threshold_can_be_replaced(make: Callable[..., Any]) -> None:

@@ -6,28 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from strop.report.checks.remedies import longer_run, lower
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
 from strop.report.words import visible
-
-
-def lower(facts: Facts, factor: float) -> Remedy:
-    """Divide the rate."""
-    if not facts.rate:
-        return Remedy("lower the learning rate")
-    value = float(f"{facts.rate / factor:.3g}")
-    return Remedy(f"divide the learning rate by {factor:g}", {"training.learning_rate": value})
-
-
-def longer_warmup(share: float) -> Remedy:
-    return Remedy("warm up longer", {"training.warmup_steps": None, "training.warmup_ratio": share})
-
-
-def higher(facts: Facts, factor: float) -> Remedy:
-    if not facts.rate:
-        return Remedy("raise the learning rate")
-    value = float(f"{facts.rate * factor:.3g}")
-    return Remedy(f"multiply the learning rate by {factor:g}", {"training.learning_rate": value})
 
 
 def ended(facts: Facts) -> Iterator[Finding]:
@@ -110,15 +92,11 @@ def steps(facts: Facts) -> Iterator[Finding]:
             Evidence.RULE,
             {"steps": done},
             harmless_if="it is a trial",
-            remedies=[Remedy("train longer", {"training.max_steps": None, "training.num_epochs": _more_epochs(facts)})],
+            remedies=[longer_run(facts)],
             thresholds=("few_steps",),
         )
     else:
         yield passed("few-steps", f"The run has {done:,} optimizer steps")
-
-
-def _more_epochs(facts: Facts) -> int:
-    return int(2 * (facts.run.number("training.num_epochs") or 1)) or 1
 
 
 def spikes(facts: Facts) -> Iterator[Finding]:

@@ -7,24 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from strop.report.checks.course import higher, longer_warmup, lower
+from strop.report.checks.remedies import (
+    FEWER_STEPS,
+    anchored,
+    higher,
+    longer_run,
+    longer_warmup,
+    lower,
+    smoothed,
+    times_beta,
+    weaker,
+)
+from strop.report.checks.start import first_loss
 from strop.report.facts import LN2, Facts, wilson
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
-
-
-def weaker(facts: Facts) -> list[Remedy]:
-    """What holds the policy closer to where it began, in the order to try."""
-    found = [lower(facts, 3)]
-    if facts.beta and facts.has_reference:
-        found.append(Remedy("raise beta threefold", {"post_training.beta": float(f"{facts.beta * 3:.3g}")}))
-    return [*found, Remedy("train fewer steps", {"training.num_epochs": 1})]
-
-
-def _anchored(facts: Facts) -> list[Remedy]:
-    if facts.method == "dpo" or facts.method == "simpo":
-        weight = facts.run.number("post_training.sft_weight") or 0.0
-        return [Remedy("add the likelihood of the chosen side", {"post_training.sft_weight": max(0.2, 2 * weight)})]
-    return []
+from strop.report.reading import Table
 
 
 def likelihood_displacement(facts: Facts) -> Iterator[Finding]:
@@ -56,7 +53,7 @@ def likelihood_displacement(facts: Facts) -> Iterator[Finding]:
             numbers,
             harmless_if="the model was trained on the chosen answers before, so they can only fall, and what it "
             "generates is still good",
-            remedies=[*_anchored(facts), *weaker(facts), Remedy("remove pairs whose sides are nearly the same")],
+            remedies=[*anchored(facts), *weaker(facts), Remedy("remove pairs whose sides are nearly the same")],
             thresholds=("displaced_note", "displaced_warn", "displaced_fail"),
             chart="rewards",
             steps=_second_half(facts),
@@ -79,10 +76,10 @@ def drift(facts: Facts) -> Iterator[Finding]:
     if not known:
         yield unchecked("drift", "how far the policy is from its reference: no rewards are logged")
         return
-    t, worst = facts.thresholds, max(known.values(), key=abs)
+    worst = max(known.values(), key=abs)
     numbers: dict[str, float | int | str] = {f"{side}, nats per token": gain for side, gain in known.items()}
-    levels = ((Severity.FAIL, "drift_fail"), (Severity.WARN, "drift_warn"), (Severity.NOTE, "drift_note"))
-    severity = next((level for level, name in levels if abs(worst) >= t[name]), None)
+    levels = ("drift_note", "drift_warn", "drift_fail")
+    severity = facts.thresholds.severity(abs(worst), levels)
     if severity is not None:
         yield Finding(
             "drift",
@@ -92,7 +89,7 @@ def drift(facts: Facts) -> Iterator[Finding]:
             numbers,
             harmless_if="a new format or language is to be learnt, and what it generates is good",
             remedies=weaker(facts),
-            thresholds=("drift_note", "drift_warn", "drift_fail"),
+            thresholds=levels,
             chart="rewards",
             explains=("likelihood-displacement",) if severity is Severity.FAIL else (),
         )
@@ -120,7 +117,7 @@ def learnt_too_little(facts: Facts) -> Iterator[Finding]:
         yield unchecked("rate-low", "whether anything is learnt: no margins are logged")
         return
     t = facts.thresholds
-    loss = facts.last("loss/preference") or facts.last("loss")
+    loss = facts.last(facts.loss_name(facts.run.train))
     numbers: Numbers = {
         "median distance of the sides, nats": size,
         "learning rate": facts.rate or 0.0,
@@ -135,7 +132,7 @@ def learnt_too_little(facts: Facts) -> Iterator[Finding]:
             Evidence.RULE,
             numbers,
             harmless_if="the run is a trial of a few steps",
-            remedies=[higher(facts, 10 if facts.is_adapted else 3), Remedy("train longer", _longer_run(facts))],
+            remedies=[higher(facts, 10 if facts.is_adapted else 3), longer_run(facts)],
             thresholds=("stuck_margin",),
             chart="loss",
             explains=("accuracy-half",),
@@ -157,25 +154,20 @@ def learnt_too_little(facts: Facts) -> Iterator[Finding]:
         yield passed("rate-low", f"The sides of a pair are {size:.2g} nats apart at the end", numbers=numbers)
 
 
-def _longer_run(facts: Facts) -> dict[str, int]:
-    return {"training.num_epochs": int(2 * (facts.run.number("training.num_epochs") or 1)) or 1}
-
-
-def _accuracy(facts: Facts, of_eval: bool) -> tuple[float, float, float] | None:
+def _accuracy(facts: Facts, table: Table) -> tuple[float, float, float] | None:
     """(accuracy at the end, its 95 % interval) over the pairs that it was measured on."""
-    table = facts.run.eval if of_eval else facts.run.train
     share, groups = facts.last("rewards/accuracies", table), table.series("num_groups")[1]
     if share is None or not len(groups):
         return None
-    n = groups[-1] if of_eval else groups[-max(1, round(0.2 * len(groups))) :].sum()
-    return (share, *wilson(min(max(share, 0.0), 1.0), float(n)))
+    n = float(facts.end(groups, table).sum())
+    return (share, *wilson(min(max(share, 0.0), 1.0), n))
 
 
 def accuracy(facts: Facts) -> Iterator[Finding]:
     """Pairs are told apart; both splits agree on which way."""
     if not facts.is_pairs:
         return
-    train, held = _accuracy(facts, False), _accuracy(facts, True)
+    train, held = _accuracy(facts, facts.run.train), _accuracy(facts, facts.run.eval)
     if train is None:
         yield unchecked("accuracy-half", "whether pairs are told apart: no accuracy is logged")
         return
@@ -216,16 +208,11 @@ def accuracy(facts: Facts) -> Iterator[Finding]:
             f"Pairs are not told apart: accuracy {judged[0]:.2f} on {where}, as by tossing a coin",
             Evidence.MEASURED,
             harmless_if="the labels are noisy and the run is short",
-            remedies=[look, higher(facts, 3), *_smoothed(facts)],
+            remedies=[look, higher(facts, 3), *smoothed(facts, 0.1)],
             **common,
         )
     else:
         yield passed("accuracy-half", f"Accuracy on {where}: {judged[0]:.2f}", numbers=numbers)
-
-
-def _smoothed(facts: Facts) -> list[Remedy]:
-    fits = facts.method == "dpo" and facts.loss_type in ("sigmoid", "robust")
-    return [Remedy("take some labels for flipped", {"post_training.label_smoothing": 0.1})] if fits else []
 
 
 def saturated(facts: Facts) -> Iterator[Finding]:
@@ -243,7 +230,7 @@ def saturated(facts: Facts) -> Iterator[Finding]:
     if share >= t["saturated_share"]:
         begins = float(at[int(np.argmax(won)) + 4])
         early = begins < facts.run.last_step / 3
-        held = _accuracy(facts, True)
+        held = _accuracy(facts, facts.run.eval)
         numbers: dict[str, float | int | str] = {"share of the run": share, "from step": begins}
         if held is not None:
             numbers["accuracy on validation pairs"] = held[0]
@@ -258,9 +245,9 @@ def saturated(facts: Facts) -> Iterator[Finding]:
             harmless_if="what tells them apart is what is wanted, and held-out pairs are won as well",
             remedies=[
                 Remedy("read the best pairs below: what tells the sides apart?"),
-                Remedy("train fewer steps", {"training.num_epochs": 1}),
+                FEWER_STEPS,
                 lower(facts, 3),
-                *_smoothed(facts),
+                *smoothed(facts, 0.1),
             ],
             thresholds=("saturated_at", "saturated_share"),
             chart="accuracy",
@@ -284,14 +271,17 @@ FOLLOW_A_HIGH_RATE = (
 
 
 def rate_high(facts: Facts) -> Iterator[Finding]:
-    """The loss rises above its start, or the chosen side collapses early: the steps are too long."""
+    """The loss rises above its start: the steps are too long."""
     if not facts.is_pairs:
         return
-    at, losses = facts.run.train.series("loss/preference" if "loss/preference" in facts.run.train else "loss")
+    name = facts.loss_name(facts.run.train)
+    at, losses = facts.run.train.series(name)
     if len(losses) < 5:
         yield unchecked("rate-high", f"whether the learning rate is too high: {len(losses)} logged losses are too few")
         return
-    start, end = float(losses[0]) if not facts.has_reference else _start_of(facts, losses), facts.last_loss
+    known = first_loss(facts) if facts.starts_at_reference else None
+    start, end = float(losses[0]) if known is None else known, facts.last(name)
+    assert end is not None
     width = max(1, len(losses) // 10)
     smooth = np.array([np.median(losses[i : i + width]) for i in range(0, len(losses), width)])
     peak = float(smooth.max())
@@ -317,13 +307,6 @@ def rate_high(facts: Facts) -> Iterator[Finding]:
         yield passed("rate-high", "The training loss stays below its start", numbers=numbers)
 
 
-def _start_of(facts: Facts, losses: np.ndarray) -> float:
-    from strop.report.checks.start import first_loss
-
-    found = first_loss(facts) if facts.starts_at_reference else None
-    return float(losses[0]) if found is None else found
-
-
 def chosen_falls(facts: Facts) -> Iterator[Finding]:
     """Without a reference nothing holds the chosen side but the loss itself."""
     if not facts.is_pairs or facts.has_reference:
@@ -334,6 +317,7 @@ def chosen_falls(facts: Facts) -> Iterator[Finding]:
         return
     t = facts.thresholds
     numbers: Numbers = {"chosen, nats per token": gain, "measured on": facts.watched_words}
+    softer = times_beta(facts, 0.5, "halve beta") if facts.method in ("orpo", "cpo") else []
     if -gain >= t["falls_warn"]:
         yield Finding(
             "chosen-falls",
@@ -341,7 +325,7 @@ def chosen_falls(facts: Facts) -> Iterator[Finding]:
             f"Chosen answers became less likely ({gain:+.2f} nats per token), and there is no reference to hold them",
             Evidence.RULE,
             numbers,
-            remedies=[*_anchored(facts), lower(facts, 3), *_softer(facts)],
+            remedies=[*anchored(facts), lower(facts, 3), *softer],
             thresholds=("falls_warn", "falls_fail"),
             chart="likelihood",
             steps=_second_half(facts),
@@ -350,21 +334,16 @@ def chosen_falls(facts: Facts) -> Iterator[Finding]:
         yield passed("chosen-falls", f"Chosen answers: {gain:+.2f} nats per token", numbers=numbers)
 
 
-def _softer(facts: Facts) -> list[Remedy]:
-    if facts.method in ("orpo", "cpo") and facts.beta:
-        return [Remedy("halve beta", {"post_training.beta": float(f"{facts.beta / 2:.3g}")})]
-    return []
-
-
 def odds_idle(facts: Facts) -> Iterator[Finding]:
     """Without a reference the start ranks pairs already; what counts is the rise."""
-    if facts.method not in ("orpo", "simpo", "cpo"):
+    if not facts.is_pairs or facts.has_reference:
         return
     before, after = facts.first("rewards/margins", facts.watched), facts.last("rewards/margins", facts.watched)
     if before is None or after is None:
         yield unchecked("odds-idle", "whether the preference is learnt: no margins are logged")
         return
     numbers: Numbers = {"margin at the start": before, "margin at the end": after, "measured on": facts.watched_words}
+    more_weight = times_beta(facts, 3, "give the preference more weight") if facts.method == "orpo" else []
     if after <= before and facts.run.last_step >= facts.thresholds["trend_lines"]:
         yield Finding(
             "odds-idle",
@@ -374,13 +353,12 @@ def odds_idle(facts: Facts) -> Iterator[Finding]:
             numbers,
             harmless_if="the model first has to learn to answer at all",
             remedies=[
-                *([Remedy("give the preference more weight", {"post_training.beta": float(f"{facts.beta * 3:.3g}")})]
-                  if facts.method == "orpo" and facts.beta else []),
+                *more_weight,
                 higher(facts, 3),
                 Remedy("train the chosen answers first, then the preference: method sft, then dpo"),
             ],
             chart="margins",
-        )  # fmt: skip
+        )
     else:
         yield passed("odds-idle", f"The margin grew from {before:.3g} to {after:.3g}", numbers=numbers)
 

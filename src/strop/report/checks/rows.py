@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from strop.report.checks.remedies import longer_rows, smoothed
 from strop.report.facts import Facts
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
 
@@ -22,39 +24,31 @@ def same_pairs(facts: Facts) -> Iterator[Finding]:
     if not groups:
         yield unchecked("same-pairs", "pairs whose sides are the same: no training step is logged")
         return
-    share, t = same / groups, facts.thresholds
-    numbers = {"pairs whose sides are the same": int(same), "pairs seen": int(groups)}
-    if share >= t["same_pair_warn"]:
-        yield Finding(
-            "same-pairs",
-            Severity.FAIL if share >= t["same_pair_fail"] else Severity.WARN,
-            f"In {share:.0%} of the pairs both sides are the same tokens: nothing can be learnt from them",
-            Evidence.EXACT,
-            numbers,
-            remedies=[
-                Remedy("raise the length limits, if the sides differ only behind the cut", _longer(facts)),
-                Remedy("remove such pairs from the data"),
-            ],
-            thresholds=("same_pair_warn", "same_pair_fail"),
-            explains=(
-                "no-end-token",
-                "completions-cut",
-                "accuracy-falls",
-                "gradient-zero",
-                "rate-low",
-                "accuracy-half",
-                "duplicates",
-                "weights-unmoved",
-                "odds-idle",
-            ),
-        )
-    else:
-        yield passed("same-pairs", f"{int(same):,} of {int(groups):,} pairs have the same tokens on both sides")
-
-
-def _longer(facts: Facts) -> dict[str, int]:
-    limit = facts.run.number("training.max_seq_length")
-    return {"training.max_seq_length": int(2 * limit)} if limit else {}
+    share = same / groups
+    yield facts.thresholds.graded(
+        "same-pairs",
+        share,
+        ("same_pair_warn", "same_pair_fail"),
+        f"In {share:.0%} of the pairs both sides are the same tokens: nothing can be learnt from them",
+        otherwise=f"{int(same):,} of {int(groups):,} pairs have the same tokens on both sides",
+        evidence=Evidence.EXACT,
+        numbers={"pairs whose sides are the same": int(same), "pairs seen": int(groups)},
+        remedies=[
+            longer_rows(facts, "raise the length limits, if the sides differ only behind the cut"),
+            Remedy("remove such pairs from the data"),
+        ],
+        explains=(
+            "no-end-token",
+            "completions-cut",
+            "accuracy-falls",
+            "gradient-zero",
+            "rate-low",
+            "accuracy-half",
+            "duplicates",
+            "weights-unmoved",
+            "odds-idle",
+        ),
+    )
 
 
 def leakage(facts: Facts) -> Iterator[Finding]:
@@ -91,20 +85,17 @@ def duplicates(facts: Facts) -> Iterator[Finding]:
     if found is None:
         return
     count, share = found
-    t = facts.thresholds
-    if share >= t["duplicates_note"] and count >= 2:
-        yield Finding(
-            "duplicates",
-            Severity.WARN if share >= t["duplicates_warn"] else Severity.NOTE,
-            f"{int(count):,} training rows ({share:.1%}) stand there more than once",
-            Evidence.EXACT,
-            {"rows that are there before": int(count)},
-            harmless_if="they are meant to count more often",
-            remedies=[Remedy("strop prepare --input FILE --output-dir DIR removes them")],
-            thresholds=("duplicates_note", "duplicates_warn"),
-        )
-    else:
-        yield passed("duplicates", f"{int(count):,} training rows stand there more than once")
+    yield facts.thresholds.graded(
+        "duplicates",
+        share if count >= 2 else -math.inf,  # a single one says nothing, however few the rows are
+        ("duplicates_note", "duplicates_warn"),
+        f"{int(count):,} training rows ({share:.1%}) stand there more than once",
+        otherwise=f"{int(count):,} training rows stand there more than once",
+        evidence=Evidence.EXACT,
+        numbers={"rows that are there before": int(count)},
+        harmless_if="they are meant to count more often",
+        remedies=[Remedy("strop prepare --input FILE --output-dir DIR removes them")],
+    )
 
 
 def contradictions(facts: Facts) -> Iterator[Finding]:
@@ -113,28 +104,19 @@ def contradictions(facts: Facts) -> Iterator[Finding]:
     if found is None or facts.method == "sft":
         return
     count, share = found
-    t = facts.thresholds
-    if share >= t["contradictions_warn"]:
-        yield Finding(
-            "contradictions",
-            Severity.FAIL if share >= t["contradictions_fail"] else Severity.WARN,
-            f"{int(count):,} training rows ({share:.1%}) are contradicted by another: the same pair the other way "
-            "round, or the other label",
-            Evidence.EXACT,
-            {"rows that another contradicts": int(count)},
-            remedies=[Remedy("keep one of each two, or drop both"), *_smoothing(facts, share)],
-            thresholds=("contradictions_warn", "contradictions_fail"),
-            explains=("accuracy-half", "rate-low"),
-        )
-    else:
-        yield passed("contradictions", f"{int(count):,} training rows are contradicted by another")
-
-
-def _smoothing(facts: Facts, share: float) -> list[Remedy]:
-    if facts.method != "dpo" or facts.loss_type not in ("sigmoid", "robust"):
-        return []
-    value = min(0.4, max(0.05, round(share / 2, 2)))
-    return [Remedy("tell the loss how noisy the labels are", {"post_training.label_smoothing": value})]
+    flipped = min(0.4, max(0.05, round(share / 2, 2)))
+    yield facts.thresholds.graded(
+        "contradictions",
+        share,
+        ("contradictions_warn", "contradictions_fail"),
+        f"{int(count):,} training rows ({share:.1%}) are contradicted by another: the same pair the other way round, "
+        "or the other label",
+        otherwise=f"{int(count):,} training rows are contradicted by another",
+        evidence=Evidence.EXACT,
+        numbers={"rows that another contradicts": int(count)},
+        remedies=[Remedy("keep one of each two, or drop both"), *smoothed(facts, flipped)],
+        explains=("accuracy-half", "rate-low"),
+    )
 
 
 def begins_twice(facts: Facts) -> Iterator[Finding]:
@@ -161,31 +143,30 @@ def ends(facts: Facts) -> Iterator[Finding]:
     if found is None:
         return
     count, share = found
-    t = facts.thresholds
-    if share >= t["no_end_warn"]:
-        yield Finding(
-            "no-end-token",
-            Severity.FAIL if share >= t["no_end_fail"] else Severity.WARN,
-            f"{share:.0%} of the completions have no end token, so the model does not learn where to stop",
-            Evidence.EXACT,
-            {"completions without an end token": int(count)},
-            harmless_if="text is continued for ever on purpose",
-            remedies=[
-                Remedy("raise the length limit, if they are cut", _longer(facts)),
-                Remedy("leave overlong rows out", {"dataset.filter_overlength_samples": True}),
-                Remedy("check that the chat template closes a turn: strop train --dry-run shows it"),
-            ],
-            thresholds=("no_end_warn", "no_end_fail"),
-            explains=("completions-cut",),
-        )
-    else:
-        yield passed("no-end-token", f"{1 - share:.0%} of the completions end with an end token")
+    yield facts.thresholds.graded(
+        "no-end-token",
+        share,
+        ("no_end_warn", "no_end_fail"),
+        f"{share:.0%} of the completions have no end token, so the model does not learn where to stop",
+        otherwise=f"{1 - share:.0%} of the completions end with an end token",
+        evidence=Evidence.EXACT,
+        numbers={"completions without an end token": int(count)},
+        harmless_if="text is continued for ever on purpose",
+        remedies=[
+            longer_rows(facts, "raise the length limit, if they are cut"),
+            Remedy("leave overlong rows out", {"dataset.filter_overlength_samples": True}),
+            Remedy("check that the chat template closes a turn: strop train --dry-run shows it"),
+        ],
+        explains=("completions-cut",),
+    )
 
 
 def losses(facts: Facts) -> Iterator[Finding]:
     """Rows that are read and not trained on."""
-    split = facts.split("train")
     read = facts.count("train", "rows_read")
+    if not read:
+        return
+    split = facts.split("train")
     reasons = {
         str(reason)[:200]: n
         for kind in ("refused", "dropped")
@@ -193,26 +174,21 @@ def losses(facts: Facts) -> Iterator[Finding]:
         for reason, n in split[kind].items()
         if isinstance(n, int)
     }
-    if not read:
-        return
-    lost = sum(reasons.values())
+    lost, most = sum(reasons.values()), sorted(reasons.items(), key=lambda item: -item[1])[:5]
     share = lost / read
-    if share >= facts.thresholds["lost_warn"]:
-        yield Finding(
-            "rows-lost",
-            Severity.FAIL if share >= facts.thresholds["lost_fail"] else Severity.WARN,
-            f"{lost:,} of {int(read):,} rows ({share:.0%}) are not trained on, most of them: "
-            f"{max(reasons, key=lambda r: reasons[r])}",
-            Evidence.EXACT,
-            dict(sorted(reasons.items(), key=lambda item: -item[1])[:5]),
-            remedies=[
-                Remedy("look at rejected.jsonl in the run folder"),
-                Remedy("raise the length limits, if rows are dropped for them", _longer(facts)),
-            ],
-            thresholds=("lost_warn", "lost_fail"),
-        )
-    else:
-        yield passed("rows-lost", f"{lost:,} of {int(read):,} rows are refused or dropped")
+    yield facts.thresholds.graded(
+        "rows-lost",
+        share,
+        ("lost_warn", "lost_fail"),
+        f"{lost:,} of {int(read):,} rows ({share:.0%}) are not trained on, most of them: {most[0][0] if most else ''}",
+        otherwise=f"{lost:,} of {int(read):,} rows are refused or dropped",
+        evidence=Evidence.EXACT,
+        numbers=dict(most),
+        remedies=[
+            Remedy("look at rejected.jsonl in the run folder"),
+            longer_rows(facts, "raise the length limits, if rows are dropped for them"),
+        ],
+    )
 
 
 def cuts(facts: Facts) -> Iterator[Finding]:
@@ -221,22 +197,19 @@ def cuts(facts: Facts) -> Iterator[Finding]:
     if found is None:
         return
     count, share = found
-    t = facts.thresholds
-    if share >= t["cut_warn"]:
-        yield Finding(
-            "completions-cut",
-            Severity.FAIL if share >= t["cut_fail"] else Severity.WARN,
-            f"{share:.0%} of the completions are cut at the length limit",
-            Evidence.EXACT,
-            {"completions cut": int(count)},
-            remedies=[
-                Remedy("raise the limit", _longer(facts)),
-                Remedy("leave such rows out", {"dataset.filter_overlength_samples": True}),
-            ],
-            thresholds=("cut_warn", "cut_fail"),
-        )
-    else:
-        yield passed("completions-cut", f"{int(count):,} completions are cut at the length limit")
+    yield facts.thresholds.graded(
+        "completions-cut",
+        share,
+        ("cut_warn", "cut_fail"),
+        f"{share:.0%} of the completions are cut at the length limit",
+        otherwise=f"{int(count):,} completions are cut at the length limit",
+        evidence=Evidence.EXACT,
+        numbers={"completions cut": int(count)},
+        remedies=[
+            longer_rows(facts, "raise the limit"),
+            Remedy("leave such rows out", {"dataset.filter_overlength_samples": True}),
+        ],
+    )
 
 
 def longer_wins(facts: Facts) -> Iterator[Finding]:
@@ -244,34 +217,25 @@ def longer_wins(facts: Facts) -> Iterator[Finding]:
     share, groups = facts.count("train", "findings", "length", "chosen_is_longer"), facts.count("train", "num_groups")
     if share is None or not groups or not facts.is_pairs:
         return
-    t = facts.thresholds
     means = {
         f"mean tokens, {n}": facts.count("train", "findings", "length", f"mean_{n}") or 0
         for n in ("chosen", "rejected")
     }
     chosen, rejected = means.values()
     alike = max(chosen, rejected) <= 1.1 * min(chosen, rejected)
-    if max(share, 1 - share) >= t["longer_note"] and groups >= 50 and not alike:
-        word = "longer" if share > 0.5 else "shorter"
-        yield Finding(
-            "length-bias",
-            Severity.WARN if max(share, 1 - share) >= t["longer_warn"] else Severity.NOTE,
-            f"The chosen side is the {word} one in {max(share, 1 - share):.0%} of the pairs, so length is learnt, too",
-            Evidence.RULE,
-            {"share of pairs whose chosen side is longer": share, **means},
-            harmless_if="longer answers are wanted, or better because of what makes them long",
-            remedies=[
-                Remedy("balance the pairs by length"),
-                *(
-                    [Remedy("compare per token", {"post_training.loss_type": "sigmoid_norm"})]
-                    if facts.method == "dpo"
-                    else []
-                ),
-            ],
-            thresholds=("longer_note", "longer_warn"),
-        )
-    else:
-        yield passed("length-bias", f"The chosen side is the longer one in {share:.0%} of the pairs")
+    one_way, word = max(share, 1 - share), "longer" if share > 0.5 else "shorter"
+    per_token = Remedy("compare per token", {"post_training.loss_type": "sigmoid_norm"})
+    yield facts.thresholds.graded(
+        "length-bias",
+        one_way if groups >= 50 and not alike else -math.inf,  # few pairs, or nearly equal ones, say nothing
+        ("longer_note", "longer_warn"),
+        f"The chosen side is the {word} one in {one_way:.0%} of the pairs, so length is learnt, too",
+        otherwise=f"The chosen side is the longer one in {share:.0%} of the pairs",
+        evidence=Evidence.RULE,
+        numbers={"share of pairs whose chosen side is longer": share, **means},
+        harmless_if="longer answers are wanted, or better because of what makes them long",
+        remedies=[Remedy("balance the pairs by length"), *([per_token] if facts.method == "dpo" else [])],
+    )
 
 
 CHECKS = (has_data, same_pairs, begins_twice, leakage, ends, contradictions, cuts, losses, duplicates, longer_wins)

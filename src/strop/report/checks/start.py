@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from strop.report.checks.remedies import FEWER_STEPS, higher
 from strop.report.facts import LN2, Facts
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
-
-HIGHER = Remedy("raise the learning rate, and check warm-up and schedule")
 
 
 def rate_is_zero(facts: Facts) -> Iterator[Finding]:
@@ -32,7 +31,7 @@ def rate_is_zero(facts: Facts) -> Iterator[Finding]:
             remedies=[
                 Remedy("look at the warm-up and at training.lr_scheduler_type: they keep the rate at 0")
                 if asked
-                else Remedy("give a learning rate", {"training.learning_rate": _usual_rate(facts)})
+                else Remedy("take the default learning rate", {"training.learning_rate": None})
             ],
             chart="rate",
             explains=(
@@ -47,11 +46,6 @@ def rate_is_zero(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield passed("rate-zero", f"The learning rate is above 0; its highest logged value is {rates.max():.3g}")
-
-
-def _usual_rate(facts: Facts) -> float:
-    rate = 2e-5 if facts.method == "sft" else 5e-7
-    return rate * (10 if facts.is_adapted else 1)
 
 
 def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
@@ -91,7 +85,7 @@ def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
             Evidence.EXACT,
             {"logged steps with gradient 0": zero},
             harmless_if="the loss cannot fall any further on these rows",
-            remedies=[Remedy("train fewer steps", {"training.num_epochs": 1})],
+            remedies=[FEWER_STEPS],
             chart="gradient",
         )
     else:
@@ -116,16 +110,12 @@ def weights_stand_still(facts: Facts) -> Iterator[Finding]:
                 "norm of the gradient": norm,
                 "learning rate": facts.rate or 0,
             },
-            remedies=[Remedy("raise the learning rate tenfold", _times(facts, 10))],
+            remedies=[higher(facts, 10)],
             thresholds=("moved_share",),
             explains=("rate-low", "sft-still", "accuracy-half", "accuracy-falls", "odds-idle"),
         )
     else:
         yield passed("weights-unmoved", f"An update changes {moved:.0%} of the weights")
-
-
-def _times(facts: Facts, factor: float) -> dict[str, float]:
-    return {"training.learning_rate": float(f"{facts.rate * factor:.3g}")} if facts.rate else {}
 
 
 def first_loss(facts: Facts) -> float | None:
@@ -229,7 +219,7 @@ def _start_ratio(facts: Facts) -> tuple[float, float, str] | None:
 
 def _first_loss_holds(facts: Facts) -> Iterator[Finding]:
     table, expected = facts.run.eval, first_loss(facts)
-    name = "loss/preference" if "loss/preference" in table else "loss"
+    name = facts.loss_name(table)
     if expected is None or not len(table) or table.step[0] != 0 or name not in table:
         why = (
             "this loss has no fixed first value" if expected is None else "there is no evaluation before the first step"

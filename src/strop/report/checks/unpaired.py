@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from strop.report.checks.course import higher, longer_warmup, lower
-from strop.report.checks.pairs import weaker
+from strop.report.checks.remedies import higher, longer_warmup, lower, weaker
 from strop.report.facts import Facts
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
 
@@ -145,10 +144,7 @@ def imitation(facts: Facts) -> Iterator[Finding]:
             f"The training loss rises, from {before:.3g} to {max(after, peak):.3g}: the learning rate is too high",
             Evidence.RULE,
             numbers,
-            remedies=[
-                lower(facts, 10),
-                longer_warmup(0.1),
-            ],
+            remedies=[lower(facts, 10), longer_warmup(0.1)],
             chart="loss",
             steps=(float(at[0]), float(at[-1])),
             explains=("worse-than-start", "risen", "always-clipped", "gradient-spikes"),
