@@ -16,6 +16,11 @@ from strop.errors import ConfigError
 log = logging.getLogger("strop")
 
 
+def cache_root() -> Path:
+    """`$STROP_CACHE`, or `~/.cache/strop`; it need not be there."""
+    return Path(os.environ.get("STROP_CACHE") or "~/.cache/strop").expanduser()
+
+
 def cache_folder(kind: str, *, must_keep: bool = False) -> Path:
     """The folder for things of this kind (`tokens`, `references`); one for this process alone, where that cannot be
     written.
@@ -23,7 +28,7 @@ def cache_folder(kind: str, *, must_keep: bool = False) -> Path:
     Raises:
         ConfigError: it cannot be written, and what is made must be kept.
     """
-    path = Path(os.environ.get("STROP_CACHE") or "~/.cache/strop").expanduser() / kind
+    path = cache_root() / kind
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

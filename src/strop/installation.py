@@ -10,15 +10,15 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from strop.cachedir import cache_folder
+from strop.cachedir import cache_folder, cache_root
 from strop.disk import free_bytes, in_words
-from strop.errors import StropError, foreign_errors
-from strop.machine import processor_model
+from strop.errors import ConfigError, StropError, foreign_errors
+from strop.machine import installed_memory, num_cores, processor_model
 from strop.redact import redact
 
 DEVELOPERS = "dev"
@@ -26,7 +26,7 @@ DEVELOPERS = "dev"
 SHOWN = ("STROP_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 """Variables that decide something, and whose values are no secrets."""
 ONLY_WHETHER = ("HF_TOKEN", "WANDB_API_KEY")
-"""Variables of which it is told whether they are set."""
+"""Variables of which the screen says only whether they are set."""
 LITTLE = 5 << 30
 """Bytes free on a disk, below which a run may not find room."""
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*(?:>=\s*([\d.]+))?")
@@ -54,16 +54,8 @@ def look() -> Found:
 def _computer(found: Found) -> None:
     found.lines.append(f"python      {platform.python_version()} ({_short(sys.executable)})")
     found.lines.append(f"platform    {platform.platform()}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found.lines.append(f"processor   {processor_model() or 'unknown'}, {cores} cores for this process")
-    found.lines.append(f"memory      {_memory()}")
-
-
-def _memory() -> str:
-    try:
-        return in_words(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (OSError, ValueError, AttributeError):
-        return "an unknown amount"
+    found.lines.append(f"processor   {processor_model() or 'unknown'}, {num_cores()} cores for this process")
+    found.lines.append(f"memory      {in_words(installed_memory())}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,6 @@ def _packages(found: Found) -> None:
             "strop is not installed as a package: pip install strop, or pip install -e . in its folder"
         )
         return
-    extras: Mapping[str, list[Requirement]] = {}
     extras = {r.extra: [x for x in asked if x.extra == r.extra] for r in asked if r.extra != DEVELOPERS}
     for extra, wanted in sorted(extras.items()):
         states = [r.state() for r in wanted]
@@ -148,13 +139,17 @@ def _torch(found: Found) -> None:
 
 
 def _disks(found: Found) -> None:
-    cache = cache_folder("tokens")
-    for name, path in (("this folder", Path.cwd()), ("the cache", cache.parent)):
+    cache = cache_root()
+    for name, path in (("this folder", Path.cwd()), ("the cache", cache)):
         free = free_bytes(path)
         found.lines.append(f"disk        {in_words(free)} free for {name}, {_short(path)}")
         if free is not None and free < LITTLE:
             found.problems.append(f"{in_words(free)} free for {name}, which may be too little for checkpoints")
-    found.lines.append(f"cache       {in_words(_size(cache.parent))} in it; it may be deleted at any time")
+    try:
+        cache_folder("tokens", must_keep=True)
+        found.lines.append(f"cache       {in_words(_size(cache))} in it; it may be deleted at any time")
+    except ConfigError as error:
+        found.lines.append(f"cache       {error.found}: {error.fix}")
     if not os.access(Path.cwd(), os.W_OK):
         found.problems.append(f"this folder cannot be written: {_short(Path.cwd())}; runs go to training.output_dir")
 
@@ -172,9 +167,9 @@ def _size(folder: Path) -> int:
 
 
 def _variables(found: Found) -> None:
-    told = [f"{name}={redact(_short(os.environ[name]))[:200]}" for name in SHOWN if name in os.environ]
-    told += [f"{name} is {'set' if os.environ.get(name) else 'not set'}" for name in ONLY_WHETHER]
-    found.lines.append("variables   " + ", ".join(told))
+    words = [f"{name}={redact(_short(os.environ[name]))[:200]}" for name in SHOWN if name in os.environ]
+    words += [f"{name} is {'set' if os.environ.get(name) else 'not set'}" for name in ONLY_WHETHER]
+    found.lines.append("variables   " + ", ".join(words))
 
 
 def _short(path: Path | str) -> str:

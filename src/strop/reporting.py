@@ -21,7 +21,7 @@ from strop.report.diagnose import Diagnosis
 from strop.report.findings import Severity
 from strop.report.write import examine, write
 from strop.rundir import RunDir
-from strop.runfiles import PAIRS, PLAN
+from strop.runfiles import PAIRS, PLAN, margins_array
 from strop.session import Session
 from strop.types import Group
 
@@ -30,11 +30,11 @@ log = logging.getLogger("strop")
 NUM_PAIRS = 10
 """Of the worst and of the best."""
 MOST_STEPS = 4000
-"""At the end of the run, whose margins are looked at."""
+"""How many steps at the end of the run may have their margins read."""
 MOST_CHARACTERS = 2000
 """Of each text of a pair."""
-MOST_TOLD = 3
-"""Findings on the terminal; the page has all."""
+MOST_LOGGED = 3
+"""Findings that the log names; the page has all."""
 
 
 def write_plan(session: Session, run: RunDir) -> None:
@@ -66,7 +66,7 @@ def _prediction(session: Session) -> Mapping[str, Any]:
 
 
 def write_pairs(session: Session, run: RunDir) -> None:
-    """pairs.json: of the last epoch, or of its last steps, as the margins log has them."""
+    """pairs.json: the pairs of the last epoch, or of its last steps, by the margins that were logged."""
     margins = dict(_last_margins(session, run))
     if not margins:
         return
@@ -90,7 +90,7 @@ def _last_margins(session: Session, run: RunDir) -> Iterator[tuple[int, tuple[fl
     first = max(1, plan.num_steps - min(plan.steps_per_epoch, MOST_STEPS) + 1)
     for step in range(first, plan.num_steps + 1):
         epoch, inside = plan.position(step)
-        path = run.logs / "margins" / f"epoch_{epoch:03d}" / f"step_{inside:05d}.npy"
+        path = run.logs / "margins" / margins_array(epoch, inside)
         if not path.is_file():
             continue
         values, indices = np.load(path, allow_pickle=False), plan.groups(step)
@@ -111,8 +111,8 @@ def _texts(group: Group, session: Session) -> dict[str, Any]:
 
 
 def report(session: Session, run: RunDir) -> None:
-    """The page of a run that has come to its end, and what it says in short. Whatever goes wrong here is told, and
-    nothing else: a training does not fail by its report."""
+    """Writes the page of a run that has ended, and logs what it says in short. An error here is logged and goes no
+    further: no training fails because of its report."""
     if not session.world.is_main:
         return
     try:
@@ -126,8 +126,7 @@ def report(session: Session, run: RunDir) -> None:
 
 
 def _tell(name: str | None, diagnosis: Diagnosis, page: Path) -> None:
-    told = diagnosis.of(Severity.FAIL, Severity.WARN)
-    for finding in told[:MOST_TOLD]:
+    for finding in diagnosis.of(Severity.FAIL, Severity.WARN)[:MOST_LOGGED]:
         numbers = ", ".join(f"{k} {plain(v) if isinstance(v, int | float) else v}" for k, v in finding.numbers.items())
         level = logging.WARNING if finding.severity is Severity.FAIL else logging.INFO
         log.log(level, "%s: %s: %s (%s)", name, finding.severity, finding.claim, numbers or finding.id)

@@ -1,4 +1,4 @@
-"""Names of the files of a run, in its folder. Floor 0."""
+"""Names of the files of a run, in its folder and in that of its logs. Floor 0."""
 
 from __future__ import annotations
 
@@ -22,4 +22,11 @@ RECORDS = (
     ROLLOUTS,
 )
 """What is written down of a run while it goes on."""
+MARGINS_LOG = "margins_log.jsonl"
+"""In the folder of the margins, as are the arrays of `margins_array`."""
 RUN_FILES = (*RECORDS, REPORT, FINDINGS)
+
+
+def margins_array(epoch: int, step: int) -> str:
+    """The name of the array of a step of an epoch, both counted from 0."""
+    return f"epoch_{epoch:03d}/step_{step:05d}.npy"

@@ -96,3 +96,13 @@ def test_a_full_disk_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(installation, "free_bytes", lambda path: 1 << 20)
     assert main(["doctor"]) == 1
     assert "too little" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_no_other_folder_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["doctor"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache")]
+    assert "cannot be written" in line and "set STROP_CACHE" in line and "in it;" not in line

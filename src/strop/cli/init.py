@@ -41,9 +41,9 @@ def run(arguments: list[str]) -> int:
     model = options.model or _ask("--model", "Which model (a folder, or a name on the hub)? ")
     data = options.data or _ask("--data", "Which file of rows? ")
 
-    from strop.newconfig import Asked, config_for
+    from strop.newconfig import Request, config_for
 
-    text = config_for(Asked(model, data, options.val, options.method, options.output_dir))
+    text = config_for(Request(model, data, options.val, options.method, options.output_dir))
     try:
         write_file(path, text.encode("utf-8"))
     except OSError as error:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from strop import durable
 from strop.durable import JsonLines
 from strop.rundir import tell_damage
+from strop.runfiles import MARGINS_LOG, margins_array
 
 SAMPLE = 8
 
@@ -30,7 +31,7 @@ class MarginsLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lines = JsonLines(folder / "margins_log.jsonl")
+        self._lines = JsonLines(folder / MARGINS_LOG)
 
     def write(self, epoch: int, step_in_epoch: int, global_step: int, margins: NDArray[Any]) -> None:
         """Log one step. margins: [G], at least one.
@@ -40,7 +41,7 @@ class MarginsLog:
         """
         values = np.asarray(margins, dtype=np.float32).reshape(-1)
         assert len(values)
-        name = f"epoch_{epoch:03d}/step_{step_in_epoch:05d}.npy"
+        name = margins_array(epoch, step_in_epoch)
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = io.BytesIO()

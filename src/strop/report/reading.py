@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
 from strop.report.lines import Column, Lines, is_number, read_lines
-from strop.runfiles import FAILURE, PAIRS, PLAN, RECORDS, RESULT
+from strop.runfiles import FAILURE, MARGINS_LOG, PAIRS, PLAN, RECORDS, RESULT, margins_array
 
 MOST_BYTES = 1 << 24
 """Of a file that is read whole; a larger one is not ours."""
@@ -284,7 +284,7 @@ def _logs(folder: Path, settings: Mapping[str, Setting]) -> Path:
 
 def _margins(logs: Path, gaps: list[str]) -> Margins:
     """The arrays of evenly spaced steps. The names are taken from the log, in the form that strop gives them."""
-    log = logs / "margins" / "margins_log.jsonl"
+    log = logs / "margins" / MARGINS_LOG
     if not log.is_file():
         return Margins((), ())
     lines = _lines(log, MARGIN_FIELDS, gaps)
@@ -297,7 +297,7 @@ def _margins(logs: Path, gaps: list[str]) -> Margins:
     steps, arrays, lost = [], [], 0
     for place in places.tolist():
         at, epoch, step = (int(c[place]) for c in columns)
-        values = _array(log.parent / f"epoch_{epoch:03d}" / f"step_{step:05d}.npy")
+        values = _array(log.parent / margins_array(epoch, step))
         if values is None:
             lost += 1
             continue
