@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.batch import PROMPT_LOGPS
 from strop.config import RunConfig, advice, of_model
+from strop.config.guidance import is_default
 from strop.config.methods import GrpoSettings, KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.doctor import imbalance
@@ -255,7 +256,7 @@ def _without_validation(config: RunConfig) -> RunConfig:
     """
     neutral = {"finetuning.load_best_model_at_end": False, "finetuning.early_stopping_patience": None}
     for key, value, _ in config.leaves():
-        if key in neutral and value != neutral[key] and not config.origins[key].startswith("default"):
+        if key in neutral and value != neutral[key] and not is_default(config.origins[key]):
             raise ConfigError(
                 "there are no validation rows to evaluate the model by",
                 where=f"{key}: {value} ({config.origins[key]})",

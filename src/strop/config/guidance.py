@@ -73,6 +73,11 @@ def default_origin(key: str) -> str:
     return f"default: {words}" if words else "default"
 
 
+def is_default(origin: str) -> bool:
+    """Whether an origin is that of a value that nobody gave (`default_origin`). A file may be called default.yaml."""
+    return origin == "default" or origin.startswith("default: ")
+
+
 def advice(config: RunConfig, num_weights: int | None = None) -> list[str]:
     """Warnings about values that are allowed and likely to disappoint; the caller prints them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from strop.config.guidance import is_default
 from strop.config.methods import ReferenceSettings
 from strop.config.run import RunConfig
 
@@ -24,4 +25,4 @@ def unread(config: RunConfig) -> set[str]:
         keys.add("training.reference_store")
     if not any(map(config.adapts, config.models)):
         keys |= {f"lora.{name}" for name in type(config.lora).model_fields if name != "enabled"}
-    return {key for key in keys if config.origins.get(key, "default").startswith("default")}
+    return {key for key in keys if is_default(config.origins.get(key, "default"))}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.config import RunConfig
+from strop.config.guidance import is_default
 from strop.engine.checkpoint import Checkpoint
 from strop.errors import CheckpointError
 from strop.objectives.base import build_objective
@@ -100,7 +101,7 @@ def _is_raised(before: int | None, now: int | None, num_steps: int) -> bool:
 
 
 def _is_default(config: RunConfig, key: str) -> bool:
-    return config.origins.get(key, "default").startswith("default")
+    return is_default(config.origins.get(key, "default"))
 
 
 def check_recipe(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strop.config.guidance import is_default
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
 from strop.report.lines import Column, Lines, is_number, read_lines
@@ -40,7 +41,7 @@ NUMBERS = (
 @dataclass(frozen=True)
 class Setting:
     """A key of the resolved configuration. origin: where its value was given; empty, or `default: ...`: nobody gave
-    it; `auto...`: the program chose it."""
+    it; `auto_precision: ...`: the program chose it."""
 
     value: Any
     origin: str = ""
@@ -48,7 +49,7 @@ class Setting:
     @property
     def is_given(self) -> bool:
         """Whether a person or a preset chose it."""
-        return bool(self.origin) and not self.origin.startswith(("default", "auto"))
+        return bool(self.origin) and not is_default(self.origin) and not self.origin.startswith("auto_precision: ")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strop.config import METHODS, load_config
+from strop.config.guidance import is_default
 from strop.config.read import unread
 
 MODEL = [{"huggingface_id": "org/model"}]
@@ -34,3 +36,16 @@ def test_adapters_settings_are_read_where_adapters_train() -> None:
 def test_what_is_given_is_shown() -> None:
     assert "dataset.chosen_column" in hidden(method="sft")
     assert "dataset.chosen_column" not in hidden(method="sft", **{"dataset.chosen_column": "good"})
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "default.yaml", "defaults.yaml"])
+def test_the_name_of_a_file_makes_no_value_a_default(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "models:\n  - huggingface_id: org/model\npost_training:\n  method: sft\ndataset:\n  chosen_column: good\n"
+    Path(name).write_text(text)
+    config = load_config(name)
+    assert "dataset.chosen_column" not in unread(config)
+    assert not is_default(config.origins["dataset.chosen_column"])
+    assert is_default(config.origins["training.learning_rate"]) and is_default(config.origins["seed"])

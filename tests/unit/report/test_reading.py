@@ -223,3 +223,12 @@ def test_numbers_are_read_as_the_configuration_means_them(make: Callable[..., An
     text = (path / "config.yaml").read_text(encoding="utf-8")
     assert "learning_rate: 5e-07" in text
     assert read_run(path).number("training.learning_rate") == 5e-7
+
+
+def test_a_setting_is_given_whatever_its_file_is_called(make: Callable[..., Any]) -> None:
+    path = make().write()
+    origins = {"auto.yaml:1": True, "defaults.yaml:2": True, "default: by method": False, "auto_precision: fast": False}
+    lines = "".join(f"k{i}: 1  # {origin}\n" for i, origin in enumerate(origins))
+    (path / "config.yaml").write_text(lines + "last: 1\n")
+    given = {s.origin: s.is_given for s in read_run(path).settings.values()}
+    assert given == {**origins, "": False}
