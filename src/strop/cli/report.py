@@ -71,8 +71,8 @@ def _threshold(given: str) -> tuple[str, float]:
 
 
 def _lines(examined: Examined) -> Iterator[str]:
-    from strop.report.words import shown
+    from strop.report.words import visible
 
-    yield f"{shown(examined.run.name)}: {shown(examined.diagnosis.verdict)}"
+    yield f"{visible(examined.run.name)}: {visible(examined.diagnosis.verdict)}"
     for finding in examined.diagnosis.raised:
-        yield f"  {finding.severity:<5} {finding.id}: {shown(finding.claim)}"
+        yield f"  {finding.severity:<5} {finding.id}: {visible(finding.claim)}"

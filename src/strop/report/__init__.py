@@ -1,14 +1,18 @@
-"""What a run folder tells a person: what is wrong with the run, and a page that shows it. Floor 2, no torch.
+"""From a run folder to what is wrong with the run, and a page that shows it. Floor 2, no torch.
 
 In: a run folder, or several, as training left them, whole or not. Out: findings (`findings.json`) and a page
 (`report.html`), one file that opens anywhere.
 
 lines      a log of JSON lines as columns of numbers, fast for a million lines
 reading    a run folder as a `RunRecord`: everything below takes its numbers from there
+words      text that others wrote, made fit for a page
 findings   what a finding is; the thresholds
-checks/    what is looked for, one function for each finding
+facts      what checks and charts derive from a record
+checks/    what is looked for, in most cases one function per finding
 diagnose   all checks, in order; the verdict
 charts     inline SVG
+curves     which charts a page has
+tables     the tables of a page
 page       the page, from templates/
 write      both files into the run folder
 """

@@ -15,9 +15,9 @@ from strop.report.reading import RunRecord, Table
 
 LN2 = math.log(2)
 WINDOW = 0.2
-"""Share of a series that its end is."""
+"""The end of a series is this share of it."""
 FIRST_LINES = 10
-"""At most so many logged lines are the beginning of a series."""
+"""The beginning of a series is at most this many logged lines."""
 
 
 class Facts:

@@ -62,7 +62,7 @@ class Remedy:
 class Finding:
     """id: stable. claim: one sentence. numbers: what it rests on, by name. thresholds: names of those it was held
     against. chart: the chart that shows it; steps: first and last step that it is about. explains: ids of findings that
-    follow from this one and are not told beside it."""
+    follow from this one and are not listed beside it."""
 
     id: str
     severity: Severity

@@ -26,10 +26,10 @@ Column = NDArray[np.float64]
 BLOCK = 1 << 24
 """Bytes that are parsed at a time."""
 LARGE = 1 << 26
-"""Bytes of a file from which on numbers are kept with 24 bits: they are drawn and compared, not trained with."""
+"""Bytes. Of a larger file, numbers are held as float32: they are drawn and compared, not trained with."""
 NESTED = re.compile(rb"\[\s*\[")
 MOST_WORDS = 4096
-"""Different texts of the text column that are kept apart; further ones count as damage."""
+"""At most this many different texts of the text column are known; a line with a further one counts as one without."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Lines:
 
 
 class _Gathered:
-    """Blocks, as they come."""
+    """The lines of the blocks that were read so far."""
 
     def __init__(self, numbers: Collection[str], text: str | None, dtype: type) -> None:
         self.numbers, self.text, self.dtype = numbers, text, dtype
@@ -74,7 +74,7 @@ class _Gathered:
         if not is_flat(block):
             raise ValueError("not one flat object per line")
         options = pa.json.ReadOptions(block_size=max(len(block) + 1, 1024))
-        self.table(pa.json.read_json(BytesIO(block), read_options=options, parse_options=self.parsing))
+        self.add_table(pa.json.read_json(BytesIO(block), read_options=options, parse_options=self.parsing))
 
     def add(self, num: int, columns: Mapping[str, np.ndarray], words: np.ndarray) -> None:
         for name, values in columns.items():
@@ -82,27 +82,28 @@ class _Gathered:
         self.words.append(words.astype(np.int32))
         self.num_lines += num
 
-    def number_of(self, word: str) -> int:
+    def place_of(self, word: str) -> int:
+        """In the vocabulary, which grows by a new word; -1 where it is full."""
         if word not in self.vocabulary and len(self.vocabulary) >= MOST_WORDS:
             return -1
         return self.vocabulary.setdefault(word, len(self.vocabulary))
 
-    def table(self, found: Any) -> None:
+    def add_table(self, found: Any) -> None:
         """A block as pyarrow has it."""
         words = np.full(found.num_rows, -1, np.int32)
         columns: dict[str, np.ndarray] = {}
         for name, column in zip(found.column_names, found.columns, strict=True):
             if name == self.text:
                 encoded = column.combine_chunks().dictionary_encode()
-                known = np.array([self.number_of(w) for w in encoded.dictionary.to_pylist()] + [-1], np.int32)
+                known = np.array([self.place_of(w) for w in encoded.dictionary.to_pylist()] + [-1], np.int32)
                 words = known[encoded.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)]
             elif column.null_count < found.num_rows:
                 columns[name] = column.to_numpy()
         self.add(found.num_rows, columns, words)
 
-    def objects(self, block: bytes) -> None:
-        """The same, line by line."""
-        records = [r for line in block.splitlines() if line.strip() for r in [json_object(line)]]
+    def parse_by_line(self, block: bytes) -> None:
+        """A block of which some lines may be damaged."""
+        records = [json_object(line) for line in block.splitlines() if line.strip()]
         good = [r for r in records if r is not None]
         self.num_damaged += len(records) - len(good)
         columns = {
@@ -110,7 +111,7 @@ class _Gathered:
             for name in self.numbers
             if any(is_number(r.get(name)) for r in good)
         }
-        words = [self.number_of(w) if isinstance(w := r.get(self.text or ""), str) else -1 for r in good]
+        words = [self.place_of(w) if isinstance(w := r.get(self.text or ""), str) else -1 for r in good]
         self.add(len(good), columns, np.array(words, np.int32))
 
     def whole(self) -> Lines:
@@ -125,8 +126,11 @@ class _Gathered:
 
 
 def read_lines(path: Path, numbers: Collection[str], *, text: str | None = None) -> Lines:
-    """All lines of a file. numbers: names of the columns that are kept. text: that of the one column of text that is.
-    What a crash cut short at the end of the file is damage of one line.
+    """All lines of a file. A last line that a crash cut short counts as one damaged line.
+
+    Args:
+        numbers: names of the columns of numbers to read.
+        text: name of the one column of text to read, if any.
 
     Raises:
         OSError: the file cannot be read.
@@ -136,7 +140,7 @@ def read_lines(path: Path, numbers: Collection[str], *, text: str | None = None)
         try:
             gathered.parse(block)
         except (pa.ArrowException, ValueError, KeyError):
-            gathered.objects(block)
+            gathered.parse_by_line(block)
     return gathered.whole()
 
 

@@ -19,7 +19,7 @@ from strop.report.diagnose import Examined
 from strop.report.findings import THRESHOLDS, Finding, Severity, Thresholds
 from strop.report.reading import RunRecord
 from strop.report.tables import Table, differences, evaluations, tables_of
-from strop.report.words import Ours, shown, visible
+from strop.report.words import Ours, excerpt, visible
 
 WORDS: Mapping[Severity, tuple[str, str]] = {
     Severity.FAIL: ("✗", "wrong"),
@@ -40,7 +40,7 @@ def page(examined: Sequence[Examined]) -> str:
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        finalize=lambda value: shown(value) if type(value) is str else value,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.filters["percent"] = lambda text: quote(text, safe="")
     css = environment.loader.get_source(environment, "page.css")[0]  # type: ignore[union-attr]
@@ -54,12 +54,12 @@ def _context(examined: Sequence[Examined]) -> dict[str, Any]:
     by_key = {c.key: c for c in charts}
     parts = [_of_run(e, label, by_key if len(runs) == 1 else {}) for e, label in zip(examined, labels, strict=True)]
     embedded = {f["chart"].key for part in parts for f in part["findings"] if f["figure"]}
-    names = visible(", ".join(labels), 400)
+    names = excerpt(", ".join(labels), 400)
     return {
-        "title": f"{visible(names, 200)}: strop report",
+        "title": f"{excerpt(names, 200)}: strop report",
         "heading": f"strop report: {names}"
         if len(runs) > 1
-        else f"strop report: {names} ({visible(runs[0].method, 40) or 'method unknown'})",
+        else f"strop report: {names} ({excerpt(runs[0].method, 40) or 'method unknown'})",
         "summary": "; ".join(map(_summary, runs)),
         "runs": parts,
         "differences": differences(runs, labels) if len(runs) > 1 else [],
@@ -82,11 +82,11 @@ def labels_of(runs: Sequence[RunRecord]) -> list[str]:
 def _summary(run: RunRecord) -> str:
     seconds = run.train.series("seconds")[1]
     parts = [
-        visible(run.value("models.huggingface_id", "model unknown"), 200),
+        excerpt(run.value("models.huggingface_id", "model unknown"), 200),
         "adapters" if run.value("lora.enabled", False) else "all weights",
         f"{run.last_step:,} steps",
         *([duration(float(seconds[-1]))] if len(seconds) and 0 <= seconds[-1] < 1e10 else []),
-        visible(run.result.get("reason", "finished" if run.is_finished else "not finished"), 300),
+        excerpt(run.result.get("reason", "finished" if run.is_finished else "not finished"), 300),
     ]
     return " · ".join(parts)
 
@@ -108,7 +108,7 @@ def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[s
         "gaps": run.gaps,
         "worst_pairs": list(_pairs(run, "worst")),
         "best_pairs": list(_pairs(run, "best")),
-        "pairs_note": visible(run.pairs.get("note", ""), 600),
+        "pairs_note": excerpt(run.pairs.get("note", ""), 600),
         "tables": tables_of(run),
     }
 
@@ -160,10 +160,10 @@ def _pairs(run: RunRecord, which: str) -> Iterator[dict[str, Any]]:
         step = pair.get("step")
         yield {
             "margin": number(float(margin)) if isinstance(margin, int | float) else "unknown",
-            "source": visible(pair.get("source", ""), 300),
+            "source": excerpt(pair.get("source", ""), 300),
             "about": f", as of step {step}" if isinstance(step, int) else "",
             "parts": [
-                {"name": name, "text": visible(text[:MOST_CHARACTERS]), "more": _more(pair, name, text)}
+                {"name": name, "text": excerpt(text[:MOST_CHARACTERS]), "more": _more(pair, name, text)}
                 for name, text in texts
                 if isinstance(text, str)
             ],

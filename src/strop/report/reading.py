@@ -1,7 +1,7 @@
 """A run folder as a record: what it says, and what in it could not be read. Floor 2.
 
-Everything in the folder may be missing, half-written, of an older version or of foreign hand: what cannot be read is
-left out and told (`RunRecord.gaps`). Numbers come from metrics.jsonl and the margins log; the rest is small JSON.
+Everything in the folder may be missing, half-written, of an older version or written by others: what cannot be read is
+left out and listed in `RunRecord.gaps`. Numbers come from metrics.jsonl and the margins log; the rest is small JSON.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from strop.report.lines import Column, Lines, is_number, read_lines
 from strop.runfiles import FAILURE, MARGINS_LOG, PAIRS, PLAN, RECORDS, RESULT, margins_array
 
 MOST_BYTES = 1 << 24
-"""Of a file that is read whole; a larger one is not ours."""
+"""A file that is read whole may have at most this many; strop writes no larger one."""
 MOST_ARRAYS = 2000
-"""Steps whose margins are read one by one; of longer runs, evenly spaced ones."""
+"""At most the margins of this many steps are read; of longer runs, those of evenly spaced steps."""
 MARGIN_FIELDS = ("global_step", "epoch", "step")
 SIDES = ("chosen", "rejected")
 NUMBERS = (
@@ -35,7 +35,7 @@ NUMBERS = (
     *("rewards/margins", "rewards/accuracies", "lengths/completion"),
     *(f"{name}/{side}" for name in ("rewards", "logps_per_token", "lengths") for side in SIDES),
 )
-"""Of a line of metrics.jsonl: what charts and checks read."""
+"""What charts and checks read of a line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _read(path: Path, gaps: list[str]) -> str | None:
 
 
 OPTIONAL = (PLAN, PAIRS, FAILURE)
-"""Not of every version, method and ending."""
+"""Files that some versions, methods and endings do not leave, so their absence is no gap."""
 
 
 def _json(path: Path, gaps: list[str]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from strop.report.charts import number
 from strop.report.facts import wilson
 from strop.report.lines import is_number
 from strop.report.reading import RunRecord
-from strop.report.words import visible
+from strop.report.words import excerpt
 
 SHOWN_EVALUATIONS = 40
 NAMED = (
@@ -51,7 +51,7 @@ def evaluations(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Table]
         elif count > SHOWN_EVALUATIONS:
             places = [round(i * (count - 1) / (SHOWN_EVALUATIONS - 1)) for i in range(SHOWN_EVALUATIONS)]
         for place in places:
-            lead = (visible(label, 200),) if len(runs) > 1 else ()
+            lead = (excerpt(label, 200),) if len(runs) > 1 else ()
             cells = (_evaluated(run, name, place) for name, _ in names)
             rows.append((*lead, f"{run.eval.step[place]:,.0f}", *cells))
     if not rows:
@@ -105,12 +105,12 @@ def _data(run: RunRecord) -> Table | None:
     if not splits:
         return None
     names = sorted(splits, key=lambda n: n != "train")[:4]
-    rows = [("from", *(visible(splits[n].get("source", ""), 300) for n in names))]
+    rows = [("from", *(excerpt(splits[n].get("source", ""), 300) for n in names))]
     rows += [(words, *(_count(splits[n].get(key)) for n in names)) for key, words in COUNTS]
     for kind in ("refused", "dropped"):
         reasons = dict.fromkeys(reason for n in names for reason in _mapping(splits[n].get(kind)))
         rows += [
-            (f"{kind}: {visible(reason, 200)}", *(_count(_mapping(splits[n].get(kind)).get(reason)) for n in names))
+            (f"{kind}: {excerpt(reason, 200)}", *(_count(_mapping(splits[n].get(kind)).get(reason)) for n in names))
             for reason in list(reasons)[:12]
         ]
     rows += [(words, *(_count(_mapping(splits[n].get("findings")).get(key)) for n in names)) for key, words in FOUND]
@@ -122,7 +122,7 @@ def _data(run: RunRecord) -> Table | None:
         rows.append((f"tokens of a {part}: median / 90 % / 99 % / most", *cells))
     rows.append(("trained tokens", *(_count(_mapping(splits[n].get("tokens")).get("trained")) for n in names)))
     rows = [row for row in rows if any(cell not in ("", "0") for cell in row[1:])]
-    return Table("Data", ("", *(visible(n, 60) for n in names)), tuple(rows))
+    return Table("Data", ("", *(excerpt(n, 60) for n in names)), tuple(rows))
 
 
 def _count(value: Any) -> str:
@@ -177,7 +177,7 @@ def _size(value: Any) -> float | None:
 
 def _given(run: RunRecord) -> Table | None:
     """The settings that somebody chose."""
-    rows = [(visible(k, 120), _value(s.value), visible(s.origin, 300)) for k, s in run.settings.items() if s.is_given]
+    rows = [(excerpt(k, 120), _value(s.value), excerpt(s.origin, 300)) for k, s in run.settings.items() if s.is_given]
     if not rows:
         return None
     note = f"The other {len(run.settings) - len(rows)} keys have their defaults; config.yaml has them all."
@@ -191,7 +191,7 @@ def _given(run: RunRecord) -> Table | None:
 
 def _value(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return visible(text, 300)
+    return excerpt(text, 300)
 
 
 def _environment(run: RunRecord) -> Table | None:
@@ -203,18 +203,18 @@ def _environment(run: RunRecord) -> Table | None:
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in list(found.items())[:60]:
         if isinstance(value, dict):
-            yield visible(key, 100), visible(", ".join(f"{k} {_value(v)}" for k, v in list(value.items())[:40]), 1500)
+            yield excerpt(key, 100), excerpt(", ".join(f"{k} {_value(v)}" for k, v in list(value.items())[:40]), 1500)
         elif key == "command" and isinstance(value, list):
-            yield "command", visible(" ".join(map(str, value[:200])), 1500)
+            yield "command", excerpt(" ".join(map(str, value[:200])), 1500)
         else:
-            yield visible(key, 100), _value(value)
+            yield excerpt(key, 100), _value(value)
 
 
 def differences(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Table]:
     """What several runs have not in common: settings, data, results."""
-    names = tuple(visible(label, 200) for label in labels)
+    names = tuple(excerpt(label, 200) for label in labels)
     settings = dict.fromkeys(key for run in runs for key in run.settings)
-    rows = _unlike((visible(key, 120), [_setting(run, key) for run in runs]) for key in settings if key not in PLACES)
+    rows = _unlike((excerpt(key, 120), [_setting(run, key) for run in runs]) for key in settings if key not in PLACES)
     data = _unlike(_data_of(runs))
     results = [
         (words, *(_end(run, name) for run in runs)) for name, words in NAMED if any(name in run.eval for run in runs)
@@ -236,7 +236,7 @@ def _unlike(rows: Any) -> list[tuple[str, ...]]:
 
 
 def _data_of(runs: Sequence[RunRecord]) -> Iterator[tuple[str, list[str]]]:
-    yield "fingerprint", [visible(str(run.data.get("fingerprint", "unknown"))[:12]) for run in runs]
+    yield "fingerprint", [excerpt(str(run.data.get("fingerprint", "unknown"))[:12]) for run in runs]
     for split in ("train", "eval"):
         for key, words in (("source", "from"), *COUNTS):
             cells = [_mapping(_mapping(run.data.get("splits")).get(split)).get(key, "") for run in runs]

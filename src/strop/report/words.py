@@ -1,4 +1,4 @@
-"""Text of foreign hand on its way to a page: nothing invisible, no credentials, not too long. Floor 2."""
+"""Text that others wrote, on its way to a page: nothing invisible, no credentials, not too long. Floor 2."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ HIDDEN = {
     )
     for code in (*range(*stretch), 0x61C, 0xFEFF)
 }
-"""Characters that are not to be seen, and how they are written."""
+"""Characters that are invisible or turn the direction of writing, and what is written in their place."""
 
 
-def visible(text: object, most: int = 4000) -> str:
-    """A text of foreign hand: credentials masked, its end left out where it is long."""
+def excerpt(text: object, most: int = 4000) -> str:
+    """At most `most` characters of a text, credentials masked, and how many more there are."""
     whole = str(text)
     short = redact(whole[: most + 200])[:most]
     return short + (f" [{len(whole) - most:,} more characters]" if len(whole) > most else "")
 
 
-def shown(text: str) -> str:
-    """What is invisible, or turns the direction of writing, as its number."""
+def visible(text: str) -> str:
+    """A text with each of the `HIDDEN` characters as its number, such as \\u200b."""
     return text.translate(HIDDEN)
 
 
 def escape(text: str) -> str:
-    """A text of foreign hand inside of markup."""
-    return html.escape(shown(text))
+    """A text that others wrote, for use inside markup."""
+    return html.escape(visible(text))
 
 
 class Ours(str):
-    """Markup of our own, which a template takes as it is: all foreign text in it is escaped."""
+    """Markup that strop made, which a template takes as it is: what others wrote in it is escaped already."""
 
     def __html__(self) -> str:
         return self

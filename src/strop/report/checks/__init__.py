@@ -5,4 +5,5 @@ rows       the data, as data.json counts it
 course     any method: numbers that are not finite, steps, gradients, evaluations
 pairs      methods on a chosen and a rejected completion
 unpaired   labelled completions and demonstrations
+remedies   what several findings advise
 """

@@ -9,7 +9,7 @@ import numpy as np
 from strop.report.checks.remedies import longer_run, lower
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
-from strop.report.words import visible
+from strop.report.words import excerpt
 
 
 def ended(facts: Facts) -> Iterator[Finding]:
@@ -20,10 +20,10 @@ def ended(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "ended-by-error",
             Severity.FAIL,
-            f"The training was ended by an error: {visible(error, 400)}",
+            f"The training was ended by an error: {excerpt(error, 400)}",
             Evidence.EXACT,
-            {"where": visible(where, 200)} if isinstance(where, str) else {},
-            remedies=[*([Remedy(visible(fix, 400))] if isinstance(fix, str) and fix else []), lower(facts, 10)],
+            {"where": excerpt(where, 200)} if isinstance(where, str) else {},
+            remedies=[*([Remedy(excerpt(fix, 400))] if isinstance(fix, str) and fix else []), lower(facts, 10)],
             chart="loss",
             explains=("few-steps", "rate-low", "not-finite"),
         )
