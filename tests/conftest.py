@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -115,24 +116,31 @@ def build_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFa
     return fast
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.1,  # so that predictions differ from token to token
+}
+"""Sizes of a decoder of any family with the vocabulary of `build_tokenizer`."""
+WITH_ENDS: dict[str, Any] = {
+    **TINY,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+"""The same with the special tokens of `build_tokenizer`."""
+
+
 def build_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> LlamaForCausalLM:
     """A Llama of some 40 thousand weights with the vocabulary of `build_tokenizer`."""
-    settings: dict[str, object] = {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.1,  # so that predictions differ from token to token
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": 3,
-        "pad_token_id": 0,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**{**WITH_ENDS, **changes})).to(dtype)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from conftest import TINY
 from strop.batch import GroupSpan
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
@@ -27,16 +28,7 @@ from strop.policy.precision import Precision
 from strop.policy.probe import inference_mode
 from strop.types import Group
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-}
+SIZES = {**TINY, "pad_token_id": 0}
 Change = Callable[[Tensor], Tensor]
 
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from conftest import build_model, build_tokenizer
+from conftest import WITH_ENDS, build_model, build_tokenizer
 from strop.config import load_config, resolve
 from strop.errors import ConfigError
 from strop.policy.build import build_policy
@@ -30,28 +30,14 @@ from strop.rollout.drawing import Drawing, uniforms
 from strop.rollout.sampler import Prompt, Sampled, Sampler
 from strop.types import Completion, Group, Origin
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "dense": lambda: build_model(),
-    "sliding": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
+    "sliding": lambda: MistralForCausalLM(MistralConfig(**WITH_ENDS, sliding_window=6)),
     "mixture": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+        Qwen3MoeConfig(**WITH_ENDS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     ),
     "hybrid": lambda: Lfm2ForCausalLM(
-        Lfm2Config(**{**SIZES, "block_ff_dim": 48, "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1]})
+        Lfm2Config(**{**WITH_ENDS, "block_ff_dim": 48, "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1]})
     ),
 }
 PROMPTS = [[5, 6, 7], [9] * 9, [11, 12, 13, 14, 15], [20, 21, 22], list(range(30, 47))]
