@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from strop.errors import CheckpointError, SaveError
@@ -32,20 +32,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that a file at `path`, which need not exist, could take; null where the system does not say."""
-    for folder in (path, *path.parents):
-        try:
-            return shutil.disk_usage(folder).free
-        except OSError:
-            continue
-    return None
+    """Bytes that a file at `path`, which need not exist, could take; None where the system does not say."""
+    return _of_nearest(path, lambda folder: shutil.disk_usage(folder).free)
 
 
 def device_of(path: Path) -> int | None:
-    """Which disk a file at `path`, which need not exist, would lie on; null where the system does not say."""
+    """Which disk a file at `path`, which need not exist, would lie on; None where the system does not say."""
+    return _of_nearest(path, lambda folder: os.stat(folder).st_dev)
+
+
+def _of_nearest(path: Path, ask: Callable[[Path], int]) -> int | None:
+    """What the system answers for `path`, or for the nearest folder above it that it knows."""
     for folder in (path, *path.parents):
         try:
-            return os.stat(folder).st_dev
+            return ask(folder)
         except OSError:
             continue
     return None
@@ -72,7 +72,12 @@ def remedy(why: str) -> str:
 
 
 def room(why: str, path: Path, needed: int | None = None) -> str:
-    """What stands behind `why` of the room on the disk of `path`: nothing, where room is not what is missing."""
+    """How much is free on the disk of `path`, to be written after `why`; empty where room is not what is missing.
+
+    Args:
+        why: as `remedy` takes it.
+        needed: bytes that were to be written, where that is known.
+    """
     if _number_of(why) not in (None, *_FULL):
         return ""
     wanted = "" if needed is None else f" {in_words(needed)} needed,"
@@ -84,14 +89,25 @@ def _number_of(why: str) -> int | None:
     return max(found, key=lambda n: len(os.strerror(n)), default=None)  # some of these words begin others
 
 
-def ensure_space(path: Path, needed: int) -> None:
-    """Raises SaveError where the disk of `path` has fewer than `needed` bytes free."""
+ROOM_FOR_A_RUN = "make room, lower training.save_total_limit, or choose another training.output_dir; then --resume"
+
+
+def ensure_space(path: Path, needed: int, fix: str = ROOM_FOR_A_RUN) -> None:
+    """Refuse to begin what the disk of `path` has no room for.
+
+    Args:
+        needed: bytes.
+        fix: what the user can do about it.
+
+    Raises:
+        SaveError: fewer than `needed` bytes are free.
+    """
     free = free_bytes(path)
     if free is not None and free < needed:
         raise SaveError(
             f"the disk is too full: {in_words(needed)} needed, {in_words(free)} free",
             where=str(path),
-            fix="make room, lower training.save_total_limit, or choose another training.output_dir; then --resume",
+            fix=fix,
         )
 
 

@@ -39,6 +39,7 @@ def run(arguments: list[str]) -> int:
     from strop.export.convert import to_consolidated, to_transformers
 
     target = Path(options.output_dir)
-    (to_consolidated if options.to == "consolidated" else to_transformers)(options.source, target)
+    convert = to_consolidated if options.to == "consolidated" else to_transformers
+    convert(options.source, target)
     show(f"{target} is the converted model\n")
     return 0

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
-from strop.policy.model.adapter_settings import mergeable_config
+from strop.policy.model.adapter_settings import mergeable_config, read_adapter
 from strop.policy.model.adapters import check_loaded
 from strop.policy.model.configuration import quiet
-from strop.policy.model.folder import adapter_files, place_of, read_json
+from strop.policy.model.folder import adapter_place_of
 
 ADAPTER = "default"
 
@@ -34,9 +34,9 @@ def with_adapter(module: PreTrainedModel, model: ModelSection) -> PeftModel:
         ModelError: it cannot be read, is of a kind that cannot be merged, or does not fit the model.
     """
     assert model.adapter is not None
-    where = f"{place_of(model)}, adapter {model.adapter}"
-    settings_file, weights = adapter_files(model.adapter, where)
-    config = mergeable_config(read_json(settings_file, where), [n for n, _ in module.named_modules()], where)
+    where = adapter_place_of(model)
+    settings, weights = read_adapter(model.adapter, where)
+    config = mergeable_config(settings, [n for n, _ in module.named_modules()], where)
     with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
         stored = load_file(weights)
     with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():

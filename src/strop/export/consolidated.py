@@ -26,7 +26,8 @@ from strop.policy.model.guard import check_links
 
 @dataclass(frozen=True)
 class Consolidated:
-    """files: the tensors of each, whose values are on the disk. specs: of whole tensors, in the order of the files."""
+    """files: the tensors of each, whose values are on the disk. specs: of whole tensors, in the order of the files.
+    width: numbers per token in the embedding, which tells along which dimension files have a part of it."""
 
     folder: Path
     where: str
@@ -70,7 +71,7 @@ class Consolidated:
         head = [tensors[HEAD] for tensors in files] if HEAD in specs else []
         embedding = [tensors[EMBEDDING] for tensors in files]
         tied = not head or all(torch.equal(a, b) for a, b in zip(head, embedding, strict=True))
-        config = config_of(params, {HEAD: specs[EMBEDDING], **specs}, tied=tied, where=where)
+        config = config_of(params, specs, tied=tied, where=where)
         if config.tie_word_embeddings and not tied:
             raise ModelError(
                 f"{HEAD} is not the embedding, and {PARAMS} says that they are one",

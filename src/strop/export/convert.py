@@ -10,38 +10,34 @@ configuration follows from the keys (`params.py`).
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from strop.config.sections import ModelSection
-from strop.disk import unusable
-from strop.durable import published, to_json
+from strop.durable import to_json
 from strop.errors import ModelError
 from strop.export.consolidated import Consolidated
-from strop.export.folders import GENERATION, TOKENIZER_FILES, check_output, check_room
+from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy_files, new_folder
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
 from strop.export.params import PARAMS, layout_of, params_of
 from strop.export.pth import write_pth
-from strop.export.shards import Shard, ShardWriter, Spec, read_header
+from strop.export.shards import SINGLE, Shard, ShardWriter, Spec, read_header, write_index
 from strop.manifest import seal
 from strop.policy.model.configuration import model_config, quiet
-from strop.policy.model.folder import fetch, inspect_model, place_of
+from strop.policy.model.folder import inspect_model, place_of
+from strop.policy.model.generation import GENERATION
+from strop.policy.model.outline import build_outline
 
 log = logging.getLogger("strop")
 
 WEIGHTS = "consolidated.00.pth"
-INDEX = "model.safetensors.index.json"
+SMALL_FILES = (*TOKENIZER_FILES, GENERATION)
 SHARD_BYTES = 5 * 10**9
-SPARE = 2**24
-"""Bytes for the small files."""
 
 
 def to_consolidated(source: str, target: Path) -> None:
@@ -62,11 +58,11 @@ def to_consolidated(source: str, target: Path) -> None:
     _check_whole(config, own, where)
     if config.tie_word_embeddings:
         specs[HEAD] = specs[EMBEDDING]  # readers of this layout expect a head
-    check_room(target, sum(spec.nbytes for spec in specs.values()) + SPARE)
-    with _written(target) as folder, _named(where):
+    check_room(target, sum(spec.nbytes for spec in specs.values()))
+    with new_folder(target) as folder, _named(where):
         write_pth(folder / WEIGHTS, specs, _as_consolidated(shards, specs, layout))
         (folder / PARAMS).write_text(to_json(params_of(config, files.config), indent=2), encoding="utf-8")
-        _copy_small_files(files.source, files.revision, where, folder)
+        copy_files(SMALL_FILES, files.source, files.revision, where, folder)
 
 
 def _as_consolidated(
@@ -104,20 +100,16 @@ def to_transformers(source: str, target: Path) -> None:
     if config.tie_word_embeddings:
         specs.pop("lm_head.weight", None)
     _check_whole(config, specs, found.where)
-    check_room(target, sum(spec.nbytes for spec in specs.values()) + SPARE)
-    with _written(target) as folder, _named(found.where):
+    check_room(target, sum(spec.nbytes for spec in specs.values()))
+    with new_folder(target) as folder, _named(found.where):
         config.save_pretrained(folder)
         parts = _shards(specs)
         for file, part in parts.items():
             with ShardWriter(folder / file, part, {}) as writer:
                 for name in part:
                     writer.write(name, layout.to_transformers(names[name], found.tensor(names[name])))
-        if len(parts) > 1:
-            total = sum(spec.nbytes for spec in specs.values())
-            weight_map = {name: file for file, part in parts.items() for name in part}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        _copy_small_files(str(found.folder), None, found.where, folder)
+        write_index(folder, parts)
+        copy_files(SMALL_FILES, str(found.folder), None, found.where, folder)
         seal(folder, 0, {})
     if not (target / "tokenizer.json").exists():
         log.warning("%s: there is no tokenizer.json to copy; add the model's tokenizer to %s", found.where, target)
@@ -131,7 +123,7 @@ def _shards(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:
             parts.append({})
         parts[-1][name] = spec
     if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
+        return {SINGLE: parts[0]}
     return {f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts)}
 
 
@@ -144,8 +136,8 @@ def _check_whole(config: PreTrainedConfig, specs: Mapping[str, Spec], where: str
     Raises:
         ModelError: names the first that is not.
     """
-    with quiet(), torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config)
+    with quiet():
+        module = build_outline(config, trust_remote_code=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
@@ -164,29 +156,9 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _copy_small_files(source: str, revision: str | None, where: str, target: Path) -> None:
-    for name in (*TOKENIZER_FILES, GENERATION):
-        if (file := fetch(source, name, revision, where, optional=True)) is not None:
-            shutil.copyfile(file, target / name)
-
-
-@contextmanager
-def _written(target: Path) -> Iterator[Path]:
-    """A folder to write into, which is `target` once it is whole.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    try:
-        with published(target) as folder:
-            yield folder
-    except OSError as error:
-        raise unusable(target, error, "--output-dir") from error
-
-
 @contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Say of which model a message is that does not."""
+    """Add to the error which model it is of, where it does not say."""
     try:
         yield
     except ModelError as error:

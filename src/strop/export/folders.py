@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from strop.config.sections import ModelSection
-from strop.disk import free_bytes, in_words, refuse_in_the_way
+from strop.disk import ensure_space, refuse_in_the_way, unusable
+from strop.durable import published
 from strop.engine.final import RECIPE
-from strop.errors import CheckpointError, ModelError, SaveError, foreign_errors
+from strop.errors import CheckpointError, ModelError, foreign_errors
 from strop.manifest import MANIFEST, carries_manifest, read_manifest
-from strop.policy.model.folder import adapter_files, fetch, place_of, read_json, source_of
+from strop.policy.model.adapter_settings import read_adapter
+from strop.policy.model.folder import fetch, place_of, source_of
+from strop.policy.model.generation import GENERATION
 from strop.rundir import FINAL
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +34,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """What tokenizers of transformers consist of; a model has some of them."""
-GENERATION = "generation_config.json"
+SMALL_FILES = 2**24
+"""Bytes for all files but the weights, at most."""
 
 
 def adapter_of(source: str, base: str | None = None) -> ModelSection:
@@ -56,7 +62,7 @@ def adapter_of(source: str, base: str | None = None) -> ModelSection:
             if whole
             else "check the path; a run that ended has final/",
         )
-    settings = read_json(adapter_files(adapter, where)[0], where)
+    settings, _ = read_adapter(adapter, where)
     named = base or settings.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ModelError(
@@ -82,8 +88,8 @@ def _quantisation(adapter: Path) -> dict[str, Any]:
     return {key: recipe[f"models.0.{key}"] for key in keys if f"models.0.{key}" in recipe}
 
 
-def check_output(target: Path, sources: tuple[str, ...]) -> None:
-    """Refuse a folder that something is in, or that is one of those that are read.
+def check_output(target: Path, sources: Sequence[str]) -> None:
+    """Refuse a folder that something is in, or that is one of `sources`, which are read.
 
     Raises:
         CheckpointError: it cannot be written, or holds files.
@@ -102,15 +108,37 @@ def check_output(target: Path, sources: tuple[str, ...]) -> None:
         )
 
 
-def check_room(target: Path, needed: int) -> None:
-    """Raises SaveError where the disk has no room for so many bytes."""
-    free = free_bytes(target)
-    if free is not None and free < needed:
-        raise SaveError(
-            f"the disk is too full: {in_words(needed)} needed, {in_words(free)} free",
-            where=str(target),
-            fix="make room, or choose an --output-dir on another disk",
-        )
+def check_room(target: Path, weights: int) -> None:
+    """Refuse a folder on a disk that is too full.
+
+    Args:
+        weights: bytes of all weights that are to be written.
+
+    Raises:
+        SaveError: there is no room for them and the small files beside them.
+    """
+    ensure_space(target, weights + SMALL_FILES, "make room, or choose an --output-dir on another disk")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` once the block ends; if the block raises, nothing is left.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        with published(target) as folder:
+            yield folder
+    except OSError as error:
+        raise unusable(target, error, "--output-dir") from error
+
+
+def copy_files(names: Iterable[str], source: str, revision: str | None, where: str, target: Path) -> None:
+    """Copy those of these files that a model has. source: a folder or a hub id."""
+    for name in names:
+        if (file := fetch(source, name, revision, where, optional=True)) is not None:
+            shutil.copyfile(file, target / name)
 
 
 def copy_tokenizer(model: ModelSection, target: Path) -> None:
@@ -120,10 +148,6 @@ def copy_tokenizer(model: ModelSection, target: Path) -> None:
     adapter, base = source_of(model.adapter), source_of(model.huggingface_id)
     has_own = fetch(adapter, "tokenizer.json", None, where, optional=True) is not None
     source, revision = (adapter, None) if has_own else (base, model.revision)
-    for name in TOKENIZER_FILES:
-        if (file := fetch(source, name, revision, where, optional=True)) is not None:
-            shutil.copyfile(file, target / name)
-    for place, version in ((adapter, None), (base, model.revision)):
-        if (file := fetch(place, GENERATION, version, where, optional=True)) is not None:
-            shutil.copyfile(file, target / GENERATION)
-            break
+    copy_files(TOKENIZER_FILES, source, revision, where, target)
+    copy_files([GENERATION], base, model.revision, where, target)
+    copy_files([GENERATION], adapter, None, where, target)  # in place of the base's

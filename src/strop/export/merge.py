@@ -11,9 +11,8 @@ The folder gets its name after that. Where the two models differ by more than ro
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
-from strop.disk import unusable
-from strop.durable import published
 from strop.errors import ModelError, foreign_errors
 from strop.export.adapted import in_files, linear_products, merged_weights, parted_head, with_adapter
-from strop.export.folders import adapter_of, check_output, check_room, copy_tokenizer
+from strop.export.folders import adapter_of, check_output, check_room, copy_tokenizer, new_folder
 from strop.export.proof import (
     PROMPTS,
     Answers,
@@ -41,11 +38,11 @@ from strop.export.proof import (
     move_weights,
     refuse,
 )
-from strop.export.shards import Shard, memory_dtype, read_header, rewrite
+from strop.export.shards import Shard, memory_dtype, read_header, rewrite, write_index
 from strop.manifest import seal
 from strop.policy.model.adapter_targets import head_names
 from strop.policy.model.configuration import quiet
-from strop.policy.model.folder import ModelFiles, inspect_model, place_of, source_of
+from strop.policy.model.folder import ModelFiles, adapter_place_of, inspect_model, source_of
 from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import LoadedModel, load_model
 from strop.policy.model.quantised import dequantise
@@ -55,21 +52,21 @@ from strop.policy.precision import short_name
 log = logging.getLogger("strop")
 
 PROOF = "merge-proof.md"
-INDEX = "model.safetensors.index.json"
-SPARE = 2**24
-"""Bytes for the small files."""
 WARN_SHARE = 0.25
 """A merge that moves logits by more than this share of what the adapter does has rounded too much of it away."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """weights: of the base's files, by their names there. head: of a tied model whose head is its own now. products,
-    answers: of the model with its adapter. moved: how far the adapter moves logits. made_from: a hash of the two."""
+    """An adapter's model after it was merged in memory.
+
+    weights: those that the adapter changed, by their names in the base's files. head: the same for the head of a model
+    that shared it with the embedding, where the adapter made the two differ; else empty. products, answers: of the
+    model with its adapter. moved: how far the adapter moves logits. made_from: a hash of base and adapter."""
 
     loaded: LoadedModel
     weights: dict[str, Tensor]
-    head: tuple[str, Tensor] | None
+    head: Mapping[str, Tensor]
     products: dict[str, tuple[Tensor, Tensor]]
     answers: Answers
     moved: float
@@ -82,7 +79,6 @@ def merge(
     *,
     base: str | None = None,
     dtype: torch.dtype | None = None,
-    prompts: Sequence[str] = PROMPTS,
     proof: bool = False,
 ) -> Proof:
     """Merge an adapter into its base, and prove it.
@@ -92,7 +88,6 @@ def merge(
         target: is made; must not be there yet, or be empty.
         base: the adapter's base; None: as it says itself.
         dtype: of the merged model's files; None: that of the base's, tensor by tensor.
-        prompts: what both models are asked.
         proof: write the table into the folder, too.
 
     Raises:
@@ -101,24 +96,21 @@ def merge(
     """
     model = adapter_of(source, base)
     assert model.adapter is not None
-    where = f"{place_of(model)}, adapter {model.adapter}"
+    where = adapter_place_of(model)
     files = inspect_model(model)
     check_output(target, (files.source, source_of(model.adapter), source))
     shards = [read_header(path) for path in files.weights]
-    check_room(target, _bytes(shards, dtype) + SPARE)
-    try:
-        with published(target) as folder:
-            copy_tokenizer(model, folder)
-            stored = dtype or files.stored
-            made = _merged(model, files, shards, folder, prompts, where)
-            _write(made, shards, folder, dtype)
-            found = _prove(made, folder, prompts, stored)
-            refuse(found, where)
-            if proof:
-                (folder / PROOF).write_text(f"# {where}\n\n{found.table()}", encoding="utf-8")
-            seal(folder, 0, {"merged_from": made.made_from})
-    except OSError as error:
-        raise unusable(target, error, "--output-dir") from error
+    check_room(target, _bytes(shards, dtype))
+    stored = dtype or files.stored
+    with new_folder(target) as folder:
+        copy_tokenizer(model, folder)
+        made = _merged(model, files, shards, folder, where)
+        _write(made, shards, folder, dtype)
+        found = _prove(made, folder, stored)
+        refuse(found, where)
+        if proof:
+            (folder / PROOF).write_text(f"# {where}\n\n{found.table()}", encoding="utf-8")
+        seal(folder, 0, {"merged_from": made.made_from})
     if found.rounded > WARN_SHARE * found.moved:
         log.warning(
             "%s: %s rounds much of the adapter away: it moves logits by %.2g, rounding %.2g; --dtype float32 keeps it",
@@ -137,10 +129,9 @@ def _bytes(shards: Sequence[Shard], dtype: torch.dtype | None) -> int:
     return sum(torch.Size(s.shape).numel() * max(s.dtype.itemsize, dtype.itemsize) for s in specs)
 
 
-def _merged(
-    model: ModelSection, files: ModelFiles, shards: Sequence[Shard], folder: Path, prompts: Sequence[str], where: str
-) -> Merged:
-    """The adapter's model: asked, then merged, in memory."""
+def _merged(model: ModelSection, files: ModelFiles, shards: Sequence[Shard], folder: Path, where: str) -> Merged:
+    """Load the adapter's model, note what it answers, and merge it in memory. folder: has the tokenizer, and gets the
+    configuration."""
     loaded = load_model(model, dtype=memory_dtype(shards, files.stored))
     module = loaded.module
     opened = dequantise(module, torch.float32)  # an adapter is right on the numbers that it was trained on
@@ -152,8 +143,8 @@ def _merged(
     check_vocabulary(tokenizer, module, where)
     names = {name for shard in shards for name in shard.specs}
     adapted = with_adapter(module, model)
-    log.info("%s: asking it %d prompts", where, len(prompts))
-    asked = _asked(tokenizer, prompts, embedding.shape[0])
+    log.info("%s: asking it %d prompts", where, len(PROMPTS))
+    asked = _asked(tokenizer, embedding.shape[0])
     texts = greedy(adapted, asked)
     answers = Answers(texts, logits_of(adapted, asked, texts))
     with quiet(), adapted.disable_adapter():
@@ -162,24 +153,24 @@ def _merged(
     log.info("%s: merging", where)
     weights = {f"{name}.weight": module.get_submodule(name).weight.detach() for name in opened}
     weights |= merged_weights(adapted, where)
-    own_head = parted_head(adapted, was_tied)
-    at_head = f"{(head_names(module) or ['lm_head'])[0]}.weight"
+    parted = parted_head(adapted, was_tied)
+    head_name = f"{(head_names(module) or ['lm_head'])[0]}.weight"
     if was_tied:
-        weights.pop(at_head, None)
+        weights.pop(head_name, None)
     placed = in_files(adapted.get_base_model(), weights, names, where)
-    return Merged(loaded, placed, None if own_head is None else (at_head, own_head), products, answers, moved, digest)
+    return Merged(loaded, placed, {} if parted is None else {head_name: parted}, products, answers, moved, digest)
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rows: int) -> list[list[int]]:
+def _asked(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
+    """The prompts of the proof as tokens. rows: of the embedding."""
     with foreign_errors(lambda why: ModelError(f"a prompt cannot be written by its chat template: {why}")):
-        return encode(tokenizer, prompts, rows)
+        return encode(tokenizer, PROMPTS, rows)
 
 
 def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dtype | None) -> None:
     """The base's files with merged weights in them, and the configuration that belongs to them."""
-    config, added = made.loaded.config, {}
-    if made.head is not None:
-        added = dict([made.head])
+    config = made.loaded.config
+    if made.head:
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
         log.info(
@@ -188,26 +179,21 @@ def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dty
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)
-    weight_map: dict[str, str] = {}
-    total = 0
+    files = {}
     for number, shard in enumerate(shards):
-        new = added if number == 0 else {}
-        specs = rewrite(shard, folder / shard.path.name, made.weights, new, dtype)
-        weight_map |= dict.fromkeys(specs, shard.path.name)
-        total += sum(spec.nbytes for spec in specs.values())
-    if "model.safetensors" not in weight_map.values():
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        added = made.head if number == 0 else {}
+        files[shard.path.name] = rewrite(shard, folder / shard.path.name, made.weights, added, dtype)
+    write_index(folder, files)
 
 
-def _prove(made: Merged, folder: Path, prompts: Sequence[str], stored: torch.dtype) -> Proof:
+def _prove(made: Merged, folder: Path, stored: torch.dtype) -> Proof:
     """Load what was written, and compare it with the adapter's model."""
     compute = made.loaded.module.dtype
     made.weights.clear()
     nn.Module.to(made.loaded.module, "meta")  # its memory is the merged model's now
     section = ModelSection(huggingface_id=str(folder), name="merged")
     merged, tokenizer = load_model(section, dtype=compute).module.eval(), load_tokenizer(section)
-    asked = _asked(tokenizer, prompts, merged.get_input_embeddings().weight.shape[0])
+    asked = _asked(tokenizer, merged.get_input_embeddings().weight.shape[0])
     log.info("comparing the merged model with the adapter's")
     coarser = max((stored, compute), key=lambda kind: torch.finfo(kind).eps)
     lines: list[Line] = list(compare_layers(merged, made.products, coarser))

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from strop.errors import ModelError, foreign_errors
 from strop.export.layout import EMBEDDING, FAMILIES, HEAD, Layout
@@ -104,10 +104,9 @@ def _from_keys(params: Mapping[str, Any], specs: Mapping[str, Spec]) -> PreTrain
         "rms_norm_eps": float(params.get("norm_eps", 1e-5)),
         "max_position_embeddings": positions,
         "rope_parameters": rope,
-        "dtype": str(specs[HEAD].dtype).removeprefix("torch."),
+        "dtype": str(specs.get(HEAD, specs[EMBEDDING]).dtype).removeprefix("torch."),
     }
     if is_mistral:
         settings["sliding_window"] = params.get("sliding_window")
-    kind = "mistral" if is_mistral else "llama"
-    architecture = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[kind]
-    return CONFIG_MAPPING[kind](**settings, architectures=[architecture])
+        return MistralConfig(**settings, architectures=["MistralForCausalLM"])
+    return LlamaConfig(**settings, architectures=["LlamaForCausalLM"])

@@ -7,6 +7,7 @@ in a random direction. What lies further away than that is another model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ PROMPTS = (
 )
 NEW_TOKENS = 24
 ROUNDINGS = 4
-"""So many roundings of the stored dtype every weight is moved by, to see what rounding may do."""
+"""By how many roundings of the stored dtype every weight is moved, to see what rounding may do."""
 SUMS = 64
 """The same for roundings of float32, of which every sum makes some."""
 TIE = 8
@@ -51,8 +52,8 @@ TIE = 8
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a model makes of rows. texts: the tokens that it goes on with, one list a prompt, greedily. logits: [tokens,
-    vocabulary] in float32 on the CPU, for every row at the tokens that predict its continuation."""
+    """What a model answers. texts: the tokens that it goes on with greedily, one list per prompt. logits: [tokens,
+    vocabulary] in float32 on the CPU, one tensor per prompt, at the tokens that predict its continuation."""
 
     texts: Sequence[Sequence[int]]
     logits: Sequence[Tensor]
@@ -60,7 +61,8 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table. found, allowed: None where there is no such number. holds: whether it is as it must be."""
+    """One comparison. found, allowed: the difference, and how large rounding may make it; None where there is no such
+    number. holds: whether the difference is allowed."""
 
     what: str
     found: float | None
@@ -75,8 +77,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Proof:
-    """lines: of the table. moved: how far the adapter moves logits, as a root mean square. rounded: how far the merge
-    does."""
+    """lines: all comparisons. moved: how far the adapter moves logits, as a root mean square. rounded: how far the
+    merge moves them from those of the adapter's model."""
 
     lines: Sequence[Line]
     moved: float
@@ -162,8 +164,7 @@ def compare_layers(
         products: as `adapted.linear_products` gives them.
     """
     parts = {plain_name(name): part for name, part in merged.named_modules()}
-    worst: tuple[float, str, float, float] | None = None
-    num_bad = 0
+    errors: dict[str, tuple[float, float]] = {}
     for name, (rows, expected) in products.items():
         part = parts[name]
         with torch.no_grad():
@@ -173,13 +174,13 @@ def compare_layers(
                 found = found + part.bias.float()
             # of independent roundings of all weights
             noise = _rms((rows.square() @ weight.square()).sqrt()) * rounding(stored)
-        error = _rms(found - expected)
-        num_bad += error > noise
-        if worst is None or error / noise > worst[0]:
-            worst = (error / noise, name, error, noise)
-    if worst is not None:
-        note = f"{num_bad} do not" if num_bad else ""
-        yield Line(f"layers ({len(products)}); the worst: {worst[1]}", worst[2], worst[3], num_bad == 0, note)
+        errors[name] = _rms(found - expected), noise
+    if not errors:
+        return
+    num_bad = sum(error > noise for error, noise in errors.values())
+    worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], sys.float_info.min))
+    note = f"{num_bad} do not" if num_bad else ""
+    yield Line(f"layers ({len(errors)}); the worst: {worst}", *errors[worst], num_bad == 0, note)
 
 
 def compare_answers(adapter: Answers, merged: Answers, moved: Sequence[Tensor]) -> Iterator[Line]:
@@ -188,8 +189,7 @@ def compare_answers(adapter: Answers, merged: Answers, moved: Sequence[Tensor]) 
     Args:
         moved: logits of the merged model with moved weights.
     """
-    allowed = _rms(torch.cat([a - b for a, b in zip(moved, merged.logits, strict=True)]))
-    found = _rms(torch.cat([a - b for a, b in zip(adapter.logits, merged.logits, strict=True)]))
+    allowed, found = distance(moved, merged.logits), distance(adapter.logits, merged.logits)
     num_tokens = sum(len(row) for row in adapter.logits)
     yield Line(f"logits at {num_tokens} tokens (root mean square)", found, allowed, found <= allowed)
     same, ties, apart = 0, 0, 0.0

@@ -1,7 +1,7 @@
 """Files of weights, read and written one tensor at a time. Floor 6.
 
-A new file has the names, shapes and order of an old one; tensors that are given take the place of those that are there,
-and all others are copied byte for byte. Never more than one tensor is in memory beside those that are given.
+`rewrite` makes a new file from an old one, with the same names, shapes and order: some tensors are replaced, all others
+are copied byte for byte. Never more than one tensor is in memory beside those that replace.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from strop.durable import NewFile
 from strop.errors import ModelError, first_line
 from strop.machine import machine_of
 
+INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -154,7 +156,7 @@ def rewrite(
     """A shard with some tensors replaced and some added, in the same dtypes.
 
     Args:
-        replaced, added: by name; they are rounded once to the dtype in the file.
+        replaced, added: by name; they are rounded once, to the dtype of the new file.
         dtype: what all floating point tensors are stored in; None: each as it was, and added ones as the first is.
 
     Returns:
@@ -171,6 +173,20 @@ def rewrite(
             tensor = next(unchanged)[1] if new is None else new
             writer.write(name, tensor.to(spec.dtype))
     return specs
+
+
+def write_index(folder: Path, files: Mapping[str, Mapping[str, Spec]]) -> None:
+    """The index by which transformers finds the weights of a model in several files; one file needs none.
+
+    Args:
+        files: their names -> their tensors.
+    """
+    if SINGLE in files:
+        return
+    total = sum(spec.nbytes for specs in files.values() for spec in specs.values())
+    weight_map = {name: file for file, specs in files.items() for name in specs}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _stored(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

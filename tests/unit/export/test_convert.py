@@ -22,20 +22,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from conftest import TINY
 from strop.cli import main
 from strop.errors import CheckpointError, ModelError, SaveError
 from strop.export import convert
 from strop.export.convert import to_consolidated, to_transformers
 
-SMALL = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-}
 SCALED = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -45,12 +37,12 @@ SCALED = {
     "original_max_position_embeddings": 8192,
 }
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, rope_parameters=SCALED),
-    "llama tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SMALL, head_dim=16, sliding_window=None),
-    "qwen2 with biases": Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "qwen3 with norms per head": Qwen3Config(**SMALL, head_dim=16),
-    "olmo2 with norms of all heads": Olmo2Config(**SMALL),
+    "llama": LlamaConfig(**TINY, rope_parameters=SCALED),
+    "llama tied": LlamaConfig(**TINY, tie_word_embeddings=True),
+    "mistral": MistralConfig(**TINY, head_dim=16, sliding_window=None),
+    "qwen2 with biases": Qwen2Config(**TINY, tie_word_embeddings=True),
+    "qwen3 with norms per head": Qwen3Config(**TINY, head_dim=16),
+    "olmo2 with norms of all heads": Olmo2Config(**TINY),
 }
 
 
@@ -243,7 +235,7 @@ def test_other_families_and_places(save: Any, make_model: Any, tmp_path: Path, m
     with pytest.raises(CheckpointError, match=r"in use|is read"):
         to_consolidated(str(source), source)
     with monkeypatch.context() as patch:
-        patch.setattr("strop.export.folders.free_bytes", lambda path: 1000)
+        patch.setattr("strop.disk.free_bytes", lambda path: 1000)
         with pytest.raises(SaveError, match="the disk is too full"):
             to_consolidated(str(source), tmp_path / "one")
     config = json.loads((source / "config.json").read_text())

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from conftest import TINY
 from strop.cli import main
 from strop.errors import CheckpointError, ModelError, SaveError
 from strop.export import adapted, merge, proof, shards
@@ -30,15 +31,6 @@ from strop.policy.model.configuration import quiet
 from strop.policy.model.load import load_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SMALL = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-}
 
 
 @pytest.fixture
@@ -132,9 +124,9 @@ FAMILIES = {
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1)),
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
     ),
-    "qwen3": (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)), {"bias": "all"}),
+    "qwen3": (lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, head_dim=8)), {"bias": "all"}),
     "mixtral": (
-        lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)),
+        lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4)),
         {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     ),
 }
@@ -157,8 +149,8 @@ def test_shards_stay_as_they_were(make: Any, make_model: Any, tmp_path: Path) ->
     names = sorted(p.name for p in base.glob("*.safetensors"))
     assert len(names) > 2 and names == sorted(p.name for p in (tmp_path / "merged").glob("*.safetensors"))
     assert (
-        json.loads((base / merge.INDEX).read_text())["weight_map"]
-        == (json.loads((tmp_path / "merged" / merge.INDEX).read_text())["weight_map"])
+        json.loads((base / shards.INDEX).read_text())["weight_map"]
+        == (json.loads((tmp_path / "merged" / shards.INDEX).read_text())["weight_map"])
     )
     same_answers(base, adapter, tmp_path / "merged", 1e-5)
     for name in names:
@@ -202,6 +194,16 @@ def test_a_text_may_part_only_where_two_tokens_are_equally_likely() -> None:
     far = proof.Answers([[1, 1]], [logits + 0.01])
     (_, texts) = proof.compare_answers(ours, far, [logits + 0.03])
     assert not texts.holds and texts.found == pytest.approx(2.0)
+
+
+def test_a_layer_of_zeros_has_no_rounding() -> None:
+    merged = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+    torch.nn.init.zeros_(merged[0].weight)
+    rows = torch.ones(4, 3)
+    (line,) = proof.compare_layers(merged, {"0": (rows, torch.zeros(4, 2))}, torch.float32)
+    assert line.holds and line.found == 0
+    (line,) = proof.compare_layers(merged, {"0": (rows, torch.full((4, 2), 1e-30))}, torch.float32)
+    assert not line.holds and line.note == "1 do not"
 
 
 def test_a_model_that_does_not_fit_into_memory_in_float32(
@@ -268,7 +270,7 @@ def test_folders_in_use(make: Any, make_model: Any, tmp_path: Path, monkeypatch:
     for taken in (base, adapter, tmp_path):
         with pytest.raises(CheckpointError, match=r"in use|is read"):
             merge.merge(str(adapter), taken)
-    monkeypatch.setattr("strop.export.folders.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("strop.disk.free_bytes", lambda path: 1000)
     with pytest.raises(SaveError, match="the disk is too full"):
         merge.merge(str(adapter), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

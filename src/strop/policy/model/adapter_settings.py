@@ -13,9 +13,9 @@ from strop import time_limit
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, foreign_errors
 from strop.policy.model.configuration import quiet
-from strop.policy.model.folder import adapter_files, place_of, read_json
+from strop.policy.model.folder import adapter_files, adapter_place_of, read_json
 
-# what an adapter of another making may hold that cannot be continued here, and peft's name for it
+# what peft calls the settings of kinds of LoRA that can be neither continued nor merged here
 _FOREIGN = (
     "megatron_config",
     "layer_replication",
@@ -41,7 +41,7 @@ def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:
     """
     if model.adapter is None:
         return lora if lora.enabled else None
-    where = f"{place_of(model)}, adapter {model.adapter}"
+    where = adapter_place_of(model)
     config = adapter_config(read_adapter(model.adapter, where)[0], lora, where)
     targets, saved = config.target_modules, config.modules_to_save
     return lora.model_copy(
@@ -55,16 +55,23 @@ def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:
 
 
 def read_adapter(adapter: str, where: str) -> tuple[dict[str, Any], Path]:
-    """The settings of an adapter, and the file of its weights."""
+    """The settings of an adapter, and the file of its weights.
+
+    Raises:
+        ModelError: there is no such adapter, or its settings cannot be read.
+    """
     config, weights = adapter_files(adapter, where)
     return read_json(config, where), weights
 
 
 def try_patterns(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """Match what an adapter from elsewhere has for regular expressions, where they can be stopped.
+    """Match the regular expressions of an adapter, which anyone may have written, in a process that can be ended.
+
+    Args:
+        names: of modules, to match them with.
 
     Raises:
-        ModelError: one takes for ever.
+        ModelError: one takes too long.
     """
     found = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
     found += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or ()]
@@ -133,7 +140,11 @@ def _read_config(settings: Mapping[str, Any], lora: LoraSection, where: str) -> 
 
 
 def _known(settings: Mapping[str, Any], what: str, where: str) -> dict[str, Any]:
-    """Settings that this peft has, of an adapter that is used in the way that `what` says."""
+    """The settings that this version of peft knows. what: `continued` or `merged`, for messages.
+
+    Raises:
+        ModelError: it is no LoRA adapter, or of a kind that can be neither.
+    """
     if settings.get("peft_type") != "LORA":
         raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
     foreign = [name for name in _FOREIGN if settings.get(name)]
@@ -168,5 +179,5 @@ def _check_same(config: LoraConfig, lora: LoraSection, where: str) -> None:
 
 
 def as_list(names: Any) -> list[str]:
-    """Names of layers, as a list: one name and none stand in settings, too."""
+    """Names of layers as a list; settings may hold a list, one name, or nothing."""
     return [names] if isinstance(names, str) else list(names or ())

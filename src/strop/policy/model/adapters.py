@@ -35,7 +35,7 @@ from strop.policy.model.adapter_targets import (
     sizes,
 )
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
-from strop.policy.model.folder import place_of, source_of
+from strop.policy.model.folder import adapter_place_of, place_of, source_of
 from strop.policy.model.quantised import is_quantised
 
 logger = logging.getLogger("strop")
@@ -94,7 +94,7 @@ def continue_adapters(
         ModelError: it cannot be read, is no LoRA adapter, does not fit the model, or `lora` says something else.
     """
     assert model.adapter is not None
-    where = f"{place_of(model)}, adapter {model.adapter}"
+    where = adapter_place_of(model)
     settings, weights = read_adapter(model.adapter, where)
     config = adapter_config(settings, lora, where)
     with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
@@ -110,7 +110,7 @@ def _continued(
     master: torch.dtype,
 ) -> PeftModel:
     """The adapter of these settings and weights on the model."""
-    where = f"{place_of(model)}, adapter {model.adapter}"
+    where = adapter_place_of(model)
     made_from = settings.get("base_model_name_or_path")
     source = source_of(model.huggingface_id)
     if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):

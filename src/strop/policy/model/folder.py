@@ -61,6 +61,11 @@ def place_of(model: ModelSection) -> str:
     return f"model {model.name} ({model.huggingface_id})"
 
 
+def adapter_place_of(model: ModelSection) -> str:
+    """How messages name the model's adapter."""
+    return f"{place_of(model)}, adapter {model.adapter}"
+
+
 def source_of(model_id: str) -> str:
     """A folder as an absolute path, so that it is found from any working directory; a hub id as it is."""
     folder = Path(model_id).expanduser()
@@ -128,7 +133,7 @@ def check_adapter(model: ModelSection) -> None:
         ModelError: there is no such folder, or no adapter in it.
     """
     assert model.adapter is not None
-    where = f"{place_of(model)}, adapter {model.adapter}"
+    where = adapter_place_of(model)
     check_exists(model.adapter, where)
     if os.path.isdir(source_of(model.adapter)):
         adapter_files(model.adapter, where)

@@ -24,6 +24,7 @@ from strop.types import Completion, Group
 
 logger = logging.getLogger("strop")
 
+GENERATION = "generation_config.json"
 MOST = 10_000
 """Groups that are looked at, evenly spread."""
 SHARE = 0.01
@@ -96,7 +97,7 @@ def write_generation(
     stops, closed = stopping(config, list(ends or ())), closing(tokenizer, config, ends or {})
     if config is not None or ends:
         # not save_pretrained, which refuses settings that contradict each other, as some models bring them
-        (folder / "generation_config.json").write_text(stops.to_json_string(use_diff=True), encoding="utf-8")
+        (folder / GENERATION).write_text(stops.to_json_string(use_diff=True), encoding="utf-8")
     closed.save_pretrained(str(folder))
     before = _as_list(getattr(config, "eos_token_id", None))
     if added := [str(tokenizer.convert_ids_to_tokens(token)) for token in ends or () if token not in before]:
@@ -120,15 +121,29 @@ def stop_tokens(model: ModelSection) -> tuple[int, ...]:
         ModelError: a file cannot be read, or names something else.
     """
     where = place_of(model)
-    file = fetch(source_of(model.huggingface_id), "generation_config.json", model.revision, where, optional=True)
-    named = read_json(file, where) if file is not None else inspect_config(model).config
-    found = named.get("eos_token_id")
-    if file is None and found is None:  # the architecture may have a default
+    file = fetch(source_of(model.huggingface_id), GENERATION, model.revision, where, optional=True)
+    if file is not None:
+        return stops_in(file, where)
+    found = inspect_config(model).config.get("eos_token_id")
+    if found is None:  # the architecture may have a default
         found = GenerationConfig.from_model_config(model_config(model)).eos_token_id
+    return _checked_ids(found, "config.json", where)
+
+
+def stops_in(file: Path, where: str) -> tuple[int, ...]:
+    """`eos_token_id` of a generation_config.json; empty where it names none.
+
+    Raises:
+        ModelError: the file cannot be read, or names something else.
+    """
+    return _checked_ids(read_json(file, where).get("eos_token_id"), file.name, where)
+
+
+def _checked_ids(found: Any, file: str, where: str) -> tuple[int, ...]:
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if wrong := [token for token in listed if type(token) is not int]:
         raise ModelError(
-            f"{'config.json' if file is None else file.name}: eos_token_id holds {str(wrong[0])[:40]!r}",
+            f"{file}: eos_token_id holds {str(wrong[0])[:40]!r}",
             where=where,
             expected="the id of a token, or a list of them",
             fix="download or copy the file again",
