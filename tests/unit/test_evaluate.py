@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from strop.cli import main
-from strop.evaluate.intervals import Ratio, difference, interval, value
+from strop.evaluate import intervals
+from strop.evaluate.intervals import Interval, Metric, Ratio
 from strop.policy.model.configuration import quiet
 
 CHATML = (
@@ -148,6 +149,20 @@ def test_what_is_refused(
 
 
 # ---- intervals
+
+
+def value(metric: Metric) -> float:
+    """Every row once."""
+    return float(intervals.value(metric, np.ones(len(metric[0].sums))))
+
+
+def interval(metric: Metric, seed: int) -> Interval | None:
+    return intervals.interval(*intervals.resampled([metric], seed))
+
+
+def difference(one: Metric, other: Metric, seed: int) -> Interval | None:
+    drawn = intervals.resampled([one, other], seed)
+    return intervals.interval(drawn[1] - drawn[0])
 
 
 def test_a_value_is_a_ratio_of_sums_and_sums_of_several() -> None:

@@ -47,18 +47,17 @@ def run(arguments: list[str]) -> int:
     )
     log_to_terminal(config.logging.log_level)
 
-    from strop.durable import to_json, write_file
+    from strop.durable import to_json
     from strop.evaluate.scoring import evaluate
     from strop.evaluate.table import as_json, in_words
-    from strop.generate.answers import check_target
+    from strop.generate.output import check_target, write_target
 
     if target is not None:
         check_target(target)
-    found = evaluate(config, sources, options.reference)
+    found = as_json(evaluate(config, sources, options.reference))
     show("\n".join(in_words(found)) + "\n")
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, f"{to_json(as_json(found), indent=2)}\n".encode())
+        write_target(target, f"{to_json(found, indent=2)}\n".encode())
     return 0
 
 

@@ -35,8 +35,9 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     log_to_terminal("warning")
 
-    from strop.generate.answers import answer, check_target, in_words, stream, write_answers
+    from strop.generate.answers import answer, in_words, stream, write_answers
     from strop.generate.chat import chat
+    from strop.generate.output import check_target
     from strop.generate.prompts import Prompt, read_prompts
     from strop.generate.sampling import Sampling
     from strop.generate.source import Source

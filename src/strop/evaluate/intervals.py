@@ -1,6 +1,6 @@
 """How sure a mean over rows is: percentile bootstrap (Efron, 1979). Floor 8.
 
-Rows are drawn anew with replacement, the same ones for all models, so the interval of a difference between two models
+Rows are drawn anew with replacement, the same ones for all models. So the interval of a difference between two models
 is that of paired rows.
 """
 
@@ -38,31 +38,30 @@ class Interval:
     high: float
 
 
-def value(metric: Metric) -> float:
-    """The number over all rows; NaN where no row counts."""
-    return float(sum(_ratio(part.sums.sum(), part.counts.sum()) for part in metric))
+def resampled(metrics: Sequence[Metric], seed: int) -> list[Numbers]:
+    """[DRAWS] each number over rows that are drawn anew, the same rows for all numbers; empty where there are fewer
+    than two rows.
 
-
-def interval(metric: Metric, seed: int) -> Interval | None:
-    """Where the number lies with a probability of `LEVEL`; None: there are too few rows to say."""
-    return _interval(metric, seed, None)
-
-
-def difference(one: Metric, other: Metric, seed: int) -> Interval | None:
-    """The same for `other` minus `one`, on the same rows."""
-    return _interval(other, seed, one)
-
-
-def _interval(metric: Metric, seed: int, minus: Metric | None) -> Interval | None:
-    num_rows = len(metric[0].sums)
+    Args:
+        metrics: all of the same rows.
+    """
+    num_rows = len(metrics[0][0].sums) if metrics else 0
     if num_rows < 2:
-        return None
-    drawn = []
-    for weights in _draws(num_rows, seed):
-        found = _drawn(metric, weights)
-        drawn.append(found if minus is None else found - _drawn(minus, weights))
-    all_drawn = np.concatenate(drawn)
-    known = all_drawn[np.isfinite(all_drawn)]
+        return [np.empty(0) for _ in metrics]
+    drawn = [[value(metric, weights) for metric in metrics] for weights in _draws(num_rows, seed)]
+    return [np.concatenate(parts) for parts in zip(*drawn, strict=True)]
+
+
+def value(metric: Metric, weights: Numbers) -> Numbers:
+    """The number where every row counts as often as `weights` [..., G] says; NaN where no row counts."""
+    found: Numbers = np.sum([_ratio(weights @ part.sums, weights @ part.counts) for part in metric], axis=0)
+    return found
+
+
+def interval(drawn: Numbers) -> Interval | None:
+    """Where a number lies with a probability of `LEVEL`, by its values over rows drawn anew; for a difference, by the
+    differences of these. None: there are too few rows to say."""
+    known = drawn[np.isfinite(drawn)]
     if not len(known):
         return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -76,11 +75,6 @@ def _draws(num_rows: int, seed: int) -> Iterator[Numbers]:
         size = min(left, max(1, _AT_ONCE // num_rows))
         yield random.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=size).astype(np.float64)
         left -= size
-
-
-def _drawn(metric: Metric, weights: Numbers) -> Numbers:
-    found: Numbers = np.sum([_ratio(weights @ part.sums, weights @ part.counts) for part in metric], axis=0)
-    return found
 
 
 def _ratio(total: Numbers, count: Numbers) -> Numbers:

@@ -38,7 +38,8 @@ log = logging.getLogger("strop")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """numbers: of all rows, by name. by_row: the same row by row; empty if the loss holds a statistic of all rows."""
+    """numbers: over all rows, by name. by_row: the same row by row; empty if the loss contains a statistic of all
+    rows."""
 
     name: str
     numbers: Mapping[str, float]
@@ -47,8 +48,8 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """models: in the order in which they were given. num_rows: that all of them scored. reference: None: none was
-    needed."""
+    """models: in the order in which they were given. num_rows: how many rows each of them scored. reference: what the
+    method compared with; None where it needs none."""
 
     models: Sequence[Evaluated]
     num_rows: int
@@ -59,8 +60,10 @@ def evaluate(config: RunConfig, sources: Sequence[str], reference: str | None = 
     """Evaluate models on the rows of `config.dataset`, all of them.
 
     Args:
-        config: its models are not looked at. sources: runs, adapters, model folders or hub ids. reference: one of them,
-            too; None: what the first of `sources` was trained from.
+        config: its models are not looked at.
+        sources: the models: runs, adapters, model folders or hub ids.
+        reference: what a method with a reference compares with, given in the same way; None: what the first of
+            `sources` was trained from.
 
     Raises:
         StropError: a model or the rows cannot be read, or models have other tokens for them.

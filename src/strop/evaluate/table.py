@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from strop.evaluate.intervals import LEVEL, Interval, difference, interval
+from strop.evaluate.intervals import LEVEL, Numbers, interval, resampled
 from strop.evaluate.scoring import Evaluation
 
 SEED = 0
 
 
-def as_json(found: Evaluation) -> dict[str, object]:
-    """rows, reference, models: each with `metrics`, name -> value, interval (low, high) and, but for the first model,
-    difference to the first, and its interval."""
-    first = found.models[0]
+def as_json(found: Evaluation) -> dict[str, Any]:
+    """rows, reference, level, models: each with `metrics`, name -> value, interval (low, high) and, but for the first
+    model, difference to the first, and its interval."""
+    by_row = {(i, name): metric for i, model in enumerate(found.models) for name, metric in model.by_row.items()}
+    drawn = dict(zip(by_row, resampled(list(by_row.values()), SEED), strict=True))
+    first = found.models[0].numbers
     models = []
-    for model in found.models:
+    for i, model in enumerate(found.models):
         metrics = {}
         for name, number in model.numbers.items():
-            entry: dict[str, object] = {"value": number}
-            if name in model.by_row:
-                entry["interval"] = _pair(interval(model.by_row[name], SEED))
-            if model is not first and name in first.numbers:
-                entry["difference"] = number - first.numbers[name]
-                if name in model.by_row and name in first.by_row:
-                    entry["difference_interval"] = _pair(difference(first.by_row[name], model.by_row[name], SEED))
+            entry: dict[str, Any] = {"value": number}
+            if (i, name) in drawn:
+                entry["interval"] = _pair(drawn[i, name])
+            if i > 0 and name in first:
+                entry["difference"] = number - first[name]
+                if (i, name) in drawn and (0, name) in drawn:
+                    entry["difference_interval"] = _pair(drawn[i, name] - drawn[0, name])
             metrics[name] = entry
         models.append({"model": model.name, "metrics": metrics})
     return {"rows": found.num_rows, "reference": found.reference, "level": LEVEL, "models": models}
 
 
-def in_words(found: Evaluation) -> Iterator[str]:
-    """A line for each number of each model."""
-    shown = as_json(found)
-    against = f", against {found.reference}" if found.reference else ""
-    yield f"{found.num_rows} rows{against}; in brackets where a number lies with a probability of {LEVEL:.0%}"
+def in_words(shown: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each number of each model. shown: as `as_json` gives it."""
+    against = f", against {shown['reference']}" if shown["reference"] else ""
+    yield f"{shown['rows']} rows{against}; in brackets where a number lies with a probability of {shown['level']:.0%}"
     models = shown["models"]
-    assert isinstance(models, list)
-    for name in found.models[0].numbers:
+    for name in models[0]["metrics"]:
         yield f"\n{name}"
         for model in models:
             entry = model["metrics"].get(name)
@@ -49,7 +50,8 @@ def in_words(found: Evaluation) -> Iterator[str]:
             yield text
 
 
-def _pair(found: Interval | None) -> list[float] | None:
+def _pair(drawn: Numbers) -> list[float] | None:
+    found = interval(drawn)
     return None if found is None else [found.low, found.high]
 
 

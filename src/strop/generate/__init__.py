@@ -4,5 +4,6 @@ source      a run, an adapter or a model, ready to answer; the base it was train
 prompts     a prompt or a file of them, as tokens
 sampling    tokens to tokens
 answers     prompts to answers, in the terminal or as JSON Lines
+output      the file of --output, for strop eval too
 chat        a conversation in the terminal
 """

@@ -1,18 +1,16 @@
-"""Prompts to answers: in the terminal, or as JSON Lines; of the base beside the trained model. Floor 7."""
+"""Prompts to answers, of the trained model and of its base: in the terminal, or as JSON Lines. Floor 7."""
 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import TextStreamer
 
-from strop.disk import refuse_in_the_way, unusable
-from strop.durable import to_json, write_file
-from strop.errors import CheckpointError
+from strop.durable import to_json
+from strop.generate.output import write_target
 from strop.generate.prompts import Prompt, encode
 from strop.generate.sampling import Answer, Sampling, sample
 from strop.generate.source import Loaded, Source, load, tokenizer_of
@@ -44,10 +42,11 @@ def answer(
     """Answers to all prompts, in their order. The two models are in memory one after the other.
 
     Args:
-        raw: prompts are texts that the model goes on with. beside: ask its base, too.
+        raw: prompts are texts that the model goes on with, without a chat template.
+        beside: ask the model that it was trained from, too.
 
     Raises:
-        StropError: a model cannot be loaded, or a prompt not be asked.
+        StropError: a model cannot be loaded, or a prompt cannot be written as tokens.
     """
     tokenizer = tokenizer_of(source)
     asked = [encode(tokenizer, prompt, raw=raw) for prompt in prompts]
@@ -72,17 +71,13 @@ def stream(source: Source, prompt: Prompt, settings: Sampling, *, raw: bool = Fa
 
 
 def write_answers(found: Sequence[Answered], target: Path) -> None:
-    """JSON Lines, one answer a line: `prompt` as it was given, `sample` (from 0), `completion`, `tokens`, `finish`, and
-    the same three of the base as `base_...`.
+    """JSON Lines, one answer per line: `prompt` as it was given, `sample` (from 0), `completion`, `tokens`, `finish`,
+    and the last three of the base as `base_...`, where it was asked.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, (f"{line}\n".encode() for line in _lines(found)))
-    except OSError as error:
-        raise unusable(target, error, "--output") from error
+    write_target(target, (f"{line}\n".encode() for line in _lines(found)))
 
 
 def _lines(found: Sequence[Answered]) -> Iterator[str]:
@@ -96,13 +91,6 @@ def _lines(found: Sequence[Answered]) -> Iterator[str]:
 
 def _fields(one: Answer) -> dict[str, object]:
     return {"completion": one.text, "tokens": one.tokens, "finish": one.finish}
-
-
-def check_target(target: Path) -> None:
-    """Raises CheckpointError where a file is there already, or none can be written."""
-    refuse_in_the_way(target.parent)
-    if os.path.lexists(target):
-        raise CheckpointError("it is there already", where=str(target), fix="choose another --output, or remove it")
 
 
 def in_words(found: Sequence[Answered]) -> Iterator[str]:

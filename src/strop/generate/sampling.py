@@ -1,6 +1,7 @@
 """Tokens to tokens: what a model goes on with. Floor 7.
 
-The only place that knows how tokens are drawn: transformers' own `generate`, with nothing but the settings given here.
+transformers' own `generate` draws them, with nothing but the settings given here, so that answers are those that its
+users get. (Training samples by `rollout/sampler.py`, whose draws do not depend on the prompts beside them.)
 """
 
 from __future__ import annotations
