@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +10,27 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from strop.config.sections import GpuSection, ModelSection
 from strop.device import pick_device
 from strop.errors import ModelError, foreign_errors
 from strop.export.adapted import with_adapter
-from strop.export.folders import ADAPTER_CONFIG, GENERATION, adapter_of
+from strop.export.folders import ADAPTER_CONFIG, adapter_of
 from strop.export.shards import memory_dtype, read_header
-from strop.policy.model.configuration import quiet
-from strop.policy.model.folder import check_exists, fetch, inspect_model, place_of, read_json, source_of
-from strop.policy.model.generation import stop_tokens
+from strop.policy.model.folder import adapter_place_of, check_exists, fetch, inspect_model, place_of, source_of
+from strop.policy.model.generation import GENERATION, stop_tokens, stops_in
 from strop.policy.model.load import load_model
-from strop.policy.model.tokenizer import check_vocabulary, read_tokenizer
-from strop.policy.model.tokenizer_patterns import check_patterns
+from strop.policy.model.tokenizer import adapter_tokenizer, check_vocabulary, read_tokenizer
 from strop.rundir import FINAL
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to answer, before it is loaded. model: with its adapter, where it has one. trained_from: the model that a
-    full training began with; None: not known, or an adapter's base."""
+    """What is to answer, before it is loaded.
+
+    model: with its adapter, where it has one. trained_from: the model that a full training began with; None where that
+    is not known, and for an adapter, whose base is the model itself."""
 
     model: ModelSection
     trained_from: str | None = None
@@ -43,15 +42,15 @@ class Source:
         Raises:
             ModelError: it is none of these.
         """
-        final = Path(given).expanduser() / FINAL
+        run = Path(given).expanduser()
+        ended = (run / FINAL).is_dir()
         check_exists(given, given)
-        place = source_of(str(final) if final.is_dir() else given)
-        if not final.is_dir() and os.path.isfile(Path(given).expanduser() / "config.yaml"):
+        if not ended and (run / "config.yaml").is_file():
             raise ModelError("the run has no final/ yet", where=given, fix="let it end, or strop train --resume")
+        place = source_of(str(run / FINAL) if ended else given)
         if fetch(place, ADAPTER_CONFIG, None, given, optional=True) is not None:
             return cls(adapter_of(place))
-        began = _trained_from(Path(given).expanduser()) if final.is_dir() else None
-        return cls(ModelSection(huggingface_id=place), began)
+        return cls(ModelSection(huggingface_id=place), _trained_from(run) if ended else None)
 
     def base(self) -> Source:
         """The model that it was trained from.
@@ -127,27 +126,21 @@ def load(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Lo
 
 
 def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
-    """An adapter's own tokenizer, which a run saves with the chat template that it trained by; else its model's."""
-    model = source.model
-    where = place_of(model)
-    own = model.adapter and fetch(source_of(model.adapter), "tokenizer.json", None, where, optional=True)
-    if not own:
-        return read_tokenizer(model)
-    assert model.adapter is not None
-    with (
-        foreign_errors(lambda why: ModelError(f"the adapter's tokenizer cannot be loaded: {why}", where=where)),
-        quiet(),
-    ):
-        check_patterns(own, where)
-        return AutoTokenizer.from_pretrained(source_of(model.adapter), trust_remote_code=False)
+    """The tokenizer of the adapter, where it has one; else the model's.
+
+    Raises:
+        ModelError: it cannot be read, or has no end-of-sequence token.
+    """
+    return adapter_tokenizer(source.model) or read_tokenizer(source.model)
 
 
 def _stops(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What its generation settings name, an adapter's own before its base's; else the tokenizer's end token."""
+    """The tokens that the generation settings name, an adapter's own before its base's; else the tokenizer's end
+    token."""
     model = source.model
-    own = model.adapter and fetch(source_of(model.adapter), GENERATION, None, model.name, optional=True)
-    found: Any = read_json(own, model.name).get("eos_token_id") if own else None
-    if found is None:
-        found = list(stop_tokens(model))
-    listed = [token for token in (found if isinstance(found, list) else [found]) if type(token) is int]
-    return tuple(listed) or (int(tokenizer.eos_token_id),)
+    found: tuple[int, ...] = ()
+    if model.adapter is not None:
+        where = adapter_place_of(model)
+        file = fetch(source_of(model.adapter), GENERATION, None, where, optional=True)
+        found = () if file is None else stops_in(file, where)
+    return found or stop_tokens(model) or (int(tokenizer.eos_token_id),)

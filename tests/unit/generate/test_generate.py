@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from strop.cli import main
-from strop.errors import DataError
+from strop.errors import DataError, ModelError
+from strop.generate import output
 from strop.generate.sampling import Sampling, sample
 from strop.generate.source import Source, load
 from strop.policy.model.configuration import quiet
@@ -192,6 +195,43 @@ def test_what_is_refused(arguments: list[str], words: str, model_dir: Path, caps
     assert main(["generate", *(str(model_dir) if word == "M" else word for word in arguments)]) == 1
     told = capsys.readouterr().err
     assert words in told and "Traceback" not in told
+
+
+def test_the_files_beside_an_adapter_are_checked_as_a_model_s_are(
+    adapter: Path, model_dir: Path, make_tokenizer: Callable[..., Any]
+) -> None:
+    make_tokenizer().save_pretrained(adapter)
+    generation = adapter / "generation_config.json"
+    generation.write_text('{"eos_token_id": [5, 6]}')
+    assert load(Source.of(str(adapter))).stops == (5, 6)
+    generation.write_text('{"eos_token_id": ["five"]}')
+    with pytest.raises(ModelError, match="eos_token_id holds 'five'"):
+        load(Source.of(str(adapter)))
+    generation.write_text("{}")
+    assert load(Source.of(str(adapter))).stops == load(Source.of(str(model_dir))).stops
+    endless = make_tokenizer()
+    endless.eos_token = None
+    endless.save_pretrained(adapter)
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        load(Source.of(str(adapter)))
+
+
+def test_a_disk_that_fills_up_while_answers_are_written(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(output, "write_file", full)
+    target = tmp_path / "out/answers"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "hello", "completion": "yes"}\n' * 3)
+    for command in (
+        ["generate", str(model_dir), "hi", "--max-new-tokens", "2"],
+        ["eval", str(model_dir), "--data", str(rows)],
+    ):
+        assert main([*command, "--output", str(target)]) == 1
+        assert "No space left on device" in capsys.readouterr().err
 
 
 def test_rows_without_a_prompt_are_named(model_dir: Path, tmp_path: Path) -> None:

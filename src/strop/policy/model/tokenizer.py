@@ -15,6 +15,7 @@ from strop.errors import ModelError, foreign_errors
 from strop.policy.model.configuration import check_kind, quiet, vocabulary_of
 from strop.policy.model.folder import (
     ConfigFile,
+    adapter_place_of,
     fetch,
     has_weights,
     inspect_config,
@@ -105,9 +106,37 @@ def _read(model: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             source, config=_names(model, file), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    _merge_always(tokenizer, where)
     for how in ("is_local", "local_files_only"):  # how it was found; not to be saved with it
         tokenizer.init_kwargs.pop(how, None)
+    return _settled(tokenizer, where)
+
+
+def adapter_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder of the model's adapter: a run saves it there, with the chat template that it trained
+    by. None where the folder has none.
+
+    Raises:
+        ModelError: it cannot be read, or has no end-of-sequence token.
+    """
+    if model.adapter is None:
+        return None
+    where, source = adapter_place_of(model), source_of(model.adapter)
+    rules = fetch(source, "tokenizer.json", None, where, optional=True)
+    if rules is None:
+        return None
+    with foreign_errors(lambda why: ModelError(f"its tokenizer cannot be loaded: {why}", where=where)), quiet():
+        check_patterns(rules, where)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return _settled(tokenizer, where)
+
+
+def _settled(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with random merges off.
+
+    Raises:
+        ModelError: it has no tokens, or none that ends a sequence.
+    """
+    _merge_always(tokenizer, where)
     if len(tokenizer.get_vocab()) == 0:
         raise ModelError(
             "its tokenizer has no tokens", where=where, fix="copy the right tokenizer.json into the folder"
