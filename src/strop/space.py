@@ -31,8 +31,8 @@ from strop.types import Group
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes: of one checkpoint, of the final model, of the reference's log-probs. most: checkpoints that lie there at
-    the same time, at most."""
+    """Bytes of one checkpoint, of the final model and of the reference's log-probs. most: how many checkpoints lie in
+    the run folder at the same time, at most."""
 
     checkpoint: int
     most: int
@@ -59,11 +59,12 @@ class Space:
 
     @property
     def least(self) -> int:
-        """Without which the run could not end."""
+        """Bytes without which the run cannot end."""
         return (self.checkpoint if self.most else 0) + self.final + self.reference
 
     @property
     def peak(self) -> int:
+        """Bytes that lie in the run folder at the same time, at most."""
         return self.checkpoint * self.most + self.final + self.reference
 
     def describe(self) -> str:

@@ -36,7 +36,7 @@ def build_optimizer(
     """The optimizer of `training.optim` over `parameters`. Weight decay leaves vectors (norms, biases) out.
 
     Args:
-        loraplus_lr_ratio: what the learning rate of the second matrices of adapters is multiplied by; null: 1.
+        loraplus_lr_ratio: what the learning rate of the second matrices of adapters is multiplied by; None: 1.
 
     Raises:
         ConfigError: an 8-bit optimizer without the package bitsandbytes.

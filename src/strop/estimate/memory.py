@@ -29,6 +29,8 @@ from strop.policy.model.from_config import Shape
 from strop.policy.precision import Precision
 
 MIB = 2**20
+CHUNK = 4096
+"""Micro-batches whose memory is computed at once: each takes some hundred bytes meanwhile."""
 ROOM = 0.9
 """Share of a device's memory that a run is let plan with; the rest is for what the estimate leaves out."""
 PROCESS = {"cpu": 60 * MIB, "cuda": 500 * MIB}
@@ -48,10 +50,6 @@ Numbers = np.ndarray
 def fits(parts: Mapping[str, int], memory: int | None) -> bool:
     """Whether bytes by name are let into a device of so many bytes."""
     return memory is None or sum(parts.values()) <= ROOM * memory
-
-
-CHUNK = 4096
-"""Micro-batches that are looked at together, since each takes some hundred bytes while it is."""
 
 
 def peak_memory(

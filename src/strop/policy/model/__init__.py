@@ -8,7 +8,9 @@ tokenizer_patterns regular expressions of a tokenizer, compiled under a time lim
 generation         where an answer ends: generation settings, in and out
 outline            a model without weights, held against the headers of its files
 from_config        sizes of a model from its configuration alone
+quantised          bases in 4 or 8 bits
 adapters           LoRA adapters: new ones, and continuing old ones
+adapter_settings   what adapter_config.json says, and whether such an adapter can be used here
 adapter_targets    which layers get adapters, and how much of the model they reach
 random_parts       what a model draws at random while it trains, switched off
 logit_transform    what a model does between its head and the softmax

@@ -24,9 +24,9 @@ from strop.policy.model.folder import ConfigFile, inspect_config, place_of
 
 logger = logging.getLogger("strop")
 
-# what transformers, tokenizers, safetensors and huggingface_hub raise at broken or foreign files
 DOWNLOAD_AGAIN = "download or copy the file again"
 
+# what transformers, tokenizers, safetensors and huggingface_hub raise at broken or foreign files
 LOAD_ERRORS = (
     OSError,
     ValueError,

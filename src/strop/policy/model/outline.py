@@ -23,6 +23,8 @@ from strop.policy.model.folder import ModelFiles, inspect_model, place_of
 FAR = 2
 """config.json is refused where it describes so many times the weights that the files hold, whatever their names."""
 
+SAME_MODEL = "use the config.json and the weights of one and the same model"
+
 Mismatch = tuple[str, Sequence[int], Sequence[int]]
 """Name, shape in the files, shape in the model."""
 
@@ -73,9 +75,6 @@ def check_config_against_files(config: PreTrainedConfig, files: ModelFiles, mode
             where=where,
             fix=SAME_MODEL,
         )
-
-
-SAME_MODEL = "use the config.json and the weights of one and the same model"
 
 
 def other_shape(wrong: Sequence[Mismatch], where: str) -> ModelError:
