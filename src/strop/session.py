@@ -27,6 +27,7 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData
 from strop.data.mismatch import Mismatched
+from strop.data.prompts import PromptGroups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.loop import Cuts
 from strop.engine.offline import OfflineSource
@@ -62,7 +63,7 @@ from strop.rollout.drawing import Drawing
 from strop.rollout.rows import rows_by_origin
 from strop.rollout.sampler import Sampler
 from strop.rollout.scoring import Scorer
-from strop.rollout.source import Limits, RolloutSource
+from strop.rollout.source import RolloutSource
 from strop.runfiles import ROLLOUTS
 from strop.world import World
 
@@ -321,7 +322,7 @@ class Session:
 
     def _rollouts(self, folder: Path) -> RolloutSource:
         """Groups that the policy samples."""
-        prepared, how, training = self.prepared, self.config.rollout, self.config.training
+        prepared, how = self.prepared, self.config.rollout
         self.policy.transform = self.policy.transform.at_temperature(how.temperature)
         ends = {*stop_tokens(self.model), *self._end_token()}
         drawing = Drawing(how.top_k, how.top_p, how.min_p, len(prepared.tokenizer))
@@ -333,10 +334,11 @@ class Session:
             seed=self.config.seed,
             batch_tokens=how.batch_tokens,
         )
-        limits = Limits(training.max_seq_length, training.max_completion_length)
         scorer = Scorer(self.config.rewards, how)
-        rows = rows_by_origin(self.config.dataset, self.config.rows)
-        parts = (prepared.plan, prepared.data.train, rows, sampler, scorer, prepared.tokenizer, limits)
+        prompts = prepared.data.train
+        assert isinstance(prompts, PromptGroups)
+        rows = rows_by_origin(self.config.dataset, self.config.rows, prompts)
+        parts = (prepared.plan, prompts, rows, sampler, scorer, prepared.tokenizer, prompts.rooms.tolist())
         source = RolloutSource(*parts, folder / ROLLOUTS, log.warning, self.world)
         self._exit.callback(source.close)
         source.rewind(self._resumed.step if self._resumed else 0)

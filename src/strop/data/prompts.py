@@ -1,7 +1,7 @@
-"""Rows of which the prompts are sampled for. Floor 2.
+"""Rows for whose prompts completions will be sampled. Floor 2.
 
-In: groups as they were read. Out: the same, with the lengths that they will have at most: what plans and estimates work
-on, before anything is sampled.
+In: groups as they were read. Out: the same groups, with the lengths that they can have at most. Plans and estimates
+work with these before anything is sampled.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from strop.lengths import Lengths
 
 
 class PromptGroups(Groups):
-    """Groups whose completions will be sampled: so many per prompt, of at most `completion` tokens, and of `sequence`
-    with the prompt.
+    """Groups whose completions will be sampled.
+
+    Args:
+        num_completions: per prompt. sequence: tokens of a prompt and a completion together, at most. completion: tokens
+            of a completion, at most.
 
     Raises:
         DataError: a prompt leaves no room for a completion.
@@ -43,6 +46,6 @@ class PromptGroups(Groups):
 
     @cached_property
     def lengths(self) -> Lengths:
-        """The lengths that the groups will have at most."""
+        """The lengths that the groups can have at most."""
         starts = np.arange(len(self) + 1, dtype=np.int64) * self._num
         return Lengths(self.column("prompt").astype(np.int64), np.repeat(self.rooms, self._num), starts)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """From which tokens is drawn, in this order: those below `vocabulary` (None: all), since a model may have logits
-    for more than its tokenizer knows; the top_k likeliest (0: all); of these the likeliest that together have the
-    probability top_p; of these all that are at least min_p times as likely as the likeliest."""
+    """Which tokens may be drawn. Each limit takes some of those that the one before it has left: the first `vocabulary`
+    ones (None: all), since a model may have logits for more than its tokenizer knows; the top_k likeliest (0: all); the
+    likeliest that together have the probability top_p; those at least min_p times as likely as the likeliest."""
 
     top_k: int = 0
     top_p: float = 1.0
@@ -25,9 +25,9 @@ class Drawing:
     vocabulary: int | None = None
 
     def restricted(self, probs: Tensor) -> Tensor:
-        """[R, V] probabilities with those of other tokens set to 0, not made to sum to 1 again."""
-        if self.vocabulary is not None and self.vocabulary < probs.shape[-1]:
-            probs = probs.index_fill(-1, torch.arange(self.vocabulary, probs.shape[-1], device=probs.device), 0.0)
+        """[R, V] probabilities -> [R, at most `vocabulary`] those of tokens that may be drawn, else 0. They are not
+        scaled to sum to 1 again."""
+        probs = probs[:, : self.vocabulary]
         if 0 < self.top_k < probs.shape[-1]:
             probs = probs.where(probs >= probs.topk(self.top_k, dim=-1).values[:, -1:], 0.0)
         if self.top_p < 1:

@@ -1,11 +1,11 @@
 """Prompts to groups of completions: the policy decodes for itself, with the weights that train. Floor 4.
 
-A prompt is fed once; its completions then decode together over one cache, and those that are done leave it. What is
-drawn for a completion is a function of (seed, step, prompt, index) and of the weights: prompts beside it, batches and
+A prompt is fed once. Its completions then decode together over one cache, and those that are done leave it. What is
+drawn for a completion depends on (seed, step, prompt, index) and the weights only: the other prompts, the batches and
 the number of processes change nothing but the rounding of a forward pass.
 
-Logits are those of the training forward: the body, the head at the last position, the policy's transform (temperature
-in it). So the log-probs that are recorded are those that training finds, to rounding.
+Logits are made as in the training forward: by the body, the head at the last position, and the policy's transform,
+temperature included. So the recorded log-probs are those that training computes, up to rounding.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from strop.policy.policy import Policy
 from strop.rollout.drawing import FROM_ALL, Drawing, uniforms
 
 LEAVE = 0.75
-"""Rows that are done leave the cache once no more than this share of it is still at work; before, copying it costs
-more than carrying them along."""
+"""Finished rows leave the cache once at most this share of its rows is still decoding; before that, copying the cache
+costs more than carrying them along."""
 
 PADDABLE = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers that a mask hides padding from. Prompts of other models decode with prompts of their own length."""
@@ -74,7 +74,7 @@ class Sampler:
                 expected="an EOS token in the tokenizer or in generation_config.json",
             )
         self._policy, self._num, self._drawing, self._seed = policy, num_completions, drawing, seed
-        self._ends = torch.tensor(sorted(ends), device=policy.device)
+        self._ends = frozenset(ends)
         self._batch_tokens = batch_tokens
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
@@ -83,8 +83,8 @@ class Sampler:
         with self._policy.generating():
             for batch in self._batches(prompts):
                 rows = _Rows(self._policy, [prompts[i] for i in batch], self._num, self._seed, step)
-                rows.decode(self._drawing, self._ends)
-                found.update(zip(batch, rows.groups(frozenset(self._ends.tolist())), strict=True))
+                rows.decode(self._drawing, torch.tensor(sorted(self._ends), device=self._policy.device))
+                found.update(zip(batch, rows.groups(self._ends), strict=True))
         return [found[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
@@ -121,13 +121,13 @@ class _Rows:
         """Until every row has ended or has no more room."""
         device = self._policy.device
         logits, cache, mask, positions = self._prefill()
-        there = torch.arange(len(self._rooms), device=device)  # the rows that the cache has
-        going = torch.ones(len(there), dtype=torch.bool, device=device)  # of these, the ones at work
+        there = torch.arange(len(self._rooms), device=device)  # numbers of the rows in the cache
+        going = torch.ones(len(there), dtype=torch.bool, device=device)  # which of these are not done
         for t in range(int(self._rooms.max())):
             tokens, logps = drawing.draw(logits, self._uniforms[there, t])
             self._note(there, going, tokens, logps)
             going &= ~torch.isin(tokens, ends) & (self._rooms[there] > t + 1)
-            left = int(going.sum())
+            left = int(going.sum())  # waits for the device, once per token
             if not left:
                 return
             if left <= LEAVE * len(there):

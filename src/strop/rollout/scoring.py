@@ -1,4 +1,4 @@
-"""Completions to rewards: every reward of a group called, weighed and counted. Floor 4."""
+"""Completions to rewards: calls every reward, adds them up by weight, counts those that fail. Floor 4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from strop.types import Origin
 
 @dataclass(frozen=True)
 class Scored:
-    """The rewards of a prompt's completions. total: weighed and added up. each: by reward."""
+    """The rewards of a prompt's completions. total: the weighted sum of each completion. each: the values of every
+    reward, by its name."""
 
     total: tuple[float, ...]
     each: Mapping[str, tuple[float, ...]]
@@ -23,7 +24,7 @@ class Scored:
 
 @dataclass
 class Failures:
-    """Completions whose reward could not be had, by the name of the reward; and the first of them in words."""
+    """How many completions each reward gave no number for, by its name; and the first failure in words."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: str = ""
@@ -63,7 +64,7 @@ class Scorer:
 
         Args:
             row: the columns of the prompt's row, which rewards get by their names.
-            failures: what cannot be had is added here.
+            failures: those of this group are added here.
 
         Raises:
             TrainingError: a reward fails under on_reward_error stop.
@@ -84,7 +85,8 @@ class Scorer:
             each[name] = tuple(self._how.reward_error_value if v is None else v for v in call.values)
         if left_out:
             return None
-        total = tuple(sum(w * v for w, v in zip(self._weights, own, strict=True)) for own in zip(*each.values()))  # noqa: B905
+        by_completion = zip(*each.values(), strict=True)
+        total = tuple(sum(w * v for w, v in zip(self._weights, values, strict=True)) for values in by_completion)
         return Scored(total, each)
 
     def _fail(self, name: str, missing: int, why: str, origin: Origin, failures: Failures) -> None:
@@ -100,5 +102,5 @@ class Scorer:
 
 
 def _unlike(names: Sequence[str]) -> list[str]:
-    """The names, numbered where one stands twice."""
+    """The names, numbered where the same one occurs twice."""
     return [name if names.count(name) == 1 else f"{name}#{names[:i].count(name) + 1}" for i, name in enumerate(names)]

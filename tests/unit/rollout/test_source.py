@@ -16,7 +16,7 @@ from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.sampler import Prompt, Sampled
 from strop.rollout.scoring import Failures, Scored
-from strop.rollout.source import Limits, RolloutSource
+from strop.rollout.source import RolloutSource
 from strop.types import Completion, Group, Origin
 from strop.world import World
 from worlds import in_worlds
@@ -58,7 +58,7 @@ class Scoring:
 def make(world: World, folder: Path, fails: Sequence[int] = ()) -> RolloutSource:
     rows = {g.origin: {"value": i} for i, g in enumerate(PROMPTS)}
     parts: Any = (Plan.of(7, 4, 1, None, 0), PROMPTS, rows, Sampling(), Scoring(fails), build_tokenizer())
-    return RolloutSource(*parts, Limits(32, 8), folder / "rollouts.jsonl", lambda note: None, world)
+    return RolloutSource(*parts, [8] * 7, folder / "rollouts.jsonl", lambda note: None, world)
 
 
 def told(source: RolloutSource) -> list[Any]:

@@ -148,7 +148,7 @@ class Shard:
         self.parts = [_Part(reader.get_batch(i)) for i in range(reader.num_record_batches)]
         self.starts = np.array([0, *accumulate(len(part) for part in self.parts)])
         self._bounds = self.starts.tolist()
-        self._files = tuple(files)
+        self.files = tuple(files)
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -159,7 +159,7 @@ class Shard:
 
     def group(self, row: int) -> Group:
         n = bisect_right(self._bounds, row) - 1
-        return self.parts[n].group(row - self._bounds[n], self._files)
+        return self.parts[n].group(row - self._bounds[n], self.files)
 
 
 class _Part:
@@ -273,8 +273,16 @@ class Groups(Sequence[Group]):
         """The same groups, `CHUNK` at a time."""
         return (self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
 
+    def origins(self) -> Iterator[set[Origin]]:
+        """For each shard, where the rows of its groups stand."""
+        files, lines = self.column("file"), self.column("line")
+        for n, shard in enumerate(self.shards):
+            here = self.shard_of == n
+            pairs = zip(files[here].tolist(), lines[here].tolist(), strict=True)
+            yield {Origin(shard.files[file], line) for file, line in pairs}
+
     def column(self, name: str) -> np.ndarray:
-        """A column with one number (or digest) a row, in the order of the rows."""
+        """A column with one number (or digest) per row, in the order of the rows."""
         out: np.ndarray | None = None
         for where, part, rows in self._by_part():
             values = part.column(name)
