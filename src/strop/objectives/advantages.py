@@ -48,32 +48,39 @@ def advantages(kind: str, rewards: Tensor, structure: Structure, costs: Tensor |
     return _whitened(own) if kind == "reinforce++_baseline" else own
 
 
-def group_means(values: Tensor, structure: Structure) -> Tensor:
-    """[C] -> [C] the mean of each one's group."""
-    return _group_sums(values, structure) / _group_sums(torch.ones_like(values), structure)
+def group_sizes(group_index: Tensor, num_groups: int) -> Tensor:
+    """[C] float64: how many completions the group of each completion has."""
+    return _group_sums(torch.ones_like(group_index, dtype=torch.float64), group_index, num_groups)
 
 
-def group_stds(values: Tensor, structure: Structure) -> Tensor:
-    """[C] -> [C] the unbiased standard deviation of each one's group; 0 in a group of one. Exactly 0 where all values
-    of a group are the same."""
-    sizes = _group_sums(torch.ones_like(values), structure)
-    first = torch.tensor(structure.completions_per_group, device=values.device).cumsum(0)
-    starts = first - first.new_tensor(structure.completions_per_group)
+def group_stds(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
+    """The unbiased standard deviation of each completion's group; 0 in a group of one.
+
+    Exactly 0 where all values of a group are the same. Nothing here waits for the device.
+
+    Args:
+        values: [C] float64. group_index: [C] the group of each completion, ascending, on the same device.
+
+    Returns:
+        [C].
+    """
+    sizes = group_sizes(group_index, num_groups)
     # around the group's first value: the mean of equal values need not be that value to the last bit
-    centred = values - values[starts][structure.group_index().to(values.device)]
-    apart = centred - group_means(centred, structure)
-    return (_group_sums(apart**2, structure) / (sizes - 1).clamp(min=1)).sqrt()
+    centred = values - values[torch.searchsorted(group_index, group_index)]
+    apart = centred - _group_sums(centred, group_index, num_groups) / sizes
+    return (_group_sums(apart**2, group_index, num_groups) / (sizes - 1).clamp(min=1)).sqrt()
 
 
 def _of_completions(kind: str, r: Tensor, structure: Structure) -> Tensor:
-    mean = group_means(r, structure)
+    groups = (structure.group_index(), structure.num_groups)
+    sizes = group_sizes(*groups)
+    mean = _group_sums(r, *groups) / sizes
     match kind:
         case "group":
-            return (r - mean) / (group_stds(r, structure) + EPSILON)
+            return (r - mean) / (group_stds(r, *groups) + EPSILON)
         case "batch":
             return (r - mean) / ((r.std() if len(r) > 1 else r.new_zeros(())) + EPSILON)
         case "rloo":
-            sizes = _group_sums(torch.ones_like(r), structure)
             return (r - mean) * sizes / (sizes - 1)
         case "maxrl":
             if bool((r < 0).any()):
@@ -86,16 +93,15 @@ def _of_completions(kind: str, r: Tensor, structure: Structure) -> Tensor:
             return torch.where(mean > 0, (r - mean) / mean, 0.0)
         case "opo":
             lengths = torch.tensor(structure.tokens_per_completion, dtype=r.dtype)
-            return r - _group_sums(lengths * r, structure) / _group_sums(lengths, structure)
+            return r - _group_sums(lengths * r, *groups) / _group_sums(lengths, *groups)
         case "mean" | "reinforce++_baseline":
             return r - mean
     return r
 
 
-def _group_sums(values: Tensor, structure: Structure) -> Tensor:
+def _group_sums(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
     """[C] -> [C] the sum over each one's group."""
-    index = structure.group_index().to(values.device)
-    return values.new_zeros(structure.num_groups).index_add(0, index, values)[index]
+    return values.new_zeros(num_groups).index_add(0, group_index, values)[group_index]
 
 
 def _to_come(costs: Tensor, structure: Structure) -> Tensor:

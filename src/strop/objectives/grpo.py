@@ -44,7 +44,7 @@ from strop.batch import Scores
 from strop.columns import Columns, Structure, Unit, completions, groups, tokens
 from strop.config.methods import GrpoSettings
 from strop.errors import ConfigError
-from strop.objectives.advantages import advantages, group_stds
+from strop.objectives.advantages import advantages, group_sizes, group_stds
 from strop.objectives.base import Mean, Objective
 
 
@@ -200,13 +200,13 @@ class Grpo(Objective[GrpoSettings]):
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
         structure, rewards = scores.structure, scores["rewards"].double()
-        sizes = torch.tensor(structure.completions_per_group, device=rewards.device)
-        stds = group_stds(rewards, structure) / sizes[scores.group_index]  # every group counts once
-        dead = (stds == 0) / sizes[scores.group_index].double()
+        index, num_groups = scores.group_index, structure.num_groups
+        # divided by the size of its group, so that every group counts once
+        stds, sizes = group_stds(rewards, index, num_groups), group_sizes(index, num_groups)
         metrics: dict[str, Mean] = {
             "reward": (rewards.sum(), structure.num_completions),
-            "reward_std": (stds.sum(), structure.num_groups),
-            "frac_reward_zero_std": (dead.sum(), structure.num_groups),
+            "reward_std": ((stds / sizes).sum(), num_groups),
+            "frac_reward_zero_std": (((stds == 0) / sizes).sum(), num_groups),
             "completions/mean_length": (scores.lengths.sum(), structure.num_completions),
         }
         num_tokens = structure.num_tokens
