@@ -2,7 +2,7 @@
 
 A reward is called with lists of one entry per completion and gives a list of as many numbers. It takes what it names
 of these: `prompts`, `completions` (texts, without special tokens), `num_tokens` (of each completion, end token
-included), the columns of the rows by their names, and its own settings.
+included), the columns of the rows by their names, and its own settings, which win over columns.
 """
 
 from __future__ import annotations

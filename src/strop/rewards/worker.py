@@ -23,9 +23,12 @@ Answer = tuple[str, Any]
 
 
 def call(function: Callable[..., Any], given: Mapping[str, Any], settings: Mapping[str, Any]) -> Answer:
-    """The values of one reward, one per completion: finite numbers, or None where it gave none."""
+    """The values of one reward, one per completion: finite numbers, or None where it gave none.
+
+    A setting wins over a column of the rows that has its name.
+    """
     try:
-        values = function(**_taken(function, given), **settings)
+        values = function(**{**_taken(function, given), **settings})
         values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
         listed = list(values)
     except StropError as error:

@@ -14,6 +14,7 @@ import pytest
 from strop.errors import ConfigError
 from strop.rewards.calls import RewardCaller
 from strop.rewards.shipped import exact_match, format, length, regex
+from strop.rewards.worker import call
 
 THINKING = "<think>2 and 2</think>\n<answer>4</answer>"
 
@@ -104,3 +105,8 @@ def test_settings_that_do_not_fit_are_an_error(own: Path) -> None:
     calls = caller(own, "takes", factr=2)
     assert "factr" in calls.values(0, {"completions": ["x"], "prompts": ["p"]}).error
     calls.close()
+
+
+def test_a_setting_wins_over_a_column_of_its_name() -> None:
+    given = {"completions": ["so 4", "5"], "answer": ["4", "4"], "column": ["x", "y"], "pattern": ["z", "z"]}
+    assert call(regex, given, {"pattern": r"\d", "column": "answer"}) == ("values", [1.0, 0.0])
