@@ -9,26 +9,14 @@ from typing import Any
 
 import pytest
 
+from rows import HERE, a, s, u
 from strop.data.read.files import read_jsonl
 from strop.data.read.row import RowRefused
 from strop.data.shapes.examples import Columns, to_example
-from strop.types import Example, Origin, RowShape
+from strop.types import Example, RowShape
 
-HERE = Origin("rows.jsonl", 7)
 PARTS = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
 CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
-
-
-def u(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def a(content: Any, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
-def s(content: Any) -> dict[str, Any]:
-    return {"role": "system", "content": content}
 
 
 def read(row: Mapping[str, Any], rows: RowShape = "pair", columns: Columns | None = None) -> Example:

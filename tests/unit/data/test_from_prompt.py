@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 
+from rows import HERE, Row, a, s, u
 from strop.data.read.row import RowRefused
 from strop.data.text.render import Rendered, Renderer
-from strop.types import Example, Origin
-
-HERE = Origin("rows.jsonl", 7)
-Row = dict[str, Any]
+from strop.types import Example
 
 SYSTEM_AT_THE_END = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
@@ -38,18 +36,6 @@ OPEN_THOUGHT = (
     "{{ '<|assistant|>' + m['content'].split('</think>')[-1] + '</s>' }}{% else %}{{ '<|user|>' + m['content'] }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
-
-
-def u(content: str) -> Row:
-    return {"role": "user", "content": content}
-
-
-def a(content: str, **more: Any) -> Row:
-    return {"role": "assistant", "content": content, **more}
-
-
-def s(content: str) -> Row:
-    return {"role": "system", "content": content}
 
 
 @pytest.fixture

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rows import HERE, Row, a, read, refused, s, u
 from strop.data.counters import COUNTERS
 from strop.data.read.row import RowRefused
-from strop.data.shapes.examples import Columns, to_example
 from strop.data.text.render import Renderer
-from strop.types import Example, Message, Origin, RowShape, Turns
-
-HERE = Origin("rows.jsonl", 7)
-Row = dict[str, Any]
-
-
-def u(content: Any, **more: Any) -> Row:
-    return {"role": "user", "content": content, **more}
-
-
-def a(content: Any, **more: Any) -> Row:
-    return {"role": "assistant", "content": content, **more}
-
-
-def s(content: Any) -> Row:
-    return {"role": "system", "content": content}
-
-
-def read(row: Mapping[str, Any], rows: RowShape = "single", **columns: Any) -> Example:
-    return to_example(row, HERE, rows, Columns(**columns))
-
-
-def refused(row: Mapping[str, Any], rows: RowShape = "single", **columns: Any) -> RowRefused:
-    with pytest.raises(RowRefused) as refusal:
-        read(row, rows, **columns)
-    return refusal.value
+from strop.types import Example, Message, RowShape, Turns
 
 
 def conversation(example: Example) -> list[tuple[Message, ...]]:
