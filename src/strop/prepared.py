@@ -20,7 +20,7 @@ from strop.config.sections import ModelSection
 from strop.data.doctor import imbalance
 from strop.data.load import LoadedData
 from strop.data.prompts import PromptGroups
-from strop.data.store.numbers import check_groups
+from strop.data.store.group_numbers import check_groups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps

@@ -1,6 +1,6 @@
 """The two forms that data takes on its way: an Example is text, a Group is tokens. Floor 0: stdlib only.
 
-row --formats--> Example --chat--> Group --plan--> Batch (batch.py)
+row --data/shapes--> Example --data/text--> Group --plan--> Batch (batch.py)
 """
 
 from __future__ import annotations

@@ -49,8 +49,12 @@ _GRPO: Mapping[str, Any] = {
     "aggregation": "sequence",
     "kl_in": "loss",
 }
-_BOUNDS: Mapping[str, tuple[float, float]] = {"clip": (0.2, 0.2), "cispo": (1.0, 4.0), "gmpo": (0.4, 0.4)}
-"""Gate -> epsilon and epsilon_high where the algorithm does not say them."""
+_BOUNDS: Mapping[str, Mapping[str, float]] = {
+    "clip": {"epsilon": 0.2, "epsilon_high": 0.2},
+    "cispo": {"epsilon": 1.0, "epsilon_high": 4.0},
+    "gmpo": {"epsilon": 0.4, "epsilon_high": 0.4},
+}
+"""Gate -> its bounds where the algorithm does not set them. Other gates read none."""
 
 BY_ALGORITHM: JsonDict = {"x-default": "by algorithm"}
 BY_GATE: JsonDict = {"x-default": "by algorithm and gate"}
@@ -67,13 +71,13 @@ def _level(data: dict[str, Any]) -> Any:
     return None if data.get("gate") == "gmpo" else _axis("importance_sampling_level")(data)
 
 
-def _bound(name: str, at: int) -> Callable[[dict[str, Any]], float | None]:
+def _bound(name: str) -> Callable[[dict[str, Any]], float | None]:
     def value(data: dict[str, Any]) -> float | None:
         gate, own = str(data.get("gate")), ALGORITHMS.get(data.get("algorithm", "grpo"), {})
         if gate not in _BOUNDS:
             return None
-        named = own.get(name) if gate == own.get("gate", "clip") else None
-        return _BOUNDS[gate][at] if named is None else float(named)
+        of_algorithm = own if gate == own.get("gate", "clip") else {}
+        return float(of_algorithm.get(name, _BOUNDS[gate][name]))
 
     return value
 
@@ -115,9 +119,9 @@ class GrpoSettings(ReferenceSettings):
     importance_sampling_level: Level | None = Field(default_factory=_level, json_schema_extra=BY_ALGORITHM)
     """The ratio of each token, of a completion by its mean per token (`sequence`), or of a completion as a whole
     (`sequence_product`). Not read by gate gmpo, which has its own."""
-    epsilon: float | None = Field(default_factory=_bound("epsilon", 0), gt=0, json_schema_extra=BY_GATE)
+    epsilon: float | None = Field(default_factory=_bound("epsilon"), gt=0, json_schema_extra=BY_GATE)
     """The ratio's lower bound is 1 - epsilon (with gate gmpo exp(-epsilon)); for cispo 1 means none."""
-    epsilon_high: float | None = Field(default_factory=_bound("epsilon_high", 1), gt=0, json_schema_extra=BY_GATE)
+    epsilon_high: float | None = Field(default_factory=_bound("epsilon_high"), gt=0, json_schema_extra=BY_GATE)
     """The ratio's upper bound is 1 + epsilon_high (with gate gmpo exp(epsilon_high))."""
     delta: float | None = Field(default=None, gt=1)
     """Gate clip: the largest ratio that a completion with a negative advantage counts by (arXiv 2505.07291); null:

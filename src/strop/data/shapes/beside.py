@@ -1,4 +1,4 @@
-"""What stands beside the turns of a row: system text, tools, variables of the template, media, reasoning. Floor 2.
+"""Columns beside the turns of a row: system text, tools, variables of the template, media, reasoning. Floor 2.
 
 In: a row, and the prompt and completions that were read from it. Out: the prompt with its system turn; the tools; the
 variables; and notes, by the names of `COUNTERS`, about columns that are not trained.
@@ -70,12 +70,13 @@ def with_system(
     if isinstance(prompt, str):
         prompt = ({"role": "user", "content": prompt},)
         completions = tuple(({"role": "assistant", "content": c},) for c in completions)
-    first = next(iter(prompt), None)
-    for words in found:
-        if first is None or first["role"] not in ("system", "developer"):
-            prompt = ({"role": "system", "content": words}, *prompt)
-        elif first["content"].strip() != words.strip():
-            notes.append("system_unused")
+    words, first = next(iter(found), None), next(iter(prompt), None)
+    if words is None:
+        return prompt, completions
+    if first is None or first["role"] not in ("system", "developer"):
+        return ({"role": "system", "content": words}, *prompt), completions
+    if first["content"].strip() != words.strip():
+        notes.append("system_unused")
     return prompt, completions
 
 

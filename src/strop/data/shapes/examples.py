@@ -2,7 +2,7 @@
 
 In: one row as a mapping. Out: an Example, validated: every text is there, can be encoded and is not blank; roles are
 known and in order; a pair's sides share their prompt and differ after it; a completion ends with an assistant turn.
-`docs/data.md` shows each shape. How sides and their prompt come apart is in `sides`.
+`docs/data.md` shows each shape. `own` takes a prompt and its completions apart.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ class _Reader:
         return turns[:stop]
 
     def numbers(self, num_completions: int) -> Numbers:
-        """What a group has beside its completions."""
+        """The numbers of a group beside its completions; other rows have none."""
         return numbers_of(self.data, num_completions) if self._rows == "group" else {}
 
 

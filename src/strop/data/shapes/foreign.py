@@ -1,8 +1,8 @@
 """Rows in the shapes of other tools, rewritten as strop's own. Floor 2.
 
 In: a row without its nulls. Out: the same row, or one with `messages`, `prompt` and the completion columns that
-`formats` validates. Nothing is decided here that `formats` would have to trust: what cannot be rewritten is left for
-it to refuse. A `system` column stays where it is; `formats` knows what it means for every shape.
+`examples` validates. Nothing is decided here that `examples` would have to trust: what cannot be rewritten is left for
+it to refuse. A `system` column stays where it is; `beside` knows what it means for every shape.
 
     DataRecord        {"inputs": {"question", "context"?}, "outputs": {"answer"}, "schema_version", "meta", "id"}
     question rows     {"question"} or {"instruction"}, with "input" or "context" and "history"?; an answer, a pair, or

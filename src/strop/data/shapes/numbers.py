@@ -1,7 +1,7 @@
-"""The numbers that a row of a group has beside its completions: rewards, and log-probs of the tokens. Floor 2.
+"""The numbers of a row beside its completions: rewards, and log-probs of the tokens. Floor 2.
 
-In: a row. Out: the numbers by name, as many as there are completions; how many tokens each completion has is known
-later (`store/numbers.py`).
+In: a row of a group. Out: its numbers by name, one entry per completion. How many tokens each completion has is known
+later only (`store/group_numbers.py`).
 """
 
 from __future__ import annotations

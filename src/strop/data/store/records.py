@@ -1,6 +1,6 @@
 """Rows to records of the table: everything between a source and the disk. Floor 2.
 
-    rows -> formats -> chat -> encode -> truncate -> records, and what became of every other row
+    rows -> examples -> render -> encode -> truncate -> records, and what became of every other row
 
 Rows are worked on some hundreds at a time, here or in other processes (`worker_pool`); a pipeline has no state, so what
 becomes of a row does not depend on its neighbours.
@@ -28,7 +28,7 @@ from strop.data.counters import LEFT_OUT
 from strop.data.read.files import parse_line
 from strop.data.read.row import Row, RowRefused
 from strop.data.shapes.examples import Columns, to_example
-from strop.data.store.numbers import check_numbers, with_numbers
+from strop.data.store.group_numbers import checked_numbers, with_numbers
 from strop.data.store.table import Record, to_table
 from strop.data.text.date import day_of
 from strop.data.text.encode import Encoded, Encoder
@@ -149,10 +149,7 @@ class RowPipeline:
         good = [example for example in examples if isinstance(example, Example)]
         encoded = iter(self._encode(good))
         found = [next(encoded) if isinstance(example, Example) else example for example in examples]
-        results = [
-            (isinstance(whole, Encoded) and check_numbers(_numbers(example, whole), whole)) or whole
-            for example, whole in zip(examples, found, strict=True)
-        ]
+        results = [checked_numbers(whole) if isinstance(whole, Encoded) else whole for whole in found]
         shortened = self._shortened(examples, results)
         records: list[Record] = []
         for i, (row, example, result) in enumerate(zip(rows, examples, results, strict=True)):
@@ -206,7 +203,10 @@ class RowPipeline:
                     results.append(RowRefused("deep_nesting", "the row is nested too deeply to be rendered"))
         with foreign_errors(partial(self._tokenizer_fails, examples)):
             encoded = iter(self._encoder.encode(rendered))
-        return [next(encoded) if result is None else result for result in results]
+        return [
+            _with_numbers_of(example, next(encoded)) if result is None else result
+            for example, result in zip(examples, results, strict=True)
+        ]
 
     def _tokenizer_fails(self, examples: Sequence[Example], why: str) -> ModelError:
         first, last = examples[0].origin, examples[-1].origin
@@ -245,10 +245,9 @@ class RowPipeline:
         if done.group is None:
             assert done.dropped is not None
             return done.dropped
-        numbers = _numbers(example, whole)
-        if done.prompt_cut and any(name in numbers for name in OF_TOKENS):
-            return "prompt_too_long"  # log-probs after another prompt
-        group = with_numbers(done.group, numbers)
+        if done.prompt_cut and any(name in whole.numbers for name in OF_TOKENS):
+            return "prompt_too_long"  # its log-probs are those after the whole prompt
+        group = with_numbers(done.group, whole.numbers)
         return Record(
             group,
             file,
@@ -266,9 +265,8 @@ class RowPipeline:
         )
 
 
-def _numbers(example: Example | Encoded | RowRefused | None, whole: Encoded) -> Mapping[str, tuple[Any, ...]]:
-    """What the row has beside its tokens."""
-    return example.numbers if isinstance(example, Example) else whole.numbers
+def _with_numbers_of(example: Example, encoded: Encoded | RowRefused) -> Encoded | RowRefused:
+    return replace(encoded, numbers=example.numbers) if isinstance(encoded, Encoded) else encoded
 
 
 def _unusable(tokenizer: PreTrainedTokenizerBase, why: str) -> ModelError:

@@ -214,7 +214,7 @@ class Conversation:
             raise dropped_reasoning(i, opening)
         probe = markers.read(self._writer.text(markers.messages))
         content = self._messages[i].get("content", "")
-        restored = with_thoughts(probe, content, opening, lambda place: place.piece.message == i)
+        restored = with_thoughts(probe, content, opening, i)
         if restored is None:
             raise dropped_reasoning(i, opening)
         self.text, self._reading, self._markers = restored.text, restored, markers

@@ -98,8 +98,7 @@ class Encoded:
     """An example as tokens, before any limit.
 
     counts: what was done to the row, by the names of `COUNTERS`. num_prompt_turns: messages in front of the first
-    trained answer. left_out: what of the row is not in the tokens, in words. numbers: of a row that came as tokens, as
-    in Example.
+    trained answer. left_out: what of the row is not in the tokens, in words. numbers: as in Example.
     """
 
     prompt_ids: list[int]

@@ -6,7 +6,6 @@ with the answer behind it, where this is provably the text that inference comes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from strop.data.text.markers import Place, Reading
@@ -45,7 +44,7 @@ def _stop(place: Place) -> int:
     return place.stop
 
 
-def with_thoughts(probe: Reading, content: str, opening: str, is_probe: Callable[[Place], bool]) -> Reading | None:
+def with_thoughts(probe: Reading, content: str, opening: str, number: int) -> Reading | None:
     """The content of the last turn, whose thoughts the template drops, behind the generation prompt.
 
     That is the text that inference comes to: the template puts an answer without thoughts into the same place, and the
@@ -53,9 +52,9 @@ def with_thoughts(probe: Reading, content: str, opening: str, is_probe: Callable
 
     Args:
         probe: the marked rendering with a short word in place of the content. content: the content.
-        is_probe: whether a place is that of the word.
+        opening: the generation prompt. number: of the last turn.
     """
-    words = [place for place in probe.places if is_probe(place)]
+    words = probe.of(number)
     if not probe.is_whole or len(words) != 1:
         return None
     start, stop = words[0].start, words[0].stop

@@ -1,6 +1,6 @@
-"""What is said of rows that a template cannot write, or not so that answers can be told. Floor 2.
+"""Refusals of rows of which a template leaves something out, or in whose rendering no answer can be located. Floor 2.
 
-In: what was found. Out: the refusal: what the template leaves out, and what to do.
+In: what was found. Out: the refusal, which says what is left out and what to do.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PARTS_OF_A_TURN = {
 """Keys of a message that are refused where the template leaves them out, and what to do."""
 
 FINAL = ("channel", "final")
-"""What an answer is anyway."""
+"""A key and value that need not be rendered: an answer is final without them."""
 
 
 def refuse_lost_parts(messages: Sequence[Message], unread: Sequence[tuple[int, str]]) -> None:
-    """Refuse a row of which the template leaves out who speaks (of a tool, its call says so already), or for whom.
+    """Refuses a row of which the template leaves out a key that says who speaks, or to whom, or with which tools.
 
     Args:
-        unread: keys that it does not read, with the number of their message.
+        unread: keys that the template does not read, each with the number of its message.
     """
     for i, key in unread:
         value = messages[i][key]
@@ -73,7 +73,7 @@ def dropped_reasoning(i: int, opening: str | None) -> RowRefused:
 
 
 def unverified(problem: str) -> RowRefused:
-    """The refusal of a row whose answers cannot be told in its rendering."""
+    """The refusal of a row whose answers cannot be located in its rendering."""
     return RowRefused(
         "spans_not_found",
         f"where the answers lie in the rendering cannot be told: {problem}",

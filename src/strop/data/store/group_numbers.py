@@ -1,7 +1,7 @@
-"""A row's numbers beside the tokens that are left of it. Floor 2.
+"""The numbers of a group beside its tokens: rewards and log-probs, cut as the tokens are cut. Floor 2.
 
-In: an encoded row, the group that was cut from it, and the row's numbers. Out: the group with its numbers. And the
-check of all groups, once they are there.
+In: an encoded row with its numbers, and the group that truncation has left of it. Out: the group with its numbers. At
+the end, the check of all groups together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from strop.errors import DataError
 from strop.types import OF_TOKENS, Group
 
 
-def check_numbers(numbers: Mapping[str, tuple[Any, ...]], encoded: Encoded) -> RowRefused | None:
-    """The refusal of a row whose numbers per token are not as many as the tokens that it came to."""
+def checked_numbers(encoded: Encoded) -> Encoded | RowRefused:
+    """The row, or its refusal if it has not one number per trained token."""
     for name in OF_TOKENS:
-        for i, (values, side) in enumerate(zip(numbers.get(name, ()), encoded.sides, strict=False)):
+        for i, (values, side) in enumerate(zip(encoded.numbers.get(name, ()), encoded.sides, strict=False)):
             if len(values) != (num_trained := side.mask.count(1)):
                 return RowRefused(
                     "token_mismatch",
@@ -31,19 +31,19 @@ def check_numbers(numbers: Mapping[str, tuple[Any, ...]], encoded: Encoded) -> R
                     fix="give the rows as tokens (prompt_ids and completion_ids), as they were sampled, or leave out "
                     f"{name}",
                 )
-    return None
+    return encoded
 
 
 def with_numbers(group: Group, numbers: Mapping[str, tuple[Any, ...]]) -> Group:
-    """The group with the row's numbers; those of tokens that were cut off are left out."""
-    beside: dict[str, array[float]] = {}
+    """The group with the numbers of its row, without those of tokens that were cut off."""
+    found: dict[str, array[float]] = {}
     for name, values in numbers.items():
         if name in OF_TOKENS:
-            kept = (own[: c.num_scored] for own, c in zip(values, group.completions, strict=True))
-            beside[name] = array("d", chain.from_iterable(kept))
+            left = (of_tokens[: c.num_scored] for of_tokens, c in zip(values, group.completions, strict=True))
+            found[name] = array("d", chain.from_iterable(left))
         else:
-            beside[name] = array("d", values)
-    return replace(group, numbers=beside) if beside else group
+            found[name] = array("d", values)
+    return replace(group, numbers=found) if found else group
 
 
 def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], advantage: str) -> None:
@@ -81,4 +81,4 @@ HOW = {
     "rewards": "a list with a number per completion",
     **dict.fromkeys(OF_TOKENS, "a list per completion with the log-prob of each of its tokens when it was sampled"),
 }
-"""What a row's numbers look like."""
+"""What each column of numbers looks like in a row."""
