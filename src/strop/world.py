@@ -26,8 +26,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Failure:
-    """What a process that failed gives in place of a value. rank: its number. why: its message. memory: whether memory
-    ran out, so that all processes can try again with less."""
+    """What a process that failed exchanges in place of a value.
+
+    rank: its number. why: its message. memory: whether memory ran out, so that all processes can try again with less.
+    """
 
     rank: int
     why: str
@@ -66,28 +68,28 @@ class World(ABC):
 
     @abstractmethod
     def doing(self, what: str) -> None:
-        """Notes what this process does from now on, for the others to tell if it hangs or is gone."""
+        """Notes what this process does from now on, so that the others can say it if this one hangs or is gone."""
 
     @abstractmethod
     def leave(self) -> None:
         """Ends the connection to the other processes. Nothing is called after it."""
 
-    def deal(self, parts: Sequence[T]) -> list[Sequence[T]]:
-        """Deals parts that are about alike: element r of the result is the share of rank r, every `size`-th of them."""
-        return [parts[rank :: self.size] for rank in range(self.size)]
+    def own_share(self, parts: Sequence[T]) -> Sequence[T]:
+        """The share of this process in parts that cost about the same: every `size`-th of them."""
+        return parts[self.rank :: self.size]
 
     def sum(self, counts: Sequence[int]) -> list[int]:
         """Each count, summed over all processes; exact integers, known on the CPU."""
-        return [sum(column) for column in zip(*self._exchanged(list(counts)), strict=True)]
+        return [sum(column) for column in zip(*self._exchange_checked(list(counts)), strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return any(self._exchanged(flag))
+        return any(self._exchange_checked(flag))
 
     def on_main(self, make: Callable[[], T]) -> T:
         """What `make` returns in rank 0, in every process. Only rank 0 calls it. The value must pickle."""
         brought: Any = make() if self.is_main else None
-        first: T = self._exchanged(brought)[0]
+        first: T = self._exchange_checked(brought)[0]
         return first
 
     def gather(self, value: T) -> list[T]:
@@ -95,7 +97,7 @@ class World(ABC):
 
         A value is anything that pickles; in it, the first dimension of tensors may differ by process.
         """
-        return self._exchanged(value)
+        return self._exchange_checked(value)
 
     def tell(self, error: BaseException, *, memory: bool = False) -> None:
         """Makes the collective call that the other processes are in fail, since this one has failed.
@@ -122,7 +124,7 @@ class World(ABC):
                 raise
             raise PeerError(f"process 0 says what is wrong: {error}") from error
 
-    def _exchanged(self, value: T) -> list[T]:
+    def _exchange_checked(self, value: T) -> list[T]:
         """The values of all processes, by rank.
 
         Raises:
@@ -139,7 +141,8 @@ class World(ABC):
 
     @abstractmethod
     def _exchange(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank; one may be a `Failure`. Tensors are on the device of this process."""
+        """As `_exchange_checked`, but unchecked: a process that failed gives a `Failure`, which is returned as a value.
+        Tensors are on the device of this process."""
 
     @abstractmethod
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -44,6 +44,10 @@ def evaluate(
     return summarise(objective, join_all(parts, world, others))
 
 
+AGREED_EVERY = 8
+"""After how many micro-batches several processes agree again on whether to stop. They wait for each other each time."""
+
+
 class Watcher(Protocol):
     """Shows how far an evaluation is."""
 
@@ -60,7 +64,8 @@ class Evaluation:
 
     Args:
         cut: how the groups are first cut into micro-batches. If memory runs out, they become smaller for good.
-        should_stop: asked before each micro-batch; True ends the evaluation without a result.
+        should_stop: whether to end the evaluation without a result. All processes call it together, so it is called
+            before every micro-batch only if there is one process, else before each `AGREED_EVERY`-th.
     """
 
     def __init__(
@@ -109,12 +114,13 @@ class Evaluation:
             return evaluate(self.policy, self.objective, batches, also, done, self.world)
 
     def _until_stopped(self, groups: GroupSet) -> Iterator[Batch]:
-        """The micro-batches of this process. All processes ask before each one whether to stop: an evaluation can be
-        long, and stopping it loses nothing else."""
+        """The micro-batches of this process. It asks meanwhile whether to stop: an evaluation can be long, and stopping
+        it loses nothing else."""
         shares = self.cut.shares(groups, self.world.size)
         own = shares[self.world.rank]
+        every = 1 if self.world.size == 1 else AGREED_EVERY
         for at in range(max(map(len, shares))):
-            if self.should_stop():
+            if at % every == 0 and self.should_stop():
                 raise _StoppedError
             if at < len(own):
                 yield groups.batch(self.policy, own[at])

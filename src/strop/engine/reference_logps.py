@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ class ReferenceLogps:
         at = [self._place(i) for i in indices]
         return torch.from_numpy(np.concatenate([self._mapped[self._starts[n] : self._starts[n + 1]] for n in at]))
 
-    def between(self, start: int, stop: int) -> NDArray[Any]:
-        """The values from token `start` to token `stop`."""
-        return np.array(self._mapped[start:stop])
+    def joined(self, spans: Iterable[tuple[int, int]]) -> NDArray[Any]:
+        """The values of these spans of tokens, one span after the other. A span is (start, stop)."""
+        return np.concatenate([self._mapped[start:stop] for start, stop in spans])
 
     def _place(self, number: int) -> int:
         if self._order is None:
@@ -186,7 +186,7 @@ def reference_logps_of(
     if store is not None:
         _read(reference, store, groups, parts, results, done)
     if world.size > 1:
-        done = _share(store, parts, results, done, world)
+        done = _share(parts, results, done, world)
     missing = np.flatnonzero(~done).tolist()
     if not missing:
         return results
@@ -195,7 +195,7 @@ def reference_logps_of(
     with reference.scoring():
         for begin in range(0, len(missing), at_once):
             own = []
-            for n in missing[begin : begin + at_once][world.rank :: world.size]:
+            for n in world.own_share(missing[begin : begin + at_once]):
                 logps, in_one = micro_batch_logps(reference, parts.groups(n, groups))
                 own.append((n, logps.numpy(), in_one))
             for n, values, in_one in chain(*world.gather(own)):
@@ -206,22 +206,25 @@ def reference_logps_of(
     return results
 
 
-def _share(
-    store: ReferenceStore | None,
-    parts: MicroBatches,
-    results: ReferenceLogps,
-    done: NDArray[np.bool_],
-    world: World,
-) -> NDArray[np.bool_]:
-    """Give what rank 0 has found in its store to all processes; the micro-batches that they have then."""
-    number_of = {parts.key(n): n for n in np.flatnonzero(done).tolist()}
-    stored = store.read(number_of.keys()) if store is not None and number_of else iter(())
-    everywhere = np.zeros(len(parts), bool)
-    while some := world.on_main(lambda: [(number_of[key], values) for key, values in islice(stored, STORED_AT_ONCE)]):
-        for n, values in some:
-            results.write(parts.places(n, values))
-            everywhere[n] = True
-    return everywhere
+def _share(parts: MicroBatches, results: ReferenceLogps, done: NDArray[np.bool_], world: World) -> NDArray[np.bool_]:
+    """Gives the log-probs that rank 0 has to all processes. Returns which micro-batches are done then, for all.
+
+    done: which micro-batches this process has.
+    """
+    done = world.on_main(lambda: done)
+    known = np.flatnonzero(done).tolist()
+    for begin in range(0, len(known), STORED_AT_ONCE):
+        some = known[begin : begin + STORED_AT_ONCE]
+        values = world.on_main(partial(_values, results, parts, some))
+        if not world.is_main:
+            for n, logps in zip(some, values, strict=True):
+                results.write(parts.places(n, logps))
+    return done
+
+
+def _values(results: ReferenceLogps, parts: MicroBatches, numbers: Iterable[int]) -> list[NDArray[Any]]:
+    """The log-probs of the micro-batches with these numbers."""
+    return [results.joined(parts.spans(n)) for n in numbers]
 
 
 def _read(
@@ -247,8 +250,8 @@ def _read(
         for n in known[:: max(1, len(known) // NUM_VERIFIED)][:NUM_VERIFIED].tolist():
             first = parts.groups(n, groups)[0]
             live, _ = micro_batch_logps(reference, [first])
-            stored = [results.between(*span) for span in parts.spans(n)[: len(first.completions)]]
-            difference = max(difference, float(np.abs(live.numpy() - np.concatenate(stored)).mean()))
+            stored = results.joined(parts.spans(n)[: len(first.completions)])
+            difference = max(difference, float(np.abs(live.numpy() - stored).mean()))
     if not difference <= (tolerance := TOLERANCE[reference.precision.compute]):
         log.warning(
             "%s: stored reference log-probs are not those of the model: they differ by %.2g nats per token in a group, "

@@ -125,11 +125,9 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def count_units(units: Mapping[str, Unit], batches: Sequence[Batch], world: World = ALONE) -> Counts:
-    """Term name -> the count of its unit over the whole step. batches: the share of this process in the step."""
-    return dict(
-        zip(units, world.sum([sum(unit(b.structure) for b in batches) for unit in units.values()]), strict=True)
-    )
+def count_units(units: Mapping[str, Unit], batches: Sequence[Batch]) -> Counts:
+    """Term name -> the count of its unit over these micro-batches."""
+    return {name: sum(unit(b.structure) for b in batches) for name, unit in units.items()}
 
 
 def step_loss(objective: Objective[MethodSettings], scores: Scores, counts: Counts) -> Tensor:
@@ -154,16 +152,17 @@ def forward_backward(
     are those of the whole step, ordered by rank, in all processes.
 
     Args:
-        batches: the micro-batches of this process, as dealt by `World.deal`.
+        batches: the micro-batches of this process (`Cut.shares`).
         also: the micro-batches of further groups that the objective reads, by name.
         seed: (run seed, step). Together with a micro-batch's place it decides the random state of dropout.
         scale: the loss scale of float16.
     """
-    counts = count_units(objective.units, batches, world)
     further = sorted((also or {}).items())
-    counted = world.gather([len(batches), *(len(own) for _, own in further)])
-    num_batches = sum(count for count, *_ in counted)
-    places, *further_places = (world.size * max(column) for column in zip(*counted, strict=True))
+    nums_here = [len(batches), *(len(own) for _, own in further)]
+    units, nums = zip(*world.gather((count_units(objective.units, batches), nums_here)), strict=True)  # by rank
+    counts = {name: sum(own[name] for own in units) for name in objective.units}
+    num_batches = sum(num for num, *_ in nums)
+    places, *further_places = (world.size * max(of_kind) for of_kind in zip(*nums, strict=True))
 
     def score(batch: Batch, at: int, first: int = 0) -> TokenScores:
         """at: the place among the batches of this process. first: where batches of this kind begin in the step."""

@@ -126,7 +126,7 @@ class RolloutSource:
         """Every process samples for its share of the prompts, and all get all groups."""
         numbers = self.plan.groups(step)
         prompts = [self._prompts[number] for number in numbers]
-        places = self._world.deal(range(len(numbers)))[self._world.rank]
+        places = self._world.own_share(range(len(numbers)))
         shares = self._world.gather(self._share(step, numbers, prompts, places))
         failures = Failures()
         for share in shares:

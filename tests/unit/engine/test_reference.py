@@ -24,9 +24,10 @@ from torch import Tensor
 from conftest import build_model
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
-from strop.engine import reference_cut
+from strop.engine import reference_cut, reference_logps
 from strop.engine.progress import Progress
 from strop.engine.reference_logps import ReferenceLogps, reference_logps_of
+from strop.engine.step import ALONE
 from strop.errors import CheckpointError
 from strop.plan.cutting import cut
 from strop.plan.tokens import packed_tokens, padded_tokens
@@ -36,6 +37,8 @@ from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.reference_store import ReferenceStore
 from strop.types import Completion, Group, Origin
+from strop.world import World
+from worlds import in_worlds
 
 BUDGET = 60
 
@@ -83,11 +86,12 @@ def taken(
     folder: Path,
     numbers: Sequence[int] | None = None,
     budget: int = BUDGET,
+    world: World = ALONE,
 ) -> ReferenceLogps:
     cut_into = partial(cut, budget=budget, tokens=packed_tokens if policy.share_prefix else padded_tokens)
     numbers = range(len(groups)) if numbers is None else numbers
     with Progress(quiet=True) as progress:
-        return reference_logps_of(policy, store, groups, numbers, cut_into, progress, folder)
+        return reference_logps_of(policy, store, groups, numbers, cut_into, progress, folder, world)
 
 
 def test_each_group_has_its_own(policy: Policy, rows: list[Group], tmp_path: Path) -> None:
@@ -169,6 +173,33 @@ def test_the_store_is_read_once(
 
     monkeypatch.setattr(ReferenceStore, "read", counted)
     taken(policy, ReferenceStore(tmp_path / "s.logps"), rows, tmp_path)
+    assert num_read == 1
+
+
+def test_processes_get_what_the_store_of_the_first_has(
+    policy: Policy, rows: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store, which has some micro-batches, is read once; all processes have the bits of one process without it."""
+    cold = taken(policy, None, rows, tmp_path).values(range(len(rows)))
+    path = tmp_path / "s.logps"
+    taken(policy, ReferenceStore(path), rows, tmp_path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    monkeypatch.setattr(reference_logps, "STORED_AT_ONCE", 2)
+    read, policies, num_read = ReferenceStore.read, [policy, copy.deepcopy(policy)], 0
+
+    def counted(self: ReferenceStore, wanted: Set[bytes]) -> Iterator[tuple[bytes, NDArray[Any]]]:
+        nonlocal num_read
+        num_read += 1
+        return read(self, wanted)
+
+    monkeypatch.setattr(ReferenceStore, "read", counted)
+
+    def work(world: World) -> Tensor:
+        store = ReferenceStore(path) if world.is_main else None
+        return taken(policies[world.rank], store, rows, tmp_path, world=world).values(range(len(rows)))
+
+    assert all(torch.equal(found, cold) for found in in_worlds(2, work))
     assert num_read == 1
 
 
