@@ -21,7 +21,7 @@ from strop.config import load_config
 from strop.estimate import group_cost
 from strop.lengths import Lengths
 from strop.modelrows import ModelRows
-from strop.plan.dealing import deal, idle_share
+from strop.plan.dealing import deal
 from strop.plan.order import Plan
 from strop.plan.tokens import packed_tokens
 from strop.policy.model.from_config import shape_of
@@ -53,6 +53,11 @@ def costs_of(name: str, folder: Path) -> tuple[Lengths, np.ndarray]:
     lengths = ModelRows.of(config, config.models[0], needs_weights=False).load().train.lengths
     cost = group_cost(shape_of(config.lora, config.models[0]), config)
     return lengths, cost.of_each(lengths, packed_tokens)
+
+
+def idle_share(loads: np.ndarray) -> float:
+    """The part of all processes' time that is spent waiting for the slowest one. loads: [steps, processes]."""
+    return float(1 - loads.sum() / (loads.max(axis=1).sum() * loads.shape[1]))
 
 
 def idle_of(costs: np.ndarray, num_processes: int) -> tuple[float, float]:

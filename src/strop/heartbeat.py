@@ -1,9 +1,9 @@
 """Whether the other processes of a training still live, and what each did last. Floor 1.
 
-Every process writes a beat into the store of torch.distributed, every `BEAT_SECONDS`, from a thread of its own, and
-reads those of the others. One whose beats stop is hung, or it or its machine is gone: then every other process ends,
-and the first of them says which one it was and what it last did. A store that does not answer is gone with the launcher
-or the machine that held it, which ends this process, too.
+In every process, a thread writes a beat into the store of torch.distributed every `BEAT_SECONDS`, and reads the beats
+of the others. If the beats of a process stop, it hangs, or it or its machine is gone: then every other process ends,
+and the first of them prints which one it was and what it last did. A process also ends if the store does not answer,
+because then the launcher or the machine that holds the store is gone.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from strop.terminal import complain
+from strop.terminal import SECONDS_TO_SPEAK, complain
 
 BEAT_SECONDS = 1.0
 LIMIT_SECONDS = 28.0
 """After so long without a beat a process counts as hung."""
 GONE_SECONDS = 3.0
 """After so long without a beat a process whose connection broke counts as gone."""
-SECONDS_TO_SPEAK = 2.0
-"""Processes that say nothing leave so much later: launchers end all of them when one leaves."""
 STARTING = "starting"
 LEFT = "left"
 
@@ -45,8 +43,8 @@ class Beat:
         return bool(json.loads(self.text)["doing"] == LEFT)
 
     def __str__(self) -> str:
-        told = json.loads(self.text)
-        return f"(pid {told['pid']} on {told['host']}) last did: {told['doing']}"
+        beat = json.loads(self.text)
+        return f"(pid {beat['pid']} on {beat['host']}) last did: {beat['doing']}"
 
 
 def last_beat(store: TCPStore, rank: int) -> str:
@@ -59,7 +57,7 @@ def _key(rank: int) -> str:
 
 
 class Heartbeat:
-    """The thread of one process. `doing`: what it is at, in words.
+    """The thread of one process. doing: what the process does now, in words.
 
     Raises:
         RuntimeError: the store cannot be reached.
@@ -109,8 +107,8 @@ class Heartbeat:
 
     def _write(self) -> None:
         self._count += 1
-        told = {"count": self._count, "doing": self.doing, "pid": os.getpid(), "host": socket.gethostname()}
-        self._store.set(_key(self._rank), json.dumps(told))
+        beat = {"count": self._count, "doing": self.doing, "pid": os.getpid(), "host": socket.gethostname()}
+        self._store.set(_key(self._rank), json.dumps(beat))
 
     def _read(self) -> None:
         for rank in range(self._size):

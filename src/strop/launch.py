@@ -19,19 +19,24 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult, SignalException
 
 from strop.heartbeat import last_beat
+from strop.machine import num_cores
 from strop.terminal import complain
 
 PERIOD_SECONDS = 0.2
 """How often the processes are looked at."""
 HOST = "127.0.0.1"
+ENDING = (signal.SIGTERM, signal.SIGINT)
+"""Signals by which processes are asked to end."""
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
-    """Run `strop` with these arguments in so many processes; the exit code.
+    """Runs `strop` with these arguments in so many processes.
 
-    0: all are done. Else that of the first process that ended otherwise; 128 + the signal where a signal killed it.
+    Returns:
+        The exit code: 0 if all processes return 0, else that of the first process that failed. If a signal killed that
+        process, it is 128 + the number of the signal.
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what there is to say is said here
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_exit_code` says what happened
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with tempfile.TemporaryDirectory(prefix="strop-") as folder:
         processes = start_processes(
@@ -45,8 +50,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun gives, too. The threads of a CPU are divided among the processes."""
-    threads = max(1, len(os.sched_getaffinity(0)) // size) if hasattr(os, "sched_getaffinity") else 1
+    """The variables that torchrun sets, too, and the number of threads: an equal share of the processors."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -55,7 +59,7 @@ def _environment(rank: int, size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": HOST,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is in this process
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // size))),
     }
 
 
@@ -91,7 +95,3 @@ def _exit_code(found: RunProcsResult, size: int, store: TCPStore) -> int:
             f"It {last_beat(store, first.local_rank)}\n  to do:    start the same command again with --resume"
         )
     return 128 + killed_by
-
-
-ENDING = (signal.SIGTERM, signal.SIGINT)
-"""Signals by which processes are asked to end."""

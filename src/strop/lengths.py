@@ -70,6 +70,17 @@ class Lengths(Sequence[GroupLengths]):
             return np.zeros(0, np.int64)
         return np.add.reduceat(values, self.starts[:-1], dtype=np.int64)
 
+    @property
+    def seen(self) -> np.ndarray:
+        """[G] float64: how many keys the queries of each group's shared-prefix row see, summed over the queries.
+
+        On average, a token sees half of the prompt or completion that it is in. A token of a completion also sees the
+        whole prompt.
+        """
+        prompt, completions = self.prompt.astype(np.float64), self.completions.astype(np.int64)
+        squares = self.sums(completions * completions)
+        return np.asarray(prompt * prompt / 2 + prompt * self.sums(completions) + squares / 2)
+
     def taken(self, numbers: np.ndarray) -> Lengths:
         """The lengths of the groups with these indices, in this order."""
         starts = starts_of(self.starts[numbers + 1] - self.starts[numbers])
@@ -142,7 +153,7 @@ class Keys:
 
     @classmethod
     def of(cls, groups: Iterable[Group]) -> Keys:
-        """Of groups that are read one by one."""
+        """The keys of groups, which are read one by one."""
         listed = list(groups)
         completions = [completion for group in listed for completion in group.completions]
         return cls(
@@ -158,11 +169,11 @@ class Keyed(Protocol):
     """Groups whose keys are known without reading them."""
 
     def keyed(self, numbers: np.ndarray) -> Keys:
-        """Those of the groups of these numbers, in this order."""
+        """The keys of the groups with these numbers, in this order."""
 
 
 def keys_of(groups: Sequence[Group], numbers: Sequence[int] | np.ndarray) -> Keys:
-    """The keys of the groups of these numbers, without reading the groups where that can be."""
+    """The keys of the groups with these numbers. Groups that know them (`Keyed`) are not read."""
     if isinstance(groups, Keyed):
         return groups.keyed(np.asarray(numbers, np.int64))
     return Keys.of(groups[int(i)] for i in numbers)

@@ -38,9 +38,8 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
 
 
 def _fill_reference(config: RunConfig, model: ModelSection, world: World) -> None:
-    quiet = not world.is_main or config.logging.log_level in ("warning", "error")
     with (
-        Progress(quiet=quiet) as progress,
+        Progress.of_run(config, world) as progress,
         Session(config, model, world, backward=False) as session,
         session.reference() as reference,
     ):

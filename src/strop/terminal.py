@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("strop")
 
+SECONDS_TO_SPEAK = 2.0
+"""When several processes end, one of them writes the message. The others leave so many seconds later, because a
+launcher ends all processes as soon as one has left."""
+
 
 class ReaderLeft(Exception):  # noqa: N818 (it is not an error)
     """What standard output went to (head, less) has seen enough."""
@@ -77,7 +81,7 @@ def open_standard_streams() -> None:
 
 
 def rank() -> int:
-    """Of this process among several; 0 where it is alone."""
+    """The rank of this process among several; 0 if there is only one."""
     text = os.environ.get("RANK", "0")
     return int(text) if text.isdecimal() else 0
 

@@ -108,7 +108,7 @@ def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _A
     resume = asked.resume or (None if asked.overwrite else config.finetuning.resume_from_checkpoint)
     with (
         _open(config, model, world, asked.overwrite, resume) as run,
-        Progress(quiet=_is_quiet(config, world)) as progress,
+        Progress.of_run(config, world) as progress,
     ):
         done, saved, extended = world.on_main(lambda: _look(config, run, resume))
         with Session(config, model, world, resumed=done or saved) as session:
@@ -142,10 +142,6 @@ def _look(config: RunConfig, run: RunDir, resume: str | None) -> _Before:
     if config.training.mount_dir:
         run.mirror_target(config.training.mount_dir)
     return _Before(done, saved, extended)
-
-
-def _is_quiet(config: RunConfig, world: World) -> bool:
-    return not world.is_main or config.logging.log_level in ("warning", "error")
 
 
 def _build(session: Session, run: RunDir | None, steps_done: int) -> None:

@@ -18,11 +18,9 @@ from collections.abc import Sequence
 
 from strop.cli.commands import COMMANDS
 from strop.errors import ConfigError, Interrupted, LostError, PeerError, StropError
-from strop.terminal import ReaderLeft, complain, open_standard_streams, rank, session, show
+from strop.terminal import SECONDS_TO_SPEAK, ReaderLeft, complain, open_standard_streams, rank, session, show
 
 RESUMABLE = 75
-SECONDS_TO_SPEAK = 2.0
-"""Of several processes, those that do not speak leave so much later: the launcher ends all when one leaves."""
 STOPPED = 130
 
 
@@ -42,9 +40,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
             complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
         return RESUMABLE
     except KeyboardInterrupt:
-        began = arguments[:1] == ["train"] and "--dry-run" not in arguments
-        way_on = f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
-        complain("stopped" + way_on * began)
+        message = "stopped"
+        if arguments[:1] == ["train"] and "--dry-run" not in arguments:
+            message += f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
+        complain(message)
         return STOPPED
     except ReaderLeft:
         return 0
@@ -76,7 +75,11 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def _tell(error: StropError) -> None:
-    """Of several processes rank 0 speaks, and, of what it may not know, the first one on each machine."""
+    """Prints an error once, although several processes may meet it.
+
+    Rank 0 prints it. An error that only this machine can know of is also printed by the first process on the machine.
+    A lost process is named by strop's own launcher, if that started this one.
+    """
     launcher_speaks = isinstance(error, LostError) and "TORCHELASTIC_RUN_ID" not in os.environ
     first = rank() == 0 or (os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, PeerError))
     if first and not launcher_speaks:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from strop.config.methods import DpoSettings, GrpoSettings, PostTraining, SftSettings
-from strop.config.section import ListOf, Problem, Section
+from strop.config.section import ListOf, NamedOf, Problem, Section
 from strop.config.sections import (
     DatasetSection,
     FinetuningSection,
@@ -21,7 +21,6 @@ from strop.config.sections import (
     RolloutSection,
     TrainingSection,
 )
-from strop.config.sections.rollout import as_rewards
 from strop.types import RowShape
 
 
@@ -35,7 +34,7 @@ class RunConfig(Section):
     dataset: DatasetSection = DatasetSection()
     post_training: PostTraining = SftSettings()
     rollout: RolloutSection = RolloutSection(enabled=False)
-    rewards: Annotated[tuple[RewardSection, ...], BeforeValidator(as_rewards)] = Field(
+    rewards: NamedOf[RewardSection] = Field(
         default=(),
         json_schema_extra={"x-type": "a list of names, or of objects with name, weight and settings"},
     )

@@ -167,6 +167,16 @@ ListOf = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
 """A YAML list, kept as a tuple."""
 
 
+def _with_names(value: Any) -> Any:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return value
+    return tuple({"name": item} if isinstance(item, str) else item for item in value)
+
+
+NamedOf = Annotated[tuple[T, ...], BeforeValidator(_with_names)]
+"""A YAML list of mappings that have a `name`. A text in it stands for the mapping with that name and nothing else."""
+
+
 class JsonMapping(dict[str, Any]):
     """JSON values by name. It is a value of a section, so it is not changed and has a hash."""
 

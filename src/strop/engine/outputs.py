@@ -99,29 +99,25 @@ class RunOutputs:
         Raises:
             SaveError: in all processes, where the disk does not take it.
         """
-        found = self.world.on_main(lambda: self._saved(step, tensors, state, protect))
-        if isinstance(found, SaveError):
-            raise found
-        return found
 
-    def _saved(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]
-    ) -> Path | SaveError:
-        try:
-            return self._save(step, tensors, state, protect)
-        except SaveError as error:
-            return error
+        def save() -> Path | SaveError:
+            try:
+                return checkpoint.save(
+                    self.run.path,
+                    step,
+                    tensors,
+                    {**state, "recipe": recipe_of(self.config), "products": product_rates.record()},
+                    keep=self.config.training.save_total_limit,
+                    protect=protect,
+                    identity=self.made_from,
+                )
+            except SaveError as error:
+                return error  # as a value, so that every process can raise it
 
-    def _save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
-        return checkpoint.save(
-            self.run.path,
-            step,
-            tensors,
-            {**state, "recipe": recipe_of(self.config), "products": product_rates.record()},
-            keep=self.config.training.save_total_limit,
-            protect=protect,
-            identity=self.made_from,
-        )
+        saved = self.world.on_main(save)
+        if isinstance(saved, SaveError):
+            raise saved
+        return saved
 
     def _write_lines(self) -> None:
         """Writes the waiting lines in order. Those that the disk does not take are tried again with the next line."""

@@ -26,7 +26,9 @@ from rich.logging import RichHandler
 from rich.table import Column, Table
 from rich.text import Text
 
+from strop.config import RunConfig
 from strop.errors import Interrupted
+from strop.world import World
 
 DRAWS_PER_SECOND = 4
 HEARTBEAT_SECONDS = 30.0
@@ -87,6 +89,11 @@ class Progress:
         self._exit = ExitStack()
         self._open: list[Task] = []
         self._lost = False  # the terminal has gone away; the run goes on
+
+    @classmethod
+    def of_run(cls, config: RunConfig, world: World) -> Self:
+        """That of a run: rank 0 shows it, unless `logging.log_level` leaves out information."""
+        return cls(quiet=not world.is_main or config.logging.log_level in ("warning", "error"))
 
     def _can_move(self) -> bool:
         return self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
@@ -243,16 +250,20 @@ class Task:
         return (time.monotonic() - self._started) / done * max(0, self.total - self.completed)
 
 
+def _handlers() -> list[logging.Handler]:
+    """The handlers of all loggers."""
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    return [handler for logger in loggers for handler in logger.handlers]
+
+
 def _handlers_on(stream: TextIO) -> list[logging.StreamHandler[TextIO]]:
     """Every logging handler that writes to `stream`."""
-    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
-    return [h for x in loggers for h in x.handlers if isinstance(h, logging.StreamHandler) and h.stream is stream]
+    return [h for h in _handlers() if isinstance(h, logging.StreamHandler) and h.stream is stream]
 
 
 def _rich_handlers() -> list[RichHandler]:
     """The handlers that draw on a console of their own, on standard error."""
-    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
-    return [h for x in loggers for h in x.handlers if isinstance(h, RichHandler) and h.console.stderr]
+    return [h for h in _handlers() if isinstance(h, RichHandler) and h.console.stderr]
 
 
 def _number(value: float) -> str:

@@ -23,10 +23,8 @@ class GroupCost:
 
     def of_each(self, lengths: Lengths, tokens: RowTokens) -> np.ndarray:
         """[G] the cost of each group. tokens: how its rows are laid out."""
-        prompt, completions = lengths.prompt.astype(np.float64), lengths.completions.astype(np.int64)
-        answers, squares = lengths.sums(completions), lengths.sums(completions * completions)
-        seen = prompt * prompt / 2 + prompt * answers + squares / 2
-        return np.asarray(tokens.of_each(lengths) + self.seen * seen + self.scored * answers)
+        scored = lengths.sums(lengths.completions)
+        return np.asarray(tokens.of_each(lengths) + self.seen * lengths.seen + self.scored * scored)
 
 
 BY_TOKENS = GroupCost()
@@ -43,8 +41,3 @@ def deal(costs: np.ndarray, num_processes: int) -> list[list[int]]:
         shares[rank].append(group)
         heapq.heapreplace(loads, (load + float(costs[group]), rank))
     return shares
-
-
-def idle_share(loads: np.ndarray) -> float:
-    """The part of all processes' time that is spent waiting for the slowest one. loads: [steps, processes]."""
-    return float(1 - loads.sum() / (loads.max(axis=1).sum() * loads.shape[1]))

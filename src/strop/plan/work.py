@@ -44,8 +44,8 @@ class Work:
     @classmethod
     def of_parts(cls, lengths: Lengths, starts: np.ndarray, tokens: RowTokens, *, prompts: bool) -> Work:
         """The counts of several micro-batches; number b has the groups starts[b] : starts[b + 1]."""
-        prompt, completions = lengths.prompt.astype(np.int64), lengths.completions.astype(np.int64)
-        answers, counts, spans = lengths.sums(completions), lengths.counts, tokens.of_each(lengths)
+        prompt, answers = lengths.prompt.astype(np.int64), lengths.sums(lengths.completions)
+        counts, spans = lengths.counts, tokens.of_each(lengths)
 
         def total(values: np.ndarray) -> np.ndarray:
             return np.add.reduceat(values, starts[:-1])
@@ -53,10 +53,9 @@ class Work:
         fed = total(spans)
         if not tokens.shares_prompts:
             fed = total(counts) * np.maximum.reduceat(padded_width(lengths), starts[:-1])
-        squares = lengths.sums(completions * completions)
         return cls(
             tokens=fed,
-            seen=total(prompt * prompt / 2 + prompt * answers + squares / 2),
+            seen=total(lengths.seen),
             scored=total(answers + (prompt - 1 if prompts else 0)),
             longest=np.maximum.reduceat(spans, starts[:-1]),
             again=total(prompt * (counts - 1)),

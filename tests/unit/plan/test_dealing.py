@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from benchmarks.dealing import idle_share
 from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.lengths import Lengths
-from strop.plan.dealing import GroupCost, deal, idle_share
+from strop.plan.dealing import GroupCost, deal
 from strop.plan.tokens import packed_tokens
 from strop.types import GroupLengths
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from strop.config.section import JsonMapping, MappingOf, Problem, Section
+from strop.config.section import JsonMapping, MappingOf, NamedOf, Problem, Section
 
 
 class SourceSection(Section):
@@ -29,12 +29,6 @@ class SourceSection(Section):
     """How often each row is met in an epoch: 2 twice, 0.5 every second one, 1.5 once or twice."""
     streaming: bool = False
     """Read a hub data set as a stream, once, into the token cache."""
-
-
-def _as_sources(value: Any) -> Any:
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        return value
-    return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
 
 def _as_day(value: Any) -> Any:
@@ -80,7 +74,7 @@ class DatasetSection(Section):
     """Split to train on, for hub data sets and folders; slices such as `train[:10%]` work."""
     streaming: bool = False
     """Read a hub data set as a stream, once, into the token cache, instead of downloading it whole."""
-    sources: Annotated[tuple[SourceSection, ...], BeforeValidator(_as_sources)] = Field(
+    sources: NamedOf[SourceSection] = Field(
         default=(), json_schema_extra={"x-type": "a list of names, or of mappings with name, split, weight, ..."}
     )
     """Several sources, one behind the other; wins over `name`. Each is a name or a mapping: `name` (`jsonl:PATH`,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
@@ -20,13 +20,6 @@ class RewardSection(Section):
     """What it counts in the sum."""
     settings: MappingOf[Any] = Field(default_factory=JsonMapping)
     """Arguments of the function, by name."""
-
-
-def as_rewards(value: Any) -> Any:
-    """Names among the rewards stand for themselves."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        return value
-    return tuple({"name": item} if isinstance(item, str) else item for item in value)
 
 
 class RolloutSection(Section):
