@@ -70,11 +70,11 @@ def pick_device(gpu: GpuSection, place: Place | None = None) -> tuple[torch.devi
             raise _other_number(place, f"gpu.num_processes: {gpu.num_processes}")
         if place or not (gpu.device_ids or gpu.use_ddp):
             return torch.device("cpu"), []
-        asked = ", ".join(
-            [f"device_ids {list(gpu.device_ids or ())}"] * bool(gpu.device_ids) + ["use_ddp true"] * gpu.use_ddp
-        )
+        given = [f"device_ids {list(gpu.device_ids)}"] if gpu.device_ids else []
+        given += ["use_ddp true"] if gpu.use_ddp else []
         many = f"{gpu.num_processes} processes" if gpu.num_processes else "one process"
-        return torch.device("cpu"), [f"gpu.{asked}: this machine has no GPU; training on its CPU, in {many}."]
+        note = f"gpu.{', '.join(given)}: this machine has no GPU; training on its CPU, in {many}."
+        return torch.device("cpu"), [note]
     ids = gpu.device_ids or tuple(range(place.local_size if place else num_processes(gpu)))
     if missing := [i for i in ids if i >= available]:
         raise ConfigError(

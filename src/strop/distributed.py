@@ -48,17 +48,17 @@ class Place(NamedTuple):
 
 
 def find_place(environment: Mapping[str, str] | None = None) -> Place | None:
-    """What torchrun, or strop's own launcher, tells a process; None where it was started alone.
+    """Which process this is, from the environment variables of torchrun or strop's own launcher; None: it is alone.
 
     Raises:
         ConfigError: another launcher started it, or its address is not usable.
     """
-    told = os.environ if environment is None else environment
-    if "RANK" not in told and "WORLD_SIZE" not in told:
-        _refuse_other_launchers(told)
+    variables = os.environ if environment is None else environment
+    if "RANK" not in variables and "WORLD_SIZE" not in variables:
+        _refuse_other_launchers(variables)
         return None
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    found = {name: told.get(name, "") for name in names}
+    found = {name: variables.get(name, "") for name in names}
     if not all(value.isdecimal() for value in found.values()):
         listed = ", ".join(f"{name}={value}" if value else f"{name} is missing" for name, value in found.items())
         raise ConfigError(listed, where="environment", expected=f"all of {', '.join(names)}", fix=_by_torchrun())
@@ -79,14 +79,14 @@ OTHER_LAUNCHERS = {
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "mpiexec": ("PMI_SIZE", "PMI_RANK"),
 }
-"""Launcher -> where it tells how many processes it started, and which one this is."""
+"""Launcher -> the variables with the number of processes that it started, and with the number of this one."""
 
 
-def _refuse_other_launchers(told: Mapping[str, str]) -> None:
+def _refuse_other_launchers(variables: Mapping[str, str]) -> None:
     for launcher, (size, rank) in OTHER_LAUNCHERS.items():
-        if (count := told.get(size, "")).isdecimal() and int(count) > 1:
+        if (count := variables.get(size, "")).isdecimal() and int(count) > 1:
             raise ConfigError(
-                f"{launcher} has started {count} processes, of which this is number {told.get(rank, '?')}",
+                f"{launcher} has started {count} processes, of which this is number {variables.get(rank, '?')}",
                 where="environment",
                 expected="one process per machine, which is torchrun",
                 fix=_by_torchrun("srun --ntasks-per-node=1 " if launcher == "srun" else ""),
@@ -150,8 +150,12 @@ class _Joined(World):
         return found
 
     def _bulk(self, own: Tensor, sizes: Sequence[int], group: Any) -> list[Tensor]:
-        """[bytes] of each process, of which it gives as many as its size says. Where one process alone has something to
-        give, the others only take it."""
+        """The bytes of each process, by rank. If only one process has any, it sends them to the others.
+
+        Args:
+            own: [bytes] of this process.
+            sizes: the number of bytes of each process.
+        """
         nothing = own.new_empty(0)
         giving = [rank for rank, size in enumerate(sizes) if size]
         if not giving:
@@ -212,7 +216,7 @@ class _Joined(World):
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """A connection that breaks is another process that is gone."""
+        """A block that raises `LostError` if a connection breaks, since another process is gone then."""
         try:
             yield
         except RuntimeError as error:
@@ -223,7 +227,8 @@ class _Joined(World):
 
 
 def buckets(gradients: Iterable[Tensor], limit: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
-    """In their order, as many together as have one dtype and come to at most `limit` bytes; a larger one alone."""
+    """Divides gradients, in their order, into buckets of one dtype and at most `limit` bytes. A larger gradient is a
+    bucket by itself."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:

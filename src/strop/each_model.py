@@ -1,6 +1,6 @@
 """The models of a configuration, one after the other. Floor 4.
 
-One that fails does not stop the others: it is said at once, and all failures are one error in the end.
+A model that fails does not stop the others: its error is logged at once, and in the end one error names all failures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger("strop")
 def for_each_model(
     models: Sequence[ModelSection], config: RunConfig, world: World, work: Callable[[ModelSection], None]
 ) -> None:
-    """Do `work` for every model, also after one that fails; what fails in one process fails in all.
+    """Does `work` for every model, also after one that fails. A model that fails in one process fails in all.
 
     Raises:
         StropError: that of the model, where there is only one.

@@ -209,7 +209,7 @@ def prepare(
     else:
         config = _without_validation(config)
     training = config.training
-    if checkpoint is not None:  # the second is there where the cut decides the masks of dropout
+    if checkpoint is not None:  # a recipe has the second key only if the cut decides the masks of dropout
         recipe = checkpoint.state["recipe"]
         keys = ("training.groups_per_step", "training.micro_batch_tokens")
         kept = {key: recipe[key] for key in keys if key in recipe and getattr(training, key.partition(".")[2]) is None}

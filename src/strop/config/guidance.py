@@ -28,8 +28,9 @@ def resolve(config: RunConfig) -> RunConfig:
 
     `training.learning_rate` by method and by what trains (open where some models train adapters and others all
     weights: `of_model` decides then), `training.warmup_ratio` unless steps are given, no
-    `training.max_completion_length` for sft, `post_training.normalizer_length` by that key for grpo,
-    `finetuning.greater_is_better` by metric.
+    `training.max_completion_length` for sft, no `dataset.validation_split` with rollout,
+    `post_training.normalizer_length` from `training.max_completion_length` for grpo, `finetuning.greater_is_better` by
+    metric.
     """
     training, finetuning = config.training, config.finetuning
     found: dict[str, Any] = {}
@@ -43,8 +44,13 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.rollout.enabled and "validation_split" not in config.dataset.model_fields_set:
         found["dataset.validation_split"] = 0.0
     method, length = config.post_training, training.max_completion_length
-    if isinstance(method, GrpoSettings) and method.aggregation == "constant" and method.normalizer_length is None:
-        found |= {} if length is None else {"post_training.normalizer_length": length}
+    if (
+        isinstance(method, GrpoSettings)
+        and method.aggregation == "constant"
+        and method.normalizer_length is None
+        and length is not None
+    ):
+        found["post_training.normalizer_length"] = length
     if finetuning.greater_is_better is None:
         found["finetuning.greater_is_better"] = _greater_is_better(finetuning)
     return config.with_values(found, {key: default_origin(key) for key in found}) if found else config

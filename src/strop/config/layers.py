@@ -125,8 +125,8 @@ def _find_preset(name: str) -> Path:
 
 
 def _document_layer(data: Mapping[str, Any], places: Mapping[KeyPath, Place]) -> Layer:
-    """The layer of a file. Null for a section is an empty section; only for `lora` and `rollout` that would be
-    two-edged."""
+    """The layer of a file. Null for a section is an empty section. `lora` and `rollout` may not be empty: whether that
+    switches them on could be read either way."""
     values: dict[KeyPath, Any] = {}
     preset = None
     problems = []

@@ -29,10 +29,10 @@ def start_facts(config: RunConfig) -> dict[str, str]:
 
 
 def check_alike(world: World, facts: Mapping[str, str]) -> None:
-    """Compare `facts` of all processes.
+    """Compares `facts` of all processes.
 
     Raises:
-        ConfigError: in all of them, where one has others than rank 0.
+        ConfigError: those of a process differ from those of rank 0. It is raised in all processes.
     """
     if world.size == 1:
         return

@@ -21,8 +21,8 @@ from strop.world import World
 
 
 @dataclass(frozen=True)
-class Found:
-    """The result of a step's forward and backward passes.
+class Passes:
+    """What the forward and backward passes of a step gave, besides the gradients.
 
     result: the scores of the whole step. own: the micro-batches of this process. order: for each group in `result`, its
     place in the step's set of groups. num_tokens: tokens fed to the model by all processes.
@@ -70,7 +70,7 @@ class Gradients:
         """Ends the thread that makes micro-batches."""
         self._ahead.close()
 
-    def take(self, step: int, scale: float | Tensor) -> Found:
+    def take(self, step: int, scale: float | Tensor) -> Passes:
         """Computes the gradients of one step, times `scale`, summed over all processes.
 
         If memory runs out in one process, the gradients of the step so far are dropped, and all processes repeat the
@@ -91,7 +91,7 @@ class Gradients:
         self._world.sum_gradients(self._policy.trainable().values())
         order = [place for part in own.cut for place in part]
         (num_tokens,) = self._world.sum([own.num_tokens])
-        return Found(result, own, order, num_tokens)
+        return Passes(result, own, order, num_tokens)
 
     def _micro_batches(self, key: tuple[int, Cut]) -> MicroBatches:
         """key: the number of a step, and how it is cut."""

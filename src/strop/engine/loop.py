@@ -185,10 +185,10 @@ class Loop:
         started = time.perf_counter()
         self.world.doing(f"step {step}")
         scale = self.scaler.scale(torch.ones((), device=self.world.device)) if self.scaler.is_enabled() else 1.0
-        found = self.gradients.take(step, scale)
-        groups = found.own.groups
+        passes = self.gradients.take(step, scale)
+        groups = passes.own.groups
         rate = self._rate(step)
-        update = self._update(step, rate, found.result, [groups.groups[i] for i in found.order])
+        update = self._update(step, rate, passes.result, [groups.groups[i] for i in passes.order])
         numbers, margins = update.numbers, update.numbers.margins
         self.source.after(step)
         epoch, inside = self.source.place(step)
@@ -200,7 +200,7 @@ class Loop:
                 step_in_epoch=inside,
                 epochs=self.source.epochs(step),
                 indices=tuple(groups.indices or range(len(groups.groups))),
-                cut=found.own.cut,
+                cut=passes.own.cut,
                 seed=(self.config.seed, step),
                 learning_rate=rate,
                 loss=numbers.loss,
@@ -209,11 +209,11 @@ class Loop:
                 clipped=update.clipped,
                 skipped=update.skipped,
                 metrics={**numbers.metrics, **self.source.metrics(step)},
-                margins=None if margins is None else _in_order(margins, found.order).numpy(),
+                margins=None if margins is None else _in_order(margins, passes.order).numpy(),
                 num_groups=len(groups.groups),
                 num_zero_signal_groups=sum(_has_no_signal(group) for group in groups.groups),
-                num_scored_tokens=found.result.scores.structure.num_tokens,
-                num_tokens=found.num_tokens,
+                num_scored_tokens=passes.result.scores.structure.num_tokens,
+                num_tokens=passes.num_tokens,
                 seconds=seconds,
                 weights=update.weights,
                 update=update.moved,

@@ -17,7 +17,8 @@ T = TypeVar("T")
 def attempt_together(compute: Callable[[], T], world: World) -> tuple[T | None, str]:
     """(the result, "") in all processes, or (None, why) in all of them where memory ran out in one.
 
-    `compute` may make any number of collective calls: the others learn of it in the next one.
+    `compute` may make any number of collective calls. If memory runs out in one process, the next collective call of
+    the others fails.
     """
     heard = False
 
@@ -25,7 +26,7 @@ def attempt_together(compute: Callable[[], T], world: World) -> tuple[T | None, 
         nonlocal heard
         try:
             found = compute()
-            world.any(False)  # who has come to the end waits for those that may not come to theirs
+            world.any(False)  # waits until all others are done, or fails if memory ran out in one of them
         except PeerMemoryError as error:
             heard = True
             raise MemoryError(str(error)) from None

@@ -95,3 +95,9 @@ def test_values_that_stand_elsewhere(key: str, value: object, fix: str) -> None:
 def test_a_method_as_loss_type_without_a_method() -> None:
     with pytest.raises(ConfigError, match="to do:    write method: simpo"):
         load_config(overrides={"models": [{"huggingface_id": "org/a"}], "post_training.loss_type": "simpo"})
+
+
+def test_names_for_several_devices_lead_to_what_starts_several_processes() -> None:
+    for name in ("nproc_per_node", "num_gpus", "local_rank", "accelerate", "deepspeed", "fsdp"):
+        assert "gpu.device_ids" in ABSENT[name] and "torchrun" in ABSENT[name]
+    assert "gpu.device_ids" in {key.dotted for key in KEYS}
