@@ -124,7 +124,7 @@ class Machine:
 def machine_of(device: torch.device) -> Machine:
     """The machine behind a device of this computer."""
     if device.type == "cpu":
-        return Machine("cpu", _installed_memory(), None, held=_held())
+        return Machine("cpu", installed_memory(), None, held=_held())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # torch counts these, the driver's tool all
     index = device.index or 0
     asked = [
@@ -150,7 +150,7 @@ def machine_named(name: str) -> Machine:
         ConfigError: no GPU of the table has this name.
     """
     if name.lower() == "cpu":
-        return Machine("cpu", _installed_memory(), None, held=_held())
+        return Machine("cpu", installed_memory(), None, held=_held())
     known = _known(name.upper())
     if known is None:
         raise ConfigError(
@@ -213,7 +213,7 @@ def _held() -> int:
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def _installed_memory() -> int | None:
+def installed_memory() -> int | None:
     """Bytes of the machine within the limit of its container; None: not known."""
     try:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
