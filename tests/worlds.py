@@ -72,7 +72,7 @@ def in_worlds(size: int, work: Callable[[World], T]) -> list[T]:
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(ThreadWorld(torch.device("cpu"), rank, size, rank, meeting))
+            results[rank] = work(ThreadWorld(torch.device("cpu"), rank, size, rank, size, meeting))
         except Exception as error:  # noqa: BLE001 (raised below, in the thread of the test)
             errors.append(error)
             meeting.barrier.abort()  # the others are not to wait for it

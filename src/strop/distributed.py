@@ -120,7 +120,7 @@ def join(place: Place, device: torch.device) -> World:
             fix="on several machines, look whether this address and port can be reached from each of them, and which "
             "network interface is taken (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)",
         ) from error
-    return _Joined(device, place.rank, place.size, place.local_rank, heartbeat, control, tensors)
+    return _Joined(device, place.rank, place.size, place.local_rank, place.local_size, heartbeat, control, tensors)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def dry_run(
     model_index: int | None = None,
     device: str | None = None,
     memory: int | None = None,
+    devices: int | None = None,
     timed: bool = True,
     verbose: bool = False,
     console: Console | None = None,
@@ -50,7 +51,8 @@ def dry_run(
 
     Args:
         device: the machine that is judged: `cpu` or a GPU's name; None: this one.
-        memory: bytes that it has; None: its own.
+        memory: bytes that each device has; None: its own.
+        devices: how many of them train together; None: as many as the configuration says.
         timed: measure the speed of this processor, which takes up to half a minute.
         verbose: say what the estimate leaves out, too.
 
@@ -69,11 +71,13 @@ def dry_run(
         if present := folder.check(config.training.mount_dir):
             there = f"{folder.path} holds another run ({', '.join(present)})"
             say(f"note: without --resume or --overwrite this would stop a run here: {there}")
-    machine, notes = _machine(config, device, memory)
+    processes = devices or (num_processes(config.gpu) if device is None else config.gpu.asked_processes)
+    machine, notes = _machine(config, device, memory, processes)
+    if devices is not None:
+        notes.append(f"judged for {devices} devices")
     runs = []
     for model in models:
         read = _read(config, model, console)
-        processes = num_processes(config.gpu) if device is None else config.gpu.asked_processes
         runs.append(_settle(config, model, machine, processes, read, say))
     say("The configuration: key, value, where it came from\n")
     _show_values(_values(config, runs[0].prepared.config), console)
@@ -144,7 +148,7 @@ def _settle(
             say(f"note: {note}")
     if (reason := reason_for_plain_rows(model)) is not None:
         say(f"plain padded rows, prompts are not shared: {reason}")
-    for line in settled.prediction():
+    for line in (*settled.prediction(), *settled.longest()):
         say(line)
     for note in _space(settled, run_folder(config, model)):
         say(f"note: {note}")
@@ -190,14 +194,14 @@ def _show_values(rows: Sequence[tuple[str, str, str]], console: Console) -> None
         console.print(Text(escaped(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}")))
 
 
-def _machine(config: RunConfig, device: str | None, memory: int | None) -> tuple[Machine, list[str]]:
-    """The machine that is judged, and what is to be said of it."""
+def _machine(config: RunConfig, device: str | None, memory: int | None, processes: int) -> tuple[Machine, list[str]]:
+    """What each process has of the machine that is judged, and what is to be said of it."""
     if device is None:
         here, notes = _device(config)
         machine = machine_of(here)
     else:
         machine, notes = machine_named(device), [f"judged for another machine: {device}"]
-    return machine if memory is None else replace(machine, memory=memory), notes
+    return machine.shared_by(processes) if memory is None else replace(machine, memory=memory), notes
 
 
 def _device(config: RunConfig) -> tuple[torch.device, list[str]]:

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,29 +26,37 @@ MFU = 0.4
 
 class Gpu(NamedTuple):
     """What is known of a GPU by a word of its name: dense TFLOP/s in 16 bits and in float32 and TB/s, as NVIDIA's data
-    sheets have them; GiB, as its driver's tool shows them; whether it has instructions for bfloat16."""
+    sheets have them; GiB, as its driver's tool shows them; GB/s to the other GPUs of its machine, one way, by NVLink
+    where it has that, else by PCIe; whether it has instructions for bfloat16."""
 
     word: str
     low: float
     full: float
     terabytes: float
     gib: float
+    link: float
     has_bf16: bool = True
 
 
 GPUS = (
-    Gpu("B200", 2250, 75, 8.0, 179),
-    Gpu("H200", 989, 67, 4.8, 140),
-    Gpu("H100", 989, 67, 3.35, 79.6),
-    Gpu("A100", 312, 19.5, 2.0, 80),
-    Gpu("L40S", 362, 91.6, 0.86, 45),
-    Gpu("L4", 121, 30.3, 0.3, 22.5),
-    Gpu("A10", 125, 31.2, 0.6, 22.5),
-    Gpu("4090", 165, 82.6, 1.0, 24),
-    Gpu("3090", 71, 35.6, 0.94, 24),
-    Gpu("V100", 125, 15.7, 0.9, 16, has_bf16=False),
-    Gpu("T4", 65, 8.1, 0.32, 15, has_bf16=False),
+    Gpu("B200", 2250, 75, 8.0, 179, 900),
+    Gpu("H200", 989, 67, 4.8, 140, 450),
+    Gpu("H100", 989, 67, 3.35, 79.6, 450),
+    Gpu("A100", 312, 19.5, 2.0, 80, 300),
+    Gpu("L40S", 362, 91.6, 0.86, 45, 32),
+    Gpu("L4", 121, 30.3, 0.3, 22.5, 32),
+    Gpu("A10", 125, 31.2, 0.6, 22.5, 32),
+    Gpu("4090", 165, 82.6, 1.0, 24, 32),
+    Gpu("3090", 71, 35.6, 0.94, 24, 32),
+    Gpu("V100", 125, 15.7, 0.9, 16, 150, has_bf16=False),
+    Gpu("T4", 65, 8.1, 0.32, 15, 16, has_bf16=False),
 )
+NETWORK = 50.0
+"""GB/s, one way, that each GPU is assumed to have to those of other machines: a 400 Gb/s adapter each."""
+GPUS_PER_MACHINE = 8
+"""More devices than this are taken to be on several machines."""
+LINK_SHARE = 0.7
+"""Share of a link's published rate that collective operations are assumed to reach."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,19 @@ class Machine:
         """FLOP a second of matrix products in `dtype`; None: a CPU, or a GPU that is not in the table."""
         known = _known(self.name)
         return None if known is None else MFU * 1e12 * (known.low if dtype.itemsize == 2 else known.full)
+
+    def link(self, devices: int) -> float | None:
+        """Bytes a second that each of so many of these devices sends to the others; None: not known."""
+        known = _known(self.name)
+        if known is None:
+            return None
+        return LINK_SHARE * 1e9 * (known.link if devices <= GPUS_PER_MACHINE else min(known.link, NETWORK))
+
+    def shared_by(self, processes: int) -> Machine:
+        """What one of so many processes of this computer has of it: a GPU each, or a share of the memory."""
+        if self.kind != "cpu" or self.memory is None:
+            return self
+        return replace(self, memory=self.memory // processes)
 
     def describe(self, dtype: torch.dtype) -> str:
         """Where the rate is from, or why there is none; "" for a CPU, which is timed instead."""

@@ -37,6 +37,7 @@ from strop.engine.source import Cut, GroupSet, StepSource
 from strop.estimate import (
     fitted,
     group_cost,
+    longest_line,
     planned_precision,
     planned_rows,
     predicted_time,
@@ -93,6 +94,10 @@ class Settled:
     def prediction(self) -> list[str]:
         """Lines of text: the memory that the run will take."""
         return list(prediction(self.prepared, self.machine, self.precision, self.tokens))
+
+    def longest(self) -> list[str]:
+        """Lines of text: the longest group that fits."""
+        return longest_line(self.prepared, self.machine, self.precision, self.tokens)
 
     def time(self) -> list[str]:
         """Lines of text: the time that the run will take. On a CPU, layers are timed, for up to half a minute."""
@@ -155,7 +160,10 @@ class Session:
 
     @cached_property
     def machine(self) -> Machine:
-        return self._machine or machine_of(self.world.device)
+        """What this process has of it."""
+        if self._machine is not None:
+            return self._machine
+        return machine_of(self.world.device).shared_by(self.world.local_size)
 
     @cached_property
     def prepared(self) -> Prepared:

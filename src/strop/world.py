@@ -44,7 +44,8 @@ class PeerMemoryError(RuntimeError):
 class World(ABC):
     """One of `size` processes.
 
-    rank: its number, from 0. local_rank: its number on this machine. device: where it computes.
+    rank: its number, from 0. local_rank: its number on this machine, which has local_size of them. device: where it
+    computes.
 
     `sum`, `any`, `on_main`, `gather`, `tell`, `sum_gradients` and `share_tensors` are collective: every process must
     call the same ones in the same order. Only `tell` may stand for any other; it makes the others raise `PeerError` or
@@ -55,6 +56,7 @@ class World(ABC):
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @staticmethod
     def alone(device: torch.device | str) -> World:

@@ -10,6 +10,8 @@ from strop.config.manual import LAYERS, key_help
 from strop.errors import ConfigError
 from strop.machine import bytes_of
 
+MOST_DEVICES = 1024
+
 HELP = """\
 usage: strop train [--config] FILE [--preset NAME] [--dry-run] [--resume [auto|PATH]] [any key of the configuration]
 
@@ -19,7 +21,8 @@ usage: strop train [--config] FILE [--preset NAME] [--dry-run] [--resume [auto|P
     --no-time            do not time the processor
     --verbose            say what the estimate leaves out, too
     --device NAME        judge another machine: cpu, or a GPU's name, such as h100
-    --device-memory SIZE judge this much memory, such as 24GiB
+    --device-memory SIZE judge this much memory per device, such as 24GiB
+    --devices N          judge N devices that train together
   --model-index N        train only the N-th model of the file, from 0
   --resume [auto|PATH]   go on from the newest complete checkpoint, or from this one; start where there is none
   --overwrite            start anew in a folder that holds another run
@@ -35,12 +38,13 @@ def usage() -> str:
 def run(arguments: list[str]) -> int:
     parser = parser_of_run("train")
     parser.once("--resume", nargs="?", const="auto")
-    for flag in ("--device", "--device-memory"):
+    for flag in ("--device", "--device-memory", "--devices"):
         parser.once(flag)
     for switch in ("--dry-run", "--no-time", "--verbose", "--overwrite", "--allow-changes"):
         parser.switch(switch)
     options, overrides = parse(parser, arguments)
     _check_flags(options)
+    devices = None if options.devices is None else _number_of_devices(options.devices)
     memory = None if options.device_memory is None else bytes_of(options.device_memory)
     config = load(options, overrides, resume=options.resume, needs_weights=not options.dry_run)
     if options.dry_run:
@@ -51,6 +55,7 @@ def run(arguments: list[str]) -> int:
             model_index=options.model_index,
             device=options.device,
             memory=memory,
+            devices=devices,
             timed=not options.no_time,
             verbose=options.verbose,
         )
@@ -87,6 +92,7 @@ def _check_flags(options: argparse.Namespace) -> None:
         "--verbose": options.verbose,
         "--device": options.device,
         "--device-memory": options.device_memory,
+        "--devices": options.devices,
     }
     given = [flag for flag, value in of_the_dry_run.items() if value]
     if given and not options.dry_run:
@@ -95,3 +101,9 @@ def _check_flags(options: argparse.Namespace) -> None:
             expected="a dry run: a run takes the machine it is on",
             fix="add --dry-run",
         )
+
+
+def _number_of_devices(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) <= MOST_DEVICES):
+        raise ConfigError(f"--devices is {text[:40]!r}", expected=f"a number from 1 to {MOST_DEVICES}", fix="write 8")
+    return int(text)

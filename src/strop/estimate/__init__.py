@@ -1,6 +1,8 @@
 """What a run will need: memory and time, from its configuration and the lengths of its rows. Floor 5.
 
-memory     bytes of the micro-batch that takes the most
+devices    how the model lies on the devices, and what they exchange
+memory     bytes of the micro-batch that takes the most, on each device
+longest    the longest group that a device takes
 flops      floating-point operations of micro-batches
 seconds    seconds of every step
 speed      how fast this processor trains an architecture, measured with few layers
@@ -13,7 +15,7 @@ driver's tool. `make bench` measures the errors.
 
 from strop.estimate.fitting import fitted, planned_precision, planned_rows, with_precision
 from strop.estimate.flops import group_cost
-from strop.estimate.words import LEFT_OUT, Estimate, estimate, predicted_time, prediction
+from strop.estimate.words import LEFT_OUT, Estimate, estimate, longest_line, predicted_time, prediction
 
 __all__ = [
     "LEFT_OUT",
@@ -21,6 +23,7 @@ __all__ = [
     "estimate",
     "fitted",
     "group_cost",
+    "longest_line",
     "planned_precision",
     "planned_rows",
     "predicted_time",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from strop.config import ModelSection, RunConfig
 from strop.engine.checkpoint import Checkpoint
+from strop.estimate.devices import devices_of
 from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine
 from strop.plan.budget import longest_group
@@ -43,7 +44,7 @@ def _fitted(start: Prepared, machine: Machine, precision: Precision, tokens: Row
     budget = start.config.training.micro_batch_tokens
     assert budget is not None
     budgets = [budget]
-    shape = shape_of(start.config.lora, start.model)
+    shape, devices = shape_of(start.config.lora, start.model), devices_of(start)
     auto = start.config.training.gradient_checkpointing == "auto"
     if halve:
         longest = longest_group(start.data.train, tokens)
@@ -53,7 +54,7 @@ def _fitted(start: Prepared, machine: Machine, precision: Precision, tokens: Row
     for budget, share in [*((budget, shares[0]) for budget in budgets), *((budgets[-1], s) for s in shares[1:])]:
         found = _settled(start, budget, share, "by the estimate of memory")
         work = found.work(tokens).work
-        if fits(peak_memory(work, shape, found.config, found.objective, precision, machine), machine.memory):
+        if fits(peak_memory(work, shape, found.config, found.objective, precision, machine, devices), machine.memory):
             break
     give_back_freed_memory(len(start.data.train))
     return found
@@ -113,7 +114,8 @@ def _can_fit(prepared: Prepared, machine: Machine, precision: Precision, tokens:
     try:
         with predicting("no estimate"):
             shape = shape_of(found.config.lora, found.model)
-            needed = peak_memory(found.work(tokens).work, shape, found.config, found.objective, precision, machine)
+            parts = (shape, found.config, found.objective, precision, machine, devices_of(found))
+            needed = peak_memory(found.work(tokens).work, *parts)
     except CannotBuildError:
         return True
     return fits(needed, machine.memory)

@@ -1,8 +1,9 @@
-"""Bytes that a run needs at its peak, by what takes them. Floor 5.
+"""Bytes that a run needs at its peak on each device, by what takes them. Floor 5.
 
-In: a model's shape, the work of micro-batches, the configuration, dtypes. Out: bytes by name, of the micro-batch that
-takes the most: weights, gradients, optimizer, what every layer keeps for its backward pass (`saved_per_token`), and the
-head's tile; beside them what libraries take, and on a CPU what the process has already.
+In: a model's shape, the work of micro-batches, the configuration, dtypes, how the model lies on the devices. Out: bytes
+by name, of the micro-batch that takes the most: weights, gradients, optimizer, what every layer keeps for its backward
+pass (`saved_per_token`), and the head's tile; where weights are sharded, those that are gathered; beside them what
+libraries take, and on a CPU what the process has already.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
+from strop.distributed import BUCKET_BYTES
 from strop.engine.optim import state_bytes
+from strop.estimate.devices import ALONE, Devices, base_bytes, gathered_bytes
 from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.plan.work import Work
@@ -59,16 +62,17 @@ def peak_memory(
     objective: Objective[MethodSettings],
     precision: Precision,
     machine: Machine,
+    devices: Devices = ALONE,
 ) -> dict[str, int]:
-    """Bytes by name of the micro-batch that takes the most. Not always the one with the most tokens: a CPU keeps
-    probabilities of attention."""
+    """Bytes by name, on each device, of the micro-batch that takes the most. Not always the one with the most tokens: a
+    CPU keeps probabilities of attention."""
     work = work.distinct()
     holes = HOLES * (len(work) - 1) / (len(work) + 7) if machine.kind == "cpu" else 0.0
     peak: dict[str, int] = {}
     most = -1
     for first in range(0, len(work), CHUNK):
         some = work.taken(slice(first, first + CHUNK))
-        parts = memory_of(shape, some, config, precision, machine.kind, objective, holes)
+        parts = memory_of(shape, some, config, precision, machine.kind, objective, holes, devices)
         totals = np.sum(list(parts.values()), axis=0)
         if (highest := int(totals.max())) > most:
             most, at = highest, int(totals.argmax())
@@ -84,6 +88,7 @@ def memory_of(
     device: str,
     objective: Objective[MethodSettings],
     holes: float,
+    devices: Devices = ALONE,
 ) -> dict[str, np.ndarray]:
     """[B] bytes by name of each micro-batch. holes: share of what comes and goes that an allocator leaves unused."""
     c, wide = precision.compute.itemsize, precision.master.itemsize
@@ -92,17 +97,21 @@ def memory_of(
     head = _head(shape, work, config, precision, device, objective)
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     backward = work.tokens * (4 * shape.inner * c + 4 * shape.width * _stream(shape, precision))
-    casts = _casts(shape, config, precision, device)
+    casts = _casts(shape, config, precision, device) if devices.shard == 1 else 0
     parts: dict[str, Numbers | float] = {
-        "weights": weight_bytes(shape, precision),
-        "gradients": trained * wide,
-        "optimizer": trained * state_bytes(config.training.optim, wide),
+        "weights": weight_bytes(shape, precision) / devices.shard,
+        "gradients": trained * wide / devices.shard,
+        "optimizer": trained * state_bytes(config.training.optim, wide) / devices.shard,
         "activations": activations + _probabilities(shape, work, config, precision, device),
         "head": head + casts,
         "backward": backward,
         "allocator": holes * (activations + backward + head),
         "process": PROCESS[device],
     }
+    if devices.shard > 1:
+        parts["gathered weights"] = _gathered(shape, precision)
+    elif devices.count > 1:
+        parts["sum of gradients"] = float(min(BUCKET_BYTES, trained * wide))
     if shape.matrix_bytes is not None:  # the largest one: dequantised in float32, then in the compute dtype
         parts["dequantised layer"] = float(shape.width * shape.inner * (4 + c))
     if device == "cpu":
@@ -116,17 +125,22 @@ def memory_of(
 
 
 def weight_bytes(shape: Shape, precision: Precision) -> float:
-    """Of the base and its adapters."""
-    c, wide = precision.compute.itemsize, precision.master.itemsize
-    if not shape.adapters:
-        return (shape.matrix + shape.others) * wide
-    matrix = shape.matrix * (c if shape.matrix_bytes is None else shape.matrix_bytes)
-    return matrix + shape.others * c + shape.adapters * wide
+    """Of the base and its adapters, of a whole copy."""
+    return base_bytes(shape, precision) + shape.adapters * precision.master.itemsize
 
 
 def trained_weights(shape: Shape) -> int:
     """How many weights are trained."""
     return shape.adapters or shape.matrix + shape.others
+
+
+def _gathered(shape: Shape, precision: Precision) -> float:
+    """Of what is whole for a while on a device that has a shard: the layer that computes, the next one, which comes
+    meanwhile, and what is outside of layers; where all weights train, the gradients of one layer and of the rest before
+    they are reduced and scattered."""
+    layer, rest = gathered_bytes(shape, precision)
+    gradients = 0.0 if shape.adapters else (shape.matrix / shape.layers + shape.others) * precision.master.itemsize
+    return 2 * layer + rest + gradients
 
 
 def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, device: str) -> float:

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from strop.config import RunConfig
+from strop.estimate.devices import Devices, sent_bytes
 from strop.estimate.flops import body_flops, flops_of, recomputing
 from strop.estimate.memory import saved_per_token, trained_weights
 from strop.estimate.speed import measure
@@ -57,3 +58,31 @@ def published_seconds(
     token = PASSES * shape.layers * saved_per_token(shape, config, precision, machine.kind) / bandwidth
     update = 4 * 7 * trained_weights(shape) / bandwidth
     return epoch.sums(flops_of(shape, epoch.work, config) / rate + token * epoch.work.tokens) + update
+
+
+def together(
+    seconds: Seconds,
+    shape: Shape,
+    epoch: EpochWork,
+    precision: Precision,
+    machine: Machine,
+    devices: Devices,
+) -> Seconds:
+    """[steps] on several devices, from those that one alone would take for all of a step.
+
+    A step's groups are dealt by their cost, so each device takes an equal part, or its longest group alone. A copy on
+    each: gradients are summed after the last micro-batch. Sharded: weights come and gradients go while others compute.
+    Processes on one CPU share its cores, so they take as long as one.
+    """
+    if machine.kind == "cpu" or devices.count == 1:
+        return seconds
+    work = epoch.work
+    total = epoch.sums(work.tokens)
+    longest = np.maximum.reduceat(work.longest, epoch.starts[:-1])
+    own = np.asarray(seconds * np.maximum(1 / devices.count, longest / total))
+    link = machine.link(devices.count)
+    if link is None:
+        return own
+    micro_batches = np.ceil(np.diff(epoch.starts) / devices.count)
+    exchange = sent_bytes(shape, precision, devices, micro_batches) / link
+    return np.asarray(own + exchange if devices.shard == 1 else np.maximum(own, exchange))

@@ -14,9 +14,11 @@ import numpy as np
 from strop.config import RunConfig
 from strop.engine.out_of_memory import ways_to_fit
 from strop.errors import StropError
+from strop.estimate.devices import ALONE, Devices, devices_of
 from strop.estimate.flops import flops_of
+from strop.estimate.longest import longest_that_fits
 from strop.estimate.memory import MIB, fits, peak_memory
-from strop.estimate.seconds import Seconds, published_seconds, timed_seconds
+from strop.estimate.seconds import Seconds, published_seconds, timed_seconds, together
 from strop.machine import Machine
 from strop.plan.tokens import RowTokens
 from strop.policy.model.from_config import CannotBuildError, predicting, shape_of
@@ -27,9 +29,9 @@ from strop.readable import duration, plain
 LEFT_OUT = (
     "the estimate leaves out: reading the data, the reference's pass before the first step, its log-probs (on the "
     "CPU, 4 bytes per scored token and 0.6 kB per completion) and the model of ref_model_id, evaluations, "
-    "checkpoints, what a GPU's allocator leaves unused, modules_to_save, what layers that keep their own forward hold "
-    "more than fused ones do (norms and MLPs of other kinds, eager attention), and in TFLOP/s and in the time on a GPU "
-    "the products of a mixture's experts"
+    "checkpoints, what a GPU's allocator leaves unused and what NCCL keeps between several GPUs, modules_to_save, what "
+    "layers that keep their own forward hold more than fused ones do (norms and MLPs of other kinds, eager attention), "
+    "and in TFLOP/s and in the time on a GPU the products of a mixture's experts"
 )
 
 
@@ -37,9 +39,9 @@ LEFT_OUT = (
 class Estimate:
     """What a run will need.
 
-    parts: bytes by name, whose sum is the peak. steps: [steps] seconds of every step of an epoch, or of the run where
-    it is shorter, or None; source: where they are from, or why there are none. num_steps: of the run. flops: of a mean
-    step. memory: bytes of the device, or None.
+    parts: bytes by name on each device, whose sum is the peak. steps: [steps] seconds of every step of an epoch, or of
+    the run where it is shorter, or None; source: where they are from, or why there are none. num_steps: of the run.
+    flops: of a mean step, on all devices together. memory: bytes of the device, or None.
     """
 
     parts: dict[str, int]
@@ -49,6 +51,7 @@ class Estimate:
     memory: int | None
     source: str
     ways: Sequence[str]
+    devices: Devices = ALONE
 
     @property
     def peak(self) -> int:
@@ -62,7 +65,8 @@ class Estimate:
         """For a person."""
         has = "" if self.memory is None else f" of {self.memory / 2**30:.1f} GiB"
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items() if size >= 5 * MIB)
-        yield f"predicted peak memory: {self.peak / 2**30:.2f} GiB{has} ({listed})"
+        each = "" if self.devices.count == 1 else f" on each of {self.devices.count} devices"
+        yield f"predicted peak memory{each}: {self.peak / 2**30:.2f} GiB{has} ({listed})"
         yield from self.time_lines()
         if not self.fits:
             yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
@@ -107,14 +111,28 @@ def estimate(
     else:
         seconds = published_seconds(shape, epoch, config, precision, machine)
         source = machine.describe(precision.compute)
+    devices = devices_of(prepared)
     if seconds is not None:  # passes without gradients: half of one that trains adapters, a third of one of all weights
         twice = objective.whole_step and int(np.diff(epoch.starts).max()) > 1
         again = twice + (objective.ref_sync is not None) + len(objective.also)
         seconds = seconds * (1 + again / (2 if shape.adapters else 3))
+        seconds = together(seconds, shape, epoch, precision, machine, devices)
+        source = f"{source}{_exchanged(machine, devices)}"
     flops = float(flops_of(shape, epoch.work, config).sum()) / epoch.num_steps
     ways = _ways(config, int(epoch.work.longest.max()))
-    memory = peak_memory(epoch.work, shape, config, objective, precision, machine)
-    return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways)
+    memory = peak_memory(epoch.work, shape, config, objective, precision, machine, devices)
+    return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways, devices)
+
+
+def _exchanged(machine: Machine, devices: Devices) -> str:
+    """What the time of several devices assumes besides."""
+    if devices.count == 1:
+        return ""
+    if machine.kind == "cpu":
+        return f"; {devices.count} processes share its cores"
+    link = machine.link(devices.count)
+    assert link is not None, "a GPU whose rate is known has a link"
+    return f"; {devices.count} devices, each sends {link / 1e9:.0f} GB/s"
 
 
 def prediction(
@@ -139,6 +157,20 @@ def predicted_time(prepared: Prepared, machine: Machine, precision: Precision, t
             return list(estimate(prepared, machine, precision, tokens, timed=True).time_lines())
     except CannotBuildError as error:
         return [f"no prediction of time: {error.found}"]
+
+
+def longest_line(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> list[str]:
+    """How long a group may be on a device of known memory; no line where there is no estimate."""
+    if machine.memory is None:
+        return []
+    try:
+        with predicting("this architecture is of a kind that the estimate does not know"):
+            longest, here = longest_that_fits(prepared, machine, precision, tokens)
+    except CannotBuildError:
+        return []  # `prediction` says why
+    if longest < here:
+        return [f"longest group that fits: about {plain(longest)} tokens; the longest here has {here:,}"]
+    return [f"longest group that would fit: about {plain(longest)} tokens; the longest here has {here:,}"]
 
 
 def _ways(config: RunConfig, longest: int) -> list[str]:

@@ -1,0 +1,67 @@
+"""The longest group that a device takes by itself, by the estimate of memory. Floor 5."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from strop.batch import PROMPT_LOGPS
+from strop.engine.out_of_memory import decided_by_auto
+from strop.estimate.devices import devices_of
+from strop.estimate.memory import fits, peak_memory
+from strop.machine import Machine
+from strop.plan.tokens import RowTokens
+from strop.plan.work import Work
+from strop.policy.model.from_config import shape_of
+from strop.policy.precision import Precision
+from strop.prepared import Prepared
+
+MOST = 2**24
+"""Tokens at which the search ends."""
+
+
+def longest_that_fits(prepared: Prepared, machine: Machine, precision: Precision, tokens: RowTokens) -> tuple[int, int]:
+    """(tokens of the longest group that fits by itself, tokens of the longest group of the rows). It is divided into
+    prompt and completions as the rows' longest one is. Where `gradient_checkpointing` is auto, all layers may be
+    computed again.
+
+    Raises:
+        CannotBuildError: the architecture needs more than its configuration.
+    """
+    config, shape = prepared.config, shape_of(prepared.config.lora, prepared.model)
+    if decided_by_auto(config) and shape.recomputes:
+        config = config.with_values({"training.gradient_checkpointing": True}, "auto")
+    lengths = prepared.data.train.lengths
+    longest = lengths[int(np.argmax(tokens.of_each(lengths)))]
+    prompts = PROMPT_LOGPS in prepared.objective.reads
+    one = Work.of([longest], tokens, prompts=prompts)
+    here = int(one.tokens[0])
+
+    def is_fitting(size: int) -> bool:
+        parts = (shape, config, prepared.objective, precision, machine, devices_of(prepared))
+        return fits(peak_memory(stretched(one, size / here), *parts), machine.memory)
+
+    low, high = 0, MOST
+    if is_fitting(high):
+        return high, here
+    while high - low > 1 + low // 100:  # within a hundredth
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_fitting(middle) else (low, middle)
+    return low, here
+
+
+def stretched(work: Work, by: float) -> Work:
+    """The counts of micro-batches whose groups are `by` times as long."""
+    tokens, scored, longest, again = (
+        np.ceil(size * by).astype(np.int64) for size in (work.tokens, work.scored, work.longest, work.again)
+    )
+    return replace(
+        work,
+        tokens=tokens,
+        scored=scored,
+        longest=longest,
+        again=again,
+        seen=work.seen * by**2,
+        squares=np.ceil(work.squares * by**2).astype(np.int64),
+    )

@@ -1,0 +1,201 @@
+"""The estimate for several devices: what each holds, what they send, how long they take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from strop.cli.train import run as run_train
+from strop.config import load_config, resolve
+from strop.dryrun import dry_run
+from strop.errors import ConfigError
+from strop.estimate import estimate, fitted, longest_line, planned_precision
+from strop.estimate.devices import ALONE, Devices, base_bytes, sent_bytes
+from strop.estimate.longest import longest_that_fits, stretched
+from strop.estimate.memory import peak_memory
+from strop.machine import Machine
+from strop.plan.tokens import packed_tokens
+from strop.plan.work import Work
+from strop.policy.model.from_config import shape_of
+from strop.policy.precision import Precision
+from strop.prepared import Prepared, prepare, with_budget
+
+H100 = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
+BF16 = Precision(torch.bfloat16)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, model_dir: Path) -> Callable[..., Prepared]:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"question {i}", "chosen": "yes " * (20 + i), "rejected": "no " * 25} for i in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(num_processes: int = 1, **keys: Any) -> Prepared:
+        base = {"models.0.huggingface_id": str(model_dir), "dataset.train_file": str(path), "method": "dpo"}
+        base |= {"training.bf16": True, "training.groups_per_step": 24}
+        config = resolve(load_config(overrides={**base, **keys}))
+        found = prepare(config, config.models[0], num_processes=num_processes)
+        return with_budget(found, packed_tokens, "cuda")
+
+    return make
+
+
+def peak(found: Prepared, devices: Devices = ALONE) -> dict[str, int]:
+    shape = shape_of(found.config.lora, found.model)
+    return peak_memory(found.work(packed_tokens).work, shape, found.config, found.objective, BF16, H100, devices)
+
+
+@pytest.mark.parametrize("lora", [{}, {"r": 4}], ids=["full", "lora"])
+def test_a_shard_is_a_part_of_what_training_holds(lora: dict[str, Any], prepared: Callable[..., Prepared]) -> None:
+    found = prepared(**lora)
+    whole, parts = peak(found), peak(found, Devices(8, 4))
+    for name in ("weights", "gradients", "optimizer"):
+        assert parts[name] == pytest.approx(whole[name] / 4, abs=1)
+    for name in ("activations", "backward"):
+        assert parts[name] == whole[name]
+    shape = shape_of(found.config.lora, found.model)
+    layer, rest = shape.matrix / shape.layers, shape.others
+    gradients = 0 if lora else 4 * (layer + rest)
+    assert parts["gathered weights"] == pytest.approx(2 * (2 * layer + rest) + gradients, abs=1)
+
+
+def test_a_copy_on_each_device_costs_what_one_does_but_for_a_bucket(prepared: Callable[..., Prepared]) -> None:
+    found = prepared()
+    whole, parts = peak(found), peak(found, Devices(8))
+    assert {name: size for name, size in parts.items() if name != "sum of gradients"} == whole
+    assert parts["sum of gradients"] == whole["gradients"] < 2**26
+
+
+def test_what_a_device_sends_is_the_least_of_a_ring(prepared: Callable[..., Prepared]) -> None:
+    """Written out for each of the strategies; no more than all of it, whatever the number of devices."""
+    shape = shape_of(prepared().config.lora, prepared().model)
+    weights = shape.matrix + shape.others
+    steps = np.array([1.0, 3.0])
+    assert sent_bytes(shape, BF16, ALONE, steps).tolist() == [0, 0]
+    assert sent_bytes(shape, BF16, Devices(4), steps).tolist() == [2 * 4 * weights * 3 / 4] * 2
+    gathered = 2 * (2 * shape.matrix + shape.others)
+    sharded = (gathered + 4 * weights) * 3 / 4
+    assert sent_bytes(shape, BF16, Devices(4, 4), steps) == pytest.approx(sharded * steps)
+    hybrid = sharded + 2 * (4 * weights / 4) * 1 / 2
+    assert sent_bytes(shape, BF16, Devices(8, 4), steps) == pytest.approx(hybrid * steps)
+
+
+def test_adapters_are_summed_alone(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(r=4)
+    shape = shape_of(found.config.lora, found.model)
+    assert sent_bytes(shape, BF16, Devices(2), np.ones(1)).tolist() == [4 * shape.adapters]
+    quantised = replace(shape, matrix_bytes=0.5)
+    assert base_bytes(quantised, BF16) == shape.matrix / 2 + 2 * shape.others
+    assert sent_bytes(quantised, BF16, Devices(2, 2), np.ones(1)) < sent_bytes(shape, BF16, Devices(2, 2), np.ones(1))
+
+
+def steps_of(found: Prepared, machine: Machine = H100) -> np.ndarray:
+    seconds = estimate(found, machine, BF16, packed_tokens).steps
+    assert seconds is not None
+    return seconds
+
+
+def test_more_devices_take_less_time_but_for_what_they_exchange(prepared: Callable[..., Prepared]) -> None:
+    alone, four = (steps_of(prepared(size)) for size in (1, 4))
+    assert (four < alone).all() and (four > alone / 4).all()
+    no_link = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
+    exchange = sent_bytes(shape_of(prepared().config.lora, prepared().model), BF16, Devices(4), np.ones(1))
+    link = no_link.link(4)
+    assert link == pytest.approx(0.7 * 450e9) and four - alone / 4 == pytest.approx(exchange / link)
+
+
+def test_a_step_takes_as_long_as_its_longest_group(prepared: Callable[..., Prepared]) -> None:
+    """However many devices there are beyond the groups of a step."""
+    work = prepared().work(packed_tokens).work
+    alone, many = steps_of(prepared()), steps_of(prepared(1024))
+    assert (many >= alone * int(work.longest.max()) / int(work.tokens.sum())).all()
+
+
+def test_machines_are_joined_by_a_slower_network() -> None:
+    assert H100.link(8) == pytest.approx(0.7 * 450e9) and H100.link(16) == pytest.approx(0.7 * 50e9)
+    card = Machine("cuda", 2**36, 2e12, "NVIDIA L4")
+    assert card.link(16) == pytest.approx(0.7 * 32e9), "the network is no faster than what leads to it"
+    assert Machine("cuda", None, None, "Some GPU").link(2) is None
+
+
+def test_processes_share_the_memory_of_a_cpu() -> None:
+    assert Machine("cpu", 2**34, None).shared_by(4).memory == 2**32
+    assert H100.shared_by(4) is H100 and Machine("cpu", None, None).shared_by(4).memory is None
+
+
+def test_the_longest_group_is_the_longest_that_fits(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(gradient_checkpointing=True)
+    small = replace(H100, memory=2**32)
+    longest, here = longest_that_fits(found, small, BF16, packed_tokens)
+    one = Work.of([max(found.data.train, key=lambda group: group.num_tokens)], packed_tokens)
+    assert here == one.tokens[0] < longest
+
+    def needed(size: float) -> int:
+        shape = shape_of(found.config.lora, found.model)
+        parts = (shape, found.config, found.objective, BF16, small)
+        return sum(peak_memory(stretched(one, size / here), *parts).values())
+
+    assert needed(longest) <= 0.9 * 2**32 < needed(1.02 * longest)
+    [line] = longest_line(found, small, BF16, packed_tokens)
+    assert line.startswith("longest group that would fit: about ")
+    [line] = longest_line(found, replace(H100, memory=2**20), BF16, packed_tokens)
+    assert line.startswith("longest group that fits: about 0 tokens")
+    assert longest_line(found, replace(H100, memory=None), BF16, packed_tokens) == []
+
+
+def test_stretched_counts_are_those_of_longer_groups(prepared: Callable[..., Prepared]) -> None:
+    found = prepared()
+    work = found.work(packed_tokens).work
+    longer = stretched(work, 2.0)
+    for name, by in {"tokens": 2, "scored": 2, "longest": 2, "again": 2, "seen": 4, "squares": 4}.items():
+        np.testing.assert_allclose(getattr(longer, name), by * getattr(work, name))
+
+
+def test_the_dry_run_judges_several_devices(prepared: Callable[..., Prepared], capsys: Any) -> None:
+    config = prepared(r=4).config
+    dry_run(config, device="h100", devices=4, timed=False)
+    said = capsys.readouterr().out
+    assert "predicted peak memory on each of 4 devices: " in said and " of 79.6 GiB " in said
+    assert "judged for 4 devices" in said and "4 devices, each sends 315 GB/s" in said
+    assert "longest group that would fit: about " in said
+
+
+def test_processes_of_a_cpu_are_judged_by_their_share(prepared: Callable[..., Prepared], capsys: Any) -> None:
+    config = prepared(r=4).config.with_values({"gpu.num_processes": 2}, "test")
+    dry_run(config, timed=False)
+    said = capsys.readouterr().out
+    assert "predicted peak memory on each of 2 devices: " in said
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "many", "4.5", "1025", ""])
+def test_what_is_no_number_of_devices(given: str) -> None:
+    with pytest.raises(ConfigError, match="--devices is "):
+        run_train(["--config", "none.yaml", "--dry-run", f"--devices={given}"])
+
+
+def test_devices_are_judged_in_a_dry_run_alone() -> None:
+    with pytest.raises(ConfigError, match="--devices without --dry-run"):
+        run_train(["--config", "none.yaml", "--devices", "4"])
+
+
+def test_fewer_bytes_are_planned_with_where_processes_share(prepared: Callable[..., Prepared]) -> None:
+    """`gradient_checkpointing: auto` is settled by what one process has."""
+    asked = prepared(2, gradient_checkpointing="auto", micro_batch_tokens=1)
+    machine = Machine("cpu", 2**31, None)
+    precision = planned_precision(asked.config, machine)
+    alone = fitted(asked, machine, precision, packed_tokens).config.training
+    shared = fitted(asked, machine.shared_by(2**11), precision, packed_tokens).config.training
+    assert (alone.gradient_checkpointing, shared.gradient_checkpointing) == (False, True)
+
+
+def test_devices_say_how_the_model_lies() -> None:
+    names = {ALONE: "1 device", Devices(4): "a copy on each of 4 devices", Devices(4, 4): "fsdp on 4 devices"}
+    assert all(str(devices) == name for devices, name in names.items())
+    assert str(Devices(16, 8)) == "fsdp over 8 of 16 devices" and Devices(16, 8).replicas == 2
