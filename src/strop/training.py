@@ -21,6 +21,7 @@ from strop.each_model import for_each_model
 from strop.engine import checkpoint, final
 from strop.engine.alike import check_alike, start_facts
 from strop.engine.checkpoint import Checkpoint
+from strop.engine.device_memory import device_facts
 from strop.engine.ending import Ending, RunResult, ending_of
 from strop.engine.environment import write_environment
 from strop.engine.loop import Loop
@@ -183,6 +184,7 @@ class _Run:
         self.session, self.run, self.progress = session, run, progress
         self.saved, self.allow_changes = saved, allow_changes
         self.made_from = session.made_from
+        self.processes = session.world.gather(device_facts(session.world.device))
         self.resumed_at = saved.step if saved else 0
 
     def whole(self) -> RunResult:
@@ -278,8 +280,8 @@ class _Run:
         """Writes what is known of a run before its first step: configuration, environment, data report."""
         config, data = self.session.config, self.session.prepared.data
         self.run.write_text("config.yaml", to_yaml(config))
-        size = self.session.world.size
-        write_environment(self.run, self.saved, seed=config.seed, products=product_rates.record(), world_size=size)
+        products = product_rates.record()
+        write_environment(self.run, self.saved, seed=config.seed, products=products, processes=self.processes)
         write_plan(self.session, self.run)
         durable.remove(self.run.path / FAILURE)  # of the process that this one continues
         self.run.write_json("data.json", data.report.as_dict())

@@ -68,7 +68,7 @@ class Run:
     @property
     def untimed(self) -> list[dict[str, Any]]:
         """The records without what differs from one run to the next."""
-        return [{name: v for name, v in record.items() if name not in TIMINGS} for record in self.metrics]
+        return [{k: v for k, v in x.items() if k not in TIMINGS and "/rank_" not in k} for x in self.metrics]
 
     @property
     def config(self) -> dict[str, Any]:

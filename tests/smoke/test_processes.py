@@ -73,6 +73,18 @@ def assert_same_run(one: Any, two: Any) -> None:
     assert_close(one.final, two.final)
 
 
+def assert_says_each_device(lines: list[dict[str, Any]], processes: list[dict[str, Any]]) -> None:
+    """Name and memory of every device in the first line, peaks in every one."""
+    first, *others = [line for line in lines if line["split"] == "train"]
+    for rank, process in enumerate(processes):
+        assert {name: first[f"{name}/rank_{rank}"] for name in process} == process
+        assert process["device"] and process["memory_gib"] > 0
+    for line in (first, *others):
+        peaks = [line[f"peak_memory_gib/rank_{rank}"] for rank in range(len(processes))]
+        assert line["peak_memory_gib"] == max(peaks) and all(peak > 0 for peak in peaks)
+    assert not any(name.startswith("device/") for line in others for name in line)
+
+
 OFTEN = {"sft full 2", "dpo lora 3", "kto_pair full 2", "kto lora 2", "orpo lora 2", "simpo full 2"}
 """What the suite runs; `make nightly` runs all."""
 
@@ -89,7 +101,9 @@ def test_the_run_of_several_processes_is_that_of_one(kind: str, keys: dict[str, 
     alone = runs(settings)
     many = runs.at(in_many(size, runs.config(settings)))
     assert_same_run(alone, many)
-    assert json.loads((many.path / "environment.json").read_text())["world_size"] == size
+    environment = json.loads((many.path / "environment.json").read_text())
+    assert environment["world_size"] == size == len(environment["processes"])
+    assert_says_each_device(many.metrics, environment["processes"])
 
 
 def test_a_run_goes_on_in_another_number_of_processes(runs: Any, tmp_path: Path) -> None:

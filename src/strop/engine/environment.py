@@ -30,8 +30,15 @@ ENVIRONMENT = "environment.json"
 PACKAGES = ("strop", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "bitsandbytes")
 
 
-def describe_environment(*, seed: int, world_size: int = 1, command: Sequence[str] | None = None) -> dict[str, object]:
-    """The content of environment.json. command: default: the command line of this process."""
+def describe_environment(
+    *, seed: int, processes: Sequence[Mapping[str, Any]], command: Sequence[str] | None = None
+) -> dict[str, object]:
+    """The content of environment.json.
+
+    Args:
+        processes: host, device and memory of each process, by rank.
+        command: default: the command line of this process.
+    """
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -42,7 +49,8 @@ def describe_environment(*, seed: int, world_size: int = 1, command: Sequence[st
         "devices": _devices(),
         "cuda": torch.version.cuda,
         "seed": seed,
-        "world_size": world_size,
+        "world_size": len(processes),
+        "processes": [dict(process) for process in processes],
         "git_commit": _git_commit(),
         "command": redact_arguments(sys.argv if command is None else command),
     }
@@ -52,15 +60,18 @@ COMPARED = ("python", "packages", "platform", "processor", "num_cpus", "num_thre
 """What can change a result in its last digits."""
 
 
-def write_environment(run: RunDir, saved: Checkpoint | None, *, seed: int, products: Any, world_size: int = 1) -> None:
+def write_environment(
+    run: RunDir, saved: Checkpoint | None, *, seed: int, products: Any, processes: Sequence[Mapping[str, Any]]
+) -> None:
     """Writes environment.json. A resume keeps the record of the first launch, adds its own to it, and warns about
     differences.
 
     Args:
         saved: the checkpoint that is resumed from.
         products: how matrix products are computed here.
+        processes: host, device and memory of each process, by rank.
     """
-    environment: dict[str, Any] = {**describe_environment(seed=seed, world_size=world_size), "products": products}
+    environment: dict[str, Any] = {**describe_environment(seed=seed, processes=processes), "products": products}
     if saved and (launch := launch_record(saved.path.parent)) is not None:
         for line in changed_since(launch, environment):
             log.warning("%s: changed since the launch, so the last digits may differ: %s", run.path, line)

@@ -26,9 +26,10 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
+from strop.engine.device_memory import DeviceMemory
 from strop.engine.evaluate import Evaluation
 from strop.engine.gradients import Gradients
-from strop.engine.metrics import MetricWindow, UpdateProbe, peak_memory_gib
+from strop.engine.metrics import MetricWindow, UpdateProbe
 from strop.engine.optim import build_optimizer, learning_rate, set_rate, without_gradient
 from strop.engine.records import StepRecord, Sum, WeightsDigest
 from strop.engine.snapshot import Snapshot
@@ -109,6 +110,7 @@ class Loop:
         self.snapshot = Snapshot(self.parameters, self.optimizer, self.scaler, source, world)
         self.state = TrainState()
         self.window = MetricWindow()
+        self.memory = DeviceMemory(world)
         self.digest = WeightsDigest(list(self.parameters.values()))
         self.stalled = StalledLoss(source.num_steps, self._rate)
         self.evaluation: Evaluation | None = None
@@ -295,7 +297,7 @@ class Loop:
                 "tokens": state.tokens,
                 "tokens_per_second": tokens / seconds if seconds else None,
                 "seconds": state.seconds,
-                "peak_memory_gib": peak_memory_gib(self.world.device),
+                **self.memory.line(),
                 **measured,
             }
         )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from strop.engine.records import StepRecord, Sum
 from strop.errors import ConfigError
-from strop.machine import resident
 
 
 class MetricWindow:
@@ -80,13 +79,6 @@ class MetricWindow:
 def means(sums: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
     """Sum divided by count, for every metric with a count above 0."""
     return {name: sums[name] / counts[name] for name in sums if counts[name]}
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The peak memory of this process: allocated on the GPU, or, on a CPU, the largest resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resident("VmHWM") / 2**30
 
 
 class UpdateProbe:

@@ -19,7 +19,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_ODD_VARIABLE", "never-written-down")
-    facts = describe_environment(seed=7, world_size=2, command=["strop", "train"])
+    facts = describe_environment(seed=7, processes=2 * [{}], command=["strop", "train"])
     assert facts["python"] == platform.python_version()
     packages = facts["packages"]
     assert isinstance(packages, dict) and packages["torch"] == torch.__version__ and packages["strop"]
@@ -29,8 +29,8 @@ def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_changed_since_the_launch(tmp_path: Path) -> None:
-    launch = describe_environment(seed=1)
-    assert list(changed_since(launch, describe_environment(seed=2, command=["other"]))) == []
+    launch = describe_environment(seed=1, processes=[{}])
+    assert list(changed_since(launch, describe_environment(seed=2, processes=[{}], command=["other"]))) == []
     packages = launch["packages"]
     assert isinstance(packages, dict)
     now = {**launch, "packages": {**packages, "torch": "0.1", "strop": "9"}, "num_threads": 99, "git_commit": "x"}
@@ -49,18 +49,18 @@ def test_what_changed_since_the_launch(tmp_path: Path) -> None:
 def test_no_secret_of_the_command_line_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     command = ["strop", "train", "--hub-token", "x" * 20, f"--name={SECRET}", f"https://u:pw@host/{KEY}"]
-    text = to_json(describe_environment(seed=1, command=command))
+    text = to_json(describe_environment(seed=1, processes=[{}], command=command))
     assert not any(s in text for s in (SECRET, KEY, "x" * 20, "pw@"))
 
 
 def test_the_commit_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
-    assert describe_environment(seed=1)["git_commit"] is None
+    assert describe_environment(seed=1, processes=[{}])["git_commit"] is None
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run([*git, *arguments], check=True)
-    commit = describe_environment(seed=1)["git_commit"]
+    commit = describe_environment(seed=1, processes=[{}])["git_commit"]
     assert isinstance(commit, str) and len(commit) == 40
     monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
-    assert describe_environment(seed=1)["git_commit"] is None
+    assert describe_environment(seed=1, processes=[{}])["git_commit"] is None
