@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import strop
 from strop.cli import main
 from strop.evaluate import intervals
 from strop.evaluate.intervals import Interval, Metric, Ratio
@@ -119,6 +120,56 @@ def test_an_adapter_and_the_merged_model_are_the_same(place: Path) -> None:
     found = evaluated(place, ["adapter", "merged"], "singles")
     one, two = (model["metrics"]["loss"] for model in found["models"])
     assert one["value"] == pytest.approx(two["value"], rel=1e-5) and abs(two["difference"]) < 1e-5
+
+
+def test_an_adapter_is_scored_on_the_tokens_it_was_trained_on(
+    place: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokenizer lies beside it, with another chat template than its base; the base is scored on the same tokens."""
+    with_sign = CHATML.replace("'<|im_start|>' + m", "'<|im_start|># ' + m")
+    make_tokenizer(with_sign).save_pretrained(place / "adapter")
+    assert main(["merge", str(place / "adapter"), "--output-dir", str(place / "merged")]) == 0
+    merged = evaluated(place, ["merged"], "pairs", "--method", "dpo", "--reference", str(place / "base"))
+    found = evaluated(place, ["adapter"], "pairs", "--method", "dpo")
+    other = evaluated(place, ["base", "adapter"], "singles")
+    own = evaluated(place, ["adapter"], "singles")
+    assert "another chat template" in capfd.readouterr().err
+    ours, theirs, bases, alone = (x["models"][-1]["metrics"]["loss"]["value"] for x in (found, merged, other, own))
+    assert ours == pytest.approx(theirs, rel=1e-5)  # the merged model has the adapter's tokenizer
+    assert alone != pytest.approx(bases)
+
+
+def test_a_run_is_scored_by_its_own_method(place: Path) -> None:
+    """With its settings, over which flags win; another method that is named has nothing of them."""
+    keys = {
+        "models": [{"huggingface_id": str(place / "base"), "name": "run"}],
+        "dataset": {"train_file": str(place / "pairs.jsonl")},
+        "post_training": {"method": "dpo", "loss_type": "hinge", "beta": 0.25},
+        "training": {"max_steps": 1, "output_dir": str(place), "learning_rate": 1e-2, "warmup_steps": 0},
+        "lora": {"r": 2},
+    }
+    strop.train(strop.load_config(overrides=keys))
+    own = evaluated(place, ["run"], "pairs")
+    named = evaluated(place, ["run"], "pairs", "--method", "dpo", "--loss-type", "hinge", "--beta", "0.25")
+    assert own == named and "rewards/margins" in own["models"][0]["metrics"]
+    flag = evaluated(place, ["run"], "pairs", "--beta", "0.5")["models"][0]["metrics"]["rewards/margins"]["value"]
+    assert flag == pytest.approx(2 * own["models"][0]["metrics"]["rewards/margins"]["value"])
+    other = evaluated(place, ["run"], "singles", "--method", "sft")["models"][0]["metrics"]
+    assert "nll" in other and "rewards/margins" not in other
+
+
+def test_tokens_that_mean_something_else_to_a_model_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    first, plain = 4, len(vocab) - 4  # special tokens come first, and stay
+    content["model"]["vocab"] = {t: i if i < first else first + (i - first + 1) % plain for t, i in vocab.items()}
+    file.write_text(json.dumps(content))
+    words = ["eval", str(place / "base"), str(place / "other"), "--data", str(place / "singles.jsonl")]
+    assert main(words) == 1
+    assert "of the rows is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["kto", "simpo", "orpo"])

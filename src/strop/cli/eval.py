@@ -8,6 +8,8 @@ from pathlib import Path
 from strop.cli.run_config import parse, parser_of_run
 from strop.config import load_config
 from strop.config.layers import CommandLine
+from strop.config.names import target
+from strop.config.yamlfile import write_value
 from strop.errors import ConfigError
 from strop.terminal import log_to_terminal, show
 
@@ -16,7 +18,8 @@ usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key o
 
   MODEL|RUN ...      run folders, adapters, model folders, or hub ids; the first is what others are compared with
   --data FILE        the rows, as of dataset.train_file; all of them are scored
-  --method NAME      by whose objective (default: sft); its settings as flags, such as --beta 0.1
+  --method NAME      by whose objective; its settings as flags, such as --beta 0.1 (default: of --config; without it,
+                     the method and the settings that the first model was trained by, if it is a run; else sft)
   --reference MODEL  what a method with a reference compares with (default: what the first model was trained from)
   --output FILE      the numbers as JSON, too
   --config FILE      settings of data, method and precision from a configuration; its models are not looked at
@@ -42,9 +45,10 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("--model-index: the models are those that are named", fix="leave it out")
     target = None if options.output is None else Path(options.output)
 
-    config = load_config(
-        options.config, preset=options.preset, overrides=_with_rows(overrides, sources[0], options.data)
-    )
+    overrides = _with_rows(overrides, sources[0], options.data)
+    if options.config is None and options.preset is None and not _names_method(overrides):
+        overrides = _with_method_of(Path(sources[0]).expanduser(), overrides)
+    config = load_config(options.config, preset=options.preset, overrides=overrides)
     log_to_terminal(config.logging.log_level)
 
     from strop.durable import to_json
@@ -67,4 +71,22 @@ def _with_rows(overrides: CommandLine, source: str, data: str | None) -> Command
     if data is not None:
         overrides["dataset.train_file"] = data
         overrides.flags["dataset.train_file"] = "--data"
+    return overrides
+
+
+def _names_method(overrides: CommandLine) -> bool:
+    return bool({"method", "post_training.method"} & overrides.keys())
+
+
+def _with_method_of(run: Path, overrides: CommandLine) -> CommandLine:
+    """With the method of a run and its settings, where `run` is one that did not sample its own rows; flags win over
+    them."""
+    file = run / "config.yaml"
+    if not file.is_file() or (trained := load_config(file)).rollout.enabled:
+        return overrides
+    given = {path[-1] for path in (target(name, name) for name in overrides) if path[0] == "post_training"}
+    for name, value in trained.post_training:
+        if value is not None and name not in given:
+            key = f"post_training.{name}"
+            overrides[key], overrides.flags[key] = write_value(value), f"the run {run}"
     return overrides

@@ -1,7 +1,8 @@
 """A model's numbers, row by row, by the objective of a method. Floor 8.
 
-Every model scores the same rows, as the first one's tokenizer has them. Where the method compares with a reference, one
-model is the reference of all: the one that is named, else what the first model was trained from.
+The rows are tokenised once, by the tokenizer and the chat template of the first model, and every model scores these
+tokens. Where the method compares with a reference, one model is the reference of all: the one that is named, else what
+the first model was trained from.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,17 @@ from strop.columns import Unit
 from strop.config import RunConfig, resolve
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
+from strop.data.load import LoadedData
 from strop.device import start_world
 from strop.engine.progress import Progress
 from strop.engine.source import GroupSet
 from strop.engine.step import join_all, summarise
-from strop.errors import ConfigError, DataError
+from strop.errors import ConfigError, ModelError
 from strop.evaluate.intervals import Metric, Ratio
 from strop.generate.source import Source
+from strop.modelrows import ModelRows
 from strop.objectives.base import Objective, build_objective
+from strop.policy.model.tokenizer import read_tokenizer
 from strop.policy.policy import Policy
 from strop.session import Session
 from strop.world import World
@@ -66,7 +70,7 @@ def evaluate(config: RunConfig, sources: Sequence[str], reference: str | None = 
             `sources` was trained from.
 
     Raises:
-        StropError: a model or the rows cannot be read, or models have other tokens for them.
+        StropError: a model or the rows cannot be read, or the tokens mean something else to one of the models.
     """
     config = resolve(config)
     objective = build_objective(config.post_training)
@@ -78,34 +82,27 @@ def evaluate(config: RunConfig, sources: Sequence[str], reference: str | None = 
     with start_world(config.gpu) as world, tempfile.TemporaryDirectory() as folder, Progress() as progress:
         if world.size > 1:
             raise ConfigError(f"started as {world.size} processes", expected="one", fix="start strop eval by itself")
-        first, groups, fingerprint = Source.of(sources[0]), None, None
+        first, groups = Source.of(sources[0]), None
+        rows = ModelRows.of(_of_all_rows(config, first.model), first.model)
+        data = rows.load()
         if objective.needs_reference:
-            base = first.base() if reference is None else Source.of(reference)
-            with _session(config, base.model, world) as session:
+            named = reference or getattr(config.post_training, "ref_model_id", None)
+            base = first.base() if named is None else Source.of(named)
+            with _session(rows, data, base.model, world) as session:
                 groups, _ = session.score(session.policy, progress, Path(folder))
-                fingerprint = session.prepared.data.report.fingerprint
             reference = base.model.adapter or base.model.huggingface_id
         found = []
         for given in sources:
             gc.collect()
             log.info("scoring %s", given)
-            with _session(config, Source.of(given).model, world) as session:
-                own = session.prepared.data.report.fingerprint
-                fingerprint = fingerprint or own
-                if own != fingerprint:
-                    raise DataError(
-                        "its tokenizer or chat template makes other tokens of the rows than that of the models before",
-                        where=given,
-                        expected="models of one family, so that their numbers are of the same thing",
-                        fix="evaluate it in a call of its own, or name a template: --template",
-                    )
+            with _session(rows, data, Source.of(given).model, world) as session:
                 scored = session.groups()[0] if groups is None else groups
                 found.append(_evaluated(given, session.policy, objective, scored.derived(objective), world))
     return Evaluation(found, len(scored.groups), reference if objective.needs_reference else None)
 
 
-def _session(config: RunConfig, model: ModelSection, world: World) -> Session:
-    """One model on all rows, of which none is held out."""
+def _of_all_rows(config: RunConfig, model: ModelSection) -> RunConfig:
+    """The configuration for one model, with no row held out."""
     values = {
         "models": (model,),
         "lora.enabled": False,
@@ -114,7 +111,53 @@ def _session(config: RunConfig, model: ModelSection, world: World) -> Session:
         "training.reference_store": False,
         "training.micro_batch_tokens": None,
     }
-    return Session(config.with_values(values, "strop eval"), model, world, backward=False)
+    return config.with_values(values, "strop eval")
+
+
+def _session(rows: ModelRows, data: LoadedData, model: ModelSection, world: World) -> Session:
+    """A model on rows that the first model's tokenizer has made tokens of.
+
+    Raises:
+        ModelError: the tokens mean something else to this model.
+    """
+    if model != rows.model:
+        _check_tokens(rows, data, model)
+    read = (replace(rows, config=_of_all_rows(rows.config, model), model=model), data)
+    return Session(read[0].config, model, world, read=read, backward=False)
+
+
+def _check_tokens(rows: ModelRows, data: LoadedData, model: ModelSection) -> None:
+    """Refuse a model to which a token of the rows is another text; say it where its own template differs.
+
+    Raises:
+        ModelError: names the first token that differs.
+    """
+    own = read_tokenizer(model)
+    ours, theirs = ({i: token for token, i in tok.get_vocab().items()} for tok in (rows.tokenizer, own))
+    differing = {i for i, token in ours.items() if theirs.get(i) != token}
+    if differing and (used := differing & set(_tokens(data))):
+        number = min(used)
+        raise ModelError(
+            f"token {number} of the rows is {theirs.get(number)!r} to it",
+            where=model.adapter or model.huggingface_id,
+            expected=f"{ours[number]!r}, as it is to {rows.model.adapter or rows.model.huggingface_id}, which is the "
+            "first model that is named",
+            fix="compare models of one family, so that their numbers are of the same tokens",
+        )
+    if own.chat_template != rows.tokenizer.chat_template and rows.config.dataset.template is None:
+        log.info(
+            "%s has another chat template: it scores the rows as that of %s writes them",
+            model.adapter or model.huggingface_id,
+            rows.model.adapter or rows.model.huggingface_id,
+        )
+
+
+def _tokens(data: LoadedData) -> Iterator[int]:
+    """Every token of all rows."""
+    for group in data.train:
+        yield from group.prompt_ids
+        for completion in group.completions:
+            yield from completion.ids
 
 
 def _evaluated(

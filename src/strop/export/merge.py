@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
@@ -38,10 +38,10 @@ from strop.export.proof import (
     move_weights,
     refuse,
 )
-from strop.export.shards import Shard, memory_dtype, read_header, rewrite, write_index
+from strop.export.shards import Shard, Spec, memory_dtype, read_header, rewrite, write_index
 from strop.manifest import seal
 from strop.policy.model.adapter_targets import head_names
-from strop.policy.model.configuration import quiet
+from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.folder import ModelFiles, adapter_place_of, inspect_model, source_of
 from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import LoadedModel, load_model
@@ -100,7 +100,7 @@ def merge(
     files = inspect_model(model)
     check_output(target, (files.source, source_of(model.adapter), source))
     shards = [read_header(path) for path in files.weights]
-    check_room(target, _bytes(shards, dtype))
+    check_room(target, _bytes(shards, dtype, model_config(model)))
     stored = dtype or files.stored
     with new_folder(target) as folder:
         copy_tokenizer(model, folder)
@@ -122,8 +122,15 @@ def merge(
     return found
 
 
-def _bytes(shards: Sequence[Shard], dtype: torch.dtype | None) -> int:
+def _bytes(shards: Sequence[Shard], dtype: torch.dtype | None, config: PreTrainedConfig) -> int:
+    """Of all weights of the merged model, at most: a head that is the embedding may get weights of its own."""
     specs = [spec for shard in shards for spec in shard.specs.values()]
+    if any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
+        usual = next(iter(shards[0].specs.values())).dtype  # as `rewrite` stores what it adds
+        largest = max(
+            (spec.shape for spec in specs if len(spec.shape) == 2), key=lambda shape: torch.Size(shape).numel()
+        )
+        specs.append(Spec(largest, usual))
     if dtype is None:
         return sum(spec.nbytes for spec in specs)
     return sum(torch.Size(s.shape).numel() * max(s.dtype.itemsize, dtype.itemsize) for s in specs)

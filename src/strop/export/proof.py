@@ -7,6 +7,7 @@ in a random direction. What lies further away than that is another model.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,10 +178,15 @@ def compare_layers(
         errors[name] = _rms(found - expected), noise
     if not errors:
         return
-    num_bad = sum(error > noise for error, noise in errors.values())
-    worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], sys.float_info.min))
+    num_bad = sum(not error <= noise for error, noise in errors.values())  # NaN is no number that holds
+    worst = max(errors, key=lambda name: _share(*errors[name]))
     note = f"{num_bad} do not" if num_bad else ""
     yield Line(f"layers ({len(errors)}); the worst: {worst}", *errors[worst], num_bad == 0, note)
+
+
+def _share(error: float, noise: float) -> float:
+    """Of what rounding may do; NaN is the worst of all."""
+    return math.inf if math.isnan(error) or math.isnan(noise) else error / max(noise, sys.float_info.min)
 
 
 def compare_answers(adapter: Answers, merged: Answers, moved: Sequence[Tensor]) -> Iterator[Line]:

@@ -13,7 +13,8 @@ from strop.durable import to_json
 from strop.generate.output import write_target
 from strop.generate.prompts import Prompt, encode
 from strop.generate.sampling import Answer, Sampling, sample
-from strop.generate.source import Loaded, Source, load, tokenizer_of
+from strop.generate.source import Loaded, Source, load
+from strop.policy.model.tokenizer import read_tokenizer
 from strop.terminal import escaped, show
 
 
@@ -48,7 +49,7 @@ def answer(
     Raises:
         StropError: a model cannot be loaded, or a prompt cannot be written as tokens.
     """
-    tokenizer = tokenizer_of(source)
+    tokenizer = read_tokenizer(source.model)
     asked = [encode(tokenizer, prompt, raw=raw) for prompt in prompts]
 
     def of(which: Source) -> list[list[Answer]]:

@@ -18,10 +18,10 @@ from strop.errors import ModelError, foreign_errors
 from strop.export.adapted import with_adapter
 from strop.export.folders import ADAPTER_CONFIG, adapter_of
 from strop.export.shards import memory_dtype, read_header
-from strop.policy.model.folder import adapter_place_of, check_exists, fetch, inspect_model, place_of, source_of
-from strop.policy.model.generation import GENERATION, stop_tokens, stops_in
+from strop.policy.model.folder import check_exists, fetch, inspect_model, place_of, source_of
+from strop.policy.model.generation import stop_tokens
 from strop.policy.model.load import load_model
-from strop.policy.model.tokenizer import adapter_tokenizer, check_vocabulary, read_tokenizer
+from strop.policy.model.tokenizer import check_vocabulary, read_tokenizer
 from strop.rundir import FINAL
 
 
@@ -115,32 +115,13 @@ def load(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Lo
     if device.type == "cpu":
         dtype = memory_dtype([read_header(path) for path in files.weights], files.stored)
     loaded = load_model(model, dtype=dtype)
-    tokenizer = tokenizer or tokenizer_of(source)
+    tokenizer = tokenizer or read_tokenizer(model)
     check_vocabulary(tokenizer, loaded.module, place_of(model))
     module: nn.Module = loaded.module.eval()
     if model.adapter is not None:
         module = with_adapter(loaded.module, model)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) else None
-    return Loaded(module.to(device), tokenizer, _stops(source, tokenizer), limit, place_of(model))
-
-
-def tokenizer_of(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer of the adapter, where it has one; else the model's.
-
-    Raises:
-        ModelError: it cannot be read, or has no end-of-sequence token.
-    """
-    return adapter_tokenizer(source.model) or read_tokenizer(source.model)
-
-
-def _stops(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that the generation settings name, an adapter's own before its base's; else the tokenizer's end
-    token."""
-    model = source.model
-    found: tuple[int, ...] = ()
-    if model.adapter is not None:
-        where = adapter_place_of(model)
-        file = fetch(source_of(model.adapter), GENERATION, None, where, optional=True)
-        found = () if file is None else stops_in(file, where)
-    return found or stop_tokens(model) or (int(tokenizer.eos_token_id),)
+    return Loaded(
+        module.to(device), tokenizer, stop_tokens(model) or (int(tokenizer.eos_token_id),), limit, place_of(model)
+    )

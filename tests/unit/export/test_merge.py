@@ -206,6 +206,15 @@ def test_a_layer_of_zeros_has_no_rounding() -> None:
     assert not line.holds and line.note == "1 do not"
 
 
+def test_a_layer_that_is_not_a_number_does_not_hold_and_is_the_worst() -> None:
+    merged = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 2, bias=False))
+    rows = torch.ones(4, 3)
+    wrong = rows @ merged[1].weight.detach().T + 1
+    products = {"0": (rows, torch.full((4, 2), torch.nan)), "1": (rows, wrong)}
+    (line,) = proof.compare_layers(merged, products, torch.float32)
+    assert not line.holds and line.note == "2 do not" and line.what.endswith("the worst: 0")
+
+
 def test_a_model_that_does_not_fit_into_memory_in_float32(
     make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +283,19 @@ def test_folders_in_use(make: Any, make_model: Any, tmp_path: Path, monkeypatch:
     with pytest.raises(SaveError, match="the disk is too full"):
         merge.merge(str(adapter), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_room_for_a_head_that_leaves_the_embedding_is_asked_for(
+    make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tied model's files have no head; merged with an adapter on it, they do."""
+    base, adapter = make(make_model(tie_word_embeddings=True), target_modules=["q_proj", "lm_head"])
+    stored = sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
+    asked: list[int] = []
+    monkeypatch.setattr(merge, "check_room", lambda target, weights: asked.append(weights))
+    merge.merge(str(adapter), tmp_path / "merged")
+    merged = sum(tensor.nbytes for tensor in load_file(tmp_path / "merged/model.safetensors").values())
+    assert asked == [merged] and merged > stored
 
 
 def test_the_command(make: Any, make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.model.configuration import model_config
-from strop.policy.model.folder import fetch, inspect_config, place_of, read_json, source_of
+from strop.policy.model.folder import adapter_place_of, fetch, inspect_config, place_of, read_json, source_of
 from strop.types import Completion, Group
 
 logger = logging.getLogger("strop")
@@ -115,22 +115,27 @@ def write_generation(
 
 def stop_tokens(model: ModelSection) -> tuple[int, ...]:
     """The tokens at which `generate` of transformers stops with this model: `eos_token_id` of generation_config.json,
-    and without that file, of config.json. Empty where neither names one.
+    an adapter's own before its base's, and without these files, of config.json. Empty where none names one.
 
     Raises:
         ModelError: a file cannot be read, or names something else.
     """
+    if model.adapter is not None:
+        where = adapter_place_of(model)
+        own = fetch(source_of(model.adapter), GENERATION, None, where, optional=True)
+        if own is not None and (stops := _stops_in(own, where)):
+            return stops
     where = place_of(model)
     file = fetch(source_of(model.huggingface_id), GENERATION, model.revision, where, optional=True)
     if file is not None:
-        return stops_in(file, where)
+        return _stops_in(file, where)
     found = inspect_config(model).config.get("eos_token_id")
     if found is None:  # the architecture may have a default
         found = GenerationConfig.from_model_config(model_config(model)).eos_token_id
     return _checked_ids(found, "config.json", where)
 
 
-def stops_in(file: Path, where: str) -> tuple[int, ...]:
+def _stops_in(file: Path, where: str) -> tuple[int, ...]:
     """`eos_token_id` of a generation_config.json; empty where it names none.
 
     Raises:

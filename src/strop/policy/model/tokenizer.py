@@ -44,7 +44,8 @@ def load_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
 
 
 def read_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, untouched: no padding token is added, since padding is masked whatever its id.
+    """The model's tokenizer, untouched: no padding token is added, since padding is masked whatever its id. Where the
+    model has an adapter with a tokenizer beside it, that one: a run saves there what it trained by.
 
     Whether the model is one is looked at only where the tokenizer fails, so that what is wrong with a model is not said
     of its tokenizer; whoever reads many rows with it calls `check_model` before.
@@ -56,7 +57,7 @@ def read_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
         ModelError: there is no such model or no tokenizer, it cannot be read, or has no end-of-sequence token.
     """
     try:
-        return _read(model)
+        return _adapter_tokenizer(model) or _read(model)
     except ModelError:
         check_model(model, needs_weights=needs_weights)
         raise
@@ -111,9 +112,8 @@ def _read(model: ModelSection) -> PreTrainedTokenizerBase:
     return _settled(tokenizer, where)
 
 
-def adapter_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder of the model's adapter: a run saves it there, with the chat template that it trained
-    by. None where the folder has none.
+def _adapter_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder of the model's adapter, with its chat template; None where there is none.
 
     Raises:
         ModelError: it cannot be read, or has no end-of-sequence token.
