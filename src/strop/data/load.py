@@ -65,48 +65,27 @@ def load_data(
         DataError: a source cannot be read; a bad row under `dataset.on_error: error`; too much or all is lost.
         ModelError: the tokenizer cannot be used.
     """
-    dataset = config.dataset
-    sources = choose_sources(dataset, rows)
-    warn_of_unread(dataset)
+    sources = choose_sources(config.dataset, rows)
+    warn_of_unread(config.dataset)
     pipeline = RowPipeline.tried(config, tokenizer, rows, stop_tokens)
     _warn_of_unread_kwargs(pipeline)
-    identity = pipeline.identity()
-    train = _train_parts(sources.train, pipeline, identity, config)
-    groups = _joined([part.whole for part in train])
-    parts = {"train": train}
-    views: dict[str, Groups] = {}
-    not_used = 0
-    if sources.eval is not None:
-        tokens = _tokenise(sources.eval, dataset.max_eval_samples, pipeline, identity, config)
-        parts["eval"] = [_Part.of(sources.eval, tokens, 1.0, 0)]
-        views["eval"] = parts["eval"][0].whole
-    elif dataset.validation_split > 0:
-        row_of = _row_numbers(groups)
-        firsts = groups.column("prompt_hash")[groups.column("again") == 0]
-        flags = held_out(firsts, dataset.validation_split, config.seed)[row_of]
-        held = groups.taken(np.flatnonzero(flags))
-        views["eval"] = _first_rows(held, dataset.max_eval_samples)
-        not_used = _num_rows(held) - _num_rows(views["eval"])
-        groups = groups.taken(np.flatnonzero(~flags))
-    views["train"] = groups
-    for name in parts:
-        if not len(views[name]):
-            raise _nothing_left(parts[name], pipeline.limits)
-        _refuse_losses(parts[name], dataset.max_dropped_fraction)
-    names: list[str] = [name for name in ("train", "eval") if name in views]
-    counts = {name: _counts(parts.get(name, []), views[name], train) for name in names}
-    if "eval" in counts:
-        counts["eval"].leave_out(not_used)
-    how = _rendering(views, pipeline)
-    weighed = _weighed(views["train"], [part.source.weight for part in train], config.seed)
+    tokeniser = _Tokeniser(pipeline, config)
+    train = _train_parts(sources.train, tokeniser, config)
+    splits = _splits(train, sources.eval, tokeniser, config)
+    for split in splits.values():
+        _refuse_losses(split, config.dataset.max_dropped_fraction, pipeline.limits)
+    weighed = _weighed(splits["train"].groups, [part.source.weight for part in train], config.seed)
     if not len(weighed):
         raise _nothing_left(train, pipeline.limits)
+    views = {name: split.groups for name, split in splits.items()}
+    counts = {name: _counts(split, train) for name, split in splits.items()}
+    rendering = _rendering(views, pipeline)
     return LoadedData(
         train=weighed,
         eval=views["eval"] if "eval" in views and len(views["eval"]) else (),
-        report=DataReport.of(counts, views, how, trained=weighed, pairs=rows == "pair"),
-        chat_template=pipeline.renderer.template if how.num_chat else None,
-        rejected=sum((part.tokens.rejected for some in parts.values() for part in some), Rejected([])),
+        report=DataReport.of(counts, views, rendering, trained=weighed, pairs=rows == "pair"),
+        chat_template=pipeline.renderer.template if rendering.num_chat else None,
+        rejected=sum((part.tokens.rejected for split in splits.values() for part in split.parts), Rejected([])),
         num_labels=num_labels(weighed),
     )
 
@@ -128,6 +107,19 @@ class _Part:
         return cls(source, tokens, whole)
 
 
+@dataclass(frozen=True)
+class _Split:
+    """Training or validation rows: the groups, and the sources that they come from.
+
+    parts: empty for validation rows that are held out of the training sources. num_not_used: of those, the rows beyond
+    `dataset.max_eval_samples`.
+    """
+
+    groups: Groups
+    parts: Sequence[_Part] = ()
+    num_not_used: int = 0
+
+
 def _warn_of_unread_kwargs(pipeline: RowPipeline) -> None:
     if unread := pipeline.renderer.unread_kwargs():
         logger.warning(
@@ -137,9 +129,7 @@ def _warn_of_unread_kwargs(pipeline: RowPipeline) -> None:
         )
 
 
-def _train_parts(
-    sources: Sequence[Source], pipeline: RowPipeline, identity: Mapping[str, Any], config: RunConfig
-) -> list[_Part]:
+def _train_parts(sources: Sequence[Source], tokeniser: _Tokeniser, config: RunConfig) -> list[_Part]:
     """The sources one after the other, with at most `max_samples` good rows in all."""
     parts = []
     missing = config.dataset.max_samples
@@ -147,30 +137,57 @@ def _train_parts(
         limit = min((n for n in (source.limit, missing) if n is not None), default=None)
         if limit == 0:
             break
-        tokens = _tokenise(source, limit, pipeline, identity, config)
+        tokens = tokeniser.tokens(source, limit)
         parts.append(_Part.of(source, tokens, source.share, config.seed))
         if missing is not None:
             missing -= _num_rows(tokens.shard) + tokens.dropped.total()
     return parts
 
 
-def _tokenise(
-    source: Source, limit: int | None, pipeline: RowPipeline, identity: Mapping[str, Any], config: RunConfig
-) -> Tokenised:
-    rows = source.identity()
+def _splits(
+    train: Sequence[_Part], validation: Source | None, tokeniser: _Tokeniser, config: RunConfig
+) -> dict[str, _Split]:
+    """The training split and, if there is one, `eval`: of a source of its own, or held out of the training rows."""
+    most = config.dataset.max_eval_samples
+    groups = train[0].whole if len(train) == 1 else Groups.joined([part.whole for part in train])
+    if validation is not None:
+        part = _Part.of(validation, tokeniser.tokens(validation, most), 1.0, 0)
+        return {"train": _Split(groups, train), "eval": _Split(part.whole, [part])}
+    if config.dataset.validation_split == 0:
+        return {"train": _Split(groups, train)}
+    prompts = groups.column("prompt_hash")[groups.column("again") == 0]
+    is_held_out = held_out(prompts, config.dataset.validation_split, config.seed)[_row_numbers(groups)]
+    held = groups.taken(np.flatnonzero(is_held_out))
+    used = held if most is None else held.taken(np.flatnonzero(_row_numbers(held) < most))
+    return {
+        "train": _Split(groups.taken(np.flatnonzero(~is_held_out)), train),
+        "eval": _Split(used, num_not_used=_num_rows(held) - _num_rows(used)),
+    }
 
-    def make() -> Iterator[tuple[str, PipelineResult]]:
-        read = source.read_lines or source.read
-        yield from work_all(pipeline, read(), limit=limit, num_workers=config.dataset.num_workers)
-        if source.identity() != rows:
-            raise DataError(
-                "the rows were changed while they were read",
-                where=source.label,
-                fix="start again once nothing writes to them",
-            )
 
-    whole = {**identity, "source": rows, "limit": limit}
-    return fetch(whole, source.label, make, strict=pipeline.stops_at_errors)
+class _Tokeniser:
+    """Tokenises a source, or takes its tokens from the cache."""
+
+    def __init__(self, pipeline: RowPipeline, config: RunConfig) -> None:
+        self._pipeline, self._num_workers = pipeline, config.dataset.num_workers
+        self._identity = pipeline.identity()
+
+    def tokens(self, source: Source, limit: int | None) -> Tokenised:
+        """limit: good rows at most."""
+        rows = source.identity()
+
+        def make() -> Iterator[tuple[str, PipelineResult]]:
+            read = source.read_lines or source.read
+            yield from work_all(self._pipeline, read(), limit=limit, num_workers=self._num_workers)
+            if source.identity() != rows:
+                raise DataError(
+                    "the rows were changed while they were read",
+                    where=source.label,
+                    fix="start again once nothing writes to them",
+                )
+
+        key = {**self._identity, "source": rows, "limit": limit}
+        return fetch(key, source.label, make, strict=self._pipeline.stops_at_errors)
 
 
 def _num_rows(groups: Shard | Groups) -> int:
@@ -181,14 +198,6 @@ def _num_rows(groups: Shard | Groups) -> int:
 def _row_numbers(groups: Groups) -> np.ndarray:
     """For each group the number of its row, from 0. The groups of a row are adjacent and stay together."""
     return np.asarray(np.cumsum(groups.column("again") == 0) - 1)
-
-
-def _first_rows(groups: Groups, most: int | None) -> Groups:
-    return groups if most is None else groups.taken(np.flatnonzero(_row_numbers(groups) < most))
-
-
-def _joined(parts: Sequence[Groups]) -> Groups:
-    return parts[0] if len(parts) == 1 else Groups.joined(parts)
 
 
 def _weighed(groups: Groups, weights: Sequence[float], seed: int) -> Groups:
@@ -205,18 +214,19 @@ def _weighed(groups: Groups, weights: Sequence[float], seed: int) -> Groups:
     return groups.taken(np.repeat(np.arange(len(groups)), times[row_of]))
 
 
-def _counts(parts: Sequence[_Part], kept: Groups, train: Sequence[_Part]) -> SplitCounts:
+def _counts(split: _Split, train: Sequence[_Part]) -> SplitCounts:
     """What became of the rows of a split; what is refused or dropped of held-out rows counts as read for training."""
-    label = ", ".join(part.source.label for part in parts or train)
-    counts = SplitCounts(label if parts else f"{label} (held out)")
-    for part in parts:
+    label = ", ".join(part.source.label for part in split.parts or train)
+    counts = SplitCounts(label if split.parts else f"{label} (held out)")
+    for part in split.parts:
         counts.refused += part.tokens.refused
         counts.dropped += part.tokens.dropped
         counts.blank_lines += part.tokens.blank_lines
         counts.not_used += _num_rows(part.tokens.shard) - _num_rows(part.whole)
-    counts.kept = _num_rows(kept)
+    counts.not_used += split.num_not_used
+    counts.kept = _num_rows(split.groups)
     counts.rows_read = counts.kept + counts.not_used + counts.refused.total() + counts.dropped.total()
-    counts.changes = {name: int(kept.column(name).sum()) for name in COUNTERS}
+    counts.changes = {name: int(split.groups.column(name).sum()) for name in COUNTERS}
     return counts
 
 
@@ -229,8 +239,17 @@ def _rendering(views: Mapping[str, Groups], pipeline: RowPipeline) -> Rendering:
     return Rendering(num_rows - num_raw, num_raw, renderer.chosen.name, renderer.template_sha256, renderer.date)
 
 
-def _refuse_losses(parts: Sequence[_Part], most: float | None) -> None:
-    """Refuses to train if too many rows are lost. Rows that the configuration asks to drop do not count as lost."""
+def _refuse_losses(split: _Split, most: float | None, limits: Limits) -> None:
+    """Refuses to train if all or too many rows are lost.
+
+    Rows that the configuration asks to drop do not count as lost. A split of held-out rows may be empty.
+
+    Args:
+        most: the share that may be lost.
+    """
+    parts = split.parts
+    if parts and not len(split.groups):
+        raise _nothing_left(parts, limits)
     lost = sum((part.tokens.refused + part.tokens.dropped for part in parts), Counter[str]())
     lost -= Counter({reason: n for reason, n in lost.items() if reason in ASKED_FOR})
     num_rows = sum(_num_rows(part.tokens.shard) for part in parts) + lost.total()

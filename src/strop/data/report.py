@@ -40,11 +40,6 @@ class SplitCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     changes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
 
-    def leave_out(self, num_rows: int) -> None:
-        """Counts good rows that are read and not used."""
-        self.not_used += num_rows
-        self.rows_read += num_rows
-
     def as_dict(self) -> dict[str, Any]:
         """What data.json holds: the changes stand beside the other counts."""
         others = {name: value for name, value in vars(self).items() if name != "changes"}

@@ -29,20 +29,21 @@ from strop.data.store.records import PipelineResult, RowPipeline
 from strop.errors import DataError
 
 ROWS_AT_ONCE = 512
-ALONE = 8
-"""Batches that are worked on before other processes are started."""
+BATCHES_BEFORE_POOL = 8
+"""Batches that are worked on in this process before others are started."""
 
-MOST = 8
-"""Processes at most, where their number is left open."""
+MAX_PROCESSES = 8
+"""Processes at most, where `dataset.num_workers` is not set."""
 
 logger = logging.getLogger("strop")
 
 SECONDS = 60.0
-BYTES_A_SECOND = 50_000
-"""Processor time for a batch: so much, and a second more for so many bytes of its rows; a hundredth is usual."""
+BYTES_PER_SECOND = 50_000
+"""Limit of processor time for a batch: `SECONDS`, and one second more per `BYTES_PER_SECOND` of its rows. Batches usually
+take a hundredth of it."""
 
 START = "fork" if time_limit.CAN_FORK else "spawn"
-"""A fork has the tokenizer already, and does not run the main module again."""
+"""A forked process has the tokenizer already, and does not run the main module again."""
 
 
 def work_all(
@@ -51,15 +52,15 @@ def work_all(
     """The rows' file names and what became of them, in order.
 
     Args:
-        limit: stop behind so many good rows; none behind them is looked at.
-        num_workers: processes; None: by the number of processors.
+        limit: stop after this many good rows; the rows after them are not read.
+        num_workers: number of processes; None: one per core, at most `MAX_PROCESSES`.
         start: how processes are started: fork or spawn.
     """
     batches = _Batches(rows, limit)
-    wanted = num_workers or min(MOST, machine.processor().cores)
-    apart_at_once = start == "fork" and pipeline.may_run_away
+    wanted = num_workers or min(MAX_PROCESSES, machine.processor().cores)
+    needs_pool = start == "fork" and pipeline.may_run_away
     for n in count():
-        if n == (0 if apart_at_once else ALONE) and (apart_at_once or wanted > 1):
+        if n == (0 if needs_pool else BATCHES_BEFORE_POOL) and (needs_pool or wanted > 1):
             pool = _start_pool(pipeline, wanted, start)
             if pool is not None:
                 yield from _in_processes(pool, batches, wanted)
@@ -142,10 +143,10 @@ class WorkerPool:
         self._start_one()
 
     def submit(self, rows: list[Row], file: int) -> Future[PipelineResult]:
-        """Have a batch worked on.
+        """Starts work on a batch.
 
         Raises (the future):
-            DataError: the process that was at it is gone.
+            DataError: the process that worked on it has ended.
         """
         self._under_way = [future for future in self._under_way if not future.done()]
         if len(self._members) < min(self._most, len(self._under_way) + 1):
@@ -185,7 +186,7 @@ class _Worker:
         theirs.close()
 
     def work(self, rows: list[Row], file: int) -> PipelineResult:
-        seconds = SECONDS + sum(map(_size, rows)) / BYTES_A_SECOND
+        seconds = SECONDS + sum(map(_size, rows)) / BYTES_PER_SECOND
         try:
             self._pipe.send((rows, file, seconds))
             if not self._pipe.poll(time_limit.SLACK * seconds):
@@ -212,7 +213,7 @@ class _Worker:
         return DataError(
             f"tokenising these rows takes more than {time_limit.limit_passed(self._process.exitcode, seconds)}",
             where=where,
-            expected="some milliseconds a row",
+            expected="some milliseconds per row",
             fix="look at these rows, and at the normalizer and pre_tokenizer in the model's tokenizer.json: a regular "
             "expression there may never come to an end",
         )
@@ -227,9 +228,9 @@ def _size(row: Row) -> int:
 
 
 def _serve(pipe: Connection, pipeline: RowPipeline, parent: int) -> None:
-    """In the other process: batches come, what became of them goes, until the parent ends it or is gone."""
+    """Runs in the other process: receives batches and sends their results until the parent ends it or is gone."""
     time_limit.enter(parent)
-    gc.freeze()  # what is there stays there: not to be looked through, nor copied, at every collection
+    gc.freeze()  # objects that exist now stay: the collector need not look through them, which would copy their pages
     time_limit.bound_memory()
     while True:
         rows, file, seconds = pipe.recv()

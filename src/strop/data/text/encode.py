@@ -345,16 +345,9 @@ def _without_collection() -> Iterator[None]:
 
 def _joined(sides: Sequence[_Side]) -> Encoded:
     """The sides with their common prompt; what of a prompt is not common is context in front of the completions."""
-    prompts = [side.prompt_ids for side in sides]
     ids = [side.prompt_ids + side.ids for side in sides]
     masks = [bytes(len(side.prompt_ids)) + side.mask for side in sides]
-    # what stands in the prompt is met on every side, but counts once
-    controls = {
-        (0 if at < side.rendered.boundary else n + 1, at) for n, side in enumerate(sides) for at in side.controls
-    }
-    shared = min(len(prompt) for prompt in prompts)
-    if any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
-        shared = next(i for i in range(shared) if len({prompt[i] for prompt in prompts}) > 1)
+    shared = _num_shared([side.prompt_ids for side in sides])
     if shared == 0:
         # a prompt has at least one token: the first one, which nothing predicts
         if len({side[0] for side in ids}) > 1:
@@ -363,16 +356,34 @@ def _joined(sides: Sequence[_Side]) -> Encoded:
     return Encoded(
         ids[0][:shared],
         tuple(EncodedSide(i[shared:], m[shared:]) for i, m in zip(ids, masks, strict=True)),
-        {
-            "boundaries_split": sum(side.num_split for side in sides),
-            "controls_as_text": len(controls),
-            "answers_as_history": sum(side.rendered.num_history for side in sides),
-            "answers_left_out": sum(side.rendered.num_left_out for side in sides),
-            "reasoning_dropped": sum(side.rendered.num_dropped_reasoning for side in sides),
-            "message_keys_unread": any(side.rendered.has_unread_keys for side in sides),
-            "template_kwargs_unread": any(side.rendered.has_unread_kwargs for side in sides),
-            "other_prompts": not all(side.rendered.is_generation_prompt for side in sides),
-        },
+        _counts(sides),
         min(side.rendered.num_prompt_turns for side in sides),
         tuple(dict.fromkeys(words for side in sides for words in side.rendered.left_out)),
     )
+
+
+def _num_shared(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with."""
+    shared = min(map(len, prompts))
+    if all(prompt[:shared] == prompts[0][:shared] for prompt in prompts):
+        return shared
+    return next(i for i in range(shared) if len({prompt[i] for prompt in prompts}) > 1)
+
+
+def _counts(sides: Sequence[_Side]) -> dict[str, int]:
+    """What was done to the row, by the names of `COUNTERS`."""
+    rendered = [side.rendered for side in sides]
+    # what stands in the prompt is met on every side, but counts once
+    controls = {
+        (0 if at < side.rendered.boundary else n, at) for n, side in enumerate(sides, start=1) for at in side.controls
+    }
+    return {
+        "boundaries_split": sum(side.num_split for side in sides),
+        "controls_as_text": len(controls),
+        "answers_as_history": sum(side.num_history for side in rendered),
+        "answers_left_out": sum(side.num_left_out for side in rendered),
+        "reasoning_dropped": sum(side.num_dropped_reasoning for side in rendered),
+        "message_keys_unread": any(side.has_unread_keys for side in rendered),
+        "template_kwargs_unread": any(side.has_unread_kwargs for side in rendered),
+        "other_prompts": not all(side.is_generation_prompt for side in rendered),
+    }

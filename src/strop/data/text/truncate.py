@@ -107,19 +107,11 @@ def truncate(
         label: that of the example.
         differ: two completions must not be the same: they are the sides of a pair.
     """
+    if limits.drop and (reason := _too_long(encoded, limits)):
+        return Truncated(None, reason, False, 0)
     prompt = encoded.prompt_ids
-    longest = max(len(side.ids) for side in encoded.sides)
-    if limits.drop:
-        if limits.prompt_is_too_long(encoded):
-            return Truncated(None, "prompt_too_long", False, 0)
-        if limits.completion is not None and longest > limits.completion:
-            return Truncated(None, "completion_too_long", False, 0)
-        if len(prompt) + longest > limits.sequence:
-            return Truncated(None, "sequence_too_long", False, 0)
     if limits.prompt is not None and limits.prompt_is_too_long(encoded):
-        head = prompt[:1] if prompt[0] == bos and limits.prompt > 1 else []
-        prompt = head + prompt[len(prompt) - limits.prompt + len(head) :]
-        prompt_cut = True
+        prompt, prompt_cut = _cut_left(prompt, limits.prompt, bos), True
     room = limits.sequence - len(prompt)
     if limits.completion is not None:
         room = min(room, limits.completion)
@@ -127,15 +119,31 @@ def truncate(
     completions_cut = sum(
         side.mask.count(1) < whole.mask.count(1) for side, whole in zip(sides, encoded.sides, strict=True)
     )
-    dropped = None
     if not all(1 in side.mask for side in sides):
-        dropped = "nothing_trained"
-    elif differ and len(sides) == 2 and sides[0] == sides[1]:
-        dropped = "equal_after_truncation" if completions_cut else "equal_tokens"
-    if dropped is not None:
-        return Truncated(None, dropped, prompt_cut, completions_cut)
+        return Truncated(None, "nothing_trained", prompt_cut, completions_cut)
+    if differ and len(sides) == 2 and sides[0] == sides[1]:
+        reason = "equal_after_truncation" if completions_cut else "equal_tokens"
+        return Truncated(None, reason, prompt_cut, completions_cut)
     completions = tuple(Completion(array("i", side.ids), side.mask) for side in sides)
     return Truncated(Group(array("i", prompt), completions, origin, label), None, prompt_cut, completions_cut)
+
+
+def _too_long(encoded: Encoded, limits: Limits) -> str | None:
+    """The first limit that the example is beyond, as the reason to drop it."""
+    longest = max(len(side.ids) for side in encoded.sides)
+    if limits.prompt_is_too_long(encoded):
+        return "prompt_too_long"
+    if limits.completion is not None and longest > limits.completion:
+        return "completion_too_long"
+    if len(encoded.prompt_ids) + longest > limits.sequence:
+        return "sequence_too_long"
+    return None
+
+
+def _cut_left(prompt: list[int], room: int, bos: int | None) -> list[int]:
+    """The last `room` tokens of a longer prompt; a BOS token in front takes the place of the first of them."""
+    head = prompt[:1] if prompt[0] == bos and room > 1 else []
+    return head + prompt[len(prompt) - room + len(head) :]
 
 
 def _cut_right(side: EncodedSide, room: int) -> EncodedSide:
