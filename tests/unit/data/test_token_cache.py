@@ -158,7 +158,7 @@ def test_b13_without_shared_memory_one_process_does_it(
         raise error
 
     monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(worker_pool, "ALONE", 2)
+    monkeypatch.setattr(worker_pool, "BATCHES_BEFORE_POOL", 2)
     monkeypatch.setattr(worker_pool, "WorkerPool", refused)
     config = make_config(train_file=rows(tmp_path / "rows.jsonl", 60), num_workers=3, validation_split=0.0)
     assert len(load_data(config, make_tokenizer(), "single").train) == 60
@@ -174,7 +174,7 @@ def test_b13_processes_change_nothing(
     lines[17] = lines[64] = "{"
     path.write_text("\n".join(lines))
     monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(worker_pool, "ALONE", 2)
+    monkeypatch.setattr(worker_pool, "BATCHES_BEFORE_POOL", 2)
     found = []
     for num_workers in (1, 2):
         monkeypatch.setenv("STROP_CACHE", str(tmp_path / f"cache {num_workers}"))

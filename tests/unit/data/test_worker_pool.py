@@ -43,14 +43,14 @@ def test_processes_of_any_start_give_the_same_rows(
     start: str, tmp_path: Path, make_config: Make, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 4)
-    monkeypatch.setattr(worker_pool, "ALONE", 1)
+    monkeypatch.setattr(worker_pool, "BATCHES_BEFORE_POOL", 1)
     path = rows(tmp_path / "rows.jsonl", [f"question {i}" for i in range(20)])
     pipeline = RowPipeline(make_config(train_file=str(path)), make_tokenizer(), "single")
     alone = list(work_all(pipeline, read_lines(str(path)), limit=None, num_workers=1))
-    apart_ = list(work_all(pipeline, read_lines(str(path)), limit=None, num_workers=2, start=start))
+    in_pool = list(work_all(pipeline, read_lines(str(path)), limit=None, num_workers=2, start=start))
     assert len(alone) == 5
     assert [(file, done.table, done.num_good) for file, done in alone] == [
-        (file, done.table, done.num_good) for file, done in apart_
+        (file, done.table, done.num_good) for file, done in in_pool
     ]
 
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_takes_for_ever_is_one_error(
     tmp_path: Path, make_config: Make, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_pool, "SECONDS", 1.0)
-    monkeypatch.setattr(worker_pool, "BYTES_A_SECOND", 1e9)
+    monkeypatch.setattr(worker_pool, "BYTES_PER_SECOND", 1e9)
     path = rows(tmp_path / "rows.jsonl", ["q" * n for n in range(100, 160)])
     with pytest.raises((DataError, ModelError), match=r"rows\.jsonl:1 to 60: .*(1 seconds of processor time|fails on)"):
         load_data(make_config(train_file=str(path)), slow(make_tokenizer()), "single")

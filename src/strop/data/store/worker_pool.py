@@ -39,8 +39,8 @@ logger = logging.getLogger("strop")
 
 SECONDS = 60.0
 BYTES_PER_SECOND = 50_000
-"""Limit of processor time for a batch: `SECONDS`, and one second more per `BYTES_PER_SECOND` of its rows. Batches usually
-take a hundredth of it."""
+"""Limit of processor time for a batch: `SECONDS`, and one second more per `BYTES_PER_SECOND` of its rows.
+Batches usually take a hundredth of it."""
 
 START = "fork" if time_limit.CAN_FORK else "spawn"
 """A forked process has the tokenizer already, and does not run the main module again."""
