@@ -1,8 +1,8 @@
 """The run folder: who may use it, what lies in it, and how it gets there whole. Floor 1, no torch.
 
     {output_dir}/{model name}/
-        config.yaml environment.json plan.json data.json metrics.jsonl rejected.jsonl pairs.json result.json
-        report.html findings.json
+        config.yaml environment.json plan.json data.json metrics.jsonl ledger.jsonl rejected.jsonl pairs.json
+        result.json report.html findings.json
         logs/margins/ logs/tensorboard/
         checkpoint-{step}/        written and read by the engine
         final/                    the finished model; its presence means that the run is done
@@ -37,7 +37,7 @@ from strop.durable import JsonLines, to_json
 from strop.errors import CheckpointError, ConfigError, StropError
 from strop.manifest import MANIFEST
 from strop.redact import redact
-from strop.runfiles import RUN_FILES
+from strop.runfiles import LEDGER, METRICS, RUN_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ class RunDir:
             )
         # a folder that several runs may share gets one folder a run
         self.logs = logs if logs.is_relative_to(self.path) else logs / self.path.name
-        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.metrics = JsonLines(self.path / METRICS)
+        self.ledger = JsonLines(self.path / LEDGER)
         self._lock: filelock.BaseFileLock | None = None
         self._made: list[Path] = []  # what was not there before, innermost first
         self._has_begun = False  # it has written a file
@@ -105,6 +106,7 @@ class RunDir:
 
     def _leave(self, *, spare: bool) -> None:
         self.metrics.close()
+        self.ledger.close()
         if self._lock is not None:
             for path in (
                 (self._holder, self._mark) if spare and self._has_marked and not self._has_begun else (self._holder,)
@@ -255,7 +257,7 @@ class RunDir:
             self.replaces = False
 
     def _clear(self) -> None:
-        for path in self.path.glob(f".bad-{self.metrics.path.name}*"):
+        for path in (path for log in (METRICS, LEDGER) for path in self.path.glob(f".bad-{log}*")):
             durable.remove(path)
         aside = [p for p in self.path.iterdir() if SET_ASIDE_NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
         for folder in (*self._checkpoints(), *aside, self.path / FINAL, *(self.logs / name for name in LOG_FOLDERS)):
@@ -299,17 +301,18 @@ class RunDir:
         lines = (f"{to_json(record)}\n" for record in records)
         return self.write_text(name, iter(lambda: "".join(islice(lines, LINES_AT_ONCE)), ""))
 
-    def append_metrics(self, record: Mapping[str, object]) -> None:
-        """Add a line to metrics.jsonl; NaN and the infinities become null."""
+    def append(self, log: JsonLines, record: Mapping[str, object]) -> None:
+        """Add a line to `metrics` or `ledger`; NaN and the infinities become null."""
         try:
             self._begin()
-            self.metrics.append(record)
+            log.append(record)
         except OSError as error:
-            raise unusable(self.metrics.path, error) from error
+            raise unusable(log.path, error) from error
 
-    def rewind_metrics(self, step: int, *, evaluated: bool = True) -> None:
-        """Drop what metrics.jsonl has after `step`, as a resume from there needs it; a half-written end goes too.
-        evaluated: whether the evaluation of `step` itself stays."""
+    def rewind(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop what metrics.jsonl and ledger.jsonl have after `step`, as a resume from there needs it.
+
+        Half-written ends go too. evaluated: whether the evaluation of `step` itself stays."""
 
         def stays(record: Mapping[str, object]) -> bool | None:
             at = record.get("step")
@@ -317,11 +320,12 @@ class RunDir:
                 return None
             return at < step or (at == step and (evaluated or record.get("split") != "eval"))
 
-        try:
-            damaged = self.metrics.retain(stays)
-        except OSError as error:
-            raise unusable(self.metrics.path, error) from error
-        tell_damage(self.metrics.path, damaged)
+        for log in (self.metrics, self.ledger):
+            try:
+                damaged = log.retain(stays)
+            except OSError as error:
+                raise unusable(log.path, error) from error
+            tell_damage(log.path, damaged)
 
     # ---- the end of a run
 
@@ -412,9 +416,5 @@ def _copy(source: Path, target: Path) -> None:
 def tell_damage(path: Path, damaged: int) -> None:
     """Say what a log has lost, where it has."""
     if damaged:
-        logger.warning(
-            "%s: %d lines are damaged and are left out; the file as it was is beside it, as .bad-%s",
-            path,
-            damaged,
-            path.name,
-        )
+        why = "%s: %d lines are damaged and are left out; the file as it was is beside it, as .bad-%s"
+        logger.warning(why, path, damaged, path.name)

@@ -9,12 +9,15 @@ FAILURE = "failure.json"
 REPORT = "report.html"
 FINDINGS = "findings.json"
 ROLLOUTS = "rollouts.jsonl"
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
 RECORDS = (
     "config.yaml",
     "environment.json",
     PLAN,
     "data.json",
-    "metrics.jsonl",
+    METRICS,
+    LEDGER,
     "rejected.jsonl",
     PAIRS,
     FAILURE,

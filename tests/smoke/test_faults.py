@@ -222,9 +222,12 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(runs: Any, watched: pytest
     watched.setattr(MarginsLog, "write", lambda_of(Failing(MarginsLog.write, {1, 3}, FULL)))
     run = runs(fresh=True)
     assert runs.same_run(run, unbroken)  # every record, in order
+    assert (run.path / "ledger.jsonl").read_text() == (unbroken.path / "ledger.jsonl").read_text()
     assert len(run.margins) < 4
     told = capsys.readouterr().err
-    assert "a line of metrics could not be written yet" in told and "the margins of step 1 cannot be written" in told
+    assert (
+        "a line of metrics.jsonl could not be written yet" in told and "the margins of step 1 cannot be written" in told
+    )
 
 
 def lambda_of(failing: Failing) -> Callable[..., Any]:

@@ -208,28 +208,28 @@ def test_no_credential_reaches_a_file(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_cut_metrics_keeps_each_step_once(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for step in range(1, 11):
-        run.append_metrics({"step": step, "split": "train", "loss": math.nan if step == 3 else 1 / step})
+        run.append(run.metrics, {"step": step, "split": "train", "loss": math.nan if step == 3 else 1 / step})
         if step % 5 == 0:
-            run.append_metrics({"step": step, "split": "eval", "loss": 0.5})
+            run.append(run.metrics, {"step": step, "split": "eval", "loss": 0.5})
     run.metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "split": "tr')  # killed here
     for step in range(6, 9):
         if step == 6:
-            run.rewind_metrics(5)
-        run.append_metrics({"step": step, "split": "train", "loss": 2.0})
+            run.rewind(5)
+        run.append(run.metrics, {"step": step, "split": "train", "loss": 2.0})
     run.metrics.close()
     records = list(run.metrics.read())
     assert [(r["step"], r["split"]) for r in records] == [
         *((s, "train") for s in range(1, 6)), (5, "eval"), *((s, "train") for s in range(6, 9)),
     ]  # fmt: skip
     assert records[2]["loss"] is None
-    run.rewind_metrics(0)
+    run.rewind(0)
     assert list(run.metrics.read()) == []
 
 
 def test_cutting_metrics_that_are_not_there_is_fine(tmp_path: Path) -> None:
-    RunDir(tmp_path).rewind_metrics(5)
+    RunDir(tmp_path).rewind(5)
 
 
 # ---- the end
@@ -371,11 +371,11 @@ def test_damage_in_a_log_is_told_and_kept(damage: str, tmp_path: Path, caplog: p
     run.metrics.path.write_text(text)
     for number, aside in enumerate((".bad-metrics.jsonl", ".bad-metrics.jsonl-2")):
         run.metrics.path.write_text(text)
-        run.rewind_metrics(2)
+        run.rewind(2)
         assert (tmp_path / aside).read_text() == text
         assert [record["step"] for record in run.metrics.read()] == [1, 2]
         assert caplog.text.count("1 lines are damaged") == number + 1
-    run.rewind_metrics(1)
+    run.rewind(1)
     assert caplog.text.count("damaged") == 2
 
 

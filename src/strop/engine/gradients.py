@@ -61,6 +61,11 @@ class Gradients:
         self.fitting_tokens: int | None = None
         """The size of micro-batches that fitted into memory; None as long as the first cut fits."""
 
+    @property
+    def budget_tokens(self) -> int:
+        """The size that micro-batches are cut to now."""
+        return self._cut.budget_tokens
+
     def cut_finer(self, budget_tokens: int) -> None:
         """From now on, limits micro-batches to so many tokens."""
         self._cut = replace(self._cut, budget_tokens=budget_tokens)

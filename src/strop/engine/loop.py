@@ -29,6 +29,7 @@ from strop.engine.checkpoint import Checkpoint
 from strop.engine.device_memory import DeviceMemory
 from strop.engine.evaluate import Evaluation
 from strop.engine.gradients import Gradients
+from strop.engine.ledger import row_hash
 from strop.engine.metrics import MetricWindow, UpdateProbe
 from strop.engine.optim import build_optimizer, learning_rate, set_rate, without_gradient
 from strop.engine.records import StepRecord, Sum, WeightsDigest
@@ -219,6 +220,8 @@ class Loop:
                 seconds=seconds,
                 weights=update.weights,
                 update=update.moved,
+                rows=tuple(map(row_hash, groups.groups)) if self.world.is_main else (),
+                budget_tokens=self.gradients.budget_tokens,
             )
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from strop.config import RunConfig
 from strop.disk import remedy
+from strop.durable import JsonLines
 from strop.engine import checkpoint
+from strop.engine.ledger import ledger_line
 from strop.engine.margins import MarginsLog
 from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
@@ -47,7 +50,8 @@ class RunOutputs:
         self.world = world
         self.made_from = made_from
         self.margins_log = MarginsLog(run.logs / "margins")
-        self._waiting: list[Mapping[str, Any]] = []  # lines that the disk has not taken yet
+        self._metrics = _Log(run, run.metrics, self.note)
+        self._ledger = _Log(run, run.ledger, self.note)
         self._margins_lost = self._num_tokens = 0
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
@@ -58,15 +62,14 @@ class RunOutputs:
         """
         if not self.world.is_main:
             return
-        self.run.rewind_metrics(step, evaluated=evaluated)
+        self.run.rewind(step, evaluated=evaluated)
         with _as_error(self.margins_log.folder):
             self.margins_log.rewind(step)
 
     def line(self, line: Mapping[str, Any]) -> None:
         if not self.world.is_main:
             return
-        self._waiting.append(line)
-        self._write_lines()
+        self._metrics.write(line)
         self.trackers.log(line)
         self.training.record(line)
 
@@ -75,6 +78,7 @@ class RunOutputs:
             return
         if record.margins is not None and self.config.logging.margins:
             self._write_margins(record, record.margins)
+        self._ledger.write(ledger_line(record))
         self._num_tokens += record.num_tokens
         shown = {"loss": record.loss, "epoch": record.epochs, "tokens": self._num_tokens}
         if "rewards/margins" in record.metrics:
@@ -119,17 +123,6 @@ class RunOutputs:
             raise saved
         return saved
 
-    def _write_lines(self) -> None:
-        """Writes the waiting lines in order. Those that the disk does not take are tried again with the next line."""
-        first_failure = len(self._waiting) == 1
-        try:
-            while self._waiting:
-                self.run.append_metrics(self._waiting[0])
-                del self._waiting[0]
-        except CheckpointError as error:
-            if first_failure:
-                self.note(f"warning: a line of metrics could not be written yet: {error}")
-
     @contextmanager
     def evaluating(self, num_groups: int) -> Iterator[Callable[[int], None]]:
         task = self.progress.task("evaluation", num_groups)
@@ -144,13 +137,41 @@ class RunOutputs:
 
     def close(self) -> None:
         self.training.close()
-        self._write_lines()
-        if self._waiting:
-            log.warning("%s: the last %d lines could not be written", self.run.metrics.path, len(self._waiting))
+        self._metrics.close()
+        self._ledger.close()
         if self._margins_lost:
             log.warning("%s: the margins of %d steps are missing", self.margins_log.folder, self._margins_lost)
         self.margins_log.close()
         self.trackers.close()
+
+
+class _Log:
+    """A log of the run. Lines that the disk does not take wait, and are tried again with the next line."""
+
+    def __init__(self, run: RunDir, lines: JsonLines, note: Callable[[str], None]) -> None:
+        self._run, self._lines, self._note = run, lines, note
+        self._waiting: deque[Mapping[str, Any]] = deque()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._waiting.append(line)
+        try:
+            self._write_waiting()
+        except CheckpointError as error:
+            if len(self._waiting) == 1:  # the first of them
+                self._note(f"warning: a line of {self._lines.path.name} could not be written yet: {error}")
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._run.append(self._lines, self._waiting[0])
+            self._waiting.popleft()
+
+    def close(self) -> None:
+        """Tries once more, and says how many lines are lost."""
+        with suppress(CheckpointError):
+            self._write_waiting()
+        if self._waiting:
+            log.warning("%s: the last %d lines could not be written", self._lines.path, len(self._waiting))
+        self._lines.close()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """One record per optimizer step. Everything that is written or shown about a step is made from it. Floor 3.
 
-The loop emits a `StepRecord` at the end of each step. The lines of metrics.jsonl, the margins log, the trackers and the
-terminal are made from it and from nothing else.
+The loop emits a `StepRecord` at the end of each step. The lines of metrics.jsonl, the ledger, the margins log, the
+trackers and the terminal are made from it and from nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class StepRecord:
     margins: [groups] in the order of `indices`, if the method has them. num_tokens: tokens fed to the model, without
     padding. num_zero_signal_groups: groups whose completions are all alike. seconds: duration of the whole step.
     update: how far the weights moved, if it was measured. weights: a digest of the trained weights before the update
-    (`WeightsDigest`).
+    (`WeightsDigest`). rows: a hash of each group, in the order of `indices` (`ledger.row_hash`), in the main process.
+    budget_tokens: the size that micro-batches were cut to.
     """
 
     step: int
@@ -56,6 +57,8 @@ class StepRecord:
     seconds: float
     weights: str
     update: Mapping[str, Sum] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
+    budget_tokens: int = 0
 
 
 class WeightsDigest:
