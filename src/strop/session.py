@@ -53,19 +53,14 @@ from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
 from strop.policy.model.from_config import CannotBuildError, shape_of
-from strop.policy.model.generation import stop_tokens
 from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.policy.reference import SyncedReference, reference_policy
 from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
-from strop.rollout.drawing import Drawing
-from strop.rollout.rows import rows_by_origin
-from strop.rollout.sampler import Sampler
-from strop.rollout.scoring import Scorer
+from strop.rollout.build import rollout_source
 from strop.rollout.source import RolloutSource
-from strop.runfiles import ROLLOUTS
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -330,31 +325,13 @@ class Session:
 
     def _rollouts(self, folder: Path) -> RolloutSource:
         """Groups that the policy samples."""
-        prepared, how = self.prepared, self.config.rollout
-        self.policy.transform = self.policy.transform.at_temperature(how.temperature)
-        ends = {*stop_tokens(self.model), *self._end_token()}
-        drawing = Drawing(how.top_k, how.top_p, how.min_p, len(prepared.tokenizer))
-        sampler = Sampler(
-            self.policy,
-            how.num_generations,
-            sorted(ends),
-            drawing=drawing,
-            seed=self.config.seed,
-            batch_tokens=how.batch_tokens,
-        )
-        scorer = Scorer(self.config.rewards, how)
-        prompts = prepared.data.train
-        assert isinstance(prompts, PromptGroups)
-        rows = rows_by_origin(self.config.dataset, self.config.rows, prompts)
-        parts = (prepared.plan, prompts, rows, sampler, scorer, prepared.tokenizer, prompts.rooms.tolist())
-        source = RolloutSource(*parts, folder / ROLLOUTS, log.warning, self.world)
+        prepared = self.prepared
+        assert isinstance(prepared.data.train, PromptGroups)
+        parts = (prepared.plan, prepared.data.train, self.policy, prepared.tokenizer, folder, log.warning, self.world)
+        source = rollout_source(self.config, self.model, *parts)
         self._exit.callback(source.close)
         source.rewind(self._resumed.step if self._resumed else 0)
         return source
-
-    def _end_token(self) -> tuple[int, ...]:
-        token = self.prepared.tokenizer.eos_token_id
-        return () if token is None else (token,)
 
 
 def reference_made_from(reference: Policy) -> dict[str, str]:

@@ -36,6 +36,12 @@ def short(completions): return [1.0]
 def talks(completions):
     print("x" * 10_000_000)
     return [1.0 * (i % 2) for i, _ in enumerate(completions)]
+def row(completions, chats, messages, more):
+    """The number of the row, if all that belongs to it is there."""
+    for text, chat, own, column in zip(completions, chats, messages, more, strict=True):
+        asked = {"role": "user", "content": f"n {column['i'][0]}"}
+        assert own[0] == asked and chat == [asked, {"role": "assistant", "content": text}]
+    return [column["i"][0] for column in more]
 def once(prompts, completions):
     """Fails for one of the prompts."""
     if "question 3" in prompts[0]:
@@ -101,6 +107,21 @@ def test_it_samples_rewards_trains_and_writes_down(tmp_path: Path, model_dir: Pa
                 )
             ]
         )
+
+
+def test_rewards_get_the_row_and_the_conversation(tmp_path: Path, model_dir: Path) -> None:
+    """Whatever a row holds comes to its own completions, from every source, and nothing of it is read twice."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"n {i}"}, {"role": "assistant", "content": "y"}], "more": {"i": [i]}}
+        for i in range(6)
+    ]
+    given = config(tmp_path, model_dir, "row", **{"training.max_steps": 2, "dataset.template": "chatml"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = strop.train(given)
+    found = lines(result.run_dir / "rollouts.jsonl")
+    assert sorted(int(r["where"].rpartition(":")[2]) for r in found) == [1, 2, 3, 4, 5, 6]
+    for r in found:
+        assert set(r["rewards"]) == {float(r["where"].rpartition(":")[2]) - 1}
 
 
 def test_what_was_sampled_trains_again_from_its_file(tmp_path: Path, model_dir: Path) -> None:

@@ -37,6 +37,7 @@ FREE_KEYS = frozenset(
         "training.max_completion_length",
         "rollout.batch_tokens",
         "rollout.reward_timeout",
+        "rollout.reward_memory_gib",
         "finetuning.resume_from_checkpoint",
     }
 )

@@ -19,7 +19,7 @@ from strop.export.adapted import with_adapter
 from strop.export.folders import ADAPTER_CONFIG, adapter_of
 from strop.export.shards import memory_dtype, read_header
 from strop.policy.model.folder import check_exists, fetch, inspect_model, place_of, source_of
-from strop.policy.model.generation import stop_tokens
+from strop.policy.model.generation import end_tokens
 from strop.policy.model.load import load_model
 from strop.policy.model.tokenizer import check_vocabulary, read_tokenizer
 from strop.rundir import FINAL
@@ -122,6 +122,4 @@ def load(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Lo
         module = with_adapter(loaded.module, model)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) else None
-    return Loaded(
-        module.to(device), tokenizer, stop_tokens(model) or (int(tokenizer.eos_token_id),), limit, place_of(model)
-    )
+    return Loaded(module.to(device), tokenizer, end_tokens(model, tokenizer), limit, place_of(model))

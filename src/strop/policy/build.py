@@ -88,9 +88,15 @@ def build_policy(
         fp32_logits=training.fp32_logits,
         elementwise=elementwise,
         weights_hash=digest,
+        temperature=sampling_temperature(config),
     )
     policy.save_dtype = None if training.save_dtype == "auto" else getattr(torch, training.save_dtype)
     return policy
+
+
+def sampling_temperature(config: RunConfig) -> float:
+    """What the logits of the policy and of its reference are divided by: log-probs are those of what is sampled."""
+    return config.rollout.temperature if config.rollout.enabled else 1.0
 
 
 def _warn_of_slow_precision(precision: Precision) -> None:
@@ -127,8 +133,12 @@ def assemble(
     fp32_logits: bool,
     elementwise: Elementwise = EAGER,
     weights_hash: str | None = None,
+    temperature: float = 1.0,
 ) -> Policy:
     """Wraps a model that is on its device, chooses its row layout, fuses its layers and probes the result.
+
+    Args:
+        temperature: what its logits are divided by.
 
     Raises:
         ModelError: the policy's log-probs differ from the model's own, or the model sees later tokens.
@@ -166,6 +176,8 @@ def assemble(
     if reason is not None:
         policy.share_prefix, policy.plain_reason = False, reason
         logger.info("%s: plain padded rows, prompts are not shared: %s", where, reason)
+    if temperature != 1.0:
+        policy.transform = policy.transform.at_temperature(temperature)
     return policy
 
 

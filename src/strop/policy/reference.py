@@ -21,7 +21,7 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.allocator import in_halves
-from strop.policy.build import assemble, elementwise_of
+from strop.policy.build import assemble, elementwise_of, sampling_temperature
 from strop.policy.model.folder import place_of
 from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import load_model
@@ -174,6 +174,7 @@ def _load_reference(
         fp32_logits=config.training.fp32_logits,
         elementwise=elementwise_of(config.training, policy.device),
         weights_hash=digest,
+        temperature=sampling_temperature(config),
     )
 
 

@@ -10,16 +10,21 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from strop.errors import ConfigError
 
 START_SECONDS = 120.0
 """What importing the modules of the rewards may take."""
+
+LOOK = 0.1
+"""Seconds between two looks at the memory of the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +40,20 @@ class RewardCaller:
     """Calls rewards in a process of their own, with this process's paths and working folder.
 
     Args:
-        rewards: (name, settings) of each. timeout: seconds that one call may take.
+        rewards: (name, settings) of each. timeout: seconds that one call may take. memory: bytes that the process may
+            use (its resident memory, looked at every `LOOK` seconds of a call), where the system tells it (Linux).
 
     Raises:
         ConfigError: a reward cannot be found or imported, or this system is not one that can do it.
     """
 
-    def __init__(self, rewards: Sequence[tuple[str, Mapping[str, Any]]], timeout: float) -> None:
+    def __init__(
+        self, rewards: Sequence[tuple[str, Mapping[str, Any]]], timeout: float, memory: int | None = None
+    ) -> None:
         if os.name != "posix":
             raise ConfigError("rewards are called in a process of their own, which needs Linux or macOS")
         self._rewards, self._timeout = [(name, dict(settings)) for name, settings in rewards], timeout
+        self._memory = memory
         self._process, self._pipe = self._start()
 
     def values(self, number: int, given: Mapping[str, Any]) -> RewardCall:
@@ -56,9 +65,9 @@ class RewardCaller:
         name, num = self._rewards[number][0], len(given["completions"])
         try:
             self._pipe.send((number, dict(given)))
-            if not self._pipe.poll(self._timeout):
+            if why := self._waited():
                 self._restart()
-                return RewardCall((None,) * num, f"it took more than {self._timeout:g} seconds")
+                return RewardCall((None,) * num, why)
             kind, answer = self._pipe.recv()
         except (EOFError, OSError):
             code = self._restart()
@@ -68,6 +77,16 @@ class RewardCaller:
         if kind == "error":
             return RewardCall((None,) * num, answer)
         return RewardCall(tuple(answer))
+
+    def _waited(self) -> str:
+        """Waits for an answer. Returns why there will be none: a limit that was passed; else an empty text."""
+        until = time.monotonic() + self._timeout
+        while not self._pipe.poll(min(LOOK, max(0.0, until - time.monotonic()))):
+            if self._memory is not None and _resident(self._process.pid) > self._memory:
+                return f"its process used more than {self._memory / 2**30:.3g} GiB of memory"
+            if time.monotonic() >= until:
+                return f"it took more than {self._timeout:g} seconds"
+        return ""
 
     def close(self) -> None:
         """End the process."""
@@ -106,6 +125,14 @@ class RewardCaller:
         self._pipe.close()
         self._finalizer()
         return self._process.returncode
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process uses; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,8 +1,9 @@
 """The rewards that are shipped. Floor 2, no torch.
 
 A reward is called with lists of one entry per completion and gives a list of as many numbers. It takes what it names
-of these: `prompts`, `completions` (texts, without special tokens), `num_tokens` (of each completion, end token
-included), the columns of the rows by their names, and its own settings, which win over columns.
+of these: `prompts`, `completions` (texts, without special tokens), `chats` (the turns of each prompt, and the
+completion as the last one), `num_tokens` (of each completion, end token included), and the columns of the rows by their
+names. Parameters after `*` that have a default are settings, which columns never fill.
 """
 
 from __future__ import annotations

@@ -21,11 +21,15 @@ from strop.rewards.lookup import find_reward
 
 Answer = tuple[str, Any]
 
+ALWAYS = frozenset({"prompts", "completions", "chats", "num_tokens"})
+"""Arguments that are no columns of the rows."""
+
 
 def call(function: Callable[..., Any], given: Mapping[str, Any], settings: Mapping[str, Any]) -> Answer:
     """The values of one reward, one per completion: finite numbers, or None where it gave none.
 
-    A setting wins over a column of the rows that has its name.
+    A setting wins over a column of the rows that has its name. A parameter that has the form of a setting (after `*`,
+    with a default) gets no column.
     """
     try:
         values = function(**{**_taken(function, given), **settings})
@@ -55,16 +59,17 @@ def _number(value: Any) -> float | None:
 def _taken(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What of the arguments the function takes."""
     parameters = inspect.signature(function).parameters.values()
+    settings = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    taken = {name: value for name, value in given.items() if name not in settings - ALWAYS}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(given)
+        return taken
     names = {p.name for p in parameters}
-    return {name: value for name, value in given.items() if name in names}
+    return {name: value for name, value in taken.items() if name in names}
 
 
 def serve(pipe: Connection, parent: int) -> None:
     """Answer calls until the pipe is closed."""
     time_limit.enter(parent)
-    time_limit.bound_memory()
     rewards: Sequence[tuple[str, Mapping[str, Any]]] = pipe.recv()
     try:
         functions = [find_reward(name) for name, _ in rewards]

@@ -2,5 +2,7 @@
 
 drawing    distributions to tokens
 sampler    prompts to groups of completions
+scoring    completions to rewards
 source     prompts to the groups of every step
+build      the source of a run, from its configuration
 """

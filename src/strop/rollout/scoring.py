@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strop.config.sections import RewardSection, RolloutSection
+from strop.data.store.table import KeptRow
 from strop.errors import TrainingError
+from strop.machine import installed_memory
 from strop.rewards.calls import RewardCaller
 from strop.types import Origin
 
@@ -45,7 +47,9 @@ class Scorer:
         self.names = tuple(_unlike([reward.name for reward in rewards]))
         self._weights = [reward.weight for reward in rewards]
         self._how = how
-        self._caller = RewardCaller([(reward.name, reward.settings) for reward in rewards], how.reward_timeout)
+        self._caller = RewardCaller(
+            [(reward.name, reward.settings) for reward in rewards], how.reward_timeout, _memory(how)
+        )
 
     def close(self) -> None:
         """End the process that calls the rewards."""
@@ -56,14 +60,14 @@ class Scorer:
         prompt: str,
         completions: Sequence[str],
         num_tokens: Sequence[int],
-        row: Mapping[str, Any],
+        row: KeptRow,
         origin: Origin,
         failures: Failures,
     ) -> Scored | None:
         """The rewards, or None where the group is to be left out.
 
         Args:
-            row: the columns of the prompt's row, which rewards get by their names.
+            prompt: as text. row: the prompt's row, whose columns rewards get by their names.
             failures: those of this group are added here.
 
         Raises:
@@ -71,8 +75,14 @@ class Scorer:
             ConfigError: a reward does not fit the rows.
         """
         n = len(completions)
-        columns = {name: [value] * n for name, value in row.items()}
-        given = {**columns, "prompts": [prompt] * n, "completions": list(completions), "num_tokens": list(num_tokens)}
+        columns = {name: [value] * n for name, value in row.columns.items()}
+        given = {
+            **columns,
+            "prompts": [prompt] * n,
+            "completions": list(completions),
+            "chats": [_chat(row, prompt, completion) for completion in completions],
+            "num_tokens": list(num_tokens),
+        }
         each: dict[str, tuple[float, ...]] = {}
         left_out = False
         for number, name in enumerate(self.names):
@@ -99,6 +109,20 @@ class Scorer:
                 expected="a finite number for every completion",
                 fix="mend it, or set rollout.on_reward_error: skip_group or value, which count such completions",
             )
+
+
+def _memory(how: RolloutSection) -> int | None:
+    """Bytes that the process of the rewards may use."""
+    if how.reward_memory_gib is not None:
+        return int(how.reward_memory_gib * 2**30)
+    installed = installed_memory()
+    return None if installed is None else installed // 2
+
+
+def _chat(row: KeptRow, prompt: str, completion: str) -> list[Mapping[str, Any]]:
+    """The turns of the prompt, one of a user where it is no conversation, and the completion."""
+    turns = row.prompt if isinstance(row.prompt, list) else [{"role": "user", "content": row.prompt or prompt}]
+    return [*turns, {"role": "assistant", "content": completion}]
 
 
 def _unlike(names: Sequence[str]) -> list[str]:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from strop.data.store.table import KeptRow
 from strop.durable import JsonLines
 from strop.engine.records import Sum
 from strop.engine.source import GroupSet
@@ -24,11 +26,20 @@ from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.sampler import Prompt, Sampled, Sampler
 from strop.rollout.scoring import Failures, Scored, Scorer
-from strop.types import Completion, Group, Origin
+from strop.types import Completion, Group
 from strop.world import World
 
-Rows = Mapping[Origin, Mapping[str, Any]]
-"""The columns of every row that is trained on, by where it stands."""
+
+class Prompts(Protocol):
+    """Groups whose prompts are sampled for; their completions are not looked at."""
+
+    @property
+    def rooms(self) -> np.ndarray:
+        """[prompts] tokens that a completion of each has at most."""
+
+    def __getitem__(self, number: int) -> Group: ...
+    def kept(self, number: int) -> KeptRow:
+        """The row of a prompt, for the rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +71,6 @@ class RolloutSource:
     """Samples the groups of a step when they are asked for.
 
     Args:
-        prompts: groups whose prompts are sampled for; their completions are not looked at.
-        rooms: tokens that a completion of each prompt has at most.
         log: the file to which every sampled group is written. note: called with a message about rewards that fail.
     """
 
@@ -73,19 +82,18 @@ class RolloutSource:
     def __init__(
         self,
         plan: Plan,
-        prompts: Sequence[Group],
-        rows: Rows,
+        prompts: Prompts,
         sampler: Sampler,
         scorer: Scorer,
         tokenizer: PreTrainedTokenizerBase,
-        rooms: Sequence[int],
         log: Path,
         note: Callable[[str], None],
         world: World,
     ) -> None:
         self.plan, self.num_steps = plan, plan.num_steps
-        self._prompts, self._rows, self._sampler, self._scorer = prompts, rows, sampler, scorer
-        self._tokenizer, self._rooms, self._note = tokenizer, rooms, note
+        self._prompts, self._rooms = prompts, prompts.rooms
+        self._sampler, self._scorer = sampler, scorer
+        self._tokenizer, self._note = tokenizer, note
         self._log, self._world = JsonLines(log), world
         self._made: tuple[int, GroupSet, Mapping[str, Sum]] | None = None
         self._has_warned = False
@@ -155,20 +163,22 @@ class RolloutSource:
         """
         started = time.perf_counter()
         sampled = self._sampler.sample(
-            step, [Prompt(numbers[i], prompts[i].prompt_ids, self._rooms[numbers[i]]) for i in places]
+            step, [Prompt(numbers[i], prompts[i].prompt_ids, int(self._rooms[numbers[i]])) for i in places]
         )
         sampled_at = time.perf_counter()
         failures = Failures()
-        found = [self._rewarded(i, prompts[i], own, failures) for i, own in zip(places, sampled, strict=True)]
+        found = [
+            self._rewarded(i, numbers[i], prompts[i], own, failures) for i, own in zip(places, sampled, strict=True)
+        ]
         seconds = {"time/sample": sampled_at - started, "time/reward": time.perf_counter() - sampled_at}
         return Share([r for r in found if r is not None], failures, seconds)
 
     def _rewarded(
-        self, place: int, prompt: Group, completions: Sequence[Sampled], failures: Failures
+        self, place: int, number: int, prompt: Group, completions: Sequence[Sampled], failures: Failures
     ) -> Rewarded | None:
         texts = [self._text(c.ids) for c in completions]
         lengths = [len(c.ids) for c in completions]
-        row, origin = self._rows[prompt.origin], prompt.origin
+        row, origin = self._prompts.kept(number), prompt.origin
         scored = self._scorer.score(self._text(prompt.prompt_ids), texts, lengths, row, origin, failures)
         return None if scored is None else Rewarded(place, completions, texts, scored)
 

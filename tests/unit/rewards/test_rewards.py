@@ -55,6 +55,13 @@ def own(tmp_path: Path) -> Path:
         "def hangs(completions): time.sleep(60)\n"
         "def dies(completions): os._exit(3)\n"
         "def takes(completions, prompts, *, factor): return [factor * len(p) for p in prompts]\n"
+        "def fills(completions):\n"
+        "    kept = bytearray(os.urandom(1) * (300 << 20))\n"
+        "    time.sleep(60)\n"
+        "def reserves(completions):\n"
+        "    import mmap\n"
+        "    reserved = [mmap.mmap(-1, 3 << 30) for _ in range(4)]\n"
+        "    return [1.0] * len(completions)\n"
     )
     return path
 
@@ -86,6 +93,16 @@ def test_a_process_that_is_lost_is_replaced(own: Path, name: str, why: str) -> N
     calls.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what memory another process uses")
+def test_the_memory_that_is_used_is_limited_not_what_is_reserved(own: Path) -> None:
+    """A model on a GPU reserves far more addresses than it uses memory."""
+    calls = RewardCaller([(f"{own}:fills", {}), (f"{own}:reserves", {})], 30.0, memory=200 << 20)
+    call = calls.values(0, {"completions": ["x"]})
+    assert call.values == (None,) and call.error == "its process used more than 0.195 GiB of memory"
+    assert calls.values(1, {"completions": ["x"]}).values == (1.0,)
+    calls.close()
+
+
 def test_it_ends_with_the_process_that_calls_it(own: Path) -> None:
     script = (
         "import os, sys\nfrom strop.rewards.calls import RewardCaller\n"
@@ -110,3 +127,14 @@ def test_settings_that_do_not_fit_are_an_error(own: Path) -> None:
 def test_a_setting_wins_over_a_column_of_its_name() -> None:
     given = {"completions": ["so 4", "5"], "answer": ["4", "4"], "column": ["x", "y"], "pattern": ["z", "z"]}
     assert call(regex, given, {"pattern": r"\d", "column": "answer"}) == ("values", [1.0, 0.0])
+
+
+def test_columns_fill_parameters_but_not_those_that_are_settings() -> None:
+    """What stands after `*` and has a default is a setting; everything else of its name is a column."""
+
+    def reward(completions: list[str], answer: Any = None, *, scale: Any = 1.0, needed: Any, **columns: Any) -> Any:
+        return [100 * len(columns) + 10 * scale + float(answer[i]) + needed[i] for i, _ in enumerate(completions)]
+
+    given = {"completions": ["x"], "answer": ["4"], "scale": ["9"], "needed": [0.5], "more": [1]}
+    assert call(reward, given, {}) == ("values", [114.5])
+    assert call(reward, given, {"scale": 2.0}) == ("values", [124.5])

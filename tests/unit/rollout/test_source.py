@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conftest import build_tokenizer
 from strop.config.sections import RolloutSection
+from strop.data.store.table import KeptRow
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.sampler import Prompt, Sampled
@@ -24,6 +26,13 @@ from worlds import in_worlds
 PROMPTS = [
     Group(array("i", [5 + i] * (1 + i)), (Completion(array("i", [3]), b"\1"),), Origin("rows", i)) for i in range(7)
 ]
+
+
+class Prompts(list[Group]):
+    rooms = np.full(len(PROMPTS), 8)
+
+    def kept(self, number: int) -> KeptRow:
+        return KeptRow({"value": number}, None)
 
 
 class Sampling:
@@ -43,22 +52,21 @@ class Scoring:
         self.fails = fails
 
     def score(
-        self, prompt: str, completions: Any, num: Any, row: Mapping[str, Any], origin: Origin, failures: Failures
+        self, prompt: str, completions: Any, num: Any, row: KeptRow, origin: Origin, failures: Failures
     ) -> Scored | None:
         if origin.line in self.fails:
             failures.counts["a"] += 2
             failures.first = failures.first or str(origin)
             return None
-        values = (float(row["value"]), 0.0)
+        values = (float(row.columns["value"]), 0.0)
         return Scored(values, {"a": values})
 
     def close(self) -> None: ...
 
 
 def make(world: World, folder: Path, fails: Sequence[int] = ()) -> RolloutSource:
-    rows = {g.origin: {"value": i} for i, g in enumerate(PROMPTS)}
-    parts: Any = (Plan.of(7, 4, 1, None, 0), PROMPTS, rows, Sampling(), Scoring(fails), build_tokenizer())
-    return RolloutSource(*parts, [8] * 7, folder / "rollouts.jsonl", lambda note: None, world)
+    parts: Any = (Plan.of(7, 4, 1, None, 0), Prompts(PROMPTS), Sampling(), Scoring(fails), build_tokenizer())
+    return RolloutSource(*parts, folder / "rollouts.jsonl", lambda note: None, world)
 
 
 def told(source: RolloutSource) -> list[Any]:

@@ -41,6 +41,8 @@ class RolloutSection(Section):
     """Tokens, prompts and completions, that are decoded together at most; changes memory and speed."""
     reward_timeout: float = Field(default=60.0, gt=0)
     """Seconds that a reward may take for the completions of one prompt."""
+    reward_memory_gib: float | None = Field(default=None, gt=0)
+    """GiB of memory that the process of the rewards may use, as measured on Linux; null: half of the machine's."""
     on_reward_error: Literal["stop", "skip_group", "value"] = "stop"
     """A reward that fails, takes too long, or gives null or no number: stop, leave the prompt out of the step, or take
     reward_error_value. What is not stopped at is counted."""

@@ -29,7 +29,7 @@ from strop.data.read.files import parse_line
 from strop.data.read.row import Row, RowRefused
 from strop.data.shapes.examples import Columns, to_example
 from strop.data.store.group_numbers import checked_numbers, with_numbers
-from strop.data.store.table import Record, to_table
+from strop.data.store.table import KeptRow, Record, to_table
 from strop.data.text.date import day_of
 from strop.data.text.encode import Encoded, Encoder
 from strop.data.text.message_forms import reasons
@@ -74,6 +74,7 @@ class RowPipeline:
     ) -> None:
         dataset = config.dataset
         self._rows = rows
+        self._keeps_rows = config.rollout.enabled  # for the rewards
         self._columns = Columns.of(dataset)
         self.stops_at_errors = dataset.on_error == "error"
         self._bos: int | None = tokenizer.bos_token_id
@@ -129,6 +130,7 @@ class RowPipeline:
         parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
         return {
             "rows": self._rows,
+            "kept": self._keeps_rows,
             "columns": repr(self._columns),
             "limits": repr(self.limits),
             "text": self.renderer.identity(),
@@ -262,7 +264,14 @@ class RowPipeline:
                 "double_bos": self._bos is not None and list(_start(encoded)) == [self._bos] * 2,
             },
             raw=isinstance(example, Encoded) or self.renderer.is_raw(example),
+            kept=_kept(row, example).to_json() if self._keeps_rows else None,
         )
+
+
+def _kept(row: Row, example: Example | Encoded) -> KeptRow:
+    assert row.data is not None
+    prompt = None if isinstance(example, Encoded) else example.prompt
+    return KeptRow(row.data, prompt if prompt is None or isinstance(prompt, str) else list(prompt))
 
 
 def _with_numbers_of(example: Example, encoded: Encoded | RowRefused) -> Encoded | RowRefused:

@@ -6,12 +6,14 @@ and its lengths); the tokens stay in the file, and the operating system keeps of
 One row of the table is one group: ids (the prompt, then its completions), one byte an id (1 = trained), the prompt's
 length, the origin, what was done to the row, and hashes by which rows are compared: of the prompt's words, of its
 tokens (`prompt_key`), of each completion's tokens, and of all of them. What every completion has of its own
-(`PER_COMPLETION`) stands in lists, one entry per completion; so do the numbers of the row (`NUMBERS`).
+(`PER_COMPLETION`) stands in lists, one entry per completion; so do the numbers of the row (`NUMBERS`). Where rewards
+will read them, the row's columns and the turns of its prompt stand there as JSON (`KeptRow`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +61,7 @@ SCHEMA = pa.schema(
         ("prompt_hash", pa.uint64()),
         ("prompt_key", pa.uint64()),
         ("digest", pa.binary(16)),
+        ("kept", pa.string()),
         *((name, pa.list_(pa.float64())) for name in NUMBERS),
     ]
 )
@@ -70,6 +73,7 @@ class Record:
 
     prompt_words: what rows with one prompt share. file: number of the origin's file in the source. again: 1 for the
     second group of one row (a pair that labelled groups are made of); what is counted by rows is counted at the first.
+    kept: the row as JSON, where it is kept.
     """
 
     group: Group
@@ -78,6 +82,23 @@ class Record:
     counts: Mapping[str, int] = field(default_factory=dict)
     raw: int = 0
     again: int = 0
+    kept: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRow:
+    """A row as rewards see it. columns: by name, as they were read; dates and binary values are texts. prompt: the
+    turns of a conversation, a text, or None where the row was given as tokens."""
+
+    columns: Mapping[str, Any]
+    prompt: list[Mapping[str, Any]] | str | None
+
+    @classmethod
+    def from_json(cls, text: str) -> KeptRow:
+        return cls(*json.loads(text))
+
+    def to_json(self) -> str:
+        return json.dumps([self.columns, self.prompt], default=str)
 
 
 def to_table(records: Sequence[Record]) -> Any:
@@ -95,7 +116,8 @@ def to_table(records: Sequence[Record]) -> Any:
         "again": [record.again for record in records],
         "prompt_hash": [hash_of(record.prompt_words) for record in records],
         "prompt_key": [prompt_key(g.prompt_ids) for g in groups],
-        "digest": [_digest(g) for g in groups],
+        "digest": [_digest(record.group, record.kept) for record in records],
+        "kept": [record.kept for record in records],
         **{name: [g.numbers.get(name, ()) for g in groups] for name in NUMBERS},
     }
     return pa.record_batch([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
@@ -122,8 +144,8 @@ def _array(ids: array[int]) -> np.ndarray:
     return np.frombuffer(ids, dtype=np.int32)
 
 
-def _digest(group: Group) -> bytes:
-    """Of the ids, masks, label and numbers alone: the same tokens give the same, wherever they were read."""
+def _digest(group: Group, kept: str | None) -> bytes:
+    """Of the ids, masks, label, numbers and kept row alone: the same ones give the same, wherever they were read."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(little_endian(array("i", [len(group.prompt_ids), *(len(c.ids) for c in group.completions)])))
     digest.update(little_endian(group.prompt_ids))
@@ -133,6 +155,7 @@ def _digest(group: Group) -> bytes:
         digest.update(little_endian(completion.ids) + completion.loss_mask)
     for name, numbers in sorted(group.numbers.items()):
         digest.update(name.encode() + little_endian(numbers))
+    digest.update((kept or "").encode())
     return digest.digest()
 
 
@@ -161,6 +184,11 @@ class Shard:
         n = bisect_right(self._bounds, row) - 1
         return self.parts[n].group(row - self._bounds[n], self.files)
 
+    def kept(self, row: int) -> KeptRow:
+        """The row itself, where it was kept."""
+        n = bisect_right(self._bounds, row) - 1
+        return self.parts[n].kept(row - self._bounds[n])
+
 
 class _Part:
     """One record batch as arrays that lie in the file."""
@@ -187,6 +215,11 @@ class _Part:
         if name == "digest":
             return np.frombuffer(found.buffers()[1], np.uint8, 16 * len(self)).reshape(-1, 16)
         return np.asarray(found.to_numpy())
+
+    def kept(self, row: int) -> KeptRow:
+        text = self._batch.column(SCHEMA.get_field_index("kept"))[row].as_py()
+        assert text is not None, "rows are kept where the configuration samples"
+        return KeptRow.from_json(text)
 
     def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """([completions] numbers, [rows + 1] where those of each row begin)."""
@@ -273,13 +306,9 @@ class Groups(Sequence[Group]):
         """The same groups, `CHUNK` at a time."""
         return (self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
 
-    def origins(self) -> Iterator[set[Origin]]:
-        """For each shard, where the rows of its groups stand."""
-        files, lines = self.column("file"), self.column("line")
-        for n, shard in enumerate(self.shards):
-            here = self.shard_of == n
-            pairs = zip(files[here].tolist(), lines[here].tolist(), strict=True)
-            yield {Origin(shard.files[file], line) for file, line in pairs}
+    def kept(self, index: int) -> KeptRow:
+        """The row of a group, where rows were kept for rewards."""
+        return self.shards[int(self.shard_of[index])].kept(int(self._row_of[index]))
 
     def column(self, name: str) -> np.ndarray:
         """A column with one number (or digest) per row, in the order of the rows."""

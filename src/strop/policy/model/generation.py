@@ -135,6 +135,17 @@ def stop_tokens(model: ModelSection) -> tuple[int, ...]:
     return _checked_ids(found, "config.json", where)
 
 
+def end_tokens(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end what this model generates, in training and afterwards: those of `stop_tokens`, else the
+    tokenizer's end token. Empty where there is none.
+
+    Raises:
+        ModelError: as `stop_tokens`.
+    """
+    own = tokenizer.eos_token_id
+    return stop_tokens(model) or (() if own is None else (int(own),))
+
+
 def _stops_in(file: Path, where: str) -> tuple[int, ...]:
     """`eos_token_id` of a generation_config.json; empty where it names none.
 
