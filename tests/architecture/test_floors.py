@@ -58,6 +58,7 @@ FLOORS = {
     "resuming": 7,
     "training": 8,
     "evaluate": 8,
+    "replay": 8,
     "demo": 9,
     "launch": 9,
     "cli": 10,

@@ -51,6 +51,10 @@ COMMANDS: Mapping[str, Command] = {
         "reference", "score the reference of a configuration ahead of its runs (strop reference --help)"
     ),
     "report": Command("report", "what is wrong with a run, and a page that shows it (strop report --help)"),
+    "compare": Command(
+        "compare", "the first step at which two runs part, and what differs first (strop compare --help)"
+    ),
+    "replay": Command("replay", "a step of a run taken again, and compared with its ledger (strop replay --help)"),
     "doctor": Command("doctor", "versions, devices, disks and what is missing, to paste where one asks for help"),
     "demo": Command("demo", "a real training run on this machine, one to three minutes, with nothing to download"),
     "methods": Command("methods", "what there is to train by; strop methods NAME: formula, settings, data, metrics"),

@@ -15,4 +15,6 @@ curves     which charts a page has
 tables     the tables of a page
 page       the page, from templates/
 write      both files into the run folder
+ledgers    ledger.jsonl, read
+compare    where two runs part, and what differs first
 """

@@ -1,0 +1,62 @@
+"""`strop replay`: a step of a run taken again, and compared with what the run wrote down. Floor 10."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from strop.cli.parser import Parser
+from strop.errors import ConfigError
+from strop.terminal import log_to_terminal, show
+
+HELP = """\
+usage: strop replay RUN --step N [--rows] [--json]
+
+  RUN       a run folder with ledger.jsonl, finished or not
+  --step N  the optimizer step, from 1
+  --rows    show the rows of the step: tokens coloured by their log-probs, rewards, margins, shares of the gradient
+  --json    for programs
+
+Builds the run again from its config.yaml, starts from the nearest checkpoint before the step, or from the initial model
+where there is none, takes all steps up to it, and compares each with the ledger. Nothing is written into the run
+folder. One process does it: a run of several processes is the same but for rounding and the masks of dropout. The exit
+code is 0 where the steps are the same to the last bit, and 2 where they are not.
+"""
+DIFFERENT = 2
+
+
+def usage() -> str:
+    return HELP
+
+
+def run(arguments: list[str]) -> int:
+    parser = Parser("replay")
+    parser.add_argument("run", nargs="*")
+    parser.once("--step", type=int)
+    parser.switch("--rows")
+    parser.switch("--json")
+    options = parser.parse_args(arguments)
+    if len(options.run) != 1:
+        raise ConfigError(f"{len(options.run)} runs are given", expected="one: strop replay RUN --step N")
+    if options.step is None:
+        raise ConfigError("no step is given", expected="strop replay RUN --step N", fix="ledger.jsonl lists the steps")
+    log_to_terminal("info")
+
+    from strop.durable import to_json
+    from strop.replay.retake import replay
+    from strop.replay.words import as_json, lines
+
+    found = replay(Path(options.run[0]).expanduser().absolute(), options.step, with_rows=options.rows)
+    if options.json:
+        show(to_json(as_json(found), indent=2) + "\n")
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        with console.capture() as captured:
+            for line in lines(found):
+                console.print(line)
+        show(captured.get())
+    else:
+        show("".join(f"{line.plain}\n" for line in lines(found)))
+    return 0 if found.first_difference is None else DIFFERENT
