@@ -74,6 +74,13 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place | None:
     return place
 
 
+def is_restarted(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether torchrun has started this process again, after a failure of the same launch (`--max-restarts`)."""
+    variables = os.environ if environment is None else environment
+    count = variables.get("TORCHELASTIC_RESTART_COUNT", "")
+    return "RANK" in variables and count.isdecimal() and int(count) > 0
+
+
 OTHER_LAUNCHERS = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),

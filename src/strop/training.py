@@ -17,6 +17,7 @@ from strop import durable
 from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.device import start_world
+from strop.distributed import is_restarted
 from strop.each_model import for_each_model
 from strop.engine import checkpoint, final
 from strop.engine.alike import check_alike, start_facts
@@ -83,6 +84,8 @@ def train(
             check_alike(world, start_facts(config))
             check(config, model_index=model_index, resume=resume)  # all models, before the first trains
         asked = _Asked(resume, overwrite, allow_changes)
+        if world.any(is_restarted()):  # on the machine of the process that failed; the others hear of it here
+            asked = asked.again(config)
         for_each_model(models, config, world, lambda model: results.append(_train_model(config, model, world, asked)))
     return results
 
@@ -93,6 +96,14 @@ class _Asked(NamedTuple):
     resume: str | None
     overwrite: bool
     allow_changes: bool
+
+    def again(self, config: RunConfig) -> _Asked:
+        """What a restarted attempt does: it goes on with what the attempts before it left. One that was to begin at a
+        named checkpoint begins there again: what else is in the folder may be of another course."""
+        named = None if self.overwrite else config.finetuning.resume_from_checkpoint
+        resume = self.resume or named or "auto"
+        log.info("restarted by torchrun: going on as with --resume %s", resume)
+        return self._replace(resume=resume, overwrite=False)
 
 
 class _Before(NamedTuple):

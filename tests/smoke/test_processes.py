@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ import strop
 from processes import in_processes, start_processes
 from strop import RunConfig, heartbeat
 from strop.config import to_yaml
+from strop.engine import alike
 from strop.engine.loop import Loop
-from strop.errors import CheckpointError, ConfigError, PeerError
+from strop.errors import CheckpointError, ConfigError, LostError, PeerError
+from strop.rundir import RunDir
 
 KINDS: dict[str, dict[str, Any]] = {
     "sft": {"post_training.method": "sft"},
@@ -314,6 +317,91 @@ def test_a_process_that_hangs_ends_all(runs: Any, tmp_path: Path) -> None:
     assert main.exitcode == 1
     said = (tmp_path / "said-0").read_text()
     assert "process 1 of 2 hangs. It (pid" in said and "last did: step 3" in said and said.count("to do:") == 1
+
+
+def _die_in_rank_1(config: RunConfig, keys: dict[str, Any]) -> None:
+    """It is killed in the third step; the other one notices soon."""
+    heartbeat.BEAT_SECONDS, heartbeat.GONE_SECONDS = 0.1, 0.4
+    step = Loop.step
+
+    def dies(loop: Loop, number: int) -> None:
+        if loop.world.rank == 1 and number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(loop, number)
+
+    Loop.step = dies  # type: ignore[method-assign]
+    strop.train(config, **keys)
+
+
+def _restarted(config: RunConfig, keys: dict[str, Any]) -> list[Path]:
+    if os.environ["RANK"] == "1":  # the agent of the machine whose process failed counts
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    return [result.run_dir for result in strop.train(config, **keys)]
+
+
+@pytest.mark.parametrize("keys", [pytest.param({}, marks=pytest.mark.nightly), {"overwrite": True}], ids=str)
+def test_an_attempt_that_torchrun_restarts_goes_on_by_itself(keys: dict[str, Any], runs: Any) -> None:
+    """From the newest whole checkpoint, and it overwrites nothing of the attempt before."""
+    unbroken = runs(CUT)
+    config = runs.config({**CUT, "training.save_steps": 1})
+    main, other = start_processes(2, _die_in_rank_1, config, keys)
+    assert main[1].poll(60) and isinstance(main[1].recv(), LostError)
+    for process, _ in (main, other):
+        process.join(60)
+    assert other[0].exitcode == -signal.SIGKILL
+    run = runs.at(Path(config.training.output_dir) / "run")
+    assert run.steps() == [1, 2]
+    in_processes(2, _restarted, config, keys)
+    assert run.series("loss") == pytest.approx(unbroken.series("loss"), rel=RELATIVE) and run.steps() == [1, 2, 3, 4]
+    assert_close(unbroken.final, run.final)
+    assert json.loads((run.path / "environment.json").read_text())["resumes"][0]["after_step"] == 2
+
+
+@pytest.mark.nightly
+def test_torchrun_restarts_a_killed_process(runs: Any, tmp_path: Path) -> None:
+    """Its own agent, which starts all processes again."""
+    unbroken = runs.at(in_many(2, runs.config(LONG)))
+    config = runs.config(LONG)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    agent = subprocess.Popen([*command, "-m", "strop", "train", str(tmp_path / "c.yaml")], stderr=subprocess.PIPE)
+    run = Path(config.training.output_dir) / "run"
+    wait_until(lambda: any(run.glob("checkpoint-*/MANIFEST.json")), "a checkpoint")
+    os.kill(ranks_of(agent.pid)[1], signal.SIGKILL)
+    said = agent.communicate(timeout=300)[1].decode()
+    assert agent.returncode == 0 and "restarted by torchrun" in said, said
+    assert runs.at(run).steps() == list(range(1, 61)) and runs.same(unbroken.final, runs.at(run).final)
+
+
+def _refusal(config: RunConfig) -> str:
+    try:
+        strop.train(config)
+    except (CheckpointError, ConfigError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def test_a_second_launch_in_one_folder_is_refused_in_every_process(runs: Any) -> None:
+    config = runs.config(CUT)
+    with RunDir.open(Path(config.training.output_dir) / "run", resume=False, overwrite=False):
+        refused = in_processes(2, _refusal, config)
+    for rank, said in enumerate(refused):
+        assert said.startswith("PeerError: process 0" if rank else "CheckpointError: ")
+        assert f"another run is using the folder: process {os.getpid()} on host " in said
+
+
+def _with_other_version(config: RunConfig, package: str) -> str:
+    real = alike.version
+    if os.environ["RANK"] == "1":
+        alike.version = lambda name: "0.0.1" if name == package else real(name)  # type: ignore[assignment]
+    return _refusal(config)
+
+
+@pytest.mark.parametrize("package", ["strop", "torch"])
+def test_other_versions_on_another_machine_are_refused(package: str, runs: Any) -> None:
+    refused = in_processes(2, _with_other_version, runs.config(CUT), package)
+    assert all(text.startswith(("ConfigError: process 1 on", "PeerError")) for text in refused)
+    assert f"{package}: {version(package)} in process 0, 0.0.1 there" in refused[0]
 
 
 @pytest.mark.nightly

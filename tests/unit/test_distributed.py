@@ -15,7 +15,7 @@ from processes import in_processes
 from strop import device, distributed
 from strop.config.sections import GpuSection
 from strop.device import pick_device, start_world
-from strop.distributed import Place, buckets, find_place
+from strop.distributed import Place, buckets, find_place, is_restarted
 from strop.errors import ConfigError, DataError, PeerError
 from strop.world import PeerMemoryError, World
 
@@ -166,6 +166,21 @@ def test_other_launchers_and_bad_places_are_refused(told: dict[str, str], said: 
     with pytest.raises(ConfigError, match="torchrun") as refused:
         find_place(told)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "1"}, True),
+        ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "0"}, False),
+        (TORCHRUN, False),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, False),
+        ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "x"}, False),
+    ],
+    ids=str,
+)
+def test_a_restart_is_what_torchrun_says(told: dict[str, str], expected: bool) -> None:
+    assert is_restarted(told) is expected
 
 
 @pytest.mark.parametrize(

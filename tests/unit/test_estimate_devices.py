@@ -62,8 +62,8 @@ def test_a_shard_is_a_part_of_what_training_holds(lora: dict[str, Any], prepared
         assert parts[name] == whole[name]
     shape = shape_of(found.config.lora, found.model)
     layer, rest = shape.matrix / shape.layers, shape.others
-    gradients = 0 if lora else 4 * (layer + rest)
-    assert parts["gathered weights"] == pytest.approx(2 * (2 * layer + rest) + gradients, abs=1)
+    gradients, kept = (0, 2) if lora else (4 * (layer + rest), 4)
+    assert parts["gathered weights"] == pytest.approx(2 * 2 * layer + kept * rest + gradients, abs=1)
 
 
 def test_a_copy_on_each_device_costs_what_one_does_but_for_a_bucket(prepared: Callable[..., Prepared]) -> None:
@@ -80,7 +80,7 @@ def test_what_a_device_sends_is_the_least_of_a_ring(prepared: Callable[..., Prep
     steps = np.array([1.0, 3.0])
     assert sent_bytes(shape, BF16, ALONE, steps).tolist() == [0, 0]
     assert sent_bytes(shape, BF16, Devices(4), steps).tolist() == [2 * 4 * weights * 3 / 4] * 2
-    gathered = 2 * (2 * shape.matrix + shape.others)
+    gathered = 2 * 2 * shape.matrix + 4 * shape.others
     sharded = (gathered + 4 * weights) * 3 / 4
     assert sent_bytes(shape, BF16, Devices(4, 4), steps) == pytest.approx(sharded * steps)
     hybrid = sharded + 2 * (4 * weights / 4) * 1 / 2

@@ -55,11 +55,11 @@ def base_bytes(shape: Shape, precision: Precision) -> float:
 
 
 def gathered_bytes(shape: Shape, precision: Precision) -> tuple[float, float]:
-    """What a device gathers of a sharded model in the compute dtype: (of one layer, of what is outside layers:
-    embedding, head, last norm)."""
-    compute = precision.compute.itemsize
-    each = compute if shape.matrix_bytes is None or not shape.adapters else shape.matrix_bytes
-    return shape.matrix * each / shape.layers, shape.others * compute
+    """What a device gathers of a sharded model: (of one layer, in the compute dtype or quantised; of what is outside of
+    layers, embedding and head, in the dtype that it is stored in)."""
+    each = precision.compute.itemsize if shape.matrix_bytes is None or not shape.adapters else shape.matrix_bytes
+    rest = precision.compute if shape.adapters else precision.master
+    return shape.matrix * each / shape.layers, shape.others * float(rest.itemsize)
 
 
 def sent_bytes(shape: Shape, precision: Precision, devices: Devices, micro_batches: np.ndarray) -> np.ndarray:

@@ -86,7 +86,7 @@ def num_changes(work: Callable[[], Any]) -> int:
     ours, theirs = os.pipe()
 
     def counted() -> None:
-        count = _watch_changes(None)
+        count = watch_changes(None)
         work()
         os.write(theirs, str(count()).encode())
 
@@ -130,7 +130,7 @@ def _be_child(work: Callable[[], Any], tells: int, at_change: int | None) -> NoR
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if at_change is not None:
-            _watch_changes(at_change)
+            watch_changes(at_change)
         work()
         code = 0
     except StropError:
@@ -141,7 +141,7 @@ def _be_child(work: Callable[[], Any], tells: int, at_change: int | None) -> NoR
         os._exit(code)
 
 
-def _watch_changes(at_change: int | None) -> Callable[[], int]:
+def watch_changes(at_change: int | None) -> Callable[[], int]:
     """From now on this process counts its changes to files, and dies in that of number `at_change`."""
     count, me, write = 0, os.getpid(), os.write
 
