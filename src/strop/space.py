@@ -52,6 +52,7 @@ class Space:
         follows = prepared.objective.ref_sync is not None
         checkpoint = trained * (wide + state_bytes(training.optim, wide) + wide * follows)
         final = trained * (wide if shape.adapters else _saved_itemsize(prepared))
+        final *= 2 if shape.adapters and config.lora.moves_base else 1  # twice the rank, for the base as it is
         reference = 0
         if prepared.objective.needs_reference and not follows:
             reference = wide * (_scored(prepared.data.train) + _scored(prepared.data.eval))

@@ -6,6 +6,7 @@ The other sections stand in the other files test_keys_*.py; test_keys_run.py see
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+import strop
 from strop.errors import ConfigError
+from strop.export.merge import merge
 
 LN2 = math.log(2)
 LORA = {"r": 4, "lora_dropout": 0.0, "max_steps": 1}
@@ -198,6 +201,21 @@ def test_lora__loraplus_lr_ratio(runs: Any) -> None:
     for name, weight in plain.final.items():
         factor = 16.0 if "lora_B" in name else 1.0
         torch.testing.assert_close(faster.final[name], factor * weight, rtol=1e-4, atol=1e-9)
+
+
+def test_lora__init_lora_weights(runs: Any, tmp_path: Path) -> None:
+    """The reference is the model before the initialisation moved it; the result loads on the base as it is, with twice
+    the rank, and is merged into it; a resumed run is an unbroken one."""
+    keys = {**LORA, "max_steps": 4, "init_lora_weights": "pissa", "training.save_steps": 2}
+    run = runs(keys)
+    assert run.series("loss", "eval")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert run.adapter["r"] == 2 * LORA["r"] and run.adapter["init_lora_weights"] is True
+    assert not merge(str(run.path), tmp_path / "merged").failed
+    shutil.copytree(run.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/final")
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    strop.train(runs.config(keys).with_values({"training.output_dir": str(tmp_path)}, "the test"), resume="auto")
+    assert runs.same_run(run, runs.at(tmp_path / "run"))
 
 
 def test_lora__use_rslora(runs: Any) -> None:

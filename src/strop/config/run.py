@@ -190,6 +190,14 @@ class RunConfig(Section):
                     "adapters on top of the quantised base",
                     "set lora.enabled: true, or quant: none",
                 )
+            if model.quant != "none" and self.lora.enabled and self.lora.moves_base:
+                yield Problem(
+                    (f"models.{i}.quant", "lora.init_lora_weights"),
+                    f"lora.init_lora_weights: {self.lora.init_lora_weights} changes the base's weights, and "
+                    f"models.{i}.quant is {model.quant}: quantised ones cannot be changed by so little",
+                    "true or gaussian on a quantised base",
+                    "remove init_lora_weights, or set quant: none",
+                )
         if self.training.packing and self.post_training.method != "sft":
             yield Problem(
                 ("training.packing",),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +31,7 @@ from strop.policy.kernels.fused import fuse
 from strop.policy.kernels.matmul import widens
 from strop.policy.kernels.product_rates import bf16_gain
 from strop.policy.model import identity
+from strop.policy.model.adapter_init import initial_adapter
 from strop.policy.model.adapters import add_adapters, continue_adapters
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel, load_model, model_errors
@@ -76,6 +78,9 @@ def build_policy(
         module = continue_adapters(loaded.module, config.lora, model, master=precision.master)
     elif adapted:
         module = add_adapters(loaded.module, config.lora, model, seed=config.seed, master=precision.master)
+    initial = None
+    if model.adapter is None and isinstance(module, PeftModel):
+        initial = initial_adapter(module, config.lora)
     digest = identity.weights_hash(module) if hashed else None
     random = adapted and config.lora.lora_dropout > 0
     checkpoint_layers(module, training.recomputed, random=random, where=where)
@@ -90,6 +95,7 @@ def build_policy(
         weights_hash=digest,
         temperature=sampling_temperature(config),
     )
+    policy.initial_adapter = initial
     policy.save_dtype = None if training.save_dtype == "auto" else getattr(torch, training.save_dtype)
     return policy
 

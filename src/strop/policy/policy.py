@@ -28,6 +28,7 @@ from strop.policy.kernels.attention import NAME, AttentionPlan, best_kernel, reg
 from strop.policy.kernels.fused import forget_shared
 from strop.policy.kernels.logprobs import token_logps
 from strop.policy.kernels.weight_copies import WeightCopies
+from strop.policy.model.adapter_init import Initial
 from strop.policy.model.adapters import trainable_names
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import logit_transform
@@ -74,6 +75,7 @@ class Policy(nn.Module):
         self.weight_copies = WeightCopies()
         self.loaded_config, self._stored = loaded.config, loaded.stored
         self.save_dtype: torch.dtype | None = None  # of a full model's files; None: as the base's
+        self.initial_adapter: Initial | None = None  # what the base lost to adapters when they were made
         self.plain_attention: str = loaded.module.config._attn_implementation
         self._attention = self.plain_attention
         self.transform = logit_transform(loaded.config)
@@ -222,7 +224,8 @@ class Policy(nn.Module):
     def saved_bytes(self) -> int:
         """Approximate bytes that `save_pretrained` will write, without the tokenizer."""
         if self.has_adapters:
-            return sum(p.nbytes for p in self.trainable().values())
+            beside = sum(tensor.nbytes for tensor in (self.initial_adapter or {}).values())
+            return sum(p.nbytes for p in self.trainable().values()) + beside
         return sum(p.numel() for p in self.model.parameters()) * self.saved_dtype.itemsize
 
     def save_pretrained(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from strop.policy.model.adapter_init import save_on_base
 from strop.policy.model.adapters import check_adapter
 from strop.policy.model.configuration import quiet
 from strop.policy.model.generation import write_generation
@@ -34,9 +35,13 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         if isinstance(policy.model, PeftModel):
-            policy.model.save_pretrained(str(folder), save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
-            check_adapter(policy.model, folder, policy.loaded_config, policy.where)
+            if policy.initial_adapter is None:
+                policy.model.save_pretrained(str(folder), save_embedding_layers=False)
+                (folder / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
+                trained = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+            else:
+                trained = save_on_base(policy.model, policy.initial_adapter, folder)
+            check_adapter(trained, folder, policy.loaded_config, policy.where)
         else:
             _save_full(policy, folder)
         own = getattr(policy.base, "generation_config", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -45,12 +46,26 @@ class LoraSection(Section):
     loraplus_lr_ratio: float | None = Field(default=None, gt=0, le=1000)
     """LoRA+ (arXiv 2402.12354): the second matrix of each adapter (B, which begins at 0) learns so many times as fast
     as the first; null: as fast. The paper takes 16."""
+    init_lora_weights: bool | str = Field(
+        default=True, json_schema_extra={"x-type": "true, gaussian, pissa, pissa_niter_N, or olora"}
+    )
+    """How adapters begin. true: they add nothing (B is 0); gaussian: the same with another A. pissa (arXiv 2404.02948):
+    with the largest singular values of each weight, which the base loses; pissa_niter_N: the same, approximated by N
+    rounds, in a fraction of the time. olora (arXiv 2406.01775): with a part of its QR decomposition. The model computes
+    what its base does until the first step; the saved adapter loads on the base as it is and has twice the rank r, for
+    pissa and olora."""
     use_rslora: bool = False
     """Rank-stabilised scale lora_alpha / sqrt(r) (arXiv 2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed adapters (arXiv 2402.09353)."""
 
+    @property
+    def moves_base(self) -> bool:
+        """Whether adapters begin with a part of the base's weights, which the base loses."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
+
     def problems(self) -> Iterator[Problem]:
+        yield from self._init_problems()
         named = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
         if both := sorted(set(named) & set(self.modules_to_save or ())):
             yield Problem(
@@ -66,3 +81,27 @@ class LoraSection(Section):
                     f"{key} is {value}, which adapters of experts do not take",
                     fix=f"leave {key} out, or target_parameters",
                 )
+
+    def _init_problems(self) -> Iterator[Problem]:
+        init = self.init_lora_weights
+        if init is not True and not re.fullmatch(r"gaussian|pissa|olora|pissa_niter_[1-9]\d?", str(init)):
+            yield Problem(
+                ("init_lora_weights",),
+                f"init_lora_weights is {str(init)[:60]}",
+                "true, gaussian, pissa, pissa_niter_4 (or another number of rounds), olora",
+            )
+            return
+        for key, reason in _BESIDE_BASE.items() if self.moves_base else ():
+            if getattr(self, key):
+                yield Problem(
+                    (key, "init_lora_weights"),
+                    f"init_lora_weights: {init} moves a part of the base's weights into the adapter, and {reason}",
+                    fix=f"leave {key} or init_lora_weights out",
+                )
+
+
+_BESIDE_BASE = {
+    "use_dora": "use_dora: true normalises by the base's weights as they were",
+    "target_parameters": "weights of fused experts (target_parameters) begin with 0 alone",
+}
+"""Settings that do not go together with an initialisation that changes the base, and why."""

@@ -29,7 +29,7 @@ _FOREIGN = (
     "monteclora_config",
 )
 _INITS = (True, False, "gaussian", "orthogonal")
-_SHARED = ("r", "lora_alpha", "bias", "use_rslora", "use_dora")
+_SHARED = ("r", "lora_alpha", "bias", "use_rslora", "use_dora", "init_lora_weights")
 
 
 def adapters_of(lora: LoraSection, model: ModelSection) -> LoraSection | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ def add_adapters(
     linears, weights = linear_layers(module), sizes(module)
     experts = resolve_parameters(module, lora.target_parameters or (), where)
     transposed = any(isinstance(linears[name], Conv1D) for name in selected(targets, linears))
+    if lora.moves_base:
+        _check_moving(module, lora, [linears[name] for name in selected(targets, linears)], where)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
@@ -64,6 +66,7 @@ def add_adapters(
         target_parameters=list(lora.target_parameters or ()) or None,
         modules_to_save=list(saved) or None,
         task_type=lora.task_type,
+        init_lora_weights=lora.init_lora_weights,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         fan_in_fan_out=transposed,
@@ -82,6 +85,29 @@ def add_adapters(
     assert not experts or _adapted_names(adapted) >= experts.keys()
     _tell_reach(adapted, weights, where)
     return _finish(adapted, master, where)
+
+
+def _check_moving(module: nn.Module, lora: LoraSection, layers: Sequence[nn.Module], where: str) -> None:
+    """Refuse layers whose weights cannot be moved into an adapter, and say that it takes a while.
+
+    Raises:
+        ModelError: they are quantised, or stored the other way round.
+    """
+    named = f"lora.init_lora_weights: {lora.init_lora_weights}"
+    if any(map(is_quantised, layers)):
+        raise ModelError(
+            f"{named} changes the base's weights, and quantised ones cannot be changed by so little",
+            where=where,
+            expected="a base in 16 or 32 bits",
+            fix="leave init_lora_weights out, or set models[].quant: none",
+        )
+    if lora.init_lora_weights == "olora" and any(isinstance(layer, Conv1D) for layer in layers):
+        raise ModelError(
+            f"{named}: peft cannot begin so on layers that are stored transposed (Conv1D, as in GPT-2)",
+            where=where,
+            fix="set init_lora_weights: pissa, or leave it out",
+        )
+    logger.info("%s: %s, of %d weights; this takes a while", where, named, len(layers))
 
 
 def continue_adapters(
@@ -240,9 +266,12 @@ def _tell_reach(adapted: PeftModel, weights: Mapping[str, int], where: str) -> N
         logger.info("%s: %s", where, line)
 
 
-def check_adapter(adapted: PeftModel, folder: Path, config: PreTrainedConfig, where: str) -> None:
+def check_adapter(trained: Mapping[str, Tensor], folder: Path, config: PreTrainedConfig, where: str) -> None:
     """Load a written adapter again by plain peft, on a model of shapes without weights: every tensor of the file has
     its place there, and is what was trained.
+
+    Args:
+        trained: what should have been written, by the names in the file.
 
     Raises:
         ModelError: peft does not load it, or loads something else.
@@ -263,7 +292,6 @@ def check_adapter(adapted: PeftModel, folder: Path, config: PreTrainedConfig, wh
         raise ModelError(
             f"peft does not load the adapter that was written: {first_line(error)}", where=where
         ) from error
-    trained = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     written = load_file(folder / "adapter_model.safetensors")
     wrong = sorted(written.keys() ^ places.keys() | written.keys() ^ trained.keys()) or [
         name
