@@ -9,6 +9,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from strop.garbage import paused
+
 if TYPE_CHECKING:
     from strop.config import RunConfig, load_config
     from strop.data.preference import load_preference_jsonl
@@ -32,7 +34,8 @@ def __getattr__(name: str) -> Any:
     level = library.level
     library.setLevel(logging.ERROR)
     try:
-        return getattr(import_module(_HOMES[name]), name)
+        with paused():
+            return getattr(import_module(_HOMES[name]), name)
     finally:
         library.setLevel(level)
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from strop import garbage
 from strop.cli.commands import COMMANDS
 from strop.errors import ConfigError, Interrupted, LostError, PeerError, StropError
 from strop.terminal import SECONDS_TO_SPEAK, ReaderLeft, complain, open_standard_streams, rank, session, show
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
     try:
-        with session():
+        with session(), garbage.rare():
             return dispatch(arguments)
     except StropError as error:
         _tell(error)

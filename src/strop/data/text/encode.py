@@ -16,10 +16,8 @@ it right to encode a part again, and to encode the second side of a pair from it
 
 from __future__ import annotations
 
-import gc
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, chain, compress, count, islice
@@ -27,6 +25,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from strop import garbage
 from strop.data.read.row import RowRefused
 from strop.data.text.chat_template import leading_tokens
 from strop.data.text.render import Rendered
@@ -326,21 +325,8 @@ class Encoder:
             encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = False
-        with _without_collection():
+        with garbage.paused():
             return [Tokens.of(encoding, self._added) for encoding in encodings]
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """No search for cycles of garbage in here: offsets are a tuple per token, which hold none, and each few hundred of
-    them start a search through all that the process has."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _joined(sides: Sequence[_Side]) -> Encoded:

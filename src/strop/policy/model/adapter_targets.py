@@ -191,8 +191,10 @@ def _named_as_experts(module: nn.Module, layers: Iterable[str]) -> list[str]:
     such as gate_proj for one of theirs, and adapts the fused experts instead."""
     if not isinstance(module, PreTrainedModel):
         return []
-    last_parts = {full.rpartition(".")[2] for full in layers}
-    taken = {name for name in last_parts if _is_renamed(module, name)}
+    last_parts = sorted({full.rpartition(".")[2] for full in layers})
+    if not _is_renamed(module, last_parts):
+        return []
+    taken = {name for name in last_parts if _is_renamed(module, [name])}
     return [full for full in layers if full.rpartition(".")[2] in taken]
 
 
@@ -202,11 +204,12 @@ def _refused_by_peft(module: nn.Module, layers: Iterable[str]) -> list[str]:
     return selected(("out_proj", "conv1d"), layers) if kind in _MAMBA else []
 
 
-def _is_renamed(module: PreTrainedModel, name: str) -> bool:
-    config = LoraConfig(target_modules=[name])
+def _is_renamed(module: PreTrainedModel, names: list[str]) -> bool:
+    """Whether peft takes one of the names for that of something else."""
+    config = LoraConfig(target_modules=names)
     try:
         convert_peft_config_for_transformers(config, module, None)
-    except ValueError:  # it is one of several names of one weight
+    except ValueError:  # one of them is one of several names of one weight
         return True
     return bool(config.target_parameters)
 
