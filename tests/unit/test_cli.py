@@ -113,7 +113,7 @@ def test_the_dry_run(flags: str, given: dict[str, Any], config: Path, calls: Cal
         assert cli.main(["train", *file, "--model-index=0", *flags.split()]) == 0
     assert len(calls) == 3
     for name, _, named in calls:
-        assert name == "dry_run" and named == {"rest": (), "model_index": 0, "verbose": False, **given}
+        assert name == "dry_run" and named == {"rest": (), "model_index": 0, "verbose": False, "devices": None, **given}
 
 
 def test_the_demo(calls: Calls) -> None:
