@@ -21,8 +21,9 @@ from strop.data.doctor import imbalance
 from strop.data.load import LoadedData
 from strop.data.prompts import PromptGroups
 from strop.data.store.group_numbers import check_groups
+from strop.data.store.table import Groups
 from strop.engine.checkpoint import Checkpoint
-from strop.engine.metrics import no_such_metric
+from strop.engine.metrics import held_out_metrics, no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
 from strop.lengths import Sized
@@ -53,6 +54,11 @@ class Prepared:
     plan: Plan
     num_processes: int = 1
     _known: _KnownWork = field(default_factory=lambda: _KnownWork(), compare=False, repr=False)
+
+    @property
+    def scored_ahead(self) -> bool:
+        """Whether log-probs of the reference are scored before the first step."""
+        return scored_ahead(self.config, self.objective)
 
     @property
     def budget(self) -> int:
@@ -148,6 +154,12 @@ class Prepared:
             yield f"mismatched completions: about {total:,} tokens more per epoch, scored without gradients"
         if self.objective.whole_step and len(sizes) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
+        if rollout.enabled and self.objective.needs_reference:
+            yield "the reference scores every group when it is sampled: " + (
+                "another model that stays in memory"
+                if getattr(self.config.post_training, "ref_model_id", None)
+                else "the policy with a copy of the weights that train, as they were before the first step"
+            )
         if (sync := self.objective.ref_sync) is not None:
             yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"
 
@@ -201,6 +213,8 @@ def prepare(
             training, num = config.training, config.rollout.num_generations
             limits = (training.max_seq_length, training.max_completion_length)
             data = replace(data, train=PromptGroups(data.train, num, *limits))
+            if isinstance(data.eval, Groups):
+                data = replace(data, eval=PromptGroups(data.eval, config.rollout.num_generations_eval, *limits))
         else:
             for groups in (data.train, data.eval):
                 check_groups(groups, objective.reads, objective.settings.advantage)
@@ -224,6 +238,12 @@ def prepare(
     return Prepared(config, model, tokenizer, data, objective, plan, num_processes)
 
 
+def scored_ahead(config: RunConfig, objective: Objective[MethodSettings]) -> bool:
+    """Whether the log-probs of the reference are scored before the first step: there is one that does not change, and
+    the completions are known."""
+    return objective.needs_reference and objective.ref_sync is None and not config.rollout.enabled
+
+
 def with_budget(prepared: Prepared, tokens: RowTokens, device_type: str) -> Prepared:
     """With `micro_batch_tokens` decided from the device and the longest group (under packing, a filled row), unless the
     configuration gives it."""
@@ -244,8 +264,9 @@ def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> No
     options = config.finetuning
     decides = options.load_best_model_at_end or options.early_stopping_patience is not None
     name = options.metric_for_best_model.removeprefix("eval_")
-    if decides and name not in objective.evaluated:
-        raise no_such_metric(name, objective.evaluated)
+    evaluated = held_out_metrics(config.reward_names) if config.rollout.enabled else objective.evaluated
+    if decides and name not in evaluated:
+        raise no_such_metric(name, evaluated)
 
 
 def _without_validation(config: RunConfig) -> RunConfig:

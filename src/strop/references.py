@@ -12,6 +12,7 @@ from strop.engine.progress import Progress
 from strop.errors import ConfigError
 from strop.objectives.base import build_objective
 from strop.preflight import select_models
+from strop.prepared import scored_ahead
 from strop.session import Session
 from strop.world import World
 
@@ -26,11 +27,11 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
     """
     config = resolve(config)
     objective = build_objective(config.post_training)
-    if not objective.needs_reference or objective.ref_sync is not None or not config.training.reference_store:
+    if not scored_ahead(config, objective) or not config.training.reference_store:
         raise ConfigError(
             "there is nothing to score ahead",
             where=f"post_training.method: {config.post_training.method}",
-            expected="a method with a reference that does not change, and training.reference_store: true",
+            expected="a method with a reference that does not change, no rollout, and training.reference_store: true",
         )
     models = select_models(config, model_index)
     with start_world(config.gpu) as world:

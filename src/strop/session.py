@@ -56,10 +56,10 @@ from strop.policy.model.from_config import CannotBuildError, shape_of
 from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
-from strop.policy.reference import SyncedReference, reference_policy
+from strop.policy.reference import FrozenReference, SyncedReference, reference_policy
 from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
-from strop.rollout.build import rollout_source
+from strop.rollout.build import rollout_source, scores_of
 from strop.rollout.source import RolloutSource
 from strop.world import World
 
@@ -323,12 +323,35 @@ class Session:
         following = None if sync is None else SyncedReference(self.policy, sync.every_steps, sync.share)
         return OfflineSource(self.prepared.plan, *splits, following)
 
+    @cached_property
+    def kept_reference(self) -> Policy | FrozenReference | None:
+        """The reference of a run that samples, which scores in every step: another model, or the policy as it is now;
+        None where the objective reads none."""
+        if not self.prepared.objective.needs_reference:
+            return None
+        found = self._exit.enter_context(self.reference())
+        return FrozenReference(self.policy) if found is self.policy else found
+
     def _rollouts(self, folder: Path) -> RolloutSource:
         """Groups that the policy samples."""
-        prepared = self.prepared
-        assert isinstance(prepared.data.train, PromptGroups)
-        parts = (prepared.plan, prepared.data.train, self.policy, prepared.tokenizer, folder, log.warning, self.world)
-        source = rollout_source(self.config, self.model, *parts)
+        prepared, reference = self.prepared, self.kept_reference
+        train, held_out = prepared.data.train, prepared.data.eval
+        assert isinstance(train, PromptGroups)
+        source = rollout_source(
+            self.config,
+            self.model,
+            prepared.plan,
+            train,
+            held_out if isinstance(held_out, PromptGroups) else None,
+            self.policy,
+            prepared.tokenizer,
+            self.cuts.training,
+            folder,
+            log.warning,
+            self.world,
+            reference=None if reference is None else scores_of(reference),
+            scores_again="sampler_logps" in prepared.objective.reads,
+        )
         self._exit.callback(source.close)
         source.rewind(self._resumed.step if self._resumed else 0)
         return source

@@ -54,7 +54,7 @@ class Space:
         final = trained * (wide if shape.adapters else _saved_itemsize(prepared))
         final *= 2 if shape.adapters and config.lora.moves_base else 1  # twice the rank, for the base as it is
         reference = 0
-        if prepared.objective.needs_reference and not follows:
+        if prepared.scored_ahead:
             reference = wide * (_scored(prepared.data.train) + _scored(prepared.data.eval))
         return cls(checkpoint, _most_at_once(prepared, steps_done), final, reference)
 

@@ -35,6 +35,8 @@ from strop.errors import ConfigError, Interrupted, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.policy.kernels import product_rates
 from strop.policy.model.generation import trained_ends
+from strop.policy.policy import Policy
+from strop.policy.reference import FrozenReference
 from strop.preflight import check, run_folder, select_models
 from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
@@ -235,17 +237,24 @@ class _Run:
 
     def _splits(self) -> Splits:
         """The groups, with reference log-probs if the objective needs a reference that does not change."""
-        session, objective = self.session, self.session.prepared.objective
-        if not objective.needs_reference or objective.ref_sync is not None:
+        session = self.session
+        if session.config.rollout.enabled:
+            self._note_reference(session.kept_reference)
+        if not session.prepared.scored_ahead:
             return session.groups()
         session.world.doing("scoring the reference")
         with session.reference() as reference:
-            if reference is not session.policy:
-                others = reference_made_from(reference)
-                self.made_from = self.made_from | others
-                if self.saved:
-                    check_made_from(self.saved, others, self.allow_changes)
+            self._note_reference(reference)
             return session.score(reference, self.progress, self.run.path)
+
+    def _note_reference(self, reference: Policy | FrozenReference | None) -> None:
+        """Adds the hashes of a reference that is another model, and compares them with those of the checkpoint."""
+        if not isinstance(reference, Policy) or reference is self.session.policy:
+            return
+        others = reference_made_from(reference)
+        self.made_from = self.made_from | others
+        if self.saved:
+            check_made_from(self.saved, others, self.allow_changes)
 
     def _outputs(self, num_steps: int) -> RunOutputs:
         config, run = self.session.config, self.run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,63 @@ def test_it_samples_rewards_trains_and_writes_down(tmp_path: Path, model_dir: Pa
                     strict=True,
                 )
             ]
+        )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"post_training.beta": 0.5},
+        {"post_training.beta": 0.5, "lora.r": 4},
+        {"post_training.beta": 0.5, "post_training.algorithm": "rloo"},
+        {"post_training.beta": 0.5, "post_training.ref_model_id": "other"},
+    ],
+    ids=str,
+)
+def test_the_policy_is_held_to_its_reference(keys: dict[str, Any], tmp_path: Path, model_dir: Path) -> None:
+    if "post_training.ref_model_id" in keys:
+        keys = {**keys, "post_training.ref_model_id": str(shutil.copytree(model_dir, tmp_path / "other"))}
+    (result,) = strop.train(config(tmp_path, model_dir, **keys))
+    first, *_, last = lines(result.run_dir / "metrics.jsonl")
+    assert first["time/score"] > 0
+    if keys.get("post_training.algorithm") != "rloo":
+        assert first["loss/kl"] == pytest.approx(0, abs=1e-6)
+        assert last["kl"] > 1e-6 and last["loss/kl"] == pytest.approx(0.5 * last["kl"], rel=1)
+
+
+def test_what_samples_is_compared_with_what_trains(tmp_path: Path, model_dir: Path) -> None:
+    """The same weights and precision: the ratio is 1 but for rounding, before any correction."""
+    (result,) = strop.train(config(tmp_path, model_dir, **{"post_training.sampler_correction": "token_truncate"}))
+    for record in lines(result.run_dir / "metrics.jsonl"):
+        assert 0 < record["sampling/sampling_logp_difference/mean"] < 1e-5
+        assert record["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5)
+    row = lines(result.run_dir / "rollouts.jsonl")[0]
+    assert row["sampler_logps"] != row["old_logps"]
+
+
+def test_held_out_prompts_decide_which_model_is_best(tmp_path: Path, model_dir: Path) -> None:
+    keys = {
+        "dataset.validation_split": 0.34,
+        "training.eval_steps": 1,
+        "training.max_steps": 5,
+        "finetuning.early_stopping_patience": 2,
+    }
+    (result,) = strop.train(config(tmp_path, model_dir, "vowels", **keys))
+    found = lines(result.run_dir / "metrics.jsonl")
+    evaluations = [r for r in found if r["split"] == "eval"]
+    assert evaluations[0]["step"] == 0 and evaluations[0]["num_groups"] == 2
+    for record in evaluations:
+        assert record["reward_low"] <= record["reward"] <= record["reward_high"] and "loss" not in record
+        assert record[f"rewards/{tmp_path / 'own.py'}:vowels/mean"] == pytest.approx(record["reward"])
+    best = max(evaluations[1:], key=lambda r: (r["reward"], -r["step"]))
+    assert json.loads((result.run_dir / "result.json").read_text())["final_step"] == best["step"]
+    trained_on = {r["where"] for r in lines(result.run_dir / "rollouts.jsonl")}
+    assert len(trained_on) == 4, "held-out prompts are not trained on"
+    findings = json.loads((result.run_dir / "findings.json").read_text())
+    assert not [f for f in findings["findings"] if f["id"] == "not-finite" and f["severity"] == "fail"]
+    with pytest.raises(ConfigError, match="no evaluation has a metric 'loss'"):
+        strop.train(
+            config(tmp_path, model_dir, **keys, **{"finetuning.metric_for_best_model": "eval_loss"}), overwrite=True
         )
 
 
@@ -249,9 +307,11 @@ def test_a_reward_that_cannot_be_one_is_refused(reward: Any, found: str, tmp_pat
         ({"post_training.method": "dpo"}, "completions are to be sampled, and method dpo"),
         ({"rewards": []}, "no reward is given"),
         ({"rollout.num_generations": 1}, "num_generations is 1"),
-        ({"post_training.beta": 0.1}, "a reference is scored for rows of files only"),
-        ({"post_training.sampler_correction": "token_mask"}, "what samples is the policy itself"),
-        ({"dataset.validation_split": 0.5}, "is not evaluated on any"),
+        (
+            {"post_training.sampler_correction": "token_mask", "rollout.top_p": 0.9},
+            r"with rollout\.top_p the sampler draws from a part",
+        ),
+        ({"rollout.num_generations_eval": 2}, "at temperature_eval 0 all are the same"),
         ({"rollout.enabled": False}, "nothing is sampled that they could reward"),
         ({"rollout.reward_error_value": 1.0}, "on_reward_error stop does not read it"),
     ],

@@ -29,8 +29,8 @@ def resolve(config: RunConfig) -> RunConfig:
     `training.learning_rate` by method and by what trains (open where some models train adapters and others all
     weights: `of_model` decides then), `training.warmup_ratio` unless steps are given, no
     `training.max_completion_length` for sft, no `dataset.validation_split` with rollout,
-    `post_training.normalizer_length` from `training.max_completion_length` for grpo, `finetuning.greater_is_better` by
-    metric.
+    `post_training.normalizer_length` from `training.max_completion_length` for grpo, `finetuning.metric_for_best_model`
+    eval_reward with rollout, `finetuning.greater_is_better` by metric.
     """
     training, finetuning = config.training, config.finetuning
     found: dict[str, Any] = {}
@@ -51,6 +51,9 @@ def resolve(config: RunConfig) -> RunConfig:
         and length is not None
     ):
         found["post_training.normalizer_length"] = length
+    if config.rollout.enabled and "metric_for_best_model" not in finetuning.model_fields_set:
+        found["finetuning.metric_for_best_model"] = "eval_reward"
+        finetuning = finetuning.model_copy(update={"metric_for_best_model": "eval_reward"})
     if finetuning.greater_is_better is None:
         found["finetuning.greater_is_better"] = _greater_is_better(finetuning)
     return config.with_values(found, {key: default_origin(key) for key in found}) if found else config

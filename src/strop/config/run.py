@@ -116,8 +116,16 @@ class RunConfig(Section):
         """What the method needs of the data: under rollout a prompt with the answer that rewards may look at."""
         return "single" if self.rollout.enabled else self.post_training.ROWS
 
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """What the rewards are called in metrics: their names, numbered where one occurs twice."""
+        names = [reward.name for reward in self.rewards]
+        return tuple(
+            name if names.count(name) == 1 else f"{name}#{names[:i].count(name) + 1}" for i, name in enumerate(names)
+        )
+
     def _rollout_problems(self) -> Iterator[Problem]:
-        method, rollout, dataset = self.post_training, self.rollout, self.dataset
+        method, rollout = self.post_training, self.rollout
         if not rollout.enabled:
             if self.rewards:
                 yield Problem(
@@ -146,28 +154,23 @@ class RunConfig(Section):
                 "at least 2",
                 "raise it, or set post_training.advantage: reinforce++",
             )
-        if method.beta:
+        defaults = {name: RolloutSection.model_fields[name].default for name in ("top_k", "top_p", "min_p")}
+        left_out = [name for name, default in defaults.items() if getattr(rollout, name) != default]
+        if method.sampler_correction != "none" and left_out:
             yield Problem(
-                ("post_training.beta", "rollout"),
-                f"post_training.beta is {method.beta:g}, and a reference is scored for rows of files only",
-                "beta 0 with rollout",
-                "remove beta",
+                ("post_training.sampler_correction", f"rollout.{left_out[0]}"),
+                f"sampler_correction is {method.sampler_correction}, and with rollout.{left_out[0]} the sampler draws "
+                "from a part of the vocabulary, while log-probs are those under all of it",
+                "sampling from the whole vocabulary",
+                f"remove rollout.{left_out[0]}, or sampler_correction",
             )
-        if method.sampler_correction != "none":
+        if rollout.num_generations_eval > 1 and rollout.temperature_eval == 0:
             yield Problem(
-                ("post_training.sampler_correction", "rollout"),
-                f"sampler_correction is {method.sampler_correction}, and what samples is the policy itself",
-                "none with rollout",
-                "remove sampler_correction",
-            )
-        given = dataset.model_fields_set
-        if dataset.val_file is not None or ("validation_split" in given and dataset.validation_split > 0):
-            key = "val_file" if dataset.val_file is not None else "validation_split"
-            yield Problem(
-                (f"dataset.{key}", "rollout"),
-                f"dataset.{key} holds rows to evaluate on, and a run that samples is not evaluated on any",
-                "no validation rows with rollout",
-                f"remove dataset.{key}",
+                ("rollout.num_generations_eval", "rollout.temperature_eval"),
+                f"rollout.num_generations_eval is {rollout.num_generations_eval}, and at temperature_eval 0 all are "
+                "the same",
+                "1, or a temperature above 0",
+                "set temperature_eval: 1.0, or remove num_generations_eval",
             )
 
     def problems(self) -> Iterator[Problem]:

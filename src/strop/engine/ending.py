@@ -17,7 +17,7 @@ from strop.engine.state import TrainState
 from strop.errors import CheckpointError
 from strop.runfiles import RESULT
 
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
+SHOWN = ("loss", "reward", "rewards/accuracies", "rewards/margins")
 """Metrics that the lines show, if an evaluation has them."""
 VISIBLE = 1e-4
 """A loss counts as worse if it is above the earlier one by more than this share of it."""
@@ -30,7 +30,8 @@ class Ending:
     reason: why, as a sentence. early: whether by early stopping. step: the last step trained, of num_steps. final_step:
     the step of the model in `final/`. metrics: lines of metrics.jsonl by name: `eval_at_start` before the first step,
     `eval` of `final_step`, `train` the last one of the training. worse: whether the loss of `eval` is above that of
-    `eval_at_start`; None if one of them is missing.
+    `eval_at_start`, or, where completions are sampled, its mean reward below it by more than chance; None if one of
+    them is missing.
     """
 
     reason: str
@@ -80,17 +81,19 @@ class Ending:
             yield f"evaluation of the model of step {self.final_step}: {shown}"
             return
         # rewards before the first step are not shown: the policy is still the reference, so they are 0
-        shown = f"loss {number(before.get('loss'))} -> {number(after.get('loss'))}"
-        shown += "".join(f", {name} {number(after[name])}" for name in SHOWN[1:] if _has(after, name))
+        first = _decides(before)
+        shown = f"{first} {number(before.get(first))} -> {number(after.get(first))}"
+        shown += "".join(f", {name} {number(after[name])}" for name in SHOWN if name != first and _has(after, name))
         yield f"evaluation before the first step and of the model of step {self.final_step}: {shown}"
 
     def warning(self) -> str | None:
         """Why not to use the model in `final/`; None if nothing speaks against it."""
         if not self.worse:
             return None
-        before, after = self.metrics["eval_at_start"]["loss"], self.metrics["eval"]["loss"]
+        name = _decides(self.metrics["eval_at_start"])
+        before, after = self.metrics["eval_at_start"].get(name), self.metrics["eval"].get(name)
         return (
-            f"the model got worse: its evaluation loss was {number(before)} before the first step and is "
+            f"the model got worse: its evaluation {name} was {number(before)} before the first step and is "
             f"{number(after)} now. Lower training.learning_rate, train fewer steps, or look at the data. The model "
             "that the run started from is unchanged"
         )
@@ -123,7 +126,7 @@ class RunResult:
 
     @property
     def got_worse(self) -> bool | None:
-        """Whether the evaluation loss is above that before the first step; None if one of them is missing."""
+        """Whether the evaluation is worse than that before the first step (`Ending.worse`); None if one is missing."""
         return self.ending.worse
 
     @property
@@ -159,11 +162,20 @@ def _stopped_early(config: RunConfig, state: TrainState, num_steps: int) -> str:
 
 def _is_worse(metrics: Mapping[str, Mapping[str, Any]]) -> bool | None:
     before, after = metrics.get("eval_at_start"), metrics.get("eval")
-    if before is None or after is None or not _has(before, "loss"):
+    if before is None or after is None:
+        return None
+    if _decides(before) == "reward":
+        return bool(after.get("reward_high", after["reward"]) < before["reward"]) if _has(after, "reward") else None
+    if not _has(before, "loss"):
         return None
     if not _has(after, "loss"):
         return True  # null: it is not finite any more
     return bool(after["loss"] > before["loss"] + VISIBLE * abs(before["loss"]))
+
+
+def _decides(record: Mapping[str, Any]) -> str:
+    """What evaluations of this run are compared by: one that samples has no loss."""
+    return "reward" if "loss" not in record and _has(record, "reward") else "loss"
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:

@@ -1,16 +1,21 @@
-"""Loss and metrics on the validation groups: one evaluation counts as one step. Floor 3."""
+"""Loss and metrics on the validation groups: one evaluation counts as one step. Floor 3.
+
+An `Evaluator` measures the policy between two steps. `Evaluation` scores groups that are there; a step source may bring
+another one (`StepSource.evaluator`).
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
+from strop.engine.evaluator import Watcher
 from strop.engine.out_of_memory import attempt_together, cut_finer, does_not_fit
 from strop.engine.source import Cut, GroupSet
 from strop.engine.step import ALONE, Forward, StepScores, join_all, summarise
@@ -48,13 +53,6 @@ AGREED_EVERY = 8
 """After how many micro-batches several processes agree again on whether to stop. They wait for each other each time."""
 
 
-class Watcher(Protocol):
-    """Shows how far an evaluation is."""
-
-    def evaluating(self, num_groups: int) -> AbstractContextManager[Callable[[int], None]]: ...
-    def note(self, text: str) -> None: ...
-
-
 class _StoppedError(Exception):
     """A signal stopped an evaluation before its end."""
 
@@ -82,6 +80,23 @@ class Evaluation:
         self.config, self.policy, self.objective = config, policy, objective
         self.groups, self.cut, self.watcher = groups, cut, watcher
         self.world, self.should_stop = world, should_stop
+        self.names = objective.evaluated
+
+    def line(self, where: str) -> Mapping[str, Any] | None:
+        """Loss, terms and metrics over all groups, as `Evaluator.line`."""
+        started = time.perf_counter()
+        result = self.scores(where)
+        if result is None:
+            return None
+        numbers = self.world.on_main(result.fetch)  # the last bits may depend on the machine
+        return {
+            "loss": numbers.loss,
+            **({f"loss/{t}": share for t, share in numbers.terms.items()} if len(numbers.terms) > 1 else {}),
+            "num_groups": result.scores.structure.num_groups,
+            "num_scored_tokens": result.scores.structure.num_tokens,
+            "seconds": time.perf_counter() - started,
+            **{name: total / count for name, (total, count) in numbers.metrics.items() if count},
+        }
 
     def scores(self, where: str) -> StepScores | None:
         """The scores of all groups with the current weights; None if it was stopped.

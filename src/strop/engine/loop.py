@@ -28,6 +28,7 @@ from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.device_memory import DeviceMemory
 from strop.engine.evaluate import Evaluation
+from strop.engine.evaluator import Evaluator
 from strop.engine.gradients import Gradients
 from strop.engine.ledger import row_hash
 from strop.engine.metrics import MetricWindow, UpdateProbe
@@ -114,7 +115,7 @@ class Loop:
         self.memory = DeviceMemory(world)
         self.digest = WeightsDigest(list(self.parameters.values()))
         self.stalled = StalledLoss(source.num_steps, self._rate)
-        self.evaluation: Evaluation | None = None
+        self.evaluation: Evaluator | None = source.evaluator(outputs, self.should_stop)
         if source.validation is not None:
             parts = (config, policy, objective, source.validation, cuts.evaluation, outputs, world)
             self.evaluation = Evaluation(*parts, self.should_stop)
@@ -309,26 +310,14 @@ class Loop:
         """Evaluates. Returns whether this is the best model so far and must be saved; False if a signal stopped it."""
         assert self.evaluation is not None
         self.world.doing(f"evaluation after step {self.state.step}")
-        started = time.perf_counter()
-        result = self.evaluation.scores(f"evaluation after step {self.state.step}")
-        if result is None:
+        numbers = self.evaluation.line(f"evaluation after step {self.state.step}")
+        if numbers is None:
             return False
-        numbers = self.world.on_main(result.fetch)  # the last bits may depend on the machine
-        metrics = {name: total / count for name, (total, count) in numbers.metrics.items() if count}
-        line = {
-            "step": self.state.step,
-            "epoch": self.source.epochs(self.state.step),
-            "split": "eval",
-            "loss": numbers.loss,
-            **({f"loss/{t}": share for t, share in numbers.terms.items()} if len(numbers.terms) > 1 else {}),
-            "num_groups": result.scores.structure.num_groups,
-            "num_scored_tokens": result.scores.structure.num_tokens,
-            "seconds": time.perf_counter() - started,
-            **metrics,
-        }
+        about = {"step": self.state.step, "epoch": self.source.epochs(self.state.step), "split": "eval"}
+        line = {**about, **numbers}
         self.outputs.line(line)
         self.state.evaluated_step = self.state.step
-        value = deciding_value(self.config.finetuning, line, self.objective.evaluated)
+        value = deciding_value(self.config.finetuning, line, self.evaluation.names)
         # The model before training is never the best one: a run that only got worse should not return its input.
         return is_best(self.config.finetuning, self.state, value) if self.state.step and value is not None else False
 

@@ -110,6 +110,13 @@ def _ratio(moved: Tensor, size: Tensor) -> float:
     return float(moved / size) if size > 0 else float(moved > 0)
 
 
+def held_out_metrics(reward_names: Sequence[str]) -> list[str]:
+    """Names of the numbers of an evaluation that samples: the mean reward, and where its 95 % interval lies."""
+    of_completions = [f"completions/{name}" for name in ("mean_length", "mean_terminated_length", "clipped_ratio")]
+    of_rewards = [f"rewards/{name}/{kind}" for name in reward_names for kind in ("mean", "std")]
+    return ["reward", "reward_low", "reward_high", *of_completions, "rewards/failed", *of_rewards]
+
+
 def no_such_metric(name: str, known: Sequence[str]) -> ConfigError:
     """The error for a `metric_for_best_model` that evaluations do not have."""
     return ConfigError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from strop.columns import Columns
+from strop.engine.evaluator import Evaluator, Watcher
 from strop.engine.records import Sum
 from strop.engine.source import GroupSet, Part, Supply
 from strop.plan.order import Plan
@@ -41,6 +42,9 @@ class OfflineSource:
 
     def metrics(self, step: int) -> Mapping[str, Sum]:
         return {}
+
+    def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:
+        return None
 
     def epochs(self, step: int) -> float:
         return step / self.plan.steps_per_epoch

@@ -19,6 +19,7 @@ from torch import Tensor
 from strop.batch import Batch, own_columns, own_names, structure_of
 from strop.columns import NO_COLUMNS, Columns
 from strop.config.methods import MethodSettings
+from strop.engine.evaluator import Evaluator, Watcher
 from strop.engine.records import Sum
 from strop.lengths import Lengths, lengths_of
 from strop.objectives.base import Objective
@@ -121,8 +122,8 @@ class Cut:
 class StepSource(Protocol):
     """Where the groups of a run come from.
 
-    num_steps: the steps of the run. validation: the groups to evaluate on, if there are any. The content of a step
-    depends on its number only, and, if `ahead` is False, on the weights before it.
+    num_steps: the steps of the run. validation: the groups to evaluate on, if there are any that are known before the
+    run. The content of a step depends on its number only, and, if `ahead` is False, on the weights before it.
     """
 
     num_steps: int
@@ -142,6 +143,9 @@ class StepSource(Protocol):
 
     def metrics(self, step: int) -> Mapping[str, Sum]:
         """What the source itself measured when it made the step that was asked for last, as (sum, count)."""
+
+    def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:
+        """What evaluates the policy where there is no `validation`; None: nothing does."""
 
     def epochs(self, step: int) -> float:
         """How many epochs so many steps are, as a fraction."""

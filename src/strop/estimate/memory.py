@@ -119,6 +119,9 @@ def memory_of(
     copies = _float32_copies(shape, work, config, precision, device)
     if copies is not None:
         parts["float32 copies"] = copies
+    if config.rollout.enabled and objective.needs_reference:  # another model is taken to be as large as this one
+        other = getattr(config.post_training, "ref_model_id", None) is not None
+        parts["reference"] = base * c if other else trained * wide
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: np.broadcast_to(size, len(work)).astype(np.int64) for name, size in parts.items()}

@@ -114,7 +114,8 @@ def estimate(
     devices = devices_of(prepared)
     if seconds is not None:  # passes without gradients: half of one that trains adapters, a third of one of all weights
         twice = objective.whole_step and int(np.diff(epoch.starts).max()) > 1
-        again = twice + (objective.ref_sync is not None) + len(objective.also)
+        in_steps = objective.ref_sync is not None or (config.rollout.enabled and objective.needs_reference)
+        again = twice + in_steps + len(objective.also)
         seconds = seconds * (1 + again / (2 if shape.adapters else 3))
         seconds = together(seconds, shape, epoch, precision, machine, devices)
         source = f"{source}{_exchanged(machine, devices)}"

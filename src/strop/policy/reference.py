@@ -1,8 +1,9 @@
 """The reference: which model it is, and the log-probs of groups under it. Floor 2.
 
 The reference is the policy as it is before its first step, so no second model is held in memory, in full training
-neither; or it is another model with the same vocabulary, which is freed once the groups are scored. A reference that
-follows the policy (`SyncedReference`) is a second model in memory.
+neither; or it is another model with the same vocabulary, which is freed once the groups are scored. Where groups are
+sampled, it is needed in every step: what trains is copied (`FrozenReference`), or the other model stays. A reference
+that follows the policy (`SyncedReference`) is a second model in memory.
 """
 
 from __future__ import annotations
@@ -63,6 +64,31 @@ def reference_logps(policy: Policy, micro_batches: Iterable[Sequence[Group]]) ->
             # cloned, because a view would keep the whole micro-batch in memory
             results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
     return results
+
+
+class FrozenReference:
+    """The policy as it is now, while it goes on training. Only the weights that train are copied: for the passes of the
+    reference they take the place of the policy's own.
+
+    Args:
+        policy: before its first step, and before a checkpoint is loaded into it.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._weights = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+
+    def logps(self, micro_batches: Iterable[Sequence[Group]]) -> list[Tensor]:
+        """As `reference_logps`, under the weights of then."""
+        self._swap()
+        try:
+            return reference_logps(self._policy, micro_batches)
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, weight in self._policy.trainable().items():
+            weight.data, self._weights[name] = self._weights[name], weight.data
 
 
 class SyncedReference:

@@ -33,6 +33,11 @@ class Facts:
         return self.run.method
 
     @property
+    def samples(self) -> bool:
+        """Whether the policy samples the completions, in evaluations too."""
+        return self.run.value("rollout.enabled", False) is True
+
+    @property
     def loss_type(self) -> str:
         return str(self.run.value("post_training.loss_type", ""))
 

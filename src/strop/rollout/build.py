@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.prompts import PromptGroups
+from strop.engine.source import Cut
 from strop.plan.order import Plan
 from strop.policy.model.generation import end_tokens
 from strop.policy.policy import Policy
+from strop.policy.reference import FrozenReference, reference_logps
+from strop.rollout.collect import Collector, Scoring
 from strop.rollout.drawing import Drawing
 from strop.rollout.sampler import Sampler
 from strop.rollout.scoring import Scorer
 from strop.rollout.source import RolloutSource
 from strop.runfiles import ROLLOUTS
+from strop.types import Group
 from strop.world import World
 
 
@@ -26,29 +31,62 @@ def rollout_source(
     model: ModelSection,
     plan: Plan,
     prompts: PromptGroups,
+    held_out: PromptGroups | None,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
+    cut: Cut,
     folder: Path,
     note: Callable[[str], None],
     world: World,
+    *,
+    reference: Scoring | None = None,
+    scores_again: bool = False,
 ) -> RolloutSource:
     """Has completions sampled by the policy and rewarded.
 
     Args:
-        prompts: the rows to train on. folder: of the run, where what is sampled is written down. note: called with a
-            message about rewards that fail.
+        prompts: the rows to train on. held_out: those to evaluate on. cut: how groups are cut into micro-batches where
+            they are scored without gradients. folder: of the run, where what is sampled is written down. note: called
+            with a message about rewards that fail. reference: scores under the reference, where the objective reads it.
+            scores_again: score what was sampled by the forward pass of training, too.
 
     Raises:
         ConfigError: a reward cannot be found, or nothing ends a completion.
     """
     how = config.rollout
-    sampler = Sampler(
-        policy,
-        how.num_generations,
-        end_tokens(model, tokenizer),
-        drawing=Drawing(how.top_k, how.top_p, how.min_p, len(tokenizer)),
-        seed=config.seed,
-        batch_tokens=how.batch_tokens,
+    ends, vocabulary = end_tokens(model, tokenizer), len(tokenizer)
+    scorer = Scorer(config.rewards, config.reward_names, how)
+
+    def sampler(num_completions: int, drawing: Drawing) -> Sampler:
+        return Sampler(policy, num_completions, ends, drawing=drawing, seed=config.seed, batch_tokens=how.batch_tokens)
+
+    drawing = Drawing(how.top_k, how.top_p, how.min_p, vocabulary)
+    collector = Collector(
+        prompts,
+        sampler(how.num_generations, drawing),
+        scorer,
+        tokenizer,
+        world,
+        cut,
+        reference=reference,
+        policy=policy if scores_again else None,
     )
-    scorer = Scorer(config.rewards, how)
-    return RolloutSource(plan, prompts, sampler, scorer, tokenizer, folder / ROLLOUTS, note, world)
+    evaluation = None
+    if held_out is not None:
+        if how.temperature_eval == 0:
+            drawing = Drawing(top_k=1, vocabulary=vocabulary)
+        else:
+            drawing = Drawing(how.top_k, how.top_p, how.min_p, vocabulary, how.temperature / how.temperature_eval)
+        evaluation = Collector(held_out, sampler(how.num_generations_eval, drawing), scorer, tokenizer, world, cut)
+    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world)
+
+
+def scores_of(reference: Policy | FrozenReference) -> Scoring:
+    """Log-probs under the policy as it was, or under another model that stays in memory."""
+    if isinstance(reference, FrozenReference):
+        return reference.logps
+
+    def scored(micro_batches: Sequence[Sequence[Group]]) -> list[Tensor]:
+        return reference_logps(reference, micro_batches)
+
+    return scored

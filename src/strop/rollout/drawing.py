@@ -17,12 +17,14 @@ from torch import Tensor
 class Drawing:
     """Which tokens may be drawn. Each limit takes some of those that the one before it has left: the first `vocabulary`
     ones (None: all), since a model may have logits for more than its tokenizer knows; the top_k likeliest (0: all); the
-    likeliest that together have the probability top_p; those at least min_p times as likely as the likeliest."""
+    likeliest that together have the probability top_p; those at least min_p times as likely as the likeliest. Logits
+    are multiplied by `factor` first."""
 
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     vocabulary: int | None = None
+    factor: float = 1.0
 
     def restricted(self, probs: Tensor) -> Tensor:
         """[R, V] probabilities -> [R, at most `vocabulary`] those of tokens that may be drawn, else 0. They are not
@@ -49,7 +51,7 @@ class Drawing:
         Returns:
             [R] tokens, and [R] their natural log-probs under all of the vocabulary.
         """
-        logps = logits.log_softmax(-1)
+        logps = (logits if self.factor == 1.0 else logits * self.factor).log_softmax(-1)
         reached = self.restricted(logps.double().exp()).cumsum(-1)
         total = reached[:, -1:]
         below = torch.nextafter(total, torch.zeros_like(total))

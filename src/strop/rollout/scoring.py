@@ -39,12 +39,15 @@ class Failures:
 class Scorer:
     """Rewards completions, one prompt at a time.
 
+    Args:
+        names: what each reward is called in metrics.
+
     Raises:
         ConfigError: as `RewardCaller`.
     """
 
-    def __init__(self, rewards: Sequence[RewardSection], how: RolloutSection) -> None:
-        self.names = tuple(_unlike([reward.name for reward in rewards]))
+    def __init__(self, rewards: Sequence[RewardSection], names: Sequence[str], how: RolloutSection) -> None:
+        self.names = tuple(names)
         self._weights = [reward.weight for reward in rewards]
         self._how = how
         self._caller = RewardCaller(
@@ -123,8 +126,3 @@ def _chat(row: KeptRow, prompt: str, completion: str) -> list[Mapping[str, Any]]
     """The turns of the prompt, one of a user where it is no conversation, and the completion."""
     turns = row.prompt if isinstance(row.prompt, list) else [{"role": "user", "content": row.prompt or prompt}]
     return [*turns, {"role": "assistant", "content": completion}]
-
-
-def _unlike(names: Sequence[str]) -> list[str]:
-    """The names, numbered where the same one occurs twice."""
-    return [name if names.count(name) == 1 else f"{name}#{names[:i].count(name) + 1}" for i, name in enumerate(names)]

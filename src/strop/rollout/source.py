@@ -7,100 +7,58 @@ index) and the weights before the step. So a checkpoint holds nothing of it: a r
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from strop.data.store.table import KeptRow
+from strop.columns import Columns
 from strop.durable import JsonLines
+from strop.engine.evaluator import Evaluator, Watcher
 from strop.engine.records import Sum
-from strop.engine.source import GroupSet
+from strop.engine.source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
-from strop.rollout.sampler import Prompt, Sampled, Sampler
-from strop.rollout.scoring import Failures, Scored, Scorer
-from strop.types import Completion, Group
+from strop.rollout.collect import Collected, Collector, Rewarded, joined, measured
+from strop.rollout.held_out import HeldOut
+from strop.rollout.scoring import Failures
 from strop.world import World
-
-
-class Prompts(Protocol):
-    """Groups whose prompts are sampled for; their completions are not looked at."""
-
-    @property
-    def rooms(self) -> np.ndarray:
-        """[prompts] tokens that a completion of each has at most."""
-
-    def __getitem__(self, number: int) -> Group: ...
-    def kept(self, number: int) -> KeptRow:
-        """The row of a prompt, for the rewards."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rewarded:
-    """What was sampled for one prompt of a step.
-
-    place: of the prompt in the step, from 0. texts: the completions, without special tokens.
-    """
-
-    place: int
-    completions: Sequence[Sampled]
-    texts: Sequence[str]
-    rewards: Scored
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one process made of its prompts of a step; a prompt is not in it if its rewards failed and it is left out.
-
-    seconds: by phase.
-    """
-
-    rewarded: Sequence[Rewarded]
-    failures: Failures
-    seconds: Mapping[str, float]
 
 
 class RolloutSource:
     """Samples the groups of a step when they are asked for.
 
     Args:
+        held_out: samples for the prompts that the policy is evaluated on, if there are any.
         log: the file to which every sampled group is written. note: called with a message about rewards that fail.
     """
 
     validation: GroupSet | None = None
     also: frozenset[str] = frozenset()
     ahead = False
-    supplies = frozenset({"rewards", "old_logps"})
 
     def __init__(
         self,
         plan: Plan,
-        prompts: Prompts,
-        sampler: Sampler,
-        scorer: Scorer,
-        tokenizer: PreTrainedTokenizerBase,
+        collector: Collector,
+        held_out: Collector | None,
         log: Path,
         note: Callable[[str], None],
         world: World,
     ) -> None:
         self.plan, self.num_steps = plan, plan.num_steps
-        self._prompts, self._rooms = prompts, prompts.rooms
-        self._sampler, self._scorer = sampler, scorer
-        self._tokenizer, self._note = tokenizer, note
-        self._log, self._world = JsonLines(log), world
-        self._made: tuple[int, GroupSet, Mapping[str, Sum]] | None = None
+        self._collector, self._held_out = collector, held_out
+        self.supplies = collector.supplies
+        self._note, self._log, self._world = note, JsonLines(log), world
+        self._made: tuple[int, GroupSet, dict[str, Sum]] | None = None
+        self._made_at = 0.0
         self._has_warned = False
 
     def step(self, step: int) -> GroupSet:
         if self._made is None or self._made[0] != step:
             self._made = (step, *self._make(step))
+            self._made_at = time.perf_counter()
         return self._made[1]
 
     def metrics(self, step: int) -> Mapping[str, Sum]:
@@ -113,8 +71,13 @@ class RolloutSource:
     def epochs(self, step: int) -> float:
         return step / self.plan.steps_per_epoch
 
+    def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:
+        return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop)
+
     def after(self, step: int) -> None:
-        """Nothing: the next step is sampled when it is asked for, with the weights of then."""
+        """Notes how long the step trained. The next one is sampled when it is asked for, with the weights of then."""
+        assert self._made is not None and self._made[0] == step
+        self._made[2]["time/train"] = (time.perf_counter() - self._made_at, 1)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {}
@@ -125,105 +88,72 @@ class RolloutSource:
             self._log.retain(lambda record: record["step"] <= step if isinstance(record.get("step"), int) else None)
 
     def close(self) -> None:
-        self._scorer.close()
+        self._collector.close()
         self._log.close()
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _make(self, step: int) -> tuple[GroupSet, Mapping[str, Sum]]:
-        """Every process samples for its share of the prompts, and all get all groups."""
-        numbers = self.plan.groups(step)
-        prompts = [self._prompts[number] for number in numbers]
-        places = self._world.own_share(range(len(numbers)))
-        shares = self._world.gather(self._share(step, numbers, prompts, places))
-        failures = Failures()
-        for share in shares:
-            failures.add(share.failures)
-        self._warn_once(step, failures)
-        rewarded = sorted((r for share in shares for r in share.rewarded), key=lambda r: r.place)
-        if not rewarded:
+    def _make(self, step: int) -> tuple[GroupSet, dict[str, Sum]]:
+        done = self._collector.collect(step, self.plan.groups(step))
+        self._warn_once(step, done.failures)
+        if not done.rewarded:
             raise TrainingError(
-                f"no prompt of this step has rewards: {failures.first}",
+                f"no prompt of this step has rewards: {done.failures.first}",
                 where=f"step {step}",
                 fix="mend the rewards, or set rollout.on_reward_error: value",
             )
         if self._world.is_main:
-            for r in rewarded:
-                self._log.append(self._line(step, numbers[r.place], prompts[r.place], r))
-        slowest = {phase: max(share.seconds[phase] for share in shares) for phase in shares[0].seconds}
-        groups = [_group(prompts[r.place], r) for r in rewarded]
-        indices = [numbers[r.place] for r in rewarded]
-        return GroupSet(groups, indices=indices), self._measured(rewarded, failures, slowest)
-
-    def _share(self, step: int, numbers: Sequence[int], prompts: Sequence[Group], places: Sequence[int]) -> Share:
-        """Samples and rewards the prompts at these places of the step.
-
-        Args:
-            numbers: of the prompts of the step in the plan. prompts: the prompts themselves.
-        """
-        started = time.perf_counter()
-        sampled = self._sampler.sample(
-            step, [Prompt(numbers[i], prompts[i].prompt_ids, int(self._rooms[numbers[i]])) for i in places]
-        )
-        sampled_at = time.perf_counter()
-        failures = Failures()
-        found = [
-            self._rewarded(i, numbers[i], prompts[i], own, failures) for i, own in zip(places, sampled, strict=True)
-        ]
-        seconds = {"time/sample": sampled_at - started, "time/reward": time.perf_counter() - sampled_at}
-        return Share([r for r in found if r is not None], failures, seconds)
-
-    def _rewarded(
-        self, place: int, number: int, prompt: Group, completions: Sequence[Sampled], failures: Failures
-    ) -> Rewarded | None:
-        texts = [self._text(c.ids) for c in completions]
-        lengths = [len(c.ids) for c in completions]
-        row, origin = self._prompts.kept(number), prompt.origin
-        scored = self._scorer.score(self._text(prompt.prompt_ids), texts, lengths, row, origin, failures)
-        return None if scored is None else Rewarded(place, completions, texts, scored)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+            for r in done.rewarded:
+                self._log.append(self._line(step, r))
+        return _group_set(done.rewarded), self._measured(done)
 
     def _warn_once(self, step: int, failures: Failures) -> None:
         if failures.counts and not self._has_warned:
             self._has_warned = True
             self._note(f"step {step}: {failures.first}; further ones are counted in rewards/failed")
 
-    def _measured(
-        self, rewarded: Sequence[Rewarded], failures: Failures, seconds: Mapping[str, float]
-    ) -> Mapping[str, Sum]:
-        completions = [c for r in rewarded for c in r.completions]
-        done = [len(c.ids) for c in completions if c.ended]
-        metrics: dict[str, Sum] = {name: (value, 1) for name, value in seconds.items()}
-        metrics["completions/clipped_ratio"] = (float(len(completions) - len(done)), len(completions))
-        metrics["completions/mean_terminated_length"] = (float(sum(done)), len(done))
-        metrics["rewards/failed"] = (float(failures.counts.total()), 1)
-        for name in self._scorer.names:
-            values = [v for r in rewarded for v in r.rewards.each[name]]
-            metrics[f"rewards/{name}/mean"] = (sum(values), len(values))
-        return metrics
+    def _measured(self, done: Collected) -> dict[str, Sum]:
+        seconds: dict[str, Sum] = {name: (value, 1) for name, value in done.seconds.items()}
+        return seconds | measured(done.rewarded, done.failures, self._collector.reward_names)
 
-    def _line(self, step: int, number: int, prompt: Group, rewarded: Rewarded) -> dict[str, Any]:
+    def _line(self, step: int, rewarded: Rewarded) -> dict[str, Any]:
         """A group as a row of a file that can be trained on as it is."""
-        completions, rewards = rewarded.completions, rewarded.rewards
-        return {
+        completions, prompt, group = rewarded.completions, rewarded.prompt, rewarded.group
+        line = {
             "step": step,
-            "prompt_number": number,
+            "prompt_number": rewarded.number,
             "where": str(prompt.origin),
-            "prompt": self._text(prompt.prompt_ids),
+            "prompt": self._collector.text(prompt.prompt_ids),
             "texts": list(rewarded.texts),
-            "rewards": list(rewards.total),
-            "rewards_by_name": {name: list(values) for name, values in rewards.each.items()},
+            "rewards": list(rewarded.rewards.total),
+            "rewards_by_name": {name: list(values) for name, values in rewarded.rewards.each.items()},
             "ended": [c.ended for c in completions],
             "prompt_ids": list(prompt.prompt_ids),
             "completion_ids": [list(c.ids) for c in completions],
-            "old_logps": [list(c.logps) for c in completions],
         }
+        lengths = [len(c.ids) for c in completions]
+        for name in ("old_logps", "sampler_logps"):
+            if name in group.numbers:
+                line[name] = _split(group.numbers[name], lengths)
+        return line
 
 
-def _group(prompt: Group, rewarded: Rewarded) -> Group:
-    completions = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in rewarded.completions)
-    logps = array("d", chain.from_iterable(c.logps for c in rewarded.completions))
-    numbers = {"rewards": array("d", rewarded.rewards.total), "old_logps": logps}
-    return Group(prompt.prompt_ids, completions, prompt.origin, numbers=numbers)
+def _split(values: Sequence[float], lengths: Sequence[int]) -> list[list[float]]:
+    found, at = [], 0
+    for length in lengths:
+        found.append(list(values[at : at + length]))
+        at += length
+    return found
+
+
+def _group_set(rewarded: Sequence[Rewarded]) -> GroupSet:
+    """The groups of a step, with the log-probs of the reference where there is one."""
+    references = [r.ref_logps for r in rewarded if r.ref_logps is not None]
+    columns: dict[str, Supply] = {}
+
+    def ref_logps(part: Part) -> Columns:
+        return Columns(per_token={"ref_logps": joined(references, part)})
+
+    if references:
+        columns["ref_logps"] = ref_logps
+    return GroupSet([r.group for r in rewarded], columns, indices=[r.number for r in rewarded])

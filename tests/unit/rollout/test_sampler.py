@@ -26,6 +26,7 @@ from strop.config import load_config, resolve
 from strop.errors import ConfigError
 from strop.policy.build import build_policy
 from strop.policy.policy import Policy
+from strop.policy.reference import FrozenReference, reference_logps
 from strop.rollout.drawing import Drawing, uniforms
 from strop.rollout.sampler import Prompt, Sampled, Sampler
 from strop.types import Completion, Group, Origin
@@ -177,3 +178,25 @@ def test_the_ends_of_the_unit_interval_draw_what_can_be_drawn() -> None:
 def test_a_model_that_never_ends_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing ends a completion"):
         Sampler(make_policy(tmp_path), 2, ())
+
+
+@pytest.mark.parametrize("keys", [{}, {"lora.r": 4, "lora.lora_dropout": 0.3}], ids=str)
+def test_a_frozen_reference_scores_as_the_policy_did(keys: dict[str, Any], tmp_path: Path) -> None:
+    """After every weight has moved, bit for bit; and the policy goes on where it was."""
+    policy = make_policy(tmp_path, **keys)
+    given = prompts()
+    groups = [as_group(p, own) for p, own in zip(given, Sampler(policy, 2, ENDS).sample(1, given), strict=True)]
+    parts = [groups[:2], groups[2:]]
+    before = reference_logps(policy, parts)
+    reference = FrozenReference(policy)
+    with torch.no_grad():
+        for weight in policy.trainable().values():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    moved = reference_logps(policy, parts)
+    places = {name: weight.data_ptr() for name, weight in policy.trainable().items()}
+    found = reference.logps(parts)
+    assert all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
+    assert not torch.equal(torch.cat(found), torch.cat(moved))
+    assert all(torch.equal(a, b) for a, b in zip(reference_logps(policy, parts), moved, strict=True))
+    assert places == {name: weight.data_ptr() for name, weight in policy.trainable().items()}
+    assert all(weight.requires_grad for weight in policy.trainable().values())

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import build_tokenizer
 from strop.config.sections import RolloutSection
 from strop.data.store.table import KeptRow
+from strop.engine.source import Cut
 from strop.errors import TrainingError
 from strop.plan.order import Plan
+from strop.plan.tokens import packed_tokens
+from strop.rollout.collect import Collector
 from strop.rollout.sampler import Prompt, Sampled
 from strop.rollout.scoring import Failures, Scored
 from strop.rollout.source import RolloutSource
@@ -65,8 +70,19 @@ class Scoring:
 
 
 def make(world: World, folder: Path, fails: Sequence[int] = ()) -> RolloutSource:
-    parts: Any = (Plan.of(7, 4, 1, None, 0), Prompts(PROMPTS), Sampling(), Scoring(fails), build_tokenizer())
-    return RolloutSource(*parts, folder / "rollouts.jsonl", lambda note: None, world)
+    return RolloutSource(
+        Plan.of(7, 4, 1, None, 0),
+        collector(world, Scoring(fails)),
+        collector(world, Scoring(fails)),
+        folder / "rollouts.jsonl",
+        lambda note: None,
+        world,
+    )
+
+
+def collector(world: World, scoring: Any, **more: Any) -> Collector:
+    parts: Any = (Prompts(PROMPTS), Sampling(), scoring, build_tokenizer(), world, Cut(10, packed_tokens))
+    return Collector(*parts, **more)
 
 
 def told(source: RolloutSource) -> list[Any]:
@@ -98,6 +114,60 @@ def test_processes_share_the_prompts_and_all_get_all_groups(tmp_path: Path, fail
     )
     assert [list(g.completions[1].ids) for g in groups] == [[1, i, 41] for i in indices]
     assert metrics["rewards/a/mean"] == (sum(map(float, indices)), 2 * len(groups))
+
+
+def test_every_group_has_its_own_log_probs_of_the_reference(tmp_path: Path) -> None:
+    """However the groups are dealt and cut: here the reference gives a group its prompt's length at every token."""
+
+    def reference(micro_batches: Sequence[Sequence[Group]]) -> list[torch.Tensor]:
+        assert all(len(part) == 1 or sum(g.num_tokens for g in part) <= 10 for part in micro_batches)
+        return [torch.full((g.num_scored,), float(len(g.prompt_ids))) for part in micro_batches for g in part]
+
+    def asked(world: World) -> Any:
+        own = collector(world, Scoring([3]), reference=reference)
+        source = RolloutSource(Plan.of(7, 4, 1, None, 0), own, None, tmp_path / "log.jsonl", lambda note: None, world)
+        assert "ref_logps" in source.supplies
+        groups = source.step(1)
+        assert source.metrics(1)["time/score"][0] > 0
+        return [(g, groups.columns["ref_logps"]([i]).find("ref_logps").tolist()) for i, g in enumerate(groups.groups)]
+
+    for size in (1, 3):
+        for found in in_worlds(size, asked):
+            assert len(found) in (3, 4)
+            for group, values in found:
+                assert values == [float(len(group.prompt_ids))] * group.num_scored
+
+
+class Watching:
+    def evaluating(self, num_groups: int) -> Any:
+        return nullcontext(lambda done: None)
+
+    def note(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_held_out_prompts_are_measured(size: int, tmp_path: Path) -> None:
+    """Mean reward over prompts with its interval; what fails is counted and left out."""
+
+    def line(world: World) -> Any:
+        evaluator = make(world, tmp_path, [2]).evaluator(Watching(), lambda: False)
+        assert evaluator is not None
+        return evaluator.line("now"), evaluator.names
+
+    for found, names in in_worlds(size, line):
+        means = np.array([i / 2 for i in range(7) if i != 2])
+        assert found["reward"] == pytest.approx(means.mean())
+        error = 1.96 * means.std(ddof=1) / 6**0.5
+        assert [found["reward_low"], found["reward_high"]] == pytest.approx(
+            [means.mean() - error, means.mean() + error]
+        )
+        assert found["rewards/failed"] == 2 and found["num_groups"] == 6 and found["completions/clipped_ratio"] == 0.5
+        assert {n for n in found if not n.startswith("num_")} - {"seconds"} <= set(names)
+
+
+def test_an_evaluation_that_is_stopped_has_no_result(tmp_path: Path) -> None:
+    evaluator = make(World.alone("cpu"), tmp_path).evaluator(Watching(), lambda: True)
+    assert evaluator is not None and evaluator.line("now") is None
 
 
 def test_what_a_resume_makes_again_leaves_the_log(tmp_path: Path) -> None:

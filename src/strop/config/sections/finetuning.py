@@ -17,9 +17,12 @@ class FinetuningSection(Section):
     metric_for_best_model: str = Field(
         default="eval_loss",
         pattern=r"^[A-Za-z]\w*(/\w+)*$",
-        json_schema_extra={"x-type": "the name of a metric, such as eval_loss or eval_rewards/accuracies"},
+        json_schema_extra={
+            "x-type": "the name of a metric, such as eval_loss or eval_rewards/accuracies",
+            "x-default": "eval_loss; eval_reward with rollout",
+        },
     )
-    """A metric of the evaluation, with or without the prefix `eval_`."""
+    """A metric of the evaluation, with or without the prefix `eval_`. Default: eval_loss; with rollout eval_reward."""
     greater_is_better: bool | None = Field(
         default=None, json_schema_extra={"x-default": "by metric (false for losses)"}
     )

@@ -37,6 +37,10 @@ class RolloutSection(Section):
     """Draw from the likeliest tokens that together have this probability; 1: from all."""
     min_p: float = Field(default=0.0, ge=0, lt=1)
     """Draw from tokens that are at least this share as likely as the likeliest; 0: from all."""
+    num_generations_eval: int = Field(default=1, gt=0, le=1024)
+    """Completions of each validation prompt."""
+    temperature_eval: float = Field(default=0.0, ge=0)
+    """The same of validation prompts; 0: the likeliest token each time."""
     batch_tokens: int = Field(default=32_768, gt=0)
     """Tokens, prompts and completions, that are decoded together at most; changes memory and speed."""
     reward_timeout: float = Field(default=60.0, gt=0)

@@ -36,17 +36,18 @@ def finite(facts: Facts) -> Iterator[Finding]:
         yield unchecked("not-finite", "whether all numbers are finite: metrics.jsonl has no line")
         return
     skipped = int(train.total("num_skipped_steps"))
+    of_evaluation = "reward" if facts.samples else "loss"
     bad = [
         (float(table.step[i]), words)
-        for table, words in ((train, "training"), (evaluated, "evaluation"))
-        for i in np.flatnonzero(~np.isfinite(table.columns.get("loss", np.full(len(table), np.nan))))[:1].tolist()
+        for table, words, name in ((train, "training", "loss"), (evaluated, "evaluation", of_evaluation))
+        for i in np.flatnonzero(~np.isfinite(table.columns.get(name, np.full(len(table), np.nan))))[:1].tolist()
     ]
     numbers: dict[str, float | int | str] = {"steps skipped": skipped}
     numbers |= {f"first not finite, {words}": f"step {step:.0f}" for step, words in bad}
     evaluation_is_bad = any(words == "evaluation" for _, words in bad)
     if bad or skipped:
         first = min((step for step, _ in bad), default=None)
-        what = "loss of an evaluation" if evaluation_is_bad else "loss"
+        what = f"{of_evaluation} of an evaluation" if evaluation_is_bad else "loss"
         claim = (
             f"The {what} is not a finite number from step {first:.0f} on"
             if first is not None
@@ -202,6 +203,7 @@ def risen(facts: Facts) -> Iterator[Finding]:
     at, values = facts.run.eval.series("loss")
     if len(values) < 2:
         why = "there is no evaluation" if not len(values) else "there is one evaluation only"
+        why = "evaluations that sample have no loss" if facts.samples else why
         yield unchecked("worse-than-start", f"whether the model got worse: {why}")
         yield unchecked("risen", f"overfitting: {why}")
         return

@@ -1,0 +1,214 @@
+"""Prompts to groups with their rewards and log-probs: every process takes a share, and all get everything. Floor 4."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from strop.data.store.table import KeptRow
+from strop.engine.records import Sum
+from strop.engine.source import Cut, GroupSet
+from strop.policy.policy import Policy
+from strop.policy.reference import reference_logps
+from strop.rollout.sampler import Prompt, Sampled, Sampler
+from strop.rollout.scoring import Failures, Scored, Scorer
+from strop.types import Completion, Group
+from strop.world import World
+
+Scoring = Callable[[Sequence[Sequence[Group]]], list[Tensor]]
+"""Micro-batches of groups to one tensor [scored tokens] per group, in their order: their log-probs under some model."""
+
+
+class Prompts(Protocol):
+    """Groups whose prompts are sampled for; their completions are not looked at."""
+
+    @property
+    def rooms(self) -> np.ndarray:
+        """[prompts] tokens that a completion of each has at most."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Group: ...
+    def kept(self, number: int) -> KeptRow:
+        """The row of a prompt, for the rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewarded:
+    """What was sampled for one prompt.
+
+    number: of the prompt among all. texts: the completions, without special tokens. ref_logps: [scored tokens], where
+    there is a reference; old_logps: the same under the training forward, where that is scored, too.
+    """
+
+    number: int
+    prompt: Group
+    completions: Sequence[Sampled]
+    texts: Sequence[str]
+    rewards: Scored
+    ref_logps: Tensor | None = None
+    old_logps: Tensor | None = None
+
+    @property
+    def group(self) -> Group:
+        """The prompt with what was sampled for it, and the numbers beside it."""
+        made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in self.completions)
+        sampled = array("d", chain.from_iterable(c.logps for c in self.completions))
+        numbers = {"rewards": array("d", self.rewards.total), "old_logps": sampled}
+        if self.old_logps is not None:
+            numbers |= {"old_logps": array("d", self.old_logps.double().tolist()), "sampler_logps": sampled}
+        return Group(self.prompt.prompt_ids, made, self.prompt.origin, numbers=numbers)
+
+
+@dataclass
+class Collected:
+    """What was sampled for some prompts, in their order; a prompt is not in it if its rewards failed and it is left
+    out. seconds: by phase, those of the slowest process."""
+
+    rewarded: list[Rewarded] = field(default_factory=list)
+    failures: Failures = field(default_factory=Failures)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, more: Collected) -> None:
+        """What was sampled for further prompts."""
+        self.rewarded += more.rewarded
+        self.failures.add(more.failures)
+        self.seconds = {name: self.seconds.get(name, 0.0) + more.seconds[name] for name in more.seconds}
+
+
+class Collector:
+    """Samples, rewards and scores.
+
+    Args:
+        reference: scores under the reference, where the objective reads it. policy: scores what was sampled again, by
+            the forward pass of training, where the objective compares that with the sampler. cut: how groups are cut
+            into micro-batches for both.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        sampler: Sampler,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+        world: World,
+        cut: Cut,
+        *,
+        reference: Scoring | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self._prompts, self._rooms = prompts, prompts.rooms
+        self._sampler, self._scorer, self._tokenizer = sampler, scorer, tokenizer
+        self._world, self._cut, self._reference, self._policy = world, cut, reference, policy
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def reward_names(self) -> Sequence[str]:
+        return self._scorer.names
+
+    @property
+    def supplies(self) -> frozenset[str]:
+        """Names of the columns that come with what is collected."""
+        again = {"sampler_logps"} if self._policy is not None else set()
+        reference = {"ref_logps"} if self._reference is not None else set()
+        return frozenset({"rewards", "old_logps"} | again | reference)
+
+    def close(self) -> None:
+        """End the process that calls the rewards."""
+        self._scorer.close()
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens as text, without special ones."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def collect(self, step: int, numbers: Sequence[int]) -> Collected:
+        """Every process samples for its share of these prompts, and all get everything.
+
+        Raises:
+            TrainingError, ConfigError: as `Scorer.score`.
+        """
+        shares = self._world.gather(self._share(step, self._world.own_share(numbers)))
+        whole = Collected(seconds={name: max(s.seconds[name] for s in shares) for name in shares[0].seconds})
+        for share in shares:
+            whole.failures.add(share.failures)
+        place = {number: i for i, number in enumerate(numbers)}
+        whole.rewarded = sorted((r for s in shares for r in s.rewarded), key=lambda r: place[r.number])
+        return whole
+
+    def _share(self, step: int, numbers: Sequence[int]) -> Collected:
+        done = Collected()
+        prompts = [self._prompts[number] for number in numbers]
+        with _timed(done.seconds, "time/sample"):
+            asked = [Prompt(n, p.prompt_ids, int(self._rooms[n])) for n, p in zip(numbers, prompts, strict=True)]
+            sampled = self._sampler.sample(step, asked)
+        with _timed(done.seconds, "time/reward"):
+            for number, prompt, completions in zip(numbers, prompts, sampled, strict=True):
+                texts = [self.text(c.ids) for c in completions]
+                lengths = [len(c.ids) for c in completions]
+                row, asked_for = self._prompts.kept(number), self.text(prompt.prompt_ids)
+                scored = self._scorer.score(asked_for, texts, lengths, row, prompt.origin, done.failures)
+                if scored is not None:
+                    done.rewarded.append(Rewarded(number, prompt, completions, texts, scored))
+        if self._reference is not None or self._policy is not None:
+            with _timed(done.seconds, "time/score"):
+                done.rewarded = self._scored(done.rewarded)
+        return done
+
+    def _scored(self, rewarded: Sequence[Rewarded]) -> list[Rewarded]:
+        """With the log-probs under the reference, and under the forward pass of training."""
+        if not rewarded:
+            return []
+        groups = [r.group for r in rewarded]
+        parts = self._cut.parts(GroupSet(groups))
+        micro_batches = [[groups[i] for i in part] for part in parts]
+        places = list(chain.from_iterable(parts))
+        old: dict[int, Tensor] = {}
+        ref: dict[int, Tensor] = {}
+        if self._policy is not None:
+            old = dict(zip(places, reference_logps(self._policy, micro_batches), strict=True))
+        if self._reference is not None:
+            ref = dict(zip(places, self._reference(micro_batches), strict=True))
+        return [replace(r, old_logps=old.get(i), ref_logps=ref.get(i)) for i, r in enumerate(rewarded)]
+
+
+def joined(of_groups: Sequence[Tensor], part: Sequence[int]) -> Tensor:
+    """The tensors of the groups at these places, one behind the other."""
+    return torch.cat([of_groups[i] for i in part])
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def measured(rewarded: Sequence[Rewarded], failures: Failures, names: Sequence[str]) -> dict[str, Sum]:
+    """What sampling and rewards are measured by, as (sum, count)."""
+    completions = [c for r in rewarded for c in r.completions]
+    done = [len(c.ids) for c in completions if c.ended]
+    metrics: dict[str, Sum] = {
+        "completions/clipped_ratio": (float(len(completions) - len(done)), len(completions)),
+        "completions/mean_terminated_length": (float(sum(done)), len(done)),
+        "rewards/failed": (float(failures.counts.total()), 1),
+    }
+    for name in names:
+        values = [v for r in rewarded for v in r.rewards.each[name]]
+        mean = sum(values) / len(values) if values else 0.0
+        metrics[f"rewards/{name}/mean"] = (sum(values), len(values))
+        if len(values) > 1:
+            spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+            metrics[f"rewards/{name}/std"] = (spread**0.5, 1)
+    return metrics

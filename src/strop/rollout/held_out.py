@@ -1,0 +1,75 @@
+"""How good the policy is at prompts that it does not train on: sampled and rewarded at every evaluation. Floor 4."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from strop.engine.evaluator import Watcher
+from strop.engine.metrics import held_out_metrics, means
+from strop.rollout.collect import Collected, Collector, measured
+
+AT_ONCE = 64
+"""Prompts between two looks at whether to stop."""
+
+NORMAL = 1.96
+"""Standard errors to either side of a mean within which it lies with a probability of 95 %."""
+
+
+class HeldOut:
+    """An `Evaluator`: the mean reward of completions of held-out prompts. The same random numbers are drawn with every
+    time, so two evaluations differ by the policy alone.
+
+    Args:
+        collector: of the held-out prompts.
+        should_stop: whether to end an evaluation without a result. All processes call it together.
+    """
+
+    def __init__(self, collector: Collector, watcher: Watcher, should_stop: Callable[[], bool]) -> None:
+        self._collector, self._watcher, self._should_stop = collector, watcher, should_stop
+        self.names = held_out_metrics(collector.reward_names)
+
+    def line(self, where: str) -> Mapping[str, Any] | None:
+        started, whole = time.perf_counter(), Collected()
+        numbers = range(self._collector.num_prompts)
+        with self._watcher.evaluating(len(numbers)) as done:
+            for first in range(0, len(numbers), AT_ONCE):
+                if self._should_stop():
+                    return None
+                some = numbers[first : first + AT_ONCE]
+                whole.add(self._collector.collect(0, some))  # steps of training count from 1
+                done(len(some))
+        return {**self._numbers(whole), "seconds": time.perf_counter() - started}
+
+    def _numbers(self, whole: Collected) -> dict[str, Any]:
+        names = self._collector.reward_names
+        metrics = measured(whole.rewarded, whole.failures, names)
+        lengths = [len(c.ids) for r in whole.rewarded for c in r.completions]
+        metrics["completions/mean_length"] = (float(sum(lengths)), len(lengths))
+        found = means({n: total for n, (total, _) in metrics.items()}, {n: count for n, (_, count) in metrics.items()})
+        return {
+            **mean_reward([r.rewards.total for r in whole.rewarded]),
+            **found,
+            "num_groups": len(whole.rewarded),
+            "num_scored_tokens": sum(lengths),
+        }
+
+
+def mean_reward(of_prompts: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The mean reward, and the interval that it lies in with a probability of 95 %, by its standard error over prompts.
+
+    Args:
+        of_prompts: the rewards of each prompt's completions.
+    """
+    if not of_prompts:
+        return {}
+    each = np.array([np.mean(rewards) for rewards in of_prompts])
+    mean = float(each.mean())
+    found = {"reward": mean}
+    if len(each) > 1:
+        error = NORMAL * float(each.std(ddof=1)) / len(each) ** 0.5
+        found |= {"reward_low": mean - error, "reward_high": mean + error}
+    return found
