@@ -92,6 +92,7 @@ def _problems(
         except StropError as error:
             where = f"reference {error.where}"
             yield type(error)(error.found, where=where, expected=error.expected, fix=error.fix)
+    yield from _missing_trackers(config)
     try:
         _check_data(config.dataset, config.rows)
     except StropError as error:
@@ -107,6 +108,18 @@ def _check_package(model: ModelSection) -> None:
             expected="bitsandbytes, which is the extra `bnb`",
             fix="pip install -e '.[bnb]' in strop's folder, or leave quant out",
         )
+
+
+def _missing_trackers(config: RunConfig) -> Iterator[StropError]:
+    """Trackers whose package is not installed."""
+    for name in config.logging.report_to:
+        if find_spec(name) is None:
+            yield ConfigError(
+                f"the package {name} is not installed",
+                where=f"logging.report_to: {name}",
+                expected=f"{name}, which is the extra `{name}`",
+                fix=f"pip install -e '.[{name}]' in strop's folder, or leave {name} out of logging.report_to",
+            )
 
 
 def _check_data(dataset: DatasetSection, rows: RowShape) -> None:

@@ -2,8 +2,8 @@
 
     {output_dir}/{model name}/
         config.yaml environment.json plan.json data.json metrics.jsonl ledger.jsonl rejected.jsonl pairs.json
-        result.json report.html findings.json
-        logs/margins/ logs/tensorboard/
+        result.json trackers.json report.html findings.json
+        logs/margins/ logs/tensorboard/ logs/wandb/
         checkpoint-{step}/        written and read by the engine
         final/                    the finished model; its presence means that the run is done
         .lock .lock-holder.json   one process at a time
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 FINAL = "final"
 LOCK = ".lock"
 LINES_AT_ONCE = 256
-LOG_FOLDERS = ("margins", "tensorboard")
+LOG_FOLDERS = ("margins", "tensorboard", "wandb")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 SET_ASIDE_NAME = re.compile(r"\.(bad|retired)-checkpoint-[0-9]+(-[0-9]+)?")
 TO_BE_REPLACED = ".to-be-replaced"

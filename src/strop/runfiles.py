@@ -11,6 +11,7 @@ FINDINGS = "findings.json"
 ROLLOUTS = "rollouts.jsonl"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
+TRACKERS = "trackers.json"
 RECORDS = (
     "config.yaml",
     "environment.json",
@@ -27,7 +28,7 @@ RECORDS = (
 """What is written down of a run while it goes on."""
 MARGINS_LOG = "margins_log.jsonl"
 """In the folder of the margins, as are the arrays of `margins_array`."""
-RUN_FILES = (*RECORDS, REPORT, FINDINGS)
+RUN_FILES = (*RECORDS, TRACKERS, REPORT, FINDINGS)
 
 
 def margins_array(epoch: int, step: int) -> str:

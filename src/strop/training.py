@@ -30,7 +30,6 @@ from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
 from strop.engine.state import TrainState
-from strop.engine.trackers import open_trackers
 from strop.errors import ConfigError, Interrupted, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.policy.kernels import product_rates
@@ -44,6 +43,9 @@ from strop.rundir import RunDir
 from strop.runfiles import FAILURE, RESULT
 from strop.session import Session, Splits, reference_made_from
 from strop.space import check_space
+from strop.trackers.facts import Ended
+from strop.trackers.group import Trackers
+from strop.trackers.opening import open_trackers
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -207,13 +209,16 @@ class _Run:
         if not self.saved and session.world.is_main:
             self._write_records()  # from here on the folder holds a run; what failed before can be started anew
         outputs = self._outputs(source.num_steps)
+        ended: Ended = "failed"
         try:
             devices = [session.world.device] if session.world.device.type == "cuda" else []
             # training seeds torch's generators; afterwards they continue where the caller left them
             with StopSignal(outputs.note) as stop, torch.random.fork_rng(devices):
                 parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
                 state, step = self._train(Loop(session.config, *parts, should_stop=lambda: stop.requested), outputs)
+            ended = "finished"
         except Interrupted as stopped:
+            ended = "stopped"
             log.info("%s: stopped by %s after step %d of %d", name, stop.name, stopped.step, source.num_steps)
             raise
         except TrainingError as error:
@@ -222,7 +227,7 @@ class _Run:
                 report(session, self.run)
             raise
         finally:
-            outputs.close()
+            outputs.close(ended)
         checkpoint.refuse_nonfinite(f"no final model after step {state.step}", session.policy.trainable())
 
         session.world.doing("writing the final model")
@@ -258,9 +263,10 @@ class _Run:
 
     def _outputs(self, num_steps: int) -> RunOutputs:
         config, run = self.session.config, self.run
-        resumed_at = self.resumed_at if self.saved else None
-        report_to = config.logging.report_to if self.session.world.is_main else ()
-        trackers = open_trackers(report_to, run.logs, resumed_at=resumed_at, config=to_yaml(config))
+        trackers = Trackers({})
+        if self.session.world.is_main:
+            resumed_at = self.resumed_at if self.saved else None
+            trackers = open_trackers(config, run, name=self.session.model.name, resumed_at=resumed_at)
         parts = (config, run, trackers, self.progress, self.session.world)
         return RunOutputs(*parts, made_from=self.made_from, num_steps=num_steps, resumed_at=self.resumed_at)
 

@@ -22,7 +22,7 @@ TESTED = {
         line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
     )
 }
-NAMES = {"yaml": "pyyaml"}
+NAMES = {"yaml": "pyyaml", "mlflow": "mlflow-skinny"}
 """What is imported by another name than it is installed by."""
 BROUGHT = {"pydantic_core"}
 """A part of another dependency, released with it."""

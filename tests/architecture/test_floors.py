@@ -41,6 +41,7 @@ FLOORS = {
     "report": 2,
     "installation": 2,
     "rewards": 2,
+    "trackers": 2,
     "engine": 3,
     "modelrows": 3,
     "preflight": 3,

@@ -223,7 +223,7 @@ CASES = {
     "an unknown method": case(f"{SFT} --method ppo", "post_training.method is 'ppo'", "one of sft, dpo"),
     "no learning rate": case(f"{SFT} --learning-rate 0", "training.learning_rate is 0", "a number above 0"),
     "an infinite learning rate": case(f"{SFT} --learning-rate .inf", "learning_rate is inf", "a finite number"),
-    "wandb": case(f"{SFT} --report-to wandb", "['wandb']", "tensorboard", "remove wandb"),
+    "a tracker that strop does not have": case(f"{SFT} --report-to neptune", "['neptune']", "wandb", "remove neptune"),
     "a model that is not there": case(f"{SFT} --model-index 9", "--model-index: there is no model 9", "0 = model"),
     "a metric that nobody measures": case(
         f"{SFT} --metric-for-best-model nonsense", "no evaluation has a metric 'nonsense'", "one of loss, "

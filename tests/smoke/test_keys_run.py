@@ -16,10 +16,12 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from strop import cli, session
+from strop import cli, preflight, session
 from strop.config.schema import KEYS
 from strop.engine import loop
 from strop.errors import CheckpointError, ConfigError, StropError
+from strop.trackers import opening
+from strop.trackers.facts import RunFacts
 
 WORSE = {"method": "sft", "greater_is_better": True, "eval_steps": 1, "max_steps": 6}
 """The loss falls and higher counts as better: the first evaluation is the best, and every later one is worse."""
@@ -189,9 +191,54 @@ def test_logging__report_to(runs: Any) -> None:
         assert [step for step, _ in points] == run.steps(split)
         assert [value for _, value in points] == pytest.approx(run.series("loss", split))
     assert not (runs().path / "logs" / "tensorboard").exists()
-    for name in ("wandb", "mlflow", "all"):
+    for name in ("neptune", "all"):
         with pytest.raises(ConfigError, match="tensorboard"):
             runs.config(report_to=[name])
+
+
+@pytest.fixture
+def told(watched: pytest.MonkeyPatch) -> list[RunFacts]:
+    """What trackers are told of a run; none of them starts."""
+    found: list[RunFacts] = []
+
+    def start(facts: RunFacts) -> Any:
+        found.append(facts)
+        raise OSError("enough seen")
+
+    for kind in ("wandb", "mlflow", "trackio"):
+        watched.setitem(opening.KINDS, kind, start)
+    watched.setattr(preflight, "find_spec", lambda name: name)
+    return found
+
+
+def test_logging__run_name(runs: Any, told: list[RunFacts]) -> None:
+    runs(report_to=["wandb"], max_steps=1, fresh=True)
+    runs(report_to=["wandb"], max_steps=1, run_name="mine")
+    assert (told[0].name, told[-1].name) == ("run", "mine")
+    assert told[0].config["training"]["max_steps"] == 1
+
+
+def check_project(runs: Any, told: list[RunFacts], kind: str, key: str) -> None:
+    runs(report_to=[kind], max_steps=1, **{key: "theirs"})
+    assert {facts.project for facts in told} == {"theirs"}
+
+
+def test_logging__wandb_project(runs: Any, told: list[RunFacts]) -> None:
+    check_project(runs, told, "wandb", "wandb_project")
+
+
+def test_logging__mlflow_experiment(runs: Any, told: list[RunFacts]) -> None:
+    check_project(runs, told, "mlflow", "mlflow_experiment")
+
+
+def test_logging__trackio_project(runs: Any, told: list[RunFacts]) -> None:
+    check_project(runs, told, "trackio", "trackio_project")
+
+
+def test_logging__report_to_without_the_package(runs: Any, watched: pytest.MonkeyPatch) -> None:
+    watched.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"mlflow is not installed[^$]*extra `mlflow`"):
+        runs(report_to=["mlflow"])
 
 
 def test_logging__logging_dir(runs: Any, tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
-"""A configuration as YAML that loads as the same configuration. Floor 1, no torch."""
+"""A configuration as YAML that loads as the same configuration, and as plain values. Floor 1, no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from strop.config.run import RunConfig
+from strop.config.section import Section
 from strop.config.yamlfile import write_value
 
 
@@ -23,3 +27,25 @@ def to_yaml(config: RunConfig) -> str:
         origin = "".join(char if char.isprintable() else "?" for char in origins.get(key, ""))
         lines.append(f"{lead}{name}: {write_value(value)}" + (f"  # {origin}" if origin not in ("", "default") else ""))
     return "\n".join(lines) + "\n"
+
+
+def to_values(config: RunConfig) -> dict[str, Any]:
+    """Every key with its value, section by section, as values that JSON has; models by their index."""
+    found: dict[str, Any] = {}
+    for key, value, _ in config.leaves():
+        *sections, name = key.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(own) for name, own in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(own) for own in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

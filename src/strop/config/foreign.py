@@ -112,6 +112,12 @@ RENAMED: Mapping[str, str] = {
     "num_samples_per_prompt": "rollout.num_generations",
     "n_samples_per_prompt": "rollout.num_generations",
     "seed_everything": "seed",
+    "use_wandb": "logging.report_to",
+    "use_mlflow": "logging.report_to",
+    "use_trackio": "logging.report_to",
+    "log_with": "logging.report_to",
+    "wandb_name": "logging.run_name",
+    "wandb_run_name": "logging.run_name",
     "dataloader_num_workers": "dataset.num_workers",
     "preprocessing_num_workers": "dataset.num_workers",
     "gradient_clipping": "training.max_grad_norm",
@@ -131,10 +137,10 @@ _GROUPS: Mapping[str, str] = {
         "ddp_find_unused_parameters tensor_parallel_size pipeline_parallel_size context_parallel_size "
         "sequence_parallel_size num_gpus nproc_per_node device_map local_rank"
     ),
-    "numbers go to metrics.jsonl of the run folder and, with logging.report_to: [tensorboard], to TensorBoard": (
-        "wandb wandb_project wandb_entity wandb_name wandb_run_id use_wandb mlflow comet_ml comet swanlab "
-        "use_swanlab neptune trackio plot_loss run_name log_with"
-    ),
+    "numbers go to metrics.jsonl of the run folder, and to the trackers that logging.report_to names: tensorboard, "
+    "wandb, mlflow, trackio": "comet_ml comet swanlab use_swanlab neptune plot_loss dvclive clearml aim",
+    "W&B takes it from its own variables of the environment (WANDB_ENTITY, WANDB_MODE, ...); --resume goes on with the "
+    "run that it began": "wandb_entity wandb_mode wandb_run_id wandb_watch wandb_log_model",
     "strop trains no reward models and not against one: use method: grpo with a rollout section, whose answers are "
     "rewarded by functions, dpo on pairs of answers, or kto on answers marked as good or bad": (
         "ppo online_dpo nash_md xpo rlhf gkd reward reward_model reward_modeling rm prm"

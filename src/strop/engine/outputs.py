@@ -22,10 +22,11 @@ from strop.engine.margins import MarginsLog
 from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
 from strop.engine.records import StepRecord
-from strop.engine.trackers import Trackers
 from strop.errors import CheckpointError, SaveError
 from strop.policy.kernels import product_rates
 from strop.rundir import RunDir
+from strop.trackers.facts import Ended
+from strop.trackers.group import Trackers
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -65,6 +66,7 @@ class RunOutputs:
         self.run.rewind(step, evaluated=evaluated)
         with _as_error(self.margins_log.folder):
             self.margins_log.rewind(step)
+        self.trackers.catch_up(self.run.metrics.read())
 
     def line(self, line: Mapping[str, Any]) -> None:
         if not self.world.is_main:
@@ -135,14 +137,14 @@ class RunOutputs:
         if self.world.is_main and self.config.logging.log_level != "error":
             self.progress.note(text)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         self.training.close()
         self._metrics.close()
         self._ledger.close()
         if self._margins_lost:
             log.warning("%s: the margins of %d steps are missing", self.margins_log.folder, self._margins_lost)
         self.margins_log.close()
-        self.trackers.close()
+        self.trackers.close(ended)
 
 
 class _Log:

@@ -91,9 +91,9 @@ CASES = {
         "  to do:    write a list: [0]",
     ),
     "an element of a list": (
-        "logging:\n  report_to: [tensorboard, wandbee]\n",
-        "c.yaml:4: logging.report_to is the list ['tensorboard', 'wandbee']\n  expected: a list of these: tensorboard\n"
-        "  to do:    remove wandbee",
+        "logging:\n  report_to: [tensorboard, neptunes]\n",
+        "c.yaml:4: logging.report_to is the list ['tensorboard', 'neptunes']\n  expected: a list of these: "
+        "tensorboard, wandb, mlflow, trackio\n  to do:    remove neptunes",
     ),
     "a union": (
         "training:\n  gradient_checkpointing: maybe\n",

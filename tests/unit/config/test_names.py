@@ -83,7 +83,7 @@ def test_what_is_absent_is_never_answered_with_a_key_of_like_spelling(name: str)
         ("post_training.loss_type", "simpo", "write method: simpo"),
         ("post_training.loss_type", "kto", "write method: kto"),
         ("post_training.loss_type", "kto_pear", "did you mean kto_pair?"),
-        ("logging.report_to", ["wandb"], f"remove wandb: {ABSENT['wandb']}"),
+        ("logging.report_to", ["neptune"], f"remove neptune: {ABSENT['neptune']}"),
     ],
 )
 def test_values_that_stand_elsewhere(key: str, value: object, fix: str) -> None:

@@ -6,14 +6,27 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+from pydantic import Field
+
 from strop.config.section import ListOf, Problem, Section
 
 
 class LoggingSection(Section):
     """What is written down besides metrics.jsonl."""
 
-    report_to: ListOf[Literal["tensorboard"]] = ()
-    """Trackers."""
+    report_to: ListOf[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ()
+    """Trackers; all but tensorboard need the extra of their name. Each one's own variables (WANDB_MODE,
+    MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...) say where its server is: docs/trackers.md."""
+    run_name: str | None = Field(default=None, json_schema_extra={"x-default": "the name of the model"})
+    """What trackers call the run."""
+    wandb_project: str | None = Field(default=None, json_schema_extra={"x-default": "$WANDB_PROJECT, else strop"})
+    """The project of W&B."""
+    mlflow_experiment: str | None = Field(
+        default=None, json_schema_extra={"x-default": "$MLFLOW_EXPERIMENT_NAME, else strop"}
+    )
+    """The experiment of MLflow."""
+    trackio_project: str | None = Field(default=None, json_schema_extra={"x-default": "strop"})
+    """The project of Trackio."""
     logging_dir: str = "./logs"
     """Folder of trackers and margins; relative to the run folder."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

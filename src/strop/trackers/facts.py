@@ -1,0 +1,69 @@
+"""What a tracker is told of the run when it starts. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+SPLITS = ("train", "eval")
+Ended = Literal["finished", "stopped", "failed"]
+"""How a run ended: to its last step, by a signal, or by an error."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run, as trackers know it.
+
+    name: shown in the tracker. logs: the folder for files. config: the resolved configuration, as sections of values.
+    project: of the tracker, where the configuration names one. resumed_at: the step of the checkpoint that the run goes
+    on from. known: what the tracker wrote down about this run at its first start, such as its id; empty at the first
+    start. logged: by split, the last step that an earlier process logged.
+    """
+
+    name: str
+    logs: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    project: str | None = None
+    resumed_at: int | None = None
+    known: Mapping[str, str] = field(default_factory=dict)
+    logged: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier process has begun this run, with a checkpoint or without."""
+        return self.resumed_at is not None or bool(self.known or self.logged)
+
+
+class Tracker(Protocol):
+    """One tracker of one run. Its class is called with the facts of the run, and may raise whatever its package does.
+
+    Attributes:
+        knows: whether it finds out by itself what it holds of the run, and ignores records that it holds.
+        identity: what to write down, so that a resumed run goes on in the same place; nothing secret.
+    """
+
+    knows: bool
+    identity: Mapping[str, str]
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Takes one record: `step`, `split` and numbers."""
+
+    def close(self, ended: Ended) -> None:
+        """Writes out what is still buffered, and says how the run ended."""
+
+
+def charted(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record as `{split}/{name}`, without its step."""
+    return {f"{record['split']}/{name}": value for name, value in record.items() if name not in ("step", "split")}
+
+
+class Held:
+    """What a tracker holds already: by split, all steps up to one."""
+
+    def __init__(self, last: Mapping[str, int]) -> None:
+        self._last = dict(last)
+
+    def __contains__(self, record: Mapping[str, Any]) -> bool:
+        return bool(record["step"] <= self._last.get(record["split"], -1))

@@ -1,0 +1,135 @@
+"""All trackers of a run as one. Floor 2.
+
+A chart is not worth losing a run: whatever a tracker raises is counted and told once. What it did not take waits and is
+offered again after a while, with growing pauses, so that a server that comes back gets everything and one that does not
+costs no time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from strop.errors import first_line
+from strop.redact import redact
+from strop.trackers.facts import Ended, Tracker
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE = 15.0
+LONGEST_PAUSE = 1800.0
+"""Seconds between two attempts."""
+
+
+class Trackers:
+    """Several trackers as one.
+
+    Args:
+        start: starts each tracker, by its name.
+        keep: called with the identities of the trackers that have started, by name, when one has.
+    """
+
+    def __init__(
+        self,
+        start: Mapping[str, Callable[[], Tracker]],
+        keep: Callable[[Mapping[str, Mapping[str, str]]], None] = lambda identities: None,
+    ) -> None:
+        self._outlets = {name: _Outlet(name, own) for name, own in start.items()}
+        self._keep = keep
+        self._kept: Mapping[str, Mapping[str, str]] = {}
+        for outlet in self._outlets.values():
+            outlet.send()
+        self._write_down()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Hand on one line of metrics.jsonl, without what is no number."""
+        for outlet in self._outlets.values():
+            outlet.offer(_numbers(record))
+        self._write_down()
+
+    def catch_up(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Offer what an earlier process logged to the trackers that know what they hold: one that was killed may not
+        have handed over all of it."""
+        knowing = [outlet for outlet in self._outlets.values() if outlet.tracker is not None and outlet.tracker.knows]
+        for record in records if knowing else ():
+            for outlet in knowing:
+                outlet.offer(_numbers(record))
+
+    def close(self, ended: Ended) -> None:
+        for outlet in self._outlets.values():
+            outlet.close(ended)
+        self._outlets.clear()
+
+    def _write_down(self) -> None:
+        found = {name: o.tracker.identity for name, o in self._outlets.items() if o.tracker is not None}
+        if found != self._kept:
+            self._keep(found)
+            self._kept = found
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name in ("step", "split") or _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class _Outlet:
+    """A tracker, the records that wait for it, and when it is tried again."""
+
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self.name, self._start = name, start
+        self.tracker: Tracker | None = None
+        self._waiting: deque[Mapping[str, Any]] = deque()
+        self._failures = 0
+        self._pause, self._next_try = FIRST_PAUSE, 0.0
+
+    def offer(self, record: Mapping[str, Any]) -> None:
+        self._waiting.append(record)
+        if time.monotonic() >= self._next_try:
+            self.send()
+
+    def send(self) -> None:
+        """Start the tracker, if it has not started yet, and hand over all that waits, in order."""
+        try:
+            if self.tracker is None:
+                self.tracker = self._start()
+            while self._waiting:
+                self.tracker.log(self._waiting[0])
+                self._waiting.popleft()
+        except Exception as error:  # noqa: BLE001 (see above)
+            self._failures += 1
+            if self._failures == 1:
+                what = "could not be started" if self.tracker is None else "took no record"
+                logger.warning("%s %s: %s. The run goes on, and tries it again.", self.name, what, _why(error))
+            self._next_try = time.monotonic() + self._pause
+            self._pause = min(4 * self._pause, LONGEST_PAUSE)
+        else:
+            self._pause = FIRST_PAUSE
+
+    def close(self, ended: Ended) -> None:
+        if self._waiting:
+            self.send()
+        if self._waiting:
+            lost, times = len(self._waiting), self._failures
+            logger.warning("%s failed %d times; the last %d records are missing there", self.name, times, lost)
+        elif self._failures:
+            logger.warning("%s failed %d times, and has all records in the end", self.name, self._failures)
+        if self.tracker is None:
+            return
+        try:
+            self.tracker.close(ended)
+        except Exception as error:  # noqa: BLE001 (see above)
+            logger.warning("%s could not be closed; its last records may be missing: %s", self.name, _why(error))
+            with suppress(Exception):
+                self.tracker.close("failed")
+
+
+def _why(error: Exception) -> str:
+    """What an error says, without what it may quote of addresses and keys."""
+    return redact(first_line(error)) or type(error).__name__

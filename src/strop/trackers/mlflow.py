@@ -1,0 +1,91 @@
+"""MLflow: its database file or its server, whichever MLFLOW_TRACKING_URI names. Floor 2."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from strop.trackers.facts import SPLITS, Ended, Held, RunFacts, charted
+
+DEFAULTS = {
+    # MLflow waits for minutes by itself; what a server does not take is offered again later
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+}
+"""Variables of MLflow where the environment does not set them."""
+STATUS: Mapping[Ended, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+class MLflow:
+    """A run of MLflow: parameters, metrics under `{split}/{name}`, and system metrics from a thread of MLflow's own."""
+
+    knows = True
+
+    def __init__(self, facts: RunFacts) -> None:
+        for name, value in DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._client, self._metric = MlflowClient(), Metric
+        known = facts.known.get("run_id")
+        self._run_id = known or self._create(facts)
+        self.identity: Mapping[str, str] = {"run_id": self._run_id}
+        if known:
+            self._client.update_run(known, status="RUNNING")
+        else:
+            params = [Param(name, str(value)) for name, value in _flat(facts.config)]
+            for at in range(0, len(params), 100):  # MLflow takes 100 at once
+                self._client.log_batch(self._run_id, params=params[at : at + 100])
+        self._held = self._look() if known else Held({})
+        self._unsure = False
+        self._monitor = SystemMetricsMonitor(self._run_id, resume_logging=True)
+        self._monitor.start()
+
+    def _create(self, facts: RunFacts) -> str:
+        name = facts.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "strop"
+        experiment = self._client.get_experiment_by_name(name)
+        number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+        return str(self._client.create_run(number, run_name=facts.name).info.run_id)
+
+    def _look(self) -> Held:
+        """What the run holds: every line has an `epoch`."""
+        last = {}
+        for split in SPLITS:
+            history = self._client.get_metric_history(self._run_id, f"{split}/epoch")
+            if history:
+                last[split] = max(metric.step for metric in history)
+        return Held(last)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        if self._unsure:  # a call that failed may have arrived
+            self._held = self._look()
+        if record in self._held:
+            return
+        now, step = int(1000 * time.time()), record["step"]
+        metrics = [self._metric(_key(name), float(v), now, step) for name, v in charted(record).items()]
+        self._unsure = True
+        self._client.log_batch(self._run_id, metrics=metrics)
+        self._unsure = False
+
+    def close(self, ended: Ended) -> None:
+        self._monitor.finish()
+        self._client.set_terminated(self._run_id, STATUS[ended])
+
+
+def _key(name: str) -> str:
+    """A name with the letters that MLflow allows."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

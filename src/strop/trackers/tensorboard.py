@@ -1,0 +1,45 @@
+"""TensorBoard: events files in the run's logs. Floor 2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from strop.trackers.facts import Ended, RunFacts, charted
+
+
+class TensorBoard:
+    """Writes every number of a record as `{split}/{name}`. After a resume, what earlier files have beyond the
+    checkpoint is not shown."""
+
+    knows = False
+    identity: Mapping[str, str] = {}
+
+    def __init__(self, facts: RunFacts) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes 0.3 s, so only runs with this tracker import it
+
+        folder = facts.logs / "tensorboard"
+        # a run that was killed before its first checkpoint logs everything again
+        from_step = 0 if facts.resumed_at is None else facts.resumed_at + 1
+        self._writer = SummaryWriter(folder, purge_step=from_step if facts.is_resumed else None)
+        if facts.config and not facts.is_resumed:
+            self._writer.add_text("config", "\n".join(_lines(facts.config)))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for name, value in charted(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()  # otherwise a killed run would lose up to two minutes of records
+
+    def close(self, ended: Ended) -> None:
+        self._writer.close()
+
+
+def _lines(values: Mapping[str, Any], indent: str = "    ") -> list[str]:
+    """The configuration as indented text, which TensorBoard shows as it is."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {value}")
+    return lines

@@ -1,0 +1,143 @@
+"""Each tracker holds every metric once, also after a kill and a resume, as its own reader says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tracked_run as course
+from tracked_run import Series, sorted_series, wandb_records
+
+Reader = Callable[[Path], Series]
+
+
+def read_tensorboard(run: Path) -> Series:
+    events = EventAccumulator(str(run / "logs" / "tensorboard"))
+    events.Reload()
+    rows = [(tag, e.step, e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
+    return {name: [(s, pytest.approx(v)) for s, v in own] for name, own in sorted_series(rows).items()}
+
+
+def read_wandb(run: Path) -> Series:
+    rows = [r["history"]["item"] for r in wandb_records(run / "logs") if r["type"] == "history"]
+    numbers = [(name, row["step"], v) for row in rows for name, v in row.items() if name.partition("/")[1]]
+    return sorted_series(numbers)
+
+
+def read_mlflow(run: Path) -> Series:
+    from mlflow import MlflowClient
+
+    client, run_id = MlflowClient(), course.identity(run, "mlflow")["run_id"]
+    names = [name for name in client.get_run(run_id).data.metrics if not name.startswith("system/")]
+    rows = [(n.replace("len_2", "len#2"), m.step, m.value) for n in names for m in client.get_metric_history(run_id, n)]
+    return sorted_series(rows)
+
+
+def read_trackio(run: Path) -> Series:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    own = course.identity(run, "trackio")
+    logs = SQLiteStorage.get_logs(own["project"], own["name"])
+    return sorted_series([(n, line["step"], v) for line in logs for n, v in line.items() if n.partition("/")[1]])
+
+
+READERS: dict[str, Reader] = {
+    "tensorboard": read_tensorboard,
+    "wandb": read_wandb,
+    "mlflow": read_mlflow,
+    "trackio": read_trackio,
+}
+
+
+@pytest.fixture(params=["tensorboard", "wandb", "mlflow", "trackio"])
+def kind(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(request.param, reason="install the extra of this name")
+    return str(request.param)
+
+
+def test_a_resumed_run_holds_every_metric_once(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = course.process(run, course.config(kind), last=course.KILLED)
+    before = course.identity(run, kind) if kind != "tensorboard" else None
+    first.close("stopped")
+    course.process(run, course.config(kind), resumed=True).close("finished")
+    assert READERS[kind](run) == course.expected()
+    assert before is None or course.identity(run, kind) == before
+
+
+@pytest.mark.parametrize(
+    "killed", ["wandb", "trackio", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("mlflow", "tensorboard"))]
+)
+def test_a_killed_run_too(killed: str, tmp_path: Path) -> None:
+    pytest.importorskip(killed, reason="install the extra of this name")
+    run = tmp_path / "run"
+    # a process started from one that uses W&B would share its service, which outlives the kill
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, course.__file__, str(run), killed]
+    done = subprocess.run(command, capture_output=True, timeout=240, env=alone)
+    assert done.returncode == -9, done.stderr.decode()
+    course.process(run, course.config(killed), resumed=True).close("finished")
+    assert READERS[killed](run) == course.expected()
+
+
+@pytest.mark.nightly
+def test_a_process_that_ends_before_it_comes_as_far_as_the_first(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    course.process(run, course.config(kind), last=course.KILLED).close("failed")
+    course.process(run, course.config(kind), resumed=True, last=6).close("failed")
+    course.process(run, course.config(kind), resumed=True).close("finished")
+    assert READERS[kind](run) == course.expected()
+
+
+@pytest.mark.nightly
+def test_a_run_without_a_checkpoint_begins_again_in_the_same_place(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    course.process(run, course.config(kind), last=course.KILLED).close("stopped")
+    course.begin_again(run, course.config(kind)).close("finished")
+    assert READERS[kind](run) == course.expected()
+
+
+def test_no_secret_and_no_command_line_is_written(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "s3cr3t" * 6
+    monkeypatch.setenv("WANDB_API_KEY", secret[:40].ljust(40, "0"))
+    monkeypatch.setenv("MY_TOKEN", secret)
+    monkeypatch.setattr(sys, "argv", ["strop", "train", "--mark-of-the-command-line"])
+    run = tmp_path / "run"
+    chosen = course.config(kind, **{"logging.run_name": f"name-of-{kind}"})
+    course.process(run, chosen, last=2).close("finished")
+    for path in run.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"s3cr3t" not in content and b"mark-of-the-command-line" not in content, path
+
+
+def test_the_configuration_is_there_as_values(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    name = f"run-named-{tmp_path.name}"
+    course.process(run, course.config(kind, **{"logging.run_name": name}), last=1).close("finished")
+    if kind == "wandb":
+        (own,) = [r["run"] for r in wandb_records(run / "logs") if r["type"] == "run"][:1]
+        assert own["config"]["update"]["training"]["learning_rate"] == 0.25
+        assert own["display_name"] == name and own["project"] == "strop"
+    elif kind == "mlflow":
+        from mlflow import MlflowClient
+
+        found = MlflowClient().get_run(course.identity(run, "mlflow")["run_id"])
+        assert found.data.params["training.learning_rate"] == "0.25" and found.info.run_name == name
+        assert found.info.status == "FINISHED"
+    elif kind == "trackio":
+        import trackio
+
+        (own_run,) = [r for r in trackio.Api().runs("strop") if r.name.startswith(name)]
+        assert own_run.config["training"]["learning_rate"] == 0.25
+    else:
+        events = EventAccumulator(str(run / "logs" / "tensorboard"))
+        events.Reload()
+        (text,) = events.Tensors("config/text_summary")
+        assert "learning_rate: 0.25" in text.tensor_proto.string_val[0].decode()
