@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import strop
@@ -25,7 +26,8 @@ from strop import RunConfig, heartbeat
 from strop.config import to_yaml
 from strop.engine import alike
 from strop.engine.loop import Loop
-from strop.errors import CheckpointError, ConfigError, LostError, PeerError
+from strop.errors import CheckpointError, ConfigError, LostError, PeerError, TrainingError
+from strop.policy.policy import Policy
 from strop.rundir import RunDir
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -371,6 +373,51 @@ def test_torchrun_restarts_a_killed_process(runs: Any, tmp_path: Path) -> None:
     said = agent.communicate(timeout=300)[1].decode()
     assert agent.returncode == 0 and "restarted by torchrun" in said, said
     assert runs.at(run).steps() == list(range(1, 61)) and runs.same(unbroken.final, runs.at(run).final)
+
+
+def _poisoned_in_rank_1(config: RunConfig, what: str) -> tuple[str, str]:
+    """The loss or a gradient of its first micro-batch of step 2 is not finite. What became of it, and the weights."""
+    forward = Policy.forward
+    digests, num_passes = [], 0
+    step = Loop.step
+
+    def stepping(loop: Loop, number: int) -> None:
+        digests.append(loop.digest.of(loop.digest.sample()))
+        nonlocal num_passes
+        num_passes = 0
+        step(loop, number)
+
+    def poisoned(policy: Policy, batch: Any) -> Any:
+        nonlocal num_passes
+        scored = forward(policy, batch)
+        if not torch.is_grad_enabled():
+            return scored
+        num_passes += 1
+        if os.environ["RANK"] == "1" and len(digests) == 2 and num_passes == 1:
+            if what == "loss":
+                return scored._replace(logps=scored.logps * torch.nan)
+            scored.logps.register_hook(lambda gradient: gradient * torch.inf)
+        return scored
+
+    Loop.step, Policy.forward = stepping, poisoned  # type: ignore[assignment, method-assign]
+    ended = "trained"
+    try:
+        strop.train(config)
+    except (TrainingError, PeerError) as error:
+        ended = f"{type(error).__name__}: {error}"
+    return ended, digests[-1]
+
+
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.nightly)])
+def test_what_is_not_finite_in_one_process_stops_all(what: str, runs: Any) -> None:
+    """Before the update, with the step and the rows; no checkpoint of it is left."""
+    config = runs.config({**CUT, "training.save_steps": 1})
+    found = in_processes(2, _poisoned_in_rank_1, config, what)
+    run = runs.at(Path(config.training.output_dir) / "run")
+    (main, weights), (other, there) = found
+    assert main.startswith("TrainingError: step 2: ") and "the weights were not updated. Rows: " in main
+    assert other.startswith("PeerError: process 0 says what is wrong: step 2: ") and weights == there
+    assert run.checkpoints == [1] and run.steps() == [1]
 
 
 def _refusal(config: RunConfig) -> str:

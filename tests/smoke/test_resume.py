@@ -218,6 +218,8 @@ def test_a_finished_run_takes_no_other_settings(
         ({"learning_rate": 2e-3}, "training.learning_rate: 0.001 then, 0.002 now"),
         ({"groups_per_step": 5}, "training.groups_per_step: 4 then, 5 now"),
         ({"max_steps": 9}, "training.max_steps: 7 then, 9 now"),
+        ({"weight_decay": 0.5}, "training.weight_decay: "),
+        ({"max_grad_norm": 0.5}, "training.max_grad_norm: "),
     ],
 )
 def test_changes_of_the_recipe_are_refused(
@@ -292,6 +294,44 @@ def test_other_hardware_is_no_change_and_other_data_is(
     (result,) = strop.train(strop.load_config(overrides=smaller), resume="auto")  # groups_per_step stands
     assert result.step == STEPS
     assert "groups_per_step: 4" in (result.run_dir / "config.yaml").read_text()
+
+
+def _edited(lines: list[str]) -> list[str]:
+    return [lines[0].replace("question", "answer"), *lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        (_edited, True),
+        (lambda lines: lines[::-1], True),
+        (lambda lines: [*lines, lines[0]], True),
+        (lambda lines: lines[:-1], True),
+        (lambda lines: lines, False),
+    ],
+    ids=["edited", "reordered", "appended", "cut", "written again as it was"],
+)
+def test_rows_that_changed_are_refused_until_they_are_allowed(
+    change: Callable[[list[str]], list[str]],
+    is_refused: bool,
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 3)
+        with pytest.raises(Died):
+            strop.train(strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False)))
+    keys = settings(tmp_path, model_dir, "sft", False)
+    file = Path(keys["dataset"]["train_file"])
+    file.write_text("\n".join(change(file.read_text().splitlines())) + "\n")
+    os.utime(file, (1e9, 1e9))
+    config = strop.load_config(overrides=keys)
+    if is_refused:
+        with pytest.raises(CheckpointError, match=r"data: (.|\n)*allow-changes"):
+            strop.train(config, resume="auto")
+    (result,) = strop.train(config, resume="auto", allow_changes=is_refused)
+    assert result.step == STEPS
 
 
 def start(folder: Path, model: Path) -> subprocess.Popen[str]:

@@ -63,6 +63,30 @@ def test_kills(num: int, record_property: Any, runs: Any, watched: pytest.Monkey
     tally.tell(num)
 
 
+METHODS = ("sft", "dpo", "kto", "orpo", "simpo")
+
+
+@pytest.mark.parametrize(
+    ("method", "stride"),
+    [("dpo", 40), *(pytest.param(method, 1, marks=pytest.mark.nightly) for method in METHODS)],
+)
+def test_killed_at_every_change_to_a_file(
+    method: str, stride: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch
+) -> None:
+    """Of a whole run, one after the other; in the normal suite, every `stride`-th of them."""
+    keys = {**TRAINED, "post_training.method": method, "training.max_steps": 2}
+    unbroken, tally = runs(keys), Tally(f"kills of {method} at every change", record_property)
+    config = runs.config(keys)
+    changes = range(1, num_changes(partial(strop.train, config)) + 1, stride)
+    for change in changes:
+        shutil.rmtree(config.training.output_dir)
+        code = run_apart(partial(strop.train, config), at_change=change)
+        assert outcome(partial(strop.train, config, resume="auto")) == "done", change
+        assert runs.same_run(runs.at(Path(config.training.output_dir) / "run"), unbroken), change
+        tally.add("killed" if code else "done before")
+    tally.tell(len(changes))
+
+
 @few_or(200)
 def test_kills_of_an_overwriting_run(num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
     unbroken, other = runs(TRAINED), runs(TRAINED, learning_rate=3e-3)
