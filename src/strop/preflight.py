@@ -19,7 +19,8 @@ from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import Source, choose_sources
 from strop.data.shapes.examples import Columns, to_example
 from strop.errors import CheckpointError, ConfigError, StropError
-from strop.policy.model.folder import check_adapter, check_files
+from strop.policy.model.folder import check_adapter, check_files, source_of
+from strop.policy.model.quantisation import check_adapts, quantisation_of
 from strop.types import RowShape
 
 ROWS = 8
@@ -80,7 +81,7 @@ def _problems(
     for model in models:
         try:
             check_files(model, needs_weights=needs_weights)
-            _check_package(model)
+            _check_quantised(model, config.adapts(model))
             if model.adapter is not None:
                 check_adapter(model)
         except StropError as error:
@@ -99,15 +100,20 @@ def _problems(
         yield error
 
 
-def _check_package(model: ModelSection) -> None:
-    """Refuse a base that is to be quantised where nothing is installed that does it."""
-    if model.quant != "none" and find_spec("bitsandbytes") is None:
+def _check_quantised(model: ModelSection, adapts: bool) -> None:
+    """Refuse a quantised base where nothing is installed that quantises, or where all weights are to be trained. One on
+    the hub is looked at when it is loaded."""
+    local = path.isdir(source_of(model.huggingface_id))
+    found = quantisation_of(model) if local else None
+    if (found is not None or model.quant != "none") and find_spec("bitsandbytes") is None:
         raise ConfigError(
             "the package bitsandbytes is not installed",
-            where=f"model {model.name}, quant: {model.quant}",
+            where=f"model {model.name}, {found.describe() if found else f'quant: {model.quant}'}",
             expected="bitsandbytes, which is the extra `bnb`",
-            fix="pip install -e '.[bnb]' in strop's folder, or leave quant out",
+            fix="pip install -e '.[bnb]' in strop's folder, or use a model that is not quantised",
         )
+    if local:
+        check_adapts(model, adapts)
 
 
 def _missing_trackers(config: RunConfig) -> Iterator[StropError]:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import strop
 from strop.cli import main
 from strop.config.methods import METHODS
 from strop.errors import CheckpointError
 from strop.export.merge import merge
+from strop.policy.model.configuration import quiet
 
 
 @pytest.mark.parametrize("method", [name for name, settings in METHODS.items() if settings.ROWS != "group"])
@@ -25,11 +27,25 @@ def test_every_method_trains_on_four_bits(method: str, runs: Any) -> None:
     assert moved and min(moved) > 0
 
 
-@pytest.mark.parametrize("quant", ["4bit", "8bit"])
+@pytest.fixture
+def stored(runs: Any, tmp_path: Path) -> Path:
+    """The model of the runs as transformers saves it in 4 bits."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    with quiet():
+        module = AutoModelForCausalLM.from_pretrained(
+            runs.files["model"], quantization_config=how, device_map={"": "cpu"}, dtype=torch.float32
+        )
+        module.save_pretrained(tmp_path / "stored")
+    AutoTokenizer.from_pretrained(runs.files["model"]).save_pretrained(tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+@pytest.mark.parametrize("quant", ["4bit", "8bit", "stored"])
 def test_a_run_is_generated_with_and_merged_on_the_numbers_it_was_trained_on(
-    quant: str, runs: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+    quant: str, runs: Any, stored: Path, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = runs({"models.0.quant": quant}, r=4, learning_rate=5e-2)
+    keys = {"models.0.huggingface_id": str(stored)} if quant == "stored" else {"models.0.quant": quant}
+    run = runs(keys, r=4, learning_rate=5e-2)
     assert run.series("loss", "eval")[0] == pytest.approx(0.6931, abs=1e-3)  # the reference is the same quantised model
     proof = merge(str(run.path), tmp_path / "merged", dtype=torch.float32)
     assert not proof.failed and proof.rounded < 1e-3 * proof.moved

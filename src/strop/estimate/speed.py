@@ -26,6 +26,7 @@ from strop.policy.kernels.fused import fuse
 from strop.policy.model.adapter_settings import adapters_of
 from strop.policy.model.adapters import add_adapters
 from strop.policy.model.from_config import CannotBuildError, random_model
+from strop.policy.model.quantisation import quantisation_of
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.prefix_sharing import reason_against
@@ -60,7 +61,7 @@ def measure(config: RunConfig, model: ModelSection, precision: Precision, groups
     Raises:
         CannotBuildError: the architecture cannot be built with so few layers, or the base is quantised.
     """
-    if model.quant != "none":
+    if quantisation_of(model) is not None:
         raise CannotBuildError("the time of a quantised base is not predicted", where=model.name)
     keep_few_kernels()
     flush_denormals()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from strop.export.proof import (
     move_weights,
     refuse,
 )
-from strop.export.shards import Shard, Spec, memory_dtype, read_header, rewrite, write_index
+from strop.export.shards import Shard, memory_dtype, num_weights, quantised_part, read_header, rewrite, write_index
 from strop.manifest import seal
 from strop.policy.model.adapter_targets import head_names
 from strop.policy.model.configuration import model_config, quiet
@@ -100,12 +101,12 @@ def merge(
     files = inspect_model(model)
     check_output(target, (files.source, source_of(model.adapter), source))
     shards = [read_header(path) for path in files.weights]
-    check_room(target, _bytes(shards, dtype, model_config(model)))
+    check_room(target, _bytes(shards, dtype or files.stored, dtype is None, model_config(model)))
     stored = dtype or files.stored
     with new_folder(target) as folder:
         copy_tokenizer(model, folder)
         made = _merged(model, files, shards, folder, where)
-        _write(made, shards, folder, dtype)
+        _write(made, shards, folder, dtype, files.stored)
         found = _prove(made, folder, stored)
         refuse(found, where)
         if proof:
@@ -122,18 +123,17 @@ def merge(
     return found
 
 
-def _bytes(shards: Sequence[Shard], dtype: torch.dtype | None, config: PreTrainedConfig) -> int:
-    """Of all weights of the merged model, at most: a head that is the embedding may get weights of its own."""
-    specs = [spec for shard in shards for spec in shard.specs.values()]
+def _bytes(shards: Sequence[Shard], usual: torch.dtype, kept: bool, config: PreTrainedConfig) -> int:
+    """Of all weights of the merged model, at most. usual: dtype of its files; kept: what is not quantised stays in its
+    own. A head that is the embedding may get weights of its own."""
+    specs, total = {name: spec for shard in shards for name, spec in shard.specs.items()}, 0
+    counts = num_weights(shards)
+    for name, count in counts.items():
+        own = specs[name].dtype
+        total += count * (own.itemsize if kept and own.is_floating_point else max(own.itemsize, usual.itemsize))
     if any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())):
-        usual = next(iter(shards[0].specs.values())).dtype  # as `rewrite` stores what it adds
-        largest = max(
-            (spec.shape for spec in specs if len(spec.shape) == 2), key=lambda shape: torch.Size(shape).numel()
-        )
-        specs.append(Spec(largest, usual))
-    if dtype is None:
-        return sum(spec.nbytes for spec in specs)
-    return sum(torch.Size(s.shape).numel() * max(s.dtype.itemsize, dtype.itemsize) for s in specs)
+        total += max(count for name, count in counts.items() if len(specs[name].shape) == 2) * usual.itemsize
+    return total
 
 
 def _merged(model: ModelSection, files: ModelFiles, shards: Sequence[Shard], folder: Path, where: str) -> Merged:
@@ -145,6 +145,8 @@ def _merged(model: ModelSection, files: ModelFiles, shards: Sequence[Shard], fol
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings()
     was_tied = head is not None and head.weight is embedding
     loaded.config.dtype = files.stored
+    if hasattr(loaded.config, "quantization_config"):  # of the files; those of the merged model are not quantised
+        del loaded.config.quantization_config
     loaded.config.save_pretrained(folder)
     tokenizer = load_tokenizer(ModelSection(huggingface_id=str(folder), name="merged"), needs_weights=False)
     check_vocabulary(tokenizer, module, where)
@@ -174,8 +176,9 @@ def _asked(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
         return encode(tokenizer, PROMPTS, rows)
 
 
-def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dtype | None) -> None:
-    """The base's files with merged weights in them, and the configuration that belongs to them."""
+def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dtype | None, usual: torch.dtype) -> None:
+    """The base's files with merged weights in them, and the configuration that belongs to them. usual: dtype of what
+    was quantised, where `dtype` says nothing."""
     config = made.loaded.config
     if made.head:
         for part in (config, config.get_text_config()):
@@ -186,10 +189,12 @@ def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dty
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)
-    files = {}
+    files, names = {}, {name for shard in shards for name in shard.specs}
+    left_out = partial(quantised_part, names=names)
     for number, shard in enumerate(shards):
         added = made.head if number == 0 else {}
-        files[shard.path.name] = rewrite(shard, folder / shard.path.name, made.weights, added, dtype)
+        target = folder / shard.path.name
+        files[shard.path.name] = rewrite(shard, target, made.weights, added, dtype, usual=usual, left_out=left_out)
     write_index(folder, files)
 
 

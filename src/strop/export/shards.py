@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,9 @@ def memory_dtype(shards: Sequence[Shard], stored: torch.dtype) -> torch.dtype:
     Args:
         stored: the dtype of most of its weights.
     """
-    specs = [spec for shard in shards for spec in shard.specs.values()]
-    if any(spec.dtype == torch.float64 for spec in specs):
+    if any(spec.dtype == torch.float64 for shard in shards for spec in shard.specs.values()):
         return torch.float64
-    needed = 1.2 * torch.float32.itemsize * sum(torch.Size(spec.shape).numel() for spec in specs)
+    needed = 1.2 * torch.float32.itemsize * sum(num_weights(shards).values())
     memory = machine_of(torch.device("cpu")).memory
     return torch.float32 if memory is None or needed < memory else stored
 
@@ -110,6 +109,25 @@ def _damaged(path: Path, error: Exception) -> ModelError:
     return ModelError(
         f"{path.name} is damaged: {first_line(error)}", where=str(path), fix="download or copy the file again"
     )
+
+
+def num_weights(shards: Sequence[Shard]) -> dict[str, int]:
+    """Of each tensor of a model, by name, however they are stored; scales of quantised weights are none."""
+    specs = {name: spec for shard in shards for name, spec in shard.specs.items()}
+    return {
+        name: torch.Size(spec.shape).numel() * (2 if f"{name}.absmax" in specs else 1)  # 4 bits: two in a byte
+        for name, spec in specs.items()
+        if not quantised_part(name, specs)
+    }
+
+
+def quantised_part(name: str, names: Container[str]) -> bool:
+    """Whether a tensor belongs to a quantised weight beside it: its scales, or a table. names: of all tensors."""
+    before, _, last = name.partition(".weight.")  # 4 bits: x.weight.absmax; 8 bits: x.SCB, x.weight_format
+    if last and f"{before}.weight" in names:
+        return True
+    layer, _, part = name.rpartition(".")
+    return part in ("SCB", "weight_format") and f"{layer}.weight" in names
 
 
 class ShardWriter:
@@ -151,21 +169,33 @@ class ShardWriter:
 
 
 def rewrite(
-    shard: Shard, target: Path, replaced: Mapping[str, Tensor], added: Mapping[str, Tensor], dtype: torch.dtype | None
+    shard: Shard,
+    target: Path,
+    replaced: Mapping[str, Tensor],
+    added: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    *,
+    usual: torch.dtype,
+    left_out: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Spec]:
-    """A shard with some tensors replaced and some added, in the same dtypes.
+    """A shard with some tensors replaced, some added and some left out, in the same dtypes.
 
     Args:
         replaced, added: by name; they are rounded once, to the dtype of the new file.
-        dtype: what all floating point tensors are stored in; None: each as it was, and added ones as the first is.
+        dtype: what all floating point tensors are stored in; None: each as it was, and added ones as `usual`.
+        usual: dtype of added tensors, and of those in place of integers, such as quantised weights.
+        left_out: whether a tensor of this name is left out.
 
     Returns:
         The tensors of the new file.
     """
-    specs = {name: Spec(spec.shape, _stored(spec.dtype, dtype)) for name, spec in shard.specs.items()}
-    usual = next(iter(specs.values())).dtype
+    usual = dtype or usual
+    specs = {n: Spec(spec.shape, _stored(spec.dtype, dtype)) for n, spec in shard.specs.items() if not left_out(n)}
+    for name in specs.keys() & replaced.keys():
+        if not specs[name].dtype.is_floating_point:
+            specs[name] = Spec(tuple(replaced[name].shape), usual)
     specs |= {name: Spec(tuple(tensor.shape), usual) for name, tensor in added.items()}
-    old = [name for name in shard.specs if name not in replaced]
+    old = [name for name in shard.specs if name in specs and name not in replaced]
     unchanged = shard.tensors(old)
     with ShardWriter(target, specs, shard.metadata) as writer:
         for name, spec in specs.items():

@@ -35,6 +35,7 @@ from strop.policy.model.adapter_init import initial_adapter
 from strop.policy.model.adapters import add_adapters, continue_adapters
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel, load_model, model_errors
+from strop.policy.model.quantisation import check_adapts
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision, short_name
@@ -70,6 +71,7 @@ def build_policy(
     adapted = config.adapts(model)
     if device.type == "cpu" and not adapted:
         keep_freed_memory()
+    check_adapts(model, adapted)
     loaded = load_model(model, dtype=precision.compute if adapted else precision.master)
     check_vocabulary(load_tokenizer(model) if tokenizer is None else tokenizer, loaded.module, where)
     _check_length(loaded, training.max_seq_length, where)

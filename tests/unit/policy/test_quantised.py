@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import strop
 from strop.cli import main
@@ -18,11 +19,14 @@ from strop.config.run import RunConfig
 from strop.config.sections import LoraSection, ModelSection, TrainingSection
 from strop.errors import ConfigError, ModelError
 from strop.estimate.memory import weight_bytes
+from strop.export.merge import merge
 from strop.policy.build import build_policy
 from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.model import quantised
+from strop.policy.model.configuration import quiet
 from strop.policy.model.from_config import shape_of
 from strop.policy.model.load import load_model
+from strop.policy.model.tokenizer import load_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
 from strop.types import Completion, Group, Origin
@@ -257,3 +261,82 @@ def test_the_dequantised_module_is_a_plain_one(model_dir: Path) -> None:
         after = module(ids).logits
     assert isinstance(module, LlamaForCausalLM) and not any(map(quantised.is_quantised, module.modules()))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+# ---- bases whose files are quantised
+
+
+@pytest.fixture
+def stored_dir(model_dir: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """The tiny model as transformers saves it in so many bits."""
+
+    def made(kind: str) -> Path:
+        keys = KINDS[kind]
+        how = (
+            {"load_in_8bit": True}
+            if kind == "8bit"
+            else {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": kind,
+                "bnb_4bit_use_double_quant": keys.get("bnb_double_quant", True),
+                "bnb_4bit_compute_dtype": torch.float16,
+            }
+        )
+        with quiet():
+            module = AutoModelForCausalLM.from_pretrained(
+                model_dir, quantization_config=BitsAndBytesConfig(**how), device_map={"": "cpu"}, dtype=torch.float32
+            )
+            module.save_pretrained(tmp_path / "stored")
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(model_dir / file, tmp_path / "stored" / file)
+        return tmp_path / "stored"
+
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_are_quantised_are_trained_on_as_they_are(
+    kind: str, stored_dir: Callable[[str], Path], build: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """The same numbers as a base that is quantised as it is loaded, whatever dtype it was saved to multiply in."""
+    asked = build(KINDS[kind])
+    folder = stored_dir(kind)
+    policy = build({"huggingface_id": str(folder)})
+    for one, two in zip(scored(asked), scored(policy), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert policy.weights_hash == asked.weights_hash
+    section = ModelSection(huggingface_id=str(folder))
+    sizes = [
+        shape_of(LoraSection(r=4), s).matrix_bytes
+        for s in (section, ModelSection(**KINDS[kind], huggingface_id=str(tmp_path / "tiny-model")))
+    ]
+    assert sizes[0] == sizes[1]
+    policy.save_pretrained(tmp_path / "final", load_tokenizer(section))
+    with policy.scoring():
+        expected = policy(policy.collate(GROUPS)).logps
+    merged = merge(str(tmp_path / "final"), tmp_path / "merged")
+    assert not merged.failed
+    plain = build({"huggingface_id": str(tmp_path / "merged")}, lora={"enabled": False})
+    assert not any(map(quantised.is_quantised, plain.modules()))
+    with plain.scoring():
+        torch.testing.assert_close(plain(plain.collate(GROUPS)).logps, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_refused_of_quantised_files(
+    stored_dir: Callable[[str], Path], build: Callable[..., Policy], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = stored_dir("nf4")
+    with pytest.raises(ModelError, match=r"stored in 4 bits \(nf4, double\).*cannot move by a step"):
+        build({"huggingface_id": str(folder)}, lora={"enabled": False})
+    with pytest.raises(ModelError, match=r"stored in 4 bits .* already, and quant is 8bit"):
+        build({"huggingface_id": str(folder), "quant": "8bit"})
+    with pytest.raises(ModelError, match="quantised ones cannot be changed"):
+        build({"huggingface_id": str(folder)}, lora={"init_lora_weights": "olora"})
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ["train", "--model", str(folder), "--train-file", str(tmp_path / "rows.jsonl"), "--method", "sft"]
+    assert main(words) == 1
+    assert "all weights are to be trained" in capsys.readouterr().err
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"bitsandbytes"', '"gptq"'))
+    with pytest.raises(ModelError, match="quantised by gptq"):
+        build({"huggingface_id": str(folder)})

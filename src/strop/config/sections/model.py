@@ -38,7 +38,8 @@ class ModelSection(Section):
 
     quant: Literal["4bit", "8bit", "none"] = "none"
     """Quantise the linear layers of the frozen base as it is loaded, by bitsandbytes (the extra `bnb`); adapters train
-    on top (QLoRA, arXiv 2305.14314)."""
+    on top (QLoRA, arXiv 2305.14314). A model that transformers has saved in 4 or 8 bits of bitsandbytes is recognised
+    as one, and takes `none`."""
     bnb_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 16 numbers that 4 bits stand for: of a normal distribution, or floating point."""
     bnb_double_quant: bool = True

@@ -97,12 +97,6 @@ def inspect_config(model: ModelSection) -> ConfigFile:
     if not model.trust_remote_code:
         content = _without(content, "", ignored, where)
     check_numbers(content, where)
-    if content.get("quantization_config"):
-        raise ModelError(
-            "its weights are quantised (quantization_config in config.json), which cannot be trained",
-            where=where,
-            fix="name the model it was made from, in 16 or 32 bits",
-        )
     return ConfigFile(source, _commit_of(file) or model.revision, content, tuple(ignored))
 
 

@@ -25,7 +25,7 @@ from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import LogitTransform, logit_transform
 from strop.policy.model.outline import build_outline
-from strop.policy.model.quantised import bytes_per_weight
+from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config
 from strop.policy.prefix_sharing import reason_against
 
@@ -149,10 +149,10 @@ def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
         CannotBuildError: the architecture needs more than its configuration.
         ModelError: the adapters do not fit the model.
     """
-    module = empty_model(model)
+    module, bits = empty_model(model), quantisation_of(model)
     try:
         shape = _without_adapters(module, module.config.get_text_config())
-        shape = replace(shape, matrix_bytes=bytes_per_weight(model))
+        shape = replace(shape, matrix_bytes=None if bits is None else bits.bytes_per_weight)
     except LOAD_ERRORS as error:  # an architecture whose configuration has other names, or one per layer
         found = f"its config.json does not say how large it is: {first_line(error)}"
         raise CannotBuildError(found, where=place_of(model)) from error

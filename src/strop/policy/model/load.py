@@ -27,6 +27,7 @@ from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_ta
 from strop.policy.model.folder import inspect_model, place_of
 from strop.policy.model.guard import check_sealed
 from strop.policy.model.outline import check_config_against_files, other_shape
+from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.precision import nonfinite, short_name
 
@@ -78,7 +79,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
     Raises:
         ModelError: it cannot be loaded completely and safely as a causal language model.
     """
-    where, files = place_of(model), inspect_model(model)
+    where, files, bits = place_of(model), inspect_model(model), quantisation_of(model)
     if os.path.isdir(files.source):
         check_sealed(Path(files.source), where, weights=True)
     if files.ignored:
@@ -91,6 +92,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
     check_config_against_files(config, files, model, where)
     original = copy.deepcopy(config)
     silenced = silence_config(config)
+    quantised.compute_in(config, dtype)
     attention = _plain_attention(model, config, where)
     from transformers import AutoModelForCausalLM  # seconds, which a dry run's first example does not wait for
 
@@ -106,7 +108,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
                 ignore_mismatched_sizes=True,  # refused below, with the tensors' names
                 output_loading_info=True,
                 **attention,
-                **quantised.loading(model, dtype),
+                **quantised.loading(bits, dtype),
             )
     except LOAD_ERRORS as error:
         raise ModelError(
@@ -116,7 +118,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
         ) from error
     _check_complete(report, where)
     _check_finite(module, where)
-    quantised.settle(module, model, where)
+    quantised.settle(module, bits, where)
     silenced |= silence_modules(module)
     if silenced:
         values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))

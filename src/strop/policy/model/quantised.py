@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from strop.config.sections import ModelSection
 from strop.errors import ModelError
+from strop.policy.model.quantisation import Quantisation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger("strop")
 
@@ -33,33 +33,41 @@ LEAST = 0.5
 INT8_STEPS = 127.0
 
 
-def loading(model: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is given to quantise a model as it reads it. dtype: what its layers compute in, where the
-    section does not say."""
-    if model.quant == "none":
+def loading(found: Quantisation | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is given to quantise a model as it reads it, or to read a quantised one. dtype: what its
+    layers compute in, where nothing else is asked for."""
+    if found is None:
         return {}
+    if found.stored:
+        return {"device_map": {"": "cpu"}}
     from transformers import BitsAndBytesConfig  # slow to import, and needed here alone
 
-    if model.quant == "8bit":
+    if found.bits == 8:
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        chosen = model.bnb_compute_dtype
         config = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=model.bnb_quant_type,
-            bnb_4bit_use_double_quant=model.bnb_double_quant,
-            bnb_4bit_compute_dtype=dtype if chosen == "auto" else getattr(torch, chosen),
+            bnb_4bit_quant_type=found.kind,
+            bnb_4bit_use_double_quant=found.double,
+            bnb_4bit_compute_dtype=dtype if found.compute == "auto" else getattr(torch, found.compute),
         )
     return {"quantization_config": config, "device_map": {"": "cpu"}}
 
 
-def settle(module: PreTrainedModel, model: ModelSection, where: str) -> None:
+def compute_in(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Let a model whose files are in 4 bits multiply in the dtype of the run, whatever it was saved with."""
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict):
+        config.quantization_config = {**settings, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+
+
+def settle(module: PreTrainedModel, found: Quantisation | None, where: str) -> None:
     """Make the quantised layers of a loaded model compute as the head of this file says.
 
     Raises:
         ModelError: most of the model was not quantised.
     """
-    if model.quant == "none":
+    if found is None:
         return
     layers: list[Any] = [part for part in module.modules() if is_quantised(part)]
     done = sum(num_weights(layer) for layer in layers)
@@ -67,7 +75,7 @@ def settle(module: PreTrainedModel, model: ModelSection, where: str) -> None:
     apart = {id(weight) for part in ends if part is not None for weight in part.parameters()}
     left = sum(p.numel() for p in module.parameters() if p.is_floating_point() and id(p) not in apart)
     share = done / max(1, done + left)
-    logger.info("%s: %s, %.1f %% of the weights beside embedding and head", where, describe(model), 100 * share)
+    logger.info("%s: %s, %.1f %% of the weights beside embedding and head", where, found.describe(), 100 * share)
     if share < LEAST:
         raise ModelError(
             f"bitsandbytes quantised {100 * share:.1f} % of its weights beside embedding and head",
@@ -80,23 +88,6 @@ def settle(module: PreTrainedModel, model: ModelSection, where: str) -> None:
             layer.support_avx512bf16_for_cpu = False
         if _is_int8(layer):
             vars(layer)["forward"] = Int8Forward(layer)
-
-
-def describe(model: ModelSection) -> str:
-    """In words, for the log."""
-    if model.quant == "8bit":
-        return "quantised to 8 bits"
-    return f"quantised to 4 bits ({model.bnb_quant_type}{', double' if model.bnb_double_quant else ''})"
-
-
-def bytes_per_weight(model: ModelSection) -> float | None:
-    """Of a quantised layer, with its scales: a float32 for every 64 weights, or with double quantisation a byte for 64
-    and a float32 for 64 x 256; None: nothing is quantised."""
-    if model.quant == "none":
-        return None
-    if model.quant == "8bit":
-        return 1.0
-    return 0.5 + (1 / 64 + 4 / (64 * 256) if model.bnb_double_quant else 4 / 64)
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -145,7 +136,16 @@ def dequantise(module: nn.Module, dtype: torch.dtype) -> list[str]:
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
         setattr(holder, last, plain)
+    # how transformers read 4 and 8 bits from the files, which it has no way back from
+    steps = getattr(module, "_weight_conversions", None) or []
+    kept = [step for step in steps if not any(map(_of_bitsandbytes, getattr(step, "operations", ())))]
+    if len(kept) < len(steps):
+        vars(module)["_weight_conversions"] = kept or None
     return names
+
+
+def _of_bitsandbytes(operation: object) -> bool:
+    return type(operation).__module__ == "transformers.integrations.bitsandbytes"
 
 
 def _is_int8(layer: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from strop.policy.model.folder import (
     read_json,
     source_of,
 )
+from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.tokenizer_patterns import check_patterns
 
 logger = logging.getLogger("strop")
@@ -76,6 +77,7 @@ def check_model(
         ModelError: it is not a model that can be trained.
     """
     rows, source = vocabulary_of(model), source_of(model.huggingface_id)
+    quantisation_of(model)
     if os.path.isdir(source) and (needs_weights or has_weights(source)):
         inspect_model(model)
     if tokenizer is not None and rows is not None:
