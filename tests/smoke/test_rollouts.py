@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import strop
+from conftest import build_tokenizer
 from strop.config import RunConfig, load_config, to_yaml
 from strop.errors import ConfigError, DataError, TrainingError
 
@@ -165,6 +168,24 @@ def test_held_out_prompts_decide_which_model_is_best(tmp_path: Path, model_dir: 
         strop.train(
             config(tmp_path, model_dir, **keys, **{"finetuning.metric_for_best_model": "eval_loss"}), overwrite=True
         )
+
+
+def test_a_model_is_a_reward_beside_functions(tmp_path: Path, model_dir: Path) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(model_dir, judge, ignore=shutil.ignore_patterns("model*"))
+    torch.manual_seed(0)
+    settings = LlamaConfig.from_pretrained(model_dir, num_labels=1)
+    LlamaForSequenceClassification(settings).save_pretrained(judge)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(judge)
+    name = f"model:{judge}"
+    (result,) = strop.train(config(tmp_path, model_dir, "vowels", name, **{"training.max_steps": 1}))
+    (record,) = lines(result.run_dir / "metrics.jsonl")
+    row = lines(result.run_dir / "rollouts.jsonl")[0]
+    assert len(set(row["rewards_by_name"][name])) > 1 and record["rewards/failed"] == 0
+    expected = record[f"rewards/{name}/mean"] + record[f"rewards/{tmp_path / 'own.py'}:vowels/mean"]
+    assert record["reward"] == pytest.approx(expected)
 
 
 def test_rewards_get_the_row_and_the_conversation(tmp_path: Path, model_dir: Path) -> None:

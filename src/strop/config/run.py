@@ -38,8 +38,8 @@ class RunConfig(Section):
         default=(),
         json_schema_extra={"x-type": "a list of names, or of objects with name, weight and settings"},
     )
-    """What sampled completions are rewarded by: `exact_match`, `regex`, `format`, `length`, or functions of your own
-    (`module:function`, `file.py:function`); with `weight` and `settings`."""
+    """What sampled completions are rewarded by, each with `name`, `weight` and `settings`: shipped rewards such as
+    `exact_match`, functions of your own (`module:function`, `file.py:function`), or reward models (`model:ID`)."""
     lora: LoraSection = LoraSection(enabled=False)
     training: TrainingSection = TrainingSection()
     gpu: GpuSection = GpuSection()

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import ConfigError
-from strop.rewards.shipped import SHIPPED
+from strop.rewards.shipped import NEEDS, SHIPPED
 
 
 def find_reward(name: str) -> Callable[..., Any]:
     """A shipped reward, or `module:function`, or `file.py:function`.
 
     Raises:
-        ConfigError: there is none, or its module cannot be imported.
+        ConfigError: there is none, its module cannot be imported, or a package that it calls is missing.
     """
     module, _, function = name.rpartition(":")
     if not module:
         if name in SHIPPED:
+            _require(name)
             return SHIPPED[name]
-        expected = f"{', '.join(SHIPPED)}, module:function or file.py:function"
+        expected = f"{', '.join(SHIPPED)}, module:function, file.py:function or model:ID"
         raise ConfigError(f"there is no reward {name!r}", where="rewards", expected=expected)
     try:
         loaded = _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
@@ -38,6 +39,16 @@ def find_reward(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"reward {name} is no function", where="rewards")
     return found
+
+
+def _require(name: str) -> None:
+    package = NEEDS.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"reward {name} calls {package}, which is not installed",
+            where="rewards",
+            fix="pip install -e '.[rewards]' in strop's folder",
+        )
 
 
 def _from_file(path: Path) -> Any:

@@ -8,11 +8,13 @@ names. Parameters after `*` that have a default are settings, which columns neve
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from strop.errors import ConfigError
+from strop.rewards.code import tests_passed
 
 
 def exact_match(
@@ -54,6 +56,79 @@ def length(num_tokens: Sequence[int], *, max_length: int, cache: int) -> list[fl
     return [min(0.0, max(-1.0, (max_length - cache - n) / cache)) for n in num_tokens]
 
 
+def math_equal(completions: Sequence[str], *, column: str = "completion", **columns: Any) -> list[float | None]:
+    """1 where the last answer of the completion is mathematically that of the row's `column` (math-verify), else 0: 1/2
+    is 0.5, and \\boxed{} wins. None where the column has nothing that can be read as an answer."""
+    from math_verify import parse, verify
+
+    def value(text: str, wanted: Any) -> float | None:
+        gold = parse(str(wanted))
+        return float(verify(gold, parse(text))) if gold else None
+
+    return [value(c, w) for c, w in zip(completions, _column(columns, column), strict=True)]
+
+
+FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
+"""A block of code in Markdown."""
+
+
+def json_schema(
+    completions: Sequence[str], *, schema: Mapping[str, Any] | None = None, column: str | None = None, **columns: Any
+) -> list[float]:
+    """1 where the completion is JSON (a code fence around it aside) that the schema admits, else 0: the `schema` of the
+    settings, or that of the row's `column`, an object or its text."""
+    if (schema is None) == (column is None):
+        raise ConfigError("reward json_schema needs a schema or the column that has it", expected="one of the two")
+    wanted = [schema] * len(completions) if column is None else _column(columns, column)
+    return [float(_fits(c, w)) for c, w in zip(completions, wanted, strict=True)]
+
+
+def _fits(text: str, schema: Any) -> bool:
+    from jsonschema.exceptions import SchemaError, ValidationError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        kind = validator_for(schema)
+        kind.check_schema(schema)
+    except (ValueError, SchemaError) as error:
+        raise ConfigError(f"reward json_schema: the schema is none: {error}".splitlines()[0]) from error
+    fenced = FENCE.fullmatch(text.strip())
+    try:
+        kind(schema, registry=Registry()).validate(json.loads(fenced[1] if fenced else text))  # no schemas from the net
+    except (ValueError, ValidationError, RecursionError):
+        return False
+    return True
+
+
+def python_tests(
+    completions: Sequence[str],
+    *,
+    enabled: bool = False,
+    column: str = "tests",
+    seconds: float = 10.0,
+    memory_mib: int = 1024,
+    **columns: Any,
+) -> list[float]:
+    """The share of the row's tests (`column`: code such as asserts, a text or a list of them) that the completion's
+    code passes: its last fenced block, or all of it. Each completion runs in a process with limits; only with
+    `enabled: true`, since it runs what a model wrote."""
+    if not enabled:
+        raise ConfigError(
+            "reward python_tests runs code that the model wrote, and that is off",
+            where="rewards: python_tests",
+            fix="set settings: {enabled: true}, in a place where such code can do no harm (a container)",
+        )
+
+    def share(text: str, tests: Any) -> float:
+        listed = [tests] if isinstance(tests, str) else [str(test) for test in tests]
+        code = FENCE.findall(text)[-1:] or [text]
+        return tests_passed(code[0], listed, seconds=seconds, memory_mib=memory_mib) / max(1, len(listed))
+
+    return [share(c, t) for c, t in zip(completions, _column(columns, column), strict=True)]
+
+
 def _column(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
     if name not in columns:
         raise ConfigError(
@@ -65,7 +140,13 @@ def _column(columns: Mapping[str, Any], name: str) -> Sequence[Any]:
 
 SHIPPED: Mapping[str, Callable[..., Sequence[Any]]] = {
     "exact_match": exact_match,
+    "math_equal": math_equal,
     "regex": regex,
     "format": format,
     "length": length,
+    "json_schema": json_schema,
+    "python_tests": python_tests,
 }
+
+NEEDS: Mapping[str, str] = {"math_equal": "math_verify", "json_schema": "jsonschema"}
+"""Packages of the extra `rewards` that shipped rewards call."""

@@ -3,6 +3,9 @@
 drawing    distributions to tokens
 sampler    prompts to groups of completions
 scoring    completions to rewards
+reward_model   a model as a reward
+collect    prompts to groups with rewards and log-probs, shared among processes
+held_out   how good the policy is at prompts that it does not train on
 source     prompts to the groups of every step
 build      the source of a run, from its configuration
 """

@@ -55,7 +55,7 @@ def rollout_source(
     """
     how = config.rollout
     ends, vocabulary = end_tokens(model, tokenizer), len(tokenizer)
-    scorer = Scorer(config.rewards, config.reward_names, how)
+    scorer = Scorer(config.rewards, config.reward_names, how, policy.device)
 
     def sampler(num_completions: int, drawing: Drawing) -> Sampler:
         return Sampler(policy, num_completions, ends, drawing=drawing, seed=config.seed, batch_tokens=how.batch_tokens)

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from strop.config.sections import RewardSection, RolloutSection
 from strop.data.store.table import KeptRow
 from strop.errors import TrainingError
 from strop.machine import installed_memory
-from strop.rewards.calls import RewardCaller
+from strop.rewards.calls import RewardCall, RewardCaller
+from strop.rollout.reward_model import PREFIX, RewardModel
 from strop.types import Origin
 
 
@@ -40,23 +43,33 @@ class Scorer:
     """Rewards completions, one prompt at a time.
 
     Args:
-        names: what each reward is called in metrics.
+        names: what each reward is called in metrics. device: of reward models.
 
     Raises:
-        ConfigError: as `RewardCaller`.
+        ConfigError, ModelError: as `RewardCaller` and `RewardModel`.
     """
 
-    def __init__(self, rewards: Sequence[RewardSection], names: Sequence[str], how: RolloutSection) -> None:
+    def __init__(
+        self, rewards: Sequence[RewardSection], names: Sequence[str], how: RolloutSection, device: torch.device
+    ) -> None:
         self.names = tuple(names)
         self._weights = [reward.weight for reward in rewards]
         self._how = how
-        self._caller = RewardCaller(
-            [(reward.name, reward.settings) for reward in rewards], how.reward_timeout, _memory(how)
-        )
+        self._models: dict[int, RewardModel] = {}
+        called = []
+        for place, reward in enumerate(rewards):
+            if reward.name.startswith(PREFIX):
+                name = reward.name.removeprefix(PREFIX)
+                self._models[place] = RewardModel(name, reward.settings, device)
+            else:
+                called.append((reward.name, reward.settings))
+        self._places = [place for place in range(len(rewards)) if place not in self._models]
+        self._caller = RewardCaller(called, how.reward_timeout, _memory(how)) if called else None
 
     def close(self) -> None:
         """End the process that calls the rewards."""
-        self._caller.close()
+        if self._caller is not None:
+            self._caller.close()
 
     def score(
         self,
@@ -89,7 +102,7 @@ class Scorer:
         each: dict[str, tuple[float, ...]] = {}
         left_out = False
         for number, name in enumerate(self.names):
-            call = self._caller.values(number, given)
+            call = self._call(number, given)
             missing = sum(value is None for value in call.values)
             if missing:
                 why = call.error or f"it gave no finite number for {missing} of {n} completions"
@@ -101,6 +114,14 @@ class Scorer:
         by_completion = zip(*each.values(), strict=True)
         total = tuple(sum(w * v for w, v in zip(self._weights, values, strict=True)) for values in by_completion)
         return Scored(total, each)
+
+    def _call(self, place: int, given: Mapping[str, Any]) -> RewardCall:
+        """The reward at this place of the list, for the completions of one prompt."""
+        if place in self._models:
+            values, why = self._models[place].values(given["chats"])
+            return RewardCall(tuple(values), why)
+        assert self._caller is not None
+        return self._caller.values(self._places.index(place), given)
 
     def _fail(self, name: str, missing: int, why: str, origin: Origin, failures: Failures) -> None:
         failures.counts[name] += missing

@@ -14,8 +14,8 @@ class RewardSection(Section):
     """One of several rewards; a text is the reward of that name."""
 
     name: str
-    """`exact_match`, `regex`, `format` or `length`; or a function of your own: `module:function` or
-    `file.py:function`."""
+    """`exact_match`, `math_equal`, `regex`, `format`, `length`, `json_schema` or `python_tests`; a function of your
+    own, `module:function` or `file.py:function`; or `model:ID`, a reward model (a folder or hub id)."""
     weight: float = 1.0
     """What it counts in the sum."""
     settings: MappingOf[Any] = Field(default_factory=JsonMapping)

@@ -1,0 +1,110 @@
+"""A reward model: any sequence-classification model with one label, which scores conversations. Floor 4.
+
+It stays in this process, beside the policy and on its device. Rows are padded with a token that none of them has, so
+that the model, which looks for the last token before the padding, finds the right one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from strop.config.sections import ModelSection
+from strop.errors import ConfigError, DataError, foreign_errors
+from strop.policy.model.configuration import quiet
+from strop.policy.model.folder import source_of
+from strop.policy.model.load import model_errors
+from strop.policy.model.tokenizer import read_tokenizer
+
+PREFIX = "model:"
+BATCH_TOKENS = 16_384
+"""Tokens, padding counted, that are scored at once."""
+
+Chat = Sequence[Mapping[str, Any]]
+
+
+class RewardModel:
+    """Scores conversations by a model's one logit.
+
+    Args:
+        name: a folder or hub id. settings: none, so far.
+
+    Raises:
+        ModelError: it cannot be loaded. ConfigError: it has another number of labels, or no chat template.
+    """
+
+    def __init__(
+        self, name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._where = f"rewards: {PREFIX}{name}"
+        if settings:
+            raise ConfigError(
+                f"a reward model has no settings, and {', '.join(sorted(settings))} is given", where=self._where
+            )
+        self._tokenizer = read_tokenizer(ModelSection(huggingface_id=name))
+        if not self._tokenizer.chat_template:
+            raise ConfigError("the reward model's tokenizer has no chat template", where=self._where)
+        with model_errors(name, "loading it as a reward model"), quiet():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source_of(name), dtype=dtype, use_safetensors=True
+            )
+        if model.config.num_labels != 1:
+            raise ConfigError(
+                f"it has {model.config.num_labels} labels",
+                where=self._where,
+                expected="a reward model: a sequence-classification model with one label",
+            )
+        self._model = model.to(device).eval().requires_grad_(False)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._limit = limit if isinstance(limit, int) else None
+
+    def values(self, chats: Sequence[Chat]) -> tuple[list[float | None], str]:
+        """The reward of each conversation, None where it is longer than the model takes or the logit is not finite; and
+        what is wrong with these, in words.
+
+        Raises:
+            DataError: its chat template refuses a conversation.
+        """
+        ids = [self._ids(chat) for chat in chats]
+        found: list[float | None] = [None] * len(ids)
+        fitting = [i for i, row in enumerate(ids) if self._limit is None or len(row) <= self._limit]
+        for batch in _batches(fitting, [len(row) for row in ids]):
+            for i, value in zip(batch, self._logits([ids[i] for i in batch]), strict=True):
+                found[i] = value if math.isfinite(value) else None
+        too_long = len(ids) - len(fitting)
+        why = f"{too_long} conversations have more than {self._limit} tokens" if too_long else ""
+        return found, why
+
+    def _ids(self, chat: Chat) -> list[int]:
+        with foreign_errors(
+            lambda why: DataError(f"its chat template refuses a conversation: {why}", where=self._where)
+        ):
+            return list(self._tokenizer.apply_chat_template(list(chat), return_dict=False))
+
+    @torch.no_grad()
+    def _logits(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        used, width = {token for row in rows for token in row}, max(map(len, rows))
+        pad = next(token for token in range(len(used) + 1) if token not in used)
+        self._model.config.pad_token_id = self._model.config.get_text_config().pad_token_id = pad
+        device = self._model.device
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        logits = self._model(input_ids=ids, attention_mask=mask).logits
+        values: list[float] = logits[:, 0].double().tolist()
+        return values
+
+
+def _batches(which: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of like length together, the longest first."""
+    batch: list[int] = []
+    for i in sorted(which, key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,62 @@
+"""A reward model scores a conversation by itself, whatever it is batched with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from conftest import WITH_ENDS, build_tokenizer
+from strop.errors import ConfigError, ModelError
+from strop.rollout.reward_model import RewardModel
+
+CPU = torch.device("cpu")
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
+
+
+def make(folder: Path, labels: int = 1, template: str | None = TEMPLATE, **keys: Any) -> Path:
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(LlamaConfig(**{**WITH_ENDS, **keys}, num_labels=labels)).save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "question"}, {"role": "assistant", "content": text}]
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    folder = make(tmp_path / "rm")
+    model = RewardModel(str(folder), {}, CPU)
+    chats = [chat(text) for text in ("a", "a much longer answer", "yes", "no and no and no")]
+    together, why = model.values(chats)
+    tokenizer = build_tokenizer()
+    own = LlamaForSequenceClassification.from_pretrained(folder)
+    for one, found in zip(chats, together, strict=True):
+        ids = tokenizer(f"question {one[1]['content']}", add_special_tokens=False, return_tensors="pt").input_ids
+        hidden = own.model(ids).last_hidden_state[:, -1]
+        assert found == pytest.approx(own.score(hidden).item(), abs=1e-6)
+        assert model.values([one])[0] == pytest.approx([found], abs=1e-6)
+    assert not why and len(set(together)) == 4
+
+
+def test_a_conversation_that_is_too_long_has_no_reward(tmp_path: Path) -> None:
+    model = RewardModel(str(make(tmp_path / "rm", max_position_embeddings=16)), {}, CPU)
+    values, why = model.values([chat("yes"), chat("no " * 40)])
+    assert values[0] is not None and values[1] is None and why == "1 conversations have more than 16 tokens"
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it has 2 labels"):
+        RewardModel(str(make(tmp_path / "two", labels=2)), {}, CPU)
+    with pytest.raises(ConfigError, match="no chat template"):
+        RewardModel(str(make(tmp_path / "plain", template=None)), {}, CPU)
+    with pytest.raises(ConfigError, match="has no settings, and weight is given"):
+        RewardModel(str(tmp_path / "two"), {"weight": 2}, CPU)
+    with pytest.raises(ModelError):
+        RewardModel(str(tmp_path / "absent"), {}, CPU)
