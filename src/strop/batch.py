@@ -23,13 +23,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from strop.columns import NO_COLUMNS, Columns, Structure
-from strop.types import OF_COMPLETIONS, OF_TOKENS, Group
+from strop.types import OF_COMPLETIONS, OF_GROUPS, OF_TOKENS, Group
 
 
 class TokenScores(NamedTuple):
     """What a policy returns for a batch.
 
-    logps: [M] natural log-probs of the scored tokens of completions. columns: the other columns that the batch wants.
+    logps: [M] natural log-probs of the scored tokens of completions; of a reward model, whose groups have one scored
+    place per completion (`types.judged`), the rewards. columns: the other columns that the batch wants.
     """
 
     logps: Tensor
@@ -116,9 +117,10 @@ PROMPT_LOGPS = "prompt_logps"
 class Scores:
     """What an objective sees: log-probs of the scored tokens, further columns, and which completion each belongs to.
 
-    logps: [M] natural log, under the policy. completion_index: [M]. group_index: [C]. columns: those of the batch and
-    of the policy; `scores["ref_logps"]` reads one. also: further groups by name, if the objective asks for them; they
-    are those of the whole step, the same for each of its micro-batches, and scored without gradients.
+    logps: [M] natural log, under the policy; of a reward model, rewards. completion_index: [M]. group_index: [C].
+    columns: those of the batch and of the policy; `scores["ref_logps"]` reads one. also: further groups by name, if the
+    objective asks for them; they are those of the whole step, the same for each of its micro-batches, and scored
+    without gradients.
 
     Sums over tokens are taken in float64: in float32 a sum near -2500 is off by 5e-4, which is visible in the gradient
     of a preference loss.
@@ -192,7 +194,10 @@ def own_columns(groups: Sequence[Group]) -> Columns:
     return Columns(
         per_token={name: joined(name) for name in OF_TOKENS if name in names},
         per_completion={name: joined(name) for name in OF_COMPLETIONS if name in names},
-        per_group={"labels": torch.tensor([g.label for g in groups])} if "labels" in names else {},
+        per_group={
+            **({"labels": torch.tensor([g.label for g in groups])} if "labels" in names else {}),
+            **{name: joined(name) for name in OF_GROUPS if name in names},
+        },
     )
 
 

@@ -69,5 +69,6 @@ class ModelRows:
             ModelError: it cannot (`check_model`).
             DataError: rows are refused.
         """
-        check_model(self.model, self.tokenizer, needs_weights=self.needs_weights)
+        kind = self.config.post_training.REWARD_MODEL
+        check_model(self.model, self.tokenizer, needs_weights=self.needs_weights, reward_model=kind)
         return load_data(self.config, self.tokenizer, self.config.rows, self.stop_tokens)

@@ -20,7 +20,7 @@ from strop.config.sections import ModelSection
 from strop.data.doctor import imbalance
 from strop.data.load import LoadedData
 from strop.data.prompts import PromptGroups
-from strop.data.store.group_numbers import check_groups
+from strop.data.store.group_numbers import check_complete, check_groups
 from strop.data.store.table import Groups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import held_out_metrics, no_such_metric
@@ -36,7 +36,7 @@ from strop.plan.order import Plan
 from strop.plan.tokens import RowTokens, padded_tokens
 from strop.plan.work import EpochWork
 from strop.policy.allocator import give_back_freed_memory
-from strop.policy.model.from_config import CannotBuildError, empty_model
+from strop.policy.model.from_config import CannotBuildError, Shape, empty_model, shape_of
 from strop.policy.reference import check_reference
 from strop.readable import plain
 
@@ -67,6 +67,15 @@ class Prepared:
         assert tokens is not None
         return tokens
 
+    def shape(self) -> Shape:
+        """The model in numbers, built without weights.
+
+        Raises:
+            CannotBuildError: the architecture needs more than its configuration.
+            ModelError: the adapters do not fit the model.
+        """
+        return shape_of(self.config.lora, self.model, reward_model=self.config.post_training.REWARD_MODEL)
+
     def first_step(self, tokens: RowTokens) -> list[list[Sized]]:
         """The lengths of the groups in each micro-batch of the first step. tokens: those that groups take."""
         lengths = self.data.train.lengths
@@ -96,7 +105,8 @@ class Prepared:
                 "one had"
             ]
         try:
-            size = sum(weight.numel() for weight in empty_model(self.model).parameters())
+            empty = empty_model(self.model, reward_model=self.config.post_training.REWARD_MODEL)
+            size = sum(weight.numel() for weight in empty.parameters())
         except CannotBuildError:
             size = None
         return [*advice(self.config, size), *notes]
@@ -218,6 +228,9 @@ def prepare(
         else:
             for groups in (data.train, data.eval):
                 check_groups(groups, objective.reads, objective.settings.advantage)
+    elif config.post_training.REWARD_MODEL:
+        for groups in (data.train, data.eval):
+            check_complete(groups, objective.reads)
     if data.eval:
         _check_metric(config, objective)
     else:

@@ -52,7 +52,7 @@ from strop.plan.dealing import BY_TOKENS, GroupCost
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
-from strop.policy.model.from_config import CannotBuildError, shape_of
+from strop.policy.model.from_config import CannotBuildError
 from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
@@ -257,7 +257,7 @@ class Session:
         if self.world.size == 1:
             return BY_TOKENS
         try:
-            return group_cost(shape_of(self.config.lora, self.model), self.config)
+            return group_cost(self.final.prepared.shape(), self.config)
         except CannotBuildError:
             return BY_TOKENS
 

@@ -23,7 +23,7 @@ from strop.disk import in_words
 from strop.engine.optim import state_bytes
 from strop.errors import SaveError
 from strop.policy.model.configuration import model_config
-from strop.policy.model.from_config import CannotBuildError, shape_of
+from strop.policy.model.from_config import CannotBuildError
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
 from strop.types import Group
@@ -46,7 +46,7 @@ class Space:
         Raises:
             CannotBuildError: the model cannot be built from its configuration alone.
         """
-        config, shape = prepared.config, shape_of(prepared.config.lora, prepared.model)
+        config, shape = prepared.config, prepared.shape()
         training, wide = config.training, precision.master.itemsize
         trained = shape.adapters or shape.matrix + shape.others
         follows = prepared.objective.ref_sync is not None

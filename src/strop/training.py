@@ -291,7 +291,8 @@ class _Run:
         session, run, step = self.session, self.run, ending.final_step
         prepared, policy, name = session.prepared, session.policy, session.model.name
         run.write_json(RESULT, ending.as_dict())
-        ends = trained_ends(prepared.data.train, prepared.tokenizer)
+        writes = not policy.is_reward_model
+        ends = trained_ends(prepared.data.train, prepared.tokenizer) if writes else None
         save = partial(policy.save_pretrained, tokenizer=prepared.tokenizer, ends=ends)
         recipe = recipe_of(session.config)
         final.export(run, save, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=self.made_from)

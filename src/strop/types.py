@@ -23,6 +23,9 @@ or any number."""
 OF_COMPLETIONS = ("rewards",)
 """Numbers that a row of a group may have, one per completion."""
 
+OF_GROUPS = ("margin",)
+"""Numbers that a row of a pair may have, one for the pair: by how much the chosen completion is better."""
+
 OF_TOKENS = ("old_logps", "sampler_logps")
 """Numbers that a row of a group may have, one per trained token: log-probs under the policy that a ratio is taken to,
 and as what sampled the tokens has them."""
@@ -49,8 +52,8 @@ class Example:
     a labelled row is a desirable one; None for other rows, and for a pair that labelled rows are to be made of. An
     assistant turn with `"train": False` is one that the row says is not to be trained. `notes`: what was done to the
     row so that it could be read, for the report. `template_kwargs`: the row's own variables for the chat template.
-    `numbers`: those of `OF_COMPLETIONS` and `OF_TOKENS` that the row has, by name: per completion a number, or one per
-    trained token.
+    `numbers`: those of `OF_COMPLETIONS`, `OF_TOKENS` and `OF_GROUPS` that the row has, by name: per completion a
+    number, or one per trained token; or one number alone.
     """
 
     prompt: Turns
@@ -89,6 +92,15 @@ class Completion:
         return self.loss_mask.count(1)
 
 
+def judged(group: Group) -> Group:
+    """The group as a reward model reads it: every completion has one more place, which is scored, alone. What scores
+    it is the token before, the completion's last, as everywhere. The id there is that token's and means nothing."""
+    completions = tuple(
+        Completion(array(c.ids.typecode, [*c.ids, c.ids[-1]]), bytes(len(c.ids)) + b"\1") for c in group.completions
+    )
+    return replace(group, completions=completions)
+
+
 @dataclass(frozen=True, slots=True)
 class GroupLengths:
     """The lengths of a group in tokens: all that planning needs."""
@@ -113,7 +125,7 @@ class Group:
 
     prompt_ids: at least one token (the first completion token needs a position that predicts it). label: as in
     Example. numbers: what lies beside the tokens, by name: of `OF_COMPLETIONS` one per completion, of `OF_TOKENS` one
-    per trained token, completion after completion.
+    per trained token, completion after completion, of `OF_GROUPS` one.
     """
 
     prompt_ids: array[int]

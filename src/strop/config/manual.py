@@ -106,6 +106,7 @@ FOR_DATA = (
     ("pairs, where answers grow longer or a reference is too dear", "simpo", "compares per token, no reference"),
     ("pairs, and a model that had no sft", "orpo", "sft and preference in one run, no reference"),
     ("pairs of translations", "cpo", "what it was made for; no reference"),
+    ("pairs, and a number for every answer is wanted", "reward", "a reward model, for grpo or for choosing answers"),
     ("single answers marked as good or bad", "kto", "without pairs, also where one kind is rare"),
     ("several answers per prompt with rewards", "grpo", "algorithm: dapo, gspo, rloo and others"),
     ("prompts, and rewards that can check an answer", "grpo", "rollout: the model samples the answers itself"),

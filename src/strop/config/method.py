@@ -67,6 +67,9 @@ class MethodSettings(Section):
     OBJECTIVE: ClassVar[str]
     """`module:class` of the objective that takes these settings, below `strop.objectives`."""
 
+    REWARD_MODEL: ClassVar[bool] = False
+    """Whether it trains a model that gives a completion one number, not one that writes."""
+
     ROWS: ClassVar[RowShape] = "pair"
     """What the method needs of the data."""
 

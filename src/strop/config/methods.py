@@ -196,8 +196,30 @@ class CpoSettings(MethodSettings):
     """Weight of the chosen completions' negative log-likelihood per token; 0: none."""
 
 
+class RewardSettings(MethodSettings):
+    """Reward models on pairs (Bradley and Terry, 1952): a number for every completion, higher for the chosen one."""
+
+    LEARNING_RATE: ClassVar[float] = 1e-5
+    OBJECTIVE: ClassVar[str] = "reward:Reward"
+    REWARD_MODEL: ClassVar[bool] = True
+
+    method: Literal["reward"] = "reward"
+    """Reward models on pairs."""
+    center_rewards_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the square of the sum of a pair's two rewards, which holds rewards around 0 (arXiv 2312.09244);
+    0: none."""
+
+
 PostTraining = Annotated[
-    SftSettings | DpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings | CpoSettings | GrpoSettings,
+    SftSettings
+    | DpoSettings
+    | IpoSettings
+    | KtoSettings
+    | OrpoSettings
+    | SimpoSettings
+    | CpoSettings
+    | GrpoSettings
+    | RewardSettings,
     Field(discriminator="method"),
 ]
 METHODS: Mapping[str, type[MethodSettings]] = {

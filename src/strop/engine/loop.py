@@ -375,7 +375,7 @@ def _in_order(values: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def _has_no_signal(group: Group) -> bool:
-    """Whether comparing a group's completions teaches nothing: all have one reward, or are the same tokens."""
+    """Whether comparing a group's completions teaches nothing: all rewards are the same, or all tokens are."""
     if (rewards := group.numbers.get("rewards")) is not None:
         return len(set(rewards)) == 1
     first, *rest = group.completions

@@ -13,7 +13,7 @@ from strop.plan.budget import longest_group
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.allocator import give_back_freed_memory
 from strop.policy.kernels.product_rates import bf16_gains
-from strop.policy.model.from_config import CannotBuildError, predicting, reason_for_plain_rows, shape_of
+from strop.policy.model.from_config import CannotBuildError, predicting, reason_for_plain_rows
 from strop.policy.precision import Precision, choose_precision
 from strop.prepared import Prepared, with_budget
 
@@ -44,7 +44,7 @@ def _fitted(start: Prepared, machine: Machine, precision: Precision, tokens: Row
     budget = start.config.training.micro_batch_tokens
     assert budget is not None
     budgets = [budget]
-    shape, devices = shape_of(start.config.lora, start.model), devices_of(start)
+    shape, devices = start.shape(), devices_of(start)
     auto = start.config.training.gradient_checkpointing == "auto"
     if halve:
         longest = longest_group(start.data.train, tokens)
@@ -113,7 +113,7 @@ def _can_fit(prepared: Prepared, machine: Machine, precision: Precision, tokens:
     found = fitted(prepared, machine, precision, tokens)
     try:
         with predicting("no estimate"):
-            shape = shape_of(found.config.lora, found.model)
+            shape = found.shape()
             parts = (shape, found.config, found.objective, precision, machine, devices_of(found))
             needed = peak_memory(found.work(tokens).work, *parts)
     except CannotBuildError:

@@ -13,7 +13,6 @@ from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine
 from strop.plan.tokens import RowTokens
 from strop.plan.work import Work
-from strop.policy.model.from_config import shape_of
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
 
@@ -29,7 +28,7 @@ def longest_that_fits(prepared: Prepared, machine: Machine, precision: Precision
     Raises:
         CannotBuildError: the architecture needs more than its configuration.
     """
-    config, shape = prepared.config, shape_of(prepared.config.lora, prepared.model)
+    config, shape = prepared.config, prepared.shape()
     if decided_by_auto(config) and shape.recomputes:
         config = config.with_values({"training.gradient_checkpointing": True}, "auto")
     lengths = prepared.data.train.lengths

@@ -88,7 +88,8 @@ def _built(
     """What computes the micro-batch, what updates the weights; entries of the vocabulary."""
     adapters = adapters_of(config.lora, model)
     dtype = precision.master if adapters is None else precision.compute
-    loaded = random_model(model, layers=layers, vocabulary=VOCABULARY, dtype=dtype)
+    reward_model = config.post_training.REWARD_MODEL
+    loaded = random_model(model, layers=layers, vocabulary=VOCABULARY, dtype=dtype, reward_model=reward_model)
     vocabulary = loaded.module.get_input_embeddings().weight.shape[0]
     module: nn.Module = loaded.module
     if adapters is not None:
@@ -108,7 +109,7 @@ def _built(
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
 
-    return compute, update, vocabulary
+    return compute, update, 1 if reward_model else vocabulary
 
 
 def _random_group(lengths: GroupLengths, vocabulary: int) -> Group:

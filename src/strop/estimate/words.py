@@ -21,7 +21,7 @@ from strop.estimate.memory import MIB, fits, peak_memory
 from strop.estimate.seconds import Seconds, published_seconds, timed_seconds, together
 from strop.machine import Machine
 from strop.plan.tokens import RowTokens
-from strop.policy.model.from_config import CannotBuildError, predicting, shape_of
+from strop.policy.model.from_config import CannotBuildError, predicting
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
 from strop.readable import duration, plain
@@ -98,7 +98,7 @@ def estimate(
         CannotBuildError: the architecture needs more than its configuration.
         ModelError: the adapters do not fit the model.
     """
-    config, shape, objective = prepared.config, shape_of(prepared.config.lora, prepared.model), prepared.objective
+    config, shape, objective = prepared.config, prepared.shape(), prepared.objective
     epoch = prepared.work(tokens)
     seconds: Seconds | None
     if machine.kind == "cpu" and timed:

@@ -96,6 +96,13 @@ def evaluate(config: RunConfig, sources: Sequence[str], reference: str | None = 
             gc.collect()
             log.info("scoring %s", given)
             with _session(rows, data, Source.of(given).model, world) as session:
+                if session.policy.has_new_head:
+                    raise ModelError(
+                        "it has no head of a reward model, and a new one would give random numbers",
+                        where=given,
+                        expected="a model that was trained with method reward",
+                        fix="train one, or choose another method",
+                    )
                 scored = session.groups()[0] if groups is None else groups
                 found.append(_evaluated(given, session.policy, objective, scored.derived(objective), world))
     return Evaluation(found, len(scored.groups), reference if objective.needs_reference else None)

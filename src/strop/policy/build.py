@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection, TrainingSection
-from strop.errors import ConfigError
+from strop.errors import ConfigError, ModelError
 from strop.policy import prefix_sharing
 from strop.policy.allocator import keep_few_kernels, keep_freed_memory
 from strop.policy.checkpointing import checkpoint_layers
@@ -36,7 +36,8 @@ from strop.policy.model.adapters import add_adapters, continue_adapters
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel, load_model, model_errors
 from strop.policy.model.quantisation import check_adapts
-from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
+from strop.policy.model.task import SCORE, draw_score, head_of, padding_id, with_one_label
+from strop.policy.model.tokenizer import check_model, check_vocabulary, read_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.policy.probe import own_logps, probe
@@ -65,15 +66,20 @@ def build_policy(
     if device.type == "cpu":
         flush_denormals()
     where, training = place_of(model), config.training
-    precision = resolve_precision(training, device)
+    precision, adapted = resolve_precision(training, device), config.adapts(model)
     if device.type == "cpu":
         _warn_of_slow_precision(precision)
-    adapted = config.adapts(model)
-    if device.type == "cpu" and not adapted:
-        keep_freed_memory()
+        if not adapted:
+            keep_freed_memory()
     check_adapts(model, adapted)
-    loaded = load_model(model, dtype=precision.compute if adapted else precision.master)
-    check_vocabulary(load_tokenizer(model) if tokenizer is None else tokenizer, loaded.module, where)
+    reward_model = config.post_training.REWARD_MODEL
+    loaded = load_model(model, dtype=precision.compute if adapted else precision.master, reward_model=reward_model)
+    if tokenizer is None:
+        tokenizer = read_tokenizer(model)
+        check_model(model, tokenizer, reward_model=reward_model)
+    check_vocabulary(tokenizer, loaded.module, where)
+    if reward_model:
+        _settle_reward_model(loaded, tokenizer, model, config.seed)
     _check_length(loaded, training.max_seq_length, where)
     module: nn.Module = loaded.module
     if model.adapter is not None:
@@ -98,6 +104,7 @@ def build_policy(
         temperature=sampling_temperature(config),
     )
     policy.initial_adapter = initial
+    policy.has_new_head = loaded.new_head and model.adapter is None
     policy.save_dtype = None if training.save_dtype == "auto" else getattr(torch, training.save_dtype)
     return policy
 
@@ -105,6 +112,30 @@ def build_policy(
 def sampling_temperature(config: RunConfig) -> float:
     """What the logits of the policy and of its reference are divided by: log-probs are those of what is sampled."""
     return config.rollout.temperature if config.rollout.enabled else 1.0
+
+
+def _settle_reward_model(
+    loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, model: ModelSection, seed: int
+) -> None:
+    """Names the padding token, by which the model's own forward finds the end of a row, and draws a head that is new.
+
+    Raises:
+        ModelError: it has no head that strop knows.
+    """
+    where = place_of(model)
+    if head_of(loaded.module) is None:
+        raise ModelError(
+            f"{type(loaded.module).__name__} has no linear layer called {SCORE}",
+            where=where,
+            expected="a decoder whose sequence classification has one",
+            fix="choose a model of another architecture",
+        )
+    for config in (loaded.module.config, loaded.config):
+        with_one_label(config).get_text_config().pad_token_id = padding_id(tokenizer)
+    if loaded.new_head:
+        draw_score(loaded.module, seed)
+        if model.adapter is None:
+            logger.info("%s: its head is new, drawn from seed %d", where, seed)
 
 
 def _warn_of_slow_precision(precision: Precision) -> None:

@@ -1,11 +1,12 @@
-"""The policy: a module that takes a batch and returns the log-probs of its scored tokens. Floor 2.
+"""The policy: a module that takes a batch and returns the log-probs of its scored tokens, or rewards. Floor 2.
 
 Shapes: B rows, T tokens per row, M scored tokens, D width.
 
 `forward` calls the body of the model, gathers hidden states at the scored positions only, and passes them through the
-tiled head of logprobs.py. Body and head are both called inside `forward`, so that code which wraps the module
-(sharding, hooks) sees both. The module always stays in train mode, because gradient checkpointing works only there;
-dropout (only lora_dropout is active) is switched off by `scoring()`.
+tiled head of logprobs.py; a reward model's head, one linear layer, makes a reward of them. Body and head are both
+called inside `forward`, so that code which wraps the module (sharding, hooks) sees both. The module always stays in
+train mode, because gradient checkpointing works only there; dropout (only lora_dropout is active) is switched off by
+`scoring()`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from strop.policy.model.adapters import trainable_names
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import logit_transform
 from strop.policy.model.quantised import total_weights
+from strop.policy.model.task import head_of, is_reward_model
 from strop.policy.precision import Precision
 from strop.policy.saving import save
 from strop.types import Group
 
 
 class Policy(nn.Module):
-    """A causal language model as the engine sees it.
+    """A causal language model, or a reward model, as the engine sees it.
 
     Args:
         model: `loaded.module`, or the peft model around it, on its device. Its weights that train require gradients.
@@ -79,6 +81,8 @@ class Policy(nn.Module):
         self.plain_attention: str = loaded.module.config._attn_implementation
         self._attention = self.plain_attention
         self.transform = logit_transform(loaded.config)
+        self.is_reward_model = is_reward_model(loaded.module)
+        self.has_new_head = False  # of a reward model: its weights have been drawn, not trained
         self._row_limit = prefix_sharing.rope_threshold(loaded.config)
         register_attention()
         self.train()
@@ -119,7 +123,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> TokenScores:
         """Natural log-probs of the batch's scored tokens, in float32 (float64 on a float64 model), and the columns that
-        the batch wants.
+        the batch wants. Of a reward model: in their place its rewards, of the tokens before those that are scored.
 
         Between a forward pass and its backward pass, all batches must have the same row layout, as `collate` makes
         them: with gradient checkpointing, layers are recomputed with the attention of the latest batch.
@@ -133,7 +137,9 @@ class Policy(nn.Module):
         # to float32 before gathering: a prompt's last token is gathered once per completion, and the gradients of
         # these copies are added up, which must not happen in 16 bits
         hidden = hidden.to(self.precision.master).flatten(0, 1).index_select(0, batch.scored_positions)
-        head = self.base.get_output_embeddings()
+        head = head_of(self.base)
+        if self.is_reward_model:
+            return batch.token_scores(head(hidden).squeeze(-1))
         collisions = "collisions" in batch.wants
         scored = token_logps(
             hidden,

@@ -11,9 +11,10 @@ may differ by a multiple of that.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,8 @@ from strop.errors import ModelError
 from strop.policy import prefix_sharing
 from strop.policy.kernels.fused import unfuse
 from strop.policy.model.logit_transform import LogitTransform, measured_transform
-from strop.types import Group
+from strop.policy.model.task import head_of
+from strop.types import Group, judged
 
 if TYPE_CHECKING:
     from strop.policy.policy import Policy
@@ -49,23 +51,29 @@ class Own:
 
 
 def own_logps(policy: Policy) -> Own:
-    """Log-probs of the probe from the model's own logits.
+    """Log-probs of the probe from the model's own logits; of a reward model, its own rewards.
 
     Raises:
         ModelError: the model has no linear head, changes its logits in an unknown way, sees later tokens, or computes
             something else in training than in inference.
     """
-    head, kind = policy.base.get_output_embeddings(), policy.base.config.model_type
+    head, kind = head_of(policy.base), policy.base.config.model_type
     if head is None or getattr(head, "weight", torch.empty(0)).ndim != 2:
         raise ModelError(
             f"the architecture {kind} has no linear head, so it cannot be trained here", where=policy.where
         )
     _, plain = _rows(policy)
     inputs = {"input_ids": plain.input_ids, "attention_mask": plain.attention_mask}
+    if policy.is_reward_model and plain.attention_mask is not None:  # finds the end of a row by its padding tokens
+        padding = policy.base.config.get_text_config().pad_token_id
+        inputs["input_ids"] = torch.where(plain.attention_mask, plain.input_ids, padding)
 
     def score() -> Tensor:
         with policy.precision.autocast(policy.device):
             out = policy.model(**inputs, use_cache=False)
+        if policy.is_reward_model:
+            rewards: Tensor = out.logits.to(policy.precision.master).squeeze(-1)
+            return rewards
         logits = out.logits.to(policy.precision.master).flatten(0, 1)[plain.scored_positions]
         scored: Tensor = logits.log_softmax(-1).gather(1, plain.targets[:, None]).squeeze(1)
         return scored
@@ -76,8 +84,10 @@ def own_logps(policy: Policy) -> Own:
             inferred = score()
             eps = torch.finfo(policy.precision.compute).eps
             noise = max(_rounded(policy.model, eps, seed, score, inferred) for seed in range(DRAWS))
-        with policy.precision.autocast(policy.device):
-            transform = measured_transform(policy.base, policy.body, inputs, policy.transform)
+        transform: LogitTransform | None = policy.transform
+        if not policy.is_reward_model:
+            with policy.precision.autocast(policy.device):
+                transform = measured_transform(policy.base, policy.body, inputs, policy.transform)
     tolerance = prefix_sharing.tolerance(policy.precision.compute, noise)
     if not (apart := prefix_sharing.mean_apart(own, inferred)) <= tolerance:
         raise ModelError(
@@ -85,6 +95,8 @@ def own_logps(policy: Policy) -> Own:
             "code is random or different in training, and strop does not know how to switch that off",
             where=policy.where,
         )
+    if policy.is_reward_model:  # gives one number per row, of its last token, which sees them all
+        return Own(own, tolerance, policy.transform)
     first, third = (
         own[: prefix_sharing.PROBE_UNCHANGED],
         own[-prefix_sharing.PROBE_LENGTHS[1] :][: prefix_sharing.PROBE_UNCHANGED],
@@ -194,6 +206,21 @@ def _check_gradients(policy: Policy, plain: Batch) -> None:
 
 def _rows(policy: Policy) -> tuple[Group, Batch]:
     """The group of the probe, and its plain rows."""
-    tables = policy.base.get_input_embeddings(), policy.base.get_output_embeddings()  # a few have inputs of other kinds
-    group = prefix_sharing.probe_group(min(table.weight.shape[0] for table in tables))
+    embedding, head = policy.base.get_input_embeddings(), head_of(policy.base)
+    if policy.is_reward_model:
+        group = prefix_sharing.probe_group(embedding.weight.shape[0])
+        group = judged(_without(group, policy.base.config.get_text_config().pad_token_id))
+    else:  # a few have inputs of other kinds
+        group = prefix_sharing.probe_group(min(table.weight.shape[0] for table in (embedding, head)))
     return group, pad([group]).to(policy.device)
+
+
+def _without(group: Group, token: int) -> Group:
+    """The group with the id before, or after 0, in the place of this token."""
+    other = token - 1 if token else 1
+
+    def changed(ids: array[int]) -> array[int]:
+        return array("q", [other if i == token else i for i in ids])
+
+    completions = tuple(replace(c, ids=changed(c.ids)) for c in group.completions)
+    return replace(group, prompt_ids=changed(group.prompt_ids), completions=completions)

@@ -41,7 +41,8 @@ def save(
                 trained = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
             else:
                 trained = save_on_base(policy.model, policy.initial_adapter, folder)
-            check_adapter(trained, folder, policy.loaded_config, policy.where)
+            reward_model = policy.is_reward_model
+            check_adapter(trained, folder, policy.loaded_config, policy.where, reward_model=reward_model)
         else:
             _save_full(policy, folder)
         own = getattr(policy.base, "generation_config", None)

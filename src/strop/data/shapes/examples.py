@@ -24,7 +24,7 @@ from strop.data.shapes.beside import (
 from strop.data.shapes.foreign import ANSWERS, BETTER_AND_WORSE, QUESTIONS, own_shape
 from strop.data.shapes.json_columns import messages_in, parsed
 from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
-from strop.data.shapes.numbers import Numbers, numbers_of
+from strop.data.shapes.numbers import Numbers, margin_of, numbers_of
 from strop.data.shapes.own import equal, explicit, implicit, same_kind
 from strop.types import Example, Message, Origin, RowShape, Turns
 
@@ -53,7 +53,7 @@ class Columns:
     """What the columns of a row are called, and what is done with rows that can be read in two ways.
 
     keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`. drops_trailing: turns behind the
-    last assistant turn are left out; else such rows are refused.
+    last assistant turn are left out; else such rows are refused. reads_margin: a pair may have the column `margin`.
     """
 
     prompt: str = "prompt"
@@ -63,6 +63,7 @@ class Columns:
     label: str = "label"
     keeps_transcripts: bool = False
     drops_trailing: bool = False
+    reads_margin: bool = False
 
     @classmethod
     def of(cls, dataset: DatasetSection) -> Columns:
@@ -315,7 +316,9 @@ class _Reader:
         return turns[:stop]
 
     def numbers(self, num_completions: int) -> Numbers:
-        """The numbers of a group beside its completions; other rows have none."""
+        """The numbers of a group beside its completions, or the margin of a pair; other rows have none."""
+        if self._columns.reads_margin:
+            return margin_of(self._whole)
         return numbers_of(self.data, num_completions) if self._rows == "group" else {}
 
 

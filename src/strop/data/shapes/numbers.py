@@ -13,10 +13,11 @@ from typing import Any
 from strop.data.read.row import RowRefused
 from strop.data.shapes.json_columns import parsed
 from strop.data.shapes.messages import wrong_type
-from strop.types import OF_COMPLETIONS, OF_TOKENS
+from strop.types import OF_COMPLETIONS, OF_GROUPS, OF_TOKENS
 
 Numbers = Mapping[str, tuple[Any, ...]]
-"""Name -> per completion a number (`OF_COMPLETIONS`) or a tuple of one per trained token (`OF_TOKENS`)."""
+"""Name -> per completion a number (`OF_COMPLETIONS`) or a tuple of one per trained token (`OF_TOKENS`); or one number
+(`OF_GROUPS`)."""
 
 
 def numbers_of(data: Mapping[str, Any], num_completions: int) -> Numbers:
@@ -40,6 +41,23 @@ def numbers_of(data: Mapping[str, Any], num_completions: int) -> Numbers:
             found[name] = tuple(_number(v, f"{name}[{i}]") for i, v in enumerate(values))
         else:
             found[name] = tuple(_logps(v, f"{name}[{i}]") for i, v in enumerate(values))
+    return found
+
+
+def margin_of(data: Mapping[str, Any]) -> Numbers:
+    """By how much the chosen completion of a pair is better (`OF_GROUPS`); a column that is null or not there gives
+    none.
+
+    Raises:
+        RowRefused: it is no finite number.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for name in OF_GROUPS:
+        value = data.get(name)
+        if isinstance(value, str):  # a CSV file has texts only
+            value = parsed(value, name) if value.strip() else None
+        if value is not None:
+            found[name] = (_number(value, name),)
     return found
 
 

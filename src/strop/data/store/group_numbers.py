@@ -16,7 +16,7 @@ from strop.data.read.row import RowRefused
 from strop.data.store.table import NUMBERS, Groups
 from strop.data.text.encode import Encoded
 from strop.errors import DataError
-from strop.types import OF_TOKENS, Group
+from strop.types import OF_GROUPS, OF_TOKENS, Group
 
 
 def checked_numbers(encoded: Encoded) -> Encoded | RowRefused:
@@ -57,16 +57,7 @@ def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], advant
     """
     if not isinstance(groups, Groups):
         return  # an empty validation set
-    for name in NUMBERS:
-        has = groups.counts(name) > 0
-        if not has.all() and (name in reads or has.any()):
-            row = groups[int(has.argmin())].origin
-            raise DataError(
-                f"the row has no {name}" + (f", and {int(has.sum())} of {len(has)} rows have it" if has.any() else ""),
-                where=str(row),
-                expected=f"{name} in every row" + ("" if name in reads else ", or in none"),
-                fix=f"add {name}: {HOW[name]}",
-            )
+    check_complete(groups, reads)
     sizes = groups.counts("completions")
     if advantage not in ("reinforce++", "none") and (sizes < 2).any():
         raise DataError(
@@ -77,8 +68,29 @@ def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], advant
         )
 
 
+def check_complete(groups: Groups | Sequence[Group], reads: frozenset[str]) -> None:
+    """Refuse groups of which some have numbers that others lack, or all lack what the objective reads.
+
+    Raises:
+        DataError: names the first row.
+    """
+    if not isinstance(groups, Groups):
+        return
+    for name in NUMBERS:
+        has = groups.counts(name) > 0
+        if not has.all() and (name in reads or has.any()):
+            row = groups[int(has.argmin())].origin
+            raise DataError(
+                f"the row has no {name}" + (f", and {int(has.sum())} of {len(has)} rows have it" if has.any() else ""),
+                where=str(row),
+                expected=f"{name} in every row" + ("" if name in reads else ", or in none"),
+                fix=f"add {name}: {HOW[name]}",
+            )
+
+
 HOW = {
     "rewards": "a list with a number per completion",
+    **dict.fromkeys(OF_GROUPS, "a number, by how much the chosen completion is better; 0 where that is not known"),
     **dict.fromkeys(OF_TOKENS, "a list per completion with the log-prob of each of its tokens when it was sampled"),
 }
 """What each column of numbers looks like in a row."""

@@ -38,7 +38,7 @@ from strop.data.text.sandbox import bounded_memory
 from strop.data.text.token_rows import from_tokens, group_from_tokens, is_tokenised, is_tokenised_group
 from strop.data.text.truncate import Limits, shorten_prompts, truncate
 from strop.errors import DataError, ModelError, foreign_errors
-from strop.types import OF_TOKENS, Example, Group, RowShape
+from strop.types import OF_TOKENS, Example, Group, RowShape, judged
 
 
 @dataclass
@@ -89,7 +89,10 @@ class RowPipeline:
             dataset.chat_template_kwargs,
         )
         self.renderer = Renderer(tokenizer, rules, stop_tokens)
-        self._encoder = Encoder(tokenizer, self.renderer.template)
+        self._judged = config.post_training.REWARD_MODEL
+        if self._judged:
+            self._columns = replace(self._columns, reads_margin=True)
+        self._encoder = Encoder(tokenizer, self.renderer.template, whole=self._judged)
         self._tokenizer = tokenizer
         self._made_of = (config, tokenizer, rows, stop_tokens)
 
@@ -131,6 +134,7 @@ class RowPipeline:
         return {
             "rows": self._rows,
             "kept": self._keeps_rows,
+            "judged": self._judged,
             "columns": repr(self._columns),
             "limits": repr(self.limits),
             "text": self.renderer.identity(),
@@ -249,7 +253,7 @@ class RowPipeline:
             return done.dropped
         if done.prompt_cut and any(name in whole.numbers for name in OF_TOKENS):
             return "prompt_too_long"  # its log-probs are those after the whole prompt
-        group = with_numbers(done.group, whole.numbers)
+        group = with_numbers(judged(done.group) if self._judged else done.group, whole.numbers)
         return Record(
             group,
             file,
@@ -260,7 +264,9 @@ class RowPipeline:
                 **encoded.counts,
                 "prompts_cut": done.prompt_cut,
                 "completions_cut": done.completions_cut,
-                "without_end_token": sum(not self._encoder.is_end_token(c.ids[-1]) for c in group.completions),
+                "without_end_token": 0
+                if self._judged
+                else sum(not self._encoder.is_end_token(c.ids[-1]) for c in group.completions),
                 "double_bos": self._bos is not None and list(_start(encoded)) == [self._bos] * 2,
             },
             raw=isinstance(example, Encoded) or self.renderer.is_raw(example),

@@ -38,12 +38,12 @@ from strop.lengths import (
     starts_of,
     taken_ragged,
 )
-from strop.types import OF_COMPLETIONS, OF_TOKENS, Completion, Group, Origin
+from strop.types import OF_COMPLETIONS, OF_GROUPS, OF_TOKENS, Completion, Group, Origin
 
 PER_COMPLETION = {"completions": pa.int32(), "scored": pa.int32(), "hashes": pa.uint64()}
 """Of every completion: its tokens, how many of them are trained, and its key (`completion_key`)."""
 
-NUMBERS = (*OF_COMPLETIONS, *OF_TOKENS)
+NUMBERS = (*OF_COMPLETIONS, *OF_TOKENS, *OF_GROUPS)
 """What a row may have beside its tokens; an empty list where it has not."""
 
 SCHEMA = pa.schema(

@@ -124,12 +124,14 @@ class Encoder:
     Args:
         template: the chat template in use. Added tokens that it contains but that are not special (`<tool_call>`)
             count as control tokens in turns of users and tools; an assistant may write them.
+        whole: completions are all that follows the prompt, also behind the last answer, but for padding tokens at the
+            end; every token counts as trained. This is what reward models read.
 
     Raises:
         ModelError: the tokenizer gives no offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "") -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "", *, whole: bool = False) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"the tokenizer {type(tokenizer).__name__} is a slow one: it does not say which token is which text",
@@ -139,6 +141,8 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._eos: int | None = tokenizer.eos_token_id
         self._unknown: int | None = tokenizer.unk_token_id
+        self._padding: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._whole = whole
         self._leading = leading_tokens(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._added = {i: str(token.content) for i, token in added.items()}
@@ -190,6 +194,8 @@ class Encoder:
             tokens, start, was_split = self._split(rendered.text, tokens, place)
             num_split += was_split
         ids, mask = self._completion(rendered, tokens, start)
+        if self._whole:
+            ids, mask = self._read_by_reward_model(rendered, tokens, start, ids)
         leading = self._leading if rendered.starts_bare else []
         return _Side(rendered, leading + tokens.ids[:start], ids, mask, num_split, controls)
 
@@ -272,6 +278,19 @@ class Encoder:
             )
         stop = max(stop, after)
         return [*tokens.ids[start:stop], self._eos], bytes(mask[start:stop]) + b"\1"
+
+    def _read_by_reward_model(
+        self, rendered: Rendered, tokens: Tokens, start: int, ids: list[int]
+    ) -> tuple[list[int], bytes]:
+        """Ids and mask from token `start` on, to the end of the text. ids: the same to the last trained token, with an
+        end token of the tokenizer where the text has none."""
+        rest = tokens.ids[start:]
+        found = rest if rest[: len(ids)] == ids else ids
+        while found and found[-1] == self._padding:
+            found = found[:-1]
+        if not found:
+            raise RowRefused("nothing_trained", "the completion is padding tokens alone")
+        return found, b"\1" * len(found)
 
     def _is_closed(self, text: str, tokens: Tokens, mask: bytearray) -> bool:
         """Whether the last trained token is an end token, but for white space that a generation block holds behind."""

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from strop.config.names import did_you_mean
 from strop.errors import ModelError
 from strop.policy.model.quantised import is_quantised, num_weights
+from strop.policy.model.task import head_of
 
 Targets = tuple[str, ...] | str
 """Names, or a regular expression that full names match whole."""
@@ -64,7 +65,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def head_names(module: nn.Module) -> list[str]:
     """The full name of the head."""
-    head = module.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(module)
     return [name for name, part in module.named_modules() if part is head]
 
 

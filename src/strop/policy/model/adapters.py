@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import LoraSection, ModelSection
@@ -37,6 +37,7 @@ from strop.policy.model.adapter_targets import (
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
 from strop.policy.model.folder import adapter_place_of, place_of, source_of
 from strop.policy.model.quantised import is_quantised
+from strop.policy.model.task import SCORE, auto_class, head_of, is_reward_model
 
 logger = logging.getLogger("strop")
 
@@ -51,7 +52,8 @@ def add_adapters(
     """
     where = place_of(model)
     targets = resolve_targets(module, lora.target_modules, where)
-    saved = _resolve_saved(module, lora.modules_to_save or (), where)
+    judges = is_reward_model(module)
+    saved = _resolve_saved(module, (*(lora.modules_to_save or ()), *([SCORE] if judges else ())), where)
     linears, weights = linear_layers(module), sizes(module)
     experts = resolve_parameters(module, lora.target_parameters or (), where)
     transposed = any(isinstance(linears[name], Conv1D) for name in selected(targets, linears))
@@ -65,8 +67,8 @@ def add_adapters(
         target_modules=targets if isinstance(targets, str) else list(targets),
         target_parameters=list(lora.target_parameters or ()) or None,
         modules_to_save=list(saved) or None,
-        task_type=lora.task_type,
         init_lora_weights=lora.init_lora_weights,
+        task_type=TaskType.SEQ_CLS if judges else lora.task_type,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         fan_in_fan_out=transposed,
@@ -137,6 +139,13 @@ def _continued(
 ) -> PeftModel:
     """The adapter of these settings and weights on the model."""
     where = adapter_place_of(model)
+    judges, kinds = is_reward_model(module), ("a language model", "a reward model")
+    if judges != (settings.get("task_type") == TaskType.SEQ_CLS):
+        raise ModelError(
+            f"it is an adapter of {kinds[not judges]}, and is to be one of {kinds[judges]}",
+            where=where,
+            fix="merge an adapter of a language model into it first, and train the result",
+        )
     made_from = settings.get("base_model_name_or_path")
     source = source_of(model.huggingface_id)
     if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
@@ -195,7 +204,7 @@ def _resolve_saved(module: nn.Module, wanted: tuple[str, ...], where: str) -> tu
 
 
 def _is_tied(module: nn.Module) -> bool:
-    head = module.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(module)
     return head is not None and head.weight is module.get_input_embeddings().weight  # type: ignore[operator]
 
 
@@ -266,7 +275,9 @@ def _tell_reach(adapted: PeftModel, weights: Mapping[str, int], where: str) -> N
         logger.info("%s: %s", where, line)
 
 
-def check_adapter(trained: Mapping[str, Tensor], folder: Path, config: PreTrainedConfig, where: str) -> None:
+def check_adapter(
+    trained: Mapping[str, Tensor], folder: Path, config: PreTrainedConfig, where: str, *, reward_model: bool = False
+) -> None:
     """Load a written adapter again by plain peft, on a model of shapes without weights: every tensor of the file has
     its place there, and is what was trained.
 
@@ -278,7 +289,7 @@ def check_adapter(trained: Mapping[str, Tensor], folder: Path, config: PreTraine
     """
     try:
         with quiet(), torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config)
+            base = auto_class(reward_model=reward_model).from_config(config)
             base.tie_weights()
     except LOAD_ERRORS as error:  # an architecture that cannot be built without its weights
         logger.warning("%s: the written adapter was not loaded again: %s", where, first_line(error))

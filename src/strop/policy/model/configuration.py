@@ -14,7 +14,13 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from strop.config.names import closest
@@ -62,11 +68,11 @@ def quiet() -> Iterator[None]:
             logger.debug("%s", warning.message)
 
 
-def vocabulary_of(model: ModelSection) -> int | None:
+def vocabulary_of(model: ModelSection, *, reward_model: bool = False) -> int | None:
     """Rows of the embedding, as config.json says; None where it does not say, or where the model's own code decides.
 
     Raises:
-        ModelError: config.json does not describe a causal language model.
+        ModelError: config.json does not describe a causal language model, or one that can become a reward model.
     """
     where, file = place_of(model), inspect_config(model)
     if model.trust_remote_code and "auto_map" in file.config:
@@ -77,7 +83,7 @@ def vocabulary_of(model: ModelSection) -> int | None:
         return ModelError(f"config.json does not describe a model: {why}", where=where, fix=DOWNLOAD_AGAIN)
 
     with foreign_errors(undescribed):
-        check_task(config, where)
+        check_task(config, where, reward_model=reward_model)
         rows = getattr(config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
@@ -134,12 +140,22 @@ def check_kind(kind: Any, model: ModelSection, where: str) -> None:
     )
 
 
-def check_task(config: PreTrainedConfig, where: str) -> None:
+def check_task(config: PreTrainedConfig, where: str, *, reward_model: bool = False) -> None:
     """Refuse what is not a causal language model.
+
+    Args:
+        reward_model: it is to become a reward model, or to stay one.
 
     Raises:
         ModelError: it is a model of another kind.
     """
+    if reward_model and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"transformers has no sequence classification for {config.model_type}",
+            where=where,
+            expected="an architecture of which it makes reward models, such as llama or qwen3",
+            fix="choose another model",
+        )
     fix = "choose a decoder-only model with a language modelling head"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError("it is an encoder-decoder model", where=where, expected="a causal language model", fix=fix)
@@ -147,7 +163,15 @@ def check_task(config: PreTrainedConfig, where: str) -> None:
     if not native and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         raise ModelError(f"{config.model_type} is not a causal language model", where=where, expected="one", fix=fix)
     for name in getattr(config, "architectures", None) or ():
-        if any(task in name for task in _OTHER_TASKS):
+        if reward_model and name.endswith("ForSequenceClassification"):
+            if config.num_labels != 1:
+                raise ModelError(
+                    f"it was saved as {name} with {config.num_labels} labels",
+                    where=where,
+                    expected="a language model, or a reward model: one label",
+                    fix=fix,
+                )
+        elif any(task in name for task in _OTHER_TASKS):
             raise ModelError(
                 f"it was saved as {name}, without a language modelling head",
                 where=where,

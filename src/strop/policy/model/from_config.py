@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from strop.config.sections import LoraSection, ModelSection
@@ -27,6 +27,7 @@ from strop.policy.model.logit_transform import LogitTransform, logit_transform
 from strop.policy.model.outline import build_outline
 from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config
+from strop.policy.model.task import auto_class, head_of, with_one_label
 from strop.policy.prefix_sharing import reason_against
 
 logger = logging.getLogger("strop")
@@ -61,18 +62,22 @@ def reason_for_plain_rows(model: ModelSection) -> str | None:
     return reason_against(model_config(model), model.attn_implementation)
 
 
-def empty_model(model: ModelSection) -> PreTrainedModel:
+def empty_model(model: ModelSection, *, reward_model: bool = False) -> PreTrainedModel:
     """The model built from its configuration on torch's meta device: shapes without weights.
 
     Raises:
         CannotBuildError: its configuration does not suffice.
     """
     config = model_config(model)
+    if reward_model:
+        with_one_label(config)
     with _building(model):
-        return build_outline(config, trust_remote_code=model.trust_remote_code)
+        return build_outline(config, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
 
 
-def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype) -> LoadedModel:
+def random_model(
+    model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype, reward_model: bool = False
+) -> LoadedModel:
     """A model of the same architecture with so many layers and at most so many tokens, whose weights mean nothing.
 
     Raises:
@@ -88,8 +93,10 @@ def random_model(model: ModelSection, *, layers: int, vocabulary: int, dtype: to
         setattr(text, name, None)
     silence_config(config)
     config.use_cache = False
+    if reward_model:
+        with_one_label(config)
     with _building(model), no_init_weights():
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(
+        module: PreTrainedModel = auto_class(reward_model=reward_model).from_config(
             config,
             dtype=dtype,
             trust_remote_code=model.trust_remote_code,
@@ -142,14 +149,14 @@ class Shape:
     where the base is quantised; None: it is not."""
 
 
-def shape_of(lora: LoraSection, model: ModelSection) -> Shape:
+def shape_of(lora: LoraSection, model: ModelSection, *, reward_model: bool = False) -> Shape:
     """The model in numbers, built without weights.
 
     Raises:
         CannotBuildError: the architecture needs more than its configuration.
         ModelError: the adapters do not fit the model.
     """
-    module, bits = empty_model(model), quantisation_of(model)
+    module, bits = empty_model(model, reward_model=reward_model), quantisation_of(model)
     try:
         shape = _without_adapters(module, module.config.get_text_config())
         shape = replace(shape, matrix_bytes=None if bits is None else bits.bytes_per_weight)
@@ -182,7 +189,7 @@ def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:
         keys=(_most(text, "num_key_value_heads", 0) or heads) * head_dim,
         heads=heads,
         layers=_most(text, "num_hidden_layers"),
-        vocabulary=module.get_output_embeddings().weight.shape[0],
+        vocabulary=head_of(module).weight.shape[0],
         matrix=matrix,
         others=sum(p.numel() for p in module.parameters()) - matrix,
         capped=getattr(text, "attn_logit_softcapping", None) is not None or _has_sinks(module),

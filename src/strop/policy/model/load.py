@@ -29,6 +29,7 @@ from strop.policy.model.guard import check_sealed
 from strop.policy.model.outline import check_config_against_files, other_shape
 from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
+from strop.policy.model.task import SCORE, auto_class, with_one_label
 from strop.policy.precision import nonfinite, short_name
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ logger = logging.getLogger("strop")
 class LoadedModel:
     """module: on the CPU, in the mode that whoever made it left it in. stored: dtype of the weights in the files.
     config: the model's configuration as it was before strop changed it for training, which is what is saved with the
-    result."""
+    result. new_head: the files hold no head of a reward model, and its weights mean nothing yet."""
 
     module: PreTrainedModel
     stored: torch.dtype
     config: PreTrainedConfig
+    new_head: bool = False
 
 
 @contextmanager
@@ -73,11 +75,14 @@ def model_errors(where: str, doing: str) -> Iterator[None]:
             raise
 
 
-def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
+def load_model(model: ModelSection, *, dtype: torch.dtype, reward_model: bool = False) -> LoadedModel:
     """The model on the CPU, its weights in `dtype`, or quantised as the section says; its dropout off.
 
+    Args:
+        reward_model: load it as a reward model; a language model gets a new head, and loses its own.
+
     Raises:
-        ModelError: it cannot be loaded completely and safely as a causal language model.
+        ModelError: it cannot be loaded completely and safely as a causal language model, or as a reward model.
     """
     where, files, bits = place_of(model), inspect_model(model), quantisation_of(model)
     if os.path.isdir(files.source):
@@ -88,17 +93,18 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
     if model.revision is not None and os.path.isdir(files.source):
         logger.warning("%s: revision %s is not read: the model is a folder on this machine", where, model.revision)
     config = build_config(model, files, where)
-    check_task(config, where)
-    check_config_against_files(config, files, model, where)
+    check_task(config, where, reward_model=reward_model)
+    if reward_model:
+        with_one_label(config)
+    check_config_against_files(config, files, model, where, reward_model=reward_model)
     original = copy.deepcopy(config)
     silenced = silence_config(config)
     quantised.compute_in(config, dtype)
     attention = _plain_attention(model, config, where)
-    from transformers import AutoModelForCausalLM  # seconds, which a dry run's first example does not wait for
-
     try:
-        with quiet():
-            module, report = AutoModelForCausalLM.from_pretrained(
+        # transformers draws the weights of a new head; the caller's random numbers stay as they were
+        with quiet(), torch.random.fork_rng(devices=[]):
+            module, report = auto_class(reward_model=reward_model).from_pretrained(
                 files.source,
                 config=config,
                 revision=files.revision,
@@ -116,7 +122,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
             where=where,
             fix="check models[].attn_implementation" if attention else "download or save the model again",
         ) from error
-    _check_complete(report, where)
+    new_head = _check_complete(report, where, reward_model=reward_model)
     _check_finite(module, where)
     quantised.settle(module, bits, where)
     silenced |= silence_modules(module)
@@ -124,7 +130,7 @@ def load_model(model: ModelSection, *, dtype: torch.dtype) -> LoadedModel:
         values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))
         logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
     module.config.use_cache = False
-    return LoadedModel(module, files.stored, original)
+    return LoadedModel(module, files.stored, original, new_head)
 
 
 def _plain_attention(model: ModelSection, config: PreTrainedConfig, where: str) -> dict[str, str]:
@@ -150,9 +156,12 @@ def _plain_attention(model: ModelSection, config: PreTrainedConfig, where: str) 
     return {"attn_implementation": name}
 
 
-def _check_complete(report: Mapping[str, Any], where: str) -> None:
-    """transformers fills gaps with random numbers and a warning; here every gap is an error."""
-    missing, mismatched = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+def _check_complete(report: Mapping[str, Any], where: str, *, reward_model: bool) -> bool:
+    """transformers fills gaps with random numbers and a warning; here every gap is an error, but for the head of a
+    reward model. Returns whether that is missing."""
+    absent, mismatched = set(report["missing_keys"]), sorted(report["mismatched_keys"])
+    heads = {name for name in absent if reward_model and name.startswith(f"{SCORE}.")}
+    missing = sorted(absent - heads)
     if mismatched:
         raise other_shape(mismatched, where)
     if missing:
@@ -162,13 +171,17 @@ def _check_complete(report: Mapping[str, Any], where: str) -> None:
             expected="every weight of the model; a missing one would be random",
             fix="download the model again, completely",
         )
-    if unexpected := sorted(report["unexpected_keys"]):
+    left_out = set(report["unexpected_keys"])
+    if reward_model:  # the head of the language model that it is made of
+        left_out = {name for name in left_out if not name.startswith(("lm_head.", "embed_out."))}
+    if unexpected := sorted(left_out):
         logger.warning(
             "%s: %d tensors in its files are not part of the model and are left out, the first is %s",
             where,
             len(unexpected),
             unexpected[0],
         )
+    return bool(heads)
 
 
 def _check_finite(module: nn.Module, where: str) -> None:

@@ -19,6 +19,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
 from strop.policy.model.folder import ModelFiles, inspect_model, place_of
+from strop.policy.model.task import auto_class
 
 FAR = 2
 """config.json is refused where it describes so many times the weights that the files hold, whatever their names."""
@@ -29,12 +30,11 @@ Mismatch = tuple[str, Sequence[int], Sequence[int]]
 """Name, shape in the files, shape in the model."""
 
 
-def build_outline(config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+def build_outline(config: PreTrainedConfig, *, trust_remote_code: bool, reward_model: bool = False) -> PreTrainedModel:
     """The model on torch's meta device: shapes without weights, tied ones once. Raises whatever transformers does."""
-    from transformers import AutoModelForCausalLM  # seconds, which a dry run's first example does not wait for
-
+    kind = auto_class(reward_model=reward_model)
     with torch.device("meta"):
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        module: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code)
         module.tie_weights()
     return module
 
@@ -48,7 +48,9 @@ def check_outline(model: ModelSection) -> None:
     check_config_against_files(model_config(model), inspect_model(model), model, place_of(model))
 
 
-def check_config_against_files(config: PreTrainedConfig, files: ModelFiles, model: ModelSection, where: str) -> None:
+def check_config_against_files(
+    config: PreTrainedConfig, files: ModelFiles, model: ModelSection, where: str, *, reward_model: bool = False
+) -> None:
     """`check_outline`, of what is known already.
 
     What is smaller in config.json than in the files costs no more memory than the files, and is found when they are
@@ -59,7 +61,8 @@ def check_config_against_files(config: PreTrainedConfig, files: ModelFiles, mode
     """
     try:
         with quiet():
-            module = build_outline(copy.deepcopy(config), trust_remote_code=model.trust_remote_code)
+            own = copy.deepcopy(config)
+            module = build_outline(own, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
     except LOAD_ERRORS:
         return  # loading it says what is wrong
     stored = dict(_shapes(files.weights))

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from strop.errors import ModelError
 from strop.policy.model.quantisation import Quantisation
+from strop.policy.model.task import head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -71,7 +72,7 @@ def settle(module: PreTrainedModel, found: Quantisation | None, where: str) -> N
         return
     layers: list[Any] = [part for part in module.modules() if is_quantised(part)]
     done = sum(num_weights(layer) for layer in layers)
-    ends = (module.get_input_embeddings(), module.get_output_embeddings())
+    ends = (module.get_input_embeddings(), head_of(module))
     apart = {id(weight) for part in ends if part is not None for weight in part.parameters()}
     left = sum(p.numel() for p in module.parameters() if p.is_floating_point() and id(p) not in apart)
     share = done / max(1, done + left)

@@ -65,18 +65,23 @@ def read_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
 
 
 def check_model(
-    model: ModelSection, tokenizer: PreTrainedTokenizerBase | None = None, *, needs_weights: bool = True
+    model: ModelSection,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    needs_weights: bool = True,
+    reward_model: bool = False,
 ) -> None:
     """Refuse what cannot be trained by what is quickly seen, before hours of data: config.json, the headers of the
     weights in a folder, and whether the tokenizer's ids have embeddings.
 
     Args:
         needs_weights: refuse a folder without weights, too.
+        reward_model: it is to become a reward model, or to stay one.
 
     Raises:
         ModelError: it is not a model that can be trained.
     """
-    rows, source = vocabulary_of(model), source_of(model.huggingface_id)
+    rows, source = vocabulary_of(model, reward_model=reward_model), source_of(model.huggingface_id)
     quantisation_of(model)
     if os.path.isdir(source) and (needs_weights or has_weights(source)):
         inspect_model(model)
