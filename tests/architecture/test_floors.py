@@ -39,6 +39,7 @@ FLOORS = {
     "policy": 2,
     "objectives": 2,
     "report": 2,
+    "importers": 2,
     "installation": 2,
     "rewards": 2,
     "trackers": 2,

@@ -46,6 +46,10 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command("train", "train every model of a configuration (strop train --help)"),
+    "import": Command(
+        "import_config",
+        "a configuration of TRL, LLaMA-Factory, axolotl or unsloth as one of strop (strop import --help)",
+    ),
     "init": Command("init", "a configuration for a model and a data file, after a look at both (strop init --help)"),
     "reference": Command(
         "reference", "score the reference of a configuration ahead of its runs (strop reference --help)"

@@ -1,6 +1,7 @@
 """Names of other tools: what strop calls it, or what to use where strop does not have it. Floor 1, no torch.
 
-In: a key, a flag, a command, a method or a value that strop does not know. Out: the words of a message. What is absent
+In: a key, a flag, a command, a method or a value that strop does not know. Out: the words of a message. `strop import`
+reads the files of other tools by the same names. What is absent
 here is answered as absent, not with the key that is spelled most like it.
 """
 
@@ -85,6 +86,7 @@ RENAMED: Mapping[str, str] = {
     "apply_chat_template_kwargs": "dataset.chat_template_kwargs",
     "lora_r": "lora.r",
     "lora_rank": "lora.r",
+    "lora_task_type": "lora.task_type",
     "lora_target": "lora.target_modules",
     "lora_target_modules": "lora.target_modules",
     "finetuning_type": "lora.enabled",
@@ -122,11 +124,46 @@ RENAMED: Mapping[str, str] = {
     "preprocessing_num_workers": "dataset.num_workers",
     "gradient_clipping": "training.max_grad_norm",
     "warmup_proportion": "training.warmup_ratio",
+    "dataset_config": "dataset.subset",
+    "dataset_train_split": "dataset.split",
+    "dataset_streaming": "dataset.streaming",
+    "dataset_processes": "dataset.num_workers",
+    "test_split_size": "dataset.validation_split",
+    "chat_template_path": "dataset.template",
+    "chat_template_jinja": "dataset.template",
+    "model_revision": "models.N.revision",
+    "revision_of_model": "models.N.revision",
+    "lora_model_dir": "models.N.adapter",
+    "pretrained_lora": "models.N.adapter",
+    "quantization_type": "models.N.bnb_quant_type",
+    "double_quantization": "models.N.bnb_double_quant",
+    "use_bnb_nested_quant": "models.N.bnb_double_quant",
+    "lora_target_parameters": "lora.target_parameters",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "additional_target": "lora.modules_to_save",
+    "lora_target_linear": "lora.target_modules",
+    "peft_use_dora": "lora.use_dora",
+    "peft_use_rslora": "lora.use_rslora",
+    "rl_beta": "post_training.beta",
+    "orpo_alpha": "post_training.beta",
+    "pref_ftx": "post_training.sft_weight",
+    "dpo_label_smoothing": "post_training.label_smoothing",
+    "dpo_use_weighting": "post_training.wpo_weighting",
+    "kto_chosen_weight": "post_training.desirable_weight",
+    "kto_desirable_weight": "post_training.desirable_weight",
+    "kto_rejected_weight": "post_training.undesirable_weight",
+    "kto_undesirable_weight": "post_training.undesirable_weight",
+    "scale_rewards": "post_training.advantage",
+    "eval_on_start": "training.eval_at_start",
+    "sequence_packing": "training.packing",
+    "upcast_lmhead_output": "training.fp32_logits",
     "torchdynamo": "training.torch_compile",
 }
 """What other tools call a key: known to the hints of error messages, not to the schema. A name with a section in front
 means this only there."""
 
+_KERNELS = "attention kernels and fused layers are chosen by device, and nothing is to be set for them"
+_PADDING = "nothing is padded and padding is never trained, so there is nothing to set"
 _GROUPS: Mapping[str, str] = {
     "models[].quant: 4bit or 8bit (--quant 4bit) quantises the base under adapters, by bitsandbytes": (
         "quantize quantise quantization quantization_config qlora gptq awq nf4 fp8"
@@ -166,11 +203,11 @@ _GROUPS: Mapping[str, str] = {
     "strop uploads nothing: hf upload OWNER/NAME outputs/NAME/final does": (
         "push push_to_hub upload publish hub_model_id hub_token hub_strategy hub_private_repo"
     ),
-    "attention kernels and fused layers are chosen by device, and nothing is to be set for them": (
+    _KERNELS: (
         "flash_attn flash_attention use_flash_attention_2 flash_attn_2 sdp_attention xformers_attention xformers "
         "unsloth use_unsloth liger_kernel use_liger use_liger_kernel enable_liger_kernel"
     ),
-    "nothing is padded and padding is never trained, so there is nothing to set": (
+    _PADDING: (
         "group_by_length length_column_name padding_free pad_to_multiple_of pad_to_sequence_len padding "
         "padding_side neat_packing pad_token label_pad_token_id data_collator"
     ),
@@ -198,6 +235,21 @@ _GROUPS: Mapping[str, str] = {
 
 ABSENT: Mapping[str, str] = {name: instead for instead, names in _GROUPS.items() for name in names.split()}
 """A name -> what to use instead, for what strop does not have."""
+
+NEEDLESS = frozenset({_KERNELS, _PADDING})
+"""What is said of names that strop does not have because it needs none: without them a run is the same."""
+
+
+def key_of(name: str) -> str:
+    """The dotted key of strop that a name of another tool means, where its values mean the same as well.
+
+    Raises:
+        KeyError: there is none.
+    """
+    from strop.config.schema import KEYS
+
+    found = RENAMED.get(name) or next(key.dotted for key in KEYS if key.name == name)
+    return found.replace(".N.", ".0.")
 
 
 def instead_of(name: str) -> str:

@@ -1,0 +1,19 @@
+"""Configurations of other tools, turned into strop's. Floor 2, no torch.
+
+In: a file of TRL, LLaMA-Factory, axolotl, unsloth or opensloth. Out: commented YAML, and what became of every key.
+
+    source, python_calls    reading a file: YAML, JSON, or calls in a Python file, which is parsed and never run
+    answers                 what becomes of a key; the ways in which most keys are answered
+    trainer                 the keys of transformers' Trainer, which most tools take
+    trl, trl_groups, trl_data, llamafactory, axolotl, axolotl_data, unsloth    the other keys of each tool, its defaults
+    translate               a file's keys, answered one by one
+    written                 the YAML
+
+Names that mean the same as a key of strop stand in `strop.config.foreign`, from which the hints of error messages come
+too.
+"""
+
+from strop.importers.translate import Imported, import_file
+from strop.importers.written import to_text
+
+__all__ = ["Imported", "import_file", "to_text"]

@@ -1,0 +1,125 @@
+"""The data of axolotl's files, and its chat templates. Floor 2, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from strop.config.yamlfile import KeyPath
+from strop.importers.answers import Answer, View, idle, left, translated
+
+TEMPLATES: Mapping[str, str] = {
+    "llama3": "llama3_instruct",
+    "chatml": "chatml",
+    "mistral_v1": "mistral",
+    "gemma": "gemma",
+    "qwen_25": "qwen2.5_instruct",
+}
+
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".jsonl.gz")
+
+NATIVE: Mapping[str, str] = {
+    "field_messages": "messages",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_prompt": "prompt",
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "output",
+    "field_system": "system",
+    "field": "text",
+}
+"""What a field is called there -> the column that strop reads by itself."""
+
+TOLD: Mapping[str, str] = {
+    "field_chosen": "dataset.chosen_column",
+    "field_rejected": "dataset.rejected_column",
+    "field_prompt": "dataset.prompt_column",
+}
+
+READ_TYPES = ("alpaca", "chat_template", "sharegpt", "completion", "input_output", "pretrain", "chat_template.default")
+
+
+def template(value: Any, view: View) -> Answer:
+    if value == "tokenizer_default" or str(value).startswith("tokenizer_default"):
+        return idle("the tokenizer's own is the default")
+    if str(value) in TEMPLATES:
+        return translated({"dataset.template": TEMPLATES[str(value)]})
+    return left("the model's own chat template is taken; name another in dataset.template (docs/templates.md)")
+
+
+def datasets(value: Any, view: View) -> Mapping[KeyPath, Answer]:
+    """`datasets:`, a list of mappings with path, type, split, name, data_files and names of fields."""
+    found: dict[KeyPath, Answer] = {}
+    sources: list[dict[str, Any]] = []
+    for i, item in enumerate(value if isinstance(value, list) else []):
+        if isinstance(item, Mapping):
+            sources.append(_source(i, item, found, view))
+    if not sources or any("name" not in source for source in sources):
+        return {path: answer for path, answer in found.items() if path[-1] not in ("path", "data_files")}
+    file = sources[0]["name"] if len(sources) == 1 and set(sources[0]) == {"name"} else ""
+    first = next(path for path in found if path[-1] in ("path", "data_files"))
+    values = {"dataset.train_file": file} if Path(file).suffix in FILES else {"dataset.sources": sources}
+    found[first] = translated(values)
+    return found
+
+
+def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, Answer], view: View) -> dict[str, Any]:
+    """One of the sources; answers its keys."""
+    source: dict[str, Any] = {}
+    files = item.get("data_files")
+    files = files[0] if isinstance(files, list) and len(files) == 1 else files
+    for key, told in item.items():
+        match key:
+            case "path" if not isinstance(files, str):
+                source["name"] = str(told)
+                found[i, key] = idle("in dataset.sources")
+            case "path":
+                found[i, key] = idle("data_files names the file")
+            case "data_files" if isinstance(files, str):
+                source["name"] = files
+                found[i, key] = idle("in dataset.sources")
+            case "name" | "split" if told is not None:
+                source["subset" if key == "name" else key] = told
+                found[i, key] = idle(f"in dataset.sources as {'subset' if key == 'name' else key}")
+            case "ds_type":
+                found[i, key] = idle("the ending of the file says it")
+            case "type":
+                found[i, key] = _type(told)
+            case "chat_template" if isinstance(told, str):
+                found[i, key] = template(told, view)
+            case "train_on_eos" if told in ("turn", "all", None):
+                found[i, key] = idle("every trained answer ends with its end of turn, which is trained")
+            case "roles_to_train" if told in (["assistant"], ["gpt"], ["gpt", "assistant"]):
+                found[i, key] = idle("answers of the assistant are trained")
+            case _ if key in NATIVE:
+                found[i, key] = _field(key, told)
+    return source
+
+
+def _type(told: Any) -> Answer:
+    if told in READ_TYPES or told is None:
+        return idle("strop reads rows of this shape by themselves (docs/data.md)")
+    return left("strop reads rows by the names of their columns (docs/data.md); rename those that it does not find")
+
+
+def _field(key: str, told: Any) -> Answer:
+    if told in (NATIVE[key], "conversations", None):
+        return idle(f"strop reads the column {told} by itself")
+    if key in TOLD:
+        return translated({TOLD[key]: told})
+    return left(f"strop reads {NATIVE[key]}: rename the column (docs/data.md)")
+
+
+def test_datasets(value: Any, view: View) -> Mapping[KeyPath, Answer]:
+    items = value if isinstance(value, list) else []
+    if len(items) == 1 and isinstance(items[0], Mapping):
+        files = items[0].get("data_files")
+        file = files[0] if isinstance(files, list) and len(files) == 1 else files or items[0].get("path")
+        key = "data_files" if files else "path"
+        if isinstance(file, str) and Path(file).suffix in FILES:
+            found: dict[KeyPath, Answer] = {(0, str(name)): idle("as for datasets") for name in items[0]}
+            found[0, key] = translated({"dataset.val_file": file})
+            return found
+    return {}

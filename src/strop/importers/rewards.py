@@ -1,0 +1,49 @@
+"""The rewards of TRL, as strop's. Floor 2, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from strop.importers.answers import Answer, Code, View, idle, left, real, translated
+
+SHIPPED: Mapping[str, Mapping[str, Any]] = {
+    "think_format_reward": {"name": "format", "settings": {"pattern": r"<think>(?!.*<think>).*?</think>.*"}},
+    "get_soft_overlong_punishment": {"name": "length", "settings": {"max_length": 1280, "cache": 256}},
+}
+"""Rewards of TRL that strop has under other names, with the settings of `trl grpo`."""
+
+
+def reward_functions(value: Any, view: View) -> Answer:
+    """`reward_funcs`: names of TRL's own, or dotted import paths."""
+    names = value if isinstance(value, list) else [value]
+    if isinstance(value, Code):
+        return left("it is code, which is not run: name a function with --rewards file.py:function")
+    weights = view.get("reward_weights")
+    rewards, missing = [], []
+    for i, name in enumerate(names):
+        found = reward(str(name))
+        weight = real(weights[i]) if isinstance(weights, list) and i < len(weights) else None
+        if found is None:
+            missing.append(str(name))
+        else:
+            rewards.append(found if weight in (None, 1.0) else {**found, "weight": weight})
+    if missing:
+        return left(
+            f"strop has no reward {', '.join(missing)}: write a function that gives a number for each completion, and "
+            "name it with --rewards file.py:function"
+        )
+    return translated({"rewards": rewards}, "a function gets completions as texts")
+
+
+def reward(name: str) -> dict[str, Any] | None:
+    """One reward of TRL's command line; None: strop has none for it."""
+    if name in SHIPPED:
+        return dict(SHIPPED[name])
+    module, dot, function = name.rpartition(".")
+    return {"name": f"{module}:{function}"} if dot else None
+
+
+def reward_weights(value: Any, view: View) -> Answer:
+    """`reward_weights` stand beside the rewards they are for."""
+    return idle("each reward has its weight")

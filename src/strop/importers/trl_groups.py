@@ -1,0 +1,115 @@
+"""TRL's GRPO: completions that are sampled, rewards, and the losses on them. Floor 2, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from strop.importers.answers import (
+    Answer,
+    Rules,
+    View,
+    absent,
+    always,
+    carried,
+    idle,
+    left,
+    off,
+    only,
+    real,
+    refused,
+    straight,
+    translated,
+    whole,
+)
+from strop.importers.rewards import reward_functions, reward_weights
+
+
+def sampling(view: View) -> Iterator[tuple[str, Any]]:
+    yield "rollout.enabled", True
+    completion = whole(view.get("max_completion_length")) or 512
+    yield "training.max_seq_length", completion + (whole(view.get("max_prompt_length")) or 512)
+    yield "training.max_prompt_length", None
+    high = real(view.get("epsilon_high"))
+    loss = view.get("loss_type")
+    if loss == "cispo":
+        if high is not None and high > 1:
+            yield "post_training.epsilon_high", high - 1
+    elif loss != "sapo":
+        yield "post_training.epsilon_high", high or real(view.get("epsilon")) or 0.2
+    completions = (whole(view.get("per_device_train_batch_size")) or 8) * (
+        whole(view.get("gradient_accumulation_steps")) or 1
+    )
+    yield "training.groups_per_step", max(1, completions // (whole(view.get("num_generations")) or 8))
+
+
+def loss(value: Any, view: View) -> Answer:
+    scale = str(view.get("scale_rewards", "group")).lower()
+    advantage = {"group": "group", "true": "group", "batch": "batch", "none": "mean", "false": "mean"}.get(
+        scale, "group"
+    )
+    axes: dict[str, Any] = {"post_training.advantage": advantage}
+    match value:
+        case "grpo":
+            pass
+        case "dapo" | "bnpo":
+            axes["post_training.aggregation"] = "token"
+        case "dr_grpo":
+            axes["post_training.aggregation"] = "constant"
+        case "luspo":
+            axes["post_training.aggregation"] = "sequence_sum"
+        case "cispo":
+            axes |= {"post_training.gate": "cispo", "post_training.aggregation": "token"}
+        case "sapo":
+            axes["post_training.gate"] = "sapo"
+        case _:
+            raise refused("loss_type", value, "", "grpo, dapo, bnpo, dr_grpo, luspo, cispo or sapo", "--algorithm NAME")
+    return translated(axes)
+
+
+def _epsilon(value: Any, view: View) -> Answer:
+    if view.get("loss_type") in ("cispo", "sapo"):
+        return idle(f"{view.get('loss_type')} has no such bound")
+    return carried("post_training.epsilon", value)
+
+
+def _epsilon_high(value: Any, view: View) -> Answer:
+    if view.get("loss_type") == "sapo":
+        return idle("sapo has no such bound")
+    if view.get("loss_type") == "cispo":
+        high = real(value) or 0
+        if high <= 1:
+            return left("the upper bound of cispo is 1 + epsilon_high in strop, and this one is below 1: 5 is taken")
+        return translated({"post_training.epsilon_high": high - 1}, "the bound is 1 + epsilon_high in strop")
+    return carried("post_training.epsilon_high", value)
+
+
+def _max_completion(value: Any, view: View) -> Answer:
+    return carried("training.max_completion_length", value)
+
+
+RULES: Rules = {
+    **straight(
+        "num_generations num_generations_eval temperature top_p min_p chat_template_kwargs delta sapo_temperature_pos sapo_temperature_neg "
+        "importance_sampling_level use_bias_correction_kl"
+    ),
+    "top_k": lambda value, _: carried("rollout.top_k", value) if (whole(value) or 0) >= 0 else idle("from all tokens"),
+    "max_completion_length": _max_completion,
+    "num_iterations": only((1,), "each step is taken once", "each step is taken once"),
+    "steps_per_generation": always("every step samples its own completions"),
+    "generation_batch_size": always("every step samples its own completions"),
+    "epsilon": _epsilon,
+    "epsilon_high": _epsilon_high,
+    "scale_rewards": always("it is in post_training.advantage"),
+    "reward_funcs": reward_functions,
+    "reward_weights": reward_weights,
+    "reward_model_name_or_path": off("rewards are functions: a model that judges is called from one of your own"),
+    "repetition_penalty": only((1.0,), "there is none", "strop samples from the policy as it is"),
+    "mask_truncated_completions": off("completions that are cut are trained; reward length can punish them"),
+    "log_completions": always("every group is in rollouts.jsonl"),
+    "num_completions_to_print": always("every group is in rollouts.jsonl"),
+    "use_vllm": off("strop samples with the policy's own weights, on the same device"),
+    "top_entropy_quantile": only((1.0,), "all tokens are trained", "all tokens are trained"),
+    "shuffle_dataset": always("the seed decides the order"),
+    **absent("off_policy_mask_threshold entropy_coef use_adaptive_entropy", "strop has no such term"),
+}
