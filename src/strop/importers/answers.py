@@ -122,6 +122,16 @@ def straight(names: str) -> Rules:
     return {name: same(key_of(name)) for name in names.split()}
 
 
+def of_4_bits(name: str) -> Rule:
+    """The rule of a setting of bitsandbytes that is read with 4 bits alone."""
+
+    def rule(value: Any, view: View) -> Answer:
+        four = is_on(view.get("load_in_4bit")) or whole(view.get("quantization_bit")) == 4
+        return carried(key_of(name), value) if four else idle("the base is not in 4 bits")
+
+    return rule
+
+
 def chosen(key: str, choices: Mapping[Any, Any], otherwise: str) -> Rule:
     """The rule of a name whose values have other names. otherwise: said where there is no such value."""
 

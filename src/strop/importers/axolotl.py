@@ -22,10 +22,12 @@ from strop.importers.answers import (
     is_on,
     left,
     listed,
+    of_4_bits,
     off,
     only,
     real,
     refused,
+    same,
     straight,
     translated,
     whole,
@@ -232,7 +234,7 @@ RULES: Rules = {
     **straight(
         "base_model revision_of_model micro_batch_size eval_batch_size logging_steps save_steps lora_r lora_alpha "
         "early_stopping_patience dataset_processes dataset_num_proc chat_template_jinja lora_model_dir lora_dropout "
-        "loraplus_lr_ratio peft_use_dora peft_use_rslora bnb_4bit_use_double_quant"
+        "loraplus_lr_ratio peft_use_dora peft_use_rslora"
     ),
     "eval_steps": _evaluations,
     "num_epochs": lambda value, view: trainer.RULES["num_train_epochs"](value, view),
@@ -263,6 +265,7 @@ RULES: Rules = {
     "lora_o_kernel": always("fused layers are chosen by device"),
     "load_in_8bit": trl.RULES["load_in_8bit"],
     "load_in_4bit": trl.RULES["load_in_4bit"],
+    "bnb_4bit_use_double_quant": of_4_bits("bnb_4bit_use_double_quant"),
     "rl": _rl,
     "rl_beta": _beta,
     "dpo_beta": _beta,

@@ -24,6 +24,7 @@ from strop.importers.answers import (
     is_on,
     left,
     listed,
+    of_4_bits,
     off,
     only,
     real,
@@ -295,7 +296,7 @@ RULES: Rules = {
     **trainer.RULES,
     **straight(
         "model_name_or_path lora_alpha lora_dropout lora_rank loraplus_lr_ratio use_rslora use_dora cutoff_len "
-        "max_samples streaming quantization_type double_quantization upcast_lmhead_output"
+        "max_samples streaming upcast_lmhead_output"
     ),
     "adapter_name_or_path": _adapters,
     "model_revision": lambda value, _: idle("the default") if value == "main" else carried("models.0.revision", value),
@@ -343,6 +344,8 @@ RULES: Rules = {
     "ignore_pad_token_for_loss": only((True,), "padding is never trained", "padding is never trained"),
     "quantization_bit": _bits,
     "quantization_method": only(("bnb", "bitsandbytes"), "it is bitsandbytes", "strop quantises by bitsandbytes"),
+    "quantization_type": of_4_bits("quantization_type"),
+    "double_quantization": of_4_bits("double_quantization"),
     "pure_bf16": off("weights that train are float32 in strop; training.bf16 computes in 16 bits"),
     "upcast_layernorm": always("norms are computed in float32"),
     "flash_attn": always("attention kernels are chosen by device"),

@@ -285,5 +285,25 @@ RULES: Rules = {
             "dataloader_prefetch_factor",
         )
     },
+    "activation_checkpointing": _checkpointing,
+    "do_predict": off("strop generate answers prompts"),
+    "optim_target_modules": off("every weight that trains has the same optimizer"),
+    "bf16_full_eval": always("evaluations compute as training does"),
+    "fp16_full_eval": always("evaluations compute as training does"),
+    "include_for_metrics": always("evaluations keep sums, not logits"),
+    "logging_nan_inf_filter": always("a loss that is not finite stops the run, or is skipped and counted"),
+    "activation_checkpointing_kwargs": always("strop does it by its own way, with the same result"),
+    "accelerator_config": off("processes are those of gpu.device_ids, or of torchrun"),
+    "parallelism_config": off("processes are those of gpu.device_ids, or of torchrun"),
+    **{
+        name: always("it changes no result")
+        for name in (
+            *("batch_eval_metrics", "dataloader_in_order", "dataloader_multiprocessing_context", "use_cache"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "log_level_replica", "log_on_each_node"),
+            *("enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "save_on_each_node"),
+            *("skip_memory_metrics", "torch_empty_cache_steps", "project", "trackio_bucket_id", "trackio_space_id"),
+            "trackio_static_space_id",
+        )
+    },
     **absent("lr_quadratic_warmup debug torch_compile_backend torch_compile_mode", "strop has no such setting"),
 }

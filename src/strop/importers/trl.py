@@ -24,6 +24,7 @@ from strop.importers.answers import (
     is_on,
     left,
     listed,
+    of_4_bits,
     off,
     only,
     real,
@@ -295,7 +296,7 @@ RULES: Rules = {
     **straight(
         "model_name_or_path lora_r lora_alpha lora_dropout use_rslora use_dora dataset_name dataset_streaming "
         "dataset_config dataset_train_split test_split_size streaming chat_template_path max_prompt_length "
-        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_use_double_quant lora_task_type "
+        "lora_task_type "
         "use_weighting f_alpha_divergence_coef"
     ),
     "model": _model,
@@ -321,6 +322,9 @@ RULES: Rules = {
     ),
     "load_in_8bit": _bits("8bit"),
     "load_in_4bit": _bits("4bit"),
+    "bnb_4bit_quant_type": of_4_bits("bnb_4bit_quant_type"),
+    "use_bnb_nested_quant": of_4_bits("use_bnb_nested_quant"),
+    "bnb_4bit_use_double_quant": of_4_bits("bnb_4bit_use_double_quant"),
     "bnb_4bit_quant_storage": always("it changes how the bits lie, not the numbers"),
     "dataset_test_split": trl_data.evaluation_split,
     "datasets": trl_data.mixture,

@@ -90,8 +90,8 @@ def _max_completion(value: Any, view: View) -> Answer:
 
 RULES: Rules = {
     **straight(
-        "num_generations num_generations_eval temperature top_p min_p chat_template_kwargs delta sapo_temperature_pos sapo_temperature_neg "
-        "importance_sampling_level use_bias_correction_kl"
+        "num_generations num_generations_eval temperature top_p min_p chat_template_kwargs delta "
+        "sapo_temperature_pos sapo_temperature_neg importance_sampling_level use_bias_correction_kl"
     ),
     "top_k": lambda value, _: carried("rollout.top_k", value) if (whole(value) or 0) >= 0 else idle("from all tokens"),
     "max_completion_length": _max_completion,
@@ -110,6 +110,27 @@ RULES: Rules = {
     "num_completions_to_print": always("every group is in rollouts.jsonl"),
     "use_vllm": off("strop samples with the policy's own weights, on the same device"),
     "top_entropy_quantile": only((1.0,), "all tokens are trained", "all tokens are trained"),
+    "cast_lm_head_to_fp32": lambda value, view: carried("training.fp32_logits", value),
+    "multi_objective_aggregation": only(
+        ("sum_then_normalize",), "rewards are summed, then compared", "rewards are summed, then compared, in strop"
+    ),
+    "generation_kwargs": off("strop samples by temperature, top_k, top_p and min_p alone"),
+    "max_tool_calling_iterations": off("completions are of one turn, without tools"),
+    **{
+        name: always("it changes no result")
+        for name in (
+            *("cache_implementation", "ds3_gather_for_generation", "log_multimodal", "log_unique_prompts"),
+            *("log_completions_hub_repo", "use_transformers_paged", "use_transformers_continuous_batching"),
+            "transformers_continuous_batching_config",
+        )
+    },
+    **{
+        name: always("its loss is another one, and so not read")
+        for name in (
+            *("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg", "entropy_coef_delta"),
+            *("entropy_coef_min", "entropy_coef_max", "entropy_target"),
+        )
+    },
     "shuffle_dataset": always("the seed decides the order"),
     **absent("off_policy_mask_threshold entropy_coef use_adaptive_entropy", "strop has no such term"),
 }
