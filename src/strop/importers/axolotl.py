@@ -202,6 +202,16 @@ def _evaluations(value: Any, view: View) -> Answer:
     return carried("training.eval_steps", value)
 
 
+def _trackers(view: View) -> list[str]:
+    """The trackers that the file switches on. A project of W&B switches W&B on."""
+    names = [name for name in ("tensorboard", "wandb", "mlflow", "trackio") if is_on(view.get(f"use_{name}"))]
+    return names if "wandb" in names or not view.get("wandb_project") else [*names, "wandb"]
+
+
+def _tracker(value: Any, view: View) -> Answer:
+    return translated({"logging.report_to": _trackers(view)}) if is_on(value) else idle("it is off")
+
+
 PER_EPOCH = "strop counts steps: set {key} to the steps of an epoch (the dry run shows them), divided by this"
 RULES: Rules = {
     **{
@@ -312,9 +322,14 @@ RULES: Rules = {
     "loss_watchdog_patience": off("a loss that is not finite stops the run; the report has findings for the others"),
     "save_first_step": always("it changes no result"),
     "auto_resume_from_checkpoints": off("strop train --resume"),
-    "use_tensorboard": lambda value, view: (
-        translated({"logging.report_to": ["tensorboard"]}) if is_on(value) else idle("it is off")
+    "use_tensorboard": _tracker,
+    "use_wandb": _tracker,
+    "use_mlflow": _tracker,
+    "use_trackio": _tracker,
+    "wandb_project": lambda value, view: (
+        translated({"logging.report_to": _trackers(view), "logging.wandb_project": value}) if value else idle("none")
     ),
+    "wandb_name": lambda value, view: carried("logging.run_name", value) if _trackers(view) else idle("no tracker"),
     "plugins": always("what plugins of axolotl add is listed by its own keys"),
     **{
         f"liger_{name}": always("fused layers are chosen by device, and compared with the model's own")

@@ -186,6 +186,11 @@ def _report_to(value: Any, _: View) -> Answer:
     return carried("logging.report_to", value) if wanted == value else translated({"logging.report_to": wanted}, why)
 
 
+def _run_name(value: Any, view: View) -> Answer:
+    named = _report_to(view.get("report_to", []), view)
+    return carried("logging.run_name", value) if named.values.get("logging.report_to") else idle("there is no tracker")
+
+
 def _log_level(value: Any, _: View) -> Answer:
     key = schema_key("logging.log_level")
     fits = key is not None and value in key.choices
@@ -250,6 +255,7 @@ RULES: Rules = {
     "logging_first_step": always("it changes what is printed"),
     "metric_for_best_model": _metric,
     "report_to": _report_to,
+    "run_name": _run_name,
     "log_level": _log_level,
     "logging_dir": always("logging.logging_dir is inside the run folder"),
     "disable_tqdm": always("it changes what is printed"),

@@ -156,7 +156,9 @@ lora_fan_in_fan_out:
 lora_target_modules:
   - gate_proj
   - q_proj
-wandb_project:
+wandb_project: mine
+wandb_name: first
+wandb_entity:
 gradient_accumulation_steps: 2
 micro_batch_size: 2
 num_epochs: 1
@@ -397,6 +399,9 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], tuple[str, ...]]] = {
             "dataset.validation_split": 0.1,
             "dataset.filter_overlength_samples": True,
             "training.packing": True,
+            "logging.report_to": ("wandb",),
+            "logging.wandb_project": "mine",
+            "logging.run_name": "first",
             "training.auto_precision": True,
             "training.optim": "adamw_8bit",
             "training.warmup_steps": 10,
