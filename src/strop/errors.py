@@ -10,9 +10,11 @@
     `- PeerError                        another process of the same training failed, and this one ends with it
        `- LostError                     the other process is gone
     Interrupted         (Exception)     not an error: stopped by a signal, saved, resumable
+    `- StoppedByFinding                 the same, by a finding of finetuning.stop_on
 
 A message says where, what was found, what was expected and what to do, in this order and in one line each.
-The command line prints it and exits with code 1; `Interrupted` exits with 75. Anything else is a bug of strop.
+The command line prints it and exits with code 1; `Interrupted` exits with 75, `StoppedByFinding` with 3. Anything else
+is a bug of strop.
 """
 
 from __future__ import annotations
@@ -90,6 +92,18 @@ class Interrupted(Exception):  # noqa: N818 (it is not an error)
     def __init__(self, step: int, checkpoint: str) -> None:
         super().__init__(step, checkpoint)
         self.step, self.checkpoint = step, checkpoint
+
+
+class StoppedByFinding(Interrupted):
+    """Stopped after a finished step, with a checkpoint on disk, because of a finding that `finetuning.stop_on` names.
+
+    finding: its id. claim: its sentence.
+    """
+
+    def __init__(self, step: int, checkpoint: str, finding: str, claim: str) -> None:
+        super().__init__(step, checkpoint)
+        self.args = (step, checkpoint, finding, claim)  # what pickling calls the class with
+        self.finding, self.claim = finding, claim
 
 
 @contextmanager

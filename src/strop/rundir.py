@@ -37,14 +37,14 @@ from strop.durable import JsonLines, to_json
 from strop.errors import CheckpointError, ConfigError, StropError
 from strop.manifest import MANIFEST
 from strop.redact import redact
-from strop.runfiles import LEDGER, METRICS, RUN_FILES
+from strop.runfiles import EVALUATIONS, LEDGER, METRICS, RUN_FILES
 
 logger = logging.getLogger(__name__)
 
 FINAL = "final"
 LOCK = ".lock"
 LINES_AT_ONCE = 256
-LOG_FOLDERS = ("margins", "tensorboard", "wandb")
+LOG_FOLDERS = ("margins", EVALUATIONS, "tensorboard", "wandb")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 SET_ASIDE_NAME = re.compile(r"\.(bad|retired)-checkpoint-[0-9]+(-[0-9]+)?")
 TO_BE_REPLACED = ".to-be-replaced"

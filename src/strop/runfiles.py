@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 PLAN = "plan.json"
 PAIRS = "pairs.json"
 RESULT = "result.json"
@@ -34,3 +36,19 @@ RUN_FILES = (*RECORDS, TRACKERS, REPORT, FINDINGS)
 def margins_array(epoch: int, step: int) -> str:
     """The name of the array of a step of an epoch, both counted from 0."""
     return f"epoch_{epoch:03d}/step_{step:05d}.npy"
+
+
+EVALUATIONS = "evaluations"
+"""In the folder of the logs: the losses of validation rows."""
+_ROW_LOSSES = re.compile(r"step_([0-9]{5,18})\.npy")
+
+
+def row_losses_array(step: int) -> str:
+    """The name of the array of an evaluation after `step`."""
+    return f"step_{step:05d}.npy"
+
+
+def step_of_row_losses(name: str) -> int | None:
+    """The step of an array of `row_losses_array`; None for other names."""
+    match = _ROW_LOSSES.fullmatch(name)
+    return int(match[1]) if match else None

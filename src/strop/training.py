@@ -30,8 +30,9 @@ from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
 from strop.engine.state import TrainState
-from strop.errors import ConfigError, Interrupted, TrainingError
+from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
+from strop.paired import change_of_rows
 from strop.policy.kernels import product_rates
 from strop.policy.model.generation import trained_ends
 from strop.policy.policy import Policy
@@ -215,12 +216,15 @@ class _Run:
             # training seeds torch's generators; afterwards they continue where the caller left them
             with StopSignal(outputs.note) as stop, torch.random.fork_rng(devices):
                 parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
-                state, step = self._train(Loop(session.config, *parts, should_stop=lambda: stop.requested), outputs)
+                asked = lambda: stop.requested or outputs.stopped_on is not None  # noqa: E731
+                state, step = self._train(Loop(session.config, *parts, should_stop=asked), outputs)
             ended = "finished"
         except Interrupted as stopped:
             ended = "stopped"
-            log.info("%s: stopped by %s after step %d of %d", name, stop.name, stopped.step, source.num_steps)
-            raise
+            by_finding = self._by_finding(stopped, outputs)
+            why = stop.name if by_finding is None else f"finetuning.stop_on ({by_finding.finding})"
+            log.info("%s: stopped by %s after step %d of %d", name, why, stopped.step, source.num_steps)
+            raise by_finding or stopped from None
         except TrainingError as error:
             if session.world.is_main:
                 self.run.write_json(FAILURE, {"error": error.found, "where": error.where, "fix": error.fix})
@@ -234,11 +238,27 @@ class _Run:
 
         def finish() -> Ending:
             records = self.run.metrics.read()
-            ending = Ending.of(session.config, state, num_steps=source.num_steps, final_step=step, records=records)
+            change = change_of_rows(self.run.logs, 0, step, len(session.prepared.data.eval or ()) or None)
+            parts = (session.config, state)
+            ending = Ending.of(*parts, num_steps=source.num_steps, final_step=step, records=records, change=change)
             self._finish(ending)
             return ending
 
         return RunResult(name, self.run.path, session.world.on_main(finish))
+
+    def _by_finding(self, stopped: Interrupted, outputs: RunOutputs) -> StoppedByFinding | None:
+        """Whether a finding stopped the run, which is told by the report and remembered in the run folder."""
+
+        def look() -> tuple[str, str] | None:
+            finding = outputs.stopped_on
+            if finding is None:
+                return None
+            self.run.write_json(FAILURE, {"stopped_on": finding.id, "claim": finding.claim, "step": stopped.step})
+            report(self.session, self.run)
+            return finding.id, finding.claim
+
+        found = self.session.world.on_main(look)
+        return None if found is None else StoppedByFinding(stopped.step, stopped.checkpoint, *found)
 
     def _splits(self) -> Splits:
         """The groups, with reference log-probs if the objective needs a reference that does not change."""

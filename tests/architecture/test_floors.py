@@ -30,6 +30,7 @@ FLOORS = {
     "time_limit": 1,
     "batch": 1,
     "lengths": 1,
+    "paired": 1,
     "machine": 1,
     "rundir": 1,
     "terminal": 1,

@@ -4,6 +4,8 @@ In: arguments. Out: an exit code.
 
     0      done
     1      the user can fix it; one message on stderr says how
+    2      strop compare, strop replay: there is a difference
+    3      stopped by a finding of finetuning.stop_on, and saved; not to be started again as it is
     75     stopped by a signal and saved; the message names the command that continues the run
     130    stopped by Ctrl-C where nothing could be saved
 """
@@ -18,9 +20,10 @@ from collections.abc import Sequence
 
 from strop import garbage
 from strop.cli.commands import COMMANDS
-from strop.errors import ConfigError, Interrupted, LostError, PeerError, StropError
+from strop.errors import ConfigError, Interrupted, LostError, PeerError, StoppedByFinding, StropError
 from strop.terminal import SECONDS_TO_SPEAK, ReaderLeft, complain, open_standard_streams, rank, session, show
 
+FOUND = 3
 RESUMABLE = 75
 STOPPED = 130
 
@@ -35,6 +38,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
     except StropError as error:
         _tell(error)
         return 1
+    except StoppedByFinding as stop:
+        if rank() == 0:
+            complain(
+                f"stopped after step {stop.step} by finetuning.stop_on: {stop.finding}: {stop.claim}\n"
+                f"saved in {stop.checkpoint}; report.html beside it says what to try\n"
+                f"to go on all the same: {_resume(arguments, prog)} --finetuning.stop-on '[]'"
+            )
+        return FOUND
     except Interrupted as stop:
         if rank() == 0:
             way_on = f"go on with: {_resume(arguments, prog)}"

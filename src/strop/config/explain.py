@@ -214,6 +214,7 @@ def _fix(key: Key, value: Any) -> str:
     if tuple in kinds and isinstance(value, list | tuple) and key.choices:
         unknown = [str(v) for v in value if v not in key.choices]
         instead = next(filter(None, map(instead_of, unknown)), "")
+        instead = instead or next(filter(None, (did_you_mean(v.lower(), key.choices) for v in unknown)), "")
         return f"remove {', '.join(unknown)}"[:100] + (f": {instead}" if instead else "")
     if tuple in kinds and not isinstance(value, list | tuple | Mapping):
         return f"write a list: {write_value([value])}"[:100]

@@ -15,6 +15,7 @@ from strop.config import RunConfig
 from strop.engine.best import stops_early
 from strop.engine.state import TrainState
 from strop.errors import CheckpointError
+from strop.paired import Change
 from strop.runfiles import RESULT
 
 SHOWN = ("loss", "reward", "rewards/accuracies", "rewards/margins")
@@ -30,8 +31,8 @@ class Ending:
     reason: why, as a sentence. early: whether by early stopping. step: the last step trained, of num_steps. final_step:
     the step of the model in `final/`. metrics: lines of metrics.jsonl by name: `eval_at_start` before the first step,
     `eval` of `final_step`, `train` the last one of the training. worse: whether the loss of `eval` is above that of
-    `eval_at_start`, or, where completions are sampled, its mean reward below it by more than chance; None if one of
-    them is missing.
+    `eval_at_start` by more than chance, or, where completions are sampled, its mean reward below it by more than
+    chance; None if one of them is missing.
     """
 
     reason: str
@@ -51,8 +52,10 @@ class Ending:
         num_steps: int,
         final_step: int,
         records: Iterable[Mapping[str, Any]],
+        change: Change | None = None,
     ) -> Ending:
-        """records: all lines of metrics.jsonl, in order."""
+        """records: all lines of metrics.jsonl, in order. change: of the evaluation loss since before the first step, by
+        paired rows, if that is known."""
         metrics: dict[str, Mapping[str, Any]] = {}
         for record in records:
             if record.get("split") == "train":
@@ -64,7 +67,7 @@ class Ending:
         early = stops_early(config.finetuning, state) and state.step < num_steps
         done = f"all {num_steps} steps are done" if num_steps > 1 else "the one step is done"
         reason = _stopped_early(config, state, num_steps) if early else done
-        return cls(reason, early, state.step, num_steps, final_step, metrics, _is_worse(metrics))
+        return cls(reason, early, state.step, num_steps, final_step, metrics, _is_worse(metrics, change))
 
     def as_dict(self) -> dict[str, Any]:
         """The content of result.json."""
@@ -160,7 +163,7 @@ def _stopped_early(config: RunConfig, state: TrainState, num_steps: int) -> str:
     )
 
 
-def _is_worse(metrics: Mapping[str, Mapping[str, Any]]) -> bool | None:
+def _is_worse(metrics: Mapping[str, Mapping[str, Any]], change: Change | None) -> bool | None:
     before, after = metrics.get("eval_at_start"), metrics.get("eval")
     if before is None or after is None:
         return None
@@ -170,7 +173,8 @@ def _is_worse(metrics: Mapping[str, Mapping[str, Any]]) -> bool | None:
         return None
     if not _has(after, "loss"):
         return True  # null: it is not finite any more
-    return bool(after["loss"] > before["loss"] + VISIBLE * abs(before["loss"]))
+    is_above = bool(after["loss"] > before["loss"] + VISIBLE * abs(before["loss"]))
+    return is_above and (change is None or change.is_rise)
 
 
 def _decides(record: Mapping[str, Any]) -> str:

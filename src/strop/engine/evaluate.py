@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.engine.evaluator import Watcher
 from strop.engine.out_of_memory import attempt_together, cut_finer, does_not_fit
+from strop.engine.row_losses import row_losses
 from strop.engine.source import Cut, GroupSet
 from strop.engine.step import ALONE, Forward, StepScores, join_all, summarise
 from strop.objectives.base import Objective
@@ -81,6 +84,7 @@ class Evaluation:
         self.groups, self.cut, self.watcher = groups, cut, watcher
         self.world, self.should_stop = world, should_stop
         self.names = objective.evaluated
+        self.row_losses: NDArray[np.float64] | None = None
 
     def line(self, where: str) -> Mapping[str, Any] | None:
         """Loss, terms and metrics over all groups, as `Evaluator.line`."""
@@ -89,6 +93,8 @@ class Evaluation:
         if result is None:
             return None
         numbers = self.world.on_main(result.fetch)  # the last bits may depend on the machine
+        if self.world.is_main:
+            self.row_losses = row_losses(self.objective, result.scores, self.order)
         return {
             "loss": numbers.loss,
             **({f"loss/{t}": share for t, share in numbers.terms.items()} if len(numbers.terms) > 1 else {}),
@@ -97,6 +103,12 @@ class Evaluation:
             "seconds": time.perf_counter() - started,
             **{name: total / count for name, (total, count) in numbers.metrics.items() if count},
         }
+
+    @property
+    def order(self) -> list[int]:
+        """For each group of the last scores, its place among the groups."""
+        shares = self.cut.shares(self.groups, self.world.size)
+        return [place for share in shares for part in share for place in part]
 
     def scores(self, where: str) -> StepScores | None:
         """The scores of all groups with the current weights; None if it was stopped.

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class Watcher(Protocol):
     """Shows how far an evaluation is."""
@@ -20,6 +23,10 @@ class Evaluator(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """Names of the numbers that an evaluation may have."""
+
+    @property
+    def row_losses(self) -> NDArray[np.float64] | None:
+        """The losses of the rows in the last evaluation (`row_losses.py`); None where its loss is no mean over rows."""
 
     def line(self, where: str) -> Mapping[str, Any] | None:
         """The numbers of an evaluation with the current weights, the same in all processes; None if it was stopped.

@@ -19,7 +19,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from strop.config import RunConfig
@@ -57,6 +59,9 @@ class Outputs(Protocol):
 
     def line(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl: means over the steps since the last line, or an evaluation."""
+
+    def row_losses(self, step: int, losses: NDArray[np.float64]) -> None:
+        """The loss of each validation row, before the line of the evaluation."""
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
         """Called by all processes, which return when it is saved."""
@@ -313,6 +318,8 @@ class Loop:
         numbers = self.evaluation.line(f"evaluation after step {self.state.step}")
         if numbers is None:
             return False
+        if self.evaluation.row_losses is not None and self.world.is_main:
+            self.outputs.row_losses(self.state.step, self.evaluation.row_losses)
         about = {"step": self.state.step, "epoch": self.source.epochs(self.state.step), "split": "eval"}
         line = {**about, **numbers}
         self.outputs.line(line)

@@ -22,8 +22,11 @@ from strop.engine.margins import MarginsLog
 from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
 from strop.engine.records import StepRecord
+from strop.engine.row_losses import RowLosses
 from strop.errors import CheckpointError, SaveError
 from strop.policy.kernels import product_rates
+from strop.report.findings import Finding
+from strop.report.watch import Watch
 from strop.rundir import RunDir
 from strop.trackers.facts import Ended
 from strop.trackers.group import Trackers
@@ -51,9 +54,13 @@ class RunOutputs:
         self.world = world
         self.made_from = made_from
         self.margins_log = MarginsLog(run.logs / "margins")
+        self._row_losses = RowLosses(run.logs)
         self._metrics = _Log(run, run.metrics, self.note)
         self._ledger = _Log(run, run.ledger, self.note)
         self._margins_lost = self._num_tokens = 0
+        self._watch: Watch | None = Watch(run.path, config.finetuning.stop_on) if world.is_main else None
+        self.stopped_on: Finding | None = None
+        """The finding of `finetuning.stop_on` that was raised, in the main process."""
         self.training = progress.task("training", num_steps, completed=resumed_at)
 
     def rewind(self, step: int, *, evaluated: bool = True) -> None:
@@ -66,14 +73,43 @@ class RunOutputs:
         self.run.rewind(step, evaluated=evaluated)
         with _as_error(self.margins_log.folder):
             self.margins_log.rewind(step)
+            self._row_losses.rewind(step)
         self.trackers.catch_up(self.run.metrics.read())
 
     def line(self, line: Mapping[str, Any]) -> None:
         if not self.world.is_main:
             return
         self._metrics.write(line)
-        self.trackers.log(line)
+        found = self._look_for_findings(line)
+        self.trackers.log({**line, **{f"findings/{finding.id}": 1 for finding in found}})
         self.training.record(line)
+        for finding in found:
+            self._tell(finding, line["step"])
+
+    def _look_for_findings(self, line: Mapping[str, Any]) -> list[Finding]:
+        """An error in a check is no reason to stop a run: it is told once, and nothing is looked for any more."""
+        if self._watch is None:
+            return []
+        try:
+            return self._watch.line(line)
+        except Exception as error:  # noqa: BLE001 (see above)
+            self._watch = None
+            lost = "; finetuning.stop_on stops nothing any more" if self.config.finetuning.stop_on else ""
+            self.note(f"warning: findings are not looked for any more: {type(error).__name__}: {error}{lost}")
+            return []
+
+    def _tell(self, finding: Finding, step: int) -> None:
+        """A finding that was raised while the run goes on."""
+        self.note(f"{finding.severity}: step {step}: {finding.claim} ({finding.id}; strop report {self.run.path})")
+        if finding.id in self.config.finetuning.stop_on and self.stopped_on is None:
+            self.stopped_on = finding
+
+    def row_losses(self, step: int, losses: NDArray[np.float64]) -> None:
+        try:
+            self._row_losses.write(step, losses)
+        except OSError as error:
+            why = error.strerror or str(error)
+            self.note(f"warning: {self._row_losses.folder}: the rows' losses of step {step} cannot be written: {why}")
 
     def step(self, record: StepRecord) -> None:
         if not self.world.is_main:

@@ -32,7 +32,7 @@ from strop.world import World
 
 DRAWS_PER_SECOND = 4
 HEARTBEAT_SECONDS = 30.0
-"""How often, without a terminal, a task other than the training says how far it is."""
+"""How often, without a terminal, a task says how far it is, where nothing else is said of it."""
 WORTH_A_LINE_SECONDS = 5.0
 SPEED_STEPS = 20
 """Tokens per second are measured over this many last steps."""
@@ -185,19 +185,22 @@ class Task:
             if metrics:
                 self._text = self._progress._fitting(self, self._shown(metrics))
             self._progress._bars.update(self._bar, completed=self.completed, shown=self._text)
-        elif metrics is None:
-            self._heartbeat()
+        else:
+            self._heartbeat(metrics)
         if self.completed >= self.total:
             self.close()
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Shows a line of metrics.jsonl. With a bar, only evaluations are shown."""
+        self._spoken = time.monotonic()
         if self._progress.live and record.get("split") == "train":
             return
         parts = [f"{record.get('split', '')} step {record.get('step')}/{self.total}".strip()]
         if isinstance(epoch := record.get("epoch"), int | float):
             parts.append(f"epoch {epoch:.2f}")
-        parts += [f"{NAMES.get(k, k)} {_number(v)}" for k in RECORD_LINE if (v := record.get(k)) is not None]
+        tied = record.get("step") == 0 and record.get("rewards/margins") == 0  # no pair is won or lost yet
+        names = [k for k in RECORD_LINE if not (tied and k.startswith("rewards/"))]
+        parts += [f"{NAMES.get(k, k)} {_number(v)}" for k in names if (v := record.get(k)) is not None]
         if record.get("split") == "train":
             parts.append(f"{_clock(time.monotonic() - self._started)} elapsed")
             if (left := self._seconds_left()) is not None:
@@ -233,12 +236,15 @@ class Task:
                 parts["speed"] = f"{(tokens - before) / (now - then):,.0f} tokens/s"
         return parts
 
-    def _heartbeat(self) -> None:
+    def _heartbeat(self, metrics: Mapping[str, Any] | None) -> None:
+        """Without a bar: says how far the task is, where nothing has been said of it for a while."""
         now = time.monotonic()
         if now - self._spoken >= HEARTBEAT_SECONDS:
             self._spoken = now
             left = self._seconds_left()
             tail = f", {_clock(left)} left" if left is not None else ""
+            if metrics and (loss := metrics.get("loss")) is not None:
+                tail += f", loss {_number(loss)}"
             self._progress._report(
                 f"{self.name}: {self.completed} of {self.total}, {_clock(now - self._started)} elapsed{tail}"
             )

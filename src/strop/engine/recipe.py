@@ -39,6 +39,7 @@ FREE_KEYS = frozenset(
         "rollout.reward_timeout",
         "rollout.reward_memory_gib",
         "finetuning.resume_from_checkpoint",
+        "finetuning.stop_on",
     }
 )
 

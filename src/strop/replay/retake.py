@@ -31,6 +31,7 @@ from strop.engine.progress import Progress
 from strop.engine.recipe import MADE_FROM, recipe_of
 from strop.engine.records import StepRecord
 from strop.errors import CheckpointError, ConfigError
+from strop.policy.policy import Policy
 from strop.preflight import check
 from strop.replay.rows import RowScores, row_scores
 from strop.report.ledgers import Line, differing, read_ledger
@@ -224,8 +225,11 @@ def _loop(
 def _splits(session: Session, made_from: dict[str, str], progress: Progress, scratch: Path) -> Splits:
     """The groups, with the reference's log-probs where the method has a reference that does not change. The hashes of
     a reference that is another model are added to `made_from`."""
-    objective = session.prepared.objective
-    if not objective.needs_reference or objective.ref_sync is not None:
+    if session.config.rollout.enabled:
+        reference = session.kept_reference
+        if isinstance(reference, Policy) and reference is not session.policy:
+            made_from |= reference_made_from(reference)
+    if not session.prepared.scored_ahead:
         return session.groups()
     with session.reference() as reference:
         if reference is not session.policy:
@@ -266,6 +270,9 @@ class _Recorder:
 
     def line(self, line: Mapping[str, Any]) -> None:
         raise AssertionError("single steps log no line")
+
+    def row_losses(self, step: int, losses: Any) -> None:
+        raise AssertionError("single steps evaluate nothing")
 
     def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
         raise AssertionError("single steps save nothing")

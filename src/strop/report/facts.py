@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from strop.config.methods import METHODS, ReferenceSettings
+from strop.paired import Change, change_of_rows
 from strop.report.findings import Thresholds
 from strop.report.lines import Column, is_number
 from strop.report.reading import RunRecord, Table
@@ -127,6 +128,11 @@ class Facts:
             values = np.asarray(rewards, np.float64) / self.beta / lengths
         kept = np.isfinite(values)
         return table.step[kept], values[kept]
+
+    def change(self, first: float, last: float) -> Change | None:
+        """How far the evaluation loss changed between two steps, by paired rows; None where the run does not say."""
+        rows = self.last("num_groups", self.run.eval)
+        return change_of_rows(self.run.logs, int(first), int(last), int(rows) if rows else None)
 
     def logp_gain(self, side: str) -> float | None:
         """How much likelier the `chosen` or `rejected` completions have become, in nats per token: against the

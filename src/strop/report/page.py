@@ -33,8 +33,12 @@ MOST_CHARACTERS = 600
 MOST_PAIRS = 10
 
 
-def page(examined: Sequence[Examined]) -> str:
-    """The page of one run, or of several side by side."""
+def page(examined: Sequence[Examined], *, reload: int = 0) -> str:
+    """The page of one run, or of several side by side.
+
+    Args:
+        reload: after how many seconds a browser loads it again; 0: never.
+    """
     environment = Environment(
         loader=PackageLoader("strop.report", "templates"),
         autoescape=True,
@@ -44,7 +48,7 @@ def page(examined: Sequence[Examined]) -> str:
     )
     environment.filters["percent"] = lambda text: quote(text, safe="")
     css = environment.loader.get_source(environment, "page.css")[0]  # type: ignore[union-attr]
-    return environment.get_template("page.html").render(**_context(examined), css=Ours(css))
+    return environment.get_template("page.html").render(**_context(examined), css=Ours(css), reload=reload)
 
 
 def _context(examined: Sequence[Examined]) -> dict[str, Any]:
@@ -86,9 +90,15 @@ def _summary(run: RunRecord) -> str:
         "adapters" if run.value("lora.enabled", False) else "all weights",
         f"{run.last_step:,} steps",
         *([duration(float(seconds[-1]))] if len(seconds) and 0 <= seconds[-1] < 1e10 else []),
-        excerpt(run.result.get("reason", "finished" if run.is_finished else "not finished"), 300),
+        excerpt(run.result.get("reason") or _stopped(run) or ("finished" if run.is_finished else "not finished"), 300),
     ]
     return " · ".join(parts)
+
+
+def _stopped(run: RunRecord) -> str:
+    """How a run was stopped by a finding; empty where it was not."""
+    finding, step = run.failure.get("stopped_on"), run.failure.get("step")
+    return f"stopped after step {step} by finetuning.stop_on: {finding}" if isinstance(finding, str) else ""
 
 
 def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[str, Any]:

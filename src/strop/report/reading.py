@@ -89,7 +89,7 @@ class Margins:
 class RunRecord:
     """What a run left behind. Mappings are empty, and tables have no line, where there is nothing to read.
 
-    gaps: sentences about what is missing or damaged.
+    logs: the folder of its logs. gaps: sentences about what is missing or damaged.
     """
 
     path: Path
@@ -104,6 +104,7 @@ class RunRecord:
     eval: Table
     margins: Margins
     is_finished: bool
+    logs: Path = Path()
     gaps: tuple[str, ...] = field(default=())
 
     @property
@@ -161,9 +162,10 @@ def read_run(path: Path | str) -> RunRecord:
     if not finished:
         gaps.append("there is no final/: the run goes on, or it was stopped")
     result = _json(folder / RESULT, gaps if finished else [])
-    margins = _margins(_logs(folder, settings), gaps)
+    logs = _logs(folder, settings)
+    margins = _margins(logs, gaps)
     return RunRecord(folder, settings, **parts, result=result, train=train, eval=evaluated, margins=margins,
-                     is_finished=finished, gaps=tuple(gaps))  # fmt: skip
+                     is_finished=finished, logs=logs, gaps=tuple(gaps))  # fmt: skip
 
 
 def _nearby(folder: Path) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from strop.readable import duration
 from strop.report.charts import number
-from strop.report.facts import wilson
+from strop.report.facts import Facts, wilson
+from strop.report.findings import Thresholds
 from strop.report.lines import is_number
 from strop.report.reading import RunRecord
 from strop.report.words import excerpt
@@ -57,7 +58,10 @@ def evaluations(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Table]
     if not rows:
         return []
     header = (*(("run",) if len(runs) > 1 else ()), "step", *(words for _, words in names))
-    note = "Before the first step, rewards are 0 where there is a reference: policy and reference are the same model."
+    note = (
+        "Before the first step, rewards are 0 where there is a reference: policy and reference are the same model, so "
+        "no pair is won or lost."
+    )
     return [Table("Evaluation", header, tuple(rows), note, numeric=True)]
 
 
@@ -67,6 +71,8 @@ def _evaluated(run: RunRecord, name: str, place: int) -> str:
         return "not finite" if name == "loss" else ""
     value = float(column[place])
     groups = run.eval.columns.get("num_groups")
+    if name == "rewards/accuracies" and run.eval.step[place] == 0 and Facts(run, Thresholds()).starts_at_reference:
+        return "all ties"
     if name == "rewards/accuracies" and groups is not None and groups[place] > 0:
         low, high = wilson(min(max(value, 0.0), 1.0), float(groups[place]))
         return f"{value:.3f} ({low:.3f} to {high:.3f})"

@@ -13,7 +13,7 @@ from strop.report.diagnose import Examined, diagnose
 from strop.report.findings import Thresholds
 from strop.report.page import labels_of, page
 from strop.report.reading import read_run
-from strop.runfiles import FINDINGS, REPORT
+from strop.runfiles import FINDINGS, RECORDS, REPORT
 
 
 def examine(folders: Sequence[Path | str], replaced: Mapping[str, float] | None = None) -> list[Examined]:
@@ -25,6 +25,18 @@ def examine(folders: Sequence[Path | str], replaced: Mapping[str, float] | None 
     thresholds = Thresholds(replaced)
     runs = [read_run(folder) for folder in folders]
     return [Examined(run, diagnose(run, thresholds), thresholds) for run in runs]
+
+
+def state_of(folder: Path) -> tuple[object, ...]:
+    """What changes whenever a file of the run does that a report reads."""
+    found = []
+    for name in sorted((*RECORDS, "final")):
+        try:
+            now = (folder / name).stat()
+        except OSError:
+            continue
+        found.append((name, now.st_mtime_ns, now.st_size))
+    return tuple(found)
 
 
 def findings(examined: Sequence[Examined]) -> dict[str, Any]:

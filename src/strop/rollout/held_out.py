@@ -28,6 +28,8 @@ class HeldOut:
         should_stop: whether to end an evaluation without a result. All processes call it together.
     """
 
+    row_losses = None
+
     def __init__(self, collector: Collector, watcher: Watcher, should_stop: Callable[[], bool]) -> None:
         self._collector, self._watcher, self._should_stop = collector, watcher, should_stop
         self.names = held_out_metrics(collector.reward_names)

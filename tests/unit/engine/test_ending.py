@@ -12,6 +12,7 @@ from strop.config import FinetuningSection, ModelSection, RunConfig
 from strop.engine.ending import Ending, ending_of
 from strop.engine.state import TrainState
 from strop.errors import CheckpointError
+from strop.paired import Change
 
 
 def evaluation(step: int, loss: float | None) -> dict[str, Any]:
@@ -70,3 +71,12 @@ def test_it_comes_back_from_the_run_folder(tmp_path: Path) -> None:
         (tmp_path / "result.json").write_text(text)
         with pytest.raises(CheckpointError, match="how it ended cannot be read"):
             ending_of(tmp_path)
+
+
+def test_a_loss_that_rose_by_chance_is_no_worse_model() -> None:
+    records = [evaluation(0, 0.6931), evaluation(10, 0.70)]
+    config = RunConfig(models=(ModelSection(huggingface_id="m"),))
+    for half, worse in ((0.02, False), (0.001, True)):
+        parts = {"num_steps": 10, "final_step": 10, "records": records}
+        end = Ending.of(config, TrainState(step=10), **parts, change=Change(0.0069, half))
+        assert end.worse is worse

@@ -17,6 +17,7 @@ from strop.report.checks import course, pairs, rows, start, unpaired
 from strop.report.findings import THRESHOLDS, Severity, Thresholds
 from strop.report.reading import read_run
 from strop.report.write import examine
+from strop.runfiles import EVALUATIONS, row_losses_array
 
 ROOT = Path(__file__).resolve().parents[3]
 FAIL, WARN, NOTE, OK, UNCHECKED = Severity
@@ -271,3 +272,16 @@ def test_numbers_of_a_run_that_was_read_are_those_of_its_lines(make: Callable[..
         assert table.step.tolist() == [line["step"] for line in lines]
         for name, values in table.columns.items():
             assert values.tolist() == [line[name] for line in lines]
+
+
+@pytest.mark.parametrize(("noise", "severity"), [(0.5, Severity.OK), (0.001, Severity.FAIL)])
+def test_a_rise_that_the_rows_cannot_tell_from_chance_is_none(
+    noise: float, severity: Severity, make: Callable[..., Any]
+) -> None:
+    made = make(lambda line: {"loss": 0.9, "num_groups": 16} if line["split"] == "eval" and line["step"] else {})
+    folder = made.write() / "logs" / EVALUATIONS
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for step in (0, 20, 40, 60, 80, 100):
+        np.save(folder / row_losses_array(step), 0.7 + 0.01 * (step > 0) + draw.normal(0, noise, 16))
+    assert made.finding("worse-than-start").severity is severity

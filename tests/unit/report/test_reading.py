@@ -195,7 +195,7 @@ def test_any_json_in_any_place_gives_a_page(data: st.DataObject, make: Callable[
 
 @pytest.mark.nightly
 def test_a_million_steps(make: Callable[..., Any], tmp_path: Path) -> None:
-    """Every step logged: about ten seconds of one processor, 500 MiB, and a page as small as any."""
+    """Every step logged: less than ten seconds of one processor, 500 MiB, and a page as small as any."""
     made = make()
     path = made.write()
     line = json.dumps(next(x for x in made.lines if x["split"] == "train")) + "\n"
@@ -205,7 +205,7 @@ def test_a_million_steps(make: Callable[..., Any], tmp_path: Path) -> None:
     before = time.process_time()
     examined = examine([path])
     text = page(examined)
-    assert time.process_time() - before < 20  # of all threads; a busy machine is slower
+    assert time.process_time() - before < 15  # of all threads; a busy machine takes half as long again
     assert examined[0].run.last_step == 1_000_000
     assert len(text.encode()) < 500_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1200 * 1024  # with torch, which tests load

@@ -1,10 +1,11 @@
-"""The `finetuning` section of the configuration: resuming, the best model. Floor 1, no torch."""
+"""The `finetuning` section of the configuration: resuming, the best model, when to stop. Floor 1, no torch."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from strop.config.section import Section
+from strop.config.section import ListOf, Section
+from strop.config.stop_on import StopOn
 
 
 class FinetuningSection(Section):
@@ -29,3 +30,5 @@ class FinetuningSection(Section):
     """null: false for losses (`loss`, `nll`, `perplexity`), true for everything else."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
     """Stop after so many evaluations in a row that were not better; null: never."""
+    stop_on: ListOf[StopOn] = ()
+    """Findings (docs/findings.md) that stop the run when one is `fail` or `warn`: with a checkpoint and exit code 3."""

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from strop.paired import Change
 from strop.report.checks.remedies import longer_run, lower
 from strop.report.facts import Facts, wilson
-from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
+from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
 from strop.report.words import excerpt
 
 
@@ -134,9 +135,10 @@ def spikes(facts: Facts) -> Iterator[Finding]:
 
 
 def _trailing_medians(values: np.ndarray, most: int = 100) -> np.ndarray:
-    """The median of up to `most` values before each one, taken anew every tenth value."""
+    """The median of up to `most` values before each one, taken anew every tenth value, and for long series in 2,000
+    places."""
     found = np.full(len(values), np.inf)
-    stride = max(10, len(values) // 20_000)
+    stride = max(10, len(values) // 2000)
     for start in range(10, len(values), stride):
         found[start : start + stride] = max(float(np.median(values[max(0, start - most) : start])), 1e-12)
     return found
@@ -198,20 +200,25 @@ def _more_held_out(facts: Facts) -> Remedy:
     return Remedy("use a larger validation file: about 400 rows for ± 5 %")
 
 
-def risen(facts: Facts) -> Iterator[Finding]:
-    """The evaluation's loss: ends above where it began, or above its lowest."""
+def worse_than_start(facts: Facts) -> Iterator[Finding]:
+    """The evaluation's loss ends above where it began."""
     at, values = facts.run.eval.series("loss")
     if len(values) < 2:
-        why = "there is no evaluation" if not len(values) else "there is one evaluation only"
-        why = "evaluations that sample have no loss" if facts.samples else why
-        yield unchecked("worse-than-start", f"whether the model got worse: {why}")
-        yield unchecked("risen", f"overfitting: {why}")
+        yield unchecked("worse-than-start", f"whether the model got worse: {_too_few(facts, len(values))}")
+        return
+    if at[0] != 0:
+        yield unchecked("worse-than-start", "whether the model got worse: it was not evaluated before the first step")
         return
     t, first, end = facts.thresholds, float(values[0]), float(values[-1])
     size, low = max(abs(first), 1e-9), float(values.min())
-    started = at[0] == 0
-    if not started:
-        yield unchecked("worse-than-start", "whether the model got worse: it was not evaluated before the first step")
+    since_start = facts.change(at[0], at[-1])
+    if end > first and since_start is not None and not since_start.is_rise:
+        yield passed(
+            "worse-than-start",
+            f"The evaluation loss went from {first:.4g} to {end:.4g}: no more than chance does with these rows "
+            f"({since_start.mean:+.2g} ± {since_start.half_width:.2g})",
+            numbers=_interval(since_start),
+        )
     elif end > first + max(1e-4, t["first_loss"]) * size:
         bad = end > first + t["worse_fail"] * size
         yield Finding(
@@ -219,7 +226,7 @@ def risen(facts: Facts) -> Iterator[Finding]:
             Severity.FAIL if bad else Severity.WARN,
             f"The model got worse: its evaluation loss was {first:.4g} before training and is {end:.4g} now",
             Evidence.MEASURED,
-            {"evaluation loss before": first, "evaluation loss now": end},
+            {"evaluation loss before": first, "evaluation loss now": end, **_interval(since_start)},
             harmless_if="the validation rows are of another kind than the training rows",
             remedies=[lower(facts, 10), Remedy("train fewer steps", _fewer(facts, at[int(values.argmin())]))],
             thresholds=("worse_fail",),
@@ -229,13 +236,31 @@ def risen(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield passed("worse-than-start", f"The evaluation loss fell from {first:.4g} to {end:.4g}")
+
+
+def _too_few(facts: Facts, evaluations: int) -> str:
+    if facts.samples:
+        return "evaluations that sample have no loss"
+    return "there is one evaluation only" if evaluations else "there is no evaluation"
+
+
+def risen(facts: Facts) -> Iterator[Finding]:
+    """The evaluation's loss ends above its lowest."""
+    at, values = facts.run.eval.series("loss")
+    if len(values) < 2:
+        yield unchecked("risen", f"overfitting: {_too_few(facts, len(values))}")
+        return
+    t, first, end = facts.thresholds, float(values[0]), float(values[-1])
+    size, low = max(abs(first), 1e-9), float(values.min())
     best = float(at[int(values.argmin())])
     gained = max(first - low, 1e-9)
     above = (end - low) / max(abs(low), 1e-9)
-    numbers = {"lowest evaluation loss": low, "at step": best, "at the end": end}
-    if above > t["risen_note"] and (end - low) > 0.05 * gained and best > 0:
+    since_best = facts.change(best, at[-1])
+    numbers: Numbers = {"lowest evaluation loss": low, "at step": best, "at the end": end, **_interval(since_best)}
+    by_chance = since_best is not None and not since_best.is_rise
+    if above > t["risen_note"] and (end - low) > 0.05 * gained and best > 0 and not by_chance:
         learnt = first - low > t["risen_note"] * size  # there was something before it was lost again
-        bad = started and learnt and end > first + t["worse_fail"] * size
+        bad = at[0] == 0 and learnt and end > first + t["worse_fail"] * size
         yield Finding(
             "risen",
             Severity.FAIL if bad else Severity.WARN if above > t["risen_warn"] else Severity.NOTE,
@@ -259,10 +284,15 @@ def risen(facts: Facts) -> Iterator[Finding]:
         yield passed("risen", "The evaluation loss does not rise again", numbers=numbers)
 
 
+def _interval(change: Change | None) -> Numbers:
+    """A change as numbers of a finding."""
+    return {} if change is None else {"change, by paired rows": f"{change.mean:+.3g} ± {change.half_width:.2g} (95 %)"}
+
+
 def _fewer(facts: Facts, step: float) -> dict[str, int]:
     return {"training.max_steps": max(1, int(step))} if step >= 1 else {"training.num_epochs": 1}
 
 
 CHECKS = (ended, finite)
-GENERAL = (risen, spikes, clipping, steps, evaluation_size)
+GENERAL = (worse_than_start, risen, spikes, clipping, steps, evaluation_size)
 """Told behind what a method itself shows."""
