@@ -421,12 +421,13 @@ def test_training__reference_store(
         ("adamw_torch_fused", torch.optim.AdamW),
         ("adamw_8bit", bnb.optim.AdamW8bit),
         ("paged_adamw_8bit", bnb.optim.PagedAdamW8bit),
+        ("paged_lion_32bit", bnb.optim.PagedLion32bit),
+        ("ademamix_8bit", bnb.optim.AdEMAMix8bit),
         ("lion_8bit", bnb.optim.Lion8bit),
         ("adafactor", torch.optim.Adafactor),
         ("sgd", torch.optim.SGD),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 def test_training__optim(name: str, kind: type, runs: Any, watched: pytest.MonkeyPatch) -> None:
     made = []
 
@@ -436,7 +437,7 @@ def test_training__optim(name: str, kind: type, runs: Any, watched: pytest.Monke
 
     build_optimizer = loop.build_optimizer
     watched.setattr(loop, "build_optimizer", build)
-    rate = {"sgd": 1.0, "lion_8bit": 2e-3}.get(name, 1e-2)
+    rate = {"sgd": 1.0, "lion_8bit": 2e-3, "paged_lion_32bit": 2e-3}.get(name, 1e-2)
     run = runs(optim=name, learning_rate=rate)
     assert [type(optimizer) for optimizer in made] == [kind]
     assert bool(made[0].defaults.get("fused")) is (name == "adamw_torch_fused")

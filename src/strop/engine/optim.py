@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,34 @@ from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
 
 
+class _Kind(NamedTuple):
+    """Of an optimizer of bitsandbytes: the name of its class, and the bytes of its state per trained weight."""
+
+    name: str
+    state: int
+
+
+BITSANDBYTES: Mapping[str, _Kind] = {
+    "adamw_8bit": _Kind("AdamW8bit", 2),
+    "ademamix": _Kind("AdEMAMix", 12),
+    "ademamix_8bit": _Kind("AdEMAMix8bit", 3),
+    "lion_8bit": _Kind("Lion8bit", 1),
+    "lion_32bit": _Kind("Lion32bit", 4),
+    "paged_adamw_8bit": _Kind("PagedAdamW8bit", 2),
+    "paged_adamw_32bit": _Kind("PagedAdamW32bit", 8),
+    "paged_lion_8bit": _Kind("PagedLion8bit", 1),
+    "paged_lion_32bit": _Kind("PagedLion32bit", 4),
+}
+"""By `training.optim`. The paged ones keep their state where the driver of a GPU moves it to the host's memory when
+room is short; on a CPU nothing is paged."""
+
+
 def state_bytes(optim: str, wide: int) -> int:
     """Bytes of optimizer state per trained weight. wide: bytes of the weight itself."""
-    match optim:
-        case "sgd":
-            return 0
-        case "lion_8bit" | "adafactor":  # adafactor keeps one number per row and one per column
-            return 1
-        case "adamw_8bit" | "paged_adamw_8bit":
-            return 2
-    return 2 * wide
+    if optim in BITSANDBYTES:
+        return BITSANDBYTES[optim].state
+    # adafactor keeps one number per row and one per column
+    return {"sgd": 0, "adafactor": 1}.get(optim, 2 * wide)
 
 
 RATE_FACTOR = "rate_factor"
@@ -39,7 +57,7 @@ def build_optimizer(
         loraplus_lr_ratio: what the learning rate of the second matrices of adapters is multiplied by; None: 1.
 
     Raises:
-        ConfigError: an 8-bit optimizer without the package bitsandbytes.
+        ConfigError: an optimizer of bitsandbytes without that package.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -62,12 +80,10 @@ def build_optimizer(
     require_optimizer(training)
     import bitsandbytes as bnb
 
-    kinds = {
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-        "lion_8bit": bnb.optim.Lion8bit,
-    }
-    optimizer: torch.optim.Optimizer = kinds[training.optim](found, lr=lr)
+    optimizer = getattr(bnb.optim, BITSANDBYTES[training.optim].name)(found, lr=lr)
+    if all(weight.device.type == "cpu" for weight in parameters.values()):
+        optimizer.is_paged = False  # as BITSANDBYTES says; bitsandbytes would warn of it
+    assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
 
 
@@ -81,9 +97,9 @@ def require_optimizer(training: TrainingSection) -> None:
     """Refuse an optimizer whose package is not installed.
 
     Raises:
-        ConfigError: an 8-bit optimizer without the package bitsandbytes.
+        ConfigError: an optimizer of bitsandbytes without that package.
     """
-    if training.optim.endswith("8bit") and find_spec("bitsandbytes") is None:
+    if training.optim in BITSANDBYTES and find_spec("bitsandbytes") is None:
         raise ConfigError(
             "the package bitsandbytes is not installed",
             where=f"training.optim: {training.optim}",

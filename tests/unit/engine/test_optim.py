@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import pytest
 import torch
 from torch import nn
@@ -9,14 +11,17 @@ from transformers import get_scheduler
 
 from strop.config.sections import TrainingSection
 from strop.engine.optim import (
+    BITSANDBYTES,
     build_optimizer,
     learning_rate,
     optimizer_tensors,
+    require_optimizer,
     set_optimizer_numbers,
     set_rate,
     state_bytes,
     without_gradient,
 )
+from strop.errors import ConfigError
 
 
 def section(**changes: object) -> TrainingSection:
@@ -71,7 +76,45 @@ def test_second_matrices_of_adapters_learn_faster() -> None:
     assert {group["lr"] for group in plain.param_groups} == {0.25}
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "lion_8bit", "adafactor", "sgd"])
+EVERY = list(get_args(TrainingSection.model_fields["optim"].annotation))
+
+
+@pytest.fixture(params=EVERY)
+def optim(request: pytest.FixtureRequest) -> str:
+    if request.param in BITSANDBYTES:
+        pytest.importorskip("bitsandbytes")
+    return str(request.param)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")  # of the plain one
+def test_steps_are_those_of_the_package_itself(optim: str) -> None:
+    """On a weight of more than 4096 numbers, of which bitsandbytes keeps the state in 8 bits."""
+    theirs: dict[str, Any] = {
+        "adamw_torch": torch.optim.AdamW,
+        "adamw_torch_fused": torch.optim.AdamW,
+        "adafactor": torch.optim.Adafactor,
+        "sgd": torch.optim.SGD,
+    }
+    ours, other = (nn.Parameter(torch.linspace(-1, 1, 6144).reshape(96, 64)) for _ in range(2))
+    optimizer = build_optimizer({"w": ours}, section(optim=optim, weight_decay=0.1, learning_rate=1e-2))
+    if optim in theirs:
+        plain = theirs[optim]([other], lr=1e-2, weight_decay=0.1)
+    else:
+        import bitsandbytes
+
+        plain = getattr(bitsandbytes.optim, BITSANDBYTES[optim].name)([other], lr=1e-2, weight_decay=0.1)
+    before = ours.detach().clone()
+    for step in range(3):
+        torch.manual_seed(step)
+        gradient = torch.randn(96, 64)
+        ours.grad, other.grad = gradient, gradient.clone()
+        set_rate(optimizer, 1e-2)
+        optimizer.step()
+        plain.step()
+    assert not torch.equal(ours, before)
+    torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
+
+
 def test_the_estimate_knows_the_state(optim: str) -> None:
     weight = nn.Parameter(torch.randn(256, 512))
     optimizer = build_optimizer({"w": weight}, section(optim=optim))
@@ -81,10 +124,7 @@ def test_the_estimate_knows_the_state(optim: str) -> None:
     assert state_bytes(optim, 4) == pytest.approx(held, abs=0 if optim != "adafactor" else 1)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "lion_8bit", "adafactor", "sgd"])
 def test_state_goes_out_and_in_exactly(optim: str) -> None:
-    if optim.endswith("8bit"):
-        pytest.importorskip("bitsandbytes")
     settings = section(optim=optim, weight_decay=0.1)
 
     def model() -> nn.Linear:
@@ -121,6 +161,16 @@ def test_state_goes_out_and_in_exactly(optim: str) -> None:
         assert torch.equal(value, resumed.state_dict()[name])
 
 
+def test_an_absent_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strop.engine.optim.find_spec", lambda name: None)
+    for name in EVERY:
+        if name in BITSANDBYTES:
+            with pytest.raises(ConfigError, match="the extra `bnb`"):
+                require_optimizer(section(optim=name))
+        else:
+            require_optimizer(section(optim=name))
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
 def test_the_first_step_after_a_look_at_the_state_is_the_first(optim: str) -> None:
     """A checkpoint may be written before any step: all so far may have been skipped."""
@@ -138,11 +188,8 @@ def test_the_first_step_after_a_look_at_the_state_is_the_first(optim: str) -> No
     assert moved[0] == moved[1] == pytest.approx(-1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "lion_8bit", "adafactor"])
 def test_weights_without_a_gradient_have_a_state_too(optim: str) -> None:
     """Else a checkpoint of theirs could not be resumed. Neither they nor the others move by it."""
-    if optim == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
     weights = {name: nn.Parameter(torch.full((96, 64), value)) for name, value in (("used", 1.0), ("unused", 2.0))}
     optimizer = build_optimizer(weights, section(optim=optim, weight_decay=0.1))
     for _ in range(2):
@@ -152,7 +199,7 @@ def test_weights_without_a_gradient_have_a_state_too(optim: str) -> None:
     moments = {k: v.clone() for k, v in optimizer.state[weights["used"]].items() if isinstance(v, torch.Tensor)}
     tensors, numbers = optimizer_tensors(optimizer, weights)
     keys = {name: {k.split(".")[1] for k in [*tensors, *numbers] if k.endswith(f".{name}")} for name in weights}
-    assert keys["used"] == keys["unused"] != set()
+    assert keys["used"] == keys["unused"] and (keys["used"] or optim == "sgd")
     assert all(torch.equal(w, before[name]) for name, w in weights.items())
     assert torch.equal(weights["used"].grad, torch.ones(96, 64)) and weights["unused"].grad is None
     assert all(torch.equal(v, moments[k]) for k, v in optimizer.state[weights["used"]].items() if k in moments)

@@ -101,12 +101,26 @@ class TrainingSection(Section):
     reference_store: bool = True
     """Keep reference log-probs in the cache folder, where other runs with the same model and rows find them."""
     optim: Literal[
-        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        "sgd",
+        "adamw_8bit",
+        "ademamix",
+        "ademamix_8bit",
+        "lion_8bit",
+        "lion_32bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
     ] = "adamw_torch_fused"
-    """Optimizer; the 8-bit ones need the extra `bnb`. `sgd` has no momentum. The default learning rates are AdamW's:
-    Lion (arXiv 2302.06675) takes about a fifth of them, and sgd far more."""
+    """Optimizer, by the names of transformers; those of bitsandbytes (ending in `bit`, and `ademamix`, arXiv
+    2409.03137) need the extra `bnb`. `sgd` has no momentum. The default learning rates are AdamW's: Lion (arXiv
+    2302.06675) takes about a fifth of them, and sgd far more. Paged ones may move their state out of a GPU's memory; on
+    a CPU they are as the others."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; norms and biases are exempt."""
+    """Decoupled weight decay (of `sgd`: added to the gradient); norms and biases are exempt."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the gradient to this norm; null: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
