@@ -25,6 +25,7 @@ from strop.data.load import LoadedData
 from strop.data.text.show import SeenRow, odd_groups, show_group
 from strop.device import num_processes, pick_device
 from strop.errors import ConfigError, SaveError
+from strop.export.direct import with_converted
 from strop.machine import Machine, machine_named, machine_of
 from strop.modelrows import ModelRows
 from strop.policy.model.folder import has_weights, source_of
@@ -65,6 +66,8 @@ def dry_run(
         console.print(Text(escaped(text)))
 
     config = resolve(config)
+    select_models(config, model_index)
+    config = with_converted(config, model_index)
     models = select_models(config, model_index)
     for model in models:
         folder = RunDir(run_folder(config, model), logging_dir=config.logging.logging_dir)

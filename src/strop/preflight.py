@@ -19,6 +19,7 @@ from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import Source, choose_sources
 from strop.data.shapes.examples import Columns, to_example
 from strop.errors import CheckpointError, ConfigError, StropError
+from strop.policy.model.consolidated_files import consolidated_folder
 from strop.policy.model.folder import check_adapter, check_files, source_of
 from strop.policy.model.quantisation import check_adapts, quantisation_of
 from strop.types import RowShape
@@ -103,7 +104,7 @@ def _problems(
 def _check_quantised(model: ModelSection, adapts: bool) -> None:
     """Refuse a quantised base where nothing is installed that quantises, or where all weights are to be trained. One on
     the hub is looked at when it is loaded."""
-    local = path.isdir(source_of(model.huggingface_id))
+    local = path.isdir(source_of(model.huggingface_id)) and consolidated_folder(model.huggingface_id) is None
     found = quantisation_of(model) if local else None
     if (found is not None or model.quant != "none") and find_spec("bitsandbytes") is None:
         raise ConfigError(

@@ -10,6 +10,7 @@ from strop.device import start_world
 from strop.each_model import for_each_model
 from strop.engine.progress import Progress
 from strop.errors import ConfigError
+from strop.export.direct import with_converted
 from strop.objectives.base import build_objective
 from strop.preflight import select_models
 from strop.prepared import scored_ahead
@@ -33,6 +34,8 @@ def fill_references(config: RunConfig, *, model_index: int | None = None) -> Non
             where=f"post_training.method: {config.post_training.method}",
             expected="a method with a reference that does not change, no rollout, and training.reference_store: true",
         )
+    select_models(config, model_index)
+    config = with_converted(config, model_index)
     models = select_models(config, model_index)
     with start_world(config.gpu) as world:
         for_each_model(models, config, world, lambda model: _fill_reference(config, model, world))

@@ -32,6 +32,7 @@ from strop.engine.recipe import check_given, check_made_from, check_recipe, exte
 from strop.engine.state import TrainState
 from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
+from strop.export.direct import with_converted
 from strop.paired import change_of_rows
 from strop.policy.kernels import product_rates
 from strop.policy.model.generation import trained_ends
@@ -75,6 +76,8 @@ def train(
         Interrupted: a signal stopped the run; a checkpoint has been written.
     """
     config = resolve(config if isinstance(config, RunConfig) else load_config(config))
+    select_models(config, model_index)
+    config = with_converted(config, model_index)
     models = select_models(config, model_index)
     if len(models) > 1 and (resume or config.finetuning.resume_from_checkpoint or "auto") != "auto":
         raise ConfigError(

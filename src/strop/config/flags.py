@@ -19,6 +19,7 @@ from strop.errors import ConfigError
 
 ALIASES: Mapping[str, str] = {
     "model": "huggingface_id",
+    "ckpt_paths": "huggingface_id",
     "epochs": "num_epochs",
     "dpo_train_file": "train_file",
     "dpo_val_file": "val_file",

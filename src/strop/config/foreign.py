@@ -32,6 +32,7 @@ RENAMED: Mapping[str, str] = {
     **{name: key for key, names in _MANY.items() for name in names.split()},
     "lr": "training.learning_rate",
     "epochs": "training.num_epochs",
+    "ckpt_paths": "models.N.huggingface_id",
     "num_train_epochs": "training.num_epochs",
     "n_epochs": "training.num_epochs",
     "batch_size": "training.per_device_train_batch_size",

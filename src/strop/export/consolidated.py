@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig
 
 from strop.errors import ModelError
 from strop.export.layout import ACROSS, DERIVED, EMBEDDING, HEAD, Layout
-from strop.export.params import PARAMS, config_of, layout_of
+from strop.export.params import config_of, layout_of
 from strop.export.pth import read_pth
 from strop.export.shards import Spec
+from strop.policy.model.consolidated_files import FIRST, PARAMS
 from strop.policy.model.folder import read_json
 from strop.policy.model.guard import check_links
 
@@ -51,7 +52,7 @@ class Consolidated:
         names = sorted(p.name for p in folder.iterdir() if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
         wanted = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
         if not names or names != wanted:
-            missing = next((name for name in wanted if name not in names), "consolidated.00.pth")
+            missing = next((name for name in wanted if name not in names), FIRST)
             raise ModelError(f"there is no {missing}", where=where, expected="all files of the model, from 00 on")
         if not (folder / PARAMS).is_file():
             raise ModelError(f"there is no {PARAMS}", where=where, expected="it stands beside the weights")

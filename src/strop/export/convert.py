@@ -24,18 +24,18 @@ from strop.errors import ModelError
 from strop.export.consolidated import Consolidated
 from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy_files, new_folder
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
-from strop.export.params import PARAMS, layout_of, params_of
+from strop.export.params import layout_of, params_of
 from strop.export.pth import write_pth
 from strop.export.shards import SINGLE, Shard, ShardWriter, Spec, read_header, write_index
 from strop.manifest import seal
 from strop.policy.model.configuration import model_config, quiet
+from strop.policy.model.consolidated_files import FIRST, PARAMS
 from strop.policy.model.folder import inspect_model, place_of
 from strop.policy.model.generation import GENERATION
 from strop.policy.model.outline import build_outline
 
 log = logging.getLogger("strop")
 
-WEIGHTS = "consolidated.00.pth"
 SMALL_FILES = (*TOKENIZER_FILES, GENERATION)
 SHARD_BYTES = 5 * 10**9
 
@@ -60,7 +60,7 @@ def to_consolidated(source: str, target: Path) -> None:
         specs[HEAD] = specs[EMBEDDING]  # readers of this layout expect a head
     check_room(target, sum(spec.nbytes for spec in specs.values()))
     with new_folder(target) as folder, _named(where):
-        write_pth(folder / WEIGHTS, specs, _as_consolidated(shards, specs, layout))
+        write_pth(folder / FIRST, specs, _as_consolidated(shards, specs, layout))
         (folder / PARAMS).write_text(to_json(params_of(config, files.config), indent=2), encoding="utf-8")
         copy_files(SMALL_FILES, files.source, files.revision, where, folder)
 

@@ -11,9 +11,10 @@ from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig, PreTrainedC
 from strop.errors import ModelError, foreign_errors
 from strop.export.layout import EMBEDDING, FAMILIES, HEAD, Layout
 from strop.export.shards import Spec
+from strop.policy.model.consolidated_files import PARAMS
 from strop.policy.model.guard import check_numbers
 
-PARAMS, OURS = "params.json", "hf_config"
+OURS = "hf_config"
 SMALL_WIDTH = 3072
 """The text models of Llama 3.2 are at most this wide. Their positions are stretched by 32, those of 3.1 and 3.3 by 8,
 and Meta's keys do not say it."""

@@ -16,6 +16,7 @@ from strop.config.sections import GpuSection, ModelSection
 from strop.device import pick_device
 from strop.errors import ModelError, foreign_errors
 from strop.export.adapted import with_adapter
+from strop.export.direct import in_transformers
 from strop.export.folders import ADAPTER_CONFIG, adapter_of
 from strop.export.shards import memory_dtype, read_header
 from strop.policy.model.folder import check_exists, fetch, inspect_model, place_of, source_of
@@ -44,6 +45,7 @@ class Source:
         """
         run = Path(given).expanduser()
         ended = (run / FINAL).is_dir()
+        given = in_transformers(given)
         check_exists(given, given)
         if not ended and (run / "config.yaml").is_file():
             raise ModelError("the run has no final/ yet", where=given, fix="let it end, or strop train --resume")

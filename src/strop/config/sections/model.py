@@ -12,14 +12,16 @@ from strop.config.section import Problem, Section
 
 
 def _last_part(data: dict[str, Any]) -> str:
-    return re.split(r"[/\\]", str(data.get("huggingface_id", "")).rstrip("/\\"))[-1]
+    parts = re.split(r"[/\\]", str(data.get("huggingface_id", "")).rstrip("/\\"))
+    return parts[-2] if len(parts) > 1 and re.fullmatch(r"consolidated\.\d+\.pth", parts[-1]) else parts[-1]
 
 
 class ModelSection(Section):
     """One model to train."""
 
     huggingface_id: str = Field(min_length=1, json_schema_extra={"x-type": "a hub id or a folder"})
-    """Hub id, or a folder with the model and its tokenizer."""
+    """Hub id, or a folder with the model and its tokenizer; also one with `consolidated.00.pth`, `params.json` and the
+    tokenizer, or that file, which is converted once, into the cache."""
     name: str = Field(
         default_factory=_last_part,
         pattern=r"^[^/\\\x00-\x1f\x7f]+$",

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line
+from strop.policy.model.consolidated_files import check_consolidated, consolidated_folder
 from strop.policy.model.guard import LONGEST_JSON, check_links, check_numbers, check_sealed, contained
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ def check_files(model: ModelSection, *, needs_weights: bool = True) -> None:
         ModelError: there is no such model, or it is not a model that may be loaded.
     """
     where, source = place_of(model), source_of(model.huggingface_id)
+    if (folder := consolidated_folder(model.huggingface_id)) is not None:  # is converted before it is loaded
+        check_consolidated(folder, where)
+        return
     check_exists(model.huggingface_id, where)
     if os.path.isdir(source):
         file = inspect_config(model)
