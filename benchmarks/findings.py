@@ -1,19 +1,23 @@
 """Whether findings are right: healthy runs of every method, and runs that are broken on purpose.
 
-    python -m benchmarks.findings [--only TEXT] [--write]
+    python -m benchmarks.findings [--only TEXT] [--write] [--picture FILE.png]
 
 Every run is trained here, by a tiny model on rows of words: the words of a chosen answer come from one half of the
 vocabulary more often than those of a rejected one, so there is something to learn, and it cannot be learnt wholly. A
 healthy run must raise no `fail`, and few of lesser weight; a broken one must raise the finding that it was made for
-first. `--write` puts the table into docs/findings.md. The exit code is 1 where one of them does not do so.
+first. `--write` puts the table into docs/findings.md, or, with `--only`, these rows of it. `--picture` takes one of the
+page that the README shows, with chromium. The exit code is 1 where one of them does not do so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import random
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +135,17 @@ def _repeated(draw: random.Random) -> Rows:
     return pairs(draw, NUM_TRAIN - 160) + some * 4
 
 
+def _one_answer(draw: random.Random) -> Rows:
+    row = pair(draw)
+    return [row] * (NUM_TRAIN // 2) + pairs(draw, NUM_TRAIN // 2)
+
+
+def _longer_is_chosen(draw: random.Random) -> Rows:
+    """The two sides differ by their length alone."""
+    rows = [pair(draw, length=8, bias=0.5) for _ in range(NUM_TRAIN)]
+    return [{**row, "chosen": f"{row['chosen']} {draw.choice(WORDS)} {draw.choice(WORDS)}"} for row in rows]
+
+
 def _no_reference_named(folder: Path) -> None:
     """The run took another reference than its configuration says."""
     path = folder / "config.yaml"
@@ -165,6 +180,8 @@ BROKEN: tuple[Scenario, ...] = (
     Scenario("chosen answers that fall with the rejected ones", "dpo", "likelihood-displacement",
              {"training.learning_rate": 2e-3}),
     Scenario("the beta of dpo for simpo", "simpo", "simpo-beta", {"post_training.simpo_beta": 0.1}),
+    Scenario("one answer to everything", "sft", "duplicates", train=_one_answer),
+    Scenario("the chosen side is the longer one", "dpo", "length-bias", train=_longer_is_chosen),
     Scenario("one label only", "kto", "labels", train=lambda draw: pairs(draw, NUM_TRAIN)),
     Scenario("numbers that are not finite", "dpo", "ended-by-error", {"training.learning_rate": 1e30}, fails=True),
 )  # fmt: skip
@@ -269,11 +286,46 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*lines, "", f"{right} of {len(outcomes)} are right."])
 
 
+def written(page: str, outcomes: Sequence[Outcome]) -> str:
+    """The page with these outcomes in its table; rows of other runs that there are stay."""
+    before, _, rest = page.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines() if line.startswith("| ")}
+    rows |= dict(zip((o.scenario.name for o in outcomes), table(outcomes).splitlines()[2:], strict=False))
+    kept = [rows[s.name] for s in scenarios() if s.name in rows]
+    head = table(()).splitlines()[:2]
+    right = sum(line.endswith("| right |") for line in kept)
+    listed = "\n".join([*head, *kept, "", f"{right} of {len(kept)} are right."])
+    return f"{before}{BEGIN}\n\n{listed}\n\n{END}{after}"
+
+
+SHOWN = "chosen and rejected exchanged in training"
+"""The run whose page the README shows."""
+
+
+def picture(target: Path) -> None:
+    """The upper part of a page, as a person sees it."""
+    browser = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+    if browser is None:
+        raise SystemExit("--picture needs chromium on the PATH")
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        write_models(Path())
+        run = trained(next(s for s in scenarios() if s.name == SHOWN), Path()).absolute()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,620"]
+        flags += ["--blink-settings=preferredColorScheme=1", "--user-data-dir=profile", "--screenshot=page.png"]
+        subprocess.run([browser, *flags, (run / "report.html").as_uri()], check=True, capture_output=True)
+        target.write_bytes(Path("page.png").read_bytes())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--picture", type=lambda name: Path(name).absolute())
     options = parser.parse_args(arguments)
+    if options.picture is not None:
+        picture(options.picture)
+        return 0
     logging.disable(logging.WARNING)
     import torch
 
@@ -285,10 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.only in scenario.name:
                 outcomes.append(outcome(scenario, trained(scenario, Path(name))))
                 print(table(outcomes[-1:]).splitlines()[2], flush=True)
-    if options.write and not options.only:
-        text = PAGE.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(outcomes)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    if options.write:
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), outcomes), encoding="utf-8")
     return int(not all(o.is_right for o in outcomes))
 
 

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.findings import BEGIN, PAGE, Scenario, outcome, scenarios, trained, write_models
-
-SHARE = (
-    "healthy dpo",
-    "a rate far too high",
-    "chosen and rejected exchanged in training",
-    "another reference than the model at the start",
+from benchmarks.findings import (
+    BEGIN,
+    END,
+    PAGE,
+    Outcome,
+    Scenario,
+    outcome,
+    scenarios,
+    trained,
+    write_models,
+    written,
 )
-"""Names of the runs that the suite makes."""
+
+SHARE = ("healthy dpo", "chosen and rejected exchanged in training")
+"""Names of the runs that the suite makes. Single findings are tried on folders made in code
+(tests/unit/report/test_findings.py), which takes milliseconds each."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def models(tmp_path_factory: Any) -> Path:
 
 def check(scenario: Scenario, models: Path, seed: int) -> None:
     found = outcome(scenario, trained(scenario, models, seed))
-    assert found.is_right, (scenario.name, found.told)
+    assert found.is_right, (scenario.name, found.raised)
 
 
 @pytest.mark.parametrize("name", SHARE)
@@ -43,6 +50,15 @@ def test_findings_are_right(name: str, models: Path) -> None:
 @pytest.mark.parametrize("scenario", scenarios(), ids=lambda s: s.name)
 def test_findings_are_right_with_other_rows(scenario: Scenario, seed: int, models: Path) -> None:
     check(scenario, models, seed)
+
+
+def test_some_rows_of_the_page_are_written_and_the_others_stay() -> None:
+    first, second, *_ = scenarios()
+    raised = [Outcome(first, []), Outcome(second, [("drift", "fail")])]
+    page = written(f"before\n{BEGIN}\n\n{END}\nafter\n", raised)
+    assert "1 of 2 are right." in page and page.startswith("before") and page.endswith("after\n")
+    again = written(page, [Outcome(second, [])])
+    assert f"| {first.name} |" in again and "drift" not in again and "2 of 2 are right." in again
 
 
 def test_the_page_has_every_run_that_is_made() -> None:

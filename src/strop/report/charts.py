@@ -113,12 +113,13 @@ class LineChart:
         most = max(2, 2 * BUCKETS // len(series)) if len(series) > 2 else BUCKETS
         drawn = [(s, buckets(s.steps, s.values, most)) for s in series]
         frame = _frame([b for _, points in drawn for b in points], [v for v, _ in self.levels])
-        parts = [*_regions(self.regions, frame), *_axes(frame), *_levels(self.levels, frame)]
+        lines, words_of_levels = _levels(self.levels, frame)
+        parts = [*_regions(self.regions, frame), *_axes(frame), *lines]
         ends: list[tuple[float, int, str]] = []
         for place, (s, points) in enumerate(drawn, start=1):
             parts += _dots(s, frame, place) if s.dots else _line(points, frame, place)
             ends.append((frame.y(points[-1].median), place, s.name))
-        parts += _labels(ends)
+        parts += [*words_of_levels, *_labels(ends)]  # words last, so that no line crosses them
         words = "; ".join(f"{s.name} from {number(p[0].median)} to {number(p[-1].median)}" for s, p in drawn)
         return Chart(self.key, self.title, self.note, _svg(self.key, self.title, words, parts), *_table(drawn))
 
@@ -193,14 +194,15 @@ def _steps(value: float) -> str:
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e4 else f"{value:g}"
 
 
-def _levels(levels: Sequence[tuple[float, str]], frame: Frame) -> list[str]:
-    parts = []
+def _levels(levels: Sequence[tuple[float, str]], frame: Frame) -> tuple[list[str], list[str]]:
+    """Horizontal lines, and their words."""
+    lines, texts = [], []
     for value, words in levels:
         if frame.low_y <= value <= frame.high_y:
             y = frame.y(value)
-            parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(f'<text class="level" x="{LEFT + 5}" y="{y - 5:.1f}">{escape(words)}</text>')
-    return parts
+            lines.append(f'<path class="level" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            texts.append(f'<text class="level" x="{LEFT + 5}" y="{y - 5:.1f}">{escape(words)}</text>')
+    return lines, texts
 
 
 def _regions(regions: Sequence[Region], frame: Frame) -> list[str]:

@@ -43,7 +43,7 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """The run in one sentence."""
-        failed, others = self.of(Severity.FAIL), self.of(Severity.WARN, Severity.NOTE)
+        failed, others, notes = self.of(Severity.FAIL), self.of(Severity.WARN), self.of(Severity.NOTE)
         if failed:
             more = len(failed) - 1
             tail = f" (and {more} more {'problem' if more == 1 else 'problems'})" if more else ""
@@ -53,6 +53,8 @@ class Diagnosis:
             return f"Nothing is clearly wrong. {many} worth a look, first: {_lower(others[0].claim)}"
         left = len(self.of(Severity.UNCHECKED))
         tail = f" {left} {'check' if left == 1 else 'checks'} could not be made." if left else ""
+        if notes:
+            tail += f" Good to know: {_lower(notes[0].claim)}{' (and more below)' if len(notes) > 1 else ''}"
         return f"Nothing looks wrong: {len(self.of(Severity.OK))} checks passed.{tail}"
 
 
@@ -72,11 +74,16 @@ def _lower(sentence: str) -> str:
 
 
 def diagnose(run: RunRecord, thresholds: Thresholds | None = None) -> Diagnosis:
-    """All checks of a run; a finding that another explains is left out."""
+    """All checks of a run. A finding that another explains is left out; the one that explains is as bad as it."""
     facts = Facts(run, thresholds or Thresholds())
     found = [_worth_trying(finding, run) for check in CHECKS for finding in check(facts)]
     explained = {id_ for f in found if f.severity in (Severity.FAIL, Severity.WARN) for id_ in f.explains}
-    shown = [f for f in found if f.id not in explained or f.severity is Severity.UNCHECKED]
+    worst = {f.id for f in found if f.severity is Severity.FAIL}
+    shown = [
+        replace(f, severity=Severity.FAIL) if f.severity is Severity.WARN and worst & {*f.explains} else f
+        for f in found
+        if f.id not in explained or f.severity is Severity.UNCHECKED
+    ]
     return Diagnosis(tuple(sorted(shown, key=lambda f: ORDER.index(f.severity))))
 
 

@@ -49,11 +49,16 @@ class Remedy:
     words: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> str:
+        """The settings in short; empty without any."""
+        return ", ".join(f"{key.rpartition('.')[2]} {write_value(value)}" for key, value in self.settings.items())
+
     def command(self, run: Path) -> str:
         """The command that trains the run again with these settings, in another folder; empty without settings."""
         if not self.settings:
             return ""
-        values = {"training.output_dir": f"{run.parent}-retry", **self.settings}
+        values = {**self.settings, "training.output_dir": f"{run.parent}-retry"}
         flags = [part for key, value in values.items() for part in ("--" + key, write_value(value))]
         return shlex.join(["strop", "train", "--config", str(run / "config.yaml"), *flags])
 
@@ -76,10 +81,16 @@ class Finding:
     steps: tuple[float, float] | None = None
     explains: Sequence[str] = ()
 
+    @property
+    def section(self) -> str:
+        """Where the documentation explains it."""
+        return f"docs/findings.md#{self.id}"
+
     def as_dict(self, run: Path) -> dict[str, Any]:
         """What findings.json holds of it."""
         return {
             "id": self.id,
+            "section": self.section,
             "severity": str(self.severity),
             "claim": self.claim,
             "evidence": str(self.evidence),

@@ -18,6 +18,7 @@ from strop.report.curves import charts_of, heat_maps
 from strop.report.diagnose import Examined
 from strop.report.findings import THRESHOLDS, Finding, Severity, Thresholds
 from strop.report.reading import RunRecord
+from strop.report.samples import Sample
 from strop.report.tables import Table, differences, evaluations, tables_of
 from strop.report.words import Ours, excerpt, visible
 
@@ -119,6 +120,7 @@ def _of_run(examined: Examined, label: str, charts: Mapping[str, Any]) -> dict[s
         "worst_pairs": list(_pairs(run, "worst")),
         "best_pairs": list(_pairs(run, "best")),
         "pairs_note": excerpt(run.pairs.get("note", ""), 600),
+        "samples": [_sample(sample) for sample in run.samples],
         "tables": tables_of(run),
     }
 
@@ -154,7 +156,9 @@ def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: 
         ],
         "chart": charts.get(f.chart),
         "harmless_if": f.harmless_if,
-        "remedies": [{"words": r.words, "command": r.command(run.path)} for r in f.remedies],
+        "remedies": [{"words": r.words, "shown": r.shown, "command": r.command(run.path)} for r in f.remedies],
+        "section": f.section,
+        "pairs": bool(run.pairs.get("worst")) and any("pairs below" in r.words for r in f.remedies),
         "thresholds": Table("Thresholds", ("name", "value", "of what", "who says so"), tuple(rows)) if rows else None,
     }
 
@@ -178,6 +182,24 @@ def _pairs(run: RunRecord, which: str) -> Iterator[dict[str, Any]]:
                 if isinstance(text, str)
             ],
         }
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    """A prompt with its answers, the first and the last."""
+    answers = dict.fromkeys((sample.first, sample.last))
+    return {
+        "where": excerpt(sample.where, 300),
+        "prompt": excerpt(sample.prompt, MOST_CHARACTERS),
+        "answers": [
+            {
+                "name": "before training" if answer.step == 0 else f"after step {answer.step:,}",
+                "text": excerpt(answer.text, MOST_CHARACTERS),
+                "score": "" if answer.score is None else number(answer.score),
+                "ended": answer.ended is not False,
+            }
+            for answer in answers
+        ],
+    }
 
 
 def _more(pair: Mapping[str, Any], name: str, text: str) -> int:

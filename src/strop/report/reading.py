@@ -20,6 +20,7 @@ from strop.config.guidance import is_default
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
 from strop.report.lines import Column, Lines, is_number, read_lines
+from strop.report.samples import Sample, read_samples
 from strop.runfiles import FAILURE, MARGINS_LOG, PAIRS, PLAN, RECORDS, RESULT, margins_array
 
 MOST_BYTES = 1 << 24
@@ -89,7 +90,8 @@ class Margins:
 class RunRecord:
     """What a run left behind. Mappings are empty, and tables have no line, where there is nothing to read.
 
-    logs: the folder of its logs. gaps: sentences about what is missing or damaged.
+    logs: the folder of its logs. samples: what the model answered before and after. gaps: sentences about what is
+    missing or damaged.
     """
 
     path: Path
@@ -105,6 +107,7 @@ class RunRecord:
     margins: Margins
     is_finished: bool
     logs: Path = Path()
+    samples: tuple[Sample, ...] = ()
     gaps: tuple[str, ...] = field(default=())
 
     @property
@@ -165,7 +168,15 @@ def read_run(path: Path | str) -> RunRecord:
     logs = _logs(folder, settings)
     margins = _margins(logs, gaps)
     return RunRecord(folder, settings, **parts, result=result, train=train, eval=evaluated, margins=margins,
-                     is_finished=finished, logs=logs, gaps=tuple(gaps))  # fmt: skip
+                     is_finished=finished, logs=logs, samples=_samples(folder, gaps), gaps=tuple(gaps))  # fmt: skip
+
+
+def _samples(folder: Path, gaps: list[str]) -> tuple[Sample, ...]:
+    try:
+        return read_samples(folder)
+    except OSError as error:
+        gaps.append(f"samples.jsonl cannot be read: {first_line(error)}")
+        return ()
 
 
 def _nearby(folder: Path) -> str:

@@ -45,6 +45,34 @@ def test_without_a_terminal_one_plain_line_a_record() -> None:
     assert evaluation.startswith("eval step 3/12  epoch 0.25  loss 0.5000") and "left" not in evaluation
 
 
+def test_a_training_gives_signs_of_life_between_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Progress(stream=stream) as shown:
+        task = shown.task("training", 100)
+        for step in range(1, 9):
+            now += 11.0
+            task.step(SHOWN)
+            if step == 5:
+                task.record({**RECORD, "step": 5})
+    first, record, second, _ = stream.getvalue().splitlines()
+    assert first == "training: 3 of 100, 0:33 elapsed, 17:47 left, loss 0.6931"
+    assert record.startswith("train step 5/100")
+    assert second.startswith("training: 8 of 100, 1:28 elapsed")  # 33 seconds after the record
+
+
+def test_an_evaluation_of_ties_shows_no_accuracy() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as shown:
+        task = shown.task("training", 12)
+        tied = {"step": 0, "split": "eval", "loss": 0.6931, "rewards/margins": 0.0, "rewards/accuracies": 0.0}
+        task.record(tied)
+        task.record({**tied, "step": 2})
+    first, second = stream.getvalue().splitlines()
+    assert "accuracies" not in first and "rewards/accuracies 0.0000" in second
+
+
 def test_a_long_task_without_a_terminal_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)

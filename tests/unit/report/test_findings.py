@@ -243,6 +243,7 @@ def test_every_finding_and_every_threshold_is_explained() -> None:
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     ids = set(re.findall(ID, source_of_checks()))
     assert set(re.findall(r"^\| `([a-z-]+)` \|", page, re.M)) == ids | {"reference-mismatch"}
+    assert set(re.findall(r"^### ([a-z-]+)$", page, re.M)) == ids | {"reference-mismatch"}  # what pages lead to
     listed = dict(re.findall(r"^\| `([a-z]+_[a-z_]+)` \| ([^|]+) \|", page, re.M))
     assert {name: float(value) for name, value in listed.items()} == {
         name: float(f"{t.value:.6g}") for name, t in THRESHOLDS.items()
@@ -253,6 +254,17 @@ def test_thresholds_that_nothing_reads_are_not_there() -> None:
     folder = ROOT / "src" / "strop" / "report"
     source = "".join(p.read_text(encoding="utf-8") for p in folder.rglob("*.py") if p.name != "findings.py")
     assert [name for name in THRESHOLDS if f'"{name}"' not in source] == []
+
+
+def test_a_cause_is_as_bad_as_what_follows_from_it(make: Callable[..., Any]) -> None:
+    """A loss that rose and came back, and a policy that went far: the high rate is told, as badly as the drift is."""
+    far = make(lambda line: {
+        "loss": 4.0 if 10 < line["step"] < 40 and line["split"] == "train" else line["loss"],
+        **({} if line["step"] == 0 else {"rewards/chosen": -20.0, "rewards/rejected": -22.0}),
+    })  # fmt: skip
+    found = far.diagnose()
+    assert [f.severity for f in found.findings if f.id == "rate-high"] == [FAIL]
+    assert "drift" not in [f.id for f in found.raised]
 
 
 def test_explained_findings_exist() -> None:

@@ -251,3 +251,17 @@ def test_a_threshold_can_be_replaced(make: Callable[..., Any]) -> None:
     assert "drift" not in [f.id for f in before.diagnosis.findings if f.severity == "warn"]
     assert "drift" in [f.id for f in after.diagnosis.findings if f.severity == "warn"]
     assert "given for this report" in page([after])
+
+
+def test_ties_before_the_first_step_are_no_accuracy_of_0(make: Callable[..., Any]) -> None:
+    made = make()
+    text = page(examine([made.write()]))
+    assert "all ties" in text and "0.000 (0.000" not in text
+    made.settings["post_training.ref_model_id"] = "org/another"  # then there are no ties
+    assert "all ties" not in page(examine([made.write()]))
+
+
+def test_notes_alone_are_no_reason_for_doubt(make: Callable[..., Any]) -> None:
+    made = make(lambda line: {"num_groups": 50})
+    verdict = made.diagnose().verdict
+    assert verdict.startswith("Nothing looks wrong") and "Good to know: the evaluation has 50 rows" in verdict

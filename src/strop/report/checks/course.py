@@ -183,7 +183,7 @@ def evaluation_size(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "eval-size",
             Severity.NOTE,
-            f"The evaluation has {int(n):,} rows, so {what} of it is known to ± {half:.0%} only",
+            f"The evaluation has {int(n):,} rows, so {what} of it is known to ± {half:.1%} only",
             Evidence.MEASURED,
             {"validation rows": int(n), "half-width of the 95 % interval": half},
             harmless_if="only the shape of the course is wanted",
