@@ -1,7 +1,8 @@
 """The losses on groups of sampled completions in plain numpy and float64, one completion at a time, from their papers.
 
 A step is a list of groups, a group a list of completions, a completion a dict: `pi`, `old`, `ref`, `sampler` (log-probs
-per token) and `r` (its reward). `still` is the step at which what carries no gradient is taken.
+per token), `r` (its reward) and `ended` (false: it was cut off). `still` is the step at which what carries no gradient
+is taken.
 """
 
 from __future__ import annotations
@@ -128,15 +129,22 @@ def divergence(s: Any, y: Completion, still: Completion) -> Any:
     return value * ratio(s, at["pi"] - y["old"])
 
 
-def aggregated(s: Any, losses: list[list[Any]]) -> float:
+def aggregated(s: Any, losses: list[list[Any]], step: Step) -> float:
+    num_rows = sum(len(group) for group in losses)
+    if s.mask_truncated_completions:
+        pairs = [list(zip(group, own, strict=True)) for group, own in zip(losses, step, strict=True)]
+        losses = [[row for row, y in group if y["ended"]] for group in pairs]
+        losses = [group for group in losses if group]
     rows = [row for group in losses for row in group]
+    if not rows:
+        return 0.0
     match s.aggregation:
         case "sequence":
             return float(np.mean([row.mean() for row in rows]))
         case "token":
             return float(np.concatenate(rows).mean())
         case "constant":
-            return float(sum(row.sum() for row in rows) / (len(rows) * s.normalizer_length))
+            return float(sum(row.sum() for row in rows) / (num_rows * s.normalizer_length))
         case "sequence_sum":
             return float(np.mean([row.sum() for row in rows]))
     return float(np.mean([np.concatenate(group).mean() for group in losses]))
@@ -151,7 +159,7 @@ def step_loss(s: Any, step: Step, still: Step) -> float:
             [loss(y, z, own) for y, z, own in zip(group, fixed, of_group, strict=True)]
             for group, fixed, of_group in zip(step, still, a, strict=True)
         ]
-        return aggregated(s, found)
+        return aggregated(s, found, step)
 
     total = over_tokens(lambda y, z, own: token_losses(s, y, z, own))
     if s.beta and s.kl_in == "loss":

@@ -61,6 +61,7 @@ GROUP_SETTINGS: list[GrpoSettings] = [
     *(grpo(sampler_correction=c, sampler_correction_max=1.2) for c in get_args(Correction)[1:]),
     *(grpo(sampler_correction=f"{c}_mask", sampler_correction_min=0.9) for c in ("token", "sequence", "geometric")),
     grpo("dapo", delta=1.5, epsilon=0.1, advantage="reinforce++_baseline", beta=0.1, kl_in="reward"),
+    *(grpo(aggregation=a, beta=0.04, mask_truncated_completions=True) for a in get_args(Aggregation)),
 ]
 """Every algorithm, and every value of each axis."""
 

@@ -115,13 +115,7 @@ class Prepared:
         """Lines of text: what the run will be. It needs the size of micro-batches. tokens: those that groups take."""
         plan, training, lengths = self.plan, self.config.training, self.data.train.lengths
         yield from self.objective.describe()
-        if (rollout := self.config.rollout).enabled:
-            rewards = ", ".join(f"{reward.weight:g} x {reward.name}" for reward in self.config.rewards)
-            yield (
-                f"sampling: {rollout.num_generations} completions per prompt at temperature {rollout.temperature:g}, "
-                f"rewarded by {rewards}; the rows' own answers are for the rewards alone, and lengths below are the "
-                "longest there can be"
-            )
+        yield from self._describe_rollout()
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         devices = "1 device" if self.num_processes == 1 else f"{self.num_processes} devices"
         made = f" = {batch} per device x {accumulation} accumulation steps x {devices}"
@@ -164,14 +158,29 @@ class Prepared:
             yield f"mismatched completions: about {total:,} tokens more per epoch, scored without gradients"
         if self.objective.whole_step and len(sizes) > plan.steps_per_epoch:
             yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
-        if rollout.enabled and self.objective.needs_reference:
+        if (sync := self.objective.ref_sync) is not None:
+            yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"
+
+    def _describe_rollout(self) -> Iterator[str]:
+        """What is sampled, and what scores it."""
+        rollout = self.config.rollout
+        if not rollout.enabled:
+            return
+        rewards = ", ".join(f"{reward.weight:g} x {reward.name}" for reward in self.config.rewards)
+        yield (
+            f"sampling: {rollout.num_generations} completions per prompt at temperature {rollout.temperature:g}, "
+            f"rewarded by {rewards}; the rows' own answers are for the rewards alone, and lengths below are the "
+            "longest there can be"
+        )
+        together, passes = rollout.steps_per_generation, rollout.num_iterations
+        if together * passes > 1:
+            yield f"rounds: the prompts of {together} steps are sampled at once, and gone through {passes} times"
+        if self.objective.needs_reference:
             yield "the reference scores every group when it is sampled: " + (
                 "another model that stays in memory"
                 if getattr(self.config.post_training, "ref_model_id", None)
                 else "the policy with a copy of the weights that train, as they were before the first step"
             )
-        if (sync := self.objective.ref_sync) is not None:
-            yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"
 
 
 class _KnownWork:
@@ -247,7 +256,10 @@ def prepare(
         origin = "batch size x accumulation steps x devices"
         config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
     filled = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
-    plan = Plan.of(len(data.train), groups_per_step, training.num_epochs, training.max_steps, config.seed, filled)
+    rollout = config.rollout
+    rounds = (rollout.steps_per_generation, rollout.num_iterations) if rollout.enabled else (1, 1)
+    length = (training.num_epochs, training.max_steps)
+    plan = Plan.of(len(data.train), groups_per_step, *length, config.seed, filled, *rounds)
     return Prepared(config, model, tokenizer, data, objective, plan, num_processes)
 
 

@@ -20,8 +20,9 @@ RowShape = Literal["single", "pair", "labelled", "group"]
 """What a method keeps together: one completion per row, a chosen and a rejected one, one with a label,
 or any number."""
 
-OF_COMPLETIONS = ("rewards",)
-"""Numbers that a row of a group may have, one per completion."""
+OF_COMPLETIONS = ("rewards", "ended")
+"""Numbers that a row of a group may have, one per completion: how good it is, and whether it came to its end (1) or was
+cut off (0)."""
 
 OF_GROUPS = ("margin",)
 """Numbers that a row of a pair may have, one for the pair: by how much the chosen completion is better."""

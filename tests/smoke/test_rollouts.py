@@ -265,6 +265,36 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> No
     assert weights[0] == weights[1]
 
 
+def test_a_run_goes_on_within_a_round(tmp_path: Path, model_dir: Path) -> None:
+    """What was sampled before the checkpoint is trained on after it, bit for bit: old log-probs, reference and all."""
+    keys = {
+        "training.max_steps": 8,
+        "training.save_steps": 1,
+        "training.save_total_limit": None,
+        "rollout.num_iterations": 2,
+        "rollout.steps_per_generation": 2,
+        "rollout.dynamic_sampling": True,
+        "post_training.beta": 0.1,
+    }
+    given = config(tmp_path, model_dir, "vowels", **keys)
+    (whole,) = strop.train(given)
+    records = lines(whole.run_dir / "metrics.jsonl")
+    assert [r["kl"] > 1e-9 for r in records] == [False, *[True] * 7], "every step moves the weights"
+    assert [r["time/sample"] > 0 for r in records] == [True, False, False, False] * 2
+    kept = shutil.copytree(whole.run_dir, tmp_path / "kept")
+    for step in (3, 6):
+        shutil.rmtree(whole.run_dir)
+        shutil.copytree(kept, whole.run_dir)
+        for later in range(step + 1, 9):
+            shutil.rmtree(whole.run_dir / f"checkpoint-{later}")
+        shutil.rmtree(whole.run_dir / "final")
+        (again,) = strop.train(given, resume="auto")
+        for name in ("rollouts.jsonl", "final/model.safetensors"):
+            assert (again.run_dir / name).read_bytes() == (kept / name).read_bytes(), f"{name}, resumed after {step}"
+        digests = [[r["weights_digest"] for r in lines(f / "metrics.jsonl")] for f in (kept, again.run_dir)]
+        assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize(
     ("reward", "found"),
     [
@@ -333,6 +363,7 @@ def test_a_reward_that_cannot_be_one_is_refused(reward: Any, found: str, tmp_pat
             r"with rollout\.top_p the sampler draws from a part",
         ),
         ({"rollout.num_generations_eval": 2}, "at temperature_eval 0 all are the same"),
+        ({"rollout.max_refills": 5}, "without dynamic_sampling nothing reads it"),
         ({"rollout.enabled": False}, "nothing is sampled that they could reward"),
         ({"rollout.reward_error_value": 1.0}, "on_reward_error stop does not read it"),
     ],

@@ -146,6 +146,9 @@ class GrpoSettings(ReferenceSettings):
     use_bias_correction_kl: bool = True
     """Multiply the divergence in the loss by the ratio, so that its gradient is right for tokens that another policy
     sampled (arXiv 2512.02556)."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off (`ended`) out of the loss (overlong filtering of DAPO, arXiv 2503.14476);
+    their rewards still count in the advantages of the others."""
     sampler_correction: Correction = "none"
     """Weight for what sampled with other log-probs than the policy has (`sampler_logps`), by token or by completion:
     cut off above, or 0 outside of the bounds. `geometric_mask`: a token's weight, or 0 where the completion's geometric

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,12 @@ class OfflineSource:
     def tensors(self) -> Mapping[str, Tensor]:
         weights = {} if self.following is None else self.following.weights
         return {f"reference.{name}": tensor for name, tensor in weights.items()}
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing: a step follows from its number."""
 
     def _followed(self, groups: GroupSet) -> GroupSet:
         """Adds the log-probs of the reference that follows the policy, if there is one, scored when they are needed."""

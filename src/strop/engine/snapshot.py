@@ -34,7 +34,8 @@ class Snapshot:
     def take(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The run's own tensors by name, and everything else as JSON values."""
         tensors, numbers = self._tensors()
-        return tensors, {"train": asdict(state), "optimizer": numbers, "scaler": self.scaler.state_dict()}
+        state_of = {"train": asdict(state), "optimizer": numbers, "scaler": self.scaler.state_dict()}
+        return tensors, state_of | ({"source": source} if (source := self.source.state()) else {})
 
     def restore(self, checkpoint: Checkpoint) -> TrainState:
         """Loads everything, and returns the state that was saved."""
@@ -42,6 +43,7 @@ class Snapshot:
         self.load_tensors(checkpoint)
         set_optimizer_numbers(self.optimizer, self.parameters, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
+        self.source.restore(saved.get("source", {}))
         return TrainState(**saved["train"])
 
     def load_tensors(self, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -155,6 +155,12 @@ class StepSource(Protocol):
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Tensors of the source that checkpoints must hold, by name. They are loaded in place."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What else a checkpoint must hold so that the next step is the same after a resume, as JSON values."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from such a state."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ Columns that are supplied today, and by whom:
     ref_logps      [M]  the source of the steps   log-probs under the reference
     labels         [G]  the source of the steps   whether a completion is a desirable one
     rewards        [C]  the source of the steps   how good a completion is
+    ended          [C]  the source of the steps   1 where a completion came to its end, 0 where it was cut off
     old_logps      [M]  the source of the steps   log-probs under the policy that ratios are taken to
     sampler_logps  [M]  the source of the steps   log-probs as what sampled the tokens has them
     prompt_logps   [P]  the policy                log-probs of each prompt's tokens but the first, with gradients
     collisions     [M]  the policy                log(sum over the vocabulary of p^2), the log-prob that two tokens
                                                   drawn there are the same; without gradients
     advantages     [M]  grpo derives them         from the rewards of the whole step
+    counted        [M]  grpo derives them         0 for tokens that are left out of the loss, above 1 for the others,
+                                                  so that the loss is the mean over these
 
 and further groups (`also`):
 

@@ -29,7 +29,8 @@ gradient that of the plain policy gradient. `sampler_correction` multiplies the 
 masked. With beta, beta times the divergence from the reference is added, aggregated alike; with d = log ref(t) / pi(t)
 k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1, multiplied by w (k2 and k3+: by sg(w)); or, `kl_in: reward`, beta times the
 sum of log old(t) / ref(t) is taken off the reward. Advantages are those of `advantages.py`. All is counted over the
-whole step.
+whole step. With `mask_truncated_completions`, completions that were cut off are left out of all these sums and means,
+but for the fixed count of `constant`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from strop.config.methods import GrpoSettings
 from strop.errors import ConfigError
 from strop.objectives.advantages import advantages, group_sizes, group_stds
 from strop.objectives.base import Mean, Objective
+from strop.objectives.truncated import counted
 
 
 class Grpo(Objective[GrpoSettings]):
@@ -74,18 +76,22 @@ class Grpo(Objective[GrpoSettings]):
             names |= {"ref_logps"} | ({"old_logps"} if s.kl_in == "reward" else set())
         if s.sampler_correction != "none":
             names |= {"sampler_logps"}
+        if s.mask_truncated_completions:
+            names |= {"ended"}
         return frozenset(names)
 
     @property
     def derives(self) -> frozenset[str]:
-        return frozenset({"advantages"})
+        return frozenset({"advantages"} | ({"counted"} if self.settings.mask_truncated_completions else set()))
 
     def derive(self, structure: Structure, columns: Columns) -> Columns:
         s, costs = self.settings, None
         if s.beta and s.kl_in == "reward":
             costs = s.beta * (columns.find("old_logps").double() - columns.find("ref_logps").double())
-        found = advantages(s.advantage, columns.find("rewards"), structure, costs)
-        return Columns(per_token={"advantages": found})
+        found = {"advantages": advantages(s.advantage, columns.find("rewards"), structure, costs)}
+        if s.mask_truncated_completions:
+            found["counted"] = counted(s.aggregation, columns.find("ended") > 0, structure)
+        return Columns(per_token=found)
 
     def describe(self) -> Iterator[str]:
         yield f"algorithm {self.settings.algorithm}: {self.settings.axes()}"
@@ -121,15 +127,15 @@ class Grpo(Objective[GrpoSettings]):
 
     def _weights(self, scores: Scores) -> Tensor | float:
         """What the loss of each token counts in the sum that is divided by the unit."""
-        of_token = scores.completion_index
+        of_token, weights = scores.completion_index, scores.lengths.new_ones(())
         match self.settings.aggregation:
             case "sequence":
-                return (1 / scores.lengths)[of_token]
+                weights = (1 / scores.lengths)[of_token]
             case "prompt":
                 lengths = scores.lengths
                 prompts = lengths.new_zeros(scores.structure.num_groups).index_add(0, scores.group_index, lengths)
-                return (1 / prompts)[scores.group_index][of_token]
-        return 1.0
+                weights = (1 / prompts)[scores.group_index][of_token]
+        return weights * scores["counted"] if self.settings.mask_truncated_completions else weights
 
     # -- per token ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ Steps are counted from 1; epochs, and steps within an epoch, from 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -24,7 +24,8 @@ class Plan:
     """Which groups each step takes: `groups_per_step` of `num_groups` groups, for `num_steps` steps.
 
     Every epoch has its own permutation; its last step takes what is left. rows: under `training.packing`, the groups in
-    each filled row; `groups_per_step` then counts rows.
+    each filled row; `groups_per_step` then counts rows. together, again: `together` steps, one after the other, form a
+    round, and every round is gone through `again` times before the next one.
     """
 
     num_groups: int
@@ -32,6 +33,8 @@ class Plan:
     num_steps: int
     seed: int
     rows: FilledRows | None = None
+    together: int = 1
+    again: int = 1
 
     @classmethod
     def of(
@@ -42,10 +45,12 @@ class Plan:
         max_steps: int | None,
         seed: int,
         rows: FilledRows | None = None,
+        together: int = 1,
+        again: int = 1,
     ) -> Plan:
         """`max_steps` decides the length of the run or, if it is None, `num_epochs`."""
-        steps_per_epoch = ceil((num_groups if rows is None else len(rows)) / groups_per_step)
-        return cls(num_groups, groups_per_step, max_steps or num_epochs * steps_per_epoch, seed, rows)
+        found = cls(num_groups, groups_per_step, 0, seed, rows, together, again)
+        return replace(found, num_steps=max_steps or num_epochs * found.steps_per_epoch)
 
     @property
     def num_rows(self) -> int:
@@ -54,6 +59,11 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
+        return self._different_steps * self.again
+
+    @property
+    def _different_steps(self) -> int:
+        """The steps of an epoch, those of a round counted once."""
         return ceil(self.num_rows / self.groups_per_step)
 
     @property
@@ -65,19 +75,36 @@ class Plan:
         """(epoch, step in the epoch), both from 0, of step `step`, from 1."""
         return divmod(step - 1, self.steps_per_epoch)
 
+    def round(self, step: int) -> range:
+        """The steps of the first time that the round of this step is gone through; it goes through them again."""
+        epoch, inside = self.position(step)
+        number = inside // (self.together * self.again)
+        size = min(self.together, self._different_steps - number * self.together)
+        first = 1 + epoch * self.steps_per_epoch + number * self.together * self.again
+        return range(first, first + size)
+
+    def first_time(self, step: int) -> int:
+        """The step that has the same groups as this one, the first time that its round is gone through."""
+        steps = self.round(step)
+        return steps[(step - steps.start) % len(steps)]
+
     def groups(self, step: int) -> tuple[int, ...]:
         """Indices of the groups of step `step`, from 1."""
         return tuple(self._groups(step).tolist())
 
     def _groups(self, step: int) -> np.ndarray:
         epoch, inside = self.position(step)
+        if self.again > 1:
+            first, number = self.first_time(step), inside // (self.together * self.again)
+            inside = number * self.together + first - self.round(step).start
         order = _epoch_order(self.seed, epoch, self.num_rows)
         chosen = order[inside * self.groups_per_step : (inside + 1) * self.groups_per_step]
         return chosen if self.rows is None else self.rows.groups_of(chosen)
 
     def epoch(self, epoch: int, num_steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The indices of an epoch's groups in order, and [steps + 1] where each step begins; at most `num_steps`."""
-        steps = self.steps_per_epoch if num_steps is None else min(num_steps, self.steps_per_epoch)
+        """The indices of an epoch's groups in order, and [steps + 1] where each step begins; at most `num_steps`. Steps
+        that are gone through again count once."""
+        steps = self._different_steps if num_steps is None else min(num_steps, self._different_steps)
         starts = np.minimum(np.arange(steps + 1) * self.groups_per_step, self.num_rows)
         order = _epoch_order(self.seed, epoch, self.num_rows)[: starts[-1]]
         if self.rows is None:

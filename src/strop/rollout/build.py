@@ -78,7 +78,8 @@ def rollout_source(
         else:
             drawing = Drawing(how.top_k, how.top_p, how.min_p, vocabulary, how.temperature / how.temperature_eval)
         evaluation = Collector(held_out, sampler(how.num_generations_eval, drawing), scorer, tokenizer, world, cut)
-    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world)
+    refills = how.max_refills if how.dynamic_sampling else None
+    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, refills=refills)
 
 
 def scores_of(reference: Policy | FrozenReference) -> Scoring:

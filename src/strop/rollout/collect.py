@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -59,14 +59,46 @@ class Rewarded:
     old_logps: Tensor | None = None
 
     @property
+    def has_signal(self) -> bool:
+        """Whether comparing its completions teaches anything."""
+        return len(set(self.rewards.total)) > 1
+
+    @property
     def group(self) -> Group:
         """The prompt with what was sampled for it, and the numbers beside it."""
         made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in self.completions)
         sampled = array("d", chain.from_iterable(c.logps for c in self.completions))
-        numbers = {"rewards": array("d", self.rewards.total), "old_logps": sampled}
+        ended = array("d", [float(c.ended) for c in self.completions])
+        numbers = {"rewards": array("d", self.rewards.total), "ended": ended, "old_logps": sampled}
         if self.old_logps is not None:
             numbers |= {"old_logps": array("d", self.old_logps.double().tolist()), "sampler_logps": sampled}
         return Group(self.prompt.prompt_ids, made, self.prompt.origin, numbers=numbers)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the prompt itself, for a checkpoint."""
+        tensors = {"ref_logps": self.ref_logps, "old_logps": self.old_logps}
+        return {
+            "number": self.number,
+            "completions": [[list(c.ids), list(c.logps), c.ended, c.entropy] for c in self.completions],
+            "texts": list(self.texts),
+            "rewards": [list(self.rewards.total), {name: list(x) for name, x in self.rewards.each.items()}],
+            **{name: None if x is None else [str(x.dtype), x.tolist()] for name, x in tensors.items()},
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], prompt: Group) -> Rewarded:
+        completions = [Sampled(array("i", i), array("d", x), *rest) for i, x, *rest in found["completions"]]
+        total, each = found["rewards"]
+        rewards = Scored(tuple(total), {name: tuple(x) for name, x in each.items()})
+
+        def tensor(name: str) -> Tensor | None:
+            if found[name] is None:
+                return None
+            dtype, values = found[name]
+            return torch.tensor(values, dtype=getattr(torch, dtype.removeprefix("torch.")))
+
+        parts = (found["number"], prompt, completions, found["texts"], rewards)
+        return cls(*parts, ref_logps=tensor("ref_logps"), old_logps=tensor("old_logps"))
 
 
 @dataclass
@@ -111,8 +143,8 @@ class Collector:
         self._world, self._cut, self._reference, self._policy = world, cut, reference, policy
 
     @property
-    def num_prompts(self) -> int:
-        return len(self._prompts)
+    def prompts(self) -> Prompts:
+        return self._prompts
 
     @property
     def reward_names(self) -> Sequence[str]:
@@ -123,7 +155,13 @@ class Collector:
         """Names of the columns that come with what is collected."""
         again = {"sampler_logps"} if self._policy is not None else set()
         reference = {"ref_logps"} if self._reference is not None else set()
-        return frozenset({"rewards", "old_logps"} | again | reference)
+        return frozenset({"rewards", "ended", "old_logps"} | again | reference)
+
+    @property
+    def phases(self) -> Sequence[str]:
+        """Names of the times that collecting takes."""
+        scores = self._reference is not None or self._policy is not None
+        return ("time/sample", "time/reward", *(["time/score"] if scores else []))
 
     def close(self) -> None:
         """End the process that calls the rewards."""
@@ -161,7 +199,7 @@ class Collector:
                 scored = self._scorer.score(asked_for, texts, lengths, row, prompt.origin, done.failures)
                 if scored is not None:
                     done.rewarded.append(Rewarded(number, prompt, completions, texts, scored))
-        if self._reference is not None or self._policy is not None:
+        if "time/score" in self.phases:
             with _timed(done.seconds, "time/score"):
                 done.rewarded = self._scored(done.rewarded)
         return done
@@ -203,6 +241,7 @@ def measured(rewarded: Sequence[Rewarded], failures: Failures, names: Sequence[s
         "completions/clipped_ratio": (float(len(completions) - len(done)), len(completions)),
         "completions/mean_terminated_length": (float(sum(done)), len(done)),
         "rewards/failed": (float(failures.counts.total()), 1),
+        "entropy": (sum(c.entropy for c in completions), sum(len(c.ids) for c in completions)),
     }
     for name in names:
         values = [v for r in rewarded for v in r.rewards.each[name]]

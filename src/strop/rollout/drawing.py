@@ -42,22 +42,24 @@ class Drawing:
             probs = probs.where(probs >= self.min_p * probs.max(-1, keepdim=True).values, 0.0)
         return probs
 
-    def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token per row, by the inverse of the distribution function.
 
         Args:
             logits: [R, V]. uniforms: [R] float64 in [0, 1).
 
         Returns:
-            [R] tokens, and [R] their natural log-probs under all of the vocabulary.
+            [R] tokens, [R] their natural log-probs under all of the vocabulary, and [R] its entropy in nats.
         """
         logps = (logits if self.factor == 1.0 else logits * self.factor).log_softmax(-1)
-        reached = self.restricted(logps.double().exp()).cumsum(-1)
+        probs = logps.double().exp()
+        reached = self.restricted(probs).cumsum(-1)
         total = reached[:, -1:]
         below = torch.nextafter(total, torch.zeros_like(total))
         at = torch.minimum(uniforms[:, None] * total, below)
         tokens = torch.searchsorted(reached, at, right=True)
-        return tokens.squeeze(1), logps.gather(1, tokens).squeeze(1)
+        finite = logps.clamp(min=torch.finfo(logps.dtype).min)  # 0 x log 0 is 0
+        return tokens.squeeze(1), logps.gather(1, tokens).squeeze(1), -(probs * finite).sum(-1)
 
 
 FROM_ALL = Drawing()

@@ -36,7 +36,7 @@ class HeldOut:
 
     def line(self, where: str) -> Mapping[str, Any] | None:
         started, whole = time.perf_counter(), Collected()
-        numbers = range(self._collector.num_prompts)
+        numbers = range(len(self._collector.prompts))
         with self._watcher.evaluating(len(numbers)) as done:
             for first in range(0, len(numbers), AT_ONCE):
                 if self._should_stop():

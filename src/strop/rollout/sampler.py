@@ -43,11 +43,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A completion: ids with the end token, the natural log-prob of each; whether it came to an end."""
+    """A completion: ids with the end token, the natural log-prob of each; whether it came to an end; the sum of the
+    entropies of the distributions that its tokens were drawn from, in nats."""
 
     ids: array[int]
     logps: array[float]
     ended: bool
+    entropy: float = 0.0
 
 
 class Sampler:
@@ -116,6 +118,7 @@ class _Rows:
         self._uniforms = torch.from_numpy(drawn).to(policy.device)
         self._tokens: list[Tensor] = []  # [rows] of every step, -1 for rows that are done
         self._logps: list[Tensor] = []
+        self._entropy = torch.zeros(len(self._rooms), dtype=torch.float64, device=policy.device)
 
     def decode(self, drawing: Drawing, ends: Tensor) -> None:
         """Until every row has ended or has no more room."""
@@ -124,8 +127,9 @@ class _Rows:
         there = torch.arange(len(self._rooms), device=device)  # numbers of the rows in the cache
         going = torch.ones(len(there), dtype=torch.bool, device=device)  # which of these are not done
         for t in range(int(self._rooms.max())):
-            tokens, logps = drawing.draw(logits, self._uniforms[there, t])
+            tokens, logps, entropies = drawing.draw(logits, self._uniforms[there, t])
             self._note(there, going, tokens, logps)
+            self._entropy[there] += torch.where(going, entropies, 0.0)
             going &= ~torch.isin(tokens, ends) & (self._rooms[there] > t + 1)
             left = int(going.sum())  # waits for the device, once per token
             if not left:
@@ -177,7 +181,7 @@ class _Rows:
         """What was drawn, by prompt."""
         tokens, logps = torch.stack(self._tokens, 1).tolist(), torch.stack(self._logps, 1).double().tolist()
         rows = []
-        for ids, own in zip(tokens, logps, strict=True):
+        for ids, own, entropy in zip(tokens, logps, self._entropy.tolist(), strict=True):
             n = ids.index(-1) if -1 in ids else len(ids)
-            rows.append(Sampled(array("i", ids[:n]), array("d", own[:n]), ended=ids[n - 1] in ends))
+            rows.append(Sampled(array("i", ids[:n]), array("d", own[:n]), ids[n - 1] in ends, entropy))
         return [rows[i : i + self._num] for i in range(0, len(rows), self._num)]

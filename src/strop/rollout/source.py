@@ -1,7 +1,10 @@
 """Prompts to the groups of every step: sampled by the policy, rewarded, written to a file. Floor 4.
 
-A `StepSource`. The plan says which prompts make a step; what is sampled for them follows from (seed, step, prompt,
-index) and the weights before the step. So a checkpoint holds nothing of it: a resumed run samples the same again.
+A `StepSource`. The plan says which prompts make a step, and which steps form a round that is sampled before its first
+step; what is sampled follows from (seed, step, prompt, index) and the weights of then. So a checkpoint between two
+rounds holds nothing of it: a resumed run samples the same again. Within a round it holds the groups of the round.
+
+With dynamic sampling, groups without signal are left out, and further prompts are drawn by the seed and the step.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from strop.columns import Columns
@@ -27,11 +31,12 @@ from strop.world import World
 
 
 class RolloutSource:
-    """Samples the groups of a step when they are asked for.
+    """Samples the groups of a round when the first of its steps is asked for.
 
     Args:
         held_out: samples for the prompts that the policy is evaluated on, if there are any.
         log: the file to which every sampled group is written. note: called with a message about rewards that fail.
+        refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these.
     """
 
     validation: GroupSet | None = None
@@ -46,13 +51,17 @@ class RolloutSource:
         log: Path,
         note: Callable[[str], None],
         world: World,
+        *,
+        refills: int | None = None,
     ) -> None:
         self.plan, self.num_steps = plan, plan.num_steps
         self._collector, self._held_out = collector, held_out
         self.supplies = collector.supplies
-        self._note, self._log, self._world = note, JsonLines(log), world
+        self._note, self._log, self._world, self._refills = note, JsonLines(log), world, refills
+        self._round: dict[int, list[Rewarded]] = {}  # by the step that they are trained on first
         self._made: tuple[int, GroupSet, dict[str, Sum]] | None = None
         self._made_at = 0.0
+        self._last = 0  # the last step that is done
         self._has_warned = False
 
     def step(self, step: int) -> GroupSet:
@@ -78,14 +87,36 @@ class RolloutSource:
         """Notes how long the step trained. The next one is sampled when it is asked for, with the weights of then."""
         assert self._made is not None and self._made[0] == step
         self._made[2]["time/train"] = (time.perf_counter() - self._made_at, 1)
+        self._last = step
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {}
 
+    def state(self) -> Mapping[str, Any]:
+        """The groups of the round, if a step of it is still to come."""
+        if not self._last or not self._is_within_round(self._last):
+            return {}
+        return {
+            "after": self._last,
+            "round": {str(step): [r.as_json() for r in rewarded] for step, rewarded in self._round.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        prompts, self._last = self._collector.prompts, state.get("after", 0)
+        self._round = {
+            int(step): [Rewarded.from_json(of, prompts[of["number"]]) for of in rewarded]
+            for step, rewarded in state.get("round", {}).items()
+        }
+
     def rewind(self, step: int) -> None:
-        """Removes the groups after `step` from the log: a resumed run samples them again."""
+        """Removes the groups that a run resumed after `step` samples again from the log."""
+        kept = self.plan.round(step)[-1] if step and self._is_within_round(step) else step
         if self._world.is_main and self._log.path.exists():
-            self._log.retain(lambda record: record["step"] <= step if isinstance(record.get("step"), int) else None)
+            self._log.retain(lambda record: record["step"] <= kept if isinstance(record.get("step"), int) else None)
+
+    def _is_within_round(self, step: int) -> bool:
+        """Whether the step after this one trains on what was sampled for this one's round."""
+        return step < self.num_steps and self.plan.round(step) == self.plan.round(step + 1)
 
     def close(self) -> None:
         self._collector.close()
@@ -94,7 +125,20 @@ class RolloutSource:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _make(self, step: int) -> tuple[GroupSet, dict[str, Sum]]:
-        done = self._collector.collect(step, self.plan.groups(step))
+        metrics: dict[str, Sum] = dict.fromkeys(self._collector.phases, (0.0, 1))
+        first = self.plan.first_time(step)
+        if first not in self._round:
+            steps = [s for s in self.plan.round(step) if s <= self.num_steps]
+            self._round = {s: self._sampled(s, metrics) for s in steps}
+        return _group_set(self._round[first]), metrics
+
+    def _sampled(self, step: int, metrics: dict[str, Sum]) -> list[Rewarded]:
+        """The groups of a step, sampled anew. metrics: those of the step that waits for it; these are added."""
+        numbers = self.plan.groups(step)
+        done = self._collector.collect(step, numbers)
+        trained, refilled = done.rewarded, 0
+        if self._refills is not None:
+            trained, refilled = self._with_signal(step, numbers, done)
         self._warn_once(step, done.failures)
         if not done.rewarded:
             raise TrainingError(
@@ -105,16 +149,38 @@ class RolloutSource:
         if self._world.is_main:
             for r in done.rewarded:
                 self._log.append(self._line(step, r))
-        return _group_set(done.rewarded), self._measured(done)
+        found = measured(done.rewarded, done.failures, self._collector.reward_names)
+        if self._refills is not None:
+            dropped = sum(not r.has_signal for r in done.rewarded)
+            found |= {"rollout/groups_without_signal": (float(dropped), 1), "rollout/refilled": (float(refilled), 1)}
+        for name, seconds in done.seconds.items():
+            found[name] = (seconds, 0)  # there is one already, of this step
+        for name, (total, count) in found.items():
+            before = metrics.get(name, (0.0, 0))
+            metrics[name] = (before[0] + total, before[1] + count)
+        return trained
+
+    def _with_signal(self, step: int, numbers: Sequence[int], done: Collected) -> tuple[list[Rewarded], int]:
+        """The groups that teach something, and how many prompts were sampled to fill their number up; all groups, if
+        none does. What is sampled is added to `done`."""
+        assert self._refills is not None
+        own = set(numbers)
+        order = np.random.default_rng([self.plan.seed, 0x66696C6C, step]).permutation(len(self._collector.prompts))
+        spare, used = [n for n in order.tolist() if n not in own], 0
+        for _ in range(self._refills):
+            missing = len(numbers) - sum(r.has_signal for r in done.rewarded)
+            some = spare[used : used + missing]
+            if not some:
+                break
+            done.add(self._collector.collect(step, some))
+            used += len(some)
+        kept = [r for r in done.rewarded if r.has_signal]
+        return kept or done.rewarded, used
 
     def _warn_once(self, step: int, failures: Failures) -> None:
         if failures.counts and not self._has_warned:
             self._has_warned = True
             self._note(f"step {step}: {failures.first}; further ones are counted in rewards/failed")
-
-    def _measured(self, done: Collected) -> dict[str, Sum]:
-        seconds: dict[str, Sum] = {name: (value, 1) for name, value in done.seconds.items()}
-        return seconds | measured(done.rewarded, done.failures, self._collector.reward_names)
 
     def _line(self, step: int, rewarded: Rewarded) -> dict[str, Any]:
         """A group as a row of a file that can be trained on as it is."""

@@ -25,15 +25,18 @@ LENGTHS = [(3, 5, 1), (7, 2), (4, 4, 4, 4), (1, 6), (2, 9, 3)]
 
 
 def make_step(seed: int) -> Step:
-    """Five groups; the rewards of the fourth are all the same. Ratios lie on both sides of every bound."""
+    """Five groups; the rewards of the fourth are all the same. Ratios lie on both sides of every bound. What is cut off
+    differs: some of several groups, a group as a whole, everything."""
     draw = np.random.default_rng(seed)
+    cut_off = ((1, 3, 9), (4, 5), range(10))[seed]
 
     def completion(n: int, alike: bool) -> dict[str, Any]:
         pi = -draw.gamma(1.0, 1.5, n) - 1.5
         old, ref = (np.minimum(pi + draw.normal(0, 0.4, n), -1e-3) for _ in range(2))
         sampler = np.minimum(old + draw.normal(0, 0.15, n), -1e-3)
         reward = 0.5 if alike else float(draw.choice([0.0, 0.5, 1.0, 2.0]))
-        return {"pi": pi, "old": old, "ref": ref, "sampler": sampler, "r": reward}
+        ended = n not in cut_off
+        return {"pi": pi, "old": old, "ref": ref, "sampler": sampler, "r": reward, "ended": ended}
 
     return [[completion(n, i == 3) for n in lengths] for i, lengths in enumerate(LENGTHS)]
 
@@ -44,7 +47,10 @@ def to_scores(step: Step, objective: Objective[MethodSettings], drop: Sequence[s
     per_token = {
         column: torch.tensor(np.concatenate([y[key] for y in flat])) for key, column in names.items() if key not in drop
     }
-    columns = Columns(per_token=per_token, per_completion={"rewards": torch.tensor([y["r"] for y in flat])})
+    per_completion = {
+        key: torch.tensor([float(y[of]) for y in flat]) for key, of in (("rewards", "r"), ("ended", "ended"))
+    }
+    columns = Columns(per_token=per_token, per_completion=per_completion)
     logps = torch.tensor(np.concatenate([y["pi"] for y in flat]))
     scores = make_scores(logps, [len(y["pi"]) for y in flat], [len(group) for group in step], columns)
     return replace(scores, columns=columns.beside(objective.derive(scores.structure, columns)))

@@ -154,7 +154,8 @@ def test_draws_are_those_of_the_distribution(drawing: Drawing) -> None:
         kept &= exact >= drawing.min_p * exact.max()
     expected = exact * kept / (exact * kept).sum()
     draws = 20_000
-    tokens, logps = drawing.draw(logits.expand(draws, -1), torch.tensor(uniforms(1, 2, 3, 4, draws)))
+    tokens, logps, entropies = drawing.draw(logits.expand(draws, -1), torch.tensor(uniforms(1, 2, 3, 4, draws)))
+    assert entropies.tolist() == pytest.approx([-(exact * np.log(exact)).sum()] * draws)
     counts = np.bincount(tokens.numpy(), minlength=12)
     assert not counts[~kept].any()
     where = expected > 0

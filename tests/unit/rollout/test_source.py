@@ -138,6 +138,87 @@ def test_every_group_has_its_own_log_probs_of_the_reference(tmp_path: Path) -> N
                 assert values == [float(len(group.prompt_ids))] * group.num_scored
 
 
+class Varied(Scoring):
+    """Prompts of an even number have no signal, in any step."""
+
+    def score(
+        self, prompt: str, completions: Any, num: Any, row: KeptRow, origin: Origin, failures: Failures
+    ) -> Scored:
+        values = (0.0, float(row.columns["value"] % 2))
+        return Scored(values, {"a": values})
+
+
+@pytest.mark.parametrize(("refills", "size"), [(0, 1), (1, 1), (9, 1), (9, 2)])
+def test_groups_without_signal_give_way_to_others(refills: int, size: int, tmp_path: Path) -> None:
+    def asked(world: World) -> Any:
+        parts = (Plan.of(7, 4, 1, None, 0), collector(world, Varied()), None)
+        source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, refills=refills)
+        found = [(source.plan.groups(step), source.step(step).indices, source.metrics(step)) for step in (1, 2)]
+        source.close()
+        return found
+
+    for own in in_worlds(size, asked):
+        for planned, indices, metrics in own:
+            with_signal = [n for n in planned if n % 2]
+            assert all(n % 2 for n in indices) and len(set(indices)) == len(indices) <= len(planned)
+            assert set(with_signal) <= set(indices), "what has a signal stays"
+            if refills == 9:  # there are three with a signal
+                assert len(indices) == min(3, len(planned))
+            if not refills:
+                assert indices == with_signal and metrics["rollout/refilled"] == (0.0, 1)
+            log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+            assert {n for n in planned if not n % 2} <= {row["prompt_number"] for row in log}, "all are written down"
+            assert metrics["rollout/groups_without_signal"][0] >= len(planned) - len(with_signal)
+
+
+def test_a_step_without_any_signal_keeps_its_groups(tmp_path: Path) -> None:
+    class Same(Scoring):
+        def score(self, *_: Any) -> Scored:
+            return Scored((1.0, 1.0), {"a": (1.0, 1.0)})
+
+    world = World.alone("cpu")
+    parts = (Plan.of(7, 4, 1, None, 0), collector(world, Same()), None)
+    source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, refills=1)
+    assert len(source.step(1).groups) >= 4 and source.metrics(1)["rollout/groups_without_signal"][0] >= 4
+
+
+def test_a_round_is_sampled_once_and_survives_a_checkpoint(tmp_path: Path) -> None:
+    world, plan = World.alone("cpu"), Plan.of(7, 2, 2, None, 0, together=2, again=2)
+
+    def reference(micro_batches: Sequence[Sequence[Group]]) -> list[torch.Tensor]:
+        return [torch.rand(g.num_scored) for part in micro_batches for g in part]
+
+    def made() -> RolloutSource:
+        own = collector(world, Scoring(), reference=reference)
+        return RolloutSource(plan, own, None, tmp_path / "log.jsonl", lambda note: None, world)
+
+    def content(source: RolloutSource, step: int) -> Any:
+        found = source.step(step)
+        part = range(len(found.groups))
+        return [*found.groups], found.indices, found.columns["ref_logps"](part).find("ref_logps").tolist()
+
+    source, whole = made(), {}
+    for step in range(1, plan.num_steps + 1):
+        whole[step] = content(source, step)
+        assert whole[step] == whole[plan.first_time(step)]
+        seconds = source.metrics(step)["time/sample"][0]
+        assert (seconds > 0) == (step == plan.round(step).start), "the step that waits for it"
+        source.after(step)
+        resumed = made()
+        state = json.loads(json.dumps(source.state()))
+        assert bool(state) == (step < plan.num_steps and plan.round(step) == plan.round(step + 1))
+        resumed.restore(state)
+        assert resumed.state() == source.state(), "a checkpoint before the first step is no other"
+        if state:
+            kept = whole.get(plan.first_time(step + 1))
+            found = content(resumed, step + 1)
+            assert kept is None or found == kept
+        lines = (tmp_path / "log.jsonl").read_text()
+        resumed.rewind(step)
+        assert (tmp_path / "log.jsonl").read_text() == lines, "nothing of the round is sampled again"
+        resumed.close()
+
+
 class Watching:
     def evaluating(self, num_groups: int) -> Any:
         return nullcontext(lambda done: None)

@@ -41,6 +41,16 @@ class RolloutSection(Section):
     """Completions of each validation prompt."""
     temperature_eval: float = Field(default=0.0, ge=0)
     """The same of validation prompts; 0: the likeliest token each time."""
+    steps_per_generation: int = Field(default=1, gt=0)
+    """Steps whose prompts are sampled together, before the first of them: with more than 1, the later ones train on
+    what an older policy sampled."""
+    num_iterations: int = Field(default=1, gt=0)
+    """How many times these steps are gone through before prompts are sampled again."""
+    dynamic_sampling: bool = False
+    """Leave out prompts whose completions all have the same reward, and sample further prompts in their place (DAPO,
+    arXiv 2503.14476)."""
+    max_refills: int = Field(default=3, ge=0)
+    """Read with dynamic_sampling: how many times a step samples further prompts."""
     batch_tokens: int = Field(default=32_768, gt=0)
     """Tokens, prompts and completions, that are decoded together at most; changes memory and speed."""
     reward_timeout: float = Field(default=60.0, gt=0)
@@ -55,6 +65,12 @@ class RolloutSection(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        if "max_refills" in self.model_fields_set and self.max_refills != 3 and not self.dynamic_sampling:
+            yield Problem(
+                ("max_refills", "dynamic_sampling"),
+                f"max_refills is {self.max_refills}, and without dynamic_sampling nothing reads it",
+                fix="set dynamic_sampling: true, or remove max_refills",
+            )
         if self.reward_error_value != 0 and self.on_reward_error != "value":
             yield Problem(
                 ("reward_error_value", "on_reward_error"),
