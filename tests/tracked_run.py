@@ -50,10 +50,17 @@ def process(folder: Path, chosen: RunConfig, *, resumed: bool = False, last: int
         run.rewind(CHECKPOINT)
         trackers.catch_up(run.metrics.read())
     for line in lines(CHECKPOINT + 1 if resumed else 1, last):
+        if line["split"] == "eval":
+            trackers.show(line["step"], samples(line["step"]))
         run.append(run.metrics, line)
         trackers.log(line)
     run.close()
     return trackers
+
+
+def samples(step: int) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl of a step."""
+    return [{"step": step, "prompt": f"a | `b` {i}", "completion": f"<b>answer</b> {step}\n."} for i in range(2)]
 
 
 def begin_again(folder: Path, chosen: RunConfig) -> Trackers:

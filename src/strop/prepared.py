@@ -23,7 +23,7 @@ from strop.data.prompts import PromptGroups
 from strop.data.store.group_numbers import check_complete, check_groups
 from strop.data.store.table import Groups
 from strop.engine.checkpoint import Checkpoint
-from strop.engine.metrics import held_out_metrics, no_such_metric
+from strop.engine.metrics import SCORE, WIN_RATE, held_out_metrics, no_such_metric
 from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
 from strop.errors import ConfigError, DataError
 from strop.lengths import Sized
@@ -290,6 +290,8 @@ def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> No
     decides = options.load_best_model_at_end or options.early_stopping_patience is not None
     name = options.metric_for_best_model.removeprefix("eval_")
     evaluated = held_out_metrics(config.reward_names) if config.rollout.enabled else objective.evaluated
+    if options.score_samples is not None:
+        evaluated = [*evaluated, SCORE, WIN_RATE]
     if decides and name not in evaluated:
         raise no_such_metric(name, evaluated)
 

@@ -1,8 +1,8 @@
 """The run folder: who may use it, what lies in it, and how it gets there whole. Floor 1, no torch.
 
     {output_dir}/{model name}/
-        config.yaml environment.json plan.json data.json metrics.jsonl ledger.jsonl rejected.jsonl pairs.json
-        result.json trackers.json report.html findings.json
+        config.yaml environment.json plan.json data.json metrics.jsonl ledger.jsonl samples.jsonl
+        rejected.jsonl pairs.json result.json trackers.json report.html findings.json
         logs/margins/ logs/tensorboard/ logs/wandb/
         checkpoint-{step}/        written and read by the engine
         final/                    the finished model; its presence means that the run is done
@@ -37,7 +37,7 @@ from strop.durable import JsonLines, to_json
 from strop.errors import CheckpointError, ConfigError, StropError
 from strop.manifest import MANIFEST
 from strop.redact import redact
-from strop.runfiles import EVALUATIONS, LEDGER, METRICS, RUN_FILES
+from strop.runfiles import EVALUATIONS, LEDGER, METRICS, RUN_FILES, SAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class RunDir:
         self.logs = logs if logs.is_relative_to(self.path) else logs / self.path.name
         self.metrics = JsonLines(self.path / METRICS)
         self.ledger = JsonLines(self.path / LEDGER)
+        self.samples = JsonLines(self.path / SAMPLES)
         self._lock: filelock.BaseFileLock | None = None
         self._made: list[Path] = []  # what was not there before, innermost first
         self._has_begun = False  # it has written a file
@@ -107,6 +108,7 @@ class RunDir:
     def _leave(self, *, spare: bool) -> None:
         self.metrics.close()
         self.ledger.close()
+        self.samples.close()
         if self._lock is not None:
             for path in (
                 (self._holder, self._mark) if spare and self._has_marked and not self._has_begun else (self._holder,)
@@ -302,7 +304,7 @@ class RunDir:
         return self.write_text(name, iter(lambda: "".join(islice(lines, LINES_AT_ONCE)), ""))
 
     def append(self, log: JsonLines, record: Mapping[str, object]) -> None:
-        """Add a line to `metrics` or `ledger`; NaN and the infinities become null."""
+        """Add a line to `metrics`, `ledger` or `samples`; NaN and the infinities become null."""
         try:
             self._begin()
             log.append(record)
@@ -310,17 +312,15 @@ class RunDir:
             raise unusable(log.path, error) from error
 
     def rewind(self, step: int, *, evaluated: bool = True) -> None:
-        """Drop what metrics.jsonl and ledger.jsonl have after `step`, as a resume from there needs it.
+        """Drop what metrics.jsonl, ledger.jsonl and samples.jsonl have after `step`, as a resume from there needs it.
 
         Half-written ends go too. evaluated: whether the evaluation of `step` itself stays."""
 
         def stays(record: Mapping[str, object]) -> bool | None:
-            at = record.get("step")
-            if not isinstance(at, int):
-                return None
-            return at < step or (at == step and (evaluated or record.get("split") != "eval"))
+            at, of_evaluation = record.get("step"), record.get("split") == "eval" or "completion" in record
+            return at < step or (at == step and (evaluated or not of_evaluation)) if isinstance(at, int) else None
 
-        for log in (self.metrics, self.ledger):
+        for log in (self.metrics, self.ledger, self.samples):
             try:
                 damaged = log.retain(stays)
             except OSError as error:

@@ -14,6 +14,7 @@ ROLLOUTS = "rollouts.jsonl"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 TRACKERS = "trackers.json"
+SAMPLES = "samples.jsonl"
 RECORDS = (
     "config.yaml",
     "environment.json",
@@ -26,6 +27,7 @@ RECORDS = (
     FAILURE,
     RESULT,
     ROLLOUTS,
+    SAMPLES,
 )
 """What is written down of a run while it goes on."""
 MARGINS_LOG = "margins_log.jsonl"

@@ -33,6 +33,7 @@ from strop.engine.state import TrainState
 from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.export.direct import with_converted
+from strop.generate.while_training import prompts_of, samples_of
 from strop.paired import change_of_rows
 from strop.policy.kernels import product_rates
 from strop.policy.model.generation import trained_ends
@@ -209,6 +210,7 @@ class _Run:
     def whole(self) -> RunResult:
         """Scores the reference, trains, and writes the final model."""
         session, name = self.session, self.session.model.name
+        prompts = prompts_of(session)
         source = session.source(self._splits(), self.run.path)
         if not self.saved and session.world.is_main:
             self._write_records()  # from here on the folder holds a run; what failed before can be started anew
@@ -219,8 +221,10 @@ class _Run:
             # training seeds torch's generators; afterwards they continue where the caller left them
             with StopSignal(outputs.note) as stop, torch.random.fork_rng(devices):
                 parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
+                samples = samples_of(session, prompts, outputs, self.run.samples)
                 asked = lambda: stop.requested or outputs.stopped_on is not None  # noqa: E731
-                state, step = self._train(Loop(session.config, *parts, should_stop=asked), outputs)
+                loop = Loop(session.config, *parts, should_stop=asked, samples=samples)
+                state, step = self._train(loop, outputs)
             ended = "finished"
         except Interrupted as stopped:
             ended = "stopped"

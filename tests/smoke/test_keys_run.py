@@ -179,6 +179,22 @@ def test_finetuning__early_stopping_patience(runs: Any) -> None:
         runs(early_stopping_patience=2, validation_split=0)
 
 
+def test_finetuning__sample_prompts(runs: Any) -> None:
+    lines = runs(sample_prompts=2, max_steps=1).path / "samples.jsonl"
+    assert [json.loads(line)["step"] for line in lines.read_text().splitlines()] == [0, 0, 1, 1]
+
+
+def test_finetuning__sample_max_new_tokens(runs: Any) -> None:
+    lines = runs(sample_prompts=2, sample_max_new_tokens=1, max_steps=1).path / "samples.jsonl"
+    assert {json.loads(line)["tokens"] for line in lines.read_text().splitlines()} == {1}
+
+
+def test_finetuning__score_samples(runs: Any, tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text("def seven(completions):\n    return [7] * len(completions)\n")
+    run = runs(sample_prompts=2, score_samples=f"{tmp_path}/score.py:seven", max_steps=1)
+    assert run.series("samples/score", "eval") == [7, 7] and run.series("samples/win_rate", "eval") == [0.5, 0.5]
+
+
 # ---- logging
 
 

@@ -93,7 +93,10 @@ class _Update(NamedTuple):
 
 
 class Loop:
-    """Trains a policy on the steps of a source."""
+    """Trains a policy on the steps of a source.
+
+    samples: takes answers of the policy after a step, once for each step, and returns what an evaluation says of them.
+    """
 
     def __init__(
         self,
@@ -105,10 +108,11 @@ class Loop:
         outputs: Outputs,
         world: World,
         should_stop: Callable[[], bool] = lambda: False,
+        samples: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
         self.config, self.training = config, config.training
         self.policy, self.objective, self.source, self.world = policy, objective, source, world
-        self.outputs = outputs
+        self.outputs, self.samples = outputs, samples
         check_columns(objective, policy=policy.SUPPLIES, source=source.supplies, also=source.also)
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, self.training, config.lora.loraplus_lr_ratio)
@@ -139,6 +143,8 @@ class Loop:
             Interrupted: a signal stopped the run; a checkpoint has been written.
         """
         state, options = self.state, self.config.finetuning
+        if state.step == 0:
+            self.samples(0)
         if self._evaluation_is_due():  # before the first step, or one that a signal had stopped
             self._between_steps(save=False)
         try:
@@ -151,6 +157,7 @@ class Loop:
             self.gradients.close()
         if not self.window.is_empty:
             self._log()
+        self.samples(state.step)
         return state
 
     def should_stop(self) -> bool:
@@ -321,7 +328,7 @@ class Loop:
         if self.evaluation.row_losses is not None and self.world.is_main:
             self.outputs.row_losses(self.state.step, self.evaluation.row_losses)
         about = {"step": self.state.step, "epoch": self.source.epochs(self.state.step), "split": "eval"}
-        line = {**about, **numbers}
+        line = {**about, **numbers, **self.samples(self.state.step)}
         self.outputs.line(line)
         self.state.evaluated_step = self.state.step
         value = deciding_value(self.config.finetuning, line, self.evaluation.names)

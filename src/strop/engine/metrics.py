@@ -110,6 +110,11 @@ def _ratio(moved: Tensor, size: Tensor) -> float:
     return float(moved / size) if size > 0 else float(moved > 0)
 
 
+SCORE, WIN_RATE = "samples/score", "samples/win_rate"
+"""What an evaluation has where answers are scored: their mean score, and the share of them that score higher than the
+answers of the start to the same prompts."""
+
+
 def held_out_metrics(reward_names: Sequence[str]) -> list[str]:
     """Names of the numbers of an evaluation that samples: the mean reward, and where its 95 % interval lies."""
     of_completions = [f"completions/{name}" for name in ("mean_length", "mean_terminated_length", "clipped_ratio")]

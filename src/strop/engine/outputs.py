@@ -57,6 +57,7 @@ class RunOutputs:
         self._row_losses = RowLosses(run.logs)
         self._metrics = _Log(run, run.metrics, self.note)
         self._ledger = _Log(run, run.ledger, self.note)
+        self._samples = _Log(run, run.samples, self.note)
         self._margins_lost = self._num_tokens = 0
         self._watch: Watch | None = Watch(run.path, config.finetuning.stop_on) if world.is_main else None
         self.stopped_on: Finding | None = None
@@ -124,6 +125,12 @@ class RunOutputs:
             shown["rewards/margins"] = total / count
         self.training.step(shown)
 
+    def samples(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """The answers after a step, as lines of samples.jsonl; called in rank 0."""
+        for line in lines:
+            self._samples.write(line)
+        self.trackers.show(step, lines)
+
     def _write_margins(self, record: StepRecord, margins: NDArray[np.float64]) -> None:
         try:
             self.margins_log.write(record.epoch, record.step_in_epoch, record.step, margins)
@@ -177,6 +184,7 @@ class RunOutputs:
         self.training.close()
         self._metrics.close()
         self._ledger.close()
+        self._samples.close()
         if self._margins_lost:
             log.warning("%s: the margins of %d steps are missing", self.margins_log.folder, self._margins_lost)
         self.margins_log.close()

@@ -40,6 +40,8 @@ FREE_KEYS = frozenset(
         "rollout.reward_memory_gib",
         "finetuning.resume_from_checkpoint",
         "finetuning.stop_on",
+        "finetuning.sample_max_new_tokens",
+        "finetuning.sample_prompts",
     }
 )
 

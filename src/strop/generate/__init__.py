@@ -6,4 +6,5 @@ sampling    tokens to tokens
 answers     prompts to answers, in the terminal or as JSON Lines
 output      the file of --output, for strop eval too
 chat        a conversation in the terminal
+while_training   answers to the same prompts at every evaluation of a run
 """

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 SPLITS = ("train", "eval")
+SAMPLES = "samples"
+COLUMNS = ("prompt", "completion", "score")
+"""What a table of samples shows of each line, where it has it."""
 Ended = Literal["finished", "stopped", "failed"]
 """How a run ended: to its last step, by a signal, or by an error."""
 
@@ -50,6 +54,9 @@ class Tracker(Protocol):
     def log(self, record: Mapping[str, Any]) -> None:
         """Takes one record: `step`, `split` and numbers."""
 
+    def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the samples of a step, which it may hold already. lines: of samples.jsonl."""
+
     def close(self, ended: Ended) -> None:
         """Writes out what is still buffered, and says how the run ended."""
 
@@ -67,3 +74,25 @@ class Held:
 
     def __contains__(self, record: Mapping[str, Any]) -> bool:
         return bool(record["step"] <= self._last.get(record["split"], -1))
+
+    def has_samples(self, step: int) -> bool:
+        """Whether the samples of a step are there: they are handed over before the evaluation of the same step."""
+        return {"step": step, "split": "eval"} in self
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Names of columns, and rows, of samples."""
+    columns = [name for name in COLUMNS if any(name in line for line in lines)]
+    return columns, [[line.get(name) for name in columns] for line in lines]
+
+
+def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Samples as a table of Markdown; what is in a cell stays text."""
+    columns, rows = table(lines)
+
+    def cell(value: Any) -> str:
+        text = html.escape("" if value is None else str(value), quote=False)
+        return text.replace("|", "&#124;").replace("\r", "").replace("\n", "<br>").replace("`", "&#96;")
+
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join(map(cell, row))} |" for row in rows)])

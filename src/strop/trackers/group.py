@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from strop.errors import first_line
 from strop.redact import redact
-from strop.trackers.facts import Ended, Tracker
+from strop.trackers.facts import SAMPLES, Ended, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,11 @@ class Trackers:
         for outlet in self._outlets.values():
             outlet.offer(_numbers(record))
         self._write_down()
+
+    def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Hand on the lines of samples.jsonl of a step, as one table."""
+        for outlet in self._outlets.values():
+            outlet.offer({"step": step, "split": SAMPLES, "lines": lines})
 
     def catch_up(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Offer what an earlier process logged to the trackers that know what they hold: one that was killed may not
@@ -100,7 +105,7 @@ class _Outlet:
             if self.tracker is None:
                 self.tracker = self._start()
             while self._waiting:
-                self.tracker.log(self._waiting[0])
+                self._hand_over(self.tracker, self._waiting[0])
                 self._waiting.popleft()
         except Exception as error:  # noqa: BLE001 (see above)
             self._failures += 1
@@ -111,6 +116,13 @@ class _Outlet:
             self._pause = min(4 * self._pause, LONGEST_PAUSE)
         else:
             self._pause = FIRST_PAUSE
+
+    @staticmethod
+    def _hand_over(tracker: Tracker, record: Mapping[str, Any]) -> None:
+        if record["split"] == SAMPLES:
+            tracker.show(record["step"], record["lines"])
+        else:
+            tracker.log(record)
 
     def close(self, ended: Ended) -> None:
         if self._waiting:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from strop.durable import to_json
 from strop.trackers.facts import SPLITS, Ended, Held, RunFacts, charted
 
 DEFAULTS = {
@@ -72,6 +73,10 @@ class MLflow:
         self._unsure = True
         self._client.log_batch(self._run_id, metrics=metrics)
         self._unsure = False
+
+    def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(f"{to_json(line)}\n" for line in lines)
+        self._client.log_text(self._run_id, text, f"samples/step-{step:08d}.jsonl")
 
     def close(self, ended: Ended) -> None:
         self._monitor.finish()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from strop.trackers.facts import Ended, RunFacts, charted
+from strop.trackers.facts import Ended, Held, RunFacts, charted, markdown
 
 
 class TensorBoard:
@@ -19,6 +19,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # takes 0.3 s, so only runs with this tracker import it
 
         folder = facts.logs / "tensorboard"
+        self._held = Held(facts.logged)
         # a run that was killed before its first checkpoint logs everything again
         from_step = 0 if facts.resumed_at is None else facts.resumed_at + 1
         self._writer = SummaryWriter(folder, purge_step=from_step if facts.is_resumed else None)
@@ -29,6 +30,11 @@ class TensorBoard:
         for name, value in charted(record).items():
             self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()  # otherwise a killed run would lose up to two minutes of records
+
+    def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        if not self._held.has_samples(step):  # unlike numbers, texts of earlier files are all shown
+            self._writer.add_text("samples", markdown(lines), step)
+            self._writer.flush()
 
     def close(self, ended: Ended) -> None:
         self._writer.close()

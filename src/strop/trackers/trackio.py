@@ -6,11 +6,11 @@ import io
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from strop.trackers.facts import SPLITS, Ended, Held, RunFacts, charted
+from strop.trackers.facts import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, markdown
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,17 @@ class Trackio:
             self._run = trackio.init(project, name=name, config=dict(facts.config), resume="allow", embed=False)
             local = not {"TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"} & os.environ.keys()
             held = _last_steps(SQLiteStorage.get_logs(project, name, run_id=self._run.id)) if local else facts.logged
-        self._finish = trackio.finish
+        self._finish, self._markdown = trackio.finish, trackio.Markdown
         self.identity: Mapping[str, str] = {"project": project, "name": name}
         self._held = Held(held)
 
     def log(self, record: Mapping[str, Any]) -> None:
         if record not in self._held:
             self._run.log(charted(record), step=record["step"])
+
+    def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        if not self._held.has_samples(step):
+            self._run.log({SAMPLES: self._markdown(markdown(lines))}, step=step)
 
     def close(self, ended: Ended) -> None:
         with _quietly():

@@ -12,12 +12,12 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.errors import first_line
 from strop.redact import redact
-from strop.trackers.facts import SPLITS, Ended, Held, RunFacts, charted
+from strop.trackers.facts import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, table
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,9 @@ FINISH_SECONDS = 120.0
 """How long the rest may be uploaded at the end of a run."""
 READ_SECONDS = 120.0
 """How long reading the files of an offline run may take."""
-ROWS_PER_STEP = 3
-"""Numbers of rows per step: a training line, an evaluation, a training line that follows the evaluation."""
+ROWS_PER_STEP = 4
+"""Numbers of rows per step: a training line, samples, an evaluation, a training line that follows the evaluation."""
+SAMPLES_ROW = 1
 
 
 class WeightsAndBiases:
@@ -51,16 +52,25 @@ class WeightsAndBiases:
         # what a server holds, it says itself; otherwise the files say it that are to be uploaded
         self._held = Held(_in_files(facts, id_) if offline else {})
         self._next_row = 0 if offline else int(self._run.step)
+        self._table = wandb.Table
         self._last: tuple[int, str] | None = None
 
     def log(self, record: Mapping[str, Any]) -> None:
         step, split = record["step"], record["split"]
-        place = 1 if split == "eval" else 2 if self._last == (step, "eval") else 0
+        place = 2 if split == "eval" else 3 if self._last == (step, "eval") else 0
         row = ROWS_PER_STEP * step + place
         if record not in self._held and row >= self._next_row:
             self._run.log({"step": step, **charted(record)}, step=row, commit=True)
             self._next_row = row + 1
         self._last = (step, split)
+
+    def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        row = ROWS_PER_STEP * step + SAMPLES_ROW
+        if self._held.has_samples(step) or row < self._next_row:
+            return
+        columns, rows = table(lines)
+        self._run.log({"step": step, SAMPLES: self._table(columns=columns, data=rows)}, step=row, commit=True)
+        self._next_row = row + 1
 
     def close(self, ended: Ended) -> None:
         folder = self._run.dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,36 @@ def test_a_resumed_run_holds_every_metric_once(kind: str, tmp_path: Path) -> Non
     course.process(run, course.config(kind), resumed=True).close("finished")
     assert READERS[kind](run) == course.expected()
     assert before is None or course.identity(run, kind) == before
+
+
+def test_samples_are_there(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    course.process(run, course.config(kind), last=course.KILLED).close("stopped")
+    course.process(run, course.config(kind), resumed=True).close("finished")
+    if kind == "wandb":
+        rows = [r["history"]["item"] for r in wandb_records(run / "logs") if r["type"] == "history"]
+        tables = [(row["step"], row["samples.nrows"], row["samples.ncols"]) for row in rows if "samples.path" in row]
+        assert tables == [(step, 2, 2) for step in (4, 8, 12)]
+    elif kind == "mlflow":
+        from mlflow import MlflowClient
+        from mlflow.artifacts import load_text
+
+        found = MlflowClient().get_run(course.identity(run, "mlflow")["run_id"])
+        text = load_text(f"{found.info.artifact_uri}/samples/step-00000012.jsonl")
+        assert [json.loads(line) for line in text.splitlines()] == course.samples(12)
+    elif kind == "trackio":
+        from trackio.sqlite_storage import SQLiteStorage
+
+        own = course.identity(run, "trackio")
+        shown = [
+            (x["step"], x["samples"]) for x in SQLiteStorage.get_logs(own["project"], own["name"]) if "samples" in x
+        ]
+        assert [step for step, _ in shown] == [4, 8, 12]
+        assert "| a &#124; &#96;b&#96; 0 | &lt;b&gt;answer&lt;/b&gt; 4<br>. |" in str(shown[0][1])
+    else:
+        events = EventAccumulator(str(run / "logs" / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Tensors("samples/text_summary")] == [4, 8, 12]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -39,6 +39,9 @@ class Fake:
         self.ended.append(ended)
         if self.close_error:
             raise self.close_error
+
+    def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.log({"step": step, "lines": lines})
 
     @property
     def steps(self) -> list[int]:
@@ -125,6 +128,16 @@ def test_only_who_knows_what_it_holds_is_told_of_the_past() -> None:
     trackers.catch_up([record(1), record(2)])
     trackers.log(record(3))
     assert knowing.steps == [1, 2, 3] and other.steps == [3]
+
+
+def test_samples_keep_their_place(clock: list[float]) -> None:
+    shaky = Fake(OSError("gone"))
+    trackers = Trackers({"shaky": lambda: shaky})
+    trackers.log(record(1))
+    trackers.show(1, [{"prompt": "a"}])
+    trackers.log(record(2))
+    trackers.close("finished")
+    assert shaky.steps == [1, 1, 2] and shaky.taken[1]["lines"] == [{"prompt": "a"}]
 
 
 def test_no_trackers_is_fine() -> None:

@@ -1,15 +1,17 @@
-"""The `finetuning` section of the configuration: resuming, the best model, when to stop. Floor 1, no torch."""
+"""The `finetuning` section of the configuration: resuming, the best model, when to stop, samples. Floor 1, no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
-from strop.config.section import ListOf, Section
+from strop.config.section import ListOf, Problem, Section
 from strop.config.stop_on import StopOn
 
 
 class FinetuningSection(Section):
-    """Resuming, the best model, early stopping."""
+    """Resuming, the best model, early stopping, samples while training."""
 
     resume_from_checkpoint: str | None = None
     """As `--resume`: `auto` (the newest complete checkpoint of the run folder) or the path of a checkpoint."""
@@ -32,3 +34,27 @@ class FinetuningSection(Section):
     """Stop after so many evaluations in a row that were not better; null: never."""
     stop_on: ListOf[StopOn] = ()
     """Findings (docs/findings.md) that stop the run when one is `fail` or `warn`: with a checkpoint and exit code 3."""
+    sample_prompts: int | str | None = Field(
+        default=None, json_schema_extra={"x-type": "a number above 0, or a file as strop generate --prompts reads it"}
+    )
+    """Answer these prompts before the first step, at every evaluation and at the end: a file of prompts, or so many of
+    the first validation rows. The answers go to samples.jsonl and the trackers; training is the same without."""
+    sample_max_new_tokens: int = Field(default=128, gt=0)
+    """Tokens of such an answer at most."""
+    score_samples: str | None = None
+    """A function that scores these answers, as `module:function` or `file.py:function`, in the form of a reward.
+    Evaluations then have `samples/score` and `samples/win_rate`, the share of answers that beat those of the start."""
+
+    def problems(self) -> Iterator[Problem]:
+        if isinstance(self.sample_prompts, int) and self.sample_prompts < 1:
+            yield Problem(
+                ("sample_prompts",),
+                f"sample_prompts is {self.sample_prompts}",
+                "a number above 0, or a file of prompts",
+            )
+        if self.score_samples is not None and self.sample_prompts is None:
+            yield Problem(
+                ("score_samples", "sample_prompts"),
+                "score_samples is given, and there are no samples to score",
+                fix="set sample_prompts, or remove score_samples",
+            )
