@@ -36,8 +36,8 @@ from strop.plan.order import Plan
 from strop.plan.tokens import RowTokens, padded_tokens
 from strop.plan.work import EpochWork
 from strop.policy.allocator import give_back_freed_memory
-from strop.policy.model.from_config import CannotBuildError, Shape, empty_model, shape_of
-from strop.policy.reference import check_reference
+from strop.policy.model.from_config import CannotBuildError, Shape, num_weights, shape_of
+from strop.policy.reference import check_others, teacher_section
 from strop.readable import plain
 
 
@@ -74,7 +74,9 @@ class Prepared:
             CannotBuildError: the architecture needs more than its configuration.
             ModelError: the adapters do not fit the model.
         """
-        return shape_of(self.config.lora, self.model, reward_model=self.config.post_training.REWARD_MODEL)
+        shape = shape_of(self.config.lora, self.model, reward_model=self.config.post_training.REWARD_MODEL)
+        section = teacher_section(self.config, self.model)
+        return shape if section is None else replace(shape, teacher=num_weights(section))
 
     def first_step(self, tokens: RowTokens) -> list[list[Sized]]:
         """The lengths of the groups in each micro-batch of the first step. tokens: those that groups take."""
@@ -105,8 +107,7 @@ class Prepared:
                 "one had"
             ]
         try:
-            empty = empty_model(self.model, reward_model=self.config.post_training.REWARD_MODEL)
-            size = sum(weight.numel() for weight in empty.parameters())
+            size = num_weights(self.model, reward_model=self.config.post_training.REWARD_MODEL)
         except CannotBuildError:
             size = None
         return [*advice(self.config, size), *notes]
@@ -222,7 +223,7 @@ def prepare(
     day = checkpoint.state["recipe"].get("dataset.date") if checkpoint is not None else None
     rows = ModelRows.of(config, model, kept_day=day) if read is None else read[0]
     config, tokenizer = rows.config, rows.tokenizer
-    check_reference(config, model, tokenizer)
+    check_others(config, model, tokenizer)
     data = rows.load() if read is None else read[1]
     give_back_freed_memory(len(data.train))
     if MISMATCHED in objective.also:

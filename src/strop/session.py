@@ -56,7 +56,7 @@ from strop.policy.model.from_config import CannotBuildError
 from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
-from strop.policy.reference import FrozenReference, SyncedReference, reference_policy
+from strop.policy.reference import FrozenReference, SyncedReference, attach_teacher, reference_policy
 from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
 from strop.rollout.build import rollout_source, scores_of
@@ -211,7 +211,9 @@ class Session:
     def policy(self) -> Policy:
         settled = self.settled.prepared
         parts = (settled.config, self.model, self.world.device)
-        return build_policy(*parts, tokenizer=settled.tokenizer, hashed=self._is_hashed)
+        policy = build_policy(*parts, tokenizer=settled.tokenizer, hashed=self._is_hashed)
+        attach_teacher(settled.config, self.model, policy, settled.tokenizer)
+        return policy
 
     @property
     def _is_hashed(self) -> bool:
@@ -236,6 +238,8 @@ class Session:
         """Hashes of what the run begins with, under the names used in checkpoints."""
         configuration = configuration_hash(self.policy.loaded_config)
         found = {"data": self.prepared.data.report.fingerprint, "configuration": configuration}
+        if self.policy.teacher is not None:
+            found["teacher"] = self.policy.teacher.model.weights_hash
         return found | {"weights": self.policy.weights_hash} if self._is_hashed else found
 
     # -- groups and their reference ----------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class Runs:
         method = asked.get("post_training.method", asked.get("method", RECIPE["post_training.method"]))
         base = {
             "models.0.huggingface_id": str(self.files["model"]),
-            "dataset.train_file": str(self.files["singles" if method == "sft" else "pairs"]),
+            "dataset.train_file": str(self.files["singles" if method in ("sft", "distill") else "pairs"]),
             "training.output_dir": str(self.new_folder()),
             **RECIPE,
         }

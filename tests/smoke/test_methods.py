@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import strop
+from conftest import build_model
 from strop import session
 from strop.config import METHODS
 from strop.errors import DataError
@@ -63,13 +65,24 @@ def train(
     return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def another_model(folder: Path, model_dir: Path) -> Path:
+    """One with the same vocabulary and other weights."""
+    shutil.copytree(model_dir, folder / "another")
+    build_model(seed=5).save_pretrained(folder / "another")
+    return folder / "another"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains(method: str, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = build_objective(METHODS[method]())
     if not objective.needs_reference and method != "grpo":
         monkeypatch.delattr(session, "reference_policy")  # whoever asks for a reference fails
-    # without log-probs of sampling the other losses stay at 0, whatever is learnt
-    records = train(method, tmp_path, model_dir, {"algorithm": "cispo", "beta": 0.1} if method == "grpo" else None)
+    options: dict[str, Any] = {}
+    if method == "grpo":  # without log-probs of sampling the other losses stay at 0, whatever is learnt
+        options = {"algorithm": "cispo", "beta": 0.1}
+    elif method == "distill":
+        options = {"teacher_model_id": str(another_model(tmp_path, model_dir))}
+    records = train(method, tmp_path, model_dir, options)
     losses = [r["loss"] for r in records if r["split"] == "train"]
     assert losses[-1] < losses[0]
     for record in records:

@@ -20,7 +20,10 @@ from strop.policy.model.configuration import quiet
 
 @pytest.mark.parametrize("method", [name for name, settings in METHODS.items() if settings.ROWS != "group"])
 def test_every_method_trains_on_four_bits(method: str, runs: Any) -> None:
-    run = runs({"models.0.quant": "4bit", "post_training.method": method}, r=4, max_steps=2)
+    keys = {"models.0.quant": "4bit", "post_training.method": method}
+    if method == "distill":
+        keys["post_training.teacher_model_id"] = str(runs.files["model"])
+    run = runs(keys, r=4, max_steps=2)
     losses = run.series("loss")
     assert len(losses) == 2 and run.series("loss", "eval")
     moved = [float(weight.abs().max()) for name, weight in run.final.items() if "lora_B" in name]

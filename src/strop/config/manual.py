@@ -99,6 +99,7 @@ def _purpose(section: str) -> str:
 
 FOR_DATA = (
     ("conversations or answers to imitate", "sft", ""),
+    ("answers, and a better model to learn from", "distill", "a teacher's whole distribution, not its words alone"),
     ("texts without prompts", "sft", "trained as a whole"),
     ("pairs of a better and a worse answer", "dpo", "after sft on such answers"),
     ("pairs, some labelled the wrong way round", "dpo", "loss_type: robust and label_smoothing: their share"),

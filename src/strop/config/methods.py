@@ -210,6 +210,23 @@ class RewardSettings(MethodSettings):
     0: none."""
 
 
+class DistillSettings(MethodSettings):
+    """Distillation (arXiv 2306.13649): a smaller or cheaper model learns a teacher's distribution of every token."""
+
+    LEARNING_RATE: ClassVar[float] = 1e-5
+    OBJECTIVE: ClassVar[str] = "distill:Distill"
+    ROWS: ClassVar[RowShape] = "single"
+
+    method: Literal["distill"] = "distill"
+    """Distillation from a teacher."""
+    teacher_model_id: str | None = Field(default=None, json_schema_extra={"x-type": "a hub id or a folder"})
+    """Hub id or folder of the teacher, which has the same vocabulary."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Between the forward divergence from the teacher (0) and the reverse one (1)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Both models' logits are divided by it before they are compared."""
+
+
 PostTraining = Annotated[
     SftSettings
     | DpoSettings
@@ -219,7 +236,8 @@ PostTraining = Annotated[
     | SimpoSettings
     | CpoSettings
     | GrpoSettings
-    | RewardSettings,
+    | RewardSettings
+    | DistillSettings,
     Field(discriminator="method"),
 ]
 METHODS: Mapping[str, type[MethodSettings]] = {

@@ -81,6 +81,7 @@ MADE_FROM = {
     "weights": "models: the weights that the run started from have changed",
     "configuration": "models: the model's config.json has changed, and with it what the model computes",
     "reference": "post_training.ref_model_id: the weights of that model have changed",
+    "teacher": "post_training.teacher_model_id: the weights of that model have changed",
     "reference_configuration": "post_training.ref_model_id: that model's config.json has changed",
 }
 """The hashes of a checkpoint, and the message if one differs."""

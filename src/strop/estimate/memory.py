@@ -122,6 +122,8 @@ def memory_of(
     if config.rollout.enabled and objective.needs_reference:  # another model is taken to be as large as this one
         other = getattr(config.post_training, "ref_model_id", None) is not None
         parts["reference"] = base * c if other else trained * wide
+    if shape.teacher:
+        parts["teacher"] = float(shape.teacher * c)
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: np.broadcast_to(size, len(work)).astype(np.int64) for name, size in parts.items()}

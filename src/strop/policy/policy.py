@@ -37,6 +37,7 @@ from strop.policy.model.quantised import total_weights
 from strop.policy.model.task import head_of, is_reward_model
 from strop.policy.precision import Precision
 from strop.policy.saving import save
+from strop.policy.teacher import DIVERGENCE, Teacher
 from strop.types import Group
 
 
@@ -52,7 +53,7 @@ class Policy(nn.Module):
         weights_hash: `identity.weights_hash` of what was loaded, if it was asked for.
     """
 
-    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions"})
+    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions", DIVERGENCE})
     """Columns that the policy can compute in the same pass as the log-probs, if a batch wants them."""
 
     def __init__(
@@ -82,6 +83,7 @@ class Policy(nn.Module):
         self._attention = self.plain_attention
         self.transform = logit_transform(loaded.config)
         self.is_reward_model = is_reward_model(loaded.module)
+        self.teacher: Teacher | None = None
         self.has_new_head = False  # of a reward model: its weights have been drawn, not trained
         self._row_limit = prefix_sharing.rope_threshold(loaded.config)
         register_attention()
@@ -140,6 +142,9 @@ class Policy(nn.Module):
         head = head_of(self.base)
         if self.is_reward_model:
             return batch.token_scores(head(hidden).squeeze(-1))
+        if DIVERGENCE in batch.wants:
+            assert self.teacher is not None
+            return self.teacher.compared(self, batch, hidden)
         collisions = "collisions" in batch.wants
         scored = token_logps(
             hidden,

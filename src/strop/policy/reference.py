@@ -1,4 +1,4 @@
-"""The reference: which model it is, and the log-probs of groups under it. Floor 2.
+"""The models beside a policy: the reference, with the log-probs of groups under it, and the teacher. Floor 2.
 
 The reference is the policy as it is before its first step, so no second model is held in memory, in full training
 neither; or it is another model with the same vocabulary, which is freed once the groups are scored. Where groups are
@@ -12,15 +12,17 @@ import copy
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from strop.batch import TokenScores
+from strop.config.methods import DistillSettings
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
-from strop.errors import ModelError
+from strop.errors import ConfigError, ModelError
 from strop.policy.allocator import in_halves
 from strop.policy.build import assemble, elementwise_of, sampling_temperature
 from strop.policy.model.folder import place_of
@@ -28,6 +30,7 @@ from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import load_model
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
 from strop.policy.policy import Policy
+from strop.policy.teacher import Teacher
 from strop.types import Group
 
 
@@ -128,11 +131,11 @@ def reference_policy(
     Raises:
         ModelError: `ref_model_id` cannot be loaded or has another vocabulary.
     """
-    section = _section(config, model)
-    if section is None:
+    other = _reference(config, model)
+    if other is None:
         yield policy
         return
-    reference = _load_reference(config, section, policy, tokenizer)
+    reference = _load(config, other, policy, tokenizer)
     try:
         yield reference
     finally:
@@ -143,43 +146,95 @@ def reference_policy(
             torch.cuda.empty_cache()
 
 
-def check_reference(config: RunConfig, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks the folder and the vocabulary of `ref_model_id` before any weight is loaded.
+def check_others(config: RunConfig, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks the folder and the vocabulary of `ref_model_id` and of the teacher before any weight is loaded.
 
     Raises:
-        ModelError: the model does not exist, or has another vocabulary.
+        ConfigError: the method needs a teacher, and none is named.
+        ModelError: a model does not exist, or has another vocabulary.
     """
-    if (section := _section(config, model)) is not None:
-        _its_tokenizer(section, tokenizer)
+    others = [_reference(config, model)]
+    if isinstance(config.post_training, DistillSettings):
+        others.append(_teacher(config, model))
+    for other in others:
+        if other is not None:
+            _its_tokenizer(other, tokenizer)
 
 
-def _section(config: RunConfig, model: ModelSection) -> ModelSection | None:
+def attach_teacher(config: RunConfig, model: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the policy its teacher, if the method has one. Where the teacher cannot share prompts, neither does the
+    policy: both read the same batches.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another vocabulary.
+    """
+    settings = config.post_training
+    if not isinstance(settings, DistillSettings):
+        return
+    teacher = _load(config, _teacher(config, model), policy, tokenizer)
+    if not teacher.share_prefix and policy.share_prefix:
+        policy.share_prefix, policy.plain_reason = False, f"the teacher cannot: {teacher.plain_reason}"
+    policy.teacher = Teacher(teacher, settings.beta, settings.temperature)
+
+
+def teacher_section(config: RunConfig, model: ModelSection) -> ModelSection | None:
+    """The teacher as a model to load; None where the method has none."""
+    return _teacher(config, model).section if isinstance(config.post_training, DistillSettings) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """A model beside the policy. where, fix: for messages."""
+
+    section: ModelSection
+    where: str
+    fix: str
+
+
+def _teacher(config: RunConfig, model: ModelSection) -> _Other:
+    teacher_model_id = getattr(config.post_training, "teacher_model_id", None)
+    if teacher_model_id is None:
+        raise ConfigError(
+            "there is no teacher to learn from",
+            where="post_training.teacher_model_id",
+            expected="a hub id or a folder of a model with the same vocabulary",
+            fix="set post_training.teacher_model_id",
+        )
+    section = ModelSection(huggingface_id=teacher_model_id, trust_remote_code=model.trust_remote_code)
+    return _Other(section, f"teacher {place_of(section)}", "choose another post_training.teacher_model_id")
+
+
+def _reference(config: RunConfig, model: ModelSection) -> _Other | None:
     ref_model_id = getattr(config.post_training, "ref_model_id", None)
     if ref_model_id is None:
         return None
-    return ModelSection(huggingface_id=ref_model_id, trust_remote_code=model.trust_remote_code)
+    section = ModelSection(huggingface_id=ref_model_id, trust_remote_code=model.trust_remote_code)
+    fix = "choose another post_training.ref_model_id, or drop it: the reference is then the initial policy"
+    return _Other(section, f"reference {place_of(section)}", fix)
 
 
-def _its_tokenizer(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    where = f"reference {place_of(section)}"
-    with _named(where):
-        its_tokenizer = load_tokenizer(section)
+def _its_tokenizer(other: _Other, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    with _named(other.where):
+        its_tokenizer = load_tokenizer(other.section)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         differing = len(set(its_tokenizer.get_vocab().items()) ^ set(tokenizer.get_vocab().items()))
         raise ModelError(
             f"its tokenizer is not the policy's: {differing} entries differ",
-            where=where,
+            where=other.where,
             expected="a model with the same vocabulary",
-            fix="choose another post_training.ref_model_id, or drop it: the reference is then the initial policy",
+            fix=other.fix,
         )
     return its_tokenizer
 
 
-def _load_reference(
-    config: RunConfig, section: ModelSection, policy: Policy, tokenizer: PreTrainedTokenizerBase
-) -> Policy:
-    where = f"reference {place_of(section)}"
-    its_tokenizer = _its_tokenizer(section, tokenizer)
+def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """Another model with the policy's vocabulary, frozen, on its device.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another vocabulary.
+    """
+    section, where = other.section, other.where
+    its_tokenizer = _its_tokenizer(other, tokenizer)
     with _named(where):
         loaded = load_model(section, dtype=policy.precision.compute)
     check_vocabulary(its_tokenizer, loaded.module, where)
@@ -189,7 +244,7 @@ def _load_reference(
             f"its embedding has {rows} rows, the policy's {own}",
             where=where,
             expected="a model with the same vocabulary",
-            fix="choose another post_training.ref_model_id",
+            fix=other.fix,
         )
     digest = weights_hash(loaded.module)
     return assemble(

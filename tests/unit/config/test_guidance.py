@@ -31,7 +31,7 @@ def load(**overrides: Any) -> RunConfig:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_learning_rate_follows_the_method_and_what_trains(method: str) -> None:
-    full = {"sft": 2e-5, "grpo": 1e-6, "reward": 1e-5}.get(method, 5e-7)
+    full = {"sft": 2e-5, "grpo": 1e-6, "reward": 1e-5, "distill": 1e-5}.get(method, 5e-7)
     assert load(method=method).training.learning_rate == full
     assert load(method=method, lora__r=8).training.learning_rate == pytest.approx(10 * full, rel=1e-15)
     continued = {"huggingface_id": "org/model", "adapter": "org/adapter"}

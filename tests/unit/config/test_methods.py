@@ -21,7 +21,7 @@ def telling(name: str) -> list[Any]:
     """Values of a setting that mean something: every choice or switch, and numbers within the range."""
     key = KEYS[name]
     candidates: list[Any] = list(key.choices) if key.choices else [True, False] if bool in key.kinds else []
-    if name == "ref_model_id":
+    if name in ("ref_model_id", "teacher_model_id"):
         candidates = ["org/model"]
     if int in key.kinds:
         candidates = [1, 20]

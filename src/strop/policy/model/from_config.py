@@ -75,6 +75,15 @@ def empty_model(model: ModelSection, *, reward_model: bool = False) -> PreTraine
         return build_outline(config, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
 
 
+def num_weights(model: ModelSection, *, reward_model: bool = False) -> int:
+    """How many weights the model has, tied ones once.
+
+    Raises:
+        CannotBuildError: its configuration does not suffice.
+    """
+    return sum(weight.numel() for weight in empty_model(model, reward_model=reward_model).parameters())
+
+
 def random_model(
     model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype, reward_model: bool = False
 ) -> LoadedModel:
@@ -144,9 +153,10 @@ class Shape:
     adapted: float = 0.0
     distinct: float = 0.0
     matrix_bytes: float | None = None
+    teacher: int = 0
     """adapters: their weights. adapted: inputs of adapted layers, in elements a token a layer; distinct: those that
     several of them share (q, k, v; gate, up) counted once. matrix_bytes: of each weight of `matrix`, with its scales,
-    where the base is quantised; None: it is not."""
+    where the base is quantised; None: it is not. teacher: weights of a second model that reads every batch."""
 
 
 def shape_of(lora: LoraSection, model: ModelSection, *, reward_model: bool = False) -> Shape:

@@ -1,0 +1,62 @@
+"""Distillation: the divergence from a teacher's distribution of every token (GKD, arXiv 2306.13649).
+
+With s and t the student's and the teacher's distributions of the next token at the same place of a completion, both at
+`temperature`, and m = beta t + (1 - beta) s,
+
+    beta 0          KL(t || s), forward: covers all that the teacher would write
+    beta 1          KL(s || t), reverse: keeps to what the teacher finds likely
+    between         beta KL(t || m) + (1 - beta) KL(s || m), the generalised Jensen-Shannon divergence (eq. 3)
+
+    loss = the sum over the trained tokens of the step / their number
+
+The sum goes over the whole vocabulary, tile by tile through both heads. Completions are those of the rows; the teacher
+reads them as they are. TRL's GKDTrainer has the same loss (`generalized_jsd_loss`), at a temperature of 0.9 by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from strop.batch import Scores
+from strop.columns import Unit, tokens
+from strop.config.methods import DistillSettings
+from strop.objectives.base import Mean, Objective
+
+
+class Distill(Objective[DistillSettings]):
+    """The mean divergence from a teacher."""
+
+    METRICS: ClassVar[Mapping[str, str]] = {
+        "divergence": "mean divergence from the teacher per token, as beta has it: what should fall, on held-out rows "
+        "too",
+        "nll": "negative log-likelihood of a token of the rows under the student, at temperature 1",
+        "lengths/completion": "trained tokens of a completion",
+    }
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"divergence"})
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return {"divergence": tokens}
+
+    def describe(self) -> Iterator[str]:
+        yield (
+            f"teacher: {self.settings.teacher_model_id}, a second model in memory, which reads every batch; the time "
+            "that it takes is not in the prediction"
+        )
+
+    def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        return {"divergence": scores["divergence"].double().sum()}
+
+    def metrics(self, scores: Scores) -> Mapping[str, Mean]:
+        num_tokens = scores.structure.num_tokens
+        return {
+            "divergence": (scores["divergence"].double().sum(), num_tokens),
+            "nll": (-scores.logps.double().sum(), num_tokens),
+            "lengths/completion": (scores.lengths.sum(), scores.structure.num_completions),
+        }
