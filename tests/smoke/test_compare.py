@@ -41,7 +41,11 @@ def rows_of(base: Path) -> Path:
     return Path(line.split()[1].strip('"'))
 
 
-@pytest.mark.parametrize("name", PLANTED)
+SHARE = ("another learning rate", "another beta", "another seed", "other micro-batches")
+"""What the suite tries; all of it is nightly."""
+
+
+@pytest.mark.parametrize("name", [n if n in SHARE else pytest.param(n, marks=pytest.mark.nightly) for n in PLANTED])
 def test_a_planted_setting_is_named(name: str, base: Path, runs: Any) -> None:
     keys, step, kind, words = PLANTED[name]
     found = compare(base, runs({**KEYS, **keys}).path)
@@ -62,6 +66,7 @@ def test_a_row_that_was_changed_is_told_from_rows_in_another_order(base: Path, r
     assert (order.step, order.kind) == (1, "data order")
 
 
+@pytest.mark.nightly
 def test_other_weights_are_told(base: Path, runs: Any) -> None:
     found = compare(base, runs({**KEYS, "models.0.huggingface_id": str(runs.files["other"])}).path)
     assert (found.step, found.kind) == (1, "settings") and "models.huggingface_id" in found.words

@@ -36,7 +36,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "cpo": {"post_training.method": "cpo"},
     "grpo": {"post_training.method": "grpo", "post_training.beta": 0.1, "training.gradient_accumulation_steps": 1},
 }
-SHARE = ("dpo", "kto")
+SHARE = ("kto",)
 """What the suite tries; all of it is nightly."""
 
 

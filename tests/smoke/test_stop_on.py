@@ -14,6 +14,7 @@ import strop
 from strop.cli.entry import main
 from strop.errors import ConfigError, StoppedByFinding
 from strop.report.watch import Watch
+from strop.trackers.group import Trackers
 
 TOO_HIGH: Mapping[str, Any] = {
     "training.learning_rate": 3.0,
@@ -51,8 +52,14 @@ def test_a_run_stops_where_the_finding_is_raised(runs: Any, capsys: Any) -> None
     assert (run / "final").is_dir() and not (run / "failure.json").exists()
 
 
-def test_without_it_the_finding_is_told_once_and_the_run_goes_on(runs: Any, capsys: Any) -> None:
+def test_without_it_the_finding_is_told_once_and_the_run_goes_on(
+    runs: Any, watched: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sent: list[Mapping[str, Any]] = []
+    watched.setattr(Trackers, "log", lambda self, record: sent.append(record))
     run = runs(TOO_HIGH, fresh=True)
+    (told,) = [record for record in sent if "findings/drift" in record]
+    assert told["findings/drift"] == 1 and 20 <= told["step"] < 40
     assert capsys.readouterr().err.count("The policy is far from its reference") == 1
     assert (run.path / "final").is_dir()
 

@@ -93,6 +93,7 @@ def test_the_page_is_accessible_and_hostile_text_is_text(
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.nightly
 def test_the_page_prints(sick: str, browser: str, tmp_path: Path) -> None:
     file, target = tmp_path / "page.html", tmp_path / "page.pdf"
     file.write_text(sick, encoding="utf-8")
