@@ -148,7 +148,8 @@ def result(folder: Path) -> dict[str, Any]:
     for path in sorted((folder / "final").glob("*.safetensors")):
         digest.update(path.read_bytes())
     margins = {
-        path.relative_to(folder).as_posix(): path.read_bytes().hex() for path in sorted(folder.glob("logs/**/*.npy"))
+        path.relative_to(folder).as_posix(): path.read_bytes().hex()
+        for path in sorted(folder.glob("logs/margins/**/*.npy"))
     }
     records = [{k: repr(v) for k, v in sorted(line.items()) if k not in TIMES} for line in lines]
     return {"records": records, "final": digest.hexdigest(), "margins": margins}

@@ -38,6 +38,7 @@ SPEED_STEPS = 20
 """Tokens per second are measured over this many last steps."""
 RECORD_LINE = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm", "tokens_per_second")
 """Metrics that the line of a record shows, in this order, if the record has them."""
+REWARDS = ("rewards/margins", "rewards/chosen", "rewards/rejected")
 NARROWEST_BAR = 6
 CLOCK_WIDTH = 7
 """Characters of 0:00:00."""
@@ -198,7 +199,7 @@ class Task:
         parts = [f"{record.get('split', '')} step {record.get('step')}/{self.total}".strip()]
         if isinstance(epoch := record.get("epoch"), int | float):
             parts.append(f"epoch {epoch:.2f}")
-        tied = record.get("step") == 0 and record.get("rewards/margins") == 0  # no pair is won or lost yet
+        tied = record.get("step") == 0 and not any(record.get(k) for k in REWARDS)  # nothing is won or lost yet
         names = [k for k in RECORD_LINE if not (tied and k.startswith("rewards/"))]
         parts += [f"{NAMES.get(k, k)} {_number(v)}" for k in names if (v := record.get(k)) is not None]
         if record.get("split") == "train":

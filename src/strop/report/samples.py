@@ -12,8 +12,8 @@ from typing import Any
 
 from strop.durable import json_object
 from strop.report.lines import is_number
+from strop.runfiles import SAMPLES
 
-NAME = "samples.jsonl"
 MOST_PROMPTS = 12
 """That are kept, the first ones."""
 MOST_BYTES = 1 << 25
@@ -46,7 +46,7 @@ def read_samples(folder: Path) -> tuple[Sample, ...]:
     Raises:
         OSError: the file cannot be read.
     """
-    path = folder / NAME
+    path = folder / SAMPLES
     if not path.is_file():
         return ()
     found: dict[int, tuple[Mapping[str, Any], Answer, Answer]] = {}

@@ -69,8 +69,10 @@ def test_an_evaluation_of_ties_shows_no_accuracy() -> None:
         tied = {"step": 0, "split": "eval", "loss": 0.6931, "rewards/margins": 0.0, "rewards/accuracies": 0.0}
         task.record(tied)
         task.record({**tied, "step": 2})
-    first, second = stream.getvalue().splitlines()
-    assert "accuracies" not in first and "rewards/accuracies 0.0000" in second
+        task.record({**tied, "rewards/margins": None, "rewards/chosen": 0.0, "rewards/rejected": 0.0})  # labelled rows
+        task.record({**tied, "rewards/chosen": 0.1})  # another reference
+    shown = ["rewards/accuracies" in line for line in stream.getvalue().splitlines()]
+    assert shown == [False, True, False, True]
 
 
 def test_a_long_task_without_a_terminal_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
