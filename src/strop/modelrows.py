@@ -38,19 +38,27 @@ class ModelRows:
 
     @classmethod
     def of(
-        cls, config: RunConfig, model: ModelSection, *, kept_day: str | None = None, needs_weights: bool = True
+        cls,
+        config: RunConfig,
+        model: ModelSection,
+        *,
+        kept_day: str | None = None,
+        needs_weights: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> ModelRows:
         """Reads the tokenizer; the model is looked at before all rows are read (`load`).
 
         Args:
             kept_day: the day that the template printed at the first launch, if a run is resumed.
             needs_weights: refuse a folder without weights.
+            tokenizer: the model's own, where it was read before.
 
         Raises:
             ModelError: there is no such model or no tokenizer, or it cannot be used.
             ConfigError: the named chat template cannot be used.
         """
-        tokenizer = read_tokenizer(model, needs_weights=needs_weights)
+        if tokenizer is None:
+            tokenizer = read_tokenizer(model, needs_weights=needs_weights)
         config = with_day(of_model(config, model), tokenizer, kept_day)
         return cls(config, model, tokenizer, stop_tokens(model), needs_weights)
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from strop.config import load_config
 from strop.config.methods import METHODS
 from strop.config.yamlfile import write_value
@@ -47,7 +49,7 @@ def config_for(request: Request) -> str:
     return _written(request, rows.config.post_training.method, rows.load().report)
 
 
-def _rows(request: Request, method: str) -> ModelRows:
+def _rows(request: Request, method: str, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelRows:
     overrides: dict[str, Any] = {
         "models.0.huggingface_id": request.model,
         "dataset.train_file": request.data,
@@ -59,15 +61,17 @@ def _rows(request: Request, method: str) -> ModelRows:
     if request.validation is not None:
         overrides["dataset.val_file"] = request.validation
     config = load_config(overrides=overrides)
-    return ModelRows.of(config, config.models[0], needs_weights=False)
+    return ModelRows.of(config, config.models[0], needs_weights=False, tokenizer=tokenizer)
 
 
 def _rows_that_fit(request: Request) -> ModelRows:
-    """The rows as the first method reads them that can read the first one."""
+    """The rows as the first method reads them that can read the first one. The tokenizer is read once."""
     refused: list[str] = []
+    tokenizer: PreTrainedTokenizerBase | None = None
     for method in BY_SHAPE:
         try:
-            rows = _rows(request, method)
+            rows = _rows(request, method, tokenizer)
+            tokenizer = rows.tokenizer
             if rows.first() is not None:
                 return rows
         except DataError as error:

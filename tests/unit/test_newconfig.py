@@ -86,3 +86,71 @@ def test_nobody_is_asked_where_nobody_is(
     monkeypatch.chdir(tmp_path)
     assert main(["init", "--model", "org/model"]) == 1
     assert "--data is missing" in capsys.readouterr().err
+
+
+SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "pairs": ("dpo", PAIRS),
+    "pairs of messages": (
+        "dpo",
+        [
+            {
+                "prompt": [{"role": "user", "content": r["prompt"]}],
+                "chosen": [{"role": "assistant", "content": "yes"}],
+                "rejected": [{"role": "assistant", "content": "no"}],
+            }
+            for r in PAIRS
+        ],
+    ),
+    "labels": ("kto", ROWS["kto"]),
+    "completions": ("sft", ROWS["sft"]),
+    "messages": (
+        "sft",
+        [
+            {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": "yes"}]}
+            for r in PAIRS
+        ],
+    ),
+    "alpaca": ("sft", [{"instruction": r["prompt"], "input": "", "output": "yes"} for r in PAIRS]),
+    "texts": ("sft", [{"text": r["prompt"]} for r in PAIRS]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_every_shape_dry_run(
+    shape: str, write: Callable[..., Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal, from flags alone."""
+    method, rows = SHAPES[shape]
+    path = tmp_path / "s.yaml"
+    assert main(["init", "--model", str(model_dir), "--data", str(write(rows)), "--output", str(path)]) == 0
+    assert load_config(path).post_training.method == method
+    capsys.readouterr()
+    assert main(["train", "--config", str(path), "--dry-run", "--no-time"]) == 0
+    assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_the_tokenizer_is_read_once(
+    write: Callable[..., Path], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where two methods cannot read the rows before one can."""
+    from strop import modelrows
+
+    read, times = modelrows.read_tokenizer, []
+    monkeypatch.setattr(modelrows, "read_tokenizer", lambda *a, **k: times.append(1) or read(*a, **k))
+    data = write(ROWS["sft"])
+    assert main(["init", "--model", str(model_dir), "--data", str(data), "--output", str(tmp_path / "s.yaml")]) == 0
+    assert len(times) == 1
+
+
+def test_three_questions_are_asked_on_a_terminal(
+    write: Callable[..., Path], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model, the rows, and what for; the last may be left to the shape of the rows."""
+    answers = iter([str(model_dir), str(write(PAIRS)), ""])
+    asked: list[str] = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or next(answers))
+    path = tmp_path / "s.yaml"
+    assert main(["init", "--output", str(path)]) == 0
+    assert len(asked) == 3 and "which method" in asked[2].lower()
+    assert load_config(path).post_training.method == "dpo"

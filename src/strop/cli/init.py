@@ -15,7 +15,7 @@ HELP = """\
 usage: strop init --model MODEL --data FILE [--val FILE] [--method NAME] [--output FILE] [--output-dir DIR]
 
   --model MODEL          a folder, or a name on the hub
-  --data FILE            the training rows; without these two, they are asked for on the terminal
+  --data FILE            the training rows; without these two, they and the method are asked for on the terminal
   --val FILE             validation rows (default: a tenth of the others)
   --method NAME          default: by the shape of the rows: dpo for pairs, kto for labels, sft for the rest
   --output FILE          where the configuration goes (default: strop.yaml); a file that is there is not replaced
@@ -40,16 +40,32 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("there is a file of this name", where=str(path), fix="remove it, or give another --output")
     model = options.model or _ask("--model", "Which model (a folder, or a name on the hub)? ")
     data = options.data or _ask("--data", "Which file of rows? ")
+    method = options.method or (None if options.model and options.data else _ask_method())
 
     from strop.newconfig import Request, config_for
 
-    text = config_for(Request(model, data, options.val, options.method, options.output_dir))
+    text = config_for(Request(model, data, options.val, method, options.output_dir))
     try:
         write_file(path, text.encode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror or error}", where=str(path), fix="--output") from error
     show(f"{text}\nwritten to {path}\nnext: strop train --config {path} --dry-run\nthen: strop train --config {path}\n")
     return 0
+
+
+def _ask_method() -> str | None:
+    """The method that a person names; None: by the shape of the rows.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        return None
+    question = f"Which method ({', '.join(METHODS)}; empty: the one that fits the rows)? "
+    answer = input(question).strip().lower()
+    if answer and answer not in METHODS:
+        raise ConfigError(f"there is no method {answer[:80]!r}", expected=", ".join(METHODS), fix="strop methods")
+    return answer or None
 
 
 def _ask(flag: str, question: str) -> str:
