@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check fix smoke docs bench golden nightly test-pretend
+.PHONY: setup demo test check fix smoke docs dist bench golden nightly test-pretend
 
 setup: $(VENV)/ready
 
@@ -41,6 +41,12 @@ smoke: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/templates.py
+	$(BIN)/mkdocs build --quiet --strict
+
+# A wheel and an archive of the sources, in dist/.
+dist: setup
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
 
 # Hours long. BENCH="--fp32" is for processors that only emulate bfloat16; "--rounds 1 --pairs 4 --out /tmp/look" is a
 # quick look, which leaves the stored results as they are.

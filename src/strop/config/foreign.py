@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _MANY: Mapping[str, str] = {
-    "models.N.huggingface_id": "model_path model_id pretrained_model_name_or_path models.path models.id",
+    "models.N.huggingface_id": (
+        "ckpt_paths policy_name model_path model_id pretrained_model_name_or_path models.path models.id"
+    ),
     "dataset.train_file": (
         "dataset.path dataset.file datasets dataset_path dataset_file data_path data_file data_files train_path "
         "train_files train_data train_data_path train_dataset train_dataset_path training_file"
@@ -20,6 +22,7 @@ _MANY: Mapping[str, str] = {
         "validation_data validation_dataset dev_file eval_file eval_files eval_path eval_data eval_data_path "
         "eval_dataset eval_dataset_path test_file test_files test_path test_dataset test_datasets"
     ),
+    "dataset.sources": "train_data_paths",
     "dataset.splits_dir": "dataset_dir",
     "dataset.prompt_column": "prompt_key prompt_field field_prompt",
     "dataset.chosen_column": "chosen_key chosen_field field_chosen",
