@@ -182,9 +182,10 @@ _GROUPS: Mapping[str, str] = {
     "wandb, mlflow, trackio": "comet_ml comet swanlab use_swanlab neptune plot_loss dvclive clearml aim",
     "W&B takes it from its own variables of the environment (WANDB_ENTITY, WANDB_MODE, ...); --resume goes on with the "
     "run that it began": "wandb_entity wandb_mode wandb_run_id wandb_watch wandb_log_model",
-    "strop trains no reward models and not against one: use method: grpo with a rollout section, whose answers are "
-    "rewarded by functions, dpo on pairs of answers, or kto on answers marked as good or bad": (
-        "ppo online_dpo nash_md xpo rlhf gkd reward reward_model reward_modeling rm prm"
+    "method: grpo with a rollout section trains answers that functions or a reward model reward; dpo trains on pairs "
+    "of answers, kto on answers marked as good or bad": ("ppo online_dpo nash_md xpo rlhf gkd"),
+    'post_training.method: reward trains a reward model on pairs; rewards: ["model:ID"] with grpo trains against one': (
+        "reward_model reward_modeling rm prm"
     ),
     "it is an algorithm of grpo: set post_training.method: grpo and post_training.algorithm to grpo, dr_grpo, dapo, "
     "bnpo, gspo, cispo, sapo, gmpo, rloo, reinforce++ or maxrl": (

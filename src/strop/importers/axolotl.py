@@ -41,9 +41,9 @@ def method_of(given: Mapping[str, Any], calls: tuple[str, ...]) -> str:
     """By `rl`; without it, sft."""
     rl = given.get("rl")
     if rl is None:
-        if is_on(given.get("reward_model")) or is_on(given.get("process_reward_model")):
-            raise refused("reward_model", True, "reward_model", "a method of strop", "name one: --method dpo")
-        return "sft"
+        if is_on(given.get("process_reward_model")):
+            raise refused("process_reward_model", True, "", "a method of strop", "name one: --method reward")
+        return "reward" if is_on(given.get("reward_model")) else "sft"
     if str(rl) not in METHODS:
         raise refused("rl", rl, "rl", ", ".join(METHODS), "name a method of strop: --method dpo")
     return METHODS[str(rl)]
@@ -289,6 +289,7 @@ RULES: Rules = {
     "dpo_use_weighting": _of("wpo_weighting", "dpo"),
     "dpo_use_logits_to_keep": always("the head is evaluated at scored tokens alone"),
     "precompute_ref_log_probs": always("the reference is scored once, before the first step, in any case"),
+    "reward_model": lambda value, view: idle(f"it is method {view.method}"),
     "trl": _block,
     "sequence_len": _length,
     "excess_length_strategy": _excess,

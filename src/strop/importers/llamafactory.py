@@ -64,12 +64,12 @@ NATIVE: Mapping[str, tuple[str, ...]] = {
 def method_of(given: Mapping[str, Any], calls: tuple[str, ...]) -> str:
     """By `stage` and, for dpo, by `pref_loss`."""
     stage = str(given.get("stage", "sft"))
-    if stage not in ("sft", "pt", "dpo", "kto"):
-        raise refused("stage", stage, "stage", "sft, pt, dpo or kto", "name a method of strop: --method dpo")
+    if stage not in ("sft", "pt", "dpo", "kto", "rm"):
+        raise refused("stage", stage, "stage", "sft, pt, rm, dpo or kto", "name a method of strop: --method dpo")
     loss = given.get("pref_loss")
     if stage == "dpo" and loss in ("orpo", "simpo"):
         return str(loss)
-    return {"pt": "sft"}.get(stage, stage)
+    return {"pt": "sft", "rm": "reward"}.get(stage, stage)
 
 
 def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping[str, Any]:
@@ -133,8 +133,8 @@ def _finetuning(value: Any, view: View) -> Answer:
 
 
 def _beta(value: Any, view: View) -> Answer:
-    if view.method == "sft":
-        return idle("sft has no beta")
+    if view.method in ("sft", "reward"):
+        return idle(f"{view.method} has no beta")
     return translated({"post_training.simpo_beta" if view.method == "simpo" else "post_training.beta": value})
 
 

@@ -16,8 +16,17 @@ from strop.importers.answers import Code
 
 WATCHED = frozenset(
     {
-        *("SFTConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "ORPOConfig", "CPOConfig", "TrainingArguments"),
-        *("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "ORPOTrainer", "CPOTrainer"),
+        *(
+            "SFTConfig",
+            "DPOConfig",
+            "KTOConfig",
+            "GRPOConfig",
+            "ORPOConfig",
+            "CPOConfig",
+            "RewardConfig",
+            "TrainingArguments",
+        ),
+        *("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "ORPOTrainer", "CPOTrainer", "RewardTrainer"),
         *("LoraConfig", "BitsAndBytesConfig", "ModelConfig", "ScriptArguments", "load_dataset"),
         *("from_pretrained", "get_peft_model"),
         *("OpenSlothConfig", "FastModelArgs", "LoraArgs", "DPOArgs"),

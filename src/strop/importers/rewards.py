@@ -20,7 +20,10 @@ def reward_functions(value: Any, view: View) -> Answer:
     if isinstance(value, Code):
         return left("it is code, which is not run: name a function with --rewards file.py:function")
     weights = view.get("reward_weights")
-    rewards, missing = [], []
+    judge = view.get("reward_model_name_or_path")
+    names = names if judge is None else [f"model:{judge}", *names]  # TRL puts the model first
+    rewards: list[dict[str, Any]] = []
+    missing: list[str] = []
     for i, name in enumerate(names):
         found = reward(str(name))
         weight = real(weights[i]) if isinstance(weights, list) and i < len(weights) else None
@@ -38,6 +41,8 @@ def reward_functions(value: Any, view: View) -> Answer:
 
 def reward(name: str) -> dict[str, Any] | None:
     """One reward of TRL's command line; None: strop has none for it."""
+    if name.startswith("model:"):
+        return {"name": name}
     if name in SHIPPED:
         return dict(SHIPPED[name])
     module, dot, function = name.rpartition(".")

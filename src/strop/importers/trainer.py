@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from strop.config.schema import SECTIONS
 from strop.importers.answers import (
     Answer,
     Code,
@@ -32,20 +33,15 @@ from strop.importers.answers import (
 )
 
 OPTIMIZERS: Mapping[str, str] = {
-    "adamw_torch": "adamw_torch",
     "adamw_hf": "adamw_torch",
-    "adamw_torch_fused": "adamw_torch_fused",
     "adamw_apex_fused": "adamw_torch_fused",
-    "paged_adamw_32bit": "adamw_torch_fused",
-    "paged_adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_8bit",
     "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "lion_8bit": "lion_8bit",
-    "paged_lion_8bit": "lion_8bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
+    "paged_adamw": "paged_adamw_32bit",
+    "lion": "lion_32bit",
+    "paged_lion": "paged_lion_32bit",
+    **{name: name for name in SECTIONS["training"]["optim"].choices},
 }
+"""Optimizer of transformers -> the one of strop, which has most of their names."""
 SCHEDULERS: Mapping[str, str] = {
     "linear": "linear",
     "cosine": "cosine",

@@ -39,7 +39,7 @@ CLASSES: Mapping[str, str] = {
     f"{method.upper()}{kind}": method
     for method in ("sft", "dpo", "kto", "grpo", "orpo", "cpo")
     for kind in ("Config", "Trainer")
-}
+} | {"RewardConfig": "reward", "RewardTrainer": "reward"}
 """Class of TRL -> the method that it trains by."""
 DIVERGENCES: Mapping[str, str] = {
     "reverse_kl": "reverse_kl",
@@ -94,7 +94,7 @@ def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping
     """What TRL takes for names that are not given."""
     found = {
         **trainer.DEFAULTS,
-        "learning_rate": 2e-5 if method == "sft" else 1e-6,
+        "learning_rate": {"sft": 2e-5, "reward": 1e-4}.get(method, 1e-6),
         "logging_steps": 10,
         "max_length": 1024,
     }
@@ -220,8 +220,8 @@ def _of_method(name: str, *methods: str) -> Any:
 
 def _beta(value: Any, view: View) -> Answer:
     match view.method:
-        case "sft":
-            return left("sft has no beta")
+        case "sft" | "reward":
+            return left(f"{view.method} has no beta")
         case "simpo":
             return translated({"post_training.simpo_beta": value})
     return carried("post_training.beta", value)
@@ -385,6 +385,7 @@ RULES: Rules = {
     ),
     "desirable_weight": _of_method("desirable_weight", "kto"),
     "undesirable_weight": _of_method("undesirable_weight", "kto"),
+    "center_rewards_coefficient": _of_method("center_rewards_coefficient", "reward"),
     "cpo_alpha": _cpo_alpha,
     "simpo_gamma": _simpo_gamma,
     "ignore_bias_buffers": always("it is for another way of several processes"),

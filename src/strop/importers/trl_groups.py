@@ -103,7 +103,11 @@ RULES: Rules = {
     "scale_rewards": always("it is in post_training.advantage"),
     "reward_funcs": reward_functions,
     "reward_weights": reward_weights,
-    "reward_model_name_or_path": off("rewards are functions: a model that judges is called from one of your own"),
+    "reward_model_name_or_path": lambda value, view: (
+        idle("it stands among the rewards")
+        if view.get("reward_funcs") is not None
+        else translated({"rewards": [{"name": f"model:{value}"}]})
+    ),
     "repetition_penalty": only((1.0,), "there is none", "strop samples from the policy as it is"),
     "mask_truncated_completions": off("completions that are cut are trained; reward length can punish them"),
     "log_completions": always("every group is in rollouts.jsonl"),

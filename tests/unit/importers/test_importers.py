@@ -389,6 +389,19 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "llamafactory-rm": (
+        "llamafactory",
+        "a.yaml",
+        "model_name_or_path: MODEL\nstage: rm\nfinetuning_type: full\ndataset: pairs\n"
+        "template: qwen\noptim: paged_adamw\n",
+        {
+            "post_training.method": "reward",
+            "training.learning_rate": 5e-5,
+            "training.optim": "paged_adamw_32bit",
+            "dataset.template": "qwen2.5_instruct",
+        },
+        (),
+    ),
     "axolotl-sft": (
         "axolotl",
         "a.yml",
