@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingErr
 from strop.estimate import LEFT_OUT
 from strop.export.direct import with_converted
 from strop.generate.while_training import prompts_of, samples_of
+from strop.modelcard import model_card
 from strop.paired import change_of_rows
 from strop.policy.kernels import product_rates
 from strop.policy.model.generation import trained_ends
@@ -322,7 +324,13 @@ class _Run:
         ends = trained_ends(prepared.data.train, prepared.tokenizer) if writes else None
         save = partial(policy.save_pretrained, tokenizer=prepared.tokenizer, ends=ends)
         recipe = recipe_of(session.config)
-        final.export(run, save, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=self.made_from)
+        card = model_card(session.config, session.model, ending, prepared.data.report.as_dict(), writes=writes)
+
+        def write(folder: Path) -> None:
+            save(folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+        final.export(run, write, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=self.made_from)
         mirror(session.config, run)
         _tell(session.model, ending.lines())
         if warning := ending.warning():

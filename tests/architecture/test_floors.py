@@ -49,6 +49,7 @@ FLOORS = {
     "preflight": 3,
     "each_model": 4,
     "prepared": 4,
+    "modelcard": 4,
     "newconfig": 4,
     "rollout": 4,
     "estimate": 5,

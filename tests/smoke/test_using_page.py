@@ -47,7 +47,8 @@ def test_the_page_generates(
         {"prompt", "sample", *(f"{who}{what}" for who in ("", "base_") for what in ("completion", "tokens", "finish"))}
     ]
     text = PAGE.read_text(encoding="utf-8")
-    Path("rows.jsonl").write_text('{"prompt": "hello", "completion": "yes"}\n{"prompt": "no", "completion": "yes"}\n')
+    pairs = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in ("hello", "no")]
+    Path("rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (command,) = re.findall(r"^strop (eval .*)$", text, flags=re.MULTILINE)
     assert main(shlex.split(command)) == 0
     assert json.loads(Path("numbers.json").read_text())["rows"] == 2
