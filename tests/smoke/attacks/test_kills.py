@@ -206,3 +206,47 @@ def test_kills_of_prepare(shape: RowShape, num: int, record_property: Any, tmp_p
         shutil.rmtree(place.parent)
         tally.add(f"{'all' if there == whole else 'some' if there else 'no'} files, folder {before}")
     tally.tell(num)
+
+
+SAMPLED: dict[str, Any] = {
+    **TRAINED,
+    "post_training.method": "grpo",
+    "post_training.beta": 0.1,
+    "rollout.num_generations": 2,
+    "rollout.num_iterations": 2,
+    "rollout.dynamic_sampling": True,
+    "rewards": [
+        {"name": "regex", "settings": {"pattern": "a"}},
+        {"name": "length", "settings": {"max_length": 8, "cache": 8}},
+    ],
+    "training.max_completion_length": 8,
+}
+"""A run that samples; its steps come in pairs that train on the same completions."""
+
+
+@few_or(20)
+def test_kills_of_a_run_that_samples(num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
+    """While sampling, rewarding, training and saving."""
+    keys = {**SAMPLED, "dataset.train_file": str(runs.files["singles"])}
+    unbroken, tally = runs(keys), Tally("kills of a run that samples", record_property)
+    killer = Killer(
+        partial(strop.train, config := runs.config(keys)), partial(shutil.rmtree, config.training.output_dir)
+    )
+    rollouts = _rollouts(unbroken.path)
+    for seed in range(num):
+        rng = random.Random(seed)
+        config = runs.config(keys)
+        go_on = partial(strop.train, config, resume="auto")
+        for _ in range(kills := rng.choice((1, 1, 2, 3))):
+            killer.kill(go_on, rng)
+        assert outcome(go_on) == "done", seed
+        folder = Path(config.training.output_dir) / "run"
+        assert runs.same(runs.at(folder).final, unbroken.final), seed
+        assert _rollouts(folder) == rollouts, seed
+        shutil.rmtree(config.training.output_dir)
+        tally.add(f"the same after {kills}")
+    tally.tell(num)
+
+
+def _rollouts(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
