@@ -129,7 +129,7 @@ def test_the_wheel_alone_answers(alone: Callable[..., Any], tmp_path: Path) -> N
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_the_wheel_alone_trains(
     alone: Callable[..., Any], tmp_path: Path, make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]
 ) -> None:

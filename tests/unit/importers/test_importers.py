@@ -6,7 +6,6 @@ The tables are written from the documentation and examples of the tools.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -597,7 +596,14 @@ def test_an_example_of_the_tool(case: str, place: Path, model_dir: Path) -> None
         assert entry.key in written.read_text()
 
 
-@pytest.mark.parametrize("case", ["llamafactory-dpo", "axolotl-sft", "trl-python", "unsloth"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llamafactory-dpo",
+        "unsloth",
+        *(pytest.param(case, marks=pytest.mark.nightly) for case in ("llamafactory-kto", "axolotl-sft", "trl-python")),
+    ],
+)
 def test_what_is_written_dry_runs(
     case: str, place: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,7 +637,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.dictionaries(
         st.one_of(st.sampled_from(NAMES), st.text(min_size=1, max_size=8)), VALUES, min_size=1, max_size=12
@@ -768,7 +774,7 @@ def test_comments_stay_comments(value: str, tmp_path: Path) -> None:
     assert write_value(data["models"]) == "[{huggingface_id: a}]"
 
 
-def test_a_script_is_found_by_its_calls(tmp_path: Path, make: Callable[..., Any] | None = None) -> None:
+def test_a_script_is_found_by_its_calls(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(
         "from trl import DPOConfig, GRPOConfig\nx = 3\nx = 4\nc = DPOConfig(beta=x, **more)\nd = DPOConfig(beta=0.2)\n"
     )
