@@ -56,6 +56,7 @@ FLOORS = {
     "space": 5,
     "session": 6,
     "catalogue": 6,
+    "push": 6,
     "export": 6,
     "generate": 7,
     "dryrun": 7,

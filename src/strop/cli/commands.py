@@ -73,5 +73,6 @@ COMMANDS: Mapping[str, Command] = {
         "convert", "between transformers' folders and consolidated.00.pth, to the bit (strop convert --help)"
     ),
     "merge": Command("merge", "an adapter into its base, compared before it is written (strop merge --help)"),
+    "push": Command("push", "the finished model of a run to a hub, private unless said (strop push --help)"),
     "schema": Command("schema", "print the JSON Schema of configuration files"),
 }

@@ -205,8 +205,8 @@ _GROUPS: Mapping[str, str] = {
     "final/ holds safetensors and a tokenizer as transformers writes them; tools of other formats start from it": (
         "export gguf ggml onnx mlx export_dir save_method"
     ),
-    "strop uploads nothing: hf upload OWNER/NAME outputs/NAME/final does": (
-        "push push_to_hub upload publish hub_model_id hub_token hub_strategy hub_private_repo"
+    "strop push RUN --repo OWNER/NAME uploads the finished model of a run": (
+        "push_to_hub upload publish hub_model_id hub_token hub_strategy hub_private_repo"
     ),
     _KERNELS: (
         "flash_attn flash_attention use_flash_attention_2 flash_attn_2 sdp_attention xformers_attention xformers "

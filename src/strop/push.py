@@ -1,0 +1,105 @@
+"""`strop push`: the finished model of a run, to a repository of a hub. Floor 6.
+
+Through huggingface_hub, with its login (HF_TOKEN, or `hf auth login`) and its server (HF_ENDPOINT). What is in the run
+folder is only read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from strop.errors import ModelError, StropError, foreign_errors
+from strop.manifest import MANIFEST
+from strop.redact import redact
+from strop.rundir import FINAL
+
+ADAPTER = "adapter_config.json"
+BASE = "base_model_name_or_path"
+
+
+def push(run: str, repo: str, *, private: bool = True, base: str | None = None) -> str:
+    """Uploads `final/` of a run, or a model folder, in one commit. Returns where it is.
+
+    Args:
+        repo: OWNER/NAME; made where it is not there. private: whether one that is made is private.
+        base: the id of an adapter's base at the hub, where its configuration names a folder of this computer.
+
+    Raises:
+        ModelError: there is no model, or its base has no id.
+        StropError: the hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi  # takes a while
+
+    folder = _model_of(run)
+    with _as_published(folder, base) as published, foreign_errors(lambda why: _failed(why, repo)):
+        api = HfApi(library_name="strop")
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=published,
+            commit_message="Upload by strop push",
+            ignore_patterns=[MANIFEST],
+        )
+    return str(done.commit_url).split("/commit/")[0]
+
+
+def _model_of(run: str) -> Path:
+    place = Path(run).expanduser()
+    folder = place / FINAL if (place / FINAL).is_dir() else place
+    if not any((folder / name).is_file() for name in (ADAPTER, "config.json")):
+        raise ModelError(
+            "there is no finished model",
+            where=run,
+            expected="a run folder with final/, or a folder with a model or an adapter",
+            fix="let the run end, or go on with strop train --resume",
+        )
+    return folder
+
+
+@contextmanager
+def _as_published(folder: Path, base: str | None) -> Iterator[Path]:
+    """The folder, or for an adapter that is to name another base a copy that does."""
+    file = folder / ADAPTER
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = settings.get(BASE)
+    if base is None and isinstance(named, str) and (os.path.isabs(named) or os.path.exists(named)):
+        raise ModelError(
+            "the adapter names its base by a folder of this computer, where nobody else finds it",
+            where=str(file),
+            expected="the id of the base at the hub",
+            fix="give it with --base OWNER/NAME; or merge the adapter (strop merge) and push the merged model",
+        )
+    if base is None or not settings:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="strop-push-") as place:
+        copy = Path(place) / "model"
+        shutil.copytree(folder, copy)
+        (copy / ADAPTER).write_text(json.dumps({**settings, BASE: base}, indent=2) + "\n", encoding="utf-8")
+        _name_base(copy / "README.md", base)
+        yield copy
+
+
+def _name_base(card: Path, base: str) -> None:
+    """Has the model card name the base, too."""
+    from huggingface_hub import ModelCard
+
+    if card.is_file():
+        content = ModelCard.load(card)
+        content.data.base_model = base
+        content.save(card)
+
+
+def _failed(why: str, repo: str) -> StropError:
+    return StropError(
+        f"it could not be uploaded: {redact(why)}",
+        where=repo,
+        fix="see that you are logged in (hf auth login, or HF_TOKEN) and may write there; the run is as it was, so "
+        "the command can be given again",
+    )

@@ -1,0 +1,128 @@
+"""`strop push` to a server of the test's own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from strop.cli import main
+
+TOKEN = "hf_" + "a1B2c3D4e5" * 3
+
+
+class Hub:
+    """A hub that takes files as they are in a commit. refuses: the status of every answer, if not 0."""
+
+    def __init__(self) -> None:
+        self.made: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.refuses = 0
+        self.tokens: set[str] = set()
+
+    def answer(self, path: str, body: bytes) -> dict[str, Any]:
+        if path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            return {"url": f"{self.address}/me/model"}
+        if "/preupload/" in path:
+            files = json.loads(body)["files"]
+            return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return {"commitUrl": f"{self.address}/me/model/commit/1", "commitOid": "1", "pullRequestUrl": None}
+        return {"errors": [], "warnings": []}  # the check of the card's metadata
+
+    address = ""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            hub.tokens.add(self.headers.get("Authorization") or "")
+            status = hub.refuses or 200
+            content = json.dumps({"error": "no"} if hub.refuses else hub.answer(self.path.split("?")[0], body)).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            """Not to standard error."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_whole_model_is_pushed_as_it_is(runs: Any, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    final = runs(max_steps=1).path / "final"
+    assert main(["push", str(final.parent), "--repo", "me/model"]) == 0
+    assert capsys.readouterr().out == f"{hub.address}/me/model\n"
+    (made,) = hub.made
+    assert made["name"] == "model" and made.get("private", made.get("visibility")) in (True, "private")
+    assert f"Bearer {TOKEN}" in hub.tokens
+    there = {p.name: p.read_bytes() for p in final.iterdir() if p.name != "MANIFEST.json"}
+    assert hub.files == there
+    private = str(Path(final).parents[2]).encode()
+    assert not any(private in content or TOKEN.encode() in content for content in hub.files.values())
+
+
+def test_an_adapter_of_a_local_base_needs_the_base_s_id(
+    runs: Any, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs(max_steps=1, r=4).path
+    before = {p.name: p.read_bytes() for p in (run / "final").iterdir()}
+    assert main(["push", str(run), "--repo", "me/model"]) == 1
+    assert "--base OWNER/NAME" in capsys.readouterr().err and not hub.files
+    assert main(["push", str(run), "--repo", "me/model", "--base", "org/base", "--public"]) == 0
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert b"base_model: org/base" in hub.files["README.md"]
+    assert hub.files["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+    assert hub.made[0].get("private", hub.made[0].get("visibility")) in (False, "public")
+    assert {p.name: p.read_bytes() for p in (run / "final").iterdir()} == before
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_is_one_message_and_loses_nothing(
+    runs: Any, hub: Hub, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs(max_steps=1).path
+    before = {p.name: p.read_bytes() for p in (run / "final").iterdir()}
+    hub.refuses = status
+    assert main(["push", str(run), "--repo", "me/model"]) == 1
+    said = capsys.readouterr().err
+    assert "it could not be uploaded" in said and "hf auth login" in said and TOKEN not in said
+    assert "Traceback" not in said
+    assert {p.name: p.read_bytes() for p in (run / "final").iterdir()} == before
+
+
+def test_what_is_no_model_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(tmp_path), "--repo", "me/model"]) == 1
+    assert "there is no finished model" in capsys.readouterr().err and not hub.made
+    assert main(["push", str(tmp_path)]) == 1
+    assert "--repo is missing" in capsys.readouterr().err
