@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from strop.config import load_config
 from strop.demo import model, run, task
 from strop.errors import ConfigError
 
-SIZE = task.Size(num_demonstrations=600, num_pairs=120, num_validation=40, num_heldout_per_length=10)
+SIZE = task.Size(num_demonstrations=600, num_pairs=120, num_questions=30, num_validation=40, num_heldout_per_length=10)
 LISTS = [tuple(random.Random(i).sample(task.ITEMS, n)) for n in task.NUM_ITEMS for i in range(20)]
 
 
@@ -53,13 +54,19 @@ def test_heldout_items_are_in_no_training_file_in_any_order(data: dict[str, list
     assert len(set(heldout)) == len(heldout) == SIZE.num_heldout_per_length * len(task.NUM_ITEMS)
     prompts = [asked(row) for name in data if name != "heldout" for row in data[name]]
     assert not {frozenset(items) for items in prompts} & set(heldout)
-    assert len(set(prompts)) == len(prompts) == 600 + 120 + 2 * 40
+    assert len(set(prompts)) == len(prompts) == 600 + 120 + 30 + 2 * 40
 
 
 def test_the_checker_agrees_with_the_pairs(data: dict[str, list[dict[str, Any]]]) -> None:
     for row in data["dpo.train"] + data["dpo.val"]:
         assert task.is_right(asked(row), said(row, "chosen"))
         assert not task.is_right(asked(row), said(row, "rejected"))
+
+
+def test_questions_are_long_and_have_right_answers(data: dict[str, list[dict[str, Any]]]) -> None:
+    for row in data["grpo.train"]:
+        assert len(asked(row)) in task.LONG
+        assert task.is_right(asked(row), row["answer"]) and said(row, "completion") == row["answer"]
 
 
 def test_most_long_demonstrations_are_rushed(data: dict[str, list[dict[str, Any]]]) -> None:
@@ -119,12 +126,13 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 def test_configurations_load_and_name_the_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     paths = run._write_configs(folder, seed=7, size=task.Size(sft_epochs=3))
-    sft, dpo = load_config(paths["sft"]), load_config(paths["dpo"])
-    assert sft.seed == dpo.seed == 7
-    assert (sft.post_training.method, dpo.post_training.method) == ("sft", "dpo")
-    assert sft.training.num_epochs == 3
-    assert Path(sft.training.output_dir) == Path(dpo.training.output_dir) == folder
-    assert Path(dpo.models[0].huggingface_id) == folder / sft.models[0].name / "final"
+    stages = [load_config(path) for path in paths.values()]
+    assert [stage.post_training.method for stage in stages] == list(paths) == ["sft", "dpo", "grpo"]
+    assert stages[0].training.num_epochs == 3
+    for stage in stages:
+        assert stage.seed == 7 and Path(stage.training.output_dir) == folder
+    for before, after in pairwise(stages):
+        assert Path(after.models[0].huggingface_id) == folder / before.models[0].name / "final"
 
 
 def test_only_its_own_folder_is_written_over(tmp_path: Path) -> None:
@@ -147,7 +155,7 @@ def test_a_folder_that_cannot_be_made_is_said_in_one_message(tmp_path: Path) -> 
 
 
 def test_the_data_of_a_demo_is_the_old_or_the_new_wherever_the_process_dies(tmp_path: Path, on_disk: Any) -> None:
-    small = task.Size(num_demonstrations=4, num_pairs=2, num_validation=1, num_heldout_per_length=1)
+    small = task.Size(num_demonstrations=4, num_pairs=2, num_questions=2, num_validation=1, num_heldout_per_length=1)
     folder = tmp_path / "data"
 
     def found() -> dict[str, bytes]:
@@ -160,7 +168,7 @@ def test_the_data_of_a_demo_is_the_old_or_the_new_wherever_the_process_dies(tmp_
         disk = on_disk(at, None, lambda: task.write_data(folder, seed=2, size=small))
         durable.recover(tmp_path)
         if not disk.dead:
-            assert len(found()) == 5 and found() != old
+            assert len(found()) == 6 and found() != old
             return
         new = found()
         if new != old:

@@ -1,6 +1,6 @@
-"""The demo from end to end: files, SFT, DPO, test, table. Floor 7.
+"""The demo from end to end: files, SFT, DPO, GRPO, test, table. Floor 7.
 
-In: a seed and a folder. Out: in that folder, the data, the base model, the two configurations, the two run folders and
+In: a seed and a folder. Out: in that folder, the data, the base model, three configurations, three run folders and
 summary.json; on the terminal, a table of held-out accuracy. Training goes the public road, `strop.load_config` and
 `strop.train`.
 """
@@ -21,12 +21,12 @@ from rich.text import Text
 
 import strop
 from strop.demo.model import answer, write_base
-from strop.demo.task import ASK, NUM_ITEMS, RUSH, SORTED_BY_RUSH, Items, Size, accuracy, is_right, write_data
+from strop.demo.task import ASK, LONG, NUM_ITEMS, RUSH, SORTED_BY_RUSH, Items, Size, accuracy, is_right, write_data
 from strop.durable import published, write_file
 from strop.errors import ConfigError
 
 WRITTEN_BY = "# Written by `strop demo`, which writes it anew each time.\n"
-"""First line of both configurations; it also marks a folder as one that the demo may use."""
+"""First line of all configurations; it also marks a folder as one that the demo may use."""
 
 SFT_YAML = """\
 # Supervised fine-tuning of a random model on demonstrations, two in three of them made in a rush.
@@ -88,10 +88,44 @@ finetuning:
   load_best_model_at_end: false
   early_stopping_patience: null
 """
+GRPO_YAML = """\
+# Group relative policy optimisation of the DPO model: it samples eight answers to each list, and the right ones are
+# rewarded. A reward needs no demonstration: it only has to be able to check.
+# Run it again:  strop train --overwrite --config {here}/grpo.yaml
+seed: {seed}
+models:
+  - name: grpo
+    huggingface_id: "{here}/dpo/final"
+dataset:
+  train_file: "{here}/data/grpo.train.jsonl"
+post_training:
+  method: grpo
+rollout:
+  num_generations: 8
+rewards:
+  - name: exact_match
+    settings:
+      column: answer
+training:
+  output_dir: "{here}"
+  num_epochs: 1
+  per_device_train_batch_size: 64
+  gradient_accumulation_steps: 1
+  learning_rate: 0.0003       # for a model this small; a large one wants a hundredth of it
+  warmup_steps: 2
+  max_seq_length: 32
+  max_prompt_length: 16
+  max_completion_length: 10
+  logging_steps: 10
+finetuning:
+  load_best_model_at_end: false
+  early_stopping_patience: null
+"""
+STAGES = {"sft": SFT_YAML, "dpo": DPO_YAML, "grpo": GRPO_YAML}
 
 
 def run_demo(seed: int = 0, output_dir: Path = Path("runs/demo"), size: Size | None = None) -> Path:
-    """Train and compare base, SFT and DPO; everything lies in `output_dir`, which may hold an earlier demo.
+    """Train and compare base, SFT, DPO and GRPO; everything lies in `output_dir`, which may hold an earlier demo.
 
     Returns:
         The path of summary.json: held-out accuracy in [0, 1], the paths of the models, seed, seconds.
@@ -113,20 +147,20 @@ def run_demo(seed: int = 0, output_dir: Path = Path("runs/demo"), size: Size | N
 
     folders = {"base": output_dir / "base"}
     with _one_thread():
-        for number, name in enumerate(("sft", "dpo"), start=1):
+        for number, name in enumerate(STAGES, start=1):
             _say(console, f"\n[bold]{number}. {name.upper()}[/bold]  strop train --config {escape(str(configs[name]))}")
             (result,) = strop.train(strop.load_config(configs[name]), overwrite=True)
             folders[name] = output_dir / name / "final"
             _say(console, _what_metrics_say(name, result.run_dir / "metrics.jsonl"))
         answers = {name: answer(folder, heldout) for name, folder in folders.items()}
 
-    _say(console, f"\n[bold]3. The test[/bold]  {len(heldout)} lists that stand in no training file, in any order\n")
+    _say(console, f"\n[bold]4. The test[/bold]  {len(heldout)} lists that stand in no training file, in any order\n")
     console.print(_table(heldout, answers))
     console.print(_samples(heldout, answers))
     summary = {
         "heldout_accuracy": {name: accuracy(heldout, given) for name, given in answers.items()},
         "heldout_file": str(heldout_file),
-        "models": {name: str(folders[name]) for name in ("sft", "dpo")},
+        "models": {name: str(folders[name]) for name in STAGES},
         "seed": seed,
         "seconds": (seconds := round(time.perf_counter() - started, 1)),
     }
@@ -150,9 +184,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_configs(output_dir: Path, seed: int, size: Size) -> dict[str, Path]:
-    """Make the folder and write both configurations: they mark it as the demo's before anything else is in it."""
+    """Make the folder and write the configurations: they mark it as the demo's before anything else is in it."""
     other = "give another folder: strop demo --output-dir runs/another"
-    paths = {name: output_dir / f"{name}.yaml" for name in ("sft", "dpo")}
+    paths = {name: output_dir / f"{name}.yaml" for name in STAGES}
     here = json.dumps(output_dir.as_posix(), ensure_ascii=False)[1:-1]  # a YAML double-quoted string is a JSON one
     try:
         if not _may_use(output_dir, paths["sft"]):
@@ -163,7 +197,7 @@ def _write_configs(output_dir: Path, seed: int, size: Size) -> dict[str, Path]:
                 fix=other,
             )
         output_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in (("sft", SFT_YAML), ("dpo", DPO_YAML)):
+        for name, text in STAGES.items():
             filled = text.format(here=here, seed=seed, sft_epochs=size.sft_epochs)
             write_file(paths[name], (WRITTEN_BY + filled).encode())
     except OSError as error:
@@ -192,14 +226,19 @@ def _introduction(size: Size, num_weights: int, num_heldout: int, output_dir: Pa
         f"  1. SFT on {size.num_demonstrations:,} demonstrations, {RUSH:.0%} of them by people in a rush, who sort the "
         f"first {SORTED_BY_RUSH} items\n     and leave the rest as it stood\n"
         f"  2. DPO on {size.num_pairs:,} pairs that prefer the sorted list to the rushed one\n"
-        f"  3. a test on {num_heldout} held-out lists\n"
+        f"  3. GRPO on {size.num_questions:,} lists of {' or '.join(map(str, LONG))} items: it samples eight answers "
+        "to each, and the right\n     ones are rewarded\n"
+        f"  4. a test on {num_heldout} held-out lists\n"
         f"Everything is written to {escape(str(output_dir))}"
     )
 
 
 def _what_metrics_say(name: str, metrics: Path) -> str:
-    """First and last evaluation, as the run wrote them down."""
+    """First and last evaluation, as the run wrote them down; of sampled answers the first and last reward."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if name == "grpo":
+        first, last = records[0], records[-1]
+        return f"   step {last['step']}: share of right answers {first['reward']:.2f} -> {last['reward']:.2f}"
     evals = [record for record in records if record["split"] == "eval"]
     first, last = evals[0], evals[-1]
     text = f"   step {last['step']}: validation loss {first['loss']:.3f} -> {last['loss']:.3f}"
@@ -232,7 +271,7 @@ def _samples(heldout: Sequence[Items], answers: Mapping[str, Sequence[str]]) -> 
         text.append(f"\n{ASK} {' '.join(heldout[at])}\n", style="bold")
         for name, given in answers.items():
             right = is_right(heldout[at], given[at])
-            text.append(f"  {_shown(name):<5}")
+            text.append(f"  {_shown(name):<6}")
             text.append("right  " if right else "wrong  ", style="green" if right else "red")
             text.append((given[at] or "(nothing)") + "\n")
     return text
@@ -243,8 +282,8 @@ def _shown(name: str) -> str:
 
 
 def _where_things_are(output_dir: Path, summary: Path, seconds: float) -> str:
-    sft, dpo = (escape(str(output_dir / name)) for name in ("sft", "dpo"))
+    *others, last = (escape(str(output_dir / name)) for name in STAGES)
     return (
-        f"Run folders: {sft} and {dpo}; the `final` in each loads with plain transformers.\n"
+        f"Run folders: {', '.join(others)} and {last}; the `final` in each loads with plain transformers.\n"
         f"Summary:     {escape(str(summary))}, written after {seconds:.0f} seconds."
     )

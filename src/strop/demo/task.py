@@ -1,10 +1,11 @@
 """The demo's task: sort a shopping list. Who demonstrates it, what is preferred, and how an answer is checked. Floor 7.
 
-In: a seed. Out: files of demonstrations, of preference pairs and of held-out prompts.
+In: a seed. Out: files of demonstrations, of preference pairs, of questions with their answers, and of held-out prompts.
 
 Demonstrators know how to sort, but most of them rush when a list is long: they put the first three items in order and
 leave the rest as it stood. SFT learns the form, the skill and the rush. The preference pairs put the sorted list above
-the rushed one, and DPO carries that over to lists that stand in no file.
+the rushed one, and DPO carries that over to lists that stand in no file. What is still wrong is mostly long lists; the
+questions are such lists, and their answers are there to check by.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ ITEMS = (
 # fmt: on
 NUM_ITEMS = range(3, 7)
 """How long the lists are."""
+LONG = (5, 6)
+"""How long the lists are that answers are sampled for."""
 SORTED_BY_RUSH = 3
 """A demonstrator in a rush puts this many items in order."""
 RUSH = 2 / 3
@@ -42,6 +46,7 @@ class Size:
 
     num_demonstrations: int = 10_000
     num_pairs: int = 2_000
+    num_questions: int = 1_920
     num_validation: int = 200
     num_heldout_per_length: int = 100
     sft_epochs: int = 4
@@ -84,7 +89,8 @@ def completion_of(items: Iterable[str]) -> list[dict[str, str]]:
 
 
 def write_data(folder: Path, seed: int, size: Size) -> tuple[list[Items], Path]:
-    """Write demonstrations, pairs and held-out prompts: all of them or none, in place of those of an earlier demo.
+    """Write demonstrations, pairs, questions and held-out prompts: all of them or none, in place of those of an
+    earlier demo.
 
     Returns:
         The held-out lists and their file.
@@ -106,12 +112,18 @@ def write_data(folder: Path, seed: int, size: Size) -> tuple[list[Items], Path]:
             "rejected": completion_of(in_rush(items)),
         }
 
+    def question(items: Items) -> dict[str, Any]:
+        right = sorted(items)
+        return {"prompt": prompt_of(items), "completion": completion_of(right), "answer": " ".join(right)}
+
     with published(folder, replaces=True) as new:
         for name, row, num_train in (("sft", demonstration, size.num_demonstrations), ("dpo", pair, size.num_pairs)):
             _write_jsonl(new / f"{name}.train.jsonl", [row() for _ in range(num_train)])
             _write_jsonl(new / f"{name}.val.jsonl", [row() for _ in range(size.num_validation)])
-        questions = [{"prompt": prompt_of(items), "answer": " ".join(sorted(items))} for items in heldout]
-        _write_jsonl(new / "heldout.jsonl", questions)
+        long = islice((items for items in lists if len(items) in LONG), size.num_questions)
+        _write_jsonl(new / "grpo.train.jsonl", [question(items) for items in long])
+        tests = [{"prompt": prompt_of(items), "answer": " ".join(sorted(items))} for items in heldout]
+        _write_jsonl(new / "heldout.jsonl", tests)
     return heldout, folder / "heldout.jsonl"
 
 
