@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from strop.policy.strategy import Replicated
 from strop.world import World
 
 T = TypeVar("T")
@@ -62,6 +64,12 @@ class ThreadWorld(World):
             if not self.is_main:
                 mine.detach().copy_(first)
         self.meeting.barrier.wait(PATIENCE)
+
+
+def replicated(weights: Mapping[str, nn.Parameter], world: World | None = None) -> Replicated:
+    """How weights lie that every process has."""
+    policy: Any = SimpleNamespace(trainable=lambda: dict(weights))
+    return Replicated(policy, world or World.alone("cpu"))
 
 
 def in_worlds(size: int, work: Callable[[World], T]) -> list[T]:

@@ -48,7 +48,7 @@ def num_processes(gpu: GpuSection) -> int:
     available = num_gpus()
     if not available:
         return gpu.num_processes or 1
-    if gpu.use_ddp and gpu.device_ids is None and gpu.num_processes is None:
+    if (gpu.use_ddp or gpu.fsdp) and gpu.device_ids is None and gpu.num_processes is None:
         return available
     return gpu.asked_processes
 
@@ -68,10 +68,10 @@ def pick_device(gpu: GpuSection, place: Place | None = None) -> tuple[torch.devi
     if not available:
         if place and gpu.num_processes not in (None, place.local_size):
             raise _other_number(place, f"gpu.num_processes: {gpu.num_processes}")
-        if place or not (gpu.device_ids or gpu.use_ddp):
+        if place or not (gpu.device_ids or gpu.use_ddp or gpu.fsdp):
             return torch.device("cpu"), []
         given = [f"device_ids {list(gpu.device_ids)}"] if gpu.device_ids else []
-        given += ["use_ddp true"] if gpu.use_ddp else []
+        given += [f"{name} true" for name in ("use_ddp", "fsdp") if getattr(gpu, name)]
         many = f"{gpu.num_processes} processes" if gpu.num_processes else "one process"
         note = f"gpu.{', '.join(given)}: this machine has no GPU; training on its CPU, in {many}."
         return torch.device("cpu"), [note]

@@ -17,15 +17,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from threading import Timer
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from strop.errors import ConfigError, LostError, TrainingError
 from strop.heartbeat import Heartbeat
+from strop.terminal import complain
 from strop.world import World
 
 FOREVER = timedelta(days=365)
@@ -36,6 +39,8 @@ SHORT_BYTES = 512
 BUCKET_BYTES = 2**26
 """Gradients are copied into one tensor of about this size and summed together; larger ones are summed in place."""
 ALIGNED = 16
+SECONDS_TO_TELL = 10.0
+"""After so long without an answer, a process that failed knows that the others are in a collective call of a mesh."""
 
 
 class Place(NamedTuple):
@@ -144,7 +149,7 @@ class _Joined(World):
         is_short = len(message) <= SHORT_BYTES
         start = HEADER.pack(len(message), own.nbytes) + (message if is_short else b"")
         first[: len(start)] = _bytes(start)
-        with self._connected():
+        with self.connected():
             firsts = [part.numpy().tobytes() for part in self._all_gather(first, self.control)]
             headers = [HEADER.unpack_from(part) for part in firsts]
             long_sizes = [size if size > SHORT_BYTES else 0 for size, _ in headers]
@@ -189,7 +194,7 @@ class _Joined(World):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in own if p.grad is not None]
-        with self._connected():
+        with self.connected():
             for bucket in buckets(gradients):
                 self._sum(bucket)
 
@@ -205,7 +210,7 @@ class _Joined(World):
     @torch.no_grad()
     def share_tensors(self, tensors: Iterable[Tensor]) -> None:
         self.any(False)  # rank 0 may come to `tell` instead
-        with self._connected():
+        with self.connected():
             for tensor in tensors:
                 there = tensor.detach().to(self.device).contiguous()
                 dist.broadcast(there, 0, group=self.tensors)
@@ -221,9 +226,50 @@ class _Joined(World):
         self.heartbeat.stop()
         dist.destroy_process_group()
 
+    def mesh(self, shard_size: int | None) -> DeviceMesh:
+        size = shard_size or self.size
+        if self.size % size:
+            raise ConfigError(
+                f"{size} does not divide the number of processes, {self.size}",
+                where="gpu.shard_size",
+                expected=f"one of {', '.join(str(n) for n in range(1, self.size + 1) if self.size % n == 0)}",
+                fix="leave it out to shard over all of them",
+            )
+        assert self.heartbeat is not None
+        self.heartbeat.has_mesh = True
+        shape, names = (
+            ((self.size,), ("shard",)) if size == self.size else ((self.size // size, size), ("replicate", "shard"))
+        )
+        ranks = torch.arange(self.size).view(shape)
+        lines = [ranks.movedim(dim, -1).reshape(-1, count).tolist() for dim, count in enumerate(shape)]
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        groups = [self._own_of(dimension, backend) for dimension in lines]
+        if len(groups) == 1:
+            return DeviceMesh.from_group(groups[0], self.device.type, mesh_dim_names=names)
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=names)
+
+    def _own_of(self, lines: Sequence[Sequence[int]], backend: str) -> Any:
+        """Makes a group of each line of ranks; returns the one that this process is in."""
+        groups = [dist.new_group(line, FOREVER, backend) for line in lines]
+        return next(group for group, line in zip(groups, lines, strict=True) if self.rank in line)
+
+    def tell(self, error: BaseException, *, memory: bool = False) -> None:
+        assert self.heartbeat is not None
+        if not self.heartbeat.has_mesh:
+            super().tell(error, memory=memory)
+            return
+        alone = Timer(SECONDS_TO_TELL, self._end_alone, [error])
+        alone.daemon = True
+        alone.start()
+        super().tell(error, memory=memory)
+        alone.cancel()
+
+    def _end_alone(self, error: BaseException) -> None:
+        complain(f"process {self.rank} of {self.size} failed: {error}")
+        os._exit(1)
+
     @contextmanager
-    def _connected(self) -> Iterator[None]:
-        """A block that raises `LostError` if a connection breaks, since another process is gone then."""
+    def connected(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:

@@ -57,14 +57,16 @@ def _key(rank: int) -> str:
 
 
 class Heartbeat:
-    """The thread of one process. doing: what the process does now, in words.
+    """The thread of one process.
+
+    doing: what the process does now, in words. has_mesh: whether it makes collective calls beside those of its `World`.
 
     Raises:
         RuntimeError: the store cannot be reached.
     """
 
     def __init__(self, host: str, port: int, rank: int, size: int) -> None:
-        self.doing = STARTING
+        self.doing, self.has_mesh = STARTING, False
         self._rank, self._size, self._count = rank, size, 0
         self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LIMIT_SECONDS))
         self._beats: dict[int, Beat] = {}

@@ -211,7 +211,7 @@ class Session:
     def policy(self) -> Policy:
         settled = self.settled.prepared
         parts = (settled.config, self.model, self.world.device)
-        policy = build_policy(*parts, tokenizer=settled.tokenizer, hashed=self._is_hashed)
+        policy = build_policy(*parts, tokenizer=settled.tokenizer, hashed=self._is_hashed, world=self.world)
         attach_teacher(settled.config, self.model, policy, settled.tokenizer)
         return policy
 

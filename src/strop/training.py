@@ -20,7 +20,7 @@ from strop.config.sections import ModelSection
 from strop.device import start_world
 from strop.distributed import is_restarted
 from strop.each_model import for_each_model
-from strop.engine import checkpoint, final
+from strop.engine import checkpoint, checkpoint_writer, final
 from strop.engine.alike import check_alike, start_facts
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.device_memory import device_facts
@@ -136,6 +136,7 @@ def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _A
         done, saved, extended = world.on_main(lambda: _look(config, run, resume))
         with Session(config, model, world, resumed=done or saved) as session:
             _build(session, None if done else run, saved.step if saved else 0)
+            session.policy.strategy.check_folder(run.path)
             check_alike(world, session.made_from)
             if done:
                 return already_finished(done, session, run)
@@ -241,9 +242,12 @@ class _Run:
             raise
         finally:
             outputs.close(ended)
-        checkpoint.refuse_nonfinite(f"no final model after step {state.step}", session.policy.trainable())
+        weights, world = session.policy.strategy.trained, session.world
+        checkpoint_writer.refuse_nonfinite(f"no final model after step {state.step}", weights, world)
 
         session.world.doing("writing the final model")
+        if not world.is_main:
+            session.policy.help_to_save()
 
         def finish() -> Ending:
             records = self.run.metrics.read()
@@ -253,7 +257,7 @@ class _Run:
             self._finish(ending)
             return ending
 
-        return RunResult(name, self.run.path, session.world.on_main(finish))
+        return RunResult(name, self.run.path, world.on_main(finish))
 
     def _by_finding(self, stopped: Interrupted, outputs: RunOutputs) -> StoppedByFinding | None:
         """Whether a finding stopped the run, which is told by the report and remembered in the run folder."""

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from strop.errors import PeerError, StropError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -153,6 +156,28 @@ class World(ABC):
     @abstractmethod
     def share_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replaces the values of these tensors by those of rank 0; shapes and dtypes are the same in all processes."""
+
+    def connected(self) -> AbstractContextManager[None]:
+        """A block in which an error of torch.distributed means that another process is gone.
+
+        Raises:
+            LostError: in place of that error.
+        """
+        return nullcontext()
+
+    def mesh(self, shard_size: int | None) -> DeviceMesh:
+        """The processes in replicas of `shard_size` (None: all), for code that makes collective calls of its own.
+
+        A process that fails after this may find the others in such a call, where `tell` does not reach them. Then it
+        ends at once with its message, and they end because it is gone.
+
+        Raises:
+            ConfigError: `shard_size` does not divide the number of processes.
+        """
+        raise NotImplementedError("a mesh needs processes that torch.distributed connects")
+
+    def __deepcopy__(self, _: dict[int, Any]) -> World:
+        return self
 
 
 @dataclass(frozen=True)

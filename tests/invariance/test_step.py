@@ -10,26 +10,23 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from one_step import Float64Torch, batches_for, by_budget, make_groups
 from scored import ref_columns
 from strop.batch import Batch, TokenScores, pack, pad
 from strop.config.methods import CpoSettings, KtoSettings, MethodSettings, OrpoSettings, SftSettings, SimpoSettings
 from strop.config.sections import ModelSection
-from strop.data.mismatch import Mismatched
 from strop.engine.step import StepScores, forward_backward
-from strop.objectives.base import Objective, build_objective
-from strop.plan.cutting import cut
-from strop.plan.tokens import packed_tokens
+from strop.objectives.base import build_objective
 from strop.policy.build import assemble
 from strop.policy.model.load import LoadedModel
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
-from strop.types import Completion, Group, Origin
+from strop.types import Completion, Group
 from strop.world import World
 from variants import dpo, name
 from worlds import in_worlds
@@ -67,15 +64,6 @@ class PlainTransformers(nn.Module):
         return batch.token_scores(logps, collisions=everything.exp().square().sum(-1).log().detach())
 
 
-class Float64Torch:
-    """Stands for torch in the modelling file, whose norms and rotary tables would round to float32."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @pytest.fixture
 def model(make_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     built = make_model(dtype=torch.float64)
@@ -92,36 +80,6 @@ def policy_of(model: nn.Module) -> Policy:
     return policy
 
 
-def make_groups(rows: str) -> list[Group]:
-    generator = torch.Generator().manual_seed(5)
-
-    def draw(n: int) -> array[int]:
-        return array("i", torch.randint(4, 400, (n,), generator=generator).tolist())
-
-    groups = []
-    for i in range(8):
-        lengths = (3 + 5 * (i % 3), 2 + i)
-        masks = [b"\0" * (i % 2) + b"\1" * (n - i % 2) for n in lengths]
-        answers = tuple(Completion(draw(n), m) for n, m in zip(lengths, masks, strict=True))
-        label = i % 3 == 0 if rows == "labelled" else None
-        groups.append(Group(draw(4 + 3 * i), answers if rows == "pair" else answers[:1], Origin("rows", i + 1), label))
-    return groups
-
-
-def batches_for(
-    objective: Objective[MethodSettings], batches_of: Callable[..., list[Batch]]
-) -> tuple[list[Batch], dict[str, list[Batch]]]:
-    """The micro-batches of a step, and those of its further groups."""
-    groups = make_groups(objective.rows)
-    generator = torch.Generator().manual_seed(6)
-    # as a reference would have scored: some nats a token, so that z of kto_pair is not 0
-    refs = [-6.5 * torch.rand(g.num_scored, generator=generator, dtype=torch.float64) - 3 for g in groups]
-    others = Mismatched(groups, num_epochs=1, seed=0, max_tokens=64) if objective.also else ()
-    apart_refs = [-9.5 * torch.ones(g.num_scored, dtype=torch.float64) for g in others]
-    also = {"mismatched": batches_of(others, apart_refs)} if others else {}
-    return batches_of(groups, refs, objective.reads & Policy.SUPPLIES), also
-
-
 def one_step(
     forward: nn.Module, settings: MethodSettings, batches_of: Callable[..., list[Batch]]
 ) -> tuple[float, dict[str, Tensor]]:
@@ -136,14 +94,6 @@ def in_parts(sizes: Sequence[int], layout: Callable[..., Batch]) -> Callable[...
     def batches(groups: Sequence[Group], refs: Sequence[Tensor], wants: Iterable[str] = ()) -> list[Batch]:
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
         return [layout(groups[a:b], ref_columns(refs[a:b]), wants) for a, b in pairwise(bounds)]
-
-    return batches
-
-
-def by_budget(tokens: int) -> Callable[..., list[Batch]]:
-    def batches(groups: Sequence[Group], refs: Sequence[Tensor], wants: Iterable[str] = ()) -> list[Batch]:
-        parts = cut(groups, range(len(groups)), tokens, packed_tokens)
-        return [pack([groups[i] for i in part], ref_columns([refs[i] for i in part]), wants) for part in parts]
 
     return batches
 

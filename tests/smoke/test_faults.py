@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 import strop
 from strop import disk, durable, session, training
 from strop.durable import JsonLines
-from strop.engine import checkpoint
+from strop.engine import checkpoint_writer
 from strop.engine.margins import MarginsLog
 from strop.errors import CheckpointError, SaveError, StropError
 from strop.policy.policy import Policy
@@ -163,7 +163,7 @@ def test_a_disk_too_small_for_the_export_is_told_before_it(
     config = runs.config()
     with watched.context() as patch:
         patch.setattr(training, "check_space", lambda *_, **__: ())
-        patch.setattr(checkpoint, "ensure_space", lambda *_: None)
+        patch.setattr(checkpoint_writer, "ensure_space", lambda *_: None)
         patch.setattr(disk, "free_bytes", lambda path: 100)
         with pytest.raises(SaveError, match=r"the disk is too full: .* needed, 100 bytes free"):
             strop.train(config)
@@ -206,8 +206,8 @@ def test_a_save_that_fails_does_not_end_a_run(
 ) -> None:
     keys = {"training.save_steps": 1, "training.save_total_limit": None, "finetuning.load_best_model_at_end": best}
     unbroken = runs(keys)
-    failing = Failing(checkpoint.write_tensor_files, numbers, FULL)
-    watched.setattr(checkpoint, "write_tensor_files", failing)
+    failing = Failing(checkpoint_writer.write_tensor_files, numbers, FULL)
+    watched.setattr(checkpoint_writer, "write_tensor_files", failing)
     run = runs(keys, fresh=True)
     assert run.checkpoints == kept and failing.count == 4
     told = capsys.readouterr().err

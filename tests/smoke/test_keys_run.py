@@ -90,6 +90,18 @@ def test_gpu__use_ddp_on_gpus(runs: Any, two_gpus: list[torch.device]) -> None:
     assert two_gpus == []
 
 
+def test_gpu__fsdp(runs: Any, two_gpus: list[torch.device]) -> None:
+    """What it does: `test_sharded_runs.py`."""
+    with pytest.raises(ConfigError, match="asks for 2 processes, and this is one"):
+        runs(fsdp=True)
+    assert two_gpus == []
+
+
+def test_gpu__shard_size(runs: Any) -> None:
+    with pytest.raises(ConfigError, match="shard_size is 2, and nothing is sharded"):
+        runs(shard_size=2)
+
+
 def test_gpu__num_processes(runs: Any, two_gpus: list[torch.device]) -> None:
     """By the command line it starts them: `test_processes.py`."""
     for count, words in ((2, "asks for 2 processes, and this is one"), (3, "asks for 3 processes")):

@@ -14,7 +14,7 @@ import torch
 
 from strop import durable
 from strop.disk import remedy, unusable
-from strop.engine import checkpoint, final
+from strop.engine import checkpoint_writer, final
 from strop.errors import CheckpointError
 from strop.rundir import RunDir
 
@@ -44,7 +44,7 @@ def of_path(folder: Path, fault: Exception) -> None:
 
 
 def in_a_checkpoint(folder: Path, fault: Exception) -> None:
-    checkpoint.save(folder, 1, {"w": torch.ones(2)}, {}, keep=None)
+    checkpoint_writer.save(folder, 1, {"w": torch.ones(2)}, {}, keep=None)
 
 
 def in_the_export(folder: Path, fault: Exception) -> None:
@@ -68,7 +68,7 @@ def test_the_remedy_is_that_of_the_cause(
 
         if fails is in_a_checkpoint:
             monkeypatch.setattr(durable, "write_all", partial(broken, fault))
-            monkeypatch.setattr(checkpoint, "write_tensor_files", partial(broken, fault))
+            monkeypatch.setattr(checkpoint_writer, "write_tensor_files", partial(broken, fault))
         with pytest.raises(CheckpointError) as caught:
             fails(tmp_path, fault)
         message = str(caught.value)

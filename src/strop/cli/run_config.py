@@ -79,7 +79,7 @@ def run_in_processes(config: RunConfig, command: str, arguments: Sequence[str]) 
     Raises:
         ConfigError: it was started as one of several by a launcher that strop does not join.
     """
-    if config.gpu.asked_processes == 1 and not config.gpu.use_ddp:
+    if config.gpu.asked_processes == 1 and not (config.gpu.use_ddp or config.gpu.fsdp):
         return None
     from strop.device import num_processes
     from strop.distributed import find_place

@@ -172,9 +172,9 @@ _GROUPS: Mapping[str, str] = {
     "models[].quant: 4bit or 8bit (--quant 4bit) quantises the base under adapters, by bitsandbytes": (
         "quantize quantise quantization quantization_config qlora gptq awq nf4 fp8"
     ),
-    "gpu.device_ids, or torchrun, starts one process per device, each with the whole model; lora, "
+    "gpu.device_ids, or torchrun, starts one process per device; gpu.fsdp: true shards the model over them; lora, "
     "training.micro_batch_tokens and training.gradient_checkpointing make it fit": (
-        "deepspeed deepspeed_config ds_config zero_stage fsdp fsdp_config accelerate ddp_timeout "
+        "deepspeed deepspeed_config ds_config zero_stage fsdp_config accelerate ddp_timeout "
         "ddp_find_unused_parameters tensor_parallel_size pipeline_parallel_size context_parallel_size "
         "sequence_parallel_size num_gpus nproc_per_node device_map local_rank"
     ),

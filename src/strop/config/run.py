@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from strop.config.methods import DpoSettings, GrpoSettings, PostTraining, SftSettings
+from strop.config.methods import DistillSettings, DpoSettings, GrpoSettings, PostTraining, SftSettings
 from strop.config.section import ListOf, NamedOf, Problem, Section
 from strop.config.sections import (
     DatasetSection,
@@ -22,6 +22,9 @@ from strop.config.sections import (
     TrainingSection,
 )
 from strop.types import RowShape
+
+SHARDABLE = ("adamw_torch_fused", "adamw_torch", "sgd")
+"""Optimizers that update each number of a weight by itself, so that every process can update its part."""
 
 
 class RunConfig(Section):
@@ -173,8 +176,58 @@ class RunConfig(Section):
                 "set temperature_eval: 1.0, or remove num_generations_eval",
             )
 
+    def _sharding_problems(self) -> Iterator[Problem]:
+        """What needs whole weights."""
+        if not self.gpu.fsdp:
+            return
+        optim = self.training.optim
+        if optim not in SHARDABLE:
+            yield Problem(
+                ("training.optim", "gpu.fsdp"),
+                f"training.optim is {optim}, which looks at more of a weight than one process has of it",
+                f"with gpu.fsdp, one of {', '.join(SHARDABLE)}",
+                "choose one of these, or leave gpu.fsdp out",
+            )
+        for i, model in enumerate(self.models):
+            if model.quant != "none":
+                yield Problem(
+                    (f"models.{i}.quant", "gpu.fsdp"),
+                    f"models.{i}.quant is {model.quant}, and gpu.fsdp shards bases that are not quantised",
+                    "one of the two",
+                    "leave quant out (a base in bf16 is sharded), or leave gpu.fsdp out",
+                )
+        if self.finetuning.sample_prompts is not None:
+            yield Problem(
+                ("finetuning.sample_prompts", "gpu.fsdp"),
+                "finetuning.sample_prompts are answered by a whole model, and gpu.fsdp is true",
+                "one of the two",
+                "leave sample_prompts or gpu.fsdp out",
+            )
+        if self.post_training.REWARD_MODEL or isinstance(self.post_training, DistillSettings):
+            yield Problem(
+                ("post_training.method", "gpu.fsdp"),
+                f"method {self.post_training.method} needs a whole model in every process, and gpu.fsdp is true",
+                "one of the two",
+                "leave gpu.fsdp out",
+            )
+        if self.rollout.enabled:
+            yield Problem(
+                ("rollout.enabled", "gpu.fsdp"),
+                "rollout samples with a whole model, and gpu.fsdp is true",
+                "one of the two",
+                "leave gpu.fsdp out",
+            )
+        if isinstance(self.post_training, DpoSettings) and self.post_training.ref_sync_steps:
+            yield Problem(
+                ("post_training.ref_sync_steps", "gpu.fsdp"),
+                "post_training.ref_sync_steps keeps a second whole model, and gpu.fsdp is true",
+                "one of the two",
+                "leave gpu.fsdp or ref_sync_steps out",
+            )
+
     def problems(self) -> Iterator[Problem]:
         yield from self._rollout_problems()
+        yield from self._sharding_problems()
         names = [model.name for model in self.models]
         for i, name in enumerate(names):
             if name in names[:i]:

@@ -121,12 +121,12 @@ class Evaluation:
         """
         while True:
             try:
-                found, why = attempt_together(self._score, self.world)
+                found, why = attempt_together(self._score, self.policy.strategy)
             except _StoppedError:
                 return None
             if found is not None:
                 return found
-            finer = self.cut.smaller(self.groups, self.world.size)
+            finer = self.cut.smaller(self.groups, self.world.size) if self.policy.strategy.repeats else None
             if finer is None:
                 longest = max(self.groups.lengths, key=lambda group: group.num_tokens)
                 raise does_not_fit(self.config, why, where, longest.num_tokens)
@@ -151,3 +151,5 @@ class Evaluation:
                 raise _StoppedError
             if at < len(own):
                 yield groups.batch(self.policy, own[at])
+            else:
+                self.policy.strategy.idle(False)

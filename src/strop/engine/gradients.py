@@ -87,13 +87,15 @@ class Gradients:
             TrainingError: micro-batches of one group each do not fit.
         """
         while True:
-            done, why = attempt_together(lambda: self._passes(step, scale), self._world)
+            done, why = attempt_together(lambda: self._passes(step, scale), self._policy.strategy)
             if done is not None:
                 break
+            if not self._policy.strategy.repeats:
+                raise does_not_fit(self._config, why, f"step {step}", backward=True)
             self._policy.zero_grad(set_to_none=True)
             self._make_fit(step, why)
         result, own = done
-        self._world.sum_gradients(self._policy.trainable().values())
+        self._policy.strategy.sum_gradients()
         order = [place for part in own.cut for place in part]
         (num_tokens,) = self._world.sum([own.num_tokens])
         return Passes(result, own, order, num_tokens)
@@ -111,7 +113,8 @@ class Gradients:
         seed = (self._config.seed, step)
         with self._policy.weights_fixed():
             parts = (self._policy, self._objective, own.batches, own.also)
-            return forward_backward(*parts, seed=seed, scale=scale, world=self._world), own
+            idle = self._policy.strategy.idle
+            return forward_backward(*parts, seed=seed, scale=scale, world=self._world, idle=idle), own
 
     def _make_fit(self, step: int, why: str) -> None:
         groups, before = self._source.step(step), self._cut.budget_tokens

@@ -64,7 +64,7 @@ class Outputs(Protocol):
         """The loss of each validation row, before the line of the evaluation."""
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
-        """Called by all processes, which return when it is saved."""
+        """Called by all processes, which return when it is saved. tensors: those that this process writes."""
 
     def evaluating(self, num_groups: int) -> AbstractContextManager[Callable[[int], None]]: ...
     def note(self, text: str) -> None: ...
@@ -114,15 +114,16 @@ class Loop:
         self.policy, self.objective, self.source, self.world = policy, objective, source, world
         self.outputs, self.samples = outputs, samples
         check_columns(objective, policy=policy.SUPPLIES, source=source.supplies, also=source.also)
-        self.parameters = policy.trainable()
+        self.strategy = policy.strategy
+        self.parameters = self.strategy.trained
         self.optimizer = build_optimizer(self.parameters, self.training, config.lora.loraplus_lr_ratio)
         self.gradients = Gradients(config, policy, objective, source, cuts.training, world, outputs.note)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=policy.precision.scaler)
-        self.snapshot = Snapshot(self.parameters, self.optimizer, self.scaler, source, world)
+        self.scaler = self.strategy.scaler(enabled=policy.precision.scaler)
+        self.snapshot = Snapshot(self.strategy, self.optimizer, self.scaler, source)
         self.state = TrainState()
         self.window = MetricWindow()
         self.memory = DeviceMemory(world)
-        self.digest = WeightsDigest(list(self.parameters.values()))
+        self.digest = WeightsDigest(self.strategy)
         self.stalled = StalledLoss(source.num_steps, self._rate)
         self.evaluation: Evaluator | None = source.evaluator(outputs, self.should_stop)
         if source.validation is not None:
@@ -256,14 +257,14 @@ class Loop:
             if untouched := without_gradient(self.parameters):
                 self.outputs.note(f"step {step}: {untouched}")
         limit = self.training.max_grad_norm or math.inf
-        norm_there = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm_there = self.strategy.clip(limit)
         numbers = result.fetch(norm=norm_there, weights=self.digest.sample())
         norm = numbers.more["norm"].item()
         finite = math.isfinite(numbers.loss) and math.isfinite(norm)
         moved: Mapping[str, Sum] = {}
         if finite:
             set_rate(self.optimizer, rate)
-            probe = UpdateProbe(self.parameters) if self._is_logged(step) else None
+            probe = UpdateProbe(self.strategy) if self._is_logged(step) else None
             if norm == 0.0 and not self._stood_still:
                 self._stood_still = True
                 self.outputs.note(
@@ -349,7 +350,7 @@ class Loop:
         tensors, state = self.snapshot.take(self.state)
         best = [self.state.best_step] if self.state.best_step and self.config.finetuning.load_best_model_at_end else []
         try:
-            path = self.outputs.save(self.state.step, tensors, state, best)
+            path = self.outputs.save(self.state.step, self.strategy.own_share(tensors), state, best)
         except SaveError as error:
             if must:
                 raise

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from strop.engine.records import StepRecord, Sum
 from strop.errors import ConfigError
+from strop.policy.strategy import Strategy
 
 
 class MetricWindow:
@@ -88,22 +89,22 @@ class UpdateProbe:
     changed; it is near 0 if the learning rate is too small for the precision of the weights.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], per_tensor: int = 4096) -> None:
-        self._views = [
-            p.detach().view(-1)[:: max(1, p.numel() // per_tensor)] if p.is_contiguous() else p.detach()
-            for p in parameters.values()
-        ]
+    def __init__(self, strategy: Strategy, per_tensor: int = 4096) -> None:
+        self._strategy = strategy
+        counted = [piece for piece in strategy.pieces.values() if piece.counts]
+        self._views = [piece.every(max(1, piece.size // per_tensor))[0] for piece in counted]
         self._before = [v.clone() for v in self._views]
 
     def measure(self) -> dict[str, Sum]:
         """Returns both measures; to be called after the step."""
-        moved = torch.stack([(a - b).double().norm() for a, b in zip(self._views, self._before, strict=True)]).norm()
+        both = list(zip(self._views, self._before, strict=True))
+        moved = torch.stack([(a - b).double().norm() for a, b in both]).norm()
         size = torch.stack([b.double().norm() for b in self._before]).norm()
-        changed = int(torch.stack([(a != b).sum() for a, b in zip(self._views, self._before, strict=True)]).sum())
-        return {
-            "update_ratio": (_ratio(moved, size), 1),
-            "changed_fraction": (changed / sum(v.numel() for v in self._views), 1),
-        }
+        changed = torch.stack([(a != b).sum() for a, b in both]).sum()
+        moved, size = self._strategy.norm(torch.stack([moved, size]))
+        count = torch.stack([changed, changed.new_tensor(sum(v.numel() for v in self._views))])
+        num_changed, num = self._strategy.sum(count).tolist()
+        return {"update_ratio": (_ratio(moved, size), 1), "changed_fraction": (num_changed / num, 1)}
 
 
 def _ratio(moved: Tensor, size: Tensor) -> float:

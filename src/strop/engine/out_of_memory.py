@@ -9,17 +9,23 @@ from typing import TypeVar
 from strop.config import RunConfig
 from strop.errors import TrainingError
 from strop.policy.allocator import attempt, is_out_of_memory
-from strop.world import PeerMemoryError, World
+from strop.policy.strategy import Strategy
+from strop.world import PeerMemoryError
 
 T = TypeVar("T")
 
 
-def attempt_together(compute: Callable[[], T], world: World) -> tuple[T | None, str]:
-    """(the result, "") in all processes, or (None, why) in all of them where memory ran out in one.
+def attempt_together(compute: Callable[[], T], strategy: Strategy) -> tuple[T | None, str]:
+    """(the result, "") in all processes, or (None, why) in all of them where memory ran out in one. If passes cannot be
+    repeated, only the process where memory ran out gets (None, why), and the run has to end.
 
     `compute` may make any number of collective calls. If memory runs out in one process, the next collective call of
     the others fails.
     """
+    world = strategy.world
+    if not strategy.repeats:
+        with strategy.passes():
+            return attempt(compute)
     heard = False
 
     def whole() -> T:
@@ -92,6 +98,8 @@ def ways_to_fit(config: RunConfig, backward: bool = True) -> Iterator[str]:
     training = config.training
     if backward and training.gradient_checkpointing is not True and not decided_by_auto(config):
         yield "set training.gradient_checkpointing: true"
+    if backward and config.gpu.fsdp and training.micro_batch_tokens is not None:
+        yield f"lower training.micro_batch_tokens (now {training.micro_batch_tokens:,})"
     if not training.bf16 and not training.fp16:
         yield "set training.bf16: true"
     if getattr(config.post_training, "ref_sync_steps", None):

@@ -16,14 +16,14 @@ from torch import Tensor
 from strop.config import RunConfig
 from strop.disk import remedy
 from strop.durable import JsonLines
-from strop.engine import checkpoint
+from strop.engine import checkpoint_writer
 from strop.engine.ledger import ledger_line
 from strop.engine.margins import MarginsLog
 from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
 from strop.engine.records import StepRecord
 from strop.engine.row_losses import RowLosses
-from strop.errors import CheckpointError, SaveError
+from strop.errors import CheckpointError
 from strop.policy.kernels import product_rates
 from strop.report.findings import Finding
 from strop.report.watch import Watch
@@ -143,30 +143,21 @@ class RunOutputs:
                 )
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
-        """Rank 0 saves, and the others wait for it.
+        """Saves together with the other processes.
 
         Raises:
             SaveError: in all processes, where the disk does not take it.
         """
-
-        def save() -> Path | SaveError:
-            try:
-                return checkpoint.save(
-                    self.run.path,
-                    step,
-                    tensors,
-                    {**state, "recipe": recipe_of(self.config), "products": product_rates.record()},
-                    keep=self.config.training.save_total_limit,
-                    protect=protect,
-                    identity=self.made_from,
-                )
-            except SaveError as error:
-                return error  # as a value, so that every process can raise it
-
-        saved = self.world.on_main(save)
-        if isinstance(saved, SaveError):
-            raise saved
-        return saved
+        return checkpoint_writer.save(
+            self.run.path,
+            step,
+            tensors,
+            {**state, "recipe": recipe_of(self.config), "products": product_rates.record()},
+            keep=self.config.training.save_total_limit,
+            protect=protect,
+            identity=self.made_from,
+            world=self.world,
+        )
 
     @contextmanager
     def evaluating(self, num_groups: int) -> Iterator[Callable[[int], None]]:

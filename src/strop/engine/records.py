@@ -7,13 +7,15 @@ trackers and the terminal are made from it and from nothing else.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+
+from strop.policy.strategy import Strategy
 
 Sum = tuple[float, int]
 """A metric of a step as (sum, count)."""
@@ -70,23 +72,25 @@ class WeightsDigest:
 
     PER_TENSOR = 16
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._views = [_spread(p.detach(), self.PER_TENSOR) for p in parameters]
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._views, places, self._size = [], [], 0
+        for piece in strategy.pieces.values():
+            stride = max(1, -(-piece.size // self.PER_TENSOR))
+            if piece.counts:
+                view, place = piece.every(stride)
+                self._views.append(view)
+                places.append(place + self._size)
+            self._size += -(-piece.size // stride)
+        self._places = torch.cat(places)
 
     def sample(self) -> Tensor:
         """The current values, in float32 (or float64, for float64 weights), on the device of the weights."""
         wide = any(view.dtype == torch.float64 for view in self._views)
-        return torch.cat([view.to(torch.float64 if wide else torch.float32) for view in self._views])
+        values = torch.cat([view.to(torch.float64 if wide else torch.float32) for view in self._views])
+        return self._strategy.placed(values, self._places, self._size)
 
     @staticmethod
     def of(sample: Tensor) -> str:
         """The digest of a sample that is on the CPU: 16 hexadecimal digits."""
         return hashlib.blake2b(sample.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _spread(tensor: Tensor, most: int) -> Tensor:
-    """At most `most` evenly spaced values of a tensor, as a view of it."""
-    while not tensor.is_contiguous():
-        tensor = tensor[0]
-    flat = tensor.view(-1)
-    return flat[:: max(1, -(-flat.numel() // most))]

@@ -194,10 +194,13 @@ def reference_logps_of(
     at_once = world.size * (AT_ONCE if world.size > 1 else 1)
     with reference.scoring():
         for begin in range(0, len(missing), at_once):
-            own = []
-            for n in world.own_share(missing[begin : begin + at_once]):
-                logps, in_one = micro_batch_logps(reference, parts.groups(n, groups))
-                own.append((n, logps.numpy(), in_one))
+            own, together = [], missing[begin : begin + at_once]
+            with reference.strategy.passes():
+                for n in world.own_share(together):
+                    logps, in_one = micro_batch_logps(reference, parts.groups(n, groups))
+                    own.append((n, logps.numpy(), in_one))
+                for _ in range(-(-len(together) // world.size) - len(own)):
+                    reference.strategy.idle(False)
             for n, values, in_one in chain(*world.gather(own)):
                 results.write(parts.places(n, values))
                 if store is not None and in_one:  # one that had to be halved has other bits, which no other run may get

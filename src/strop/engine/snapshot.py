@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.optim import optimizer_tensors, set_optimizer_numbers
 from strop.engine.source import StepSource
 from strop.engine.state import TrainState
-from strop.world import World
+from strop.policy.strategy import Strategy
 
 
 class Snapshot:
-    """Collects what a checkpoint of the run holds, and loads a checkpoint into the run. Tensors are not copied. Rank 0
-    reads files, and gives the others what it has read."""
+    """Collects what a checkpoint of the run holds, and loads a checkpoint into the run. Tensors are not copied."""
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        strategy: Strategy,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         source: StepSource,
-        world: World,
     ) -> None:
-        self.parameters, self.optimizer, self.scaler, self.source = parameters, optimizer, scaler, source
-        self.world = world
+        self.strategy, self.optimizer, self.scaler, self.source = strategy, optimizer, scaler, source
+        self.parameters = strategy.trained
 
     def take(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The run's own tensors by name, and everything else as JSON values."""
@@ -49,11 +46,11 @@ class Snapshot:
     def load_tensors(self, checkpoint: Checkpoint) -> None:
         """Loads the tensors only."""
         tensors, _ = self._tensors()
-        if self.world.is_main:
-            checkpoint.load_into(tensors)
-        self.world.share_tensors(tensors.values())
+        self.strategy.load(tensors, checkpoint.load_into)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         optimizer, numbers = optimizer_tensors(self.optimizer, self.parameters)
         weights = {f"policy.{name}": weight.detach() for name, weight in self.parameters.items()}
-        return {**weights, **self.source.tensors(), **optimizer}, numbers
+        of = {f"policy.{name}": name for name in self.parameters}
+        of |= {name: name.split(".", 2)[2] for name in optimizer}  # optimizer.exp_avg.NAME
+        return self.strategy.to_save({**weights, **self.source.tensors(), **optimizer}, of), numbers

@@ -41,6 +41,9 @@ Forward = Callable[[Batch], TokenScores]
 ALONE = World.alone("cpu")
 """One process. Its device is not used here: batches bring their own."""
 
+Idle = Callable[[bool], None]
+"""Takes part in a pass of other processes; its argument says whether there is a backward pass, too."""
+
 Counts = Mapping[str, int]
 """Term name -> what its sum is divided by."""
 
@@ -130,6 +133,14 @@ def count_units(units: Mapping[str, Unit], batches: Sequence[Batch]) -> Counts:
     return {name: sum(unit(b.structure) for b in batches) for name, unit in units.items()}
 
 
+def _counts_everywhere(
+    units: Mapping[str, Unit], batches: Sequence[Batch], nums_here: list[int], world: World
+) -> tuple[Counts, list[list[int]]]:
+    """The counts of the whole step, and how many micro-batches of each kind the processes have, by rank."""
+    counted, nums = zip(*world.gather((count_units(units, batches), nums_here)), strict=True)
+    return {name: sum(own[name] for own in counted) for name in units}, list(nums)
+
+
 def step_loss(objective: Objective[MethodSettings], scores: Scores, counts: Counts) -> Tensor:
     """The share of `scores` in the loss of a step with these counts; a float64 scalar."""
     terms = objective.terms(scores)
@@ -145,6 +156,7 @@ def forward_backward(
     seed: tuple[int, int] = (0, 0),
     scale: float | Tensor = 1.0,
     world: World = ALONE,
+    idle: Idle = lambda backward: None,
 ) -> StepScores:
     """Adds the gradients of one step's loss, times `scale`, to the weights, and returns the scores of the step.
 
@@ -156,13 +168,12 @@ def forward_backward(
         also: the micro-batches of further groups that the objective reads, by name.
         seed: (run seed, step). Together with a micro-batch's place it decides the random state of dropout.
         scale: the loss scale of float16.
+        idle: called in place of each micro-batch that other processes have and this one has not.
     """
     further = sorted((also or {}).items())
     nums_here = [len(batches), *(len(own) for _, own in further)]
-    units, nums = zip(*world.gather((count_units(objective.units, batches), nums_here)), strict=True)  # by rank
-    counts = {name: sum(own[name] for own in units) for name in objective.units}
-    num_batches = sum(num for num, *_ in nums)
-    places, *further_places = (world.size * max(of_kind) for of_kind in zip(*nums, strict=True))
+    counts, nums = _counts_everywhere(objective.units, batches, nums_here, world)
+    most, *most_further = (max(of_kind) for of_kind in zip(*nums, strict=True))
 
     def score(batch: Batch, at: int, first: int = 0) -> TokenScores:
         """at: the place among the batches of this process. first: where batches of this kind begin in the step."""
@@ -170,19 +181,23 @@ def forward_backward(
 
     others: dict[str, Scores] = {}
     with torch.no_grad():
-        first = places
-        for (name, own), num in zip(further, further_places, strict=True):
-            others[name] = join_all([Scores.of(b, score(b, i, first)) for i, b in enumerate(own)], world)
-            first += num
-    if objective.whole_step and num_batches > 1:
+        first = world.size * most
+        for (name, own), num in zip(further, most_further, strict=True):
+            parts = [Scores.of(b, score(b, i, first)) for i, b in enumerate(own)]
+            _idle(idle, num - len(own), backward=False)
+            others[name] = join_all(parts, world)
+            first += world.size * num
+    if objective.whole_step and sum(num for num, *_ in nums) > 1:
         with torch.no_grad():
             once = [Scores.of(b, score(b, i), others) for i, b in enumerate(batches)]
+            _idle(idle, most - len(batches), backward=False)
             whole = join_all(once, world, others)
         wants = batches[0].wants if batches else frozenset()
         for i, (batch, slopes) in enumerate(
             zip(batches, _coefficients(objective, whole, once, wants, counts, world), strict=True)
         ):
             torch.autograd.backward(_carried(score(batch, i), slopes) * scale)
+        _idle(idle, most - len(batches), backward=True)
         return summarise(objective, whole)
     parts = []
     for i, batch in enumerate(batches):
@@ -192,7 +207,13 @@ def forward_backward(
         # Otherwise the nodes of this graph, which hold no tensors any more, would lie in the heap between those of the
         # next graph and fragment it: rows of 1,900 tokens reached a peak of 4.9 GB instead of 3.6.
         del scores
+    _idle(idle, most - len(batches), backward=True)
     return summarise(objective, join_all(parts, world, others))
+
+
+def _idle(idle: Idle, times: int, *, backward: bool) -> None:
+    for _ in range(times):
+        idle(backward)
 
 
 def join_all(parts: Sequence[Scores], world: World, also: Mapping[str, Scores] | None = None) -> Scores:

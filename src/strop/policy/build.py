@@ -5,7 +5,8 @@ The order is the same for every kind of model:
     load the weights
     add or continue adapters; from here on it is known which weights train, and under which names
     hash what was loaded, if asked for
-    switch recomputation of layers on; move the model to the device
+    switch recomputation of layers on
+    move the model to the device, or its parts to the devices of several processes (strategy.py)
     fuse layers
     probe: compare fused layers and shared-prefix rows with the model's own forward pass
 """
@@ -13,6 +14,8 @@ The order is the same for every kind of model:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -41,6 +44,9 @@ from strop.policy.model.tokenizer import check_model, check_vocabulary, read_tok
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision, short_name
 from strop.policy.probe import own_logps, probe
+from strop.policy.sharding import Sharded
+from strop.policy.strategy import Replicated, Strategy
+from strop.world import World
 
 logger = logging.getLogger("strop")
 
@@ -52,11 +58,13 @@ def build_policy(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     hashed: bool = False,
+    world: World | None = None,
 ) -> Policy:
     """The policy of one model of the configuration, as it is before the first step.
 
     Args:
         tokenizer: that of the model, if it is loaded already.
+        world: the processes that train it together, of which this one computes on `device`. None: it is alone.
         hashed: compute `Policy.weights_hash`.
 
     Raises:
@@ -72,15 +80,7 @@ def build_policy(
         if not adapted:
             keep_freed_memory()
     check_adapts(model, adapted)
-    reward_model = config.post_training.REWARD_MODEL
-    loaded = load_model(model, dtype=precision.compute if adapted else precision.master, reward_model=reward_model)
-    if tokenizer is None:
-        tokenizer = read_tokenizer(model)
-        check_model(model, tokenizer, reward_model=reward_model)
-    check_vocabulary(tokenizer, loaded.module, where)
-    if reward_model:
-        _settle_reward_model(loaded, tokenizer, model, config.seed)
-    _check_length(loaded, training.max_seq_length, where)
+    loaded = _loaded(config, model, precision, tokenizer)
     module: nn.Module = loaded.module
     if model.adapter is not None:
         module = continue_adapters(loaded.module, config.lora, model, master=precision.master)
@@ -94,7 +94,7 @@ def build_policy(
     checkpoint_layers(module, training.recomputed, random=random, where=where)
     elementwise = elementwise_of(training, device)
     policy = assemble(
-        module.to(device),
+        module,
         loaded,
         precision,
         model,
@@ -102,11 +102,30 @@ def build_policy(
         elementwise=elementwise,
         weights_hash=digest,
         temperature=sampling_temperature(config),
+        place=strategy_of(config, world or World.alone(device)),
     )
     policy.initial_adapter = initial
     policy.has_new_head = loaded.new_head and model.adapter is None
     policy.save_dtype = None if training.save_dtype == "auto" else getattr(torch, training.save_dtype)
     return policy
+
+
+def _loaded(
+    config: RunConfig, model: ModelSection, precision: Precision, tokenizer: PreTrainedTokenizerBase | None
+) -> LoadedModel:
+    """The model as the configuration wants it, once it has been found to fit its tokenizer and the rows."""
+    reward_model = config.post_training.REWARD_MODEL
+    loaded = load_model(
+        model, dtype=precision.compute if config.adapts(model) else precision.master, reward_model=reward_model
+    )
+    if tokenizer is None:
+        tokenizer = read_tokenizer(model)
+        check_model(model, tokenizer, reward_model=reward_model)
+    check_vocabulary(tokenizer, loaded.module, place_of(model))
+    if reward_model:
+        _settle_reward_model(loaded, tokenizer, model, config.seed)
+    _check_length(loaded, config.training.max_seq_length, place_of(model), sharded=config.gpu.fsdp)
+    return loaded
 
 
 def sampling_temperature(config: RunConfig) -> float:
@@ -136,6 +155,25 @@ def _settle_reward_model(
         draw_score(loaded.module, seed)
         if model.adapter is None:
             logger.info("%s: its head is new, drawn from seed %d", where, seed)
+
+
+Place = Callable[[Policy], Strategy]
+"""Moves a policy to the devices of the processes that train it, in place."""
+
+
+def strategy_of(config: RunConfig, world: World) -> Place:
+    """How `config.gpu` wants the weights to lie over these processes."""
+    if not config.gpu.fsdp:
+        return partial(_replicated, world=world)
+    if world.size == 1:
+        logger.warning("gpu.fsdp is true, and there is one process: nothing is sharded")
+        return partial(_replicated, world=world)
+    return partial(Sharded, world=world, shard_size=config.gpu.shard_size)
+
+
+def _replicated(policy: Policy, world: World) -> Strategy:
+    policy.to(world.device)
+    return Replicated(policy, world)
 
 
 def _warn_of_slow_precision(precision: Precision) -> None:
@@ -173,11 +211,13 @@ def assemble(
     elementwise: Elementwise = EAGER,
     weights_hash: str | None = None,
     temperature: float = 1.0,
+    place: Place | None = None,
 ) -> Policy:
-    """Wraps a model that is on its device, chooses its row layout, fuses its layers and probes the result.
+    """Wraps a model, chooses its row layout, moves it to its device, fuses its layers and probes the result.
 
     Args:
         temperature: what its logits are divided by.
+        place: None: the model is on its device.
 
     Raises:
         ModelError: the policy's log-probs differ from the model's own, or the model sees later tokens.
@@ -195,12 +235,14 @@ def assemble(
         where=where,
         weights_hash=weights_hash,
     )
+    if place is not None:
+        policy.strategy = place(policy)
     with model_errors(where, "its forward pass"):
         own = own_logps(policy)  # before layers get other forwards than the model's
     if own.transform != policy.transform:
         logger.info("%s: its logits, measured: %s", where, own.transform.describe())
         policy.transform = own.transform
-    fuse(module, policy.weight_copies, policy.device, elementwise)
+    fuse(module, policy.weight_copies, policy.device, elementwise, policy.strategy.gathered)
     refused = probe(policy, own)
     if refused is not None:
         logger.warning(
@@ -220,7 +262,7 @@ def assemble(
     return policy
 
 
-def _check_length(loaded: LoadedModel, max_seq_length: int, where: str) -> None:
+def _check_length(loaded: LoadedModel, max_seq_length: int, where: str, *, sharded: bool) -> None:
     """Refuses rows that are longer than a model with learned positions can take; for others, warns."""
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     kind = prefix_sharing.rope_by_length(loaded.config)
@@ -231,6 +273,13 @@ def _check_length(loaded: LoadedModel, max_seq_length: int, where: str) -> None:
             "tokens have log-probs that depend on the rows before them",
             where=where,
             fix=f"set training.max_seq_length to {threshold} or less",
+        )
+    if sharded and threshold is not None and max_seq_length > threshold:
+        raise ConfigError(
+            f"training.max_seq_length is {max_seq_length}; with this model's rotary scaling, rows of more than "
+            f"{threshold} tokens are computed one by one, and a sharded model needs equal passes",
+            where=where,
+            fix=f"set training.max_seq_length to {threshold} or less, or leave gpu.fsdp out",
         )
     if not isinstance(limit, int) or max_seq_length <= limit:
         return

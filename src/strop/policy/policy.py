@@ -11,10 +11,10 @@ train mode, because gradient checkpointing works only there; dropout (only lora_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from peft import PeftModel
@@ -36,9 +36,13 @@ from strop.policy.model.logit_transform import logit_transform
 from strop.policy.model.quantised import total_weights
 from strop.policy.model.task import head_of, is_reward_model
 from strop.policy.precision import Precision
-from strop.policy.saving import save
+from strop.policy.saving import help_to_save, save
+from strop.policy.strategy import Replicated, Strategy
 from strop.policy.teacher import DIVERGENCE, Teacher
 from strop.types import Group
+from strop.world import World
+
+T = TypeVar("T")
 
 
 class Policy(nn.Module):
@@ -86,6 +90,7 @@ class Policy(nn.Module):
         self.teacher: Teacher | None = None
         self.has_new_head = False  # of a reward model: its weights have been drawn, not trained
         self._row_limit = prefix_sharing.rope_threshold(loaded.config)
+        self.strategy: Strategy = Replicated(self, World.alone(self.device))
         register_attention()
         self.train()
 
@@ -158,6 +163,10 @@ class Policy(nn.Module):
         )
         return batch.token_scores(scored[0], collisions=scored[1]) if collisions else batch.token_scores(scored)
 
+    def own_pass(self, compute: Callable[[], T]) -> T:
+        """The result of `compute`, which may call the model's own forward: its weights are whole meanwhile."""
+        return compute()
+
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """A block without gradients and dropout, for the reference and evaluations; the module stays in train mode."""
@@ -203,6 +212,10 @@ class Policy(nn.Module):
         """The weights that train, by the names under which they are saved."""
         return {saved: self.model.get_parameter(name) for saved, name in self._trained.items()}
 
+    def trainable_in_module(self) -> dict[str, nn.Parameter]:
+        """The weights that train, by their names in `model`."""
+        return {name: self.model.get_parameter(name) for name in self._trained.values()}
+
     @property
     def weights_hash(self) -> str:
         """A hash of all weights as they were loaded, including adapters."""
@@ -220,10 +233,12 @@ class Policy(nn.Module):
         total = total_weights(self.model)
         shared = f"each prompt once, shared by its completions; attention by {self.attention_kernel}"
         plain = f"plain, padded; attention {self.plain_attention}"
+        placed = self.strategy.describe()
         return [
             f"{total:,} weights, {trained:,} of them trained ({100 * trained / total:.2f} %)",
             self.precision.describe(self.has_adapters),
             f"rows: {shared if self.share_prefix else plain}",
+            *([] if placed is None else [f"weights: {placed}"]),
         ]
 
     @property
@@ -252,6 +267,10 @@ class Policy(nn.Module):
             ModelError: peft cannot load the adapter that was written.
         """
         save(self, Path(folder), tokenizer, ends)
+
+    def help_to_save(self) -> None:
+        """What the other processes do while rank 0 calls `save_pretrained`: they give it their parts of the weights."""
+        help_to_save(self)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """[B, T, D] the output of the body, after its last norm."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,15 +80,13 @@ def own_logps(policy: Policy) -> Own:
         return scored
 
     with policy.scoring():
-        own = score()
+        own = policy.own_pass(score)
         with inference_mode(policy.model):
-            inferred = score()
+            inferred = policy.own_pass(score)
             eps = torch.finfo(policy.precision.compute).eps
-            noise = max(_rounded(policy.model, eps, seed, score, inferred) for seed in range(DRAWS))
-        transform: LogitTransform | None = policy.transform
-        if not policy.is_reward_model:
-            with policy.precision.autocast(policy.device):
-                transform = measured_transform(policy.base, policy.body, inputs, policy.transform)
+            again = partial(policy.own_pass, score)
+            noise = max(_rounded(policy.model, eps, seed, again, inferred) for seed in range(DRAWS))
+        transform = policy.transform if policy.is_reward_model else policy.own_pass(partial(_measured, policy, inputs))
     tolerance = prefix_sharing.tolerance(policy.precision.compute, noise)
     if not (apart := prefix_sharing.mean_apart(own, inferred)) <= tolerance:
         raise ModelError(
@@ -112,6 +111,11 @@ def own_logps(policy: Policy) -> Own:
             where=policy.where,
         )
     return Own(own, tolerance, transform)
+
+
+def _measured(policy: Policy, inputs: Mapping[str, Tensor | None]) -> LogitTransform | None:
+    with policy.precision.autocast(policy.device):
+        return measured_transform(policy.base, policy.body, inputs, policy.transform)
 
 
 @contextmanager

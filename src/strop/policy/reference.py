@@ -24,7 +24,7 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ConfigError, ModelError
 from strop.policy.allocator import in_halves
-from strop.policy.build import assemble, elementwise_of, sampling_temperature
+from strop.policy.build import assemble, elementwise_of, sampling_temperature, strategy_of
 from strop.policy.model.folder import place_of
 from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import load_model
@@ -50,7 +50,7 @@ def micro_batch_logps(policy: Policy, groups: Sequence[Group]) -> tuple[Tensor, 
         num_passes += 1
         return logps
 
-    logps = in_halves(score, groups)
+    logps = in_halves(score, groups) if policy.strategy.repeats else score(groups)
     return logps, num_passes == 1
 
 
@@ -248,7 +248,7 @@ def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTraine
         )
     digest = weights_hash(loaded.module)
     return assemble(
-        loaded.module.to(policy.device).requires_grad_(False),
+        loaded.module.requires_grad_(False),
         loaded,
         policy.precision,
         section,
@@ -256,6 +256,7 @@ def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTraine
         elementwise=elementwise_of(config.training, policy.device),
         weights_hash=digest,
         temperature=sampling_temperature(config),
+        place=strategy_of(config, policy.strategy.world),
     )
 
 

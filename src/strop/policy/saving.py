@@ -35,18 +35,45 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     with quiet():
         if isinstance(policy.model, PeftModel):
-            if policy.initial_adapter is None:
-                policy.model.save_pretrained(str(folder), save_embedding_layers=False)
-                (folder / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
-                trained = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
-            else:
-                trained = save_on_base(policy.model, policy.initial_adapter, folder)
-            reward_model = policy.is_reward_model
-            check_adapter(trained, folder, policy.loaded_config, policy.where, reward_model=reward_model)
+            _save_adapter(policy, policy.model, folder)
         else:
             _save_full(policy, folder)
         own = getattr(policy.base, "generation_config", None)
         write_generation(folder, own, tokenizer, None if ends is None else dict(ends), policy.where)
+
+
+def help_to_save(policy: Policy) -> None:
+    """What every other process does while rank 0 calls `save`: it gives it its parts of the weights."""
+    for _ in range(2 if _may_be_too_large(policy) else 1):
+        for _ in policy.strategy.whole(_kept(policy)):
+            pass
+
+
+def _kept(policy: Policy) -> dict[str, Tensor]:
+    """What is saved, by name in the module. Of names that share a tensor, as tied weights do, the first stands."""
+    if isinstance(policy.model, PeftModel):
+        return dict(policy.trainable_in_module())
+    return {names[0]: tensor for tensor, names in _by_tensor(policy.base.state_dict(keep_vars=True))}
+
+
+def _by_tensor(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, list[str]]]:
+    """Each tensor with its names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [(tensors[own[0]], own) for own in names.values()]
+
+
+def _save_adapter(policy: Policy, adapted: PeftModel, folder: Path) -> None:
+    tensors = {**adapted.state_dict(), **dict(policy.strategy.whole(_kept(policy)))}
+    trained = get_peft_model_state_dict(adapted, state_dict=tensors, save_embedding_layers=False)
+    if policy.initial_adapter is None:
+        adapted.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
+    else:
+        trained = save_on_base(adapted, trained, policy.initial_adapter, folder)
+    reward_model = policy.is_reward_model
+    check_adapter(trained, folder, policy.loaded_config, policy.where, reward_model=reward_model)
 
 
 def _save_full(policy: Policy, folder: Path) -> None:
@@ -56,7 +83,7 @@ def _save_full(policy: Policy, folder: Path) -> None:
     if generation is not None:  # it is written by `write_generation`
         base.generation_config = GenerationConfig()
     try:
-        base.save_pretrained(folder, state_dict=_in_dtype(base.state_dict(keep_vars=True), dtype))
+        base.save_pretrained(folder, state_dict=_in_dtype(policy, dtype))
         policy.loaded_config.dtype = short_name(dtype)
         policy.loaded_config.save_pretrained(folder)
     finally:
@@ -65,23 +92,27 @@ def _save_full(policy: Policy, folder: Path) -> None:
             base.generation_config = generation
 
 
-def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors, with floating point ones in another dtype. Names that share a tensor, as tied weights do, still
-    share one."""
-    made: dict[int, Tensor] = {}
-    for tensor in tensors.values():
-        if id(tensor) not in made:
-            own = tensor.detach()
-            made[id(tensor)] = own.to(dtype) if own.is_floating_point() else own
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+def _in_dtype(policy: Policy, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of the base, with floating point ones in another dtype. Names that share a tensor still share one."""
+    made = {
+        name: own.to(dtype) if own.is_floating_point() else own for name, own in policy.strategy.whole(_kept(policy))
+    }
+    named = _by_tensor(policy.base.state_dict(keep_vars=True))
+    return {name: made[names[0]] for _, names in named for name in names}
+
+
+def _may_be_too_large(policy: Policy) -> bool:
+    return policy.saved_dtype == torch.float16 and not policy.has_adapters
 
 
 def _saving_dtype(policy: Policy) -> torch.dtype:
     """`saved_dtype`, or float32 if a weight is too large for float16."""
-    if policy.saved_dtype != torch.float16:
+    if not _may_be_too_large(policy):
         return policy.saved_dtype
-    most = torch.finfo(torch.float16).max
-    large = [n for n, p in policy.base.named_parameters() if p.numel() and float(p.detach().abs().max()) > most]
+    most, large = torch.finfo(torch.float16).max, []
+    for name, tensor in policy.strategy.whole(_kept(policy)):
+        if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > most:
+            large.append(name)
     if not large:
         return torch.float16
     logger.warning("%s: saved in float32, since the weights of %s are too large for float16", policy.where, large[0])

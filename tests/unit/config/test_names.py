@@ -98,6 +98,6 @@ def test_a_method_as_loss_type_without_a_method() -> None:
 
 
 def test_names_for_several_devices_lead_to_what_starts_several_processes() -> None:
-    for name in ("nproc_per_node", "num_gpus", "local_rank", "accelerate", "deepspeed", "fsdp"):
+    for name in ("nproc_per_node", "num_gpus", "local_rank", "accelerate", "deepspeed", "fsdp_config"):
         assert "gpu.device_ids" in ABSENT[name] and "torchrun" in ABSENT[name]
     assert "gpu.device_ids" in {key.dotted for key in KEYS}

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from strop import disk, durable, manifest
-from strop.engine import checkpoint
-from strop.engine.checkpoint import newest, open_checkpoint, retire_newer, save
+from strop.engine import checkpoint_writer
+from strop.engine.checkpoint import newest, open_checkpoint, retire_newer
+from strop.engine.checkpoint_writer import save
 from strop.errors import CheckpointError
 from strop.manifest import MANIFEST
 
@@ -126,7 +127,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 
 
 def test_many_tensors_go_into_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 100)
     monkeypatch.setattr(manifest, "PARALLEL_BYTES", 1)
     saved = {f"t{i}": torch.randn(10) for i in range(7)}
     path = save(tmp_path, 1, saved, {}, keep=None)
@@ -249,7 +250,7 @@ def test_any_damage_is_named_and_the_older_one_is_used(
 
 
 def test_two_files_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 1)
+    monkeypatch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 1)
     save(tmp_path, 1, {"a": torch.zeros(9), "b": torch.ones(9)}, {}, keep=None)
     first, second = sorted((tmp_path / "checkpoint-1").glob("shard*"))
     first.rename(tmp_path / "x")

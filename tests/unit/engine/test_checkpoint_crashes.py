@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from strop import durable
-from strop.engine.checkpoint import newest, save
+from strop.engine.checkpoint import newest
+from strop.engine.checkpoint_writer import save
 
 
 def put(run_dir: Path, step: int, keep: int | None = 1) -> None:

@@ -20,7 +20,7 @@ from strop.objectives.base import build_objective
 from strop.plan.tokens import packed_tokens
 from strop.types import Completion, Group, Origin
 from strop.world import World
-from worlds import in_worlds
+from worlds import in_worlds, replicated
 
 GROUPS = [Group(array("i", [1]), (Completion(array("i", [2]), b"\1"),), Origin("rows", i)) for i in range(60)]
 
@@ -28,8 +28,8 @@ GROUPS = [Group(array("i", [1]), (Completion(array("i", [2]), b"\1"),), Origin("
 class Scoring:
     """A policy that counts the micro-batches that it scores."""
 
-    def __init__(self) -> None:
-        self.num_scored = 0
+    def __init__(self, world: World) -> None:
+        self.num_scored, self.strategy = 0, replicated({}, world)
 
     def scoring(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -56,7 +56,7 @@ def evaluated(world: World, stops_rank: int | None, after: int = 0) -> tuple[boo
 
     stops_rank: the process that a signal stops. after: how many micro-batches that process has scored by then.
     """
-    policy: Any = Scoring()
+    policy: Any = Scoring(world)
     num_asked = 0
 
     def should_stop() -> bool:

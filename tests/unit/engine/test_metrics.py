@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from strop.engine.metrics import MetricWindow, UpdateProbe
+from worlds import replicated
 
 
 def test_a_window_divides_once_and_starts_again() -> None:
@@ -31,7 +32,7 @@ def test_a_window_survives_json_exactly() -> None:
 
 def test_the_probe_measures_the_update() -> None:
     layer = nn.Linear(4, 4)
-    probe = UpdateProbe(dict(layer.named_parameters()))
+    probe = UpdateProbe(replicated(dict(layer.named_parameters())))
     assert probe.measure() == {"update_ratio": (0.0, 1), "changed_fraction": (0.0, 1)}
     size = torch.cat([p.detach().flatten() for p in layer.parameters()]).norm()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from strop.engine.metrics import MetricWindow
 from strop.engine.records import StepRecord, WeightsDigest
 from strop.engine.state import TrainState
+from worlds import replicated
 
 RECORD = StepRecord(
     step=3,
@@ -86,12 +88,16 @@ def test_of_a_skipped_step_only_counts_are_kept() -> None:
     assert (state.num_skipped, state.skipped_in_a_row, state.step) == (2, 0, 3)
 
 
+def digest_of(weights: Sequence[nn.Parameter]) -> WeightsDigest:
+    return WeightsDigest(replicated({str(number): weight for number, weight in enumerate(weights)}))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_digest_is_of_the_weights_as_they_are(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((50, 40), (3,), (), (0, 4), (7, 30))]
     weights.append(nn.Parameter(torch.randn(6, 5, dtype=dtype).T))  # not contiguous
-    digest = WeightsDigest(weights)
+    digest = digest_of(weights)
 
     def now() -> str:
         return digest.of(digest.sample())
@@ -105,6 +111,6 @@ def test_a_digest_is_of_the_weights_as_they_are(dtype: torch.dtype) -> None:
                 weight.add_(torch.finfo(dtype).eps * 4 * weight.abs().max())  # of every tensor something is looked at
             seen.append(now())
     assert len(set(seen)) == len(seen)
-    assert WeightsDigest([nn.Parameter(w.detach().clone()) for w in weights]).sample().tolist() == (
+    assert digest_of([nn.Parameter(w.detach().clone()) for w in weights]).sample().tolist() == (
         digest.sample().tolist()
     )

@@ -18,7 +18,14 @@ class GpuSection(Section):
     per process; the CPU where there is none."""
     use_ddp: bool = False
     """Data parallelism: every process has the whole model and a share of each step. Several processes train like this
-    in any case; without device_ids and num_processes, true takes all GPUs of the machine."""
+    unless fsdp is set; without device_ids and num_processes, true takes all GPUs of the machine."""
+    fsdp: bool = False
+    """Sharding (FSDP): every process holds a part of the weights, of their gradients and of the optimizer's state, and
+    each layer is gathered while it computes. For models that do not fit on one device. Without device_ids and
+    num_processes, true takes all GPUs of the machine."""
+    shard_size: int | None = Field(default=None, gt=0)
+    """With fsdp: how many processes share one copy of the model; such groups of processes are replicas of each other.
+    It must divide the number of processes, and is best the number of GPUs per machine. null: all processes."""
     num_processes: int | None = Field(default=None, gt=0, le=1024)
     """Processes on this machine, which `strop train` starts; on a CPU they share its cores. null: one per device_id,
     or one; under torchrun as many as it starts."""
@@ -38,4 +45,18 @@ class GpuSection(Section):
                 f"num_processes is {count}, and device_ids names {len(ids)} devices",
                 "one process per device",
                 "leave num_processes out",
+            )
+        if self.fsdp and self.use_ddp:
+            yield Problem(
+                ("fsdp", "use_ddp"),
+                "fsdp and use_ddp are both true",
+                "fsdp shards the model, use_ddp keeps a whole one in every process",
+                "set one of them",
+            )
+        if self.shard_size is not None and not self.fsdp:
+            yield Problem(
+                ("shard_size", "fsdp"),
+                f"shard_size is {self.shard_size}, and nothing is sharded",
+                "fsdp: true beside it",
+                "set fsdp: true, or leave shard_size out",
             )

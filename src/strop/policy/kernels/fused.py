@@ -20,7 +20,8 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -277,10 +278,14 @@ PROBE_SIZES = (1.0, 30.0, 1000.0)
 
 
 def fuse(
-    model: nn.Module, weight_copies: WeightCopies, device: torch.device, elementwise: Elementwise = EAGER
+    model: nn.Module,
+    weight_copies: WeightCopies,
+    device: torch.device,
+    elementwise: Elementwise = EAGER,
+    gathered: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> Counter[str]:
     """Fuse what is known in `model`, which is on its device; how many of each kind. elementwise: what MLPs and norms
-    do element by element."""
+    do element by element. gathered: a block in which a module has its whole weights."""
     done: Counter[str] = Counter()
     linears: dict[nn.Module, FusedLinear] = {}
     inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLinear)}
@@ -292,7 +297,9 @@ def fuse(
     for module in model.modules():
         _share_input(module, linears)
         for kind, fused in _candidates(module, linears, elementwise):
-            if agrees(module, fused, device):
+            with gathered(module):
+                is_same = agrees(module, fused, device)
+            if is_same:
                 _replace_forward(module, fused)
                 done[kind] += 1
     logger.debug("fused: %s", ", ".join(f"{n} {kind}" for kind, n in done.items()) or "nothing")

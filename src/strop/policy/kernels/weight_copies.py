@@ -19,9 +19,12 @@ class WeightCopies:
     """Detached copies of weights. Outside of `weights_fixed`, every use makes a new copy.
 
     On a CPU the memory of a copy is used again for the next one: fresh pages cost more than the copying.
+
+    keeps: whether copies are kept at all. Those of weights that are gathered only while they are used are not.
     """
 
     def __init__(self) -> None:
+        self.keeps = True
         self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._current: set[tuple[int, torch.dtype]] | None = None
         self._zero: dict[int, tuple[Tensor, bool]] = {}
@@ -44,7 +47,7 @@ class WeightCopies:
         """The weight in this dtype, without gradients: itself if it has the dtype, else a copy."""
         if weight.dtype == dtype:
             return weight.detach()
-        if self._current is None:
+        if self._current is None or not self.keeps:
             return weight.detach().to(dtype)
         key = (id(weight), dtype)
         if key not in self._copies:

@@ -36,13 +36,16 @@ def initial_adapter(adapted: PeftModel, lora: LoraSection) -> Initial | None:
     return {name: tensor.detach().cpu().clone() for name, tensor in _saved(adapted).items() if _is_matrix(name)}
 
 
-def save_on_base(adapted: PeftModel, initial: Initial, folder: Path) -> dict[str, Tensor]:
+def save_on_base(
+    adapted: PeftModel, trained: Mapping[str, Tensor], initial: Initial, folder: Path
+) -> dict[str, Tensor]:
     """Write the adapter into `folder` as peft does, for the base as its files have it; its tensors as written.
 
     Args:
+        trained: the adapter's whole tensors, by the names under which peft saves them.
         initial: as `initial_adapter` returned it.
     """
-    written = {name: _beside(name, tensor.detach().cpu(), initial) for name, tensor in _saved(adapted).items()}
+    written = {name: _beside(name, tensor.detach().cpu(), initial) for name, tensor in trained.items()}
     config: LoraConfig = copy.deepcopy(adapted.peft_config["default"])
     config.init_lora_weights, config.inference_mode = True, True
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the scale stays what it was

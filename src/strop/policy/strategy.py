@@ -1,0 +1,207 @@
+"""How the weights of a policy lie over the processes that train it. Floor 2.
+
+The engine asks the policy's `Strategy` for whatever depends on that, so that a step reads the same in all cases:
+
+    Replicated   every process holds all weights; gradients are summed once per step (this module)
+    Sharded      every process holds a part of them (sharding.py)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from strop.world import World
+
+if TYPE_CHECKING:
+    from strop.policy.policy import Policy
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a process holds of one weight that trains.
+
+    tensor: what the optimizer updates here. start: where it begins in the whole weight, in elements, counted row by
+    row. size: elements of the whole weight. counts: whether this process adds it to sums over the whole model. Of the
+    processes that hold the same piece, one does in each replica.
+    """
+
+    tensor: nn.Parameter
+    start: int
+    size: int
+    counts: bool
+
+    @classmethod
+    def whole(cls, weight: nn.Parameter) -> Piece:
+        return cls(weight, 0, weight.numel(), counts=True)
+
+    def every(self, stride: int) -> tuple[Tensor, Tensor]:
+        """Every `stride`-th element of the whole weight, as far as it lies here: a view of the values, and their places
+        among all that are taken, [n] each."""
+        flat = _flat(self.tensor.detach())
+        first = -(-self.start // stride)
+        values = flat[first * stride - self.start :: stride]
+        return values, torch.arange(first, first + len(values), device=values.device)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A flat view; of a tensor with gaps, a view of a part of it."""
+    while not tensor.is_contiguous():
+        tensor = tensor[0]
+    return tensor.view(-1)
+
+
+class Strategy(ABC):
+    """How the weights of one policy lie over the processes of `world`.
+
+    repeats: whether a pass that ran out of memory in one process can be repeated. It cannot where the other processes
+    are inside the collective calls of a layer then.
+    """
+
+    repeats: bool
+
+    def __init__(self, policy: Policy, world: World) -> None:
+        self.policy, self.world = policy, world
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[object]:
+        """A block in which a module inside a layer has its whole weights, outside of a pass. Collective."""
+        return nullcontext()
+
+    @abstractmethod
+    def idle(self, backward: bool) -> None:
+        """Takes part in a pass of the other processes, when this one has no micro-batch left.
+
+        backward: whether it is a forward and a backward pass.
+        """
+
+    def passes(self) -> AbstractContextManager[object]:
+        """A block with forward and backward passes."""
+        return nullcontext()
+
+    # -- gradients and the optimizer -----------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def pieces(self) -> Mapping[str, Piece]:
+        """What this process updates, by the names of `Policy.trainable`."""
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The tensors of `pieces`: the whole weights, or this process's parts of them."""
+        return {name: piece.tensor for name, piece in self.pieces.items()}
+
+    @abstractmethod
+    def sum_gradients(self) -> None:
+        """After the backward passes of a step: gives each of `trained` its gradient, summed over all processes."""
+
+    def scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        """The loss scaler of float16."""
+        return torch.amp.GradScaler(self.world.device.type, enabled=enabled)
+
+    @abstractmethod
+    def clip(self, limit: float) -> Tensor:
+        """Scales the gradients down to a norm of at most `limit`; returns the norm before, a scalar."""
+
+    @abstractmethod
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum over the whole model, given the sum over the pieces that count here. Collective."""
+
+    @abstractmethod
+    def norm(self, own: Tensor) -> Tensor:
+        """As `sum`, for norms."""
+
+    @abstractmethod
+    def placed(self, values: Tensor, places: Tensor, size: int) -> Tensor:
+        """[size] values of the whole model, given those that count here and their places. Collective."""
+
+    # -- saving and loading --------------------------------------------------------------------------------------------
+
+    def to_save(self, tensors: Mapping[str, Tensor], of: Mapping[str, str]) -> dict[str, Tensor]:
+        """Tensors as checkpoints hold them: those shaped like this process's piece stand for the whole weight.
+
+        of: names of tensors -> the weight that each belongs to.
+        """
+        return dict(tensors)
+
+    @abstractmethod
+    def own_share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process writes of the tensors of a checkpoint. All processes together write everything once."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, Tensor], read: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Loads tensors of `to_save` in place. Collective.
+
+        read: reads what it is given, from a checkpoint.
+        """
+
+    @abstractmethod
+    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, one after the other, detached, in rank 0. Collective: all processes go through all of them."""
+
+    def check_folder(self, folder: Path) -> None:  # noqa: B027 (by default, only rank 0 has to see it)
+        """Refuses a run folder that a process which will write in it does not see. Collective.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+
+    @abstractmethod
+    def describe(self) -> str | None:
+        """A line of text; None where there is nothing to say."""
+
+
+class Replicated(Strategy):
+    """Every process holds all weights. There is no collective call in a pass, so processes may have different numbers
+    of micro-batches, and repeat them when memory runs out."""
+
+    repeats = True
+
+    def idle(self, backward: bool) -> None:
+        pass
+
+    @property
+    def pieces(self) -> Mapping[str, Piece]:
+        return {name: Piece.whole(weight) for name, weight in self.policy.trainable().items()}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self.policy.trainable()
+
+    def sum_gradients(self) -> None:
+        self.world.sum_gradients(self.trained.values())
+
+    def clip(self, limit: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
+
+    def sum(self, own: Tensor) -> Tensor:
+        return own
+
+    def norm(self, own: Tensor) -> Tensor:
+        return own
+
+    def placed(self, values: Tensor, places: Tensor, size: int) -> Tensor:
+        return values
+
+    def own_share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors) if self.world.is_main else {}
+
+    def load(self, tensors: Mapping[str, Tensor], read: Callable[[Mapping[str, Tensor]], None]) -> None:
+        if self.world.is_main:  # only its machine has to see the folder
+            read(tensors)
+        self.world.share_tensors(tensors.values())
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            yield name, tensor.detach()
+
+    def describe(self) -> str | None:
+        return None
