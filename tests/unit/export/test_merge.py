@@ -72,6 +72,12 @@ def same_answers(base: Path, adapter: Path, merged: Path, tolerance: float) -> N
     assert (before - theirs).abs().max() > 10 * tolerance  # the adapter does something
 
 
+def texts_equal(found: proof.Proof) -> int:
+    """Of how many prompts both models go on with the same tokens."""
+    (line,) = (line for line in found.lines if line.what.startswith("greedy texts"))
+    return int(line.what.removeprefix("greedy texts: ").split()[0])
+
+
 VARIANTS = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -90,6 +96,7 @@ def test_the_merged_model_is_the_adapters(
     base, adapter = make(make_model(dtype=dtype), **VARIANTS[variant])
     found = merge.merge(str(adapter), tmp_path / "merged")
     assert not found.failed and found.moved > 0
+    assert texts_equal(found) == len(proof.PROMPTS) or dtype == torch.bfloat16
     same_answers(base, adapter, tmp_path / "merged", 1e-5 if dtype == torch.float32 else 3e-2)
     stored = load_file(tmp_path / "merged/model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
@@ -113,7 +120,8 @@ def test_a_tied_head_stays_tied_unless_the_adapter_parts_it(
     lora: dict[str, Any], parts: bool, make: Any, make_model: Any, tmp_path: Path
 ) -> None:
     base, adapter = make(make_model(tie_word_embeddings=True), **lora)
-    assert not merge.merge(str(adapter), tmp_path / "merged").failed
+    found = merge.merge(str(adapter), tmp_path / "merged")
+    assert not found.failed and texts_equal(found) == len(proof.PROMPTS)
     same_answers(base, adapter, tmp_path / "merged", 1e-5)
     assert ("lm_head.weight" in load_file(tmp_path / "merged/model.safetensors")) == parts
     assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is not parts

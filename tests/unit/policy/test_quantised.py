@@ -22,6 +22,7 @@ from strop.estimate.memory import weight_bytes
 from strop.export.merge import merge
 from strop.policy.build import build_policy
 from strop.policy.kernels.denormals import flush_denormals
+from strop.policy.kernels.fused import unfuse
 from strop.policy.model import quantised
 from strop.policy.model.configuration import quiet
 from strop.policy.model.from_config import shape_of
@@ -108,6 +109,55 @@ def test_losses_and_gradients_are_those_of_the_dequantised_model(kind: str, buil
     assert slopes.keys() == right.keys() and len(slopes) == 28
     for name, slope in right.items():
         torch.testing.assert_close(slopes[name], slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()), msg=name)
+
+
+def dpo_step(
+    policy: Policy, logps: torch.Tensor, reference: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of DPO over two pairs, and its gradients. logps, reference: of all scored tokens."""
+    counts = [len(c.ids) for g in GROUPS for c in g.completions]
+    sides = torch.stack([part.sum() for part in (logps - reference).split(counts)]).reshape(2, 2)
+    loss = -torch.nn.functional.logsigmoid(0.5 * (sides[:, 0] - sides[:, 1])).mean()
+    for weight in policy.trainable().values():
+        weight.grad = None
+    loss.backward()
+    return loss.detach().double(), {n: w.grad.double() for n, w in policy.trainable().items() if w.grad is not None}
+
+
+def plain_logps(policy: Policy) -> torch.Tensor:
+    """By the forward passes of transformers, peft and bitsandbytes themselves, a completion at a time."""
+    unfuse(policy.model)
+    policy.base.set_attn_implementation("eager")
+    parts = []
+    for g in GROUPS:
+        for c in g.completions:
+            ids = torch.tensor([[*g.prompt_ids, *c.ids]])
+            rows = policy.model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+            parts.append(rows.gather(1, ids[0, 1:, None])[len(g.prompt_ids) - 1 :, 0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dpo_is_as_near_to_float64_as_the_plain_model_is(kind: str, build: Callable[..., Policy]) -> None:
+    """Loss and gradients on a quantised base against the dequantised model in float64: no further away than those of
+    plain transformers, peft and bitsandbytes, but for a small factor."""
+    policy = build(KINDS[kind])
+    with policy.scoring():
+        reference = policy(policy.collate(GROUPS)).logps.double() * 1.1
+    loss, slopes = dpo_step(policy, policy(policy.collate(GROUPS)).logps.double(), reference)
+    naive = build(KINDS[kind])
+    naive_loss, naive_slopes = dpo_step(naive, plain_logps(naive), reference)
+    exact = dequantised(build(KINDS[kind]), torch.float64)
+    right_loss, right = dpo_step(exact, plain_logps(exact), reference)
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        apart = sum(float((found[n] - right[n]).square().sum()) for n in right)
+        return (apart / sum(float(right[n].square().sum()) for n in right)) ** 0.5
+
+    assert slopes.keys() == right.keys() and error(naive_slopes) > 0
+    assert error(slopes) <= 4 * error(naive_slopes) + 1e-7
+    assert abs(float(loss - right_loss)) <= 4 * abs(float(naive_loss - right_loss)) + 1e-6
+    assert error(slopes) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -316,6 +366,7 @@ def test_files_that_are_quantised_are_trained_on_as_they_are(
         expected = policy(policy.collate(GROUPS)).logps
     merged = merge(str(tmp_path / "final"), tmp_path / "merged")
     assert not merged.failed
+    assert any(line.what == "greedy texts: 20 of 20 equal" for line in merged.lines)
     plain = build({"huggingface_id": str(tmp_path / "merged")}, lora={"enabled": False})
     assert not any(map(quantised.is_quantised, plain.modules()))
     with plain.scoring():
