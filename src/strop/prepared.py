@@ -123,7 +123,10 @@ class Prepared:
         own = training.groups_per_step != batch * accumulation * self.num_processes
         what = "rows filled with groups" if training.packing else "groups"
         if self.num_processes > 1:
-            yield f"processes: {self.num_processes}, each with the whole model and a share of every step"
+            gpu = self.config.gpu
+            size = gpu.shard_size or self.num_processes
+            has = f"a part of the model, which lies on {size} of them," if gpu.fsdp else "the whole model"
+            yield f"processes: {self.num_processes}, each with {has} and a share of every step"
         yield f"effective batch: {training.groups_per_step} {what} per step{'' if own else made}"
         if training.packing:
             fill = int(lengths.num_tokens.sum()) / (plan.num_rows * training.max_seq_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -195,7 +196,44 @@ def test_fewer_bytes_are_planned_with_where_processes_share(prepared: Callable[.
     assert (alone.gradient_checkpointing, shared.gradient_checkpointing) == (False, True)
 
 
+def test_sharding_is_named_where_it_fits(prepared: Callable[..., Prepared]) -> None:
+    """With the fewest devices, and only where it is allowed."""
+    found, memory = prepared(), 2**20
+
+    def needed(count: int) -> int:
+        return sum(peak(found, Devices(count, count)).values())
+
+    def ways(of: Prepared, room: float) -> str:
+        told = estimate(of, replace(H100, memory=int(room / 0.9)), BF16, packed_tokens)
+        return "; ".join(told.ways)
+
+    assert needed(2) > needed(4) > needed(8)
+    assert "gpu.fsdp: true on 8 devices, where it fits with " in ways(found, needed(8) + memory // 2**10)
+    assert "gpu.fsdp: true on 4 devices, where it fits with " in ways(found, needed(4) + memory // 2**10)
+    assert "gpu.fsdp" not in ways(found, needed(64) / 2), "not even on 64"
+    assert "gpu.fsdp" not in ways(prepared(optim="adamw_8bit"), needed(8)), "it would be refused"
+    assert ways(found, 2**40) == "", "it fits"
+
+
+def test_a_sharded_run_is_predicted_sharded(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(4, **{"gpu.fsdp": True, "gpu.shard_size": 2})
+    assert estimate(found, H100, BF16, packed_tokens).parts == peak(found, Devices(4, 2))
+    described = "\n".join(found.describe(packed_tokens))
+    assert "processes: 4, each with a part of the model, which lies on 2 of them," in described
+    with pytest.raises(ConfigError, match="3 does not divide the number of processes, 4"):
+        dry_run(found.config.with_values({"gpu.shard_size": 3}, "test"), device="h100", devices=4)
+
+
 def test_devices_say_how_the_model_lies() -> None:
     names = {ALONE: "1 device", Devices(4): "a copy on each of 4 devices", Devices(4, 4): "fsdp on 4 devices"}
     assert all(str(devices) == name for devices, name in names.items())
     assert str(Devices(16, 8)) == "fsdp over 8 of 16 devices" and Devices(16, 8).replicas == 2
+
+
+@pytest.mark.parametrize("name", ["0.5B", "8B"])
+def test_the_page_has_what_the_estimate_says(name: str) -> None:
+    page = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "scaling.py"))
+    there = page["PAGE"].read_text(encoding="utf-8").splitlines()
+    for both in page["lines"](name):
+        for line in both:
+            assert line in there, f"{line}\nwrite it by python docs/scaling.py"

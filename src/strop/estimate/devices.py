@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from strop.errors import ConfigError
 from strop.policy.model.from_config import Shape
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
@@ -41,8 +42,23 @@ ALONE = Devices()
 
 
 def devices_of(prepared: Prepared) -> Devices:
-    """Those of a run."""
-    return Devices(prepared.num_processes)
+    """Those of a run.
+
+    Raises:
+        ConfigError: `gpu.shard_size` does not divide their number.
+    """
+    gpu, count = prepared.config.gpu, prepared.num_processes
+    if not gpu.fsdp:
+        return Devices(count)
+    shard = gpu.shard_size or count
+    if count % shard:
+        raise ConfigError(
+            f"{shard} does not divide the number of processes, {count}",
+            where="gpu.shard_size",
+            expected=f"one of {', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}",
+            fix="leave it out to shard over all of them",
+        )
+    return Devices(count, shard)
 
 
 def base_bytes(shape: Shape, precision: Precision) -> float:

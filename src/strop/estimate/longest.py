@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -35,19 +36,24 @@ def longest_that_fits(prepared: Prepared, machine: Machine, precision: Precision
     longest = lengths[int(np.argmax(tokens.of_each(lengths)))]
     prompts = PROMPT_LOGPS in prepared.objective.reads
     one = Work.of([longest], tokens, prompts=prompts)
-    here = int(one.tokens[0])
 
-    def is_fitting(size: int) -> bool:
+    def is_fitting(work: Work) -> bool:
         parts = (shape, config, prepared.objective, precision, machine, devices_of(prepared))
-        return fits(peak_memory(stretched(one, size / here), *parts), machine.memory)
+        return fits(peak_memory(work, *parts), machine.memory)
 
+    return longest_size(one, is_fitting), int(one.tokens[0])
+
+
+def longest_size(one: Work, is_fitting: Callable[[Work], bool]) -> int:
+    """The tokens, within a hundredth, up to which a micro-batch of one group may be stretched; at most `MOST`."""
+    here = int(one.tokens[0])
     low, high = 0, MOST
-    if is_fitting(high):
-        return high, here
-    while high - low > 1 + low // 100:  # within a hundredth
+    if is_fitting(stretched(one, high / here)):
+        return high
+    while high - low > 1 + low // 100:
         middle = (low + high) // 2
-        low, high = (middle, high) if is_fitting(middle) else (low, middle)
-    return low, here
+        low, high = (middle, high) if is_fitting(stretched(one, middle / here)) else (low, middle)
+    return low
 
 
 def stretched(work: Work, by: float) -> Work:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from strop.config import RunConfig
+from strop.config.methods import MethodSettings
 from strop.engine.out_of_memory import ways_to_fit
 from strop.errors import StropError
 from strop.estimate.devices import ALONE, Devices, devices_of
@@ -20,8 +21,10 @@ from strop.estimate.longest import longest_that_fits
 from strop.estimate.memory import MIB, fits, peak_memory
 from strop.estimate.seconds import Seconds, published_seconds, timed_seconds, together
 from strop.machine import Machine
+from strop.objectives.base import Objective
 from strop.plan.tokens import RowTokens
-from strop.policy.model.from_config import CannotBuildError, predicting
+from strop.plan.work import Work
+from strop.policy.model.from_config import CannotBuildError, Shape, predicting
 from strop.policy.precision import Precision
 from strop.prepared import Prepared
 from strop.readable import duration, plain
@@ -120,9 +123,39 @@ def estimate(
         seconds = together(seconds, shape, epoch, precision, machine, devices)
         source = f"{source}{_exchanged(machine, devices)}"
     flops = float(flops_of(shape, epoch.work, config).sum()) / epoch.num_steps
-    ways = _ways(config, int(epoch.work.longest.max()))
     memory = peak_memory(epoch.work, shape, config, objective, precision, machine, devices)
+    ways: list[str] = []
+    if not fits(memory, machine.memory):
+        ways = [*_ways(config, int(epoch.work.longest.max()))]
+        parts = (epoch.work, shape, config, objective, precision, machine)
+        ways[len(ways) - 1 : len(ways) - 1] = _sharding(*parts, devices)  # before shorter rows or another model
     return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways, devices)
+
+
+COUNTS = (2, 4, 8, 16, 32, 64)
+"""Devices over which it is seen whether the model fits."""
+
+
+def _sharding(
+    work: Work,
+    shape: Shape,
+    config: RunConfig,
+    objective: Objective[MethodSettings],
+    precision: Precision,
+    machine: Machine,
+    devices: Devices,
+) -> Iterator[str]:
+    """The fewest devices, beginning with those that there are, over which the model fits if it is sharded."""
+    sharded = config.with_values({"gpu.fsdp": True, "gpu.use_ddp": False, "gpu.shard_size": None}, "tried")
+    if machine.kind == "cpu" or any(sharded.problems()):
+        return
+    for count in sorted({devices.count, *COUNTS}):
+        if count < max(2, devices.count) or count == devices.shard:
+            continue
+        parts = peak_memory(work, shape, sharded, objective, precision, machine, Devices(count, count))
+        if fits(parts, machine.memory):
+            yield f"gpu.fsdp: true on {count} devices, where it fits with {sum(parts.values()) / 2**30:.1f} GiB on each"
+            return
 
 
 def _exchanged(machine: Machine, devices: Devices) -> str:
