@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import processes
 from .cases import CASES, SIDES, Case, Target
 from .inputs import ROOT
 from .measure import IDLE_CORES, RESULTS
@@ -68,8 +69,13 @@ def ratio(result: Result, target: Target) -> float:
     return median(theirs / ours for theirs, ours in pairs)
 
 
-def table(results: Sequence[Sequence[Result]], steps: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """RESULTS.md, line by line. results: by machine, the one with the most rounds first. steps: of another commit."""
+def table(
+    results: Sequence[Sequence[Result]],
+    steps: Mapping[str, Any] | None = None,
+    several: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """RESULTS.md, line by line. results: by machine, the one with the most rounds first. steps: of another commit.
+    several: of several processes."""
     yield HEAD
     yield "| side | what it is |\n|---|---|"
     yield from (f"| {name} | {text} |" for name, text in SIDES.items())
@@ -78,6 +84,10 @@ def table(results: Sequence[Sequence[Result]], steps: Mapping[str, Any] | None =
         yield from section(others, ())
     if steps is not None:
         yield from beside(steps)
+    if several is not None:
+        yield "\n## Several processes\n"
+        yield from processes.lines(several)
+        yield "\nHow long processes wait for the slowest one: [docs/scaling.md](../docs/scaling.md#who-does-what)."
 
 
 def beside(steps: Mapping[str, Any]) -> Iterator[str]:
@@ -263,8 +273,11 @@ def main() -> None:
     results = load(args.results)
     if not results:
         raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
-    steps = json.loads(path.read_text(encoding="utf-8")) if (path := args.results / STEPS).exists() else None
-    args.table.write_text("\n".join(table(results, steps)) + "\n", encoding="utf-8")
+    steps, several = (
+        json.loads(path.read_text(encoding="utf-8")) if (path := args.results / name).exists() else None
+        for name in (STEPS, processes.OUT.name)
+    )
+    args.table.write_text("\n".join(table(results, steps, several)) + "\n", encoding="utf-8")
     args.plot.write_text(plot(results[0]), encoding="utf-8")
     print(f"{sum(map(len, results))} cases: {args.table}, {args.plot}")
 

@@ -7,6 +7,7 @@ import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from strop.policy.model.from_config import shape_of
 from strop.policy.precision import Precision
 from strop.prepared import Prepared, prepare, with_budget
 
+ROOT = Path(__file__).resolve().parents[2]
 H100 = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
 BF16 = Precision(torch.bfloat16)
 
@@ -81,11 +83,29 @@ def test_what_a_device_sends_is_the_least_of_a_ring(prepared: Callable[..., Prep
     steps = np.array([1.0, 3.0])
     assert sent_bytes(shape, BF16, ALONE, steps).tolist() == [0, 0]
     assert sent_bytes(shape, BF16, Devices(4), steps).tolist() == [2 * 4 * weights * 3 / 4] * 2
-    gathered = 2 * 2 * shape.matrix + 4 * shape.others
+    gathered = 2 * (2 * shape.matrix + 4 * shape.others)
     sharded = (gathered + 4 * weights) * 3 / 4
     assert sent_bytes(shape, BF16, Devices(4, 4), steps) == pytest.approx(sharded * steps)
     hybrid = sharded + 2 * (4 * weights / 4) * 1 / 2
     assert sent_bytes(shape, BF16, Devices(8, 4), steps) == pytest.approx(hybrid * steps)
+
+
+def test_what_is_sent_is_what_was_counted() -> None:
+    """A run of `benchmarks.processes` (float32, 12 million weights) counts every call of torch.distributed."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "processes.json").read_text())
+    model = found["model"]
+    how = {
+        "a copy in each of 2": Devices(2),
+        "a copy in each of 4": Devices(4),
+        "sharded over 2 (fsdp)": Devices(2, 2),
+        "sharded over 2 of 4 (fsdp)": Devices(4, 2),
+    }
+    assert len(found["bytes"]) == 2 * len(how)
+    for row in found["bytes"]:
+        adapters = 0 if row["trains"] == "full" else model["adapters"]
+        shape = SimpleNamespace(**{**model, "adapters": adapters, "matrix_bytes": None})
+        sent = sent_bytes(shape, Precision(torch.float32), how[row["strategy"]], np.ones(1))  # type: ignore[arg-type]
+        assert sent[0] == pytest.approx(row["sent"], rel=0.02), row
 
 
 def test_adapters_are_summed_alone(prepared: Callable[..., Prepared]) -> None:
@@ -232,7 +252,7 @@ def test_devices_say_how_the_model_lies() -> None:
 
 @pytest.mark.parametrize("name", ["0.5B", "8B"])
 def test_the_page_has_what_the_estimate_says(name: str) -> None:
-    page = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "scaling.py"))
+    page = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
     there = page["PAGE"].read_text(encoding="utf-8").splitlines()
     for both in page["lines"](name):
         for line in both:

@@ -92,8 +92,7 @@ def sent_bytes(shape: Shape, precision: Precision, devices: Devices, micro_batch
     if devices.shard == 1:
         return np.full(len(micro_batches), _summed(gradients, devices.count))
     layer, rest = gathered_bytes(shape, precision)
-    # what is outside of layers stays gathered from the forward to the backward pass
-    gathered = 2 * shape.layers * layer + rest
+    gathered = 2 * (shape.layers * layer + rest + shape.adapters * precision.compute.itemsize)
     each = _scattered(gathered + gradients, devices.shard) + _summed(gradients / devices.shard, devices.replicas)
     return np.asarray(micro_batches * each)
 
