@@ -314,11 +314,10 @@ def test_a_continued_adapter_is_counted_with_its_own_rank(
 def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise CannotBuildError("its code needs a file")
 
-    for module in ("fitting", "words"):
-        monkeypatch.setattr(f"strop.estimate.{module}.shape_of", fails)
+    monkeypatch.setattr("strop.prepared.shape_of", fails)
     found = with_budget(prepared(), packed_tokens, "cpu")
     lines = prediction(found, CPU, planned_precision(found.config, CPU), packed_tokens)
     assert lines == ["no prediction of memory and time: its code needs a file"]
