@@ -109,7 +109,8 @@ def _read(config: RunConfig, model: ModelSection, console: Console) -> tuple[Mod
 
     def show(title: str, row: SeenRow, *, whole: bool) -> None:
         shown = show_group(row.group, rows.tokenizer, rows=rows.config.rows, colour=console.is_terminal, whole=whole)
-        console.print(Text(escaped(f"\n{title}, trained tokens marked:")))
+        marked = "" if config.rows == "prompt" else ", trained tokens marked"
+        console.print(Text(escaped(f"\n{title}{marked}:")))
         console.print(Text.from_ansi(shown) if console.is_terminal else Text(shown))
         if row.left_out:
             console.print(Text(escaped("left out: " + "; ".join(row.left_out))))

@@ -16,9 +16,9 @@ Message = Mapping[str, Any]
 Turns = tuple[Message, ...] | str
 """A conversation (or its continuation) as messages, or raw text."""
 
-RowShape = Literal["single", "pair", "labelled", "group"]
-"""What a method keeps together: one completion per row, a chosen and a rejected one, one with a label,
-or any number."""
+RowShape = Literal["single", "pair", "labelled", "group", "prompt"]
+"""What a method keeps together: one completion per row, a chosen and a rejected one, one with a label, any number, or
+none: completions are sampled, and one that stands in the row is for rewards."""
 
 OF_COMPLETIONS = ("rewards", "ended")
 """Numbers that a row of a group may have, one per completion: how good it is, and whether it came to its end (1) or was

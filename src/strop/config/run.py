@@ -116,8 +116,8 @@ class RunConfig(Section):
 
     @property
     def rows(self) -> RowShape:
-        """What the method needs of the data: under rollout a prompt with the answer that rewards may look at."""
-        return "single" if self.rollout.enabled else self.post_training.ROWS
+        """What the method needs of the data: under rollout prompts alone."""
+        return "prompt" if self.rollout.enabled else self.post_training.ROWS
 
     @property
     def reward_names(self) -> tuple[str, ...]:

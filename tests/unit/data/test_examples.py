@@ -48,6 +48,41 @@ def test_single_shapes(row: dict[str, Any], prompt: Any, completion: Any) -> Non
     assert read(row, "single") == Example(prompt, (completion,), HERE)
 
 
+PROMPTS = [
+    ({"prompt": "q", "answer": "2"}, "q"),
+    ({"prompt": [u("q")], "answer": "2", "label": True}, (u("q"),)),
+    ({"messages": [s("b"), u("q"), a("x"), u("r")]}, (s("b"), u("q"), a("x"), u("r"))),
+    ({"conversations": [{"from": "human", "value": "q"}], "answer": "2"}, (u("q"),)),
+    ({"question": "q", "input": "more", "solution": "2"}, "q\n\nmore"),
+    ({"prompt": "q", "completion": None}, "q"),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt"), PROMPTS)
+def test_prompts_alone(row: dict[str, Any], prompt: Any) -> None:
+    assert read(row, "prompt").prompt == prompt
+    assert len(read(row, "prompt").completions) == 1  # so that its prompt is rendered as all others are
+
+
+@pytest.mark.parametrize(("row", "prompt", "completion"), SINGLE)
+def test_prompts_with_an_answer(row: dict[str, Any], prompt: Any, completion: Any) -> None:
+    assert read({**row, "label": True}, "prompt") == Example(prompt, (completion,), HERE)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"text": "x"}, "missing_field"),
+        ({"answer": "x"}, "missing_field"),
+        ({"prompt": None, "answer": "x"}, "null_field"),
+        ({"prompt": " "}, "empty_field"),
+        ({"prompt": 3}, "wrong_type"),
+    ],
+)
+def test_rows_without_a_prompt(row: dict[str, Any], why: str) -> None:
+    assert reason(row, "prompt") == why
+
+
 PAIRS = [
     ({"prompt": "q", "chosen": "x", "rejected": "y", "id": 3}, "q", "x", "y"),
     ({"prompt": [u("q")], "chosen": [a("x")], "rejected": [a("y")]}, (u("q"),), (a("x"),), (a("y"),)),

@@ -30,6 +30,7 @@ SAVED = ("state.json", "dataset_dict.json")
 
 SPLIT_FILES: dict[RowShape, tuple[str, str]] = {
     "single": ("train.jsonl", "val.jsonl"),
+    "prompt": ("train.jsonl", "val.jsonl"),
     "pair": ("train.dpo.jsonl", "val.dpo.jsonl"),
     "labelled": ("train.kto.jsonl", "val.kto.jsonl"),
     "group": ("train.groups.jsonl", "val.groups.jsonl"),

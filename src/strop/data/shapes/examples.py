@@ -21,7 +21,7 @@ from strop.data.shapes.beside import (
     tools_of,
     with_system,
 )
-from strop.data.shapes.foreign import ANSWERS, BETTER_AND_WORSE, QUESTIONS, own_shape
+from strop.data.shapes.foreign import ANSWERS, BETTER_AND_WORSE, QUESTIONS, is_answered, own_shape
 from strop.data.shapes.json_columns import messages_in, parsed
 from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
 from strop.data.shapes.numbers import Numbers, margin_of, numbers_of
@@ -40,6 +40,9 @@ LABEL = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0"
 
 KTO_TAG = "kto_tag"
 """Column that can only say whether an answer is desirable, whatever `dataset.label_column` names."""
+
+STAND_IN = "."
+"""The answer of a row that needs none: its prompt is then written as that of every other row. It is never trained."""
 
 GROUP = "completions"
 """Column with the list of completions of a group."""
@@ -121,14 +124,23 @@ class _Reader:
             self.data: Mapping[str, Any] = given
             return
         labelled = rows == "labelled" and columns.label in given
-        kind: RowShape = "single" if rows == "single" or labelled else "pair"
-        self.data = own_shape(
+        kind: RowShape = "single" if rows in ("single", "prompt") or labelled else "pair"
+        self.data = self._own_shape(given, kind)
+        if rows == "prompt" and not self._has_answer():
+            self.data = self._own_shape({**given, columns.completion: STAND_IN}, kind)
+
+    def _own_shape(self, given: Mapping[str, Any], kind: RowShape) -> Mapping[str, Any]:
+        columns = self._columns
+        return own_shape(
             given,
             kind,
             prompt=columns.prompt,
             completions=columns.completions(kind),
             keeps_transcripts=columns.keeps_transcripts,
         )
+
+    def _has_answer(self) -> bool:
+        return self._columns.completion in self.data or ("messages" in self.data and is_answered(self.data["messages"]))
 
     def _read_json(self, row: dict[str, Any]) -> None:
         """Messages and tools that stand as JSON text, in place of the text."""
@@ -150,7 +162,7 @@ class _Reader:
         columns, label = self._columns, None
         if self._rows == "labelled" and not (columns.chosen in self.data and columns.rejected in self.data):
             prompt, completions, label = self._labelled()
-        elif self._rows == "single":
+        elif self._rows in ("single", "prompt"):
             prompt, completions = self._single()
         elif self._rows == "group":
             prompt, completions = self._group()
@@ -187,7 +199,7 @@ class _Reader:
     def _single(self) -> tuple[Turns, tuple[Turns, ...]]:
         columns, data = self._columns, self.data
         expected = f"messages, or {columns.prompt} and {columns.completion}"
-        if columns.completion in data or "messages" in data:
+        if self._rows == "single" and (columns.completion in data or "messages" in data):
             self._refuse_label()
         if "messages" in data:
             turns = self._conversation()

@@ -64,7 +64,7 @@ def own_shape(
     if "messages" in data:
         if prompt in data or any(side not in data for side in completions):
             return data
-        leads_up = rows == "pair" or not _is_answered(data["messages"])
+        leads_up = rows == "pair" or not is_answered(data["messages"])
         return {**_without(data, "messages"), prompt: data["messages"]} if leads_up else data
     if isinstance(data.get("conversations"), list | tuple):
         return _sharegpt(data, rows, prompt, completions)
@@ -78,7 +78,7 @@ def own_shape(
     return _question(data, rows, prompt, completions)
 
 
-def _is_answered(turns: Any) -> bool:
+def is_answered(turns: Any) -> bool:
     """Whether a conversation ends with an answer; one that does not is what leads up to completions beside it."""
     last = turns[-1] if isinstance(turns, list | tuple) and turns else None
     return not isinstance(last, Mapping) or last.get("role") == "assistant"
@@ -179,7 +179,7 @@ def _sharegpt(data: Mapping[str, Any], rows: RowShape, prompt: str, completions:
         turns = list(found)  # messages under sharegpt's name
     else:
         turns = [_turn(turn, f"conversations[{i}]") for i, turn in enumerate(found)]
-    if rows == "single" and (prompt in rest or any(side not in rest for side in completions) or _is_answered(turns)):
+    if rows == "single" and (prompt in rest or any(side not in rest for side in completions) or is_answered(turns)):
         return {**rest, "messages": turns}
     for side in completions:
         if isinstance(rest.get(side), Mapping):

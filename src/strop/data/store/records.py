@@ -185,7 +185,7 @@ class RowPipeline:
         if row.data is None:
             return row.refusal
         try:
-            if self._rows == "single" and is_tokenised(row.data):
+            if self._rows in ("single", "prompt") and is_tokenised(row.data):
                 return from_tokens(row.data, self._vocabulary)
             if self._rows == "group" and is_tokenised_group(row.data):
                 return group_from_tokens(row.data, self._vocabulary)

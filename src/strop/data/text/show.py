@@ -117,7 +117,7 @@ def show_group(
     """The prompt and each completion with their numbers of tokens; trained tokens stand between marks.
 
     Args:
-        rows: the shape that the group is of: what its completions are called.
+        rows: the shape that the group is of: what its completions are called, and whether they are shown.
         colour: mark by ANSI colours, else by guillemets.
         whole: all of it, or long stretches without their middle.
     """
@@ -125,6 +125,8 @@ def show_group(
     begin, end = COLOURS if colour else BRACKETS
     prompt = list(group.prompt_ids)
     lines = [f"prompt ({len(prompt)} tokens; inference begins at its end)", shown(_text(tokenizer, [], prompt))]
+    if rows == "prompt":
+        return "\n".join(lines)
     labels = DESIRABLE[group.label] or _names(len(group.completions), rows)
     for label, completion in zip(labels, group.completions, strict=True):
         counts = f"{len(completion.ids)} tokens, {completion.num_scored} trained"
