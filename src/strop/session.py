@@ -299,7 +299,8 @@ class Session:
         """
         plan, training, ahead = self.prepared.plan, self.config.training, folder is None
         store = None
-        if training.reference_store and self.world.is_main:
+        # what is stored is checked by passes of rank 0, which a sharded reference cannot make alone
+        if training.reference_store and self.world.is_main and reference.strategy.repeats:
             store = ReferenceStore.of(reference, reference.weights_hash, must_keep=ahead)
         folder = folder if folder is not None and folder.is_dir() else cache_folder("references", must_keep=ahead)
         train, validation = self.groups()

@@ -19,7 +19,7 @@ def test_a_sharded_run_is_that_of_one_process_and_goes_on_anywhere(runs: Any) ->
     settings = {**KINDS["dpo"], **CUT, **SAVED, "training.max_steps": 6}
     best = {"finetuning.load_best_model_at_end": True, "finetuning.metric_for_best_model": "eval_loss"}
     settings |= best
-    alone = runs(settings)
+    alone = runs(settings)  # which leaves log-probs of the reference in the store
     begun = in_many(2, runs.config({**settings, **FSDP}))
     assert_same_run(alone, runs.at(begun))
     files = {path.name for path in (begun / "checkpoint-2").iterdir()}
@@ -61,6 +61,7 @@ def test_sharded_adapters(runs: Any) -> None:
         ({"models.0.quant": "4bit", "lora.enabled": True}, "models.0.quant is 4bit"),
         ({"post_training.method": "dpo", "post_training.ref_sync_steps": 2}, "ref_sync_steps keeps a second"),
         ({"gpu.use_ddp": True}, "fsdp and use_ddp are both true"),
+        ({"training.fp16": True}, "training.fp16 scales its loss"),
         ({"post_training.method": "reward"}, "method reward needs a whole model"),
         ({"finetuning.sample_prompts": 2}, "sample_prompts are answered by a whole model"),
     ],

@@ -196,6 +196,13 @@ class RunConfig(Section):
                     "one of the two",
                     "leave quant out (a base in bf16 is sharded), or leave gpu.fsdp out",
                 )
+        if self.training.fp16:
+            yield Problem(
+                ("training.fp16", "gpu.fsdp"),
+                "training.fp16 scales its loss by what every process sees of the gradients, and gpu.fsdp is true",
+                "bf16, or float32",
+                "set training.bf16: true in the place of fp16, or leave gpu.fsdp out",
+            )
         if self.finetuning.sample_prompts is not None:
             yield Problem(
                 ("finetuning.sample_prompts", "gpu.fsdp"),

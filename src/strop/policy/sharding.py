@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -135,10 +134,6 @@ class Sharded(Strategy):
             else:
                 vectors.append(weight)
         self.world.sum_gradients(vectors)
-
-    def scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
-        kind = self.world.device.type
-        return ShardedGradScaler(kind, enabled=enabled, process_group=self._group)
 
     def clip(self, limit: float) -> Tensor:
         counted = [piece.tensor.grad for piece in self.pieces.values() if piece.counts]
