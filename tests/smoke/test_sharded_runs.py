@@ -16,7 +16,7 @@ SAVED = {"training.save_steps": 2, "training.save_total_limit": None}
 
 def test_a_sharded_run_is_that_of_one_process_and_goes_on_anywhere(runs: Any) -> None:
     """All weights train; sharded over 2, then one process, then 2 x 2: the steps that follow are the same."""
-    settings = {**KINDS["dpo"], **CUT, **SAVED, "training.max_steps": 6}
+    settings = {**KINDS["dpo"], **CUT, **SAVED, "training.max_steps": 6, "training.reference_store": True}
     best = {"finetuning.load_best_model_at_end": True, "finetuning.metric_for_best_model": "eval_loss"}
     settings |= best
     alone = runs(settings)  # which leaves log-probs of the reference in the store
