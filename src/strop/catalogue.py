@@ -17,9 +17,9 @@ from strop.objectives.pairs import PairObjective
 from strop.types import RowShape
 
 ROWS: Mapping[RowShape, str] = {
-    "single": "One completion a row: messages, or prompt and completion.",
+    "single": "One completion per row: messages, or prompt and completion.",
     "pair": "Pairs: prompt, chosen and rejected, or two conversations with a common beginning.",
-    "labelled": "Labelled completions: prompt, completion and label (true: desirable), or pairs: each becomes two.",
+    "labelled": "Labelled completions: prompt, completion and label (true: desirable). Or pairs; each becomes two.",
     "group": "Groups: prompt, completions (a list) and rewards (a list, one per completion); old_logps and "
     "sampler_logps, per trained token, where they are known. Or tokens: prompt_ids, completion_ids, rewards.",
 }
@@ -70,14 +70,14 @@ def _settings(settings: type[MethodSettings]) -> Iterator[Key]:
 
 
 def _metrics(objective: type[Objective[MethodSettings]]) -> Iterator[tuple[str, str]]:
-    yield "loss", "what is minimised, as the formula has it"
+    yield "loss", "what is minimised; see the formula"
     if issubclass(objective, PairObjective):
-        yield "loss/preference, loss/nll", "its two parts, where there is a likelihood in it"
+        yield "loss/preference, loss/nll", "the two parts of the loss, where it has a likelihood term"
     yield from objective.METRICS.items()
 
 
 def _needs(settings: type[MethodSettings]) -> list[str]:
     objective = objective_class(settings)
     follows = objective.ref_sync is not Objective.ref_sync
-    synced = ["With `ref_sync_steps` one does, and is scored in every step."] if follows else []
+    synced = ["With `ref_sync_steps`, a second model stays in memory and is scored in every step."] if follows else []
     return [ROWS[settings.ROWS], REFERENCE[objective(settings()).needs_reference], *synced]

@@ -86,7 +86,7 @@ class DpoSettings(ReferenceSettings):
     ipo_norm: Literal["mean", "sum"] = "mean"
     """Read by `ipo`: log-ratios per token (`mean`, as TRL) or per completion (`sum`, as the paper)."""
     bco_delta: Literal["mean", "zero"] = "mean"
-    """Read by `bco_pair`: the rewards' shift is their mean over the step, or 0 (as TRL)."""
+    """Read by `bco_pair`: what is subtracted from the rewards: their mean over the step, or 0 (as TRL)."""
     discopop_tau: float = Field(default=0.05, gt=0)
     """Read by `discopop`: temperature of the mixture of its two losses."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
@@ -103,7 +103,7 @@ class DpoSettings(ReferenceSettings):
     """Every so many steps the reference moves towards the policy (TR-DPO, arXiv 2404.09656), which keeps a second model
     in memory and scores it in every step; null: the reference stays as it is. Full training only."""
     ref_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
-    """Read with ref_sync_steps: how far the reference moves, 1: all the way."""
+    """Read with ref_sync_steps: how far the reference moves; 1: all the way."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the chosen completions' negative log-likelihood per token, added to the loss (arXiv 2404.19733)."""
 
@@ -145,10 +145,10 @@ class KtoSettings(ReferenceSettings):
     method: Literal["kto"] = "kto"
     """Kahneman-Tversky optimisation."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """`kto`: against the divergence from the reference, estimated over the step. `apo_zero_unpaired` (arXiv
-    2408.06266): against 0, which spares that estimate."""
+    """`kto`: compare rewards with the divergence from the reference, estimated over the step. `apo_zero_unpaired`
+    (arXiv 2408.06266): compare them with 0, which saves that estimate."""
     desirable_weight: float = Field(default=1.0, gt=0)
-    """Weight of the desirable completions' loss; keep weight times number alike on both sides."""
+    """Weight of the desirable completions' loss; keep weight times number of rows about equal on both sides."""
     undesirable_weight: float = Field(default=1.0, gt=0)
     """Weight of the undesirable completions' loss."""
 

@@ -30,9 +30,9 @@ class Distill(Objective[DistillSettings]):
     """The mean divergence from a teacher."""
 
     METRICS: ClassVar[Mapping[str, str]] = {
-        "divergence": "mean divergence from the teacher per token, as beta has it: what should fall, on held-out rows "
-        "too",
-        "nll": "negative log-likelihood of a token of the rows under the student, at temperature 1",
+        "divergence": "mean divergence from the teacher per token, of the kind that beta chooses; should fall, on "
+        "held-out rows too",
+        "nll": "negative log-likelihood per token of the rows under the student, at temperature 1",
         "lengths/completion": "trained tokens of a completion",
     }
 

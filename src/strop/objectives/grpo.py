@@ -55,16 +55,16 @@ class Grpo(Objective[GrpoSettings]):
 
     METRICS: ClassVar[Mapping[str, str]] = {
         "reward": "mean reward of a completion: what should rise",
-        "reward_std": "standard deviation of the rewards of a group; 0: nothing to learn from",
-        "frac_reward_zero_std": "share of groups whose rewards are all the same, which teach nothing; above 0.8 for "
-        "long: prompts that are too hard or too easy, or too few completions per prompt",
+        "reward_std": "standard deviation of the rewards of a group; at 0 there is nothing to learn",
+        "frac_reward_zero_std": "share of groups whose rewards are all the same, which teach nothing; if it stays "
+        "above 0.8, prompts are too hard or too easy, or there are too few completions per prompt",
         "completions/mean_length": "trained tokens of a completion",
         "clip_ratio/low_mean": "share of tokens whose ratio is below the lower bound, at a negative advantage",
         "clip_ratio/high_mean": "share of tokens whose ratio is above the upper bound, at a positive advantage",
-        "clip_ratio/region_mean": "both; 0 where every step samples anew; above 0.3: samples are too old",
+        "clip_ratio/region_mean": "both; 0 where every step samples again; above 0.3, samples are too old",
         "kl": "divergence from the reference per token, by its estimator; above 2: lower the rate or raise beta",
         "sampling/sampling_logp_difference/mean": "how far the sampler's log-probs are from old_logps, per token, "
-        "before any correction; above 0.1: two different models",
+        "before any correction; above 0.1, they are two different models",
         "sampling/importance_sampling_ratio/mean": "mean of old / sampler per token before any correction; far from 1: "
         "the sampler draws from another distribution",
     }

@@ -35,15 +35,15 @@ class Kto(Objective[KtoSettings]):
     METRICS: ClassVar[Mapping[str, str]] = {
         "rewards/chosen": "beta times the log-ratio of desirable completions; should rise against the undesirable ones",
         "rewards/rejected": "the same of undesirable ones",
-        "rewards/accuracies": "share on its side of z0: desirable above, undesirable below; ties count as wrong",
+        "rewards/accuracies": "share of rows on the right side of z0 (desirable: above it); ties count as wrong",
         "logps/chosen": "log-prob of a desirable completion",
         "logps/rejected": "the same of undesirable ones",
-        "logps_per_token/chosen": "the same by tokens",
+        "logps_per_token/chosen": "log-prob per token of desirable completions",
         "logps_per_token/rejected": "the same of undesirable ones",
         "lengths/chosen": "trained tokens of a desirable completion",
         "lengths/rejected": "the same of undesirable ones",
-        "kl": "z0 of the step; 0 for long: unrelated text becomes less likely, see kl_unclamped",
-        "kl_unclamped": "the same before max(0, .); well below 0: everything becomes less likely, lower the rate",
+        "kl": "z0 of the step; if it stays at 0, unrelated text becomes less likely: see kl_unclamped",
+        "kl_unclamped": "the same before max(0, .); well below 0, everything becomes less likely: lower the rate",
     }
 
     @property

@@ -41,13 +41,13 @@ class PairObjective(Objective[S]):
     """A preference between two completions. It compares `sides`; `beta` times a side is its implicit reward."""
 
     METRICS: ClassVar[Mapping[str, str]] = {
-        "rewards/chosen": "implicit reward of the chosen completions; its sign means little, its fall is worth a look",
+        "rewards/chosen": "implicit reward of the chosen completions; its sign means little; look closer if it falls",
         "rewards/rejected": "the same of the rejected ones",
         "rewards/margins": "their difference, beta times the margin; grows while preferences are learnt",
         "rewards/accuracies": "share of pairs whose chosen side has the higher reward; ties count as wrong",
-        "logps/chosen": "log-prob of a chosen completion; falling while the margin grows: likelihood displacement",
+        "logps/chosen": "log-prob of a chosen completion; if it falls while the margin grows: likelihood displacement",
         "logps/rejected": "the same of the rejected ones",
-        "logps_per_token/chosen": "the same by tokens, to compare data of different lengths",
+        "logps_per_token/chosen": "log-prob per token of the chosen side, to compare data of different lengths",
         "logps_per_token/rejected": "the same of the rejected ones",
         "lengths/chosen": "trained tokens of a chosen completion",
         "lengths/rejected": "the same of the rejected ones",

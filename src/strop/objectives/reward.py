@@ -34,8 +34,8 @@ class Reward(Objective[RewardSettings]):
         "rewards/chosen": "reward of the chosen completions; only differences of rewards mean something",
         "rewards/rejected": "the same of the rejected ones",
         "rewards/margins": "their difference; grows while preferences are learnt",
-        "rewards/accuracies": "share of pairs whose chosen completion has the higher reward; ties count as wrong; far "
-        "higher in training than on held-out rows: over-fitting",
+        "rewards/accuracies": "share of pairs whose chosen completion has the higher reward; ties count as wrong; if "
+        "it is far higher in training than on held-out rows: overfitting",
     }
 
     @property

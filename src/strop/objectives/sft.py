@@ -21,7 +21,7 @@ class Sft(Objective[SftSettings]):
     """Token or sequence mean, exact over the whole step."""
 
     METRICS: ClassVar[Mapping[str, str]] = {
-        "nll": "negative log-likelihood of a token; rising on held-out rows while it falls in training: over-fitting",
+        "nll": "negative log-likelihood per token; rising on held-out rows while it falls in training: overfitting",
         "lengths/completion": "trained tokens of a completion",
     }
 
