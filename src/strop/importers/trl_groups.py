@@ -18,6 +18,7 @@ from strop.importers.answers import (
     only,
     real,
     refused,
+    same,
     straight,
     translated,
     whole,
@@ -90,12 +91,13 @@ def _max_completion(value: Any, view: View) -> Answer:
 
 RULES: Rules = {
     **straight(
-        "num_generations num_generations_eval temperature top_p min_p chat_template_kwargs delta "
-        "sapo_temperature_pos sapo_temperature_neg importance_sampling_level use_bias_correction_kl"
+        "num_generations num_generations_eval num_iterations mask_truncated_completions top_p min_p "
+        "chat_template_kwargs delta sapo_temperature_pos sapo_temperature_neg importance_sampling_level "
+        "use_bias_correction_kl"
     ),
     "top_k": lambda value, _: carried("rollout.top_k", value) if (whole(value) or 0) >= 0 else idle("from all tokens"),
     "max_completion_length": _max_completion,
-    "num_iterations": only((1,), "each step is taken once", "each step is taken once"),
+    "temperature": same("rollout.temperature"),
     "steps_per_generation": always("every step samples its own completions"),
     "generation_batch_size": always("every step samples its own completions"),
     "epsilon": _epsilon,
@@ -109,7 +111,6 @@ RULES: Rules = {
         else translated({"rewards": [{"name": f"model:{value}"}]})
     ),
     "repetition_penalty": only((1.0,), "there is none", "strop samples from the policy as it is"),
-    "mask_truncated_completions": off("completions that are cut are trained; reward length can punish them"),
     "log_completions": always("every group is in rollouts.jsonl"),
     "num_completions_to_print": always("every group is in rollouts.jsonl"),
     "use_vllm": off("strop samples with the policy's own weights, on the same device"),
