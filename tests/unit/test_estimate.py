@@ -354,8 +354,8 @@ def test_sizes_that_differ_from_layer_to_layer_count_with_the_largest(
     one = shape_of(found.config.lora, found.model)
     build = from_config.empty_model
 
-    def listed(model: ModelSection) -> Any:
-        module = build(model)
+    def listed(model: ModelSection, **how: bool) -> Any:
+        module = build(model, **how)
         vars(module.config)["intermediate_size"] = [16, one.inner, 32]
         return module
 
