@@ -1,4 +1,4 @@
-"""`python -m strop`: the command line. Floor 9."""
+"""`python -m strop`: the command line. Floor 11."""
 
 from strop.cli import main
 

@@ -1,4 +1,4 @@
-"""Which device this process computes on, and which other processes it trains with. Floor 2."""
+"""Which device this process computes on, and which other processes it trains with. Floor 4."""
 
 from __future__ import annotations
 

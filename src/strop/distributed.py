@@ -1,4 +1,4 @@
-"""A `World` of several processes, over torch.distributed. Floor 1.
+"""A `World` of several processes, over torch.distributed. Floor 3.
 
     control     gloo, on CPUs: counts, flags, objects; one small all-gather each, and another one for long values
     tensors     NCCL between GPUs, gloo between CPUs: scores, gradients, weights

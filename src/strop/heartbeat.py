@@ -1,4 +1,4 @@
-"""Whether the other processes of a training still live, and what each did last. Floor 1.
+"""Whether the other processes of a training still live, and what each did last. Floor 2.
 
 In every process, a thread writes a beat into the store of torch.distributed every `BEAT_SECONDS`, and reads the beats
 of the others. If the beats of a process stop, it hangs, or it or its machine is gone: then every other process ends,

@@ -1,8 +1,9 @@
 """The processes that train one model together, as seen by one of them. Floor 0, needs nothing but torch.
 
-Code that has to know which process it runs in takes a `World` as an argument; nothing else reads the environment.
-Whatever must be equal in all processes is decided from what these methods return: the counts of a step, its loss and
-gradients, whether to stop, which files are written. With one process, every method returns what it is given.
+Code that has to know which process it runs in takes a `World` as an argument. Only who writes to the
+terminal is read from the environment, since there may be no world then (`terminal.rank`, `cli/entry.py`). Whatever must
+be equal in all processes is decided from what these methods return: the counts of a step, its loss and gradients,
+whether to stop, which files are written. With one process, every method returns what it is given.
 
 A process that fails calls `tell` in place of its next collective method. That call then fails in the other processes
 too, so none of them waits for one that never comes.

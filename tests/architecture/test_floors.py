@@ -138,6 +138,12 @@ def test_modules_and_functions_stay_small(path: Path) -> None:
             assert length <= 62, f"{node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SRC)))
+def test_docstrings_name_the_floor_of_their_room(path: Path) -> None:
+    named = re.findall(r"\b[Ff]loor\s+(\d+)", ast.get_docstring(parsed(path)) or "")
+    assert {int(floor) for floor in named} <= {FLOORS[room(path)]}
+
+
 def test_no_drawers_for_everything() -> None:
     names = {part for p in MODULES for part in p.relative_to(SRC).with_suffix("").parts}
     assert not names & {"utils", "util", "helpers", "common", "misc"}

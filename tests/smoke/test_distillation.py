@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import strop
+from divergences import naive_divergences
 from strop.batch import pack, pad
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
@@ -19,7 +20,6 @@ from strop.errors import ConfigError, ModelError
 from strop.evaluate.scoring import evaluate
 from strop.objectives.base import build_objective
 from strop.policy.build import build_policy
-from strop.policy.kernels.divergence import naive_divergences
 from strop.policy.reference import attach_teacher
 from strop.prepared import prepare
 

@@ -1,4 +1,4 @@
-"""`strop demo`: a small model learns a small task for real, by SFT and then DPO, without a download. Floor 7.
+"""`strop demo`: a small model learns a small task for real, by SFT and then DPO, without a download. Floor 9.
 
 task.py   the lists, the demonstrators, the pairs, the check of an answer
 model.py  the model and tokenizer, and their answers

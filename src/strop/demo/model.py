@@ -1,4 +1,4 @@
-"""The demo's model and tokenizer, made from nothing, and its answers by plain transformers. Floor 7."""
+"""The demo's model and tokenizer, made from nothing, and its answers by plain transformers. Floor 9."""
 
 from __future__ import annotations
 

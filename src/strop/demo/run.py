@@ -1,4 +1,4 @@
-"""The demo from end to end: files, SFT, DPO, GRPO, test, table. Floor 7.
+"""The demo from end to end: files, SFT, DPO, GRPO, test, table. Floor 9.
 
 In: a seed and a folder. Out: in that folder, the data, the base model, three configurations, three run folders and
 summary.json; on the terminal, a table of held-out accuracy. Training goes the public road, `strop.load_config` and

@@ -1,4 +1,4 @@
-"""The demo's task: sort a shopping list. Who demonstrates it, what is preferred, and how an answer is checked. Floor 7.
+"""The demo's task: sort a shopping list. Who demonstrates it, what is preferred, and how an answer is checked. Floor 9.
 
 In: a seed. Out: files of demonstrations, of preference pairs, of questions with their answers, and of held-out prompts.
 

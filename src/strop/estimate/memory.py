@@ -140,9 +140,9 @@ def trained_weights(shape: Shape) -> int:
 
 
 def _gathered(shape: Shape, precision: Precision) -> float:
-    """Of what is whole for a while on a device that has a shard: the layer that computes, the next one, which comes
-    meanwhile, and what is outside of layers; where all weights train, the gradients of one layer and of the rest before
-    they are reduced and scattered."""
+    """Bytes of weights gathered in full at once on a sharded device: this layer, the next, and everything outside
+    layers. If all weights train, also the gradients of one layer and of everything outside layers, in full until they
+    are reduced."""
     layer, rest = gathered_bytes(shape, precision)
     gradients = 0.0 if shape.adapters else (shape.matrix / shape.layers + shape.others) * precision.master.itemsize
     return 2 * layer + rest + gradients

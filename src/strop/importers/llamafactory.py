@@ -45,7 +45,6 @@ TEMPLATES: Mapping[str, str] = {
 }
 """Its template -> the shipped one of strop that writes the same turns."""
 LOSSES = ("sigmoid", "hinge", "ipo", "kto_pair")
-OWN_COLUMNS = frozenset({"prompt", "query", "response", "history", "system", "chosen", "rejected", "messages", "tools"})
 NATIVE: Mapping[str, tuple[str, ...]] = {
     "prompt": ("instruction", "question", "prompt"),
     "query": ("input", "context"),

@@ -1,0 +1,1 @@
+"""One file per method: its contract, its formula and its metrics. Floor 2."""

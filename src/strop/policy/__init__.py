@@ -2,7 +2,7 @@
 
 model/             loading a model: folder, configuration, tokenizer, adapters
 kernels/           the arithmetic: attention, fused layers, matrix products, the head
-load               tokenizer and model, for programs that use parts of strop
+load               tokenizer and model under one name, for programs outside of strop that use its parts
 build              builds a policy from a model section, in one fixed order
 policy             the module whose forward pass scores a batch
 saving             writes `final/`

@@ -78,7 +78,7 @@ def resolve_precision(training: TrainingSection, device: torch.device) -> Precis
     """What `training.bf16`, `fp16` and `auto_precision` mean on this device.
 
     `auto_precision` chooses bf16 on a GPU that has instructions for it, and on a CPU whose products are faster in it
-    than in float32 (rates.py), if neither bf16 nor fp16 is given (false counts as given).
+    than in float32 (kernels/product_rates.py), if neither bf16 nor fp16 is given (false counts as given).
 
     Raises:
         ConfigError: the device cannot compute in the dtype that is asked for.

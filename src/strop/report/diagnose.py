@@ -74,7 +74,7 @@ def _lower(sentence: str) -> str:
 
 
 def diagnose(run: RunRecord, thresholds: Thresholds | None = None) -> Diagnosis:
-    """All checks of a run. A finding that another explains is left out; the one that explains is as bad as it."""
+    """All checks of a run. If finding A explains B, only A is shown; A becomes FAIL if B was."""
     facts = Facts(run, thresholds or Thresholds())
     found = [_worth_trying(finding, run) for check in CHECKS for finding in check(facts)]
     explained = {id_ for f in found if f.severity in (Severity.FAIL, Severity.WARN) for id_ in f.explains}

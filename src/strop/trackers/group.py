@@ -57,8 +57,8 @@ class Trackers:
             outlet.offer({"step": step, "split": SAMPLES, "lines": lines})
 
     def catch_up(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Offer what an earlier process logged to the trackers that know what they hold: one that was killed may not
-        have handed over all of it."""
+        """Offer the records of an earlier process again, since one that was killed may not have sent all of them. Only
+        trackers that know which records they have get them."""
         knowing = [outlet for outlet in self._outlets.values() if outlet.tracker is not None and outlet.tracker.knows]
         for record in records if knowing else ():
             for outlet in knowing:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from divergences import naive_divergences
 from strop.policy.kernels import divergence
-from strop.policy.kernels.divergence import Head, divergences, naive_divergences
+from strop.policy.kernels.divergence import Head, divergences
 from strop.policy.model.logit_transform import LogitTransform
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)

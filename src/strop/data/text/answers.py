@@ -171,7 +171,7 @@ class Conversation:
         return self.blocks is not None and bool(self.text[stop:].strip())
 
     def _owner(self, stop: int) -> Answer | None:
-        """The answer that a block belongs to which ends at `stop`: the last one that begins in front of that."""
+        """The last answer that starts before `stop`, where the block ends."""
         return next((answer for answer in reversed(self.answers) if answer.start < stop), None)
 
     def _read(self) -> Reading | None:

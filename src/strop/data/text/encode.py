@@ -124,8 +124,8 @@ class Encoder:
     Args:
         template: the chat template in use. Added tokens that it contains but that are not special (`<tool_call>`)
             count as control tokens in turns of users and tools; an assistant may write them.
-        whole: completions are all that follows the prompt, also behind the last answer, but for padding tokens at the
-            end; every token counts as trained. This is what reward models read.
+        whole: a completion is everything after the prompt, with what the template writes after the last answer, but
+            without padding tokens at the end. Every token counts as trained. Reward models read this.
 
     Raises:
         ModelError: the tokenizer gives no offsets.

@@ -49,9 +49,12 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """The sequences of a row as flash attention wants them: [sequences + 1] int32 where the queries and the gathered
-    keys of each begin, and the longest of each. parts: lengths of the parts that the row is cut into (prompts and
-    completions); gathered: which of them the keys are, one after the other."""
+    """The sequences of a row in the form that flash attention takes.
+
+    queries, keys: [sequences + 1] int32, where each sequence begins among the queries and among the gathered keys.
+    longest_queries, longest_keys: tokens of the longest sequence. parts: tokens of each prompt and completion of the
+    row, in order. gathered: indices of the parts whose keys are joined, in order.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -194,7 +197,7 @@ def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Sco
 
 
 def by_tiles(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
-    """Matrix products over tiles of queries (tiles.py); scores without a cap or sinks."""
+    """Matrix products over tiles of queries (tiled_attention.py); scores without a cap or sinks."""
     if not scoring.is_plain:
         return by_groups(q, k, v, plan, scoring)
     tiles = plan.tiles(scoring.window, q.shape[1] // k.shape[1], q.dtype)

@@ -82,18 +82,6 @@ def divergences(
         return Compared(*found)
 
 
-def naive_divergences(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """The same of whole logits [M, V], through autograd: the oracle."""
-    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    if beta == 0:
-        return (log_t.exp() * (log_t - log_s)).sum(-1)
-    if beta == 1:
-        return (log_s.exp() * (log_s - log_t)).sum(-1)
-    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-    of_teacher = (log_t.exp() * (log_t - log_m)).sum(-1)
-    return beta * of_teacher + (1 - beta) * (log_s.exp() * (log_s - log_m)).sum(-1)
-
-
 def _detached(head: Head) -> Head:
     return head._replace(hidden=head.hidden.detach(), weight=head.weight.detach())
 

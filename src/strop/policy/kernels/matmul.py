@@ -1,4 +1,4 @@
-"""Matrix products outside autograd, each the way that is fastest on this processor (rates.py). Floor 2.
+"""Matrix products outside autograd, each the way that is fastest on this processor (product_rates.py). Floor 2.
 
 float32: torch gives it to MKL, which leaves the wide vector units of other makers' processors than Intel's unused;
 oneDNN does not. Measured on two cores, in GFLOP/s: of a Zen 5 160 by MKL and 400 by oneDNN; of a Cascade Lake, in one

@@ -2,10 +2,11 @@
 
 Shapes: T packed tokens, H query heads, K key-value heads, n = H / K, D width of a head, R queries of a tile, N keys.
 
-A row holds sequences: a prompt with its first completion, and every other completion, whose queries see the prompt's
-keys besides their own. Each is cut into tiles of queries that see a span of keys (or two: prompt and own), all of them
-but a triangle at the end, so that what nobody sees costs no more than that triangle. Every tile is one product for all
-the heads: the n query heads of a key-value head are rows of one matrix, and keys are never repeated.
+A row holds sequences. The first is the prompt with its first completion; each other completion is one more, and its
+queries see the prompt's keys and its own. The queries of a sequence are cut into tiles. A tile is multiplied by the one
+or two spans of keys that it may see. Only the triangle of later keys at the end of the last span is computed and then
+masked. A tile is one product for all heads: the n query heads of a key-value head are rows of one matrix, so keys are
+never repeated.
 
 The forward pass keeps q, k and v, and the probabilities of the first tiles, as many as there is room for; those of the
 others the backward pass computes again. It adds the gradients of keys that several tiles see in float32 at least. On

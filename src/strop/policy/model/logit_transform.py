@@ -88,10 +88,10 @@ class Passed:
 def measured_transform(
     model: Any, body: nn.Module, inputs: Mapping[str, Any], named: LogitTransform
 ) -> LogitTransform | None:
-    """What the model does to its logits: `named` where that is what it does, else what was measured; None where it does
-    something that is neither a factor nor a soft cap, or to single entries of the vocabulary.
+    """The transform that the model applies to its logits. `named` if the model does that, else the measured one.
 
-    The head is made to give a ramp of known numbers of every size, in float32, in place of its own output.
+    None if it is neither a factor nor a soft cap, or if it treats entries of the vocabulary differently. For the
+    measurement the head's output is replaced by known float32 numbers from small to large.
     """
     head, passed = model.get_output_embeddings(), Passed()
     rows = head.weight.shape[0]

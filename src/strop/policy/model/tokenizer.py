@@ -48,8 +48,8 @@ def read_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
     """The model's tokenizer, untouched: no padding token is added, since padding is masked whatever its id. Where the
     model has an adapter with a tokenizer beside it, that one: a run saves there what it trained by.
 
-    Whether the model is one is looked at only where the tokenizer fails, so that what is wrong with a model is not said
-    of its tokenizer; whoever reads many rows with it calls `check_model` before.
+    The model folder is checked only if the tokenizer fails, so the tokenizer is not blamed for a broken model. Call
+    `check_model` first if many rows will be read.
 
     Args:
         needs_weights: refuse a folder without weights, where the model is looked at.
