@@ -60,7 +60,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "replay": Command("replay", "a step of a run taken again, and compared with its ledger (strop replay --help)"),
     "doctor": Command("doctor", "versions, devices, disks and what is missing, to paste where one asks for help"),
-    "demo": Command("demo", "a real training run on this machine, one to three minutes, with nothing to download"),
+    "demo": Command("demo", "a real training run on this machine, two to four minutes, with nothing to download"),
     "methods": Command("methods", "what there is to train by; strop methods NAME: formula, settings, data, metrics"),
     "prepare": Command(
         "prepare", "files of rows into split files: checked, without duplicates, with statistics (strop prepare --help)"

@@ -99,16 +99,16 @@ def _purpose(section: str) -> str:
 
 FOR_DATA = (
     ("conversations or answers to imitate", "sft", ""),
-    ("answers, and a better model to learn from", "distill", "a teacher's whole distribution, not its words alone"),
-    ("texts without prompts", "sft", "trained as a whole"),
+    ("answers, and a better model to learn from", "distill", "learns the teacher's whole distribution"),
+    ("texts without prompts", "sft", "the whole text is trained"),
     ("pairs of a better and a worse answer", "dpo", "after sft on such answers"),
-    ("pairs, some labelled the wrong way round", "dpo", "loss_type: robust and label_smoothing: their share"),
+    ("pairs, some labelled the wrong way round", "dpo", "loss_type: robust, with their share as label_smoothing"),
     ("pairs whose margins grow without end under dpo", "ipo", "a margin of fixed size"),
-    ("pairs, where answers grow longer or a reference is too dear", "simpo", "compares per token, no reference"),
+    ("pairs, where answers grow longer or a reference costs too much", "simpo", "compares per token, no reference"),
     ("pairs, and a model that had no sft", "orpo", "sft and preference in one run, no reference"),
-    ("pairs of translations", "cpo", "what it was made for; no reference"),
-    ("pairs, and a number for every answer is wanted", "reward", "a reward model, for grpo or for choosing answers"),
-    ("single answers marked as good or bad", "kto", "without pairs, also where one kind is rare"),
+    ("pairs of translations", "cpo", "made for translation, no reference"),
+    ("pairs, if you want a number for every answer", "reward", "a reward model, for grpo or for choosing answers"),
+    ("single answers marked as good or bad", "kto", "needs no pairs; one kind may be rare"),
     ("several answers per prompt with rewards", "grpo", "algorithm: dapo, gspo, rloo and others"),
     ("prompts, and rewards that can check an answer", "grpo", "rollout: the model samples the answers itself"),
 )
