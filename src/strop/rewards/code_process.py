@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import sys
 from typing import Any
 
@@ -20,6 +19,8 @@ NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
 
 def limit(job: dict[str, Any]) -> None:
     """From now on: so much time, memory and disk, and no network where the system allows that."""
+    import resource  # Windows has none; the caller has looked
+
     if sys.platform == "linux":
         ctypes.CDLL(None).unshare(NEW_USER | NEW_NETWORK)
     seconds = int(job["seconds"]) + 1

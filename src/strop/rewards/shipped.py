@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from strop.errors import ConfigError
@@ -119,6 +120,13 @@ def python_tests(
             "reward python_tests runs code that the model wrote, and that is off",
             where="rewards: python_tests",
             fix="set settings: {enabled: true}, in a place where such code can do no harm (a container)",
+        )
+
+    if find_spec("resource") is None:
+        raise ConfigError(
+            "reward python_tests needs limits of processes, which this system does not have",
+            where="rewards: python_tests",
+            fix="train on Linux or macOS (WSL on Windows)",
         )
 
     def share(text: str, tests: Any) -> float:

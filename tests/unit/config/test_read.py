@@ -24,7 +24,9 @@ def test_settings_of_this_method_that_are_read_stay(method: str) -> None:
     config = load_config(overrides={"models": MODEL, "method": method})
     assert keys == {f"post_training.{name}" for name in config.post_training.unread()}
     assert ("training.packing" in hidden(method=method)) is (method != "sft")
-    assert ("training.reference_store" in hidden(method=method)) is (method in ("sft", "orpo", "simpo", "cpo"))
+    assert ("training.reference_store" in hidden(method=method)) is (
+        method in ("sft", "orpo", "simpo", "cpo", "reward", "distill")
+    )
 
 
 def test_adapters_settings_are_read_where_adapters_train() -> None:
