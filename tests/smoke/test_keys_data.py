@@ -143,7 +143,7 @@ def test_dataset__streaming(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_dataset__num_workers(runs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STROP_CACHE", str(tmp_path))
     monkeypatch.setattr(worker_pool, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(worker_pool, "ALONE", 1)
+    monkeypatch.setattr(worker_pool, "BATCHES_BEFORE_POOL", 1)
     started = []
     hire = worker_pool.WorkerPool
     monkeypatch.setattr(worker_pool, "WorkerPool", lambda pipeline, n, how: started.append(n) or hire(pipeline, n, how))

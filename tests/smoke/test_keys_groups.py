@@ -36,6 +36,7 @@ PLAIN = {
     "sampler_correction": "none",
     "sampler_correction_max": 3.0,
     "sampler_correction_min": 0.0,
+    "mask_truncated_completions": False,
 }
 """What algorithm grpo is, and the defaults."""
 
