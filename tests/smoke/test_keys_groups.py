@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from group_papers import step_loss
+from strop.config.sections.rollout import RolloutSection
 from strop.errors import ConfigError, TrainingError
 from strop.rollout import sampler
 
@@ -70,10 +71,24 @@ def first_fails(completions, prompts):
     half = sum(map(ord, prompts[0])) % 2
     return [None if half and i == 0 else 1.0 + i for i, _ in enumerate(completions)]
 
+def half_dead(completions, prompts):
+    """The same number for all completions of half of the prompts."""
+    dead = sum(map(ord, prompts[0])) % 2
+    return [0.0 if dead else float(i) for i, _ in enumerate(completions)]
+
+def hungry(completions):
+    held = b"x" * (1 << 30)
+    time.sleep(0.5)
+    return [float(len(held) > 0) for _ in completions]
+
 def slow(completions):
     time.sleep(0.4)
     return [1.0 for _ in completions]
 '''
+
+OF_ROLLOUT = frozenset(RolloutSection.model_fields)
+HELD_OUT = {"validation_split": 0.25, "eval_steps": 1}
+DISTILL = {"method": "distill", "max_steps": 1, "validation_split": 0}
 
 Train = Callable[..., Any]
 Drawn = Callable[..., list[tuple[torch.Tensor, int, float]]]
@@ -108,9 +123,11 @@ def sample(runs: Any) -> Train:
 
     def train(*rewards: Any, **keys: Any) -> Any:
         source = {"dataset.train_file": str(runs.files["singles"]), "validation_split": 0, "max_completion_length": 6}
-        rollout = {f"rollout.{name}": value for name, value in {"num_generations": 3, **keys}.items()}
+        own = {name: value for name, value in {"num_generations": 3, **keys}.items() if name in OF_ROLLOUT}
+        others = {name: value for name, value in keys.items() if name not in OF_ROLLOUT}
+        rollout = {f"rollout.{name}": value for name, value in own.items()}
         method = {"method": "grpo", "epsilon": 1e-3, "max_steps": 1}
-        return runs({**method, **source, **rollout, "rewards": [named(r) for r in rewards or ["codes"]]})
+        return runs({**method, **source, **rollout, **others, "rewards": [named(r) for r in rewards or ["codes"]]})
 
     return train
 
@@ -365,3 +382,73 @@ def test_top__rewards(sample: Train) -> None:
     totals = [r for row in rollouts(run) for r in row["rewards"]]
     assert run.series("reward")[0] == pytest.approx(sum(totals) / len(totals))
     assert len(set(totals)) > 1
+
+
+def test_rollout__num_generations_eval(sample: Train) -> None:
+    held = {**HELD_OUT, "temperature_eval": 1.0}
+    one, three = (sample(num_generations_eval=n, **held).series("reward", "eval") for n in (1, 3))
+    assert one != three, "more completions of the same prompts"
+
+
+def test_rollout__temperature_eval(sample: Train) -> None:
+    greedy, drawn_at_one = (sample(temperature_eval=t, **HELD_OUT).series("reward", "eval") for t in (0.0, 1.0))
+    assert greedy != drawn_at_one
+
+
+def test_rollout__steps_per_generation(sample: Train) -> None:
+    """Two steps of one sampling: both are taken on completions that the weights before the first one sampled."""
+    one, two = (sample(steps_per_generation=n, max_steps=2, learning_rate=0.05) for n in (1, 2))
+    assert rollouts(one)[0] == rollouts(two)[0]
+    assert one.series("clip_ratio/region_mean")[1] == 0 < two.series("clip_ratio/region_mean")[1]
+
+
+def test_rollout__num_iterations(sample: Train) -> None:
+    once, twice = (sample(num_iterations=n, max_steps=2, learning_rate=0.05) for n in (1, 2))
+    assert len(rollouts(once)) == 2 * len(rollouts(twice)), "the second step trains on what the first one sampled"
+
+
+def test_rollout__dynamic_sampling(sample: Train) -> None:
+    as_drawn, refilled = (sample("half_dead", dynamic_sampling=wanted) for wanted in (False, True))
+    assert refilled.series("rollout/groups_without_signal")[0] > 0
+    assert len(rollouts(refilled)) > len(rollouts(as_drawn)), "more prompts in place of those without signal"
+    assert refilled.series("frac_reward_zero_std") == [0.0] < as_drawn.series("frac_reward_zero_std")
+
+
+def test_rollout__max_refills(sample: Train) -> None:
+    few, more = (sample("half_dead", dynamic_sampling=True, max_refills=n) for n in (1, 4))
+    assert few.series("rollout/refilled")[0] <= more.series("rollout/refilled")[0]
+    assert len(rollouts(few)) < len(rollouts(more))
+
+
+def test_rollout__reward_memory_gib(sample: Train) -> None:
+    assert sample("hungry", reward_memory_gib=4).series("reward") == [1.0]
+    with pytest.raises(TrainingError, match=r"more than 0\.5 GiB of memory"):
+        sample("hungry", reward_memory_gib=0.5)
+
+
+# ---- reward and distill
+
+
+def test_post_training__center_rewards_coefficient(runs: Any) -> None:
+    assert are_apart([runs(method="reward", center_rewards_coefficient=c, max_steps=1) for c in (0.0, 0.5)])
+
+
+def test_post_training__teacher_model_id(runs: Any) -> None:
+    distill = {**DISTILL, "dataset.train_file": str(runs.files["singles"])}
+    own, other = (runs({**distill, "teacher_model_id": str(runs.files[name])}) for name in ("model", "other"))
+    assert loss(own) == pytest.approx(0, abs=1e-6) and loss(other) > 1e-4, "a model is its own best pupil"
+
+
+def test_post_training__temperature(runs: Any) -> None:
+    distill = {
+        **DISTILL,
+        "dataset.train_file": str(runs.files["singles"]),
+        "teacher_model_id": str(runs.files["other"]),
+    }
+    assert are_apart([runs({**distill, "post_training.temperature": t}) for t in (0.5, 1.0, 2.0)])
+
+
+def test_post_training__mask_truncated_completions(runs: Any, sample: Train) -> None:
+    cut = sample(max_completion_length=2, **{"post_training.mask_truncated_completions": True})
+    assert not any(any(group["ended"]) for group in rollouts(cut)) and cut.series("grad_norm") == [0.0]
+    assert sample(max_completion_length=2).series("grad_norm")[0] > 0

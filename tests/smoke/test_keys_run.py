@@ -16,10 +16,11 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import strop
 from strop import cli, preflight, session
 from strop.config.schema import KEYS
 from strop.engine import loop
-from strop.errors import CheckpointError, ConfigError, StropError
+from strop.errors import CheckpointError, ConfigError, StoppedByFinding, StropError
 from strop.trackers import opening
 from strop.trackers.facts import RunFacts
 
@@ -295,6 +296,14 @@ def test_logging__margins(runs: Any) -> None:
     off = runs(margins=False)
     assert not (off.path / "logs" / "margins").exists()
     assert runs.same(off.final, runs().final)
+
+
+def test_finetuning__stop_on(runs: Any) -> None:
+    """Weights that leave the reference far behind: how a run stops is in test_stop_on.py."""
+    keys = {"learning_rate": 3.0, "max_steps": 40, "eval_steps": 5, "save_steps": 1000}
+    with pytest.raises(StoppedByFinding) as stop:
+        strop.train(runs.config({**{f"training.{name}": v for name, v in keys.items()}, "stop_on": ["drift"]}))
+    assert stop.value.finding == "drift" and stop.value.step < 40
 
 
 # ---- no key without a test

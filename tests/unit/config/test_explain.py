@@ -127,13 +127,13 @@ CASES = {
     "an unknown method": (
         "post_training:\n  method: dpoo\n",
         "c.yaml:4: post_training.method is 'dpoo' (text)\n"
-        "  expected: one of sft, dpo, ipo, kto, orpo, simpo, cpo, grpo\n"
+        "  expected: one of sft, dpo, ipo, kto, orpo, simpo, cpo, grpo, reward, distill\n"
         "  to do:    did you mean dpo?",
     ),
     "a method that is none": (
         "post_training:\n  method: [dpo]\n",
         "c.yaml:4: post_training.method is the list ['dpo']\n"
-        "  expected: one of sft, dpo, ipo, kto, orpo, simpo, cpo, grpo",
+        "  expected: one of sft, dpo, ipo, kto, orpo, simpo, cpo, grpo, reward, distill",
     ),
     "a setting in the union": (
         "post_training:\n  method: dpo\n  beta: -1\n",
@@ -147,7 +147,7 @@ CASES = {
         "post_training:\n  beta: 0.1\n",
         "c.yaml:4: post_training.beta is 0.1, but method sft does not read it\n"
         "  expected: the settings of sft: loss_reduction\n"
-        "  to do:    remove beta, or set method: dpo, ipo, kto, orpo, cpo or grpo",
+        "  to do:    remove beta, or set method: dpo, ipo, kto, orpo, cpo, grpo or distill",
     ),
     "a setting of another loss": (
         "post_training:\n  method: dpo\n  loss_type: hinge\n  label_smoothing: 0.1\n",
