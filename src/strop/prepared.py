@@ -17,8 +17,8 @@ from strop.config import RunConfig, advice, of_model
 from strop.config.guidance import is_default
 from strop.config.methods import GrpoSettings, KtoSettings, MethodSettings
 from strop.config.sections import ModelSection
-from strop.data.doctor import imbalance
 from strop.data.load import LoadedData
+from strop.data.problems import imbalance
 from strop.data.prompts import PromptGroups
 from strop.data.store.group_numbers import check_complete, check_groups
 from strop.data.store.table import Groups

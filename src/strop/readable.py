@@ -1,10 +1,24 @@
-"""Numbers as a person reads them. Floor 0: stdlib only."""
+"""Numbers, and names of dtypes, as a person reads them; what counts as a number. Floor 0: stdlib only."""
 
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import TYPE_CHECKING, TypeGuard
+
+if TYPE_CHECKING:
+    import torch
 
 UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of JSON or YAML is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def plain(number: float, digits: int = 3) -> str:

@@ -49,7 +49,7 @@ from strop.runfiles import FAILURE, RESULT
 from strop.session import Session, Splits, reference_made_from
 from strop.space import check_space
 from strop.trackers.facts import Ended
-from strop.trackers.group import Trackers
+from strop.trackers.fan_out import Trackers
 from strop.trackers.opening import open_trackers
 from strop.world import World
 

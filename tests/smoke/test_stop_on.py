@@ -14,7 +14,7 @@ import strop
 from strop.cli.entry import main
 from strop.errors import ConfigError, StoppedByFinding
 from strop.report.watch import Watch
-from strop.trackers.group import Trackers
+from strop.trackers.fan_out import Trackers
 
 TOO_HIGH: Mapping[str, Any] = {
     "training.learning_rate": 3.0,

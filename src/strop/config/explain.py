@@ -21,6 +21,7 @@ from strop.config.section import Section, SectionError
 from strop.config.sections import ModelSection, SourceSection
 from strop.config.yamlfile import KeyPath, dotted, scalar, write_value
 from strop.errors import ConfigError, first_line
+from strop.readable import is_number
 from strop.redact import redact
 
 Places = Mapping[KeyPath, str]
@@ -207,7 +208,7 @@ def _fix(key: Key, value: Any) -> str:
         if hint := did_you_mean(value.lower(), key.choices):
             return hint
         bare = scalar(value.strip().replace("_", "").lstrip("0") or value)
-        if kinds & {int, float} and isinstance(bare, int | float) and not isinstance(bare, bool):
+        if kinds & {int, float} and is_number(bare):
             return f"write {bare}, without quotes, leading zeros or underscores"
         if bool in kinds and isinstance(bare, bool):
             return f"write {str(bare).lower()}, without quotes"

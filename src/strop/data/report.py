@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from strop.data.counters import COUNTERS
-from strop.data.doctor import Findings, examine
+from strop.data.problems import Findings, examine
 from strop.data.store.table import Groups
 
 PERCENTILES = (50, 90, 99)

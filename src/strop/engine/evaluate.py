@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from strop.batch import Batch, Scores
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.engine.evaluator import Watcher
+from strop.engine.evaluation_contract import Watcher
 from strop.engine.out_of_memory import attempt_together, cut_finer, does_not_fit
 from strop.engine.row_losses import row_losses
 from strop.engine.source import Cut, GroupSet

@@ -30,7 +30,7 @@ from strop.engine.best import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.device_memory import DeviceMemory
 from strop.engine.evaluate import Evaluation
-from strop.engine.evaluator import Evaluator
+from strop.engine.evaluation_contract import Evaluator
 from strop.engine.gradients import Gradients
 from strop.engine.ledger import row_hash
 from strop.engine.metrics import MetricWindow, UpdateProbe

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from strop.columns import Columns
-from strop.engine.evaluator import Evaluator, Watcher
+from strop.engine.evaluation_contract import Evaluator, Watcher
 from strop.engine.records import Sum
 from strop.engine.source import GroupSet, Part, Supply
 from strop.plan.order import Plan

@@ -29,7 +29,7 @@ from strop.report.findings import Finding
 from strop.report.watch import Watch
 from strop.rundir import RunDir
 from strop.trackers.facts import Ended
-from strop.trackers.group import Trackers
+from strop.trackers.fan_out import Trackers
 from strop.world import World
 
 log = logging.getLogger("strop")

@@ -19,7 +19,7 @@ from torch import Tensor
 from strop.batch import Batch, own_columns, own_names, structure_of
 from strop.columns import NO_COLUMNS, Columns
 from strop.config.methods import MethodSettings
-from strop.engine.evaluator import Evaluator, Watcher
+from strop.engine.evaluation_contract import Evaluator, Watcher
 from strop.engine.records import Sum
 from strop.lengths import Lengths, lengths_of
 from strop.objectives.base import Objective

@@ -48,7 +48,7 @@ from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import LoadedModel, load_model
 from strop.policy.model.quantised import dequantise
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
-from strop.policy.precision import short_name
+from strop.readable import short_name
 
 log = logging.getLogger("strop")
 

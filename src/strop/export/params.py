@@ -13,6 +13,7 @@ from strop.export.layout import EMBEDDING, FAMILIES, HEAD, Layout
 from strop.export.shards import Spec
 from strop.policy.model.consolidated_files import PARAMS
 from strop.policy.model.guard import check_numbers
+from strop.readable import short_name
 
 OURS = "hf_config"
 SMALL_WIDTH = 3072
@@ -105,7 +106,7 @@ def _from_keys(params: Mapping[str, Any], specs: Mapping[str, Spec]) -> PreTrain
         "rms_norm_eps": float(params.get("norm_eps", 1e-5)),
         "max_position_embeddings": positions,
         "rope_parameters": rope,
-        "dtype": str(specs.get(HEAD, specs[EMBEDDING]).dtype).removeprefix("torch."),
+        "dtype": short_name(specs.get(HEAD, specs[EMBEDDING]).dtype),
     }
     if is_mistral:
         settings["sliding_window"] = params.get("sliding_window")

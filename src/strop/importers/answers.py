@@ -18,6 +18,7 @@ from strop.config.foreign import key_of
 from strop.config.schema import Key, key_at
 from strop.config.yamlfile import KeyPath, scalar
 from strop.errors import ConfigError
+from strop.readable import is_number
 
 
 class Fate(StrEnum):
@@ -132,6 +133,46 @@ def of_4_bits(name: str) -> Rule:
     return rule
 
 
+def of_methods(name: str, *methods: str) -> Rule:
+    """The rule of a setting of `post_training` that the tool reads for these methods alone."""
+
+    def rule(value: Any, view: View) -> Answer:
+        if view.method in methods:
+            return carried(f"post_training.{name}", value)
+        return idle(f"method {view.method} does not read it")
+
+    return rule
+
+
+def simpo_gamma(beta_name: str) -> Rule:
+    """The rule of a target margin of SimPO, which tools give in units of the loss and strop per unit of beta.
+
+    Args:
+        beta_name: what the tool calls beta.
+    """
+
+    def rule(value: Any, view: View) -> Answer:
+        beta, gamma = real(view.get(beta_name)), real(value)
+        if view.method != "simpo" or not beta or gamma is None:
+            return idle(f"method {view.method} does not read it")
+        return translated({"post_training.simpo_gamma": gamma / beta}, "gamma per unit of beta")
+
+    return rule
+
+
+def packing(value: Any, view: View) -> Answer:
+    """The rule of a switch for packing, which strop has for sft."""
+    return carried("training.packing", value) if view.method == "sft" else idle("pairs share their prompts unpadded")
+
+
+def validation_size(value: Any, view: View) -> Answer:
+    """The rule of what is held out: a share of the rows, or from 1 on a number of them."""
+    size = real(value)
+    if size is not None and size >= 1:
+        return left("it counts rows; strop holds out a share, dataset.validation_split")
+    return translated({"dataset.validation_split": value})
+
+
 def chosen(key: str, choices: Mapping[Any, Any], otherwise: str) -> Rule:
     """The rule of a name whose values have other names. otherwise: said where there is no such value."""
 
@@ -226,7 +267,7 @@ def _typed(key: Key, value: Any) -> Any:
         value = scalar(value.strip())
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
         return int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and str in kinds and not kinds & {int, float}:
+    if is_number(value) and str in kinds and not kinds & {int, float}:
         return str(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         return float(value) if abs(value) < 1 << 53 else value

@@ -20,16 +20,19 @@ from strop.importers.answers import (
     chosen,
     idle,
     is_on,
-    left,
     listed,
     of_4_bits,
+    of_methods,
     off,
     only,
+    packing,
     real,
     refused,
     same,
+    simpo_gamma,
     straight,
     translated,
+    validation_size,
     whole,
 )
 
@@ -140,42 +143,14 @@ def _beta(value: Any, view: View) -> Answer:
     return trl.RULES["beta"](value, view)  # type: ignore[return-value]
 
 
-def _gamma(value: Any, view: View) -> Answer:
-    beta, gamma = real(view.get("rl_beta")), real(value)
-    if view.method != "simpo" or not beta or gamma is None:
-        return idle(f"method {view.method} does not read it")
-    return translated({"post_training.simpo_gamma": gamma / beta}, "gamma per unit of beta")
-
-
-def _of(name: str, *methods: str) -> Any:
-    return lambda value, view: (
-        translated({f"post_training.{name}": value})
-        if view.method in methods
-        else idle(f"method {view.method} does not read it")
-    )
-
-
 def _length(value: Any, view: View) -> Answer:
     return idle("the trl block says it") if view.method == "grpo" else carried("training.max_seq_length", value)
-
-
-def _packing(value: Any, view: View) -> Answer:
-    return (
-        translated({"training.packing": value}) if view.method == "sft" else idle("pairs share their prompts unpadded")
-    )
 
 
 def _excess(value: Any, view: View) -> Answer:
     if view.method == "grpo":
         return idle("rows are prompts")
     return translated({"dataset.filter_overlength_samples": value != "truncate"})
-
-
-def _val_size(value: Any, view: View) -> Answer:
-    size = real(value)
-    if size is not None and size >= 1:
-        return left("it counts rows; strop holds out a share, dataset.validation_split")
-    return translated({"dataset.validation_split": value})
 
 
 def _target_linear(value: Any, view: View) -> Answer:
@@ -279,14 +254,14 @@ RULES: Rules = {
     "rl": _rl,
     "rl_beta": _beta,
     "dpo_beta": _beta,
-    "orpo_alpha": _of("beta", "orpo"),
-    "simpo_gamma": _gamma,
+    "orpo_alpha": of_methods("beta", "orpo"),
+    "simpo_gamma": simpo_gamma("rl_beta"),
     "cpo_alpha": trl.RULES["cpo_alpha"],
-    "rpo_alpha": _of("sft_weight", "dpo", "simpo"),
-    "kto_desirable_weight": _of("desirable_weight", "kto"),
-    "kto_undesirable_weight": _of("undesirable_weight", "kto"),
-    "dpo_label_smoothing": _of("label_smoothing", "dpo"),
-    "dpo_use_weighting": _of("wpo_weighting", "dpo"),
+    "rpo_alpha": of_methods("sft_weight", "dpo", "simpo"),
+    "kto_desirable_weight": of_methods("desirable_weight", "kto"),
+    "kto_undesirable_weight": of_methods("undesirable_weight", "kto"),
+    "dpo_label_smoothing": of_methods("label_smoothing", "dpo"),
+    "dpo_use_weighting": of_methods("wpo_weighting", "dpo"),
     "dpo_use_logits_to_keep": always("the head is evaluated at scored tokens alone"),
     "precompute_ref_log_probs": always("the reference is scored once, before the first step, in any case"),
     "reward_model": lambda value, view: idle(f"it is method {view.method}"),
@@ -294,7 +269,7 @@ RULES: Rules = {
     "sequence_len": _length,
     "excess_length_strategy": _excess,
     "min_sample_len": off("rows with nothing to train are dropped and counted"),
-    "sample_packing": _packing,
+    "sample_packing": packing,
     "eval_sample_packing": always("evaluations are not packed"),
     "sample_packing_group_size": always("rows are filled first fit"),
     "sample_packing_bin_size": always("rows are filled first fit"),
@@ -303,7 +278,7 @@ RULES: Rules = {
     "eager_attention": always("attention kernels are chosen by device"),
     "datasets": axolotl_data.datasets,
     "test_datasets": axolotl_data.test_datasets,
-    "val_set_size": _val_size,
+    "val_set_size": validation_size,
     "dataset_prepared_path": always("tokenised rows lie in the cache folder"),
     "skip_prepare_dataset": off("rows are prepared by strop's own way"),
     "shuffle_merged_datasets": only((True,), "the seed decides the order", "the seed decides the order of all rows"),

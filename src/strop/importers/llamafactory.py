@@ -25,12 +25,16 @@ from strop.importers.answers import (
     left,
     listed,
     of_4_bits,
+    of_methods,
     off,
     only,
+    packing,
     real,
     refused,
+    simpo_gamma,
     straight,
     translated,
+    validation_size,
     whole,
 )
 
@@ -147,40 +151,12 @@ def _loss(value: Any, view: View) -> Answer:
     return carried("post_training.loss_type", value)
 
 
-def _gamma(value: Any, view: View) -> Answer:
-    beta, gamma = real(view.get("pref_beta")), real(value)
-    if view.method != "simpo" or not beta or gamma is None:
-        return idle(f"method {view.method} does not read it")
-    return translated({"post_training.simpo_gamma": gamma / beta}, "gamma per unit of beta")
-
-
-def _of(name: str, *methods: str) -> Any:
-    return lambda value, view: (
-        translated({f"post_training.{name}": value})
-        if view.method in methods
-        else idle(f"method {view.method} does not read it")
-    )
-
-
 def _template(value: Any, view: View) -> Answer:
     if str(value) in TEMPLATES:
         return translated({"dataset.template": TEMPLATES[str(value)]})
     if value in ("default", "empty"):
         return translated({"dataset.template": "plain"}, "strop's plain turns")
     return left("the model's own chat template is taken; name another in dataset.template (docs/templates.md)")
-
-
-def _val_size(value: Any, view: View) -> Answer:
-    size = real(value)
-    if size is not None and size >= 1:
-        return left("it counts rows; strop holds out a share, dataset.validation_split")
-    return translated({"dataset.validation_split": value})
-
-
-def _packing(value: Any, view: View) -> Answer:
-    return (
-        translated({"training.packing": value}) if view.method == "sft" else idle("pairs share their prompts unpadded")
-    )
 
 
 def _bits(value: Any, view: View) -> Answer:
@@ -312,25 +288,25 @@ RULES: Rules = {
     "pref_beta": _beta,
     "dpo_beta": _beta,
     "pref_loss": _loss,
-    "pref_ftx": _of("sft_weight", "dpo", "simpo"),
+    "pref_ftx": of_methods("sft_weight", "dpo", "simpo"),
     "pref_bco_weight": off("strop has no such term"),
-    "dpo_label_smoothing": _of("label_smoothing", "dpo"),
-    "kto_chosen_weight": _of("desirable_weight", "kto"),
-    "kto_rejected_weight": _of("undesirable_weight", "kto"),
-    "simpo_gamma": _gamma,
-    "ld_alpha": _of("ld_alpha", "dpo"),
-    "ref_model": _of("ref_model_id", "dpo", "kto"),
+    "dpo_label_smoothing": of_methods("label_smoothing", "dpo"),
+    "kto_chosen_weight": of_methods("desirable_weight", "kto"),
+    "kto_rejected_weight": of_methods("undesirable_weight", "kto"),
+    "simpo_gamma": simpo_gamma("pref_beta"),
+    "ld_alpha": of_methods("ld_alpha", "dpo"),
+    "ref_model": of_methods("ref_model_id", "dpo", "kto"),
     "ref_model_adapters": off("merge them into the reference first (strop merge)"),
     "ref_model_quantization_bit": off("another reference is loaded as it is"),
     "template": _template,
     "dataset": _dataset,
     "eval_dataset": _eval_dataset,
     "dataset_dir": always("dataset_info.json is read there"),
-    "val_size": _val_size,
+    "val_size": validation_size,
     "mix_strategy": only(("concat",), "sources stand one behind the other", "give sources a weight (dataset.sources)"),
     "interleave_probs": off("give sources a weight (dataset.sources)"),
-    "packing": _packing,
-    "neat_packing": lambda value, view: _packing(value, view) if is_on(value) else idle("it is off"),
+    "packing": packing,
+    "neat_packing": lambda value, view: packing(value, view) if is_on(value) else idle("it is off"),
     "train_on_prompt": off("answers alone are trained, never prompts"),
     "mask_history": lambda value, view: (
         translated({"dataset.train_on": "last"}) if is_on(value) else idle("all answers are trained")

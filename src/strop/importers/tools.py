@@ -55,7 +55,8 @@ MARKS: Mapping[str, frozenset[str]] = {
     "opensloth": frozenset({"OpenSlothConfig", "FastModelArgs", "fast_model_args", "opensloth_config"}),
     "unsloth": frozenset({"unsloth", "get_peft_model"}),
 }
-"""Packages, calls and keys that a tool alone has."""
+"""Packages, calls and keys that a tool alone has, by which it is recognised; the other tools are by how many keys of a
+file they know."""
 LITTLE = 3
 """Keys that a file must share with a tool to be taken for one of its files, or half of its keys if they are fewer."""
 
@@ -78,7 +79,7 @@ def recognised(source: Source, names: Sequence[str]) -> str:
             where=str(source.path),
             fix=f"strop train --config {source.path}",
         )
-    scores = {tool: sum(name in TOOLS[tool].rules for name in names) for tool in ("trl", "llamafactory", "axolotl")}
+    scores = {tool: sum(name in TOOLS[tool].rules for name in names) for tool in TOOLS if tool not in MARKS}
     best = max(scores.values())
     first = [tool for tool, score in scores.items() if score == best]
     if best < min(LITTLE, len(names) / 2) or best == 0:

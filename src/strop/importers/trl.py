@@ -25,11 +25,14 @@ from strop.importers.answers import (
     left,
     listed,
     of_4_bits,
+    of_methods,
     off,
     only,
+    packing,
     real,
     refused,
     same,
+    simpo_gamma,
     straight,
     translated,
     whole,
@@ -209,15 +212,6 @@ def _loss_of_dpo(value: Any, view: View) -> Answer:
     return carried("post_training.loss_type", first)
 
 
-def _of_method(name: str, *methods: str) -> Any:
-    def rule(value: Any, view: View) -> Answer:
-        if view.method in methods:
-            return carried(f"post_training.{name}", value)
-        return idle(f"method {view.method} does not read it")
-
-    return rule
-
-
 def _beta(value: Any, view: View) -> Answer:
     match view.method:
         case "sft" | "reward":
@@ -225,13 +219,6 @@ def _beta(value: Any, view: View) -> Answer:
         case "simpo":
             return translated({"post_training.simpo_beta": value})
     return carried("post_training.beta", value)
-
-
-def _simpo_gamma(value: Any, view: View) -> Answer:
-    beta, gamma = real(view.get("beta")), real(value)
-    if view.method != "simpo" or not beta or gamma is None:
-        return idle(f"method {view.method} does not read it")
-    return translated({"post_training.simpo_gamma": gamma / beta}, "gamma per unit of beta")
 
 
 def _cpo_alpha(value: Any, view: View) -> Answer:
@@ -341,9 +328,7 @@ RULES: Rules = {
         "completions are cut at the right",
         "strop cuts prompts at the left and completions at the right",
     ),
-    "packing": lambda value, view: (
-        carried("training.packing", value) if view.method == "sft" else idle("pairs share their prompts unpadded")
-    ),
+    "packing": packing,
     "packing_strategy": always("rows are filled first fit, and attention never crosses examples"),
     "eval_packing": always("evaluations are not packed"),
     "shuffle_dataset": always("the seed decides the order"),
@@ -364,11 +349,11 @@ RULES: Rules = {
     "loss_type": _loss_type,
     "loss_weights": always("it is in post_training.sft_weight"),
     "beta": _beta,
-    "label_smoothing": _of_method("label_smoothing", "dpo", "cpo"),
+    "label_smoothing": of_methods("label_smoothing", "dpo", "cpo"),
     "f_divergence_type": chosen("post_training.f_divergence", DIVERGENCES, "strop has no such divergence"),
-    "ld_alpha": _of_method("ld_alpha", "dpo"),
-    "discopop_tau": _of_method("discopop_tau", "dpo"),
-    "rpo_alpha": _of_method("sft_weight", "dpo", "simpo"),
+    "ld_alpha": of_methods("ld_alpha", "dpo"),
+    "discopop_tau": of_methods("discopop_tau", "dpo"),
+    "rpo_alpha": of_methods("sft_weight", "dpo", "simpo"),
     "precompute_ref_log_probs": always("the reference is scored once, before the first step, in any case"),
     "precompute_ref_batch_size": always("micro-batches of the reference are chosen so that they fit"),
     "disable_dropout": only((True,), "the model's own dropout is off", "the model's own dropout is off in strop"),
@@ -383,11 +368,11 @@ RULES: Rules = {
         if isinstance(value, Code)
         else carried("post_training.ref_model_id", value)
     ),
-    "desirable_weight": _of_method("desirable_weight", "kto"),
-    "undesirable_weight": _of_method("undesirable_weight", "kto"),
-    "center_rewards_coefficient": _of_method("center_rewards_coefficient", "reward"),
+    "desirable_weight": of_methods("desirable_weight", "kto"),
+    "undesirable_weight": of_methods("undesirable_weight", "kto"),
+    "center_rewards_coefficient": of_methods("center_rewards_coefficient", "reward"),
     "cpo_alpha": _cpo_alpha,
-    "simpo_gamma": _simpo_gamma,
+    "simpo_gamma": simpo_gamma("beta"),
     "ignore_bias_buffers": always("it is for another way of several processes"),
     **{
         name: always("the objects of a script are strop's own")

@@ -22,6 +22,7 @@ from strop.importers.answers import (
     listed,
     off,
     only,
+    packing,
     straight,
     translated,
 )
@@ -88,10 +89,6 @@ def _cache(value: Any, view: View) -> Answer:
     )
 
 
-def _packing(value: Any, view: View) -> Answer:
-    return carried("training.packing", value) if view.method == "sft" else idle("pairs share their prompts unpadded")
-
-
 def _full(value: Any, view: View) -> Answer:
     return translated({"lora.enabled": False}) if is_on(value) else idle("adapters train")
 
@@ -126,7 +123,7 @@ OPENSLOTH: Rules = {
     "devices": lambda value, view: (
         translated({"gpu.device_ids": value}) if value != [0] else idle("the first GPU is the default")
     ),
-    "sequence_packing": _packing,
+    "sequence_packing": packing,
     "lora_target_modules": listed("lora.target_modules"),
     **absent("wandb_project", "numbers are in metrics.jsonl"),
 }

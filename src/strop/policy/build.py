@@ -42,10 +42,11 @@ from strop.policy.model.quantisation import check_adapts
 from strop.policy.model.task import SCORE, draw_score, head_of, padding_id, with_one_label
 from strop.policy.model.tokenizer import check_model, check_vocabulary, read_tokenizer
 from strop.policy.policy import Policy
-from strop.policy.precision import Precision, resolve_precision, short_name
+from strop.policy.precision import Precision, resolve_precision
 from strop.policy.probe import own_logps, probe
 from strop.policy.sharding import Sharded
 from strop.policy.strategy import Replicated, Strategy
+from strop.readable import short_name
 from strop.world import World
 
 logger = logging.getLogger("strop")

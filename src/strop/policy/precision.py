@@ -17,6 +17,7 @@ from torch import Tensor
 from strop.config.sections import TrainingSection
 from strop.errors import ConfigError
 from strop.policy.kernels.product_rates import bf16_gains
+from strop.readable import short_name
 
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -67,11 +68,6 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     found = {name: t.detach() for name, t in tensors.items() if t.dtype in known and t.numel()}
     return [name for name, t in found.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def resolve_precision(training: TrainingSection, device: torch.device) -> Precision:

@@ -37,7 +37,7 @@ from strop.cachedir import cache_folder, cannot_keep
 from strop.policy.kernels import product_rates
 from strop.policy.model.identity import numbers_of
 from strop.policy.policy import Policy
-from strop.policy.precision import short_name
+from strop.readable import short_name
 
 log = logging.getLogger("strop")
 

@@ -16,7 +16,7 @@ from strop.policy.model.adapter_init import save_on_base
 from strop.policy.model.adapters import check_adapter
 from strop.policy.model.configuration import quiet
 from strop.policy.model.generation import write_generation
-from strop.policy.precision import short_name
+from strop.readable import short_name
 
 if TYPE_CHECKING:
     from strop.policy.policy import Policy

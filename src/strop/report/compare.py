@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from strop.readable import is_number
 from strop.report.ledgers import WORDS, Line, differing, ledger_path, line_of, read_ledger
-from strop.report.lines import is_number
 from strop.report.reading import RunRecord, read_run
 from strop.report.words import excerpt
 

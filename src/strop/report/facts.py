@@ -10,8 +10,9 @@ import numpy as np
 
 from strop.config.methods import METHODS, ReferenceSettings
 from strop.paired import Change, change_of_rows
+from strop.readable import is_number
 from strop.report.findings import Thresholds
-from strop.report.lines import Column, is_number
+from strop.report.lines import Column
 from strop.report.reading import RunRecord, Table
 
 LN2 = math.log(2)

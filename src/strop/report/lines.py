@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from strop.durable import json_object
+from strop.readable import is_number
 
 Column = NDArray[np.float64]
 
@@ -170,11 +171,6 @@ def _blocks(path: Path) -> Iterator[bytes]:
                 yield block
         if rest.strip():
             yield rest
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value of JSON or YAML is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: object) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.durable import json_object
-from strop.report.lines import is_number
+from strop.readable import is_number
 from strop.runfiles import SAMPLES
 
 MOST_PROMPTS = 12

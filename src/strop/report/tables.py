@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from strop.readable import duration
+from strop.readable import duration, is_number
 from strop.report.charts import number
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Thresholds
-from strop.report.lines import is_number
 from strop.report.reading import RunRecord
 from strop.report.words import excerpt
 

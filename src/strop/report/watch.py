@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from strop.config.stop_on import AT_ONCE, AT_THE_END
+from strop.readable import is_number
 from strop.report.diagnose import diagnose
 from strop.report.facts import Facts
 from strop.report.findings import Finding, Severity, Thresholds
-from strop.report.lines import is_number
 from strop.report.reading import NUMBERS, Margins, RunRecord, Table, read_run
 
 EVERY_LINE = 20

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.engine.evaluator import Watcher
+from strop.engine.evaluation_contract import Watcher
 from strop.engine.metrics import held_out_metrics, means
 from strop.rollout.collect import Collected, Collector, measured
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from strop.columns import Columns
 from strop.durable import JsonLines
-from strop.engine.evaluator import Evaluator, Watcher
+from strop.engine.evaluation_contract import Evaluator, Watcher
 from strop.engine.records import Sum
 from strop.engine.source import GroupSet, Part, Supply
 from strop.errors import TrainingError

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import tracked_run as course
-from strop.trackers import group
+from strop.trackers import fan_out
 from strop.trackers import wandb as wandb_tracker
 
 
@@ -130,7 +130,7 @@ def test_an_mlflow_server_that_goes_away_and_comes_back(
     trackers = course.process(tmp_path / "run", course.config("mlflow"), last=4)
     server.stop()
     now = time.monotonic()
-    monkeypatch.setattr(group.time, "monotonic", lambda: now)
+    monkeypatch.setattr(fan_out.time, "monotonic", lambda: now)
     for line in course.lines(5, 8):
         now += 60
         trackers.log(line)

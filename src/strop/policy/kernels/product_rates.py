@@ -34,6 +34,7 @@ from strop import machine
 from strop.cachedir import cache_folder
 from strop.durable import hidden_name, remove, write_file
 from strop.policy.allocator import keep_few_kernels
+from strop.readable import short_name
 
 logger = logging.getLogger("strop")
 
@@ -73,7 +74,7 @@ def way(dtype: torch.dtype, kind: str = "linear") -> str:
 def ways(dtype: torch.dtype) -> dict[str, str]:
     """The ways of a run that computes in `dtype`, by name: {"float32 linear": "onednn", ...}."""
     dtypes = dict.fromkeys((torch.float32, dtype))
-    return {f"{_name(of)} {kind}": way(of, kind) for of in dtypes for kind in ("linear", "batched")}
+    return {f"{short_name(of)} {kind}": way(of, kind) for of in dtypes for kind in ("linear", "batched")}
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def taking(chosen: Mapping[str, str]) -> Iterator[None]:
 
 def record() -> dict[str, Any] | None:
     """The ways that are taken, as a checkpoint keeps them; None outside `taking`."""
-    chosen = {f"{_name(dtype)} {kind}": value for (dtype, kind), value in _taken.items()}
+    chosen = {f"{short_name(dtype)} {kind}": value for (dtype, kind), value in _taken.items()}
     return {"measured_on": measured_on(), "ways": chosen} if chosen else None
 
 
@@ -137,7 +138,7 @@ def measured_on() -> str:
 
 @cache
 def _known(dtype: torch.dtype, on: str) -> Rates:
-    file = cache_folder("rates") / f"{_name(dtype)}-{on}.json"
+    file = cache_folder("rates") / f"{short_name(dtype)}-{on}.json"
     return _read(file, dtype) or _kept(file, dtype, measure(dtype))
 
 
@@ -188,7 +189,7 @@ def measure(dtype: torch.dtype) -> Rates:
     found: dict[str, dict[str, float]] = {}
     for (kind, name), calls in seconds.items():
         found.setdefault(kind, {})[name] = works[kind, name][1] / min(calls)
-    logger.debug("products of %s, FLOP per second of one thread: %s", _name(dtype), found)
+    logger.debug("products of %s, FLOP per second of one thread: %s", short_name(dtype), found)
     return found
 
 
@@ -228,10 +229,6 @@ def by_onednn(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w^T + bias by oneDNN: [T, O] of x [T, I], w [O, I] and bias [O], without gaps."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
     return product
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _parsed(name: str) -> tuple[torch.dtype, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from strop.errors import ModelError, foreign_errors
 from strop.manifest import MANIFEST, Damaged, read_manifest, verify_listed
+from strop.readable import is_number
 
 READ = frozenset({".json", ".jinja", ".safetensors", ".model", ".txt", ".tiktoken"})
 """Suffixes of what is read of a model folder, by strop or by the libraries that load it."""
@@ -145,5 +146,5 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _numbers(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif is_number(value):
             yield key, value

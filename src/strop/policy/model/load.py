@@ -30,7 +30,8 @@ from strop.policy.model.outline import check_config_against_files, other_shape
 from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.model.task import SCORE, auto_class, with_one_label
-from strop.policy.precision import nonfinite, short_name
+from strop.policy.precision import nonfinite
+from strop.readable import short_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

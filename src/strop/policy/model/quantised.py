@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from strop.errors import ModelError
 from strop.policy.model.quantisation import Quantisation
 from strop.policy.model.task import head_of
+from strop.readable import short_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,7 +60,7 @@ def compute_in(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Let a model whose files are in 4 bits multiply in the dtype of the run, whatever it was saved with."""
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict):
-        config.quantization_config = {**settings, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+        config.quantization_config = {**settings, "bnb_4bit_compute_dtype": short_name(dtype)}
 
 
 def settle(module: PreTrainedModel, found: Quantisation | None, where: str) -> None:

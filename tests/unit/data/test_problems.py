@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong with rows that are each fine."""
+"""What is wrong with the data as a whole is found, although each row is fine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from strop.data.doctor import imbalance
 from strop.data.load import LoadedData, load_data
+from strop.data.problems import imbalance
 from strop.errors import DataError
 
 Make = Callable[..., Any]

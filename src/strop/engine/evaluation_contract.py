@@ -1,4 +1,4 @@
-"""What measures the policy between two steps, and what shows how far it is. Floor 3."""
+"""Contracts of an evaluation between two steps: what measures the policy, and what shows how far it is. Floor 3."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from strop.trackers import group
+from strop.trackers import fan_out
 from strop.trackers.facts import Ended
-from strop.trackers.group import Trackers
+from strop.trackers.fan_out import Trackers
 
 
 def record(step: int, split: str = "train", **metrics: object) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Fake:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that trackers see, in seconds."""
     now = [1000.0]
-    monkeypatch.setattr(group.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(fan_out.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -1,4 +1,4 @@
-"""All trackers of a run as one. Floor 2.
+"""All trackers of a run as one: every line goes to each of them. Floor 2.
 
 A chart is not worth losing a run: whatever a tracker raises is counted and told once. What it did not take waits and is
 offered again after a while, with growing pauses, so that a server that comes back gets everything and one that does not
@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from strop.errors import first_line
+from strop.readable import is_number
 from strop.redact import redact
 from strop.trackers.facts import SAMPLES, Ended, Tracker
 
@@ -77,11 +78,7 @@ class Trackers:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name in ("step", "split") or _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return {name: value for name, value in record.items() if name in ("step", "split") or is_number(value)}
 
 
 class _Outlet:
