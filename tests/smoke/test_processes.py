@@ -215,7 +215,7 @@ def wait_until(done: Callable[[], bool], what: str, seconds: float = 100) -> Non
     "victims",
     [
         "rank 1",
-        "launcher",
+        pytest.param("launcher", marks=pytest.mark.nightly),
         pytest.param("rank 0", marks=pytest.mark.nightly),
         pytest.param("all", marks=pytest.mark.nightly),
     ],

@@ -111,8 +111,10 @@ def die_in_step(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     [
         ("sft", False, {}),
         ("dpo", True, {}),
-        ("dpo", True, {"bf16": True, "optim": "adamw_torch_fused"}),
-        ("dpo", False, {"options": {"ref_sync_steps": 2, "ref_mixup_alpha": 0.3}}),
+        pytest.param("dpo", True, {"bf16": True, "optim": "adamw_torch_fused"}, marks=pytest.mark.nightly),
+        pytest.param(
+            "dpo", False, {"options": {"ref_sync_steps": 2, "ref_mixup_alpha": 0.3}}, marks=pytest.mark.nightly
+        ),
     ],
     ids=["sft-full", "dpo-lora-dropout", "dpo-lora-bf16", "dpo-full-synced"],
 )
