@@ -35,6 +35,7 @@ OfTheCourse = Literal[
     "drift",
     "chosen-falls",
     "rewards-together",
+    "groups-without-signal",
 ]
 StopOn = OfTheStart | OfTheCourse
 AT_ONCE = frozenset(get_args(OfTheStart))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from strop.report.checks import course, pairs, rows, start, unpaired
+from strop.report.checks import course, groups, pairs, rows, start, unpaired
 from strop.report.facts import Facts
 from strop.report.findings import ORDER, Finding, Remedy, Severity, Thresholds
 from strop.report.reading import RunRecord
@@ -21,6 +21,7 @@ CHECKS: tuple[Check, ...] = (
     *course.CHECKS,
     *pairs.CHECKS,
     *unpaired.CHECKS,
+    *groups.CHECKS,
     *course.GENERAL,
 )
 """In the order in which findings of one severity are listed: exact ones first."""

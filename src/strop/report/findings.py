@@ -172,6 +172,8 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "sft_still": Threshold(0.02, "share that the loss has fallen after the whole run", RULE),
     "falls_warn": Threshold(0.05, "nats per token that chosen answers lose without a reference", RULE),
     "falls_fail": Threshold(0.3, "nats per token that chosen answers lose without a reference", RULE),
+    "no_signal_warn": Threshold(0.5, "share of groups whose rewards are all the same", RULE),
+    "no_signal_fail": Threshold(0.8, "share of groups whose rewards are all the same", RULE),
 }
 """Every number that a finding is held against."""
 

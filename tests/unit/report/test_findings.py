@@ -13,7 +13,7 @@ import pytest
 
 from strop.cli.run_config import parse, parser_of_run
 from strop.report import findings
-from strop.report.checks import course, pairs, rows, start, unpaired
+from strop.report.checks import course, groups, pairs, rows, start, unpaired
 from strop.report.findings import THRESHOLDS, Severity, Thresholds
 from strop.report.reading import read_run
 from strop.report.write import examine
@@ -100,6 +100,20 @@ def test_a_finding_is_raised_by_what_it_looks_for(
     assert found.severity == severity
     if severity != UNCHECKED:
         assert found.numbers and found.remedies
+
+
+@pytest.mark.parametrize(("share", "severity"), [(0.3, OK), (0.6, WARN), (1.0, FAIL)])
+def test_groups_without_signal_are_the_cause_of_a_gradient_of_zero(
+    share: float, severity: Severity, make: Callable[..., Any]
+) -> None:
+    norm = 0.0 if share == 1 else 1.0
+    made = make(lambda line: {"frac_reward_zero_std": share, "grad_norm": norm} if line["split"] == "train" else {})
+    made.settings |= {"post_training.method": "grpo", "rollout.num_generations": 4, "rollout.dynamic_sampling": False}
+    found = made.finding("groups-without-signal")
+    assert found.severity == severity
+    assert "gradient-zero" not in [f.id for f in made.diagnose().raised]
+    if severity != OK:
+        assert {"rollout.num_generations": 8} in [dict(r.settings) for r in found.remedies]
 
 
 DATA: list[tuple[str, Severity, str, Any]] = [
@@ -235,7 +249,9 @@ ID = r'(?:Finding|passed|unchecked|graded)\(\s*"([a-z-]+)"'
 
 
 def source_of_checks() -> str:
-    return "".join(Path(m.__file__ or "").read_text(encoding="utf-8") for m in (course, pairs, rows, start, unpaired))
+    return "".join(
+        Path(m.__file__ or "").read_text(encoding="utf-8") for m in (course, groups, pairs, rows, start, unpaired)
+    )
 
 
 def test_every_finding_and_every_threshold_is_explained() -> None:

@@ -5,5 +5,6 @@ rows       the data, as data.json counts it
 course     any method: numbers that are not finite, steps, gradients, evaluations
 pairs      methods on a chosen and a rejected completion
 unpaired   labelled completions and demonstrations
+groups     completions with rewards
 remedies   what several findings advise
 """
