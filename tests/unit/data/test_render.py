@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from strop.data.read.row import RowRefused
-from strop.data.text.markers import Markers
+from strop.data.text.markers import THINK_TAG, Markers
 from strop.data.text.render import Rendered, Renderer, TextRules
 from strop.errors import ConfigError, ModelError
 from strop.types import Example, Message, Origin
@@ -58,8 +58,17 @@ def words(rendered: Rendered, spans: Any) -> list[str]:
 
 # no character of the two private-use planes, which the marks come from, and no half surrogate pairs
 text = st.text(st.characters(max_codepoint=0xEFFFF, exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
-    str.strip
+    lambda words: words.strip() and not THINK_TAG.search(words)
 )
+
+
+def test_a_tag_that_opens_nothing_is_the_answer(make_tokenizer: Make, templates: dict[str, str]) -> None:
+    tokenizer = make_tokenizer(template=templates["chatml"])
+    rendered = render(tokenizer, turn("user", "q"), turn("assistant", "<think>"))
+    assert words(rendered, rendered.trained) == ["<think><|end|>"]
+    assert words(rendered, rendered.contents) == ["q", "<think>"]
+
+
 KINDS = ("chatml", "generation_blocks", "trimming", "mistral", "system_into_user", "no_end_token", "role_tokens")
 
 

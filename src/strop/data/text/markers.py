@@ -125,6 +125,8 @@ class Markers:
     def _marked_thoughts(self, i: int, content: str) -> str:
         """An answer with `<think>` tags, each text between two tags marked by itself: a thought ends at `</think>`."""
         parts = THINK_TAG.split(content)  # text, tag, text, tag, ..., text
+        if "</think>" not in parts and not any(text.strip() for text in parts[::2]):
+            return self._marked(i, "content", content)  # tags that open nothing are all that it says
         for n in range(0, len(parts), 2):
             kind: Kind = "thought" if parts[n + 1 : n + 2] == ["</think>"] else "content"
             if parts[n].strip() or kind == "thought":
