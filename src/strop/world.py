@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from strop.errors import PeerError, StropError
+from strop.errors import ConfigError, PeerError, StropError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -173,9 +173,15 @@ class World(ABC):
         ends at once with its message, and they end because it is gone.
 
         Raises:
-            ConfigError: `shard_size` does not divide the number of processes.
+            ConfigError: `shard_size` does not divide the number of processes, or there is nothing between them that
+                such code could use, as in a world of one process.
         """
-        raise NotImplementedError("a mesh needs processes that torch.distributed connects")
+        raise ConfigError(
+            f"a world of {self.size} has no connection of torch.distributed, over which a model is sharded",
+            where="gpu.fsdp",
+            expected="several processes, started by `strop train` or torchrun",
+            fix="leave gpu.fsdp out, or start several processes: --num-processes 2",
+        )
 
     def __deepcopy__(self, _: dict[int, Any]) -> World:
         return self

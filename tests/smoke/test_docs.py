@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
-from strop.cli import COMMANDS, main
+from strop.cli import COMMANDS, entry, main
+from strop.cli.compare import PARTED
+from strop.cli.replay import DIFFERENT
 from strop.config import load_config
 from strop.config.flags import ALIASES
 from strop.config.names import matches
@@ -156,3 +158,22 @@ def test_pages_for_machines_name_what_is_there() -> None:
     for command in re.findall(r"`strop (\w+)", text):
         assert command in COMMANDS
     assert (ROOT / "llms.txt").read_text(encoding="utf-8").startswith("# strop\n\n> ")
+
+
+@pytest.mark.parametrize(
+    ("page", "begins"),
+    [
+        ("docs/guide.md", "| exit code |"),
+        ("docs/reliability.md", "- Exit codes:"),
+        ("AGENTS.md", "0: done."),
+        ("llms.txt", "- Exit codes:"),
+    ],
+)
+def test_a_list_of_exit_codes_names_them_all(page: str, begins: str) -> None:
+    """Those of the command line, and no others."""
+    assert entry.__doc__ is not None
+    codes = {int(code) for code in re.findall(r"^ {4}(\d+) ", entry.__doc__, re.M)}
+    assert codes >= {0, 1, PARTED, DIFFERENT, entry.FOUND, entry.RESUMABLE, entry.STOPPED}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    listed = text[text.index(begins) :].split("\n\n")[0].split(" Where a signal kills")[0]
+    assert {int(code) for code in re.findall(r"(?<!-)\b\d+\b", listed)} == codes

@@ -23,7 +23,14 @@ TOKENIZERS = {"gpt2": None, "mistral-v3-32k": "tokenizer", "mistral-tekken-131k"
 """Name -> which template its rows are rendered by; null: the tokenizer has none."""
 DATA = {"sft": "instruct_sft.train.jsonl", "dpo": "hh_helpful.train.jsonl"}
 RUNS = [("sft", "full", "fp32"), ("sft", "lora", "bf16"), ("dpo", "lora", "fp32"), ("dpo", "full", "bf16")]
-WHERE_THERE_IS_CAUSE = {"rejected.jsonl", "pairs.json", "failure.json", "rollouts.jsonl", "samples.jsonl", "trackers.json"}
+WHERE_THERE_IS_CAUSE = {
+    "rejected.jsonl",
+    "pairs.json",
+    "failure.json",
+    "rollouts.jsonl",
+    "samples.jsonl",
+    "trackers.json",
+}
 """Files that only some runs leave: these have no refused rows, failure, drawn completions, samples or trackers."""
 PAPERS = set(RUN_FILES) - WHERE_THERE_IS_CAUSE
 PAPERS |= {"logs", "final", f"checkpoint-{STEPS}"}

@@ -246,3 +246,8 @@ def test_one_process_meets_itself() -> None:
     assert (world.sum([3]), world.any(True), world.on_main(lambda: 5), world.gather("x")) == ([3], True, 5, ["x"])
     with pytest.raises(DataError), world.together():
         raise DataError("bad row")
+
+
+def test_a_process_that_is_alone_has_no_mesh() -> None:
+    with pytest.raises(ConfigError, match="a world of 1 has no connection"):
+        World.alone("cpu").mesh(None)
