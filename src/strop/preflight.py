@@ -22,6 +22,7 @@ from strop.errors import CheckpointError, ConfigError, StropError
 from strop.policy.model.consolidated_files import consolidated_folder
 from strop.policy.model.folder import check_adapter, check_files, source_of
 from strop.policy.model.quantisation import check_adapts, quantisation_of
+from strop.rewards.lookup import MODEL_PREFIX
 from strop.types import RowShape
 
 ROWS = 8
@@ -94,6 +95,12 @@ def _problems(
         except StropError as error:
             where = f"reference {error.where}"
             yield type(error)(error.found, where=where, expected=error.expected, fix=error.fix)
+    for reward in config.rewards:
+        if reward.name.startswith(MODEL_PREFIX):
+            try:
+                check_files(ModelSection(huggingface_id=reward.name.removeprefix(MODEL_PREFIX)))
+            except StropError as error:
+                yield type(error)(error.found, where=f"rewards: {reward.name}", expected=error.expected, fix=error.fix)
     yield from _missing_trackers(config)
     try:
         _check_data(config.dataset, config.rows)

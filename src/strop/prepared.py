@@ -39,6 +39,7 @@ from strop.policy.allocator import give_back_freed_memory
 from strop.policy.model.from_config import CannotBuildError, Shape, num_weights, shape_of
 from strop.policy.reference import check_others, teacher_section
 from strop.readable import plain
+from strop.rewards.calls import check_rewards
 
 
 @dataclass(frozen=True)
@@ -233,11 +234,7 @@ def prepare(
         _check_mismatched(data)
     if isinstance(objective.settings, GrpoSettings):
         if config.rollout.enabled:
-            training, num = config.training, config.rollout.num_generations
-            limits = (training.max_seq_length, training.max_completion_length)
-            data = replace(data, train=PromptGroups(data.train, num, *limits))
-            if isinstance(data.eval, Groups):
-                data = replace(data, eval=PromptGroups(data.eval, config.rollout.num_generations_eval, *limits))
+            data = _to_sample(config, data)
         else:
             for groups in (data.train, data.eval):
                 check_groups(groups, objective.reads, objective.settings.advantage)
@@ -316,6 +313,21 @@ def _without_validation(config: RunConfig) -> RunConfig:
                 fix="give validation rows, or drop this key",
             )
     return config.with_values(neutral, "no validation rows")
+
+
+def _to_sample(config: RunConfig, data: LoadedData) -> LoadedData:
+    """The rows as prompts. Rewards that cannot be called with them are refused now, not when the first completions are
+    there."""
+    training, rollout = config.training, config.rollout
+    limits = (training.max_seq_length, training.max_completion_length)
+    train = PromptGroups(data.train, rollout.num_generations, *limits)
+    columns, held_out = set(train.common_columns()), data.eval
+    if isinstance(held_out, Groups):
+        held_out = PromptGroups(held_out, rollout.num_generations_eval, *limits)
+        columns &= set(held_out.common_columns())
+    rewards = [(reward.name, reward.settings) for reward in config.rewards]
+    check_rewards(rewards, sorted(columns), rollout.reward_timeout)
+    return replace(data, train=train, eval=held_out)
 
 
 def _check_mismatched(data: LoadedData) -> None:

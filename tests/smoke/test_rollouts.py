@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import strop
 from conftest import build_tokenizer
 from strop.config import RunConfig, load_config, to_yaml
+from strop.dryrun import dry_run
 from strop.errors import ConfigError, DataError, TrainingError
 
 REWARDS = '''
@@ -340,16 +341,22 @@ def test_a_group_whose_reward_fails_is_left_out(tmp_path: Path, model_dir: Path)
         ("short", "1 values for 4 completions"),
         ("missing", "cannot be imported"),
         ("no_such_module:f", "cannot be imported"),
-        ("exact_macht", "there is no reward 'exact_macht'"),
+        ("exact_macht", "exact_macht: there is no reward of this name"),
         ({"name": "exact_match", "settings": {"column": "solution"}}, "no column 'solution'"),
+        ({"name": "length"}, "missing a required argument: 'max_length'"),
+        ({"name": "python_tests", "settings": {"column": "answer"}}, "runs code that the model wrote, and that is off"),
     ],
     ids=str,
 )
 def test_a_reward_that_cannot_be_one_is_refused(reward: Any, found: str, tmp_path: Path, model_dir: Path) -> None:
     if reward == "exact_macht":
         reward = {"name": reward}
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(ConfigError, match=found) as refused:
         strop.train(config(tmp_path, model_dir, reward))
+    if reward != "short":  # a function of one's own is not called without completions
+        with pytest.raises(ConfigError) as in_dry_run:
+            dry_run(config(tmp_path, model_dir, reward), timed=False)
+        assert str(in_dry_run.value) == str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -209,9 +209,12 @@ def _typed(path: KeyPath, value: Any, place: Place, flag: bool) -> Any:
         return None if null else parse_value(value if value.startswith("[") else f"[{value}]", place.where)
     if Mapping in key.kinds:
         return parse_value(value, place.where)
+    bare = scalar(value.strip())
     if str in key.kinds:
-        return None if flag and value == "null" and type(None) in key.kinds else value
-    return scalar(value.strip())
+        # as in a file: what reads as another kind that the key takes is of that kind
+        is_meant = type(bare) in key.kinds if bare is not None else value == "null" and type(None) in key.kinds
+        return bare if flag and is_meant else value
+    return bare
 
 
 def _plain(value: Any) -> Any:

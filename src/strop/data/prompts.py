@@ -44,6 +44,15 @@ class PromptGroups(Groups):
         left: np.ndarray = self._sequence - self.column("prompt").astype(np.int64)
         return left if self._completion is None else np.minimum(left, self._completion)
 
+    def common_columns(self) -> list[str]:
+        """The columns that every row has, where rows are kept for rewards."""
+        if not len(self):
+            return []
+        found = set(self.kept(0).columns)
+        for index in range(1, len(self)):
+            found &= self.kept(index).columns.keys()
+        return sorted(found)
+
     @cached_property
     def lengths(self) -> Lengths:
         """The lengths that the groups can have at most."""

@@ -19,12 +19,34 @@ from pathlib import Path
 from typing import Any
 
 from strop.errors import ConfigError
+from strop.rewards.lookup import MODEL_PREFIX
 
 START_SECONDS = 120.0
 """What importing the modules of the rewards may take."""
 
 LOOK = 0.1
 """Seconds between two looks at the memory of the process."""
+
+
+Reward = tuple[str, Mapping[str, Any]]
+"""Name and settings."""
+
+
+def check_rewards(rewards: Sequence[Reward], columns: Sequence[str], timeout: float) -> None:
+    """Refuses rewards that cannot be called with rows of these columns, whatever the completions.
+
+    Raises:
+        ConfigError: as `RewardCaller`.
+    """
+    called = []
+    for name, settings in rewards:
+        if not name.startswith(MODEL_PREFIX):
+            called.append((name, settings))
+        elif settings:
+            given = ", ".join(sorted(settings))
+            raise ConfigError(f"a reward model has no settings, and {given} is given", where=f"rewards: {name}")
+    if called:
+        RewardCaller(called, timeout, to_check=columns).close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +64,39 @@ class RewardCaller:
     Args:
         rewards: (name, settings) of each. timeout: seconds that one call may take. memory: bytes that the process may
             use (its resident memory, looked at every `LOOK` seconds of a call), where the system tells it (Linux).
+        to_check: the columns that all rows have, to refuse at once what cannot be called with them. None: no such look.
 
     Raises:
-        ConfigError: a reward cannot be found or imported, or this system is not one that can do it.
+        ConfigError: a reward cannot be found or imported, or it cannot be called with these columns and its settings;
+            or this system is not one that can do it.
     """
 
     def __init__(
-        self, rewards: Sequence[tuple[str, Mapping[str, Any]]], timeout: float, memory: int | None = None
+        self,
+        rewards: Sequence[Reward],
+        timeout: float,
+        memory: int | None = None,
+        *,
+        to_check: Sequence[str] | None = None,
     ) -> None:
         if os.name != "posix":
             raise ConfigError("rewards are called in a process of their own, which needs Linux or macOS")
         self._rewards, self._timeout = [(name, dict(settings)) for name, settings in rewards], timeout
-        self._memory = memory
+        self._memory, self._to_check = memory, to_check
         self._process, self._pipe = self._start()
 
-    def values(self, number: int, given: Mapping[str, Any]) -> RewardCall:
-        """One reward, for the completions of one prompt. given: arguments by name, `completions` among them.
+    def values(
+        self, number: int, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> RewardCall:
+        """One reward, for the completions of one prompt. given: arguments by name, `completions` among them. columns:
+        those of the rows, by name, one value per completion.
 
         Raises:
             ConfigError: the reward does not fit the rows, whatever the completions.
         """
-        name, num = self._rewards[number][0], len(given["completions"])
+        num = len(given["completions"])
         try:
-            self._pipe.send((number, dict(given)))
+            self._pipe.send((number, dict(given), dict(columns or {})))
             if why := self._waited():
                 self._restart()
                 return RewardCall((None,) * num, why)
@@ -73,7 +105,7 @@ class RewardCaller:
             code = self._restart()
             return RewardCall((None,) * num, f"its process ended (exit code {code})")
         if kind == "refused":
-            raise ConfigError(f"reward {name}: {answer}", where="rewards")
+            raise answer
         if kind == "error":
             return RewardCall((None,) * num, answer)
         return RewardCall(tuple(answer))
@@ -104,15 +136,17 @@ class RewardCaller:
         theirs.close()
         pipe = Connection(ours.detach())
         self._finalizer = weakref.finalize(self, _kill, process)
+        where = f"rewards ({', '.join(name for name, _ in self._rewards)})"
+        late = ConfigError("importing them takes too long", where=where)
         try:
-            pipe.send(self._rewards)
-            kind, answer = pipe.recv() if pipe.poll(START_SECONDS) else ("refused", "importing it takes too long")
+            pipe.send((self._rewards, self._to_check))
+            kind, answer = pipe.recv() if pipe.poll(START_SECONDS) else ("refused", late)
         except (EOFError, OSError):
-            kind, answer = "refused", f"its process ended while it was imported (exit code {process.wait()})"
+            code = process.wait()
+            kind, answer = "refused", ConfigError(f"their process ended as it began (exit code {code})", where=where)
         if kind == "refused":
             _kill(process)
-            names = ", ".join(name for name, _ in self._rewards)
-            raise ConfigError(answer, where=f"rewards ({names})")
+            raise answer
         return process, pipe
 
     def _restart(self) -> int | None:

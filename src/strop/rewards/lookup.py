@@ -12,12 +12,16 @@ from typing import Any
 from strop.errors import ConfigError
 from strop.rewards.shipped import NEEDS, SHIPPED
 
+MODEL_PREFIX = "model:"
+"""Begins the name of a reward that is a model."""
+
 
 def find_reward(name: str) -> Callable[..., Any]:
     """A shipped reward, or `module:function`, or `file.py:function`.
 
     Raises:
-        ConfigError: there is none, its module cannot be imported, or a package that it calls is missing.
+        ConfigError: there is none, its module cannot be imported, or a package that it calls is missing. It says what
+            is wrong with "it"; the caller says which reward that is.
     """
     module, _, function = name.rpartition(":")
     if not module:
@@ -25,19 +29,18 @@ def find_reward(name: str) -> Callable[..., Any]:
             _require(name)
             return SHIPPED[name]
         expected = f"{', '.join(SHIPPED)}, module:function, file.py:function or model:ID"
-        raise ConfigError(f"there is no reward {name!r}", where="rewards", expected=expected)
+        raise ConfigError("there is no reward of this name", expected=expected)
     try:
         loaded = _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         found: Callable[..., Any] = getattr(loaded, function)
     except Exception as error:
         raise ConfigError(
-            f"reward {name} cannot be imported: {type(error).__name__}: {error}",
-            where="rewards",
+            f"it cannot be imported: {type(error).__name__}: {error}",
             expected="module:function of an importable module, or file.py:function",
             fix="paths are relative to the folder where strop is started",
         ) from error
     if not callable(found):
-        raise ConfigError(f"reward {name} is no function", where="rewards")
+        raise ConfigError("it is no function")
     return found
 
 
@@ -45,8 +48,7 @@ def _require(name: str) -> None:
     package = NEEDS.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"reward {name} calls {package}, which is not installed",
-            where="rewards",
+            f"it calls {package}, which is not installed",
             fix="pip install -e '.[rewards]' in strop's folder",
         )
 

@@ -1,8 +1,9 @@
 """The process that calls rewards: python -m strop.rewards.worker DESCRIPTOR PARENT. Floor 2, no torch.
 
-In, through a socket: the names of the rewards, then per call the number of one and its arguments. Out: ("values", a
-list), or ("error", words) for what a function raised, or ("refused", words) for what no other completion would change.
-What it prints goes nowhere. It ends with its parent.
+In, through a socket: the names and settings of the rewards, and the columns of the rows where those are to be checked;
+then per call the number of a reward, its arguments and the columns. Out: ("values", a list), or ("error", words) for
+what a function raised, or ("refused", a StropError) for what no other completion would change. What it prints goes
+nowhere. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -16,32 +17,62 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from strop import time_limit
-from strop.errors import StropError
+from strop.errors import ConfigError, StropError
 from strop.rewards.lookup import find_reward
+from strop.rewards.shipped import SHIPPED, columns_in_words
 
 Answer = tuple[str, Any]
 
-ALWAYS = frozenset({"prompts", "completions", "chats", "num_tokens"})
-"""Arguments that are no columns of the rows."""
+GIVEN = ("prompts", "completions", "chats", "num_tokens")
+"""Arguments that are no columns of the rows: lists of one entry per completion."""
 
 
-def call(function: Callable[..., Any], given: Mapping[str, Any], settings: Mapping[str, Any]) -> Answer:
+def call(
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    columns: Mapping[str, Sequence[Any]],
+    settings: Mapping[str, Any],
+) -> Answer:
     """The values of one reward, one per completion: finite numbers, or None where it gave none.
 
     A setting wins over a column of the rows that has its name. A parameter that has the form of a setting (after `*`,
-    with a default) gets no column.
+    with a default) gets no column. `columns` has all of them, whatever their names.
     """
     try:
-        values = function(**{**_taken(function, given), **settings})
+        values = function(**_arguments(function, given, columns, settings))
         values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
         listed = list(values)
     except StropError as error:
-        return "refused", str(error)
+        return "refused", error
     except Exception as error:  # noqa: BLE001 (a user's function may raise anything)
         return "error", f"{type(error).__name__}: {error}"[:2000]
     if len(listed) != len(given["completions"]):
-        return "refused", f"it gave {len(listed)} values for {len(given['completions'])} completions"
+        return "refused", ConfigError(f"it gave {len(listed)} values for {len(given['completions'])} completions")
     return "values", [_number(value) for value in listed]
+
+
+def check(name: str, function: Callable[..., Any], columns: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Refuses a reward that cannot be called with these columns and settings, whatever the completions. One that is
+    shipped is called, with no completions; a user's own function is not, since it need not expect that.
+
+    Raises:
+        StropError: the reward does not fit.
+    """
+    given: dict[str, list[Any]] = {each: [] for each in GIVEN}
+    empty: dict[str, list[Any]] = {column: [] for column in columns}
+    try:
+        inspect.signature(function).bind(**_arguments(function, given, empty, settings))
+    except ValueError:
+        return  # nothing is known of its arguments, as of some functions that are written in C
+    except TypeError as error:
+        expected = "its arguments among its settings, or " + columns_in_words(columns)
+        raise ConfigError(f"it cannot be called: {error}", expected=expected) from error
+    if name in SHIPPED:
+        kind, answer = call(function, given, empty, settings)
+        if kind == "refused":
+            raise answer
+        if kind == "error":
+            raise ConfigError(f"it cannot be called: {answer}")
 
 
 async def _awaited(values: Awaitable[Any]) -> Any:
@@ -56,33 +87,66 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _taken(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the arguments the function takes."""
+def _arguments(
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    columns: Mapping[str, Sequence[Any]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the function is called with."""
     parameters = inspect.signature(function).parameters.values()
-    settings = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
-    taken = {name: value for name, value in given.items() if name not in settings - ALWAYS}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return taken
-    names = {p.name for p in parameters}
-    return {name: value for name, value in taken.items() if name in names}
+    set_by_user = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    offered = {**{name: values for name, values in columns.items() if name not in set_by_user}, **given}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        offered = {p.name: offered[p.name] for p in parameters if p.name in offered}
+    if any(p.name == "columns" and p.kind is not p.VAR_KEYWORD for p in parameters):
+        offered["columns"] = columns
+    return {**offered, **settings}
+
+
+def find_rewards(
+    rewards: Sequence[tuple[str, Mapping[str, Any]]], to_check: Sequence[str] | None
+) -> list[Callable[..., Any]]:
+    """The functions of the rewards. to_check: columns that these are checked with, see `check`.
+
+    Raises:
+        StropError: one cannot be found, or does not fit.
+    """
+    functions = []
+    for name, settings in rewards:
+        try:
+            function = find_reward(name)
+            if to_check is not None:
+                check(name, function, to_check, settings)
+        except StropError as error:
+            raise at_reward(name, error) from error
+        functions.append(function)
+    return functions
 
 
 def serve(pipe: Connection, parent: int) -> None:
     """Answer calls until the pipe is closed."""
     time_limit.enter(parent)
-    rewards: Sequence[tuple[str, Mapping[str, Any]]] = pipe.recv()
+    rewards, to_check = pipe.recv()
     try:
-        functions = [find_reward(name) for name, _ in rewards]
+        functions = find_rewards(rewards, to_check)
     except StropError as error:
-        pipe.send(("refused", str(error)))
+        pipe.send(("refused", error))
         return
     pipe.send(("values", []))
     while True:
         try:
-            number, given = pipe.recv()
+            number, given, columns = pipe.recv()
         except EOFError:
             return
-        pipe.send(call(functions[number], given, rewards[number][1]))
+        name, settings = rewards[number]
+        kind, answer = call(functions[number], given, columns, settings)
+        pipe.send((kind, at_reward(name, answer) if kind == "refused" else answer))
+
+
+def at_reward(name: str, error: StropError) -> ConfigError:
+    """The error, with the reward in its place."""
+    return ConfigError(error.found, where=f"rewards: {name}", expected=error.expected, fix=error.fix)
 
 
 if __name__ == "__main__":

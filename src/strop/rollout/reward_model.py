@@ -19,8 +19,8 @@ from strop.policy.model.configuration import quiet
 from strop.policy.model.folder import source_of
 from strop.policy.model.load import model_errors
 from strop.policy.model.tokenizer import read_tokenizer
+from strop.rewards.lookup import MODEL_PREFIX
 
-PREFIX = "model:"
 BATCH_TOKENS = 16_384
 """Tokens, padding counted, that are scored at once."""
 
@@ -31,20 +31,14 @@ class RewardModel:
     """Scores conversations by a model's one logit.
 
     Args:
-        name: a folder or hub id. settings: none, so far.
+        name: a folder or hub id.
 
     Raises:
         ModelError: it cannot be loaded. ConfigError: it has another number of labels, or no chat template.
     """
 
-    def __init__(
-        self, name: str, settings: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self._where = f"rewards: {PREFIX}{name}"
-        if settings:
-            raise ConfigError(
-                f"a reward model has no settings, and {', '.join(sorted(settings))} is given", where=self._where
-            )
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self._where = f"rewards: {MODEL_PREFIX}{name}"
         self._tokenizer = read_tokenizer(ModelSection(huggingface_id=name))
         if not self._tokenizer.chat_template:
             raise ConfigError("the reward model's tokenizer has no chat template", where=self._where)

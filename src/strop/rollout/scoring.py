@@ -14,7 +14,8 @@ from strop.data.store.table import KeptRow
 from strop.errors import TrainingError
 from strop.machine import installed_memory
 from strop.rewards.calls import RewardCall, RewardCaller
-from strop.rollout.reward_model import PREFIX, RewardModel
+from strop.rewards.lookup import MODEL_PREFIX
+from strop.rollout.reward_model import RewardModel
 from strop.types import Origin
 
 
@@ -58,9 +59,9 @@ class Scorer:
         self._models: dict[int, RewardModel] = {}
         called = []
         for place, reward in enumerate(rewards):
-            if reward.name.startswith(PREFIX):
-                name = reward.name.removeprefix(PREFIX)
-                self._models[place] = RewardModel(name, reward.settings, device)
+            if reward.name.startswith(MODEL_PREFIX):
+                name = reward.name.removeprefix(MODEL_PREFIX)
+                self._models[place] = RewardModel(name, device)
             else:
                 called.append((reward.name, reward.settings))
         self._places = [place for place in range(len(rewards)) if place not in self._models]
@@ -93,7 +94,6 @@ class Scorer:
         n = len(completions)
         columns = {name: [value] * n for name, value in row.columns.items()}
         given = {
-            **columns,
             "prompts": [prompt] * n,
             "completions": list(completions),
             "chats": [_chat(row, prompt, completion) for completion in completions],
@@ -102,7 +102,7 @@ class Scorer:
         each: dict[str, tuple[float, ...]] = {}
         left_out = False
         for number, name in enumerate(self.names):
-            call = self._call(number, given)
+            call = self._call(number, given, columns)
             missing = sum(value is None for value in call.values)
             if missing:
                 why = call.error or f"it gave no finite number for {missing} of {n} completions"
@@ -115,13 +115,13 @@ class Scorer:
         total = tuple(sum(w * v for w, v in zip(self._weights, values, strict=True)) for values in by_completion)
         return Scored(total, each)
 
-    def _call(self, place: int, given: Mapping[str, Any]) -> RewardCall:
+    def _call(self, place: int, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> RewardCall:
         """The reward at this place of the list, for the completions of one prompt."""
         if place in self._models:
             values, why = self._models[place].values(given["chats"])
             return RewardCall(tuple(values), why)
         assert self._caller is not None
-        return self._caller.values(self._places.index(place), given)
+        return self._caller.values(self._places.index(place), given, columns)
 
     def _fail(self, name: str, missing: int, why: str, origin: Origin, failures: Failures) -> None:
         failures.counts[name] += missing

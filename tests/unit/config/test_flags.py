@@ -6,7 +6,8 @@ import pytest
 
 from strop.config import RunConfig, load_config
 from strop.config.flags import split_flags
-from strop.config.schema import KEYS
+from strop.config.layers import _override_layer
+from strop.config.schema import KEYS, Key
 from strop.errors import ConfigError
 
 OWN = ("--config", "--resume", "--dry-run", "--preset")
@@ -64,6 +65,26 @@ def test_values_follow_the_type_of_the_key() -> None:
     assert config.training.save_total_limit is None
     assert load("--gradient-checkpointing 0.5").training.gradient_checkpointing == 0.5
     assert load("--gradient-checkpointing").training.gradient_checkpointing is True
+
+
+TEXTS = {bool: ("true", True), int: ("7", 7), float: ("0.25", 0.25), type(None): ("null", None)}
+"""A text for each kind of value beside text, and what it means."""
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in KEYS if str in key.kinds and key.kinds & TEXTS.keys()], ids=lambda key: key.dotted
+)
+def test_keys_that_take_text_and_more_take_both_as_flags_as_in_a_file(key: Key) -> None:
+    for kind, (text, value) in TEXTS.items():
+        overrides, _ = split_flags([f"--{key.dotted.replace('.N.', '.0.')}={text}"], OWN)
+        (found,) = _override_layer(overrides).values.values()
+        assert found == (value if kind in key.kinds else text), kind
+
+
+@pytest.mark.parametrize("line", ["--init-lora-weights true", "--init-lora-weights", "--init-lora-weights=true"])
+def test_a_switch_that_takes_text_too(line: str) -> None:
+    assert load(line).lora.init_lora_weights is True
+    assert load("--init-lora-weights pissa").lora.init_lora_weights == "pissa"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_answers_are_equal_as_mathematics() -> None:
     caller = RewardCaller([("math_equal", {"column": "answer"})], 30.0)
     texts = ["so it is 1/2", r"thus \boxed{\frac{1}{2}}", "0.5", "#### 3", "no answer", "1,000", "4"]
     wanted = ["0.5", "1/2", r"\frac{2}{4}", "4", "4", "1000", ""]
-    call = caller.values(0, {"completions": texts, "answer": wanted})
+    call = caller.values(0, {"completions": texts}, {"answer": wanted})
     caller.close()
     assert call.values == (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, None) and not call.error
 
@@ -35,13 +35,13 @@ def test_answers_are_equal_as_mathematics() -> None:
 def test_json_is_what_the_schema_admits() -> None:
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
     texts = ['{"a": 1}', '```json\n{"a": 1}\n```', '{"a": "1"}', "{}", "a: 1", "[" * 100_000]
-    assert json_schema(texts, schema=schema) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert json_schema(["1", "1"], column="s", s=['{"type": "integer"}', {"type": "string"}]) == [1.0, 0.0]
+    assert json_schema(texts, {}, schema=schema) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert json_schema(["1", "1"], {"s": ['{"type": "integer"}', {"type": "string"}]}, column="s") == [1.0, 0.0]
     for wrong in ({"type": "integr"}, "{"):
-        with pytest.raises(ConfigError, match="the schema is none"):
-            json_schema(["1"], column="s", s=[wrong])
-    with pytest.raises(ConfigError, match="needs a schema or the column"):
-        json_schema(["1"])
+        with pytest.raises(ConfigError, match="not a JSON schema"):
+            json_schema(["1"], {"s": [wrong]}, column="s")
+    with pytest.raises(ConfigError, match="neither a schema nor the column"):
+        json_schema(["1"], {})
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_code_is_run_only_where_that_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="runs code that the model wrote, and that is off"):
-        python_tests(["x = 1"], tests=["assert x == 1"])
+        python_tests(["x = 1"], {"tests": ["assert x == 1"]})
 
 
 def test_the_share_of_tests_that_pass(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_the_share_of_tests_that_pass(tmp_path: Path) -> None:
         f"open({str(tmp_path / 'left')!r}, 'w').write('y' * (20 << 20))\n{add}": 0.0,
         "no code": 0.0,
     }
-    found = python_tests(list(texts), enabled=True, seconds=1.0, tests=[tests] * len(texts))
+    found = python_tests(list(texts), {"tests": [tests] * len(texts)}, enabled=True, seconds=1.0)
     assert dict(zip(texts, found, strict=True)) == texts
-    assert python_tests([add], enabled=True, tests=["\n".join(tests[:1] * 2)]) == [1.0]
+    assert python_tests([add], {"tests": ["\n".join(tests[:1] * 2)]}, enabled=True) == [1.0]
 
 
 def test_what_the_code_starts_ends_with_it(tmp_path: Path) -> None:
     late = f"import time; time.sleep(1); open({str(tmp_path / 'late')!r}, 'w')"
     code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {late!r}])\n"
-    assert python_tests([code], enabled=True, seconds=5.0, tests=["pass"]) == [1.0]
+    assert python_tests([code], {"tests": ["pass"]}, enabled=True, seconds=5.0) == [1.0]
     time.sleep(1.5)
     assert not (tmp_path / "late").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,26 +13,26 @@ from typing import Any
 import pytest
 
 from strop.errors import ConfigError
-from strop.rewards.calls import RewardCaller
-from strop.rewards.shipped import exact_match, format, length, regex
-from strop.rewards.worker import call
+from strop.rewards.calls import RewardCaller, check_rewards
+from strop.rewards.shipped import NEEDS, SHIPPED, exact_match, format, length, regex
+from strop.rewards.worker import GIVEN, call, find_rewards
 
 THINKING = "<think>2 and 2</think>\n<answer>4</answer>"
 
 
 def test_exact_match() -> None:
     texts = [" 4\n", "four", "4.0"]
-    assert exact_match(texts, completion=["4", "Four", 4]) == [1.0, 0.0, 0.0]
-    assert exact_match(texts, answer=["4", "Four", "4"], column="answer", ignore_case=True) == [1.0, 1.0, 0.0]
+    assert exact_match(texts, {"completion": ["4", "Four", 4]}) == [1.0, 0.0, 0.0]
+    assert exact_match(texts, {"answer": ["4", "Four", "4"]}, column="answer", ignore_case=True) == [1.0, 1.0, 0.0]
     with pytest.raises(ConfigError, match="no column 'answer'"):
-        exact_match(texts, column="answer", completion=["4"] * 3)
+        exact_match(texts, {"completion": ["4"] * 3}, column="answer")
 
 
 def test_regex() -> None:
     texts = ["so #### 4", "first #### 5, no: #### 4", "4"]
-    assert regex(texts, pattern="####") == [1.0, 1.0, 0.0]
-    assert regex(texts, pattern=r"#### (\d+)", column="answer", answer=["4", "4", "4"]) == [1.0, 1.0, 0.0]
-    assert regex(texts, pattern=r"\d+", column="answer", answer=["4", "5", "4"]) == [1.0, 0.0, 1.0]
+    assert regex(texts, {}, pattern="####") == [1.0, 1.0, 0.0]
+    assert regex(texts, {"answer": ["4", "4", "4"]}, pattern=r"#### (\d+)", column="answer") == [1.0, 1.0, 0.0]
+    assert regex(texts, {"answer": ["4", "5", "4"]}, pattern=r"\d+", column="answer") == [1.0, 0.0, 1.0]
 
 
 def test_format() -> None:
@@ -72,8 +73,8 @@ def caller(own: Path, name: str, timeout: float = 20.0, **settings: Any) -> Rewa
 
 def test_it_is_called_elsewhere_with_what_it_names(own: Path) -> None:
     calls = caller(own, "takes", factor=2)
-    given = {"completions": ["x", "y"], "prompts": ["abc", "de"], "more": [1, 2]}
-    assert calls.values(0, given).values == (6.0, 4.0)
+    given = {"completions": ["x", "y"], "prompts": ["abc", "de"]}
+    assert calls.values(0, given, {"more": [1, 2]}).values == (6.0, 4.0)
     calls.close()
     calls = caller(own, "where")
     (first,), (second,) = (calls.values(0, {"completions": ["x"]}).values for _ in range(2))
@@ -125,8 +126,40 @@ def test_settings_that_do_not_fit_are_an_error(own: Path) -> None:
 
 
 def test_a_setting_wins_over_a_column_of_its_name() -> None:
-    given = {"completions": ["so 4", "5"], "answer": ["4", "4"], "column": ["x", "y"], "pattern": ["z", "z"]}
-    assert call(regex, given, {"pattern": r"\d", "column": "answer"}) == ("values", [1.0, 0.0])
+    given = {"completions": ["so 4", "5"]}
+    columns = {"answer": ["4", "4"], "column": ["x", "y"], "pattern": ["z", "z"]}
+    assert call(regex, given, columns, {"pattern": r"\d", "column": "answer"}) == ("values", [1.0, 0.0])
+
+
+COLUMN_REWARDS = {
+    "exact_match": ({}, "4", "4"),
+    "math_equal": ({}, "2 + 2 = 4", "4"),
+    "regex": ({"pattern": r"\d"}, "it is 4", "4"),
+    "json_schema": ({}, "4", {"type": "integer"}),
+    "python_tests": ({"enabled": True}, "x = 4", "assert x == 4"),
+}
+"""Every shipped reward with the setting `column`: its other settings, a completion, and the value of a column for which
+that gets 1."""
+
+
+def test_all_shipped_rewards_with_a_column_are_tried() -> None:
+    taking = {name for name, function in SHIPPED.items() if "column" in inspect.signature(function).parameters}
+    assert taking == set(COLUMN_REWARDS)
+
+
+def names_of_arguments() -> list[tuple[str, str]]:
+    taken = {name: [*inspect.signature(SHIPPED[name]).parameters, *GIVEN, "answer"] for name in COLUMN_REWARDS}
+    return [(name, column) for name, columns in taken.items() for column in dict.fromkeys(columns)]
+
+
+@pytest.mark.parametrize(("name", "column"), names_of_arguments())
+def test_the_column_that_is_named_reaches_the_reward(name: str, column: str) -> None:
+    """Whatever its name: also one of the reward's own parameters, and of what every reward is given."""
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    settings, text, wanted = COLUMN_REWARDS[name]
+    given = {each: [text] if each == "completions" else ["-"] for each in GIVEN}
+    assert call(SHIPPED[name], given, {column: [wanted]}, {**settings, "column": column}) == ("values", [1.0])
 
 
 def test_columns_fill_parameters_but_not_those_that_are_settings() -> None:
@@ -135,6 +168,52 @@ def test_columns_fill_parameters_but_not_those_that_are_settings() -> None:
     def reward(completions: list[str], answer: Any = None, *, scale: Any = 1.0, needed: Any, **columns: Any) -> Any:
         return [100 * len(columns) + 10 * scale + float(answer[i]) + needed[i] for i, _ in enumerate(completions)]
 
-    given = {"completions": ["x"], "answer": ["4"], "scale": ["9"], "needed": [0.5], "more": [1]}
-    assert call(reward, given, {}) == ("values", [114.5])
-    assert call(reward, given, {"scale": 2.0}) == ("values", [124.5])
+    given, columns = {"completions": ["x"]}, {"answer": ["4"], "scale": ["9"], "needed": [0.5], "more": [1]}
+    assert call(reward, given, columns, {}) == ("values", [114.5])
+    assert call(reward, given, columns, {"scale": 2.0}) == ("values", [124.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "found"),
+    [
+        ("exact_match", {"column": "answr"}, "no column 'answr'"),
+        ("exact_match", {"colum": "answer"}, "unexpected keyword argument 'colum'"),
+        ("regex", {}, "missing a required argument: 'pattern'"),
+        ("regex", {"pattern": "("}, "'\\(' is not a regular expression"),
+        ("format", {"pattern": "["}, "not a regular expression"),
+        ("length", {}, "missing a required argument: 'max_length'"),
+        ("length", {"max_length": 4, "cache": 8}, "cache is 8 and max_length 4"),
+        ("json_schema", {}, "neither a schema nor the column"),
+        ("json_schema", {"schema": {"type": "integr"}}, "not a JSON schema"),
+        ("python_tests", {"column": "answer"}, "runs code that the model wrote, and that is off"),
+        ("python_tests", {"enabled": True}, "no column 'tests'"),
+        ("absent", {}, "there is no reward of this name"),
+        ("OWN:takes", {}, "missing a required argument: 'factor'"),
+        ("OWN:where", {"seed": 1}, "unexpected keyword argument 'seed'"),
+        ("OWN:absent", {}, "cannot be imported"),
+    ],
+)
+def test_what_cannot_be_called_is_refused_before_anything_is_sampled(
+    name: str, settings: dict[str, Any], found: str, own: Path
+) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    name = name.replace("OWN", str(own))
+    with pytest.raises(ConfigError, match=found) as refused:
+        find_rewards([(name, settings)], ["answer"])
+    assert refused.value.where == f"rewards: {name}" and "rewards:" not in refused.value.found
+
+
+def test_the_check_is_made_in_another_process(own: Path) -> None:
+    with pytest.raises(ConfigError, match="rewards: length: it cannot be called"):
+        check_rewards([(f"{own}:where", {}), ("length", {})], [], 20.0)
+    with pytest.raises(ConfigError, match="model:some/id: a reward model has no settings, and scale is given"):
+        check_rewards([("model:some/id", {"scale": 2})], [], 20.0)
+
+
+def test_what_can_be_called_is_not_refused(own: Path) -> None:
+    """A user's function is not called for this: it need not expect that there are no completions."""
+    needing = [("regex", {"pattern": "x", "column": "answer"}), ("length", {"max_length": 4, "cache": 2})]
+    check_rewards(
+        [*needing, (f"{own}:takes", {"factor": 2}), (f"{own}:dies", {}), ("model:some/id", {})], ["answer"], 20.0
+    )

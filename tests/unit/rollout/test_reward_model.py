@@ -32,7 +32,7 @@ def chat(text: str) -> list[dict[str, str]]:
 
 def test_padding_changes_nothing(tmp_path: Path) -> None:
     folder = make(tmp_path / "rm")
-    model = RewardModel(str(folder), {}, CPU)
+    model = RewardModel(str(folder), CPU)
     chats = [chat(text) for text in ("a", "a much longer answer", "yes", "no and no and no")]
     together, why = model.values(chats)
     tokenizer = build_tokenizer()
@@ -46,17 +46,15 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_conversation_that_is_too_long_has_no_reward(tmp_path: Path) -> None:
-    model = RewardModel(str(make(tmp_path / "rm", max_position_embeddings=16)), {}, CPU)
+    model = RewardModel(str(make(tmp_path / "rm", max_position_embeddings=16)), CPU)
     values, why = model.values([chat("yes"), chat("no " * 40)])
     assert values[0] is not None and values[1] is None and why == "1 conversations have more than 16 tokens"
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it has 2 labels"):
-        RewardModel(str(make(tmp_path / "two", labels=2)), {}, CPU)
+        RewardModel(str(make(tmp_path / "two", labels=2)), CPU)
     with pytest.raises(ConfigError, match="no chat template"):
-        RewardModel(str(make(tmp_path / "plain", template=None)), {}, CPU)
-    with pytest.raises(ConfigError, match="has no settings, and weight is given"):
-        RewardModel(str(tmp_path / "two"), {"weight": 2}, CPU)
+        RewardModel(str(make(tmp_path / "plain", template=None)), CPU)
     with pytest.raises(ModelError):
-        RewardModel(str(tmp_path / "absent"), {}, CPU)
+        RewardModel(str(tmp_path / "absent"), CPU)
