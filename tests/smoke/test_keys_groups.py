@@ -322,6 +322,33 @@ def test_rollout__min_p(sample: Train, drawn: Drawn) -> None:
     assert min(shares[0]) < 0.2 and 0.4 < min(shares[1]) < 0.9
 
 
+def test_rollout__stop(sample: Train) -> None:
+    free, stopped = (sample(stop=stop, max_completion_length=16) for stop in ([], ["e", "a"]))
+    cut = 0
+    for before, after in zip(rollouts(free), rollouts(stopped), strict=True):
+        for whole, part, text, ended in zip(
+            before["completion_ids"], after["completion_ids"], after["texts"], after["ended"], strict=True
+        ):
+            assert part == whole[: len(part)]
+            assert ended if "e" in text or "a" in text else part == whole
+            cut += len(part) < len(whole)
+    assert cut > 3
+    clipped = [run.series("completions/clipped_ratio")[0] for run in (free, stopped)]
+    assert clipped[1] < clipped[0]
+    assert sample(stop=["\n\n"]).config["rollout"]["stop"] == ["\n\n"], "white space is a text, too"
+    with pytest.raises(ConfigError, match="stop is empty"):
+        sample(stop=[""])
+
+
+def test_rollout__stop_token_ids(sample: Train) -> None:
+    ids = list(range(4, 200, 3))
+    for row in rollouts(sample(stop_token_ids=ids)):
+        for own, ended in zip(row["completion_ids"], row["ended"], strict=True):
+            assert not set(ids) & set(own[:-1]) and ended == (own[-1] in {3, *ids})
+    with pytest.raises(ConfigError, match="the tokenizer has no such token"):
+        sample(stop_token_ids=[100_000])
+
+
 def test_rollout__batch_tokens(sample: Train, watched: pytest.MonkeyPatch) -> None:
     tokens: list[int] = []
     decode = sampler._Rows.decode

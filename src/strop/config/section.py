@@ -22,6 +22,8 @@ PATHS = frozenset(
     | {"huggingface_id", "adapter", "ref_model_id", "resume_from_checkpoint"}
 )
 """Keys of any section whose value is or can be a path."""
+MAY_BE_BLANK = frozenset({"stop"})
+"""Keys of any section whose texts may be white space alone."""
 NO_UTF8 = "its locale knows no UTF-8"
 WITH_UTF8 = (
     "a locale with UTF-8, such as C.UTF-8",
@@ -120,7 +122,7 @@ def _unusable(name: str, value: Any) -> Iterator[Problem]:
             yield Problem((name,), f"{name} is larger than 64 bits can hold", "a smaller whole number")
         elif not isinstance(item, str):
             continue
-        elif not item.strip():
+        elif not item.strip() and not (item and name in MAY_BE_BLANK):
             yield Problem((name,), f"{name} is empty", fix=f"write a value, or remove {name}")
         elif any("\udc80" <= c <= "\udcff" for c in item):  # how Python keeps bytes that it could not decode
             yield Problem((name,), f"{name} holds letters that this process cannot read: {NO_UTF8}", *WITH_UTF8)

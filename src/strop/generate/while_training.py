@@ -19,8 +19,8 @@ from strop.engine.metrics import SCORE, WIN_RATE
 from strop.engine.outputs import RunOutputs
 from strop.errors import ConfigError, DataError
 from strop.generate.prompts import encode, read_prompts
-from strop.policy.model.generation import end_tokens
 from strop.rewards.calls import RewardCaller
+from strop.rollout.build import completion_ends, stop_texts
 from strop.rollout.drawing import Drawing
 from strop.rollout.sampler import Prompt, Sampled, Sampler
 from strop.session import Session
@@ -148,7 +148,8 @@ def samples_of(
         Sampler(
             session.policy,
             1,
-            end_tokens(session.model, prepared.tokenizer),
+            completion_ends(session.config, session.model, prepared.tokenizer),
+            stops=stop_texts(session.config, prepared.tokenizer),
             drawing=Drawing(top_k=1, vocabulary=len(prepared.tokenizer)),
             batch_tokens=BATCH_TOKENS,
         ),

@@ -119,7 +119,7 @@ RULES: Rules = {
     "multi_objective_aggregation": only(
         ("sum_then_normalize",), "rewards are summed, then compared", "rewards are summed, then compared, in strop"
     ),
-    "generation_kwargs": off("strop samples by temperature, top_k, top_p and min_p alone"),
+    "generation_kwargs": off("strop samples by temperature, top_k, top_p, min_p, stop and stop_token_ids alone"),
     "max_tool_calling_iterations": off("completions are of one turn, without tools"),
     **{
         name: always("it changes no result")

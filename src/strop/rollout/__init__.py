@@ -1,6 +1,7 @@
 """Completions that the policy itself samples, with their rewards. Floor 4.
 
 drawing    distributions to tokens
+stops      texts that end a completion
 sampler    prompts to groups of completions
 scoring    completions to rewards
 reward_model   a model as a reward

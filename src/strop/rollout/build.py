@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.prompts import PromptGroups
 from strop.engine.source import Cut
+from strop.errors import ConfigError
 from strop.plan.order import Plan
 from strop.policy.model.generation import end_tokens
 from strop.policy.policy import Policy
@@ -21,6 +23,7 @@ from strop.rollout.drawing import Drawing
 from strop.rollout.sampler import Sampler
 from strop.rollout.scoring import Scorer
 from strop.rollout.source import RolloutSource
+from strop.rollout.stops import StopTexts
 from strop.runfiles import ROLLOUTS
 from strop.types import Group
 from strop.world import World
@@ -53,12 +56,13 @@ def rollout_source(
     Raises:
         ConfigError: a reward cannot be found, or nothing ends a completion.
     """
-    how = config.rollout
-    ends, vocabulary = end_tokens(model, tokenizer), len(tokenizer)
+    how, vocabulary = config.rollout, len(tokenizer)
+    ends, stops = completion_ends(config, model, tokenizer), stop_texts(config, tokenizer)
     scorer = Scorer(config.rewards, config.reward_names, how, policy.device)
 
     def sampler(num_completions: int, drawing: Drawing) -> Sampler:
-        return Sampler(policy, num_completions, ends, drawing=drawing, seed=config.seed, batch_tokens=how.batch_tokens)
+        more: dict[str, Any] = {"drawing": drawing, "seed": config.seed, "batch_tokens": how.batch_tokens}
+        return Sampler(policy, num_completions, ends, stops=stops, **more)
 
     drawing = Drawing(how.top_k, how.top_p, how.min_p, vocabulary)
     collector = Collector(
@@ -80,6 +84,28 @@ def rollout_source(
         evaluation = Collector(held_out, sampler(how.num_generations_eval, drawing), scorer, tokenizer, world, cut)
     refills = how.max_refills if how.dynamic_sampling else None
     return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, refills=refills)
+
+
+def completion_ends(config: RunConfig, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end what is sampled in a run: those of the model and those of rollout.stop_token_ids.
+
+    Raises:
+        ConfigError: the tokenizer has no such token.
+        ModelError: as `end_tokens`.
+    """
+    for token in config.rollout.stop_token_ids:
+        if token >= len(tokenizer):
+            raise ConfigError(
+                f"{token} is to end completions, and the tokenizer has no such token",
+                where="rollout.stop_token_ids",
+                expected=f"ids from 0 to {len(tokenizer) - 1}",
+            )
+    return tuple(dict.fromkeys((*end_tokens(model, tokenizer), *config.rollout.stop_token_ids)))
+
+
+def stop_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> StopTexts | None:
+    """The texts that end what is sampled in a run, too; None where there are none."""
+    return StopTexts(tokenizer, config.rollout.stop) if config.rollout.stop else None
 
 
 def scores_of(reference: Policy | FrozenReference) -> Scoring:

@@ -23,6 +23,7 @@ from torch import Tensor
 from strop.errors import ConfigError
 from strop.policy.policy import Policy
 from strop.rollout.drawing import FROM_ALL, Drawing, uniforms
+from strop.rollout.stops import StopTexts
 
 LEAVE = 0.75
 """Finished rows leave the cache once at most this share of its rows is still decoding; before that, copying the cache
@@ -43,8 +44,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A completion: ids with the end token, the natural log-prob of each; whether it came to an end; the sum of the
-    entropies of the distributions that its tokens were drawn from, in nats."""
+    """A completion: ids with the end token, the natural log-prob of each; whether it came to an end, by an end token or
+    a stop text; the sum of the entropies of the distributions that its tokens were drawn from, in nats."""
 
     ids: array[int]
     logps: array[float]
@@ -56,7 +57,7 @@ class Sampler:
     """Samples `num_completions` completions of each prompt.
 
     Args:
-        ends: ids of the tokens that end a completion.
+        ends: ids of the tokens that end a completion. stops: texts that end one, too.
         batch_tokens: prompts and completions that are decoded together at most.
     """
 
@@ -66,17 +67,19 @@ class Sampler:
         num_completions: int,
         ends: Sequence[int],
         *,
+        stops: StopTexts | None = None,
         drawing: Drawing = FROM_ALL,
         seed: int = 0,
         batch_tokens: int = 32_768,
     ) -> None:
-        if not ends:
+        if not ends and stops is None:
             raise ConfigError(
                 "nothing ends a completion: the model has no end token",
                 expected="an EOS token in the tokenizer or in generation_config.json",
+                fix="add it, or set rollout.stop or rollout.stop_token_ids",
             )
         self._policy, self._num, self._drawing, self._seed = policy, num_completions, drawing, seed
-        self._ends = frozenset(ends)
+        self._ends, self._stops = frozenset(ends), stops
         self._batch_tokens = batch_tokens
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
@@ -85,8 +88,8 @@ class Sampler:
         with self._policy.generating():
             for batch in self._batches(prompts):
                 rows = _Rows(self._policy, [prompts[i] for i in batch], self._num, self._seed, step)
-                rows.decode(self._drawing, torch.tensor(sorted(self._ends), device=self._policy.device))
-                found.update(zip(batch, rows.groups(self._ends), strict=True))
+                rows.decode(self._drawing, self._ends, self._stops)
+                found.update(zip(batch, rows.groups(), strict=True))
         return [found[i] for i in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
@@ -119,10 +122,13 @@ class _Rows:
         self._tokens: list[Tensor] = []  # [rows] of every step, -1 for rows that are done
         self._logps: list[Tensor] = []
         self._entropy = torch.zeros(len(self._rooms), dtype=torch.float64, device=policy.device)
+        self._ended = torch.zeros(len(self._rooms), dtype=torch.bool, device=policy.device)
+        self._written: list[list[int]] = [[] for _ in range(len(self._rooms))]  # on the CPU, for stop texts
 
-    def decode(self, drawing: Drawing, ends: Tensor) -> None:
+    def decode(self, drawing: Drawing, end_ids: frozenset[int], stops: StopTexts | None) -> None:
         """Until every row has ended or has no more room."""
         device = self._policy.device
+        ends = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
         logits, cache, mask, positions = self._prefill()
         there = torch.arange(len(self._rooms), device=device)  # numbers of the rows in the cache
         going = torch.ones(len(there), dtype=torch.bool, device=device)  # which of these are not done
@@ -130,7 +136,11 @@ class _Rows:
             tokens, logps, entropies = drawing.draw(logits, self._uniforms[there, t])
             self._note(there, going, tokens, logps)
             self._entropy[there] += torch.where(going, entropies, 0.0)
-            going &= ~torch.isin(tokens, ends) & (self._rooms[there] > t + 1)
+            ended = torch.isin(tokens, ends)
+            if stops is not None:
+                ended |= self._stopped(stops, there, going, tokens)
+            self._ended[there] |= going & ended
+            going &= ~ended & (self._rooms[there] > t + 1)
             left = int(going.sum())  # waits for the device, once per token
             if not left:
                 return
@@ -142,6 +152,15 @@ class _Rows:
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=1)
             logits = self._next(tokens[:, None], positions[:, None] + t, mask, cache)[0]
+
+    def _stopped(self, stops: StopTexts, there: Tensor, going: Tensor, tokens: Tensor) -> Tensor:
+        """Which of the rows in the cache end by a stop text with the token that was drawn now."""
+        found = []
+        for row, goes, token in zip(there.tolist(), going.tolist(), tokens.tolist(), strict=True):
+            if goes:
+                self._written[row].append(token)
+            found.append(goes and stops.ends(self._written[row]))
+        return torch.tensor(found, device=there.device)
 
     def _note(self, there: Tensor, going: Tensor, tokens: Tensor, logps: Tensor) -> None:
         now = torch.full_like(self._rooms, -1)
@@ -177,11 +196,11 @@ class _Rows:
             )
         return policy.logits(out.last_hidden_state[:, -1]), out.past_key_values
 
-    def groups(self, ends: frozenset[int]) -> list[list[Sampled]]:
+    def groups(self) -> list[list[Sampled]]:
         """What was drawn, by prompt."""
         tokens, logps = torch.stack(self._tokens, 1).tolist(), torch.stack(self._logps, 1).double().tolist()
         rows = []
-        for ids, own, entropy in zip(tokens, logps, self._entropy.tolist(), strict=True):
+        for ids, own, ended, entropy in zip(tokens, logps, self._ended.tolist(), self._entropy.tolist(), strict=True):
             n = ids.index(-1) if -1 in ids else len(ids)
-            rows.append(Sampled(array("i", ids[:n]), array("d", own[:n]), ids[n - 1] in ends, entropy))
+            rows.append(Sampled(array("i", ids[:n]), array("d", own[:n]), ended, entropy))
         return [rows[i : i + self._num] for i in range(0, len(rows), self._num)]

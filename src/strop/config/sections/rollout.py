@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from strop.config.section import JsonMapping, MappingOf, Problem, Section
+from strop.config.section import JsonMapping, ListOf, MappingOf, Problem, Section
 
 
 class RewardSection(Section):
@@ -37,6 +37,11 @@ class RolloutSection(Section):
     """Draw from the likeliest tokens that together have this probability; 1: from all."""
     min_p: float = Field(default=0.0, ge=0, lt=1)
     """Draw from tokens that are at least this share as likely as the likeliest; 0: from all."""
+    stop: ListOf[str] = ()
+    """Texts that end a completion, too. It ends with the token that completes one, which is kept: the text is in what
+    rewards get, and all tokens up to there are trained."""
+    stop_token_ids: ListOf[Annotated[int, Field(ge=0)]] = ()
+    """Ids of tokens that end a completion, too, beside the model's own end tokens."""
     num_generations_eval: int = Field(default=1, gt=0, le=1024)
     """Completions of each validation prompt."""
     temperature_eval: float = Field(default=0.0, ge=0)
