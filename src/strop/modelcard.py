@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.engine.ending import Ending, number
 from strop.errors import StropError
+from strop.packages import installed_version
 from strop.policy.model.folder import fetch
 from strop.redact import redact
 
@@ -74,7 +74,7 @@ def _body(
     yield "## Use\n\n```python"
     yield from _usage(adapted=adapted, writes=writes)
     yield "```\n\n## Versions\n"
-    yield ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
+    yield ", ".join(f"{name} {found}" for name in PACKAGES if (found := installed_version(name)))
 
 
 def _evaluations(ending: Ending) -> Iterator[str]:
@@ -141,10 +141,3 @@ def _cell(value: Any) -> str:
         return ", ".join(_cell(item) for item in value)
     text = "".join(char if char.isprintable() else " " for char in str(value))
     return text.replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

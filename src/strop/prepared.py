@@ -16,7 +16,7 @@ from strop.batch import PROMPT_LOGPS
 from strop.config import RunConfig, advice, of_model
 from strop.config.guidance import is_default
 from strop.config.methods import GrpoSettings, KtoSettings, MethodSettings
-from strop.config.sections import ModelSection
+from strop.config.sections import LoraSection, ModelSection
 from strop.data.load import LoadedData
 from strop.data.problems import imbalance
 from strop.data.prompts import PromptGroups
@@ -54,7 +54,7 @@ class Prepared:
     objective: Objective[MethodSettings]
     plan: Plan
     num_processes: int = 1
-    _known: _KnownWork = field(default_factory=lambda: _KnownWork(), compare=False, repr=False)
+    _known: _Known = field(default_factory=lambda: _Known(), compare=False, repr=False)
 
     @property
     def scored_ahead(self) -> bool:
@@ -75,9 +75,7 @@ class Prepared:
             CannotBuildError: the architecture needs more than its configuration.
             ModelError: the adapters do not fit the model.
         """
-        shape = shape_of(self.config.lora, self.model, reward_model=self.config.post_training.REWARD_MODEL)
-        section = teacher_section(self.config, self.model)
-        return shape if section is None else replace(shape, teacher=num_weights(section))
+        return self._known.shape(self)
 
     def first_step(self, tokens: RowTokens) -> list[list[Sized]]:
         """The lengths of the groups in each micro-batch of the first step. tokens: those that groups take."""
@@ -86,7 +84,7 @@ class Prepared:
 
     def whole_epoch(self, tokens: RowTokens) -> EpochWork:
         """Counts over the micro-batches of the first epoch."""
-        return self._known.of(self, tokens)
+        return self._known.work(self, tokens)
 
     def work(self, tokens: RowTokens) -> EpochWork:
         """Counts over the micro-batches of the first epoch, or of the run if it is shorter."""
@@ -188,14 +186,27 @@ class Prepared:
             )
 
 
-class _KnownWork:
-    """Keeps the counts of the last epoch that was cut, since the estimate and the description ask for the same one."""
+class _Known:
+    """Keeps what the estimate, the description and the check of the disk all ask for: the model's shape, and the counts
+    of the last epoch that was cut."""
 
     def __init__(self) -> None:
+        self._shape_key: tuple[LoraSection, ModelSection, ModelSection | None, bool] | None = None
+        self._shape: Shape | None = None
         self._key: tuple[Plan, int, RowTokens] | None = None
         self._epoch: EpochWork | None = None
 
-    def of(self, prepared: Prepared, tokens: RowTokens) -> EpochWork:
+    def shape(self, prepared: Prepared) -> Shape:
+        config, model = prepared.config, prepared.model
+        teacher, reward_model = teacher_section(config, model), config.post_training.REWARD_MODEL
+        key = (config.lora, model, teacher, reward_model)
+        if self._shape is None or self._shape_key != key:
+            shape = shape_of(config.lora, model, reward_model=reward_model)
+            self._shape = shape if teacher is None else replace(shape, teacher=num_weights(teacher))
+            self._shape_key = key
+        return self._shape
+
+    def work(self, prepared: Prepared, tokens: RowTokens) -> EpochWork:
         key = (prepared.plan, prepared.budget, tokens)
         if self._epoch is None or self._key != key:
             prompts = PROMPT_LOGPS in prepared.objective.reads

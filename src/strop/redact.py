@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 MASK = "[redacted]"
 
@@ -70,12 +71,14 @@ def _without_value(match: re.Match[str]) -> str:
     return f"{match['name']}{match['between']}{quote}{MASK}{quote}"
 
 
+@lru_cache(maxsize=1024)
+def _names_secret(variable: str) -> bool:
+    return _SECRET_NAME.search(variable) is not None
+
+
 def _handed_in() -> list[str]:
-    found = {
-        value.strip()
-        for name, value in os.environ.items()
-        if _SECRET_NAME.search(name) and len(value.strip()) >= _MIN_SECRET and not os.path.exists(value)
-    }
+    values = [os.environ.get(name, "") for name in os.environ if _names_secret(name)]
+    found = {v.strip() for v in values if len(v.strip()) >= _MIN_SECRET and not os.path.exists(v)}
     return sorted(found, key=len, reverse=True)
 
 

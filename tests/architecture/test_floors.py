@@ -21,6 +21,7 @@ FLOORS = {
     "manifest": 0,
     "readable": 0,
     "garbage": 0,
+    "packages": 0,
     "redact": 0,
     "runfiles": 0,
     "world": 0,

@@ -390,9 +390,9 @@ def test_a_second_launch_in_one_folder_is_refused_in_every_process(runs: Any) ->
 
 
 def _with_other_version(config: RunConfig, package: str) -> str:
-    real = alike.version
+    real = alike.installed_version
     if os.environ["RANK"] == "1":
-        alike.version = lambda name: "0.0.1" if name == package else real(name)  # type: ignore[assignment]
+        alike.installed_version = lambda name: "0.0.1" if name == package else real(name)  # type: ignore[assignment]
     return _refusal(config)
 
 

@@ -6,10 +6,10 @@ import hashlib
 import platform
 import socket
 from collections.abc import Mapping
-from importlib.metadata import version
 
 from strop.config import RunConfig, to_yaml
 from strop.errors import ConfigError
+from strop.packages import installed_version
 from strop.world import World
 
 COMPARED = ("strop", "torch", "transformers", "peft")
@@ -25,7 +25,11 @@ NAMES = {
 def start_facts(config: RunConfig) -> dict[str, str]:
     """What can be compared before anything is loaded: versions, and a hash of the configuration."""
     settings = hashlib.sha256(to_yaml(config).encode()).hexdigest()
-    return {"python": platform.python_version(), **{name: version(name) for name in COMPARED}, "settings": settings}
+    return {
+        "python": platform.python_version(),
+        **{name: installed_version(name) or "absent" for name in COMPARED},
+        "settings": settings,
+    }
 
 
 def check_alike(world: World, facts: Mapping[str, str]) -> None:

@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 
 from strop.engine.checkpoint import Checkpoint
 from strop.machine import processor_model
+from strop.packages import installed_version
 from strop.redact import redact_arguments
 from strop.rundir import RunDir
 
@@ -41,7 +41,7 @@ def describe_environment(
     """
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": processor_model(),
         "num_cpus": os.cpu_count(),
@@ -102,13 +102,6 @@ def changed_since(launch: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 def resumed(launch: Mapping[str, Any], step: int, now: Mapping[str, Any]) -> dict[str, Any]:
     """The record of the launch, unchanged, with that of one more resume added."""
     return {**launch, "resumes": [*launch.get("resumes", ()), {"after_step": step, **now}]}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[dict[str, object]]:

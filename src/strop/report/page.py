@@ -7,10 +7,11 @@ of jinja2, with what cannot be seen made visible; the same run gives the same by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from strop.readable import duration
 from strop.report.charts import number
@@ -40,6 +41,13 @@ def page(examined: Sequence[Examined], *, reload: int = 0) -> str:
     Args:
         reload: after how many seconds a browser loads it again; 0: never.
     """
+    template, css = _template()
+    return template.render(**_context(examined), css=Ours(css), reload=reload)
+
+
+@cache
+def _template() -> tuple[Template, str]:
+    """The template and the style sheet of every page; compiling the template takes as long as filling it."""
     environment = Environment(
         loader=PackageLoader("strop.report", "templates"),
         autoescape=True,
@@ -49,7 +57,7 @@ def page(examined: Sequence[Examined], *, reload: int = 0) -> str:
     )
     environment.filters["percent"] = lambda text: quote(text, safe="")
     css = environment.loader.get_source(environment, "page.css")[0]  # type: ignore[union-attr]
-    return environment.get_template("page.html").render(**_context(examined), css=Ours(css), reload=reload)
+    return environment.get_template("page.html"), css
 
 
 def _context(examined: Sequence[Examined]) -> dict[str, Any]:

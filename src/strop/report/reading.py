@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -220,17 +220,21 @@ def _json(path: Path, gaps: list[str]) -> Mapping[str, Any]:
     return found
 
 
-def _settings(path: Path, gaps: list[str]) -> dict[str, Setting]:
+def _settings(path: Path, gaps: list[str]) -> Mapping[str, Setting]:
     """Every key of the resolved configuration, dotted, with where it came from: that stands in a comment."""
     text = _read(path, gaps)
     if text is None:
         return {}
     try:
-        found = parse(text.encode(), path.name).data
+        return _settings_in(text)
     except (ConfigError, RecursionError) as error:
         gaps.append(f"config.yaml is not readable: {first_line(error)}")
         return {}
-    origins = dict(_origins(text))
+
+
+@lru_cache(maxsize=8)  # a run reads its own at its first line and at its end
+def _settings_in(text: str) -> Mapping[str, Setting]:
+    found, origins = parse(text.encode(), "config.yaml").data, dict(_origins(text))
     return {key: Setting(value, origins.get(key, "")) for key, value in _leaves(found)}
 
 
