@@ -19,10 +19,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pretend import EMULATES, PRETENDED
+from pretend import EMULATES, PRETENDED, not_synced
 from strop import machine
 from strop.policy.kernels import product_rates
 from strop.policy.kernels.denormals import flush_denormals
+
+REAL_FSYNC = os.fsync
 
 # a busy machine is no failure
 hypothesis.settings.register_profile("strop", deadline=None)
@@ -52,12 +54,22 @@ def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(chosen.threads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STROP_TESTS_PRETEND", name)
+        patch.setenv("STROP_TESTS_SYNC", str(int(chosen.syncs)))
+        if not chosen.syncs:
+            patch.setattr(os, "fsync", not_synced)
         patch.setenv("PYTHONPATH", str(Path(__file__).parent / "inherited"), prepend=os.pathsep)
         if chosen.processor is not None:
             patch.setattr(machine, "processor", lambda: chosen.processor)
         if chosen.multiplies is not None:
             patch.setattr(product_rates, "measured", chosen.multiplies.rates)
         yield
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are synced, as in every run of a user."""
+    monkeypatch.setattr(os, "fsync", REAL_FSYNC)
+    monkeypatch.setenv("STROP_TESTS_SYNC", "1")
 
 
 @pytest.fixture

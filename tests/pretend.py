@@ -57,7 +57,7 @@ class Multiplies:
 class Surroundings:
     """processor: what `strop.machine.processor` answers, and multiplies: how fast it does; None: this computer's own.
     threads: of torch. before: what the command of the tests is handed to. moved: the tests run in a copy of the project
-    in an oddly named folder."""
+    in an oddly named folder. syncs: whether `os.fsync` waits for the disk."""
 
     processor: Processor | None
     multiplies: Multiplies | None
@@ -65,6 +65,7 @@ class Surroundings:
     environment: Mapping[str, str] = field(default_factory=dict)
     before: Sequence[str] = ()
     moved: bool = False
+    syncs: bool = False
 
 
 PLAIN = Processor(cores=2, name="pretended")
@@ -77,7 +78,7 @@ PRETENDED: Mapping[str, Surroundings] = {
     "onednn-bf16": Surroundings(PLAIN, Multiplies(bf16=4.0, fp16=4.0, onednn=2.0)),
     "cores-1": Surroundings(Processor(1, "pretended"), EMULATES, environment={"OMP_NUM_THREADS": "1"}),
     "cores-8": Surroundings(Processor(8, "pretended"), EMULATES, threads=8, environment={"OMP_NUM_THREADS": "8"}),
-    "real": Surroundings(None, None),
+    "real": Surroundings(None, None, syncs=True),
     "locale": Surroundings(
         PLAIN,
         EMULATES,
@@ -91,8 +92,14 @@ PRETENDED: Mapping[str, Surroundings] = {
 }
 """By name. `plain` is what `make test` sees: 16 bits are emulated, float32 is MKL's. With `slow-bf16` there are
 instructions for bfloat16 that are slower than float32's; with `onednn` large float32 matrices are multiplied by oneDNN.
-`real` is the computer as it is. Under `locale`, text that strop reads or writes without naming an encoding, which is
+`real` is the computer as it is. Elsewhere no file is synced, since no test cuts the power, and a run would wait for the
+disk some forty times. Under `locale`, text that strop reads or writes without naming an encoding, which is
 the locale's then, is an error."""
+
+
+def not_synced(fd: int) -> None:
+    """Stands for `os.fsync`: an error for what is no open file, and no waiting for the disk."""
+    os.fstat(fd)
 
 
 def put_into(module: ModuleType, chosen: Surroundings) -> None:

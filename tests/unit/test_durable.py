@@ -15,6 +15,8 @@ import pytest
 from strop import durable
 from strop.durable import JsonLines
 
+pytestmark = pytest.mark.usefixtures("synced")
+
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

@@ -26,7 +26,7 @@ from strop.cli.entry import RESUMABLE, STOPPED
 from strop.config import to_yaml
 from strop.errors import StropError
 
-pytestmark = posix
+pytestmark = [posix, pytest.mark.usefixtures("synced")]
 
 
 class Launch:
