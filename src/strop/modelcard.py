@@ -72,7 +72,7 @@ def _body(
     yield f"\n{ending.reason[:1].upper()}{ending.reason[1:]}; the model is that of step {ending.final_step}.\n"
     yield from _evaluations(ending)
     yield "## Use\n\n```python"
-    yield from _usage(adapted=adapted, writes=writes)
+    yield from _usage(adapted=adapted, writes=writes, grown=bool(adapted and model.add_tokens))
     yield "```\n\n## Versions\n"
     yield ", ".join(f"{name} {found}" for name in PACKAGES if (found := installed_version(name)))
 
@@ -89,9 +89,14 @@ def _evaluations(ending: Ending) -> Iterator[str]:
     yield f"\nOn {after.get('num_groups', 'the')} validation rows that were not trained on.\n"
 
 
-def _usage(*, adapted: bool, writes: bool) -> Iterator[str]:
+def _usage(*, adapted: bool, writes: bool, grown: bool) -> Iterator[str]:
+    """grown: the base needs rows for new tokens, which peft's own classes give it."""
     kind = "AutoModelForCausalLM" if writes else "AutoModelForSequenceClassification"
-    yield f"from transformers import {kind}, AutoTokenizer\n"
+    if grown:
+        kind = kind.replace("AutoModel", "AutoPeftModel")
+        yield f"from peft import {kind}\nfrom transformers import AutoTokenizer\n"
+    else:
+        yield f"from transformers import {kind}, AutoTokenizer\n"
     yield 'place = "."  # this folder, or the id of this repository'
     yield "tokenizer = AutoTokenizer.from_pretrained(place)"
     comment = "  # needs peft, and brings its base" if adapted else ""

@@ -196,6 +196,13 @@ class RunConfig(Section):
                     "one of the two",
                     "leave quant out (a base in bf16 is sharded), or leave gpu.fsdp out",
                 )
+            if model.add_tokens and self.lora.enabled:
+                yield Problem(
+                    (f"models.{i}.add_tokens", "gpu.fsdp"),
+                    "rows of new tokens train inside of an embedding that is whole, and gpu.fsdp shards it",
+                    "one of the two",
+                    "leave gpu.fsdp out, or train all weights (lora.enabled: false)",
+                )
         if self.training.fp16:
             yield Problem(
                 ("training.fp16", "gpu.fsdp"),

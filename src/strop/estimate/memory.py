@@ -122,6 +122,8 @@ def memory_of(
     if config.rollout.enabled and objective.needs_reference:  # another model is taken to be as large as this one
         other = getattr(config.post_training, "ref_model_id", None) is not None
         parts["reference"] = base * c if other else trained * wide
+    if shape.new_rows:  # the embedding and the head with new rows in them, and the embedding's whole gradient
+        parts["new tokens"] = float(3 * shape.vocabulary * shape.width * c)
     if shape.teacher:
         parts["teacher"] = float(shape.teacher * c)
     if objective.ref_sync is not None:
@@ -227,7 +229,8 @@ def _head(
     objective: Objective[MethodSettings],
 ) -> Numbers:
     """[B] of the head with its inputs, and of the gradient of its weight."""
-    product, trains, wide = _product(config, precision, device), not shape.adapters, precision.master.itemsize
+    product, wide = _product(config, precision, device), precision.master.itemsize
+    trains = not shape.adapters or shape.new_rows > 0
     counts, number = np.unique(work.scored, return_inverse=True)
     each = [
         head_bytes(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ def linear_products(adapted: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
 
 def plain_name(name: str) -> str:
     """A name in the base as it is without adapters around its layers."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "token_adapter"))
 
 
 def merged_weights(adapted: PeftModel, where: str) -> dict[str, Tensor]:
@@ -114,11 +114,18 @@ def _merge(layer: nn.Module, inner: nn.Module) -> None:
 
 def _part_tied(base: nn.Module) -> None:
     """Give an adapted embedding or head that share their weights one each: an adapter on one is none on the other."""
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()  # type: ignore[operator]
-    for part in (head, embedding):
+    parts = [_with_adapter(part) for part in (base.get_output_embeddings(), base.get_input_embeddings())]  # type: ignore[operator]
+    if any(getattr(part, "tied_adapter", None) is not None for part in parts):
+        return  # rows of new tokens: one adapter for both
+    for part in parts:
         if isinstance(part, BaseTunerLayer):
             inner = _innermost(part)
             inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+
+
+def _with_adapter(part: nn.Module) -> nn.Module:
+    """The layer with the adapter inside of peft's wrapper around an embedding or head whose rows train."""
+    return part.token_adapter if isinstance(part, TrainableTokensWrapper) else part
 
 
 def parted_head(adapted: PeftModel, was_tied: bool) -> Tensor | None:
@@ -133,7 +140,7 @@ def parted_head(adapted: PeftModel, was_tied: bool) -> Tensor | None:
 def _effective(part: nn.Module) -> Tensor:
     if isinstance(part, ModulesToSaveWrapper):
         part = part.modules_to_save[ADAPTER]
-    weight = _innermost(part).weight
+    weight = _innermost(_with_adapter(part)).weight
     assert isinstance(weight, Tensor)
     return weight.detach()
 

@@ -191,9 +191,9 @@ def rewrite(
     """
     usual = dtype or usual
     specs = {n: Spec(spec.shape, _stored(spec.dtype, dtype)) for n, spec in shard.specs.items() if not left_out(n)}
-    for name in specs.keys() & replaced.keys():
-        if not specs[name].dtype.is_floating_point:
-            specs[name] = Spec(tuple(replaced[name].shape), usual)
+    for name in specs.keys() & replaced.keys():  # a table of tokens may have got rows
+        own = specs[name].dtype
+        specs[name] = Spec(tuple(replaced[name].shape), own if own.is_floating_point else usual)
     specs |= {name: Spec(tuple(tensor.shape), usual) for name, tensor in added.items()}
     old = [name for name in shard.specs if name in specs and name not in replaced]
     unchanged = shard.tensors(old)

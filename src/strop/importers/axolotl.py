@@ -286,7 +286,7 @@ RULES: Rules = {
     "chat_template": axolotl_data.template,
     "default_system_message": off("a chat template has its own"),
     "special_tokens": always("padding is never trained, and a row ends as the chat template says"),
-    "tokens": off("strop does not change vocabularies"),
+    "tokens": same("models.0.add_tokens"),
     "batch_size": off("micro_batch_size and gradient_accumulation_steps say it"),
     "train_on_inputs": off("answers alone are trained, never prompts"),
     "group_by_length": off("every micro-batch holds rows of like length anyway; steps are drawn at random"),

@@ -86,10 +86,15 @@ def build_policy(
     if model.adapter is not None:
         module = continue_adapters(loaded.module, config.lora, model, master=precision.master)
     elif adapted:
-        module = add_adapters(loaded.module, config.lora, model, seed=config.seed, master=precision.master)
-    initial = None
-    if model.adapter is None and isinstance(module, PeftModel):
-        initial = initial_adapter(module, config.lora)
+        module = add_adapters(
+            loaded.module,
+            config.lora,
+            model,
+            seed=config.seed,
+            master=precision.master,
+            new_tokens=loaded.new_tokens,
+        )
+    initial = initial_adapter(module, config.lora) if model.adapter is None and isinstance(module, PeftModel) else None
     digest = identity.weights_hash(module) if hashed else None
     random = adapted and config.lora.lora_dropout > 0
     checkpoint_layers(module, training.recomputed, random=random, where=where)

@@ -200,15 +200,22 @@ def _teacher(config: RunConfig, model: ModelSection) -> _Other:
             expected="a hub id or a folder of a model with the same vocabulary",
             fix="set post_training.teacher_model_id",
         )
-    section = ModelSection(huggingface_id=teacher_model_id, trust_remote_code=model.trust_remote_code)
+    section = _beside(model, teacher_model_id)
     return _Other(section, f"teacher {place_of(section)}", "choose another post_training.teacher_model_id")
+
+
+def _beside(model: ModelSection, huggingface_id: str) -> ModelSection:
+    """Another model that reads what `model` reads: it gets the same new tokens."""
+    return ModelSection(
+        huggingface_id=huggingface_id, trust_remote_code=model.trust_remote_code, add_tokens=model.add_tokens
+    )
 
 
 def _reference(config: RunConfig, model: ModelSection) -> _Other | None:
     ref_model_id = getattr(config.post_training, "ref_model_id", None)
     if ref_model_id is None:
         return None
-    section = ModelSection(huggingface_id=ref_model_id, trust_remote_code=model.trust_remote_code)
+    section = _beside(model, ref_model_id)
     fix = "choose another post_training.ref_model_id, or drop it: the reference is then the initial policy"
     return _Other(section, f"reference {place_of(section)}", fix)
 

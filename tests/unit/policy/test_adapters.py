@@ -312,7 +312,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (lambda d: edit(d, peft_type="IA3"), "of the kind IA3"),
         (lambda d: edit(d, init_lora_weights="pissa"), "init_lora_weights: pissa, which cannot be continued"),
-        (lambda d: edit(d, trainable_token_indices=[1]), "trainable_token_indices"),
+        (lambda d: edit(d, trainable_token_indices=[1]), "trainable_tokens_delta. is missing"),
         (lambda d: edit(d, r=8), "does not fit"),
         (lambda d: edit(d, r="many"), "does not fit|adapter_config.json"),
         (lambda d: edit(d, target_modules=["nothing"]), "does not fit"),

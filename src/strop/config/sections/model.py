@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from strop.config.section import Problem, Section
+from strop.config.section import ListOf, Problem, Section
 
 
 def _last_part(data: dict[str, Any]) -> str:
@@ -34,6 +34,9 @@ class ModelSection(Section):
     """Branch, tag or commit of the hub repository."""
     adapter: str | None = None
     """Hub id or folder of a LoRA adapter to continue from; the model with it is also the reference."""
+    add_tokens: ListOf[str] | None = None
+    """New tokens, such as `<think>`: the tokenizer gets them, and the embedding and the head a row each, which begins
+    as the mean of the others. With `lora`, these rows train beside the adapters; without, all rows do."""
     attn_implementation: str | None = None
     """Null: shared-prefix attention where the architecture allows it. A name that transformers knows (`sdpa`,
     `eager`, ...): that attention, on plain padded rows."""
@@ -50,6 +53,7 @@ class ModelSection(Section):
     """What layers in 4 bits multiply in; auto: what the run computes in (bf16, fp16)."""
 
     def problems(self) -> Iterator[Problem]:
+        yield from self._token_problems()
         for key in ("bnb_quant_type", "bnb_double_quant", "bnb_compute_dtype"):
             value = getattr(self, key)
             if self.quant != "4bit" and value != type(self).model_fields[key].default:
@@ -68,4 +72,18 @@ class ModelSection(Section):
                 f"name {self.name[:60]!r} cannot be the name of a folder",
                 "a folder name of at most 200 bytes, without slashes and control characters",
                 "give the model a `name:`",
+            )
+
+    def _token_problems(self) -> Iterator[Problem]:
+        tokens = self.add_tokens or ()
+        if any(not token.strip() for token in tokens):
+            yield Problem(("add_tokens",), "add_tokens holds an empty token", "texts such as <think>", "remove it")
+        if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
+            yield Problem(("add_tokens",), f"add_tokens names {', '.join(twice)} twice", fix="name each token once")
+        if tokens and self.adapter is not None:
+            yield Problem(
+                ("add_tokens", "adapter"),
+                "an adapter that is continued has its own tokens, and peft cannot add rows to them",
+                fix="leave add_tokens out if the adapter was trained with them; else merge it (strop merge), and train "
+                "the merged model",
             )

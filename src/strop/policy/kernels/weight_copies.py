@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightCopies:
@@ -47,8 +47,8 @@ class WeightCopies:
         """The weight in this dtype, without gradients: itself if it has the dtype, else a copy."""
         if weight.dtype == dtype:
             return weight.detach()
-        if self._current is None or not self.keeps:
-            return weight.detach().to(dtype)
+        if self._current is None or not self.keeps or not isinstance(weight, nn.Parameter):
+            return weight.detach().to(dtype)  # what is no parameter was made for this pass alone
         key = (id(weight), dtype)
         if key not in self._copies:
             self._copies[key] = (weight, weight.detach().to(dtype))  # the weight too, so that its id stays its own

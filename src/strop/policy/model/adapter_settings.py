@@ -20,7 +20,6 @@ _FOREIGN = (
     "megatron_config",
     "layer_replication",
     "alora_invocation_tokens",
-    "trainable_token_indices",
     "use_qalora",
     "use_bdlora",
     "arrow_config",

@@ -34,6 +34,7 @@ from strop.policy.model.adapter_targets import (
     selected,
     sizes,
 )
+from strop.policy.model.added_tokens import trained_rows
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
 from strop.policy.model.folder import adapter_place_of, place_of, source_of
 from strop.policy.model.quantised import is_quantised
@@ -43,9 +44,18 @@ logger = logging.getLogger("strop")
 
 
 def add_adapters(
-    module: PreTrainedModel, lora: LoraSection, model: ModelSection, *, seed: int, master: torch.dtype
+    module: PreTrainedModel,
+    lora: LoraSection,
+    model: ModelSection,
+    *,
+    seed: int,
+    master: torch.dtype,
+    new_tokens: Sequence[int] = (),
 ) -> PeftModel:
     """New adapters, drawn from `seed` alone; `module` is on the CPU and is changed in place.
+
+    Args:
+        new_tokens: ids of tokens whose rows in the embedding and the head train, too.
 
     Raises:
         ModelError: `target_modules` or `modules_to_save` do not fit the model.
@@ -59,6 +69,7 @@ def add_adapters(
     transposed = any(isinstance(linears[name], Conv1D) for name in selected(targets, linears))
     if lora.moves_base:
         _check_moving(module, lora, [linears[name] for name in selected(targets, linears)], where)
+    in_full = selected(saved, [name for name, _ in module.named_modules()])
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha,
@@ -67,6 +78,7 @@ def add_adapters(
         target_modules=targets if isinstance(targets, str) else list(targets),
         target_parameters=list(lora.target_parameters or ()) or None,
         modules_to_save=list(saved) or None,
+        trainable_token_indices=trained_rows(module, new_tokens, in_full, where) or None,
         init_lora_weights=lora.init_lora_weights,
         task_type=TaskType.SEQ_CLS if judges else lora.task_type,
         use_rslora=lora.use_rslora,

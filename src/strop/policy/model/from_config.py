@@ -71,6 +71,7 @@ def empty_model(model: ModelSection, *, reward_model: bool = False) -> PreTraine
     config = model_config(model)
     if reward_model:
         with_one_label(config)
+    config.get_text_config().vocab_size += len(model.add_tokens or ())
     with _building(model):
         return build_outline(config, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
 
@@ -154,9 +155,11 @@ class Shape:
     distinct: float = 0.0
     matrix_bytes: float | None = None
     teacher: int = 0
+    new_rows: int = 0
     """adapters: their weights. adapted: inputs of adapted layers, in elements a token a layer; distinct: those that
     several of them share (q, k, v; gate, up) counted once. matrix_bytes: of each weight of `matrix`, with its scales,
-    where the base is quantised; None: it is not. teacher: weights of a second model that reads every batch."""
+    where the base is quantised; None: it is not. teacher: weights of a second model that reads every batch. new_rows:
+    of embedding and head, which train beside adapters."""
 
 
 def shape_of(lora: LoraSection, model: ModelSection, *, reward_model: bool = False) -> Shape:
@@ -182,9 +185,12 @@ def shape_of(lora: LoraSection, model: ModelSection, *, reward_model: bool = Fal
     weights = adapters.r * sum(i + o for i, o in sides.values())
     experts = resolve_parameters(module, adapters.target_parameters or (), place_of(model))
     weights += adapters.r * sum(n * (i + o) for n, i, o in (p.shape for p in experts.values()))
+    new_rows = len(model.add_tokens or ()) * (1 if reward_model or module.config.tie_word_embeddings else 2)
+    weights += new_rows * shape.width
     adapted = sum(i for i, _ in sides.values()) / shape.layers
     shared = {(n.rpartition(".")[0], n.rpartition(".")[2] in OUTPUTS): i for n, (i, _) in sides.items()}
-    return replace(shape, adapters=weights, adapted=adapted, distinct=sum(shared.values()) / shape.layers)
+    distinct = sum(shared.values()) / shape.layers
+    return replace(shape, adapters=weights, adapted=adapted, distinct=distinct, new_rows=new_rows)
 
 
 def _without_adapters(module: PreTrainedModel, text: PreTrainedConfig) -> Shape:

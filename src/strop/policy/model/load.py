@@ -23,6 +23,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.allocator import is_out_of_memory
 from strop.policy.model import quantised
+from strop.policy.model.added_tokens import add_rows
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
 from strop.policy.model.folder import inspect_model, place_of
 from strop.policy.model.guard import check_sealed
@@ -30,6 +31,7 @@ from strop.policy.model.outline import check_config_against_files, other_shape
 from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.model.task import SCORE, auto_class, with_one_label
+from strop.policy.model.tokenizer import new_tokens
 from strop.policy.precision import nonfinite
 from strop.readable import short_name
 
@@ -43,12 +45,14 @@ logger = logging.getLogger("strop")
 class LoadedModel:
     """module: on the CPU, in the mode that whoever made it left it in. stored: dtype of the weights in the files.
     config: the model's configuration as it was before strop changed it for training, which is what is saved with the
-    result. new_head: the files hold no head of a reward model, and its weights mean nothing yet."""
+    result. new_head: the files hold no head of a reward model, and its weights mean nothing yet. new_tokens: ids of
+    the tokens that `models[].add_tokens` added."""
 
     module: PreTrainedModel
     stored: torch.dtype
     config: PreTrainedConfig
     new_head: bool = False
+    new_tokens: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -125,13 +129,15 @@ def load_model(model: ModelSection, *, dtype: torch.dtype, reward_model: bool = 
         ) from error
     new_head = _check_complete(report, where, reward_model=reward_model)
     _check_finite(module, where)
+    new = new_tokens(model)
+    add_rows(module, original, new, where)
     quantised.settle(module, bits, where)
     silenced |= silence_modules(module)
     if silenced:
         values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))
         logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
     module.config.use_cache = False
-    return LoadedModel(module, files.stored, original, new_head)
+    return LoadedModel(module, files.stored, original, new_head, new.ids)
 
 
 def _plain_attention(model: ModelSection, config: PreTrainedConfig, where: str) -> dict[str, str]:

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
+from strop.policy.model.added_tokens import NewTokens, add_to_tokenizer, of_adapter
 from strop.policy.model.configuration import check_kind, quiet, vocabulary_of
 from strop.policy.model.folder import (
     ConfigFile,
+    adapter_files,
     adapter_place_of,
     fetch,
     has_weights,
@@ -46,7 +48,8 @@ def load_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
 
 def read_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTrainedTokenizerBase:
     """The model's tokenizer, untouched: no padding token is added, since padding is masked whatever its id. Where the
-    model has an adapter with a tokenizer beside it, that one: a run saves there what it trained by.
+    model has an adapter with a tokenizer beside it, that one: a run saves there what it trained by. It has the tokens
+    of `models[].add_tokens`.
 
     The model folder is checked only if the tokenizer fails, so the tokenizer is not blamed for a broken model. Call
     `check_model` first if many rows will be read.
@@ -58,10 +61,29 @@ def read_tokenizer(model: ModelSection, *, needs_weights: bool = True) -> PreTra
         ModelError: there is no such model or no tokenizer, it cannot be read, or has no end-of-sequence token.
     """
     try:
-        return _adapter_tokenizer(model) or _read(model)
+        tokenizer = _adapter_tokenizer(model) or _read(model)
     except ModelError:
         check_model(model, needs_weights=needs_weights)
         raise
+    add_to_tokenizer(tokenizer, model.add_tokens or (), place_of(model))
+    return tokenizer
+
+
+def new_tokens(model: ModelSection) -> NewTokens:
+    """What the model needs beside what is in its files: tokens of `models[].add_tokens` that it does not have, or rows
+    that its adapter has trained.
+
+    Raises:
+        ModelError: tokenizer or adapter cannot be read.
+    """
+    if model.adapter is not None:
+        where = adapter_place_of(model)
+        config, weights = adapter_files(model.adapter, where)
+        return of_adapter(read_json(config, where), weights)
+    if not model.add_tokens:
+        return NewTokens()
+    ids = add_to_tokenizer(_read(model), model.add_tokens, place_of(model), tell=False)
+    return NewTokens(ids, max(ids, default=-1) + 1)
 
 
 def check_model(
@@ -86,7 +108,7 @@ def check_model(
     if os.path.isdir(source) and (needs_weights or has_weights(source)):
         inspect_model(model)
     if tokenizer is not None and rows is not None:
-        _check_ids(tokenizer, rows, place_of(model))
+        _check_ids(tokenizer, max(rows, new_tokens(model).num_rows), place_of(model))
 
 
 def _read(model: ModelSection) -> PreTrainedTokenizerBase:
