@@ -12,13 +12,17 @@ from itertools import islice
 from os import path
 from pathlib import Path
 
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is only not declared
+
 from strop.config import DatasetSection, RunConfig
 from strop.config.sections import ModelSection
 from strop.data.read.files import file_kind
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import Source, choose_sources
 from strop.data.shapes.examples import Columns, to_example
-from strop.errors import CheckpointError, ConfigError, StropError
+from strop.errors import CheckpointError, ConfigError, StropError, first_line
 from strop.policy.model.consolidated_files import consolidated_folder
 from strop.policy.model.folder import check_adapter, check_files, source_of
 from strop.policy.model.quantisation import check_adapts, quantisation_of
@@ -102,6 +106,7 @@ def _problems(
             except StropError as error:
                 yield type(error)(error.found, where=f"rewards: {reward.name}", expected=error.expected, fix=error.fix)
     yield from _missing_trackers(config)
+    yield from _not_uploaded(config, models)
     try:
         _check_data(config.dataset, config.rows)
     except StropError as error:
@@ -122,6 +127,42 @@ def _check_quantised(model: ModelSection, adapts: bool) -> None:
         )
     if local:
         check_adapts(model, adapts)
+
+
+def _not_uploaded(config: RunConfig, models: Sequence[ModelSection]) -> Iterator[StropError]:
+    """Why a final model could not be uploaded, as far as that is known before the run."""
+    training = config.training
+    if not training.push_to_hub:
+        return
+    where, later = (
+        "training.push_to_hub: true",
+        "or remove push_to_hub and upload it later: strop push RUN --repo OWNER/NAME",
+    )
+    if training.hub_model_id is not None and len(models) > 1:
+        yield ConfigError(
+            f"{len(models)} models cannot be uploaded to one repository",
+            where=f"training.hub_model_id: {training.hub_model_id}",
+            fix="remove hub_model_id: each goes to the repository of its name",
+        )
+    for model in models:
+        try:
+            validate_repo_id(training.hub_model_id or model.name)
+        except HFValidationError as error:
+            yield ConfigError(
+                f"a hub takes no such name: {first_line(error)}", where=where, fix="set training.hub_model_id"
+            )
+        if config.adapts(model) and path.isdir(source_of(model.huggingface_id)):
+            yield ConfigError(
+                f"an adapter names its base, and {model.huggingface_id} is a folder of this computer, where nobody "
+                "else finds it",
+                where=where,
+                expected="the id of a base at the hub",
+                fix="name the base by its id in models[].huggingface_id; " + later + " --base OWNER/NAME",
+            )
+    if constants.HF_HUB_OFFLINE:
+        yield ConfigError("HF_HUB_OFFLINE is set, so nothing can be uploaded", where=where, fix=f"unset it; {later}")
+    elif get_token() is None:
+        yield ConfigError("there is no login for the hub", where=where, fix=f"hf auth login, or set HF_TOKEN; {later}")
 
 
 def _missing_trackers(config: RunConfig) -> Iterator[StropError]:

@@ -7,17 +7,23 @@ folder is only read.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from strop.config import RunConfig
+from strop.config.sections import ModelSection
 from strop.errors import ModelError, StropError, foreign_errors
 from strop.manifest import MANIFEST
 from strop.redact import redact
 from strop.rundir import FINAL
+
+log = logging.getLogger("strop")
 
 ADAPTER = "adapter_config.json"
 BASE = "base_model_name_or_path"
@@ -27,7 +33,8 @@ def push(run: str, repo: str, *, private: bool = True, base: str | None = None) 
     """Uploads `final/` of a run, or a model folder, in one commit. Returns where it is.
 
     Args:
-        repo: OWNER/NAME; made where it is not there. private: whether one that is made is private.
+        repo: OWNER/NAME, or NAME in the account that is logged in; made where it is not there.
+        private: whether one that is made is private.
         base: the id of an adapter's base at the hub, where its configuration names a folder of this computer.
 
     Raises:
@@ -39,14 +46,31 @@ def push(run: str, repo: str, *, private: bool = True, base: str | None = None) 
     folder = _model_of(run)
     with _as_published(folder, base) as published, foreign_errors(lambda why: _failed(why, repo)):
         api = HfApi(library_name="strop")
-        api.create_repo(repo, private=private, exist_ok=True)
+        made = api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repo,
+            repo_id=made.repo_id,
             folder_path=published,
             commit_message="Upload by strop push",
             ignore_patterns=[MANIFEST],
         )
     return str(done.commit_url).split("/commit/")[0]
+
+
+def push_finished(config: RunConfig, model: ModelSection, run: Path) -> None:
+    """Uploads the model of a run that has ended, where `training.push_to_hub` asks for it. A failure is a warning with
+    the command that does it again."""
+    training = config.training
+    if not training.push_to_hub:
+        return
+    repo, private = training.hub_model_id or model.name, training.hub_private_repo
+    try:
+        place = push(str(run), repo, private=private)
+    except StropError as error:
+        again = f"strop push {shlex.quote(str(run))} --repo {repo}{'' if private else ' --public'}"
+        log.warning("%s: the run is complete, and its model was not uploaded: %s", model.name, error.found)
+        log.warning("%s: to upload it: %s", model.name, again)
+    else:
+        log.info("%s: uploaded to %s", model.name, place)
 
 
 def _model_of(run: str) -> Path:

@@ -42,6 +42,7 @@ from strop.policy.model.generation import trained_ends
 from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference
 from strop.preflight import check, run_folder, select_models
+from strop.push import push_finished
 from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
 from strop.rundir import RunDir
@@ -340,6 +341,7 @@ class _Run:
         if warning := ending.warning():
             log.warning("%s: %s", name, warning)
         report(session, run)
+        push_finished(session.config, session.model, run.path)
         log.info("%s: the model of step %d is in %s", name, step, run.final)
 
     def _write_records(self) -> None:

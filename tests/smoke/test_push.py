@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,8 @@ import huggingface_hub
 import pytest
 
 from strop.cli import main
+from strop.config.layers import load_config
+from strop.errors import ConfigError
 
 TOKEN = "hf_" + "a1B2c3D4e5" * 3
 
@@ -126,3 +129,59 @@ def test_what_is_no_model_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest
     assert "there is no finished model" in capsys.readouterr().err and not hub.made
     assert main(["push", str(tmp_path)]) == 1
     assert "--repo is missing" in capsys.readouterr().err
+
+
+PUSHED = {"training.push_to_hub": True, "training.max_steps": 1}
+
+
+@pytest.mark.parametrize(("keys", "repo"), [({"training.hub_model_id": "me/model"}, "me/model"), ({}, "run")])
+def test_a_run_uploads_its_model_when_it_ends(keys: dict[str, Any], repo: str, runs: Any, hub: Hub) -> None:
+    run = runs({**PUSHED, **keys}, fresh=True)
+    (made,) = hub.made
+    assert [made.get("organization"), made["name"]] == (repo.split("/") if "/" in repo else [None, repo])
+    assert made.get("private", made.get("visibility")) in (True, "private")
+    assert hub.files == {p.name: p.read_bytes() for p in (run.path / "final").iterdir() if p.name != "MANIFEST.json"}
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_a_failed_upload_ends_no_run_and_is_told_with_the_command(
+    status: int, runs: Any, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.refuses = status
+    run = runs({**PUSHED, "training.hub_model_id": "me/model", "training.hub_private_repo": False}, fresh=True)
+    assert "the run is complete, and its model was not uploaded" in caplog.text and TOKEN not in caplog.text
+    (command,) = (r.getMessage() for r in caplog.records if "to upload it: strop " in r.getMessage())
+    hub.refuses = 0
+    assert main(shlex.split(command.partition("to upload it: strop ")[2])) == 0
+    assert hub.made[-1].get("private", hub.made[-1].get("visibility")) in (False, "public")
+    assert hub.files == {p.name: p.read_bytes() for p in (run.path / "final").iterdir() if p.name != "MANIFEST.json"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"lora.enabled": True}, "where nobody else finds it"),
+        ({"training.hub_model_id": "a/b/c"}, "a hub takes no such name"),
+        ({"models.0.name": "a model"}, "a hub takes no such name"),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused_before_the_run(
+    keys: dict[str, Any], said: str, runs: Any, hub: Hub
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        runs({**PUSHED, **keys}, fresh=True)
+    assert not hub.made
+
+
+def test_without_a_login_or_a_network_a_run_that_uploads_is_refused(
+    runs: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ConfigError, match="there is no login for the hub"):
+        runs(PUSHED, fresh=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        runs(PUSHED, fresh=True)
+    with pytest.raises(ConfigError, match="nothing is uploaded"):
+        load_config(overrides={"models": [{"huggingface_id": "org/a"}], "training.hub_model_id": "me/model"})

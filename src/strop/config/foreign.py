@@ -206,7 +206,7 @@ _GROUPS: Mapping[str, str] = {
         "export gguf ggml onnx mlx export_dir save_method"
     ),
     "strop push RUN --repo OWNER/NAME uploads the finished model of a run": (
-        "push_to_hub upload publish hub_model_id hub_token hub_strategy hub_private_repo"
+        "upload publish hub_token hub_strategy hub_always_push hub_revision"
     ),
     _KERNELS: (
         "flash_attn flash_attention use_flash_attention_2 flash_attn_2 sdp_attention xformers_attention xformers "

@@ -29,6 +29,9 @@ FREE_KEYS = frozenset(
         "training.eval_at_start",
         "training.save_total_limit",
         "training.mount_dir",
+        "training.push_to_hub",
+        "training.hub_model_id",
+        "training.hub_private_repo",
         "training.gradient_checkpointing",
         "training.reference_store",
         "training.auto_precision",  # compared as bf16 and fp16

@@ -286,6 +286,7 @@ RULES: Rules = {
     "chat_template": axolotl_data.template,
     "default_system_message": off("a chat template has its own"),
     "special_tokens": always("padding is never trained, and a row ends as the chat template says"),
+    "hub_model_id": lambda value, _: translated({"training.push_to_hub": True, "training.hub_model_id": value}),
     "tokens": same("models.0.add_tokens"),
     "batch_size": off("micro_batch_size and gradient_accumulation_steps say it"),
     "train_on_inputs": off("answers alone are trained, never prompts"),

@@ -199,6 +199,11 @@ def _checkpointing(value: Any, _: View) -> Answer:
     return carried("training.gradient_checkpointing", value)
 
 
+def _of_hub(key: str) -> Rule:
+    """The rule of a name that is read with push_to_hub alone."""
+    return lambda value, view: carried(key, value) if is_on(view.get("push_to_hub")) else idle("push_to_hub is off")
+
+
 def _metric(value: Any, _: View) -> Answer:
     return carried("finetuning.metric_for_best_model", value)
 
@@ -208,8 +213,11 @@ RULES: Rules = {
     **straight(
         "learning_rate weight_decay gradient_accumulation_steps per_device_train_batch_size "
         "per_device_eval_batch_size seed torch_compile output_dir load_best_model_at_end greater_is_better "
-        "trust_remote_code attn_implementation save_total_limit dataset_num_proc preprocessing_num_workers"
+        "trust_remote_code attn_implementation save_total_limit dataset_num_proc preprocessing_num_workers "
+        "push_to_hub"
     ),
+    "hub_model_id": _of_hub("training.hub_model_id"),
+    "hub_private_repo": _of_hub("training.hub_private_repo"),
     "num_train_epochs": _epochs,
     "max_steps": _max_steps,
     "lr_scheduler_type": chosen(

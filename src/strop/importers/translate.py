@@ -185,7 +185,7 @@ def _unknown(path: KeyPath, value: Any) -> Answer:
 PREFIXES: Mapping[str, str] = {
     "vllm_": "strop samples with the policy's own weights, on the same device",
     "wandb_": instead_of("wandb_entity"),
-    "hub_": instead_of("push_to_hub"),
+    "hub_": instead_of("hub_token"),
     "ddp_": instead_of("ddp_timeout"),
     "fsdp_": instead_of("fsdp"),
     "liger_": instead_of("use_liger"),

@@ -256,7 +256,8 @@ loss_type: [sigmoid, sft]
 loss_weights: [1.0, 0.2]
 precompute_ref_log_probs: true
 report_to: [clearml]
-push_to_hub: true
+push_to_hub: false
+hub_model_id: me/model
 """
 TRL_SFT = """
 model_name_or_path: MODEL
@@ -484,7 +485,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], tuple[str, ...]]] = {
             "lora.target_modules": ("q_proj", "v_proj"),
             "training.warmup_steps": 0,
         },
-        ("no_remove_unused_columns", "push_to_hub", "report_to"),
+        ("no_remove_unused_columns", "report_to"),
     ),
     "trl-sft": (
         "trl",
@@ -772,6 +773,25 @@ def test_comments_stay_comments(value: str, tmp_path: Path) -> None:
     data = parse(to_text(found).encode(), "x").data
     assert set(data) <= {"models", "dataset", "post_training", "lora", "training", "finetuning"}
     assert write_value(data["models"]) == "[{huggingface_id: a}]"
+
+
+@pytest.mark.parametrize(
+    ("tool", "uploads"),
+    [
+        ("trl", "push_to_hub: true\n"),
+        ("llamafactory", "push_to_hub: true\n"),
+        ("axolotl", ""),
+        ("trl", "push_to_hub: false\n"),
+    ],
+)
+def test_where_a_model_is_uploaded_is_carried_over(tool: str, uploads: str, tmp_path: Path) -> None:
+    """axolotl uploads wherever there is a hub_model_id."""
+    (tmp_path / "a.yaml").write_text(f"{uploads}hub_model_id: me/model\n")
+    given = {"models.0.huggingface_id": "a", "dataset.train_file": "x.jsonl", "post_training.method": "dpo"}
+    found = import_file(tmp_path / "a.yaml", tool, given)
+    pushed = "false" not in uploads
+    assert found.values.get("training.push_to_hub", False) is pushed
+    assert found.values.get("training.hub_model_id") == ("me/model" if pushed else None)
 
 
 def test_a_script_is_found_by_its_calls(tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ class TrainingSection(Section):
     """A NaN or infinity in loss or gradient: stop before the update, or skip it, counted, at most 10 in a row."""
     mount_dir: str | None = None
     """The final model and the logs are also copied to {mount_dir}/{model name}/ when the run ends."""
+    push_to_hub: bool = False
+    """Upload the final model and its card to a hub when the run ends, by the login of huggingface_hub. A failed upload
+    ends no run; a warning gives the command that uploads it later (`strop push`)."""
+    hub_model_id: str | None = Field(
+        default=None, min_length=1, json_schema_extra={"x-type": "OWNER/NAME, or NAME", "x-default": "the model's name"}
+    )
+    """The repository of push_to_hub, made where it is not there; null: the model's `name`, in the account that is
+    logged in."""
+    hub_private_repo: bool = True
+    """Whether a repository that push_to_hub makes is private."""
 
     @property
     def recomputed(self) -> float:
@@ -155,6 +165,14 @@ class TrainingSection(Section):
                 f"{self.max_seq_length}",
                 fix="lower max_prompt_length or raise max_seq_length",
             )
+        if not self.push_to_hub:
+            for key in ("hub_model_id", "hub_private_repo"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    yield Problem(
+                        (key, "push_to_hub"),
+                        f"{key} is {getattr(self, key)}, and nothing is uploaded",
+                        fix=f"set push_to_hub: true, or remove {key}",
+                    )
         yield from unsafe_folder("output_dir", self.output_dir)
         if self.mount_dir is not None:
             yield from unsafe_folder("mount_dir", self.mount_dir)
