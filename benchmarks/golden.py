@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"w{i}" for i in range(90)]
-TIMES = ("seconds", "tokens_per_second", "peak_memory_gib")
+TIMES = ("seconds", "tokens_per_second", "peak_memory_gib", "time/")
 SMALL_CUT = 60
 """Tokens of a micro-batch: about two groups of these rows."""
 RECIPE: dict[str, Any] = {
@@ -68,7 +68,11 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dpo ld": {"method": "dpo", "ld_alpha": 0.5},
     "dpo wpo": {"method": "dpo", "wpo_weighting": True},
     "kto apo": {"method": "kto", "kto_loss": "apo_zero_unpaired"},
+    "distill": {"method": "distill"},
+    "distill forward": {"method": "distill", "beta": 0.0, "temperature": 0.8},
+    "distill reverse": {"method": "distill", "beta": 1.0},
 }
+ALGORITHMS = (*("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce++", "maxrl"),)
 
 
 def runs() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,6 +97,18 @@ def runs() -> Iterator[tuple[str, dict[str, Any]]]:
     }.items():
         yield name, {"post_training.method": "dpo", "training.micro_batch_tokens": SMALL_CUT, **more}
     yield "rows filled", {"post_training.method": "sft", "training.packing": True, "training.max_seq_length": 96}
+    for algorithm in ALGORITHMS:
+        for beta in (0.0, 0.1):
+            keys = {f"post_training.{k}": v for k, v in (("method", "grpo"), ("algorithm", algorithm), ("beta", beta))}
+            yield f"grpo {algorithm}, beta {beta}", {**keys, "training.micro_batch_tokens": SMALL_CUT}
+    sampled = {"post_training.method": "grpo", "training.max_completion_length": 12, "rollout.num_generations": 3}
+    for name, more in {
+        "grpo sampled": {},
+        "grpo sampled in rounds": {"rollout.steps_per_generation": 2, "rollout.num_iterations": 2},
+        "grpo sampled with a reference": {"post_training.beta": 0.1, "lora.enabled": True, "rollout.temperature": 0.8},
+        "grpo sampled and refilled": {"rollout.dynamic_sampling": True, "rollout.max_refills": 2},
+    }.items():
+        yield name, {**sampled, "training.micro_batch_tokens": SMALL_CUT, **more}
     for kind in ("dpo", "sft"):
         yield f"{kind}, plain rows", {"post_training.method": kind, "models.0.huggingface_id": "plain"}
 
@@ -123,7 +139,8 @@ def write_inputs(folder: Path) -> None:
         initializer_range=0.1,
     )
     gpt2 = GPT2Config(**sizes, n_embd=48, n_layer=2, n_head=4, n_positions=128, initializer_range=0.1)
-    for name, model in {"shared": LlamaForCausalLM(llama), "plain": GPT2LMHeadModel(gpt2)}.items():
+    kinds = {"shared": LlamaForCausalLM(llama), "plain": GPT2LMHeadModel(gpt2), "teacher": LlamaForCausalLM(llama)}
+    for name, model in kinds.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     draw = random.Random(2)
@@ -132,7 +149,22 @@ def write_inputs(folder: Path) -> None:
         return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
 
     pairs = [{"prompt": text(3, 14), "chosen": " " + text(1, 12), "rejected": " " + text(1, 12)} for _ in range(48)]
+    draw = random.Random(3)
+    groups = [
+        {
+            "prompt_ids": [words.index(word) for word in p["prompt"].split()],
+            "completion_ids": [[draw.randrange(3, 90) for _ in range(draw.randint(1, 9))] + [2] for _ in range(4)],
+            "rewards": [draw.random() for _ in range(4)],
+        }
+        for p in pairs
+    ]
+    for group in groups:
+        group["old_logps"] = [[-4.5 + draw.random() for _ in ids] for ids in group["completion_ids"]]
+    (folder / "rewards.py").write_text(
+        "def first(completions):\n    return [float('w1' in text) for text in completions]\n"
+    )
     rows = {
+        "groups": groups,
         "pairs": pairs,
         "sft": [{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs],
         "kto": [{"prompt": p["prompt"], "completion": p["chosen"], "label": draw.random() < 0.5} for p in pairs],
@@ -151,7 +183,7 @@ def result(folder: Path) -> dict[str, Any]:
         path.relative_to(folder).as_posix(): path.read_bytes().hex()
         for path in sorted(folder.glob("logs/margins/**/*.npy"))
     }
-    records = [{k: repr(v) for k, v in sorted(line.items()) if k not in TIMES} for line in lines]
+    records = [{k: repr(v) for k, v in sorted(line.items()) if not k.startswith(TIMES)} for line in lines]
     return {"records": records, "final": digest.hexdigest(), "margins": margins}
 
 
@@ -168,7 +200,12 @@ def train_all(inputs: Path, only: str) -> dict[str, Any]:
         if only not in name:
             continue
         method = keys["post_training.method"]
-        data = {"sft": "sft", "kto": "kto"}.get(method, "pairs")
+        is_sampled = any(key.startswith("rollout.") for key in keys)
+        data = {"sft": "sft", "kto": "kto", "distill": "sft", "grpo": "groups"}.get(method, "pairs")
+        if is_sampled:
+            keys["rewards"], data = [f"{inputs / 'rewards.py'}:first"], "sft"
+        if method == "distill":
+            keys["post_training.teacher_model_id"] = str(inputs / "teacher")
         model = inputs / keys.pop("models.0.huggingface_id", "shared")
         overrides = {
             **RECIPE,

@@ -175,6 +175,11 @@ class Prepared:
             f"rewarded by {rewards}; the rows' own answers are for the rewards alone, and lengths below are the "
             "longest there can be"
         )
+        if self.objective.rows == "pair":
+            yield (
+                "pairs: of each prompt's completions the one with the highest reward against the one with the lowest; "
+                "prompts whose rewards are all the same give none, and are counted"
+            )
         together, passes = rollout.steps_per_generation, rollout.num_iterations
         if together * passes > 1:
             yield f"rounds: the prompts of {together} steps are sampled at once, and gone through {passes} times"
@@ -243,12 +248,11 @@ def prepare(
     give_back_freed_memory(len(data.train))
     if MISMATCHED in objective.also:
         _check_mismatched(data)
-    if isinstance(objective.settings, GrpoSettings):
-        if config.rollout.enabled:
-            data = _to_sample(config, data)
-        else:
-            for groups in (data.train, data.eval):
-                check_groups(groups, objective.reads, objective.settings.advantage)
+    if config.rollout.enabled:
+        data = _to_sample(config, data, objective)
+    elif isinstance(objective.settings, GrpoSettings):
+        for groups in (data.train, data.eval):
+            check_groups(groups, objective.reads, objective.settings.advantage)
     elif config.post_training.REWARD_MODEL:
         for groups in (data.train, data.eval):
             check_complete(groups, objective.reads)
@@ -326,12 +330,12 @@ def _without_validation(config: RunConfig) -> RunConfig:
     return config.with_values(neutral, "no validation rows")
 
 
-def _to_sample(config: RunConfig, data: LoadedData) -> LoadedData:
-    """The rows as prompts. Rewards that cannot be called with them are refused now, not when the first completions are
-    there."""
+def _to_sample(config: RunConfig, data: LoadedData, objective: Objective[MethodSettings]) -> LoadedData:
+    """The rows as prompts, with the lengths that the groups of training can have at most. Rewards that cannot be called
+    with them are refused now, not when the first completions are there."""
     training, rollout = config.training, config.rollout
     limits = (training.max_seq_length, training.max_completion_length)
-    train = PromptGroups(data.train, rollout.num_generations, *limits)
+    train = PromptGroups(data.train, 2 if objective.rows == "pair" else rollout.num_generations, *limits)
     columns, held_out = set(train.common_columns()), data.eval
     if isinstance(held_out, Groups):
         held_out = PromptGroups(held_out, rollout.num_generations_eval, *limits)

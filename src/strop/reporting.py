@@ -66,7 +66,10 @@ def _prediction(session: Session) -> Mapping[str, Any]:
 
 
 def write_pairs(session: Session, run: RunDir) -> None:
-    """pairs.json: the pairs of the last epoch, or of its last steps, by the margins that were logged."""
+    """pairs.json: the pairs of the last epoch, or of its last steps, by the margins that were logged. Pairs that were
+    sampled are in rollouts.jsonl."""
+    if session.config.rollout.enabled:
+        return
     margins = dict(_last_margins(session, run))
     if not margins:
         return

@@ -356,6 +356,8 @@ class Session:
             self.world,
             reference=None if reference is None else scores_of(reference),
             scores_again="sampler_logps" in prepared.objective.reads,
+            wants=prepared.objective.reads & Policy.SUPPLIES,
+            pairs=prepared.objective.rows == "pair",
         )
         self._exit.callback(source.close)
         source.rewind(self._resumed.step if self._resumed else 0)

@@ -6,6 +6,7 @@ Losses are held to those of the papers in plain numpy (`group_papers`), with the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -439,6 +440,13 @@ def test_rollout__dynamic_sampling(sample: Train) -> None:
     assert refilled.series("rollout/groups_without_signal")[0] > 0
     assert len(rollouts(refilled)) > len(rollouts(as_drawn)), "more prompts in place of those without signal"
     assert refilled.series("frac_reward_zero_std") == [0.0] < as_drawn.series("frac_reward_zero_std")
+
+
+def test_post_training__online(sample: Train) -> None:
+    run = sample(method="dpo", online=True, epsilon=None)
+    (record,) = run.metrics
+    assert record["loss"] == pytest.approx(math.log(2), abs=1e-5) and record["rollout/reward_gap"] > 0
+    assert any(row["pair"] for row in rollouts(run))
 
 
 def test_rollout__max_refills(sample: Train) -> None:

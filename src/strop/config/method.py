@@ -27,6 +27,7 @@ NEUTRAL: Mapping[str, Any] = {
     "orpo_nll": "completion",
     "use_ref_model": True,
     "loss_reduction": "tokens",
+    "online": False,
 }
 """The value of each setting that says nothing about methods which do not read it."""
 

@@ -106,9 +106,20 @@ class DpoSettings(ReferenceSettings):
     """Read with ref_sync_steps: how far the reference moves; 1: all the way."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the chosen completions' negative log-likelihood per token, added to the loss (arXiv 2404.19733)."""
+    online: bool = False
+    """Train on pairs that the policy samples itself: of the completions of each prompt, the one with the highest reward
+    against the one with the lowest. Needs the sections rollout and rewards."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        if self.online and self.ref_sync_steps:
+            yield Problem(
+                ("online", "ref_sync_steps"),
+                "online pairs are scored under a reference that stays as it is, and ref_sync_steps is "
+                f"{self.ref_sync_steps}",
+                "one of the two",
+                "remove ref_sync_steps, or online",
+            )
         if self.ref_sync_steps and self.ref_model_id is not None:
             yield Problem(
                 ("ref_sync_steps", "ref_model_id"),

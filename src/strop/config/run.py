@@ -129,8 +129,16 @@ class RunConfig(Section):
 
     def _rollout_problems(self) -> Iterator[Problem]:
         method, rollout = self.post_training, self.rollout
+        is_online = isinstance(method, DpoSettings) and method.online
         if not rollout.enabled:
-            if self.rewards:
+            if is_online:
+                yield Problem(
+                    ("post_training.online", "rollout"),
+                    "post_training.online is true, and nothing is sampled",
+                    "a rollout section and rewards",
+                    "add rollout: {enabled: true} and rewards, or remove online",
+                )
+            elif self.rewards:
                 yield Problem(
                     ("rewards",),
                     "rewards are given, and nothing is sampled that they could reward",
@@ -138,18 +146,41 @@ class RunConfig(Section):
                     "add rollout: {enabled: true}, or remove rewards",
                 )
             return
-        if not isinstance(method, GrpoSettings):
+        if not isinstance(method, GrpoSettings) and not is_online:
+            own = isinstance(method, DpoSettings)
             yield Problem(
                 ("rollout", "post_training.method"),
-                f"completions are to be sampled, and method {method.method} trains on those of the rows",
-                "method grpo",
-                "set post_training.method: grpo, or remove rollout",
+                f"completions are to be sampled, and method {method.method} trains on those of the rows"
+                + (" without online: true" if own else ""),
+                "method grpo, or dpo with online: true",
+                f"set post_training.{'online: true' if own else 'method: grpo'}, or remove rollout",
             )
             return
         if not self.rewards:
             yield Problem(
                 ("rewards", "rollout"), "completions are to be sampled, and no reward is given", "at least one"
             )
+        yield from self._compared_problems()
+        if rollout.num_generations_eval > 1 and rollout.temperature_eval == 0:
+            yield Problem(
+                ("rollout.num_generations_eval", "rollout.temperature_eval"),
+                f"rollout.num_generations_eval is {rollout.num_generations_eval}, and at temperature_eval 0 all are "
+                "the same",
+                "1, or a temperature above 0",
+                "set temperature_eval: 1.0, or remove num_generations_eval",
+            )
+
+    def _compared_problems(self) -> Iterator[Problem]:
+        """What compares the completions of a prompt, and what weighs them."""
+        method, rollout = self.post_training, self.rollout
+        if not isinstance(method, GrpoSettings):
+            if rollout.num_generations < 2:
+                yield Problem(
+                    ("rollout.num_generations", "post_training.online"),
+                    "rollout.num_generations is 1, and a pair is made of two completions of a prompt",
+                    "at least 2",
+                )
+            return
         if rollout.num_generations < 2 and method.advantage not in ("reinforce++", "none"):
             yield Problem(
                 ("rollout.num_generations", "post_training.advantage"),
@@ -166,14 +197,6 @@ class RunConfig(Section):
                 "from a part of the vocabulary, while log-probs are those under all of it",
                 "sampling from the whole vocabulary",
                 f"remove rollout.{left_out[0]}, or sampler_correction",
-            )
-        if rollout.num_generations_eval > 1 and rollout.temperature_eval == 0:
-            yield Problem(
-                ("rollout.num_generations_eval", "rollout.temperature_eval"),
-                f"rollout.num_generations_eval is {rollout.num_generations_eval}, and at temperature_eval 0 all are "
-                "the same",
-                "1, or a temperature above 0",
-                "set temperature_eval: 1.0, or remove num_generations_eval",
             )
 
     def _sharding_problems(self) -> Iterator[Problem]:

@@ -119,7 +119,7 @@ def _range(whole: bool, metadata: Iterable[Any]) -> Iterator[str]:
         yield " and ".join(f"{words[name]} {bounds[name]}" for name in words if name in bounds)
 
 
-READ_BY: Mapping[str, tuple[str, ...]] = {"rollout": ("grpo",), "rewards": ("grpo",)}
+READ_BY: Mapping[str, tuple[str, ...]] = {"rollout": ("grpo", "dpo"), "rewards": ("grpo", "dpo")}
 """Sections and keys at the top that only some methods read."""
 
 

@@ -5,6 +5,7 @@ stops      texts that end a completion
 sampler    prompts to groups of completions
 scoring    completions to rewards
 reward_model   a model as a reward
+pairs      completions with rewards to pairs
 collect    prompts to groups with rewards and log-probs, shared among processes
 held_out   how good the policy is at prompts that it does not train on
 source     prompts to the groups of every step

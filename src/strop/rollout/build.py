@@ -44,6 +44,8 @@ def rollout_source(
     *,
     reference: Scoring | None = None,
     scores_again: bool = False,
+    wants: frozenset[str] = frozenset(),
+    pairs: bool = False,
 ) -> RolloutSource:
     """Has completions sampled by the policy and rewarded.
 
@@ -51,7 +53,8 @@ def rollout_source(
         prompts: the rows to train on. held_out: those to evaluate on. cut: how groups are cut into micro-batches where
             they are scored without gradients. folder: of the run, where what is sampled is written down. note: called
             with a message about rewards that fail. reference: scores under the reference, where the objective reads it.
-            scores_again: score what was sampled by the forward pass of training, too.
+            scores_again: score what was sampled by the forward pass of training, too. wants: names of the columns that
+            the policy has to supply. pairs: train on the best and the worst completion of each prompt.
 
     Raises:
         ConfigError: a reward cannot be found, or nothing ends a completion.
@@ -74,6 +77,7 @@ def rollout_source(
         cut,
         reference=reference,
         policy=policy if scores_again else None,
+        pairs=pairs,
     )
     evaluation = None
     if held_out is not None:
@@ -83,7 +87,7 @@ def rollout_source(
             drawing = Drawing(how.top_k, how.top_p, how.min_p, vocabulary, how.temperature / how.temperature_eval)
         evaluation = Collector(held_out, sampler(how.num_generations_eval, drawing), scorer, tokenizer, world, cut)
     refills = how.max_refills if how.dynamic_sampling else None
-    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, refills=refills)
+    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, refills=refills, wants=wants)
 
 
 def completion_ends(config: RunConfig, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

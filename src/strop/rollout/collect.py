@@ -20,6 +20,7 @@ from strop.engine.records import Sum
 from strop.engine.source import Cut, GroupSet
 from strop.policy.policy import Policy
 from strop.policy.reference import reference_logps
+from strop.rollout.pairs import best_and_worst
 from strop.rollout.sampler import Prompt, Sampled, Sampler
 from strop.rollout.scoring import Failures, Scored, Scorer
 from strop.types import Completion, Group
@@ -46,8 +47,9 @@ class Prompts(Protocol):
 class Rewarded:
     """What was sampled for one prompt.
 
-    number: of the prompt among all. texts: the completions, without special tokens. ref_logps: [scored tokens], where
-    there is a reference; old_logps: the same under the training forward, where that is scored, too.
+    number: of the prompt among all. texts: the completions, without special tokens. trained: places of the completions
+    that are trained, in this order; None: all, as they were sampled. ref_logps: [scored tokens] of these, where there
+    is a reference; old_logps: the same under the training forward, where that is scored, too.
     """
 
     number: int
@@ -55,6 +57,7 @@ class Rewarded:
     completions: Sequence[Sampled]
     texts: Sequence[str]
     rewards: Scored
+    trained: tuple[int, ...] | None = None
     ref_logps: Tensor | None = None
     old_logps: Tensor | None = None
 
@@ -65,11 +68,14 @@ class Rewarded:
 
     @property
     def group(self) -> Group:
-        """The prompt with what was sampled for it, and the numbers beside it."""
-        made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in self.completions)
-        sampled = array("d", chain.from_iterable(c.logps for c in self.completions))
-        ended = array("d", [float(c.ended) for c in self.completions])
-        numbers = {"rewards": array("d", self.rewards.total), "ended": ended, "old_logps": sampled}
+        """The prompt with the completions that are trained, and the numbers beside them."""
+        places = range(len(self.completions)) if self.trained is None else self.trained
+        completions = [self.completions[i] for i in places]
+        made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in completions)
+        sampled = array("d", chain.from_iterable(c.logps for c in completions))
+        ended = array("d", [float(c.ended) for c in completions])
+        rewards = array("d", [self.rewards.total[i] for i in places])
+        numbers = {"rewards": rewards, "ended": ended, "old_logps": sampled}
         if self.old_logps is not None:
             numbers |= {"old_logps": array("d", self.old_logps.double().tolist()), "sampler_logps": sampled}
         return Group(self.prompt.prompt_ids, made, self.prompt.origin, numbers=numbers)
@@ -82,6 +88,7 @@ class Rewarded:
             "completions": [[list(c.ids), list(c.logps), c.ended, c.entropy] for c in self.completions],
             "texts": list(self.texts),
             "rewards": [list(self.rewards.total), {name: list(x) for name, x in self.rewards.each.items()}],
+            "trained": None if self.trained is None else list(self.trained),
             **{name: None if x is None else [str(x.dtype), x.tolist()] for name, x in tensors.items()},
         }
 
@@ -97,7 +104,8 @@ class Rewarded:
             dtype, values = found[name]
             return torch.tensor(values, dtype=getattr(torch, dtype.removeprefix("torch.")))
 
-        parts = (found["number"], prompt, completions, found["texts"], rewards)
+        trained = found.get("trained")  # checkpoints of before pairs could be sampled have none
+        parts = (found["number"], prompt, completions, found["texts"], rewards, trained and tuple(trained))
         return cls(*parts, ref_logps=tensor("ref_logps"), old_logps=tensor("old_logps"))
 
 
@@ -123,7 +131,8 @@ class Collector:
     Args:
         reference: scores under the reference, where the objective reads it. policy: scores what was sampled again, by
             the forward pass of training, where the objective compares that with the sampler. cut: how groups are cut
-            into micro-batches for both.
+            into micro-batches for both. pairs: train on the best and the worst completion of each prompt. Prompts
+            whose completions all have the same reward then train none, and are not scored.
     """
 
     def __init__(
@@ -137,10 +146,12 @@ class Collector:
         *,
         reference: Scoring | None = None,
         policy: Policy | None = None,
+        pairs: bool = False,
     ) -> None:
         self._prompts, self._rooms = prompts, prompts.rooms
         self._sampler, self._scorer, self._tokenizer = sampler, scorer, tokenizer
         self._world, self._cut, self._reference, self._policy = world, cut, reference, policy
+        self.pairs = pairs
 
     @property
     def prompts(self) -> Prompts:
@@ -198,7 +209,8 @@ class Collector:
                 row, asked_for = self._prompts.kept(number), self.text(prompt.prompt_ids)
                 scored = self._scorer.score(asked_for, texts, lengths, row, prompt.origin, done.failures)
                 if scored is not None:
-                    done.rewarded.append(Rewarded(number, prompt, completions, texts, scored))
+                    trained = best_and_worst(scored.total) if self.pairs else None
+                    done.rewarded.append(Rewarded(number, prompt, completions, texts, scored, trained))
         if "time/score" in self.phases:
             with _timed(done.seconds, "time/score"):
                 done.rewarded = self._scored(done.rewarded)
@@ -206,12 +218,13 @@ class Collector:
 
     def _scored(self, rewarded: Sequence[Rewarded]) -> list[Rewarded]:
         """With the log-probs under the reference, and under the forward pass of training."""
-        if not rewarded:
-            return []
-        groups = [r.group for r in rewarded]
+        trained = [i for i, r in enumerate(rewarded) if r.trained != ()]
+        if not trained:
+            return list(rewarded)
+        groups = [rewarded[i].group for i in trained]
         parts = self._cut.parts(GroupSet(groups))
         micro_batches = [[groups[i] for i in part] for part in parts]
-        places = list(chain.from_iterable(parts))
+        places = [trained[i] for i in chain.from_iterable(parts)]
         old: dict[int, Tensor] = {}
         ref: dict[int, Tensor] = {}
         if self._policy is not None:

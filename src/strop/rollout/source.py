@@ -4,13 +4,16 @@ A `StepSource`. The plan says which prompts make a step, and which steps form a 
 step; what is sampled follows from (seed, step, prompt, index) and the weights of then. So a checkpoint between two
 rounds holds nothing of it: a resumed run samples the same again. Within a round it holds the groups of the round.
 
-With dynamic sampling, groups without signal are left out, and further prompts are drawn by the seed and the step.
+With dynamic sampling, groups without signal are left out, and further prompts are drawn by the seed and the step. Where
+pairs are trained, a group without signal has no pair and is always left out; a step without any pair draws further
+prompts until it has one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.collect import Collected, Collector, Rewarded, joined, measured
 from strop.rollout.held_out import HeldOut
+from strop.rollout.pairs import compared
 from strop.rollout.scoring import Failures
 from strop.world import World
 
@@ -36,7 +40,9 @@ class RolloutSource:
     Args:
         held_out: samples for the prompts that the policy is evaluated on, if there are any.
         log: the file to which every sampled group is written. note: called with a message about rewards that fail.
-        refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these.
+        refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these,
+            or, where pairs are trained, leaves them out.
+        wants: names of the columns that the policy has to supply.
     """
 
     validation: GroupSet | None = None
@@ -53,11 +59,13 @@ class RolloutSource:
         world: World,
         *,
         refills: int | None = None,
+        wants: frozenset[str] = frozenset(),
     ) -> None:
         self.plan, self.num_steps = plan, plan.num_steps
         self._collector, self._held_out = collector, held_out
-        self.supplies = collector.supplies
-        self._note, self._log, self._world, self._refills = note, JsonLines(log), world, refills
+        self.supplies, self._wants = collector.supplies, wants
+        self._note, self._log, self._world = note, JsonLines(log), world
+        self._refills = 0 if refills is None and collector.pairs else refills
         self._round: dict[int, list[Rewarded]] = {}  # by the step that they are trained on first
         self._made: tuple[int, GroupSet, dict[str, Sum]] | None = None
         self._made_at = 0.0
@@ -130,7 +138,7 @@ class RolloutSource:
         if first not in self._round:
             steps = [s for s in self.plan.round(step) if s <= self.num_steps]
             self._round = {s: self._sampled(s, metrics) for s in steps}
-        return _group_set(self._round[first]), metrics
+        return _group_set(self._round[first], self._wants), metrics
 
     def _sampled(self, step: int, metrics: dict[str, Sum]) -> list[Rewarded]:
         """The groups of a step, sampled anew. metrics: those of the step that waits for it; these are added."""
@@ -149,10 +157,22 @@ class RolloutSource:
         if self._world.is_main:
             for r in done.rewarded:
                 self._log.append(self._line(step, r))
+        if not trained:
+            raise TrainingError(
+                f"no pair can be made: the rewards of all completions of each of {len(done.rewarded)} prompts are the "
+                "same",
+                where=f"step {step}",
+                expected="prompts some of whose completions are better than others",
+                fix="look at rollouts.jsonl; choose other rewards or prompts, or raise rollout.num_generations",
+            )
         found = measured(done.rewarded, done.failures, self._collector.reward_names)
         if self._refills is not None:
             dropped = sum(not r.has_signal for r in done.rewarded)
             found |= {"rollout/groups_without_signal": (float(dropped), 1), "rollout/refilled": (float(refilled), 1)}
+        if self._collector.pairs:
+            found |= compared([r.rewards.total for r in done.rewarded])
+            lengths = [len(c.ids) for r in done.rewarded for c in r.completions]
+            found["completions/mean_length"] = (float(sum(lengths)), len(lengths))
         for name, seconds in done.seconds.items():
             found[name] = (seconds, 0)  # there is one already, of this step
         for name, (total, count) in found.items():
@@ -161,21 +181,21 @@ class RolloutSource:
         return trained
 
     def _with_signal(self, step: int, numbers: Sequence[int], done: Collected) -> tuple[list[Rewarded], int]:
-        """The groups that teach something, and how many prompts were sampled to fill their number up; all groups, if
-        none does. What is sampled is added to `done`."""
+        """The groups that teach something, and how many prompts were sampled to fill their number up; if none does, all
+        groups, or none where pairs are trained. What is sampled is added to `done`."""
         assert self._refills is not None
         own = set(numbers)
         order = np.random.default_rng([self.plan.seed, 0x66696C6C, step]).permutation(len(self._collector.prompts))
         spare, used = [n for n in order.tolist() if n not in own], 0
-        for _ in range(self._refills):
-            missing = len(numbers) - sum(r.has_signal for r in done.rewarded)
-            some = spare[used : used + missing]
+        kept, refills = [r for r in done.rewarded if r.has_signal], 0
+        while refills < self._refills or (self._collector.pairs and not kept):
+            some = spare[used : used + len(numbers) - len(kept)]
             if not some:
                 break
             done.add(self._collector.collect(step, some))
-            used += len(some)
-        kept = [r for r in done.rewarded if r.has_signal]
-        return kept or done.rewarded, used
+            used, refills = used + len(some), refills + 1
+            kept = [r for r in done.rewarded if r.has_signal]
+        return kept or ([] if self._collector.pairs else done.rewarded), used
 
     def _warn_once(self, step: int, failures: Failures) -> None:
         if failures.counts and not self._has_warned:
@@ -184,7 +204,8 @@ class RolloutSource:
 
     def _line(self, step: int, rewarded: Rewarded) -> dict[str, Any]:
         """A group as a row of a file that can be trained on as it is."""
-        completions, prompt, group = rewarded.completions, rewarded.prompt, rewarded.group
+        completions, prompt = rewarded.completions, rewarded.prompt
+        group = replace(rewarded, trained=None).group
         line = {
             "step": step,
             "prompt_number": rewarded.number,
@@ -201,6 +222,8 @@ class RolloutSource:
         for name in ("old_logps", "sampler_logps"):
             if name in group.numbers:
                 line[name] = _split(group.numbers[name], lengths)
+        if rewarded.trained is not None:
+            line["pair"] = list(rewarded.trained) or None
         return line
 
 
@@ -212,7 +235,7 @@ def _split(values: Sequence[float], lengths: Sequence[int]) -> list[list[float]]
     return found
 
 
-def _group_set(rewarded: Sequence[Rewarded]) -> GroupSet:
+def _group_set(rewarded: Sequence[Rewarded], wants: frozenset[str]) -> GroupSet:
     """The groups of a step, with the log-probs of the reference where there is one."""
     references = [r.ref_logps for r in rewarded if r.ref_logps is not None]
     columns: dict[str, Supply] = {}
@@ -222,4 +245,4 @@ def _group_set(rewarded: Sequence[Rewarded]) -> GroupSet:
 
     if references:
         columns["ref_logps"] = ref_logps
-    return GroupSet([r.group for r in rewarded], columns, indices=[r.number for r in rewarded])
+    return GroupSet([r.group for r in rewarded], columns, wants=wants, indices=[r.number for r in rewarded])

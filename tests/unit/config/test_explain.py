@@ -153,7 +153,7 @@ CASES = {
         "post_training:\n  method: dpo\n  loss_type: hinge\n  label_smoothing: 0.1\n",
         "c.yaml:6: post_training.label_smoothing is 0.1, but loss_type hinge does not read it\n"
         "  expected: the settings of dpo with loss_type hinge: beta, use_ref_model, ref_model_id, loss_type, "
-        "f_divergence, ld_alpha, wpo_weighting, ref_sync_steps, sft_weight\n"
+        "f_divergence, ld_alpha, wpo_weighting, ref_sync_steps, sft_weight, online\n"
         "  to do:    remove label_smoothing, or choose loss_type sigmoid, robust, exo_pair, aot or aot_unpaired",
     ),
     "two keys together": (

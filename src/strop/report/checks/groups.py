@@ -1,4 +1,4 @@
-"""Groups with rewards (grpo). Floor 2."""
+"""Groups with rewards (grpo, and pairs that are sampled). Floor 2."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from strop.report.findings import Evidence, Finding, Remedy, unchecked
 
 
 def without_signal(facts: Facts) -> Iterator[Finding]:
-    """A group whose completions all have the same reward has advantages of 0 and teaches nothing."""
-    if facts.method != "grpo":
+    """A group whose completions all have the same reward has advantages of 0, or no pair, and teaches nothing."""
+    if facts.method != "grpo" and not (facts.samples and facts.is_pairs):
         return
     at, shares = facts.run.train.series("frac_reward_zero_std")
     if not len(shares):
