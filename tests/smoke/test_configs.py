@@ -1,9 +1,8 @@
-"""What is shipped and shown works as it stands: configurations, commands on every page, the published guides."""
+"""What is shipped works as it stands: configurations under every preset, the published guides. The commands that pages
+and configurations show are run by test_pages.py."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import re
 import runpy
@@ -16,14 +15,11 @@ from typing import Any
 
 import pytest
 
+from shown import ROOT, SMALL, blocks, commands
 from strop import cli
-from strop.cli.commands import COMMANDS
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 PRESETS = ("cpu", "gpu-bf16", "gpu-fp16", "memory-efficient")
-PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/*.md"), *CONFIGS})
-SMALL = "--max-steps 2 --max-samples 8 --max-seq-length 64 --max-prompt-length 32 --max-completion-length 32"
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +47,14 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
 def reached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commands that were reached; none of them does anything."""
     import strop.cli.train
-    import strop.demo
     import strop.dryrun
     import strop.preflight
-    import strop.references
     import strop.training
 
     monkeypatch.setattr(strop.preflight, "check", lambda *_, **__: None)  # pages name files that are not there
     monkeypatch.setattr(strop.cli.train, "run_in_processes", lambda *_: None)
     names: list[str] = []
-    for module, name in (
-        (strop.training, "train"),
-        (strop.references, "fill_references"),
-        (strop.dryrun, "dry_run"),
-        (strop.demo, "run_demo"),
-    ):
+    for module, name in ((strop.training, "train"), (strop.dryrun, "dry_run")):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: names.append(name))
     return names
 
@@ -102,15 +91,6 @@ def test_a_shipped_configuration_dry_runs_and_touches_nothing(
     assert "nothing was trained" in shown
     assert "«" in shown  # an example with its trained tokens marked
     assert tree(here) == before
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_configuration_trains(path: Path, here: Path) -> None:
-    Path("local.yaml").write_text(with_local_files(path.read_text(encoding="utf-8")), encoding="utf-8")
-    assert cli.main(shlex.split(f"train --config local.yaml --output-dir out {SMALL}")) == 0
-    runs = list(Path("out").iterdir())
-    assert len(runs) == (3 if path.stem == "multi_model_dpo" else 1)
-    assert all((run / "final").is_dir() for run in runs)
 
 
 @pytest.fixture
@@ -153,7 +133,8 @@ def test_the_commands_of_the_published_guides_are_understood(
     """They say `uv run scripts/train.py` or `uv run src/train.py`; what follows is the same command line."""
     num_train, num_dry = 0, 0
     for page in sorted((shared / "seeds").glob("00[01]_*.txt")):
-        for command in commands(page.read_text(encoding="utf-8")):
+        shown = blocks(page.read_text(encoding="utf-8"))
+        for command in (line for block in shown for line in commands(block, ("", "sh", "bash"))):
             _, found, rest = command.partition("/train.py ")
             if found:
                 assert script(rest, monkeypatch) == 0, command
@@ -182,94 +163,3 @@ def test_the_script_trains(
     assert Path("results/m/final/adapter_model.safetensors").is_file()
     expected = "--bf16" in line or ("--auto-precision" in line and gains)
     assert ("bf16: true" in Path("results/m/config.yaml").read_text()) is expected
-
-
-# ---- what pages show
-
-
-def commands(page: str) -> list[str]:
-    """Every command in a block (fenced or indented) or between backticks, without its comment."""
-    page = re.sub(r"^#( |$)", "", page, flags=re.MULTILINE) if page.startswith("# yaml") else page
-    page = page.replace("\\\n", " ")
-    shell = r"(?:uv run |\$ )?((?:strop|make|python3?|torchrun|uv run) [^`\n]+)"
-    found = re.findall(rf"^ *{shell}$", "\n".join(blocks(page)), flags=re.MULTILINE)
-    found += re.findall(rf"`{shell}`", page)
-    return [re.sub(r"\s+#.*", "", command).strip() for command in found]
-
-
-def blocks(page: str) -> list[str]:
-    fenced = re.findall(r"^```(?:\w*)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    return [*fenced, *re.findall(r"^(?: {4}| {2}(?=strop)).*$", page, flags=re.MULTILINE)]
-
-
-def test_commands_are_found() -> None:
-    page = (
-        "```sh\n# a\nstrop train --config a.yaml \\\n  --bf16   # x\n```\n\n    make demo   # y\n\nsay `strop demo`\n"
-    )
-    assert commands(page) == ["strop train --config a.yaml    --bf16", "make demo", "strop demo"]
-    assert sum(len(commands(path.read_text(encoding="utf-8"))) for path in PAGES) >= 12
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_on_a_page_is_understood(path: Path, here: Path, reached: list[str]) -> None:
-    page = path.read_text(encoding="utf-8")
-    for name, text in shown_files(page):
-        Path(name).write_text(text, encoding="utf-8")
-    for command in commands(page):
-        assert understood(shlex.split(command)), command
-
-
-def shown_files(page: str) -> list[tuple[str, str]]:
-    """Blocks whose first line is a comment with a file's name."""
-    return re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-
-
-REACHED = ("train", "reference", "demo", "methods", "schema")
-"""Commands that are called as they are shown; of the others, the flags are looked up."""
-
-
-def understood(command: list[str]) -> bool:
-    """Whether a command can be typed as it is shown; capitals and dots stand for something else."""
-    program, *rest = [word for word in command if word != "..."]
-    if program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-        return set(rest) <= set(targets)
-    if program in ("python", "python3"):
-        if rest[:2] == ["-m", "strop"]:
-            return understood(["strop", *rest[2:]])
-        if rest[0] == "-c":
-            return bool(ast.parse(rest[1]))
-        if rest[0] == "-m":
-            return importlib.util.find_spec(rest[1]) is not None
-        if rest[0] == "scripts/train.py":
-            return understood(["strop", "train", *rest[1:]])
-        source = (ROOT / rest[0]).read_text(encoding="utf-8")
-        flags = [word.partition("=")[0] for word in rest[1:] if word.startswith("--")]
-        return bool(ast.parse(source)) and all(f'"{flag}"' in source for flag in flags)
-    if program == "torchrun":
-        return "-m" not in rest or understood(rest[rest.index("-m") + 1 :])
-    assert program == "strop", f"no idea how to check {program}"
-    if rest[:1] in (["train"], ["reference"]) and not {"--help", "--config", "--model"} & set(rest):
-        rest += ["--config", "configs/dpo.yaml"]
-    if rest[0] in COMMANDS and rest[0] not in REACHED:  # it would read and write files
-        usage = COMMANDS[rest[0]].load().usage()
-        flags = [word.strip("[]").partition("=")[0] for word in rest if word.strip("[").startswith("--")]
-        return all(flag in usage for flag in flags)
-    rest = ["dpo" if word == "NAME" else word for word in rest]
-    rest = ["configs/dpo.yaml" if _is_readers(word) else word for word in rest]
-    return cli.main(rest) == 0
-
-
-def _is_readers(word: str) -> bool:
-    """Whether it stands for a configuration that a reader has and the page does not show."""
-    return word == "FILE" or (word.endswith(".yaml") and not Path(word).exists())
-
-
-def test_what_the_readme_shows_dry_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = shown_files((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert shown
-    for name, text in shown:
-        text = re.sub(r"train_file: \S+", "train_file: data/splits/train.dpo.jsonl", with_local_files(text))
-        Path(name).write_text(text, encoding="utf-8")
-        assert cli.main(["train", "--config", name, "--dry-run"]) == 0
-    assert "nothing was trained" in capsys.readouterr().out

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+import shown
+from shown import ROOT
 from strop import cli
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 SINGLE = [{"prompt": f"question {i}", "completion": "yes"} for i in range(12)]
 PAIRS = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(12)]
@@ -27,13 +28,15 @@ TEXTS = [{"text": f"a text {i}"} for i in range(12)]
 
 def blocks() -> Iterator[tuple[str, str, str]]:
     """Every command, with the section it stands in and the rows that stand before it."""
-    for section in PAGE.split("\n## ")[1:]:
-        title, rows = section.partition("\n")[0], ""
-        for kind, text in re.findall(r"```(json|sh)\n(.*?)```", section, re.DOTALL):
-            if kind == "json":
-                rows = text
-            for line in text.splitlines() if kind == "sh" else ():
-                yield title, rows, line
+    section, rows = "", ""
+    for block in shown.blocks(PAGE):
+        if block.section != section:
+            section, rows = block.section, ""
+        if block.language == "json":
+            rows = block.text
+        elif not block.in_sentence:
+            for line in shown.commands(block):
+                yield section, rows, line
 
 
 COMMANDS = list(blocks())

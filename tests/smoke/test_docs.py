@@ -1,91 +1,26 @@
-"""The pages of the documentation: commands, YAML and links are right, and the site is built without a warning.
-
-Some pages have tests of their own that run all of their commands: data.md, using-your-model.md.
-"""
+"""The pages of the documentation: links and messages are right, and the site is built without a warning. What pages
+show is run by test_pages.py."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from strop.cli import COMMANDS, entry, main
+from shown import PAGES, ROOT, name_of
+from strop.cli import COMMANDS, entry
 from strop.cli.compare import PARTED
 from strop.cli.replay import DIFFERENT
-from strop.config import load_config
-from strop.config.flags import ALIASES
-from strop.config.names import matches
-from strop.config.schema import SECTIONS
-from strop.config.yamlfile import parse
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "llms.txt")),
-]
-PAIRS = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(24)]
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def fenced(path: Path, kind: str) -> Iterator[str]:
-    yield from re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> Iterator[Any]:
-    """Every line of a shell block, and every inline command, that begins with `strop`."""
-    for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        lines = [line for block in fenced(path, "sh") for line in block.replace("\\\n", " ").splitlines()]
-        lines += re.findall(r"`(strop [a-z][^`\n]*)`", text)
-        for line in dict.fromkeys(line.strip() for line in lines):
-            if line.startswith("strop "):
-                yield pytest.param(line, id=f"{name_of(path)}:{line[:60]}")
-
-
-@pytest.mark.parametrize("line", list(commands()))
-def test_a_command_and_its_flags_are_there(line: str) -> None:
-    words = shlex.split(line.partition("  #")[0].replace("|", " "), comments=True)
-    if words[1].startswith("-"):
-        assert words[1] in ("--help", "--version")
-        return
-    assert words[1] in COMMANDS, line
-    own = set(re.findall(r"--[a-z][\w-]*", COMMANDS[words[1]].load().usage()))
-    for word in words[2:]:
-        flag = word.partition("=")[0].rstrip(",.;:)")
-        if not re.fullmatch(r"--[a-z][\w.-]+", flag) or flag in own:
-            continue
-        key = flag[2:].replace("-", "_")
-        assert matches(ALIASES.get(key, key)) or matches(key.removeprefix("no_")), f"{line}: {flag}"
-
-
-def configurations() -> Iterator[Any]:
-    for path in PAGES:
-        for i, block in enumerate(fenced(path, "yaml")):
-            if set(re.findall(r"^([a-z_]+):", block, flags=re.MULTILINE)) <= {*SECTIONS, *SECTIONS[""], "preset"}:
-                yield pytest.param(block, id=f"{name_of(path)}:{i}")
-
-
-@pytest.mark.parametrize("block", list(configurations()))
-def test_a_configuration_is_valid(block: str) -> None:
-    data = parse(block.encode(), "block").data
-    load_config(overrides={"models": [{"huggingface_id": "org/model"}], **data})
 
 
 def test_links_lead_to_pages_and_files() -> None:
-    for path in PAGES:
+    for path in (path for path in PAGES if path.suffix != ".yaml"):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{name_of(path)}: {target}"
@@ -100,31 +35,6 @@ def test_messages_of_the_troubleshooting_page_are_messages() -> None:
     for message in quoted:
         for part in re.split(r"\.\.\.|`, `", message):
             assert part.strip() in code, message
-
-
-def test_the_first_run_of_the_page(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    make_model: Callable[..., Any],
-    make_tokenizer: Callable[..., Any],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Every command, in its order."""
-    monkeypatch.chdir(tmp_path)
-    make_model().save_pretrained("model")
-    make_tokenizer().save_pretrained("model")
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    page = ROOT / "docs" / "first-run.md"
-    lines = [line for block in fenced(page, "sh") for line in block.splitlines()]
-    assert [shlex.split(line)[1] for line in lines] == ["doctor", "init", "train", "train", "report", "generate"]
-    for line in lines:
-        words = shlex.split(line)[1:]
-        code = main(words)
-        assert code == 0 or words[0] == "doctor", (
-            line,
-            capsys.readouterr().err,
-        )  # doctor: this computer may lack things
-    assert Path("outputs/model/report.html").is_file()
 
 
 @pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is not installed: the extra `docs`")
