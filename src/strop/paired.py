@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from strop.arrays import read_floats
 from strop.runfiles import EVALUATIONS, row_losses_array
 
 FEWEST = 4
@@ -69,11 +70,8 @@ def change_of_rows(logs: Path, first: int, last: int, num_rows: int | None = Non
     """
     found: list[NDArray[np.float64]] = []
     for step in (first, last):
-        try:
-            array = np.load(logs / EVALUATIONS / row_losses_array(step), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        array = read_floats(logs / EVALUATIONS / row_losses_array(step))
+        if array is None or array.dtype != np.float64:
             return None
-        if not isinstance(array, np.ndarray) or array.dtype != np.float64:
-            return None
-        found.append(array)
+        found.append(array.astype(np.float64))
     return change(found[0], found[1], num_rows)

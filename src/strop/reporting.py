@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from strop.arrays import read_floats
 from strop.errors import StropError
 from strop.estimate import estimate
 from strop.readable import plain
@@ -93,11 +94,8 @@ def _last_margins(session: Session, run: RunDir) -> Iterator[tuple[int, tuple[fl
     first = max(1, plan.num_steps - min(plan.steps_per_epoch, MOST_STEPS) + 1)
     for step in range(first, plan.num_steps + 1):
         epoch, inside = plan.position(step)
-        path = run.logs / "margins" / margins_array(epoch, inside)
-        if not path.is_file():
-            continue
-        values, indices = np.load(path, allow_pickle=False), plan.groups(step)
-        if len(values) == len(indices):
+        values, indices = read_floats(run.logs / "margins" / margins_array(epoch, inside)), plan.groups(step)
+        if values is not None and len(values) == len(indices):
             yield from ((i, (float(v), step)) for i, v in zip(indices, values, strict=True) if np.isfinite(v))
 
 

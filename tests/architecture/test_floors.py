@@ -22,6 +22,7 @@ FLOORS = {
     "readable": 0,
     "garbage": 0,
     "packages": 0,
+    "arrays": 0,
     "redact": 0,
     "runfiles": 0,
     "world": 0,

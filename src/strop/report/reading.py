@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strop.arrays import read_floats
 from strop.config.guidance import is_default
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
@@ -329,13 +330,5 @@ def _margins(logs: Path, gaps: list[str]) -> Margins:
 
 def _array(path: Path) -> NDArray[np.float32] | None:
     """[groups] finite margins of a step; None where the file is no such array."""
-    try:
-        if path.is_symlink() or path.stat().st_size > MOST_BYTES:
-            return None
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind != "f":
-        return None
-    kept = found[np.isfinite(found)]
-    return kept.astype(np.float32)
+    found = read_floats(path)
+    return None if found is None else found[np.isfinite(found)].astype(np.float32)
