@@ -2,7 +2,7 @@
 
 The order is the same for every kind of model:
 
-    load the weights
+    load the weights, or only where they are, if they will be sharded (model/deferred.py)
     add or continue adapters; from here on it is known which weights train, and under which names
     hash what was loaded, if asked for
     switch recomputation of layers on
@@ -36,6 +36,7 @@ from strop.policy.kernels.product_rates import bf16_gain
 from strop.policy.model import identity
 from strop.policy.model.adapter_init import initial_adapter
 from strop.policy.model.adapters import add_adapters, continue_adapters
+from strop.policy.model.deferred import DeferredWeights
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel, load_model, model_errors
 from strop.policy.model.quantisation import check_adapts
@@ -81,21 +82,11 @@ def build_policy(
         if not adapted:
             keep_freed_memory()
     check_adapts(model, adapted)
-    loaded = _loaded(config, model, precision, tokenizer)
-    module: nn.Module = loaded.module
-    if model.adapter is not None:
-        module = continue_adapters(loaded.module, config.lora, model, master=precision.master)
-    elif adapted:
-        module = add_adapters(
-            loaded.module,
-            config.lora,
-            model,
-            seed=config.seed,
-            master=precision.master,
-            new_tokens=loaded.new_tokens,
-        )
+    world = world or World.alone(device)
+    loaded = _loaded(config, model, precision, tokenizer, defer=may_defer(config, model, world))
+    module = _adapted(config, model, loaded, master=precision.master)
     initial = initial_adapter(module, config.lora) if model.adapter is None and isinstance(module, PeftModel) else None
-    digest = identity.weights_hash(module) if hashed else None
+    digest = hash_of(module, loaded, world) if hashed else None
     random = adapted and config.lora.lora_dropout > 0
     checkpoint_layers(module, training.recomputed, random=random, where=where)
     elementwise = elementwise_of(training, device)
@@ -108,7 +99,7 @@ def build_policy(
         elementwise=elementwise,
         weights_hash=digest,
         temperature=sampling_temperature(config),
-        place=strategy_of(config, world or World.alone(device)),
+        place=strategy_of(config, world, loaded.deferred),
     )
     policy.initial_adapter = initial
     policy.has_new_head = loaded.new_head and model.adapter is None
@@ -116,14 +107,53 @@ def build_policy(
     return policy
 
 
+def _adapted(config: RunConfig, model: ModelSection, loaded: LoadedModel, *, master: torch.dtype) -> nn.Module:
+    """The loaded model with the adapters that the run trains, if it trains any."""
+    module: nn.Module = loaded.module
+    if model.adapter is not None:
+        module = continue_adapters(loaded.module, config.lora, model, master=master)
+    elif config.adapts(model):
+        new = loaded.new_tokens
+        module = add_adapters(loaded.module, config.lora, model, seed=config.seed, master=master, new_tokens=new)
+    if loaded.deferred is not None:
+        loaded.deferred.follow(module, copies=model.adapter is None)
+    return module
+
+
+def may_defer(config: RunConfig, model: ModelSection, world: World) -> bool:
+    """Whether weights can stay in their files until they are sharded: nothing computes with them before."""
+    new_adapters = config.adapts(model) and model.adapter is None
+    reads_base = new_adapters and (config.lora.moves_base or config.lora.use_dora)
+    return is_sharded(config, world) and not reads_base
+
+
+def is_sharded(config: RunConfig, world: World) -> bool:
+    """Whether the weights lie in parts over these processes."""
+    return config.gpu.fsdp and world.size > 1
+
+
+def hash_of(module: nn.Module, loaded: LoadedModel, world: World) -> str:
+    """`identity.weights_hash` of a loaded model, also where its weights are still in the files. Collective then.
+
+    module: `loaded.module`, or the peft model around it.
+    """
+    if loaded.deferred is None:
+        return identity.weights_hash(module)
+    return identity.weights_hash(module, loaded.deferred.digests(module, world))
+
+
 def _loaded(
-    config: RunConfig, model: ModelSection, precision: Precision, tokenizer: PreTrainedTokenizerBase | None
+    config: RunConfig,
+    model: ModelSection,
+    precision: Precision,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    defer: bool,
 ) -> LoadedModel:
     """The model as the configuration wants it, once it has been found to fit its tokenizer and the rows."""
     reward_model = config.post_training.REWARD_MODEL
-    loaded = load_model(
-        model, dtype=precision.compute if config.adapts(model) else precision.master, reward_model=reward_model
-    )
+    dtype = precision.compute if config.adapts(model) else precision.master
+    loaded = load_model(model, dtype=dtype, reward_model=reward_model, defer=defer)
     if tokenizer is None:
         tokenizer = read_tokenizer(model)
         check_model(model, tokenizer, reward_model=reward_model)
@@ -167,14 +197,13 @@ Place = Callable[[Policy], Strategy]
 """Moves a policy to the devices of the processes that train it, in place."""
 
 
-def strategy_of(config: RunConfig, world: World) -> Place:
-    """How `config.gpu` wants the weights to lie over these processes."""
-    if not config.gpu.fsdp:
-        return partial(_replicated, world=world)
-    if world.size == 1:
+def strategy_of(config: RunConfig, world: World, deferred: DeferredWeights | None = None) -> Place:
+    """How `config.gpu` wants the weights to lie over these processes. deferred: those that are still in the files."""
+    if is_sharded(config, world):
+        return partial(Sharded, world=world, shard_size=config.gpu.shard_size, deferred=deferred)
+    if config.gpu.fsdp:
         logger.warning("gpu.fsdp is true, and there is one process: nothing is sharded")
-        return partial(_replicated, world=world)
-    return partial(Sharded, world=world, shard_size=config.gpu.shard_size)
+    return partial(_replicated, world=world)
 
 
 def _replicated(policy: Policy, world: World) -> Strategy:

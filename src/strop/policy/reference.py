@@ -24,9 +24,8 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ConfigError, ModelError
 from strop.policy.allocator import in_halves
-from strop.policy.build import assemble, elementwise_of, sampling_temperature, strategy_of
+from strop.policy.build import assemble, elementwise_of, hash_of, is_sharded, sampling_temperature, strategy_of
 from strop.policy.model.folder import place_of
-from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import load_model
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
 from strop.policy.policy import Policy
@@ -240,10 +239,10 @@ def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTraine
     Raises:
         ModelError: it cannot be loaded, or has another vocabulary.
     """
-    section, where = other.section, other.where
+    section, where, world = other.section, other.where, policy.strategy.world
     its_tokenizer = _its_tokenizer(other, tokenizer)
     with _named(where):
-        loaded = load_model(section, dtype=policy.precision.compute)
+        loaded = load_model(section, dtype=policy.precision.compute, defer=is_sharded(config, world))
     check_vocabulary(its_tokenizer, loaded.module, where)
     rows, own = (m.get_input_embeddings().weight.shape[0] for m in (loaded.module, policy.base))
     if rows != own:
@@ -253,7 +252,7 @@ def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTraine
             expected="a model with the same vocabulary",
             fix=other.fix,
         )
-    digest = weights_hash(loaded.module)
+    digest = hash_of(loaded.module, loaded, world)
     return assemble(
         loaded.module.requires_grad_(False),
         loaded,
@@ -263,7 +262,7 @@ def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTraine
         elementwise=elementwise_of(config.training, policy.device),
         weights_hash=digest,
         temperature=sampling_temperature(config),
-        place=strategy_of(config, policy.strategy.world),
+        place=strategy_of(config, world, loaded.deferred),
     )
 
 

@@ -34,6 +34,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from strop.batch import Batch
 from strop.errors import CheckpointError, ModelError, foreign_errors
 from strop.policy.checkpointing import layers_that_can
+from strop.policy.model.deferred import DeferredWeights
+from strop.policy.model.load import check_finite
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.strategy import Piece, Strategy
@@ -50,15 +52,18 @@ class Sharded(Strategy):
     Args:
         policy: on the CPU; it is changed in place and moved to the device, layer by layer.
         shard_size: how many processes share a copy of the model; None: all.
+        deferred: weights of the policy that are still in the files; each process reads its part of them.
 
     Raises:
         ConfigError: `shard_size` does not divide the number of processes.
-        ModelError: torch cannot shard the model.
+        ModelError: torch cannot shard the model, or its files cannot be read.
     """
 
     repeats = False
 
-    def __init__(self, policy: Policy, world: World, shard_size: int | None) -> None:
+    def __init__(
+        self, policy: Policy, world: World, shard_size: int | None, deferred: DeferredWeights | None = None
+    ) -> None:
         super().__init__(policy, world)
         self.mesh = world.mesh(shard_size)
         self._group = self.mesh.get_group(self.mesh.ndim - 1)
@@ -71,6 +76,23 @@ class Sharded(Strategy):
 
         with foreign_errors(failed):
             _shard(policy, self._layers, self.mesh, world.device)
+        if deferred is not None:
+            with world.together():
+                self._read(deferred)
+                world.any(False)
+
+    @torch.no_grad()
+    def _read(self, deferred: DeferredWeights) -> None:
+        """Fills this process's parts of the weights that are still in the files, one after the other."""
+        sources = {self.policy.model.get_parameter(name): source for name, source in deferred.names.items()}
+        for weight, source in sources.items():  # tied ones once
+            if isinstance(weight, DTensor):
+                own, start = weight.to_local(), self._first_row(weight)
+                own.copy_(deferred.read(source, start, start + len(own)))
+            else:
+                own = deferred.read(source, 0, weight.numel()).to(weight.device, weight.dtype)
+                weight.data = own
+            check_finite({source.key: own}, self.policy.where)
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -119,10 +141,13 @@ class Sharded(Strategy):
     def _piece(self, weight: nn.Parameter) -> Piece:
         if not isinstance(weight, DTensor):
             return Piece(weight, 0, weight.numel(), counts=self._index == 0)
-        rows = weight.to_local()
+        start = self._first_row(weight) * weight[:1].numel()
+        return Piece(nn.Parameter(weight.to_local()), start, weight.numel(), counts=True)
+
+    def _first_row(self, weight: DTensor) -> int:
+        """Of those that lie here."""
         per_process = -(-len(weight) // self._group.size())  # as torch.chunk divides them
-        start = min(self._index * per_process, len(weight)) * weight[:1].numel()
-        return Piece(nn.Parameter(rows), start, weight.numel(), counts=True)
+        return min(self._index * per_process, len(weight))
 
     def sum_gradients(self) -> None:
         vectors = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,17 +32,22 @@ def numbers_of(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _NO_NUMBERS}
 
 
-def weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module, known: Mapping[str, str] = MappingProxyType({})) -> str:
     """A hash of the names, dtypes, shapes and bytes of all weights, and of what adapters are multiplied by. Adapters
-    that add nothing yet do not count."""
+    that add nothing yet do not count.
+
+    Args:
+        known: `digest_line` of weights that are not in the module yet, by their names in it.
+    """
+    digests = {_plain_name(name): line for name, line in known.items()}
     tensors = {_plain_name(name): tensor for name, tensor in module.state_dict().items()}
     scales = {_plain_name(n): m.scaling for n, m in module.named_modules() if isinstance(m, LoraLayer)}
     zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]
     if zeros and not any(".lora_magnitude" in n for n in tensors) and not any(bool(t.any()) for t in zeros):
         tensors, scales = {n: t for n, t in tensors.items() if ".lora_" not in n}, {}
     with ThreadPoolExecutor(min(8, machine.processor().cores)) as pool:  # hashing lets other threads run
-        digests = pool.map(_tensor_digest, tensors.values())
-        lines = [f"{name} {digest}" for name, digest in zip(tensors, digests, strict=True)]
+        hashed = pool.map(lambda name: digests.get(name) or _tensor_digest(tensors[name]), tensors)
+        lines = [f"{name} {digest}" for name, digest in zip(tensors, hashed, strict=True)]
     lines += [f"{name} times {sorted(factors.items())}" for name, factors in scales.items()]
     return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=20).hexdigest()
 
@@ -51,5 +58,12 @@ def _plain_name(name: str) -> str:
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.blake2b(data, digest_size=20).hexdigest()}"
+    return digest_line(tensor.dtype, tensor.shape, [tensor])
+
+
+def digest_line(dtype: torch.dtype, shape: Sequence[int], parts: Iterable[Tensor]) -> str:
+    """Dtype, shape and a hash of the bytes of a tensor. parts: its rows, in order."""
+    digest = hashlib.blake2b(digest_size=20)
+    for part in parts:
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"{dtype} {list(shape)} {digest.hexdigest()}"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
@@ -25,10 +25,11 @@ from strop.policy.allocator import is_out_of_memory
 from strop.policy.model import quantised
 from strop.policy.model.added_tokens import add_rows
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
-from strop.policy.model.folder import inspect_model, place_of
+from strop.policy.model.deferred import DeferredWeights
+from strop.policy.model.folder import ModelFiles, inspect_model, place_of
 from strop.policy.model.guard import check_sealed
-from strop.policy.model.outline import check_config_against_files, other_shape
-from strop.policy.model.quantisation import quantisation_of
+from strop.policy.model.outline import build_outline, check_config_against_files, other_shape
+from strop.policy.model.quantisation import Quantisation, quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.model.task import SCORE, auto_class, with_one_label
 from strop.policy.model.tokenizer import new_tokens
@@ -46,13 +47,15 @@ class LoadedModel:
     """module: on the CPU, in the mode that whoever made it left it in. stored: dtype of the weights in the files.
     config: the model's configuration as it was before strop changed it for training, which is what is saved with the
     result. new_head: the files hold no head of a reward model, and its weights mean nothing yet. new_tokens: ids of
-    the tokens that `models[].add_tokens` added."""
+    the tokens that `models[].add_tokens` added. deferred: the weights that are still in the files; None: all are
+    loaded."""
 
     module: PreTrainedModel
     stored: torch.dtype
     config: PreTrainedConfig
     new_head: bool = False
     new_tokens: tuple[int, ...] = ()
+    deferred: DeferredWeights | None = None
 
 
 @contextmanager
@@ -80,11 +83,14 @@ def model_errors(where: str, doing: str) -> Iterator[None]:
             raise
 
 
-def load_model(model: ModelSection, *, dtype: torch.dtype, reward_model: bool = False) -> LoadedModel:
+def load_model(
+    model: ModelSection, *, dtype: torch.dtype, reward_model: bool = False, defer: bool = False
+) -> LoadedModel:
     """The model on the CPU, its weights in `dtype`, or quantised as the section says; its dropout off.
 
     Args:
         reward_model: load it as a reward model; a language model gets a new head, and loses its own.
+        defer: leave the weights in their files (deferred.py), if each is a tensor of its own there.
 
     Raises:
         ModelError: it cannot be loaded completely and safely as a causal language model, or as a reward model.
@@ -106,21 +112,17 @@ def load_model(model: ModelSection, *, dtype: torch.dtype, reward_model: bool = 
     silenced = silence_config(config)
     quantised.compute_in(config, dtype)
     attention = _plain_attention(model, config, where)
+    new = new_tokens(model)
+    has_code = model.trust_remote_code and "auto_map" in files.config
+    # new rows are the mean of the others
+    has_new_rows = bool(new.ids) or new.num_rows > getattr(config.get_text_config(), "vocab_size", 0)
+    defer = defer and bits is None and not has_code and not has_new_rows
     try:
         # transformers draws the weights of a new head; the caller's random numbers stay as they were
         with quiet(), torch.random.fork_rng(devices=[]):
-            module, report = auto_class(reward_model=reward_model).from_pretrained(
-                files.source,
-                config=config,
-                revision=files.revision,
-                dtype=dtype,
-                trust_remote_code=model.trust_remote_code,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # refused below, with the tensors' names
-                output_loading_info=True,
-                **attention,
-                **quantised.loading(bits, dtype),
-            )
+            how = (config, files, dtype, attention)
+            deferred = _deferred(*how, where, reward_model=reward_model) if defer else None
+            module, report, waiting = deferred or _whole(*how, model, bits, reward_model=reward_model)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"it cannot be loaded: {first_line(error)}",
@@ -128,8 +130,8 @@ def load_model(model: ModelSection, *, dtype: torch.dtype, reward_model: bool = 
             fix="check models[].attn_implementation" if attention else "download or save the model again",
         ) from error
     new_head = _check_complete(report, where, reward_model=reward_model)
-    _check_finite(module, where)
-    new = new_tokens(model)
+    later = waiting.names if waiting is not None else {}
+    check_finite({name: weight for name, weight in module.named_parameters() if name not in later}, where)
     add_rows(module, original, new, where)
     quantised.settle(module, bits, where)
     silenced |= silence_modules(module)
@@ -137,7 +139,79 @@ def load_model(model: ModelSection, *, dtype: torch.dtype, reward_model: bool = 
         values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))
         logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
     module.config.use_cache = False
-    return LoadedModel(module, files.stored, original, new_head, new.ids)
+    return LoadedModel(module, files.stored, original, new_head, new.ids, waiting)
+
+
+Read = tuple["PreTrainedModel", Mapping[str, Any], DeferredWeights | None]
+"""A model, what transformers reports of its weights, and those that are still in the files."""
+
+
+def _whole(
+    config: PreTrainedConfig,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    attention: Mapping[str, str],
+    model: ModelSection,
+    bits: Quantisation | None,
+    *,
+    reward_model: bool,
+) -> Read:
+    """The model with all its weights."""
+    module, report = auto_class(reward_model=reward_model).from_pretrained(
+        files.source,
+        config=config,
+        revision=files.revision,
+        dtype=dtype,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # refused by the caller, with the tensors' names
+        output_loading_info=True,
+        **attention,
+        **quantised.loading(bits, dtype),
+    )
+    return module, report, None
+
+
+def _deferred(
+    config: PreTrainedConfig,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    attention: Mapping[str, str],
+    where: str,
+    *,
+    reward_model: bool,
+) -> Read | None:
+    """The model with placeholders in the place of its weights; None where a weight is put together from several tensors
+    of the files, as in most mixtures of experts."""
+    outline = build_outline(copy.deepcopy(config), trust_remote_code=False, reward_model=reward_model)
+    deferred = DeferredWeights(files.weights, where)
+    if not deferred.fits(outline):
+        logger.info("%s: its weights are put together from several tensors, so each process reads all of them", where)
+        return None
+    module, report = type(outline).from_pretrained(
+        None,
+        config=config,
+        state_dict=deferred.placeholders,
+        dtype=dtype,
+        generation_config=_generation_config(files) if outline.can_generate() else None,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **attention,
+    )
+    module.name_or_path = module.config.name_or_path = files.source
+    if not deferred.follow(module):
+        return None
+    return module, report, deferred
+
+
+def _generation_config(files: ModelFiles) -> GenerationConfig:
+    """As transformers takes it when it loads a model by its name."""
+    try:
+        return GenerationConfig.from_pretrained(files.source, revision=files.revision)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            files.source, config_file_name="config.json", revision=files.revision, _from_model_config=True
+        )
 
 
 def _plain_attention(model: ModelSection, config: PreTrainedConfig, where: str) -> dict[str, str]:
@@ -191,8 +265,12 @@ def _check_complete(report: Mapping[str, Any], where: str, *, reward_model: bool
     return bool(heads)
 
 
-def _check_finite(module: nn.Module, where: str) -> None:
-    weights = dict(module.named_parameters())
+def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that no training can start from.
+
+    Raises:
+        ModelError: one of them holds NaN or infinity.
+    """
     if bad := nonfinite(weights):
         raise ModelError(
             f"{bad[0]} holds NaN or infinity (as {short_name(weights[bad[0]].dtype)})",
