@@ -43,7 +43,7 @@ def test_the_page_generates(runs: Any, place: Callable[[Path], None], capsys: py
     text = PAGE.read_text(encoding="utf-8")
     pairs = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in ("hello", "no")]
     Path("rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    (command,) = re.findall(r"^strop (eval .*)$", text, flags=re.MULTILINE)
+    (command,) = re.findall(r"^strop (eval .* --data .*)$", text, flags=re.MULTILINE)
     assert main(shlex.split(command)) == 0
     assert json.loads(Path("numbers.json").read_text())["rows"] == 2
     capsys.readouterr()

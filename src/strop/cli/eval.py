@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from strop.cli.run_config import parse, parser_of_run
 from strop.config import load_config
@@ -13,8 +15,14 @@ from strop.config.yamlfile import write_value
 from strop.errors import ConfigError
 from strop.terminal import log_to_terminal, show
 
+if TYPE_CHECKING:
+    from strop.evaluate.tasks import Tasks
+
+OF_TASKS = ("--include-path", "--limit", "--num-fewshot")
+CHAT = "--apply-chat-template"
 HELP = """\
 usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key of the configuration]
+       strop eval MODEL|RUN ... --tasks NAME[,NAME] [options]
 
   MODEL|RUN ...      run folders, adapters, model folders, or hub ids; the first is what others are compared with
   --data FILE        the rows, as of dataset.train_file; all of them are scored
@@ -23,6 +31,12 @@ usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key o
   --reference MODEL  what a method with a reference compares with (default: what the first model was trained from)
   --output FILE      the numbers as JSON, too
   --config FILE      settings of data, method and precision from a configuration; its models are not looked at
+
+  --tasks NAME[,NAME]     tasks of lm-eval (the extra eval); in the place of --data, or beside it
+  --include-path DIR      a folder with tasks of your own, as lm-eval reads them
+  --limit N               so many questions per task at most
+  --num-fewshot N         examples before each question (default: as the task says)
+  --apply-chat-template   write the questions as chats
 
 Gives the loss and the metrics that an evaluation of a run gives, with 95 % intervals over the rows, and each model's
 difference to the first on the same rows.
@@ -36,20 +50,24 @@ def usage() -> str:
 def run(arguments: list[str]) -> int:
     sources = list(takewhile(lambda word: not word.startswith("-"), arguments))
     parser = parser_of_run("eval")
-    for flag in ("--data", "--reference", "--output"):
+    for flag in ("--data", "--reference", "--output", "--tasks", *OF_TASKS):
         parser.once(flag)
+    parser.switch(CHAT)
     options, overrides = parse(parser, arguments[len(sources) :])
     if not sources:
         raise ConfigError("no model and no run is given", fix="strop eval outputs/NAME --data FILE")
     if options.model_index is not None:
         raise ConfigError("--model-index: the models are those that are named", fix="leave it out")
     target = None if options.output is None else Path(options.output)
+    if options.tasks is None and (given := [flag for flag in (*OF_TASKS, CHAT) if flag in arguments]):
+        raise ConfigError(f"{given[0]} belongs to tasks, and --tasks is missing", fix="strop eval MODEL --tasks NAME")
+    has_rows = options.tasks is None or options.data is not None or options.config is not None
 
     overrides = _with_rows(overrides, sources[0], options.data)
     if options.config is None and options.preset is None and not _names_method(overrides):
         overrides = _with_method_of(Path(sources[0]).expanduser(), overrides)
-    config = load_config(options.config, preset=options.preset, overrides=overrides)
-    log_to_terminal(config.logging.log_level)
+    config = load_config(options.config, preset=options.preset, overrides=overrides) if has_rows else None
+    log_to_terminal("info" if config is None else config.logging.log_level)
 
     from strop.durable import to_json
     from strop.evaluate.scoring import evaluate
@@ -58,11 +76,33 @@ def run(arguments: list[str]) -> int:
 
     if target is not None:
         check_target(target)
-    found = as_json(evaluate(config, sources, options.reference))
+    rows = None if config is None else evaluate(config, sources, options.reference)
+    if options.tasks is not None:
+        from strop.evaluate.tasks import evaluate_tasks, joined
+
+        tasks = evaluate_tasks(sources, _tasks(options))
+        rows = tasks if rows is None else joined(rows, tasks)
+    assert rows is not None
+    found = as_json(rows)
     show("\n".join(in_words(found)) + "\n")
     if target is not None:
         write_target(target, f"{to_json(found, indent=2)}\n".encode())
     return 0
+
+
+def _tasks(options: Namespace) -> Tasks:
+    """What is asked, of the options."""
+    from strop.evaluate.tasks import Tasks
+
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks names no task", fix="strop eval MODEL --tasks NAME[,NAME]")
+    numbers = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in ("--limit", "--num-fewshot")}
+    for flag, text in numbers.items():
+        if text is not None and (not text.isdecimal() or (flag == "--limit" and not int(text))):
+            raise ConfigError(f"{flag} {text}", expected="a whole number", fix=f"{flag} 5")
+    limit, num_fewshot = (None if text is None else int(text) for text in numbers.values())
+    return Tasks(names, options.include_path, limit, num_fewshot, options.apply_chat_template)
 
 
 def _with_rows(overrides: CommandLine, source: str, data: str | None) -> CommandLine:

@@ -15,7 +15,10 @@ def as_json(found: Evaluation) -> dict[str, Any]:
     """rows, reference, level, models: each with `metrics`, name -> value, interval (low, high) and, but for the first
     model, difference to the first, and its interval."""
     by_row = {(i, name): metric for i, model in enumerate(found.models) for name, metric in model.by_row.items()}
-    drawn = dict(zip(by_row, resampled(list(by_row.values()), SEED), strict=True))
+    drawn: dict[tuple[int, str], Numbers] = {}
+    for size in {len(metric[0].sums) for metric in by_row.values()}:  # tasks have rows of their own
+        same = {key: metric for key, metric in by_row.items() if len(metric[0].sums) == size}
+        drawn |= dict(zip(same, resampled(list(same.values()), SEED), strict=True))
     first = found.models[0].numbers
     models = []
     for i, model in enumerate(found.models):
