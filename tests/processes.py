@@ -22,7 +22,10 @@ PATIENCE_SECONDS = 120
 STORES: list[TCPStore] = []
 """They live as long as their processes may."""
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["strop.training", "strop.distributed"])
+OURS = ("strop.cli.entry", "strop.training", "strop.distributed", "torch.distributed.elastic.multiprocessing")
+OTHERS = ("transformers.models.llama.modeling_llama", "pandas")
+"""What the first run of a process imports beside."""
+FORKED.set_forkserver_preload([*OURS, *OTHERS])
 
 
 def in_processes(size: int, work: Callable[..., T], *args: Any) -> list[T]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import strop
+from commands import Command
 from processes import in_processes, start_processes
 from same_runs import CUT, FULL, KINDS, LORA, RELATIVE, assert_close, assert_same_run, in_many, train
 from strop import RunConfig, heartbeat
@@ -150,10 +151,21 @@ def test_only_rank_0_needs_the_run_folder(runs: Any, tmp_path: Path) -> None:
 
 def launched(folder: Path, config: RunConfig, *flags: str) -> subprocess.Popen[str]:
     """`strop train` of this configuration, which starts processes by itself."""
+    line, environment = _line(folder, config, flags)
+    command = [sys.executable, "-m", "strop", *line]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def forked(folder: Path, config: RunConfig, *flags: str) -> Command:
+    """The same in processes that need not import everything first."""
+    line, environment = _line(folder, config, flags)
+    return Command(line, folder / f"said{len(flags)}", environment)
+
+
+def _line(folder: Path, config: RunConfig, flags: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     folder.mkdir(exist_ok=True)
     (folder / "c.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-m", "strop", "train", str(folder / "c.yaml"), *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return ["train", str(folder / "c.yaml"), *flags], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_sigterm_to_the_launcher_saves_once_and_says_how_to_go_on(runs: Any, tmp_path: Path) -> None:
@@ -174,10 +186,11 @@ def test_sigterm_to_the_launcher_saves_once_and_says_how_to_go_on(runs: Any, tmp
     assert steps == list(range(1, len(steps) + 1)) and runs.at(run).checkpoints[-1] == len(steps)
 
 
-def test_a_mistake_is_said_once(runs: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [forked, pytest.param(launched, marks=pytest.mark.nightly)], ids=lambda f: f.__name__)
+def test_a_mistake_is_said_once(start: Callable[..., Any], runs: Any, tmp_path: Path) -> None:
     """By the process that speaks, though all of them meet it."""
     keys = {**CUT, "gpu.num_processes": 2, "training.on_nonfinite": "stop", "training.learning_rate": 1e30}
-    process = launched(tmp_path, runs.config(keys))
+    process = start(tmp_path, runs.config(keys))
     _, said = process.communicate(timeout=100)
     assert process.returncode == 1, said
     assert said.count("finite") >= 1 and said.count("to do:") == 1 and "Traceback" not in said
@@ -212,22 +225,23 @@ def wait_until(done: Callable[[], bool], what: str, seconds: float = 100) -> Non
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="it looks for processes in /proc")
 @pytest.mark.parametrize(
-    "victims",
+    ("victims", "start"),
     [
-        "rank 1",
-        pytest.param("launcher", marks=pytest.mark.nightly),
-        pytest.param("rank 0", marks=pytest.mark.nightly),
-        pytest.param("all", marks=pytest.mark.nightly),
+        ("rank 1", forked),
+        *(pytest.param(v, launched, marks=pytest.mark.nightly) for v in ("rank 0", "rank 1", "launcher", "all")),
     ],
+    ids=lambda x: getattr(x, "__name__", x),
 )
-def test_whatever_is_killed_the_same_command_goes_on(victims: str, runs: Any, tmp_path: Path) -> None:
+def test_whatever_is_killed_the_same_command_goes_on(
+    victims: str, start: Callable[..., Any], runs: Any, tmp_path: Path
+) -> None:
     """All processes end, with one message that names the one that was killed, and the result is the unbroken run's."""
     unbroken = runs.at(in_many(2, runs.config(LONG)))
     config = runs.config({**LONG, "gpu.num_processes": 2})
-    process = launched(tmp_path, config)
+    process = start(tmp_path, config)
     run = Path(config.training.output_dir) / "run"
     wait_until(lambda: any(run.glob("checkpoint-*/MANIFEST.json")), "a checkpoint")
-    ranks = ranks_of(process.pid)
+    ranks = process.ranks() if isinstance(process, Command) else ranks_of(process.pid)
     assert sorted(ranks) == [0, 1]
     targets = {"launcher": [process.pid], "all": [process.pid, *ranks.values()]}
     for pid in targets.get(victims) or [ranks[int(victims[-1])]]:
@@ -239,7 +253,7 @@ def test_whatever_is_killed_the_same_command_goes_on(victims: str, runs: Any, tm
         assert process.returncode == 128 + signal.SIGKILL
         assert said.count("to do:") == 1 and "Traceback" not in said, said
         assert f"process {victims[-1]} of 2 was killed by SIGKILL" in said and "last did: " in said
-    resumed = launched(tmp_path, config, "--resume")
+    resumed = start(tmp_path, config, "--resume")
     _, said = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, said
     assert runs.at(run).series("step") == list(range(1, 61))

@@ -7,10 +7,8 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import strop
+from commands import Command
 from strop.engine.loop import Loop
 from strop.engine.recipe import recipe_of
 from strop.errors import CheckpointError
@@ -106,20 +105,82 @@ def die_in_step(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(Loop, "step", step)
 
 
+MODEL = Path("base")
+"""Where `dead_run` puts the model, from the working folder: a resume compares the names of models, too."""
+
+
+@pytest.fixture(scope="module")
+def runs_that_died() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def dead_run(
+    tmp_path: Path,
+    model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    runs_that_died: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str, bool, int], None]:
+    """`dead_run(method, lora, at)` makes a folder of one's own the working folder, with a model and a run of
+    `settings(tmp_path, MODEL, method, lora)` that died in step `at`. Each is made once and copied."""
+
+    def put(method: str, lora: bool, at: int) -> None:
+        name = f"{method} {lora} {at}"
+        if name not in runs_that_died:
+            folder = tmp_path_factory.mktemp("dead")
+            shutil.copytree(model_dir, folder / MODEL)
+            with monkeypatch.context() as patch:
+                patch.chdir(folder)
+                die_in_step(patch, at)
+                with pytest.raises(Died):
+                    strop.train(strop.load_config(overrides=settings(folder, MODEL, method, lora)))
+            runs_that_died[name] = folder
+        for part in (MODEL, "out"):
+            shutil.copytree(runs_that_died[name] / part, tmp_path / part)
+        monkeypatch.chdir(tmp_path)
+
+    return put
+
+
+SOME_STEPS = (1, 3, 4, 7)
+"""Before the first checkpoint, behind one, behind an evaluation, and the last."""
+ALL_STEPS = range(1, STEPS + 1)
+
+
 @pytest.mark.parametrize(
-    ("method", "lora", "training"),
+    ("method", "lora", "training", "steps"),
     [
-        ("sft", False, {}),
-        ("dpo", True, {}),
-        pytest.param("dpo", True, {"bf16": True, "optim": "adamw_torch_fused"}, marks=pytest.mark.nightly),
+        ("sft", False, {}, SOME_STEPS),
+        ("dpo", True, {}, SOME_STEPS),
+        pytest.param("sft", False, {}, ALL_STEPS, marks=pytest.mark.nightly),
+        pytest.param("dpo", True, {}, ALL_STEPS, marks=pytest.mark.nightly),
+        pytest.param("dpo", True, {"bf16": True, "optim": "adamw_torch_fused"}, ALL_STEPS, marks=pytest.mark.nightly),
         pytest.param(
-            "dpo", False, {"options": {"ref_sync_steps": 2, "ref_mixup_alpha": 0.3}}, marks=pytest.mark.nightly
+            "dpo",
+            False,
+            {"options": {"ref_sync_steps": 2, "ref_mixup_alpha": 0.3}},
+            ALL_STEPS,
+            marks=pytest.mark.nightly,
         ),
     ],
-    ids=["sft-full", "dpo-lora-dropout", "dpo-lora-bf16", "dpo-full-synced"],
+    ids=[
+        "sft-full-some",
+        "dpo-lora-dropout-some",
+        "sft-full",
+        "dpo-lora-dropout",
+        "dpo-lora-bf16",
+        "dpo-full-synced",
+    ],
 )
 def test_dying_in_any_step_changes_nothing(
-    method: str, lora: bool, training: dict[str, Any], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    lora: bool,
+    training: dict[str, Any],
+    steps: Sequence[int],
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(name: str, resume: str | None = None) -> Path:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -127,7 +188,7 @@ def test_dying_in_any_step_changes_nothing(
         return strop.train(config, resume=resume)[0].run_dir
 
     unbroken = run("unbroken")
-    for at in range(1, STEPS + 1):
+    for at in steps:
         with monkeypatch.context() as patch:
             die_in_step(patch, at)
             with pytest.raises(Died):
@@ -135,8 +196,16 @@ def test_dying_in_any_step_changes_nothing(
         assert_same_run(run(f"died-{at}", resume="auto"), unbroken)
 
 
-@pytest.mark.parametrize("keys", [{"bf16": True}, {"auto_precision": True}], ids=str)
-@pytest.mark.parametrize("speeds", [(2.0, 0.3), (0.3, 2.0)], ids=str)
+@pytest.mark.parametrize(
+    ("keys", "speeds"),
+    [
+        ({"bf16": True}, (2.0, 0.3)),
+        ({"auto_precision": True}, (0.3, 2.0)),
+        pytest.param({"bf16": True}, (0.3, 2.0), marks=pytest.mark.nightly),
+        pytest.param({"auto_precision": True}, (2.0, 0.3), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_multiplies_as_it_began(
     keys: dict[str, bool],
     speeds: tuple[float, float],
@@ -225,13 +294,10 @@ def test_a_finished_run_takes_no_other_settings(
     ],
 )
 def test_changes_of_the_recipe_are_refused(
-    change: dict[str, Any], named: str, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], named: str, tmp_path: Path, dead_run: Callable[[str, bool, int], None]
 ) -> None:
-    with monkeypatch.context() as patch:
-        die_in_step(patch, 5)
-        with pytest.raises(Died):
-            strop.train(strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False)))
-    changed = strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False, **change))
+    dead_run("sft", False, 5)
+    changed = strop.load_config(overrides=settings(tmp_path, MODEL, "sft", False, **change))
     with pytest.raises(CheckpointError, match="allow-changes") as refused:
         strop.train(changed, resume="auto")
     assert named in str(refused.value)
@@ -254,16 +320,20 @@ def test_other_weights_in_the_same_folder_are_refused(
     said: str | None,
     tmp_path: Path,
     model_dir: Path,
+    dead_run: Callable[[str, bool, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    models = {name: shutil.copytree(model_dir, tmp_path / name) for name in ("base", "ref")}
-    options = {"ref_model_id": str(models["ref"])} if key == "ref" else {}
-    config = strop.load_config(overrides=settings(tmp_path, models["base"], method, lora, options))
-    with monkeypatch.context() as patch:
-        die_in_step(patch, 5)
-        with pytest.raises(Died):
-            strop.train(config)
-    file = models[key] / "model.safetensors"
+    if key == "base":
+        dead_run(method, lora, 5)
+        config = strop.load_config(overrides=settings(tmp_path, MODEL, method, lora))
+    else:
+        options = {"ref_model_id": str(shutil.copytree(model_dir, tmp_path / "ref"))}
+        config = strop.load_config(overrides=settings(tmp_path, model_dir, method, lora, options))
+        with monkeypatch.context() as patch:
+            die_in_step(patch, 5)
+            with pytest.raises(Died):
+                strop.train(config)
+    file = tmp_path / key / "model.safetensors"
     save_file({name: weight * 1.01 for name, weight in load_file(file).items()}, file, {"format": "pt"})
     if said is not None:
         with pytest.raises(CheckpointError, match=said):
@@ -281,18 +351,15 @@ def test_a_run_leaves_the_callers_random_state(tmp_path: Path, model_dir: Path) 
 
 
 def test_other_hardware_is_no_change_and_other_data_is(
-    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dead_run: Callable[[str, bool, int], None]
 ) -> None:
-    with monkeypatch.context() as patch:
-        die_in_step(patch, 5)
-        with pytest.raises(Died):
-            strop.train(strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False)))
-    config = settings(tmp_path, model_dir, "sft", False)
+    dead_run("sft", False, 5)
+    config = settings(tmp_path, MODEL, "sft", False)
     file = Path(config["dataset"]["train_file"])
     file.write_text(file.read_text().replace("question 1", "question one"))
     with pytest.raises(CheckpointError, match="data: the training or validation groups"):
         strop.train(strop.load_config(overrides=config), resume="auto")
-    smaller = settings(tmp_path, model_dir, "sft", False, per_device_train_batch_size=1)  # a batch half as large, but
+    smaller = settings(tmp_path, MODEL, "sft", False, per_device_train_batch_size=1)  # a batch half as large, but
     (result,) = strop.train(strop.load_config(overrides=smaller), resume="auto")  # groups_per_step stands
     assert result.step == STEPS
     assert "groups_per_step: 4" in (result.run_dir / "config.yaml").read_text()
@@ -317,14 +384,10 @@ def test_rows_that_changed_are_refused_until_they_are_allowed(
     change: Callable[[list[str]], list[str]],
     is_refused: bool,
     tmp_path: Path,
-    model_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    dead_run: Callable[[str, bool, int], None],
 ) -> None:
-    with monkeypatch.context() as patch:
-        die_in_step(patch, 3)
-        with pytest.raises(Died):
-            strop.train(strop.load_config(overrides=settings(tmp_path, model_dir, "sft", False)))
-    keys = settings(tmp_path, model_dir, "sft", False)
+    dead_run("sft", False, 3)
+    keys = settings(tmp_path, MODEL, "sft", False)
     file = Path(keys["dataset"]["train_file"])
     file.write_text("\n".join(change(file.read_text().splitlines())) + "\n")
     os.utime(file, (1e9, 1e9))
@@ -336,11 +399,10 @@ def test_rows_that_changed_are_refused_until_they_are_allowed(
     assert result.step == STEPS
 
 
-def start(folder: Path, model: Path) -> subprocess.Popen[str]:
+def start(folder: Path, model: Path) -> Command:
     (folder / "c.json").write_text(json.dumps(settings(folder, model, "dpo", True, max_steps=400, save_steps=1)))
-    command = [sys.executable, "-m", "strop", "train", "--config", str(folder / "c.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return Command(["train", "--config", str(folder / "c.json")], folder / "said", environment)
 
 
 def go_on(folder: Path, num_steps: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -351,7 +413,7 @@ def go_on(folder: Path, num_steps: int, caplog: pytest.LogCaptureFixture) -> Non
     assert "resuming from" in caplog.text
 
 
-def wait_for(found: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(found: Callable[[], bool], process: Command) -> None:
     deadline = time.monotonic() + 120
     while not found():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -393,14 +455,10 @@ def test_kill_9_leaves_something_to_go_on_from(
 )
 @pytest.mark.parametrize(("method", "lora"), [("sft", False), ("dpo", True)])
 def test_a_changed_model_configuration_is_refused(
-    method: str, lora: bool, change: dict[str, Any], tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, lora: bool, change: dict[str, Any], tmp_path: Path, dead_run: Callable[[str, bool, int], None]
 ) -> None:
-    base = shutil.copytree(model_dir, tmp_path / "base")
-    config = strop.load_config(overrides=settings(tmp_path, base, method, lora))
-    with monkeypatch.context() as patch:
-        die_in_step(patch, 5)
-        with pytest.raises(Died):
-            strop.train(config)
+    dead_run(method, lora, 5)
+    base, config = tmp_path / MODEL, strop.load_config(overrides=settings(tmp_path, MODEL, method, lora))
     before = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**before, **change}))
     with pytest.raises(CheckpointError, match=r"models: the model's config\.json"):

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import strop
+from commands import Command
 from conftest import build_tokenizer
 from strop.config import RunConfig, load_config, to_yaml
 from strop.dryrun import dry_run
@@ -244,9 +243,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> No
         (folder / "config.yaml").write_text(text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-    def start(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "strop", "train", "--config", str(folder / "config.yaml"), *flags]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    def start(folder: Path, *flags: str) -> Command:
+        return Command(["train", "--config", str(folder / "config.yaml"), *flags], folder / "said", environment)
 
     assert start(whole).wait() == 0
     process = start(broken)
