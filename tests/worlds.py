@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -48,6 +48,9 @@ class ThreadWorld(World):
 
     def leave(self) -> None:
         pass
+
+    def beside(self) -> World:
+        return replace(self, meeting=self.on_main(lambda: Meeting(self.size)))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         own = list(parameters)

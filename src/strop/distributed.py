@@ -264,6 +264,12 @@ class _Joined(World):
         super().tell(error, memory=memory)
         alone.cancel()
 
+    def beside(self) -> World:
+        self.any(False)  # a process may come to `tell` instead
+        control = dist.new_group(timeout=FOREVER, backend="gloo")
+        place = (self.rank, self.size, self.local_rank, self.local_size)
+        return _Beside(self.device, *place, self.heartbeat, control, control)
+
     def _end_alone(self, error: BaseException) -> None:
         complain(f"process {self.rank} of {self.size} failed: {error}")
         os._exit(1)
@@ -277,6 +283,21 @@ class _Joined(World):
             first_line = str(error).strip().partition("\n")[0]
             why = self.heartbeat.gone() or f"process {self.rank} has lost the others: {first_line}"
             raise LostError(why, fix="start the same command again with --resume") from error
+
+
+@dataclass(frozen=True)
+class _Beside(_Joined):
+    """As a thread of this process sees the threads of the others. They are never inside the collective calls of a
+    mesh, so `tell` reaches them, however late they come."""
+
+    def tell(self, error: BaseException, *, memory: bool = False) -> None:
+        World.tell(self, error, memory=memory)
+
+    def doing(self, what: str) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
 
 
 def buckets(gradients: Iterable[Tensor], limit: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:

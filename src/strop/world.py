@@ -51,9 +51,9 @@ class World(ABC):
     rank: its number, from 0. local_rank: its number on this machine, which has local_size of them. device: where it
     computes.
 
-    `sum`, `any`, `on_main`, `gather`, `tell`, `sum_gradients` and `share_tensors` are collective: every process must
-    call the same ones in the same order. Only `tell` may stand for any other; it makes the others raise `PeerError` or
-    `PeerMemoryError`.
+    `sum`, `any`, `on_main`, `gather`, `tell`, `sum_gradients`, `share_tensors` and `beside` are collective: every
+    process must call the same ones in the same order. Only `tell` may stand for any other; it makes the others raise
+    `PeerError` or `PeerMemoryError`.
     """
 
     device: torch.device
@@ -158,6 +158,11 @@ class World(ABC):
     def share_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replaces the values of these tensors by those of rank 0; shapes and dtypes are the same in all processes."""
 
+    @abstractmethod
+    def beside(self) -> World:
+        """The same processes, over a connection of its own: for a thread that exchanges values with the threads of the
+        other processes while this one goes on. Collective."""
+
     def connected(self) -> AbstractContextManager[None]:
         """A block in which an error of torch.distributed means that another process is gone.
 
@@ -203,3 +208,6 @@ class _Alone(World):
 
     def share_tensors(self, tensors: Iterable[Tensor]) -> None:
         pass
+
+    def beside(self) -> World:
+        return self

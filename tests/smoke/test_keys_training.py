@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from strop import session
 from strop.batch import TokenScores
-from strop.engine import loop
+from strop.engine import checkpoint_writer, loop
 from strop.errors import ConfigError, TrainingError
 from strop.plan.budget import default_budget
 from strop.plan.tokens import packed_tokens
@@ -274,6 +275,20 @@ def test_training__save_total_limit(runs: Any) -> None:
     assert runs(every, save_total_limit=None).checkpoints == [1, 2, 3, 4, 5]
     best = {**WORSE, "save_steps": 1, "load_best_model_at_end": True}
     assert runs(best, save_total_limit=2).checkpoints == [1, 5, 6]  # besides the best one
+
+
+def test_training__async_save(runs: Any, watched: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    write = checkpoint_writer.write_tensor_files
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return write(*arguments)
+
+    watched.setattr(checkpoint_writer, "write_tensor_files", noted)
+    one, two = runs(save_steps=2), runs(save_steps=2, async_save=True)
+    assert threads == ["MainThread"] * 2 + ["strop-save_0"] * 2
+    assert one.checkpoints == two.checkpoints == [2, 4] and runs.same_run(one, two)
 
 
 def test_training__mount_dir(runs: Any, tmp_path: Path) -> None:

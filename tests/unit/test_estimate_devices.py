@@ -76,6 +76,25 @@ def test_a_copy_on_each_device_costs_what_one_does_but_for_a_bucket(prepared: Ca
     assert parts["sum of gradients"] == whole["gradients"] < 2**26
 
 
+@pytest.mark.parametrize("lora", [{}, {"r": 4}], ids=["full", "lora"])
+def test_the_copy_of_an_asynchronous_save_lies_in_host_memory(
+    lora: dict[str, Any], prepared: Callable[..., Prepared]
+) -> None:
+    """As large as what trains with the optimizer's state; on a CPU it counts against the device's memory."""
+    plain, found = prepared(**lora), prepared(**lora, **{"training.async_save": True})
+    parts = peak(found)
+    assert parts == peak(plain), "beside a GPU"
+    shape = shape_of(found.config.lora, found.model)
+    copied = 3 * 4 * (shape.adapters or shape.matrix + shape.others)  # weights and two moments of AdamW, in float32
+    line = f"training.async_save: {copied / 2**30:.2f} GiB of host memory in the first process for the copy"
+    assert line in list(estimate(found, H100, BF16, packed_tokens).lines())
+    cpu = Machine("cpu", 2**36, 1e11)
+    on_cpu = [estimate(each, cpu, BF16, packed_tokens).parts for each in (plain, found)]
+    assert on_cpu[1] == {**on_cpu[0], "copy of a checkpoint": copied}
+    tight = estimate(found, replace(cpu, memory=sum(on_cpu[0].values())), BF16, packed_tokens)
+    assert not tight.fits and tight.ways[0] == "set training.async_save: false"
+
+
 def test_what_a_device_sends_is_the_least_of_a_ring(prepared: Callable[..., Prepared]) -> None:
     """Written out for each of the strategies; no more than all of it, whatever the number of devices."""
     shape = shape_of(prepared().config.lora, prepared().model)

@@ -198,12 +198,15 @@ def _open(path: Path, step: int | None) -> Checkpoint:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """A block with calls of torch.distributed.checkpoint: raises the error that it wraps, and silences a warning about
-    single processes."""
+    """A block with calls of torch.distributed.checkpoint: raises the error that it wraps."""
+    ignore_single_process_warning()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            yield
+        yield
     except CheckpointException as error:  # not an Exception; it wraps what went wrong on each rank
         cause = next(iter(error.failures.values()))[0]
         raise cause from error
+
+
+def ignore_single_process_warning() -> None:
+    """torch.distributed.checkpoint warns that it saves without the other processes, which is what it is asked for."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

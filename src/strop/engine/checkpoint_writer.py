@@ -161,10 +161,11 @@ class _Making:
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes on disk that this process's tensors of a checkpoint take, with an estimate for headers and the state."""
-    return sum(_local(t).nbytes for t in tensors.values()) + 256 * len(tensors) + 4096
+    return sum(local_part(t).nbytes for t in tensors.values()) + 256 * len(tensors) + 4096
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: the whole tensor, or its part of a sharded one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -177,7 +178,7 @@ def refuse_nonfinite(what: str, tensors: Mapping[str, Tensor], world: World = AL
     Raises:
         CheckpointError: there is a NaN or an infinity; the message begins with `what`.
     """
-    own = nonfinite({name: _local(tensor) for name, tensor in tensors.items()})
+    own = nonfinite({name: local_part(tensor) for name, tensor in tensors.items()})
     if bad := sorted({name for names in world.gather(own) for name in names}):
         raise CheckpointError(
             f"{what}: NaN or infinity in {', '.join(bad[:SHOWN])}"
@@ -230,7 +231,7 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     index, filled = 1, 0
     files = {}
     for name, tensor in tensors.items():
-        size = _local(tensor).nbytes
+        size = local_part(tensor).nbytes
         if filled and filled + size > MAX_FILE_BYTES:
             index, filled = index + 1, 0
         files[name] = index

@@ -4,7 +4,7 @@
         forward and backward over its micro-batches  (gradients.py, step.py)
         refuse or clip the gradient, update          (optim.py)
         emit a record of the step                    (records.py)
-        log, evaluate, save when due                 (metrics.py, evaluate.py, snapshot.py)
+        log, evaluate, save when due                 (metrics.py, evaluate.py, saves.py)
 
 A resume needs the weights, the optimizer and the few numbers of `TrainState`. The order of the data and the random
 state of dropout are functions of the step, so they need not be saved.
@@ -36,12 +36,13 @@ from strop.engine.ledger import row_hash
 from strop.engine.metrics import MetricWindow, UpdateProbe
 from strop.engine.optim import build_optimizer, learning_rate, set_rate, without_gradient
 from strop.engine.records import StepRecord, Sum, WeightsDigest
+from strop.engine.saves import Saves
 from strop.engine.snapshot import Snapshot
 from strop.engine.source import Cut, StepSource
 from strop.engine.stalled import StalledLoss
 from strop.engine.state import TrainState
 from strop.engine.step import StepNumbers, StepScores, check_columns, suspect_rows
-from strop.errors import Interrupted, SaveError, TrainingError
+from strop.errors import Interrupted, TrainingError
 from strop.objectives.base import Objective
 from strop.policy.policy import Policy
 from strop.types import Group
@@ -63,7 +64,9 @@ class Outputs(Protocol):
     def row_losses(self, step: int, losses: NDArray[np.float64]) -> None:
         """The loss of each validation row, before the line of the evaluation."""
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int], world: World
+    ) -> Path:
         """Called by all processes, which return when it is saved. tensors: those that this process writes."""
 
     def evaluating(self, num_groups: int) -> AbstractContextManager[Callable[[int], None]]: ...
@@ -120,6 +123,14 @@ class Loop:
         self.gradients = Gradients(config, policy, objective, source, cuts.training, world, outputs.note)
         self.scaler = self.strategy.scaler(enabled=policy.precision.scaler)
         self.snapshot = Snapshot(self.strategy, self.optimizer, self.scaler, source)
+        self.saves = Saves(
+            self.snapshot,
+            outputs.save,
+            outputs.note,
+            world,
+            keeps_best=config.finetuning.load_best_model_at_end,
+            beside=self.training.async_save,
+        )
         self.state = TrainState()
         self.window = MetricWindow()
         self.memory = DeviceMemory(world)
@@ -131,7 +142,6 @@ class Loop:
             self.evaluation = Evaluation(*parts, self.should_stop)
         self._stop_asked = should_stop
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
-        self._kept_best: tuple[int | None, float | None] = (None, None)  # of the last save: step and value
         self._stood_still = self._looked_for_gradients = False
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -156,6 +166,7 @@ class Loop:
                 self._between_steps(save=state.step % self.training.save_steps == 0)
         finally:
             self.gradients.close()
+            self.saves.close()
         if not self.window.is_empty:
             self._log()
         self.samples(state.step)
@@ -175,11 +186,10 @@ class Loop:
         stop = self.should_stop()
         breaks_off = stop and (not done or self._evaluation_is_due())
         if stop or improved or save or done:
-            path = self._save(must=breaks_off)
+            self.state.window = self.window.state_dict()
+            path = self.saves.save(self.state, must=breaks_off, last=done)
             if breaks_off:
                 raise Interrupted(self.state.step, str(path))
-            if path is None and not done:
-                self._forget_unsaved_best()
 
     def _evaluation_is_due(self) -> bool:
         step = self.state.step
@@ -333,36 +343,10 @@ class Loop:
         self.outputs.line(line)
         self.state.evaluated_step = self.state.step
         value = deciding_value(self.config.finetuning, line, self.evaluation.names)
+        if self.config.finetuning.load_best_model_at_end:
+            self.saves.settle(self.state)  # so that the best step so far is one whose checkpoint is on the disk
         # The model before training is never the best one: a run that only got worse should not return its input.
         return is_best(self.config.finetuning, self.state, value) if self.state.step and value is not None else False
-
-    def _save(self, *, must: bool) -> Path | None:
-        """Saves a checkpoint of this step and returns its path.
-
-        If the disk does not take it, the run continues and None is returned: the next save may work, and after the last
-        step there is still the final model.
-
-        Args:
-            must: raise the error instead, because the run stops here.
-        """
-        self.world.doing(f"saving step {self.state.step}")
-        self.state.window = self.window.state_dict()
-        tensors, state = self.snapshot.take(self.state)
-        best = [self.state.best_step] if self.state.best_step and self.config.finetuning.load_best_model_at_end else []
-        try:
-            path = self.outputs.save(self.state.step, self.strategy.own_share(tensors), state, best)
-        except SaveError as error:
-            if must:
-                raise
-            self.outputs.note(f"warning: step {self.state.step} could not be saved, the run goes on: {error}")
-            return None
-        self._kept_best = (self.state.best_step, self.state.best_value)
-        return path
-
-    def _forget_unsaved_best(self) -> None:
-        """Forgets that this step was the best: its weights are not saved, so they cannot be returned at the end."""
-        if self.config.finetuning.load_best_model_at_end and self.state.best_step == self.state.step:
-            self.state.best_step, self.state.best_value = self._kept_best
 
     def load_best(self, open_best: Callable[[int], Checkpoint]) -> int:
         """Loads the weights of the best evaluation, if that is asked for. Returns the step of the weights."""
@@ -379,7 +363,7 @@ class Loop:
             self.gradients.cut_finer(self.state.micro_batch_tokens)
         self.window.load_state_dict(self.state.window)
         self._mark = (self.state.seconds, self.state.tokens)
-        self._kept_best = (self.state.best_step, self.state.best_value)
+        self.saves.resumed(self.state)
 
 
 def _in_order(values: Tensor, order: Sequence[int]) -> Tensor:

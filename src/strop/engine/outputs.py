@@ -142,8 +142,13 @@ class RunOutputs:
                     f"{error.strerror or error}; the run goes on"
                 )
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], protect: Sequence[int], world: World
+    ) -> Path:
         """Saves together with the other processes.
+
+        Args:
+            world: by which they agree; that of the run, or one beside it if this is called in a thread.
 
         Raises:
             SaveError: in all processes, where the disk does not take it.
@@ -156,7 +161,7 @@ class RunOutputs:
             keep=self.config.training.save_total_limit,
             protect=protect,
             identity=self.made_from,
-            world=self.world,
+            world=world,
         )
 
     @contextmanager

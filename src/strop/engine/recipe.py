@@ -28,6 +28,7 @@ FREE_KEYS = frozenset(
         "training.save_steps",
         "training.eval_at_start",
         "training.save_total_limit",
+        "training.async_save",
         "training.mount_dir",
         "training.push_to_hub",
         "training.hub_model_id",

@@ -46,6 +46,9 @@ KERNEL_BYTES = 0.7 * MIB
 MKL_BYTES = 40 * MIB
 """Of MKL's buffers, where it multiplies instead."""
 
+COPY = "copy of a checkpoint"
+"""Of `training.async_save`, which lies in host memory: on a CPU it counts."""
+
 Numbers = np.ndarray
 """[B], one for each micro-batch."""
 
@@ -119,6 +122,8 @@ def memory_of(
     copies = _float32_copies(shape, work, config, precision, device)
     if copies is not None:
         parts["float32 copies"] = copies
+    if device == "cpu" and config.training.async_save:
+        parts[COPY] = checkpoint_bytes(shape, config, precision, objective) / devices.shard
     if config.rollout.enabled and objective.needs_reference:  # another model is taken to be as large as this one
         other = getattr(config.post_training, "ref_model_id", None) is not None
         parts["reference"] = base * c if other else trained * wide
@@ -134,6 +139,15 @@ def memory_of(
 def weight_bytes(shape: Shape, precision: Precision) -> float:
     """Of the base and its adapters, of a whole copy."""
     return base_bytes(shape, precision) + shape.adapters * precision.master.itemsize
+
+
+def checkpoint_bytes(
+    shape: Shape, config: RunConfig, precision: Precision, objective: Objective[MethodSettings]
+) -> int:
+    """Of the tensors of a checkpoint: what trains, the optimizer's state, a reference that follows the policy."""
+    wide = precision.master.itemsize
+    follows = wide if objective.ref_sync is not None else 0
+    return trained_weights(shape) * (wide + state_bytes(config.training.optim, wide) + follows)
 
 
 def trained_weights(shape: Shape) -> int:

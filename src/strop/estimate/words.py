@@ -18,7 +18,7 @@ from strop.errors import StropError
 from strop.estimate.devices import ALONE, Devices, devices_of
 from strop.estimate.flops import flops_of
 from strop.estimate.longest import longest_that_fits
-from strop.estimate.memory import MIB, fits, peak_memory
+from strop.estimate.memory import COPY, MIB, checkpoint_bytes, fits, peak_memory
 from strop.estimate.seconds import Seconds, published_seconds, timed_seconds, together
 from strop.machine import Machine
 from strop.objectives.base import Objective
@@ -44,7 +44,8 @@ class Estimate:
 
     parts: bytes by name on each device, whose sum is the peak. steps: [steps] seconds of every step of an epoch, or of
     the run where it is shorter, or None; source: where they are from, or why there are none. num_steps: of the run.
-    flops: of a mean step, on all devices together. memory: bytes of the device, or None.
+    flops: of a mean step, on all devices together. memory: bytes of the device, or None. copied: bytes of host memory
+    beside a GPU, into which `training.async_save` copies a checkpoint.
     """
 
     parts: dict[str, int]
@@ -55,6 +56,7 @@ class Estimate:
     source: str
     ways: Sequence[str]
     devices: Devices = ALONE
+    copied: int = 0
 
     @property
     def peak(self) -> int:
@@ -70,6 +72,9 @@ class Estimate:
         listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.parts.items() if size >= 5 * MIB)
         each = "" if self.devices.count == 1 else f" on each of {self.devices.count} devices"
         yield f"predicted peak memory{each}: {self.peak / 2**30:.2f} GiB{has} ({listed})"
+        if self.copied:
+            whose = "the first process" if self.devices.shard == 1 else "each process"
+            yield f"training.async_save: {self.copied / 2**30:.2f} GiB of host memory in {whose} for the copy"
         yield from self.time_lines()
         if not self.fits:
             yield "note: this will hardly fit; in the order to try: " + "; ".join(self.ways)
@@ -127,9 +132,14 @@ def estimate(
     ways: list[str] = []
     if not fits(memory, machine.memory):
         ways = [*_ways(config, int(epoch.work.longest.max()))]
+        if COPY in memory:
+            ways.insert(0, "set training.async_save: false")
         parts = (epoch.work, shape, config, objective, precision, machine)
         ways[len(ways) - 1 : len(ways) - 1] = _sharding(*parts, devices)  # before shorter rows or another model
-    return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways, devices)
+    copied = 0
+    if machine.kind != "cpu" and config.training.async_save:
+        copied = checkpoint_bytes(shape, config, precision, objective) // devices.shard
+    return Estimate(memory, seconds, prepared.plan.num_steps, flops, machine.memory, source, ways, devices, copied)
 
 
 COUNTS = (2, 4, 8, 16, 32, 64)

@@ -37,6 +37,7 @@ from strop.replay.rows import RowScores, row_scores
 from strop.report.ledgers import Line, differing, read_ledger
 from strop.rundir import CHECKPOINT_NAME
 from strop.session import Session, Splits, reference_made_from
+from strop.world import World
 
 log = logging.getLogger("strop")
 
@@ -274,7 +275,9 @@ class _Recorder:
     def row_losses(self, step: int, losses: Any) -> None:
         raise AssertionError("single steps evaluate nothing")
 
-    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], protect: Sequence[int]) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], protect: Sequence[int], world: World
+    ) -> Path:
         raise AssertionError("single steps save nothing")
 
     @contextmanager

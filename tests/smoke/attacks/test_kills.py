@@ -41,18 +41,20 @@ class Killer:
         return run_apart(work, at_change=rng.randint(1, self._changes))
 
 
-def killer_of_runs(runs: Any) -> Killer:
-    config = runs.config(TRAINED)
+def killer_of_runs(runs: Any, keys: dict[str, Any] = TRAINED) -> Killer:
+    config = runs.config(keys)
     return Killer(partial(strop.train, config), partial(shutil.rmtree, config.training.output_dir))
 
 
 @few_or(500)
-def test_kills(num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
-    unbroken, tally = runs(TRAINED), Tally("kills of a run", record_property)
-    killer = killer_of_runs(runs)
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "asynchronous"])
+def test_kills(beside: bool, num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
+    keys = {**TRAINED, "training.async_save": beside}
+    unbroken, tally = runs(TRAINED), Tally(f"kills of a run{', asynchronous saves' if beside else ''}", record_property)
+    killer = killer_of_runs(runs, keys)
     for seed in range(num):
         rng = random.Random(seed)
-        config = runs.config(TRAINED)
+        config = runs.config(keys)
         go_on = partial(strop.train, config, resume="auto")
         for _ in range(kills := rng.choice((1, 1, 2, 3))):
             killer.kill(go_on, rng)

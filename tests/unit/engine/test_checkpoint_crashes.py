@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ import torch
 from strop import durable
 from strop.engine.checkpoint import newest
 from strop.engine.checkpoint_writer import save
+from strop.engine.saves import Saves
+from strop.engine.state import TrainState
+from strop.world import World
 
 
 def put(run_dir: Path, step: int, keep: int | None = 1) -> None:
@@ -248,8 +252,44 @@ def test_power_lost_at_every_moment_of_a_save(
 # ---- killed for real
 
 
-def kill_at_random(run_dir: Path, draw: random.Random, seconds: float) -> None:
-    """A child that saves without end, killed; it acknowledges every save that returned."""
+Put = Callable[[int], None]
+"""Saves a step."""
+
+
+def at_once(run_dir: Path) -> Put:
+    def put_at_once(step: int) -> None:
+        put(run_dir, step, keep=2)
+        (run_dir / "acknowledged").write_text(f"{step} ")
+
+    return put_at_once
+
+
+def beside(run_dir: Path) -> Put:
+    """As a run does with `training.async_save`; a save is acknowledged when the next one has waited for it."""
+    weight, state = torch.zeros(60), TrainState()
+    snapshot: Any = SimpleNamespace(
+        take=lambda state: ({"w": weight, "step": torch.tensor(state.step)}, {"step": state.step}),
+        strategy=SimpleNamespace(own_share=dict),
+    )
+
+    def write(step: int, tensors: Any, state: Any, protect: Any, world: World) -> Path:
+        return save(run_dir, step, tensors, state, keep=2, world=world)
+
+    saves = Saves(snapshot, write, print, World.alone("cpu"), keeps_best=False, beside=True)
+
+    def put_beside(step: int) -> None:
+        state.step = step
+        weight.fill_(step)
+        saves.save(state)
+        weight.fill_(-1)  # as the next step does while it is written
+        if step > 1:
+            (run_dir / "acknowledged").write_text(f"{step - 1} ")
+
+    return put_beside
+
+
+def kill_at_random(run_dir: Path, draw: random.Random, seconds: float, make: Callable[[Path], Put]) -> None:
+    """A child that saves without end, killed; it acknowledges every save that is on the disk."""
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
@@ -257,10 +297,9 @@ def kill_at_random(run_dir: Path, draw: random.Random, seconds: float) -> None:
         child = os.fork()
     if child == 0:
         try:
-            first = loaded(run_dir) or 0
+            first, saving = loaded(run_dir) or 0, make(run_dir)
             for step in itertools.count(first + 1):
-                put(run_dir, step, keep=2)
-                (run_dir / "acknowledged").write_text(f"{step} ")
+                saving(step)
         finally:
             os._exit(1)
     time.sleep(seconds * draw.random())
@@ -268,11 +307,11 @@ def kill_at_random(run_dir: Path, draw: random.Random, seconds: float) -> None:
     os.waitpid(child, 0)
 
 
-def check_kills(run_dir: Path, times: int, seconds: float) -> None:
+def check_kills(run_dir: Path, times: int, seconds: float, make: Callable[[Path], Put]) -> None:
     draw = random.Random(0)
     acknowledged = 0
     for _ in range(times):
-        kill_at_random(run_dir, draw, seconds)
+        kill_at_random(run_dir, draw, seconds, make)
         found = loaded(run_dir) or 0
         if (run_dir / "acknowledged").exists() and (text := (run_dir / "acknowledged").read_text()).endswith(" "):
             acknowledged = max(acknowledged, int(text))
@@ -281,10 +320,15 @@ def check_kills(run_dir: Path, times: int, seconds: float) -> None:
     assert found > times / 4
 
 
-def test_killed_at_random(tmp_path: Path) -> None:
-    check_kills(tmp_path, 30, 0.15)
+HOW = pytest.mark.parametrize("make", [at_once, beside])
 
 
+@HOW
+def test_killed_at_random(make: Callable[[Path], Put], tmp_path: Path) -> None:
+    check_kills(tmp_path, 20, 0.15, make)
+
+
+@HOW
 @pytest.mark.nightly
-def test_killed_at_random_a_thousand_times(tmp_path: Path) -> None:
-    check_kills(tmp_path, 1000, 0.15)
+def test_killed_at_random_a_thousand_times(make: Callable[[Path], Put], tmp_path: Path) -> None:
+    check_kills(tmp_path, 1000, 0.15, make)

@@ -79,6 +79,9 @@ class TrainingSection(Section):
     """Evaluate before the first step too, where there are validation rows: what the end is compared with."""
     save_total_limit: int | None = Field(default=3, gt=0)
     """Checkpoints to keep besides the best one; null: all."""
+    async_save: bool = False
+    """Write checkpoints beside the training: a save copies what the checkpoint holds to host memory, and the run goes
+    on while it is written. The copy stays in host memory. The checkpoint of a stop and the last one are waited for."""
     fp16: bool | None = None
     """Compute in float16 with a gradient scaler; weights that train stay in float32."""
     bf16: bool | None = None
