@@ -51,6 +51,7 @@ def write_plan(session: Session, run: RunDir) -> None:
             "vocabulary": getattr(policy.loaded_config.get_text_config(), "vocab_size", None),
             "num_trained_weights": sum(p.numel() for p in trained),
             "prediction": _prediction(session),
+            **({} if policy.teacher is None else {"teacher_is_student": session.teacher_is_student}),
         },
     )
 

@@ -52,11 +52,18 @@ from strop.plan.dealing import BY_TOKENS, GroupCost
 from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
+from strop.policy.model.folder import source_of
 from strop.policy.model.from_config import CannotBuildError
 from strop.policy.model.identity import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
-from strop.policy.reference import FrozenReference, SyncedReference, attach_teacher, reference_policy
+from strop.policy.reference import (
+    FrozenReference,
+    SyncedReference,
+    attach_teacher,
+    reference_policy,
+    teacher_section,
+)
 from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
 from strop.rollout.build import rollout_source, scores_of
@@ -241,6 +248,17 @@ class Session:
         if self.policy.teacher is not None:
             found["teacher"] = self.policy.teacher.model.weights_hash
         return found | {"weights": self.policy.weights_hash} if self._is_hashed else found
+
+    @property
+    def teacher_is_student(self) -> bool:
+        """Whether the teacher is the model that is trained, as it is before the first step."""
+        teacher = self.policy.teacher
+        if teacher is None:
+            return False
+        if self._is_hashed:
+            return teacher.model.weights_hash == self.policy.weights_hash
+        section = teacher_section(self._config, self.model)
+        return section is not None and source_of(section.huggingface_id) == source_of(self.model.huggingface_id)
 
     # -- groups and their reference ----------------------------------------------------------------------------------
 

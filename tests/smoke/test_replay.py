@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from processes import in_processes
+from same_runs import in_many
 from strop.cli.entry import main
+from strop.engine.environment import processes_at
 from strop.errors import StropError
 from strop.replay.retake import replay
 from strop.replay.words import lines
@@ -99,6 +102,59 @@ def test_the_rows_of_a_step_add_up_to_what_was_logged(runs: Any) -> None:
                for pull, row in zip(pulls, rows, strict=True)]  # fmt: skip
     for row, weight in zip(rows, weights, strict=True):
         assert math.isclose(row.share, weight / sum(weights), rel_tol=1e-5)
+
+
+def test_the_rows_of_a_distillation_are_weighed_by_their_divergence(runs: Any) -> None:
+    """Its loss is of a column that the policy gives, not of log-probs: each token counts alike."""
+    keys = {"post_training.method": "distill", "post_training.teacher_model_id": str(runs.files["other"])}
+    run = runs({"training.max_steps": 2, "dataset.validation_split": 0.0, **keys})
+    rows = replay(run.path, 2, with_rows=True).rows
+    tokens = [sum(x is not None for c in row.completions for x in c.logps) for row in rows]
+    assert [row.share for row in rows] == pytest.approx([n / sum(tokens) for n in tokens])
+
+
+def test_the_scores_of_a_reward_model_are_no_log_probs(runs: Any) -> None:
+    run = runs({"training.max_steps": 2, "dataset.validation_split": 0.0, "post_training.method": "reward"})
+    found = replay(run.path, 2, with_rows=True)
+    (logged,) = [line for line in run.metrics if line["split"] == "train" and line["step"] == 2]
+    chosen, rejected = zip(*(row.completions for row in found.rows), strict=True)
+    margins = [c.reward - r.reward for c, r in zip(chosen, rejected, strict=True)]
+    assert math.isclose(sum(margins) / len(margins), logged["rewards/margins"], rel_tol=1e-5)
+    assert all(c.logp is None and set(c.logps) == {None} for c in (*chosen, *rejected))
+    told = "".join(f"{line.plain}\n" for line in lines(found))
+    assert "chosen: reward " in told and "log-prob" not in told
+
+
+@pytest.mark.parametrize(("step", "size"), [(1, 2), (4, 2), (5, 3), (8, 3), (9, 1)], ids=lambda number: str(number))
+def test_the_number_of_processes_is_that_of_the_step(step: int, size: int, tmp_path: Path) -> None:
+    resumes = [{"after_step": 4, "world_size": 3}, {"after_step": 8, "world_size": 1}]
+    (tmp_path / "environment.json").write_text(json.dumps({"world_size": 2, "resumes": resumes}))
+    assert processes_at(tmp_path, step) == size
+    assert processes_at(tmp_path / "absent", step) == 1
+
+
+def _differences(run: Path, step: int) -> tuple[bool, bool, float]:
+    """Of a step that is taken again in this world: whether it is the same, whether masks differ, and its shares."""
+    found = replay(run, step, with_rows=True)
+    return found.first_difference is None, found.masks_differ, sum(row.share for row in found.rows)
+
+
+def test_as_many_processes_take_a_step_of_several_again(runs: Any) -> None:
+    """To the last bit, the masks of dropout included; one process says that its masks are others."""
+    run = in_many(2, runs.config({**DROPOUT, "training.groups_per_step": 4, "training.micro_batch_tokens": 64}))
+    same, _ = in_processes(2, _differences, run, 3)
+    assert same == (True, False, pytest.approx(1.0))
+    found = replay(run, 3)
+    assert found.masks_differ and found.first_difference is not None
+    told = "".join(f"{line.plain}\n" for line in lines(found))
+    assert "2 processes took this step, and 1 did now: the masks of lora_dropout are others" in told
+
+
+@pytest.mark.nightly
+def test_the_command_starts_as_many_processes(runs: Any, capfd: Any) -> None:
+    run = in_many(2, runs.config({**DROPOUT, "training.groups_per_step": 4, "training.micro_batch_tokens": 64}))
+    assert main(["replay", str(run), "--step", "3"]) == 0
+    assert capfd.readouterr().out.count("to the last bit") == 1
 
 
 def test_the_command_says_what_differs(runs: Any, tmp_path: Path, capsys: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from strop.cli.parser import Parser
 from strop.errors import ConfigError
-from strop.terminal import log_to_terminal, show
+from strop.terminal import log_to_terminal, rank, show
 
 HELP = """\
 usage: strop replay RUN --step N [--rows] [--json]
@@ -19,8 +19,9 @@ usage: strop replay RUN --step N [--rows] [--json]
 
 Builds the run again from its config.yaml, starts from the nearest checkpoint before the step, or from the initial model
 where there is none, takes all steps up to it, and compares each with the ledger. Nothing is written into the run
-folder. One process does it: a run of several processes is the same but for rounding and the masks of dropout. The exit
-code is 0 where the steps are the same to the last bit, and 2 where they are not.
+folder. As many processes do it as took the step in the run, where this machine has a device for each. With another
+number of processes, a step is the same but for rounding, and for the masks of lora_dropout. The exit code is 0 where
+the steps are the same to the last bit, and 2 where they are not.
 """
 DIFFERENT = 2
 
@@ -41,12 +42,26 @@ def run(arguments: list[str]) -> int:
     if options.step is None:
         raise ConfigError("no step is given", expected="strop replay RUN --step N", fix="ledger.jsonl lists the steps")
     log_to_terminal("info")
+    folder = Path(options.run[0]).expanduser().absolute()
+
+    from strop.device import num_gpus
+    from strop.distributed import find_place
+    from strop.engine.environment import processes_at
+
+    size = processes_at(folder, options.step)
+    has_devices = num_gpus() == 0 or num_gpus() >= size
+    if size > 1 and has_devices and find_place() is None:
+        from strop.launch import launch
+
+        return launch(["replay", *arguments], size)
 
     from strop.durable import to_json
     from strop.replay.retake import replay
     from strop.replay.words import as_json, lines
 
-    found = replay(Path(options.run[0]).expanduser().absolute(), options.step, with_rows=options.rows)
+    found = replay(folder, options.step, with_rows=options.rows)
+    if rank():
+        return 0  # the first process tells
     if options.json:
         show(to_json(as_json(found), indent=2) + "\n")
     elif sys.stdout.isatty():

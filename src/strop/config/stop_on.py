@@ -21,6 +21,7 @@ OfTheStart = Literal[
     "length-bias",
     "labels",
     "simpo-beta",
+    "teacher-is-student",
 ]
 OfTheCourse = Literal[
     "gradient-zero",
@@ -36,6 +37,13 @@ OfTheCourse = Literal[
     "chosen-falls",
     "rewards-together",
     "groups-without-signal",
+    "completions-clipped",
+    "entropy-collapse",
+    "ratios-clipped",
+    "longer-not-better",
+    "reward-hacking",
+    "kl-high",
+    "sampler-mismatch",
 ]
 StopOn = OfTheStart | OfTheCourse
 AT_ONCE = frozenset(get_args(OfTheStart))

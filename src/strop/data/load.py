@@ -83,7 +83,7 @@ def load_data(
     return LoadedData(
         train=weighed,
         eval=views["eval"] if "eval" in views and len(views["eval"]) else (),
-        report=DataReport.of(counts, views, rendering, trained=weighed, pairs=rows == "pair"),
+        report=DataReport.of(counts, views, rendering, trained=weighed, pairs=rows == "pair", sampled=rows == "prompt"),
         chat_template=pipeline.renderer.template if rendering.num_chat else None,
         rejected=sum((part.tokens.rejected for split in splits.values() for part in split.parts), Rejected([])),
         num_labels=num_labels(weighed),

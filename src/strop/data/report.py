@@ -80,10 +80,16 @@ class DataReport:
         *,
         trained: Groups | None = None,
         pairs: bool = True,
+        sampled: bool = False,
     ) -> DataReport:
         """From what became of the rows of every split; there is a split `train`. trained: its groups as often as their
-        sources' weights have them trained, default once each. pairs: groups of two are a chosen and a rejected side."""
+        sources' weights have them trained, default once each. pairs: groups of two are a chosen and a rejected side.
+        sampled: completions will be sampled, so no token of the rows is trained."""
         statistics = {name: group_statistics(groups[name]) for name in counts}
+        if sampled:
+            statistics = {
+                name: {**found, "tokens": {**found["tokens"], "trained": 0}} for name, found in statistics.items()
+            }
         parts = [str(s["fingerprint"]) for s in statistics.values()]
         if trained is not None and trained is not groups["train"]:
             parts.append(fingerprint(trained))
@@ -110,7 +116,8 @@ class DataReport:
         for name, c in self.splits.items():
             tokens = self.statistics[name]["tokens"]
             kept = f"{c.kept:,} of {c.rows_read:,} rows from {c.source}"
-            lines.append(f"{name}: {kept}, {tokens['trained']:,} trained tokens")
+            trained = f"{tokens['trained']:,} trained tokens" if tokens["trained"] else "no token of them is trained"
+            lines.append(f"{name}: {kept}, {trained}")
             lines += [f"{name}: {words}" for words in self._lengths(name)]
             lines += [f"{name}: {n:,} rows refused: {reason}" for reason, n in c.refused.most_common()]
             lines += [f"{name}: {n:,} rows dropped: {reason}" for reason, n in c.dropped.most_common()]

@@ -88,6 +88,21 @@ def launch_record(run_dir: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def record_at(launch: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+    """The record in force when a step was taken: that of the launch, or of the last resume before the step."""
+    found = launch
+    for resume in launch.get("resumes", ()):
+        if isinstance(resume, Mapping) and isinstance(after := resume.get("after_step"), int) and after < step:
+            found = resume
+    return found
+
+
+def processes_at(run_dir: Path, step: int) -> int:
+    """How many processes took a step of a run; 1 where that is not known."""
+    size = record_at(launch_record(run_dir) or {}, step).get("world_size")
+    return size if isinstance(size, int) and size > 0 else 1
+
+
 def changed_since(launch: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """One line for each version, count or device that differs from the launch."""
     for name in COMPARED:

@@ -5,6 +5,7 @@ In: a value, and a view of the whole file. Out: an `Answer`: the keys of strop t
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -49,6 +50,16 @@ class Code:
 
     def __repr__(self) -> str:
         return self.text
+
+    def parts(self) -> list[Any]:
+        """The elements of a list or tuple: texts, and `Code` for what is no text; else the whole alone."""
+        try:
+            tree = ast.parse(self.text, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return [self]  # it was cut short
+        parts = tree.elts if isinstance(tree, ast.List | ast.Tuple) else []
+        return [p.value if isinstance(p, ast.Constant) and isinstance(p.value, str) else Code(ast.unparse(p))
+                for p in parts] or [self]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,9 @@ def idle(why: str) -> Answer:
 def _set(fate: Fate, values: Mapping[str, Any], why: str = "") -> Answer:
     fitted = {}
     for key, value in values.items():
+        if isinstance(value, Code):
+            name = key.rpartition(".")[2].replace("_", "-")
+            return left(f"it is code, which is not run: give its value beside the file, --{name} VALUE")
         try:
             fitted[key] = coerced(key, value)
         except ValueError as error:

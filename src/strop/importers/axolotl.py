@@ -83,7 +83,7 @@ def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping
 def decided(view: View) -> Iterator[tuple[str, Any]]:
     """Keys of strop that follow from its definitions."""
     yield "lora.enabled", bool(view.given.get("adapter"))
-    if view.given.get("rl") == "ipo":
+    if view.given.get("rl") == "ipo" and view.method == "dpo":
         yield "post_training.loss_type", "ipo"
     if view.method == "orpo":
         yield "post_training.orpo_nll", "full"
@@ -134,7 +134,7 @@ def _adapter(value: Any, view: View) -> Answer:
 
 
 def _rl(value: Any, view: View) -> Answer:
-    if value == "ipo":
+    if value == "ipo" and view.method == "dpo":
         return translated({"post_training.loss_type": "ipo"}, "dpo with the loss ipo, per token as TRL has it")
     return idle(f"it is method {view.method}")
 

@@ -38,6 +38,11 @@ TOLD: Mapping[str, str] = {
     "field_prompt": "dataset.prompt_column",
 }
 
+PAIRS = ("dpo", "ipo", "orpo", "simpo", "cpo", "reward")
+TURNS_OF_PAIRS = (
+    "beside chosen and rejected turns, strop reads the turns of the prompt from the column conversations: rename it "
+    "(docs/data.md)"
+)
 READ_TYPES = ("alpaca", "chat_template", "sharegpt", "completion", "input_output", "pretrain", "chat_template.default")
 
 
@@ -86,7 +91,7 @@ def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, Answer], view:
             case "ds_type":
                 found[i, key] = idle("the ending of the file says it")
             case "type":
-                found[i, key] = _type(told)
+                found[i, key] = _type(told, item, view)
             case "chat_template" if isinstance(told, str):
                 found[i, key] = template(told, view)
             case "train_on_eos" if told in ("turn", "all", None):
@@ -94,17 +99,21 @@ def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, Answer], view:
             case "roles_to_train" if told in (["assistant"], ["gpt"], ["gpt", "assistant"]):
                 found[i, key] = idle("answers of the assistant are trained")
             case _ if key in NATIVE:
-                found[i, key] = _field(key, told)
+                found[i, key] = _field(key, told, view)
     return source
 
 
-def _type(told: Any) -> Answer:
+def _type(told: Any, item: Mapping[str, Any], view: View) -> Answer:
+    if str(told).startswith("chat_template") and view.method in PAIRS and item.get("field_messages") is None:
+        return left(f"there the turns of the prompt are in the column messages; {TURNS_OF_PAIRS}")
     if told in READ_TYPES or told is None:
         return idle("strop reads rows of this shape by themselves (docs/data.md)")
     return left("strop reads rows by the names of their columns (docs/data.md); rename those that it does not find")
 
 
-def _field(key: str, told: Any) -> Answer:
+def _field(key: str, told: Any, view: View) -> Answer:
+    if key == "field_messages" and view.method in PAIRS and told not in ("conversations", None):
+        return left(TURNS_OF_PAIRS)
     if told in (NATIVE[key], "conversations", None):
         return idle(f"strop reads the column {told} by itself")
     if key in TOLD:

@@ -136,8 +136,8 @@ def _finetuning(value: Any, view: View) -> Answer:
 
 
 def _beta(value: Any, view: View) -> Answer:
-    if view.method in ("sft", "reward"):
-        return idle(f"{view.method} has no beta")
+    if view.method not in ("dpo", "ipo", "kto", "orpo", "cpo", "simpo"):
+        return idle(f"method {view.method} has no beta of preferences")
     return translated({"post_training.simpo_beta" if view.method == "simpo" else "post_training.beta": value})
 
 
@@ -179,19 +179,20 @@ def _pissa(value: Any, view: View) -> Answer:
     return translated({"lora.init_lora_weights": name}) if is_on(value) else idle("adapters begin as plain LoRA does")
 
 
+def _names(value: Any) -> list[str]:
+    """Data sets, given as a list or as `a,b`."""
+    if isinstance(value, list):
+        return [str(name) for name in value]
+    return [name.strip() for name in str(value).split(",") if name.strip()]
+
+
 def _dataset(value: Any, view: View) -> Answer:
-    names = (
-        [str(v) for v in value] if isinstance(value, list) else [n.strip() for n in str(value).split(",") if n.strip()]
-    )
-    values, why = _sources(names, view)
+    values, why = _sources(_names(value), view)
     return translated(values, why) if values else left(why)
 
 
 def _eval_dataset(value: Any, view: View) -> Answer:
-    names = (
-        [str(v) for v in value] if isinstance(value, list) else [n.strip() for n in str(value).split(",") if n.strip()]
-    )
-    values, why = _sources(names, view)
+    values, why = _sources(_names(value), view)
     file = values.get("dataset.train_file")
     if file is None:
         return left(
@@ -207,11 +208,11 @@ def _sources(names: list[str], view: View) -> tuple[dict[str, Any], str]:
     for name in names:
         entry = info.get(name)
         if not isinstance(entry, Mapping):
-            return {}, trouble or f"{name} is not in {folder / 'dataset_info.json'}; name the rows with --train-file"
+            return {}, trouble or f"{name} is not in {folder / 'dataset_info.json'}"
         sources.append(_source(entry, folder))
         unread += _columns(entry, view, columns)
     if any(not source for source in sources):
-        return {}, "its rows come from a script or another hub; name the rows with --train-file"
+        return {}, "its rows come from a script or another hub"
     only_file = len(sources) == 1 and set(sources[0]) == {"name"} and Path(sources[0]["name"]).suffix
     values: dict[str, Any] = {f"dataset.{key}": column for key, column in columns.items()}
     values["dataset.train_file" if only_file else "dataset.sources"] = sources[0]["name"] if only_file else sources
@@ -264,7 +265,7 @@ def _info(view: View) -> tuple[Mapping[str, Any], Path, str]:
         except (OSError, ValueError, RecursionError):
             raise ConfigError("not readable as JSON", where=str(file)) from None
         return (info, folder, "") if isinstance(info, dict) else ({}, folder, f"{file} holds no data sets")
-    return {}, Path(named), f"there is no dataset_info.json in {named}: name the rows with --train-file"
+    return {}, Path(named), f"there is no dataset_info.json in {named}"
 
 
 RULES: Rules = {

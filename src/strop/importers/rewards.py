@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strop.importers.answers import Answer, Code, View, idle, left, real, translated
+from strop.importers.answers import Answer, Code, Fate, View, idle, left, real, translated
 
 SHIPPED: Mapping[str, Mapping[str, Any]] = {
     "think_format_reward": {"name": "format", "settings": {"pattern": r"<think>(?!.*<think>).*?</think>.*"}},
@@ -15,16 +15,18 @@ SHIPPED: Mapping[str, Mapping[str, Any]] = {
 
 
 def reward_functions(value: Any, view: View) -> Answer:
-    """`reward_funcs`: names of TRL's own, or dotted import paths."""
-    names = value if isinstance(value, list) else [value]
-    if isinstance(value, Code):
-        return left("it is code, which is not run: name a function with --rewards file.py:function")
+    """`reward_funcs`: names of TRL's own, dotted import paths, hub ids of reward models, or functions of a script."""
+    names = value.parts() if isinstance(value, Code) else value if isinstance(value, list) else [value]
     weights = view.get("reward_weights")
     judge = view.get("reward_model_name_or_path")
     names = names if judge is None else [f"model:{judge}", *names]  # TRL puts the model first
     rewards: list[dict[str, Any]] = []
     missing: list[str] = []
+    code: list[str] = []
     for i, name in enumerate(names):
+        if isinstance(name, Code):
+            code.append(name.text)
+            continue
         found = reward(str(name))
         weight = real(weights[i]) if isinstance(weights, list) and i < len(weights) else None
         if found is None:
@@ -36,15 +38,22 @@ def reward_functions(value: Any, view: View) -> Answer:
             f"strop has no reward {', '.join(missing)}: write a function that gives a number for each completion, and "
             "name it with --rewards file.py:function"
         )
+    if code:
+        # what could be carried over is, but the run would have other rewards than the script
+        kept = translated({"rewards": rewards}).values if rewards else {}
+        why = f"{', '.join(code)} is code, which is not run: add it to rewards as file.py:function"
+        return Answer(Fate.LEFT, kept, why)
     return translated({"rewards": rewards}, "a function gets completions as texts")
 
 
 def reward(name: str) -> dict[str, Any] | None:
-    """One reward of TRL's command line; None: strop has none for it."""
+    """One reward of TRL; None: strop has none for it."""
     if name.startswith("model:"):
         return {"name": name}
     if name in SHIPPED:
         return dict(SHIPPED[name])
+    if "/" in name:
+        return {"name": f"model:{name}"}
     module, dot, function = name.rpartition(".")
     return {"name": f"{module}:{function}"} if dot else None
 

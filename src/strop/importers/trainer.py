@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from strop.config.schema import SECTIONS
@@ -174,6 +175,10 @@ def _report_to(value: Any, _: View) -> Answer:
     names = [str(v) for v in (value if isinstance(value, list) else [value])]
     key = schema_key("logging.report_to")
     choices = key.choices if key else ()
+    if names == ["all"]:
+        here = [name for name in choices if find_spec(name) is not None]
+        why = f"all that are installed here; strop knows {', '.join(choices)}"
+        return translated({"logging.report_to": here}, why)
     wanted = [name for name in names if name in choices]
     missing = [name for name in names if name not in choices and name not in ("none", "None", "[]")]
     if missing and not wanted:

@@ -81,7 +81,7 @@ def _imported(path: Path, tool: str | None, overrides: dict[str, Any]) -> Import
         values[key], origins[key] = value, "given beside the file"
     values[METHOD] = view.method
     origins.setdefault(METHOD, "the method of the file")
-    _check(values, path)
+    _check(values, path, [e for e in entries if e.key in ("dataset", "datasets") and e.answer.fate is Fate.LEFT])
     return Imported(
         known.title, path, view.method, tuple(entries), values, origins, tuple(dict.fromkeys(known.notes(view)))
     )
@@ -130,7 +130,9 @@ def _answered(
     for path, name, value in items:
         for leaf, item, answer in _answers(path, name, value, tool.rules.get(name), view):
             key = dotted(leaf)
-            if any(k in overrides for k in answer.values):
+            if name in ("dataset", "datasets") and not answer.values and any(f"dataset.{k}" in overrides for k in DATA):
+                answer = left("other rows are named beside the file")
+            elif any(k in overrides for k in answer.values):
                 kept = {k: v for k, v in answer.values.items() if k not in overrides}
                 answer = Answer(Fate.LEFT, kept, "another value is given beside the file")
             elif twice := [k for k in answer.values if said.get(k, key) != key and not _same(entries, k, answer)]:
@@ -187,7 +189,7 @@ PREFIXES: Mapping[str, str] = {
     "wandb_": instead_of("wandb_entity"),
     "hub_": instead_of("hub_token"),
     "ddp_": instead_of("ddp_timeout"),
-    "fsdp_": instead_of("fsdp"),
+    "fsdp_": instead_of("fsdp_config"),
     "liger_": instead_of("use_liger"),
     "lora_": "strop has no such setting for its adapters",
 }
@@ -236,14 +238,23 @@ def _default_here(key: str, value: Any, method: str) -> bool:
     return known.field.default is not PydanticUndefined and bool(known.field.default == value)
 
 
-def _check(values: Mapping[str, Any], path: Path) -> RunConfig:
-    """Refuses what would not be a configuration, in the words of the file that was read."""
+DATA = ("train_file", "name", "sources", "splits_dir")
+"""Keys of `dataset` that say where rows are."""
+
+
+def _check(values: Mapping[str, Any], path: Path, of_data: list[Entry]) -> RunConfig:
+    """Refuses what would not be a configuration, in the words of the file that was read.
+
+    of_data: keys of the file that name its rows, and are not carried over.
+    """
     where = str(path)
     if "models.0.huggingface_id" not in values:
         raise ConfigError("the file names no model", where=where, fix="name it: --model org/name, or a folder")
-    if not any(f"dataset.{key}" in values for key in ("train_file", "name", "sources", "splits_dir")):
+    if not any(f"dataset.{key}" in values for key in DATA):
         raise ConfigError(
-            "the file names no data that strop can read", where=where, fix="name it: --train-file rows.jsonl"
+            "the file names no data that strop can read" + "".join(f"; {e.key}: {e.answer.why}" for e in of_data),
+            where=where,
+            fix=f"name the rows beside it: strop import {path} --train-file rows.jsonl",
         )
     if values[METHOD] == "grpo" and not values.get("rewards"):
         raise ConfigError(

@@ -191,6 +191,8 @@ def _loss_type(value: Any, view: View) -> Answer:
             return idle("it is method simpo")
         case "cpo" if value == "sigmoid":
             return idle("it is method cpo")
+        case "orpo" | "reward" | "distill" | "ipo":
+            return idle(f"method {view.method} has one loss")
     raise refused("loss_type", value, view.method, "sigmoid or simpo", "add --method and --loss-type")
 
 
@@ -214,8 +216,8 @@ def _loss_of_dpo(value: Any, view: View) -> Answer:
 
 def _beta(value: Any, view: View) -> Answer:
     match view.method:
-        case "sft" | "reward":
-            return left(f"{view.method} has no beta")
+        case "sft" | "reward" | "distill":
+            return left(f"method {view.method} has no such beta")
         case "simpo":
             return translated({"post_training.simpo_beta": value})
     return carried("post_training.beta", value)

@@ -2,8 +2,8 @@
 
 In: a run folder and a step. Out: a `Replayed`. The run is built again from its config.yaml, starts from the nearest
 checkpoint before the step, or from the initial model, and takes all steps up to it. On the same CPU, with as many
-threads and the same packages, the numbers are the same to the last bit, dropout included. Nothing is written into the
-run folder.
+processes and threads and the same packages, the numbers are the same to the last bit, dropout included. Nothing is
+written into the run folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ import torch
 from strop.config import RunConfig, load_config, of_model
 from strop.config.sections import GpuSection
 from strop.device import start_world
+from strop.distributed import find_place
 from strop.durable import to_json
 from strop.engine.checkpoint import Checkpoint, open_checkpoint
-from strop.engine.environment import changed_since, describe_environment, launch_record
+from strop.engine.environment import changed_since, describe_environment, launch_record, processes_at, record_at
 from strop.engine.ledger import ledger_line
 from strop.engine.loop import Loop
 from strop.engine.progress import Progress
-from strop.engine.recipe import MADE_FROM, recipe_of
+from strop.engine.recipe import MADE_FROM, cut_matters, recipe_of
 from strop.engine.records import StepRecord
 from strop.errors import CheckpointError, ConfigError
 from strop.policy.policy import Policy
@@ -65,7 +66,8 @@ class Replayed:
     start: the step of the checkpoint that it began with; 0: the initial model. steps: every step that was taken and
     that the ledger has, the last one being the one asked for. line: what the ledger has of it. has_after: whether the
     weights after it could be compared. environment: what is not as it was when the run was launched. rows: of the step,
-    if they were asked for.
+    if they were asked for. processes: how many took the step then, and how many did now. masks_differ: these are not as
+    many, and the masks of dropout depend on it.
     """
 
     step: int
@@ -75,6 +77,8 @@ class Replayed:
     has_after: bool
     environment: Sequence[str]
     rows: Sequence[RowScores]
+    processes: tuple[int, int] = (1, 1)
+    masks_differ: bool = False
 
     @property
     def first_difference(self) -> Retaken | None:
@@ -82,7 +86,7 @@ class Replayed:
 
 
 def replay(folder: Path, step: int, *, with_rows: bool = False) -> Replayed:
-    """Take a step again.
+    """Take a step again, in the processes that a launcher has started, all of which call this; else in one.
 
     Args:
         step: from 1.
@@ -97,8 +101,9 @@ def replay(folder: Path, step: int, *, with_rows: bool = False) -> Replayed:
     if step not in lines:
         raise _no_such_step(folder, step)
     check(config)
-    with tempfile.TemporaryDirectory() as scratch, start_world(GpuSection()) as world:
-        environment = _environment(folder, config)
+    with tempfile.TemporaryDirectory() as scratch, start_world(_devices(config)) as world:
+        before = processes_at(folder, step)
+        environment = _environment(folder, config, step, world)
         with (
             Progress.of_run(config, world) as progress,
             Session(config, config.models[0], world, resumed=_resumed(folder, start, config)) as session,
@@ -107,7 +112,9 @@ def replay(folder: Path, step: int, *, with_rows: bool = False) -> Replayed:
             with _loop(session, saved, folder, progress, Path(scratch)) as (loop, recorded):
                 if saved:
                     loop.restore(saved)
-                return _taken(loop, recorded, lines, start, step, environment, progress, session if with_rows else None)
+                taken = _taken(loop, recorded, lines, start, step, progress, session if with_rows else None)
+        masks_differ = before != world.size and cut_matters(config)
+        return replace(taken, environment=environment, processes=(before, world.size), masks_differ=masks_differ)
 
 
 def _taken(
@@ -116,7 +123,6 @@ def _taken(
     lines: Mapping[int, Line],
     start: int,
     step: int,
-    environment: Sequence[str],
     progress: Progress,
     session: Session | None,
 ) -> Replayed:
@@ -138,7 +144,7 @@ def _taken(
             retaken.append(_compared({**line, **({} if after is None else {AFTER: after})}, found))
         task.step()
     task.close()
-    return Replayed(step, start, retaken, lines[step], step + 1 in lines, environment, rows)
+    return Replayed(step, start, retaken, lines[step], step + 1 in lines, (), rows)
 
 
 def _compared(recorded: Line, found: Line) -> Retaken:
@@ -195,11 +201,17 @@ def _resumed(folder: Path, start: int, config: RunConfig) -> Checkpoint:
     return Checkpoint(folder, 0, {"recipe": recipe_of(config), "products": launch.get("products")}, {}, {})
 
 
-def _environment(folder: Path, config: RunConfig) -> list[str]:
+def _devices(config: RunConfig) -> GpuSection:
+    """As many as there are processes, however many the run was configured for."""
+    return config.gpu.model_copy(update={"num_processes": None, "device_ids": None}) if find_place() else GpuSection()
+
+
+def _environment(folder: Path, config: RunConfig, step: int, world: World) -> list[str]:
     launch = launch_record(folder)
     if launch is None:
         return ["environment.json cannot be read, so nothing is known of the computer that the run was made on"]
-    return list(changed_since(launch, describe_environment(seed=config.seed, processes=[{}])))
+    now = describe_environment(seed=config.seed, processes=[{}] * world.size)
+    return list(changed_since(record_at(launch, step), now))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The rows of a step: text, log-probs, rewards, and how much of the gradient comes from each. Floor 8.
 
-Shapes: M scored tokens, C completions, G groups. A row's share of the gradient is its share of the sum of |d loss / d
-log-prob| over all trained tokens of the step: how hard the loss pulls at it, before that goes through the model.
+Shapes: M scored tokens, C completions, G groups. A row's share of the gradient is its share of the sum of
+|d loss / d x| over all numbers x that the policy gives for the step, such as log-probs of trained tokens: how hard the
+loss pulls at it, before that goes through the model.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from strop.batch import Scores
+from strop.columns import Columns
 from strop.config.methods import MethodSettings
 from strop.engine.gradients import Gradients
 from strop.engine.ledger import row_hash
 from strop.engine.step import step_loss
 from strop.objectives.base import Objective
+from strop.policy.policy import Policy
 from strop.session import Session
 from strop.types import Completion
 
@@ -26,13 +29,14 @@ from strop.types import Completion
 class CompletionScores:
     """A completion of a row.
 
-    tokens: the text of each. logps: of each token; None for one that is not trained. logp: the sum. ref_logp: under the
-    reference; None without one. reward: beta times the log-ratio where there is a reference, or what a function gave.
+    tokens: the text of each. logps: of each token; None for one that is not trained. logp: the sum; None of a reward
+    model, which gives none. ref_logp: under the reference; None without one. reward: what the reward model that is
+    trained gives; else beta times the log-ratio where there is a reference, or what a function gave.
     """
 
     tokens: Sequence[str]
     logps: Sequence[float | None]
-    logp: float
+    logp: float | None
     ref_logp: float | None
     reward: float | None
 
@@ -56,9 +60,10 @@ def row_scores(session: Session, gradients: Gradients, step: int) -> list[RowSco
     passes = gradients.take(step, 1.0)
     session.policy.zero_grad(set_to_none=True)
     objective, scores = session.prepared.objective, passes.result.scores
-    pulls = scores.sums(pull(objective, scores).abs())
-    total = float(pulls.sum()) or 1.0
-    margins, rewards = passes.result.margins, _rewards(objective, scores)
+    pulled = pulls(objective, scores)
+    total = sum(pulled) or 1.0
+    judges, margins = session.policy.is_reward_model, passes.result.margins
+    rewards = scores.sums(scores.logps) if judges else _rewards(objective, scores)
     logps = [each.tolist() for each in torch.split(scores.logps.double(), list(scores.structure.tokens_per_completion))]
     sums = scores.sums(scores.logps).tolist()
     ref = scores.sums(scores["ref_logps"]).tolist() if "ref_logps" in objective.reads else None
@@ -74,8 +79,8 @@ def row_scores(session: Session, gradients: Gradients, step: int) -> list[RowSco
             [
                 CompletionScores(
                     [_text(session, [token]) for token in completion.ids],
-                    _spread(completion, logps[i]),
-                    sums[i],
+                    [None] * len(completion.ids) if judges else _spread(completion, logps[i]),
+                    None if judges else sums[i],
                     None if ref is None else ref[i],
                     None if rewards is None else float(rewards[i]),
                 )
@@ -83,19 +88,32 @@ def row_scores(session: Session, gradients: Gradients, step: int) -> list[RowSco
             ],
             None if margins is None else float(margins[number]),
             group.label,
-            sum(float(pulls[i]) for i in own) / total,
+            pulled[number] / total,
         )
         at = own.stop
     return [rows[place] for place in sorted(rows)]
 
 
-def pull(objective: Objective[MethodSettings], scores: Scores) -> Tensor:
-    """[M] d loss / d log-prob of each scored token, of the loss of a whole step."""
-    leaf = scores.logps.detach().requires_grad_()
+def pulls(objective: Objective[MethodSettings], scores: Scores) -> list[float]:
+    """[G] the sum of |d loss / d x| over all numbers x that the policy gives for a group, of the loss of a whole step:
+    log-probs, and the columns that it supplies, such as the divergence from a teacher."""
+    supplied = objective.reads & Policy.SUPPLIES
+
+    def leaf(values: Tensor) -> Tensor:
+        return values.detach().requires_grad_()
+
+    logps = leaf(scores.logps)
+    own = [{name: leaf(level[name]) for name in level.keys() & supplied if level[name].is_floating_point()}
+           for level in scores.columns]  # fmt: skip
+    columns = Columns(*({**level, **leaves} for level, leaves in zip(scores.columns, own, strict=True)))
     counts = {term: unit(scores.structure) for term, unit in objective.units.items()}
-    loss = step_loss(objective, replace(scores, logps=leaf), counts)
-    (found,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
-    return found
+    loss = step_loss(objective, replace(scores, logps=logps, columns=columns), counts)
+    own[0]["log-probs"] = logps  # per token, as the first level is
+    leaves = [leaf for level in own for leaf in level.values()]
+    slopes = iter(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    found = Columns(*({name: next(slopes) for name in level} for level in own))
+    return [sum(float(slope.double().abs().sum()) for level in of_group for slope in level.values())
+            for of_group in found.split(scores.structure)]  # fmt: skip
 
 
 def _rewards(objective: Objective[MethodSettings], scores: Scores) -> Tensor | None:

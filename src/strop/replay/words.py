@@ -37,6 +37,12 @@ def lines(found: Replayed) -> Iterator[Text]:
         f"loss {line['loss']}, gradient norm {line['grad_norm']}"
     )
     yield from _verdict(found)
+    if found.masks_differ:
+        then, now = found.processes
+        yield Text(
+            f"  {then} {'process' if then == 1 else 'processes'} took this step, and {now} did now: the masks of "
+            "lora_dropout are others, so the numbers differ by more than rounding"
+        )
     for change in found.environment:
         yield Text(f"  changed since the launch, so the last digits may differ: {escaped(change)}")
     for number, row in enumerate(found.rows, start=1):
@@ -86,8 +92,10 @@ def _names(row: RowScores) -> Sequence[str]:
 
 
 def _about(name: str, completion: CompletionScores) -> Text:
-    trained = sum(logp is not None for logp in completion.logps)
-    parts = [f"log-prob {completion.logp:.3f} ({completion.logp / trained:.3f} per token)"]
+    parts = []
+    if completion.logp is not None:
+        trained = sum(logp is not None for logp in completion.logps)
+        parts.append(f"log-prob {completion.logp:.3f} ({completion.logp / max(1, trained):.3f} per token)")
     if completion.ref_logp is not None:
         parts.append(f"reference {completion.ref_logp:.3f}")
     if completion.reward is not None:

@@ -131,10 +131,16 @@ def _spread(table: Table, values: np.ndarray) -> np.ndarray | None:
 def _kl(facts: Facts) -> LineChart | None:
     series = [
         Series(words, *facts.run.train.series(name))
-        for name, words in (("kl", "z0"), ("kl_unclamped", "not clamped"))
+        for name, words in (("kl", "z0" if facts.method == "kto" else "policy"), ("kl_unclamped", "not clamped"))
         if name in facts.run.train
     ]
-    return LineChart("kl", "Divergence from the reference (z0), nats", series) if series else None
+    title = "Divergence from the reference (z0), nats" if facts.method == "kto" else "Nats per token from the reference"
+    return LineChart("kl", title, series) if series else None
+
+
+def _reward(facts: Facts) -> LineChart | None:
+    series = _both(facts, "reward") if facts.trains_on_rewards else []
+    return LineChart("reward", "Mean reward of a completion", series) if series else None
 
 
 def _gradient(facts: Facts) -> LineChart | None:
@@ -154,6 +160,9 @@ def _single(key: str, title: str, name: str, word: str) -> Callable[[Facts], Lin
 
 
 def _lengths(facts: Facts) -> LineChart | None:
+    if facts.trains_on_rewards:
+        series = _both(facts, "completions/mean_length")
+        return LineChart("lengths", "Tokens of a completion", series) if series else None
     names = ("chosen", "rejected") if facts.method != "sft" else ("completion",)
     series = [
         Series(side, *facts.run.train.series(f"lengths/{side}"))
@@ -164,6 +173,7 @@ def _lengths(facts: Facts) -> LineChart | None:
 
 
 MAKERS = (
+    _reward,
     _loss,
     _rewards,
     _likelihood,
@@ -173,6 +183,8 @@ MAKERS = (
     _single("rate", "Learning rate", "learning_rate", "rate"),
     _single("update", "Size of an update against the weights", "update_ratio", "ratio"),
     _lengths,
+    _single("clipped", "Completions that reach the length limit", "completions/clipped_ratio", "share"),
+    _single("entropy", "Entropy, nats per token", "entropy", "entropy"),
     _single("speed", "Tokens per second", "tokens_per_second", "tokens/s"),
     _single("memory", "Most memory held so far, GiB", "peak_memory_gib", "GiB"),
 )

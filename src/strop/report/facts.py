@@ -56,6 +56,11 @@ class Facts:
         return method is not None and method.ROWS == "pair"
 
     @property
+    def trains_on_rewards(self) -> bool:
+        """Whether completions have rewards: grpo, and methods on pairs whose completions are sampled."""
+        return self.method == "grpo" or (self.samples and self.is_pairs)
+
+    @property
     def starts_at_reference(self) -> bool:
         """Whether the policy is the reference before the first step."""
         return self.has_reference and self.run.value("post_training.ref_model_id") is None
@@ -134,6 +139,21 @@ class Facts:
         """How far the evaluation loss changed between two steps, by paired rows; None where the run does not say."""
         rows = self.last("num_groups", self.run.eval)
         return change_of_rows(self.run.logs, int(first), int(last), int(rows) if rows else None)
+
+    @property
+    def held_out_gain(self) -> tuple[float, float] | None:
+        """(how much the reward of held-out prompts rose from the first to the last evaluation, half the width of the
+        95 % interval of that); None without two evaluations. Both are of the same prompts, so the interval is rather
+        too wide."""
+        if not self.samples or "reward" not in self.run.eval:
+            return None
+        rewards, high = (self.run.eval.columns.get(name) for name in ("reward", "reward_high"))
+        places = np.flatnonzero(np.isfinite(rewards)) if rewards is not None else np.zeros(0, int)
+        if rewards is None or len(places) < 2:
+            return None
+        ends = places[[0, -1]]
+        halves = np.zeros(2) if high is None else np.nan_to_num(high[ends] - rewards[ends])
+        return float(rewards[ends[1]] - rewards[ends[0]]), float(np.hypot(*halves))
 
     def logp_gain(self, side: str) -> float | None:
         """How much likelier the `chosen` or `rejected` completions have become, in nats per token: against the

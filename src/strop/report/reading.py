@@ -35,7 +35,10 @@ NUMBERS = (
     *("step", "loss", "loss/preference", "loss/nll", "nll", "learning_rate", "grad_norm", "clipped"),
     *("update_ratio", "changed_fraction", "tokens", "tokens_per_second", "seconds", "peak_memory_gib"),
     *("num_groups", "num_zero_signal_groups", "num_skipped_steps", "kl", "kl_unclamped"),
-    *("rewards/margins", "rewards/accuracies", "lengths/completion", "reward", "frac_reward_zero_std"),
+    *("rewards/margins", "rewards/accuracies", "lengths/completion"),
+    *("reward", "reward_low", "reward_high", "frac_reward_zero_std", "entropy", "clip_ratio/region_mean"),
+    *("completions/clipped_ratio", "completions/mean_length"),
+    *("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"),
     *(f"{name}/{side}" for name in ("rewards", "logps_per_token", "lengths") for side in SIDES),
 )
 """What charts and checks read of a line of metrics.jsonl."""

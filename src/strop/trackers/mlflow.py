@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -9,7 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from strop.durable import to_json
+from strop.redact import redact
 from strop.trackers.facts import SPLITS, Ended, Held, RunFacts, charted
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = {
     # MLflow waits for minutes by itself; what a server does not take is offered again later
@@ -37,6 +41,7 @@ class MLflow:
         known = facts.known.get("run_id")
         self._run_id = known or self._create(facts)
         self.identity: Mapping[str, str] = {"run_id": self._run_id}
+        self._say_where()
         if known:
             self._client.update_run(known, status="RUNNING")
         else:
@@ -53,6 +58,14 @@ class MLflow:
         experiment = self._client.get_experiment_by_name(name)
         number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
         return str(self._client.create_run(number, run_name=facts.name).info.run_id)
+
+    def _say_where(self) -> None:
+        """Without MLFLOW_TRACKING_URI, MLflow puts its database and its artifacts into the folder where strop runs."""
+        from mlflow import get_tracking_uri
+
+        uri, run = redact(get_tracking_uri()), self._client.get_run(self._run_id).info
+        logger.info("mlflow: %s, artifacts in %s; mlflow ui --backend-store-uri %s shows it", uri,
+                    redact(str(run.artifact_uri)), uri)  # fmt: skip
 
     def _look(self) -> Held:
         """What the run holds: every line has an `epoch`."""

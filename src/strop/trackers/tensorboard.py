@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.trackers.facts import Ended, Held, RunFacts, charted, markdown
+
+logger = logging.getLogger(__name__)
 
 
 class TensorBoard:
@@ -20,6 +23,7 @@ class TensorBoard:
 
         folder = facts.logs / "tensorboard"
         self._held = Held(facts.logged)
+        logger.info("tensorboard: %s; tensorboard --logdir shows it", folder)
         # a run that was killed before its first checkpoint logs everything again
         from_step = 0 if facts.resumed_at is None else facts.resumed_at + 1
         self._writer = SummaryWriter(folder, purge_step=from_step if facts.is_resumed else None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from strop.redact import redact
 from strop.trackers.facts import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, markdown
 
 logger = logging.getLogger(__name__)
@@ -24,12 +25,15 @@ class Trackio:
         with _quietly():
             import trackio
             from trackio.sqlite_storage import SQLiteStorage
+            from trackio.utils import TRACKIO_DIR
 
             name = facts.known.get("name") or f"{facts.name}-{uuid.uuid4().hex[:8]}"
             project = facts.project or "strop"
             self._run = trackio.init(project, name=name, config=dict(facts.config), resume="allow", embed=False)
             local = not {"TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"} & os.environ.keys()
             held = _last_steps(SQLiteStorage.get_logs(project, name, run_id=self._run.id)) if local else facts.logged
+        there = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL") or str(TRACKIO_DIR)
+        logger.info("trackio: %s; trackio show --project %s shows it", redact(there), project)
         self._finish, self._markdown = trackio.finish, trackio.Markdown
         self.identity: Mapping[str, str] = {"project": project, "name": name}
         self._held = Held(held)

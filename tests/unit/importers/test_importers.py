@@ -19,10 +19,11 @@ from strop.config.foreign import RENAMED
 from strop.config.schema import KEYS
 from strop.config.yamlfile import parse, write_value
 from strop.errors import ConfigError
-from strop.importers import import_file, to_text
+from strop.importers import import_file, to_text, trainer
 from strop.importers.answers import Answer, Fate, View
 from strop.importers.source import leaves, read
 from strop.importers.tools import TOOLS
+from strop.importers.translate import PREFIXES
 from strop.preflight import check
 
 PAIRS = [{"prompt": f"q {i}", "chosen": "yes", "rejected": "no"} for i in range(12)]
@@ -659,6 +660,7 @@ def test_every_key_is_in_one_of_the_lists(tool: str, data: dict[str, Any], tmp_p
         assert str(error)
         return
     keys = [path for path, _ in leaves(data)]
+    assert all(entry.answer.why for entry in found.of(Fate.LEFT))
     assert len(found.entries) == len(keys) == sum(len(found.of(fate)) for fate in Fate)
     text = to_text(found)
     assert "sk-" + "a" * 48 not in text
@@ -745,6 +747,88 @@ def test_what_is_given_beside_the_file_wins(place: Path, capsys: pytest.CaptureF
     assert config.training.learning_rate == 1e-6 and config.post_training.method == "dpo"
     assert "another value is given beside the file" in capsys.readouterr().out
     assert main(line) == 1 and "there is a file of this name" in capsys.readouterr().err
+
+
+def lost_of(text: str, name: str, tool: str | None, folder: Path, **beside: Any) -> tuple[Any, dict[str, str]]:
+    """What is read, and why keys are not carried over."""
+    (folder / name).write_text(text)
+    found = import_file(folder / name, tool, {key.replace("__", "."): value for key, value in beside.items()})
+    return found, {entry.key: entry.answer.why for entry in found.of(Fate.LEFT)}
+
+
+def test_families_of_names_have_a_reason() -> None:
+    assert all(PREFIXES.values())
+
+
+@pytest.mark.parametrize("field", ["", "    field_messages: turns\n", "    field_messages: messages\n"])
+def test_pairs_of_axolotl_with_turns_in_a_column_that_strop_does_not_read(field: str, tmp_path: Path) -> None:
+    text = f"base_model: a\nrl: dpo\nsequence_len: 9\ndatasets:\n  - path: a/b\n    type: chat_template\n{field}"
+    _, lost = lost_of(text, "a.yaml", "axolotl", tmp_path)
+    (why,) = (why for key, why in lost.items() if key.startswith("datasets"))
+    assert "from the column conversations: rename it" in why
+    read_there = text.replace(field, "") + "    field_messages: conversations\n"
+    assert not [key for key in lost_of(read_there, "b.yaml", "axolotl", tmp_path)[1] if key.startswith("datasets")]
+
+
+def test_code_in_the_place_of_a_value_says_how_to_give_the_value(tmp_path: Path) -> None:
+    text = "from trl import DPOConfig\nLR = 1e-6\nDPOConfig(learning_rate=LR * 2, model_name_or_path='a', r=f(8))\n"
+    _, lost = lost_of(text, "a.py", None, tmp_path, dataset__train_file="x.jsonl")
+    assert "give its value beside the file, --learning-rate VALUE" in lost["DPOConfig.learning_rate"]
+    assert "--r VALUE" in lost["DPOConfig.r"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "code"),
+    [
+        ("[rew, 'some/rm']", ["model:some/rm"], "rew"),
+        ("['some/rm', lambda x: [1], m.rew]", ["model:some/rm"], "lambda x: [1], m.rew"),
+        ("['some/rm', 'mod.rew']", ["model:some/rm", "mod:rew"], ""),
+        ("'some/rm'", ["model:some/rm"], ""),
+    ],
+)
+def test_rewards_of_a_script_are_mapped_one_by_one(given: str, kept: list[str], code: str, tmp_path: Path) -> None:
+    text = f"from trl import GRPOTrainer\nt = GRPOTrainer(model='a', reward_funcs={given})\n"
+    found, lost = lost_of(text, "a.py", None, tmp_path, dataset__train_file="x.jsonl")
+    assert [reward["name"] for reward in found.values["rewards"]] == kept
+    assert ("GRPOTrainer.reward_funcs" in lost) == bool(code)
+    assert not code or lost["GRPOTrainer.reward_funcs"].startswith(f"{code} is code")
+
+
+def test_all_trackers_are_those_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
+    text = json.dumps({"model_name_or_path": "a", "dataset_name": "b/c", "report_to": "all"})
+    found, lost = lost_of(text, "a.json", "trl", tmp_path, post_training__method="sft")
+    assert found.values["logging.report_to"] == ["wandb", "mlflow"] and not lost
+
+
+@pytest.mark.parametrize(
+    ("tool", "text"),
+    [
+        ("llamafactory", "model_name_or_path: a\nstage: dpo\npref_beta: 0.2\npref_loss: sigmoid\n"),
+        ("trl", "model_name_or_path: a\nloss_type: sigmoid\nbeta: 0.2\n"),
+        ("axolotl", "base_model: a\nrl: ipo\nrl_beta: 0.2\n"),
+    ],
+)
+@pytest.mark.parametrize("method", ["distill", "orpo", "reward", "sft"])
+def test_another_method_beside_a_file_for_pairs(tool: str, text: str, method: str, tmp_path: Path) -> None:
+    """The beta of preferences is not that of a method that has another one, or none."""
+    beside = {"post_training__method": method, "dataset__train_file": "x.jsonl"}
+    found, _ = lost_of(text, "a.yaml", tool, tmp_path, **beside)
+    assert found.method == method and "post_training.loss_type" not in found.values
+    assert ("post_training.beta" in found.values) == (method == "orpo")
+
+
+def test_rows_beside_a_file_without_dataset_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says which command reads the file, and it does."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("model_name_or_path: a\nstage: sft\ncutoff_len: 9\ndataset: identity,other\n")
+    with pytest.raises(ConfigError, match=r"there is no dataset_info\.json in data") as refused:
+        import_file(Path("a.yaml"))
+    command = refused.value.fix.partition(": ")[2].split()
+    assert command[0] == "strop" and main(command[1:]) == 0
+    assert load_config("strop.yaml").dataset.train_file == "rows.jsonl"
+    found = import_file(Path("a.yaml"), None, {"dataset.train_file": "rows.jsonl"})
+    assert [e.answer.why for e in found.entries if e.key == "dataset"] == ["other rows are named beside the file"]
 
 
 def test_numbers_of_yaml_1_1_are_numbers(tmp_path: Path) -> None:

@@ -102,6 +102,106 @@ def test_a_finding_is_raised_by_what_it_looks_for(
         assert found.numbers and found.remedies
 
 
+def sampled(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a run of grpo that goes well."""
+    done = line["step"] / STEPS
+    of_both = {"reward": 0.4 + 0.3 * done, "completions/mean_length": 40.0, "completions/clipped_ratio": 0.02}
+    if line["split"] == "eval":
+        return {**of_both, "reward_high": of_both["reward"] + 0.03, "num_groups": 800}
+    of_training = {"entropy": 2.0 - 0.8 * done, "frac_reward_zero_std": 0.1, "clip_ratio/region_mean": 0.01, "kl": 0.1}
+    return {**of_both, **of_training, "sampling/sampling_logp_difference/mean": 0.001}
+
+
+def towards(name: str, end: float, split: str = "train") -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A number of a run of grpo that goes from where it begins to `end`."""
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        start_ = sampled({"step": 0, "split": split})[name]
+        value = start_ + (end - start_) * line["step"] / STEPS
+        high = {"reward_high": value + 0.03} if name == "reward" else {}
+        return {name: value, **high} if line["split"] == split else {}
+
+    return change
+
+
+def both(*changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda line: {name: value for change in changes for name, value in change(line).items()}
+
+
+LENGTH, FLAT = "completions/mean_length", towards("reward", 0.41, "eval")
+GROUPS: list[tuple[str, Severity, Callable[[dict[str, Any]], dict[str, Any]]]] = [
+    ("completions-clipped", NOTE, constant(completions__clipped_ratio=0.2)),
+    ("completions-clipped", WARN, constant(completions__clipped_ratio=0.5)),
+    ("completions-clipped", FAIL, constant(completions__clipped_ratio=0.99)),
+    ("entropy-collapse", WARN, lambda line: {"entropy": 2.0 if line["step"] < 20 else 0.2}),
+    ("entropy-collapse", NOTE, lambda line: {"entropy": 2.0 if line["step"] < 70 else 0.2}),
+    ("ratios-clipped", WARN, constant(clip_ratio__region_mean=0.3)),
+    ("kl-high", WARN, towards("kl", 4.0)),
+    ("kl-high", FAIL, towards("kl", 40.0)),
+    ("sampler-mismatch", WARN, constant(sampling__sampling_logp_difference__mean=0.05)),
+    ("sampler-mismatch", FAIL, constant(sampling__sampling_logp_difference__mean=0.5)),
+    ("longer-not-better", OK, towards(LENGTH, 90.0)),
+    ("longer-not-better", WARN, both(towards(LENGTH, 90.0), FLAT)),
+    ("longer-not-better", WARN, both(towards(LENGTH, 90.0), towards("completions/clipped_ratio", 0.38))),
+    ("reward-hacking", WARN, FLAT),
+    ("reward-hacking", FAIL, towards("reward", 0.3, "eval")),
+    ("worse-than-start", FAIL, both(towards("reward", 0.3), towards("reward", 0.3, "eval"))),
+    ("groups-without-signal", WARN, constant(frac_reward_zero_std=0.6)),
+]
+
+
+@pytest.fixture
+def make_sampled(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(change: Callable[[dict[str, Any]], dict[str, Any]], **settings: Any) -> Any:
+        found = make(lambda line: {**sampled(line), **change({**line, **sampled(line)})})
+        found.settings |= {"post_training.method": "grpo", "rollout.enabled": True, "rollout.num_generations": 4}
+        found.settings |= {"rollout.dynamic_sampling": False, "training.max_completion_length": 64}
+        found.settings |= {"rollout.num_iterations": 2, "post_training.epsilon_high": 0.2, **settings}
+        return found
+
+    return made
+
+
+@pytest.mark.parametrize(("id_", "severity", "change"), GROUPS, ids=[f"{g[0]}-{g[1]}" for g in GROUPS])
+def test_a_finding_about_groups_is_raised_by_what_it_looks_for(
+    id_: str, severity: Severity, change: Callable[[dict[str, Any]], dict[str, Any]], make_sampled: Callable[..., Any]
+) -> None:
+    found = make_sampled(change)
+    assert [f.id for f in found.diagnose().raised][:1] == ([] if severity is OK else [id_])
+    assert found.finding(id_).severity == severity
+    assert found.finding(id_).numbers and (severity is OK or found.finding(id_).remedies)
+
+
+def test_a_run_of_groups_that_goes_well_raises_nothing(make_sampled: Callable[..., Any]) -> None:
+    assert make_sampled(lambda line: {}).diagnose().raised == []
+
+
+def test_completions_that_are_cut_and_left_out_are_the_cause_of_a_gradient_of_zero(
+    make_sampled: Callable[..., Any],
+) -> None:
+    change = constant(completions__clipped_ratio=1.0, grad_norm=0.0)
+    made = make_sampled(change, **{"post_training.mask_truncated_completions": True})
+    (found,) = made.diagnose().raised
+    assert (found.id, found.severity) == ("completions-clipped", FAIL)
+    assert "mask_truncated_completions" in found.claim
+    assert {"training.max_completion_length": 128} in [dict(r.settings) for r in found.remedies]
+    counted = make_sampled(change, **{"post_training.mask_truncated_completions": False})
+    assert {"completions-clipped", "gradient-zero"} == {f.id for f in counted.diagnose().raised}
+    assert not any("pair" in r.words or "beta" in r.words for r in counted.finding("gradient-zero").remedies)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_teacher_that_is_the_student_is_told_in_place_of_what_rounding_does(
+    is_same: bool, make: Callable[..., Any]
+) -> None:
+    made = make(lambda line: {"loss": 1e-9 + 1e-6 * line["step"] if line["split"] == "eval" else 1e-8})
+    made.settings |= {"post_training.method": "distill", "post_training.teacher_model_id": "org/model"}
+    made.plan["teacher_is_student"] = is_same
+    found = {f.id: f.severity for f in made.diagnose().findings}
+    assert found["teacher-is-student"] == (FAIL if is_same else OK)
+    assert found.get("worse-than-start", OK) == found.get("risen", OK) == OK, "it is rounding"
+
+
 @pytest.mark.parametrize(("share", "severity"), [(0.3, OK), (0.6, WARN), (1.0, FAIL)])
 def test_groups_without_signal_are_the_cause_of_a_gradient_of_zero(
     share: float, severity: Severity, make: Callable[..., Any]

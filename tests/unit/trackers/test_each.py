@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -63,9 +64,14 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_a_resumed_run_holds_every_metric_once(kind: str, tmp_path: Path) -> None:
+def test_a_resumed_run_holds_every_metric_once(
+    kind: str, tmp_path: Path, places: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = tmp_path / "run"
-    first = course.process(run, course.config(kind), last=course.KILLED)
+    with caplog.at_level(logging.INFO, "strop"):
+        first = course.process(run, course.config(kind), last=course.KILLED)
+    there = run / "logs" if kind in ("tensorboard", "wandb") else places
+    assert [r.message for r in caplog.records if r.message.startswith(f"{kind}: ") and str(there) in r.message]
     before = course.identity(run, kind) if kind != "tensorboard" else None
     first.close("stopped")
     course.process(run, course.config(kind), resumed=True).close("finished")

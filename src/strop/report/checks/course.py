@@ -202,6 +202,9 @@ def _more_held_out(facts: Facts) -> Remedy:
 
 def worse_than_start(facts: Facts) -> Iterator[Finding]:
     """The evaluation's loss ends above where it began."""
+    if facts.samples:
+        yield _less_reward(facts)
+        return
     at, values = facts.run.eval.series("loss")
     if len(values) < 2:
         yield unchecked("worse-than-start", f"whether the model got worse: {_too_few(facts, len(values))}")
@@ -219,8 +222,8 @@ def worse_than_start(facts: Facts) -> Iterator[Finding]:
             f"({since_start.mean:+.2g} ± {since_start.half_width:.2g})",
             numbers=_interval(since_start),
         )
-    elif end > first + max(1e-4, t["first_loss"]) * size:
-        bad = end > first + t["worse_fail"] * size
+    elif end > first + max(t["first_loss"] * size, t["loss_rounding"]):
+        bad = end > first + t["worse_fail"] * size + t["loss_rounding"]
         yield Finding(
             "worse-than-start",
             Severity.FAIL if bad else Severity.WARN,
@@ -235,7 +238,32 @@ def worse_than_start(facts: Facts) -> Iterator[Finding]:
             explains=() if low < first - t["risen_note"] * size else ("risen",),
         )
     else:
-        yield passed("worse-than-start", f"The evaluation loss fell from {first:.4g} to {end:.4g}")
+        words = "fell" if end < first else "went"
+        yield passed("worse-than-start", f"The evaluation loss {words} from {first:.4g} to {end:.4g}")
+
+
+def _less_reward(facts: Facts) -> Finding:
+    """The same for a run that samples: whether held-out prompts end with less reward."""
+    gain = facts.held_out_gain
+    at, rewards = facts.run.eval.series("reward")
+    if gain is None or at[0] != 0:
+        why = "there are not two evaluations" if gain is None else "it was not evaluated before the first step"
+        return unchecked("worse-than-start", f"whether the model got worse: {why}")
+    first, end = float(rewards[0]), float(rewards[-1])
+    numbers: Numbers = {"held-out reward before": first, "now": end, "95 % interval of the change": f"± {gain[1]:.2g}"}
+    if gain[0] >= -gain[1]:
+        return passed("worse-than-start", f"The held-out reward went from {first:.3g} to {end:.3g}", numbers=numbers)
+    return Finding(
+        "worse-than-start",
+        Severity.FAIL,
+        f"The model got worse: its reward on held-out prompts was {first:.3g} before training and is {end:.3g} now",
+        Evidence.MEASURED,
+        numbers,
+        harmless_if="the held-out prompts are of another kind, or are rewarded otherwise",
+        remedies=[lower(facts, 3), Remedy("train fewer steps", _fewer(facts, at[int(rewards.argmax())]))],
+        chart="reward",
+        steps=(float(at[int(rewards.argmax())]), float(at[-1])),
+    )
 
 
 def _too_few(facts: Facts, evaluations: int) -> str:
@@ -258,7 +286,8 @@ def risen(facts: Facts) -> Iterator[Finding]:
     since_best = facts.change(best, at[-1])
     numbers: Numbers = {"lowest evaluation loss": low, "at step": best, "at the end": end, **_interval(since_best)}
     by_chance = since_best is not None and not since_best.is_rise
-    if above > t["risen_note"] and (end - low) > 0.05 * gained and best > 0 and not by_chance:
+    is_seen = end - low > max(0.05 * gained, t["loss_rounding"])
+    if above > t["risen_note"] and is_seen and best > 0 and not by_chance:
         learnt = first - low > t["risen_note"] * size  # there was something before it was lost again
         bad = at[0] == 0 and learnt and end > first + t["worse_fail"] * size
         yield Finding(

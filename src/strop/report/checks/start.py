@@ -11,6 +11,7 @@ import numpy as np
 from strop.report.checks.remedies import FEWER_STEPS, higher
 from strop.report.facts import LN2, Facts
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
+from strop.report.words import excerpt
 
 
 def rate_is_zero(facts: Facts) -> Iterator[Finding]:
@@ -63,7 +64,7 @@ def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
             Evidence.EXACT,
             {"logged steps": len(norms)},
             remedies=[
-                Remedy("look at the pairs below: are both sides the same after the cut?"),
+                *_flat_loss(facts),
                 Remedy("check lora.target_modules and models.0.adapter: does any weight train?"),
             ],
             chart="gradient",
@@ -90,6 +91,37 @@ def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield passed("gradient-zero", "Every logged step has a gradient")
+
+
+def _flat_loss(facts: Facts) -> list[Remedy]:
+    """Where to look for what makes a loss flat, by what the method trains on."""
+    if facts.is_pairs:
+        return [Remedy("look at the pairs below: are both sides the same after the cut?")]
+    if facts.trains_on_rewards:
+        return [Remedy("look at the rewards of each group: do they differ, and are completions left out of the loss?")]
+    return [Remedy("look at a rendered row: is any token trained? strop train --dry-run")]
+
+
+def teacher_is_student(facts: Facts) -> Iterator[Finding]:
+    """A student that is its teacher has nothing to learn from it."""
+    same = facts.run.plan.get("teacher_is_student")
+    if facts.method != "distill":
+        return
+    if not isinstance(same, bool):
+        yield unchecked("teacher-is-student", "whether teacher and student are the same model: plan.json does not say")
+    elif same:
+        yield Finding(
+            "teacher-is-student",
+            Severity.FAIL,
+            "Teacher and student are the same model before training, so there is nothing to learn: what moves is "
+            "rounding",
+            Evidence.EXACT,
+            {"post_training.teacher_model_id": excerpt(str(facts.run.value("post_training.teacher_model_id")), 200)},
+            remedies=[Remedy("name another, better model in post_training.teacher_model_id")],
+            explains=("gradient-zero", "weights-unmoved", "worse-than-start", "risen", "few-steps", "rate-high"),
+        )
+    else:
+        yield passed("teacher-is-student", "Teacher and student are different models")
 
 
 def weights_stand_still(facts: Facts) -> Iterator[Finding]:
@@ -308,4 +340,11 @@ def first_likelihood(facts: Facts) -> Iterator[Finding]:
         )
 
 
-CHECKS = (rate_is_zero, gradient_is_zero, reference_is_the_start, first_likelihood, weights_stand_still)
+CHECKS = (
+    teacher_is_student,
+    rate_is_zero,
+    gradient_is_zero,
+    reference_is_the_start,
+    first_likelihood,
+    weights_stand_still,
+)
