@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from conftest import WITH_ENDS, build_model, build_tokenizer
 from strop.config import load_config, resolve
 from strop.policy.build import build_policy
 from strop.policy.policy import Policy
-from strop.rollout.sampler import Prompt
+from strop.rollout.sampler import Prompt, Sampled
+from strop.types import Completion, Group, Origin
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "dense": lambda: build_model(),
@@ -52,3 +54,13 @@ def make_policy(folder: Path, family: str = "dense", **keys: Any) -> Policy:
 
 def prompts(of: list[list[int]] = PROMPTS, room: int = 12) -> list[Prompt]:
     return [Prompt(number, ids, room) for number, ids in enumerate(of)]
+
+
+def as_group(prompt: Prompt, completions: list[Sampled]) -> Group:
+    made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in completions)
+    return Group(array("i", prompt.ids), made, Origin("rows", 1))
+
+
+def trained_logps(policy: Policy, given: list[Prompt], found: list[list[Sampled]]) -> torch.Tensor:
+    """As the training forward has them."""
+    return policy(policy.collate([as_group(p, own) for p, own in zip(given, found, strict=True)])).logps.detach()

@@ -20,7 +20,7 @@ PROGRAMS = r"(?:strop|make|python3?|torchrun|pip|vllm|uv)"
 NOT_RUN = {
     r"make \S+": "it sets up an environment first; the target is looked up in the Makefile",
     r"pip install .*": "it installs packages; an extra is looked up in pyproject.toml",
-    r"vllm serve .*": "vLLM is not among what the tests need; it needs a GPU",
+    r"(?:\w+=\w+ )?vllm serve .*": "vLLM is not among what the tests need; it needs a GPU",
     r"torchrun .*": "it needs several machines, or starts processes, which tests/smoke/test_processes.py does; "
     "the command that it starts is run by a dry run",
     r"strop train .*--(?:device-ids|use-ddp|fsdp|num-processes) .*": "it needs several GPUs, or starts processes, as "

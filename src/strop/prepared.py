@@ -180,6 +180,11 @@ class Prepared:
                 "pairs: of each prompt's completions the one with the highest reward against the one with the lowest; "
                 "prompts whose rewards are all the same give none, and are counted"
             )
+        if rollout.sampler == "vllm":
+            yield (
+                f"the completions are drawn by vLLM at {rollout.vllm_url}, which loads the adapter from the run folder "
+                "before each step; every completion is scored again by the training forward"
+            )
         together, passes = rollout.steps_per_generation, rollout.num_iterations
         if together * passes > 1:
             yield f"rounds: the prompts of {together} steps are sampled at once, and gone through {passes} times"

@@ -30,6 +30,8 @@ RECORDS = (
     SAMPLES,
 )
 """What is written down of a run while it goes on."""
+SERVED = "served"
+"""A folder with the adapter that a server samples with, while the run goes on."""
 MARGINS_LOG = "margins_log.jsonl"
 """In the folder of the margins, as are the arrays of `margins_array`."""
 RUN_FILES = (*RECORDS, TRACKERS, REPORT, FINDINGS)

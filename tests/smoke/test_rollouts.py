@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import strop
 from commands import Command
 from conftest import build_tokenizer
+from same_runs import in_many
 from strop.config import RunConfig, load_config, to_yaml
 from strop.dryrun import dry_run
 from strop.errors import ConfigError, DataError, TrainingError
@@ -231,6 +232,20 @@ def test_how_a_step_is_cut_or_decoded_changes_nothing(changes: dict[str, Any], t
         (result,) = strop.train(config(folder, model_dir, **keys))
         runs.append(lines(result.run_dir / "rollouts.jsonl"))
     assert [r["completion_ids"] for r in runs[0]] == [r["completion_ids"] for r in runs[1]]
+
+
+def test_two_processes_sample_what_one_samples(tmp_path: Path, model_dir: Path) -> None:
+    """Rounding apart, by which gradients are summed in another order: two steps do not show it."""
+    found = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        given = config(folder, model_dir, "vowels", **{"training.max_steps": 2})
+        path = strop.train(given)[0].run_dir if size == 1 else in_many(size, given)
+        found.append(
+            [(row["step"], row["prompt_number"], row["completion_ids"]) for row in lines(path / "rollouts.jsonl")]
+        )
+    assert found[0] == found[1] and {step for step, *_ in found[0]} == {1, 2}
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> None:

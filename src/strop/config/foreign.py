@@ -198,7 +198,10 @@ _GROUPS: Mapping[str, str] = {
         "chat infer inference predict predict_with_generate sample complete"
     ),
     "final/ is a model as transformers loads it: docs/using-your-model.md shows how to serve it": (
-        "serve api webui webchat vllm use_vllm deploy"
+        "serve api webui webchat vllm deploy"
+    ),
+    "rollout.sampler: vllm has a server that was started with `vllm serve` draw the completions": (
+        "use_vllm vllm_mode vllm_server_host vllm_server_port vllm_server_base_url"
     ),
     "strop eval MODEL --data FILE evaluates a model; training.eval_steps does while it trains, on dataset.val_file or "
     "dataset.validation_split": ("evaluate evaluation test bench benchmark lm_eval lm_eval_harness do_eval"),

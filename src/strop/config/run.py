@@ -161,6 +161,7 @@ class RunConfig(Section):
                 ("rewards", "rollout"), "completions are to be sampled, and no reward is given", "at least one"
             )
         yield from self._compared_problems()
+        yield from self._served_problems()
         if rollout.num_generations_eval > 1 and rollout.temperature_eval == 0:
             yield Problem(
                 ("rollout.num_generations_eval", "rollout.temperature_eval"),
@@ -197,6 +198,34 @@ class RunConfig(Section):
                 "from a part of the vocabulary, while log-probs are those under all of it",
                 "sampling from the whole vocabulary",
                 f"remove rollout.{left_out[0]}, or sampler_correction",
+            )
+
+    def _served_problems(self) -> Iterator[Problem]:
+        """What a server that samples cannot be given."""
+        if self.rollout.sampler != "vllm":
+            return
+        if not all(map(self.adapts, self.models)):
+            yield Problem(
+                ("rollout.sampler", "lora.enabled"),
+                "rollout.sampler is vllm, which is given adapters, and all weights train",
+                "a lora section",
+                "add lora: {r: 32}, or set rollout.sampler: policy",
+            )
+        if named := [model for model in self.models if model.add_tokens]:
+            yield Problem(
+                ("rollout.sampler", "models"),
+                f"rollout.sampler is vllm, which does not know the tokens that {named[0].huggingface_id} gets by "
+                "add_tokens",
+                "a model whose tokens stay as they are",
+                "remove add_tokens, or set rollout.sampler: policy",
+            )
+        others = {"use_dora": False, "modules_to_save": None, "target_parameters": None, "bias": "none"}
+        for key in (key for key, known in others.items() if getattr(self.lora, key) != known):
+            yield Problem(
+                ("rollout.sampler", f"lora.{key}"),
+                f"rollout.sampler is vllm, which does not serve adapters with lora.{key}",
+                "plain LoRA, also with use_rslora",
+                f"remove lora.{key}, or set rollout.sampler: policy",
             )
 
     def _sharding_problems(self) -> Iterator[Problem]:

@@ -113,7 +113,7 @@ RULES: Rules = {
     "repetition_penalty": only((1.0,), "there is none", "strop samples from the policy as it is"),
     "log_completions": always("every group is in rollouts.jsonl"),
     "num_completions_to_print": always("every group is in rollouts.jsonl"),
-    "use_vllm": off("strop samples with the policy's own weights, on the same device"),
+    "use_vllm": off("with strop a server is started by hand: see rollout.sampler"),
     "top_entropy_quantile": only((1.0,), "all tokens are trained", "all tokens are trained"),
     "cast_lm_head_to_fp32": lambda value, view: carried("training.fp32_logits", value),
     "multi_objective_aggregation": only(

@@ -36,7 +36,7 @@ from strop.policy.model.logit_transform import logit_transform
 from strop.policy.model.quantised import total_weights
 from strop.policy.model.task import head_of, is_reward_model
 from strop.policy.precision import Precision
-from strop.policy.saving import help_to_save, save
+from strop.policy.saving import help_to_save, save, save_adapter
 from strop.policy.strategy import Replicated, Strategy
 from strop.policy.teacher import DIVERGENCE, Teacher
 from strop.types import Group
@@ -267,6 +267,14 @@ class Policy(nn.Module):
             ModelError: peft cannot load the adapter that was written.
         """
         save(self, Path(folder), tokenizer, ends)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter alone, in float32, into a folder that plain peft loads; for a policy that has one.
+
+        Raises:
+            ModelError: peft cannot load the adapter that was written.
+        """
+        save_adapter(self, folder)
 
     def help_to_save(self) -> None:
         """What the other processes do while rank 0 calls `save_pretrained`: they give it their parts of the weights."""

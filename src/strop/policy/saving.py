@@ -42,6 +42,14 @@ def save(
         write_generation(folder, own, tokenizer, None if ends is None else dict(ends), policy.where)
 
 
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Does the work of `Policy.save_adapter`."""
+    assert isinstance(policy.model, PeftModel)
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        _save_adapter(policy, policy.model, folder)
+
+
 def help_to_save(policy: Policy) -> None:
     """What every other process does while rank 0 calls `save`: it gives it its parts of the weights."""
     for _ in range(2 if _may_be_too_large(policy) else 1):

@@ -3,6 +3,8 @@
 drawing    distributions to tokens
 stops      texts that end a completion
 sampler    prompts to groups of completions
+vllm_client    a vLLM server, over HTTP
+vllm_sampler   prompts to groups of completions, drawn by a vLLM server
 scoring    completions to rewards
 reward_model   a model as a reward
 pairs      completions with rewards to pairs

@@ -18,13 +18,15 @@ from strop.plan.order import Plan
 from strop.policy.model.generation import end_tokens
 from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference, reference_logps
-from strop.rollout.collect import Collector, Scoring
+from strop.rollout.collect import Collector, CompletionSampler, Scoring
 from strop.rollout.drawing import Drawing
 from strop.rollout.sampler import Sampler
 from strop.rollout.scoring import Scorer
 from strop.rollout.source import RolloutSource
 from strop.rollout.stops import StopTexts
-from strop.runfiles import ROLLOUTS
+from strop.rollout.vllm_client import VllmClient
+from strop.rollout.vllm_sampler import Asked, ServedAdapter, VllmSampler
+from strop.runfiles import ROLLOUTS, SERVED
 from strop.types import Group
 from strop.world import World
 
@@ -59,35 +61,89 @@ def rollout_source(
     Raises:
         ConfigError: a reward cannot be found, or nothing ends a completion.
     """
-    how, vocabulary = config.rollout, len(tokenizer)
-    ends, stops = completion_ends(config, model, tokenizer), stop_texts(config, tokenizer)
+    how, is_served = config.rollout, config.rollout.sampler == "vllm"
+    samplers = _served if is_served else _own
+    training, evaluating, close = samplers(config, model, policy, tokenizer, folder, note, world)
     scorer = Scorer(config.rewards, config.reward_names, how, policy.device)
-
-    def sampler(num_completions: int, drawing: Drawing) -> Sampler:
-        more: dict[str, Any] = {"drawing": drawing, "seed": config.seed, "batch_tokens": how.batch_tokens}
-        return Sampler(policy, num_completions, ends, stops=stops, **more)
-
-    drawing = Drawing(how.top_k, how.top_p, how.min_p, vocabulary)
     collector = Collector(
         prompts,
-        sampler(how.num_generations, drawing),
+        training,
         scorer,
         tokenizer,
         world,
         cut,
         reference=reference,
-        policy=policy if scores_again else None,
+        policy=policy if scores_again or is_served else None,
         pairs=pairs,
+        most_apart=how.vllm_max_logp_difference if is_served else None,
     )
     evaluation = None
     if held_out is not None:
-        if how.temperature_eval == 0:
-            drawing = Drawing(top_k=1, vocabulary=vocabulary)
-        else:
-            drawing = Drawing(how.top_k, how.top_p, how.min_p, vocabulary, how.temperature / how.temperature_eval)
-        evaluation = Collector(held_out, sampler(how.num_generations_eval, drawing), scorer, tokenizer, world, cut)
+        evaluation = Collector(held_out, evaluating, scorer, tokenizer, world, cut)
     refills = how.max_refills if how.dynamic_sampling else None
-    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, refills=refills, wants=wants)
+    more: dict[str, Any] = {"refills": refills, "wants": wants, "also_close": close}
+    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, **more)
+
+
+Samplers = tuple[CompletionSampler, CompletionSampler, Callable[[], None]]
+"""What samples for training and for evaluations, and what is to be called when the run ends."""
+
+
+def _own(
+    config: RunConfig,
+    model: ModelSection,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    *_: Any,
+) -> Samplers:
+    """The policy itself samples."""
+    how, vocabulary = config.rollout, len(tokenizer)
+    ends, stops = completion_ends(config, model, tokenizer), stop_texts(config, tokenizer)
+
+    def sampler(num_completions: int, drawing: Drawing) -> Sampler:
+        more: dict[str, Any] = {"drawing": drawing, "seed": config.seed, "batch_tokens": how.batch_tokens}
+        return Sampler(policy, num_completions, ends, stops=stops, **more)
+
+    limits = (how.top_k, how.top_p, how.min_p, vocabulary)
+    if how.temperature_eval == 0:
+        drawing = Drawing(top_k=1, vocabulary=vocabulary)
+    else:
+        drawing = Drawing(*limits, how.temperature / how.temperature_eval)
+    training = sampler(how.num_generations, Drawing(*limits))
+    return training, sampler(how.num_generations_eval, drawing), lambda: None
+
+
+def _served(
+    config: RunConfig,
+    model: ModelSection,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    note: Callable[[str], None],
+    world: World,
+) -> Samplers:
+    """A vLLM server samples, which is asked first whether it is well.
+
+    Raises:
+        ConfigError, TrainingError: as `VllmClient.check`.
+    """
+    how = config.rollout
+    client = VllmClient(how.vllm_url, how.vllm_timeout, how.vllm_retry_seconds, note)
+    base = world.on_main(lambda: client.check(how.vllm_model))
+    salt = f"{base} {config.lora.model_dump_json()}"
+    served = ServedAdapter(client, policy, folder / SERVED, salt, world)
+    ends = completion_ends(config, model, tokenizer)
+    model_vocabulary = policy.base.config.get_text_config().vocab_size
+
+    def sampler(num_completions: int, temperature: float, trains: bool) -> VllmSampler:
+        limits = (how.top_k, how.top_p, how.min_p) if temperature else (0, 1.0, 0.0)
+        asked = Asked(temperature, *limits, ends, tuple(how.stop), len(tokenizer), model_vocabulary)
+        more: dict[str, Any] = {"seed": config.seed, "requests": how.vllm_requests, "trains": trains}
+        return VllmSampler(served, num_completions, asked, **more)
+
+    training = sampler(how.num_generations, how.temperature, True)
+    evaluating = sampler(how.num_generations_eval, how.temperature_eval, False)
+    return training, evaluating, served.close
 
 
 def completion_ends(config: RunConfig, model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from strop.data.store.table import KeptRow
 from strop.engine.records import Sum
 from strop.engine.source import Cut, GroupSet
+from strop.errors import TrainingError
 from strop.policy.policy import Policy
 from strop.policy.reference import reference_logps
 from strop.rollout.pairs import best_and_worst
-from strop.rollout.sampler import Prompt, Sampled, Sampler
+from strop.rollout.sampler import Prompt, Sampled
 from strop.rollout.scoring import Failures, Scored, Scorer
 from strop.types import Completion, Group
 from strop.world import World
@@ -41,6 +42,17 @@ class Prompts(Protocol):
     def __getitem__(self, number: int, /) -> Group: ...
     def kept(self, number: int) -> KeptRow:
         """The row of a prompt, for the rewards."""
+
+
+class CompletionSampler(Protocol):
+    """What draws completions: the policy itself, or a server."""
+
+    def prepare(self) -> None:
+        """Called by all processes before they sample: from now on with the weights of now."""
+
+    def sample(self, step: int, prompts: Sequence[Prompt], /) -> list[list[Sampled]]:
+        """The completions of each prompt, in the order of the prompts. What is drawn depends on the step, the prompt's
+        number and the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +144,15 @@ class Collector:
         reference: scores under the reference, where the objective reads it. policy: scores what was sampled again, by
             the forward pass of training, where the objective compares that with the sampler. cut: how groups are cut
             into micro-batches for both. pairs: train on the best and the worst completion of each prompt. Prompts
-            whose completions all have the same reward then train none, and are not scored.
+            whose completions all have the same reward then train none, and are not scored. most_apart: the mean
+            difference of the two log-probs, in nats per token, above which the sampler is taken to draw from another
+            model; None: it is not looked at.
     """
 
     def __init__(
         self,
         prompts: Prompts,
-        sampler: Sampler,
+        sampler: CompletionSampler,
         scorer: Scorer,
         tokenizer: PreTrainedTokenizerBase,
         world: World,
@@ -147,7 +161,9 @@ class Collector:
         reference: Scoring | None = None,
         policy: Policy | None = None,
         pairs: bool = False,
+        most_apart: float | None = None,
     ) -> None:
+        self._most_apart = most_apart
         self._prompts, self._rooms = prompts, prompts.rooms
         self._sampler, self._scorer, self._tokenizer = sampler, scorer, tokenizer
         self._world, self._cut, self._reference, self._policy = world, cut, reference, policy
@@ -186,7 +202,7 @@ class Collector:
         """Every process samples for its share of these prompts, and all get everything.
 
         Raises:
-            TrainingError, ConfigError: as `Scorer.score`.
+            TrainingError, ConfigError: as `Scorer.score` and the sampler; or the sampler draws from another model.
         """
         shares = self._world.gather(self._share(step, self._world.own_share(numbers)))
         whole = Collected(seconds={name: max(s.seconds[name] for s in shares) for name in shares[0].seconds})
@@ -194,12 +210,15 @@ class Collector:
             whole.failures.add(share.failures)
         place = {number: i for i, number in enumerate(numbers)}
         whole.rewarded = sorted((r for s in shares for r in s.rewarded), key=lambda r: place[r.number])
+        if self._most_apart is not None:
+            _check_agreement(whole.rewarded, self._most_apart, step)
         return whole
 
     def _share(self, step: int, numbers: Sequence[int]) -> Collected:
         done = Collected()
         prompts = [self._prompts[number] for number in numbers]
         with _timed(done.seconds, "time/sample"):
+            self._sampler.prepare()
             asked = [Prompt(n, p.prompt_ids, int(self._rooms[n])) for n, p in zip(numbers, prompts, strict=True)]
             sampled = self._sampler.sample(step, asked)
         with _timed(done.seconds, "time/reward"):
@@ -234,6 +253,27 @@ class Collector:
         return [replace(r, old_logps=old.get(i), ref_logps=ref.get(i)) for i, r in enumerate(rewarded)]
 
 
+def _check_agreement(rewarded: Sequence[Rewarded], most: float, step: int) -> None:
+    """Refuses completions whose log-probs the sampler and the training forward tell too far apart.
+
+    Raises:
+        TrainingError: it draws from other weights, or its log-probs mean something else.
+    """
+    scored = [r.group.numbers for r in rewarded if r.old_logps is not None]
+    if not scored:
+        return
+    again, sampled = (np.concatenate([np.asarray(n[name]) for n in scored]) for name in ("old_logps", "sampler_logps"))
+    apart = float(np.abs(again - sampled).mean())
+    if not apart <= most:
+        raise TrainingError(
+            f"log-probs of the sampler and of training are {apart:.3g} nats per token apart, on average",
+            where=f"step {step}",
+            expected=f"at most {most:g} (rollout.vllm_max_logp_difference): the same model, weights and temperature",
+            fix="let the server serve the base model of this run, in its precision and with the same "
+            "rotary and quantisation settings",
+        )
+
+
 def joined(of_groups: Sequence[Tensor], part: Sequence[int]) -> Tensor:
     """The tensors of the groups at these places, one behind the other."""
     return torch.cat([of_groups[i] for i in part])
@@ -254,8 +294,10 @@ def measured(rewarded: Sequence[Rewarded], failures: Failures, names: Sequence[s
         "completions/clipped_ratio": (float(len(completions) - len(done)), len(completions)),
         "completions/mean_terminated_length": (float(sum(done)), len(done)),
         "rewards/failed": (float(failures.counts.total()), 1),
-        "entropy": (sum(c.entropy for c in completions), sum(len(c.ids) for c in completions)),
     }
+    entropies = [c.entropy for c in completions if c.entropy is not None]
+    if len(entropies) == len(completions):
+        metrics["entropy"] = (sum(entropies), sum(len(c.ids) for c in completions))
     for name in names:
         values = [v for r in rewarded for v in r.rewards.each[name]]
         mean = sum(values) / len(values) if values else 0.0

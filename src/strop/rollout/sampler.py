@@ -45,12 +45,12 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """A completion: ids with the end token, the natural log-prob of each; whether it came to an end, by an end token or
-    a stop text; the sum of the entropies of the distributions that its tokens were drawn from, in nats."""
+    a stop text; the sum of the entropies of the distributions that its tokens were drawn from, in nats, where known."""
 
     ids: array[int]
     logps: array[float]
     ended: bool
-    entropy: float = 0.0
+    entropy: float | None = None
 
 
 class Sampler:
@@ -81,6 +81,9 @@ class Sampler:
         self._policy, self._num, self._drawing, self._seed = policy, num_completions, drawing, seed
         self._ends, self._stops = frozenset(ends), stops
         self._batch_tokens = batch_tokens
+
+    def prepare(self) -> None:
+        """There is nothing to do: the weights of now are those of the policy."""
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
         """The completions of each prompt, in the order of the prompts."""

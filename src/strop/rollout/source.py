@@ -43,6 +43,7 @@ class RolloutSource:
         refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these,
             or, where pairs are trained, leaves them out.
         wants: names of the columns that the policy has to supply.
+        also_close: called when nothing is sampled any more.
     """
 
     validation: GroupSet | None = None
@@ -60,7 +61,9 @@ class RolloutSource:
         *,
         refills: int | None = None,
         wants: frozenset[str] = frozenset(),
+        also_close: Callable[[], None] = lambda: None,
     ) -> None:
+        self._also_close = also_close
         self.plan, self.num_steps = plan, plan.num_steps
         self._collector, self._held_out = collector, held_out
         self.supplies, self._wants = collector.supplies, wants
@@ -127,6 +130,7 @@ class RolloutSource:
         return step < self.num_steps and self.plan.round(step) == self.plan.round(step + 1)
 
     def close(self) -> None:
+        self._also_close()
         self._collector.close()
         self._log.close()
 
@@ -205,7 +209,9 @@ class RolloutSource:
     def _line(self, step: int, rewarded: Rewarded) -> dict[str, Any]:
         """A group as a row of a file that can be trained on as it is."""
         completions, prompt = rewarded.completions, rewarded.prompt
-        group = replace(rewarded, trained=None).group
+        group = rewarded.group
+        if rewarded.trained is not None:  # all completions; those of the pair alone were scored again
+            group = replace(rewarded, trained=None, old_logps=None).group
         line = {
             "step": step,
             "prompt_number": rewarded.number,

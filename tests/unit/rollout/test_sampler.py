@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from array import array
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from rollout_policies import FAMILIES, make_policy, prompts
+from rollout_policies import FAMILIES, as_group, make_policy, prompts, trained_logps
 from strop.errors import ConfigError
-from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference, reference_logps
 from strop.rollout.drawing import Drawing, uniforms
-from strop.rollout.sampler import Prompt, Sampled, Sampler
-from strop.types import Completion, Group, Origin
+from strop.rollout.sampler import Sampled, Sampler
 
 ENDS = (3, *range(50, 110, 3))
 """Several, so that some completions end before others."""
-
-
-def as_group(prompt: Prompt, completions: list[Sampled]) -> Group:
-    made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in completions)
-    return Group(array("i", prompt.ids), made, Origin("rows", 1))
-
-
-def trained_logps(policy: Policy, given: list[Prompt], found: list[list[Sampled]]) -> torch.Tensor:
-    """As the training forward has them."""
-    return policy(policy.collate([as_group(p, own) for p, own in zip(given, found, strict=True)])).logps.detach()
 
 
 def ids(found: list[list[Sampled]]) -> list[list[list[int]]]:

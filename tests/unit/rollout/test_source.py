@@ -43,6 +43,8 @@ class Prompts(list[Group]):
 class Sampling:
     """Two completions that say for what they were sampled."""
 
+    def prepare(self) -> None: ...
+
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
         return [
             [Sampled(array("i", [step, p.number, 40 + g]), array("d", [-0.1, -0.2, -0.3 - g]), g == 0) for g in (0, 1)]

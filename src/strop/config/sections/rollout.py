@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -27,6 +27,9 @@ class RolloutSection(Section):
 
     enabled: bool = Field(default=True, json_schema_extra={"x-default": "true if the section is given, else false"})
     """Sample completions in every step instead of reading them; true when a `rollout` section is given, else false."""
+    sampler: Literal["policy", "vllm"] = "policy"
+    """What draws the completions: the policy itself, on its own device; or a vLLM server that you start,
+    which loads the adapter again before each step."""
     num_generations: int = Field(default=8, gt=0, le=1024)
     """Completions of each prompt."""
     temperature: float = Field(default=1.0, gt=0)
@@ -58,6 +61,19 @@ class RolloutSection(Section):
     """Read with dynamic_sampling: how many times a step samples further prompts."""
     batch_tokens: int = Field(default=32_768, gt=0)
     """Tokens, prompts and completions, that are decoded together at most; changes memory and speed."""
+    vllm_url: str = "http://127.0.0.1:8000"
+    """Where the server of sampler vllm listens."""
+    vllm_model: str | None = None
+    """The name under which it serves the base model; null: the first model that it names and that is no adapter."""
+    vllm_timeout: float = Field(default=600.0, gt=0)
+    """Seconds that one answer of it may take: the completions of one prompt."""
+    vllm_retry_seconds: float = Field(default=300.0, ge=0)
+    """How long it is tried again where it cannot be reached or is too busy, before the run stops."""
+    vllm_requests: int = Field(default=64, gt=0, le=4096)
+    """Prompts of each process that it works on at once."""
+    vllm_max_logp_difference: float = Field(default=0.5, gt=0)
+    """Sampler vllm: nats per token, on average over a step, that its log-probs may be from those of training; beyond,
+    it samples from another model, and the run stops."""
     reward_timeout: float = Field(default=60.0, gt=0)
     """Seconds that a reward may take for the completions of one prompt."""
     reward_memory_gib: float | None = Field(default=None, gt=0)
@@ -76,6 +92,22 @@ class RolloutSection(Section):
                 f"max_refills is {self.max_refills}, and without dynamic_sampling nothing reads it",
                 fix="set dynamic_sampling: true, or remove max_refills",
             )
+        if unread := [name for name in NOT_READ[self.sampler] if self._is_changed(name)]:
+            yield Problem(
+                (unread[0], "sampler"),
+                f"{unread[0]} is given, and sampler {self.sampler} does not read it",
+                fix=f"remove {unread[0]}, or choose the other sampler",
+            )
+        if not self.vllm_url.startswith(("http://", "https://")):
+            yield Problem(("vllm_url",), f"vllm_url is {self.vllm_url}", "http://HOST:PORT")
+        if self.sampler == "vllm" and self.temperature != 1 and (self.top_k or self.top_p < 1 or self.min_p):
+            yield Problem(
+                ("temperature", "sampler"),
+                f"temperature is {self.temperature:g} beside top_k, top_p or min_p, and vLLM gives log-probs before "
+                "both or behind both, while training computes them behind the temperature alone",
+                "a temperature of 1, or draws from all tokens",
+                "remove one of them",
+            )
         if self.reward_error_value != 0 and self.on_reward_error != "value":
             yield Problem(
                 ("reward_error_value", "on_reward_error"),
@@ -83,3 +115,11 @@ class RolloutSection(Section):
                 "not read it",
                 fix="set on_reward_error: value, or remove reward_error_value",
             )
+
+    def _is_changed(self, name: str) -> bool:
+        return name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default
+
+
+OF_VLLM = ("vllm_url", "vllm_model", "vllm_timeout", "vllm_retry_seconds", "vllm_requests", "vllm_max_logp_difference")
+NOT_READ: Mapping[str, tuple[str, ...]] = {"policy": OF_VLLM, "vllm": ("batch_tokens",)}
+"""By sampler, the settings that only the other one reads."""

@@ -1,0 +1,193 @@
+"""Runs whose completions a vLLM server draws: by the real road, with a server of the tests' own.
+
+Keys of sampler vllm that are not here are in tests/unit/rollout/test_vllm.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import strop
+from fake_vllm import FakeVllm, GoneError
+from same_runs import in_many
+from strop.config import RunConfig, load_config
+from strop.errors import ConfigError, TrainingError
+
+REWARD = """
+def codes(completions):
+    return [sum(map(ord, text)) % 17 / 17 for text in completions]
+"""
+
+
+def config(folder: Path, model_dir: Path, server: FakeVllm, **keys: Any) -> RunConfig:
+    rows = [{"prompt": f"question {i}"} for i in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.py").write_text(REWARD)
+    overrides: dict[str, Any] = {
+        "models.0.huggingface_id": str(model_dir),
+        "models.0.name": "run",
+        "dataset.train_file": str(folder / "rows.jsonl"),
+        "post_training.method": "grpo",
+        "lora.r": 4,
+        "rollout.num_generations": 4,
+        "rollout.sampler": "vllm",
+        "rollout.vllm_url": server.url,
+        "rollout.vllm_retry_seconds": 0.0,
+        "rewards": [f"{folder / 'own.py'}:codes"],
+        "training.output_dir": str(folder / "out"),
+        "training.groups_per_step": 3,
+        "training.max_steps": 3,
+        "training.max_seq_length": 64,
+        "training.max_completion_length": 6,
+        "training.learning_rate": 2e-2,
+        "training.warmup_steps": 0,
+        "training.logging_steps": 1,
+        **keys,
+    }
+    return load_config(overrides={name: value for name, value in overrides.items() if value is not ...})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rollout__sampler(tmp_path: Path, model_dir: Path) -> None:
+    """Each step samples with its own weights, trains on what was drawn, and is evaluated by the server, too."""
+    keys = {"dataset.validation_split": 0.34, "training.eval_steps": 3, "rollout.stop": ["e"]}
+    keys |= {"post_training.sampler_correction": "token_truncate", "training.max_steps": 4}
+    with FakeVllm(model_dir) as server:
+        (result,) = strop.train(config(tmp_path, model_dir, server, **keys, **{"training.groups_per_step": 2}))
+        assert not server.adapters and not (result.run_dir / "served").exists(), "nothing stays behind"
+        drawn = [body for body in server.asked("/v1/completions") if body["temperature"] == 1]
+        greedy = [body for body in server.asked("/v1/completions") if body["temperature"] == 0]
+    assert len(drawn) == 4 * 2 and len(greedy) == 3 * 2, "evaluated before, after 3 and at the end"
+    names = [{body["model"] for body in drawn[i : i + 2]} for i in range(0, 8, 2)]
+    assert all(len(own) == 1 for own in names) and len(set.union(*names)) == 4
+    rollouts = lines(result.run_dir / "rollouts.jsonl")
+    assert len(rollouts) == 8
+    for row in rollouts:
+        for own, again, text, ended in zip(
+            row["sampler_logps"], row["old_logps"], row["texts"], row["ended"], strict=True
+        ):
+            assert own == pytest.approx(again, abs=1e-4) and own != again, "told by two programs"
+            assert "e" not in text or ended
+    train = [line for line in lines(result.run_dir / "metrics.jsonl") if line["split"] == "train"]
+    assert all(0 < line["sampling/sampling_logp_difference/mean"] < 1e-4 for line in train)
+    assert all("entropy" not in line and line["time/score"] > 0 for line in train)
+    assert len({line["weights_digest"] for line in train}) == 4
+
+
+def test_a_server_that_dies_in_the_middle_costs_nothing(tmp_path: Path, model_dir: Path) -> None:
+    """The run stops with a message; resumed with a server, it ends where an unbroken one ends, bit for bit."""
+    keys = {"training.save_steps": 1, "finetuning.load_best_model_at_end": False, "lora.lora_dropout": 0.1}
+    with FakeVllm(model_dir) as server:
+        (whole,) = strop.train(config(tmp_path, model_dir, server, **keys))
+        kept = shutil.copytree(whole.run_dir, tmp_path / "kept")
+        answered = [0]
+
+        def dies(path: str, body: dict[str, Any]) -> None:
+            answered[0] += path == "/v1/completions"
+            if answered[0] > 4:  # of 9: within the second step
+                raise GoneError
+
+        server.before = dies
+        given = config(tmp_path, model_dir, server, **keys)
+        with pytest.raises(TrainingError, match="cannot be reached") as gone:
+            strop.train(given, overwrite=True)
+        assert "strop train --resume" in gone.value.fix
+        server.before = lambda path, body: None
+        (again,) = strop.train(given, resume="auto")
+    for name in ("rollouts.jsonl", "final/adapter_model.safetensors"):
+        assert (again.run_dir / name).read_bytes() == (kept / name).read_bytes(), name
+
+
+def test_rollout__vllm_max_logp_difference(tmp_path: Path, model_dir: Path) -> None:
+    """A server that goes on with its first adapter under every name is found."""
+    with FakeVllm(model_dir) as server:
+        stale: dict[str, str] = {}
+
+        def keeps_the_first(path: str, body: dict[str, Any]) -> None:
+            if path == "/v1/load_lora_adapter":
+                first = stale.setdefault("folder", str(tmp_path / "first"))
+                if not Path(first).exists():
+                    shutil.copytree(body["lora_path"], first)
+                body["lora_path"] = first
+
+        server.before = keeps_the_first
+        keys = {"training.learning_rate": 0.5}
+        with pytest.raises(TrainingError, match="nats per token apart, on average") as apart:
+            strop.train(config(tmp_path, model_dir, server, **keys))
+        assert apart.value.where == "step 2"
+        wide = {**keys, "rollout.vllm_max_logp_difference": 1e6}
+        strop.train(config(tmp_path, model_dir, server, **wide), overwrite=True)
+
+
+@pytest.mark.nightly
+def test_processes_share_a_server(tmp_path: Path, model_dir: Path) -> None:
+    runs = []
+    with FakeVllm(model_dir) as server:
+        for size in (1, 2):
+            folder = tmp_path / str(size)
+            folder.mkdir()
+            keys = {"lora.lora_dropout": 0.0, "training.max_steps": 2}  # masks are drawn per micro-batch
+            given = config(folder, model_dir, server, **keys)
+            path = strop.train(given)[0].run_dir if size == 1 else in_many(size, given)
+            runs.append([{k: v for k, v in row.items() if "logps" not in k} for row in lines(path / "rollouts.jsonl")])
+            assert len(server.asked("/v1/load_lora_adapter")) == 2 * size, "one process publishes"
+    (alone, many) = (
+        [{**row, "where": Path(row["where"]).name, "rewards_by_name": None} for row in run] for run in runs
+    )
+    assert alone == many
+
+
+def test_a_server_draws_pairs_for_online_dpo(tmp_path: Path, model_dir: Path) -> None:
+    keys = {"post_training.method": "dpo", "post_training.online": True, "training.max_steps": 2}
+    with FakeVllm(model_dir) as server:
+        (result,) = strop.train(config(tmp_path, model_dir, server, **keys))
+        assert len(server.asked("/v1/load_lora_adapter")) == 2
+    for row in lines(result.run_dir / "rollouts.jsonl"):
+        assert [len(ids) for ids in row["completion_ids"]] == [len(logps) for logps in row["old_logps"]]
+        assert row["pair"] is None or row["rewards"][row["pair"][0]] > row["rewards"][row["pair"][1]]
+
+
+def test_rollout__vllm_model(tmp_path: Path, model_dir: Path) -> None:
+    with FakeVllm(model_dir) as server:
+        with pytest.raises(ConfigError, match="and not another") as other:
+            strop.train(config(tmp_path, model_dir, server, **{"rollout.vllm_model": "another"}))
+        assert "rollout.vllm_model" in other.value.fix
+        named = {"rollout.vllm_model": str(model_dir), "training.max_steps": 1}
+        strop.train(config(tmp_path, model_dir, server, **named), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        ({"lora.r": ...}, "all weights train"),
+        ({"lora.use_dora": True}, r"does not serve adapters with lora\.use_dora"),
+        ({"lora.modules_to_save": ["embed_tokens"]}, r"does not serve adapters with lora\.modules_to_save"),
+        ({"models.0.add_tokens": ["<think>"]}, "does not know the tokens that .* gets by add_tokens"),
+        ({"rollout.batch_tokens": 100}, "batch_tokens is given, and sampler vllm does not read it"),
+        (
+            {"rollout.sampler": "policy", "rollout.vllm_retry_seconds": ..., "rollout.vllm_url": "http://a:1"},
+            "vllm_url is given, and sampler policy does not read it",
+        ),
+        ({"rollout.vllm_url": "localhost:8000"}, "vllm_url is localhost:8000"),
+        ({"rollout.temperature": 0.7, "rollout.top_p": 0.9}, "before both or behind both"),
+        (
+            {"rollout.top_p": 0.9, "post_training.sampler_correction": "token_mask"},
+            r"with rollout\.top_p the sampler draws from a part",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(
+    keys: dict[str, Any], found: str, tmp_path: Path, model_dir: Path
+) -> None:
+    nobody: Any = type("Nobody", (), {"url": "http://127.0.0.1:9"})
+    with pytest.raises(ConfigError, match=found):
+        config(tmp_path, model_dir, nobody, **keys)
