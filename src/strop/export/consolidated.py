@@ -19,10 +19,10 @@ from strop.errors import ModelError
 from strop.export.layout import ACROSS, DERIVED, EMBEDDING, HEAD, Layout
 from strop.export.params import config_of, layout_of
 from strop.export.pth import read_pth
-from strop.export.shards import Spec
 from strop.policy.model.consolidated_files import FIRST, PARAMS
 from strop.policy.model.folder import read_json
 from strop.policy.model.guard import check_links
+from strop.policy.model.shard_writer import Spec
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,14 @@ from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
 from strop.export.params import layout_of, params_of
 from strop.export.pth import write_pth
-from strop.export.shards import SINGLE, Shard, ShardWriter, Spec, read_header, write_index
+from strop.export.shards import SINGLE, Shard, read_header, write_index
 from strop.manifest import seal
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.consolidated_files import FIRST, PARAMS
 from strop.policy.model.folder import inspect_model, place_of
 from strop.policy.model.generation import GENERATION
 from strop.policy.model.outline import build_outline
+from strop.policy.model.shard_writer import ShardWriter, Spec
 
 log = logging.getLogger("strop")
 

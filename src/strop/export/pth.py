@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from strop.errors import ModelError, foreign_errors
-from strop.export.shards import Spec
+from strop.policy.model.shard_writer import Spec
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """Of a file in a zip archive: the lengths of its name and of its extra field stand at byte 26."""

@@ -38,7 +38,7 @@ from strop.policy.model.deferred import DeferredWeights
 from strop.policy.model.load import check_finite
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
-from strop.policy.strategy import Piece, Strategy
+from strop.policy.strategy import Piece, Strategy, rounded
 from strop.types import Completion, Group, Origin
 from strop.world import World
 
@@ -207,13 +207,13 @@ class Sharded(Strategy):
         with self.world.together():
             read(tensors)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors.items():
             if not isinstance(tensor, DTensor):
-                yield name, tensor.detach()
+                yield name, rounded(tensor.detach(), dtype)
                 continue
             first_replica = self.world.rank < self._group.size()
-            rows = tensor.to_local().detach()
+            rows = rounded(tensor.to_local().detach(), dtype)
             parts = self.world.gather(rows if first_replica else rows[:0])
             yield name, torch.cat(parts) if self.world.is_main else rows
 

@@ -58,6 +58,11 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1)
 
 
+def rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor in this dtype, if it is one of floating point numbers; None: as it is."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
 class Strategy(ABC):
     """How the weights of one policy lie over the processes of `world`.
 
@@ -144,8 +149,11 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors, one after the other, detached, in rank 0. Collective: all processes go through all of them."""
+    def whole(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, one after the other, detached, in rank 0. Collective: all processes go through all of them.
+
+        dtype: what floating point ones are rounded to, each by the processes that hold it.
+        """
 
     def check_folder(self, folder: Path) -> None:  # noqa: B027 (by default, only rank 0 has to see it)
         """Refuses a run folder that a process which will write in it does not see. Collective.
@@ -199,9 +207,9 @@ class Replicated(Strategy):
             read(tensors)
         self.world.share_tensors(tensors.values())
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors.items():
-            yield name, tensor.detach()
+    def whole(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items() if self.world.is_main else ():
+            yield name, rounded(tensor.detach(), dtype)
 
     def describe(self) -> str | None:
         return None
