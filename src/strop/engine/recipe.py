@@ -137,7 +137,7 @@ def check_recipe(
     Raises:
         CheckpointError: a setting, the data or the weights differ; every difference is listed.
     """
-    before, now = dict(checkpoint.state["recipe"]), recipe_of(config)
+    before, now = _with_keys_of_now(checkpoint, config), recipe_of(config)
     raised = [key for key in LENGTH if extended is not None and _is_raised(before.get(key), now[key], extended)]
     if changes := _differences(_only(before, set(raised)), _only(now, set(raised))):
         log.info(
@@ -191,7 +191,7 @@ def check_given(done: Checkpoint, config: RunConfig, resume: str) -> None:
         raise CheckpointError(
             "the run is finished, so it cannot be resumed from a checkpoint", where=f"--resume {resume}", fix=_ANEW
         )
-    before, now = done.state["recipe"], recipe_of(config)
+    before, now = _with_keys_of_now(done, config), recipe_of(config)
     given = {key for key, value in now.items() if value is not None and not _is_default(config, key)}
     _refuse_finished(done, "settings", _differences(before, {**before, **_only(now, given)}))
 
@@ -202,7 +202,7 @@ def check_finished(done: Checkpoint, config: RunConfig, made_from: Mapping[str, 
     Raises:
         CheckpointError: a setting, the data or the weights differ; every difference is listed.
     """
-    differences = _differences(done.state["recipe"], recipe_of(config)) + _others(done, made_from)
+    differences = _differences(_with_keys_of_now(done, config), recipe_of(config)) + _others(done, made_from)
     _refuse_finished(done, "settings, data or weights", differences)
 
 
@@ -212,6 +212,16 @@ def _refuse_finished(done: Checkpoint, what: str, differences: Sequence[str]) ->
         raise CheckpointError(
             f"the run is finished, with other {what}:{listed}", where=str(done.path.parent), fix=_ANEW
         )
+
+
+def _with_keys_of_now(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+    """The recipe of a checkpoint. Keys that strop did not have when it was written get their values of now where nobody
+    has set them: under the default of a new key, runs are what they were without it."""
+    before: dict[str, Any] = checkpoint.state["recipe"]
+    added = {key: value for key, value in recipe_of(config).items() if key not in before and _is_default(config, key)}
+    if added:
+        log.info("%s was written without %d settings that are new, at their defaults", checkpoint.path, len(added))
+    return before | added
 
 
 def _only(recipe: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
