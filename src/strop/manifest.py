@@ -23,6 +23,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 MANIFEST = "MANIFEST.json"
+RECIPE = "recipe"
+"""Key of a final model's identity under which the settings of its run are stored, as JSON."""
 """Makes a folder one that strop wrote."""
 FORMAT = 1
 """Raised when an older strop could not read what this one writes."""

@@ -23,6 +23,7 @@ from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import Source, choose_sources
 from strop.data.shapes.examples import Columns, to_example
 from strop.errors import CheckpointError, ConfigError, StropError, first_line
+from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.consolidated_files import consolidated_folder
 from strop.policy.model.folder import check_adapter, check_files, source_of
 from strop.policy.model.quantisation import check_adapts, quantisation_of
@@ -102,7 +103,10 @@ def _problems(
     for reward in config.rewards:
         if reward.name.startswith(MODEL_PREFIX):
             try:
-                check_files(ModelSection(huggingface_id=reward.name.removeprefix(MODEL_PREFIX)))
+                section = saved_model(reward.name.removeprefix(MODEL_PREFIX))
+                check_files(section)
+                if section.adapter is not None:
+                    check_adapter(section)
             except StropError as error:
                 yield type(error)(error.found, where=f"rewards: {reward.name}", expected=error.expected, fix=error.fix)
     yield from _missing_trackers(config)

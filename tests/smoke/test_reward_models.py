@@ -18,9 +18,12 @@ from strop.cli import main
 from strop.config import RunConfig
 from strop.errors import DataError, ModelError
 from strop.evaluate.scoring import evaluate
+from strop.export import merge as merging
 from strop.export.merge import merge
+from strop.export.shards import rewrite
 from strop.policy.build import build_policy
 from strop.prepared import prepare
+from strop.rollout.reward_model import RewardModel
 
 CPU = torch.device("cpu")
 KINDS = ("full", "lora")
@@ -242,10 +245,60 @@ def test_it_does_not_write(kind: str, ran: dict[str, RunConfig], capsys: pytest.
     assert "reward model" in said or "ForSequenceClassification" in said
 
 
-def test_its_adapter_is_not_merged_here(ran: dict[str, RunConfig], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="adapter of a reward model"):
+def scores(model: Any, chats: list[list[dict[str, str]]], tokenizer: Any) -> torch.Tensor:
+    """By plain transformers, one conversation at a time."""
+    ids = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([row])).logits[0, 0] for row in ids])
+
+
+CHATS = [[*row(i)["prompt"], *row(i)[side]] for i in range(4) for side in ("chosen", "rejected")]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks by that name
+@pytest.mark.parametrize("tied", [False, True])
+def test_its_adapter_is_merged_and_rewards_as_before(
+    tied: bool, ran: dict[str, RunConfig], make_model: Callable[..., Any], make_tokenizer: Any, tmp_path: Path
+) -> None:
+    run = run_of(ran["lora"])
+    if tied:
+        make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+        make_tokenizer().save_pretrained(tmp_path / "model")
+        (result,) = strop.train(config_of(tmp_path, str(tmp_path / "model"), **{"lora.enabled": True}))
+        run = result.run_dir
+    proof = merge(str(run), tmp_path / "merged")
+    assert not proof.failed and any(line.what.startswith("rewards of 20 prompts") for line in proof.lines)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.num_labels == 1 and merged.config.pad_token_id == tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id
+    adapted = AutoPeftModelForSequenceClassification.from_pretrained(run / "final", num_labels=1, pad_token_id=pad)
+    expected = scores(adapted.eval(), CHATS, tokenizer)
+    torch.testing.assert_close(scores(merged, CHATS, tokenizer), expected, rtol=1e-4, atol=1e-5)
+    for place in (str(run), str(run / "final"), str(tmp_path / "merged")):
+        values, why = RewardModel(place, CPU).values(CHATS)
+        assert why == "" and values == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+
+
+def test_a_tampered_merge_of_a_reward_model_is_refused(
+    ran: dict[str, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is another one."""
+
+    def tampered(*arguments: Any, **more: Any) -> Any:
+        shard, target, replaced, added, *rest = arguments
+        assert set(added) == {"score.weight"}
+        return rewrite(shard, target, replaced, {"score.weight": 1.01 * added["score.weight"]}, *rest, **more)
+
+    monkeypatch.setattr(merging, "rewrite", tampered)
+    with pytest.raises(ModelError, match="the merged model is not the model with its adapter: rewards"):
         merge(str(run_of(ran["lora"])), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_a_language_model_rewards_nothing(runs: Any) -> None:
+    with pytest.raises(ModelError, match="gives no rewards"):
+        RewardModel(str(runs(max_steps=1, r=4).path), CPU)
 
 
 @pytest.mark.parametrize(("method", "kind"), [("sft", "lora"), ("reward", "sft")])

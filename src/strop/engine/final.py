@@ -15,13 +15,10 @@ from typing import Any
 from strop.disk import ensure_space, remedy, room
 from strop.engine.checkpoint import Checkpoint
 from strop.errors import CheckpointError, SaveError, foreign_errors
-from strop.manifest import Damaged, read_manifest, seal, verify_listed
+from strop.manifest import RECIPE, Damaged, read_manifest, seal, verify_listed
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
-
-RECIPE = "recipe"
-"""Key of the manifest's identity under which the settings are stored, as JSON."""
 
 
 def export(

@@ -11,39 +11,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
-from strop.policy.model.adapter_settings import mergeable_config, read_adapter
-from strop.policy.model.adapters import check_loaded
-from strop.policy.model.configuration import quiet
-from strop.policy.model.folder import adapter_place_of
 
 ADAPTER = "default"
-
-
-def with_adapter(module: PreTrainedModel, model: ModelSection) -> PeftModel:
-    """The adapter of `models[].adapter` on its base, as plain peft loads it.
-
-    Raises:
-        ModelError: it cannot be read, is of a kind that cannot be merged, or does not fit the model.
-    """
-    assert model.adapter is not None
-    where = adapter_place_of(model)
-    settings, weights = read_adapter(model.adapter, where)
-    config = mergeable_config(settings, [n for n, _ in module.named_modules()], where)
-    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
-        stored = load_file(weights)
-    with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
-        adapted = PeftModel.from_pretrained(module, str(weights.parent), config=config)
-    # beside the adapter of an embedding, peft saves the embedding
-    check_loaded(adapted, {n: t for n, t in stored.items() if not n.endswith(".base_layer.weight")}, where)
-    return adapted.eval()
 
 
 def adapted_layers(adapted: PeftModel) -> Iterator[tuple[str, nn.Module]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
-from strop.export.adapted import in_files, linear_products, merged_weights, parted_head, with_adapter
-from strop.export.folders import adapter_of, check_output, check_room, copy_tokenizer, new_folder
+from strop.export.adapted import in_files, linear_products, merged_weights, parted_head
+from strop.export.folders import check_output, check_room, copy_tokenizer, new_folder
 from strop.export.proof import (
     PROMPTS,
     Answers,
@@ -41,13 +40,16 @@ from strop.export.proof import (
 )
 from strop.export.shards import Shard, memory_dtype, num_weights, quantised_part, read_header, rewrite, write_index
 from strop.manifest import seal
+from strop.policy.model.adapter_base import adapter_of, is_of_reward_model
 from strop.policy.model.adapter_targets import head_names
+from strop.policy.model.adapters import with_adapter
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.folder import ModelFiles, adapter_place_of, inspect_model, source_of
 from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import LoadedModel, load_model
 from strop.policy.model.quantised import dequantise
-from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
+from strop.policy.model.task import WRITING_HEADS, is_reward_model, padding_id
+from strop.policy.model.tokenizer import check_model, check_vocabulary, read_tokenizer
 from strop.readable import short_name
 
 log = logging.getLogger("strop")
@@ -61,9 +63,10 @@ WARN_SHARE = 0.25
 class Merged:
     """An adapter's model after it was merged in memory.
 
-    weights: those that the adapter changed, by their names in the base's files. head: the same for the head of a model
-    that shared it with the embedding, where the adapter made the two differ; else empty. products, answers: of the
-    model with its adapter. moved: how far the adapter moves logits. made_from: a hash of base and adapter."""
+    weights: those that the adapter changed, by their names in the base's files. head: a head that the files lack, of a
+    reward model whose base is a language model, or of a model that shared it with the embedding, where the adapter made
+    the two differ; else empty. products, answers: of the model with its adapter. moved: how far the adapter moves
+    logits. made_from: a hash of base and adapter."""
 
     loaded: LoadedModel
     weights: dict[str, Tensor]
@@ -139,7 +142,9 @@ def _bytes(shards: Sequence[Shard], usual: torch.dtype, kept: bool, config: PreT
 def _merged(model: ModelSection, files: ModelFiles, shards: Sequence[Shard], folder: Path, where: str) -> Merged:
     """Load the adapter's model, note what it answers, and merge it in memory. folder: has the tokenizer, and gets the
     configuration."""
-    loaded = load_model(model, dtype=memory_dtype(shards, files.stored))
+    assert model.adapter is not None
+    judges = is_of_reward_model(model.adapter, where)
+    loaded = load_model(model, dtype=memory_dtype(shards, files.stored), reward_model=judges)
     module = loaded.module
     opened = dequantise(module, torch.float32)  # an adapter is right on the numbers that it was trained on
     embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings()
@@ -147,8 +152,11 @@ def _merged(model: ModelSection, files: ModelFiles, shards: Sequence[Shard], fol
     loaded.config.dtype = files.stored
     if hasattr(loaded.config, "quantization_config"):  # of the files; those of the merged model are not quantised
         del loaded.config.quantization_config
+    if judges:
+        loaded.config.architectures = [type(module).__name__]
+        loaded.config.get_text_config().pad_token_id = padding_id(read_tokenizer(model))
     loaded.config.save_pretrained(folder)
-    tokenizer = load_tokenizer(ModelSection(huggingface_id=str(folder), name="merged"), needs_weights=False)
+    tokenizer = _tokenizer(folder, judges=judges, needs_weights=False)
     check_vocabulary(tokenizer, module, where)
     names = {name for shard in shards for name in shard.specs}
     adapted = with_adapter(module, model)
@@ -166,8 +174,19 @@ def _merged(model: ModelSection, files: ModelFiles, shards: Sequence[Shard], fol
     head_name = f"{(head_names(module) or ['lm_head'])[0]}.weight"
     if was_tied:
         weights.pop(head_name, None)
+    added = {} if parted is None else {head_name: parted}
+    if judges and head_name not in names:  # its base is a language model
+        added = {head_name: weights.pop(head_name)}
     placed = in_files(adapted.get_base_model(), weights, names, where)
-    return Merged(loaded, placed, {} if parted is None else {head_name: parted}, products, answers, moved, digest)
+    return Merged(loaded, placed, added, products, answers, moved, digest)
+
+
+def _tokenizer(folder: Path, *, judges: bool, needs_weights: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of the merged model, which may be a reward model (judges)."""
+    section = ModelSection(huggingface_id=str(folder), name="merged")
+    tokenizer = read_tokenizer(section, needs_weights=needs_weights)
+    check_model(section, tokenizer, needs_weights=needs_weights, reward_model=judges)
+    return tokenizer
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
@@ -179,8 +198,8 @@ def _asked(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
 def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dtype | None, usual: torch.dtype) -> None:
     """The base's files with merged weights in them, and the configuration that belongs to them. usual: dtype of what
     was quantised, where `dtype` says nothing."""
-    config = made.loaded.config
-    if made.head:
+    config, judges = made.loaded.config, is_reward_model(made.loaded.module)
+    if made.head and not judges:
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
         log.info(
@@ -190,7 +209,10 @@ def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dty
         config.dtype = dtype
     config.save_pretrained(folder)
     files, names = {}, {name for shard in shards for name in shard.specs}
-    left_out = partial(quantised_part, names=names)
+
+    def left_out(name: str) -> bool:
+        return quantised_part(name, names) or (judges and name.startswith(WRITING_HEADS))
+
     for number, shard in enumerate(shards):
         added = made.head if number == 0 else {}
         target = folder / shard.path.name
@@ -200,11 +222,12 @@ def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dty
 
 def _prove(made: Merged, folder: Path, stored: torch.dtype) -> Proof:
     """Load what was written, and compare it with the adapter's model."""
-    compute = made.loaded.module.dtype
+    compute, judges = made.loaded.module.dtype, is_reward_model(made.loaded.module)
     made.weights.clear()
     nn.Module.to(made.loaded.module, "meta")  # its memory is the merged model's now
     section = ModelSection(huggingface_id=str(folder), name="merged")
-    merged, tokenizer = load_model(section, dtype=compute).module.eval(), load_tokenizer(section)
+    merged = load_model(section, dtype=compute, reward_model=judges).module.eval()
+    tokenizer = _tokenizer(folder, judges=judges)
     asked = _asked(tokenizer, merged.get_input_embeddings().weight.shape[0])
     log.info("comparing the merged model with the adapter's")
     coarser = max((stored, compute), key=lambda kind: torch.finfo(kind).eps)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.errors import ModelError
 from strop.export.adapted import plain_name
+from strop.policy.model.task import is_reward_model
 
 PROMPTS = (
     "What is the capital of France?",
@@ -114,8 +115,10 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], num_tokens: int =
     """So many tokens after each prompt, the likeliest each time; end tokens are tokens like all others.
 
     Every step reads the whole texts again, padded at their ends, which no earlier token sees: that is right for any
-    architecture, and costs short texts little.
+    architecture, and costs short texts little. Empty for a reward model, which writes none.
     """
+    if is_reward_model(model):
+        return []
     ends = torch.tensor([len(prompt) for prompt in prompts])
     rows, each = _padded(prompts, num_tokens), torch.arange(len(prompts))
     for step in range(num_tokens):
@@ -126,7 +129,9 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], num_tokens: int =
 
 @torch.no_grad()
 def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The logits by which each continuation would be chosen."""
+    """The logits by which each continuation would be chosen; of a reward model, the reward of each prompt, [1, 1]."""
+    if is_reward_model(model):
+        return [model(input_ids=torch.tensor([prompt]), use_cache=False).logits.float() for prompt in prompts]
     rows = _padded([[*prompt, *text[:-1]] for prompt, text in zip(prompts, texts, strict=True)])
     logits = model(input_ids=rows, use_cache=False).logits
     return [
@@ -197,7 +202,10 @@ def compare_answers(adapter: Answers, merged: Answers, moved: Sequence[Tensor]) 
     """
     allowed, found = distance(moved, merged.logits), distance(adapter.logits, merged.logits)
     num_tokens = sum(len(row) for row in adapter.logits)
-    yield Line(f"logits at {num_tokens} tokens (root mean square)", found, allowed, found <= allowed)
+    what = f"logits at {num_tokens} tokens" if adapter.texts else f"rewards of {num_tokens} prompts"
+    yield Line(f"{what} (root mean square)", found, allowed, found <= allowed)
+    if not adapter.texts:
+        return
     same, ties, apart = 0, 0, 0.0
     for ours, theirs, logits in zip(adapter.texts, merged.texts, adapter.logits, strict=True):
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)

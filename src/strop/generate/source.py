@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from strop.config.sections import GpuSection, ModelSection
 from strop.device import pick_device
 from strop.errors import ModelError, foreign_errors
-from strop.export.adapted import with_adapter
 from strop.export.direct import in_transformers
-from strop.export.folders import ADAPTER_CONFIG, adapter_of
 from strop.export.shards import memory_dtype, read_header
+from strop.policy.model.adapter_base import ADAPTER_CONFIG, adapter_of
+from strop.policy.model.adapters import with_adapter
 from strop.policy.model.folder import check_exists, fetch, inspect_model, place_of, source_of
 from strop.policy.model.generation import end_tokens
 from strop.policy.model.load import load_model

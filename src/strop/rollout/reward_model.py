@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from strop.config.sections import ModelSection
 from strop.errors import ConfigError, DataError, foreign_errors
+from strop.policy.model.adapter_base import saved_model
+from strop.policy.model.adapters import with_adapter
 from strop.policy.model.configuration import quiet
 from strop.policy.model.folder import source_of
-from strop.policy.model.load import model_errors
+from strop.policy.model.load import load_model, model_errors
 from strop.policy.model.tokenizer import read_tokenizer
 from strop.rewards.lookup import MODEL_PREFIX
 
@@ -31,7 +32,7 @@ class RewardModel:
     """Scores conversations by a model's one logit.
 
     Args:
-        name: a folder or hub id.
+        name: a folder or hub id of a model or an adapter, or a run folder.
 
     Raises:
         ModelError: it cannot be loaded. ConfigError: it has another number of labels, or no chat template.
@@ -39,22 +40,29 @@ class RewardModel:
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._where = f"rewards: {MODEL_PREFIX}{name}"
-        self._tokenizer = read_tokenizer(ModelSection(huggingface_id=name))
+        section = saved_model(name)
+        self._tokenizer = read_tokenizer(section)
         if not self._tokenizer.chat_template:
             raise ConfigError("the reward model's tokenizer has no chat template", where=self._where)
-        with model_errors(name, "loading it as a reward model"), quiet():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source_of(name), dtype=dtype, use_safetensors=True
-            )
+        model: Any
+        if section.adapter is not None:
+            model = with_adapter(load_model(section, dtype=dtype, reward_model=True).module, section)
+        else:
+            model = self._whole(source_of(section.huggingface_id), dtype)
+        self._model = model.to(device).eval().requires_grad_(False)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._limit = limit if isinstance(limit, int) else None
+
+    def _whole(self, source: str, dtype: torch.dtype) -> Any:
+        with model_errors(source, "loading it as a reward model"), quiet():
+            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype, use_safetensors=True)
         if model.config.num_labels != 1:
             raise ConfigError(
                 f"it has {model.config.num_labels} labels",
                 where=self._where,
                 expected="a reward model: a sequence-classification model with one label",
             )
-        self._model = model.to(device).eval().requires_grad_(False)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._limit = limit if isinstance(limit, int) else None
+        return model
 
     def values(self, chats: Sequence[Chat]) -> tuple[list[float | None], str]:
         """The reward of each conversation, None where it is longer than the model takes or the logit is not finite; and

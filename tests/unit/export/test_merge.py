@@ -229,7 +229,9 @@ def test_a_model_that_does_not_fit_into_memory_in_float32(
     base, adapter = make(make_model(dtype=torch.bfloat16))
     monkeypatch.setattr(shards, "machine_of", lambda device: Machine("cpu", 100_000, None))
     seen = []
-    monkeypatch.setattr(merge, "load_model", lambda m, dtype: seen.append(dtype) or load_model(m, dtype=dtype))
+    monkeypatch.setattr(
+        merge, "load_model", lambda m, dtype, **more: seen.append(dtype) or load_model(m, dtype=dtype, **more)
+    )
     assert not merge.merge(str(adapter), tmp_path / "merged").failed
     assert seen == [torch.bfloat16] * 2
     same_answers(base, adapter, tmp_path / "merged", 3e-2)

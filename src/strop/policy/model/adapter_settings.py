@@ -124,13 +124,6 @@ def mergeable_config(settings: Mapping[str, Any], names: Sequence[str], where: s
     Raises:
         ModelError: it is no LoRA adapter, or of a kind that cannot be merged here.
     """
-    if settings.get("task_type") == "SEQ_CLS":
-        raise ModelError(
-            "it is the adapter of a reward model, which answers with a number",
-            where=where,
-            expected="the adapter of a language model",
-            fix="load it with peft (AutoPeftModelForSequenceClassification); strop eval --method reward evaluates it",
-        )
     with foreign_errors(lambda why: ModelError(f"adapter_config.json: {why}", where=where)), quiet():
         try_patterns(settings, names, where)
         return LoraConfig(**{**_known(settings, "merged", where), "inference_mode": True})

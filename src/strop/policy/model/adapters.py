@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
-from strop.policy.model.adapter_settings import adapter_config, as_list, read_adapter, try_patterns
+from strop.policy.model.adapter_settings import adapter_config, as_list, mergeable_config, read_adapter, try_patterns
 from strop.policy.model.adapter_targets import (
     head_names,
     linear_layers,
@@ -175,6 +175,39 @@ def _continued(
     logger.info("%s: continued, rank %d, alpha %g, on %s", where, config.r, config.lora_alpha, targets)
     _tell_reach(adapted, before, where)
     return _finish(adapted, master, where)
+
+
+def with_adapter(module: PreTrainedModel, model: ModelSection) -> PeftModel:
+    """The adapter of `models[].adapter` on its base, as plain peft loads it.
+
+    Raises:
+        ModelError: it cannot be read, is of a kind that cannot be merged, or does not fit the model.
+    """
+    assert model.adapter is not None
+    where = adapter_place_of(model)
+    settings, weights = read_adapter(model.adapter, where)
+    if settings.get("task_type") == TaskType.SEQ_CLS and not is_reward_model(module):
+        raise ModelError(
+            "it is the adapter of a reward model, which answers with a number",
+            where=where,
+            expected="the adapter of a language model",
+            fix="strop eval --method reward evaluates it, and strop merge makes a whole reward model of it",
+        )
+    if settings.get("task_type") != TaskType.SEQ_CLS and is_reward_model(module):
+        raise ModelError(
+            "it is the adapter of a language model, which gives no rewards",
+            where=where,
+            expected="the adapter of a reward model",
+            fix="train one (method reward), or name a reward model",
+        )
+    config = mergeable_config(settings, [n for n, _ in module.named_modules()], where)
+    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
+        stored = load_file(weights)
+    with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
+        adapted = PeftModel.from_pretrained(module, str(weights.parent), config=config)
+    # beside the adapter of an embedding, peft saves the embedding
+    check_loaded(adapted, {n: t for n, t in stored.items() if not n.endswith(".base_layer.weight")}, where)
+    return adapted.eval()
 
 
 def trainable_names(module: nn.Module) -> dict[str, str]:

@@ -31,7 +31,7 @@ from strop.policy.model.guard import check_sealed
 from strop.policy.model.outline import build_outline, check_config_against_files, other_shape
 from strop.policy.model.quantisation import Quantisation, quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
-from strop.policy.model.task import SCORE, auto_class, with_one_label
+from strop.policy.model.task import SCORE, WRITING_HEADS, auto_class, with_one_label
 from strop.policy.model.tokenizer import new_tokens
 from strop.policy.precision import nonfinite
 from strop.readable import short_name
@@ -254,7 +254,7 @@ def _check_complete(report: Mapping[str, Any], where: str, *, reward_model: bool
         )
     left_out = set(report["unexpected_keys"])
     if reward_model:  # the head of the language model that it is made of
-        left_out = {name for name in left_out if not name.startswith(("lm_head.", "embed_out."))}
+        left_out = {name for name in left_out if not name.startswith(WRITING_HEADS)}
     if unexpected := sorted(left_out):
         logger.warning(
             "%s: %d tensors in its files are not part of the model and are left out, the first is %s",

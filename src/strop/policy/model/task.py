@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SCORE = "score"
 """Name of the head of a reward model, in all decoders of transformers."""
+WRITING_HEADS = ("lm_head.", "embed_out.")
+"""What names of the head of a language model begin with, which a reward model made of it does not have."""
 
 
 def auto_class(*, reward_model: bool) -> Any:

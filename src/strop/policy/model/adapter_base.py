@@ -1,0 +1,91 @@
+"""A saved adapter and the base it belongs to, by the files beside it. Floor 2, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from strop.config.sections import ModelSection
+from strop.errors import ModelError, foreign_errors
+from strop.manifest import MANIFEST, RECIPE, carries_manifest, read_manifest
+from strop.policy.model.folder import adapter_files, fetch, read_json, source_of
+from strop.rundir import FINAL
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def saved_model(given: str) -> ModelSection:
+    """A model, or an adapter with its base.
+
+    Args:
+        given: a run folder, the folder of an adapter or a model, or the hub id of one.
+
+    Raises:
+        ModelError: it is an adapter that does not say what it belongs to.
+    """
+    final = Path(given).expanduser() / FINAL
+    place = str(final) if final.is_dir() else given
+    if fetch(source_of(place), ADAPTER_CONFIG, None, given, optional=True) is not None:
+        return adapter_of(place)
+    return ModelSection(huggingface_id=place)
+
+
+def is_of_reward_model(adapter: str, where: str) -> bool:
+    """Whether an adapter belongs to a reward model, as its adapter_config.json says.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    return bool(read_json(adapter_files(adapter, where)[0], where).get("task_type") == "SEQ_CLS")
+
+
+def adapter_of(source: str, base: str | None = None) -> ModelSection:
+    """The base and the adapter that `source` stands for.
+
+    Args:
+        source: a run folder, the folder of an adapter, or the hub id of one.
+        base: the model that the adapter belongs to; None: as the adapter says.
+
+    Raises:
+        ModelError: it is no adapter, or does not say what it belongs to.
+    """
+    final = Path(source).expanduser() / FINAL
+    adapter = str(final) if final.is_dir() else source
+    where = f"adapter {adapter}"
+    folder = source_of(adapter)
+    if os.path.isdir(folder) and not os.path.lexists(Path(folder, ADAPTER_CONFIG)):
+        whole = os.path.lexists(Path(folder, "config.json"))
+        raise ModelError(
+            "it is a whole model, without an adapter" if whole else f"there is no {ADAPTER_CONFIG}",
+            where=adapter,
+            expected="a run folder with final/, or a folder that peft has saved an adapter in",
+            fix="use it as it is: there is nothing to merge"
+            if whole
+            else "check the path; a run that ended has final/",
+        )
+    settings = read_json(adapter_files(adapter, where)[0], where)
+    named = base or settings.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise ModelError(
+            f"{ADAPTER_CONFIG} does not say which model it belongs to (base_model_name_or_path)",
+            where=where,
+            fix="name the model: --base MODEL",
+        )
+    if base is None and os.path.isabs(named) and not os.path.isdir(named):
+        raise ModelError(
+            f"its base is not there any more: {named}", where=where, fix="name where the base is now: --base MODEL"
+        )
+    revision = settings.get("revision") if base is None else None
+    return ModelSection(huggingface_id=named, revision=revision, adapter=adapter, **_quantisation(Path(folder)))
+
+
+def _quantisation(adapter: Path) -> dict[str, Any]:
+    """How the base was quantised that a run trained the adapter on, as its manifest says; {}: it has none."""
+    if not carries_manifest(adapter):
+        return {}
+    with foreign_errors(lambda why: ModelError(f"its {MANIFEST} cannot be read: {why}", where=str(adapter))):
+        recipe = json.loads(read_manifest(adapter).identity.get(RECIPE, "{}"))
+    keys = ("quant", "bnb_quant_type", "bnb_double_quant", "bnb_compute_dtype")
+    return {key: recipe[f"models.0.{key}"] for key in keys if f"models.0.{key}" in recipe}
