@@ -40,7 +40,7 @@ MOST_LOGGED = 3
 
 def write_plan(session: Session, run: RunDir) -> None:
     """plan.json, once the policy is built."""
-    prepared, policy = session.final.prepared, session.policy
+    prepared, policy = session.as_built.prepared, session.policy
     plan, trained = prepared.plan, policy.trainable().values()
     run.write_json(
         PLAN,
@@ -58,7 +58,7 @@ def write_plan(session: Session, run: RunDir) -> None:
 
 def _prediction(session: Session) -> Mapping[str, Any]:
     """What the estimate says; nothing where it knows no such architecture."""
-    settled = session.final
+    settled = session.as_built
     try:
         found = estimate(settled.prepared, settled.machine, settled.precision, settled.tokens)
     except StropError as error:

@@ -229,7 +229,7 @@ class Session:
         return self._config.adapts(self.model) or self.prepared.objective.needs_reference
 
     @cached_property
-    def final(self) -> Settled:
+    def as_built(self) -> Settled:
         """`settled`, or, if the policy turned out not to share prompts, new micro-batches for plain rows. Which layers
         are recomputed stays as it is, because the policy has been built with it."""
         if self.policy.share_prefix or self.settled.tokens is not packed_tokens:
@@ -265,7 +265,7 @@ class Session:
     @cached_property
     def cuts(self) -> Cuts:
         """How training and validation groups are first cut into micro-batches."""
-        training, data, tokens = self.final.prepared.config.training, self.prepared.data, self.final.tokens
+        training, data, tokens = self.as_built.prepared.config.training, self.prepared.data, self.as_built.tokens
         assert training.micro_batch_tokens is not None
         cut = Cut(training.micro_batch_tokens, tokens, self._group_cost)
         if not data.eval:
@@ -279,7 +279,7 @@ class Session:
         if self.world.size == 1:
             return BY_TOKENS
         try:
-            return group_cost(self.final.prepared.shape(), self.config)
+            return group_cost(self.as_built.prepared.shape(), self.config)
         except CannotBuildError:
             return BY_TOKENS
 
@@ -324,7 +324,7 @@ class Session:
         train, validation = self.groups()
         # The cut decides the last bits of the log-probs. The budget of training steps depends on the memory that is
         # free today, so it would make a store of little use to other runs.
-        tokens, device = self.final.tokens, self.world.device.type
+        tokens, device = self.as_built.tokens, self.world.device.type
         own_cut = Cut(default_budget(train.groups, training.per_device_train_batch_size, tokens, device), tokens)
         visits = plan.all_visits() if train.also else None
         world = self.world

@@ -143,7 +143,7 @@ def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _A
                 return already_finished(done, session, run)
             if saved:
                 check_recipe(saved, session.config, session.made_from, asked.allow_changes, extended=extended)
-            _tell(model, session.final.describe())
+            _tell(model, session.as_built.describe())
             return _Run(session, run, progress, saved, asked.allow_changes).whole()
 
 
@@ -187,8 +187,8 @@ def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
             log.warning("%s: %s", model.name, note)
     session.world.doing("loading the model")
     _tell(model, session.policy.describe())
-    if session.final is not session.settled:
-        _tell(model, session.final.prediction())
+    if session.as_built is not session.settled:
+        _tell(model, session.as_built.prediction())
 
 
 def _tell(model: ModelSection, lines: Iterable[str]) -> None:

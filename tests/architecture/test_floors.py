@@ -62,7 +62,7 @@ FLOORS = {
     "export": 6,
     "generate": 7,
     "dryrun": 7,
-    "references": 7,
+    "score_ahead": 7,
     "reporting": 7,
     "resuming": 7,
     "training": 8,

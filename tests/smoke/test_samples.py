@@ -12,9 +12,9 @@ import strop
 from strop.engine import loop
 from strop.errors import ConfigError
 from strop.generate.answers import answer
+from strop.generate.loading import Source
 from strop.generate.prompts import Prompt
 from strop.generate.sampling import Sampling
-from strop.generate.source import Source
 
 SCORES = """
 def length(prompts, completions):

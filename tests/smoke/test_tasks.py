@@ -12,7 +12,7 @@ import torch
 
 from strop.cli import main
 from strop.export.merge import merge
-from strop.generate.source import Source, load
+from strop.generate.loading import Source, load
 
 TASK = """
 task: {name}

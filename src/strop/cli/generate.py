@@ -37,10 +37,10 @@ def run(arguments: list[str]) -> int:
 
     from strop.generate.answers import answer, in_words, stream, write_answers
     from strop.generate.chat import chat
+    from strop.generate.loading import Source
     from strop.generate.output import check_target
     from strop.generate.prompts import Prompt, read_prompts
     from strop.generate.sampling import Sampling
-    from strop.generate.source import Source
 
     target = None if options.output is None else Path(options.output)
     if target is not None:

@@ -29,7 +29,7 @@ from strop.engine.source import GroupSet
 from strop.engine.step import join_all, summarise
 from strop.errors import ConfigError, ModelError
 from strop.evaluate.intervals import Metric, Ratio
-from strop.generate.source import Source
+from strop.generate.loading import Source
 from strop.modelrows import ModelRows
 from strop.objectives.base import Objective, build_objective
 from strop.policy.model.tokenizer import read_tokenizer

@@ -21,7 +21,7 @@ from strop.config.names import did_you_mean
 from strop.errors import ConfigError, DataError, foreign_errors
 from strop.evaluate.intervals import Metric, Ratio
 from strop.evaluate.scoring import Evaluated, Evaluation
-from strop.generate.source import Loaded, Source, load
+from strop.generate.loading import Loaded, Source, load
 from strop.policy.model.configuration import quiet
 
 log = logging.getLogger("strop")

@@ -1,6 +1,6 @@
 """`strop generate`: what a model answers. Floor 7.
 
-source      a run, an adapter or a model, ready to answer; the base it was trained from
+loading     a run, an adapter or a model, ready to answer; the base it was trained from
 prompts     a prompt or a file of them, as tokens
 sampling    tokens to tokens
 answers     prompts to answers, in the terminal or as JSON Lines

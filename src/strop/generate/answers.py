@@ -10,10 +10,10 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from strop.durable import to_json
+from strop.generate.loading import Loaded, Source, load
 from strop.generate.output import write_target
 from strop.generate.prompts import Prompt, encode
 from strop.generate.sampling import Answer, Sampling, sample
-from strop.generate.source import Loaded, Source, load
 from strop.policy.model.tokenizer import read_tokenizer
 from strop.terminal import escaped, show
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from strop.errors import ModelError
 from strop.generate.answers import Shown
+from strop.generate.loading import Source, load
 from strop.generate.prompts import Messages, encode_turns
 from strop.generate.sampling import Sampling, sample
-from strop.generate.source import Source, load
 from strop.terminal import show
 
 HINT = "/new begins another conversation, /quit (or Ctrl-D) ends\n"

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from strop.errors import DataError
-from strop.generate.source import Loaded
+from strop.generate.loading import Loaded
 from strop.policy.model.configuration import quiet
 
 BATCH_TOKENS = 16_384

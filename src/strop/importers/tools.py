@@ -10,7 +10,7 @@ from strop.config.schema import SECTIONS
 from strop.errors import ConfigError
 from strop.importers import axolotl, llamafactory, trl, unsloth
 from strop.importers.answers import Rules, View
-from strop.importers.source import Source
+from strop.importers.foreign_file import Source
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from strop.cli import main
 from strop.errors import DataError, ModelError
 from strop.generate import output
+from strop.generate.loading import Source, load
 from strop.generate.sampling import Sampling, sample
-from strop.generate.source import Source, load
 from strop.policy.model.configuration import quiet
 
 PROMPTS = ["hello", "a much longer question than the first one?", "2 + 2 =", "no", "yes yes yes"]

@@ -21,7 +21,7 @@ from strop.config.yamlfile import parse, write_value
 from strop.errors import ConfigError
 from strop.importers import import_file, to_text, trainer
 from strop.importers.answers import Answer, Fate, View
-from strop.importers.source import leaves, read
+from strop.importers.foreign_file import leaves, read
 from strop.importers.tools import TOOLS
 from strop.importers.translate import PREFIXES
 from strop.preflight import check
