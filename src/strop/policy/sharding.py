@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from strop.batch import Batch
 from strop.errors import CheckpointError, ModelError, foreign_errors
 from strop.policy.checkpointing import layers_that_can
+from strop.policy.gradient_norm import clip, gradient_norm
 from strop.policy.model.deferred import DeferredWeights
 from strop.policy.model.load import check_finite
 from strop.policy.policy import Policy
@@ -162,9 +162,9 @@ class Sharded(Strategy):
 
     def clip(self, limit: float) -> Tensor:
         counted = [piece.tensor.grad for piece in self.pieces.values() if piece.counts]
-        own = get_total_norm([gradient for gradient in counted if gradient is not None])
-        norm = self.norm(own.to(self.world.device).double()).to(own.dtype)
-        clip_grads_with_norm_(self.trained.values(), limit, norm)
+        own = gradient_norm(gradient for gradient in counted if gradient is not None)
+        norm = self.norm(own.to(self.world.device))
+        clip(self.trained.values(), limit, norm)
         return norm
 
     def sum(self, own: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from strop.policy.gradient_norm import clip, gradient_norm
 from strop.world import World
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def clip(self, limit: float) -> Tensor:
-        """Scales the gradients down to a norm of at most `limit`; returns the norm before, a scalar."""
+        """Scales the gradients down to a norm of at most `limit`; returns the norm before, a float64 scalar."""
 
     @abstractmethod
     def sum(self, own: Tensor) -> Tensor:
@@ -188,7 +189,9 @@ class Replicated(Strategy):
         self.world.sum_gradients(self.trained.values())
 
     def clip(self, limit: float) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
+        norm = gradient_norm(weight.grad for weight in self.trained.values() if weight.grad is not None)
+        clip(self.trained.values(), limit, norm)
+        return norm
 
     def sum(self, own: Tensor) -> Tensor:
         return own
