@@ -170,10 +170,12 @@ class Prepared:
         if not rollout.enabled:
             return
         rewards = ", ".join(f"{reward.weight:g} x {reward.name}" for reward in self.config.rewards)
+        rewarded = (
+            f"rewarded by {rewards}; the rows' own answers are for the rewards alone" if rewards else "no rewards"
+        )
         yield (
             f"sampling: {rollout.num_generations} completions per prompt at temperature {rollout.temperature:g}, "
-            f"rewarded by {rewards}; the rows' own answers are for the rewards alone, and lengths below are the "
-            "longest there can be"
+            f"{rewarded}, and lengths below are the longest there can be"
         )
         if self.objective.rows == "pair":
             yield (
@@ -311,6 +313,8 @@ def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> No
     decides = options.load_best_model_at_end or options.early_stopping_patience is not None
     name = options.metric_for_best_model.removeprefix("eval_")
     evaluated = held_out_metrics(config.reward_names) if config.rollout.enabled else objective.evaluated
+    if config.rollout.enabled and objective.scores_samples:
+        evaluated += objective.evaluated
     if options.score_samples is not None:
         evaluated = [*evaluated, SCORE, WIN_RATE]
     if decides and name not in evaluated:

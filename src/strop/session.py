@@ -367,15 +367,13 @@ class Session:
             train,
             held_out if isinstance(held_out, PromptGroups) else None,
             self.policy,
+            prepared.objective,
             prepared.tokenizer,
             self.cuts.training,
             folder,
             log.warning,
             self.world,
             reference=None if reference is None else scores_of(reference),
-            scores_again="sampler_logps" in prepared.objective.reads,
-            wants=prepared.objective.reads & Policy.SUPPLIES,
-            pairs=prepared.objective.rows == "pair",
         )
         self._exit.callback(source.close)
         source.rewind(self._resumed.step if self._resumed else 0)

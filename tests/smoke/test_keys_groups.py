@@ -474,6 +474,13 @@ def test_post_training__teacher_model_id(runs: Any) -> None:
     assert loss(own) == pytest.approx(0, abs=1e-6) and loss(other) > 1e-4, "a model is its own best pupil"
 
 
+def test_post_training__distill_loss(runs: Any, sample: Train) -> None:
+    keys = {"method": "distill", "epsilon": None, "teacher_model_id": str(runs.files["other"])}
+    whole, sampled = (sample(**keys, distill_loss=name) for name in ("divergence", "policy_gradient"))
+    assert whole.series("divergence")[0] > 0 and sampled.series("reverse_kl") == pytest.approx(sampled.series("loss"))
+    assert [r["completion_ids"] for r in rollouts(whole)] == [r["completion_ids"] for r in rollouts(sampled)]
+
+
 def test_post_training__temperature(runs: Any) -> None:
     distill = {
         **DISTILL,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from strop.config.methods import METHODS, GrpoSettings, ReferenceSettings, SimpoSettings
+from strop.config.methods import METHODS, DistillSettings, GrpoSettings, ReferenceSettings, SimpoSettings
 from strop.config.run import RunConfig
 from strop.config.schema import key_at
 from strop.config.sections import FinetuningSection, ModelSection
@@ -30,7 +30,7 @@ def resolve(config: RunConfig) -> RunConfig:
     weights: `of_model` decides then), `training.warmup_ratio` unless steps are given, no
     `training.max_completion_length` for sft, no `dataset.validation_split` with rollout,
     `post_training.normalizer_length` from `training.max_completion_length` for grpo, `finetuning.metric_for_best_model`
-    eval_reward with rollout, `finetuning.greater_is_better` by metric.
+    eval_reward with rollout but for distill, `finetuning.greater_is_better` by metric.
     """
     training, finetuning = config.training, config.finetuning
     found: dict[str, Any] = {}
@@ -51,7 +51,8 @@ def resolve(config: RunConfig) -> RunConfig:
         and length is not None
     ):
         found["post_training.normalizer_length"] = length
-    if config.rollout.enabled and "metric_for_best_model" not in finetuning.model_fields_set:
+    is_rewarded = config.rollout.enabled and not isinstance(method, DistillSettings)
+    if is_rewarded and "metric_for_best_model" not in finetuning.model_fields_set:
         found["finetuning.metric_for_best_model"] = "eval_reward"
         finetuning = finetuning.model_copy(update={"metric_for_best_model": "eval_reward"})
     if finetuning.greater_is_better is None:

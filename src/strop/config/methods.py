@@ -227,15 +227,22 @@ class DistillSettings(MethodSettings):
     LEARNING_RATE: ClassVar[float] = 1e-5
     OBJECTIVE: ClassVar[str] = "distill:Distill"
     ROWS: ClassVar[RowShape] = "single"
+    READ_BY: ClassVar[Mapping[str, Readers]] = {
+        "beta": Readers("distill_loss", ("divergence",)),
+        "temperature": Readers("distill_loss", ("divergence",)),
+    }
 
     method: Literal["distill"] = "distill"
     """Distillation from a teacher."""
     teacher_model_id: str | None = Field(default=None, json_schema_extra={"x-type": "a hub id or a folder"})
     """Hub id or folder of the teacher, which has the same vocabulary."""
+    distill_loss: Literal["divergence", "policy_gradient"] = "divergence"
+    """`divergence`: of both distributions over the whole vocabulary. `policy_gradient`: of the tokens that the policy
+    sampled alone, each weighed by how much likelier the teacher finds it; needs a rollout section."""
     beta: float = Field(default=0.5, ge=0, le=1)
     """Between the forward divergence from the teacher (0) and the reverse one (1)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Both models' logits are divided by it before they are compared."""
+    """Both models' logits are divided by it before they are compared; with rollout, by rollout.temperature as well."""
 
 
 PostTraining = Annotated[

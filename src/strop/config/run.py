@@ -138,6 +138,13 @@ class RunConfig(Section):
                     "a rollout section and rewards",
                     "add rollout: {enabled: true} and rewards, or remove online",
                 )
+            elif isinstance(method, DistillSettings) and method.distill_loss == "policy_gradient":
+                yield Problem(
+                    ("post_training.distill_loss", "rollout"),
+                    "distill_loss policy_gradient is of tokens that the policy samples, and nothing is sampled",
+                    "a rollout section",
+                    "add rollout: {enabled: true}, or set distill_loss: divergence",
+                )
             elif self.rewards:
                 yield Problem(
                     ("rewards",),
@@ -146,17 +153,19 @@ class RunConfig(Section):
                     "add rollout: {enabled: true}, or remove rewards",
                 )
             return
-        if not isinstance(method, GrpoSettings) and not is_online:
+        if isinstance(method, DistillSettings):
+            yield from self._distilled_problems()
+        elif not isinstance(method, GrpoSettings) and not is_online:
             own = isinstance(method, DpoSettings)
             yield Problem(
                 ("rollout", "post_training.method"),
                 f"completions are to be sampled, and method {method.method} trains on those of the rows"
                 + (" without online: true" if own else ""),
-                "method grpo, or dpo with online: true",
+                "method grpo or distill, or dpo with online: true",
                 f"set post_training.{'online: true' if own else 'method: grpo'}, or remove rollout",
             )
             return
-        if not self.rewards:
+        elif not self.rewards:
             yield Problem(
                 ("rewards", "rollout"), "completions are to be sampled, and no reward is given", "at least one"
             )
@@ -171,11 +180,21 @@ class RunConfig(Section):
                 "set temperature_eval: 1.0, or remove num_generations_eval",
             )
 
+    def _distilled_problems(self) -> Iterator[Problem]:
+        """What compares rewards, which distillation does not train on."""
+        if self.rollout.dynamic_sampling:
+            yield Problem(
+                ("rollout.dynamic_sampling", "post_training.method"),
+                "rollout.dynamic_sampling leaves out prompts by their rewards, and method distill trains on none",
+                "false",
+                "remove dynamic_sampling",
+            )
+
     def _compared_problems(self) -> Iterator[Problem]:
         """What compares the completions of a prompt, and what weighs them."""
         method, rollout = self.post_training, self.rollout
         if not isinstance(method, GrpoSettings):
-            if rollout.num_generations < 2:
+            if rollout.num_generations < 2 and isinstance(method, DpoSettings):
                 yield Problem(
                     ("rollout.num_generations", "post_training.online"),
                     "rollout.num_generations is 1, and a pair is made of two completions of a prompt",

@@ -119,7 +119,7 @@ def _range(whole: bool, metadata: Iterable[Any]) -> Iterator[str]:
         yield " and ".join(f"{words[name]} {bounds[name]}" for name in words if name in bounds)
 
 
-READ_BY: Mapping[str, tuple[str, ...]] = {"rollout": ("grpo", "dpo"), "rewards": ("grpo", "dpo")}
+READ_BY: Mapping[str, tuple[str, ...]] = dict.fromkeys(("rollout", "rewards"), ("grpo", "dpo", "distill"))
 """Sections and keys at the top that only some methods read."""
 
 

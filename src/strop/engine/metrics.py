@@ -117,10 +117,12 @@ answers of the start to the same prompts."""
 
 
 def held_out_metrics(reward_names: Sequence[str]) -> list[str]:
-    """Names of the numbers of an evaluation that samples: the mean reward, and where its 95 % interval lies."""
+    """Names of the numbers of an evaluation that samples: where there are rewards, the mean reward and where its 95 %
+    interval lies."""
     of_completions = [f"completions/{name}" for name in ("mean_length", "mean_terminated_length", "clipped_ratio")]
     of_rewards = [f"rewards/{name}/{kind}" for name in reward_names for kind in ("mean", "std")]
-    return ["reward", "reward_low", "reward_high", "entropy", *of_completions, "rewards/failed", *of_rewards]
+    rewards = ["reward", "reward_low", "reward_high"] if reward_names else []
+    return [*rewards, "entropy", *of_completions, "rewards/failed", *of_rewards]
 
 
 def no_such_metric(name: str, known: Sequence[str]) -> ConfigError:

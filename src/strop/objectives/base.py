@@ -13,6 +13,8 @@ Columns that are supplied today, and by whom:
     old_logps      [M]  the source of the steps   log-probs under the policy that ratios are taken to
     sampler_logps  [M]  the source of the steps   log-probs as what sampled the tokens has them
     prompt_logps   [P]  the policy                log-probs of each prompt's tokens but the first, with gradients
+    divergence     [M]  the policy                how far its distribution is from the teacher's, with gradients
+    teacher_logps  [M]  the policy                log-probs under the teacher, without gradients
     collisions     [M]  the policy                log(sum over the vocabulary of p^2), the log-prob that two tokens
                                                   drawn there are the same; without gradients
     advantages     [M]  grpo derives them         from the rewards of the whole step
@@ -121,6 +123,12 @@ class Objective(ABC, Generic[S]):
         return None
 
     @property
+    def scores_samples(self) -> bool:
+        """Whether its loss of held-out completions that the policy samples itself says how good the policy is. Losses
+        that compare rewards do not: these are measured in their place."""
+        return False
+
+    @property
     @abstractmethod
     def units(self) -> Mapping[str, Unit]:
         """Term name -> what its sum over the step is divided by."""
@@ -142,6 +150,12 @@ class Objective(ABC, Generic[S]):
         """[G] float64: chosen minus rejected of each pair, without beta; None: the method has none. Called without
         gradients."""
         return None
+
+
+def old_logps(scores: Scores) -> Tensor:
+    """[M] float64 without a gradient: under the policy that ratios are taken to, else under the policy itself."""
+    own = "old_logps" in scores.columns.names
+    return (scores["old_logps"] if own else scores.logps).detach().double()
 
 
 def build_objective(settings: MethodSettings) -> Objective[MethodSettings]:

@@ -9,8 +9,16 @@ With s and t the student's and the teacher's distributions of the next token at 
 
     loss = the sum over the trained tokens of the step / their number
 
-The sum goes over the whole vocabulary, tile by tile through both heads. Completions are those of the rows; the teacher
-reads them as they are. TRL's GKDTrainer has the same loss (`generalized_jsd_loss`), at a temperature of 0.9 by default.
+The sum goes over the whole vocabulary, tile by tile through both heads. Completions are those of the rows, or, with
+rollout, those that the student samples; the teacher reads them as they are, and no gradient goes through the sampling.
+TRL's GKDTrainer has the same loss (`generalized_jsd_loss`), at a temperature of 0.9 by default.
+
+With `distill_loss: policy_gradient`, tokens that the student sampled are weighed as by a reward. With old the student
+that sampled, and A = log t - log old without a gradient (its mean is the reverse divergence, negated):
+
+    loss = the sum over the trained tokens of - A s / old / their number
+
+Only log-probs of the tokens that came are needed of the teacher.
 """
 
 from __future__ import annotations
@@ -23,13 +31,15 @@ from torch import Tensor
 from strop.batch import Scores
 from strop.columns import Unit, tokens
 from strop.config.methods import DistillSettings
-from strop.objectives.base import Mean, Objective
+from strop.objectives.base import Mean, Objective, old_logps
 
 
 class Distill(Objective[DistillSettings]):
     """The mean divergence from a teacher."""
 
     METRICS: ClassVar[Mapping[str, str]] = {
+        "reverse_kl": "policy_gradient: mean of log s - log t per sampled token, an estimate of the reverse "
+        "divergence; should fall",
         "divergence": "mean divergence from the teacher per token, of the kind that beta chooses; should fall, on "
         "held-out rows too",
         "nll": "negative log-likelihood per token of the rows under the student, at temperature 1",
@@ -38,11 +48,19 @@ class Distill(Objective[DistillSettings]):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({"divergence"})
+        return frozenset({"teacher_logps" if self._samples else "divergence"})
+
+    @property
+    def _samples(self) -> bool:
+        return self.settings.distill_loss == "policy_gradient"
+
+    @property
+    def scores_samples(self) -> bool:
+        return True
 
     @property
     def units(self) -> Mapping[str, Unit]:
-        return {"divergence": tokens}
+        return {"policy" if self._samples else "divergence": tokens}
 
     def describe(self) -> Iterator[str]:
         yield (
@@ -51,12 +69,19 @@ class Distill(Objective[DistillSettings]):
         )
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:
+        if self._samples:
+            old = old_logps(scores)
+            advantages = scores["teacher_logps"].double() - old
+            return {"policy": -(advantages * (scores.logps.double() - old).exp()).sum()}
         return {"divergence": scores["divergence"].double().sum()}
 
     def metrics(self, scores: Scores) -> Mapping[str, Mean]:
         num_tokens = scores.structure.num_tokens
+        apart = (
+            scores.logps.double() - scores["teacher_logps"].double() if self._samples else scores["divergence"].double()
+        )
         return {
-            "divergence": (scores["divergence"].double().sum(), num_tokens),
+            "reverse_kl" if self._samples else "divergence": (apart.sum(), num_tokens),
             "nll": (-scores.logps.double().sum(), num_tokens),
             "lengths/completion": (scores.lengths.sum(), scores.structure.num_completions),
         }

@@ -46,7 +46,7 @@ from strop.columns import Columns, Structure, Unit, completions, groups, tokens
 from strop.config.methods import GrpoSettings
 from strop.errors import ConfigError
 from strop.objectives.advantages import advantages, group_sizes, group_stds
-from strop.objectives.base import Mean, Objective
+from strop.objectives.base import Mean, Objective, old_logps
 from strop.objectives.truncated import counted
 
 
@@ -240,15 +240,9 @@ class Grpo(Objective[GrpoSettings]):
         return (w < 1 - s.epsilon) & (a < 0), (w > 1 + s.epsilon_high) & (a > 0)
 
 
-def _old_logps(scores: Scores) -> Tensor:
-    """[M] float64 without a gradient: under the policy that ratios are taken to, else under the policy itself."""
-    own = "old_logps" in scores.columns.names
-    return (scores["old_logps"] if own else scores.logps).detach().double()
-
-
 def _log_ratios(scores: Scores) -> Tensor:
-    return scores.logps.double() - _old_logps(scores)
+    return scores.logps.double() - old_logps(scores)
 
 
 def _log_corrections(scores: Scores) -> Tensor:
-    return _old_logps(scores) - scores["sampler_logps"].double()
+    return old_logps(scores) - scores["sampler_logps"].double()

@@ -38,7 +38,7 @@ from strop.policy.model.task import head_of, is_reward_model
 from strop.policy.precision import Precision
 from strop.policy.saving import help_to_save, save, save_adapter
 from strop.policy.strategy import Replicated, Strategy
-from strop.policy.teacher import DIVERGENCE, Teacher
+from strop.policy.teacher import DIVERGENCE, TEACHER_LOGPS, Teacher
 from strop.types import Group
 from strop.world import World
 
@@ -57,7 +57,7 @@ class Policy(nn.Module):
         weights_hash: `identity.weights_hash` of what was loaded, if it was asked for.
     """
 
-    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions", DIVERGENCE})
+    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions", DIVERGENCE, TEACHER_LOGPS})
     """Columns that the policy can compute in the same pass as the log-probs, if a batch wants them."""
 
     def __init__(
@@ -161,6 +161,9 @@ class Policy(nn.Module):
             cast=self.weight_copies,
             collisions=collisions,
         )
+        if TEACHER_LOGPS in batch.wants:
+            assert self.teacher is not None
+            return batch.token_scores(scored, teacher_logps=self.teacher.logps(batch))
         return batch.token_scores(scored[0], collisions=scored[1]) if collisions else batch.token_scores(scored)
 
     def own_pass(self, compute: Callable[[], T]) -> T:

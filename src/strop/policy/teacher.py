@@ -9,7 +9,7 @@ cut, resumed and evaluated like any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DIVERGENCE = "divergence"
 """A column per token: how far the policy's distribution is from the teacher's."""
 
+TEACHER_LOGPS = "teacher_logps"
+"""A column per token: its log-prob under the teacher."""
+
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
@@ -33,6 +36,12 @@ class Teacher:
     model: Policy
     beta: float
     temperature: float
+
+    def logps(self, batch: Batch) -> Tensor:
+        """[M] the log-probs of the batch's scored tokens under the teacher."""
+        with self.model.scoring():
+            found: TokenScores = self.model(replace(batch, wants=frozenset()))
+        return found.logps
 
     def compared(self, student: Policy, batch: Batch, hidden: Tensor) -> TokenScores:
         """The student's log-probs, without gradients, and the column `DIVERGENCE`, with them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
+from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.prompts import PromptGroups
-from strop.engine.source import Cut
+from strop.engine.evaluate import Evaluation
+from strop.engine.evaluation_contract import Watcher
+from strop.engine.source import Cut, GroupSet
 from strop.errors import ConfigError
+from strop.objectives.base import Objective
 from strop.plan.order import Plan
 from strop.policy.model.generation import end_tokens
 from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference, reference_logps
 from strop.rollout.collect import Collector, CompletionSampler, Scoring
 from strop.rollout.drawing import Drawing
+from strop.rollout.held_out import Losses
 from strop.rollout.sampler import Sampler
 from strop.rollout.scoring import Scorer
 from strop.rollout.source import RolloutSource
@@ -38,6 +43,7 @@ def rollout_source(
     prompts: PromptGroups,
     held_out: PromptGroups | None,
     policy: Policy,
+    objective: Objective[MethodSettings],
     tokenizer: PreTrainedTokenizerBase,
     cut: Cut,
     folder: Path,
@@ -45,9 +51,6 @@ def rollout_source(
     world: World,
     *,
     reference: Scoring | None = None,
-    scores_again: bool = False,
-    wants: frozenset[str] = frozenset(),
-    pairs: bool = False,
 ) -> RolloutSource:
     """Has completions sampled by the policy and rewarded.
 
@@ -55,8 +58,6 @@ def rollout_source(
         prompts: the rows to train on. held_out: those to evaluate on. cut: how groups are cut into micro-batches where
             they are scored without gradients. folder: of the run, where what is sampled is written down. note: called
             with a message about rewards that fail. reference: scores under the reference, where the objective reads it.
-            scores_again: score what was sampled by the forward pass of training, too. wants: names of the columns that
-            the policy has to supply. pairs: train on the best and the worst completion of each prompt.
 
     Raises:
         ConfigError: a reward cannot be found, or nothing ends a completion.
@@ -73,16 +74,31 @@ def rollout_source(
         world,
         cut,
         reference=reference,
-        policy=policy if scores_again or is_served else None,
-        pairs=pairs,
+        policy=policy if is_served or "sampler_logps" in objective.reads else None,
+        pairs=objective.rows == "pair",
         most_apart=how.vllm_max_logp_difference if is_served else None,
     )
     evaluation = None
     if held_out is not None:
         evaluation = Collector(held_out, evaluating, scorer, tokenizer, world, cut)
-    refills = how.max_refills if how.dynamic_sampling else None
-    more: dict[str, Any] = {"refills": refills, "wants": wants, "also_close": close}
+    more: dict[str, Any] = {
+        "refills": how.max_refills if how.dynamic_sampling else None,
+        "wants": objective.reads & Policy.SUPPLIES,
+        "losses": _losses(config, policy, objective, cut, world) if objective.scores_samples else None,
+        "also_close": close,
+    }
     return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, **more)
+
+
+def _losses(config: RunConfig, policy: Policy, objective: Objective[MethodSettings], cut: Cut, world: World) -> Losses:
+    """The loss of groups that were sampled, as an evaluation has it."""
+
+    def of(groups: Sequence[Group], watcher: Watcher, where: str) -> Mapping[str, Any]:
+        given = GroupSet(groups, wants=objective.reads & Policy.SUPPLIES)
+        evaluation = Evaluation(config, policy, objective, given, cut, watcher, world, should_stop=lambda: False)
+        return evaluation.line(where) or {}
+
+    return Losses(objective.evaluated, of)
 
 
 Samplers = tuple[CompletionSampler, CompletionSampler, Callable[[], None]]

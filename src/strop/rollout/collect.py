@@ -86,8 +86,9 @@ class Rewarded:
         made = tuple(Completion(c.ids, b"\1" * len(c.ids)) for c in completions)
         sampled = array("d", chain.from_iterable(c.logps for c in completions))
         ended = array("d", [float(c.ended) for c in completions])
-        rewards = array("d", [self.rewards.total[i] for i in places])
-        numbers = {"rewards": rewards, "ended": ended, "old_logps": sampled}
+        numbers = {"ended": ended, "old_logps": sampled}
+        if self.rewards.each:
+            numbers["rewards"] = array("d", [self.rewards.total[i] for i in places])
         if self.old_logps is not None:
             numbers |= {"old_logps": array("d", self.old_logps.double().tolist()), "sampler_logps": sampled}
         return Group(self.prompt.prompt_ids, made, self.prompt.origin, numbers=numbers)
@@ -182,7 +183,8 @@ class Collector:
         """Names of the columns that come with what is collected."""
         again = {"sampler_logps"} if self._policy is not None else set()
         reference = {"ref_logps"} if self._reference is not None else set()
-        return frozenset({"rewards", "ended", "old_logps"} | again | reference)
+        rewards = {"rewards"} if self.reward_names else set()
+        return frozenset({"ended", "old_logps"} | rewards | again | reference)
 
     @property
     def phases(self) -> Sequence[str]:

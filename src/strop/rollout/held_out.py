@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from strop.engine.evaluation_contract import Watcher
 from strop.engine.metrics import held_out_metrics, means
 from strop.rollout.collect import Collected, Collector, measured
+from strop.types import Group
 
 AT_ONCE = 64
 """Prompts between two looks at whether to stop."""
 
 NORMAL = 1.96
 """Standard errors to either side of a mean within which it lies with a probability of 95 %."""
+
+
+class Losses(NamedTuple):
+    """The loss of what was sampled, where it says how good the policy is. names: of its numbers. of: groups, what shows
+    how far it is, and a name for messages, to the numbers; the same in all processes, which call it together."""
+
+    names: Sequence[str]
+    of: Callable[[Sequence[Group], Watcher, str], Mapping[str, Any]]
 
 
 class HeldOut:
@@ -30,9 +40,12 @@ class HeldOut:
 
     row_losses = None
 
-    def __init__(self, collector: Collector, watcher: Watcher, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, collector: Collector, watcher: Watcher, should_stop: Callable[[], bool], losses: Losses | None = None
+    ) -> None:
         self._collector, self._watcher, self._should_stop = collector, watcher, should_stop
-        self.names = held_out_metrics(collector.reward_names)
+        self._losses = losses
+        self.names = [*held_out_metrics(collector.reward_names), *(losses.names if losses is not None else ())]
 
     def line(self, where: str) -> Mapping[str, Any] | None:
         started, whole = time.perf_counter(), Collected()
@@ -44,7 +57,10 @@ class HeldOut:
                 some = numbers[first : first + AT_ONCE]
                 whole.add(self._collector.collect(0, some))  # steps of training count from 1
                 done(len(some))
-        return {**self._numbers(whole), "seconds": time.perf_counter() - started}
+        losses: Mapping[str, Any] = {}
+        if self._losses is not None and whole.rewarded:
+            losses = self._losses.of([without_old_logps(r.group) for r in whole.rewarded], self._watcher, where)
+        return {**losses, **self._numbers(whole), "seconds": time.perf_counter() - started}
 
     def _numbers(self, whole: Collected) -> dict[str, Any]:
         names = self._collector.reward_names
@@ -53,11 +69,16 @@ class HeldOut:
         metrics["completions/mean_length"] = (float(sum(lengths)), len(lengths))
         found = means({n: total for n, (total, _) in metrics.items()}, {n: count for n, (_, count) in metrics.items()})
         return {
-            **mean_reward([r.rewards.total for r in whole.rewarded]),
+            **(mean_reward([r.rewards.total for r in whole.rewarded]) if names else {}),
             **found,
             "num_groups": len(whole.rewarded),
             "num_scored_tokens": sum(lengths),
         }
+
+
+def without_old_logps(group: Group) -> Group:
+    """The group without log-probs of sampling, which in an evaluation are those of another temperature."""
+    return replace(group, numbers={name: x for name, x in group.numbers.items() if name != "old_logps"})
 
 
 def mean_reward(of_prompts: Sequence[Sequence[float]]) -> dict[str, float]:

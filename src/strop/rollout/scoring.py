@@ -111,6 +111,8 @@ class Scorer:
             each[name] = tuple(self._how.reward_error_value if v is None else v for v in call.values)
         if left_out:
             return None
+        if not each:
+            return Scored((0.0,) * n, {})
         by_completion = zip(*each.values(), strict=True)
         total = tuple(sum(w * v for w, v in zip(self._weights, values, strict=True)) for values in by_completion)
         return Scored(total, each)

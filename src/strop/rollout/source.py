@@ -28,7 +28,7 @@ from strop.engine.source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.collect import Collected, Collector, Rewarded, joined, measured
-from strop.rollout.held_out import HeldOut
+from strop.rollout.held_out import HeldOut, Losses
 from strop.rollout.pairs import compared
 from strop.rollout.scoring import Failures
 from strop.world import World
@@ -42,8 +42,8 @@ class RolloutSource:
         log: the file to which every sampled group is written. note: called with a message about rewards that fail.
         refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these,
             or, where pairs are trained, leaves them out.
-        wants: names of the columns that the policy has to supply.
-        also_close: called when nothing is sampled any more.
+        wants: names of the columns that the policy has to supply. losses: the loss of what is sampled for held-out
+            prompts, where it is measured. also_close: called when nothing is sampled any more.
     """
 
     validation: GroupSet | None = None
@@ -61,12 +61,13 @@ class RolloutSource:
         *,
         refills: int | None = None,
         wants: frozenset[str] = frozenset(),
+        losses: Losses | None = None,
         also_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._also_close = also_close
         self.plan, self.num_steps = plan, plan.num_steps
         self._collector, self._held_out = collector, held_out
-        self.supplies, self._wants = collector.supplies, wants
+        self.supplies, self._wants, self._losses = collector.supplies, wants, losses
         self._note, self._log, self._world = note, JsonLines(log), world
         self._refills = 0 if refills is None and collector.pairs else refills
         self._round: dict[int, list[Rewarded]] = {}  # by the step that they are trained on first
@@ -92,7 +93,7 @@ class RolloutSource:
         return step / self.plan.steps_per_epoch
 
     def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:
-        return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop)
+        return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop, self._losses)
 
     def after(self, step: int) -> None:
         """Notes how long the step trained. The next one is sampled when it is asked for, with the weights of then."""
@@ -218,8 +219,7 @@ class RolloutSource:
             "where": str(prompt.origin),
             "prompt": self._collector.text(prompt.prompt_ids),
             "texts": list(rewarded.texts),
-            "rewards": list(rewarded.rewards.total),
-            "rewards_by_name": {name: list(values) for name, values in rewarded.rewards.each.items()},
+            **_rewards(rewarded),
             "ended": [c.ended for c in completions],
             "prompt_ids": list(prompt.prompt_ids),
             "completion_ids": [list(c.ids) for c in completions],
@@ -231,6 +231,14 @@ class RolloutSource:
         if rewarded.trained is not None:
             line["pair"] = list(rewarded.trained) or None
         return line
+
+
+def _rewards(rewarded: Rewarded) -> dict[str, Any]:
+    """The rewards of a group as they stand in a line, where there are any."""
+    if not rewarded.rewards.each:
+        return {}
+    by_name = {name: list(values) for name, values in rewarded.rewards.each.items()}
+    return {"rewards": list(rewarded.rewards.total), "rewards_by_name": by_name}
 
 
 def _split(values: Sequence[float], lengths: Sequence[int]) -> list[list[float]]:

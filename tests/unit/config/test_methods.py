@@ -63,9 +63,11 @@ VARIANTS = [(m, name, who) for m, settings in METHODS.items() for name, who in s
 def test_every_setting_that_a_variant_does_not_read_is_refused(method: str, name: str, readers: Readers) -> None:
     cls = METHODS[method]
     default = cls.model_fields[name].default
+    most = min((bound.le for bound in cls.model_fields[name].metadata if hasattr(bound, "le")), default=None)
+    values = [v for v in telling(name) if most is None or v <= most]  # a name may have other bounds elsewhere
     for variant in KEYS[readers.setting].choices or (None, *telling(readers.setting)):
         base = {"method": method, readers.setting: variant, **NEEDED.get(variant, {})}
-        for value in telling(name):
+        for value in values:
             if variant in readers.values if readers.values else variant is not None:
                 assert getattr(cls.model_validate({**base, name: value}), name) == value
             elif value != default:

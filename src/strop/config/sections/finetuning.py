@@ -22,10 +22,11 @@ class FinetuningSection(Section):
         pattern=r"^[A-Za-z]\w*(/\w+)*$",
         json_schema_extra={
             "x-type": "the name of a metric, such as eval_loss or eval_rewards/accuracies",
-            "x-default": "eval_loss; eval_reward with rollout",
+            "x-default": "eval_loss; eval_reward with rollout, but for distill",
         },
     )
-    """A metric of the evaluation, with or without the prefix `eval_`. Default: eval_loss; with rollout eval_reward."""
+    """A metric of the evaluation, with or without the prefix `eval_`. Default: eval_loss; with rollout
+    eval_reward, but for distill."""
     greater_is_better: bool | None = Field(
         default=None, json_schema_extra={"x-default": "by metric (false for losses)"}
     )
