@@ -51,9 +51,9 @@ PAIR, ROW = GroupLengths(1024, (512, 512)), GroupLengths(512, (512,))
 DEVICE = "h100"
 WORDS_OF_MEMORY = """\
 Predicted GiB on each GPU for DPO with a pair of 2,048 tokens per micro-batch (prompt 1,024, answers 512 each) in
-bfloat16, all activations computed again, LoRA of rank 16 on all linear layers. Full and LoRA: one copy of the model
-over all GPUs (`gpu.fsdp: true`); the column of one GPU is also that of a copy on each of several. QLoRA: a copy on
-each, since quantised bases are not sharded. In bold what fits on an H100 with a tenth of its 79.6 GiB to spare.
+bfloat16, all activations computed again, LoRA of rank 16 on all linear layers. One copy of the model lies over all GPUs
+(`gpu.fsdp: true`); the column of one GPU is also that of a copy on each of several. In bold what fits on an H100 with a
+tenth of its 79.6 GiB to spare.
 """
 WORDS_OF_ROWS = """
 The longest row of SFT that such a GPU takes, half of it prompt, in thousands of tokens; -: the model does not fit. One
@@ -83,10 +83,10 @@ class Planned(NamedTuple):
         return cls(config, shape_of(config.lora, config.models[0]), machine_named(DEVICE))
 
     def memory(self, work: Work, count: int) -> dict[str, int]:
-        """Bytes by name on each of so many devices, over which the model is sharded unless it is quantised."""
+        """Bytes by name on each of so many devices, over which the model is sharded."""
         objective = build_objective(self.config.post_training)
         parts = (self.shape, self.config, objective, Precision(torch.bfloat16), self.machine)
-        return peak_memory(work, *parts, Devices(count, 1 if self.shape.matrix_bytes else count))
+        return peak_memory(work, *parts, Devices(count, count))
 
     def fits(self, work: Work, count: int) -> bool:
         return fits(self.memory(work, count), self.machine.memory)

@@ -54,11 +54,25 @@ def test_sharded_adapters(runs: Any) -> None:
     assert_same_run(alone, run)
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_sharded_adapters_of_a_base_in_4_bits(runs: Any, kind: str) -> None:
+    """The reference is the base without adapters; a checkpoint goes on in one process, whose base lies in bytes."""
+    pytest.importorskip("bitsandbytes")
+    settings = {**KINDS[kind], **LORA, **CUT, **SAVED, "lora.enabled": True, "models.0.quant": "4bit"}
+    alone = runs(settings)
+    run = runs.at(in_many(2, runs.config({**settings, **FSDP})))
+    assert_same_run(alone, run)
+    then = runs.at(train(runs.config(settings), resume=str(run.path / "checkpoint-2"))[0])
+    assert then.steps() == [3, 4]
+    assert_close(alone.final, then.final)
+
+
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
         ({"training.optim": "adamw_8bit"}, "adamw_8bit, which looks at more of a weight"),
-        ({"models.0.quant": "4bit", "lora.enabled": True}, "models.0.quant is 4bit"),
+        ({"models.0.quant": "8bit", "lora.enabled": True}, "models.0.quant is 8bit"),
+        ({"models.0.quant": "4bit", "lora.enabled": True, "lora.use_dora": True}, "use_dora is true"),
         ({"post_training.method": "dpo", "post_training.ref_sync_steps": 2}, "ref_sync_steps keeps a second"),
         ({"gpu.use_ddp": True}, "fsdp and use_ddp are both true"),
         ({"training.fp16": True}, "training.fp16 scales its loss"),

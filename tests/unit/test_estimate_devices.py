@@ -19,7 +19,7 @@ from strop.config import load_config, resolve
 from strop.dryrun import dry_run
 from strop.errors import ConfigError
 from strop.estimate import estimate, fitted, longest_line, planned_precision
-from strop.estimate.devices import ALONE, Devices, base_bytes, sent_bytes
+from strop.estimate.devices import ALONE, Devices, base_bytes, scales_bytes, sent_bytes
 from strop.estimate.longest import longest_that_fits, stretched
 from strop.estimate.memory import peak_memory
 from strop.machine import Machine
@@ -276,3 +276,11 @@ def test_the_page_has_what_the_estimate_says(name: str) -> None:
     for both in page["lines"](name):
         for line in both:
             assert line in there, f"{line}\nwrite it by python docs/scaling.py"
+
+
+def test_sharded_bases_in_4_bits_keep_their_scales_on_each_device(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(r=4)
+    quantised = replace(shape_of(found.config.lora, found.model), matrix_bytes=0.5625)
+    assert scales_bytes(quantised) == quantised.matrix / 16
+    for other in (1.0, None):  # in 8 bits, and not quantised
+        assert scales_bytes(replace(quantised, matrix_bytes=other)) == 0

@@ -247,6 +247,32 @@ class RunConfig(Section):
                 f"remove lora.{key}, or set rollout.sampler: policy",
             )
 
+    def _sharded_model_problems(self) -> Iterator[Problem]:
+        """What of a model cannot lie in parts."""
+        for i, model in enumerate(self.models):
+            if model.quant == "8bit":
+                yield Problem(
+                    (f"models.{i}.quant", "gpu.fsdp"),
+                    f"models.{i}.quant is 8bit, whose scales belong to whole weights, and gpu.fsdp shards them",
+                    "4bit, or a base that is not quantised",
+                    "set quant: 4bit, or leave gpu.fsdp out",
+                )
+            if model.quant == "4bit" and self.lora.use_dora:
+                yield Problem(
+                    (f"models.{i}.quant", "lora.use_dora", "gpu.fsdp"),
+                    f"models.{i}.quant is 4bit and lora.use_dora is true, which needs whole weights in every pass, and "
+                    "gpu.fsdp shards them",
+                    "two of the three",
+                    "leave use_dora or gpu.fsdp out",
+                )
+            if model.add_tokens and self.lora.enabled:
+                yield Problem(
+                    (f"models.{i}.add_tokens", "gpu.fsdp"),
+                    "rows of new tokens train inside of an embedding that is whole, and gpu.fsdp shards it",
+                    "one of the two",
+                    "leave gpu.fsdp out, or train all weights (lora.enabled: false)",
+                )
+
     def _sharding_problems(self) -> Iterator[Problem]:
         """What needs whole weights."""
         if not self.gpu.fsdp:
@@ -259,21 +285,7 @@ class RunConfig(Section):
                 f"with gpu.fsdp, one of {', '.join(SHARDABLE)}",
                 "choose one of these, or leave gpu.fsdp out",
             )
-        for i, model in enumerate(self.models):
-            if model.quant != "none":
-                yield Problem(
-                    (f"models.{i}.quant", "gpu.fsdp"),
-                    f"models.{i}.quant is {model.quant}, and gpu.fsdp shards bases that are not quantised",
-                    "one of the two",
-                    "leave quant out (a base in bf16 is sharded), or leave gpu.fsdp out",
-                )
-            if model.add_tokens and self.lora.enabled:
-                yield Problem(
-                    (f"models.{i}.add_tokens", "gpu.fsdp"),
-                    "rows of new tokens train inside of an embedding that is whole, and gpu.fsdp shards it",
-                    "one of the two",
-                    "leave gpu.fsdp out, or train all weights (lora.enabled: false)",
-                )
+        yield from self._sharded_model_problems()
         if self.training.fp16:
             yield Problem(
                 ("training.fp16", "gpu.fsdp"),

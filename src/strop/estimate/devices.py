@@ -39,6 +39,8 @@ class Devices:
 
 
 ALONE = Devices()
+PACKED = 0.5
+"""Bytes per weight of a base in 4 bits, without its scales."""
 
 
 def devices_of(prepared: Prepared) -> Devices:
@@ -70,12 +72,19 @@ def base_bytes(shape: Shape, precision: Precision) -> float:
     return shape.matrix * (compute if shape.matrix_bytes is None else shape.matrix_bytes) + shape.others * compute
 
 
+def scales_bytes(shape: Shape) -> float:
+    """Of a base in 4 bits: every device has all its scales, also where the weights are sharded."""
+    if not shape.adapters or shape.matrix_bytes is None or shape.matrix_bytes >= 1:
+        return 0.0
+    return shape.matrix * (shape.matrix_bytes - PACKED)
+
+
 def gathered_bytes(shape: Shape, precision: Precision) -> tuple[float, float]:
     """What a device gathers of a sharded model: (of one layer, in the compute dtype or quantised; of what is outside of
     layers, embedding and head, in the dtype that it is stored in)."""
     each = precision.compute.itemsize if shape.matrix_bytes is None or not shape.adapters else shape.matrix_bytes
     rest = precision.compute if shape.adapters else precision.master
-    return shape.matrix * each / shape.layers, shape.others * float(rest.itemsize)
+    return (shape.matrix * each - scales_bytes(shape)) / shape.layers, shape.others * float(rest.itemsize)
 
 
 def sent_bytes(shape: Shape, precision: Precision, devices: Devices, micro_batches: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.distributed import BUCKET_BYTES
 from strop.engine.optim import state_bytes
-from strop.estimate.devices import ALONE, Devices, base_bytes, gathered_bytes
+from strop.estimate.devices import ALONE, Devices, base_bytes, gathered_bytes, scales_bytes
 from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.plan.work import Work
@@ -101,8 +101,9 @@ def memory_of(
     # gradients of the widest tensors of one layer, as the backward pass goes through it
     backward = work.tokens * (4 * shape.inner * c + 4 * shape.width * _stream(shape, precision))
     casts = _casts(shape, config, precision, device) if devices.shard == 1 else 0
+    scales = scales_bytes(shape)
     parts: dict[str, Numbers | float] = {
-        "weights": weight_bytes(shape, precision) / devices.shard,
+        "weights": (weight_bytes(shape, precision) - scales) / devices.shard + scales,
         "gradients": trained * wide / devices.shard,
         "optimizer": trained * state_bytes(config.training.optim, wide) / devices.shard,
         "activations": activations + _probabilities(shape, work, config, precision, device),

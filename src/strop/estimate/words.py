@@ -157,7 +157,8 @@ def _sharding(
 ) -> Iterator[str]:
     """The fewest devices, beginning with those that there are, over which the model fits if it is sharded."""
     sharded = config.with_values({"gpu.fsdp": True, "gpu.use_ddp": False, "gpu.shard_size": None}, "tried")
-    if machine.kind == "cpu" or any(sharded.problems()):
+    is_stored_so = shape.matrix_bytes is not None and all(model.quant == "none" for model in config.models)
+    if machine.kind == "cpu" or is_stored_so or any(sharded.problems()):
         return
     for count in sorted({devices.count, *COUNTS}):
         if count < max(2, devices.count) or count == devices.shard:

@@ -83,7 +83,7 @@ def build_policy(
             keep_freed_memory()
     check_adapts(model, adapted)
     world = world or World.alone(device)
-    loaded = _loaded(config, model, precision, tokenizer, defer=may_defer(config, model, world))
+    loaded = _loaded(config, model, precision, tokenizer, world)
     module = _adapted(config, model, loaded, master=precision.master)
     initial = initial_adapter(module, config.lora) if model.adapter is None and isinstance(module, PeftModel) else None
     digest = hash_of(module, loaded, world) if hashed else None
@@ -147,13 +147,13 @@ def _loaded(
     model: ModelSection,
     precision: Precision,
     tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    defer: bool,
+    world: World,
 ) -> LoadedModel:
     """The model as the configuration wants it, once it has been found to fit its tokenizer and the rows."""
     reward_model = config.post_training.REWARD_MODEL
     dtype = precision.compute if config.adapts(model) else precision.master
-    loaded = load_model(model, dtype=dtype, reward_model=reward_model, defer=defer)
+    how = {"sharded": is_sharded(config, world), "defer": may_defer(config, model, world)}
+    loaded = load_model(model, dtype=dtype, reward_model=reward_model, **how)
     if tokenizer is None:
         tokenizer = read_tokenizer(model)
         check_model(model, tokenizer, reward_model=reward_model)

@@ -242,7 +242,8 @@ def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTraine
     section, where, world = other.section, other.where, policy.strategy.world
     its_tokenizer = _its_tokenizer(other, tokenizer)
     with _named(where):
-        loaded = load_model(section, dtype=policy.precision.compute, defer=is_sharded(config, world))
+        is_in_parts = is_sharded(config, world)
+        loaded = load_model(section, dtype=policy.precision.compute, sharded=is_in_parts, defer=is_in_parts)
     check_vocabulary(its_tokenizer, loaded.module, where)
     rows, own = (m.get_input_embeddings().weight.shape[0] for m in (loaded.module, policy.base))
     if rows != own:

@@ -27,6 +27,8 @@ from strop.policy.model import quantised
 from strop.policy.model.configuration import quiet
 from strop.policy.model.from_config import shape_of
 from strop.policy.model.load import load_model
+from strop.policy.model.quantisation import Quantisation
+from strop.policy.model.quantised import check_shardable
 from strop.policy.model.tokenizer import load_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
@@ -391,3 +393,10 @@ def test_what_is_refused_of_quantised_files(
     file.write_text(file.read_text().replace('"bitsandbytes"', '"gptq"'))
     with pytest.raises(ModelError, match="quantised by gptq"):
         build({"huggingface_id": str(folder)})
+
+
+@pytest.mark.parametrize("found", [Quantisation(8), Quantisation(4, stored=True)])
+def test_only_4_bits_made_at_loading_are_sharded(found: Quantisation) -> None:
+    check_shardable(Quantisation(4), "here")
+    with pytest.raises(ModelError, match="shards a base that is quantised to 4 bits"):
+        check_shardable(found, "here")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from strop import machine
+from strop.policy.model.quantised import packed_names
 
 _NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 """Keys of a model's configuration that no log-prob depends on."""
@@ -40,7 +41,12 @@ def weights_hash(module: nn.Module, known: Mapping[str, str] = MappingProxyType(
         known: `digest_line` of weights that are not in the module yet, by their names in it.
     """
     digests = {_plain_name(name): line for name, line in known.items()}
-    tensors = {_plain_name(name): tensor for name, tensor in module.state_dict().items()}
+    packed = packed_names(module)
+    tensors = {
+        # quantised weights as the bytes that they are, in whatever dtype they lie
+        _plain_name(name): tensor.view(torch.uint8).reshape(-1, 1) if name in packed and tensor.ndim == 2 else tensor
+        for name, tensor in module.state_dict().items()
+    }
     scales = {_plain_name(n): m.scaling for n, m in module.named_modules() if isinstance(m, LoraLayer)}
     zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]
     if zeros and not any(".lora_magnitude" in n for n in tensors) and not any(bool(t.any()) for t in zeros):

@@ -23,13 +23,13 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.allocator import is_out_of_memory
 from strop.policy.model import quantised
-from strop.policy.model.added_tokens import add_rows
+from strop.policy.model.added_tokens import NewTokens, add_rows
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
 from strop.policy.model.deferred import DeferredWeights
 from strop.policy.model.folder import ModelFiles, inspect_model, place_of
 from strop.policy.model.guard import check_sealed
 from strop.policy.model.outline import build_outline, check_config_against_files, other_shape
-from strop.policy.model.quantisation import Quantisation, quantisation_of
+from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.model.task import SCORE, WRITING_HEADS, auto_class, with_one_label
 from strop.policy.model.tokenizer import new_tokens
@@ -84,18 +84,26 @@ def model_errors(where: str, doing: str) -> Iterator[None]:
 
 
 def load_model(
-    model: ModelSection, *, dtype: torch.dtype, reward_model: bool = False, defer: bool = False
+    model: ModelSection,
+    *,
+    dtype: torch.dtype,
+    reward_model: bool = False,
+    sharded: bool = False,
+    defer: bool = False,
 ) -> LoadedModel:
     """The model on the CPU, its weights in `dtype`, or quantised as the section says; its dropout off.
 
     Args:
         reward_model: load it as a reward model; a language model gets a new head, and loses its own.
+        sharded: its weights will be sharded over several processes.
         defer: leave the weights in their files (deferred.py), if each is a tensor of its own there.
 
     Raises:
         ModelError: it cannot be loaded completely and safely as a causal language model, or as a reward model.
     """
     where, files, bits = place_of(model), inspect_model(model), quantisation_of(model)
+    if sharded:
+        quantised.check_shardable(bits, where)
     if os.path.isdir(files.source):
         check_sealed(Path(files.source), where, weights=True)
     if files.ignored:
@@ -113,16 +121,14 @@ def load_model(
     quantised.compute_in(config, dtype)
     attention = _plain_attention(model, config, where)
     new = new_tokens(model)
-    has_code = model.trust_remote_code and "auto_map" in files.config
-    # new rows are the mean of the others
-    has_new_rows = bool(new.ids) or new.num_rows > getattr(config.get_text_config(), "vocab_size", 0)
-    defer = defer and bits is None and not has_code and not has_new_rows
+    defer = defer and bits is None and _can_wait(model, files, config, new)
     try:
         # transformers draws the weights of a new head; the caller's random numbers stay as they were
         with quiet(), torch.random.fork_rng(devices=[]):
             how = (config, files, dtype, attention)
             deferred = _deferred(*how, where, reward_model=reward_model) if defer else None
-            module, report, waiting = deferred or _whole(*how, model, bits, reward_model=reward_model)
+            quantising = quantised.loading(bits, dtype, sharded=sharded)
+            module, report, waiting = deferred or _whole(*how, model, quantising, reward_model=reward_model)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"it cannot be loaded: {first_line(error)}",
@@ -130,16 +136,23 @@ def load_model(
             fix="check models[].attn_implementation" if attention else "download or save the model again",
         ) from error
     new_head = _check_complete(report, where, reward_model=reward_model)
-    later = waiting.names if waiting is not None else {}
-    check_finite({name: weight for name, weight in module.named_parameters() if name not in later}, where)
+    left_out = quantised.packed_names(module) | (set() if waiting is None else waiting.names.keys())
+    check_finite({name: weight for name, weight in module.named_parameters() if name not in left_out}, where)
     add_rows(module, original, new, where)
     quantised.settle(module, bits, where)
     silenced |= silence_modules(module)
-    if silenced:
-        values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))
+    if values := ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items())):
         logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
     module.config.use_cache = False
     return LoadedModel(module, files.stored, original, new_head, new.ids, waiting)
+
+
+def _can_wait(model: ModelSection, files: ModelFiles, config: PreTrainedConfig, new: NewTokens) -> bool:
+    """Whether the weights can stay in the files: the class is transformers' own, and no new rows are made, which begin
+    as the mean of the others."""
+    has_code = model.trust_remote_code and "auto_map" in files.config
+    has_new_rows = bool(new.ids) or new.num_rows > getattr(config.get_text_config(), "vocab_size", 0)
+    return not has_code and not has_new_rows
 
 
 Read = tuple["PreTrainedModel", Mapping[str, Any], DeferredWeights | None]
@@ -152,7 +165,7 @@ def _whole(
     dtype: torch.dtype,
     attention: Mapping[str, str],
     model: ModelSection,
-    bits: Quantisation | None,
+    quantising: Mapping[str, Any],
     *,
     reward_model: bool,
 ) -> Read:
@@ -167,7 +180,7 @@ def _whole(
         ignore_mismatched_sizes=True,  # refused by the caller, with the tensors' names
         output_loading_info=True,
         **attention,
-        **quantised.loading(bits, dtype),
+        **quantising,
     )
     return module, report, None
 

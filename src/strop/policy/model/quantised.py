@@ -35,9 +35,14 @@ LEAST = 0.5
 INT8_STEPS = 127.0
 
 
-def loading(found: Quantisation | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is given to quantise a model as it reads it, or to read a quantised one. dtype: what its
-    layers compute in, where nothing else is asked for."""
+def loading(found: Quantisation | None, dtype: torch.dtype, *, sharded: bool = False) -> dict[str, Any]:
+    """What `from_pretrained` is given to quantise a model as it reads it, or to read a quantised one.
+
+    Args:
+        dtype: what its layers compute in, where nothing else is asked for.
+        sharded: the weights will be sharded. Their 4 bits then lie in tensors of the dtype that layers are gathered in,
+            since tensors of another dtype would be cast.
+    """
     if found is None:
         return {}
     if found.stored:
@@ -52,8 +57,30 @@ def loading(found: Quantisation | None, dtype: torch.dtype) -> dict[str, Any]:
             bnb_4bit_quant_type=found.kind,
             bnb_4bit_use_double_quant=found.double,
             bnb_4bit_compute_dtype=dtype if found.compute == "auto" else getattr(torch, found.compute),
+            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         )
     return {"quantization_config": config, "device_map": {"": "cpu"}}
+
+
+def check_shardable(found: Quantisation | None, where: str) -> None:
+    """Refuse what cannot be sharded over several processes.
+
+    Raises:
+        ModelError: it is in 8 bits, whose scales belong to whole weights, or quantised in its files, as bytes.
+    """
+    if found is None or (found.bits == 4 and not found.stored):
+        return
+    raise ModelError(
+        f"its weights are {found.describe()}, and gpu.fsdp shards a base that is quantised to 4 bits when it is loaded",
+        where=where,
+        expected="quant: 4bit of a model in 16 or 32 bits, or a base that is not quantised",
+        fix="name the model it was made from, in 16 or 32 bits, with quant: 4bit; or leave gpu.fsdp out",
+    )
+
+
+def packed_names(module: nn.Module) -> set[str]:
+    """Names of the weights whose numbers are not those of their dtype."""
+    return {f"{name}.weight" for name, part in module.named_modules() if is_quantised(part)}
 
 
 def compute_in(config: PreTrainedConfig, dtype: torch.dtype) -> None:
