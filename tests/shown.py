@@ -23,7 +23,7 @@ NOT_RUN = {
     r"(?:\w+=\w+ )?vllm serve .*": "vLLM is not among what the tests need; it needs a GPU",
     r"python (?:-m sglang\.|llama\.cpp/).*": "SGLang and llama.cpp are not among what the tests need",
     r"(?:llama-server|llama-quantize|ollama) .*": "llama.cpp and Ollama are not among what the tests need",
-    r"strop eval .*--tasks arc_easy.*": "it loads questions from a hub; tests/smoke/test_tasks.py asks tasks of its own",
+    r"strop eval .*--tasks arc_easy.*": "it loads questions from a hub; tests/smoke/test_tasks.py asks its own",
     r"torchrun .*": "it needs several machines, or starts processes, which tests/smoke/test_processes.py does; "
     "the command that it starts is run by a dry run",
     r"strop train .*--(?:device-ids|use-ddp|fsdp|num-processes) .*": "it needs several GPUs, or starts processes, as "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from strop.cli import main
 from strop.config import load_config
+from strop.machine import machine_named
 from strop.modelrows import ModelRows
 
 PAIRS = [{"prompt": f"question {i}", "chosen": "yes " * (1 + i % 9), "rejected": "no maybe"} for i in range(40)]
@@ -154,3 +157,43 @@ def test_three_questions_are_asked_on_a_terminal(
     assert main(["init", "--output", str(path)]) == 0
     assert len(asked) == 3 and "which method" in asked[2].lower()
     assert load_config(path).post_training.method == "dpo"
+
+
+@pytest.fixture
+def large(model_dir: Path, tmp_path: Path) -> Path:
+    """A model of 6.5 billion weights, without them."""
+    folder = tmp_path / "large"
+    shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "head_dim": 128}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("device", "quant"), [("h100", "none"), ("t4", "4bit")])
+def test_the_base_is_in_4_bits_where_it_does_not_fit(
+    device: str, quant: str, write: Callable[..., Path], large: Path, tmp_path: Path
+) -> None:
+    """All weights fit neither, and the file says so; what is written fits by the dry run's own prediction."""
+    path = tmp_path / "strop.yaml"
+    asked = ["init", "--model", str(large), "--data", str(write(PAIRS)), "--output", str(path), "--device", device]
+    assert main(asked) == 0
+    text = path.read_text()
+    config = load_config(path)
+    assert (config.models[0].quant, config.lora.enabled) == (quant, True)
+    with_adapters, with_all = re.findall(r"# with (?:adapters|all weights): (.*)", text)
+    assert re.fullmatch(r"[\d.e+]+ GiB of memory are predicted", with_adapters) and with_all.endswith("too much")
+    assert machine_named(device).name in text
+
+
+def test_the_memory_is_that_of_the_dry_run(
+    write: Callable[..., Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "strop.yaml"
+    device = ["--device", "h100"]
+    assert main(["init", "--model", str(model_dir), "--data", str(write(PAIRS)), "--output", str(path), *device]) == 0
+    (said,) = re.findall(r"# with adapters: ([\d.]+) GiB", path.read_text())
+    assert main(["train", "--config", str(path), "--dry-run", "--no-time", *device]) == 0
+    (predicted,) = re.findall(r"predicted peak memory: ([\d.]+) GiB", capsys.readouterr().out)
+    assert float(said) == pytest.approx(float(predicted), rel=0.05)

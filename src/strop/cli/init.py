@@ -12,12 +12,14 @@ from strop.errors import ConfigError
 from strop.terminal import show
 
 HELP = """\
-usage: strop init --model MODEL --data FILE [--val FILE] [--method NAME] [--output FILE] [--output-dir DIR]
+usage: strop init --model MODEL --data FILE [--val FILE] [--method NAME] [--device NAME] [--output FILE]
+                  [--output-dir DIR]
 
   --model MODEL          a folder, or a name on the hub
   --data FILE            the training rows; without these two, they and the method are asked for on the terminal
   --val FILE             validation rows (default: a tenth of the others)
   --method NAME          default: by the shape of the rows: dpo for pairs, kto for labels, sft for the rest
+  --device NAME          the machine that the run must fit: cpu, or a GPU's name, such as h100 (default: this one)
   --output FILE          where the configuration goes (default: strop.yaml); a file that is there is not replaced
   --output-dir DIR       where the run will go (default: outputs)
 """
@@ -32,6 +34,7 @@ def run(arguments: list[str]) -> int:
     for flag in ("--model", "--data", "--val"):
         parser.once(flag)
     parser.once("--method", choices=tuple(METHODS))
+    parser.once("--device")
     parser.once("--output", default="strop.yaml")
     parser.once("--output-dir", default="outputs")
     options = parser.parse_args(arguments)
@@ -44,7 +47,7 @@ def run(arguments: list[str]) -> int:
 
     from strop.newconfig import Request, config_for
 
-    text = config_for(Request(model, data, options.val, method, options.output_dir))
+    text = config_for(Request(model, data, options.val, method, options.output_dir, options.device))
     try:
         write_file(path, text.encode("utf-8"))
     except OSError as error:
