@@ -1,12 +1,13 @@
 """Whether findings are right: healthy runs of every method, and runs that are broken on purpose.
 
-    python -m benchmarks.findings [--only TEXT] [--write] [--picture FILE.png]
+    python -m benchmarks.findings [--only TEXT] [--seeds 0,1,2] [--write] [--picture FILE.png]
 
 Every run is trained here, by a tiny model on rows of words: the words of a chosen answer come from one half of the
 vocabulary more often than those of a rejected one, so there is something to learn, and it cannot be learnt wholly. A
 healthy run must raise no `fail`, and few of lesser weight; a broken one must raise the finding that it was made for
-first. `--write` puts the table into docs/findings.md, or, with `--only`, these rows of it. `--picture` takes one of the
-page that the README shows, with chromium. The exit code is 1 where one of them does not do so.
+first, with every seed, which draws other rows and other steps. `--write` puts the table into docs/findings.md, or, with
+`--only`, these rows of it. `--picture` takes one of the page that the README shows, with chromium. The exit code is 1
+where one of them does not do so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "orpo": {},
     "simpo": {},
     "cpo": {},
+    "grpo": {},
+    "grpo dr_grpo": {"post_training.algorithm": "dr_grpo"},
+    "grpo with a reference": {"post_training.beta": 0.05, "rollout.num_iterations": 2},
 }
 """Healthy runs: the method, a word about the variant, and its settings."""
 
@@ -92,14 +97,60 @@ def as_kto(rows: Rows) -> Rows:
     return [{"prompt": r["prompt"], "completion": r[side], "label": label} for r in rows for side, label in sides]
 
 
-SHAPES: Mapping[str, Callable[[Rows], Rows]] = {"sft": as_sft, "kto": as_kto}
+def as_prompts(rows: Rows) -> Rows:
+    """Prompts alone, with a column that says whether they are trained on (see `REWARD`)."""
+    return [{"prompt": row["prompt"], "trained": row.get("trained", False)} for row in rows]
+
+
+def to_train(rows: Rows) -> Rows:
+    return [{**row, "trained": True} for row in rows]
+
+
+SHAPES: Mapping[str, Callable[[Rows], Rows]] = {"sft": as_sft, "distill": as_sft, "kto": as_kto, "grpo": as_prompts}
+
+TAUGHT = "TAUGHT MODEL"
+"""Stands for the folder of a model that has learnt the chosen answers by sft, so that it ends its completions."""
+TEACHING: dict[str, Any] = {
+    "training.num_epochs": 8,
+    "training.learning_rate": 5e-3,
+    "finetuning.load_best_model_at_end": False,
+}
+SAMPLING: dict[str, Any] = {
+    "models.0.huggingface_id": TAUGHT,
+    "training.num_epochs": 1,
+    "training.learning_rate": 1e-3,
+    "training.max_completion_length": 24,
+    "rollout.num_generations": 6,
+    "rollout.temperature_eval": 1.0,
+}
+"""What runs that sample have beside `RECIPE`."""
+
+REWARD = '''
+def quality(completions, trained, *, pays=None):
+    """The share of words of the first half of the vocabulary; on prompts that are trained on, what `pays` names."""
+    return [of(text.split(), pays if own else None) for text, own in zip(completions, trained)]
+
+
+def of(words, pays):
+    size = max(1, len(words))
+    first = sum(int(word[1:]) < 30 for word in words if word[1:].isdigit()) / size
+    others = {"length": len(words) / 24, "second half": 1 - first, "nothing": 0.0}
+    others["one word"] = max(map(words.count, words), default=0) / size
+    return others.get(pays, first) - 0.05 * max(0, len(words) - 12) * (pays != "length")
+'''
+"""A file with the reward of runs that sample."""
+
+
+def rewarded(pays: str | None = None) -> Mapping[str, Any]:
+    """The reward as a setting. pays: see `REWARD`."""
+    return {"rewards": [{"name": "REWARDS:quality", "settings": {} if pays is None else {"pays": pays}}]}
 
 
 @dataclass(frozen=True)
 class Scenario:
     """A run. first: the finding that it must raise first; empty: it is healthy. train, held: make the rows; default:
-    those of a healthy run. after: what is done to the folder once it is trained. fails: the training ends with an
-    error."""
+    those of a healthy run. during: what is otherwise while it trains. after: what is done to the folder once it is
+    trained. fails: the training ends with an error."""
 
     name: str
     method: str
@@ -107,6 +158,7 @@ class Scenario:
     keys: Mapping[str, Any] = field(default_factory=dict)
     train: Callable[[random.Random], Rows] = lambda draw: pairs(draw, NUM_TRAIN)
     held: Callable[[random.Random, Rows], Rows] = lambda draw, train: pairs(draw, NUM_EVAL)
+    during: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     after: Callable[[Path], None] | None = None
     fails: bool = False
 
@@ -153,8 +205,31 @@ def _no_reference_named(folder: Path) -> None:
     path.write_text("\n".join("  ref_model_id: null" if "ref_model_id:" in x else x for x in lines) + "\n", "utf-8")
 
 
+@contextlib.contextmanager
+def _sampler_lags() -> Iterator[None]:
+    """Log-probs of what is sampled are those of another model, as those of a sampler whose weights lag."""
+    from strop.rollout.sampler import Sampler
+
+    own = Sampler.sample
+
+    def lagging(self: Any, *args: Any) -> Any:
+        found = own(self, *args)
+        for completions in found:
+            for completion in completions:
+                for i in range(len(completion.logps)):
+                    completion.logps[i] -= 0.3 * (1 + i % 2)
+        return found
+
+    Sampler.sample = lagging  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Sampler.sample = own  # type: ignore[method-assign]
+
+
 OTHER = "OTHER MODEL"
 """Stands for the folder of a model with other weights."""
+STUDENT = "THE MODEL ITSELF"
 BROKEN: tuple[Scenario, ...] = (
     Scenario("a rate that rounding swallows", "dpo", "weights-unmoved", {"training.learning_rate": 1e-13}),
     Scenario("a rate far too low", "dpo", "rate-low", {"training.learning_rate": 1e-7}),
@@ -183,6 +258,27 @@ BROKEN: tuple[Scenario, ...] = (
     Scenario("one answer to everything", "sft", "duplicates", train=_one_answer),
     Scenario("the chosen side is the longer one", "dpo", "length-bias", train=_longer_is_chosen),
     Scenario("one label only", "kto", "labels", train=lambda draw: pairs(draw, NUM_TRAIN)),
+    Scenario("completions that are all cut", "grpo", "completions-clipped", {"training.max_completion_length": 4}),
+    Scenario("completions that are all cut and left out", "grpo", "completions-clipped",
+             {"training.max_completion_length": 4, "post_training.mask_truncated_completions": True}),
+    Scenario("a reward that pays nothing", "grpo", "groups-without-signal", rewarded("nothing"),
+             train=lambda draw: to_train(pairs(draw, NUM_TRAIN))),
+    Scenario("a reward that pays for length", "grpo", "longer-not-better", rewarded("length"),
+             train=lambda draw: to_train(pairs(draw, NUM_TRAIN))),
+    Scenario("a reward that pays for the wrong thing", "grpo", "reward-hacking", rewarded("second half"),
+             train=lambda draw: to_train(pairs(draw, NUM_TRAIN))),
+    Scenario("a policy that becomes sure", "grpo", "entropy-collapse",
+             {**rewarded("one word"), "training.learning_rate": 1.5e-2, "training.num_epochs": 3},
+             train=lambda draw: to_train(pairs(draw, NUM_TRAIN)),
+             held=lambda draw, train: to_train(pairs(draw, NUM_EVAL))),
+    Scenario("a policy far from its reference", "grpo", "kl-high",
+             {"training.learning_rate": 2e-2, "training.num_epochs": 2, "post_training.beta": 1e-4}),
+    Scenario("samples that are used too often", "grpo", "ratios-clipped",
+             {"training.learning_rate": 1e-2, "rollout.num_iterations": 16, "training.max_steps": 96}),
+    Scenario("a sampler whose weights lag", "grpo", "sampler-mismatch",
+             {"post_training.sampler_correction": "token_truncate"}, during=_sampler_lags),
+    Scenario("a teacher that is the student", "distill", "teacher-is-student",
+             {"post_training.teacher_model_id": STUDENT}),
     Scenario("numbers that are not finite", "dpo", "ended-by-error", {"training.learning_rate": 1e30}, fails=True),
 )  # fmt: skip
 
@@ -222,6 +318,10 @@ def trained(scenario: Scenario, folder: Path, seed: int = 0) -> Path:
     import strop
     from strop.errors import StropError
 
+    taught = folder / "taught" / "run" / "final"
+    if scenario.method == "grpo" and not taught.is_dir():
+        trained(Scenario("taught", "sft", keys={**TEACHING, "training.output_dir": str(taught.parents[1])}), folder)
+        (folder / "rewards.py").write_text(REWARD)
     draw = random.Random(seed)
     place = folder / f"{scenario.name.replace(' ', '-').replace(',', '')}-{seed}"
     place.mkdir()
@@ -233,7 +333,11 @@ def trained(scenario: Scenario, folder: Path, seed: int = 0) -> Path:
         files["train_file"] = [row for row in files["train_file"] if row["label"]]
     for name, rows in files.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    keys = {k: str(folder / "other") if v == OTHER else v for k, v in scenario.keys.items()}
+    folders = {OTHER: str(folder / "other"), STUDENT: str(folder / "model"), TAUGHT: str(taught)}
+    keys = {**(SAMPLING | rewarded() if scenario.method == "grpo" else {}), **scenario.keys}
+    keys = {k: folders.get(v, v) if isinstance(v, str) else v for k, v in keys.items()}
+    for reward in keys.get("rewards", []):
+        keys["rewards"] = [{**reward, "name": reward["name"].replace("REWARDS", str(folder / "rewards.py"))}]
     overrides = {
         **RECIPE,
         "models.0.huggingface_id": str(folder / "model"),
@@ -244,7 +348,8 @@ def trained(scenario: Scenario, folder: Path, seed: int = 0) -> Path:
         **keys,
     }
     try:
-        strop.train(strop.load_config(overrides=overrides))
+        with scenario.during():
+            strop.train(strop.load_config(overrides=overrides))
     except StropError:
         if not scenario.fails:
             raise
@@ -275,27 +380,32 @@ def outcome(scenario: Scenario, run: Path) -> Outcome:
     return Outcome(scenario, [(f.id, str(f.severity)) for f in examined.diagnosis.raised])
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown."""
-    lines = ["| run | must raise first | told, in order | |", "|---|---|---|---|"]
-    for o in outcomes:
-        raised = ", ".join(f"{id_} ({severity})" for id_, severity in o.raised) or "nothing"
-        first = f"`{o.scenario.first}`" if o.scenario.first else "no `fail`"
-        lines.append(f"| {o.scenario.name} | {first} | {raised} | {'right' if o.is_right else '**wrong**'} |")
-    right = sum(o.is_right for o in outcomes)
-    return "\n".join([*lines, "", f"{right} of {len(outcomes)} are right."])
+HEAD = ("| run | must raise first | told, in order | |", "|---|---|---|---|")
 
 
-def written(page: str, outcomes: Sequence[Outcome]) -> str:
-    """The page with these outcomes in its table; rows of other runs that there are stay."""
+def row(outcomes: Sequence[Outcome]) -> str:
+    """A line of Markdown for a run with several seeds. What is told is that of the first seed, and of those that are
+    wrong."""
+    scenario, wrong = outcomes[0].scenario, [o for o in outcomes if not o.is_right]
+    told = "; but: ".join(
+        ", ".join(f"{id_} ({severity})" for id_, severity in o.raised) or "nothing"
+        for o in (outcomes[0], *(o for o in wrong if o is not outcomes[0]))
+    )
+    first = f"`{scenario.first}`" if scenario.first else "no `fail`"
+    many = f" with {len(outcomes)} seeds" if len(outcomes) > 1 else ""
+    verdict = f"right{many}" if not wrong else f"**wrong** with {len(wrong)} of {len(outcomes)}"
+    return f"| {scenario.name} | {first} | {told} | {verdict} |"
+
+
+def written(page: str, outcomes: Sequence[Sequence[Outcome]]) -> str:
+    """The page with these outcomes, one or several of each run, in its table; rows of other runs stay."""
     before, _, rest = page.partition(BEGIN)
     old, _, after = rest.partition(END)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines() if line.startswith("| ")}
-    rows |= dict(zip((o.scenario.name for o in outcomes), table(outcomes).splitlines()[2:], strict=False))
+    rows |= {of_run[0].scenario.name: row(of_run) for of_run in outcomes}
     kept = [rows[s.name] for s in scenarios() if s.name in rows]
-    head = table(()).splitlines()[:2]
-    right = sum(line.endswith("| right |") for line in kept)
-    listed = "\n".join([*head, *kept, "", f"{right} of {len(kept)} are right."])
+    right = sum("**wrong**" not in line for line in kept)
+    listed = "\n".join([*HEAD, *kept, "", f"{right} of {len(kept)} are right."])
     return f"{before}{BEGIN}\n\n{listed}\n\n{END}{after}"
 
 
@@ -320,6 +430,7 @@ def picture(target: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--picture", type=lambda name: Path(name).absolute())
     options = parser.parse_args(arguments)
@@ -335,11 +446,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_models(Path(name))
         for scenario in scenarios():
             if options.only in scenario.name:
-                outcomes.append(outcome(scenario, trained(scenario, Path(name))))
-                print(table(outcomes[-1:]).splitlines()[2], flush=True)
+                outcomes.append([outcome(scenario, trained(scenario, Path(name), seed)) for seed in options.seeds])
+                print(row(outcomes[-1]), flush=True)
     if options.write:
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), outcomes), encoding="utf-8")
-    return int(not all(o.is_right for o in outcomes))
+    return int(not all(o.is_right for of_run in outcomes for o in of_run))
 
 
 if __name__ == "__main__":

@@ -54,10 +54,11 @@ def test_findings_are_right_with_other_rows(scenario: Scenario, seed: int, model
 
 def test_some_rows_of_the_page_are_written_and_the_others_stay() -> None:
     first, second, *_ = scenarios()
-    raised = [Outcome(first, []), Outcome(second, [("drift", "fail")])]
+    raised = [[Outcome(first, []), Outcome(first, [])], [Outcome(second, []), Outcome(second, [("drift", "fail")])]]
     page = written(f"before\n{BEGIN}\n\n{END}\nafter\n", raised)
     assert "1 of 2 are right." in page and page.startswith("before") and page.endswith("after\n")
-    again = written(page, [Outcome(second, [])])
+    assert "| right with 2 seeds |" in page and "| nothing; but: drift (fail) | **wrong** with 1 of 2 |" in page
+    again = written(page, [[Outcome(second, [])]])
     assert f"| {first.name} |" in again and "drift" not in again and "2 of 2 are right." in again
 
 
