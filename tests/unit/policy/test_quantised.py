@@ -390,9 +390,11 @@ def test_what_is_refused_of_quantised_files(
     assert main(words) == 1
     assert "all weights are to be trained" in capsys.readouterr().err
     file = folder / "config.json"
-    file.write_text(file.read_text().replace('"bitsandbytes"', '"gptq"'))
-    with pytest.raises(ModelError, match="quantised by gptq"):
-        build({"huggingface_id": str(folder)})
+    whole = file.read_text()
+    for other in ("gptq", "torchao"):
+        file.write_text(whole.replace('"bitsandbytes"', f'"{other}"'))
+        with pytest.raises(ModelError, match=f"quantised by {other} .*cannot be trained on"):
+            build({"huggingface_id": str(folder)})
 
 
 @pytest.mark.parametrize("found", [Quantisation(8), Quantisation(4, stored=True)])
