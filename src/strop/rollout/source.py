@@ -210,9 +210,10 @@ class RolloutSource:
     def _line(self, step: int, rewarded: Rewarded) -> dict[str, Any]:
         """A group as a row of a file that can be trained on as it is."""
         completions, prompt = rewarded.completions, rewarded.prompt
-        group = rewarded.group
-        if rewarded.trained is not None:  # all completions; those of the pair alone were scored again
-            group = replace(rewarded, trained=None, old_logps=None).group
+        whole = rewarded
+        if rewarded.trained is not None:  # all completions; those of the pair, if there is one, alone were scored again
+            whole = replace(rewarded, trained=None, old_logps=None)
+        group = whole.group
         line = {
             "step": step,
             "prompt_number": rewarded.number,
