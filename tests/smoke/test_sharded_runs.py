@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from conftest import build_tokenizer
 from same_runs import CUT, KINDS, LORA, RELATIVE, assert_close, assert_same_run, in_many, train
 from strop.config.layers import load_config
 from strop.errors import CheckpointError, ConfigError
@@ -67,6 +72,110 @@ def test_sharded_adapters_of_a_base_in_4_bits(runs: Any, kind: str) -> None:
     assert_close(alone.final, then.final)
 
 
+SAMPLES: dict[str, Any] = {
+    "post_training.method": "grpo",
+    "post_training.beta": 0.1,
+    "rollout.num_generations": 2,
+    "rewards": [
+        {"name": "regex", "settings": {"pattern": "a"}},
+        {"name": "length", "settings": {"max_length": 8, "cache": 8}},
+    ],
+    "training.max_completion_length": 8,
+    "training.groups_per_step": 3,
+    "training.learning_rate": 1e-3,
+}
+"""A run that samples; of its three prompts per step one process has one, the other two."""
+
+
+FILLED = {"rollout.dynamic_sampling": True}
+"""Prompts without a pair are replaced."""
+
+
+def of_kind(kind: str, runs: Any, tmp_path: Path) -> dict[str, Any]:
+    """The keys of a run in which more than one forward and backward pass per step touches a model."""
+    singles = {"dataset.train_file": str(runs.files["singles"])}
+    match kind:
+        case "grpo":
+            return {**SAMPLES, **singles}
+        case "grpo, a base in 4 bits":
+            four = {"models": [{"huggingface_id": str(runs.files["model"]), "name": "run", "quant": "4bit"}]}
+            return {**SAMPLES, **singles, **LORA, **four}
+        case "grpo lora, two steps per round, scored again":
+            again = {"rollout.num_iterations": 2, "post_training.sampler_correction": "token_mask"}
+            return {**SAMPLES, **singles, **LORA, **again}
+        case "grpo, another reference, fewer prompts than processes":
+            other = {"post_training.ref_model_id": str(runs.files["other"]), "training.groups_per_step": 1}
+            return {**SAMPLES, **singles, **other}
+        case "grpo, rewarded by a model":
+            return {**SAMPLES, **singles, "rewards": [f"model:{judge(tmp_path)}"]}
+        case "online dpo":
+            return {**SAMPLES, **singles, "post_training.method": "dpo", "post_training.online": True, **FILLED}
+        case "reward":
+            return {**CUT, "post_training.method": "reward"}
+        case "reward lora":
+            return {**CUT, **LORA, "post_training.method": "reward"}
+        case "distill" | "distill lora":
+            teacher = {"post_training.method": "distill", "post_training.teacher_model_id": str(runs.files["other"])}
+            return {**CUT, **teacher, **(LORA if kind.endswith("lora") else {})}
+        case "distill on policy, by divergence" | "distill on policy, by policy gradient":
+            teacher = {"post_training.method": "distill", "post_training.teacher_model_id": str(runs.files["other"])}
+            own = {name: value for name, value in SAMPLES.items() if name not in ("rewards", "post_training.beta")}
+            loss = "policy_gradient" if kind.endswith("gradient") else "divergence"
+            return {**own, **singles, **teacher, "rollout.enabled": True, "post_training.distill_loss": loss}
+        case _:
+            assert kind == "samples"
+            return {**CUT, "finetuning.sample_prompts": 3, "finetuning.sample_max_new_tokens": 6}
+
+
+def judge(tmp_path: Path) -> Path:
+    """A reward model."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=len(tokenizer), **sizes, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    ).save_pretrained(tmp_path / "judge")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+OFTEN = {"grpo, another reference, fewer prompts than processes", "online dpo", "reward", "distill", "samples"}
+OTHERS = (
+    "grpo",
+    "grpo lora, two steps per round, scored again",
+    "grpo, rewarded by a model",
+    "grpo, a base in 4 bits",
+    "distill on policy, by divergence",
+    "distill on policy, by policy gradient",
+    "reward lora",
+    "distill lora",
+)
+
+
+@pytest.mark.parametrize("kind", [*sorted(OFTEN), *(pytest.param(k, marks=pytest.mark.nightly) for k in OTHERS)])
+def test_what_needs_more_than_the_passes_of_a_step_is_sharded_too(kind: str, runs: Any, tmp_path: Path) -> None:
+    settings = of_kind(kind, runs, tmp_path)
+    alone = runs(settings)
+    many = runs.at(in_many(2, runs.config({**settings, **FSDP})))
+    assert len(alone.untimed) == len(many.untimed)
+    for before, after in zip(alone.untimed, many.untimed, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            if name != "weights_digest" and not name.startswith("time/"):
+                close = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+                assert after[name] == close, (name, before["step"])
+    assert_close(alone.final, many.final)
+    for name in ("samples.jsonl", "rollouts.jsonl"):
+        assert texts(alone.path / name) == texts(many.path / name)
+
+
+def texts(file: Path) -> list[Any]:
+    """What was sampled, in order."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [(line["step"], line["prompt_number"], line.get("texts", line.get("completion"))) for line in lines]
+
+
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
@@ -76,8 +185,10 @@ def test_sharded_adapters_of_a_base_in_4_bits(runs: Any, kind: str) -> None:
         ({"post_training.method": "dpo", "post_training.ref_sync_steps": 2}, "ref_sync_steps keeps a second"),
         ({"gpu.use_ddp": True}, "fsdp and use_ddp are both true"),
         ({"training.fp16": True}, "training.fp16 scales its loss"),
-        ({"post_training.method": "reward"}, "method reward needs a whole model"),
-        ({"finetuning.sample_prompts": 2}, "sample_prompts are answered by a whole model"),
+        (
+            {"post_training.method": "grpo", "rollout.sampler": "vllm", "rewards": ["x.py:f"], "lora.enabled": True},
+            "vllm, which gets an adapter that one process has whole",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(settings: dict[str, Any], found: str) -> None:

@@ -15,19 +15,20 @@ import pytest
 import torch
 
 from strop.cli.train import run as run_train
-from strop.config import load_config, resolve
+from strop.config import RunConfig, load_config, resolve
 from strop.dryrun import dry_run
 from strop.errors import ConfigError
 from strop.estimate import estimate, fitted, longest_line, planned_precision
 from strop.estimate.devices import ALONE, Devices, base_bytes, scales_bytes, sent_bytes
 from strop.estimate.longest import longest_that_fits, stretched
-from strop.estimate.memory import peak_memory
+from strop.estimate.memory import memory_of, peak_memory
 from strop.machine import Machine
 from strop.plan.tokens import packed_tokens
 from strop.plan.work import Work
 from strop.policy.model.from_config import shape_of
 from strop.policy.precision import Precision
 from strop.prepared import Prepared, prepare, with_budget
+from strop.types import GroupLengths
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
@@ -74,6 +75,26 @@ def test_a_copy_on_each_device_costs_what_one_does_but_for_a_bucket(prepared: Ca
     whole, parts = peak(found), peak(found, Devices(8))
     assert {name: size for name, size in parts.items() if name != "sum of gradients"} == whole
     assert parts["sum of gradients"] == whole["gradients"] < 2**26
+
+
+def test_all_weights_are_gathered_to_sample_with(prepared: Callable[..., Prepared]) -> None:
+    """They count as far as they are more than what a step needs at the same time beside its shard."""
+    found = prepared(r=4)
+    sampling = found.config.with_values({"finetuning.sample_prompts": 2}, "test")
+    shape = shape_of(found.config.lora, found.model)
+    deep = replace(shape, layers=80, matrix=40 * shape.matrix)
+    work = Work.of([GroupLengths(2, (3,))], packed_tokens)
+
+    def parts(config: RunConfig, devices: Devices) -> dict[str, int]:
+        sizes = memory_of(deep, work, config, BF16, "cuda", found.objective, 0.0, devices)
+        return {name: int(size[0]) for name, size in sizes.items()}
+
+    before, after = parts(found.config, Devices(8, 8)), parts(sampling, Devices(8, 8))
+    own = after.pop("weights to sample with")
+    assert after == before
+    in_steps = sum(before[name] for name in ("activations", "head", "backward", "gathered weights"))
+    assert own == pytest.approx(2 * (deep.matrix + deep.others + deep.adapters) - in_steps, abs=5) and own > 0
+    assert parts(sampling, ALONE) == parts(found.config, ALONE), "all weights are there"
 
 
 @pytest.mark.parametrize("lora", [{}, {"r": 4}], ids=["full", "lora"])

@@ -293,26 +293,12 @@ class RunConfig(Section):
                 "bf16, or float32",
                 "set training.bf16: true in the place of fp16, or leave gpu.fsdp out",
             )
-        if self.finetuning.sample_prompts is not None:
+        if self.rollout.enabled and self.rollout.sampler == "vllm":
             yield Problem(
-                ("finetuning.sample_prompts", "gpu.fsdp"),
-                "finetuning.sample_prompts are answered by a whole model, and gpu.fsdp is true",
-                "one of the two",
-                "leave sample_prompts or gpu.fsdp out",
-            )
-        if self.post_training.REWARD_MODEL or isinstance(self.post_training, DistillSettings):
-            yield Problem(
-                ("post_training.method", "gpu.fsdp"),
-                f"method {self.post_training.method} needs a whole model in every process, and gpu.fsdp is true",
-                "one of the two",
-                "leave gpu.fsdp out",
-            )
-        if self.rollout.enabled:
-            yield Problem(
-                ("rollout.enabled", "gpu.fsdp"),
-                "rollout samples with a whole model, and gpu.fsdp is true",
-                "one of the two",
-                "leave gpu.fsdp out",
+                ("rollout.sampler", "gpu.fsdp"),
+                "rollout.sampler is vllm, which gets an adapter that one process has whole, and gpu.fsdp divides it",
+                "sampler: policy, or gpu.use_ddp",
+                "set rollout.sampler: policy, or leave gpu.fsdp out",
             )
         if isinstance(self.post_training, DpoSettings) and self.post_training.ref_sync_steps:
             yield Problem(

@@ -152,4 +152,4 @@ class Evaluation:
             if at < len(own):
                 yield groups.batch(self.policy, own[at])
             else:
-                self.policy.strategy.idle(False)
+                self.policy.strategy.idle(False, groups.wants)

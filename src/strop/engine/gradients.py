@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -113,7 +114,7 @@ class Gradients:
         seed = (self._config.seed, step)
         with self._policy.weights_fixed():
             parts = (self._policy, self._objective, own.batches, own.also)
-            idle = self._policy.strategy.idle
+            idle = partial(self._policy.strategy.idle, wants=own.groups.wants)
             return forward_backward(*parts, seed=seed, scale=scale, world=self._world, idle=idle), own
 
     def _make_fit(self, step: int, why: str) -> None:

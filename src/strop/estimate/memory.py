@@ -113,7 +113,10 @@ def memory_of(
         "process": PROCESS[device],
     }
     if devices.shard > 1:
-        parts["gathered weights"] = _gathered(shape, precision)
+        parts["gathered weights"] = gathered = _gathered(shape, precision)
+        if config.rollout.enabled or config.finetuning.sample_prompts is not None:
+            in_steps = activations + head + backward + gathered
+            parts["weights to sample with"] = np.maximum(0.0, _all_gathered(shape, precision) - in_steps)
     elif devices.count > 1:
         parts["sum of gradients"] = float(min(BUCKET_BYTES, trained * wide))
     if shape.matrix_bytes is not None:  # the largest one: dequantised in float32, then in the compute dtype
@@ -127,11 +130,11 @@ def memory_of(
         parts[COPY] = checkpoint_bytes(shape, config, precision, objective) / devices.shard
     if config.rollout.enabled and objective.needs_reference:  # another model is taken to be as large as this one
         other = getattr(config.post_training, "ref_model_id", None) is not None
-        parts["reference"] = base * c if other else trained * wide
+        parts["reference"] = (base * c if other else trained * wide) / devices.shard
     if shape.new_rows:  # the embedding and the head with new rows in them, and the embedding's whole gradient
         parts["new tokens"] = float(3 * shape.vocabulary * shape.width * c)
     if shape.teacher:
-        parts["teacher"] = float(shape.teacher * c)
+        parts["teacher"] = shape.teacher * c / devices.shard
     if objective.ref_sync is not None:
         parts["reference"] = base * wide + (casts if device == "cpu" else 0)
     return {name: np.broadcast_to(size, len(work)).astype(np.int64) for name, size in parts.items()}
@@ -163,6 +166,12 @@ def _gathered(shape: Shape, precision: Precision) -> float:
     layer, rest = gathered_bytes(shape, precision)
     gradients = 0.0 if shape.adapters else (shape.matrix / shape.layers + shape.others) * precision.master.itemsize
     return 2 * layer + rest + gradients
+
+
+def _all_gathered(shape: Shape, precision: Precision) -> float:
+    """Bytes of all weights, gathered in full to sample with."""
+    layer, rest = gathered_bytes(shape, precision)
+    return shape.layers * layer + rest + shape.adapters * precision.compute.itemsize
 
 
 def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, device: str) -> float:

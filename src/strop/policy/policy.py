@@ -186,10 +186,10 @@ class Policy(nn.Module):
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """No gradients, no dropout, and the model's own attention, so that it can decode with a cache; each module is
-        then in the mode that it was in."""
+        """No gradients, no dropout, all weights whole, and the model's own attention, so that it can decode with a
+        cache; each module is then in the mode that it was in. All processes enter and leave it together."""
         training = [(m, m.training) for m in self.modules()]
-        with self.scoring():
+        with self.scoring(), self.strategy.all_gathered():
             self._use_attention(self.plain_attention)
             self.eval()
             try:

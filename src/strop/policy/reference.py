@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,24 +53,29 @@ def micro_batch_logps(policy: Policy, groups: Sequence[Group]) -> tuple[Tensor, 
     return logps, num_passes == 1
 
 
-def reference_logps(policy: Policy, micro_batches: Iterable[Sequence[Group]]) -> list[Tensor]:
-    """One tensor [scored tokens of the group] per group, on the CPU, in the order of `micro_batches`.
+def reference_logps(policy: Policy, micro_batches: Sequence[Sequence[Group]]) -> list[Tensor]:
+    """One tensor [scored tokens of the group] per group, on the CPU, in the order of `micro_batches`. All processes
+    call it together, each with its own micro-batches, or none.
 
     It is float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; another
     pass over the same micro-batches by the same model gives the same bits.
     """
     results: list[Tensor] = []
-    with policy.scoring():
+    num_idle = policy.strategy.num_idle(len(micro_batches))
+    with policy.scoring(), policy.strategy.passes():
         for batch in micro_batches:
             logps, _ = micro_batch_logps(policy, batch)
             # cloned, because a view would keep the whole micro-batch in memory
             results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
+        for _ in range(num_idle):
+            policy.strategy.idle(False)
+        policy.strategy.forget_passes()
     return results
 
 
 class FrozenReference:
-    """The policy as it is now, while it goes on training. Only the weights that train are copied: for the passes of the
-    reference they take the place of the policy's own.
+    """The policy as it is now, while it goes on training. Only the weights that train are copied, each process what it
+    holds of them: for the passes of the reference they take the place of the policy's own.
 
     Args:
         policy: before its first step, and before a checkpoint is loaded into it.
@@ -78,9 +83,9 @@ class FrozenReference:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._weights = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+        self._weights = {name: weight.detach().clone() for name, weight in policy.strategy.trained.items()}
 
-    def logps(self, micro_batches: Iterable[Sequence[Group]]) -> list[Tensor]:
+    def logps(self, micro_batches: Sequence[Sequence[Group]]) -> list[Tensor]:
         """As `reference_logps`, under the weights of then."""
         self._swap()
         try:
@@ -89,8 +94,10 @@ class FrozenReference:
             self._swap()
 
     def _swap(self) -> None:
-        for name, weight in self._policy.trainable().items():
-            weight.data, self._weights[name] = self._weights[name], weight.data
+        for name, weight in self._policy.strategy.trained.items():
+            now = weight.detach().clone()
+            weight.detach().copy_(self._weights[name])  # in place: a sharded layer is gathered from this memory
+            self._weights[name] = now
 
 
 class SyncedReference:

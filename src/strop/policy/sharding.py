@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ from strop.policy.model.load import check_finite
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.strategy import Piece, Strategy, rounded
+from strop.policy.teacher import DIVERGENCE, TEACHER_LOGPS
 from strop.types import Completion, Group, Origin
 from strop.world import World
 
@@ -109,17 +110,51 @@ class Sharded(Strategy):
         finally:
             layer.reshard()
 
-    def idle(self, backward: bool) -> None:
-        with torch.set_grad_enabled(backward):
-            logps = self.policy(self._filling).logps
-        if backward:
-            torch.autograd.backward(logps, torch.zeros_like(logps))
+    @contextmanager
+    def all_gathered(self) -> Iterator[None]:
+        """Weights of layers are in the compute dtype meanwhile, others as they are kept."""
+        modules = [module for module in self.policy.modules() if isinstance(module, FSDPModule)]
+        copies = self.policy.weight_copies
+        with self.passes():
+            try:
+                for module in modules:
+                    module.unshard()
+                    module.set_reshard_after_forward(False, recurse=False)
+                copies.keeps = True
+                yield
+            finally:
+                copies.keeps = False
+                copies.forget()
+                for module in modules:
+                    module.set_reshard_after_forward(True, recurse=False)
+                    module.reshard()
+            # FSDP gathers ahead in a backward pass, in the order in which layers have computed before it. After this
+            # pass that order ends in the same way in all processes, however often each called the model in the block.
+            self.idle(False)
 
-    @cached_property
-    def _filling(self) -> Batch:
+    def idle(self, backward: bool, wants: Set[str] = frozenset()) -> None:
+        wants = wants & {DIVERGENCE, TEACHER_LOGPS}  # the teacher computes in the same pass, and may be sharded, too
+        with torch.set_grad_enabled(backward):
+            scored = self.policy(self._filling(wants))
+        if backward:
+            given = [x for x in (scored.logps, *scored.columns.per_token.values()) if x.requires_grad]
+            torch.autograd.backward(given, [torch.zeros_like(x) for x in given])
+
+    def _filling(self, wants: Set[str]) -> Batch:
         """The smallest micro-batch."""
         completion = Completion(array("q", [0, 0]), bytes([1, 1]))
-        return self.policy.collate([Group(array("q", [0]), (completion,), Origin("filling", 1))])
+        return self.policy.collate([Group(array("q", [0]), (completion,), Origin("filling", 1))], wants=wants)
+
+    def num_idle(self, num_passes: int) -> int:
+        return max(self.world.gather(num_passes)) - num_passes
+
+    def forget_passes(self) -> None:
+        reset = getattr(self.policy, "reset_iter_state", None)  # from torch 2.13 on
+        if callable(reset):
+            reset()
+
+    def outlasting(self, weight: Tensor) -> Tensor:
+        return weight.detach().clone()
 
     @contextmanager
     def passes(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ The engine asks the policy's `Strategy` for whatever depends on that, so that a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +82,30 @@ class Strategy(ABC):
         """A block in which a module inside a layer has its whole weights, outside of a pass. Collective."""
         return nullcontext()
 
+    def all_gathered(self) -> AbstractContextManager[object]:
+        """A block in which this process has all weights whole, and may call the model as often as it likes. Collective
+        at its beginning and its end."""
+        return nullcontext()
+
     @abstractmethod
-    def idle(self, backward: bool) -> None:
+    def idle(self, backward: bool, wants: Set[str] = frozenset()) -> None:
         """Takes part in a pass of the other processes, when this one has no micro-batch left.
 
-        backward: whether it is a forward and a backward pass.
+        backward: whether it is a forward and a backward pass. wants: the columns that the micro-batches of the others
+        want of the policy.
         """
+
+    def num_idle(self, num_passes: int) -> int:
+        """How often this process has to call `idle`, because another makes more passes than its own `num_passes`. Asked
+        before the first of them. Collective."""
+        return 0
+
+    def forget_passes(self) -> None:  # noqa: B027 (processes that hold all weights note nothing)
+        """Frees what was noted of passes that no backward pass follows."""
+
+    def outlasting(self, weight: Tensor) -> Tensor:
+        """A weight that is whole within a pass, for use after it."""
+        return weight
 
     def passes(self) -> AbstractContextManager[object]:
         """A block with forward and backward passes."""
@@ -174,7 +192,7 @@ class Replicated(Strategy):
 
     repeats = True
 
-    def idle(self, backward: bool) -> None:
+    def idle(self, backward: bool, wants: Set[str] = frozenset()) -> None:
         pass
 
     @property

@@ -41,6 +41,7 @@ class Teacher:
         """[M] the log-probs of the batch's scored tokens under the teacher."""
         with self.model.scoring():
             found: TokenScores = self.model(replace(batch, wants=frozenset()))
+        self.model.strategy.forget_passes()
         return found.logps
 
     def compared(self, student: Policy, batch: Batch, hidden: Tensor) -> TokenScores:
@@ -49,18 +50,29 @@ class Teacher:
         Args:
             hidden: [M, D] the student's hidden states at the scored tokens.
         """
-        with self.model.scoring(), self.model.precision.autocast(batch.input_ids.device):
-            own = self.model.hidden_states(batch)
-        own = own.to(self.model.precision.master).flatten(0, 1).index_select(0, batch.scored_positions)
         found = divergences(
             _head(student, hidden, self.temperature),
-            _head(self.model, own, self.temperature),
+            self._scored(batch),
             batch.targets,
             beta=self.beta,
             temperature=self.temperature,
             compute=student.head_dtype,
         )
         return TokenScores(found.logps, Columns(per_token={DIVERGENCE: found.divergence}))
+
+    def _scored(self, batch: Batch) -> Head:
+        """The teacher's head, with its hidden states at the scored tokens. The head is used again in the backward pass
+        of the student, when the teacher's own weights may lie in parts again."""
+
+        def computed() -> Head:
+            hidden = self.model.hidden_states(batch).to(self.model.precision.master)
+            head = _head(self.model, hidden.flatten(0, 1).index_select(0, batch.scored_positions), self.temperature)
+            return head._replace(weight=self.model.strategy.outlasting(head.weight))
+
+        with self.model.scoring(), self.model.precision.autocast(batch.input_ids.device):
+            found = self.model.own_pass(computed)
+        self.model.strategy.forget_passes()
+        return found
 
 
 def _head(policy: Policy, hidden: Tensor, temperature: float) -> Head:

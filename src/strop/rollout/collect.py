@@ -238,12 +238,11 @@ class Collector:
         return done
 
     def _scored(self, rewarded: Sequence[Rewarded]) -> list[Rewarded]:
-        """With the log-probs under the reference, and under the forward pass of training."""
+        """With the log-probs under the reference, and under the forward pass of training. A process without groups
+        takes part in the passes of the others."""
         trained = [i for i, r in enumerate(rewarded) if r.trained != ()]
-        if not trained:
-            return list(rewarded)
         groups = [rewarded[i].group for i in trained]
-        parts = self._cut.parts(GroupSet(groups))
+        parts = self._cut.parts(GroupSet(groups)) if groups else []
         micro_batches = [[groups[i] for i in part] for part in parts]
         places = [trained[i] for i in chain.from_iterable(parts)]
         old: dict[int, Tensor] = {}

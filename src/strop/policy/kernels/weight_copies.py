@@ -57,6 +57,12 @@ class WeightCopies:
         self._current.add(key)
         return self._copies[key][1]
 
+    def forget(self) -> None:
+        """Drops all copies, because the weights that they are of are gone."""
+        self._copies.clear()
+        if self._current is not None:
+            self._current.clear()
+
     def __deepcopy__(self, _: dict[int, Any]) -> WeightCopies:
         """An empty one: a copied model has weights of its own."""
         return WeightCopies()
