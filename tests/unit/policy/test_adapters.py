@@ -18,9 +18,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 
 from strop.batch import pack
 from strop.config.run import RunConfig
-from strop.config.sections import ModelSection
+from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError
 from strop.policy.build import build_policy
+from strop.policy.model.adapter_settings import adapters_of
 from strop.policy.model.adapter_targets import linear_layers, resolve_targets, selected
 from strop.policy.model.tokenizer import load_tokenizer
 from strop.policy.policy import Policy
@@ -334,10 +335,21 @@ def test_broken_adapters(damage: Callable[[Path], object], said: str, adapter_di
 
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save", "layers_pattern", "r", "bias"])
 def test_values_that_are_of_no_use_are_refused(key: str, adapter_dir: Path, build: MakePolicy) -> None:
-    for value in (5, 1.5, [[]], [None], [{}], {"a": None}, "\ud800", 10**30):
+    for value in (5, 1.5, [[]], [None], [{}], ["q_proj", 0], {"a": None}, "\ud800", 10**30):
         edit(adapter_dir, **{key: value})
         with pytest.raises(ModelError):
             build(adapter=str(adapter_dir))
+
+
+@pytest.mark.parametrize(
+    "key", ["target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern"]
+)
+def test_what_is_no_name_is_refused_before_a_model_is_there(key: str, adapter_dir: Path) -> None:
+    model = ModelSection(name="m", huggingface_id="m", adapter=str(adapter_dir))
+    for value in (["q_proj", 0], [None], [["q_proj"]], 5, {"q_proj": 1}, True):
+        edit(adapter_dir, **{key: value})
+        with pytest.raises(ModelError, match=f"{key} is "):
+            adapters_of(LoraSection(), model)
 
 
 def test_what_peft_says_of_an_adapters_settings_is_not_for_the_terminal(adapter_dir: Path, build: MakePolicy) -> None:

@@ -27,6 +27,8 @@ _FOREIGN = (
     "velora_config",
     "monteclora_config",
 )
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
+"""Settings that are names of modules; peft takes them as they are and fails on others where it uses them."""
 _INITS = (True, False, "gaussian", "orthogonal")
 _SHARED = ("r", "lora_alpha", "bias", "use_rslora", "use_dora", "init_lora_weights")
 
@@ -146,6 +148,9 @@ def _known(settings: Mapping[str, Any], what: str, where: str) -> dict[str, Any]
     """
     if settings.get("peft_type") != "LORA":
         raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
+    for name in _NAMES:
+        if not _are_names(settings.get(name)):
+            raise ModelError(f"{name} is {settings[name]!r:.80}", where=where, expected="names of modules, or null")
     foreign = [name for name in _FOREIGN if settings.get(name)]
     if foreign or settings.get("init_lora_weights", True) not in _INITS:
         raise ModelError(
@@ -155,6 +160,13 @@ def _known(settings: Mapping[str, Any], what: str, where: str) -> dict[str, Any]
             fix="merge it into the model with peft, and use that",
         )
     return {k: v for k, v in settings.items() if k in LoraConfig.__dataclass_fields__ and k != "auto_mapping"}
+
+
+def _are_names(value: Any) -> bool:
+    """Whether it is a name or a regular expression, a list of names, or nothing."""
+    if isinstance(value, list | tuple | set):
+        return all(isinstance(name, str) for name in value)
+    return value is None or isinstance(value, str)
 
 
 def _check_same(config: LoraConfig, lora: LoraSection, where: str) -> None:
