@@ -190,6 +190,24 @@ def test_completions_that_are_cut_and_left_out_are_the_cause_of_a_gradient_of_ze
     assert not any("pair" in r.words or "beta" in r.words for r in counted.finding("gradient-zero").remedies)
 
 
+@pytest.mark.parametrize(
+    ("first_epoch", "told"), [(0.5, "accuracy-half"), (0.7, "splits-disagree")], ids=["random", "exchanged"]
+)
+def test_labels_that_are_learnt_by_heart_are_not_exchanged(
+    first_epoch: float, told: str, make: Callable[..., Any]
+) -> None:
+    """Where both lose validation pairs: exchanged ones are won before they are trained on, random ones are not."""
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        held_out = line["split"] == "eval" and line["step"] > 0
+        return {"rewards/accuracies": 0.3 if held_out else first_epoch if line["step"] <= STEPS / 2 else 0.95}
+
+    made = make(change)
+    made.plan["steps_per_epoch"] = STEPS // 2
+    assert told in [f.id for f in made.diagnose().raised]
+    assert len({"accuracy-half", "splits-disagree"} & {f.id for f in made.diagnose().raised}) == 1
+
+
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_teacher_that_is_the_student_is_told_in_place_of_what_rounding_does(
     is_same: bool, make: Callable[..., Any]
