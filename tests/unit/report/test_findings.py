@@ -107,7 +107,7 @@ def sampled(line: dict[str, Any]) -> dict[str, Any]:
     done = line["step"] / STEPS
     of_both = {"reward": 0.4 + 0.3 * done, "completions/mean_length": 40.0, "completions/clipped_ratio": 0.02}
     if line["split"] == "eval":
-        return {**of_both, "reward_high": of_both["reward"] + 0.03, "num_groups": 800}
+        return {**of_both, "reward_high": of_both["reward"] + 0.03, "num_groups": 800, "loss": None}
     of_training = {"entropy": 2.0 - 0.8 * done, "frac_reward_zero_std": 0.1, "clip_ratio/region_mean": 0.01, "kl": 0.1}
     return {**of_both, **of_training, "sampling/sampling_logp_difference/mean": 0.001}
 

@@ -202,7 +202,7 @@ def _more_held_out(facts: Facts) -> Remedy:
 
 def worse_than_start(facts: Facts) -> Iterator[Finding]:
     """The evaluation's loss ends above where it began."""
-    if facts.samples:
+    if facts.samples and "loss" not in facts.run.eval:
         yield _less_reward(facts)
         return
     at, values = facts.run.eval.series("loss")
