@@ -2,7 +2,7 @@
 
     {output_dir}/{model name}/
         config.yaml environment.json plan.json data.json metrics.jsonl ledger.jsonl samples.jsonl
-        rejected.jsonl pairs.json result.json trackers.json report.html findings.json
+        rejected.jsonl pairs.json forecast.json result.json trackers.json report.html findings.json
         logs/margins/ logs/tensorboard/ logs/wandb/
         checkpoint-{step}/        written and read by the engine
         final/                    the finished model; its presence means that the run is done

@@ -6,6 +6,7 @@ import re
 
 PLAN = "plan.json"
 PAIRS = "pairs.json"
+FORECAST = "forecast.json"
 RESULT = "result.json"
 FAILURE = "failure.json"
 REPORT = "report.html"
@@ -24,6 +25,7 @@ RECORDS = (
     LEDGER,
     "rejected.jsonl",
     PAIRS,
+    FORECAST,
     FAILURE,
     RESULT,
     ROLLOUTS,

@@ -30,6 +30,7 @@ from strop.engine.loop import Loop
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
+from strop.engine.source import StepSource
 from strop.engine.state import TrainState
 from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
@@ -45,8 +46,9 @@ from strop.preflight import check, run_folder, select_models
 from strop.push import push_finished
 from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
+from strop.rollout.source import RolloutSource
 from strop.rundir import RunDir
-from strop.runfiles import FAILURE, RESULT
+from strop.runfiles import FAILURE, FORECAST, RESULT
 from strop.session import Session, Splits, reference_made_from
 from strop.space import check_space
 from strop.trackers.facts import Ended
@@ -225,6 +227,7 @@ class _Run:
             # training seeds torch's generators; afterwards they continue where the caller left them
             with StopSignal(outputs.note) as stop, torch.random.fork_rng(devices):
                 parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
+                self._forecast(source, stop)
                 samples = samples_of(session, prompts, outputs, self.run.samples)
                 asked = lambda: stop.requested or outputs.stopped_on is not None  # noqa: E731
                 loop = Loop(session.config, *parts, should_stop=asked, samples=samples)
@@ -259,6 +262,22 @@ class _Run:
             return ending
 
         return RunResult(name, self.run.path, world.on_main(finish))
+
+    def _forecast(self, source: StepSource, stop: StopSignal) -> None:
+        """Forecasts how many groups will have no signal, before the first step of a run that is not resumed."""
+        probe = source.probe if isinstance(source, RolloutSource) else None
+        if probe is None or self.saved:
+            return
+        world, rollout = self.session.world, self.session.config.rollout
+        world.doing("sampling for the forecast")
+        task = self.progress.task("forecast", len(probe.numbers))
+        try:
+            found = probe.run(lambda n: task.step(n=n), lambda: world.any(stop.requested))
+        finally:
+            task.close()
+        if found is not None and world.is_main:
+            self.run.write_json(FORECAST, found.as_dict())
+            _tell(self.session.model, found.lines(draws_others=rollout.dynamic_sampling))
 
     def _by_finding(self, stopped: Interrupted, outputs: RunOutputs) -> StoppedByFinding | None:
         """Whether a finding stopped the run, which is told by the report and remembered in the run folder."""

@@ -455,6 +455,13 @@ def test_rollout__max_refills(sample: Train) -> None:
     assert len(rollouts(few)) < len(rollouts(more))
 
 
+def test_rollout__probe_prompts(sample: Train) -> None:
+    none, some = (sample("half_dead", probe_prompts=n) for n in (None, 2))
+    assert not (none.path / "forecast.json").exists(), "the run is short"
+    assert json.loads((some.path / "forecast.json").read_text())["num_prompts"] == 2
+    assert rollouts(none) == rollouts(some)
+
+
 def test_rollout__reward_memory_gib(sample: Train) -> None:
     assert sample("hungry", reward_memory_gib=4).series("reward") == [1.0]
     with pytest.raises(TrainingError, match=r"more than 0\.5 GiB of memory"):

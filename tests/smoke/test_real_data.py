@@ -28,6 +28,7 @@ WHERE_THERE_IS_CAUSE = {
     "pairs.json",
     "failure.json",
     "rollouts.jsonl",
+    "forecast.json",
     "samples.jsonl",
     "trackers.json",
 }

@@ -408,3 +408,41 @@ def test_the_configuration_comes_back(tmp_path: Path, model_dir: Path) -> None:
     given = config(tmp_path, model_dir, "vowels", {"name": "regex", "weight": 2.0, "settings": {"pattern": "a+"}})
     (tmp_path / "again.yaml").write_text(to_yaml(given))
     assert load_config(tmp_path / "again.yaml") == given
+
+
+def test_a_forecast_changes_no_step_and_is_made_once(
+    tmp_path: Path, model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(name: str, probed: int) -> RunConfig:
+        more = {"rollout.probe_prompts": probed, "training.save_steps": 2, "training.max_steps": 4}
+        return config(tmp_path, model_dir, "waits", **more, **{"training.output_dir": str(tmp_path / name)})
+
+    with caplog.at_level("INFO", logger="strop"):
+        (probed,) = strop.train(made("probed", 5))
+    (plain,) = strop.train(made("plain", 0))
+    assert not (plain.run_dir / "forecast.json").exists()
+    for name in ("rollouts.jsonl", "final/model.safetensors"):
+        assert (probed.run_dir / name).read_bytes() == (plain.run_dir / name).read_bytes()
+    said = [r.getMessage() for r in caplog.records if "forecast from 5 prompts" in r.getMessage()]
+    found = json.loads((probed.run_dir / "forecast.json").read_text())
+    assert len(said) == 1 and found["num_prompts"] == 5 and found["num_generations"] == 4
+    assert 0 <= found["low"] <= found["without_signal"] <= found["high"] <= 1
+    findings = (probed.run_dir / "findings.json").read_text()
+    assert f"at the start, {found['without_signal']:.0%} were forecast" in findings
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a resumed run forecasts nothing")
+
+    before = (probed.run_dir / "forecast.json").read_bytes()
+    shutil.rmtree(probed.run_dir / "final")
+    shutil.rmtree(probed.run_dir / "checkpoint-4")
+    monkeypatch.setattr("strop.rollout.forecast.Probe.run", never)
+    (again,) = strop.train(made("probed", 5), resume="auto")
+    assert (again.run_dir / "forecast.json").read_bytes() == before
+    assert (again.run_dir / "rollouts.jsonl").read_bytes() == (plain.run_dir / "rollouts.jsonl").read_bytes()
+
+
+def test_a_forecast_needs_rewards_to_compare(tmp_path: Path, model_dir: Path) -> None:
+    alone = {"rollout.num_generations": 1, "post_training.advantage": "none", "rollout.probe_prompts": 4}
+    with pytest.raises(ConfigError, match="compared with no other"):
+        config(tmp_path, model_dir, **alone)

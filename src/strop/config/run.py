@@ -169,6 +169,7 @@ class RunConfig(Section):
             yield Problem(
                 ("rewards", "rollout"), "completions are to be sampled, and no reward is given", "at least one"
             )
+        yield from self._probe_problems()
         yield from self._compared_problems()
         yield from self._served_problems()
         if rollout.num_generations_eval > 1 and rollout.temperature_eval == 0:
@@ -188,6 +189,18 @@ class RunConfig(Section):
                 "rollout.dynamic_sampling leaves out prompts by their rewards, and method distill trains on none",
                 "false",
                 "remove dynamic_sampling",
+            )
+
+    def _probe_problems(self) -> Iterator[Problem]:
+        """What a forecast of groups without signal needs: rewards to compare."""
+        rollout = self.rollout
+        if rollout.probe_prompts and not (self.rewards and rollout.num_generations > 1):
+            yield Problem(
+                ("rollout.probe_prompts",),
+                f"rollout.probe_prompts is {rollout.probe_prompts}, and "
+                + ("there is no reward" if not self.rewards else "one completion per prompt is compared with no other"),
+                "rewards, and at least 2 completions per prompt",
+                "remove probe_prompts",
             )
 
     def _compared_problems(self) -> Iterator[Problem]:

@@ -40,6 +40,7 @@ FREE_KEYS = frozenset(
         "training.max_prompt_length",
         "training.max_completion_length",
         "rollout.batch_tokens",
+        "rollout.probe_prompts",
         "rollout.vllm_url",
         "rollout.vllm_model",
         "rollout.vllm_timeout",

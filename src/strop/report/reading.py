@@ -23,7 +23,7 @@ from strop.errors import ConfigError, first_line
 from strop.readable import is_number
 from strop.report.lines import Column, Lines, read_lines
 from strop.report.samples import Sample, read_samples
-from strop.runfiles import FAILURE, MARGINS_LOG, PAIRS, PLAN, RECORDS, RESULT, margins_array
+from strop.runfiles import FAILURE, FORECAST, MARGINS_LOG, PAIRS, PLAN, RECORDS, RESULT, margins_array
 
 MOST_BYTES = 1 << 24
 """A file that is read whole may have at most this many; strop writes no larger one."""
@@ -113,6 +113,7 @@ class RunRecord:
     is_finished: bool
     logs: Path = Path()
     samples: tuple[Sample, ...] = ()
+    forecast: Mapping[str, Any] = field(default_factory=dict)
     gaps: tuple[str, ...] = field(default=())
 
     @property
@@ -162,7 +163,10 @@ def read_run(path: Path | str) -> RunRecord:
             fix=_nearby(folder) or "give the folder of one run: training.output_dir/NAME",
         )
     gaps: list[str] = []
-    parts = {name: _json(folder / f"{name}.json", gaps) for name in ("environment", "data", "plan", "pairs", "failure")}
+    parts = {
+        name: _json(folder / f"{name}.json", gaps)
+        for name in ("environment", "data", "plan", "pairs", "failure", "forecast")
+    }
     settings = _settings(folder / "config.yaml", gaps)
     lines = _lines(folder / "metrics.jsonl", NUMBERS, gaps, text="split")
     train, evaluated = _split(lines, "train"), _split(lines, "eval")
@@ -203,7 +207,7 @@ def _read(path: Path, gaps: list[str]) -> str | None:
         return None
 
 
-OPTIONAL = (PLAN, PAIRS, FAILURE)
+OPTIONAL = (PLAN, PAIRS, FAILURE, FORECAST)
 """Files that some versions, methods and endings do not leave, so their absence is no gap."""
 
 

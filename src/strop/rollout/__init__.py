@@ -10,6 +10,7 @@ reward_model   a model as a reward
 pairs      completions with rewards to pairs
 collect    prompts to groups with rewards and log-probs, shared among processes
 held_out   how good the policy is at prompts that it does not train on
+forecast   how many groups will teach nothing, before the first step
 source     prompts to the groups of every step
 build      the source of a run, from its configuration
 """

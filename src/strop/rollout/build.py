@@ -24,6 +24,7 @@ from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference, reference_logps
 from strop.rollout.collect import Collector, CompletionSampler, Scoring
 from strop.rollout.drawing import Drawing
+from strop.rollout.forecast import Probe, num_probed
 from strop.rollout.held_out import Losses
 from strop.rollout.sampler import Sampler
 from strop.rollout.scoring import Scorer
@@ -85,9 +86,22 @@ def rollout_source(
         "refills": how.max_refills if how.dynamic_sampling else None,
         "wants": objective.reads & Policy.SUPPLIES,
         "losses": _losses(config, policy, objective, cut, world) if objective.scores_samples else None,
+        "probe": None,
         "also_close": close,
     }
+    if count := _num_probed(config, plan, len(prompts)):
+        own = Collector(prompts, training, scorer, tokenizer, world, cut)
+        more["probe"] = Probe.of(own, count, config.seed)
     return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, **more)
+
+
+def _num_probed(config: RunConfig, plan: Plan, num_prompts: int) -> int:
+    """How many prompts forecast the groups without signal: none where rewards within a group are not compared."""
+    compares = getattr(config.post_training, "advantage", "") not in ("reinforce++", "none")
+    asked = config.rollout.probe_prompts
+    if not config.rewards or (asked is None and not compares):
+        return 0
+    return num_probed(asked, plan, num_prompts)
 
 
 def _losses(config: RunConfig, policy: Policy, objective: Objective[MethodSettings], cut: Cut, world: World) -> Losses:

@@ -28,6 +28,7 @@ from strop.engine.source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.collect import Collected, Collector, Rewarded, joined, measured
+from strop.rollout.forecast import Probe
 from strop.rollout.held_out import HeldOut, Losses
 from strop.rollout.pairs import compared
 from strop.rollout.scoring import Failures
@@ -43,7 +44,8 @@ class RolloutSource:
         refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these,
             or, where pairs are trained, leaves them out.
         wants: names of the columns that the policy has to supply. losses: the loss of what is sampled for held-out
-            prompts, where it is measured. also_close: called when nothing is sampled any more.
+            prompts, where it is measured. probe: what forecasts the groups without signal, where that is asked for.
+        also_close: called when nothing is sampled any more.
     """
 
     validation: GroupSet | None = None
@@ -62,9 +64,10 @@ class RolloutSource:
         refills: int | None = None,
         wants: frozenset[str] = frozenset(),
         losses: Losses | None = None,
+        probe: Probe | None = None,
         also_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._also_close = also_close
+        self._also_close, self.probe = also_close, probe
         self.plan, self.num_steps = plan, plan.num_steps
         self._collector, self._held_out = collector, held_out
         self.supplies, self._wants, self._losses = collector.supplies, wants, losses

@@ -59,6 +59,10 @@ class RolloutSection(Section):
     arXiv 2503.14476)."""
     max_refills: int = Field(default=3, ge=0)
     """Read with dynamic_sampling: how many times a step samples further prompts."""
+    probe_prompts: int | None = Field(default=None, ge=0, le=4096)
+    """Prompts that are sampled for before the first step, to forecast how many groups will have the same reward for all
+    completions; they are not trained on. Null: 2 % of the prompts that the run samples for, at most 64, and none where
+    that is fewer than 16; 0: none."""
     batch_tokens: int = Field(default=32_768, gt=0)
     """Tokens, prompts and completions, that are decoded together at most; changes memory and speed."""
     vllm_url: str = "http://127.0.0.1:8000"

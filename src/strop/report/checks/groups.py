@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from strop.readable import is_number
 from strop.report.checks.remedies import lower, times_beta
 from strop.report.facts import Facts
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
@@ -57,8 +58,8 @@ def without_signal(facts: Facts) -> Iterator[Finding]:
         "groups-without-signal",
         share,
         ("no_signal_fail", "no_signal_warn"),
-        f"In {share:.0%} of the groups all completions have the same reward, so they teach nothing",
-        otherwise=f"In {1 - share:.0%} of the groups the rewards differ",
+        f"In {share:.0%} of the groups all completions have the same reward, so they teach nothing{_forecast(facts)}",
+        otherwise=f"In {1 - share:.0%} of the groups the rewards differ{_forecast(facts)}",
         evidence=Evidence.MEASURED,
         numbers={"share of groups without signal": share, "logged steps": len(shares)},
         harmless_if="the prompts are solved by now",
@@ -69,6 +70,19 @@ def without_signal(facts: Facts) -> Iterator[Finding]:
         ],
         steps=(float(at[0]), float(at[-1])),
         explains=("gradient-zero", "weights-unmoved"),
+    )
+
+
+def _forecast(facts: Facts) -> str:
+    """What was forecast before the first step, as the end of a sentence; nothing where nothing was."""
+    found = facts.run.forecast
+    numbers = [found.get(name) for name in ("without_signal", "low", "high", "num_prompts")]
+    if not all(is_number(x) and 0 <= x < 1e9 for x in numbers):
+        return ""
+    share, low, high, count = (float(x or 0) for x in numbers)
+    return (
+        f"; at the start, {share:.0%} were forecast to have the same reward throughout (95 %: {low:.0%} to {high:.0%}, "
+        f"from {count:.0f} prompts)"
     )
 
 
