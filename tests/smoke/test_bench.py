@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import platform
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import step_ratio
+from benchmarks import measure, step_ratio
 from benchmarks.cases import TOY
 from benchmarks.report import main as make_report
 from benchmarks.sides import check_side
+
+from processes import FORKED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,8 +143,43 @@ def test_two_trees_take_their_steps_in_turn() -> None:
     assert all(found[what][side] > 0 for what in ("step", "start") for side in ("seconds", "before"))
 
 
-def test_the_harness_measures_its_smallest_case(tmp_path: Path) -> None:
-    run("benchmarks.measure", "--case", "toy", "--rounds", "1", "--threads", "1", "--out", str(tmp_path))
+def measured_alone(out: Path) -> None:
+    run("benchmarks.measure", "--case", "toy", "--rounds", "1", "--threads", "1", "--out", str(out))
+
+
+def measured_forked(out: Path) -> None:
+    """Only one of the measurements, the one that needs torch alone, is made by a Python of its own."""
+    alone = measure.call
+
+    def call(module: str, *arguments: str, threads: int) -> str:
+        if module == "flops":
+            return alone(module, *arguments, threads=threads)
+        with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
+            return pool.submit(_printed, module, arguments, threads).result()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("STROP_TESTS_PRETEND")
+        patch.setattr(measure, "call", call)
+        words = ["measure", "--case", "toy", "--rounds", "1", "--threads", "1", "--out", str(out)]
+        patch.setattr(sys, "argv", words)
+        measure.main()
+
+
+def _printed(module: str, arguments: Sequence[str], threads: int) -> str:
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    torch.set_num_threads(threads)
+    sys.argv = [module, *arguments]
+    with redirect_stdout(io.StringIO()) as printed:
+        runpy.run_module(f"benchmarks.{module}", run_name="__main__")
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "measured", [measured_forked, pytest.param(measured_alone, marks=pytest.mark.nightly)], ids=lambda f: f.__name__
+)
+def test_the_harness_measures_its_smallest_case(measured: Callable[[Path], None], tmp_path: Path) -> None:
+    measured(tmp_path)
     [path] = tmp_path.glob("*/toy.json")
     result = json.loads(path.read_text())
     [found] = result["rounds"]

@@ -88,8 +88,12 @@ def run_out(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], Exce
 
 @pytest.mark.parametrize(
     ("loss", "in_backward", "error"),
-    [("sigmoid", True, ERRORS[0]), ("sigmoid", False, ERRORS[1]), ("aot", True, ERRORS[2]), ("kto", True, ERRORS[0])],
-    ids=["sigmoid-backward", "sigmoid-forward", "aot-backward", "kto-backward"],
+    [
+        pytest.param("sigmoid", True, ERRORS[0], marks=pytest.mark.nightly, id="sigmoid-backward"),
+        pytest.param("sigmoid", False, ERRORS[1], id="sigmoid-forward"),
+        pytest.param("aot", True, ERRORS[2], id="aot-backward"),
+        pytest.param("kto", True, ERRORS[0], id="kto-backward"),
+    ],
 )
 def test_it_is_the_same_run(
     loss: str,
@@ -114,7 +118,7 @@ def test_it_is_the_same_run(
         torch.testing.assert_close(cut_weights[name], weight, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.nightly), 0.3])
 def test_auto_recomputes_everything_before_it_gives_up(
     dropout: float,
     tmp_path: Path,
@@ -194,7 +198,7 @@ def test_the_prediction_is_said_before_anything_is_loaded(
     assert "predicted peak memory" in caplog.text
 
 
-@pytest.mark.parametrize(("method", "most"), [("dpo", 60), ("kto", 35)])
+@pytest.mark.parametrize(("method", "most"), [pytest.param("dpo", 60, marks=pytest.mark.nightly), ("kto", 35)])
 def test_a_resume_keeps_what_fitted(
     method: str, most: int, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

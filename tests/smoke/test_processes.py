@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from strop.config import to_yaml
 from strop.engine import alike
 from strop.engine.loop import Loop
 from strop.errors import CheckpointError, ConfigError, LostError, PeerError, TrainingError
+from strop.launch import launch
 from strop.policy.policy import Policy
 from strop.rundir import RunDir
 
@@ -168,10 +170,26 @@ def _line(folder: Path, config: RunConfig, flags: Sequence[str]) -> tuple[list[s
     return ["train", str(folder / "c.yaml"), *flags], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def test_sigterm_to_the_launcher_saves_once_and_says_how_to_go_on(runs: Any, tmp_path: Path) -> None:
+def test_processes_are_started_by_a_python_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """Which the other tests that launch in the suite do without, for it takes seconds to import what a run needs."""
+    log = logging.getLogger("torch.distributed")
+    level = log.level
+    try:
+        assert launch(["--version"], 2) == 0
+        assert capfd.readouterr().out.split().count(version("strop")) == 2
+        assert launch(["train", "no-such.yaml"], 2) == 1
+        assert "no-such.yaml" in capfd.readouterr().err
+    finally:
+        log.setLevel(level)
+
+
+@pytest.mark.parametrize("start", [forked, pytest.param(launched, marks=pytest.mark.nightly)], ids=lambda f: f.__name__)
+def test_sigterm_to_the_launcher_saves_once_and_says_how_to_go_on(
+    start: Callable[..., Any], runs: Any, tmp_path: Path
+) -> None:
     endless = {"training.max_steps": 100_000, "training.save_steps": 2, "training.eval_at_start": False}
     config = runs.config({**CUT, **endless, "gpu.num_processes": 2})
-    process = launched(tmp_path, config)
+    process = start(tmp_path, config)
     run = Path(config.training.output_dir) / "run"
     deadline = time.monotonic() + 120
     while not any(run.glob("checkpoint-*/MANIFEST.json")):

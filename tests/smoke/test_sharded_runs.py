@@ -59,7 +59,7 @@ def test_sharded_adapters(runs: Any) -> None:
     assert_same_run(alone, run)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("sft", marks=pytest.mark.nightly)])
 def test_sharded_adapters_of_a_base_in_4_bits(runs: Any, kind: str) -> None:
     """The reference is the base without adapters; a checkpoint goes on in one process, whose base lies in bytes."""
     pytest.importorskip("bitsandbytes")

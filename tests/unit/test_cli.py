@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -303,14 +302,16 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_help_answers_at_once() -> None:
-    best = min(_seconds("-m", "strop", "--help") for _ in range(3))
+    best = min(_processor_seconds("-m", "strop", "--help") for _ in range(3))
     assert best < 0.5
 
 
-def _seconds(*arguments: str) -> float:
-    start = time.perf_counter()
+def _processor_seconds(*arguments: str) -> float:
+    """Of a command, whatever else the machine does."""
+    start = os.times()
     assert run(*arguments).returncode == 0
-    return time.perf_counter() - start
+    end = os.times()
+    return end.children_user + end.children_system - start.children_user - start.children_system
 
 
 def test_three_roads_to_the_same_place(tmp_path: Path) -> None:

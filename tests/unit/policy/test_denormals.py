@@ -1,12 +1,15 @@
 """Denormal numbers are taken for 0 in every thread that computes, also in those that ran before."""
 
-import subprocess
-import sys
+import io
 import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+
+from processes import FORKED
 
 COUNT = """
 import torch
@@ -28,10 +31,15 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 
 
 def run(code: str) -> str:
-    """What a new process prints, in which nothing is switched yet."""
-    done = subprocess.run([sys.executable, "-c", COUNT + textwrap.dedent(code)], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+    """What is printed last in a process that has computed nothing yet, in which nothing is switched."""
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
+        return pool.submit(_printed, COUNT + textwrap.dedent(code)).result().strip().splitlines()[-1]
+
+
+def _printed(code: str) -> str:
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module", autouse=True)
