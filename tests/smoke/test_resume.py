@@ -443,17 +443,24 @@ def test_kill_9_leaves_something_to_go_on_from(
     go_on(tmp_path, 2, caplog)
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
+    {"rms_norm_eps": 1e-3},
+    {"hidden_act": "gelu"},
+    {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},  # twice as many in the same weights
+]
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("method", "lora", "change"),
     [
-        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}},
-        {"rms_norm_eps": 1e-3},
-        {"hidden_act": "gelu"},
-        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},  # twice as many in the same weights
+        pytest.param(
+            method, lora, change, id=f"{method} {next(iter(change))}", marks=pytest.mark.nightly if i in seldom else ()
+        )
+        for method, lora, seldom in (("sft", False, (1, 2)), ("dpo", True, (0, 3)))
+        for i, change in enumerate(CHANGES)
     ],
-    ids=lambda change: next(iter(change)),
 )
-@pytest.mark.parametrize(("method", "lora"), [("sft", False), ("dpo", True)])
 def test_a_changed_model_configuration_is_refused(
     method: str, lora: bool, change: dict[str, Any], tmp_path: Path, dead_run: Callable[[str, bool, int], None]
 ) -> None:

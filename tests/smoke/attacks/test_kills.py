@@ -165,7 +165,7 @@ ANSWERS: dict[RowShape, Callable[[int], dict[str, Any]]] = {
 }
 
 
-@few_or(150, few=20)
+@few_or(150, few=8)
 @pytest.mark.parametrize("shape", sorted(ANSWERS))
 def test_kills_of_prepare(shape: RowShape, num: int, record_property: Any, tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i}", **ANSWERS[shape](i)} for i in range(1, 100)]

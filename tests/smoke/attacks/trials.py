@@ -37,7 +37,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def few_or(many: int, few: int = 3) -> Any:
+def few_or(many: int, few: int = 2) -> Any:
     """The number of trials as a parameter: `few` in the normal suite, `many` in the nightly one."""
     few = int(os.environ.get("STROP_ATTACKS", few))
     return pytest.mark.parametrize("num", [few, pytest.param(many, marks=pytest.mark.nightly)])

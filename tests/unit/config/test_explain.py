@@ -227,11 +227,11 @@ def test_all_problems_are_listed_once_each(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_thousand_problems_are_counted_in_good_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     found = message(tmp_path, monkeypatch, MODEL + "".join(f"key{i}: 1\n" for i in range(5000)))
     assert found.count("unknown key") == 20
     assert "4980 more" in found
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_secrets_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_in_a_terminal_a_bar_with_lines_above_it() -> None:
     assert text.count("\x1b[2K") < 30  # drawn a few times a second, not at every step
 
 
-@pytest.mark.parametrize("columns", [60, 80, 100, 160])
+@pytest.mark.parametrize("columns", [60, 80, *(pytest.param(n, marks=pytest.mark.nightly) for n in (100, 160))])
 def test_a_narrow_bar_keeps_its_count_and_its_times(columns: int) -> None:
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", run_in_a_terminal("xterm", columns))
     assert "\N{HORIZONTAL ELLIPSIS}" not in plain
@@ -200,7 +200,7 @@ def screen(written: str, width: int) -> list[str]:
     return [row.rstrip() for row in rows]
 
 
-@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("columns", [60, pytest.param(100, marks=pytest.mark.nightly)])
 def test_control_c_leaves_no_bar_behind(columns: int) -> None:
     """The terminal writes ^C where the cursor is, behind the bar."""
     leader, follower = pty.openpty()
@@ -256,10 +256,10 @@ def test_a_step_costs_next_to_nothing(live: bool) -> None:
     with Progress(stream=io.StringIO(), live=live) as shown:
         task = shown.task("training", 10_000)
         task.step(SHOWN)
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(1000):
             task.step(SHOWN)
-        assert (time.perf_counter() - started) / 1000 < 1e-3  # measured: 2e-5; a busy machine may be slow
+        assert (time.process_time() - started) / 1000 < 1e-3  # measured: 2e-5
 
 
 # ---- signals

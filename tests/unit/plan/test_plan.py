@@ -185,10 +185,10 @@ def test_the_work_of_a_group_of_three() -> None:
 
 def test_many_long_rows_are_filled_in_time_that_grows_with_their_number() -> None:
     """Where a row may be as long as all groups together, the search for room once took time per token of it."""
-    started = time.perf_counter()
+    started = time.process_time()
     own = Lengths(np.full(20_000, 10**4), np.ones(20_000, int), np.arange(20_001))
     assert len(filled_rows(own, 10**15, 0)) == 1
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def _group(prompt: int, *answers: int) -> Group:
