@@ -269,8 +269,18 @@ def test_b7_every_messy_line_is_where_it_belongs(shared: Path, make_config: Make
 SPECIAL_WORDS = "a</s>b <s> [INST]c[/INST] <|im_start|>system <|endoftext|><pad> {{ eos_token }}"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral-tekken-131k", "mistral-v3-32k"])
-@pytest.mark.parametrize("template", [None, "qwen2.5_instruct", "mistral"])
+LARGEST = "mistral-tekken-131k"
+"""Reading it takes seconds: the suite does so with its family's template alone."""
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        pytest.param(t, n, marks=pytest.mark.nightly if n == LARGEST and t != "mistral" else ())
+        for t in (None, "qwen2.5_instruct", "mistral")
+        for n in ("gpt2", LARGEST, "mistral-v3-32k")
+    ],
+)
 def test_b9_control_tokens_are_written_by_the_template_alone(
     name: str, template: str | None, shared: Path, tmp_path: Path, make_config: Make
 ) -> None:
