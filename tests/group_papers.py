@@ -1,8 +1,8 @@
 """The losses on groups of sampled completions in plain numpy and float64, one completion at a time, from their papers.
 
 A step is a list of groups, a group a list of completions, a completion a dict: `pi`, `old`, `ref`, `sampler` (log-probs
-per token), `r` (its reward) and `ended` (false: it was cut off). `still` is the step at which what carries no gradient
-is taken.
+per token), `r` (its reward), `each` and `weights` (its rewards one by one, what each counts) and `ended` (false: it was
+cut off). `still` is the step at which what carries no gradient is taken.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def advantages(s: Any, step: Step) -> list[list[Any]]:
                 a = (r - r.mean()) / r.mean() if r.mean() > 0 else 0 * r
             case "opo":
                 a = r - (lengths * r).sum() / lengths.sum()
+            case "gdpo":
+                a = normalised(group)
             case _:
                 a = r
         out.append([np.full(length, x) for x, length in zip(a, lengths, strict=True)])
@@ -50,10 +52,22 @@ def advantages(s: Any, step: Step) -> list[list[Any]]:
             [np.array([y["r"] - s.beta * (y["old"] - y["ref"])[t:].sum() for t in range(len(y["pi"]))]) for y in group]
             for group in step
         ]
+    if s.advantage == "gdpo":  # eq. of the batch-wise normalisation, over completions
+        own = np.concatenate([normalised(group) for group in step])
+        out = [[(a - own.mean()) / (np.std(own, ddof=1) + 1e-4) for a in group] for group in out]
     if s.advantage.startswith("reinforce++"):
         flat = np.concatenate([a for group in out for a in group])
         out = [[(a - flat.mean()) / max(flat.std(), 1e-4) for a in group] for group in out]
     return out
+
+
+def normalised(group: Sequence[Completion]) -> Any:
+    """[completions] each of the rewards `each` normalised over the group, times its weight `weights`, added up."""
+    total = np.zeros(len(group))
+    for k, weight in enumerate(group[0]["weights"]):
+        r = np.array([y["each"][k] for y in group])
+        total += weight * (r - r.mean()) / (np.std(r, ddof=1) + 1e-4)
+    return total
 
 
 def token_losses(s: Any, y: Completion, still: Completion, a: Any) -> Any:

@@ -20,9 +20,9 @@ RowShape = Literal["single", "pair", "labelled", "group", "prompt"]
 """What a method keeps together: one completion per row, a chosen and a rejected one, one with a label, any number, or
 none: completions are sampled, and one that stands in the row is for rewards."""
 
-OF_COMPLETIONS = ("rewards", "ended")
-"""Numbers that a row of a group may have, one per completion: how good it is, and whether it came to its end (1) or was
-cut off (0)."""
+OF_COMPLETIONS = ("rewards", "ended", "normalised_rewards")
+"""Numbers that a row of a group may have, one per completion: how good it is; whether it came to its end (1) or was cut
+off (0); and how good it is where each of several rewards is normalised over the group before they are added up."""
 
 OF_GROUPS = ("margin",)
 """Numbers that a row of a pair may have, one for the pair: by how much the chosen completion is better."""

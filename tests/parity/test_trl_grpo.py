@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import strop
+from strop.objectives.advantages import normalised_sum
 from strop.plan.order import Plan
 
 trl = pytest.importorskip("trl", reason="TRL is the oracle of these tests; install the extra `dev`")
@@ -41,8 +42,24 @@ def rows_of(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
     ]
 
 
+WEIGHTS = (1.0, 0.25)
+
+
+def with_two_rewards(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows with a second reward of another scale, which is the same for all in the first group."""
+    draw = torch.Generator().manual_seed(4)
+    out = []
+    for i, row in enumerate(rows):
+        second = [3.0] * SIZE if i == 0 else (10 * torch.rand(SIZE, generator=draw)).round().tolist()
+        total = [WEIGHTS[0] * a + WEIGHTS[1] * b for a, b in zip(row["rewards"], second, strict=True)]
+        normalised = normalised_sum([row["rewards"], second], WEIGHTS)
+        out.append({**row, "each": [row["rewards"], second], "rewards": total, "normalised_rewards": list(normalised)})
+    return out
+
+
 def ours(folder: Path, rows: list[dict[str, Any]], method: dict[str, Any]) -> tuple[list[dict[str, Any]], Path]:
     names = ("prompt_ids", "completion_ids", "rewards")
+    names += ("normalised_rewards",) if "normalised_rewards" in rows[0] else ()
     lines = [json.dumps({name: row[name] for name in names}) + "\n" for row in rows]
     (folder / "rows.jsonl").write_text("".join(lines))
     overrides = {
@@ -78,17 +95,25 @@ def theirs(
     from datasets import Dataset
 
     order = [rows[i] for step in range(1, STEPS + 1) for i in Plan.of(len(rows), PROMPTS, 1, None, 42).groups(step)]
-    wanted = {
-        (row["prompt"], *ids): r for row in rows for ids, r in zip(row["completion_ids"], row["rewards"], strict=True)
-    }
+    wanted = [
+        {
+            (row["prompt"], *ids): r
+            for row in rows
+            for ids, r in zip(row["completion_ids"], row.get("each", [row["rewards"]])[k], strict=True)
+        }
+        for k in range(len(rows[0].get("each", [0])))
+    ]
     given = {tuple(row["prompt_ids"]): row["completion_ids"] for row in rows}
 
     class Injected(trl.GRPOTrainer):  # type: ignore[misc, name-defined]
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
             return [given[tuple(ids)][i % SIZE] for i, ids in enumerate(prompt_ids)], None
 
-    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return [wanted[(p, *ids)] for p, ids in zip(prompts, completion_ids, strict=True)]
+    def rewarding(k: int) -> Callable[..., list[float]]:
+        def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+            return [wanted[k][(p, *ids)] for p, ids in zip(prompts, completion_ids, strict=True)]
+
+        return reward
 
     norms = Norms()
     args = trl.GRPOConfig(
@@ -113,7 +138,7 @@ def theirs(
     )
     trainer = Injected(
         model=AutoModelForCausalLM.from_pretrained(folder / "model"),
-        reward_funcs=reward,
+        reward_funcs=[rewarding(k) for k in range(len(wanted))],
         args=args,
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in order]),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "model"),
@@ -135,8 +160,16 @@ def theirs(
             {"algorithm": "dr_grpo", "normalizer_length": 16},
             {"loss_type": "dr_grpo", "scale_rewards": "none"},
         ),
+        (
+            {"algorithm": "gdpo"},
+            {
+                "loss_type": "grpo",
+                "multi_objective_aggregation": "normalize_then_sum",
+                "reward_weights": list(WEIGHTS),
+            },
+        ),
     ],
-    ids=["grpo", "dapo", "grpo-beta", "dr_grpo"],
+    ids=["grpo", "dapo", "grpo-beta", "dr_grpo", "gdpo"],
 )
 def test_five_steps_are_those_of_trl(
     method: dict[str, Any],
@@ -149,6 +182,8 @@ def test_five_steps_are_those_of_trl(
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     rows = rows_of(tokenizer)
+    if method.get("algorithm") == "gdpo":
+        rows = with_two_rewards(rows)
     records, final = ours(tmp_path, rows, method)
     losses, norms, model = theirs(tmp_path, rows, settings)
     assert len(records) == len(losses) == len(norms) == STEPS

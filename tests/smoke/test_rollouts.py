@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -446,3 +447,52 @@ def test_a_forecast_needs_rewards_to_compare(tmp_path: Path, model_dir: Path) ->
     alone = {"rollout.num_generations": 1, "post_training.advantage": "none", "rollout.probe_prompts": 4}
     with pytest.raises(ConfigError, match="compared with no other"):
         config(tmp_path, model_dir, **alone)
+
+
+def test_gdpo_normalises_every_reward_and_its_rollouts_train_again(tmp_path: Path, model_dir: Path) -> None:
+    own, how = f"{tmp_path / 'own.py'}:waits", {"post_training.algorithm": "gdpo", "training.max_steps": 1}
+    rewards, weights = ("vowels", {"name": own, "weight": 0.25}), np.array([1.0, 0.25])
+    (result,) = strop.train(config(tmp_path, model_dir, *rewards, **how))
+    rows, (record,) = lines(result.run_dir / "rollouts.jsonl"), lines(result.run_dir / "metrics.jsonl")
+    for row in rows:
+        each = np.array([*row["rewards_by_name"].values()])
+        apart = (each - each.mean(1, keepdims=True)) / (each.std(1, ddof=1, keepdims=True) + 1e-4)
+        assert row["normalised_rewards"] == pytest.approx(weights @ apart, abs=1e-12)
+        assert row["rewards"] == pytest.approx(weights @ each)
+    whitened = np.concatenate([row["normalised_rewards"] for row in rows])
+    whitened = (whitened - whitened.mean()) / (whitened.std(ddof=1) + 1e-4)
+    # fresh samples: the ratio is 1, and the loss minus the mean advantage
+    assert record["loss"] == pytest.approx(-whitened.mean(), abs=1e-6)
+    again = {
+        **how,
+        "rollout.enabled": False,
+        "rewards": [],
+        "dataset.validation_split": 0.0,
+        "dataset.train_file": str(result.run_dir / "rollouts.jsonl"),
+        "training.output_dir": str(tmp_path / "again"),
+    }
+    (offline,) = strop.train(config(tmp_path, model_dir, **again))
+    (repeated,) = lines(offline.run_dir / "metrics.jsonl")
+    assert repeated["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-5)
+
+
+def test_gdpo_samples_in_place_of_groups_whose_rewards_cancel(tmp_path: Path, model_dir: Path) -> None:
+    """A group has a signal by what is compared: rewards that differ and have one sum teach; equal ones do not."""
+    (tmp_path / "more.py").write_text("def up(completions): return [0.0, 1.0, 0.0, 1.0]\n"
+                                      "def down(completions): return [3.0, 2.0, 3.0, 2.0]\n")  # fmt: skip
+    up, down = ({"name": f"{tmp_path / 'more.py'}:{name}"} for name in ("up", "down"))
+    for weight, share in ((1.0, 1.0), (0.5, 0.0)):
+        keys = {
+            "post_training.algorithm": "gdpo",
+            "training.max_steps": 1,
+            "training.output_dir": str(tmp_path / str(share)),
+        }
+        (result,) = strop.train(config(tmp_path, model_dir, up, {**down, "weight": weight}, **keys))
+        (record,) = lines(result.run_dir / "metrics.jsonl")
+        assert record["frac_reward_zero_std"] == share and record["num_zero_signal_groups"] == 3 * share
+
+
+@pytest.mark.parametrize("keys", [{"post_training.kl_in": "reward", "post_training.beta": 0.1}], ids=str)
+def test_gdpo_takes_no_divergence_off_the_reward(keys: dict[str, Any], tmp_path: Path, model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="normalises each reward by itself"):
+        config(tmp_path, model_dir, **{"post_training.algorithm": "gdpo", **keys})

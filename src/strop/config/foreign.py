@@ -188,8 +188,8 @@ _GROUPS: Mapping[str, str] = {
         "reward_model reward_modeling rm prm"
     ),
     "it is an algorithm of grpo: set post_training.method: grpo and post_training.algorithm to grpo, dr_grpo, dapo, "
-    "bnpo, gspo, cispo, sapo, gmpo, rloo, reinforce++ or maxrl": (
-        "dr_grpo dapo bnpo gspo cispo sapo gmpo rloo reinforce reinforce++ reinforce_plus_plus maxrl"
+    "bnpo, gspo, cispo, sapo, gmpo, rloo, reinforce++, maxrl or gdpo": (
+        "dr_grpo dapo bnpo gspo cispo sapo gmpo rloo reinforce reinforce++ reinforce_plus_plus maxrl gdpo"
     ),
     "strop merge RUN --output-dir DIR merges an adapter into its base": (
         "merge_adapter merge_lora merge_and_unload save_merged"

@@ -17,10 +17,10 @@ from strop.config.section import Problem
 from strop.types import RowShape
 
 Algorithm = Literal[
-    "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce++", "maxrl"
+    "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce++", "maxrl", "gdpo"
 ]  # fmt: skip
 Advantage = Literal[
-    "group", "mean", "batch", "rloo", "maxrl", "opo", "reinforce++", "reinforce++_baseline", "none"
+    "group", "mean", "batch", "rloo", "maxrl", "opo", "reinforce++", "reinforce++_baseline", "gdpo", "none"
 ]  # fmt: skip
 Level = Literal["token", "sequence", "sequence_product"]
 Gate = Literal["clip", "cispo", "sapo", "gmpo", "none"]
@@ -39,6 +39,7 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "rloo": {"advantage": "rloo", "importance_sampling_level": "sequence_product", "kl_in": "reward"},
     "reinforce++": {"advantage": "reinforce++", "aggregation": "token", "kl_in": "reward"},
     "maxrl": {"advantage": "maxrl", "aggregation": "sequence_sum"},
+    "gdpo": {"advantage": "gdpo"},
 }
 """What each algorithm sets where it differs from grpo."""
 
@@ -111,7 +112,8 @@ class GrpoSettings(ReferenceSettings):
     the group's mean. `batch`: minus the group's mean, divided by the standard deviation of the step. `rloo`: minus the
     mean of the others of the group. `maxrl`: minus the group's mean, divided by it. `opo`: minus the group's mean
     weighted by length. `reinforce++`: whitened over the step. `reinforce++_baseline`: minus the group's mean, then
-    whitened over the step. `none`: the reward itself."""
+    whitened over the step. `gdpo`: each of several rewards minus the group's mean, divided by its standard deviation;
+    their weighted sum, whitened over the completions of the step (arXiv 2601.05242). `none`: the reward itself."""
     gate: Gate = Field(default_factory=_axis("gate"), json_schema_extra=BY_ALGORITHM)
     """What holds the ratio of the policy to the one that sampled near 1. `clip`: of PPO. `cispo`: the ratio is a
     clipped weight without a gradient. `sapo`: a sigmoid. `gmpo`: the geometric mean of clipped ratios. `none`: nothing
@@ -195,6 +197,13 @@ class GrpoSettings(ReferenceSettings):
                 "kl_estimator is k1 without the ratio, whose mean gradient is 0: it holds the policy to nothing",
                 "k2, k3 or k3+, or k1 with use_bias_correction_kl: true",
                 "set kl_estimator: k3+",
+            )
+        if self.advantage == "gdpo" and self.beta and self.kl_in == "reward":
+            yield Problem(
+                ("kl_in", "advantage"),
+                "kl_in is reward, and advantage gdpo normalises each reward by itself: the divergence is none of them",
+                "kl_in: loss",
+                "set kl_in: loss, or choose another advantage",
             )
         if self.epsilon is not None and self.epsilon >= 1 and self.gate == "clip":
             yield Problem(

@@ -375,7 +375,8 @@ def _in_order(values: Tensor, order: Sequence[int]) -> Tensor:
 
 def _has_no_signal(group: Group) -> bool:
     """Whether comparing a group's completions teaches nothing: all rewards are the same, or all tokens are."""
-    if (rewards := group.numbers.get("rewards")) is not None:
+    numbers = group.numbers
+    if (rewards := numbers.get("normalised_rewards", numbers.get("rewards"))) is not None:
         return len(set(rewards)) == 1
     first, *rest = group.completions
     return bool(rest) and all(c == first for c in rest)

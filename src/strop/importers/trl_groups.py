@@ -49,6 +49,8 @@ def loss(value: Any, view: View) -> Answer:
     advantage = {"group": "group", "true": "group", "batch": "batch", "none": "mean", "false": "mean"}.get(
         scale, "group"
     )
+    if view.get("multi_objective_aggregation") == "normalize_then_sum":
+        advantage = "gdpo"  # which reads no scale_rewards
     axes: dict[str, Any] = {"post_training.advantage": advantage}
     match value:
         case "grpo":
@@ -116,9 +118,7 @@ RULES: Rules = {
     "use_vllm": off("with strop a server is started by hand: see rollout.sampler"),
     "top_entropy_quantile": only((1.0,), "all tokens are trained", "all tokens are trained"),
     "cast_lm_head_to_fp32": lambda value, view: carried("training.fp32_logits", value),
-    "multi_objective_aggregation": only(
-        ("sum_then_normalize",), "rewards are summed, then compared", "rewards are summed, then compared, in strop"
-    ),
+    "multi_objective_aggregation": always("it is in post_training.advantage"),
     "generation_kwargs": off("strop samples by temperature, top_k, top_p, min_p, stop and stop_token_ids alone"),
     "max_tool_calling_iterations": off("completions are of one turn, without tools"),
     **{

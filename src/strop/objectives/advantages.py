@@ -11,12 +11,16 @@ TRL has them) over its group where nothing else is said:
     opo                      r - (sum of length x r) / (sum of lengths)       2505.23585
     reinforce++              r, whitened over the tokens of the step          2501.03262
     reinforce++_baseline     r - mean, whitened over the tokens of the step   2501.03262
+    gdpo                     (n - mean of all of the step) / (s of all + 1e-4), with n the sum over the rewards of
+                             weight x (r - mean) / (s + 1e-4), each over its group               2601.05242
     none                     r
 
 Whitening takes the mean of all tokens of the step away and divides by their standard deviation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +35,7 @@ def advantages(kind: str, rewards: Tensor, structure: Structure, costs: Tensor |
     """[M] float64.
 
     Args:
-        rewards: [C].
+        rewards: [C]; under gdpo n, the sum of the normalised rewards.
         costs: [M] what is taken off the reward at each token (the divergence from a reference, times its weight): off
             that of the completion; under reinforce++ off what is still to come.
 
@@ -94,9 +98,26 @@ def _of_completions(kind: str, r: Tensor, structure: Structure) -> Tensor:
         case "opo":
             lengths = torch.tensor(structure.tokens_per_completion, dtype=r.dtype)
             return r - _group_sums(lengths * r, *groups) / _group_sums(lengths, *groups)
+        case "gdpo":
+            return (r - r.mean()) / ((r.std() if len(r) > 1 else r.new_zeros(())) + EPSILON)
         case "mean" | "reinforce++_baseline":
             return r - mean
     return r
+
+
+def normalised_sum(each: Sequence[Sequence[float]], weights: Sequence[float]) -> tuple[float, ...]:
+    """The weighted sum of the rewards of one group, each minus its mean and divided by its standard deviation + 1e-4
+    (GDPO, arXiv 2601.05242). Exactly 0 of a reward that is the same for all.
+
+    Args:
+        each: [rewards][completions of the group]. weights: [rewards].
+    """
+    r = torch.tensor(each, dtype=torch.float64)
+    centred = r - r[:, :1]  # equal values are 0 from here on, to the last bit
+    apart = centred - centred.mean(1, keepdim=True)
+    std = (apart**2).sum(1, keepdim=True).div(max(r.shape[1] - 1, 1)).sqrt()
+    found = torch.tensor(weights, dtype=torch.float64) @ (apart / (std + EPSILON))
+    return tuple(found.tolist())
 
 
 def _group_sums(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:

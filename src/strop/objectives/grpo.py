@@ -78,7 +78,12 @@ class Grpo(Objective[GrpoSettings]):
             names |= {"sampler_logps"}
         if s.mask_truncated_completions:
             names |= {"ended"}
-        return frozenset(names)
+        return frozenset(names | {self._compared})
+
+    @property
+    def _compared(self) -> str:
+        """The column that advantages are made of."""
+        return "normalised_rewards" if self.settings.advantage == "gdpo" else "rewards"
 
     @property
     def derives(self) -> frozenset[str]:
@@ -88,7 +93,7 @@ class Grpo(Objective[GrpoSettings]):
         s, costs = self.settings, None
         if s.beta and s.kl_in == "reward":
             costs = s.beta * (columns.find("old_logps").double() - columns.find("ref_logps").double())
-        found = {"advantages": advantages(s.advantage, columns.find("rewards"), structure, costs)}
+        found = {"advantages": advantages(s.advantage, columns.find(self._compared), structure, costs)}
         if s.mask_truncated_completions:
             found["counted"] = counted(s.aggregation, columns.find("ended") > 0, structure)
         return Columns(per_token=found)
@@ -209,10 +214,13 @@ class Grpo(Objective[GrpoSettings]):
         index, num_groups = scores.group_index, structure.num_groups
         # divided by the size of its group, so that every group counts once
         stds, sizes = group_stds(rewards, index, num_groups), group_sizes(index, num_groups)
+        compared = (
+            stds if self._compared == "rewards" else group_stds(scores[self._compared].double(), index, num_groups)
+        )
         metrics: dict[str, Mean] = {
             "reward": (rewards.sum(), structure.num_completions),
             "reward_std": ((stds / sizes).sum(), num_groups),
-            "frac_reward_zero_std": (((stds == 0) / sizes).sum(), num_groups),
+            "frac_reward_zero_std": (((compared == 0) / sizes).sum(), num_groups),
             "completions/mean_length": (scores.lengths.sum(), structure.num_completions),
         }
         num_tokens = structure.num_tokens

@@ -66,7 +66,8 @@ def rollout_source(
     how, is_served = config.rollout, config.rollout.sampler == "vllm"
     samplers = _served if is_served else _own
     training, evaluating, close = samplers(config, model, policy, tokenizer, folder, note, world)
-    scorer = Scorer(config.rewards, config.reward_names, how, policy.device)
+    normalises = "normalised_rewards" in objective.reads
+    scorer = Scorer(config.rewards, config.reward_names, how, policy.device, normalises=normalises)
     collector = Collector(
         prompts,
         training,

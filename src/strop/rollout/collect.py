@@ -76,7 +76,7 @@ class Rewarded:
     @property
     def has_signal(self) -> bool:
         """Whether comparing its completions teaches anything."""
-        return len(set(self.rewards.total)) > 1
+        return len(set(self.rewards.compared)) > 1
 
     @property
     def group(self) -> Group:
@@ -89,18 +89,23 @@ class Rewarded:
         numbers = {"ended": ended, "old_logps": sampled}
         if self.rewards.each:
             numbers["rewards"] = array("d", [self.rewards.total[i] for i in places])
+        if self.rewards.normalised is not None:
+            numbers["normalised_rewards"] = array("d", [self.rewards.normalised[i] for i in places])
         if self.old_logps is not None:
             numbers |= {"old_logps": array("d", self.old_logps.double().tolist()), "sampler_logps": sampled}
         return Group(self.prompt.prompt_ids, made, self.prompt.origin, numbers=numbers)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the prompt itself, for a checkpoint."""
+        rewards = [list(self.rewards.total), {name: list(x) for name, x in self.rewards.each.items()}]
+        if self.rewards.normalised is not None:
+            rewards.append(list(self.rewards.normalised))
         tensors = {"ref_logps": self.ref_logps, "old_logps": self.old_logps}
         return {
             "number": self.number,
             "completions": [[list(c.ids), list(c.logps), c.ended, c.entropy] for c in self.completions],
             "texts": list(self.texts),
-            "rewards": [list(self.rewards.total), {name: list(x) for name, x in self.rewards.each.items()}],
+            "rewards": rewards,
             "trained": None if self.trained is None else list(self.trained),
             **{name: None if x is None else [str(x.dtype), x.tolist()] for name, x in tensors.items()},
         }
@@ -108,8 +113,8 @@ class Rewarded:
     @classmethod
     def from_json(cls, found: Mapping[str, Any], prompt: Group) -> Rewarded:
         completions = [Sampled(array("i", i), array("d", x), *rest) for i, x, *rest in found["completions"]]
-        total, each = found["rewards"]
-        rewards = Scored(tuple(total), {name: tuple(x) for name, x in each.items()})
+        total, each, *normalised = found["rewards"]
+        rewards = Scored(tuple(total), {name: tuple(x) for name, x in each.items()}, *map(tuple, normalised))
 
         def tensor(name: str) -> Tensor | None:
             if found[name] is None:
@@ -184,6 +189,7 @@ class Collector:
         again = {"sampler_logps"} if self._policy is not None else set()
         reference = {"ref_logps"} if self._reference is not None else set()
         rewards = {"rewards"} if self.reward_names else set()
+        rewards |= {"normalised_rewards"} if self._scorer.normalises else set()
         return frozenset({"ended", "old_logps"} | rewards | again | reference)
 
     @property

@@ -56,12 +56,22 @@ class Forecast:
     highest: float
 
     @classmethod
-    def of(cls, rewards: Sequence[Sequence[float]], num_left_out: int = 0) -> Forecast:
-        """From the rewards of each prompt's completions, of which every prompt has as many."""
+    def of(
+        cls,
+        rewards: Sequence[Sequence[float]],
+        num_left_out: int = 0,
+        compared: Sequence[Sequence[float]] | None = None,
+    ) -> Forecast:
+        """From the rewards of each prompt's completions, of which every prompt has as many.
+
+        Args:
+            compared: what tells the completions apart, if it is not the rewards themselves.
+        """
+        compared = rewards if compared is None else compared
         size, count = len(rewards[0]), len(rewards)
         lowest, highest = min(map(min, rewards)), max(map(max, rewards))
         apart = lowest < highest
-        share = sum(without_signal(r, size) for r in rewards) / count
+        share = sum(without_signal(r, size) for r in compared) / count
         half = size // 2
         low, high = wilson(share, count)
         return cls(
@@ -73,7 +83,7 @@ class Forecast:
             high=min(high, 1.0),
             all_lowest=apart * sum(max(r) == lowest for r in rewards) / count,
             all_highest=apart * sum(min(r) == highest for r in rewards) / count,
-            with_half=sum(without_signal(r, half) for r in rewards) / count if half > 1 else None,
+            with_half=sum(without_signal(r, half) for r in compared) / count if half > 1 else None,
             lowest=lowest,
             highest=highest,
         )
@@ -178,4 +188,5 @@ class Probe:
             whole.add(self.collector.collect(STEP, some))
             done(len(some))
         rewards = [r.rewards.total for r in whole.rewarded]
-        return Forecast.of(rewards, len(self.numbers) - len(rewards)) if rewards else None
+        compared = [r.rewards.compared for r in whole.rewarded]
+        return Forecast.of(rewards, len(self.numbers) - len(rewards), compared) if rewards else None

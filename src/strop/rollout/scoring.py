@@ -13,6 +13,7 @@ from strop.config.sections import RewardSection, RolloutSection
 from strop.data.store.table import KeptRow
 from strop.errors import TrainingError
 from strop.machine import installed_memory
+from strop.objectives.advantages import normalised_sum
 from strop.rewards.calls import RewardCall, RewardCaller
 from strop.rewards.lookup import MODEL_PREFIX
 from strop.rollout.reward_model import RewardModel
@@ -22,10 +23,17 @@ from strop.types import Origin
 @dataclass(frozen=True)
 class Scored:
     """The rewards of a prompt's completions. total: the weighted sum of each completion. each: the values of every
-    reward, by its name."""
+    reward, by its name. normalised: the weighted sum of the rewards, each normalised over the group, where that is
+    trained on."""
 
     total: tuple[float, ...]
     each: Mapping[str, tuple[float, ...]]
+    normalised: tuple[float, ...] | None = None
+
+    @property
+    def compared(self) -> tuple[float, ...]:
+        """What tells the completions apart: the total, or what is trained on in its place."""
+        return self.total if self.normalised is None else self.normalised
 
 
 @dataclass
@@ -44,16 +52,23 @@ class Scorer:
     """Rewards completions, one prompt at a time.
 
     Args:
-        names: what each reward is called in metrics. device: of reward models.
+        names: what each reward is called in metrics. device: of reward models. normalises: whether each reward is
+            normalised over its group, too.
 
     Raises:
         ConfigError, ModelError: as `RewardCaller` and `RewardModel`.
     """
 
     def __init__(
-        self, rewards: Sequence[RewardSection], names: Sequence[str], how: RolloutSection, device: torch.device
+        self,
+        rewards: Sequence[RewardSection],
+        names: Sequence[str],
+        how: RolloutSection,
+        device: torch.device,
+        *,
+        normalises: bool = False,
     ) -> None:
-        self.names = tuple(names)
+        self.names, self.normalises = tuple(names), normalises
         self._weights = [reward.weight for reward in rewards]
         self._how = how
         self._models: dict[int, RewardModel] = {}
@@ -115,7 +130,8 @@ class Scorer:
             return Scored((0.0,) * n, {})
         by_completion = zip(*each.values(), strict=True)
         total = tuple(sum(w * v for w, v in zip(self._weights, values, strict=True)) for values in by_completion)
-        return Scored(total, each)
+        normalised = normalised_sum([*each.values()], self._weights) if self.normalises else None
+        return Scored(total, each, normalised)
 
     def _call(self, place: int, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> RewardCall:
         """The reward at this place of the list, for the completions of one prompt."""

@@ -242,7 +242,10 @@ def _rewards(rewarded: Rewarded) -> dict[str, Any]:
     if not rewarded.rewards.each:
         return {}
     by_name = {name: list(values) for name, values in rewarded.rewards.each.items()}
-    return {"rewards": list(rewarded.rewards.total), "rewards_by_name": by_name}
+    found = {"rewards": list(rewarded.rewards.total), "rewards_by_name": by_name}
+    if rewarded.rewards.normalised is not None:
+        found["normalised_rewards"] = list(rewarded.rewards.normalised)
+    return found
 
 
 def _split(values: Sequence[float], lengths: Sequence[int]) -> list[list[float]]:

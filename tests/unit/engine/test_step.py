@@ -19,6 +19,7 @@ from strop.columns import Columns
 from strop.config.methods import KtoSettings, MethodSettings, SftSettings
 from strop.engine.evaluate import evaluate
 from strop.engine.step import StepNumbers, forward_backward
+from strop.objectives.advantages import normalised_sum
 from strop.objectives.base import build_objective
 from strop.types import Completion, Group, Origin
 from variants import SETTINGS, dpo, name
@@ -66,7 +67,8 @@ def make_numbers(answers: tuple[Completion, ...], i: int) -> dict[str, array[flo
     rewards = [0.0 if i == 5 else float((n + i) % 3) / 2 for n in range(len(answers))]
     old = -2.5 + torch.rand(num_tokens, generator=generator).double()
     sampler = old + 0.1 * torch.randn(num_tokens, generator=generator).double()
-    return {"rewards": array("d", rewards), "old_logps": array("d", old), "sampler_logps": array("d", sampler)}
+    numbers = {"rewards": rewards, "normalised_rewards": normalised_sum([rewards], [2.0])}
+    return {name: array("d", x) for name, x in {**numbers, "old_logps": old, "sampler_logps": sampler}.items()}
 
 
 def make_others(groups: list[Group]) -> list[Group]:

@@ -503,6 +503,13 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], tuple[str, ...]]] = {
         },
         ("assistant_only_loss", "eos_token"),
     ),
+    "trl-gdpo": (
+        "trl",
+        "a.yaml",
+        TRL_GRPO + "multi_objective_aggregation: normalize_then_sum\n",
+        {"post_training.advantage": "gdpo", "post_training.aggregation": "constant"},
+        ("use_vllm", "vllm_mode"),
+    ),
     "trl-grpo": (
         "trl",
         "a.yaml",

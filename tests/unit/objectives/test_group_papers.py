@@ -17,7 +17,7 @@ from strop.columns import Columns, Structure
 from strop.config.group_methods import Algorithm
 from strop.config.methods import GrpoSettings, MethodSettings
 from strop.errors import ConfigError, DataError
-from strop.objectives.advantages import advantages, group_stds
+from strop.objectives.advantages import advantages, group_stds, normalised_sum
 from strop.objectives.base import Objective, build_objective
 from variants import GROUP_SETTINGS, grpo, name
 
@@ -36,7 +36,8 @@ def make_step(seed: int) -> Step:
         sampler = np.minimum(old + draw.normal(0, 0.15, n), -1e-3)
         reward = 0.5 if alike else float(draw.choice([0.0, 0.5, 1.0, 2.0]))
         ended = n not in cut_off
-        return {"pi": pi, "old": old, "ref": ref, "sampler": sampler, "r": reward, "ended": ended}
+        numbers = {"pi": pi, "old": old, "ref": ref, "sampler": sampler, "r": reward, "ended": ended}
+        return {**numbers, "each": (reward, n % 3 / 3), "weights": (1.0, 0.5)}
 
     return [[completion(n, i == 3) for n in lengths] for i, lengths in enumerate(LENGTHS)]
 
@@ -50,6 +51,8 @@ def to_scores(step: Step, objective: Objective[MethodSettings], drop: Sequence[s
     per_completion = {
         key: torch.tensor([float(y[of]) for y in flat]) for key, of in (("rewards", "r"), ("ended", "ended"))
     }
+    of_groups = [normalised_sum([*zip(*(y["each"] for y in g), strict=True)], g[0]["weights"]) for g in step]
+    per_completion["normalised_rewards"] = torch.tensor([x for own in of_groups for x in own], dtype=torch.float64)
     columns = Columns(per_token=per_token, per_completion=per_completion)
     logps = torch.tensor(np.concatenate([y["pi"] for y in flat]))
     scores = make_scores(logps, [len(y["pi"]) for y in flat], [len(group) for group in step], columns)
@@ -88,7 +91,7 @@ def test_loss_and_gradient_are_those_of_the_paper(settings: GrpoSettings) -> Non
 
 
 WEIGHTS: Mapping[str, Callable[[Any, int, int], Any]] = {
-    **dict.fromkeys(("grpo", "gspo", "gmpo", "sapo"), lambda lengths, c, m: 1 / lengths / c),
+    **dict.fromkeys(("grpo", "gspo", "gmpo", "sapo", "gdpo"), lambda lengths, c, m: 1 / lengths / c),
     **dict.fromkeys(("dapo", "bnpo", "cispo", "reinforce++"), lambda lengths, c, m: 1 / m + 0 * lengths),
     **dict.fromkeys(("rloo", "maxrl"), lambda lengths, c, m: 1 / c + 0 * lengths),
     "dr_grpo": lambda lengths, c, m: 1 / (16 * c) + 0 * lengths,

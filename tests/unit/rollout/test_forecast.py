@@ -96,7 +96,7 @@ def test_processes_share_it_and_forecast_the_same() -> None:
                     for p in prompts]  # fmt: skip
 
     class Scoring:
-        names = ("a",)
+        names, normalises = ("a",), False
 
         def score(self, prompt: str, texts: Any, lengths: Any, row: Any, origin: Origin, failures: Any) -> Any:
             if origin.line == 3:

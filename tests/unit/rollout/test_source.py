@@ -20,7 +20,7 @@ from strop.engine.source import Cut
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.plan.tokens import packed_tokens
-from strop.rollout.collect import Collector
+from strop.rollout.collect import Collector, Rewarded
 from strop.rollout.sampler import Prompt, Sampled
 from strop.rollout.scoring import Failures, Scored
 from strop.rollout.source import RolloutSource
@@ -53,7 +53,7 @@ class Sampling:
 
 
 class Scoring:
-    names = ("a",)
+    names, normalises = ("a",), False
 
     def __init__(self, fails: Sequence[int] = ()) -> None:
         self.fails = fails
@@ -271,3 +271,13 @@ def test_a_step_without_rewards_stops_the_run(tmp_path: Path) -> None:
 def test_the_defaults_sample_from_everything() -> None:
     how = RolloutSection()
     assert (how.temperature, how.top_k, how.top_p, how.min_p) == (1.0, 0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("normalised", [None, (0.25, -0.25)])
+def test_a_checkpoint_keeps_what_completions_are_compared_by(normalised: tuple[float, ...] | None) -> None:
+    completions = [Sampled(array("i", [3, g]), array("d", [-0.5, -1.0]), True, 0.25) for g in (4, 5)]
+    scored = Scored((1.0, 1.0), {"a": (1.0, 0.0), "b": (0.0, 1.0)}, normalised)
+    kept = Rewarded(2, PROMPTS[2], completions, ["x", "y"], scored)
+    assert Rewarded.from_json(json.loads(json.dumps(kept.as_json())), PROMPTS[2]) == kept
+    assert kept.has_signal == (normalised is not None)
+    assert ("normalised_rewards" in kept.group.numbers) == (normalised is not None)

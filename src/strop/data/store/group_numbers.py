@@ -90,6 +90,8 @@ def check_complete(groups: Groups | Sequence[Group], reads: frozenset[str]) -> N
 
 HOW = {
     "rewards": "a list with a number per completion",
+    "normalised_rewards": "a list with a number per completion: the weighted sum of its rewards, each normalised over "
+    "the group, as rollouts.jsonl of a run with advantage gdpo has it",
     "ended": "a list that says of each completion whether it came to its end (true) or was cut off",
     **dict.fromkeys(OF_GROUPS, "a number, by how much the chosen completion is better; 0 where that is not known"),
     **dict.fromkeys(OF_TOKENS, "a list per completion with the log-prob of each of its tokens when it was sampled"),
