@@ -119,8 +119,8 @@ def memory_of(
             parts["weights to sample with"] = np.maximum(0.0, _all_gathered(shape, precision) - in_steps)
     elif devices.count > 1:
         parts["sum of gradients"] = float(min(BUCKET_BYTES, trained * wide))
-    if shape.matrix_bytes is not None:  # the largest one: dequantised in float32, then in the compute dtype
-        parts["dequantised layer"] = float(shape.width * shape.inner * (4 + c))
+    if shape.matrix_bytes is not None:  # the largest one, in the compute dtype
+        parts["dequantised layer"] = float(shape.width * shape.inner * c)
     if device == "cpu":
         parts["matmul library"] = _matmul_library(shape, work, config, precision)
     copies = _float32_copies(shape, work, config, precision, device)
@@ -188,10 +188,6 @@ def saved_per_token(shape: Shape, config: RunConfig, precision: Precision, devic
     inputs: float = shape.width + shape.queries  # flash attention keeps its output, whatever trains
     if shape.adapters and device != "cuda":
         inputs = min(shape.distinct, inputs)
-    if shape.matrix_bytes is not None:
-        # layers have their own forwards: adapters keep what they read, an MLP all that it makes
-        inputs = shape.adapted * (2 if config.lora.lora_dropout else 1)
-        kept += 2 * shape.inner * c
     return kept + (inputs + shape.width + 2 * shape.inner) * c
 
 

@@ -45,7 +45,7 @@ def keep_few_kernels() -> None:
 
 
 _MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -55,13 +55,33 @@ def keep_freed_memory() -> None:
     such a block in every backward pass: training all 135 million weights of a model took 15 % longer. With adapters on
     a frozen head there are few such blocks, and nothing is gained.
     """
-    if any(name in os.environ for name in _MALLOC_SETTINGS):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = None if any(name in os.environ for name in _MALLOC_SETTINGS) else _of_libc("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)  # never
         mallopt(_TOP_PAD, 2**26)
+
+
+_LARGE, _KEPT_AT_THE_END, _MANY = 2**20, 2**24, 2**16
+"""Bytes of a block that is not taken from the heap; bytes that may stay free at its end; blocks outside of it."""
+
+
+def give_back_large_blocks() -> None:
+    """Lets glibc give every block of 1 MiB or more back to the system as soon as it is freed, unless the environment
+    configures it. For a quantised base: what quantising takes, and a dequantised weight in every product.
+
+    By default glibc takes blocks of up to 32 MiB from its heap. Small ones that live on lie between them, so that the
+    gaps fit nothing that comes later: of a base of 103 million weights, 60 MiB in 4 bits, the heap kept 340 MiB.
+    """
+    mallopt = None if any(name in os.environ for name in _MALLOC_SETTINGS) else _of_libc("mallopt")
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, _MANY)
+        mallopt(_MMAP_THRESHOLD, _LARGE)
+        mallopt(_TRIM_THRESHOLD, _KEPT_AT_THE_END)
+
+
+def _of_libc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 MANY_ROWS = 100_000
@@ -73,7 +93,7 @@ def give_back_freed_memory(num_rows: int) -> None:
     library is glibc: it keeps blocks of up to 32 MiB there for what is allocated next."""
     if num_rows < MANY_ROWS:
         return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
 

@@ -63,3 +63,37 @@ def test_freed_blocks_are_used_again() -> None:
 def test_what_the_environment_says_stands() -> None:
     """Blocks of this size come from the system and go back to it, as the C library has it by itself."""
     assert fresh_pages(MALLOC_MMAP_THRESHOLD_="1048576") > PAGES // 2
+
+
+HELD = """
+import torch
+from strop.policy.allocator import give_back_large_blocks
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
+
+CALLED
+before, kept = resident(), []
+for i in range(20):
+    large = [torch.ones(2**21 - 4096 * i) for _ in range(4)]
+    kept.append(torch.ones(2**17))
+    del large
+print(resident() - before)
+"""
+"""MiB that stay after 80 tensors of 8 MiB came and went, and 20 of half a MiB came and stayed."""
+
+
+def held(*, called: bool, **environment: str) -> int:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD", "THP_"))}
+    program = HELD.replace("CALLED", "give_back_large_blocks()" if called else "")
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**plain, **environment}, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_large_blocks_are_given_back() -> None:
+    assert held(called=True) < 16
+    assert held(called=False) > 20
+    assert held(called=True, MALLOC_MMAP_THRESHOLD_=str(2**25)) > 20, "what the environment says stands"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import weakref
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +23,9 @@ from strop.errors import ConfigError, ModelError
 from strop.estimate.memory import weight_bytes
 from strop.export.merge import merge
 from strop.policy.build import build_policy
+from strop.policy.kernels import quantised_weights
 from strop.policy.kernels.denormals import flush_denormals
-from strop.policy.kernels.fused import unfuse
+from strop.policy.kernels.fused import FusedLinear, FusedMlp, unfuse
 from strop.policy.model import quantised
 from strop.policy.model.configuration import quiet
 from strop.policy.model.from_config import shape_of
@@ -237,14 +240,64 @@ def test_int8_in_another_dtype_and_with_a_bias() -> None:
     q.weight = torch.nn.Parameter((layer.weight.detach() / scales[:, None] * 127).round().to(torch.int8), False)
     q.weight.SCB, q.bias = scales, layer.bias
     x = torch.randn(3, 5, 16, requires_grad=True)
-    y = quantised.Int8Forward(q)(x)
-    w = quantised.int8_dense(q.weight.data, scales, torch.float32)
+    y = quantised_weights.Int8Forward(q)(x)
+    w = quantised_weights.int8_dense(q.weight.data, scales, torch.float32)
     torch.testing.assert_close(w, layer.weight.detach(), atol=float(scales.max()) / 250, rtol=0)
     torch.testing.assert_close(y, x @ w.T + layer.bias)
     (slope,) = torch.autograd.grad(y.square().sum(), x)
     torch.testing.assert_close(slope, (2 * y) @ w)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert quantised.Int8Forward(q)(x).dtype == torch.bfloat16
+        assert quantised_weights.Int8Forward(q)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dequantised_weight_lives_for_one_product(
+    kind: str, build: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward: no two at a time, and none is kept for the backward pass, which makes all of them again."""
+    policy = build(KINDS[kind])
+    fused = [vars(part).get("forward") for part in policy.model.modules()]
+    linears = [one for one in fused if isinstance(one, FusedLinear) and quantised.is_quantised(one.base)]
+    assert len(linears) == 14 and sum(isinstance(one, FusedMlp) for one in fused) == 2
+    made: list[weakref.ref[torch.Tensor]] = []
+    name = "int8_dense" if kind == "8bit" else "int4_dense"
+    own = getattr(quantised_weights, name)
+
+    def watched(*args: Any) -> torch.Tensor:
+        assert not any(one() is not None for one in made)
+        dense: torch.Tensor = own(*args)
+        made.append(weakref.ref(dense))
+        return dense
+
+    monkeypatch.setattr(quantised_weights, name, watched)
+    logps = policy(policy.collate(GROUPS)).logps
+    assert len(made) == 14 and not any(one() is not None for one in made)
+    logps.sum().backward()
+    # of the first layer, q, k and v read what needs no gradient
+    assert len(made) == 2 * 14 - 3 and not any(one() is not None for one in made)
+
+
+def test_a_layer_that_is_set_to_another_dtype_keeps_its_own_forward(build: Callable[..., Policy]) -> None:
+    asked = {"training.bf16": True}
+    policy = build({"quant": "4bit", "bnb_compute_dtype": "float32"}, **asked)
+    usual = build(KINDS["nf4"], **asked)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    fits = []
+    for one in (policy, usual):
+        forwards = [vars(part).get("forward") for part in one.model.modules()]
+        with one.precision.autocast(CPU):
+            fits.append({f.fits(x) for f in forwards if isinstance(f, FusedLinear) and quantised.is_quantised(f.base)})
+    assert fits == [{False}, {True}]
+    assert all(bool(slope.isfinite().all()) for slope in scored(policy)[1].values())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_file_stays_in_memory_once_its_weights_are_quantised(model_dir: Path) -> None:
+    for quant, stays in (("none", True), ("4bit", False), ("8bit", False)):
+        loaded = load_model(ModelSection(huggingface_id=str(model_dir), quant=quant), dtype=torch.float32)
+        assert (str(model_dir) in Path("/proc/self/maps").read_text()) is stays
+        assert loaded.module.name_or_path == str(model_dir) and loaded.module.generation_config is not None
+        del loaded
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

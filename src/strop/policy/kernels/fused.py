@@ -25,13 +25,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strop.policy.kernels.dropout import draw_left_out
 from strop.policy.kernels.elementwise import ACTIVATIONS, EAGER, Elementwise
 from strop.policy.kernels.lora_products import LeftOut, Weights, gradients, products
+from strop.policy.kernels.plain_layers import is_plain_linear, is_untouched
+from strop.policy.kernels.quantised_weights import is_int8, is_quantised, multiplies_in, quantised_weight
 from strop.policy.kernels.weight_copies import WeightCopies
 
 logger = logging.getLogger("strop")
@@ -65,7 +67,7 @@ class _Linears(torch.autograd.Function):
 
 def _apply(layers: Sequence[FusedLinear], x: Tensor) -> list[Tensor]:
     """Outputs [..., O] of layers that read the same x [..., I]."""
-    weights = tuple(layer.weights(x.device) for layer in layers)
+    weights = tuple(layer.weights(x) for layer in layers)
     parameters = [p for layer in layers for p in layer.parameters]
     flat = x.reshape(-1, x.shape[-1]).to(weights[0].w.dtype)
     left_out = [layer.draw(flat) for layer in layers]
@@ -109,14 +111,18 @@ class Fused(ABC):
     module: nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.is_plain:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.fits(args[0]):
             return self.forward(args[0])
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the module is as it was when it was fused."""
+    def fits(self, x: Tensor) -> bool:
+        """Whether the module is as it was when it was fused, and would compute with x in the same dtype."""
         return True
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[int, torch.dtype]:
+        """Width and dtype of a token that it takes."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -126,35 +132,46 @@ class Fused(ABC):
 class FusedLinear(Fused):
     """The forward of a linear layer, plain or with a plain LoRA adapter."""
 
-    module: nn.Linear | LoraLinear
+    module: nn.Linear | LoraLayer
 
-    def __init__(self, module: nn.Linear | LoraLinear, weight_copies: WeightCopies) -> None:
+    def __init__(self, module: nn.Linear | LoraLayer, weight_copies: WeightCopies) -> None:
         self.module, self.weight_copies = module, weight_copies
         self.shared: SharedInput | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.shared is not None and all(layer.is_plain for layer in self.shared.layers):
+        if self.shared is not None and all(layer.fits(x) for layer in self.shared.layers):
             return self.shared.take(self, x)
         return _apply((self,), x)[0]
 
     @property
-    def base(self) -> nn.Linear:
-        """The layer under the adapter."""
-        layer: nn.Linear = self.module.base_layer if isinstance(self.module, LoraLinear) else self.module
-        return layer
+    def reads(self) -> tuple[int, torch.dtype]:
+        base: Any = self.base
+        if not is_quantised(base):
+            return base.in_features, base.weight.dtype
+        set_to = None if is_int8(base) else base.compute_dtype
+        return base.in_features, set_to or torch.get_default_dtype()
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the adapter is as it was when it was fused, on and not merged."""
-        module = self.module
-        if not isinstance(module, LoraLinear):
+    def base(self) -> nn.Linear:
+        """The layer under the adapter."""
+        layer: Any = self.module.base_layer if isinstance(self.module, LoraLayer) else self.module
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the adapter is as it was when it was fused, on and not merged; and a quantised weight is not set to
+        be multiplied in another dtype."""
+        module, base = self.module, self.base
+        if is_quantised(base) and not multiplies_in(base, compute_dtype(x.device) or x.dtype):
+            return False
+        if not isinstance(module, LoraLayer):
             return True
         return not module.disable_adapters and not module.merged and module.active_adapters == list(module.lora_A)
 
     @property
     def dropout(self) -> float:
         """Probability on the adapter's input."""
-        if not isinstance(self.module, LoraLinear):
+        if not isinstance(self.module, LoraLayer):
             return 0.0
         layer = next(iter(self.module.lora_dropout.values()))
         return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0
@@ -166,20 +183,25 @@ class FusedLinear(Fused):
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """w, bias, a and b as they train."""
-        if not isinstance(self.module, LoraLinear):
+        if not isinstance(self.module, LoraLayer):
             return self.base.weight, self.base.bias, None, None
         ((name, a),) = self.module.lora_A.items()
         return self.base.weight, self.base.bias, a.weight, self.module.lora_B[name].weight
 
-    def weights(self, device: torch.device) -> Weights:
-        """The same in the compute dtype."""
-        dtype = compute_dtype(device) or self.base.weight.dtype
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """That products with x are made in."""
+        return compute_dtype(x.device) or (x.dtype if is_quantised(self.base) else self.base.weight.dtype)
+
+    def weights(self, x: Tensor) -> Weights:
+        """The same in the compute dtype; a quantised w as it is."""
+        dtype = self.dtype(x)
         parameters = self.parameters
         if parameters[3] is not None and not torch.is_grad_enabled() and self.weight_copies.is_zero(parameters[3]):
             parameters = (*parameters[:2], None, None)  # as before the first step: the adapter adds nothing
-        w, bias, a, b = (None if p is None else self.weight_copies(p, dtype) for p in parameters)
-        assert w is not None
-        scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLinear) else 1.0
+        bias, a, b = (None if p is None else self.weight_copies(p, dtype) for p in parameters[1:])
+        base = self.base
+        w = quantised_weight(base, dtype) if is_quantised(base) else self.weight_copies(base.weight, dtype)
+        scale = next(iter(self.module.scaling.values())) if isinstance(self.module, LoraLayer) else 1.0
         return Weights(w, bias, a, b, scale / (1 - self.dropout))
 
 
@@ -227,12 +249,15 @@ class FusedMlp(Fused):
         self.activation = type(module.act_fn).__name__
 
     @property
-    def is_plain(self) -> bool:
-        return all(layer.is_plain for layer in self.layers)
+    def reads(self) -> tuple[int, torch.dtype]:
+        return self.layers[0].reads
+
+    def fits(self, x: Tensor) -> bool:
+        return all(layer.fits(x) for layer in self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = [p for layer in self.layers for p in layer.parameters]
-        weights = tuple(layer.weights(x.device) for layer in self.layers)
+        weights = tuple(layer.weights(x) for layer in self.layers)
         flat = x.reshape(-1, x.shape[-1]).to(weights[0].w.dtype)
         with torch.autocast(x.device.type, enabled=False):
             y: Tensor = _GatedMlp.apply(flat, *parameters, weights, self)  # type: ignore[no-untyped-call]
@@ -263,6 +288,11 @@ class FusedNorm(Fused):
     def __init__(self, module: nn.Module, elementwise: Elementwise = EAGER) -> None:
         self.module, self.elementwise = module, elementwise
 
+    @property
+    def reads(self) -> tuple[int, torch.dtype]:
+        weight: Any = self.module.weight
+        return len(weight), weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         weight, eps = self.module.weight, self.module.variance_epsilon
         with torch.autocast(x.device.type, enabled=False):
@@ -288,9 +318,9 @@ def fuse(
     do element by element. gathered: a block in which a module has its whole weights."""
     done: Counter[str] = Counter()
     linears: dict[nn.Module, FusedLinear] = {}
-    inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLinear)}
+    inside = {m.base_layer for m in model.modules() if isinstance(m, LoraLayer)}
     for module in model.modules():
-        if module not in inside and isinstance(module, nn.Linear | LoraLinear) and _is_plain_linear(module):
+        if module not in inside and isinstance(module, nn.Linear | LoraLayer) and is_plain_linear(module):
             linears[module] = FusedLinear(module, weight_copies)
             _replace_forward(module, linears[module])
             done["linear layers"] += 1
@@ -335,34 +365,11 @@ def _replace_forward(module: nn.Module, forward: Fused) -> None:
     vars(module)["forward"] = forward  # an object, not a bound method, so that a deep copy of a model is its own
 
 
-def _is_plain_linear(module: nn.Linear | LoraLinear) -> bool:
-    if not _is_untouched(module):
-        return False
-    if not isinstance(module, LoraLinear):
-        return type(module) is nn.Linear
-    return (
-        type(module) is LoraLinear
-        and type(module.base_layer) is nn.Linear
-        and _is_untouched(module.base_layer)
-        and len(module.lora_A) == 1
-        and not module.lora_variant
-        and not module.fan_in_fan_out
-        and all(layer.bias is None for layer in module.lora_B.values())
-        and all(isinstance(d, nn.Identity | nn.Dropout) for d in module.lora_dropout.values())
-    )
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Nothing was put around its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in vars(module) and not any(hooks)
-
-
 def _candidates(
     module: nn.Module, linears: dict[nn.Module, FusedLinear], elementwise: Elementwise
 ) -> Iterator[tuple[str, Fused]]:
     parts = dict(module.named_children())
-    if not _is_untouched(module):
+    if not is_untouched(module):
         return
     if parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         layers = tuple(linears.get(parts[name]) for name in ("gate_proj", "up_proj", "down_proj"))
@@ -384,7 +391,7 @@ def agrees(module: nn.Module, fused: Fused, device: torch.device) -> bool:
     module.eval()
     try:
         with torch.no_grad():
-            return all(_same(module, fused, tokens) for tokens in _probes(module, device))
+            return all(_same(module, fused, tokens) for tokens in _probes(fused, device))
     except Exception as error:  # noqa: BLE001 (code of any architecture is tried here)
         logger.debug("%s keeps its own forward: %s: %s", type(module).__name__, type(error).__name__, error)
         return False
@@ -392,10 +399,10 @@ def agrees(module: nn.Module, fused: Fused, device: torch.device) -> bool:
         module.train(training)
 
 
-def _probes(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
-    weight = next(module.parameters())
-    x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
-    return ((size * x).to(device, weight.dtype) for size in PROBE_SIZES)
+def _probes(fused: Fused, device: torch.device) -> Iterator[Tensor]:
+    width, dtype = fused.reads
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    return ((size * x).to(device, dtype) for size in PROBE_SIZES)
 
 
 def _same(module: nn.Module, fused: Fused, tokens: Tensor) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from strop.policy.kernels.dropout import without, zero_
 from strop.policy.kernels.matmul import linear, linear_add, wide
+from strop.policy.kernels.quantised_weights import QuantisedWeight
 
 LeftOut = Sequence[Tensor | None]
 """By layer, what its adapter does not see of x: as `draw_left_out` has it, or None for nothing."""
@@ -30,11 +31,15 @@ LeftOut = Sequence[Tensor | None]
 class Weights:
     """What one linear layer multiplies with, in the compute dtype: w [O, I], bias [O], a [r, I], b [O, r]."""
 
-    w: Tensor
+    w: Tensor | QuantisedWeight
     bias: Tensor | None
     a: Tensor | None
     b: Tensor | None
     scale: float
+
+    def whole(self) -> Tensor:
+        """w as a tensor, in the dtype of `wide`. A quantised one is made anew: let go of it after its product."""
+        return wide(self.w if isinstance(self.w, Tensor) else self.w.whole())
 
     @property
     def rank(self) -> int:
@@ -71,7 +76,7 @@ def products(layers: Sequence[Weights], x: Tensor, left_out: LeftOut) -> tuple[l
         lows = None if a is None else linear(x, wide(a))
     outputs = []
     for layer, low in zip(layers, _by_layer(layers, lows, 1), strict=True):
-        y = linear(x, wide(layer.w), None if layer.bias is None else wide(layer.bias))
+        y = linear(x, layer.whole(), None if layer.bias is None else wide(layer.bias))
         if low is not None and layer.b is not None:
             y = linear_add(y, layer.scaled(low), wide(layer.b))
         outputs.append(y.to(dtype))
@@ -117,8 +122,7 @@ def gradients(
         if layer.b is not None:
             d_lows.append(layer.scaled(linear(grad, wide(layer.b).t())))
         if wants_x:
-            narrow = wide(layer.w).t()
-            d_x = linear(grad, narrow) if d_x is None else linear_add(d_x, grad, narrow)
+            d_x = linear(grad, layer.whole().t()) if d_x is None else linear_add(d_x, grad, layer.whole().t())
         weights.append(linear(grad.t(), x.t()) if w and x is not None else None)
         weights.append(grad.sum(0) if bias else None)
         weights.append(None)

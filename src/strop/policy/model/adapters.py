@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
+from strop.policy.kernels.quantised_weights import is_quantised
 from strop.policy.model.adapter_settings import adapter_config, as_list, mergeable_config, read_adapter, try_patterns
 from strop.policy.model.adapter_targets import (
     head_names,
@@ -37,7 +38,6 @@ from strop.policy.model.adapter_targets import (
 from strop.policy.model.added_tokens import trained_rows
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
 from strop.policy.model.folder import adapter_place_of, place_of, source_of
-from strop.policy.model.quantised import is_quantised
 from strop.policy.model.task import SCORE, auto_class, head_of, is_reward_model
 
 logger = logging.getLogger("strop")

@@ -10,18 +10,19 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
-from strop.policy.allocator import is_out_of_memory
+from strop.policy.allocator import give_back_large_blocks, is_out_of_memory
 from strop.policy.model import quantised
 from strop.policy.model.added_tokens import NewTokens, add_rows
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
@@ -119,6 +120,8 @@ def load_model(
     original = copy.deepcopy(config)
     silenced = silence_config(config)
     quantised.compute_in(config, dtype)
+    if bits is not None:
+        give_back_large_blocks()
     attention = _plain_attention(model, config, where)
     new = new_tokens(model)
     defer = defer and bits is None and _can_wait(model, files, config, new)
@@ -128,7 +131,12 @@ def load_model(
             how = (config, files, dtype, attention)
             deferred = _deferred(*how, where, reward_model=reward_model) if defer else None
             quantising = quantised.loading(bits, dtype, sharded=sharded)
-            module, report, waiting = deferred or _whole(*how, model, quantising, reward_model=reward_model)
+            if deferred is not None:
+                module, report, waiting = deferred
+            elif bits is not None and not bits.stored and not _has_code(model, files):
+                module, report, waiting = _quantised(*how, quantising, reward_model=reward_model)
+            else:
+                module, report, waiting = _whole(*how, model, quantising, reward_model=reward_model)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"it cannot be loaded: {first_line(error)}",
@@ -150,9 +158,13 @@ def load_model(
 def _can_wait(model: ModelSection, files: ModelFiles, config: PreTrainedConfig, new: NewTokens) -> bool:
     """Whether the weights can stay in the files: the class is transformers' own, and no new rows are made, which begin
     as the mean of the others."""
-    has_code = model.trust_remote_code and "auto_map" in files.config
     has_new_rows = bool(new.ids) or new.num_rows > getattr(config.get_text_config(), "vocab_size", 0)
-    return not has_code and not has_new_rows
+    return not _has_code(model, files) and not has_new_rows
+
+
+def _has_code(model: ModelSection, files: ModelFiles) -> bool:
+    """Whether the class of the model comes with its files."""
+    return model.trust_remote_code and "auto_map" in files.config
 
 
 Read = tuple["PreTrainedModel", Mapping[str, Any], DeferredWeights | None]
@@ -201,20 +213,53 @@ def _deferred(
     if not deferred.fits(outline):
         logger.info("%s: its weights are put together from several tensors, so each process reads all of them", where)
         return None
+    module, report = _of_tensors(outline, deferred.placeholders, config, files, dtype, attention)
+    if not deferred.follow(module):
+        return None
+    return module, report, deferred
+
+
+def _quantised(
+    config: PreTrainedConfig,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    attention: Mapping[str, str],
+    quantising: Mapping[str, Any],
+    *,
+    reward_model: bool,
+) -> Read:
+    """The model quantised one tensor after the other. Each is read into memory of its own, which is free again once it
+    is quantised. Left to itself, transformers maps the files, and what is not quantised keeps all of them in memory."""
+    outline = build_outline(copy.deepcopy(config), trust_remote_code=False, reward_model=reward_model)
+    with ExitStack() as opened:
+        tensors: dict[str, Any] = {}
+        for path in files.weights:
+            file = opened.enter_context(safe_open(path, framework="pt", backend="pread"))
+            tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return *_of_tensors(outline, tensors, config, files, dtype, {**attention, **quantising}), None
+
+
+def _of_tensors(
+    outline: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    config: PreTrainedConfig,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    how: Mapping[str, Any],
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A model of the outline's class, and transformers' report of it. tensors: by key, read by `tensor[...]`."""
     module, report = type(outline).from_pretrained(
         None,
         config=config,
-        state_dict=deferred.placeholders,
+        state_dict=tensors,
         dtype=dtype,
         generation_config=_generation_config(files) if outline.can_generate() else None,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        **attention,
+        **how,
     )
     module.name_or_path = module.config.name_or_path = files.source
-    if not deferred.follow(module):
-        return None
-    return module, report, deferred
+    return module, report
 
 
 def _generation_config(files: ModelFiles) -> GenerationConfig:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from strop.errors import ModelError
+from strop.policy.kernels.quantised_weights import Int8Forward, is_int8, is_quantised, quantised_weight
 from strop.policy.model.quantisation import Quantisation
 from strop.policy.model.task import head_of
 from strop.readable import short_name
@@ -32,7 +32,6 @@ logger = logging.getLogger("strop")
 
 LEAST = 0.5
 """Share of the weights beside embedding and head that has to be quantised: less is not what was asked for."""
-INT8_STEPS = 127.0
 
 
 def loading(found: Quantisation | None, dtype: torch.dtype, *, sharded: bool = False) -> dict[str, Any]:
@@ -115,13 +114,8 @@ def settle(module: PreTrainedModel, found: Quantisation | None, where: str) -> N
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-        if _is_int8(layer):
+        if is_int8(layer):
             vars(layer)["forward"] = Int8Forward(layer)
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether it is a linear layer of bitsandbytes."""
-    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
 
 
 def num_weights(layer: nn.Module) -> int:
@@ -143,13 +137,7 @@ def total_weights(module: nn.Module) -> int:
 
 def dense(layer: nn.Module) -> Tensor:
     """[O, I] float32: the weight that a quantised layer multiplies by."""
-    weight: Any = layer.weight
-    if _is_int8(layer):
-        return int8_dense(weight.data, weight.SCB, torch.float32)
-    from bitsandbytes.functional import dequantize_4bit
-
-    found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
-    return found.float().reshape(weight.quant_state.shape)
+    return quantised_weight(layer, torch.float32).whole()
 
 
 def dequantise(module: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -175,41 +163,3 @@ def dequantise(module: nn.Module, dtype: torch.dtype) -> list[str]:
 
 def _of_bitsandbytes(operation: object) -> bool:
     return type(operation).__module__ == "transformers.integrations.bitsandbytes"
-
-
-def _is_int8(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Linear8bitLt"
-
-
-def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """[O, I] of weight [O, I] int8 and scales [O], the largest of each row."""
-    return weight.to(dtype) * (scales.to(weight.device) / INT8_STEPS).to(dtype)[:, None]
-
-
-class _Int8Product(torch.autograd.Function):
-    """x [..., I] times a weight in 8 bits, which gets no gradient. Neither x nor the dequantised weight is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scales)
-        return nn.functional.linear(x, int8_dense(weight, scales, x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scales = ctx.saved_tensors
-        return grad @ int8_dense(weight, scales, grad.dtype), None, None
-
-
-class Int8Forward:
-    """The forward of a layer in 8 bits: its weight dequantised, in the dtype of autocast, or in that of x."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer: Any = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer, kind = self.layer, x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
-            y: Tensor = _Int8Product.apply(x.to(dtype), layer.weight.data, layer.weight.SCB)  # type: ignore[no-untyped-call]
-            return y if layer.bias is None else y + layer.bias.to(dtype)

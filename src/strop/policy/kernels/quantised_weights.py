@@ -1,0 +1,109 @@
+"""Weights in 4 or 8 bits (bitsandbytes), dequantised for one product at a time. Floor 2.
+
+A dequantised weight is never kept: the backward pass makes it again. So of all the layers of a model, one weight at a
+time lies in memory in 16 or 32 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+INT8_STEPS = 127.0
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
+
+
+def is_int8(layer: nn.Module) -> bool:
+    """Whether a quantised layer is in 8 bits; else it is in 4."""
+    return type(layer).__name__ == "Linear8bitLt"
+
+
+def multiplies_in(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a quantised layer computes in `dtype` when it is given that. One in 4 bits may be set to another."""
+    return is_int8(layer) or getattr(layer, "compute_dtype", None) in (None, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedWeight:
+    """The weight [O, I] of a quantised layer, for products in `dtype`.
+
+    Args:
+        packed: as it lies in memory, on the layer's device.
+        state: scales [O] of 8 bits, or bitsandbytes' QuantState of 4 bits.
+    """
+
+    packed: Tensor
+    state: Any
+    dtype: torch.dtype
+
+    def whole(self) -> Tensor:
+        """[O, I] dequantised anew, in `dtype`."""
+        if isinstance(self.state, Tensor):
+            return int8_dense(self.packed, self.state, self.dtype)
+        return int4_dense(self.packed, self.state, self.dtype)
+
+
+def quantised_weight(layer: nn.Module, dtype: torch.dtype) -> QuantisedWeight:
+    """That of a layer of bitsandbytes."""
+    weight: Any = layer.weight
+    if is_int8(layer):
+        return QuantisedWeight(weight.data, weight.SCB, dtype)
+    # a weight that was sharded and gathered again has lost its state; the layer has it, too
+    state = getattr(weight, "quant_state", None) or layer.quant_state
+    return QuantisedWeight(weight.data, state, dtype)
+
+
+def int4_dense(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """[O, I] of a weight in 4 bits; rounded once, to `dtype`. state: bitsandbytes' QuantState."""
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise  # slow to import
+
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    kind, shape = state.quant_type, state.shape
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, scales.float(), state.blocksize, kind, shape, dtype
+    )
+    return dense
+
+
+def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """[O, I] of weight [O, I] int8 and scales [O], the largest of each row."""
+    return weight.to(dtype).mul_((scales.to(weight.device) / INT8_STEPS).to(dtype)[:, None])
+
+
+class _Int8Product(torch.autograd.Function):
+    """x [..., I] times a weight in 8 bits, which gets no gradient. Neither x nor the dequantised weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scales)
+        return nn.functional.linear(x, int8_dense(weight, scales, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scales = ctx.saved_tensors
+        return grad @ int8_dense(weight, scales, grad.dtype), None, None
+
+
+class Int8Forward:
+    """The forward of a layer in 8 bits: its weight dequantised, in the dtype of autocast, or in that of x."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, kind = self.layer, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            y: Tensor = _Int8Product.apply(x.to(dtype), layer.weight.data, layer.weight.SCB)  # type: ignore[no-untyped-call]
+            return y if layer.bias is None else y + layer.bias.to(dtype)
