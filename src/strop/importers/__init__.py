@@ -5,7 +5,8 @@ In: a file of TRL, LLaMA-Factory, axolotl, unsloth or opensloth. Out: commented 
     foreign_file, python_calls    reading a file: YAML, JSON, or calls in a Python file, which is parsed and never run
     answers                 what becomes of a key; the ways in which most keys are answered
     trainer                 the keys of transformers' Trainer, which most tools take
-    trl, trl_groups, trl_data, llamafactory, axolotl, axolotl_data, unsloth    the other keys of each tool, its defaults
+    trl, trl_groups, trl_serving, trl_data, llamafactory, axolotl, axolotl_data, unsloth
+                            the other keys of each tool, its defaults
     translate               a file's keys, answered one by one
     written                 the YAML
 

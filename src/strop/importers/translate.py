@@ -185,7 +185,7 @@ def _unknown(path: KeyPath, value: Any) -> Answer:
 
 
 PREFIXES: Mapping[str, str] = {
-    "vllm_": "strop samples with the policy's own weights, on the same device",
+    "vllm_": "it is a setting of vLLM itself: give it to `vllm serve`, if rollout.sampler is vllm",
     "wandb_": instead_of("wandb_entity"),
     "hub_": instead_of("hub_token"),
     "ddp_": instead_of("ddp_timeout"),

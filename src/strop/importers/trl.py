@@ -37,6 +37,7 @@ from strop.importers.answers import (
     translated,
     whole,
 )
+from strop.importers.trl_serving import uses_lora
 
 CLASSES: Mapping[str, str] = {
     f"{method.upper()}{kind}": method
@@ -118,14 +119,9 @@ def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping
         found["assistant_only_loss"] = False
     if method == "grpo":
         found |= {"num_generations": 8, "max_completion_length": 512, "beta": 0.0, "epsilon": 0.2}
-        found |= {"loss_type": "dapo", "scale_rewards": "group"}
+        found |= {"loss_type": "dapo", "scale_rewards": "group", "vllm_importance_sampling_correction": True}
         del found["max_length"]
     return found
-
-
-def uses_lora(given: Mapping[str, Any]) -> bool:
-    """Whether adapters train."""
-    return is_on(given.get("use_peft")) or any(name in given for name in ("r", "target_modules", "lora_args"))
 
 
 def decided(view: View) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from strop.importers import trl_serving
 from strop.importers.answers import (
     Answer,
     Rules,
@@ -92,6 +93,7 @@ def _max_completion(value: Any, view: View) -> Answer:
 
 
 RULES: Rules = {
+    **trl_serving.RULES,
     **straight(
         "num_generations num_generations_eval num_iterations mask_truncated_completions top_p min_p "
         "chat_template_kwargs delta sapo_temperature_pos sapo_temperature_neg importance_sampling_level "
@@ -115,11 +117,9 @@ RULES: Rules = {
     "repetition_penalty": only((1.0,), "there is none", "strop samples from the policy as it is"),
     "log_completions": always("every group is in rollouts.jsonl"),
     "num_completions_to_print": always("every group is in rollouts.jsonl"),
-    "use_vllm": off("with strop a server is started by hand: see rollout.sampler"),
     "top_entropy_quantile": only((1.0,), "all tokens are trained", "all tokens are trained"),
     "cast_lm_head_to_fp32": lambda value, view: carried("training.fp32_logits", value),
     "multi_objective_aggregation": always("it is in post_training.advantage"),
-    "generation_kwargs": off("strop samples by temperature, top_k, top_p, min_p, stop and stop_token_ids alone"),
     "max_tool_calling_iterations": off("completions are of one turn, without tools"),
     **{
         name: always("it changes no result")

@@ -891,3 +891,109 @@ def test_a_script_is_found_by_its_calls(tmp_path: Path) -> None:
     )
     data = read(tmp_path / "a.py").data
     assert list(data) == ["DPOConfig", "DPOConfig 2"] and repr(data["DPOConfig"]["beta"]) == "x"
+
+
+SERVED = """
+model_name_or_path: MODEL
+dataset_name: data/prompts.jsonl
+reward_funcs: [think_format_reward]
+num_generations: 8
+max_completion_length: 256
+output_dir: grpo
+use_vllm: true
+"""
+ADAPTS = "use_peft: true\nlora_r: 8\nlora_target_modules: all-linear\n"
+
+
+def served(place: Path, model_dir: Path, text: str) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration of a GRPO run of TRL with vLLM, and what is not carried over, with the reasons."""
+    file = place / "grpo.yaml"
+    file.write_text((SERVED + text).replace("MODEL", str(model_dir)))
+    found = import_file(file)
+    (place / "strop.yaml").write_text(to_text(found))
+    return load_config(place / "strop.yaml"), {e.key: e.answer.why for e in found.of(Fate.LEFT)}
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("", "http://127.0.0.1:8000"),
+        ("vllm_server_host: node7\n", "http://node7:8000"),
+        ("vllm_server_host: 0.0.0.0\nvllm_server_port: 9000\n", "http://127.0.0.1:9000"),
+        ("vllm_server_port: 9001\n", "http://127.0.0.1:9001"),
+        ("vllm_server_base_url: https://node8:1/\nvllm_server_port: 9000\n", "https://node8:1"),
+    ],
+)
+def test_a_server_that_samples_is_carried_over(address: str, url: str, place: Path, model_dir: Path) -> None:
+    text = f"{ADAPTS}vllm_mode: server\nvllm_server_timeout: 120\nvllm_group_port: 51216\n{address}"
+    config, lost = served(place, model_dir, text)
+    assert not lost
+    assert (config.rollout.sampler, config.rollout.vllm_url) == ("vllm", url)
+    assert config.rollout.vllm_retry_seconds == 120
+    # TRL weighs what a server samples unless it is told not to
+    method = config.post_training
+    assert (method.sampler_correction, method.sampler_correction_max) == ("sequence_mask", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        ("vllm_importance_sampling_correction: false\n", ("none", 3.0, 0.0)),
+        (
+            "vllm_importance_sampling_mode: token_truncate\nvllm_importance_sampling_clip_max: 2.0\n"
+            "vllm_importance_sampling_clip_min: 0.1\n",
+            ("token_truncate", 2.0, 0.0),
+        ),
+        ("vllm_importance_sampling_clip_min: 0.1\n", ("sequence_mask", 3.0, 0.1)),
+        ("vllm_importance_sampling_correction: true\ntop_p: 0.9\n", ("none", 3.0, 0.0)),
+    ],
+)
+def test_the_correction_of_what_a_server_samples(
+    correction: str, expected: tuple[str, float, float], place: Path, model_dir: Path
+) -> None:
+    config, lost = served(place, model_dir, f"{ADAPTS}vllm_mode: server\n{correction}")
+    method = config.post_training
+    assert (method.sampler_correction, method.sampler_correction_max, method.sampler_correction_min) == expected
+    named = {"top_p": "vllm_importance_sampling_correction", "truncate": "vllm_importance_sampling_clip_min"}
+    assert list(lost) == [key for word, key in named.items() if word in correction]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (ADAPTS, "does not run inside"),
+        (f"{ADAPTS}vllm_mode: colocate\n", "does not run inside"),
+        ("vllm_mode: server\n", "all weights train"),
+        (f"{ADAPTS}vllm_mode: server\nlora_modules_to_save: [lm_head]\n", "no adapters with lora_modules_to_save"),
+        (f"{ADAPTS}vllm_mode: server\nuse_dora: true\n", "no adapters with use_dora"),
+        (f"{ADAPTS}vllm_mode: server\ntemperature: 0.7\ntop_p: 0.9\n", "not those of training"),
+    ],
+)
+def test_where_no_server_can_sample_the_policy_does(text: str, why: str, place: Path, model_dir: Path) -> None:
+    config, lost = served(place, model_dir, f"{text}vllm_server_port: 9000\n")
+    assert config.rollout.sampler == "policy" and config.post_training.sampler_correction == "none"
+    assert lost.keys() <= {"use_vllm", "vllm_mode"} and all(why in found for found in lost.values())
+    assert "use_vllm" in lost
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stop", "ids", "lost"),
+    [
+        ("{stop: '</answer>'}", ("</answer>",), (), []),
+        ("{stop: [a, b], stop_token_ids: [5, 7]}", ("a", "b"), (5, 7), []),
+        ("{stop_strings: [a]}", ("a",), (), []),
+        ('\'{"stop": ["a"], "stop_token_ids": [5]}\'', ("a",), (5,), []),
+        ("{stop: [a], top_p: 0.5}", ("a",), (), ["generation_kwargs.top_p"]),
+        ("{num_beams: 4}", (), (), ["generation_kwargs.num_beams"]),
+        ('\'{"stop": ["a"], "num_beams": 4}\'', ("a",), (), ["generation_kwargs"]),
+        ("'{'", (), (), ["generation_kwargs"]),
+        ("{}", (), (), []),
+    ],
+)
+def test_texts_that_end_a_completion(
+    arguments: str, stop: tuple[str, ...], ids: tuple[int, ...], lost: list[str], place: Path, model_dir: Path
+) -> None:
+    config, left = served(place, model_dir, f"{ADAPTS}vllm_mode: server\ngeneration_kwargs: {arguments}\n")
+    assert (config.rollout.stop, config.rollout.stop_token_ids, list(left)) == (stop, ids, lost)
+    if left:
+        assert all("generation_kwargs" in why or "strop samples by" in why or "read" in why for why in left.values())
