@@ -120,8 +120,6 @@ def load_model(
     original = copy.deepcopy(config)
     silenced = silence_config(config)
     quantised.compute_in(config, dtype)
-    if bits is not None:
-        give_back_large_blocks()
     attention = _plain_attention(model, config, where)
     new = new_tokens(model)
     defer = defer and bits is None and _can_wait(model, files, config, new)
@@ -131,12 +129,7 @@ def load_model(
             how = (config, files, dtype, attention)
             deferred = _deferred(*how, where, reward_model=reward_model) if defer else None
             quantising = quantised.loading(bits, dtype, sharded=sharded)
-            if deferred is not None:
-                module, report, waiting = deferred
-            elif bits is not None and not bits.stored and not _has_code(model, files):
-                module, report, waiting = _quantised(*how, quantising, reward_model=reward_model)
-            else:
-                module, report, waiting = _whole(*how, model, quantising, reward_model=reward_model)
+            module, report, waiting = deferred or _whole(*how, model, quantising, reward_model=reward_model)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"it cannot be loaded: {first_line(error)}",
@@ -182,6 +175,10 @@ def _whole(
     reward_model: bool,
 ) -> Read:
     """The model with all its weights."""
+    if quantising:
+        give_back_large_blocks()
+    if "quantization_config" in quantising and not _has_code(model, files):
+        return _quantised(config, files, dtype, attention, quantising, reward_model=reward_model)
     module, report = auto_class(reward_model=reward_model).from_pretrained(
         files.source,
         config=config,
