@@ -57,6 +57,7 @@ def config_of(folder: Path, model: str, **overrides: Any) -> RunConfig:
             "training.groups_per_step": 4,
             "training.save_steps": 2,
             "training.save_total_limit": None,
+            "training.micro_batch_tokens": 64,  # by itself it would be another one in runs of a module's fixture
             **overrides,
         }
     )
