@@ -43,9 +43,10 @@ def keys(runs: Any, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_a_run_with_new_tokens_goes_on_and_answers(
+def test_models__add_tokens(
     keys: dict[str, Any], runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A run with new tokens goes on after a break, and its adapter answers, merges and is judged."""
     run = runs(keys)
     assert run.series("loss", "eval")[0] == pytest.approx(0.6931, abs=1e-4)  # the reference has the same rows
     tokenizer = AutoTokenizer.from_pretrained(run.path / "final")

@@ -1,6 +1,6 @@
 """Every key of `gpu`, `finetuning`, `logging` and the top arrives where it acts: `test_{section}__{key}`.
 
-The other sections stand in the other files test_keys_*.py.
+The other sections stand in the other files test_keys_*.py; keys of one thing alone stand with it (test_vllm.py).
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ def test_finetuning__stop_on(runs: Any) -> None:
 def test_every_key_has_a_test() -> None:
     names = {
         node.name
-        for path in Path(__file__).parent.glob("test_keys_*.py")
+        for path in Path(__file__).parent.glob("test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }

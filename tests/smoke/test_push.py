@@ -134,13 +134,32 @@ def test_what_is_no_model_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest
 PUSHED = {"training.push_to_hub": True, "training.max_steps": 1}
 
 
-@pytest.mark.parametrize(("keys", "repo"), [({"training.hub_model_id": "me/model"}, "me/model"), ({}, "run")])
-def test_a_run_uploads_its_model_when_it_ends(keys: dict[str, Any], repo: str, runs: Any, hub: Hub) -> None:
+def test_training__push_to_hub(runs: Any, hub: Hub) -> None:
+    made = pushed_by_a_run({}, runs, hub)
+    assert (made.get("organization"), made["name"]) == (None, "run") and is_private(made)
+
+
+def test_training__hub_model_id(runs: Any, hub: Hub) -> None:
+    made = pushed_by_a_run({"training.hub_model_id": "me/model"}, runs, hub)
+    assert (made["organization"], made["name"]) == ("me", "model") and is_private(made)
+
+
+def test_training__hub_private_repo(runs: Any, hub: Hub) -> None:
+    assert not is_private(pushed_by_a_run({"training.hub_private_repo": False}, runs, hub))
+
+
+def pushed_by_a_run(keys: dict[str, Any], runs: Any, hub: Hub) -> dict[str, Any]:
+    """What the hub was asked to make, by a run that has uploaded its model."""
     run = runs({**PUSHED, **keys}, fresh=True)
-    (made,) = hub.made
-    assert [made.get("organization"), made["name"]] == (repo.split("/") if "/" in repo else [None, repo])
-    assert made.get("private", made.get("visibility")) in (True, "private")
     assert hub.files == {p.name: p.read_bytes() for p in (run.path / "final").iterdir() if p.name != "MANIFEST.json"}
+    (made,) = hub.made
+    return made
+
+
+def is_private(made: dict[str, Any]) -> bool:
+    found = made.get("private", made.get("visibility"))
+    assert found in (True, "private", False, "public")
+    return found in (True, "private")
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
@@ -153,7 +172,7 @@ def test_a_failed_upload_ends_no_run_and_is_told_with_the_command(
     (command,) = (r.getMessage() for r in caplog.records if "to upload it: strop " in r.getMessage())
     hub.refuses = 0
     assert main(shlex.split(command.partition("to upload it: strop ")[2])) == 0
-    assert hub.made[-1].get("private", hub.made[-1].get("visibility")) in (False, "public")
+    assert not is_private(hub.made[-1])
     assert hub.files == {p.name: p.read_bytes() for p in (run.path / "final").iterdir() if p.name != "MANIFEST.json"}
 
 

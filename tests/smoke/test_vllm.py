@@ -1,12 +1,14 @@
 """Runs whose completions a vLLM server draws: by the real road, with a server of the tests' own.
 
-Keys of sampler vllm that are not here are in tests/unit/rollout/test_vllm.py.
+What is sent and what a server may answer is in tests/unit/rollout/test_vllm.py.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,56 @@ def test_a_server_draws_pairs_for_online_dpo(tmp_path: Path, model_dir: Path) ->
     for row in lines(result.run_dir / "rollouts.jsonl"):
         assert [len(ids) for ids in row["completion_ids"]] == [len(logps) for logps in row["old_logps"]]
         assert row["pair"] is None or row["rewards"][row["pair"][0]] > row["rewards"][row["pair"][1]]
+
+
+def test_rollout__vllm_url(tmp_path: Path, model_dir: Path) -> None:
+    with FakeVllm(model_dir) as named, FakeVllm(model_dir) as other:
+        strop.train(config(tmp_path, model_dir, named, **{"training.max_steps": 1}))
+        assert named.asked("/v1/completions") and not other.requests
+
+
+def test_rollout__vllm_timeout(tmp_path: Path, model_dir: Path) -> None:
+    with FakeVllm(model_dir) as server:
+        server.before = lambda path, body: time.sleep(1) if path == "/v1/load_lora_adapter" else None
+        with pytest.raises(TrainingError, match=r"no whole answer to .* within 0\.4 seconds"):
+            strop.train(config(tmp_path, model_dir, server, **{"rollout.vllm_timeout": 0.4}))
+
+
+def test_rollout__vllm_retry_seconds(tmp_path: Path, model_dir: Path) -> None:
+    """A server that is starting, and one that never does."""
+    with FakeVllm(model_dir) as server:
+        answers = iter([(503, "starting")])
+        server.before = lambda path, body: next(answers, None)
+        keys = {"training.max_steps": 1, "rollout.vllm_retry_seconds": 5.0}
+        strop.train(config(tmp_path, model_dir, server, **keys))
+    with pytest.raises(TrainingError, match=r"tried again for 0\.1 seconds"):
+        strop.train(config(tmp_path, model_dir, server, **{"rollout.vllm_retry_seconds": 0.1}), overwrite=True)
+
+
+def test_rollout__vllm_requests(tmp_path: Path, model_dir: Path) -> None:
+    def most_at_once(allowed: int) -> int:
+        lock, now, most = threading.Lock(), [0], [0]
+
+        def begins(path: str, body: dict[str, Any]) -> None:
+            if path == "/v1/completions":
+                with lock:
+                    now[0] += 1
+                    most[0] = max(most[0], now[0])
+                time.sleep(0.1)
+
+        def ends(path: str, answer: dict[str, Any]) -> dict[str, Any]:
+            if path == "/v1/completions":
+                with lock:
+                    now[0] -= 1
+            return answer
+
+        with FakeVllm(model_dir) as server:
+            server.before, server.after = begins, ends
+            keys = {"training.max_steps": 1, "rollout.vllm_requests": allowed}
+            strop.train(config(tmp_path, model_dir, server, **keys), overwrite=allowed > 1)
+        return most[0]
+
+    assert most_at_once(1) == 1 and most_at_once(3) > 1
 
 
 def test_rollout__vllm_model(tmp_path: Path, model_dir: Path) -> None:
