@@ -97,7 +97,7 @@ class Heartbeat:
                 yield rank
 
     def _run(self) -> None:
-        while not self._stopped.wait(BEAT_SECONDS):
+        while True:
             try:
                 self._write()
                 self._read()
@@ -106,6 +106,8 @@ class Heartbeat:
             if silent := list(self._silent(LIMIT_SECONDS)):
                 listed = "; ".join(f"process {rank} of {self._size} hangs. It {self._beats[rank]}" for rank in silent)
                 self._end(f"{listed}. Nothing was heard of it for {LIMIT_SECONDS:.0f} seconds", silent)
+            if self._stopped.wait(BEAT_SECONDS):
+                return
 
     def _write(self) -> None:
         self._count += 1

@@ -72,6 +72,10 @@ def another_model(folder: Path, model_dir: Path) -> Path:
     return folder / "another"
 
 
+OF_SAMPLES = {"reverse_kl"}
+"""Metrics of runs that sample while they train, which these do not."""
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains(method: str, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = build_objective(METHODS[method]())
@@ -86,7 +90,7 @@ def test_it_trains(method: str, tmp_path: Path, model_dir: Path, monkeypatch: py
     losses = [r["loss"] for r in records if r["split"] == "train"]
     assert losses[-1] < losses[0]
     for record in records:
-        assert {m for m in objective.METRICS if not m.startswith("sampling/")} <= record.keys()
+        assert {m for m in objective.METRICS if not m.startswith("sampling/")} - OF_SAMPLES <= record.keys()
 
 
 def test_a_reference_that_becomes_the_policy_starts_again_at_ln_2(tmp_path: Path, model_dir: Path) -> None:

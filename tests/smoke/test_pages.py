@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import strop
 from shown import (
@@ -52,7 +52,9 @@ MODELS = (
     "Qwen/Qwen2.5-0.5B",
     "Qwen/Qwen2.5-0.5B-Instruct",
     "Qwen/Qwen2.5-1.5B-Instruct",
+    "OWNER/TEACHER",
 )
+REWARD_MODEL = "OWNER/NAME"
 NUM_ROWS = 100
 PAIRS = [{"prompt": f"question {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no maybe"} for i in range(NUM_ROWS)]
 SINGLE = [
@@ -105,6 +107,9 @@ def ground(tmp_path_factory: Any, make_model: Callable[..., Any], make_tokenizer
     for name in MODELS:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copytree(folder / "model", folder / name)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+    judge.save_pretrained(folder / REWARD_MODEL)
+    make_tokenizer().save_pretrained(folder / REWARD_MODEL)
     for name, rows in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
