@@ -168,6 +168,7 @@ def measured_forked(out: Path) -> None:
 def _printed(module: str, arguments: Sequence[str], threads: int) -> str:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     sys.argv = [module, *arguments]
     with redirect_stdout(io.StringIO()) as printed:
