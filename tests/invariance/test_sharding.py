@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -146,8 +145,10 @@ def test_replicas_of_two_processes() -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("size", "shard_size"), [(2, None), (3, None), (4, None), (4, 2)])
-def test_every_method_and_model(size: int, shard_size: int | None) -> None:
-    cases = [Case(m, w, shard_size, b) for m, w, b in product(SETTINGS, MODELS, (40, 1000))]
+def test_every_method_and_model(size: int, shard_size: int | None, model: str, method: str) -> None:
+    cases = [Case(method, model, shard_size, budget) for budget in (40, 1000)]
     for found in in_processes(size, all_errors, cases):
         assert_small(found)
