@@ -23,9 +23,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 MANIFEST = "MANIFEST.json"
+"""Makes a folder one that strop wrote."""
 RECIPE = "recipe"
 """Key of a final model's identity under which the settings of its run are stored, as JSON."""
-"""Makes a folder one that strop wrote."""
 FORMAT = 1
 """Raised when an older strop could not read what this one writes."""
 MAX_BYTES = 2**24

@@ -12,10 +12,6 @@ from itertools import islice
 from os import path
 from pathlib import Path
 
-from huggingface_hub import constants, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is only not declared
-
 from strop.config import DatasetSection, RunConfig
 from strop.config.sections import ModelSection
 from strop.data.read.files import file_kind
@@ -138,10 +134,12 @@ def _not_uploaded(config: RunConfig, models: Sequence[ModelSection]) -> Iterator
     training = config.training
     if not training.push_to_hub:
         return
-    where, later = (
-        "training.push_to_hub: true",
-        "or remove push_to_hub and upload it later: strop push RUN --repo OWNER/NAME",
-    )
+    from huggingface_hub import constants, get_token  # here, because runs that upload nothing need not wait for it
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is only not declared
+
+    where = "training.push_to_hub: true"
+    later = "or remove push_to_hub and upload it later: strop push RUN --repo OWNER/NAME"
     if training.hub_model_id is not None and len(models) > 1:
         yield ConfigError(
             f"{len(models)} models cannot be uploaded to one repository",

@@ -345,12 +345,15 @@ def _to_sample(config: RunConfig, data: LoadedData, objective: Objective[MethodS
     training, rollout = config.training, config.rollout
     limits = (training.max_seq_length, training.max_completion_length)
     train = PromptGroups(data.train, 2 if objective.rows == "pair" else rollout.num_generations, *limits)
-    columns, held_out = set(train.common_columns()), data.eval
+    held_out = data.eval
     if isinstance(held_out, Groups):
         held_out = PromptGroups(held_out, rollout.num_generations_eval, *limits)
-        columns &= set(held_out.common_columns())
-    rewards = [(reward.name, reward.settings) for reward in config.rewards]
-    check_rewards(rewards, sorted(columns), rollout.reward_timeout)
+    if config.rewards:
+        columns = set(train.common_columns())
+        if isinstance(held_out, PromptGroups):
+            columns &= set(held_out.common_columns())
+        rewards = [(reward.name, reward.settings) for reward in config.rewards]
+        check_rewards(rewards, sorted(columns), rollout.reward_timeout)
     return replace(data, train=train, eval=held_out)
 
 

@@ -180,22 +180,20 @@ def forward_backward(
         return _seeded(policy, batch, seed, first + at * world.size + world.rank)
 
     others: dict[str, Scores] = {}
-    with torch.no_grad():
-        first = world.size * most
-        for (name, own), num in zip(further, most_further, strict=True):
-            parts = [Scores.of(b, score(b, i, first)) for i, b in enumerate(own)]
+    first = world.size * most
+    for (name, own), num in zip(further, most_further, strict=True):
+        with torch.no_grad():
+            read = [Scores.of(batch, score(batch, i, first)) for i, batch in enumerate(own)]
             _idle(idle, num - len(own), backward=False)
-            others[name] = join_all(parts, world)
-            first += world.size * num
+            others[name] = join_all(read, world)
+        first += world.size * num
     if objective.whole_step and sum(num for num, *_ in nums) > 1:
         with torch.no_grad():
-            once = [Scores.of(b, score(b, i), others) for i, b in enumerate(batches)]
+            once = [Scores.of(batch, score(batch, i), others) for i, batch in enumerate(batches)]
             _idle(idle, most - len(batches), backward=False)
             whole = join_all(once, world, others)
-        wants = batches[0].wants if batches else frozenset()
-        for i, (batch, slopes) in enumerate(
-            zip(batches, _coefficients(objective, whole, once, wants, counts, world), strict=True)
-        ):
+        coefficients = _coefficients(objective, whole, once, batches, counts, world)
+        for i, (batch, slopes) in enumerate(zip(batches, coefficients, strict=True)):
             torch.autograd.backward(_carried(score(batch, i), slopes) * scale)
         _idle(idle, most - len(batches), backward=True)
         return summarise(objective, whole)
@@ -231,24 +229,19 @@ def _coefficients(
     objective: Objective[MethodSettings],
     whole: Scores,
     own: Sequence[Scores],
-    wants: Set[str],
+    batches: Sequence[Batch],
     counts: Counts,
     world: World,
 ) -> list[TokenScores]:
     """d loss / d of all that the policy has given for each micro-batch of this process, whose scores are `own`: of the
-    log-probs, and of the columns that it was asked for (`wants`)."""
+    log-probs, and of the columns that it was asked for."""
     sizes = world.gather([part.structure.of_levels for part in own])
     if not own:
         return []
-    logps = _leaf(whole.logps)
-    of_policy = [
-        {name: _leaf(column) for name, column in level.items() if name in wants and column.is_floating_point()}
-        for level in whole.columns
-    ]
-    columns = Columns(*({**level, **leaves} for level, leaves in zip(whole.columns, of_policy, strict=True)))
-    loss = step_loss(objective, replace(whole, logps=logps, columns=columns), counts)
+    given, of_policy = with_leaves(whole, batches[0].wants)
+    loss = step_loss(objective, given, counts)
     found = torch.autograd.grad(
-        loss, (logps, *(x for level in of_policy for x in level.values())), materialize_grads=True
+        loss, (given.logps, *(x for level in of_policy for x in level.values())), materialize_grads=True
     )
     slopes = iter(found)
 
@@ -266,8 +259,21 @@ def _coefficients(
     ]
 
 
-def _leaf(values: Tensor) -> Tensor:
-    return values.detach().requires_grad_()
+def with_leaves(scores: Scores, wants: Set[str]) -> tuple[Scores, Columns]:
+    """The scores with leaves of a new graph in the place of all that the policy has given: the log-probs, and the
+    columns that it was asked for (`wants`); and these columns. A loss of them has derivatives by them alone."""
+
+    def leaf(values: Tensor) -> Tensor:
+        return values.detach().requires_grad_()
+
+    of_policy = Columns(
+        *(
+            {name: leaf(column) for name, column in level.items() if name in wants and column.is_floating_point()}
+            for level in scores.columns
+        )
+    )
+    columns = Columns(*({**level, **own} for level, own in zip(scores.columns, of_policy, strict=True)))
+    return replace(scores, logps=leaf(scores.logps), columns=columns), of_policy
 
 
 def _carried(scored: TokenScores, slopes: TokenScores) -> Tensor:

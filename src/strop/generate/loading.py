@@ -17,9 +17,9 @@ from strop.device import pick_device
 from strop.errors import ModelError, foreign_errors
 from strop.export.direct import in_transformers
 from strop.export.shards import memory_dtype, read_header
-from strop.policy.model.adapter_base import ADAPTER_CONFIG, adapter_of
+from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.adapters import with_adapter
-from strop.policy.model.folder import check_exists, fetch, inspect_model, place_of, source_of
+from strop.policy.model.folder import check_exists, inspect_model, place_of, source_of
 from strop.policy.model.generation import end_tokens
 from strop.policy.model.load import load_model
 from strop.policy.model.tokenizer import check_vocabulary, read_tokenizer
@@ -49,10 +49,8 @@ class Source:
         check_exists(given, given)
         if not ended and (run / "config.yaml").is_file():
             raise ModelError("the run has no final/ yet", where=given, fix="let it end, or strop train --resume")
-        place = source_of(str(run / FINAL) if ended else given)
-        if fetch(place, ADAPTER_CONFIG, None, given, optional=True) is not None:
-            return cls(adapter_of(place))
-        return cls(ModelSection(huggingface_id=place), _trained_from(run) if ended else None)
+        model = saved_model(source_of(str(run / FINAL) if ended else given))
+        return cls(model, _trained_from(run) if ended and model.adapter is None else None)
 
     def base(self) -> Source:
         """The model that it was trained from.

@@ -7,18 +7,18 @@ loss pulls at it, before that goes through the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from strop.batch import Scores
-from strop.columns import Columns
+from strop.columns import Columns, Structure
 from strop.config.methods import MethodSettings
 from strop.engine.gradients import Gradients
 from strop.engine.ledger import row_hash
-from strop.engine.step import step_loss
+from strop.engine.step import step_loss, with_leaves
 from strop.objectives.base import Objective
 from strop.policy.policy import Policy
 from strop.session import Session
@@ -97,23 +97,20 @@ def row_scores(session: Session, gradients: Gradients, step: int) -> list[RowSco
 def pulls(objective: Objective[MethodSettings], scores: Scores) -> list[float]:
     """[G] the sum of |d loss / d x| over all numbers x that the policy gives for a group, of the loss of a whole step:
     log-probs, and the columns that it supplies, such as the divergence from a teacher."""
-    supplied = objective.reads & Policy.SUPPLIES
-
-    def leaf(values: Tensor) -> Tensor:
-        return values.detach().requires_grad_()
-
-    logps = leaf(scores.logps)
-    own = [{name: leaf(level[name]) for name in level.keys() & supplied if level[name].is_floating_point()}
-           for level in scores.columns]  # fmt: skip
-    columns = Columns(*({**level, **leaves} for level, leaves in zip(scores.columns, own, strict=True)))
+    given, of_policy = with_leaves(scores, objective.reads & Policy.SUPPLIES)
     counts = {term: unit(scores.structure) for term, unit in objective.units.items()}
-    loss = step_loss(objective, replace(scores, logps=logps, columns=columns), counts)
-    own[0]["log-probs"] = logps  # per token, as the first level is
-    leaves = [leaf for level in own for leaf in level.values()]
-    slopes = iter(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
-    found = Columns(*({name: next(slopes) for name in level} for level in own))
-    return [sum(float(slope.double().abs().sum()) for level in of_group for slope in level.values())
-            for of_group in found.split(scores.structure)]  # fmt: skip
+    loss = step_loss(objective, given, counts)
+    whole = of_policy._replace(per_token={**of_policy.per_token, "log-probs": given.logps})
+    return [float(pulled) for pulled in _sums_of_slopes(loss, whole, scores.structure)]
+
+
+def _sums_of_slopes(loss: Tensor, whole: Columns, structure: Structure) -> Iterator[Tensor]:
+    """By group, the sum of |d loss / d x| over all numbers x of the columns."""
+    inputs = [values for level in whole for values in level.values()]
+    slopes = iter(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+    by_name = Columns(*({name: next(slopes) for name in level} for level in whole))
+    for of_group in by_name.split(structure):
+        yield torch.stack([slope.double().abs().sum() for level in of_group for slope in level.values()]).sum()
 
 
 def _rewards(objective: Objective[MethodSettings], scores: Scores) -> Tensor | None:

@@ -22,9 +22,9 @@ from strop.plan.order import Plan
 from strop.policy.model.generation import end_tokens
 from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference, reference_logps
+from strop.rollout import forecast
 from strop.rollout.collect import Collector, CompletionSampler, Scoring
 from strop.rollout.drawing import Drawing
-from strop.rollout.forecast import Probe, num_probed
 from strop.rollout.held_out import Losses
 from strop.rollout.sampler import Sampler
 from strop.rollout.scoring import Scorer
@@ -80,20 +80,21 @@ def rollout_source(
         pairs=objective.rows == "pair",
         most_apart=how.vllm_max_logp_difference if is_served else None,
     )
-    evaluation = None
-    if held_out is not None:
-        evaluation = Collector(held_out, evaluating, scorer, tokenizer, world, cut)
-    more: dict[str, Any] = {
-        "refills": how.max_refills if how.dynamic_sampling else None,
-        "wants": objective.reads & Policy.SUPPLIES,
-        "losses": _losses(config, policy, objective, cut, world) if objective.scores_samples else None,
-        "probe": None,
-        "also_close": close,
-    }
-    if count := _num_probed(config, plan, len(prompts)):
-        own = Collector(prompts, training, scorer, tokenizer, world, cut)
-        more["probe"] = Probe.of(own, count, config.seed)
-    return RolloutSource(plan, collector, evaluation, folder / ROLLOUTS, note, world, **more)
+    rest = (scorer, tokenizer, world, cut)
+    num_probed = _num_probed(config, plan, len(prompts))
+    return RolloutSource(
+        plan,
+        collector,
+        None if held_out is None else Collector(held_out, evaluating, *rest),
+        folder / ROLLOUTS,
+        note,
+        world,
+        refills=how.max_refills if how.dynamic_sampling else None,
+        wants=objective.reads & Policy.SUPPLIES,
+        losses=_losses(config, policy, objective, cut, world) if objective.scores_samples else None,
+        probe=forecast.Probe.of(Collector(prompts, training, *rest), num_probed, config.seed) if num_probed else None,
+        also_close=close,
+    )
 
 
 def _num_probed(config: RunConfig, plan: Plan, num_prompts: int) -> int:
@@ -102,7 +103,7 @@ def _num_probed(config: RunConfig, plan: Plan, num_prompts: int) -> int:
     asked = config.rollout.probe_prompts
     if not config.rewards or (asked is None and not compares):
         return 0
-    return num_probed(asked, plan, num_prompts)
+    return forecast.num_probed(asked, plan, num_prompts)
 
 
 def _losses(config: RunConfig, policy: Policy, objective: Objective[MethodSettings], cut: Cut, world: World) -> Losses:
@@ -132,8 +133,9 @@ def _own(
     ends, stops = completion_ends(config, model, tokenizer), stop_texts(config, tokenizer)
 
     def sampler(num_completions: int, drawing: Drawing) -> Sampler:
-        more: dict[str, Any] = {"drawing": drawing, "seed": config.seed, "batch_tokens": how.batch_tokens}
-        return Sampler(policy, num_completions, ends, stops=stops, **more)
+        return Sampler(
+            policy, num_completions, ends, stops=stops, drawing=drawing, seed=config.seed, batch_tokens=how.batch_tokens
+        )
 
     limits = (how.top_k, how.top_p, how.min_p, vocabulary)
     if how.temperature_eval == 0:
@@ -169,8 +171,7 @@ def _served(
     def sampler(num_completions: int, temperature: float, trains: bool) -> VllmSampler:
         limits = (how.top_k, how.top_p, how.min_p) if temperature else (0, 1.0, 0.0)
         asked = Asked(temperature, *limits, ends, tuple(how.stop), len(tokenizer), model_vocabulary)
-        more: dict[str, Any] = {"seed": config.seed, "requests": how.vllm_requests, "trains": trains}
-        return VllmSampler(served, num_completions, asked, **more)
+        return VllmSampler(served, num_completions, asked, seed=config.seed, requests=how.vllm_requests, trains=trains)
 
     training = sampler(how.num_generations, how.temperature, True)
     evaluating = sampler(how.num_generations_eval, how.temperature_eval, False)

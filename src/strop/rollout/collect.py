@@ -123,7 +123,8 @@ class Rewarded:
             return torch.tensor(values, dtype=getattr(torch, dtype.removeprefix("torch.")))
 
         trained = found.get("trained")  # checkpoints of before pairs could be sampled have none
-        parts = (found["number"], prompt, completions, found["texts"], rewards, trained and tuple(trained))
+        places = None if trained is None else tuple(trained)
+        parts = (found["number"], prompt, completions, found["texts"], rewards, places)
         return cls(*parts, ref_logps=tensor("ref_logps"), old_logps=tensor("old_logps"))
 
 

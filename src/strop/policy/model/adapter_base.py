@@ -25,11 +25,16 @@ def saved_model(given: str) -> ModelSection:
     Raises:
         ModelError: it is an adapter that does not say what it belongs to.
     """
-    final = Path(given).expanduser() / FINAL
-    place = str(final) if final.is_dir() else given
+    place = _finished(given)
     if fetch(source_of(place), ADAPTER_CONFIG, None, given, optional=True) is not None:
         return adapter_of(place)
     return ModelSection(huggingface_id=place)
+
+
+def _finished(given: str) -> str:
+    """The finished model of a run folder; anything else as it is."""
+    final = Path(given).expanduser() / FINAL
+    return str(final) if final.is_dir() else given
 
 
 def is_of_reward_model(adapter: str, where: str) -> bool:
@@ -51,8 +56,7 @@ def adapter_of(source: str, base: str | None = None) -> ModelSection:
     Raises:
         ModelError: it is no adapter, or does not say what it belongs to.
     """
-    final = Path(source).expanduser() / FINAL
-    adapter = str(final) if final.is_dir() else source
+    adapter = _finished(source)
     where = f"adapter {adapter}"
     folder = source_of(adapter)
     if os.path.isdir(folder) and not os.path.lexists(Path(folder, ADAPTER_CONFIG)):

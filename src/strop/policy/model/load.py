@@ -10,29 +10,29 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
-from strop.policy.allocator import give_back_large_blocks, is_out_of_memory
+from strop.policy.allocator import is_out_of_memory
 from strop.policy.model import quantised
 from strop.policy.model.added_tokens import NewTokens, add_rows
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
 from strop.policy.model.deferred import DeferredWeights
-from strop.policy.model.folder import ModelFiles, inspect_model, place_of
+from strop.policy.model.folder import inspect_model, place_of
 from strop.policy.model.guard import check_sealed
-from strop.policy.model.outline import build_outline, check_config_against_files, other_shape
+from strop.policy.model.outline import check_config_against_files, other_shape
 from strop.policy.model.quantisation import quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
-from strop.policy.model.task import SCORE, WRITING_HEADS, auto_class, with_one_label
+from strop.policy.model.reading import Reading
+from strop.policy.model.task import SCORE, WRITING_HEADS, with_one_label
 from strop.policy.model.tokenizer import new_tokens
 from strop.policy.precision import nonfinite
 from strop.readable import short_name
@@ -122,14 +122,13 @@ def load_model(
     quantised.compute_in(config, dtype)
     attention = _plain_attention(model, config, where)
     new = new_tokens(model)
-    defer = defer and bits is None and _can_wait(model, files, config, new)
+    defer = defer and bits is None and _can_wait(config, new)
     try:
         # transformers draws the weights of a new head; the caller's random numbers stay as they were
         with quiet(), torch.random.fork_rng(devices=[]):
-            how = (config, files, dtype, attention)
-            deferred = _deferred(*how, where, reward_model=reward_model) if defer else None
             quantising = quantised.loading(bits, dtype, sharded=sharded)
-            module, report, waiting = deferred or _whole(*how, model, quantising, reward_model=reward_model)
+            reading = Reading(model, files, config, dtype, attention, quantising, reward_model)
+            module, report, waiting = reading.read(defer=defer)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"it cannot be loaded: {first_line(error)}",
@@ -141,132 +140,20 @@ def load_model(
     check_finite({name: weight for name, weight in module.named_parameters() if name not in left_out}, where)
     add_rows(module, original, new, where)
     quantised.settle(module, bits, where)
-    silenced |= silence_modules(module)
-    if values := ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items())):
-        logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
+    _tell_silenced(silenced | silence_modules(module), where)
     module.config.use_cache = False
     return LoadedModel(module, files.stored, original, new_head, new.ids, waiting)
 
 
-def _can_wait(model: ModelSection, files: ModelFiles, config: PreTrainedConfig, new: NewTokens) -> bool:
-    """Whether the weights can stay in the files: the class is transformers' own, and no new rows are made, which begin
-    as the mean of the others."""
-    has_new_rows = bool(new.ids) or new.num_rows > getattr(config.get_text_config(), "vocab_size", 0)
-    return not _has_code(model, files) and not has_new_rows
+def _tell_silenced(silenced: Mapping[str, float], where: str) -> None:
+    if silenced:
+        values = ", ".join(f"{name} {value:g}" for name, value in sorted(silenced.items()))
+        logger.info("%s: its own dropout is off while training (%s); only lora_dropout acts", where, values)
 
 
-def _has_code(model: ModelSection, files: ModelFiles) -> bool:
-    """Whether the class of the model comes with its files."""
-    return model.trust_remote_code and "auto_map" in files.config
-
-
-Read = tuple["PreTrainedModel", Mapping[str, Any], DeferredWeights | None]
-"""A model, what transformers reports of its weights, and those that are still in the files."""
-
-
-def _whole(
-    config: PreTrainedConfig,
-    files: ModelFiles,
-    dtype: torch.dtype,
-    attention: Mapping[str, str],
-    model: ModelSection,
-    quantising: Mapping[str, Any],
-    *,
-    reward_model: bool,
-) -> Read:
-    """The model with all its weights."""
-    if quantising:
-        give_back_large_blocks()
-    if "quantization_config" in quantising and not _has_code(model, files):
-        return _quantised(config, files, dtype, attention, quantising, reward_model=reward_model)
-    module, report = auto_class(reward_model=reward_model).from_pretrained(
-        files.source,
-        config=config,
-        revision=files.revision,
-        dtype=dtype,
-        trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # refused by the caller, with the tensors' names
-        output_loading_info=True,
-        **attention,
-        **quantising,
-    )
-    return module, report, None
-
-
-def _deferred(
-    config: PreTrainedConfig,
-    files: ModelFiles,
-    dtype: torch.dtype,
-    attention: Mapping[str, str],
-    where: str,
-    *,
-    reward_model: bool,
-) -> Read | None:
-    """The model with placeholders in the place of its weights; None where a weight is put together from several tensors
-    of the files, as in most mixtures of experts."""
-    outline = build_outline(copy.deepcopy(config), trust_remote_code=False, reward_model=reward_model)
-    deferred = DeferredWeights(files.weights, where)
-    if not deferred.fits(outline):
-        logger.info("%s: its weights are put together from several tensors, so each process reads all of them", where)
-        return None
-    module, report = _of_tensors(outline, deferred.placeholders, config, files, dtype, attention)
-    if not deferred.follow(module):
-        return None
-    return module, report, deferred
-
-
-def _quantised(
-    config: PreTrainedConfig,
-    files: ModelFiles,
-    dtype: torch.dtype,
-    attention: Mapping[str, str],
-    quantising: Mapping[str, Any],
-    *,
-    reward_model: bool,
-) -> Read:
-    """The model quantised one tensor after the other. Each is read into memory of its own, which is free again once it
-    is quantised. Left to itself, transformers maps the files, and what is not quantised keeps all of them in memory."""
-    outline = build_outline(copy.deepcopy(config), trust_remote_code=False, reward_model=reward_model)
-    with ExitStack() as opened:
-        tensors: dict[str, Any] = {}
-        for path in files.weights:
-            file = opened.enter_context(safe_open(path, framework="pt", backend="pread"))
-            tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        return *_of_tensors(outline, tensors, config, files, dtype, {**attention, **quantising}), None
-
-
-def _of_tensors(
-    outline: PreTrainedModel,
-    tensors: Mapping[str, Any],
-    config: PreTrainedConfig,
-    files: ModelFiles,
-    dtype: torch.dtype,
-    how: Mapping[str, Any],
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A model of the outline's class, and transformers' report of it. tensors: by key, read by `tensor[...]`."""
-    module, report = type(outline).from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=dtype,
-        generation_config=_generation_config(files) if outline.can_generate() else None,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **how,
-    )
-    module.name_or_path = module.config.name_or_path = files.source
-    return module, report
-
-
-def _generation_config(files: ModelFiles) -> GenerationConfig:
-    """As transformers takes it when it loads a model by its name."""
-    try:
-        return GenerationConfig.from_pretrained(files.source, revision=files.revision)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            files.source, config_file_name="config.json", revision=files.revision, _from_model_config=True
-        )
+def _can_wait(config: PreTrainedConfig, new: NewTokens) -> bool:
+    """Whether weights can stay in the files: rows that are made for new tokens begin as the mean of the others."""
+    return not new.ids and new.num_rows <= getattr(config.get_text_config(), "vocab_size", 0)
 
 
 def _plain_attention(model: ModelSection, config: PreTrainedConfig, where: str) -> dict[str, str]:
