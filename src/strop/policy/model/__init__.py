@@ -4,6 +4,11 @@ folder, guard      what a model folder holds, and what it may not do
 configuration      config.json -> the configuration class of its architecture
 tokenizer          a model section -> its tokenizer, or one clear message
 load               a model section -> the model, or one clear message
+reading            its weights out of the files: all at once, quantised one by one, or later
+deferred           weights that stay in the files until each process reads its own rows
+added_tokens       new tokens, and rows for them
+task, adapter_base whether it writes or judges; a saved adapter and the base it belongs to
+shard_writer       a safetensors file, written one tensor at a time
 tokenizer_patterns regular expressions of a tokenizer, compiled under a time limit
 generation         where an answer ends: generation settings, in and out
 outline            a model without weights, held against the headers of its files
