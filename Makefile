@@ -20,10 +20,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The suite once for each pretended processor, locale, time zone and folder (tests/pretend.py): hours. PRETEND="bf16 no-shm" names some of
-# them, TESTS="tests/unit" some of the tests.
+# The suite in each pretended processor, locale, time zone and folder (tests/pretend.py), five runs in all: an hour.
+# PRETEND="bf16 locale+no-shm" names other runs, TESTS="tests/unit" some of the tests.
 test-pretend: setup
-	$(BIN)/python tests/pretend.py $(PRETEND) -- -q -n 2 $(TESTS)
+	$(BIN)/python tests/pretend.py $(PRETEND) -- -q -n 2 --dist worksteal $(TESTS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -2,9 +2,9 @@
 
     python tests/pretend.py [NAME ...] [-- PYTEST ARGUMENTS]
 
-runs the suite once in each of those that are named, or in all, and ends with one line for each. Within a run, `pytest
---pretend NAME` puts the processor in place, and tests/inherited does so in processes that tests start; what a process
-must be started with is done here.
+runs the suite once in each of those that are named, or in all, and ends with one line for each. Names joined by `+` are
+one run in all of them together: `bf16+locale`. Within a run, `pytest --pretend NAME` puts the processor in place, and
+tests/inherited does so in processes that tests start; what a process must be started with is done here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -96,6 +96,37 @@ instructions for bfloat16 that are slower than float32's; with `onednn` large fl
 disk some forty times. Under `locale`, text that strop reads or writes without naming an encoding, which is
 the locale's then, is an error."""
 
+RUNS = (
+    "real",
+    "bf16+cores-1+locale+timezone+no-shm+odd-path",
+    "slow-bf16",
+    "onednn",
+    "onednn-bf16+cores-8",
+)
+"""What the suite is run in where no name is given: each of the above once, `plain` excepted, in as few runs as there
+are processors. Where a run of several fails, its names one by one say which it was."""
+
+
+def surroundings(names: str) -> Surroundings:
+    """What is pretended under one name, or under several joined by `+`. An error where two of them say different things
+    of the same."""
+    plain = chosen = PRETENDED["plain"]
+    said: dict[str, str] = {}
+    for name in names.split("+"):
+        if name not in PRETENDED:
+            raise ValueError(f"not known: {name}; one of {', '.join(PRETENDED)}, or several joined by +")
+        for each in (entry.name for entry in fields(Surroundings)):
+            value = getattr(PRETENDED[name], each)
+            if value == getattr(plain, each):
+                continue
+            if each == "environment":
+                value = {**chosen.environment, **value}
+            elif each in said:
+                raise ValueError(f"{said[each]} and {name} cannot be pretended together: both say {each}")
+            said[each] = name
+            chosen = replace(chosen, **{each: value})
+    return chosen
+
 
 def not_synced(fd: int) -> None:
     """Stands for `os.fsync`: an error for what is no open file, and no waiting for the disk."""
@@ -114,12 +145,14 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the tests in each of the surroundings; 0 where all passed."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     names, options = arguments[:end], arguments[end + 1 :]
-    if unknown := sorted(set(names) - set(PRETENDED)):
-        print(f"not known: {', '.join(unknown)}; one of {', '.join(PRETENDED)}", file=sys.stderr)  # noqa: T201
+    try:
+        chosen = {name: surroundings(name) for name in names or RUNS}
+    except ValueError as unknown:
+        print(unknown, file=sys.stderr)  # noqa: T201
         return 2
-    codes = {name: _run(name, PRETENDED[name], options) for name in names or PRETENDED}
+    codes = {name: _run(name, each, options) for name, each in chosen.items()}
     for name, code in codes.items():
-        print(f"{name:10} {'passed' if code == 0 else f'failed (exit code {code})'}")  # noqa: T201
+        print(f"{name:45} {'passed' if code == 0 else f'failed (exit code {code})'}")  # noqa: T201
     return int(any(codes.values()))
 
 

@@ -35,7 +35,7 @@ class _ThenPretend(Loader):
             import pretend
         finally:
             del sys.path[0]
-        pretend.put_into(module, pretend.PRETENDED[NAME])
+        pretend.put_into(module, pretend.surroundings(NAME))
 
 
 class _Finder(MetaPathFinder):
