@@ -23,8 +23,8 @@ import torch
 import strop
 from strop.columns import Columns
 from strop.config import RunConfig
-from strop.engine.evaluate import evaluate
-from strop.engine.source import Cut, GroupSet, Part
+from strop.engine.step_source import Cut, GroupSet, Part
+from strop.engine.validation import evaluate
 from strop.plan.budget import default_budget
 from strop.plan.tokens import packed_tokens
 from strop.policy.build import build_policy

@@ -32,7 +32,7 @@ def _made_up(rows: int) -> Iterator[tuple[str, Any]]:
     import random
     from array import array
 
-    from strop.data.store.records import PipelineResult
+    from strop.data.store.row_pipeline import PipelineResult
     from strop.data.store.table import Record, to_table
     from strop.types import Completion, Group, Origin
 

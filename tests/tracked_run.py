@@ -15,7 +15,7 @@ from typing import Any
 from strop.config import RunConfig, load_config
 from strop.rundir import RunDir
 from strop.trackers.fan_out import Trackers
-from strop.trackers.opening import open_trackers
+from strop.trackers.open_trackers import open_trackers
 
 STEPS, CHECKPOINT, KILLED = 12, 5, 8
 Series = dict[str, list[tuple[int, float]]]

@@ -137,13 +137,13 @@ def _settle(
 ) -> Settled:
     """Settles the run, and says what it will be and need."""
     from strop.policy.model.from_config import reason_for_plain_rows
-    from strop.policy.model.outline import check_outline
+    from strop.policy.model.shape_check import check_shapes
     from strop.session import Session
 
     folder = source_of(model.huggingface_id)
     is_without = os.path.isdir(folder) and not has_weights(folder)
     if os.path.isdir(folder) and not is_without:
-        check_outline(model)
+        check_shapes(model)
     with Session(config, model, None, machine=machine, num_processes=processes, read=read) as session:
         settled = session.settled
         for line in settled.describe():

@@ -17,7 +17,7 @@ from strop.config.sections import ModelSection
 from strop.data.load import LoadedData, load_data
 from strop.data.text.date import with_day
 from strop.data.text.show import SeenRow, first_row, left_out
-from strop.policy.model.generation import stop_tokens
+from strop.policy.model.end_tokens import stop_tokens
 from strop.policy.model.tokenizer import check_model, read_tokenizer
 from strop.types import Origin
 

@@ -22,7 +22,7 @@ from strop.errors import CheckpointError, ConfigError, StropError, first_line
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.consolidated_files import consolidated_folder
 from strop.policy.model.folder import check_adapter, check_files, source_of
-from strop.policy.model.quantisation import check_adapts, quantisation_of
+from strop.policy.model.quantisation_settings import check_adapts, quantisation_of
 from strop.rewards.lookup import MODEL_PREFIX
 from strop.types import RowShape
 

@@ -30,10 +30,10 @@ from strop.data.mismatch import Mismatched
 from strop.data.prompts import PromptGroups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.loop import Cuts
-from strop.engine.offline import OfflineSource
+from strop.engine.offline_source import OfflineSource
 from strop.engine.progress import Progress
 from strop.engine.reference_logps import scored
-from strop.engine.source import Cut, GroupSet, StepSource
+from strop.engine.step_source import Cut, GroupSet, StepSource
 from strop.estimate import (
     fitted,
     group_cost,
@@ -54,7 +54,7 @@ from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
 from strop.policy.model.folder import source_of
 from strop.policy.model.from_config import CannotBuildError
-from strop.policy.model.identity import configuration_hash
+from strop.policy.model.model_hashes import configuration_hash
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
 from strop.policy.reference import (
@@ -67,7 +67,7 @@ from strop.policy.reference import (
 from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
 from strop.rollout.build import rollout_source, scores_of
-from strop.rollout.source import RolloutSource
+from strop.rollout.rollout_source import RolloutSource
 from strop.world import World
 
 log = logging.getLogger("strop")

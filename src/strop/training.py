@@ -20,8 +20,8 @@ from strop.config.sections import ModelSection
 from strop.device import start_world
 from strop.distributed import is_restarted
 from strop.each_model import for_each_model
-from strop.engine import checkpoint, checkpoint_writer, final
-from strop.engine.alike import check_alike, start_facts
+from strop.engine import checkpoint, checkpoint_writer, final_model
+from strop.engine.agreement import check_alike, start_facts
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.device_memory import device_facts
 from strop.engine.ending import Ending, RunResult, ending_of
@@ -30,8 +30,8 @@ from strop.engine.loop import Loop
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
-from strop.engine.source import StepSource
-from strop.engine.state import TrainState
+from strop.engine.step_source import StepSource
+from strop.engine.train_state import TrainState
 from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.export.direct import with_converted
@@ -39,21 +39,21 @@ from strop.generate.while_training import prompts_of, samples_of
 from strop.modelcard import model_card
 from strop.paired import change_of_rows
 from strop.policy.kernels import product_rates
-from strop.policy.model.generation import trained_ends
+from strop.policy.model.end_tokens import trained_ends
 from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference
 from strop.preflight import check, run_folder, select_models
 from strop.push import push_finished
 from strop.reporting import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
-from strop.rollout.source import RolloutSource
+from strop.rollout.rollout_source import RolloutSource
 from strop.rundir import RunDir
 from strop.runfiles import FAILURE, FORECAST, RESULT
 from strop.session import Session, Splits, reference_made_from
 from strop.space import check_space
-from strop.trackers.facts import Ended
 from strop.trackers.fan_out import Trackers
-from strop.trackers.opening import open_trackers
+from strop.trackers.open_trackers import open_trackers
+from strop.trackers.tracker import Ended
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -159,7 +159,7 @@ def _open(config: RunConfig, model: ModelSection, world: World, overwrite: bool,
 
 def _look(config: RunConfig, run: RunDir, resume: str | None) -> _Before:
     """Look at what is in the run folder, and at where the mirror will be: now, not after hours."""
-    done = final.finished(run) if resume else None
+    done = final_model.finished(run) if resume else None
     extended = None
     if done and resume == "auto" and extends(done, config, num_steps := ending_of(run.path).num_steps):
         done, extended = None, num_steps  # the old model stays until the new one is there
@@ -354,7 +354,7 @@ class _Run:
             save(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-        final.export(run, write, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=self.made_from)
+        final_model.export(run, write, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=self.made_from)
         mirror(session.config, run)
         _tell(session.model, ending.lines())
         if warning := ending.warning():

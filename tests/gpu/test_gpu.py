@@ -22,7 +22,7 @@ from strop.batch import Batch, GroupSpan, pack, pad
 from strop.config.sections import ModelSection
 from strop.machine import machine_of
 from strop.policy.build import assemble
-from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.gradient_checkpointing import checkpoint_layers
 from strop.policy.kernels.attention import KERNELS, AttentionPlan, Scoring, best_kernel, dense_mask
 from strop.policy.kernels.logprobs import naive_token_logps, token_logps
 from strop.policy.model.load import LoadedModel

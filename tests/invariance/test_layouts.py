@@ -18,7 +18,7 @@ from strop.batch import pack, pad
 from strop.config.sections import ModelSection
 from strop.policy import prefix_sharing
 from strop.policy.build import assemble
-from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.gradient_checkpointing import checkpoint_layers
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.policy import Policy

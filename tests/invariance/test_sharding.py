@@ -20,7 +20,7 @@ from strop.device import start_world
 from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
 from strop.policy.build import assemble, strategy_of
-from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.gradient_checkpointing import checkpoint_layers
 from strop.policy.model.adapters import add_adapters
 from strop.policy.model.load import LoadedModel
 from strop.policy.policy import Policy

@@ -13,7 +13,7 @@ from oracle.conversations import CONVERSATIONS
 from oracle.families import Family, family
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
 from strop.data.read.row import Row
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 from strop.types import Origin
 
 Kind = Literal["right", "refused", "differs", "WRONG"]

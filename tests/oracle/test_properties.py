@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracle.families import Family, family, names
 from strop.config import DatasetSection, ModelSection, RunConfig, TrainingSection
 from strop.data.read.row import Row
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 from strop.types import Origin
 
 FAMILIES = ("glm4moe", "gptoss", "llama3_1", "qwen3")

@@ -12,7 +12,7 @@ from oracle.conversations import CONVERSATIONS
 from oracle.families import family, names
 from strop.config import DatasetSection, ModelSection, RunConfig
 from strop.data.read.row import Row
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 from strop.data.text.render import Renderer, TextRules
 from strop.data.text.sandbox import variables
 from strop.types import Example, Origin

@@ -20,8 +20,8 @@ from processes import in_processes
 from same_runs import CUT, LORA, in_many
 from strop import RunConfig
 from strop.engine import checkpoint_writer
+from strop.engine.checkpoint_saves import HostCopies
 from strop.engine.loop import Loop
-from strop.engine.saves import HostCopies
 from strop.errors import Interrupted, SaveError, StropError, TrainingError
 
 OFTEN = {"training.save_steps": 1, "training.save_total_limit": None}

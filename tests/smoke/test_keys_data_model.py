@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 import strop
 from strop.errors import ConfigError, DataError, ModelError
-from strop.policy.model.quantised import is_quantised
+from strop.policy.model.quantised_base import is_quantised
 
 LN2 = math.log(2)
 LORA = {"r": 4, "lora_dropout": 0.0, "max_steps": 1}

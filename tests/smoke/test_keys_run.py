@@ -21,8 +21,8 @@ from strop import cli, preflight, session
 from strop.config.schema import KEYS
 from strop.engine import loop
 from strop.errors import CheckpointError, ConfigError, StoppedByFinding, StropError
-from strop.trackers import opening
-from strop.trackers.facts import RunFacts
+from strop.trackers import open_trackers
+from strop.trackers.tracker import RunFacts
 
 WORSE = {"method": "sft", "greater_is_better": True, "eval_steps": 1, "max_steps": 6}
 """The loss falls and higher counts as better: the first evaluation is the best, and every later one is worse."""
@@ -235,7 +235,7 @@ def told(watched: pytest.MonkeyPatch) -> list[RunFacts]:
         raise OSError("enough seen")
 
     for kind in ("wandb", "mlflow", "trackio"):
-        watched.setitem(opening.KINDS, kind, start)
+        watched.setitem(open_trackers.KINDS, kind, start)
     watched.setattr(preflight, "find_spec", lambda name: name)
     return found
 

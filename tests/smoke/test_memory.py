@@ -19,11 +19,11 @@ from torch import Tensor
 import strop
 from strop.batch import Batch, TokenScores
 from strop.engine import optim
-from strop.engine.source import Cut, GroupSet
+from strop.engine.step_source import Cut, GroupSet
 from strop.errors import TrainingError
 from strop.machine import Machine
 from strop.plan.tokens import packed_tokens
-from strop.policy.checkpointing import layers_that_can
+from strop.policy.gradient_checkpointing import layers_that_can
 from strop.policy.policy import Policy
 from strop.types import Completion, Group, Origin
 

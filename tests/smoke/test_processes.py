@@ -25,7 +25,7 @@ from processes import in_processes, start_processes
 from same_runs import CUT, FULL, KINDS, LORA, RELATIVE, assert_close, assert_same_run, in_many, train
 from strop import RunConfig, heartbeat
 from strop.config import to_yaml
-from strop.engine import alike
+from strop.engine import agreement
 from strop.engine.loop import Loop
 from strop.errors import CheckpointError, ConfigError, LostError, PeerError, TrainingError
 from strop.launch import launch
@@ -422,9 +422,9 @@ def test_a_second_launch_in_one_folder_is_refused_in_every_process(runs: Any) ->
 
 
 def _with_other_version(config: RunConfig, package: str) -> str:
-    real = alike.installed_version
+    real = agreement.installed_version
     if os.environ["RANK"] == "1":
-        alike.installed_version = lambda name: "0.0.1" if name == package else real(name)  # type: ignore[assignment]
+        agreement.installed_version = lambda name: "0.0.1" if name == package else real(name)  # type: ignore[assignment]
     return _refusal(config)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import strop
 from strop.engine.outputs import RunOutputs
-from strop.engine.records import StepRecord
+from strop.engine.step_records import StepRecord
 
 
 @pytest.fixture

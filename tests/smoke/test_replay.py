@@ -17,8 +17,8 @@ from same_runs import in_many
 from strop.cli.entry import main
 from strop.engine.environment import processes_at
 from strop.errors import StropError
+from strop.replay.display import lines
 from strop.replay.retake import replay
-from strop.replay.words import lines
 
 DROPOUT: Mapping[str, Any] = {
     "lora.lora_dropout": 0.3,

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import strop
 from strop import cli
 from strop.engine import loop
-from strop.engine.evaluate import Evaluation
 from strop.engine.outputs import RunOutputs
 from strop.engine.recipe import recipe_of
+from strop.engine.validation import Evaluation
 from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, StropError, TrainingError
 from strop.policy.policy import Policy
 from strop.rundir import RunDir

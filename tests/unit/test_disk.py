@@ -14,7 +14,7 @@ import torch
 
 from strop import durable
 from strop.disk import remedy, unusable
-from strop.engine import checkpoint_writer, final
+from strop.engine import checkpoint_writer, final_model
 from strop.errors import CheckpointError
 from strop.rundir import RunDir
 
@@ -52,7 +52,7 @@ def in_the_export(folder: Path, fault: Exception) -> None:
         raise fault
 
     with RunDir.open(folder / "run", resume=False, overwrite=False) as run:
-        final.export(run, write, needed=1, step=1, recipe={}, made_from={})
+        final_model.export(run, write, needed=1, step=1, recipe={}, made_from={})
 
 
 @pytest.mark.parametrize("number", CAUSES, ids=errno.errorcode.get)

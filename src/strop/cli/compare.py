@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _lines(found: Parting, names: list[str]) -> Iterator[str]:
-    from strop.report.words import visible
+    from strop.report.escaping import visible
 
     yield f"{names[0]}: {found.num_steps[0]:,} steps; {names[1]}: {found.num_steps[1]:,} steps"
     if found.step is None:

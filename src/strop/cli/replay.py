@@ -56,8 +56,8 @@ def run(arguments: list[str]) -> int:
         return launch(["replay", *arguments], size)
 
     from strop.durable import to_json
+    from strop.replay.display import as_json, lines
     from strop.replay.retake import replay
-    from strop.replay.words import as_json, lines
 
     found = replay(folder, options.step, with_rows=options.rows)
     if rank():

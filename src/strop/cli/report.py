@@ -115,7 +115,7 @@ def _threshold(given: str) -> tuple[str, float]:
 
 
 def _lines(examined: Examined) -> Iterator[str]:
-    from strop.report.words import visible
+    from strop.report.escaping import visible
 
     yield f"{visible(examined.run.name)}: {visible(examined.diagnosis.verdict)}"
     for finding in examined.diagnosis.raised:

@@ -23,7 +23,7 @@ from strop.data.problems import num_labels
 from strop.data.read.sources import Source, choose_sources, warn_of_unread
 from strop.data.report import DataReport, Rendering, SplitCounts
 from strop.data.split import held_out, sample
-from strop.data.store.records import PipelineResult, RowPipeline
+from strop.data.store.row_pipeline import PipelineResult, RowPipeline
 from strop.data.store.table import Groups, Shard
 from strop.data.store.token_cache import Rejected, Tokenised, fetch
 from strop.data.store.worker_pool import work_all

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from strop.config import RunConfig
-from strop.engine.best import stops_early
-from strop.engine.state import TrainState
+from strop.engine.best_evaluation import stops_early
+from strop.engine.train_state import TrainState
 from strop.errors import CheckpointError
 from strop.paired import Change
 from strop.runfiles import RESULT

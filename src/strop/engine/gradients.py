@@ -10,13 +10,13 @@ from torch import Tensor
 
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.engine.ahead import Ahead
 from strop.engine.out_of_memory import attempt_together, cut_finer, decided_by_auto, does_not_fit, recomputing
+from strop.engine.prefetch import Prefetch
 from strop.engine.recipe import cut_matters
-from strop.engine.source import Cut, MicroBatches, StepSource
 from strop.engine.step import StepScores, forward_backward
+from strop.engine.step_source import Cut, MicroBatches, StepSource
 from strop.objectives.base import Objective
-from strop.policy.checkpointing import checkpoint_all
+from strop.policy.gradient_checkpointing import checkpoint_all
 from strop.policy.policy import Policy
 from strop.world import World
 
@@ -58,7 +58,7 @@ class Gradients:
     ) -> None:
         self._config, self._policy, self._objective = config, policy, objective
         self._source, self._cut, self._world, self._note = source, cut, world, note
-        self._ahead = Ahead(self._micro_batches, threaded=source.ahead and world.device.type != "cpu")
+        self._ahead = Prefetch(self._micro_batches, threaded=source.ahead and world.device.type != "cpu")
         self.fitting_tokens: int | None = None
         """The size of micro-batches that fitted into memory; None as long as the first cut fits."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.engine.records import StepRecord
+from strop.engine.step_records import StepRecord
 from strop.types import Group
 
 HASH_BYTES = 6

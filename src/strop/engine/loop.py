@@ -3,8 +3,8 @@
     for each step of the source:
         forward and backward over its micro-batches  (gradients.py, step.py)
         refuse or clip the gradient, update          (optim.py)
-        emit a record of the step                    (records.py)
-        log, evaluate, save when due                 (metrics.py, evaluate.py, saves.py)
+        emit a record of the step                    (step_records.py)
+        log, evaluate, save when due                 (metrics.py, validation.py, checkpoint_saves.py)
 
 A resume needs the weights, the optimizer and the few numbers of `TrainState`. The order of the data and the random
 state of dropout are functions of the step, so they need not be saved.
@@ -26,22 +26,22 @@ from torch import Tensor
 
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
-from strop.engine.best import deciding_value, is_best, stops_early
+from strop.engine.best_evaluation import deciding_value, is_best, stops_early
 from strop.engine.checkpoint import Checkpoint
+from strop.engine.checkpoint_saves import Saves
 from strop.engine.device_memory import DeviceMemory
-from strop.engine.evaluate import Evaluation
 from strop.engine.evaluation_contract import Evaluator
 from strop.engine.gradients import Gradients
 from strop.engine.ledger import row_hash
 from strop.engine.metrics import MetricWindow, UpdateProbe
 from strop.engine.optim import build_optimizer, learning_rate, set_rate, without_gradient
-from strop.engine.records import StepRecord, Sum, WeightsDigest
-from strop.engine.saves import Saves
 from strop.engine.snapshot import Snapshot
-from strop.engine.source import Cut, StepSource
-from strop.engine.stalled import StalledLoss
-from strop.engine.state import TrainState
+from strop.engine.stalled_loss import StalledLoss
 from strop.engine.step import StepNumbers, StepScores, check_columns, suspect_rows
+from strop.engine.step_records import StepRecord, Sum, WeightsDigest
+from strop.engine.step_source import Cut, StepSource
+from strop.engine.train_state import TrainState
+from strop.engine.validation import Evaluation
 from strop.errors import Interrupted, TrainingError
 from strop.objectives.base import Objective
 from strop.policy.policy import Policy

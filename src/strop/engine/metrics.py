@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strop.engine.records import StepRecord, Sum
+from strop.engine.step_records import StepRecord, Sum
 from strop.errors import ConfigError
 from strop.policy.strategy import Strategy
 

@@ -21,15 +21,15 @@ from strop.engine.ledger import ledger_line
 from strop.engine.margins import MarginsLog
 from strop.engine.progress import Progress
 from strop.engine.recipe import recipe_of
-from strop.engine.records import StepRecord
 from strop.engine.row_losses import RowLosses
+from strop.engine.step_records import StepRecord
 from strop.errors import CheckpointError
 from strop.policy.kernels import product_rates
 from strop.report.findings import Finding
 from strop.report.watch import Watch
 from strop.rundir import RunDir
-from strop.trackers.facts import Ended
 from strop.trackers.fan_out import Trackers
+from strop.trackers.tracker import Ended
 from strop.world import World
 
 log = logging.getLogger("strop")

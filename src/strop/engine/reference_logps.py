@@ -28,8 +28,8 @@ from strop.columns import Columns
 from strop.disk import unusable
 from strop.engine.progress import Progress
 from strop.engine.reference_cut import CutInto, Ints, MicroBatches, Wanted
-from strop.engine.source import Cut, GroupSet, Part
 from strop.engine.step import ALONE
+from strop.engine.step_source import Cut, GroupSet, Part
 from strop.plan.cutting import cut
 from strop.policy.policy import Policy
 from strop.policy.reference import micro_batch_logps

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.optim import optimizer_tensors, set_optimizer_numbers
-from strop.engine.source import StepSource
-from strop.engine.state import TrainState
+from strop.engine.step_source import StepSource
+from strop.engine.train_state import TrainState
 from strop.policy.strategy import Strategy
 
 

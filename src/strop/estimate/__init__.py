@@ -7,7 +7,7 @@ flops      floating-point operations of micro-batches
 seconds    seconds of every step
 speed      how fast this processor trains an architecture, measured with few layers
 fitting    size of micro-batches, checkpointing and dtype, so that the memory suffices
-words      all of it for a person
+run_estimate   all of it together, and in words
 
 No weight is loaded and no GPU is touched: the model is built on torch's meta device, and a GPU's size is asked of its
 driver's tool. `make bench` measures the errors.
@@ -15,7 +15,7 @@ driver's tool. `make bench` measures the errors.
 
 from strop.estimate.fitting import fitted, planned_precision, planned_rows, with_precision
 from strop.estimate.flops import group_cost
-from strop.estimate.words import LEFT_OUT, Estimate, estimate, longest_line, predicted_time, prediction
+from strop.estimate.run_estimate import LEFT_OUT, Estimate, estimate, longest_line, predicted_time, prediction
 
 __all__ = [
     "LEFT_OUT",

@@ -26,7 +26,7 @@ from strop.policy.kernels.fused import fuse
 from strop.policy.model.adapter_settings import adapters_of
 from strop.policy.model.adapters import add_adapters
 from strop.policy.model.from_config import CannotBuildError, random_model
-from strop.policy.model.quantisation import quantisation_of
+from strop.policy.model.quantisation_settings import quantisation_of
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision
 from strop.policy.prefix_sharing import reason_against

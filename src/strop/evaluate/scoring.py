@@ -25,8 +25,8 @@ from strop.config.sections import ModelSection
 from strop.data.load import LoadedData
 from strop.device import start_world
 from strop.engine.progress import Progress
-from strop.engine.source import GroupSet
 from strop.engine.step import join_all, summarise
+from strop.engine.step_source import GroupSet
 from strop.errors import ConfigError, ModelError
 from strop.evaluate.intervals import Metric, Ratio
 from strop.generate.loading import Source

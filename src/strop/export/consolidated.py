@@ -21,7 +21,7 @@ from strop.export.params import config_of, layout_of
 from strop.export.pth import read_pth
 from strop.policy.model.consolidated_files import FIRST, PARAMS
 from strop.policy.model.folder import read_json
-from strop.policy.model.guard import check_links
+from strop.policy.model.folder_safety import check_links
 from strop.policy.model.shard_writer import Spec
 
 

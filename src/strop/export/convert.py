@@ -30,9 +30,9 @@ from strop.export.shards import SINGLE, Shard, read_header, write_index
 from strop.manifest import seal
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.consolidated_files import FIRST, PARAMS
+from strop.policy.model.end_tokens import GENERATION
 from strop.policy.model.folder import inspect_model, place_of
-from strop.policy.model.generation import GENERATION
-from strop.policy.model.outline import build_outline
+from strop.policy.model.shape_check import meta_model
 from strop.policy.model.shard_writer import ShardWriter, Spec
 
 log = logging.getLogger("strop")
@@ -138,7 +138,7 @@ def _check_whole(config: PreTrainedConfig, specs: Mapping[str, Spec], where: str
         ModelError: names the first that is not.
     """
     with quiet():
-        module = build_outline(config, trust_remote_code=False)
+        module = meta_model(config, trust_remote_code=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)

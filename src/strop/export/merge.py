@@ -45,9 +45,9 @@ from strop.policy.model.adapter_targets import head_names
 from strop.policy.model.adapters import with_adapter
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.folder import ModelFiles, adapter_place_of, inspect_model, source_of
-from strop.policy.model.identity import weights_hash
 from strop.policy.model.load import LoadedModel, load_model
-from strop.policy.model.quantised import dequantise
+from strop.policy.model.model_hashes import weights_hash
+from strop.policy.model.quantised_base import dequantise
 from strop.policy.model.task import WRITING_HEADS, is_reward_model, padding_id
 from strop.policy.model.tokenizer import check_model, check_vocabulary, read_tokenizer
 from strop.readable import short_name

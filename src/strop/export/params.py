@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig, PreTrainedC
 from strop.errors import ModelError, foreign_errors
 from strop.export.layout import EMBEDDING, FAMILIES, HEAD, Layout
 from strop.policy.model.consolidated_files import PARAMS
-from strop.policy.model.guard import check_numbers
+from strop.policy.model.folder_safety import check_numbers
 from strop.policy.model.shard_writer import Spec
 from strop.readable import short_name
 

@@ -19,8 +19,8 @@ from strop.export.direct import in_transformers
 from strop.export.shards import memory_dtype, read_header
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.adapters import with_adapter
+from strop.policy.model.end_tokens import end_tokens
 from strop.policy.model.folder import check_exists, inspect_model, place_of, source_of
-from strop.policy.model.generation import end_tokens
 from strop.policy.model.load import load_model
 from strop.policy.model.tokenizer import check_vocabulary, read_tokenizer
 from strop.rundir import FINAL

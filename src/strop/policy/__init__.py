@@ -11,7 +11,7 @@ reference_store    reference log-probs on disk
 prefix_sharing     which models may share a prompt among its completions
 probe              checks at load that strop computes the log-probs that the model itself computes
 precision          the dtypes in which weights are stored and products computed
-checkpointing      which layers recompute their activations in the backward pass
+gradient_checkpointing   which layers recompute their activations in the backward pass
 allocator          settings of memory allocators, and what to do when memory runs out
 """
 

@@ -2,7 +2,7 @@
 
 The order is the same for every kind of model:
 
-    load the weights, or only where they are, if they will be sharded (model/deferred.py)
+    load the weights, or only where they are, if they will be sharded (model/deferred_weights.py)
     add or continue adapters; from here on it is known which weights train, and under which names
     hash what was loaded, if asked for
     switch recomputation of layers on
@@ -27,19 +27,19 @@ from strop.config.sections import ModelSection, TrainingSection
 from strop.errors import ConfigError, ModelError
 from strop.policy import prefix_sharing
 from strop.policy.allocator import keep_few_kernels, keep_freed_memory
-from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.gradient_checkpointing import checkpoint_layers
 from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.kernels.elementwise import EAGER, Elementwise, compiled
 from strop.policy.kernels.fused import fuse
 from strop.policy.kernels.matmul import widens
 from strop.policy.kernels.product_rates import bf16_gain
-from strop.policy.model import identity
+from strop.policy.model import model_hashes
 from strop.policy.model.adapter_init import initial_adapter
 from strop.policy.model.adapters import add_adapters, continue_adapters
-from strop.policy.model.deferred import DeferredWeights
+from strop.policy.model.deferred_weights import DeferredWeights
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel, load_model, model_errors
-from strop.policy.model.quantisation import check_adapts
+from strop.policy.model.quantisation_settings import check_adapts
 from strop.policy.model.task import SCORE, draw_score, head_of, padding_id, with_one_label
 from strop.policy.model.tokenizer import check_model, check_vocabulary, read_tokenizer
 from strop.policy.policy import Policy
@@ -133,13 +133,13 @@ def is_sharded(config: RunConfig, world: World) -> bool:
 
 
 def hash_of(module: nn.Module, loaded: LoadedModel, world: World) -> str:
-    """`identity.weights_hash` of a loaded model, also where its weights are still in the files. Collective then.
+    """`model_hashes.weights_hash` of a loaded model, also where its weights are still in the files. Collective then.
 
     module: `loaded.module`, or the peft model around it.
     """
     if loaded.deferred is None:
-        return identity.weights_hash(module)
-    return identity.weights_hash(module, loaded.deferred.digests(module, world))
+        return model_hashes.weights_hash(module)
+    return model_hashes.weights_hash(module, loaded.deferred.digests(module, world))
 
 
 def _loaded(

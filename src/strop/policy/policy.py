@@ -33,7 +33,7 @@ from strop.policy.model.adapter_init import Initial
 from strop.policy.model.adapters import trainable_names
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import logit_transform
-from strop.policy.model.quantised import total_weights
+from strop.policy.model.quantised_base import total_weights
 from strop.policy.model.task import head_of, is_reward_model
 from strop.policy.precision import Precision
 from strop.policy.saving import help_to_save, save, save_adapter

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from strop import machine
 from strop.cachedir import cache_folder, cannot_keep
 from strop.policy.kernels import product_rates
-from strop.policy.model.identity import numbers_of
+from strop.policy.model.model_hashes import numbers_of
 from strop.policy.policy import Policy
 from strop.readable import short_name
 

@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from strop.policy.model.adapter_init import save_on_base
 from strop.policy.model.adapters import check_adapter
 from strop.policy.model.configuration import quiet
-from strop.policy.model.generation import write_generation
+from strop.policy.model.end_tokens import write_generation
 from strop.policy.model.shard_writer import IN_FILES, ShardWriter, Spec
 from strop.readable import short_name
 

@@ -32,9 +32,9 @@ from torch.distributed.tensor import DTensor
 
 from strop.batch import Batch
 from strop.errors import CheckpointError, ModelError, foreign_errors
-from strop.policy.checkpointing import layers_that_can
+from strop.policy.gradient_checkpointing import layers_that_can
 from strop.policy.gradient_norm import clip, gradient_norm
-from strop.policy.model.deferred import DeferredWeights
+from strop.policy.model.deferred_weights import DeferredWeights
 from strop.policy.model.load import check_finite
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision

@@ -30,11 +30,11 @@ from strop.engine.ledger import ledger_line
 from strop.engine.loop import Loop
 from strop.engine.progress import Progress
 from strop.engine.recipe import MADE_FROM, cut_matters, recipe_of
-from strop.engine.records import StepRecord
+from strop.engine.step_records import StepRecord
 from strop.errors import CheckpointError, ConfigError
 from strop.policy.policy import Policy
 from strop.preflight import check
-from strop.replay.rows import RowScores, row_scores
+from strop.replay.row_scores import RowScores, row_scores
 from strop.report.ledgers import Line, differing, read_ledger
 from strop.rundir import CHECKPOINT_NAME
 from strop.session import Session, Splits, reference_made_from

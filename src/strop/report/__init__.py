@@ -3,9 +3,9 @@
 In: a run folder, or several, as training left them, whole or not. Out: findings (`findings.json`) and a page
 (`report.html`), one file that opens anywhere.
 
-lines      a log of JSON lines as columns of numbers, fast for a million lines
-reading    a run folder as a `RunRecord`: everything below takes its numbers from there
-words      text that others wrote, made fit for a page
+json_lines a log of JSON lines as columns of numbers, fast for a million lines
+run_record a run folder as a `RunRecord`: everything below takes its numbers from there
+escaping   text that others wrote, made fit for a page
 findings   what a finding is; the thresholds
 facts      what checks and charts derive from a record
 checks/    what is looked for, in most cases one function per finding

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from strop.readable import plain
-from strop.report.lines import Column
-from strop.report.words import Ours, escape
+from strop.report.escaping import Ours, escape
+from strop.report.json_lines import Column
 
 BUCKETS = 240
 """Points of all series of a chart together are at most twice as many."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from strop.readable import is_number
+from strop.report.escaping import excerpt
 from strop.report.ledgers import WORDS, Line, differing, ledger_path, line_of, read_ledger
-from strop.report.reading import RunRecord, read_run
-from strop.report.words import excerpt
+from strop.report.run_record import RunRecord, read_run
 
 ROUNDING = 1e-3
 """Numbers that differ by at most this share of themselves are taken for the same computation, rounded otherwise."""

@@ -11,7 +11,7 @@ import numpy as np
 from strop.report.charts import Chart, LineChart, Region, Series, heat_map
 from strop.report.diagnose import Examined
 from strop.report.facts import Facts, wilson
-from strop.report.reading import RunRecord, Table
+from strop.report.run_record import RunRecord, Table
 
 MOST_HEATS = 4
 MOST_REGIONS = 3

@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from strop.report.checks import course, groups, pairs, rows, start, unpaired
+from strop.report.checks import course, data, pairs, sampled_groups, start, unpaired
 from strop.report.facts import Facts
 from strop.report.findings import ORDER, Finding, Remedy, Severity, Thresholds
-from strop.report.reading import RunRecord
+from strop.report.run_record import RunRecord
 
 Check = Callable[[Facts], Iterator[Finding]]
 
 CHECKS: tuple[Check, ...] = (
     *start.CHECKS,
-    *rows.CHECKS,
+    *data.CHECKS,
     *course.CHECKS,
     *pairs.CHECKS,
     *unpaired.CHECKS,
-    *groups.CHECKS,
+    *sampled_groups.CHECKS,
     *course.GENERAL,
 )
 """In the order in which findings of one severity are listed: exact ones first."""

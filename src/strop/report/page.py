@@ -17,11 +17,11 @@ from strop.readable import duration
 from strop.report.charts import number
 from strop.report.curves import charts_of, heat_maps
 from strop.report.diagnose import Examined
+from strop.report.escaping import Ours, excerpt, visible
 from strop.report.findings import THRESHOLDS, Finding, Severity, Thresholds
-from strop.report.reading import RunRecord
+from strop.report.run_record import RunRecord
 from strop.report.samples import Sample
 from strop.report.tables import Table, differences, evaluations, tables_of
-from strop.report.words import Ours, excerpt, visible
 
 WORDS: Mapping[Severity, tuple[str, str]] = {
     Severity.FAIL: ("✗", "wrong"),

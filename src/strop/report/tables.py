@@ -9,10 +9,10 @@ from typing import Any
 
 from strop.readable import duration, is_number
 from strop.report.charts import number
+from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Thresholds
-from strop.report.reading import RunRecord
-from strop.report.words import excerpt
+from strop.report.run_record import RunRecord
 
 SHOWN_EVALUATIONS = 40
 NAMED = (

@@ -12,7 +12,7 @@ from strop.redact import redact
 from strop.report.diagnose import Examined, diagnose
 from strop.report.findings import Thresholds
 from strop.report.page import labels_of, page
-from strop.report.reading import read_run
+from strop.report.run_record import read_run
 from strop.runfiles import FINDINGS, RECORDS, REPORT
 
 

@@ -1,16 +1,16 @@
 """Completions that the policy itself samples, with their rewards. Floor 4.
 
 drawing    distributions to tokens
-stops      texts that end a completion
+stop_texts texts that end a completion
 sampler    prompts to groups of completions
 vllm_client    a vLLM server, over HTTP
 vllm_sampler   prompts to groups of completions, drawn by a vLLM server
-scoring    completions to rewards
+rewarding  completions to rewards
 reward_model   a model as a reward
 pairs      completions with rewards to pairs
 collect    prompts to groups with rewards and log-probs, shared among processes
 held_out   how good the policy is at prompts that it does not train on
 forecast   how many groups will teach nothing, before the first step
-source     prompts to the groups of every step
+rollout_source   prompts to the groups of every step
 build      the source of a run, from its configuration
 """

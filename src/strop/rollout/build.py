@@ -13,23 +13,23 @@ from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
 from strop.data.prompts import PromptGroups
-from strop.engine.evaluate import Evaluation
 from strop.engine.evaluation_contract import Watcher
-from strop.engine.source import Cut, GroupSet
+from strop.engine.step_source import Cut, GroupSet
+from strop.engine.validation import Evaluation
 from strop.errors import ConfigError
 from strop.objectives.base import Objective
 from strop.plan.order import Plan
-from strop.policy.model.generation import end_tokens
+from strop.policy.model.end_tokens import end_tokens
 from strop.policy.policy import Policy
 from strop.policy.reference import FrozenReference, reference_logps
 from strop.rollout import forecast
 from strop.rollout.collect import Collector, CompletionSampler, Scoring
 from strop.rollout.drawing import Drawing
 from strop.rollout.held_out import Losses
+from strop.rollout.rewarding import Scorer
+from strop.rollout.rollout_source import RolloutSource
 from strop.rollout.sampler import Sampler
-from strop.rollout.scoring import Scorer
-from strop.rollout.source import RolloutSource
-from strop.rollout.stops import StopTexts
+from strop.rollout.stop_texts import StopTexts
 from strop.rollout.vllm_client import VllmClient
 from strop.rollout.vllm_sampler import Asked, ServedAdapter, VllmSampler
 from strop.runfiles import ROLLOUTS, SERVED

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from strop.data.store.table import KeptRow
-from strop.engine.records import Sum
-from strop.engine.source import Cut, GroupSet
+from strop.engine.step_records import Sum
+from strop.engine.step_source import Cut, GroupSet
 from strop.errors import TrainingError
 from strop.policy.policy import Policy
 from strop.policy.reference import reference_logps
 from strop.rollout.pairs import best_and_worst
+from strop.rollout.rewarding import Failures, Scored, Scorer
 from strop.rollout.sampler import Prompt, Sampled
-from strop.rollout.scoring import Failures, Scored, Scorer
 from strop.types import Completion, Group
 from strop.world import World
 

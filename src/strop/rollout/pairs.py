@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import stdev
 
-from strop.engine.records import Sum
+from strop.engine.step_records import Sum
 
 
 def best_and_worst(rewards: Sequence[float]) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from strop.errors import ConfigError
 from strop.policy.policy import Policy
 from strop.rollout.drawing import FROM_ALL, Drawing, uniforms
-from strop.rollout.stops import StopTexts
+from strop.rollout.stop_texts import StopTexts
 
 LEAVE = 0.75
 """Finished rows leave the cache once at most this share of its rows is still decoding; before that, copying the cache

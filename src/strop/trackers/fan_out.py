@@ -17,7 +17,7 @@ from typing import Any
 from strop.errors import first_line
 from strop.readable import is_number
 from strop.redact import redact
-from strop.trackers.facts import SAMPLES, Ended, Tracker
+from strop.trackers.tracker import SAMPLES, Ended, Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from strop.durable import to_json
 from strop.redact import redact
-from strop.trackers.facts import SPLITS, Ended, Held, RunFacts, charted
+from strop.trackers.tracker import SPLITS, Ended, Held, RunFacts, charted
 
 logger = logging.getLogger(__name__)
 

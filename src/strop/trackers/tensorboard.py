@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from strop.trackers.facts import Ended, Held, RunFacts, charted, markdown
+from strop.trackers.tracker import Ended, Held, RunFacts, charted, markdown
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from strop.redact import redact
-from strop.trackers.facts import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, markdown
+from strop.trackers.tracker import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, markdown
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from strop.errors import first_line
 from strop.redact import redact
-from strop.trackers.facts import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, table
+from strop.trackers.tracker import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, table
 
 logger = logging.getLogger(__name__)
 

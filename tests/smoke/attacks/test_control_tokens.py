@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import strop
 from smoke.attacks.trials import Tally, few_or
 from strop.data.read.row import Row
-from strop.data.store.records import PipelineResult, RowPipeline
+from strop.data.store.row_pipeline import PipelineResult, RowPipeline
 from strop.types import Origin, RowShape
 
 MARK = "\ue000"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strop.data.read.arrow import NOT_READ
 from strop.data.read.sources import choose_sources
 from strop.data.shapes.examples import Columns, to_example
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 from strop.types import Example, Origin, RowShape
 
 Row = dict[str, Any]

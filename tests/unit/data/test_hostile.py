@@ -17,7 +17,7 @@ import pytest
 from strop.data.load import load_data
 from strop.data.read import files
 from strop.data.store import worker_pool
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 from strop.errors import ConfigError, DataError
 
 Make = Callable[..., Any]

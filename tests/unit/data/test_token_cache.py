@@ -14,7 +14,7 @@ import pytest
 import strop.data.store.token_cache
 from strop.data.load import load_data
 from strop.data.store import worker_pool
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 from strop.errors import DataError
 
 Make = Callable[..., Any]

@@ -19,7 +19,7 @@ from strop import time_limit
 from strop.data.load import load_data
 from strop.data.read.files import read_lines
 from strop.data.store import worker_pool
-from strop.data.store.records import RowPipeline, may_run_away
+from strop.data.store.row_pipeline import RowPipeline, may_run_away
 from strop.data.store.worker_pool import work_all
 from strop.errors import DataError, ModelError
 
@@ -58,7 +58,7 @@ LOADS = """
 import os, sys, time
 sys.path[:0] = {paths!r}
 from strop.data.store import worker_pool
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 def forever(self, *_):
     open(os.path.join({folder!r}, str(os.getpid())), "w").close()
     time.sleep(1000)

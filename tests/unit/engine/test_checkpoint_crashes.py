@@ -19,9 +19,9 @@ import torch
 
 from strop import durable
 from strop.engine.checkpoint import newest
+from strop.engine.checkpoint_saves import Saves
 from strop.engine.checkpoint_writer import save
-from strop.engine.saves import Saves
-from strop.engine.state import TrainState
+from strop.engine.train_state import TrainState
 from strop.world import World
 
 

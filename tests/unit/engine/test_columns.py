@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from strop.batch import Batch, Scores, TokenScores, pack, pad
 from strop.columns import Columns, Structure, Unit, completions, tokens
 from strop.config.methods import KtoSettings, OrpoSettings, SftSettings
-from strop.engine.evaluate import evaluate
 from strop.engine.step import check_columns, forward_backward
+from strop.engine.validation import evaluate
 from strop.errors import ConfigError
 from strop.objectives.base import Mean, Objective, build_objective
 from strop.types import Completion, Group, Origin

@@ -10,7 +10,7 @@ import pytest
 
 from strop.config import FinetuningSection, ModelSection, RunConfig
 from strop.engine.ending import Ending, ending_of
-from strop.engine.state import TrainState
+from strop.engine.train_state import TrainState
 from strop.errors import CheckpointError
 from strop.paired import Change
 

@@ -14,8 +14,8 @@ from strop.batch import Batch, TokenScores, pack
 from strop.columns import Columns
 from strop.config import RunConfig
 from strop.config.methods import SftSettings
-from strop.engine.evaluate import AGREED_EVERY, Evaluation
-from strop.engine.source import Cut, GroupSet
+from strop.engine.step_source import Cut, GroupSet
+from strop.engine.validation import AGREED_EVERY, Evaluation
 from strop.objectives.base import build_objective
 from strop.plan.tokens import packed_tokens
 from strop.types import Completion, Group, Origin

@@ -17,8 +17,8 @@ from scored import beside, ref_columns
 from strop.batch import Batch, Scores, TokenScores, pack, pad
 from strop.columns import Columns
 from strop.config.methods import KtoSettings, MethodSettings, SftSettings
-from strop.engine.evaluate import evaluate
 from strop.engine.step import StepNumbers, forward_backward
+from strop.engine.validation import evaluate
 from strop.objectives.advantages import normalised_sum
 from strop.objectives.base import build_objective
 from strop.types import Completion, Group, Origin

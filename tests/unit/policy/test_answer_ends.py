@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from strop.config.sections import ModelSection
 from strop.data.text.template_writer import Ends
 from strop.errors import ModelError
-from strop.policy.model.generation import closing, stop_tokens, stopping, trained_ends, write_generation
+from strop.policy.model.end_tokens import closing, stop_tokens, stopping, trained_ends, write_generation
 from strop.types import Completion, Group, Origin
 
 END_OF_TEXT, END_OF_TURN = 1, 3

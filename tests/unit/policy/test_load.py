@@ -35,7 +35,7 @@ from strop.policy.build import build_policy
 from strop.policy.model import tokenizer_patterns
 from strop.policy.model.folder import inspect_config
 from strop.policy.model.load import load_model
-from strop.policy.model.outline import check_outline
+from strop.policy.model.shape_check import check_shapes
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer
 
 
@@ -469,14 +469,14 @@ def test_a_configuration_larger_than_the_weights_is_refused_before_any_is_made(
     edit_config(model_dir, **larger)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", made)
     assert "another shape" in (said := refusal(lambda: load(model_dir))) or "describes a model of" in said
-    assert refusal(lambda: check_outline(ModelSection(huggingface_id=str(model_dir)))) == said
+    assert refusal(lambda: check_shapes(ModelSection(huggingface_id=str(model_dir)))) == said
 
 
 def test_a_configuration_that_fits_the_weights_is_taken(model_dir: Path) -> None:
     section = ModelSection(huggingface_id=str(model_dir))
-    check_outline(section)
+    check_shapes(section)
     edit_weights(model_dir, lambda tensors: tensors.update(more=torch.ones(100_000)))
-    check_outline(section)
+    check_shapes(section)
     edit_config(model_dir, tie_word_embeddings=True)
     edit_weights(model_dir, lambda tensors: [tensors.pop(name) for name in ("lm_head.weight", "more")].clear())
-    check_outline(section)
+    check_shapes(section)

@@ -32,7 +32,7 @@ from strop.policy.build import build_policy
 from strop.policy.kernels import attention, logprobs
 from strop.policy.kernels.fused import FusedMlp
 from strop.policy.kernels.tiled_attention import Tile, cut_tiles
-from strop.policy.model.identity import weights_hash
+from strop.policy.model.model_hashes import weights_hash
 from strop.policy.policy import Policy
 from strop.types import Group
 

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from conftest import build_model
 from strop.errors import ConfigError
 from strop.policy import reference_store as store_module
-from strop.policy.model.identity import weights_hash
+from strop.policy.model.model_hashes import weights_hash
 from strop.policy.policy import Policy
 from strop.policy.reference_store import ReferenceStore, model_identity
 

@@ -14,7 +14,7 @@ import pytest
 
 from strop.report.diagnose import Diagnosis, diagnose
 from strop.report.findings import Finding
-from strop.report.reading import read_run
+from strop.report.run_record import read_run
 
 LN2 = math.log(2)
 SETTINGS: Mapping[str, Any] = {

@@ -13,9 +13,9 @@ import pytest
 
 from strop.cli.run_config import parse, parser_of_run
 from strop.report import findings
-from strop.report.checks import course, groups, pairs, rows, start, unpaired
+from strop.report.checks import course, data, pairs, sampled_groups, start, unpaired
 from strop.report.findings import THRESHOLDS, Severity, Thresholds
-from strop.report.reading import read_run
+from strop.report.run_record import read_run
 from strop.report.write import examine
 from strop.runfiles import EVALUATIONS, row_losses_array
 
@@ -368,7 +368,8 @@ ID = r'(?:Finding|passed|unchecked|graded)\(\s*"([a-z-]+)"'
 
 def source_of_checks() -> str:
     return "".join(
-        Path(m.__file__ or "").read_text(encoding="utf-8") for m in (course, groups, pairs, rows, start, unpaired)
+        Path(m.__file__ or "").read_text(encoding="utf-8")
+        for m in (course, data, pairs, sampled_groups, start, unpaired)
     )
 
 

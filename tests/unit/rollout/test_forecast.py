@@ -13,13 +13,13 @@ import pytest
 
 from conftest import build_tokenizer
 from strop.data.store.table import KeptRow
-from strop.engine.source import Cut
+from strop.engine.step_source import Cut
 from strop.plan.order import Plan
 from strop.plan.tokens import packed_tokens
 from strop.rollout.collect import Collector
 from strop.rollout.forecast import FEWEST, MOST, STEP, Forecast, Probe, num_probed, without_signal
+from strop.rollout.rewarding import Scored
 from strop.rollout.sampler import Prompt, Sampled
-from strop.rollout.scoring import Scored
 from strop.types import Completion, Group, Origin
 from strop.world import World
 from worlds import in_worlds

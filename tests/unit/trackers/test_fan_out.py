@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from strop.trackers import fan_out
-from strop.trackers.facts import Ended
 from strop.trackers.fan_out import Trackers
+from strop.trackers.tracker import Ended
 
 
 def record(step: int, split: str = "train", **metrics: object) -> dict[str, Any]:

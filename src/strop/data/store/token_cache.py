@@ -26,7 +26,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from strop.cachedir import cache_folder
-from strop.data.store.records import PipelineResult
+from strop.data.store.row_pipeline import PipelineResult
 from strop.data.store.table import SCHEMA, Shard
 from strop.disk import remedy
 from strop.errors import DataError

@@ -25,7 +25,7 @@ from typing import Any
 
 from strop import machine, time_limit
 from strop.data.read.row import Row
-from strop.data.store.records import PipelineResult, RowPipeline
+from strop.data.store.row_pipeline import PipelineResult, RowPipeline
 from strop.errors import DataError
 
 ROWS_AT_ONCE = 512

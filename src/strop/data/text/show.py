@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
 from strop.data.read.sources import choose_sources
-from strop.data.store.records import RowPipeline
+from strop.data.store.row_pipeline import RowPipeline
 from strop.data.store.table import Groups
 from strop.terminal import escaped
 from strop.types import Completion, Group, Origin, RowShape

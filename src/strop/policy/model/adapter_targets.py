@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from strop.config.names import did_you_mean
 from strop.errors import ModelError
 from strop.policy.kernels.quantised_weights import is_quantised
-from strop.policy.model.quantised import num_weights
+from strop.policy.model.quantised_base import num_weights
 from strop.policy.model.task import head_of
 
 Targets = tuple[str, ...] | str

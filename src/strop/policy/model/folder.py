@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line
 from strop.policy.model.consolidated_files import check_consolidated, consolidated_folder
-from strop.policy.model.guard import LONGEST_JSON, check_links, check_numbers, check_sealed, contained
+from strop.policy.model.folder_safety import LONGEST_JSON, check_links, check_numbers, check_sealed, contained
 
 if TYPE_CHECKING:
     import torch

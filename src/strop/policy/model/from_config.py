@@ -17,16 +17,16 @@ from transformers.initialization import no_init_weights
 
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, StropError, first_line
-from strop.policy.checkpointing import layers_that_can
+from strop.policy.gradient_checkpointing import layers_that_can
 from strop.policy.model.adapter_settings import adapters_of
 from strop.policy.model.adapter_targets import linear_layers, resolve_parameters, resolve_targets, selected
 from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import LogitTransform, logit_transform
-from strop.policy.model.outline import build_outline
-from strop.policy.model.quantisation import quantisation_of
+from strop.policy.model.quantisation_settings import quantisation_of
 from strop.policy.model.random_parts import silence_config
+from strop.policy.model.shape_check import meta_model
 from strop.policy.model.task import auto_class, head_of, with_one_label
 from strop.policy.prefix_sharing import reason_against
 
@@ -73,7 +73,7 @@ def empty_model(model: ModelSection, *, reward_model: bool = False) -> PreTraine
         with_one_label(config)
     config.get_text_config().vocab_size += len(model.add_tokens or ())
     with _building(model):
-        return build_outline(config, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
+        return meta_model(config, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
 
 
 def num_weights(model: ModelSection, *, reward_model: bool = False) -> int:

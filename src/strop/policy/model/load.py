@@ -22,18 +22,18 @@ from transformers import PreTrainedConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.allocator import is_out_of_memory
-from strop.policy.model import quantised
+from strop.policy.model import quantised_base
 from strop.policy.model.added_tokens import NewTokens, add_rows
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet
-from strop.policy.model.deferred import DeferredWeights
+from strop.policy.model.deferred_weights import DeferredWeights
 from strop.policy.model.folder import inspect_model, place_of
-from strop.policy.model.guard import check_sealed
-from strop.policy.model.outline import check_config_against_files, other_shape
-from strop.policy.model.quantisation import quantisation_of
+from strop.policy.model.folder_safety import check_sealed
+from strop.policy.model.quantisation_settings import quantisation_of
 from strop.policy.model.random_parts import silence_config, silence_modules
-from strop.policy.model.reading import Reading
+from strop.policy.model.shape_check import check_config_against_files, other_shape
 from strop.policy.model.task import SCORE, WRITING_HEADS, with_one_label
 from strop.policy.model.tokenizer import new_tokens
+from strop.policy.model.weight_reading import Reading
 from strop.policy.precision import nonfinite
 from strop.readable import short_name
 
@@ -97,14 +97,14 @@ def load_model(
     Args:
         reward_model: load it as a reward model; a language model gets a new head, and loses its own.
         sharded: its weights will be sharded over several processes.
-        defer: leave the weights in their files (deferred.py), if each is a tensor of its own there.
+        defer: leave the weights in their files (deferred_weights.py), if each is a tensor of its own there.
 
     Raises:
         ModelError: it cannot be loaded completely and safely as a causal language model, or as a reward model.
     """
     where, files, bits = place_of(model), inspect_model(model), quantisation_of(model)
     if sharded:
-        quantised.check_shardable(bits, where)
+        quantised_base.check_shardable(bits, where)
     if os.path.isdir(files.source):
         check_sealed(Path(files.source), where, weights=True)
     if files.ignored:
@@ -119,14 +119,14 @@ def load_model(
     check_config_against_files(config, files, model, where, reward_model=reward_model)
     original = copy.deepcopy(config)
     silenced = silence_config(config)
-    quantised.compute_in(config, dtype)
+    quantised_base.compute_in(config, dtype)
     attention = _plain_attention(model, config, where)
     new = new_tokens(model)
     defer = defer and bits is None and _can_wait(config, new)
     try:
         # transformers draws the weights of a new head; the caller's random numbers stay as they were
         with quiet(), torch.random.fork_rng(devices=[]):
-            quantising = quantised.loading(bits, dtype, sharded=sharded)
+            quantising = quantised_base.loading(bits, dtype, sharded=sharded)
             reading = Reading(model, files, config, dtype, attention, quantising, reward_model)
             module, report, waiting = reading.read(defer=defer)
     except LOAD_ERRORS as error:
@@ -136,10 +136,10 @@ def load_model(
             fix="check models[].attn_implementation" if attention else "download or save the model again",
         ) from error
     new_head = _check_complete(report, where, reward_model=reward_model)
-    left_out = quantised.packed_names(module) | (set() if waiting is None else waiting.names.keys())
+    left_out = quantised_base.packed_names(module) | (set() if waiting is None else waiting.names.keys())
     check_finite({name: weight for name, weight in module.named_parameters() if name not in left_out}, where)
     add_rows(module, original, new, where)
-    quantised.settle(module, bits, where)
+    quantised_base.settle(module, bits, where)
     _tell_silenced(silenced | silence_modules(module), where)
     module.config.use_cache = False
     return LoadedModel(module, files.stored, original, new_head, new.ids, waiting)

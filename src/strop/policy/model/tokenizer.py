@@ -26,7 +26,7 @@ from strop.policy.model.folder import (
     read_json,
     source_of,
 )
-from strop.policy.model.quantisation import quantisation_of
+from strop.policy.model.quantisation_settings import quantisation_of
 from strop.policy.model.tokenizer_patterns import check_patterns
 
 logger = logging.getLogger("strop")

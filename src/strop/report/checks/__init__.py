@@ -1,10 +1,10 @@
 """What is looked for in a run: each check is a function from `Facts` to findings, in most cases one. Floor 2.
 
 start      what must hold before and at the first step, whatever the data: identities
-rows       the data, as data.json counts it
+data       the data, as data.json counts it
 course     any method: numbers that are not finite, steps, gradients, evaluations
 pairs      methods on a chosen and a rejected completion
 unpaired   labelled completions and demonstrations
-groups     completions with rewards
+sampled_groups   completions with rewards
 remedies   what several findings advise
 """

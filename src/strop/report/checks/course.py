@@ -8,9 +8,9 @@ import numpy as np
 
 from strop.paired import Change
 from strop.report.checks.remedies import longer_run, lower
+from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
-from strop.report.words import excerpt
 
 
 def ended(facts: Facts) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from strop.report.checks.remedies import (
 from strop.report.checks.start import first_loss
 from strop.report.facts import LN2, Facts, wilson
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
-from strop.report.reading import Table
+from strop.report.run_record import Table
 
 
 def likelihood_displacement(facts: Facts) -> Iterator[Finding]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from strop.report.checks.remedies import FEWER_STEPS, higher
+from strop.report.escaping import excerpt
 from strop.report.facts import LN2, Facts
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
-from strop.report.words import excerpt
 
 
 def rate_is_zero(facts: Facts) -> Iterator[Finding]:

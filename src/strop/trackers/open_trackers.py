@@ -12,10 +12,10 @@ from strop.config import RunConfig
 from strop.config.dump import to_values
 from strop.rundir import RunDir
 from strop.runfiles import TRACKERS
-from strop.trackers.facts import SPLITS, RunFacts, Tracker
 from strop.trackers.fan_out import Trackers
 from strop.trackers.mlflow import MLflow
 from strop.trackers.tensorboard import TensorBoard
+from strop.trackers.tracker import SPLITS, RunFacts, Tracker
 from strop.trackers.trackio import Trackio
 from strop.trackers.wandb import WeightsAndBiases
 

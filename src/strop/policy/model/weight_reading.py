@@ -15,9 +15,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from strop.config.sections import ModelSection
 from strop.policy.allocator import give_back_large_blocks
-from strop.policy.model.deferred import DeferredWeights
+from strop.policy.model.deferred_weights import DeferredWeights
 from strop.policy.model.folder import ModelFiles, place_of
-from strop.policy.model.outline import build_outline
+from strop.policy.model.shape_check import meta_model
 from strop.policy.model.task import auto_class
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Reading:
     def _outline(self) -> PreTrainedModel:
         """The model without weights."""
         config = copy.deepcopy(self.config)
-        return build_outline(config, trust_remote_code=False, reward_model=self.reward_model)
+        return meta_model(config, trust_remote_code=False, reward_model=self.reward_model)
 
     def _of_tensors(self, outline: PreTrainedModel, tensors: Mapping[str, Any]) -> Read:
         """A model of the outline's class. tensors: by key, read by `tensor[...]`."""

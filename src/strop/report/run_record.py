@@ -21,7 +21,7 @@ from strop.config.guidance import is_default
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
 from strop.readable import is_number
-from strop.report.lines import Column, Lines, read_lines
+from strop.report.json_lines import Column, Lines, read_lines
 from strop.report.samples import Sample, read_samples
 from strop.runfiles import FAILURE, FORECAST, MARGINS_LOG, PAIRS, PLAN, RECORDS, RESULT, margins_array
 

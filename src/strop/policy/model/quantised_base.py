@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from strop.errors import ModelError
 from strop.policy.kernels.quantised_weights import Int8Forward, is_int8, is_quantised, quantised_weight
-from strop.policy.model.quantisation import Quantisation
+from strop.policy.model.quantisation_settings import Quantisation
 from strop.policy.model.task import head_of
 from strop.readable import short_name
 

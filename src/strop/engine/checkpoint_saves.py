@@ -23,7 +23,7 @@ from torch import Tensor
 from strop.engine.checkpoint import ignore_single_process_warning
 from strop.engine.checkpoint_writer import local_part
 from strop.engine.snapshot import Snapshot
-from strop.engine.state import TrainState
+from strop.engine.train_state import TrainState
 from strop.errors import PeerError, SaveError
 from strop.world import World
 

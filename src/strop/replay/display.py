@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from strop.replay.retake import AFTER, Replayed, Retaken
-from strop.replay.rows import CompletionScores, RowScores
+from strop.replay.row_scores import CompletionScores, RowScores
 from strop.report.ledgers import WORDS
 from strop.terminal import escaped
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from strop import machine
-from strop.policy.model.quantised import packed_names
+from strop.policy.model.quantised_base import packed_names
 
 _NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 """Keys of a model's configuration that no log-prob depends on."""

@@ -30,7 +30,7 @@ Mismatch = tuple[str, Sequence[int], Sequence[int]]
 """Name, shape in the files, shape in the model."""
 
 
-def build_outline(config: PreTrainedConfig, *, trust_remote_code: bool, reward_model: bool = False) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, *, trust_remote_code: bool, reward_model: bool = False) -> PreTrainedModel:
     """The model on torch's meta device: shapes without weights, tied ones once. Raises whatever transformers does."""
     kind = auto_class(reward_model=reward_model)
     with torch.device("meta"):
@@ -39,7 +39,7 @@ def build_outline(config: PreTrainedConfig, *, trust_remote_code: bool, reward_m
     return module
 
 
-def check_outline(model: ModelSection) -> None:
+def check_shapes(model: ModelSection) -> None:
     """Refuse a config.json that describes a larger model than the weights beside it; no weight is read.
 
     Raises:
@@ -51,7 +51,7 @@ def check_outline(model: ModelSection) -> None:
 def check_config_against_files(
     config: PreTrainedConfig, files: ModelFiles, model: ModelSection, where: str, *, reward_model: bool = False
 ) -> None:
-    """`check_outline`, of what is known already.
+    """`check_shapes`, of what is known already.
 
     What is smaller in config.json than in the files costs no more memory than the files, and is found when they are
     read; names that transformers changes while it reads are known only then.
@@ -62,7 +62,7 @@ def check_config_against_files(
     try:
         with quiet():
             own = copy.deepcopy(config)
-            module = build_outline(own, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
+            module = meta_model(own, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
     except LOAD_ERRORS:
         return  # loading it says what is wrong
     stored = dict(_shapes(files.weights))

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strop.errors import StropError
-from strop.report import lines as module
+from strop.report import json_lines as module
 from strop.report.findings import Severity
-from strop.report.lines import read_lines
+from strop.report.json_lines import read_lines
 from strop.report.page import page
-from strop.report.reading import read_run
+from strop.report.run_record import read_run
 from strop.report.write import examine, write
 
 NAMES = ("config.yaml", "environment.json", "data.json", "metrics.jsonl", "result.json", "plan.json", "pairs.json")

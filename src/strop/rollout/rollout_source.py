@@ -23,15 +23,15 @@ from torch import Tensor
 from strop.columns import Columns
 from strop.durable import JsonLines
 from strop.engine.evaluation_contract import Evaluator, Watcher
-from strop.engine.records import Sum
-from strop.engine.source import GroupSet, Part, Supply
+from strop.engine.step_records import Sum
+from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.collect import Collected, Collector, Rewarded, joined, measured
 from strop.rollout.forecast import Probe
 from strop.rollout.held_out import HeldOut, Losses
 from strop.rollout.pairs import compared
-from strop.rollout.scoring import Failures
+from strop.rollout.rewarding import Failures
 from strop.world import World
 
 

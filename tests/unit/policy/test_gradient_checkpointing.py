@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from strop.batch import pack, pad
 from strop.errors import ModelError
-from strop.policy.checkpointing import checkpoint_layers
+from strop.policy.gradient_checkpointing import checkpoint_layers
 from strop.policy.policy import Policy
 from strop.types import Group
 

@@ -16,14 +16,14 @@ import torch
 from conftest import build_tokenizer
 from strop.config.sections import RolloutSection
 from strop.data.store.table import KeptRow
-from strop.engine.source import Cut
+from strop.engine.step_source import Cut
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.plan.tokens import packed_tokens
 from strop.rollout.collect import Collector, Rewarded
+from strop.rollout.rewarding import Failures, Scored
+from strop.rollout.rollout_source import RolloutSource
 from strop.rollout.sampler import Prompt, Sampled
-from strop.rollout.scoring import Failures, Scored
-from strop.rollout.source import RolloutSource
 from strop.types import Completion, Group, Origin
 from strop.world import World
 from worlds import in_worlds

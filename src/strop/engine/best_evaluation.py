@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.config import FinetuningSection
 from strop.engine.metrics import no_such_metric
-from strop.engine.state import TrainState
+from strop.engine.train_state import TrainState
 
 
 def deciding_value(options: FinetuningSection, record: Mapping[str, Any], evaluated: Sequence[str]) -> float | None:

@@ -4,8 +4,8 @@
     Cut.parts(GroupSet) -> parts        which groups go into one micro-batch
     GroupSet.batch(policy, part)        the micro-batch
 
-The loop does not know where groups come from; `offline.py` takes them from files in the order of a plan. The groups
-decide the result of a step. The cut depends on the hardware and does not change the result.
+The loop does not know where groups come from; `offline_source.py` takes them from files in the order of a plan. The
+groups decide the result of a step. The cut depends on the hardware and does not change the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from strop.batch import Batch, own_columns, own_names, structure_of
 from strop.columns import NO_COLUMNS, Columns
 from strop.config.methods import MethodSettings
 from strop.engine.evaluation_contract import Evaluator, Watcher
-from strop.engine.records import Sum
+from strop.engine.step_records import Sum
 from strop.lengths import Lengths, lengths_of
 from strop.objectives.base import Objective
 from strop.plan.cutting import cut

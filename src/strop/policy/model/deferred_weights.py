@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from strop.errors import ModelError, first_line
-from strop.policy.model.identity import digest_line
+from strop.policy.model.model_hashes import digest_line
 from strop.policy.model.task import SCORE
 from strop.world import World
 

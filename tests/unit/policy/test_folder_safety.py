@@ -18,7 +18,7 @@ from strop.manifest import MANIFEST, seal
 from strop.policy.model import adapter_settings
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.folder import check_adapter, inspect_config
-from strop.policy.model.guard import check_numbers
+from strop.policy.model.folder_safety import check_numbers
 from strop.policy.model.load import load_model
 from strop.policy.model.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
 
 
-class Ahead(Generic[Key, Made]):
+class Prefetch(Generic[Key, Made]):
     """Calls `make(key)`, if possible before its result is needed.
 
     `make` must be a function of its key alone, so that a result made ahead equals one made on the spot. Errors of the

@@ -10,7 +10,7 @@ import pytest
 
 from strop.config import TrainingSection
 from strop.engine.optim import learning_rate
-from strop.engine.stalled import StalledLoss
+from strop.engine.stalled_loss import StalledLoss
 
 LN2 = math.log(2)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from conftest import build_tokenizer
 from rollout_policies import make_policy, prompts
 from strop.rollout.sampler import Sampled, Sampler
-from strop.rollout.stops import StopTexts
+from strop.rollout.stop_texts import StopTexts
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strop.engine.metrics import MetricWindow
-from strop.engine.records import StepRecord
+from strop.engine.step_records import StepRecord
 
 
 @dataclass

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from strop.engine.ahead import Ahead
+from strop.engine.prefetch import Prefetch
 
 
 def thread_names() -> list[str]:
@@ -21,7 +21,7 @@ def test_what_is_taken_is_a_function_of_the_key(threaded: bool) -> None:
         made.append((key, threading.current_thread() is threading.main_thread()))
         return key * key
 
-    ahead = Ahead(make, threaded=threaded)
+    ahead = Prefetch(make, threaded=threaded)
     for key in range(5):
         assert ahead.take(key) == key * key
         ahead.begin(key + 1)
@@ -40,7 +40,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_it_is_taken() -> None:
             raise MemoryError("no room")
         return key
 
-    ahead = Ahead(make, threaded=True)
+    ahead = Prefetch(make, threaded=True)
     ahead.begin(1)
     with pytest.raises(MemoryError, match="no room"):
         ahead.take(1)
@@ -58,7 +58,7 @@ def test_an_end_does_not_wait_for_what_has_not_begun() -> None:
         made.append(key)
         return key
 
-    ahead = Ahead(make, threaded=True)
+    ahead = Prefetch(make, threaded=True)
     ahead.begin(1)
     assert going.wait(10)
     ahead.begin(2)  # waits behind the first

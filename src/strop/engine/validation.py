@@ -20,8 +20,8 @@ from strop.config.methods import MethodSettings
 from strop.engine.evaluation_contract import Watcher
 from strop.engine.out_of_memory import attempt_together, cut_finer, does_not_fit
 from strop.engine.row_losses import row_losses
-from strop.engine.source import Cut, GroupSet
 from strop.engine.step import ALONE, Forward, StepScores, join_all, summarise
+from strop.engine.step_source import Cut, GroupSet
 from strop.objectives.base import Objective
 from strop.policy.policy import Policy
 from strop.world import World

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from strop.engine.metrics import MetricWindow
-from strop.engine.records import StepRecord, WeightsDigest
-from strop.engine.state import TrainState
+from strop.engine.step_records import StepRecord, WeightsDigest
+from strop.engine.train_state import TrainState
 from worlds import replicated
 
 RECORD = StepRecord(

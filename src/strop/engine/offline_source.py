@@ -11,8 +11,8 @@ from torch import Tensor
 
 from strop.columns import Columns
 from strop.engine.evaluation_contract import Evaluator, Watcher
-from strop.engine.records import Sum
-from strop.engine.source import GroupSet, Part, Supply
+from strop.engine.step_records import Sum
+from strop.engine.step_source import GroupSet, Part, Supply
 from strop.plan.order import Plan
 from strop.policy.reference import SyncedReference
 

@@ -26,12 +26,12 @@ from strop.policy.build import build_policy
 from strop.policy.kernels import quantised_weights
 from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.kernels.fused import FusedLinear, FusedMlp, unfuse
-from strop.policy.model import quantised
+from strop.policy.model import quantised_base
 from strop.policy.model.configuration import quiet
 from strop.policy.model.from_config import shape_of
 from strop.policy.model.load import load_model
-from strop.policy.model.quantisation import Quantisation
-from strop.policy.model.quantised import check_shardable
+from strop.policy.model.quantisation_settings import Quantisation
+from strop.policy.model.quantised_base import check_shardable
 from strop.policy.model.tokenizer import load_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.precision import resolve_precision
@@ -94,9 +94,9 @@ def dequantised(policy: Policy, dtype: torch.dtype) -> Policy:
     """The same policy, its base dequantised by hand; as a plain model in another dtype."""
     for part in policy.model.modules():
         for name, layer in list(part.named_children()):
-            if quantised.is_quantised(layer):
+            if quantised_base.is_quantised(layer):
                 plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
-                plain.weight.data = quantised.dense(layer)
+                plain.weight.data = quantised_base.dense(layer)
                 setattr(part, name, plain.requires_grad_(False))
     policy.model.to(dtype)
     return policy
@@ -105,7 +105,7 @@ def dequantised(policy: Policy, dtype: torch.dtype) -> Policy:
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_the_dequantised_model(kind: str, build: Callable[..., Policy]) -> None:
     policy = build(KINDS[kind])
-    layers = [part for part in policy.model.modules() if quantised.is_quantised(part)]
+    layers = [part for part in policy.model.modules() if quantised_base.is_quantised(part)]
     assert len(layers) == 14 and policy.share_prefix
     found, slopes = scored(policy)
     plain = dequantised(policy, torch.float32)
@@ -175,7 +175,7 @@ def test_scoring_before_changes_no_gradient(
     before = scored(policy)
     hashed = {n: t.clone() for n, t in policy.model.state_dict().items()}
     for part in policy.model.modules():
-        if quantised.is_quantised(part):
+        if quantised_base.is_quantised(part):
             assert not getattr(part, "support_avx512bf16_for_cpu", False)
     with policy.scoring():
         policy(policy.collate(GROUPS))
@@ -212,9 +212,9 @@ def test_it_is_small_and_counted_as_what_it_is(build: Callable[..., Policy]) -> 
     policy, plain = build(KINDS["nf4"]), build({})
     counted = [one.describe()[0].partition(" weights")[0] for one in (policy, plain)]
     assert counted[0] == counted[1]
-    layers = [part for part in policy.model.modules() if quantised.is_quantised(part)]
+    layers = [part for part in policy.model.modules() if quantised_base.is_quantised(part)]
     stored = sum(layer.weight.nbytes for layer in layers)
-    assert stored * 2 == sum(quantised.num_weights(layer) for layer in layers)
+    assert stored * 2 == sum(quantised_base.num_weights(layer) for layer in layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,7 +257,7 @@ def test_a_dequantised_weight_lives_for_one_product(
     """Forward and backward: no two at a time, and none is kept for the backward pass, which makes all of them again."""
     policy = build(KINDS[kind])
     fused = [vars(part).get("forward") for part in policy.model.modules()]
-    linears = [one for one in fused if isinstance(one, FusedLinear) and quantised.is_quantised(one.base)]
+    linears = [one for one in fused if isinstance(one, FusedLinear) and quantised_base.is_quantised(one.base)]
     assert len(linears) == 14 and sum(isinstance(one, FusedMlp) for one in fused) == 2
     made: list[weakref.ref[torch.Tensor]] = []
     name = "int8_dense" if kind == "8bit" else "int4_dense"
@@ -286,7 +286,9 @@ def test_a_layer_that_is_set_to_another_dtype_keeps_its_own_forward(build: Calla
     for one in (policy, usual):
         forwards = [vars(part).get("forward") for part in one.model.modules()]
         with one.precision.autocast(CPU):
-            fits.append({f.fits(x) for f in forwards if isinstance(f, FusedLinear) and quantised.is_quantised(f.base)})
+            fits.append(
+                {f.fits(x) for f in forwards if isinstance(f, FusedLinear) and quantised_base.is_quantised(f.base)}
+            )
     assert fits == [{False}, {True}]
     assert all(bool(slope.isfinite().all()) for slope in scored(policy)[1].values())
 
@@ -362,9 +364,9 @@ def test_the_dequantised_module_is_a_plain_one(model_dir: Path) -> None:
     ids = torch.arange(5, 30)[None]
     with torch.no_grad():
         before = module(ids).logits
-        assert len(quantised.dequantise(module, torch.float32)) == 14
+        assert len(quantised_base.dequantise(module, torch.float32)) == 14
         after = module(ids).logits
-    assert isinstance(module, LlamaForCausalLM) and not any(map(quantised.is_quantised, module.modules()))
+    assert isinstance(module, LlamaForCausalLM) and not any(map(quantised_base.is_quantised, module.modules()))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
@@ -423,7 +425,7 @@ def test_files_that_are_quantised_are_trained_on_as_they_are(
     assert not merged.failed
     assert any(line.what == "greedy texts: 20 of 20 equal" for line in merged.lines)
     plain = build({"huggingface_id": str(tmp_path / "merged")}, lora={"enabled": False})
-    assert not any(map(quantised.is_quantised, plain.modules()))
+    assert not any(map(quantised_base.is_quantised, plain.modules()))
     with plain.scoring():
         torch.testing.assert_close(plain(plain.collate(GROUPS)).logps, expected, rtol=1e-4, atol=1e-3)
 
