@@ -23,7 +23,7 @@ from strop.lengths import Lengths
 from strop.modelrows import ModelRows
 from strop.plan.dealing import deal
 from strop.plan.order import Plan
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.policy.model.from_config import shape_of
 
 from .cases import SHAPES

@@ -22,7 +22,7 @@ def predict(folder: Path, case: Case) -> dict[str, float | dict[str, float] | No
     from strop.config import resolve
     from strop.estimate import estimate, fitted, planned_precision
     from strop.machine import machine_of
-    from strop.plan.tokens import packed_tokens
+    from strop.plan.row_tokens import packed_tokens
     from strop.prepared import prepare
 
     with tempfile.TemporaryDirectory() as out:

@@ -25,10 +25,10 @@ from strop.columns import Columns
 from strop.config import RunConfig
 from strop.engine.step_source import Cut, GroupSet, Part
 from strop.engine.validation import evaluate
-from strop.plan.budget import default_budget
-from strop.plan.tokens import packed_tokens
+from strop.plan.micro_batch_size import default_budget
+from strop.plan.row_tokens import packed_tokens
 from strop.policy.build import build_policy
-from strop.policy.reference import reference_logps
+from strop.policy.group_logps import group_logps
 from strop.prepared import prepare
 
 BATCH, ACCUMULATION, SEED = 8, 2, 42
@@ -76,7 +76,7 @@ def judge(side: str, stage: str, model: Path, start: Path, seconds: float, args:
     device = torch.device("cpu")
     if prepared.objective.needs_reference:
         reference = build_policy(config, config_of(stage, start, args).models[0], device)
-        scored = reference_logps(reference, [[groups.groups[i] for i in part] for part in parts])
+        scored = group_logps(reference, [[groups.groups[i] for i in part] for part in parts])
         stored = dict(zip((i for part in parts for i in part), scored, strict=True))
 
         def ref_logps(part: Part) -> Columns:

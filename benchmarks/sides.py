@@ -174,9 +174,9 @@ def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
     import numpy as np
     import torch
 
-    from strop.plan.budget import CPU_TOKENS
     from strop.plan.cutting import cut
-    from strop.plan.tokens import packed_tokens
+    from strop.plan.micro_batch_size import CPU_TOKENS
+    from strop.plan.row_tokens import packed_tokens
     from strop.policy.build import build_policy
     from strop.types import Completion, Group, Origin
 

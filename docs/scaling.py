@@ -19,7 +19,7 @@ from strop.estimate.longest import longest_size
 from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine, machine_named
 from strop.objectives.base import build_objective
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.plan.work import Work
 from strop.policy.model.from_config import Shape, shape_of
 from strop.policy.precision import Precision

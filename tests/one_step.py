@@ -15,7 +15,7 @@ from strop.config.methods import MethodSettings
 from strop.data.mismatch import Mismatched
 from strop.objectives.base import Objective
 from strop.plan.cutting import cut
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.policy.policy import Policy
 from strop.types import Completion, Group, Origin
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from strop.config.group_methods import Advantage, Aggregation, Algorithm, Correction, Gate
+from strop.config.grpo_settings import Advantage, Aggregation, Algorithm, Correction, Gate
 from strop.config.methods import (
     CpoSettings,
     DpoSettings,

@@ -9,7 +9,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from strop.garbage import paused
+from strop.garbage_collection import paused
 
 if TYPE_CHECKING:
     from strop.config import RunConfig, load_config

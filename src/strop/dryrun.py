@@ -19,13 +19,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from strop.config import ModelSection, RunConfig, resolve
-from strop.config.read import unread
+from strop.config.unread_keys import unread
 from strop.config.yamlfile import write_value
 from strop.data.load import LoadedData
 from strop.data.text.show import SeenRow, odd_groups, show_group
 from strop.device import num_processes, pick_device
 from strop.errors import ConfigError, SaveError
-from strop.export.direct import with_converted
+from strop.export.converted_bases import with_converted
 from strop.machine import Machine, machine_named, machine_of
 from strop.modelrows import ModelRows
 from strop.policy.model.folder import has_weights, source_of
@@ -164,7 +164,7 @@ def _settle(
 
 def _space(settled: Settled, folder: Path) -> list[str]:
     """What is to be said of the disks. One that is too full stops a run, and is only said here."""
-    from strop.space import check_space
+    from strop.disk_estimate import check_space
 
     try:
         return list(check_space(settled.prepared, settled.precision, folder))

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from strop.config import load_config, resolve
 from strop.config.methods import METHODS
 from strop.config.yamlfile import write_value
+from strop.data.data_report import DataReport
 from strop.data.load import LoadedData
-from strop.data.report import DataReport
 from strop.device import pick_device
 from strop.errors import ConfigError, DataError, StropError
 from strop.estimate import Estimate, estimate

@@ -19,7 +19,7 @@ from strop.config.methods import GrpoSettings, KtoSettings, MethodSettings
 from strop.config.sections import LoraSection, ModelSection
 from strop.data.load import LoadedData
 from strop.data.problems import imbalance
-from strop.data.prompts import PromptGroups
+from strop.data.prompt_groups import PromptGroups
 from strop.data.store.group_numbers import check_complete, check_groups
 from strop.data.store.table import Groups
 from strop.engine.checkpoint import Checkpoint
@@ -29,15 +29,15 @@ from strop.errors import ConfigError, DataError
 from strop.lengths import Sized
 from strop.modelrows import ModelRows
 from strop.objectives.base import MISMATCHED, Objective, build_objective
-from strop.plan.budget import CPU_TOKENS, batch_budget, default_budget
 from strop.plan.cutting import cut
-from strop.plan.filling import filled_rows
+from strop.plan.micro_batch_size import CPU_TOKENS, batch_budget, default_budget
 from strop.plan.order import Plan
-from strop.plan.tokens import RowTokens, padded_tokens
+from strop.plan.packing import filled_rows
+from strop.plan.row_tokens import RowTokens, padded_tokens
 from strop.plan.work import EpochWork
 from strop.policy.allocator import give_back_freed_memory
 from strop.policy.model.from_config import CannotBuildError, Shape, num_weights, shape_of
-from strop.policy.reference import check_others, teacher_section
+from strop.policy.other_models import check_others, teacher_section
 from strop.readable import plain
 from strop.rewards.calls import check_rewards
 

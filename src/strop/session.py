@@ -27,7 +27,7 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.data.load import LoadedData
 from strop.data.mismatch import Mismatched
-from strop.data.prompts import PromptGroups
+from strop.data.prompt_groups import PromptGroups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.loop import Cuts
 from strop.engine.offline_source import OfflineSource
@@ -47,23 +47,18 @@ from strop.estimate import (
 from strop.machine import Machine, machine_of
 from strop.modelrows import ModelRows
 from strop.objectives.base import MISMATCHED
-from strop.plan.budget import default_budget
 from strop.plan.dealing import BY_TOKENS, GroupCost
-from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
+from strop.plan.micro_batch_size import default_budget
+from strop.plan.row_tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
 from strop.policy.model.folder import source_of
 from strop.policy.model.from_config import CannotBuildError
 from strop.policy.model.model_hashes import configuration_hash
+from strop.policy.other_models import attach_teacher, reference_policy, teacher_section
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
-from strop.policy.reference import (
-    FrozenReference,
-    SyncedReference,
-    attach_teacher,
-    reference_policy,
-    teacher_section,
-)
+from strop.policy.reference_models import FrozenReference, SyncedReference
 from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
 from strop.rollout.build import rollout_source, scores_of

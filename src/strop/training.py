@@ -18,6 +18,7 @@ from strop import durable
 from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.device import start_world
+from strop.disk_estimate import check_space
 from strop.distributed import is_restarted
 from strop.each_model import for_each_model
 from strop.engine import checkpoint, checkpoint_writer, final_model
@@ -34,23 +35,22 @@ from strop.engine.step_source import StepSource
 from strop.engine.train_state import TrainState
 from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
-from strop.export.direct import with_converted
+from strop.export.converted_bases import with_converted
 from strop.generate.while_training import prompts_of, samples_of
 from strop.modelcard import model_card
-from strop.paired import change_of_rows
 from strop.policy.kernels import product_rates
 from strop.policy.model.end_tokens import trained_ends
 from strop.policy.policy import Policy
-from strop.policy.reference import FrozenReference
+from strop.policy.reference_models import FrozenReference
 from strop.preflight import check, run_folder, select_models
 from strop.push import push_finished
-from strop.reporting import report, write_plan
+from strop.report_files import report, write_plan
 from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
 from strop.rollout.rollout_source import RolloutSource
 from strop.rundir import RunDir
 from strop.runfiles import FAILURE, FORECAST, RESULT
 from strop.session import Session, Splits, reference_made_from
-from strop.space import check_space
+from strop.significance import change_of_rows
 from strop.trackers.fan_out import Trackers
 from strop.trackers.open_trackers import open_trackers
 from strop.trackers.tracker import Ended

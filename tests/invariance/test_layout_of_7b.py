@@ -33,7 +33,7 @@ from strop.estimate.memory import peak_memory
 from strop.lengths import Sized
 from strop.machine import machine_named, resident
 from strop.objectives.base import build_objective
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.plan.work import Work
 from strop.policy.model.configuration import model_config
 from strop.policy.model.from_config import empty_model, shape_of

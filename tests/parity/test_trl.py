@@ -28,7 +28,7 @@ from strop.engine.step import forward_backward
 from strop.objectives.base import build_objective
 from strop.plan.order import Plan
 from strop.policy.build import build_policy
-from strop.policy.reference import reference_logps
+from strop.policy.group_logps import group_logps
 from strop.prepared import prepare
 
 trl = pytest.importorskip("trl", reason="TRL is the oracle of these tests; install the extra `dev`")
@@ -95,7 +95,7 @@ def ours(config: RunConfig) -> tuple[list[float], dict[str, Tensor]]:
     policy = build_policy(config, config.models[0], torch.device("cpu"))
     groups = [prepared.data.train[i] for i in prepared.plan.groups(1)]
     objective = build_objective(config.post_training)
-    columns = ref_columns(reference_logps(policy, [groups])) if objective.needs_reference else NO_COLUMNS
+    columns = ref_columns(group_logps(policy, [groups])) if objective.needs_reference else NO_COLUMNS
     forward_backward(policy, objective, [policy.collate(groups, columns, objective.reads & policy.SUPPLIES)])
     return losses, {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
 

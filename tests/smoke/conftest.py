@@ -194,7 +194,7 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(autouse=True)
 def _small_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two or three of the rows of these tests, so that their steps are cut."""
-    monkeypatch.setattr("strop.plan.budget.CPU_TOKENS", MICRO_BATCH)
+    monkeypatch.setattr("strop.plan.micro_batch_size.CPU_TOKENS", MICRO_BATCH)
 
 
 @pytest.fixture

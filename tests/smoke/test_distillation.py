@@ -20,7 +20,7 @@ from strop.errors import ConfigError, ModelError
 from strop.evaluate.scoring import evaluate
 from strop.objectives.base import build_objective
 from strop.policy.build import build_policy
-from strop.policy.reference import attach_teacher
+from strop.policy.other_models import attach_teacher
 from strop.prepared import prepare
 
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from strop import session
 from strop.batch import TokenScores
 from strop.engine import checkpoint_writer, loop
 from strop.errors import ConfigError, TrainingError
-from strop.plan.budget import default_budget
-from strop.plan.tokens import packed_tokens
+from strop.plan.micro_batch_size import default_budget
+from strop.plan.row_tokens import packed_tokens
 from strop.policy import build, policy
 from strop.policy.kernels import elementwise
 from strop.policy.policy import Policy

@@ -22,7 +22,7 @@ from strop.engine import optim
 from strop.engine.step_source import Cut, GroupSet
 from strop.errors import TrainingError
 from strop.machine import Machine
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.policy.gradient_checkpointing import layers_that_can
 from strop.policy.policy import Policy
 from strop.types import Completion, Group, Origin
@@ -105,7 +105,7 @@ def test_it_is_the_same_run(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     keys = {"post_training.method": "kto"} if loss == "kto" else {"post_training.loss_type": loss}
-    monkeypatch.setattr("strop.plan.budget.CPU_TOKENS", 200)
+    monkeypatch.setattr("strop.plan.micro_batch_size.CPU_TOKENS", 200)
     metrics, weights = train(tmp_path / "enough", model_dir, **keys)
     most = 35 if loss == "kto" else 60
     failed = run_out(monkeypatch, most, error, in_backward)

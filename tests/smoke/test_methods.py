@@ -17,7 +17,7 @@ from strop import session
 from strop.config import METHODS
 from strop.errors import DataError
 from strop.objectives.base import build_objective
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.prepared import prepare, with_budget
 
 ROWS = 6

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from strop import reporting
+from strop import report_files
 from strop.errors import TrainingError
 from strop.runfiles import FINDINGS, PAIRS, PLAN, REPORT
 
@@ -67,7 +67,7 @@ def test_a_report_that_fails_is_told_and_fails_nothing(
     def broken(folders: object) -> None:
         raise RecursionError("the page is too deep")
 
-    watched.setattr(reporting, "examine", broken)
+    watched.setattr(report_files, "examine", broken)
     run = runs(max_steps=2)
     assert (run.path / "final").is_dir() and not (run.path / REPORT).exists()
     assert "the report could not be written: RecursionError: the page is too deep" in caplog.text

@@ -14,11 +14,11 @@ import torch
 import strop
 from strop import disk, session
 from strop.config import of_model, resolve
+from strop.disk_estimate import Space
 from strop.dryrun import dry_run
 from strop.errors import SaveError
 from strop.policy.precision import Precision
 from strop.prepared import Prepared, prepare
-from strop.space import Space
 
 
 def prepared_of(config: Any) -> Prepared:

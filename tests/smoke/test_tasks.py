@@ -155,7 +155,7 @@ def test_a_task_that_fails_is_one_message(runs: Any, tasks: Path, capsys: Any) -
 def test_without_the_package_the_extra_is_named(
     runs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("strop.evaluate.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("strop.evaluate.lm_eval_tasks.find_spec", lambda name: None)
     assert main(["eval", str(runs.files["model"]), "--tasks", "hellaswag"]) == 1
     err = capsys.readouterr().err
     assert "lm-eval is not installed" in err and ".[eval]" in err

@@ -28,7 +28,7 @@ from strop.estimate import (
 )
 from strop.estimate.memory import memory_of, saved_per_token
 from strop.machine import Machine, machine_of
-from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.plan.row_tokens import packed_tokens, padded_tokens
 from strop.plan.work import Work
 from strop.policy.build import build_policy
 from strop.policy.model import from_config
@@ -180,7 +180,7 @@ def test_micro_batches_are_halved_before_anything_is_computed_again(
 ) -> None:
     asked = prepared(per_device_train_batch_size=8)
     longest = max(group.num_tokens for group in asked.data.train)
-    monkeypatch.setattr("strop.plan.budget.CPU_TOKENS", 8 * longest)
+    monkeypatch.setattr("strop.plan.micro_batch_size.CPU_TOKENS", 8 * longest)
     whole = guess(asked)
     assert settle(asked, whole.peak / 0.9 + 1) == (8 * longest, False)
     half = guess(prepared(micro_batch_tokens=4 * longest))

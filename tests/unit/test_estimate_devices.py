@@ -23,7 +23,7 @@ from strop.estimate.devices import ALONE, Devices, base_bytes, scales_bytes, sen
 from strop.estimate.longest import longest_that_fits, stretched
 from strop.estimate.memory import memory_of, peak_memory
 from strop.machine import Machine
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.plan.work import Work
 from strop.policy.model.from_config import shape_of
 from strop.policy.precision import Precision

@@ -26,7 +26,7 @@ from strop.estimate import estimate, fitted, planned_precision
 from strop.machine import Machine
 from strop.objectives.base import Mean, Objective
 from strop.plan.cutting import cut
-from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.plan.row_tokens import packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.prepared import Prepared, prepare
 from strop.types import Origin, RowShape

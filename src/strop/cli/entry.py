@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from strop import garbage
+from strop import garbage_collection
 from strop.cli.commands import COMMANDS
 from strop.errors import ConfigError, Interrupted, LostError, PeerError, StoppedByFinding, StropError
 from strop.terminal import SECONDS_TO_SPEAK, ReaderLeft, complain, open_standard_streams, rank, session, show
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
     try:
-        with session(), garbage.rare():
+        with session(), garbage_collection.rare():
             return dispatch(arguments)
     except StropError as error:
         _tell(error)

@@ -16,7 +16,7 @@ from strop.errors import ConfigError
 from strop.terminal import log_to_terminal, show
 
 if TYPE_CHECKING:
-    from strop.evaluate.tasks import Tasks
+    from strop.evaluate.lm_eval_tasks import Tasks
 
 OF_TASKS = ("--include-path", "--limit", "--num-fewshot")
 CHAT = "--apply-chat-template"
@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
         check_target(target)
     rows = None if config is None else evaluate(config, sources, options.reference)
     if options.tasks is not None:
-        from strop.evaluate.tasks import evaluate_tasks, joined
+        from strop.evaluate.lm_eval_tasks import evaluate_tasks, joined
 
         tasks = evaluate_tasks(sources, _tasks(options))
         rows = tasks if rows is None else joined(rows, tasks)
@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> int:
 
 def _tasks(options: Namespace) -> Tasks:
     """What is asked, of the options."""
-    from strop.evaluate.tasks import Tasks
+    from strop.evaluate.lm_eval_tasks import Tasks
 
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:

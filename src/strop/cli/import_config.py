@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
 
 def _typed(given: Any, flags: Any) -> dict[str, Any]:
     """Keys of the command line as dotted keys with values."""
-    from strop.importers.answers import coerced
+    from strop.importers.key_answers import coerced
 
     found = {}
     for name, text in given.items():
@@ -78,7 +78,7 @@ def _typed(given: Any, flags: Any) -> dict[str, Any]:
 
 def _lists(found: Any) -> str:
     """What became of every key."""
-    from strop.importers.answers import Fate
+    from strop.importers.key_answers import Fate
     from strop.importers.translate import in_words
     from strop.redact import redact
 

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
         found = f"there is no method {name[:80]!r}"
         raise ConfigError(found, expected=f"one of {', '.join(METHODS)}", fix=_instead_of_method(name[:80].lower()))
 
-    from strop.catalogue import explanation
+    from strop.method_catalogue import explanation
 
     show(explanation(name, min(shutil.get_terminal_size().columns, 120)))
     return 0

@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     if (code := run_in_processes(config, "reference", arguments)) is not None:
         return code
 
-    from strop.score_ahead import fill_references
+    from strop.score_reference import fill_references
 
     fill_references(config, model_index=options.model_index)
     return 0

@@ -2,14 +2,18 @@
 
 In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows where each value came from.
 
-    section, sections/, methods, run  the schema: what a section is, one file per section, the methods, all together
-    schema, names                     its keys in words; names as people write them
-    yamlfile, layers                  reading, and merging defaults < preset < file < overrides
-    explain                           every problem with its place and what to do
-    guidance, dump                    what is left open, decided; warnings; the resolved configuration as YAML
-    flags, manual                     the command line's keys; help, documentation and JSON Schema from the classes
+    base_section, sections/         what a section is; one file per section
+    method_settings, methods        `post_training`: what all methods share; one class per method (grpo_settings: GRPO's)
+    run                             all sections together, and the rules that cross them
+    schema, names, unread_keys      keys in words; names as people write them; which keys a run does not read
+    yamlfile, layers                reading, and merging defaults < preset < file < overrides
+    explain                         every problem with its place and what to do
+    guidance, dump                  what is left open, decided; warnings; the resolved configuration as YAML
+    flags, manual                   the command line's keys; help, documentation and JSON Schema from the classes
+    foreign                         names of other tools, and what strop calls them
 """
 
+from strop.config.base_section import Section
 from strop.config.dump import to_yaml
 from strop.config.guidance import advice, of_model, resolve
 from strop.config.layers import CommandLine, load_config
@@ -26,7 +30,6 @@ from strop.config.methods import (
     SimpoSettings,
 )
 from strop.config.run import RunConfig
-from strop.config.section import Section
 from strop.config.sections import (
     DatasetSection,
     FinetuningSection,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from strop.config.base_section import Section
 from strop.config.run import RunConfig
-from strop.config.section import Section
 from strop.config.yamlfile import write_value
 
 

@@ -12,12 +12,12 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from strop.config.base_section import Section, SectionError
 from strop.config.foreign import instead_of
 from strop.config.methods import METHODS, LossType, MethodSettings
 from strop.config.names import did_you_mean, nearest
 from strop.config.run import RunConfig
 from strop.config.schema import SECTIONS, Key, key_at
-from strop.config.section import Section, SectionError
 from strop.config.sections import ModelSection, SourceSection
 from strop.config.yamlfile import KeyPath, dotted, scalar, write_value
 from strop.errors import ConfigError, first_line

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from strop.config.base_section import Section
 from strop.config.explain import combined, explain, shown, value_at
 from strop.config.guidance import default_origin, resolve
 from strop.config.methods import MethodSettings
 from strop.config.names import did_you_mean, numbered, target
 from strop.config.run import RunConfig
 from strop.config.schema import SECTIONS, key_at
-from strop.config.section import Section
 from strop.config.sections import LoraSection
 from strop.config.yamlfile import KeyPath, dotted, parse_value, read_file, scalar
 from strop.errors import ConfigError

@@ -7,14 +7,14 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from strop.config.group_methods import GrpoSettings as GrpoSettings
-from strop.config.method import NEUTRAL as NEUTRAL
-from strop.config.method import MethodSettings as MethodSettings
-from strop.config.method import Readers as Readers
-from strop.config.method import ReferenceSettings as ReferenceSettings
-from strop.config.method import either as either
-from strop.config.method import is_neutral as is_neutral
-from strop.config.section import Problem
+from strop.config.base_section import Problem
+from strop.config.grpo_settings import GrpoSettings as GrpoSettings
+from strop.config.method_settings import NEUTRAL as NEUTRAL
+from strop.config.method_settings import MethodSettings as MethodSettings
+from strop.config.method_settings import Readers as Readers
+from strop.config.method_settings import ReferenceSettings as ReferenceSettings
+from strop.config.method_settings import either as either
+from strop.config.method_settings import is_neutral as is_neutral
 from strop.types import RowShape
 
 

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from strop.config.base_section import ListOf, NamedOf, Problem, Section
 from strop.config.methods import DistillSettings, DpoSettings, GrpoSettings, PostTraining, SftSettings
-from strop.config.section import ListOf, NamedOf, Problem, Section
 from strop.config.sections import (
     DatasetSection,
     FinetuningSection,

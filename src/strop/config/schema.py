@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from strop.config.base_section import Section
 from strop.config.methods import METHODS
 from strop.config.run import RunConfig
-from strop.config.section import Section
 from strop.config.sections import ModelSection
 from strop.config.yamlfile import KeyPath, write_value
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.config import RunConfig
 from strop.data.counters import COUNTERS
+from strop.data.data_report import DataReport, Rendering, SplitCounts
 from strop.data.problems import num_labels
 from strop.data.read.sources import Source, choose_sources, warn_of_unread
-from strop.data.report import DataReport, Rendering, SplitCounts
 from strop.data.split import held_out, sample
 from strop.data.store.row_pipeline import PipelineResult, RowPipeline
 from strop.data.store.table import Groups, Shard

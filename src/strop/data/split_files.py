@@ -20,9 +20,9 @@ from typing import IO, Any, Self
 import numpy as np
 
 from strop.config.methods import METHODS
+from strop.data.data_report import length_summary
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import SPLIT_FILES, file_source
-from strop.data.report import length_summary
 from strop.data.shapes.examples import Columns, to_example
 from strop.data.split import held_out
 from strop.data.text.token_rows import is_tokenised, is_tokenised_group

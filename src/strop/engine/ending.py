@@ -15,8 +15,8 @@ from strop.config import RunConfig
 from strop.engine.best_evaluation import stops_early
 from strop.engine.train_state import TrainState
 from strop.errors import CheckpointError
-from strop.paired import Change
 from strop.runfiles import RESULT
+from strop.significance import Change
 
 SHOWN = ("loss", "reward", "rewards/accuracies", "rewards/margins")
 """Metrics that the lines show, if an evaluation has them."""

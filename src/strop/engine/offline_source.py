@@ -14,7 +14,7 @@ from strop.engine.evaluation_contract import Evaluator, Watcher
 from strop.engine.step_records import Sum
 from strop.engine.step_source import GroupSet, Part, Supply
 from strop.plan.order import Plan
-from strop.policy.reference import SyncedReference
+from strop.policy.reference_models import SyncedReference
 
 
 class OfflineSource:

@@ -31,8 +31,8 @@ from strop.engine.reference_cut import CutInto, Ints, MicroBatches, Wanted
 from strop.engine.step import ALONE
 from strop.engine.step_source import Cut, GroupSet, Part
 from strop.plan.cutting import cut
+from strop.policy.group_logps import micro_batch_logps
 from strop.policy.policy import Policy
-from strop.policy.reference import micro_batch_logps
 from strop.policy.reference_store import ReferenceStore
 from strop.types import Group
 from strop.world import World

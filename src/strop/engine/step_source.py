@@ -25,7 +25,7 @@ from strop.lengths import Lengths, lengths_of
 from strop.objectives.base import Objective
 from strop.plan.cutting import cut
 from strop.plan.dealing import BY_TOKENS, GroupCost, deal
-from strop.plan.tokens import RowTokens
+from strop.plan.row_tokens import RowTokens
 from strop.policy.policy import Policy
 from strop.types import Group
 from strop.world import World

@@ -9,8 +9,8 @@ from strop.engine.checkpoint import Checkpoint
 from strop.estimate.devices import devices_of
 from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine
-from strop.plan.budget import longest_group
-from strop.plan.tokens import RowTokens, packed_tokens, padded_tokens
+from strop.plan.micro_batch_size import longest_group
+from strop.plan.row_tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.allocator import give_back_freed_memory
 from strop.policy.kernels.product_rates import bf16_gains
 from strop.policy.model.from_config import CannotBuildError, predicting, reason_for_plain_rows

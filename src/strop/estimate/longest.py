@@ -12,7 +12,7 @@ from strop.engine.out_of_memory import decided_by_auto
 from strop.estimate.devices import devices_of
 from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine
-from strop.plan.tokens import RowTokens
+from strop.plan.row_tokens import RowTokens
 from strop.plan.work import Work
 from strop.policy.precision import Precision
 from strop.prepared import Prepared

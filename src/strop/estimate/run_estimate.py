@@ -22,7 +22,7 @@ from strop.estimate.memory import COPY, MIB, checkpoint_bytes, fits, peak_memory
 from strop.estimate.seconds import Seconds, published_seconds, timed_seconds, together
 from strop.machine import Machine
 from strop.objectives.base import Objective
-from strop.plan.tokens import RowTokens
+from strop.plan.row_tokens import RowTokens
 from strop.plan.work import Work
 from strop.policy.model.from_config import CannotBuildError, Shape, predicting
 from strop.policy.precision import Precision

@@ -16,7 +16,7 @@ from strop.estimate.flops import body_flops, flops_of, recomputing
 from strop.estimate.memory import saved_per_token, trained_weights
 from strop.estimate.speed import measure
 from strop.machine import Machine
-from strop.plan.tokens import RowTokens
+from strop.plan.row_tokens import RowTokens
 from strop.plan.work import EpochWork, Work
 from strop.policy.model.from_config import Shape
 from strop.policy.precision import Precision

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from strop.errors import ModelError
 from strop.export.layout import ACROSS, DERIVED, EMBEDDING, HEAD, Layout
-from strop.export.params import config_of, layout_of
+from strop.export.params_json import config_of, layout_of
 from strop.export.pth import read_pth
 from strop.policy.model.consolidated_files import FIRST, PARAMS
 from strop.policy.model.folder import read_json

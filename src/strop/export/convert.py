@@ -5,7 +5,7 @@
 
 Tensors come and go one at a time, none is computed with, and there and back is the same to the bit. params.json has
 Meta's keys and, under `hf_config`, config.json as it was; without it (files of Meta's or Mistral's own) the
-configuration follows from the keys (`params.py`).
+configuration follows from the keys (`params_json.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from strop.errors import ModelError
 from strop.export.consolidated import Consolidated
 from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy_files, new_folder
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
-from strop.export.params import layout_of, params_of
+from strop.export.params_json import layout_of, params_of
 from strop.export.pth import write_pth
 from strop.export.shards import SINGLE, Shard, read_header, write_index
 from strop.manifest import seal

@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
-from strop.export.adapted import in_files, linear_products, merged_weights, parted_head
 from strop.export.folders import check_output, check_room, copy_tokenizer, new_folder
+from strop.export.merged_weights import in_files, linear_products, merged_weights, parted_head
 from strop.export.proof import (
     PROMPTS,
     Answers,

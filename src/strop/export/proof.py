@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from strop.errors import ModelError
-from strop.export.adapted import plain_name
+from strop.export.merged_weights import plain_name
 from strop.policy.model.task import is_reward_model
 
 PROMPTS = (

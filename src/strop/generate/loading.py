@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from strop.config.sections import GpuSection, ModelSection
 from strop.device import pick_device
 from strop.errors import ModelError, foreign_errors
-from strop.export.direct import in_transformers
+from strop.export.converted_bases import in_transformers
 from strop.export.shards import memory_dtype, read_header
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.adapters import with_adapter

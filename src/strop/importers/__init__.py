@@ -3,18 +3,18 @@
 In: a file of TRL, LLaMA-Factory, axolotl, unsloth or opensloth. Out: commented YAML, and what became of every key.
 
     foreign_file, python_calls    reading a file: YAML, JSON, or calls in a Python file, which is parsed and never run
-    answers                 what becomes of a key; the ways in which most keys are answered
-    trainer                 the keys of transformers' Trainer, which most tools take
+    key_answers             what becomes of a key; the ways in which most keys are answered
+    transformers_trainer    the keys of transformers' Trainer, which most tools take
     trl, trl_groups, trl_serving, trl_data, llamafactory, axolotl, axolotl_data, unsloth
                             the other keys of each tool, its defaults
     translate               a file's keys, answered one by one
-    written                 the YAML
+    written_yaml            the YAML
 
 Names that mean the same as a key of strop stand in `strop.config.foreign`, from which the hints of error messages come
 too.
 """
 
 from strop.importers.translate import Imported, import_file
-from strop.importers.written import to_text
+from strop.importers.written_yaml import to_text
 
 __all__ = ["Imported", "import_file", "to_text"]

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers import axolotl_data, trainer, trl, trl_groups
-from strop.importers.answers import (
+from strop.importers import axolotl_data, transformers_trainer, trl, trl_groups
+from strop.importers.key_answers import (
     Answer,
     Rules,
     View,
@@ -55,7 +55,7 @@ def method_of(given: Mapping[str, Any], calls: tuple[str, ...]) -> str:
 def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping[str, Any]:
     """What axolotl takes for names that are not given."""
     found = {
-        **{key: trainer.DEFAULTS[key] for key in ("max_grad_norm", "load_best_model_at_end", "seed")},
+        **{key: transformers_trainer.DEFAULTS[key] for key in ("max_grad_norm", "load_best_model_at_end", "seed")},
         "micro_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "num_epochs": 1,
@@ -118,7 +118,7 @@ def notes(view: View) -> Iterator[str]:
     if view.get("rl") == "orpo":
         yield "its ORPO trainer gets no adapter and trains all weights; strop trains adapters if the file asks for them"
     if real(view.get("warmup_steps")) or real(view.get("warmup_ratio")):
-        yield trainer.WARM_UP
+        yield transformers_trainer.WARM_UP
         yield "a warm-up share is rounded down there (and at most 100 steps where nothing is said); strop rounds it up"
     if view.get("val_set_size"):
         yield "there rows are held out by a fixed shuffle; in strop the seed and the rows' content decide which"
@@ -170,7 +170,7 @@ def _block(value: Any, view: View) -> Mapping[KeyPath, Answer]:
 
 
 def _warmup_ratio(value: Any, view: View) -> Answer:
-    return trainer.RULES["warmup_ratio"](value, view)  # type: ignore[return-value]
+    return transformers_trainer.RULES["warmup_ratio"](value, view)  # type: ignore[return-value]
 
 
 def _evaluations(value: Any, view: View) -> Answer:
@@ -190,7 +190,7 @@ def _tracker(value: Any, view: View) -> Answer:
 PER_EPOCH = "strop counts steps: set {key} to the steps of an epoch (the dry run shows them), divided by this"
 RULES: Rules = {
     **{
-        name: trainer.RULES[name]
+        name: transformers_trainer.RULES[name]
         for name in (
             *("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "warmup_steps"),
             *(
@@ -222,11 +222,11 @@ RULES: Rules = {
         "loraplus_lr_ratio peft_use_dora peft_use_rslora"
     ),
     "eval_steps": _evaluations,
-    "num_epochs": lambda value, view: trainer.RULES["num_train_epochs"](value, view),
-    "optimizer": trainer.RULES["optim"],
+    "num_epochs": lambda value, view: transformers_trainer.RULES["num_train_epochs"](value, view),
+    "optimizer": transformers_trainer.RULES["optim"],
     "lr_scheduler": chosen(
         "training.lr_scheduler",
-        trainer.SCHEDULERS,
+        transformers_trainer.SCHEDULERS,
         "strop has linear, cosine and constant; the rate now falls linearly",
     ),
     "base_model_config": always("the configuration beside the weights is taken"),

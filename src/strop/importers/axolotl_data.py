@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers.answers import Answer, View, idle, left, translated
+from strop.importers.key_answers import Answer, View, idle, left, translated
 
 TEMPLATES: Mapping[str, str] = {
     "llama3": "llama3_instruct",

@@ -12,8 +12,8 @@ from typing import Any
 
 from strop.config.yamlfile import MAX_BYTES
 from strop.errors import ConfigError
-from strop.importers import trainer
-from strop.importers.answers import (
+from strop.importers import transformers_trainer
+from strop.importers.key_answers import (
     Answer,
     Rules,
     View,
@@ -77,7 +77,7 @@ def method_of(given: Mapping[str, Any], calls: tuple[str, ...]) -> str:
 
 def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping[str, Any]:
     """What LLaMA-Factory takes for names that are not given."""
-    found = {**trainer.DEFAULTS, "cutoff_len": 2048, "val_size": 0.0}
+    found = {**transformers_trainer.DEFAULTS, "cutoff_len": 2048, "val_size": 0.0}
     if uses_lora(given):
         rank = whole(given.get("lora_rank")) or 8
         found |= {"lora_rank": 8, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_target": "all"}
@@ -109,7 +109,7 @@ def notes(view: View) -> Iterator[str]:
         "prompt loses its end; strop cuts prompts at the left, by whole messages first, and answers at the right"
     )
     if real(view.get("warmup_steps")) or real(view.get("warmup_ratio")):
-        yield trainer.WARM_UP
+        yield transformers_trainer.WARM_UP
     if view.method not in ("sft",):
         yield "its preference losses are means per micro-batch; strop takes them over the whole step"
     if view.method in ("dpo", "kto") and view.given.get("adapter_name_or_path") and not view.given.get("ref_model"):
@@ -269,7 +269,7 @@ def _info(view: View) -> tuple[Mapping[str, Any], Path, str]:
 
 
 RULES: Rules = {
-    **trainer.RULES,
+    **transformers_trainer.RULES,
     **straight(
         "model_name_or_path lora_alpha lora_dropout lora_rank loraplus_lr_ratio use_rslora use_dora cutoff_len "
         "max_samples streaming upcast_lmhead_output"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from strop.errors import ConfigError
-from strop.importers.answers import Code
+from strop.importers.key_answers import Code
 
 WATCHED = frozenset(
     {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strop.importers.answers import Answer, Code, Fate, View, idle, left, real, translated
+from strop.importers.key_answers import Answer, Code, Fate, View, idle, left, real, translated
 
 SHIPPED: Mapping[str, Mapping[str, Any]] = {
     "think_format_reward": {"name": "format", "settings": {"pattern": r"<think>(?!.*<think>).*?</think>.*"}},

@@ -9,8 +9,8 @@ from typing import Any
 from strop.config.schema import SECTIONS
 from strop.errors import ConfigError
 from strop.importers import axolotl, llamafactory, trl, unsloth
-from strop.importers.answers import Rules, View
 from strop.importers.foreign_file import Source
+from strop.importers.key_answers import Rules, View
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from strop.config import RunConfig, load_config
 from strop.config.foreign import NEEDLESS, RENAMED, instead_of
 from strop.config.yamlfile import KeyPath, dotted, write_value
 from strop.errors import ConfigError
-from strop.importers.answers import Answer, Code, Fate, Rule, View, coerced, idle, left, schema_key
 from strop.importers.foreign_file import Source, leaves, read
+from strop.importers.key_answers import Answer, Code, Fate, Rule, View, coerced, idle, left, schema_key
 from strop.importers.tools import TOOLS, Tool, recognised
 from strop.importers.trl import model_type
 

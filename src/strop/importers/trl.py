@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers import trainer, trl_data, trl_groups
-from strop.importers.answers import (
+from strop.importers import transformers_trainer, trl_data, trl_groups
+from strop.importers.key_answers import (
     Answer,
     Code,
     Rules,
@@ -97,7 +97,7 @@ def _of_loss(method: str, given: Mapping[str, Any]) -> str:
 def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping[str, Any]:
     """What TRL takes for names that are not given."""
     found = {
-        **trainer.DEFAULTS,
+        **transformers_trainer.DEFAULTS,
         "learning_rate": {"sft": 2e-5, "reward": 1e-4}.get(method, 1e-6),
         "logging_steps": 10,
         "max_length": 1024,
@@ -144,7 +144,7 @@ def decided(view: View) -> Iterator[tuple[str, Any]]:
 def notes(view: View) -> Iterator[str]:
     """What means something else in strop, for this file."""
     if real(view.get("warmup_steps")) or real(view.get("warmup_ratio")):
-        yield trainer.WARM_UP
+        yield transformers_trainer.WARM_UP
     if view.method == "grpo":
         yield "rewards of strop get completions as texts, never as messages; TRL gives messages for chat prompts"
         yield "TRL cuts no prompts; strop cuts rows at training.max_seq_length, from the left, and counts what it cuts"
@@ -276,7 +276,7 @@ def _model(value: Any, view: View) -> Answer:
 
 
 RULES: Rules = {
-    **trainer.RULES,
+    **transformers_trainer.RULES,
     **trl_groups.RULES,
     **straight(
         "model_name_or_path lora_r lora_alpha lora_dropout use_rslora use_dora dataset_name dataset_streaming "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers.answers import Answer, View, idle, left, translated
+from strop.importers.key_answers import Answer, View, idle, left, translated
 
 
 def evaluation_split(value: Any, view: View) -> Answer:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from strop.importers import trl_serving
-from strop.importers.answers import (
+from strop.importers.key_answers import (
     Answer,
     Rules,
     View,

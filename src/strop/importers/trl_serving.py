@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers.answers import (
+from strop.importers.foreign_file import leaves
+from strop.importers.key_answers import (
     Answer,
     Code,
     Fate,
@@ -27,7 +28,6 @@ from strop.importers.answers import (
     same,
     translated,
 )
-from strop.importers.foreign_file import leaves
 
 START = "start it with `vllm serve MODEL --enable-lora` in the place of `trl vllm-serve`: see docs/methods/grpo.md"
 _NOT_SERVED = ("use_dora", "modules_to_save", "lora_modules_to_save", "target_parameters", "lora_target_parameters")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from strop.importers import trl
-from strop.importers.answers import (
+from strop.importers.key_answers import (
     Answer,
     Rules,
     View,

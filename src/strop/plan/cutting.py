@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from strop.lengths import Lengths, Sized, lengths_of, starts_of
-from strop.plan.tokens import RowTokens, padded_width
+from strop.plan.row_tokens import RowTokens, padded_width
 
 OPEN = 8
 """How many micro-batches are considered for a group. The limit keeps the time linear in the number of groups."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from strop.lengths import Lengths
-from strop.plan.tokens import RowTokens
+from strop.plan.row_tokens import RowTokens
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from math import ceil
 import numpy as np
 
 from strop.lengths import starts_of
-from strop.plan.filling import FilledRows
+from strop.plan.packing import FilledRows
 
 
 @dataclass(frozen=True)

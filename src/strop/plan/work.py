@@ -14,7 +14,7 @@ import numpy as np
 from strop.lengths import Lengths, Sized, starts_of
 from strop.plan.cutting import cut_steps
 from strop.plan.order import Plan
-from strop.plan.tokens import RowTokens, padded_width
+from strop.plan.row_tokens import RowTokens, padded_width
 
 Ints = np.ndarray
 

@@ -6,7 +6,10 @@ load               tokenizer and model under one name, for programs outside of s
 build              builds a policy from a model section, in one fixed order
 policy             the module whose forward pass scores a batch
 saving             writes `final/`
-reference          the model that the policy is compared with
+group_logps        log-probs of groups under a policy
+reference_models   references whose weights are kept beside the policy's
+other_models       loads the models beside the policy: that of `ref_model_id`, the teacher
+teacher, strategy  the teacher in a forward pass; how weights lie over processes
 reference_store    reference log-probs on disk
 prefix_sharing     which models may share a prompt among its completions
 probe              checks at load that strop computes the log-probs that the model itself computes

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from strop.config.methods import METHODS, ReferenceSettings
-from strop.paired import Change, change_of_rows
 from strop.readable import is_number
 from strop.report.findings import Thresholds
 from strop.report.json_lines import Column
 from strop.report.run_record import RunRecord, Table
+from strop.significance import Change, change_of_rows
 
 LN2 = math.log(2)
 WINDOW = 0.2

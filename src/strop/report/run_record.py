@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.arrays import read_floats
 from strop.config.guidance import is_default
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
+from strop.log_arrays import read_floats
 from strop.readable import is_number
 from strop.report.json_lines import Column, Lines, read_lines
 from strop.report.samples import Sample, read_samples

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from strop.errors import ConfigError
-from strop.rewards.code import tests_passed
+from strop.rewards.code_tests import tests_passed
 
 Columns = Mapping[str, Sequence[Any]]
 """Columns of the rows by name: one value per completion."""

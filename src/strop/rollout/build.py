@@ -12,16 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.config.sections import ModelSection
-from strop.data.prompts import PromptGroups
+from strop.data.prompt_groups import PromptGroups
 from strop.engine.evaluation_contract import Watcher
 from strop.engine.step_source import Cut, GroupSet
 from strop.engine.validation import Evaluation
 from strop.errors import ConfigError
 from strop.objectives.base import Objective
 from strop.plan.order import Plan
+from strop.policy.group_logps import group_logps
 from strop.policy.model.end_tokens import end_tokens
 from strop.policy.policy import Policy
-from strop.policy.reference import FrozenReference, reference_logps
+from strop.policy.reference_models import FrozenReference
 from strop.rollout import forecast
 from strop.rollout.collect import Collector, CompletionSampler, Scoring
 from strop.rollout.drawing import Drawing
@@ -206,6 +207,6 @@ def scores_of(reference: Policy | FrozenReference) -> Scoring:
         return reference.logps
 
     def scored(micro_batches: Sequence[Sequence[Group]]) -> list[Tensor]:
-        return reference_logps(reference, micro_batches)
+        return group_logps(reference, micro_batches)
 
     return scored

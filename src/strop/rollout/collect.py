@@ -19,8 +19,8 @@ from strop.data.store.table import KeptRow
 from strop.engine.step_records import Sum
 from strop.engine.step_source import Cut, GroupSet
 from strop.errors import TrainingError
+from strop.policy.group_logps import group_logps
 from strop.policy.policy import Policy
-from strop.policy.reference import reference_logps
 from strop.rollout.pairs import best_and_worst
 from strop.rollout.rewarding import Failures, Scored, Scorer
 from strop.rollout.sampler import Prompt, Sampled
@@ -255,7 +255,7 @@ class Collector:
         old: dict[int, Tensor] = {}
         ref: dict[int, Tensor] = {}
         if self._policy is not None:
-            old = dict(zip(places, reference_logps(self._policy, micro_batches), strict=True))
+            old = dict(zip(places, group_logps(self._policy, micro_batches), strict=True))
         if self._reference is not None:
             ref = dict(zip(places, self._reference(micro_batches), strict=True))
         return [replace(r, old_logps=old.get(i), ref_logps=ref.get(i)) for i, r in enumerate(rewarded)]

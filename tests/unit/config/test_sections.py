@@ -28,9 +28,9 @@ from strop.config import (
     TrainingSection,
     load_config,
 )
+from strop.config.base_section import PATHS
 from strop.config.methods import NEUTRAL
 from strop.config.schema import KEYS
-from strop.config.section import PATHS
 from strop.errors import ConfigError
 
 ONE = (ModelSection(huggingface_id="org/model"),)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from strop.data.store.table import SCHEMA, Groups, Record, Shard, to_table
 from strop.lengths import completion_key, keys_of, prompt_key
-from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.plan.row_tokens import packed_tokens, padded_tokens
 from strop.types import Completion, Group, Origin
 
 ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6).map(lambda xs: array("i", xs))

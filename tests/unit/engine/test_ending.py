@@ -12,7 +12,7 @@ from strop.config import FinetuningSection, ModelSection, RunConfig
 from strop.engine.ending import Ending, ending_of
 from strop.engine.train_state import TrainState
 from strop.errors import CheckpointError
-from strop.paired import Change
+from strop.significance import Change
 
 
 def evaluation(step: int, loss: float | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from strop.config.methods import SftSettings
 from strop.engine.step_source import Cut, GroupSet
 from strop.engine.validation import AGREED_EVERY, Evaluation
 from strop.objectives.base import build_objective
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.types import Completion, Group, Origin
 from strop.world import World
 from worlds import in_worlds, replicated

@@ -30,7 +30,7 @@ from strop.engine.reference_logps import ReferenceLogps, reference_logps_of
 from strop.engine.step import ALONE
 from strop.errors import CheckpointError
 from strop.plan.cutting import cut
-from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.plan.row_tokens import packed_tokens, padded_tokens
 from strop.policy.build import assemble, build_policy
 from strop.policy.model.load import LoadedModel
 from strop.policy.policy import Policy

@@ -25,7 +25,7 @@ from transformers import (
 from conftest import TINY
 from strop.cli import main
 from strop.errors import CheckpointError, ModelError, SaveError
-from strop.export import adapted, merge, proof, shards
+from strop.export import merge, merged_weights, proof, shards
 from strop.machine import Machine
 from strop.policy.model.configuration import quiet
 from strop.policy.model.load import load_model
@@ -172,7 +172,7 @@ def test_a_wrong_merge_is_refused_and_nothing_is_left(
     how: str, make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, adapter = make(make_model(dtype=torch.bfloat16), target_modules=["q_proj", "down_proj"])
-    right = adapted.merged_weights
+    right = merged_weights.merged_weights
 
     def wrong(*args: Any) -> dict[str, torch.Tensor]:
         weights = right(*args)

@@ -19,9 +19,9 @@ from strop.config.foreign import RENAMED
 from strop.config.schema import KEYS
 from strop.config.yamlfile import parse, write_value
 from strop.errors import ConfigError
-from strop.importers import import_file, to_text, trainer
-from strop.importers.answers import Answer, Fate, View
+from strop.importers import import_file, to_text
 from strop.importers.foreign_file import leaves, read
+from strop.importers.key_answers import Answer, Fate, View
 from strop.importers.tools import TOOLS
 from strop.importers.translate import PREFIXES
 from strop.preflight import check
@@ -298,7 +298,7 @@ train = load_dataset("json", data_files="data/kto.jsonl", split="train")
 args = KTOConfig(output_dir="kto", learning_rate=rate, beta=0.3, desirable_weight=1.33, warmup_steps=0.1)
 trainer = KTOTrainer(model="MODEL", args=args, train_dataset=train, peft_config=LoraConfig(
     r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-trainer.train()
+transformers_trainer.train()
 """
 UNSLOTH = """
 from unsloth import FastLanguageModel, is_bfloat16_supported
@@ -802,7 +802,7 @@ def test_rewards_of_a_script_are_mapped_one_by_one(given: str, kept: list[str], 
 
 
 def test_all_trackers_are_those_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
+    monkeypatch.setattr(transformers_trainer, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
     text = json.dumps({"model_name_or_path": "a", "dataset_name": "b/c", "report_to": "all"})
     found, lost = lost_of(text, "a.json", "trl", tmp_path, post_training__method="sft")
     assert found.values["logging.report_to"] == ["wandb", "mlflow"] and not lost

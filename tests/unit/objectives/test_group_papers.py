@@ -14,7 +14,7 @@ from group_papers import Step, step_loss
 from scored import make_scores
 from strop.batch import Scores
 from strop.columns import Columns, Structure
-from strop.config.group_methods import Algorithm
+from strop.config.grpo_settings import Algorithm
 from strop.config.methods import GrpoSettings, MethodSettings
 from strop.errors import ConfigError, DataError
 from strop.objectives.advantages import advantages, group_stds, normalised_sum

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from strop.lengths import Lengths
 from strop.plan.dealing import GroupCost, deal
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.types import GroupLengths
 
 COSTS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from strop.lengths import Lengths
 from strop.plan import cutting
-from strop.plan.budget import default_budget
 from strop.plan.cutting import OPEN, cut, cut_steps
-from strop.plan.filling import filled_rows
+from strop.plan.micro_batch_size import default_budget
 from strop.plan.order import Plan
-from strop.plan.tokens import packed_tokens, padded_tokens
+from strop.plan.packing import filled_rows
+from strop.plan.row_tokens import packed_tokens, padded_tokens
 from strop.plan.work import EpochWork, Work
 from strop.types import Completion, Group, Origin
 

@@ -15,7 +15,7 @@ from conftest import build_tokenizer
 from strop.data.store.table import KeptRow
 from strop.engine.step_source import Cut
 from strop.plan.order import Plan
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.rollout.collect import Collector
 from strop.rollout.forecast import FEWEST, MOST, STEP, Forecast, Probe, num_probed, without_signal
 from strop.rollout.rewarding import Scored

@@ -19,7 +19,7 @@ from strop.data.store.table import KeptRow
 from strop.engine.step_source import Cut
 from strop.errors import TrainingError
 from strop.plan.order import Plan
-from strop.plan.tokens import packed_tokens
+from strop.plan.row_tokens import packed_tokens
 from strop.rollout.collect import Collector, Rewarded
 from strop.rollout.rewarding import Failures, Scored
 from strop.rollout.rollout_source import RolloutSource

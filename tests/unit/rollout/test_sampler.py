@@ -12,7 +12,8 @@ import torch
 
 from rollout_policies import FAMILIES, as_group, make_policy, prompts, trained_logps
 from strop.errors import ConfigError
-from strop.policy.reference import FrozenReference, reference_logps
+from strop.policy.group_logps import group_logps
+from strop.policy.reference_models import FrozenReference
 from strop.rollout.drawing import Drawing, uniforms
 from strop.rollout.sampler import Sampled, Sampler
 
@@ -134,16 +135,16 @@ def test_a_frozen_reference_scores_as_the_policy_did(keys: dict[str, Any], tmp_p
     given = prompts()
     groups = [as_group(p, own) for p, own in zip(given, Sampler(policy, 2, ENDS).sample(1, given), strict=True)]
     parts = [groups[:2], groups[2:]]
-    before = reference_logps(policy, parts)
+    before = group_logps(policy, parts)
     reference = FrozenReference(policy)
     with torch.no_grad():
         for weight in policy.trainable().values():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
-    moved = reference_logps(policy, parts)
+    moved = group_logps(policy, parts)
     places = {name: weight.data_ptr() for name, weight in policy.trainable().items()}
     found = reference.logps(parts)
     assert all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
     assert not torch.equal(torch.cat(found), torch.cat(moved))
-    assert all(torch.equal(a, b) for a, b in zip(reference_logps(policy, parts), moved, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(group_logps(policy, parts), moved, strict=True))
     assert places == {name: weight.data_ptr() for name, weight in policy.trainable().items()}
     assert all(weight.requires_grad for weight in policy.trainable().values())

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from strop.config.section import JsonMapping, MappingOf, NamedOf, Problem, Section
+from strop.config.base_section import JsonMapping, MappingOf, NamedOf, Problem, Section
 
 
 class SourceSection(Section):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from strop.config.section import ListOf, Problem, Section
+from strop.config.base_section import ListOf, Problem, Section
 from strop.config.stop_on import StopOn
 
 

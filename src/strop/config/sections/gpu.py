@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strop.config.section import ListOf, Problem, Section
+from strop.config.base_section import ListOf, Problem, Section
 
 
 class GpuSection(Section):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from strop.config.section import ListOf, Problem, Section
+from strop.config.base_section import ListOf, Problem, Section
 
 
 class LoraSection(Section):

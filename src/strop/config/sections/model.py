@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from strop.config.section import ListOf, Problem, Section
+from strop.config.base_section import ListOf, Problem, Section
 
 
 def _last_part(data: dict[str, Any]) -> str:

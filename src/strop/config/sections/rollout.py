@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from strop.config.section import JsonMapping, ListOf, MappingOf, Problem, Section
+from strop.config.base_section import JsonMapping, ListOf, MappingOf, Problem, Section
 
 
 class RewardSection(Section):

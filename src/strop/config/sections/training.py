@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from strop.config.folders import unsafe_folder
-from strop.config.section import Problem, Section
+from strop.config.base_section import Problem, Section
+from strop.config.unsafe_folders import unsafe_folder
 
 LEARNING_RATES = "by method (sft 2e-5, preferences 5e-7, grpo 1e-6; ten times that for adapters)"
 """How `training.learning_rate` is chosen where nobody gives it."""

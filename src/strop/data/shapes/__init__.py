@@ -4,7 +4,7 @@ examples           row -> Example, or the reason why not
 foreign            shapes of other tools, rewritten as strop's own
 own                prompts and completions in strop's own shape
 messages           messages and texts of a row, validated
-beside             what stands beside the turns: system text, tools, media, reasoning
-numbers            the numbers of a row beside its completions: rewards, log-probs
+extra_columns      what stands beside the turns: system text, tools, media, reasoning
+number_columns     the numbers of a row beside its completions: rewards, log-probs
 json_columns       columns that hold JSON as text
 """

@@ -13,7 +13,7 @@ from typing import Any
 
 from strop.config import DatasetSection
 from strop.data.read.row import RowRefused
-from strop.data.shapes.beside import (
+from strop.data.shapes.extra_columns import (
     TEMPLATE_KWARGS,
     note_media,
     note_reasoning,
@@ -24,7 +24,7 @@ from strop.data.shapes.beside import (
 from strop.data.shapes.foreign import ANSWERS, BETTER_AND_WORSE, QUESTIONS, is_answered, own_shape
 from strop.data.shapes.json_columns import messages_in, parsed
 from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
-from strop.data.shapes.numbers import Numbers, margin_of, numbers_of
+from strop.data.shapes.number_columns import Numbers, margin_of, numbers_of
 from strop.data.shapes.own import equal, explicit, implicit, same_kind
 from strop.types import Example, Message, Origin, RowShape, Turns
 

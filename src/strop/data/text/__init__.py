@@ -5,8 +5,8 @@ sandbox            runs a template with limits on time and memory
 date               the day that a template prints
 message_forms      the forms in which templates expect messages
 template_writer    renders conversations with a template; knows the tokens that end an answer
-markers, answers   find a row's own words, and the answers, in a rendered conversation
-from_prompt        a last answer placed behind its generation prompt, if the template renders it differently
+markers, answer_spans   find a row's own words, and the answers, in a rendered conversation
+generation_prompt  a last answer placed behind its generation prompt, if the template renders it differently
 refusals           the messages about rows that a template cannot write
 render             Example -> text with its trained spans
 encode             text -> ids and loss masks

@@ -3,7 +3,7 @@
 In: an Example. Out: one Rendered per completion: the whole conversation as text, with character spans.
 
 `message_forms.py` knows the forms in which templates expect messages, `markers.py` finds a row's words in the text, and
-`answers.py` finds the parts that the model has to write.
+`answer_spans.py` finds the parts that the model has to write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from strop.data.read.row import RowRefused
-from strop.data.text.answers import Answer, Content, Conversation
+from strop.data.text.answer_spans import Answer, Content, Conversation
 from strop.data.text.chat_template import choose_template, tokenizers_template
 from strop.data.text.markers import REASONING_KEYS, Span
 from strop.data.text.message_forms import (

@@ -11,7 +11,7 @@ from typing import Any
 
 from strop.data.read.row import RowRefused
 from strop.data.shapes.messages import wrong_type
-from strop.data.shapes.numbers import numbers_of
+from strop.data.shapes.number_columns import numbers_of
 from strop.data.text.encode import Encoded, EncodedSide
 
 NOT_TRAINED = -100

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from strop.paired import Change
 from strop.report.checks.remedies import longer_run, lower
 from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
+from strop.significance import Change
 
 
 def ended(facts: Facts) -> Iterator[Finding]:

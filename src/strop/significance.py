@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.arrays import read_floats
+from strop.log_arrays import read_floats
 from strop.runfiles import EVALUATIONS, row_losses_array
 
 FEWEST = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from strop.config.section import Problem
+from strop.config.base_section import Problem
 
 SYSTEM = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "sbin", "sys", "usr/bin", "usr/lib", "usr/sbin")
 """Folders below the root that belong to the operating system with all that is in them."""

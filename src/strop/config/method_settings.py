@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
 
-from strop.config.section import Problem, Section, SectionError
+from strop.config.base_section import Problem, Section, SectionError
 from strop.types import RowShape
 
 NEUTRAL: Mapping[str, Any] = {

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.report import DataReport, Rendering, SplitCounts, fingerprint, group_statistics, length_summary
+from strop.data.data_report import DataReport, Rendering, SplitCounts, fingerprint, group_statistics, length_summary
 from strop.types import Completion, Group, Origin
 
 Make = Callable[..., Any]

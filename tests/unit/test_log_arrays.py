@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from strop.arrays import MOST_BYTES, read_floats
+from strop.log_arrays import MOST_BYTES, read_floats
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

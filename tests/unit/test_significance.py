@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from strop.paired import change, change_of_rows, quantile
 from strop.runfiles import EVALUATIONS, row_losses_array, step_of_row_losses
+from strop.significance import change, change_of_rows, quantile
 
 
 def test_the_quantiles_are_those_of_students_t() -> None:

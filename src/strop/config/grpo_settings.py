@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 from pydantic.config import JsonDict
 
-from strop.config.method import Readers, ReferenceSettings
-from strop.config.section import Problem
+from strop.config.base_section import Problem
+from strop.config.method_settings import Readers, ReferenceSettings
 from strop.types import RowShape
 
 Algorithm = Literal[

@@ -9,7 +9,7 @@ import pytest
 
 from strop.config import METHODS, load_config
 from strop.config.guidance import is_default
-from strop.config.read import unread
+from strop.config.unread_keys import unread
 
 MODEL = [{"huggingface_id": "org/model"}]
 

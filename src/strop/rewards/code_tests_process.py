@@ -1,4 +1,4 @@
-"""The process that runs code and its tests: python -I code_process.py DESCRIPTOR. Floor 2, the standard library only.
+"""The process that runs code and its tests: python -I code_tests_process.py DESCRIPTOR. Floor 2, standard library only.
 
 In, on standard input: a JSON object with code, tests, token and limits. Out, to the descriptor: the token and how many
 tests passed.

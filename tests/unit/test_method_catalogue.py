@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from strop import catalogue
+from strop import method_catalogue
 from strop.cli import main
 from strop.config import METHODS
 from strop.config.manual import FOR_DATA
@@ -27,12 +27,12 @@ def test_the_listing_names_every_method(capsys: pytest.CaptureFixture[str]) -> N
 def test_an_explanation_has_every_setting_and_every_metric(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", method]) == 0
     out = capsys.readouterr().out
-    objective = catalogue.objective_class(METHODS[method])
+    objective = method_catalogue.objective_class(METHODS[method])
     for name in METHODS[method].model_fields.keys() - {"method"}:
         assert f"\n  {name}  (" in out
     for name in objective.METRICS:
         assert f"\n  {name}\n" in out
-    assert "loss" in out and catalogue.ROWS[METHODS[method].ROWS].split(":")[0] in out
+    assert "loss" in out and method_catalogue.ROWS[METHODS[method].ROWS].split(":")[0] in out
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -46,7 +46,7 @@ def test_every_method_has_a_page_and_a_config(method: str) -> None:
 
 
 def test_every_loss_of_dpo_has_its_formula() -> None:
-    formula = catalogue.markdown("dpo").split("```")[1]
+    formula = method_catalogue.markdown("dpo").split("```")[1]
     for name in get_args(LossType):
         assert re.search(rf"^    {name} ", formula, flags=re.MULTILINE), name
 

@@ -10,7 +10,7 @@ from strop.device import start_world
 from strop.each_model import for_each_model
 from strop.engine.progress import Progress
 from strop.errors import ConfigError
-from strop.export.direct import with_converted
+from strop.export.converted_bases import with_converted
 from strop.objectives.base import build_objective
 from strop.preflight import select_models
 from strop.prepared import scored_ahead

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-HARNESS = Path(__file__).with_name("code_process.py")
+HARNESS = Path(__file__).with_name("code_tests_process.py")
 
 CLOCK = 3.0
 """A process that waits uses no processor time: it gets so many times its limit on the clock."""

@@ -15,9 +15,11 @@ from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.build import build_policy
+from strop.policy.group_logps import group_logps
 from strop.policy.model.tokenizer import load_tokenizer
+from strop.policy.other_models import reference_policy
 from strop.policy.policy import Policy
-from strop.policy.reference import SyncedReference, reference_logps, reference_policy
+from strop.policy.reference_models import SyncedReference
 from strop.types import Group
 
 CPU = torch.device("cpu")
@@ -30,7 +32,7 @@ def test_one_tensor_a_group_whatever_the_cut(
 ) -> None:
     policy = build(lora={"lora_dropout": 0.5}, attn_implementation=attention)
     parts = [groups[a:b] for a, b in pairwise((0, *cuts, len(groups)))]
-    results = reference_logps(policy, parts)
+    results = group_logps(policy, parts)
     assert [len(r) for r in results] == [g.num_scored for g in groups]
     with policy.scoring():
         for group, result in zip(groups, results, strict=True):
@@ -82,7 +84,7 @@ def test_the_initial_policy_is_the_reference(
         policy = build_policy(config, config.models[0], CPU)
         with reference_policy(config, config.models[0], policy, tokenizer) as reference:
             assert reference is policy
-        results = reference_logps(policy, [groups])
+        results = group_logps(policy, [groups])
         with policy.scoring():  # margins are zero before the first step, bit for bit on the same micro-batches
             assert torch.equal(policy(policy.collate(groups)).logps, torch.cat(results))
 
@@ -105,12 +107,12 @@ def test_another_model_is_the_reference(
     policy = build_policy(config, config.models[0], CPU)
     with reference_policy(config, config.models[0], policy, tokenizer) as reference:
         assert not any(p.requires_grad for p in reference.parameters())
-        results = reference_logps(reference, [groups])
+        results = group_logps(reference, [groups])
     assert not list(reference.parameters())
     section = ModelSection(huggingface_id=str(other_dir))
     alone = build_policy(RunConfig(models=[section]), section, CPU)
-    torch.testing.assert_close(torch.cat(results), torch.cat(reference_logps(alone, [groups])))
-    own = torch.cat(reference_logps(policy, [groups]))
+    torch.testing.assert_close(torch.cat(results), torch.cat(group_logps(alone, [groups])))
+    own = torch.cat(group_logps(policy, [groups]))
     assert not torch.allclose(torch.cat(results), own, atol=0.1)
 
 

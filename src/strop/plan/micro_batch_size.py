@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from strop.lengths import Sized, lengths_of
-from strop.plan.tokens import RowTokens
+from strop.plan.row_tokens import RowTokens
 
 CPU_TOKENS = 2048
 """Tokens per micro-batch on a CPU. Larger micro-batches take more memory and are not faster; smaller ones are slower:

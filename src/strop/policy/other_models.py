@@ -1,130 +1,31 @@
-"""The models beside a policy: the reference, with the log-probs of groups under it, and the teacher. Floor 2.
+"""Loads the models beside a policy: the reference that `ref_model_id` names, and the teacher. Floor 2.
 
-The reference is the policy as it is before its first step, so no second model is held in memory, in full training
-neither; or it is another model with the same vocabulary, which is freed once the groups are scored. Where groups are
-sampled, it is needed in every step: what trains is copied (`FrozenReference`), or the other model stays. A reference
-that follows the policy (`SyncedReference`) is a second model in memory.
+Without `ref_model_id` the reference is the policy as it is before its first step, so no second model is held in memory,
+in full training neither. Another model has to have the same vocabulary. It is freed once the groups are scored; where
+groups are sampled, it stays.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from strop.batch import TokenScores
 from strop.config.methods import DistillSettings
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ConfigError, ModelError
-from strop.policy.allocator import in_halves
 from strop.policy.build import assemble, elementwise_of, hash_of, is_sharded, sampling_temperature, strategy_of
 from strop.policy.model.folder import place_of
 from strop.policy.model.load import load_model
 from strop.policy.model.tokenizer import check_vocabulary, load_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.teacher import Teacher
-from strop.types import Group
-
-
-def micro_batch_logps(policy: Policy, groups: Sequence[Group]) -> tuple[Tensor, bool]:
-    """Scores groups as one micro-batch. Call it inside `Policy.scoring`.
-
-    Returns:
-        The log-probs [scored tokens of the groups] on the CPU, in float32 (float64 on a float64 model); and whether one
-        pass was enough. If memory did not suffice, the groups were scored in halves, which changes the last bits.
-    """
-    num_passes = 0
-
-    def score(part: Sequence[Group]) -> Tensor:
-        nonlocal num_passes
-        scored: TokenScores = policy(policy.collate(part))
-        logps = scored.logps.cpu()
-        num_passes += 1
-        return logps
-
-    logps = in_halves(score, groups) if policy.strategy.repeats else score(groups)
-    return logps, num_passes == 1
-
-
-def reference_logps(policy: Policy, micro_batches: Sequence[Sequence[Group]]) -> list[Tensor]:
-    """One tensor [scored tokens of the group] per group, on the CPU, in the order of `micro_batches`. All processes
-    call it together, each with its own micro-batches, or none.
-
-    It is float32, or float64 on a float64 model. How groups are cut into micro-batches changes rounding only; another
-    pass over the same micro-batches by the same model gives the same bits.
-    """
-    results: list[Tensor] = []
-    num_idle = policy.strategy.num_idle(len(micro_batches))
-    with policy.scoring(), policy.strategy.passes():
-        for batch in micro_batches:
-            logps, _ = micro_batch_logps(policy, batch)
-            # cloned, because a view would keep the whole micro-batch in memory
-            results += [part.clone() for part in torch.split(logps, [g.num_scored for g in batch])]
-        for _ in range(num_idle):
-            policy.strategy.idle(False)
-        policy.strategy.forget_passes()
-    return results
-
-
-class FrozenReference:
-    """The policy as it is now, while it goes on training. Only the weights that train are copied, each process what it
-    holds of them: for the passes of the reference they take the place of the policy's own.
-
-    Args:
-        policy: before its first step, and before a checkpoint is loaded into it.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._weights = {name: weight.detach().clone() for name, weight in policy.strategy.trained.items()}
-
-    def logps(self, micro_batches: Sequence[Sequence[Group]]) -> list[Tensor]:
-        """As `reference_logps`, under the weights of then."""
-        self._swap()
-        try:
-            return reference_logps(self._policy, micro_batches)
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for name, weight in self._policy.strategy.trained.items():
-            now = weight.detach().clone()
-            weight.detach().copy_(self._weights[name])  # in place: a sharded layer is gathered from this memory
-            self._weights[name] = now
-
-
-class SyncedReference:
-    """A reference that follows the policy (TR-DPO, arXiv 2404.09656): a second model, which scores every batch.
-
-    Args:
-        policy: before its first step, trained in full.
-        every_steps, share: every so many steps, the weights become share x the policy's + (1 - share) x their own.
-    """
-
-    def __init__(self, policy: Policy, every_steps: int, share: float) -> None:
-        self._leader, self._every, self._share = policy.trainable(), every_steps, share
-        self._copy = copy.deepcopy(policy)
-        self.weights = {name: weight.detach() for name, weight in self._copy.trainable().items()}
-        """The weights that follow the policy, by the names of `Policy.trainable`."""
-        self._copy.requires_grad_(False)
-
-    def logps(self, groups: Sequence[Group]) -> list[Tensor]:
-        """One tensor [scored tokens] per group; they are scored as one micro-batch."""
-        return reference_logps(self._copy, [groups])
-
-    @torch.no_grad()
-    def after(self, step: int) -> None:
-        """Moves the weights towards the policy's, if this step is one of those."""
-        if step % self._every == 0:
-            for name, weight in self.weights.items():
-                weight.lerp_(self._leader[name], self._share)
 
 
 @contextmanager
@@ -276,7 +177,7 @@ def _load(config: RunConfig, other: _Other, policy: Policy, tokenizer: PreTraine
 
 @contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Errors of the block name the reference as their place."""
+    """Errors of the block name that model as their place."""
     try:
         yield
     except ModelError as error:

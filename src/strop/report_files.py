@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from strop.arrays import read_floats
 from strop.errors import StropError
 from strop.estimate import estimate
+from strop.log_arrays import read_floats
 from strop.readable import plain
 from strop.report.diagnose import Diagnosis
 from strop.report.findings import Severity

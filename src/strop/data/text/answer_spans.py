@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from strop.data.read.row import RowRefused
-from strop.data.text.from_prompt import behind_prompt, with_thoughts
+from strop.data.text.generation_prompt import behind_prompt, with_thoughts
 from strop.data.text.markers import REASONING_KEYS, THINK_TAG, Markers, Piece, Place, Reading, Span
 from strop.data.text.message_forms import without_arguments, without_reasoning
 from strop.data.text.refusals import dropped, dropped_reasoning, unverified

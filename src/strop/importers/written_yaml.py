@@ -7,7 +7,7 @@ from typing import Any
 
 from strop.config.schema import KEYS
 from strop.config.yamlfile import write_value
-from strop.importers.answers import Fate
+from strop.importers.key_answers import Fate
 from strop.importers.translate import Entry, Imported, in_words, nested
 from strop.redact import redact
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from strop.config.schema import SECTIONS
-from strop.importers.answers import (
+from strop.importers.key_answers import (
     Answer,
     Code,
     Rule,

@@ -17,7 +17,7 @@ import strop
 from strop.cli import main
 from strop.errors import ModelError
 from strop.export.convert import to_consolidated
-from strop.export.direct import in_transformers
+from strop.export.converted_bases import in_transformers
 
 
 @pytest.fixture
