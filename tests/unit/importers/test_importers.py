@@ -19,7 +19,7 @@ from strop.config.foreign import RENAMED
 from strop.config.schema import KEYS
 from strop.config.yamlfile import parse, write_value
 from strop.errors import ConfigError
-from strop.importers import import_file, to_text
+from strop.importers import import_file, to_text, transformers_trainer
 from strop.importers.foreign_file import leaves, read
 from strop.importers.key_answers import Answer, Fate, View
 from strop.importers.tools import TOOLS
@@ -298,7 +298,7 @@ train = load_dataset("json", data_files="data/kto.jsonl", split="train")
 args = KTOConfig(output_dir="kto", learning_rate=rate, beta=0.3, desirable_weight=1.33, warmup_steps=0.1)
 trainer = KTOTrainer(model="MODEL", args=args, train_dataset=train, peft_config=LoraConfig(
     r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-transformers_trainer.train()
+trainer.train()
 """
 UNSLOTH = """
 from unsloth import FastLanguageModel, is_bfloat16_supported
