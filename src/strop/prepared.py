@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from strop.batch import PROMPT_LOGPS
 from strop.config import RunConfig, advice, of_model
 from strop.config.guidance import is_default
-from strop.config.methods import GrpoSettings, KtoSettings, MethodSettings
+from strop.config.methods import MethodSettings
 from strop.config.sections import LoraSection, ModelSection
 from strop.data.load import LoadedData
 from strop.data.problems import imbalance
 from strop.data.prompt_groups import PromptGroups
-from strop.data.store.group_numbers import check_complete, check_groups
+from strop.data.store.group_numbers import check_groups
 from strop.data.store.table import Groups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import SCORE, WIN_RATE, held_out_metrics, no_such_metric
@@ -93,11 +93,11 @@ class Prepared:
     def advice(self) -> list[str]:
         """Warnings about the configuration, given these rows and the model's size, if that is known."""
         settings, notes = self.config.post_training, []
-        if isinstance(settings, KtoSettings):
-            note = imbalance(self.data.num_labels, settings.desirable_weight, settings.undesirable_weight)
+        if (weights := settings.label_weights) is not None:
+            note = imbalance(self.data.num_labels, weights[True], weights[False])
             notes = [note] if note is not None else []
         if (
-            isinstance(settings, GrpoSettings)
+            settings.READS_OLD_LOGPS
             and not self.config.rollout.enabled
             and not self.data.train.counts("old_logps").any()
         ):
@@ -106,7 +106,7 @@ class Prepared:
                 "one had"
             ]
         try:
-            size = num_weights(self.model, reward_model=self.config.post_training.REWARD_MODEL)
+            size = num_weights(self.model, reward_model=settings.REWARD_MODEL)
         except CannotBuildError:
             size = None
         return [*advice(self.config, size), *notes]
@@ -257,33 +257,39 @@ def prepare(
         _check_mismatched(data)
     if config.rollout.enabled:
         data = _to_sample(config, data, objective)
-    elif isinstance(objective.settings, GrpoSettings):
+    else:
         for groups in (data.train, data.eval):
-            check_groups(groups, objective.reads, objective.settings.advantage)
-    elif config.post_training.REWARD_MODEL:
-        for groups in (data.train, data.eval):
-            check_complete(groups, objective.reads)
+            check_groups(groups, objective.reads, objective.settings.compares)
     if data.eval:
         _check_metric(config, objective)
     else:
         config = _without_validation(config)
+    config = _with_size_of_steps(config, checkpoint, num_processes)
+    return Prepared(config, model, tokenizer, data, objective, _plan(config, data), num_processes)
+
+
+def _with_size_of_steps(config: RunConfig, checkpoint: Checkpoint | None, num_processes: int) -> RunConfig:
+    """With `groups_per_step` decided: by the run that is continued, else from the batch size."""
     training = config.training
     if checkpoint is not None:  # a recipe has the second key only if the cut decides the masks of dropout
         recipe = checkpoint.state["recipe"]
         keys = ("training.groups_per_step", "training.micro_batch_tokens")
         kept = {key: recipe[key] for key in keys if key in recipe and getattr(training, key.partition(".")[2]) is None}
         config = config.with_values(kept, "the resumed run")
-    groups_per_step = config.training.groups_per_step
-    if groups_per_step is None:
-        groups_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * num_processes
-        origin = "batch size x accumulation steps x devices"
-        config = config.with_values({"training.groups_per_step": groups_per_step}, origin)
+    if config.training.groups_per_step is not None:
+        return config
+    groups_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * num_processes
+    origin = "batch size x accumulation steps x devices"
+    return config.with_values({"training.groups_per_step": groups_per_step}, origin)
+
+
+def _plan(config: RunConfig, data: LoadedData) -> Plan:
+    training, rollout = config.training, config.rollout
+    assert training.groups_per_step is not None
     filled = filled_rows(data.train, training.max_seq_length, config.seed) if training.packing else None
-    rollout = config.rollout
     rounds = (rollout.steps_per_generation, rollout.num_iterations) if rollout.enabled else (1, 1)
     length = (training.num_epochs, training.max_steps)
-    plan = Plan.of(len(data.train), groups_per_step, *length, config.seed, filled, *rounds)
-    return Prepared(config, model, tokenizer, data, objective, plan, num_processes)
+    return Plan.of(len(data.train), training.groups_per_step, *length, config.seed, filled, *rounds)
 
 
 def scored_ahead(config: RunConfig, objective: Objective[MethodSettings]) -> bool:

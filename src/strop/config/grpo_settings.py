@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pydantic.config import JsonDict
 
 from strop.config.base_section import Problem
-from strop.config.method_settings import Readers, ReferenceSettings
+from strop.config.method_settings import Comparison, Readers, ReferenceSettings
 from strop.types import RowShape
 
 Algorithm = Literal[
@@ -89,6 +89,7 @@ class GrpoSettings(ReferenceSettings):
     LEARNING_RATE: ClassVar[float] = 1e-6
     OBJECTIVE: ClassVar[str] = "grpo:Grpo"
     ROWS: ClassVar[RowShape] = "group"
+    READS_OLD_LOGPS: ClassVar[bool] = True
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "importance_sampling_level": Readers("gate", tuple(g for g in get_args(Gate) if g != "gmpo")),
         "epsilon": Readers("gate", tuple(_BOUNDS)),
@@ -159,6 +160,14 @@ class GrpoSettings(ReferenceSettings):
     """Upper bound of that weight."""
     sampler_correction_min: float = Field(default=0.0, ge=0, lt=1)
     """Masks: lower bound of that weight."""
+
+    @property
+    def compares(self) -> Comparison | None:
+        return (
+            None
+            if self.advantage in ("reinforce++", "none")
+            else Comparison("advantage", self.advantage, "reinforce++")
+        )
 
     @model_validator(mode="before")
     @classmethod

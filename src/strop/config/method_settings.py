@@ -59,6 +59,15 @@ def either(names: Sequence[str]) -> str:
     return f"{', '.join(front)} or {last}" if front else last
 
 
+class Comparison(NamedTuple):
+    """A setting of a method by which the completions of a group are compared with each other, so that a group needs at
+    least two. alone: the value of that setting under which one is enough."""
+
+    setting: str
+    value: str
+    alone: str
+
+
 class MethodSettings(Section):
     """What the settings of all methods have in common."""
 
@@ -74,10 +83,26 @@ class MethodSettings(Section):
     ROWS: ClassVar[RowShape] = "pair"
     """What the method needs of the data."""
 
+    PACKS: ClassVar[bool] = False
+    """Whether `training.packing` is for it."""
+
+    READS_OLD_LOGPS: ClassVar[bool] = False
+    """Whether it weighs completions of rows by the policy that sampled them, where rows have its `old_logps`."""
+
     READ_BY: ClassVar[Mapping[str, Readers]] = {}
     """Settings that some variants of the method do not read, and which do."""
 
     method: str
+
+    @property
+    def compares(self) -> Comparison | None:
+        """What compares the completions of a group with each other, if anything does."""
+        return None
+
+    @property
+    def label_weights(self) -> Mapping[bool, float] | None:
+        """Weight of the loss of desirable (True) and undesirable completions, for a method whose rows have labels."""
+        return None
 
     def unread(self) -> Mapping[str, Readers]:
         """Settings that stand in this class but not for this variant of the method, and who reads them."""

@@ -24,6 +24,7 @@ class SftSettings(MethodSettings):
     LEARNING_RATE: ClassVar[float] = 2e-5
     OBJECTIVE: ClassVar[str] = "sft:Sft"
     ROWS: ClassVar[RowShape] = "single"
+    PACKS: ClassVar[bool] = True
 
     method: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
@@ -162,6 +163,10 @@ class KtoSettings(ReferenceSettings):
     """Weight of the desirable completions' loss; keep weight times number of rows about equal on both sides."""
     undesirable_weight: float = Field(default=1.0, gt=0)
     """Weight of the undesirable completions' loss."""
+
+    @property
+    def label_weights(self) -> Mapping[bool, float]:
+        return {True: self.desirable_weight, False: self.undesirable_weight}
 
 
 class OrpoSettings(MethodSettings):

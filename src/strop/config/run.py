@@ -214,12 +214,14 @@ class RunConfig(Section):
                     "at least 2",
                 )
             return
-        if rollout.num_generations < 2 and method.advantage not in ("reinforce++", "none"):
+        compares = method.compares
+        if rollout.num_generations < 2 and compares is not None:
+            name, value, alone = compares
             yield Problem(
-                ("rollout.num_generations", "post_training.advantage"),
-                f"rollout.num_generations is 1, and advantage {method.advantage} compares the completions of a prompt",
+                ("rollout.num_generations", f"post_training.{name}"),
+                f"rollout.num_generations is 1, and {name} {value} compares the completions of a prompt",
                 "at least 2",
-                "raise it, or set post_training.advantage: reinforce++",
+                f"raise it, or set post_training.{name}: {alone}",
             )
         defaults = {name: RolloutSection.model_fields[name].default for name in ("top_k", "top_p", "min_p")}
         left_out = [name for name, default in defaults.items() if getattr(rollout, name) != default]
@@ -350,7 +352,7 @@ class RunConfig(Section):
                     "true or gaussian on a quantised base",
                     "remove init_lora_weights, or set quant: none",
                 )
-        if self.training.packing and self.post_training.method != "sft":
+        if self.training.packing and not self.post_training.PACKS:
             yield Problem(
                 ("training.packing",),
                 f"training.packing is true, and the method is {self.post_training.method}",

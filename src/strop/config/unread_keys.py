@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from strop.config.guidance import is_default
 from strop.config.methods import ReferenceSettings
 from strop.config.run import RunConfig
+from strop.types import RowShape
 
 PAIRS = ("dataset.chosen_column", "dataset.rejected_column")
+COMPLETIONS = ("dataset.completion_column", "dataset.label_column")
+MARGINS = "logging.margins"
+UNREAD: Mapping[RowShape, tuple[str, ...]] = {
+    "single": (*PAIRS, MARGINS),
+    "pair": COMPLETIONS,
+    "labelled": (MARGINS,),
+    "group": (*PAIRS, *COMPLETIONS, MARGINS),
+}
+"""Keys that methods on rows of a shape do not read."""
 
 
 def unread(config: RunConfig) -> set[str]:
     """Dotted keys that this method, or this variant of it, does not read, and that nobody gave a value."""
     method = config.post_training
-    keys = {f"post_training.{name}" for name in method.unread()}
-    if method.method == "sft":
-        keys |= {*PAIRS, "logging.margins"}
-    else:
+    keys = {*(f"post_training.{name}" for name in method.unread()), *UNREAD[method.ROWS]}
+    if not method.PACKS:
         keys.add("training.packing")
-    if method.method == "kto":
-        keys.add("logging.margins")
-    elif method.method != "sft":
-        keys |= {"dataset.completion_column", "dataset.label_column"}
     if not isinstance(method, ReferenceSettings):
         keys.add("training.reference_store")
     if not any(map(config.adapts, config.models)):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from strop.config.method_settings import Comparison
 from strop.data.read.row import RowRefused
 from strop.data.store.table import NUMBERS, Groups
 from strop.data.text.encode import Encoded
@@ -46,36 +47,32 @@ def with_numbers(group: Group, numbers: Mapping[str, tuple[Any, ...]]) -> Group:
     return replace(group, numbers=found) if found else group
 
 
-def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], advantage: str) -> None:
-    """Refuse groups that lack what the objective reads, that have it in part, or that are too small for their baseline.
+def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], compares: Comparison | None) -> None:
+    """Refuse groups that lack what the objective reads, that have it in part, or that have nothing to compare.
 
     Args:
-        reads: names of the columns that the objective needs. advantage: how it makes advantages of rewards.
+        reads: names of the columns that the objective needs. compares: what compares the completions of a group.
 
     Raises:
         DataError: names the first row.
     """
     if not isinstance(groups, Groups):
         return  # an empty validation set
-    check_complete(groups, reads)
+    _check_complete(groups, reads)
+    if compares is None:
+        return
     sizes = groups.counts("completions")
-    if advantage not in ("reinforce++", "none") and (sizes < 2).any():
+    if (sizes < 2).any():
         raise DataError(
             "the group has one completion, and there is nothing to compare it with",
             where=str(groups[int(sizes.argmin())].origin),
-            expected=f"at least two completions per prompt (post_training.advantage: {advantage})",
-            fix="sample more completions per prompt, or set post_training.advantage: reinforce++",
+            expected=f"at least two completions per prompt (post_training.{compares.setting}: {compares.value})",
+            fix=f"sample more completions per prompt, or set post_training.{compares.setting}: {compares.alone}",
         )
 
 
-def check_complete(groups: Groups | Sequence[Group], reads: frozenset[str]) -> None:
-    """Refuse groups of which some have numbers that others lack, or all lack what the objective reads.
-
-    Raises:
-        DataError: names the first row.
-    """
-    if not isinstance(groups, Groups):
-        return
+def _check_complete(groups: Groups, reads: frozenset[str]) -> None:
+    """Refuse groups of which some have numbers that others lack, or all lack what the objective reads."""
     for name in NUMBERS:
         has = groups.counts(name) > 0
         if not has.all() and (name in reads or has.any()):
