@@ -300,8 +300,10 @@ def _seeded(policy: Forward, batch: Batch, seed: tuple[int, int], micro_batch: i
 
 
 def suspect_rows(result: StepScores, groups: Sequence[Group], most: int = 8) -> str:
-    """Names the rows whose log-probs are not finite, or, if all are finite, the rows of the step."""
-    sums = result.scores.sums(result.scores.logps)
-    bad = sorted(set(result.scores.group_index[~torch.isfinite(sums)].tolist()))
+    """Names the rows with a log-prob or another number that is not finite, or, if all are finite, those of the step."""
+    scores = result.scores
+    columns = scores.columns._replace(per_token={**scores.columns.per_token, "log-probs": scores.logps})
+    of_groups = enumerate(columns.split(scores.structure))
+    bad = [i for i, own in of_groups if not all(bool(x.isfinite().all()) for level in own for x in level.values())]
     rows = [str(groups[i].origin) for i in bad or range(len(groups))]
     return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")

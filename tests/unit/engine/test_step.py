@@ -17,7 +17,7 @@ from scored import beside, ref_columns
 from strop.batch import Batch, Scores, TokenScores, pack, pad
 from strop.columns import Columns
 from strop.config.methods import KtoSettings, MethodSettings, SftSettings
-from strop.engine.step import StepNumbers, forward_backward
+from strop.engine.step import StepNumbers, StepScores, forward_backward, suspect_rows
 from strop.engine.validation import evaluate
 from strop.objectives.advantages import normalised_sum
 from strop.objectives.base import build_objective
@@ -285,3 +285,31 @@ def test_numbers_are_fetched_as_they_are() -> None:
 
 def ones(groups: list[Group]) -> Columns:
     return ref_columns([-torch.ones(g.num_scored).double() for g in groups])
+
+
+@pytest.mark.parametrize("column", ["log-probs", "ref_logps", "rewards"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_the_rows_with_numbers_that_are_not_finite_are_named(column: str, value: float) -> None:
+    groups = make_groups("group" if column == "rewards" else "pair")
+    refs = [-torch.ones(g.num_scored).double() for g in groups]
+    logps = [-torch.ones(g.num_scored).double() for g in groups]
+    for i in (2, 5):
+        match column:
+            case "log-probs":
+                logps[i][-1] = value
+            case "ref_logps":
+                refs[i][0] = value
+            case _:
+                groups[i].numbers["rewards"][0] = value
+    assert suspect_rows(scores_of(groups, logps, refs), groups) == "rows:3, rows:6"
+
+
+def test_the_rows_of_the_step_are_named_where_all_numbers_are_finite() -> None:
+    groups = make_groups("pair")
+    finite = [-torch.ones(g.num_scored).double() for g in groups]
+    assert suspect_rows(scores_of(groups, finite, finite), groups, most=2) == "rows:1, rows:2 and 6 more"
+
+
+def scores_of(groups: list[Group], logps: list[Tensor], refs: list[Tensor]) -> StepScores:
+    """Of a step of one micro-batch."""
+    return StepScores(Scores.of(pack(groups, ref_columns(refs)), TokenScores(torch.cat(logps))), {}, {}, None)
