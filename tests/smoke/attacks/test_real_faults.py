@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import strop
-from smoke.attacks.trials import LONGEST, TRAINED, Tally, few_or, outcome, posix
+from smoke.attacks.trials import LONGEST, TRAINED, Clock, Tally, few_or, outcome, posix
 from strop import cli, disk
 from strop.cli.entry import RESUMABLE, STOPPED
 from strop.config import to_yaml
@@ -58,8 +58,8 @@ class Launch:
         return os.waitstatus_to_exitcode(status) if done else None
 
     def wait(self) -> int:
-        until = time.monotonic() + LONGEST
-        while (code := self.poll()) is None and time.monotonic() < until:
+        clock = Clock(self.pid)
+        while (code := self.poll()) is None and clock.seconds < LONGEST:
             time.sleep(0.005)
         if code is None:
             os.kill(self.pid, signal.SIGKILL)
