@@ -7,12 +7,14 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch.distributed as dist
 from torch import Tensor
 
 import strop
@@ -32,37 +34,76 @@ KEYS = {
 SECONDS_TO_END = 60
 MOST_CHANGES = 160
 """Changes to files that rank 0 makes in such a run are fewer; a victim that makes fewer ends as the run does."""
+MOST_CALLS = {False: 100, True: 220}
+"""Collective calls that each process makes in such a run, sharded or not, are about as many."""
+COLLECTIVE = ("all_reduce", "all_gather", "broadcast", "all_gather_single", "reduce_scatter_single")
+"""Those of torch.distributed that a run makes, the ones of FSDP among them."""
 
 
-class Doomed(NamedTuple):
-    """A process that dies in its change to files of this number."""
+class AtChange(NamedTuple):
+    """Rank 0 dies in its change to files of this number."""
 
+    number: int
+    rank: int = 0
+
+    def watch(self) -> None:
+        watch_changes(self.number)
+
+
+class AtCall(NamedTuple):
+    """A process dies before, in or after its collective call of this number."""
+
+    number: int
     rank: int
-    at_change: int
+    when: str
+
+    def watch(self) -> None:
+        count = 0
+
+        def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*arguments: Any, **named: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count != self.number:
+                    return call(*arguments, **named)
+                if self.when != "before":
+                    call(*arguments, **{**named, "async_op": self.when == "in"})
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            return counted
+
+        for name in COLLECTIVE:
+            setattr(dist, name, watched(getattr(dist, name)))
 
 
-def _train(config: RunConfig, doomed: Doomed | None) -> None:
+def _train(config: RunConfig, doomed: AtChange | AtCall | None) -> None:
     heartbeat.BEAT_SECONDS, heartbeat.GONE_SECONDS = 0.1, 0.4  # the others notice soon
     if doomed is not None and os.environ["RANK"] == str(doomed.rank):
-        watch_changes(doomed.at_change)
+        doomed.watch()
     strop.train(config, resume="auto")
 
 
-def killed(size: int, config: RunConfig, rng: random.Random, seconds: float) -> str:
-    """Starts a run and kills processes of it: one or all after a time, or rank 0 in a change to a file. All have ended
-    after that. Returns what was killed."""
-    victim = rng.choice(("rank 0", "rank 0", "one", "all"))
-    at_change = victim == "rank 0" and rng.random() < 0.8
-    doomed = Doomed(0, rng.randint(1, MOST_CHANGES)) if at_change else None
+VICTIMS = ("rank 0 in a change", "one in a call", "one", "all")
+
+
+def killed(size: int, config: RunConfig, rng: random.Random, seconds: float, victims: Sequence[str] = VICTIMS) -> str:
+    """Starts a run and kills processes of it: one or all after a time, rank 0 in a change to a file, or any of them
+    before, in or after a collective call. All have ended after that. Returns what was killed."""
+    victim = rng.choice(victims)
+    doomed: AtChange | AtCall | None = None
+    if victim == "rank 0 in a change":
+        doomed = AtChange(rng.randint(1, MOST_CHANGES))
+    elif victim == "one in a call":
+        most = MOST_CALLS[config.gpu.fsdp]
+        doomed = AtCall(rng.randint(1, most), rng.randrange(size), rng.choice(("before", "in", "after")))
     started = start_processes(size, _train, config, doomed)
     processes = [process for process, _ in started]
-    if not at_change:
+    if doomed is None:
         time.sleep(rng.uniform(0, 1.1 * seconds))
-        ranks = {"rank 0": [0], "one": [rng.randrange(1, size)], "all": range(size)}[victim]
-        for rank in ranks:
+        for rank in range(size) if victim == "all" else [rng.randrange(size)]:
             _kill(processes[rank])
     assert_all_end(started)
-    return victim
+    return f"{victim}: {doomed.when}" if isinstance(doomed, AtCall) else victim
 
 
 def assert_all_end(started: list[tuple[ForkServerProcess, Connection]]) -> None:
@@ -102,18 +143,23 @@ CHANGING: tuple[tuple[int, dict[str, Any]], ...] = ((2, {}), (2, SHARDED), (1, {
 
 
 @pytest.mark.parametrize(
-    ("keys", "num"),
+    ("keys", "num", "victims"),
     [
-        pytest.param({}, 1, id="few, replicated"),
-        pytest.param({**SHARDED, **ASYNC}, 1, id="few, sharded, asynchronous"),
-        pytest.param({}, 500, id="replicated", marks=pytest.mark.nightly),
-        pytest.param(ASYNC, 250, id="replicated, asynchronous", marks=pytest.mark.nightly),
-        pytest.param(SHARDED, 250, id="sharded", marks=pytest.mark.nightly),
-        pytest.param({**SHARDED, **ASYNC}, 250, id="sharded, asynchronous", marks=pytest.mark.nightly),
+        pytest.param({}, 1, ("one in a call",), id="few, replicated"),
+        pytest.param({**SHARDED, **ASYNC}, 1, ("rank 0 in a change", "all"), id="few, sharded, asynchronous"),
+        pytest.param({}, 500, VICTIMS, id="replicated", marks=pytest.mark.nightly),
+        pytest.param(ASYNC, 250, VICTIMS, id="replicated, asynchronous", marks=pytest.mark.nightly),
+        pytest.param(SHARDED, 250, VICTIMS, id="sharded", marks=pytest.mark.nightly),
+        pytest.param({**SHARDED, **ASYNC}, 250, VICTIMS, id="sharded, asynchronous", marks=pytest.mark.nightly),
     ],
 )
 def test_kills_of_several_processes(
-    keys: dict[str, Any], num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch
+    keys: dict[str, Any],
+    num: int,
+    victims: tuple[str, ...],
+    record_property: Any,
+    runs: Any,
+    watched: pytest.MonkeyPatch,
 ) -> None:
     """Resumed by as many processes: bit for bit the unbroken run's."""
     num = int(os.environ.get("STROP_ATTACKS", num))
@@ -128,15 +174,13 @@ def test_kills_of_several_processes(
     for seed in range(num):
         rng = random.Random(seed)
         config = runs.config(keys)
-        kills = rng.choice((1, 1, 2))
-        for _ in range(kills):
-            killed(2, config, rng, seconds)
+        kills = [killed(2, config, rng, seconds, victims) for _ in range(rng.choice((1, 1, 2)))]
         in_processes(2, _train, config, None)
         run = runs.at(Path(config.training.output_dir) / "run")
         assert runs.same_run(run, unbroken), seed
         assert_tidy(run.path)
         shutil.rmtree(config.training.output_dir)
-        tally.add(f"the same after {kills}")
+        tally.add(f"the same after {', '.join(sorted(kills))}")
     tally.tell(num)
 
 
