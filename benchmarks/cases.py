@@ -68,7 +68,8 @@ SIDES = {
     "fp32": "strop in float32",
     "plain": "strop's plain rows: prompts repeated before every completion, rows padded, attention by SDPA",
     "D": "TRL default: gradient checkpointing, reference in every step",
-    "B": "TRL, best shipped flags: no checkpointing, reference ahead, rows bucketed by length",
+    "B": "TRL, best shipped flags: no checkpointing, reference ahead, rows bucketed by length; of a group: the loss of "
+    "GRPOTrainer",
     "G": "B, and the head at completion tokens only, as TRL has it on CUDA",
     "P": "G, padding-free instead of bucketed",
 }
@@ -195,8 +196,18 @@ CASES = {
             method="group",
             batch=1,
             steps=6,
-            sides=("strop", "alone", "plain"),
+            sides=("strop", "alone", "plain", "B", "G"),
             targets=(Target("seconds", "alone", 2.5), Target("seconds", "plain", 2.5)),
+        ),
+        Case(
+            "group8-lora-fp32-tiny",
+            "tiny",
+            "group",
+            method="group",
+            bf16=False,
+            batch=1,
+            steps=6,
+            sides=("strop", "alone", "plain", "B", "G"),
         ),
         Case("real-hh_helpful-smol", "smol", "hh_helpful", steps=6, targets=(*_REAL, _SHARE)),
         Case(

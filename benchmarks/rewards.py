@@ -1,9 +1,10 @@
 """Reward models beside TRL's RewardTrainer: the same first weights, rows, order and steps; accuracy on held-out pairs.
 
-    python -m benchmarks.rewards --model DIR --train FILE --val FILE [--pairs N] [--val-pairs N] [--seeds 1,2,3]
+    python -m benchmarks.rewards [--pairs N] [--val-pairs N] [--seeds 1,2,3] [--out benchmarks/results/rewards.json]
 
 Both train all weights for one epoch from one reward model, whose head is drawn from the seed, at a constant batch of 8
-pairs. Each is evaluated by its own code on the same held-out pairs. Prints a table, and JSON with `--output FILE`.
+pairs. Each is evaluated by its own code on the same held-out pairs. The model is ../shared/models/base-12m and the rows
+are hh_helpful unless others are given.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ import strop
 from strop.plan.order import Plan
 from strop.policy.model.task import draw_score
 
+from .inputs import SHARED
+from .measure import RESULTS, commit, describe_machine
+
+OUT = RESULTS / "rewards.json"
 BATCH, RATE, LENGTH = 8, 3e-5, 1024
 
 
@@ -116,39 +122,71 @@ def by_trl(model: Path, train: Path, val: Path, seed: int, folder: Path) -> dict
     }
 
 
-def first_lines(source: str, num: int, target: Path) -> Path:
+def first_lines(source: Path, num: int, target: Path) -> Path:
     with open(source, encoding="utf-8") as file:
         target.write_text("".join(line for line, _ in zip(file, range(num), strict=False)), encoding="utf-8")
     return target
 
 
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """For the page of results."""
+    machine, runs = found["machine"], found["runs"]
+    yield (
+        f"`python -m benchmarks.rewards`, {machine['date']}, {machine['processor']}, trl {machine['trl']}, commit "
+        f"{found['commit']}: {found['model']}, all weights, one epoch of {found['pairs']} pairs of {found['rows']} in "
+        f"steps of {BATCH}, {found['val_pairs']} held-out pairs. TRL gets the same first weights, rows and order.\n"
+    )
+    yield "| side | seed | accuracy | loss | processor s |"
+    yield "|---|---|---|---|---|"
+    for run in runs:
+        side = {"strop": "strop", "trl": "TRL"}[run["side"]]
+        yield f"| {side} | {run['seed']} | {run['accuracy']:.4f} | {run['loss']:.4f} | {run['processor']:.0f} |"
+    mean = {side: _mean(runs, side) for side in ("strop", "trl")}
+    noise = math.sqrt(mean["strop"] * (1 - mean["strop"]) / found["val_pairs"])
+    yield (
+        f"\nMean accuracy: strop {mean['strop']:.4f}, TRL {mean['trl']:.4f}; the standard error of one, from the "
+        f"number of held-out pairs, is {noise:.4f}."
+    )
+
+
+def _mean(runs: list[dict[str, Any]], side: str) -> float:
+    own = [run["accuracy"] for run in runs if run["side"] == side]
+    return float(sum(own) / len(own))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--model", "--train", "--val"):
-        parser.add_argument(name, required=True)
+    parser.add_argument("--model", type=Path, default=SHARED / "models" / "base-12m")
+    parser.add_argument("--train", type=Path, default=SHARED / "data" / "hh_helpful.train.jsonl")
+    parser.add_argument("--val", type=Path, default=SHARED / "data" / "hh_helpful.val.jsonl")
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--val-pairs", type=int, default=304)  # whole batches, of whose means TRL takes the mean
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--output")
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train = first_lines(options.train, options.pairs, folder / "train.jsonl")
         val = first_lines(options.val, options.val_pairs, folder / "val.jsonl")
         for seed in map(int, options.seeds.split(",")):
-            model = start(options.model, seed, folder / f"start-{seed}")
+            model = start(str(options.model), seed, folder / f"start-{seed}")
             for side, train_by in (("strop", by_strop), ("trl", by_trl)):
+                began = time.process_time()
                 numbers = train_by(model, train, val, seed, folder / f"{side}-{seed}")
-                found.append({"seed": seed, "side": side, **numbers})
-                print(json.dumps(found[-1]), flush=True)
-    for side in ("strop", "trl"):
-        own = [f["accuracy"] for f in found if f["side"] == side]
-        mean = sum(own) / len(own)
-        noise = math.sqrt(mean * (1 - mean) / options.val_pairs)
-        print(f"{side}: accuracy {mean:.4f} over {len(own)} seeds; noise of {options.val_pairs} pairs {noise:.4f}")
-    if options.output:
-        Path(options.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                runs.append({"seed": seed, "side": side, "processor": time.process_time() - began, **numbers})
+                print(json.dumps(runs[-1]), flush=True)
+    found = {
+        "machine": describe_machine(),
+        "commit": commit(),
+        "model": options.model.name,
+        "rows": options.train.name.removesuffix(".train.jsonl"),
+        "pairs": options.pairs,
+        "val_pairs": options.val_pairs,
+        "runs": runs,
+    }
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines(found)))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strop.machine import resident
 
 from .cases import GROUP, Case
 from .inputs import SEED
+
+if TYPE_CHECKING:
+    from strop.types import Group
 
 LEARNING_RATE = 1e-5
 
@@ -166,24 +169,14 @@ def check_side(side: str, ways: Mapping[str, str]) -> None:
         raise SystemExit(f"{side}: the run computed in bfloat16")
 
 
-def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
-    """Forward and backward of one group a step by the policy itself, prompts shared or repeated."""
+def drawn_groups(case: Case) -> list[list[Group]]:
+    """The groups of each step, of random tokens."""
     from array import array
-    from dataclasses import replace
 
     import numpy as np
-    import torch
 
-    from strop.plan.cutting import cut
-    from strop.plan.micro_batch_size import CPU_TOKENS
-    from strop.plan.row_tokens import packed_tokens
-    from strop.policy.build import build_policy
     from strop.types import Completion, Group, Origin
 
-    plain = side == "plain"
-    config = strop_config(folder, case, out, plain=plain)
-    policy = build_policy(config, config.models[0], torch.device("cpu"))
-    assert policy.share_prefix is not plain
     random = np.random.default_rng(SEED)
     prompt, n, length = GROUP
 
@@ -194,8 +187,26 @@ def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
         completions = tuple(Completion(ids(length), bytes([1]) * length) for _ in range(n))
         return Group(ids(prompt), completions, Origin("benchmark", 1))
 
-    measured = Measured()
-    groups = [[group() for _ in range(case.batch)] for _ in range(case.steps)]
+    return [[group() for _ in range(case.batch)] for _ in range(case.steps)]
+
+
+def group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
+    """Forward and backward of one group a step by the policy itself, prompts shared or repeated."""
+    from dataclasses import replace
+
+    import torch
+
+    from strop.plan.cutting import cut
+    from strop.plan.micro_batch_size import CPU_TOKENS
+    from strop.plan.row_tokens import packed_tokens
+    from strop.policy.build import build_policy
+
+    plain = side == "plain"
+    config = strop_config(folder, case, out, plain=plain)
+    policy = build_policy(config, config.models[0], torch.device("cpu"))
+    assert policy.share_prefix is not plain
+    measured, groups = Measured(), drawn_groups(case)
+    prompt, n, length = GROUP
     measured.begin()
     for part in groups:
         micro_batches, scored, loss = [part], sum(g.num_scored for g in part), 0.0
@@ -331,6 +342,60 @@ def trl_side(folder: Path, case: Case, side: str, out: Path) -> Measured:
     return measured
 
 
+def trl_group_side(folder: Path, case: Case, out: Path, side: str) -> Measured:
+    """The loss of GRPOTrainer, and its gradients, of completions that are given, with advantages of their own."""
+    import datasets
+    import torch
+    from transformers import AutoTokenizer
+
+    measured = Measured()
+    watch_head(measured, completions_only=side == "G")
+    from trl import GRPOConfig, GRPOTrainer
+
+    _, n, length = GROUP
+    trainer = GRPOTrainer(
+        model=trl_model(folder, case, side),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(
+            output_dir=str(out),
+            per_device_train_batch_size=case.batch * n,
+            num_generations=n,
+            max_completion_length=length,
+            loss_type="grpo",
+            gradient_checkpointing=False,
+            bf16=case.bf16,
+            use_cpu=True,
+            report_to=[],
+        ),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "w4"}] * case.batch),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    groups = drawn_groups(case)
+    measured.begin()
+    for part in groups:
+        prompts = torch.tensor([list(g.prompt_ids) for g in part for _ in g.completions])
+        completions = torch.tensor([list(c.ids) for g in part for c in g.completions])
+        inputs = {
+            "prompt_ids": prompts,
+            "prompt_mask": torch.ones_like(prompts),
+            "completion_ids": completions,
+            "completion_mask": torch.ones_like(completions),
+            "advantages": torch.linspace(-1.0, 1.0, len(completions)),
+        }
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        trainer.model.zero_grad(set_to_none=True)
+        measured.mark()
+        measured.losses.append(float(loss.detach()))
+        measured.scored_tokens += completions.numel()
+        measured.fed_tokens += prompts.numel() + completions.numel()
+    measured.real_tokens = measured.fed_tokens
+    check_head(measured, case, side)
+    return measured
+
+
 def _counting(collate: Callable[[Any], Any], measured: Measured) -> Callable[[Any], Any]:
     def counted(examples: Any) -> Any:
         batch = collate(examples)
@@ -356,7 +421,8 @@ def run_side(folder: Path, case: Case, side: str) -> Measured:
         # nothing that an earlier round left is found: tokens, reference log-probs
         os.environ |= {"STROP_CACHE": str(out / "cache"), "HF_DATASETS_CACHE": str(out / "datasets")}
         if case.method == "group":
-            measured = group_side(folder, case, out, side)
+            of_group = trl_group_side if side in ("B", "G") else group_side
+            measured = of_group(folder, case, out, side)
         elif side in OURS:
             measured = strop_side(folder, case, side, out)
         else:

@@ -1,0 +1,453 @@
+"""GRPO beside TRL's GRPOTrainer: a task learned from sampled completions, and the time of its steps.
+
+    python -m benchmarks.grpo [--start demo] [--seeds 1,2,3] [--steps N] [--out benchmarks/results/grpo]
+
+Both sides have the same first weights, prompts in the same order, rewards, optimizer and steps, in float32 with one
+thread, a process of its own for each run. What they sample differs, as their random numbers do. The task is the demo's:
+sort a list of words, where only the whole sorted list is rewarded. The model is one that SFT has taught it badly:
+
+demo        the demo's model of 283,000 weights behind its SFT stage, whose demonstrators mostly rush
+base-12m    ../shared/models/base-12m after SFT on some of the same demonstrations
+
+Held-out answers are greedy, by plain transformers on both sides. Times are of all steps but the first, collation,
+logging and the process of the rewards included; processor seconds are what the process and its children used. TRL
+samples with `generate` (B), which on a CPU is faster than its continuous batching (C, with `--sides strop C`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from .inputs import ROOT, SHARED
+
+OUT = ROOT / "benchmarks" / "results" / "grpo"
+SIZE = 8
+"""Completions of each prompt."""
+PHASES = ("sample", "reward", "train")
+SIDES = {"strop": "strop", "B": "TRL", "C": "TRL, continuous batching"}
+MOST_OF_TIME = 1 / 3
+"""Of TRL's time per step, strop takes at most this share."""
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t for a 95 % interval of a mean, by the number of values."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """prompts, steps: of GRPO. room: tokens of a completion at most. rate: constant."""
+
+    prompts: int
+    steps: int
+    room: int
+    rate: float
+    demonstrations: int
+    sft_rate: float
+    sft_epochs: int
+
+
+STARTS = {
+    "demo": Start(prompts=32, steps=60, room=10, rate=3e-4, demonstrations=10_000, sft_rate=2e-3, sft_epochs=4),
+    "base-12m": Start(prompts=8, steps=40, room=24, rate=3e-5, demonstrations=4_000, sft_rate=5e-4, sft_epochs=1),
+}
+
+
+# -- what both sides start from ---------------------------------------------------------------------------------------
+
+
+def make(folder: Path, name: str) -> None:
+    """`folder` gets start/, the demo's data and held-out rows."""
+    import strop
+    from strop.demo.model import write_base
+    from strop.demo.task import Size, write_data
+
+    start = STARTS[name]
+    write_data(folder / "data", 0, Size(num_demonstrations=start.demonstrations))
+    base = SHARED / "models" / "base-12m"
+    if name == "demo":
+        base = folder / "base"
+        write_base(base, 0)
+    (result,) = strop.train(
+        strop.load_config(
+            overrides={
+                "seed": 0,
+                "models": [{"huggingface_id": str(base), "name": "sft"}],
+                "dataset": {"train_file": str(folder / "data" / "sft.train.jsonl"), "validation_split": 0.0},
+                "post_training": {"method": "sft"},
+                "training": {
+                    "output_dir": str(folder),
+                    "num_epochs": start.sft_epochs,
+                    "groups_per_step": 64,
+                    "learning_rate": start.sft_rate,
+                    "warmup_steps": 20,
+                    "max_seq_length": 64,
+                    "max_prompt_length": None,
+                    "max_completion_length": None,
+                    "bf16": False,
+                    "save_steps": 10**6,
+                },
+                "finetuning": {"load_best_model_at_end": False, "early_stopping_patience": None},
+            }
+        )
+    )
+    result.final.rename(folder / "start")
+    (folder / "before.json").write_text(json.dumps(heldout_accuracy(folder / "start", folder, start.room)))
+
+
+def heldout_accuracy(model: Path, folder: Path, room: int) -> float:
+    """Share of the held-out lists that the model in `model` answers rightly, by greedy decoding."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from strop.rewards.shipped import exact_match
+
+    rows = read(folder / "data" / "heldout.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    right = 0.0
+    for at in range(0, len(rows), 100):
+        some = rows[at : at + 100]
+        inputs = tokenizer.apply_chat_template(
+            [row["prompt"] for row in some],
+            add_generation_prompt=True,
+            padding=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            ids = policy.generate(**inputs, do_sample=False, max_new_tokens=room)
+        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(exact_match(texts, {"answer": [row["answer"] for row in some]}, column="answer"))
+    return right / len(rows)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def processor_seconds() -> float:
+    """Of this process and its living children."""
+    import psutil
+
+    own = psutil.Process()
+    spent = [p.cpu_times() for p in (own, *own.children(recursive=True))]
+    return sum(t.user + t.system for t in spent)
+
+
+class Clock:
+    """When training began and when each step ended, in seconds of the wall and of the processor."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        self.marks.append((time.perf_counter(), processor_seconds()))
+
+    def steps(self) -> dict[str, list[float]]:
+        """By clock, seconds of each step."""
+        return {name: [b[i] - a[i] for a, b in pairwise(self.marks)] for i, name in enumerate(("wall", "processor"))}
+
+
+def by_strop(folder: Path, start: Start, seed: int, out: Path) -> dict[str, Any]:
+    import strop
+    from strop.engine.loop import Loop
+
+    clock, step = Clock(), Loop.step
+
+    def marked(loop: Loop, number: int) -> None:
+        if not clock.marks:
+            clock.mark()
+        step(loop, number)
+        clock.mark()
+
+    Loop.step = marked  # type: ignore[method-assign]
+    (result,) = strop.train(
+        strop.load_config(
+            overrides={
+                "seed": seed,
+                "models": [{"huggingface_id": str(folder / "start"), "name": "run"}],
+                "dataset": {"train_file": str(folder / "data" / "grpo.train.jsonl"), "validation_split": 0.0},
+                "post_training": {"method": "grpo", "algorithm": "grpo", "beta": 0.0},
+                "rollout": {"num_generations": SIZE, "probe_prompts": 0},
+                "rewards": [{"name": "exact_match", "settings": {"column": "answer"}}],
+                "training": {
+                    "output_dir": str(out),
+                    "max_steps": start.steps,
+                    "groups_per_step": start.prompts,
+                    "learning_rate": start.rate,
+                    "lr_scheduler": "constant",
+                    "warmup_steps": 0,
+                    "weight_decay": 0.0,
+                    "max_grad_norm": 1.0,
+                    "max_seq_length": 64,
+                    "max_prompt_length": 32,
+                    "max_completion_length": start.room,
+                    "bf16": False,
+                    "logging_steps": 1,
+                    "save_steps": 10**6,
+                },
+                "finetuning": {"load_best_model_at_end": False, "early_stopping_patience": None},
+            }
+        )
+    )
+    records = [r for r in read(result.run_dir / "metrics.jsonl") if r["split"] == "train"]
+    return {
+        **clock.steps(),
+        **{phase: [r[f"time/{phase}"] for r in records] for phase in PHASES},
+        "rewards": [r["reward"] for r in records],
+        "lengths": [r["completions/mean_length"] for r in records],
+        "heldout": heldout_accuracy(result.final, folder, start.room),
+    }
+
+
+def by_trl(folder: Path, start: Start, seed: int, out: Path, *, batching: bool) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from strop.plan.order import Plan
+    from strop.rewards.shipped import exact_match
+
+    rows = read(folder / "data" / "grpo.train.jsonl")
+    plan = Plan.of(len(rows), start.prompts, 1, start.steps, seed)
+    ordered = [rows[i] for step in range(1, start.steps + 1) for i in plan.groups(step)]
+    clock, phases = Clock(), defaultdict[str, list[float]](list)
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *args: Any, **options: Any) -> None:
+            clock.mark()
+
+        def on_step_end(self, *args: Any, **options: Any) -> None:
+            clock.mark()
+
+    def timed(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            found = call(*args, **options)
+            phases[phase].append(time.perf_counter() - began)
+            return found
+
+        return wrapped
+
+    def reward(completions: Sequence[Sequence[Mapping[str, str]]], answer: Sequence[str], **_: Any) -> list[float]:
+        return exact_match([turns[-1]["content"] for turns in completions], {"answer": answer}, column="answer")
+
+    args = GRPOConfig(
+        output_dir=str(out),
+        seed=seed,
+        max_steps=start.steps,
+        per_device_train_batch_size=start.prompts * SIZE,
+        gradient_accumulation_steps=1,
+        num_generations=SIZE,
+        max_completion_length=start.room,
+        loss_type="grpo",
+        beta=0.0,
+        temperature=1.0,
+        learning_rate=start.rate,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        use_transformers_continuous_batching=batching,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32),
+        reward_funcs=[reward],
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in ordered]),
+        processing_class=AutoTokenizer.from_pretrained(folder / "start"),
+        callbacks=[Watch()],
+    )
+    trainer._generate_single_turn = timed("sample", trainer._generate_single_turn)
+    trainer._calculate_rewards = timed("reward", trainer._calculate_rewards)
+    trainer.train()
+    trainer.save_model(str(out / "final"))
+    records = [r for r in trainer.state.log_history if "reward" in r]
+    steps = clock.steps()
+    phases["train"] = [a - b - c for a, b, c in zip(steps["wall"], phases["sample"], phases["reward"], strict=True)]
+    return {
+        **steps,
+        **phases,
+        "rewards": [r["reward"] for r in records],
+        "lengths": [r["completions/mean_length"] for r in records],
+        "heldout": heldout_accuracy(out / "final", folder, start.room),
+    }
+
+
+def run_side(folder: Path, name: str, side: str, seed: int) -> dict[str, Any]:
+    """One run; what it found."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as out:
+        if side == "strop":
+            found = by_strop(folder, STARTS[name], seed, Path(out))
+        else:
+            found = by_trl(folder, STARTS[name], seed, Path(out), batching=side == "C")
+    for what in ("wall", *PHASES, "rewards"):
+        if len(found[what]) != STARTS[name].steps:
+            raise SystemExit(f"{side}: {what} of {len(found[what])} steps, not of {STARTS[name].steps}")
+    return found
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def child(*words: str) -> None:
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    env = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.grpo", *words], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def compare(name: str, seeds: Sequence[int], sides: Sequence[str]) -> dict[str, Any]:
+    from .measure import busy_cores, commit, describe_machine
+
+    with tempfile.TemporaryDirectory(prefix="strop-bench-") as place:
+        folder = Path(place)
+        os.environ["STROP_CACHE"] = str(folder / "cache")
+        child("--make", str(folder), "--start", name)
+        before = json.loads((folder / "before.json").read_text())
+        print(f"{name}: held-out accuracy {before:.3f} before", flush=True)
+        runs: list[dict[str, Any]] = []
+        for number, seed in enumerate(seeds):
+            for side in sides if number % 2 == 0 else tuple(reversed(sides)):
+                busy = busy_cores()
+                child("--run", str(folder), "--start", name, "--sides", side, "--seeds", str(seed))
+                found = json.loads((folder / "found.json").read_text())
+                runs.append({"side": side, "seed": seed, "busy_cores": busy, **found})
+                print(
+                    f"{name}, seed {seed}: {side:5s} held-out accuracy {found['heldout']:.3f}; per step "
+                    f"{per_step(runs[-1], 'processor'):.3f} s of the processor, {per_step(runs[-1], 'wall'):.3f} s",
+                    flush=True,
+                )
+    return {
+        "start": name,
+        "settings": vars(STARTS[name]),
+        "machine": describe_machine(),
+        "commit": commit(),
+        "before": before,
+        "runs": runs,
+    }
+
+
+def per_step(run: Mapping[str, Any], what: str) -> float:
+    """Mean seconds of a step, the first one left out."""
+    return fmean(run[what][1:])
+
+
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """Of the mean, 95 %, by Student's t."""
+    half = T_975[len(numbers)] * stdev(numbers) / len(numbers) ** 0.5
+    return fmean(numbers) - half, fmean(numbers) + half
+
+
+def lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """For the page of results."""
+    yield (
+        f"`python -m benchmarks.grpo`: the demo's task, sorting lists of words, rewarded for the whole sorted list "
+        f"alone; {SIZE} completions of each prompt at temperature 1, all weights, float32, one thread, no reference. "
+        "Sides in turn, in processes of their own; what stands per seed is in the order of the seeds. Held-out: share "
+        "of 400 lists that are answered rightly by greedy decoding, the mean over seeds and its 95 % interval. Seconds "
+        "per step: the mean over seeds; processor: of the process and the one that calls the rewards. Ratio: TRL's "
+        "processor seconds by strop's with the same seed, in brackets the least and the most."
+    )
+    for result in found:
+        yield from section(result)
+
+
+def section(result: Mapping[str, Any]) -> Iterator[str]:
+    s, machine = result["settings"], result["machine"]
+    by_side: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in result["runs"]:
+        by_side[run["side"]].append(run)
+    for runs in by_side.values():
+        runs.sort(key=lambda run: int(run["seed"]))
+    busy = median(run["busy_cores"] or 0.0 for run in result["runs"])
+    yield (
+        f"\n{result['start']}: {machine['date']}, {machine['processor']}, trl {machine['trl']}, commit "
+        f"{result['commit']}; {s['steps']} steps of {s['prompts']} prompts, completions of at most {s['room']} tokens, "
+        f"learning rate {s['rate']:g}. Held-out accuracy before: {result['before']:.3f}. Other processes kept "
+        f"{busy:.1f} cores busy (median).\n"
+    )
+    yield "| side | held-out | per seed | reward, last 10 steps | processor s | wall s | ratio |"
+    yield "|---|---|---|---|---|---|---|"
+    own = by_side["strop"]
+    for side, runs in by_side.items():
+        scores = [run["heldout"] for run in runs]
+        low, high = interval(scores) if len(scores) > 1 else (scores[0], scores[0])
+        ratios = [per_step(a, "processor") / per_step(b, "processor") for a, b in zip(runs, own, strict=True)]
+        against = f"{fmean(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})" if side != "strop" else "-"
+        yield (
+            f"| {SIDES[side]} | {fmean(scores):.3f} ({low:.3f} - {high:.3f}) "
+            f"| {', '.join(f'{x:.3f}' for x in scores)} | {fmean(fmean(r['rewards'][-10:]) for r in runs):.3f} "
+            f"| {fmean(per_step(r, 'processor') for r in runs):.3f} | {fmean(per_step(r, 'wall') for r in runs):.3f} "
+            f"| {against} |"
+        )
+    yield "\nWall seconds per step by phase; TRL's training is what is left of its step:\n"
+    yield f"| side | {' | '.join(PHASES)} | mean tokens of a completion |"
+    yield "|---|---|---|---|---|"
+    for side, runs in by_side.items():
+        cells = (f"{fmean(per_step(r, phase) for r in runs):.3f}" for phase in PHASES)
+        yield f"| {SIDES[side]} | {' | '.join(cells)} | {fmean(fmean(r['lengths']) for r in runs):.2f} |"
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """What is stored, in the order of STARTS."""
+    paths = (folder / f"{name}.json" for name in STARTS)
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", nargs="+", choices=list(STARTS), default=["demo"])
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=["strop", "B"])
+    parser.add_argument("--out", type=Path, default=OUT)
+    for hidden in ("--make", "--run"):
+        parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    if args.make:
+        make(args.make, args.start[0])
+    elif args.run:
+        found = run_side(args.run, args.start[0], args.sides[0], seeds[0])
+        (args.run / "found.json").write_text(json.dumps(found))
+    else:
+        for name in args.start:
+            found = compare(name, seeds, args.sides)
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print("\n".join(section(found)))
+
+
+if __name__ == "__main__":
+    main()
