@@ -1,6 +1,9 @@
 """GRPO beside TRL's GRPOTrainer: a task learned from sampled completions, and the time of its steps.
 
-    python -m benchmarks.grpo [--start demo] [--seeds 1,2,3] [--steps N] [--out benchmarks/results/grpo]
+    python -m benchmarks.grpo [--start demo] [--seeds 1,2,3] [--folder FOLDER] [--out benchmarks/results/grpo]
+
+Runs of other seeds that are stored with the same settings stay. The model that both start from is made anew, or once
+in `--folder`, where later calls find it.
 
 Both sides have the same first weights, prompts in the same order, rewards, optimizer and steps, in float32 with one
 thread, a process of its own for each run. What they sample differs, as their random numbers do. The task is the demo's:
@@ -328,21 +331,24 @@ def child(*words: str) -> None:
         raise SystemExit(f"{' '.join(words)} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def compare(name: str, seeds: Sequence[int], sides: Sequence[str]) -> dict[str, Any]:
+def compare(name: str, seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> dict[str, Any]:
     from .measure import busy_cores, commit, describe_machine
 
-    with tempfile.TemporaryDirectory(prefix="strop-bench-") as place:
-        folder = Path(place)
-        os.environ["STROP_CACHE"] = str(folder / "cache")
-        child("--make", str(folder), "--start", name)
+    with tempfile.TemporaryDirectory(prefix="strop-bench-") as scratch:
+        folder = (place or Path(scratch)) / name
+        os.environ["STROP_CACHE"] = f"{scratch}/cache"
+        if not (folder / "before.json").exists():
+            child("--make", str(folder), "--start", name)
         before = json.loads((folder / "before.json").read_text())
         print(f"{name}: held-out accuracy {before:.3f} before", flush=True)
         runs: list[dict[str, Any]] = []
-        for number, seed in enumerate(seeds):
-            for side in sides if number % 2 == 0 else tuple(reversed(sides)):
+        for seed in seeds:
+            for side in sides if seed % 2 else tuple(reversed(sides)):
                 busy = busy_cores()
-                child("--run", str(folder), "--start", name, "--sides", side, "--seeds", str(seed))
-                found = json.loads((folder / "found.json").read_text())
+                found_at = f"{scratch}/found.json"
+                words = ("--start", name, "--sides", side, "--seeds", str(seed), "--out", found_at)
+                child("--run", str(folder), *words)
+                found = json.loads(Path(found_at).read_text())
                 runs.append({"side": side, "seed": seed, "busy_cores": busy, **found})
                 print(
                     f"{name}, seed {seed}: {side:5s} held-out accuracy {found['heldout']:.3f}; per step "
@@ -357,6 +363,16 @@ def compare(name: str, seeds: Sequence[int], sides: Sequence[str]) -> dict[str, 
         "before": before,
         "runs": runs,
     }
+
+
+def store(result: dict[str, Any], folder: Path) -> None:
+    """Beside the runs of other seeds and sides with the same settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, done = folder / f"{result['start']}.json", {(r["side"], r["seed"]) for r in result["runs"]}
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if all(earlier.get(name) == result[name] for name in ("settings", "before")):
+        result["runs"] += [r for r in earlier["runs"] if (r["side"], r["seed"]) not in done]
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def per_step(run: Mapping[str, Any], what: str) -> float:
@@ -431,6 +447,7 @@ def main() -> None:
     parser.add_argument("--start", nargs="+", choices=list(STARTS), default=["demo"])
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=["strop", "B"])
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     for hidden in ("--make", "--run"):
         parser.add_argument(hidden, type=Path, help=argparse.SUPPRESS)
@@ -440,12 +457,11 @@ def main() -> None:
         make(args.make, args.start[0])
     elif args.run:
         found = run_side(args.run, args.start[0], args.sides[0], seeds[0])
-        (args.run / "found.json").write_text(json.dumps(found))
+        args.out.write_text(json.dumps(found))
     else:
         for name in args.start:
-            found = compare(name, seeds, args.sides)
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            found = compare(name, seeds, args.sides, args.folder)
+            store(found, args.out)
             print("\n".join(section(found)))
 
 
