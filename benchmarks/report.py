@@ -201,6 +201,7 @@ def machines(results: Sequence[Result]) -> Iterator[str]:
 def describe(result: Result) -> str:
     machine = dict(result["machine"])
     place = f"{machine.pop('processor')}, {machine.pop('cores')} cores, {result['threads']} threads"
+    place += ", steps timed by the processor" if result.get("clock") == "processor" else ""
     date = machine.pop("date")
     packages = ", ".join(f"{name} {number}" for name, number in machine.items())
     return f"- {date}: {place}; {packages}; commit {result.get('commit') or 'not noted'}"
