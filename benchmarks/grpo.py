@@ -61,7 +61,7 @@ class Start:
 
 
 STARTS = {
-    "demo": Start(prompts=32, steps=60, room=10, rate=3e-4, demonstrations=10_000, sft_rate=2e-3, sft_epochs=4),
+    "demo": Start(prompts=32, steps=20, room=10, rate=1e-4, demonstrations=10_000, sft_rate=2e-3, sft_epochs=4),
     "base-12m": Start(prompts=8, steps=40, room=24, rate=3e-5, demonstrations=4_000, sft_rate=5e-4, sft_epochs=1),
 }
 

@@ -271,7 +271,10 @@ def _leftovers(folder: Path, kinds: tuple[str, ...]) -> list[tuple[Path, str]]:
 
 def to_json(value: object, *, indent: int | None = None) -> str:
     """JSON as everything strop writes has it: NaN and the infinities, which JSON does not know, become null."""
-    return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except (TypeError, ValueError):  # a mapping that is no dict, or a number that is not finite
+        return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
 
 
 def _finite(value: object) -> object:

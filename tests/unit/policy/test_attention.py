@@ -152,6 +152,7 @@ def test_tiles_round_no_worse_than_plain_products(
 ) -> None:
     """float64 is the truth; the naive way is q k^T, a mask, a softmax, a product, in the dtype."""
     monkeypatch.setattr(tiled_attention, "KEPT_BYTES", kept)
+    monkeypatch.setattr(tiled_attention, "SHARED_WASTE", 0 if kept == 300 else 2**11)
     exact = attend("dense", draw(6, 2, torch.float64, 32), Scoring(0.3, window))
     inputs = draw(6, 2, dtype, 32)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
@@ -176,6 +177,16 @@ def test_tiles_leave_out_what_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> No
     assert full[0].mask is full[3].mask  # one triangle
     near = tiled_attention.cut_tiles(layout, 50, 1, torch.float32, CPU)
     assert [t.keys for t in near[-3:]] == [((326, 500),), ((251, 300), (500, 575)), ((526, 650),)]
+
+
+def test_short_sequences_of_a_group_share_a_tile() -> None:
+    """As long as that wastes few scores, whatever stands beside the group; long ones have tiles of their own."""
+    short, long = GroupSpan(0, 13, (6,) * 8), GroupSpan(61, 140, (20, 20, 20, 150, 6))
+    tiles = tiled_attention.cut_tiles((short, long), None, 1, torch.float32, CPU)
+    assert [t.queries for t in tiles] == [(0, 61), (61, 221), (221, 261), (261, 411), (411, 417)]
+    assert [t.keys for t in tiles[:3]] == [((0, 61),), ((61, 221),), ((61, 201), (221, 261))]
+    [alone] = tiled_attention.cut_tiles((short,), None, 1, torch.float32, CPU)
+    assert alone.queries == tiles[0].queries and torch.equal(alone.mask, tiles[0].mask)
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 8])
