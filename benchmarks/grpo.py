@@ -1,6 +1,6 @@
 """GRPO beside TRL's GRPOTrainer: a task learned from sampled completions, and the time of its steps.
 
-    python -m benchmarks.grpo [--start demo] [--seeds 1,2,3] [--folder FOLDER] [--out benchmarks/results/grpo]
+    python -m benchmarks.grpo [--start demo] [--seeds 1,2,3] [--folder FOLDER] [--out benchmarks/results]
 
 Runs of other seeds that are stored with the same settings stay. The model that both start from is made anew, or once
 in `--folder`, where later calls find it.
@@ -36,7 +36,7 @@ from typing import Any
 
 from .inputs import ROOT, SHARED
 
-OUT = ROOT / "benchmarks" / "results" / "grpo"
+OUT = ROOT / "benchmarks" / "results"
 SIZE = 8
 """Completions of each prompt."""
 PHASES = ("sample", "reward", "train")
@@ -368,7 +368,7 @@ def compare(name: str, seeds: Sequence[int], sides: Sequence[str], place: Path |
 def store(result: dict[str, Any], folder: Path) -> None:
     """Beside the runs of other seeds and sides with the same settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, done = folder / f"{result['start']}.json", {(r["side"], r["seed"]) for r in result["runs"]}
+    path, done = folder / f"grpo-{result['start']}.json", {(r["side"], r["seed"]) for r in result["runs"]}
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if all(earlier.get(name) == result[name] for name in ("settings", "before")):
         result["runs"] += [r for r in earlier["runs"] if (r["side"], r["seed"]) not in done]
@@ -438,7 +438,7 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
 
 def load(folder: Path) -> list[dict[str, Any]]:
     """What is stored, in the order of STARTS."""
-    paths = (folder / f"{name}.json" for name in STARTS)
+    paths = (folder / f"grpo-{name}.json" for name in STARTS)
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 

@@ -1,6 +1,6 @@
 """Peak memory of DPO with LoRA on a base in 4 bits (NF4), beside the same base in bf16, by strop and by TRL.
 
-    python -m benchmarks.quantised [--write]
+    python -m benchmarks.quantised [--out benchmarks/results/quantised.json]
 
 The model is made here, with random weights; the rows are the same for all. Every side is a process of its own with one
 thread. What is compared is the memory that a process has at its peak (polled 50 times per second) beyond what it has
@@ -19,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "RESULTS.md"
-HEADING = "## A base in 4 bits"
+OUT = Path(__file__).parent / "results" / "quantised.json"
 SIZES: dict[str, int] = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -174,29 +174,24 @@ def of_trl(folder: Path, four: bool) -> Any:
     return start
 
 
-def table(found: dict[str, dict[str, float]], weights: int) -> str:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    lines = [
-        f"{HEADING}\n",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, commit {commit}, `python -m benchmarks.quantised --write`. "
-        f"DPO with LoRA (rank 16, all linear layers) on a Llama of {weights / 1e6:.0f} million random weights, "
-        f"on a CPU with one thread: {STEPS} steps of {PAIRS} pairs, bf16. Memory at its peak, without what the imports "
-        "take: all that is resident, and what is no file. 4 bits: NF4, double quantisation.\n",
-        "| side | resident, MiB | to its bf16 | no file, MiB | loss of the first step |",
-        "|---|---|---|---|---|",
-    ]
-    for side, own in found.items():
-        base = found[f"{side.split()[0]} bf16"]["peak"]
-        ratio = own["peak"] / base
-        lines.append(f"| {side} | {own['peak']:.0f} | {ratio:.2f} | {own['anonymous']:.0f} | {own['loss']:.4f} |")
-    return "\n".join(lines) + "\n"
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """For the page of results."""
+    yield (
+        f"{found['date']}, commit {found['commit']}, `python -m benchmarks.quantised`. DPO with LoRA (rank 16, all "
+        f"linear layers) on a Llama of {found['weights'] / 1e6:.0f} million random weights, on a CPU with one thread: "
+        f"{STEPS} steps of {PAIRS} pairs, bf16. Memory at its peak, without what the imports take: all that is "
+        "resident, and what is no file. 4 bits: NF4, double quantisation.\n"
+    )
+    yield "| side | resident, MiB | to its bf16 | no file, MiB | loss of the first step |"
+    yield "|---|---|---|---|---|"
+    for side, own in found["sides"].items():
+        ratio = own["peak"] / found["sides"][f"{side.split()[0]} bf16"]["peak"]
+        yield f"| {side} | {own['peak']:.0f} | {ratio:.2f} | {own['anonymous']:.0f} | {own['loss']:.4f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -214,13 +209,17 @@ def main() -> None:
                 sys.exit(f"{side}: {said.stderr[-2000:]}")
             found[side] = json.loads(said.stdout.splitlines()[-1])
             print(f"{side}: {found[side]}", flush=True)
-    shown = table(found, weights)
-    print(shown)
-    if options.write:
-        text = RESULTS.read_text(encoding="utf-8")
-        kept, _, rest = text.partition(f"{HEADING}\n")
-        after = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
-        RESULTS.write_text("\n".join(part for part in (kept.rstrip() + "\n", shown, after) if part), encoding="utf-8")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    result = {
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "commit": commit.stdout.strip(),
+        "weights": weights,
+        "sides": found,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines(result)))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from . import processes
+from . import grpo, processes, quantised
 from .cases import CASES, SIDES, Case, Target
 from .inputs import ROOT
 from .measure import IDLE_CORES, RESULTS
 
 Result = Mapping[str, Any]
-STEPS = "steps.json"
-"""What `benchmarks.step_ratio --out` writes, beside the folders of machines."""
+STEPS, PROCESSES, QUANTISED, REWARDS = "steps.json", "processes.json", "quantised.json", "rewards.json"
+"""What the benchmarks of other questions store, beside the folders of machines."""
 
 HEAD = """# Results
 
@@ -70,24 +71,31 @@ def ratio(result: Result, target: Target) -> float:
 
 
 def table(
-    results: Sequence[Sequence[Result]],
-    steps: Mapping[str, Any] | None = None,
-    several: Mapping[str, Any] | None = None,
+    results: Sequence[Sequence[Result]], others: Mapping[str, Mapping[str, Any]], sampled: Sequence[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """RESULTS.md, line by line. results: by machine, the one with the most rounds first. steps: of another commit.
-    several: of several processes."""
+    """RESULTS.md, line by line. results: by machine, the one with the most rounds first. others: what stands beside
+    them, by the file's name. sampled: of GRPO, by what it starts from."""
     yield HEAD
     yield "| side | what it is |\n|---|---|"
     yield from (f"| {name} | {text} |" for name, text in SIDES.items())
     yield from section(results[0], CASES)
-    for others in results[1:]:
-        yield from section(others, ())
-    if steps is not None:
-        yield from beside(steps)
-    if several is not None:
+    for of_machine in results[1:]:
+        yield from section(of_machine, ())
+    if STEPS in others:
+        yield from beside(others[STEPS])
+    if PROCESSES in others:
         yield "\n## Several processes\n"
-        yield from processes.lines(several)
+        yield from processes.lines(others[PROCESSES])
         yield "\nHow long processes wait for the slowest one: [docs/scaling.md](../docs/scaling.md#who-does-what)."
+    if QUANTISED in others:
+        yield "\n## A base in 4 bits\n"
+        yield from quantised.lines(others[QUANTISED])
+    if sampled:
+        yield "\n## GRPO beside TRL\n"
+        yield from grpo.lines(sampled)
+    if REWARDS in others:
+        yield "\n## Reward models beside TRL\n"
+        yield from reward_models(others[REWARDS])
 
 
 def beside(steps: Mapping[str, Any]) -> Iterator[str]:
@@ -104,6 +112,29 @@ def beside(steps: Mapping[str, Any]) -> Iterator[str]:
                 low, high = found["quartiles"]
                 seconds = f"{found['times']} | {found['seconds']:.3f} | {found['before']:.3f}"
                 yield f"| {result['case']} | {what} | {seconds} | {found['ratio']:.3f} ({low:.3f} - {high:.3f}) |"
+
+
+def reward_models(found: Mapping[str, Any]) -> Iterator[str]:
+    """What `benchmarks.rewards` has measured."""
+    machine, runs = found["machine"], found["runs"]
+    short = f", of those whose lines have at most {found['characters']} characters," if found["characters"] else ""
+    yield (
+        f"`python -m benchmarks.rewards`, {machine['date']}, {machine['processor']}, trl {machine['trl']}, commit "
+        f"{found['commit']}: {found['model']}, all weights, one epoch of {found['pairs']} pairs of {found['rows']}"
+        f"{short} in steps of {found['batch']}, {found['val_pairs']} held-out pairs. TRL gets the same first weights, "
+        "rows and order; each side evaluates by its own code.\n"
+    )
+    yield "| side | seed | accuracy | loss | processor s |"
+    yield "|---|---|---|---|---|"
+    for run in runs:
+        side = {"strop": "strop", "trl": "TRL"}[run["side"]]
+        yield f"| {side} | {run['seed']} | {run['accuracy']:.4f} | {run['loss']:.4f} | {run['processor']:.0f} |"
+    means = {side: fmean(run["accuracy"] for run in runs if run["side"] == side) for side in ("strop", "trl")}
+    noise = math.sqrt(means["strop"] * (1 - means["strop"]) / found["val_pairs"])
+    yield (
+        f"\nMean accuracy: strop {means['strop']:.4f}, TRL {means['trl']:.4f}; the standard error of one, from the "
+        f"number of held-out pairs, is {noise:.4f}."
+    )
 
 
 def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
@@ -274,11 +305,13 @@ def main() -> None:
     results = load(args.results)
     if not results:
         raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
-    steps, several = (
-        json.loads(path.read_text(encoding="utf-8")) if (path := args.results / name).exists() else None
-        for name in (STEPS, processes.OUT.name)
-    )
-    args.table.write_text("\n".join(table(results, steps, several)) + "\n", encoding="utf-8")
+    others = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name in (STEPS, PROCESSES, QUANTISED, REWARDS)
+        if (path := args.results / name).exists()
+    }
+    written = table(results, others, grpo.load(args.results))
+    args.table.write_text("\n".join(written) + "\n", encoding="utf-8")
     args.plot.write_text(plot(results[0]), encoding="utf-8")
     print(f"{sum(map(len, results))} cases: {args.table}, {args.plot}")
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,9 @@ from strop.policy.model.task import draw_score
 
 from .inputs import SHARED
 from .measure import RESULTS, commit, describe_machine
+from .report import REWARDS, reward_models
 
-OUT = RESULTS / "rewards.json"
+OUT = RESULTS / REWARDS
 BATCH, RATE, LENGTH = 8, 3e-5, 1024
 
 
@@ -122,36 +121,12 @@ def by_trl(model: Path, train: Path, val: Path, seed: int, folder: Path) -> dict
     }
 
 
-def first_lines(source: Path, num: int, target: Path) -> Path:
+def first_lines(source: Path, num: int, most: int | None, target: Path) -> Path:
+    """The first `num` rows, of those whose line has at most `most` characters."""
     with open(source, encoding="utf-8") as file:
-        target.write_text("".join(line for line, _ in zip(file, range(num), strict=False)), encoding="utf-8")
+        lines = (line for line in file if most is None or len(line) <= most)
+        target.write_text("".join(line for line, _ in zip(lines, range(num), strict=False)), encoding="utf-8")
     return target
-
-
-def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """For the page of results."""
-    machine, runs = found["machine"], found["runs"]
-    yield (
-        f"`python -m benchmarks.rewards`, {machine['date']}, {machine['processor']}, trl {machine['trl']}, commit "
-        f"{found['commit']}: {found['model']}, all weights, one epoch of {found['pairs']} pairs of {found['rows']} in "
-        f"steps of {BATCH}, {found['val_pairs']} held-out pairs. TRL gets the same first weights, rows and order.\n"
-    )
-    yield "| side | seed | accuracy | loss | processor s |"
-    yield "|---|---|---|---|---|"
-    for run in runs:
-        side = {"strop": "strop", "trl": "TRL"}[run["side"]]
-        yield f"| {side} | {run['seed']} | {run['accuracy']:.4f} | {run['loss']:.4f} | {run['processor']:.0f} |"
-    mean = {side: _mean(runs, side) for side in ("strop", "trl")}
-    noise = math.sqrt(mean["strop"] * (1 - mean["strop"]) / found["val_pairs"])
-    yield (
-        f"\nMean accuracy: strop {mean['strop']:.4f}, TRL {mean['trl']:.4f}; the standard error of one, from the "
-        f"number of held-out pairs, is {noise:.4f}."
-    )
-
-
-def _mean(runs: list[dict[str, Any]], side: str) -> float:
-    own = [run["accuracy"] for run in runs if run["side"] == side]
-    return float(sum(own) / len(own))
 
 
 def main() -> None:
@@ -161,14 +136,15 @@ def main() -> None:
     parser.add_argument("--val", type=Path, default=SHARED / "data" / "hh_helpful.val.jsonl")
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--val-pairs", type=int, default=304)  # whole batches, of whose means TRL takes the mean
+    parser.add_argument("--characters", type=int, help="rows whose lines are longer are left out")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train = first_lines(options.train, options.pairs, folder / "train.jsonl")
-        val = first_lines(options.val, options.val_pairs, folder / "val.jsonl")
+        train = first_lines(options.train, options.pairs, options.characters, folder / "train.jsonl")
+        val = first_lines(options.val, options.val_pairs, options.characters, folder / "val.jsonl")
         for seed in map(int, options.seeds.split(",")):
             model = start(str(options.model), seed, folder / f"start-{seed}")
             for side, train_by in (("strop", by_strop), ("trl", by_trl)):
@@ -176,17 +152,19 @@ def main() -> None:
                 numbers = train_by(model, train, val, seed, folder / f"{side}-{seed}")
                 runs.append({"seed": seed, "side": side, "processor": time.process_time() - began, **numbers})
                 print(json.dumps(runs[-1]), flush=True)
-    found = {
-        "machine": describe_machine(),
-        "commit": commit(),
-        "model": options.model.name,
-        "rows": options.train.name.removesuffix(".train.jsonl"),
-        "pairs": options.pairs,
-        "val_pairs": options.val_pairs,
-        "runs": runs,
-    }
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(lines(found)))
+            found = {
+                "machine": describe_machine(),
+                "commit": commit(),
+                "model": options.model.name,
+                "rows": options.train.name.removesuffix(".train.jsonl"),
+                "characters": options.characters,
+                "batch": BATCH,
+                "pairs": options.pairs,
+                "val_pairs": options.val_pairs,
+                "runs": runs,
+            }
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(reward_models(found)))
 
 
 if __name__ == "__main__":
