@@ -14,7 +14,7 @@ base-12m    ../shared/models/base-12m after SFT on some of the same demonstratio
 
 Held-out answers are greedy, by plain transformers on both sides. Times are of all steps but the first, collation,
 logging and the process of the rewards included; processor seconds are what the process and its children used. TRL
-samples with `generate` (B), which on a CPU is faster than its continuous batching (C, with `--sides strop C`).
+samples with `generate`, as it does by default (B), or with its continuous batching (C, with `--sides strop C`).
 """
 
 from __future__ import annotations
