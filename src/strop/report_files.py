@@ -20,10 +20,13 @@ from strop.log_arrays import read_floats
 from strop.readable import plain
 from strop.report.diagnose import Diagnosis
 from strop.report.findings import Severity
+from strop.report.tables import summary
 from strop.report.write import examine, write
 from strop.rundir import RunDir
 from strop.runfiles import PAIRS, PLAN, margins_array
 from strop.session import Session
+from strop.trackers.fan_out import Trackers
+from strop.trackers.tracker import Table
 from strop.types import Group
 
 log = logging.getLogger("strop")
@@ -112,19 +115,21 @@ def _texts(group: Group, session: Session) -> dict[str, Any]:
     return {**cut, **{f"{name}_characters": len(text) for name, text in texts.items()}, "source": str(group.origin)}
 
 
-def report(session: Session, run: RunDir) -> None:
-    """Writes the page of a run that has ended, and logs what it says in short. An error here is logged and goes no
-    further: no training fails because of its report."""
+def report(session: Session, run: RunDir, trackers: Trackers) -> None:
+    """Writes the page of a run that has ended, logs what it says in short, and hands its tables to the trackers. An
+    error here is logged and goes no further: no training fails because of its report."""
     if not session.world.is_main:
         return
     try:
         write_pairs(session, run)
-        examined = examine([run.path])
-        page, _ = write(examined, run.path)
+        (examined,) = examine([run.path])
+        page, _ = write([examined], run.path)
+        tables = [Table(table.title.lower(), table.header, table.rows) for table in summary(examined)]
     except Exception as error:  # noqa: BLE001 (see above)
         log.warning("%s: the report could not be written: %s: %s", run.path, type(error).__name__, error)
         return
-    _tell(session.model.name, examined[0].diagnosis, page)
+    trackers.report(examined.run.last_step, tables)
+    _tell(session.model.name, examined.diagnosis, page)
 
 
 def _tell(name: str | None, diagnosis: Diagnosis, page: Path) -> None:

@@ -6,7 +6,7 @@ For each model: open the run folder, build the session, check a resume, run the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -36,7 +36,7 @@ from strop.engine.train_state import TrainState
 from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.export.converted_bases import with_converted
-from strop.generate.while_training import prompts_of, samples_of
+from strop.generate.while_training import Asked, prompts_of, samples_of
 from strop.modelcard import model_card
 from strop.policy.kernels import product_rates
 from strop.policy.model.end_tokens import trained_ends
@@ -220,19 +220,15 @@ class _Run:
         source = session.source(self._splits(), self.run.path)
         if not self.saved and session.world.is_main:
             self._write_records()  # from here on the folder holds a run; what failed before can be started anew
-        outputs = self._outputs(source.num_steps)
+        trackers = self._open_trackers()
+        outputs = self._outputs(trackers, source.num_steps)
         ended: Ended = "failed"
         try:
-            devices = [session.world.device] if session.world.device.type == "cuda" else []
-            # training seeds torch's generators; afterwards they continue where the caller left them
-            with StopSignal(outputs.note) as stop, torch.random.fork_rng(devices):
-                parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
-                self._forecast(source, stop)
-                samples = samples_of(session, prompts, outputs, self.run.samples)
-                asked = lambda: stop.requested or outputs.stopped_on is not None  # noqa: E731
-                loop = Loop(session.config, *parts, should_stop=asked, samples=samples)
-                state, step = self._train(loop, outputs)
+            with StopSignal(outputs.note) as stop:
+                state, step = self._steps(source, prompts, outputs, stop)
+            result = self._finished(source.num_steps, state, step, trackers)
             ended = "finished"
+            return result
         except Interrupted as stopped:
             ended = "stopped"
             by_finding = self._by_finding(stopped, outputs)
@@ -242,10 +238,32 @@ class _Run:
         except TrainingError as error:
             if session.world.is_main:
                 self.run.write_json(FAILURE, {"error": error.found, "where": error.where, "fix": error.fix})
-                report(session, self.run)
+                report(session, self.run, trackers)
             raise
         finally:
-            outputs.close(ended)
+            trackers.close(ended)
+
+    def _steps(
+        self, source: StepSource, prompts: Sequence[Asked], outputs: RunOutputs, stop: StopSignal
+    ) -> tuple[TrainState, int]:
+        """Trains. Returns the state after the last step, and the step whose weights the policy holds."""
+        session = self.session
+        devices = [session.world.device] if session.world.device.type == "cuda" else []
+        try:
+            # training seeds torch's generators; afterwards they continue where the caller left them
+            with torch.random.fork_rng(devices):
+                parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
+                self._forecast(source, stop)
+                samples = samples_of(session, prompts, outputs, self.run.samples)
+                asked = lambda: stop.requested or outputs.stopped_on is not None  # noqa: E731
+                loop = Loop(session.config, *parts, should_stop=asked, samples=samples)
+                return self._train(loop, outputs)
+        finally:
+            outputs.close()
+
+    def _finished(self, num_steps: int, state: TrainState, step: int, trackers: Trackers) -> RunResult:
+        """Writes the final model of a run whose last step is done. step: the one whose weights the policy holds."""
+        session = self.session
         weights, world = session.policy.strategy.trained, session.world
         checkpoint_writer.refuse_nonfinite(f"no final model after step {state.step}", weights, world)
 
@@ -257,11 +275,11 @@ class _Run:
             records = self.run.metrics.read()
             change = change_of_rows(self.run.logs, 0, step, len(session.prepared.data.eval or ()) or None)
             parts = (session.config, state)
-            ending = Ending.of(*parts, num_steps=source.num_steps, final_step=step, records=records, change=change)
-            self._finish(ending)
+            ending = Ending.of(*parts, num_steps=num_steps, final_step=step, records=records, change=change)
+            self._finish(ending, trackers)
             return ending
 
-        return RunResult(name, self.run.path, world.on_main(finish))
+        return RunResult(session.model.name, self.run.path, world.on_main(finish))
 
     def _forecast(self, source: StepSource, stop: StopSignal) -> None:
         """Forecasts how many groups will have no signal, before the first step of a run that is not resumed."""
@@ -287,7 +305,7 @@ class _Run:
             if finding is None:
                 return None
             self.run.write_json(FAILURE, {"stopped_on": finding.id, "claim": finding.claim, "step": stopped.step})
-            report(self.session, self.run)
+            report(self.session, self.run, outputs.trackers)
             return finding.id, finding.claim
 
         found = self.session.world.on_main(look)
@@ -314,13 +332,15 @@ class _Run:
         if self.saved:
             check_made_from(self.saved, others, self.allow_changes)
 
-    def _outputs(self, num_steps: int) -> RunOutputs:
-        config, run = self.session.config, self.run
-        trackers = Trackers({})
-        if self.session.world.is_main:
-            resumed_at = self.resumed_at if self.saved else None
-            trackers = open_trackers(config, run, name=self.session.model.name, resumed_at=resumed_at)
-        parts = (config, run, trackers, self.progress, self.session.world)
+    def _open_trackers(self) -> Trackers:
+        session = self.session
+        if not session.world.is_main:
+            return Trackers({})
+        resumed_at = self.resumed_at if self.saved else None
+        return open_trackers(session.config, self.run, name=session.model.name, resumed_at=resumed_at)
+
+    def _outputs(self, trackers: Trackers, num_steps: int) -> RunOutputs:
+        parts = (self.session.config, self.run, trackers, self.progress, self.session.world)
         return RunOutputs(*parts, made_from=self.made_from, num_steps=num_steps, resumed_at=self.resumed_at)
 
     def _train(self, loop: Loop, outputs: RunOutputs) -> tuple[TrainState, int]:
@@ -339,7 +359,7 @@ class _Run:
         on_main = self.session.world.on_main
         return state, loop.load_best(lambda step: on_main(lambda: checkpoint.open_checkpoint(best(step))))
 
-    def _finish(self, ending: Ending) -> None:
+    def _finish(self, ending: Ending, trackers: Trackers) -> None:
         """Writes the final model, and logs how the run ended."""
         session, run, step = self.session, self.run, ending.final_step
         prepared, policy, name = session.prepared, session.policy, session.model.name
@@ -359,7 +379,7 @@ class _Run:
         _tell(session.model, ending.lines())
         if warning := ending.warning():
             log.warning("%s: %s", name, warning)
-        report(session, run)
+        report(session, run, trackers)
         push_finished(session.config, session.model, run.path)
         log.info("%s: the model of step %d is in %s", name, step, run.final)
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -462,11 +463,17 @@ def test_a_bad_mount_dir_is_found_before_training(tmp_path: Path, model_dir: Pat
     assert not list((tmp_path / "out").rglob("data.json"))
 
 
-def test_overwriting_keeps_the_charts_of_the_run_that_is_under_way(tmp_path: Path, runs: Any) -> None:
+def test_overwriting_keeps_the_charts_of_the_run_that_is_under_way_and_its_report(tmp_path: Path, runs: Any) -> None:
     config = runs.config(output_dir=str(tmp_path), report_to=["tensorboard"], max_steps=1)
     strop.train(config)
     (result,) = strop.train(config, overwrite=True)
-    assert len(list((result.run_dir / "logs" / "tensorboard").iterdir())) == 1
+    (file,) = (result.run_dir / "logs" / "tensorboard").iterdir()
+    events = EventAccumulator(str(file))
+    events.Reload()
+    verdict = json.loads((result.run_dir / "findings.json").read_text())["verdict"]
+    (shown,) = events.Tensors("report/verdict/text_summary")
+    assert shown.step == 1 and shown.tensor_proto.string_val[0].decode().splitlines()[2:] == [f"| {verdict} |"]
+    assert events.Tensors("report/evaluation/text_summary")
 
 
 def test_a_finished_run_without_metrics_still_says_so(tmp_path: Path, runs: Any) -> None:

@@ -29,14 +29,14 @@ from strop.report.findings import Finding
 from strop.report.watch import Watch
 from strop.rundir import RunDir
 from strop.trackers.fan_out import Trackers
-from strop.trackers.tracker import Ended
 from strop.world import World
 
 log = logging.getLogger("strop")
 
 
 class RunOutputs:
-    """The outputs of one run, which rank 0 writes. The protocol `Outputs` of the loop describes the methods."""
+    """The outputs of one run, which rank 0 writes. The protocol `Outputs` of the loop describes the methods. `close`
+    leaves the trackers open: they get the report, which is made of what is written here."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class RunOutputs:
         if self.world.is_main and self.config.logging.log_level != "error":
             self.progress.note(text)
 
-    def close(self, ended: Ended) -> None:
+    def close(self) -> None:
         self.training.close()
         self._metrics.close()
         self._ledger.close()
@@ -184,7 +184,6 @@ class RunOutputs:
         if self._margins_lost:
             log.warning("%s: the margins of %d steps are missing", self.margins_log.folder, self._margins_lost)
         self.margins_log.close()
-        self.trackers.close(ended)
 
 
 class _Log:

@@ -9,9 +9,10 @@ from typing import Any
 
 from strop.readable import duration, is_number
 from strop.report.charts import number
+from strop.report.diagnose import Examined
 from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
-from strop.report.findings import Thresholds
+from strop.report.findings import Numbers, Thresholds
 from strop.report.run_record import RunRecord
 
 SHOWN_EVALUATIONS = 40
@@ -76,6 +77,24 @@ def _evaluated(run: RunRecord, name: str, place: int) -> str:
         low, high = wilson(min(max(value, 0.0), 1.0), float(groups[place]))
         return f"{value:.3f} ({low:.3f} to {high:.3f})"
     return number(value)
+
+
+def summary(examined: Examined) -> list[Table]:
+    """A run in few words: the verdict, what was found, the evaluations."""
+    run, diagnosis = examined.run, examined.diagnosis
+    found = [
+        (str(f.severity), f.claim, f.id, _numbers(f.numbers), "; ".join(r.words for r in f.remedies))
+        for f in diagnosis.raised
+    ]
+    tables = [Table("Verdict", ("verdict",), ((diagnosis.verdict,),))]
+    if found:
+        tables.append(Table("Findings", ("severity", "finding", "id", "numbers", "worth trying"), tuple(found)))
+    return [*tables, *evaluations([run], [run.path.name])]
+
+
+def _numbers(found: Numbers) -> str:
+    """In one cell."""
+    return ", ".join(f"{name} {number(v) if isinstance(v, int | float) else v}" for name, v in found.items())
 
 
 def tables_of(run: RunRecord) -> list[Table]:

@@ -17,7 +17,7 @@ from typing import Any
 from strop.errors import first_line
 from strop.readable import is_number
 from strop.redact import redact
-from strop.trackers.tracker import SAMPLES, Ended, Tracker
+from strop.trackers.tracker import REPORT, SAMPLES, Ended, Table, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,11 @@ class Trackers:
         """Hand on the lines of samples.jsonl of a step, as one table."""
         for outlet in self._outlets.values():
             outlet.offer({"step": step, "split": SAMPLES, "lines": lines})
+
+    def report(self, step: int, tables: Sequence[Table]) -> None:
+        """Hand on the tables of the report of a run that ended after this step."""
+        for outlet in self._outlets.values():
+            outlet.offer({"step": step, "split": REPORT, "tables": tables})
 
     def catch_up(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Offer the records of an earlier process again, since one that was killed may not have sent all of them. Only
@@ -118,6 +123,8 @@ class _Outlet:
     def _hand_over(tracker: Tracker, record: Mapping[str, Any]) -> None:
         if record["split"] == SAMPLES:
             tracker.show(record["step"], record["lines"])
+        elif record["split"] == REPORT:
+            tracker.report(record["step"], record["tables"])
         else:
             tracker.log(record)
 

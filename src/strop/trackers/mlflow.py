@@ -11,7 +11,7 @@ from typing import Any
 
 from strop.durable import to_json
 from strop.redact import redact
-from strop.trackers.tracker import SPLITS, Ended, Held, RunFacts, charted
+from strop.trackers.tracker import REPORT, SPLITS, Ended, Held, RunFacts, Table, charted
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ class MLflow:
     def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(f"{to_json(line)}\n" for line in lines)
         self._client.log_text(self._run_id, text, f"samples/step-{step:08d}.jsonl")
+
+    def report(self, step: int, tables: Sequence[Table]) -> None:
+        for table in tables:  # as MLflow itself writes tables, which it would add to one that is there
+            text = to_json({"columns": list(table.columns), "data": [list(row) for row in table.rows]})
+            self._client.log_text(self._run_id, text, f"{REPORT}/{table.name}.json")
 
     def close(self, ended: Ended) -> None:
         self._monitor.finish()

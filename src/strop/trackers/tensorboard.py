@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from strop.trackers.tracker import Ended, Held, RunFacts, charted, markdown
+from strop.trackers.tracker import REPORT, SAMPLES, Ended, Held, RunFacts, Table, charted, markdown, samples_table
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,12 @@ class TensorBoard:
 
     def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         if not self._held.has_samples(step):  # unlike numbers, texts of earlier files are all shown
-            self._writer.add_text("samples", markdown(lines), step)
+            self._writer.add_text(SAMPLES, markdown(samples_table(lines)), step)
             self._writer.flush()
+
+    def report(self, step: int, tables: Sequence[Table]) -> None:
+        for table in tables:
+            self._writer.add_text(f"{REPORT}/{table.name}", markdown(table), step)
 
     def close(self, ended: Ended) -> None:
         self._writer.close()

@@ -6,14 +6,23 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 SPLITS = ("train", "eval")
 SAMPLES = "samples"
+REPORT = "report"
 COLUMNS = ("prompt", "completion", "score")
 """What a table of samples shows of each line, where it has it."""
 Ended = Literal["finished", "stopped", "failed"]
 """How a run ended: to its last step, by a signal, or by an error."""
+
+
+class Table(NamedTuple):
+    """A table with a name, as a tracker shows it: names of its columns, and rows with a cell for each."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,9 @@ class Tracker(Protocol):
     def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         """Takes the samples of a step, which it may hold already. lines: of samples.jsonl."""
 
+    def report(self, step: int, tables: Sequence[Table]) -> None:
+        """Takes the tables of the report of a run whose last step this is; it shows them as `report/{name}`."""
+
     def close(self, ended: Ended) -> None:
         """Writes out what is still buffered, and says how the run ended."""
 
@@ -80,19 +92,18 @@ class Held:
         return {"step": step, "split": "eval"} in self
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Names of columns, and rows, of samples."""
+def samples_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Samples as a table."""
     columns = [name for name in COLUMNS if any(name in line for line in lines)]
-    return columns, [[line.get(name) for name in columns] for line in lines]
+    return Table(SAMPLES, columns, [[line.get(name) for name in columns] for line in lines])
 
 
-def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Samples as a table of Markdown; what is in a cell stays text."""
-    columns, rows = table(lines)
+def markdown(table: Table) -> str:
+    """A table in Markdown; what is in a cell stays text."""
 
     def cell(value: Any) -> str:
         text = html.escape("" if value is None else str(value), quote=False)
         return text.replace("|", "&#124;").replace("\r", "").replace("\n", "<br>").replace("`", "&#96;")
 
-    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return "\n".join([*head, *(f"| {' | '.join(map(cell, row))} |" for row in rows)])
+    head = [f"| {' | '.join(map(cell, table.columns))} |", f"|{'---|' * len(table.columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join(map(cell, row))} |" for row in table.rows)])

@@ -11,7 +11,18 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from strop.redact import redact
-from strop.trackers.tracker import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, markdown
+from strop.trackers.tracker import (
+    REPORT,
+    SAMPLES,
+    SPLITS,
+    Ended,
+    Held,
+    RunFacts,
+    Table,
+    charted,
+    markdown,
+    samples_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +55,10 @@ class Trackio:
 
     def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         if not self._held.has_samples(step):
-            self._run.log({SAMPLES: self._markdown(markdown(lines))}, step=step)
+            self._run.log({SAMPLES: self._markdown(markdown(samples_table(lines)))}, step=step)
+
+    def report(self, step: int, tables: Sequence[Table]) -> None:
+        self._run.log({f"{REPORT}/{table.name}": self._markdown(markdown(table)) for table in tables}, step=step)
 
     def close(self, ended: Ended) -> None:
         with _quietly():

@@ -17,7 +17,17 @@ from typing import Any
 
 from strop.errors import first_line
 from strop.redact import redact
-from strop.trackers.tracker import SAMPLES, SPLITS, Ended, Held, RunFacts, charted, table
+from strop.trackers.tracker import (
+    REPORT,
+    SAMPLES,
+    SPLITS,
+    Ended,
+    Held,
+    RunFacts,
+    Table,
+    charted,
+    samples_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +37,10 @@ FINISH_SECONDS = 120.0
 """How long the rest may be uploaded at the end of a run."""
 READ_SECONDS = 120.0
 """How long reading the files of an offline run may take."""
-ROWS_PER_STEP = 4
-"""Numbers of rows per step: a training line, samples, an evaluation, a training line that follows the evaluation."""
-SAMPLES_ROW = 1
+ROWS_PER_STEP = 5
+"""Numbers of rows per step: a training line, samples, an evaluation, a training line that follows the evaluation, the
+report of a run that ends there."""
+SAMPLES_ROW, REPORT_ROW = 1, 4
 
 
 class WeightsAndBiases:
@@ -65,11 +76,22 @@ class WeightsAndBiases:
         self._last = (step, split)
 
     def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
-        row = ROWS_PER_STEP * step + SAMPLES_ROW
-        if self._held.has_samples(step) or row < self._next_row:
+        if not self._held.has_samples(step):
+            self._tables(step, SAMPLES_ROW, {SAMPLES: samples_table(lines)})
+
+    def report(self, step: int, tables: Sequence[Table]) -> None:
+        self._tables(step, REPORT_ROW, {f"{REPORT}/{table.name}": table for table in tables})
+
+    def _tables(self, step: int, place: int, tables: Mapping[str, Table]) -> None:
+        """One row of tables, unless rows after it are there already."""
+        row = ROWS_PER_STEP * step + place
+        if row < self._next_row:
             return
-        columns, rows = table(lines)
-        self._run.log({"step": step, SAMPLES: self._table(columns=columns, data=rows)}, step=row, commit=True)
+        shown = {
+            name: self._table(columns=list(own.columns), data=[list(cells) for cells in own.rows])
+            for name, own in tables.items()
+        }
+        self._run.log({"step": step, **shown}, step=row, commit=True)
         self._next_row = row + 1
 
     def close(self, ended: Ended) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tracked_run as course
+from strop.trackers.tracker import Table
 from tracked_run import Series, sorted_series, wandb_records
 
 Reader = Callable[[Path], Series]
@@ -50,6 +51,11 @@ def read_trackio(run: Path) -> Series:
     return sorted_series([(n, line["step"], v) for line in logs for n, v in line.items() if n.partition("/")[1]])
 
 
+TABLES = (
+    Table("verdict", ("verdict",), [("a | b",)]),
+    Table("evaluation", ("step", "loss"), [("0", "0.7"), ("12", "0.5")]),
+)
+
 READERS: dict[str, Reader] = {
     "tensorboard": read_tensorboard,
     "wandb": read_wandb,
@@ -79,21 +85,31 @@ def test_a_resumed_run_holds_every_metric_once(
     assert before is None or course.identity(run, kind) == before
 
 
-def test_samples_are_there(kind: str, tmp_path: Path) -> None:
+def test_samples_and_the_tables_of_the_report_are_there(kind: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     course.process(run, course.config(kind), last=course.KILLED).close("stopped")
-    course.process(run, course.config(kind), resumed=True).close("finished")
+    trackers = course.process(run, course.config(kind), resumed=True)
+    trackers.report(course.STEPS, TABLES)
+    trackers.close("finished")
     if kind == "wandb":
         rows = [r["history"]["item"] for r in wandb_records(run / "logs") if r["type"] == "history"]
         tables = [(row["step"], row["samples.nrows"], row["samples.ncols"]) for row in rows if "samples.path" in row]
         assert tables == [(step, 2, 2) for step in (4, 8, 12)]
+        (row,) = [row for row in rows if any(name.startswith("report/") for name in row)]
+        for table in TABLES:
+            (file,) = (run / "logs").rglob(row[f"report/{table.name}.path"])
+            held = json.loads(file.read_text())
+            assert (held["columns"], held["data"]) == (list(table.columns), [list(cells) for cells in table.rows])
     elif kind == "mlflow":
         from mlflow import MlflowClient
-        from mlflow.artifacts import load_text
+        from mlflow.artifacts import load_dict, load_text
 
         found = MlflowClient().get_run(course.identity(run, "mlflow")["run_id"])
         text = load_text(f"{found.info.artifact_uri}/samples/step-00000012.jsonl")
         assert [json.loads(line) for line in text.splitlines()] == course.samples(12)
+        for table in TABLES:
+            held = load_dict(f"{found.info.artifact_uri}/report/{table.name}.json")
+            assert held == {"columns": list(table.columns), "data": [list(cells) for cells in table.rows]}
     elif kind == "trackio":
         from trackio.sqlite_storage import SQLiteStorage
 
@@ -103,10 +119,16 @@ def test_samples_are_there(kind: str, tmp_path: Path) -> None:
         ]
         assert [step for step, _ in shown] == [4, 8, 12]
         assert "| a &#124; &#96;b&#96; 0 | &lt;b&gt;answer&lt;/b&gt; 4<br>. |" in str(shown[0][1])
+        (line,) = [x for x in SQLiteStorage.get_logs(own["project"], own["name"]) if "report/verdict" in x]
+        assert line["step"] == course.STEPS and "| a &#124; b |" in str(line["report/verdict"])
+        assert "| 0 | 0.7 |<br>| 12 | 0.5 |".replace("<br>", "\n") in line["report/evaluation"]["_value"]
     else:
         events = EventAccumulator(str(run / "logs" / "tensorboard"))
         events.Reload()
         assert [event.step for event in events.Tensors("samples/text_summary")] == [4, 8, 12]
+        for table, words in zip(TABLES, ("a &#124; b", "| 12 | 0.5 |"), strict=True):
+            (event,) = events.Tensors(f"report/{table.name}/text_summary")
+            assert event.step == course.STEPS and words in event.tensor_proto.string_val[0].decode()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from strop.trackers import fan_out
 from strop.trackers.fan_out import Trackers
-from strop.trackers.tracker import Ended
+from strop.trackers.tracker import Ended, Table
 
 
 def record(step: int, split: str = "train", **metrics: object) -> dict[str, Any]:
@@ -42,6 +42,9 @@ class Fake:
 
     def show(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         self.log({"step": step, "lines": lines})
+
+    def report(self, step: int, tables: Sequence[Table]) -> None:
+        self.log({"step": step, "tables": [table.name for table in tables]})
 
     @property
     def steps(self) -> list[int]:
@@ -130,14 +133,16 @@ def test_only_who_knows_what_it_holds_is_told_of_the_past() -> None:
     assert knowing.steps == [1, 2, 3] and other.steps == [3]
 
 
-def test_samples_keep_their_place(clock: list[float]) -> None:
+def test_samples_and_the_report_keep_their_place(clock: list[float]) -> None:
     shaky = Fake(OSError("gone"))
     trackers = Trackers({"shaky": lambda: shaky})
     trackers.log(record(1))
     trackers.show(1, [{"prompt": "a"}])
     trackers.log(record(2))
+    trackers.report(2, [Table("verdict", ("verdict",), [("fine",)])])
     trackers.close("finished")
-    assert shaky.steps == [1, 1, 2] and shaky.taken[1]["lines"] == [{"prompt": "a"}]
+    assert shaky.steps == [1, 1, 2, 2] and shaky.taken[1]["lines"] == [{"prompt": "a"}]
+    assert shaky.taken[3]["tables"] == ["verdict"]
 
 
 def test_no_trackers_is_fine() -> None:
