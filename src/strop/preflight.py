@@ -22,7 +22,7 @@ from strop.errors import CheckpointError, ConfigError, StropError, first_line
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.consolidated_files import consolidated_folder
 from strop.policy.model.folder import check_adapter, check_files, source_of
-from strop.policy.model.quantisation_settings import check_adapts, quantisation_of
+from strop.policy.model.quantisation_settings import BITSANDBYTES, EXTRAS, check_adapts, quantisation_of
 from strop.rewards.lookup import MODEL_PREFIX
 from strop.types import RowShape
 
@@ -118,12 +118,13 @@ def _check_quantised(model: ModelSection, adapts: bool) -> None:
     the hub is looked at when it is loaded."""
     local = path.isdir(source_of(model.huggingface_id)) and consolidated_folder(model.huggingface_id) is None
     found = quantisation_of(model) if local else None
-    if (found is not None or model.quant != "none") and find_spec("bitsandbytes") is None:
+    package = BITSANDBYTES if found is None else found.package
+    if (found is not None or model.quant != "none") and find_spec(package) is None:
         raise ConfigError(
-            "the package bitsandbytes is not installed",
+            f"the package {package} is not installed",
             where=f"model {model.name}, {found.describe() if found else f'quant: {model.quant}'}",
-            expected="bitsandbytes, which is the extra `bnb`",
-            fix="pip install -e '.[bnb]' in strop's folder, or use a model that is not quantised",
+            expected=f"{package}, which is the extra `{EXTRAS[package]}`",
+            fix=f"pip install -e '.[{EXTRAS[package]}]' in strop's folder, or use a model that is not quantised",
         )
     if local:
         check_adapts(model, adapts)

@@ -27,7 +27,18 @@ from strop.rundir import RunDir
 log = logging.getLogger("strop")
 
 ENVIRONMENT = "environment.json"
-PACKAGES = ("strop", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "bitsandbytes")
+PACKAGES = (
+    "strop",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "bitsandbytes",
+    "torchao",
+)
 
 
 def describe_environment(

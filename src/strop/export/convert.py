@@ -51,6 +51,13 @@ def to_consolidated(source: str, target: Path) -> None:
     model = ModelSection(huggingface_id=source)
     files, config, where = inspect_model(model), model_config(model), place_of(model)
     layout = layout_of(config, where)
+    if files.config.get("quantization_config"):
+        raise ModelError(
+            "its weights are quantised (quantization_config in config.json), which this layout has no place for",
+            where=where,
+            expected="16 or 32 bits",
+            fix="convert the model it was made from",
+        )
     check_output(target, (files.source,))
     shards = [read_header(path) for path in files.weights]
     own = {name: spec for shard in shards for name, spec in shard.specs.items() if not name.endswith(DERIVED)}

@@ -20,6 +20,8 @@ from strop.errors import ModelError, first_line
 from strop.machine import machine_of
 from strop.policy.model.shard_writer import DTYPES, ShardWriter, Spec
 
+BYTES_OF_TORCHAO = "._weight_qdata"
+"""End of the name by which torchao stores a weight's bytes; beside them stand its scale and zero point."""
 INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -61,7 +63,24 @@ def read_header(path: Path) -> Shard:
     for name, (_, dtype) in stored.items():
         if dtype not in DTYPES:
             raise ModelError(f"{path.name}: {name} is of the dtype {dtype}, which is not known here", where=str(path))
-    return Shard(path, {name: Spec(shape, DTYPES[dtype]) for name, (shape, dtype) in stored.items()}, metadata)
+    specs = {name: Spec(shape, DTYPES[dtype]) for name, (shape, dtype) in stored.items()}
+    return _of_torchao(Shard(path, specs, metadata))
+
+
+def _of_torchao(shard: Shard) -> Shard:
+    """A shard whose weights torchao quantised: x._weight_qdata stands for x.weight, and the scales beside it are left
+    out. Such a weight can be replaced, not read."""
+    bytes_of = {name.removesuffix(BYTES_OF_TORCHAO) for name in shard.specs if name.endswith(BYTES_OF_TORCHAO)}
+    if not bytes_of:
+        return shard
+    parts = {name: name.rpartition(".") for name in shard.specs}
+    specs = {
+        (f"{layer}.weight" if name.endswith(BYTES_OF_TORCHAO) else name): shard.specs[name]
+        for name, (layer, _, part) in parts.items()
+        if name.endswith(BYTES_OF_TORCHAO) or not (layer in bytes_of and part.startswith("_weight_"))
+    }
+    # what the metadata says of each tensor is true of this file alone
+    return Shard(shard.path, specs, {key: value for key, value in shard.metadata.items() if key == "format"})
 
 
 def memory_dtype(shards: Sequence[Shard], stored: torch.dtype) -> torch.dtype:

@@ -20,4 +20,6 @@ allocator          settings of memory allocators, and what to do when memory run
 
 from strop.terminal import take_over
 
-take_over("peft", "bitsandbytes", "accelerate")  # before they are imported: some of them warn about parts they miss
+take_over(
+    "peft", "bitsandbytes", "torchao", "accelerate"
+)  # before they are imported: some of them warn about parts they miss

@@ -235,19 +235,19 @@ def test_the_estimate_knows_its_size(kind: str, tmp_path: Path, make_model: Any,
 def test_int8_in_another_dtype_and_with_a_bias() -> None:
     flush_denormals()
     layer = torch.nn.Linear(16, 8)
-    q = torch.nn.Module()
+    q = type("Linear8bitLt", (torch.nn.Module,), {})()
     scales = layer.weight.detach().abs().amax(1)
     q.weight = torch.nn.Parameter((layer.weight.detach() / scales[:, None] * 127).round().to(torch.int8), False)
     q.weight.SCB, q.bias = scales, layer.bias
     x = torch.randn(3, 5, 16, requires_grad=True)
-    y = quantised_weights.Int8Forward(q)(x)
+    y = quantised_weights.DequantisingForward(q)(x)
     w = quantised_weights.int8_dense(q.weight.data, scales, torch.float32)
     torch.testing.assert_close(w, layer.weight.detach(), atol=float(scales.max()) / 250, rtol=0)
     torch.testing.assert_close(y, x @ w.T + layer.bias)
     (slope,) = torch.autograd.grad(y.square().sum(), x)
     torch.testing.assert_close(slope, (2 * y) @ w)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert quantised_weights.Int8Forward(q)(x).dtype == torch.bfloat16
+        assert quantised_weights.DequantisingForward(q)(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -446,7 +446,7 @@ def test_what_is_refused_of_quantised_files(
     assert "all weights are to be trained" in capsys.readouterr().err
     file = folder / "config.json"
     whole = file.read_text()
-    for other in ("gptq", "torchao"):
+    for other in ("gptq", "awq"):
         file.write_text(whole.replace('"bitsandbytes"', f'"{other}"'))
         with pytest.raises(ModelError, match=f"quantised by {other} .*cannot be trained on"):
             build({"huggingface_id": str(folder)})

@@ -33,7 +33,7 @@ from strop.policy.kernels.dropout import draw_left_out
 from strop.policy.kernels.elementwise import ACTIVATIONS, EAGER, Elementwise
 from strop.policy.kernels.lora_products import LeftOut, Weights, gradients, products
 from strop.policy.kernels.plain_layers import is_plain_linear, is_untouched
-from strop.policy.kernels.quantised_weights import is_int8, is_quantised, multiplies_in, quantised_weight
+from strop.policy.kernels.quantised_weights import is_in_bytes, is_quantised, multiplies_in, quantised_weight
 from strop.policy.kernels.weight_copies import WeightCopies
 
 logger = logging.getLogger("strop")
@@ -148,7 +148,7 @@ class FusedLinear(Fused):
         base: Any = self.base
         if not is_quantised(base):
             return base.in_features, base.weight.dtype
-        set_to = None if is_int8(base) else base.compute_dtype
+        set_to = None if is_in_bytes(base) else base.compute_dtype
         return base.in_features, set_to or torch.get_default_dtype()
 
     @property

@@ -8,14 +8,18 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from strop.policy.kernels.quantised_weights import Int8Forward, is_int8, is_quantised
+from strop.policy.kernels.quantised_weights import DequantisingForward, is_in_bytes, is_quantised
+
+_OF_QUANTISED = ("peft.tuners.lora.bnb", "peft.tuners.lora.torchao")
 
 
 def is_plain_linear(module: nn.Linear | LoraLayer) -> bool:
-    """Whether its forward is a product, with or without one plain adapter. A layer in 8 bits needs the adapter: without
-    one, it has a forward of its own already."""
+    """Whether its forward is a product, with or without one plain adapter. A quantised layer in bytes needs the
+    adapter: without one, it has a forward of its own already."""
     if isinstance(module, nn.Linear):
-        return is_untouched(module) and (type(module) is nn.Linear or (is_quantised(module) and not is_int8(module)))
+        return is_untouched(module) and (
+            type(module) is nn.Linear or (is_quantised(module) and not is_in_bytes(module))
+        )
     base: Any = module.base_layer
     return (
         is_untouched(module)
@@ -33,10 +37,12 @@ def _is_lora_of_plain(module: LoraLayer, base: Any) -> bool:
 
 
 def _is_lora_of_quantised(module: LoraLayer, base: Any) -> bool:
-    """By peft's adapters for bitsandbytes. The forward that layers in 8 bits are given is no other product."""
-    if type(module).__module__ != "peft.tuners.lora.bnb" or not is_quantised(base):
+    """By peft's adapters for them. The forward that layers in bytes are given is no other product."""
+    if type(module).__module__ not in _OF_QUANTISED or not is_quantised(base):
         return False
-    return _is_unhooked(base) and ("forward" not in vars(base) or isinstance(vars(base)["forward"], Int8Forward))
+    return _is_unhooked(base) and (
+        "forward" not in vars(base) or isinstance(vars(base)["forward"], DequantisingForward)
+    )
 
 
 def is_untouched(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits (bitsandbytes), dequantised for one product at a time. Floor 2.
+"""Weights in 4 or 8 bits (bitsandbytes, torchao), dequantised for one product at a time. Floor 2.
 
 A dequantised weight is never kept: the backward pass makes it again. So of all the layers of a model, one weight at a
 time lies in memory in 16 or 32 bits.
@@ -6,29 +6,38 @@ time lies in memory in 16 or 32 bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from strop.policy.kernels.matmul import widens
+
 INT8_STEPS = 127.0
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether it is a linear layer of bitsandbytes."""
-    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
+    """Whether it is a linear layer of bitsandbytes, or one whose weight is torchao's."""
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).__module__.startswith("bitsandbytes.") or is_of_torchao(module.weight)
 
 
-def is_int8(layer: nn.Module) -> bool:
-    """Whether a quantised layer is in 8 bits; else it is in 4."""
-    return type(layer).__name__ == "Linear8bitLt"
+def is_of_torchao(weight: Tensor) -> bool:
+    """Whether it is one of torchao's tensors."""
+    return type(weight).__module__.startswith("torchao.")
+
+
+def is_in_bytes(layer: nn.Module) -> bool:
+    """Whether a quantised layer has a byte per weight (bitsandbytes' 8 bits, all of torchao's); else two share one."""
+    return type(layer).__name__ == "Linear8bitLt" or is_of_torchao(layer.weight)  # type: ignore[arg-type]
 
 
 def multiplies_in(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a quantised layer computes in `dtype` when it is given that. One in 4 bits may be set to another."""
-    return is_int8(layer) or getattr(layer, "compute_dtype", None) in (None, dtype)
+    return is_in_bytes(layer) or getattr(layer, "compute_dtype", None) in (None, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,7 @@ class QuantisedWeight:
 
     Args:
         packed: as it lies in memory, on the layer's device.
-        state: scales [O] of 8 bits, or bitsandbytes' QuantState of 4 bits.
+        state: scales [O] of 8 bits, or bitsandbytes' QuantState of 4 bits; None: a tensor of torchao's knows its own.
     """
 
     packed: Tensor
@@ -46,15 +55,25 @@ class QuantisedWeight:
 
     def whole(self) -> Tensor:
         """[O, I] dequantised anew, in `dtype`."""
+        if self.state is None:
+            return torchao_dense(self.packed, self.dtype)
         if isinstance(self.state, Tensor):
             return int8_dense(self.packed, self.state, self.dtype)
         return int4_dense(self.packed, self.state, self.dtype)
 
+    def wide(self) -> Tensor:
+        """The same in the dtype that `matmul.linear` multiplies in, which a CPU's may be float32 for 16 bits: made at
+        once, not rounded in between."""
+        widened = self.packed.device.type == "cpu" and widens(self.dtype)
+        return replace(self, dtype=torch.float32).whole() if widened else self.whole()
+
 
 def quantised_weight(layer: nn.Module, dtype: torch.dtype) -> QuantisedWeight:
-    """That of a layer of bitsandbytes."""
+    """That of a quantised layer."""
     weight: Any = layer.weight
-    if is_int8(layer):
+    if is_of_torchao(weight):
+        return QuantisedWeight(weight.data, None, dtype)
+    if is_in_bytes(layer):
         return QuantisedWeight(weight.data, weight.SCB, dtype)
     # a weight that was sharded and gathered again has lost its state; the layer has it, too
     state = getattr(weight, "quant_state", None) or layer.quant_state
@@ -80,23 +99,27 @@ def int8_dense(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_((scales.to(weight.device) / INT8_STEPS).to(dtype)[:, None])
 
 
-class _Int8Product(torch.autograd.Function):
-    """x [..., I] times a weight in 8 bits, which gets no gradient. Neither x nor the dequantised weight is kept."""
+def torchao_dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    """[O, I] of a tensor of torchao's: what it stands for in the dtype that its files were made of."""
+    return weight.dequantize().to(dtype)  # type: ignore[no-any-return]
+
+
+class _Product(torch.autograd.Function):
+    """x [..., I] times a quantised weight, which gets no gradient. Neither x nor the dequantised weight is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scales)
-        return nn.functional.linear(x, int8_dense(weight, scales, x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, weight.whole())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scales = ctx.saved_tensors
-        return grad @ int8_dense(weight, scales, grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.weight.whole(), None
 
 
-class Int8Forward:
-    """The forward of a layer in 8 bits: its weight dequantised, in the dtype of autocast, or in that of x."""
+class DequantisingForward:
+    """The forward of a layer in bytes: its weight dequantised, in the dtype of autocast, or in that of x."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
@@ -105,5 +128,5 @@ class Int8Forward:
         layer, kind = self.layer, x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            y: Tensor = _Int8Product.apply(x.to(dtype), layer.weight.data, layer.weight.SCB)  # type: ignore[no-untyped-call]
+            y: Tensor = _Product.apply(x.to(dtype), quantised_weight(layer, dtype))  # type: ignore[no-untyped-call]
             return y if layer.bias is None else y + layer.bias.to(dtype)

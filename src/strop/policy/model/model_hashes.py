@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from strop import machine
-from strop.policy.model.quantised_base import packed_names
+from strop.policy.model.quantised_base import packed_names, plain_parts
 
 _NO_NUMBERS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 """Keys of a model's configuration that no log-prob depends on."""
@@ -43,9 +43,10 @@ def weights_hash(module: nn.Module, known: Mapping[str, str] = MappingProxyType(
     digests = {_plain_name(name): line for name, line in known.items()}
     packed = packed_names(module)
     tensors = {
+        _plain_name(part): tensor
+        for name, whole in module.state_dict().items()
         # quantised weights as the bytes that they are, in whatever dtype they lie
-        _plain_name(name): tensor.view(torch.uint8).reshape(-1, 1) if name in packed and tensor.ndim == 2 else tensor
-        for name, tensor in module.state_dict().items()
+        for part, tensor in (plain_parts(name, whole) if name in packed else {name: whole}).items()
     }
     scales = {_plain_name(n): m.scaling for n, m in module.named_modules() if isinstance(m, LoraLayer)}
     zeros = [t for n, t in tensors.items() if ".lora_B." in n or ".lora_embedding_A." in n]

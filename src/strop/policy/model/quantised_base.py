@@ -1,14 +1,15 @@
-"""Bases whose frozen linear layers lie in 4 or 8 bits (bitsandbytes). Floor 2.
+"""Bases whose frozen linear layers lie in 4 or 8 bits (bitsandbytes, torchao). Floor 2.
 
 A layer keeps its weight quantised and dequantises it for each product, forward and backward; all rows are multiplied by
 the same numbers, so how a step is cut changes nothing. Embeddings, the head and norms are not quantised. Adapters on
 top train as on any frozen base (QLoRA, arXiv 2305.14314), and the reference is the same quantised model without them.
 
-Two things that bitsandbytes does otherwise are switched off here:
+What the packages do otherwise is switched off here:
 
     4 bits on a CPU   outside of training it packs a weight anew for another product, which has no gradient
     8 bits            it rounds what comes in, too, and takes large columns of a batch apart, so that a row's result
                       depends on the rows beside it
+    torchao           it multiplies by the bytes and scales the result, which rounds otherwise than a whole weight
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from strop.errors import ModelError
-from strop.policy.kernels.quantised_weights import Int8Forward, is_int8, is_quantised, quantised_weight
-from strop.policy.model.quantisation_settings import Quantisation
+from strop.policy.kernels.quantised_weights import (
+    DequantisingForward,
+    is_in_bytes,
+    is_of_torchao,
+    is_quantised,
+    quantised_weight,
+)
+from strop.policy.model.quantisation_settings import BITSANDBYTES, Quantisation
 from strop.policy.model.task import head_of
 from strop.readable import short_name
 
@@ -85,7 +92,7 @@ def packed_names(module: nn.Module) -> set[str]:
 def compute_in(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Let a model whose files are in 4 bits multiply in the dtype of the run, whatever it was saved with."""
     settings = getattr(config, "quantization_config", None)
-    if isinstance(settings, dict):
+    if isinstance(settings, dict) and settings.get("quant_method", BITSANDBYTES) == BITSANDBYTES:
         config.quantization_config = {**settings, "bnb_4bit_compute_dtype": short_name(dtype)}
 
 
@@ -101,12 +108,13 @@ def settle(module: PreTrainedModel, found: Quantisation | None, where: str) -> N
     done = sum(num_weights(layer) for layer in layers)
     ends = (module.get_input_embeddings(), head_of(module))
     apart = {id(weight) for part in ends if part is not None for weight in part.parameters()}
+    apart |= {id(layer.weight) for layer in layers}
     left = sum(p.numel() for p in module.parameters() if p.is_floating_point() and id(p) not in apart)
     share = done / max(1, done + left)
     logger.info("%s: %s, %.1f %% of the weights beside embedding and head", where, found.describe(), 100 * share)
     if share < LEAST:
         raise ModelError(
-            f"bitsandbytes quantised {100 * share:.1f} % of its weights beside embedding and head",
+            f"{found.package} quantised {100 * share:.1f} % of its weights beside embedding and head",
             where=where,
             expected=f"at least {100 * LEAST:.0f} %; it does not reach fused experts",
             fix="leave quant out, or choose a model whose layers are linear layers",
@@ -114,8 +122,16 @@ def settle(module: PreTrainedModel, found: Quantisation | None, where: str) -> N
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-        if is_int8(layer):
-            vars(layer)["forward"] = Int8Forward(layer)
+        if is_in_bytes(layer):
+            vars(layer)["forward"] = DequantisingForward(layer)
+
+
+def plain_parts(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that a weight lies in, by name. name: of one whose numbers are not those of its dtype."""
+    if is_of_torchao(weight):
+        parts, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+        return {f"{name}.{part}": getattr(weight, part) for part in parts}
+    return {name: weight.view(torch.uint8).reshape(-1, 1) if weight.ndim == 2 else weight}
 
 
 def num_weights(layer: nn.Module) -> int:
@@ -153,13 +169,13 @@ def dequantise(module: nn.Module, dtype: torch.dtype) -> list[str]:
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
         setattr(holder, last, plain)
-    # how transformers read 4 and 8 bits from the files, which it has no way back from
+    # how transformers read quantised weights from the files, which it has no way back from
     steps = getattr(module, "_weight_conversions", None) or []
-    kept = [step for step in steps if not any(map(_of_bitsandbytes, getattr(step, "operations", ())))]
+    kept = [step for step in steps if not any(map(_of_quantised, getattr(step, "operations", ())))]
     if len(kept) < len(steps):
         vars(module)["_weight_conversions"] = kept or None
     return names
 
 
-def _of_bitsandbytes(operation: object) -> bool:
-    return type(operation).__module__ == "transformers.integrations.bitsandbytes"
+def _of_quantised(operation: object) -> bool:
+    return type(operation).__module__ in ("transformers.integrations.bitsandbytes", "transformers.integrations.torchao")
