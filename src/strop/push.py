@@ -20,6 +20,8 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, StropError, foreign_errors
 from strop.manifest import MANIFEST
+from strop.policy.model.folder import read_json
+from strop.policy.model.folder_safety import check_sealed
 from strop.redact import redact
 from strop.rundir import FINAL
 
@@ -38,12 +40,13 @@ def push(run: str, repo: str, *, private: bool = True, base: str | None = None) 
         base: the id of an adapter's base at the hub, where its configuration names a folder of this computer.
 
     Raises:
-        ModelError: there is no model, or its base has no id.
+        ModelError: there is no model, its weights are not those that were written, or its base has no id.
         StropError: the hub refuses it or cannot be reached.
     """
     from huggingface_hub import HfApi  # takes a while
 
     folder = _model_of(run)
+    check_sealed(folder, run, weights=True)
     with _as_published(folder, base) as published, foreign_errors(lambda why: _failed(why, repo)):
         api = HfApi(library_name="strop")
         made = api.create_repo(repo, private=private, exist_ok=True)
@@ -90,16 +93,22 @@ def _model_of(run: str) -> Path:
 def _as_published(folder: Path, base: str | None) -> Iterator[Path]:
     """The folder, or for an adapter that is to name another base a copy that does."""
     file = folder / ADAPTER
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    named = settings.get(BASE)
-    if base is None and isinstance(named, str) and (os.path.isabs(named) or os.path.exists(named)):
+    settings = read_json(file, str(folder)) if file.is_file() else {}
+    if base is not None and not settings:
+        raise ModelError(
+            f"--base {base}: it is a whole model, which has no base", where=str(folder), fix="leave --base out"
+        )
+    named = base or settings.get(BASE)
+    if base is not None and not _is_id(base):
+        raise ModelError(f"--base {base} is no id", expected="the id of the base at the hub: OWNER/NAME")
+    if isinstance(named, str) and not _is_id(named):
         raise ModelError(
             "the adapter names its base by a folder of this computer, where nobody else finds it",
             where=str(file),
             expected="the id of the base at the hub",
             fix="give it with --base OWNER/NAME; or merge the adapter (strop merge) and push the merged model",
         )
-    if base is None or not settings:
+    if base is None:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="strop-push-") as place:
@@ -108,6 +117,18 @@ def _as_published(folder: Path, base: str | None) -> Iterator[Path]:
         (copy / ADAPTER).write_text(json.dumps({**settings, BASE: base}, indent=2) + "\n", encoding="utf-8")
         _name_base(copy / "README.md", base)
         yield copy
+
+
+def _is_id(name: str) -> bool:
+    """Whether a name is that of a model at the hub, and of nothing on this computer."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is only not declared
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
 
 
 def _name_base(card: Path, base: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 from strop.cli import main
 from strop.config.layers import load_config
 from strop.errors import ConfigError
+from strop.manifest import seal
 
 TOKEN = "hf_" + "a1B2c3D4e5" * 3
 
@@ -129,6 +130,38 @@ def test_what_is_no_model_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest
     assert "there is no finished model" in capsys.readouterr().err and not hub.made
     assert main(["push", str(tmp_path)]) == 1
     assert "--repo is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "words"),
+    [
+        ("../bases/llama", None, "by a folder of this computer"),
+        ("bases/8b/llama", None, "by a folder of this computer"),
+        ("org/base", "/models/base", "--base /models/base is no id"),
+        (None, "org/base", "a whole model, which has no base"),
+    ],
+)
+def test_a_base_that_nobody_else_finds_is_not_published(
+    named: str | None, base: str | None, words: str, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"base_model_name_or_path": named}
+    (tmp_path / ("config.json" if named is None else "adapter_config.json")).write_text(json.dumps(settings))
+    assert main(["push", str(tmp_path), "--repo", "me/model", *(() if base is None else ("--base", base))]) == 1
+    assert words in capsys.readouterr().err and not hub.made
+
+
+def test_what_is_damaged_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("{", "[]", '{"base_model_name_or_path"'):
+        (tmp_path / "adapter_config.json").write_text(content)
+        assert main(["push", str(tmp_path), "--repo", "me/model"]) == 1
+        assert "adapter_config.json" in capsys.readouterr().err and not hub.made
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"weights of a run")
+    seal(tmp_path, 0, {})
+    weights.write_bytes(b"weights of")
+    assert main(["push", str(tmp_path), "--repo", "me/model"]) == 1
+    assert "it is not what was written" in capsys.readouterr().err and not hub.made
 
 
 PUSHED = {"training.push_to_hub": True, "training.max_steps": 1}
