@@ -1,10 +1,14 @@
 """Every causal architecture of the installed transformers, trained on a tiny model: what is right, what is refused.
 
     python -m benchmarks.architectures [--kinds llama gemma3] [--write docs/models.md]
+    python -m benchmarks.architectures --experts [--kinds qwen3_moe] [--write docs/models.md]
 
 Of each: load, dry run, SFT and DPO of two steps, LoRA and all weights; the result loaded again by plain transformers or
 peft, with the same log-probs; a run that is resumed after its first step, with the same weights. Each has a process of
 its own and a time limit. A refusal is an error of strop's with a reason; anything else is a fault.
+
+`--experts` trains nothing: it writes the table of fused experts, from outlines of the models at the sizes that their
+configuration classes have by default.
 """
 
 from __future__ import annotations
@@ -19,13 +23,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .tiny import NOT_ALONE, write_model
+from .tiny import NOT_ALONE, tiny_config, write_model
 
 SECONDS = 600
 """Of one architecture, at most: the slowest took 117 on an idle processor's lowest priority, and one over 240 on a busy
@@ -34,6 +38,20 @@ BYTES = 8 * 2**30
 RUNS = (("sft", False, True), ("dpo", True, True), ("sft", True, False), ("dpo", False, False))
 """Method; LoRA or all weights; whether the run is resumed after its first step and compared."""
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
+
+EXPERTS_BEGIN, EXPERTS_END = "<!-- experts: begin -->", "<!-- experts: end -->"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The fused experts of one architecture. names: as `lora.target_parameters` takes them. auto, all_linear, experts:
+    percent of the weights of linear layers and experts that `auto`, `all-linear` and these names reach."""
+
+    kind: str
+    names: Sequence[str]
+    auto: float
+    all_linear: float
+    experts: float
 
 
 @dataclass(frozen=True)
@@ -270,22 +288,75 @@ def _cell(row: Found) -> str:
 
 def write_table(page: Path, found: Sequence[Found]) -> None:
     """Put the table between the marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}", encoding="utf-8")
+    _write_between(page, BEGIN, table(found), END)
+
+
+def _write_between(page: Path, begin: str, text: str, end: str) -> None:
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+# --- fused experts ----------------------------------------------------------------------------------------------------
+
+
+def experts_of(kind: str) -> Experts | None:
+    """What adapters reach of an architecture with fused experts; None: it has none, or no outline of it can be made."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from strop.policy.model.adapter_targets import expert_parameters, resolve_targets, selected, sizes, text_layers
+
+    try:
+        with torch.device("meta"):
+            if not expert_parameters(AutoModelForCausalLM.from_config(tiny_config(kind))):
+                return None
+            module = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
+    except Exception:  # noqa: BLE001 (code of any architecture; the other table says why)
+        return None
+    weights, fused = sizes(module), expert_parameters(module)
+    total = sum(weights.values()) / 100
+
+    def share(names: Iterable[str]) -> float:
+        return sum(weights[name] for name in names) / total
+
+    layers = text_layers(module)
+    auto, every = (share(selected(resolve_targets(module, how, kind), layers)) for how in ("auto", "all-linear"))
+    names = {".".join([part for part in name.split(".") if not part.isdigit()][-2:]) for name in fused}
+    return Experts(kind, sorted(names), auto, every, share(fused))
+
+
+def experts_table(found: Sequence[Experts]) -> str:
+    """The same as Markdown."""
+    lines = [
+        "| model_type | `target_parameters` of its experts | `auto` reaches | `all-linear` reaches | the experts are |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.kind} | {', '.join(row.names)} | {row.auto:.1f} % | {row.all_linear:.1f} % | {row.experts:.1f} % |"
+        for row in found
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", help="these alone; default: all")
+    parser.add_argument("--experts", action="store_true", help="the table of fused experts; nothing is trained")
     parser.add_argument("--results", type=Path, help="keep results in this file, and go on from it")
     parser.add_argument("--write", type=Path, help="put the table into this page")
     asked = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if asked.experts:
+        rows = [row for kind in asked.kinds or causal_kinds() if (row := experts_of(kind)) is not None]
+        print(experts_table(rows))
+        if asked.write:
+            _write_between(asked.write, EXPERTS_BEGIN, experts_table(rows), EXPERTS_END)
+        return
     known: dict[str, Found] = {}
     if asked.results and asked.results.exists():
         lines = asked.results.read_text(encoding="utf-8").splitlines()
         known = {row["kind"]: Found(**row) for row in map(json.loads, lines)}
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import strop.dryrun
     import strop.training  # noqa: F401 (imported once, for all the processes)
 

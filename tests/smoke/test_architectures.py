@@ -6,7 +6,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmarks.architectures import Found, causal_kinds, check, limited, table, write_table
+from benchmarks.architectures import (
+    Found,
+    causal_kinds,
+    check,
+    experts_of,
+    experts_table,
+    limited,
+    table,
+    write_table,
+)
 
 from strop.policy.prefix_sharing import ARCHITECTURES
 
@@ -55,3 +64,14 @@ def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text
     assert table(rows) in text and "| llama | shared |  | q_proj |" in text and "sees \\| later" in text
+
+
+def test_the_table_of_experts_says_what_adapters_reach() -> None:
+    assert experts_of("llama") is None
+    found = experts_of("mixtral")  # by default, of 7 billion weights
+    assert found is not None and found.names == ["experts.down_proj", "experts.gate_up_proj"]
+    attention, experts = 2 * 4096 * 4096 + 2 * 4096 * 1024, 8 * 3 * 4096 * 14336
+    total = attention + experts  # a router is no layer here
+    assert found.auto == found.all_linear == pytest.approx(100 * attention / total)
+    assert found.experts == pytest.approx(100 * experts / total)
+    assert "| mixtral | experts.down_proj, experts.gate_up_proj | 2.9 % | 2.9 % | 97.1 % |" in experts_table([found])
