@@ -63,8 +63,8 @@ def evaluated(place: Path, models: list[str], data: str, *flags: str) -> dict[st
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL and its dependencies warn of their own future
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_the_numbers_are_those_of_trl_s_own_evaluation(method: str, place: Path) -> None:
+@pytest.mark.parametrize(("method", "trained_by"), [("sft", "TRL"), ("dpo", "TRL"), ("dpo", "strop")])
+def test_the_numbers_are_those_of_trl_s_own_evaluation(method: str, trained_by: str, place: Path) -> None:
     trl = pytest.importorskip("trl", reason="TRL is the oracle; install the extra `dev`")
     from datasets import Dataset
 
@@ -77,9 +77,17 @@ def test_the_numbers_are_those_of_trl_s_own_evaluation(method: str, place: Path)
         "bf16": False,
         "disable_tqdm": True,
         "max_length": 512,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
     }
     data = Dataset.from_list(rows(pair))
-    model = AutoModelForCausalLM.from_pretrained(place / "other")
+    if trained_by == "strop":
+        words = ["--model", str(place / "other"), "--train-file", str(place / "pairs.jsonl"), "--method", "dpo"]
+        words += ["--max-steps", "1", "--learning-rate", "1e-3", "--output-dir", str(place / "out")]
+        assert main(["train", *words, "--models.0.name", "trained"]) == 0
+        (place / "out/trained/final").rename(place / "trained")
+    model = AutoModelForCausalLM.from_pretrained(place / ("trained" if trained_by == "strop" else "other"))
     common = {
         "model": model,
         "train_dataset": data,
@@ -93,9 +101,14 @@ def test_the_numbers_are_those_of_trl_s_own_evaluation(method: str, place: Path)
             trainer = trl.DPOTrainer(**common, ref_model=reference, args=trl.DPOConfig(**settings, beta=0.3))
         else:
             trainer = trl.SFTTrainer(**common, args=trl.SFTConfig(**settings))
+        if trained_by == "TRL":
+            before = model.lm_head.weight.detach().clone()
+            trainer.train()
+            assert not torch.equal(model.lm_head.weight, before)
+            trainer.save_model(str(place / "trained"))
         theirs = trainer.evaluate()
     flags = ("--beta", "0.3", "--reference", str(place / "base")) if pair else ()
-    found = evaluated(place, ["other"], "pairs" if pair else "singles", "--method", method, *flags)
+    found = evaluated(place, ["trained"], "pairs" if pair else "singles", "--method", method, *flags)
     (ours,) = found["models"]
     assert ours["metrics"]["loss"]["value"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
     if pair:

@@ -1,0 +1,58 @@
+"""Every command that takes a model, on a tiny one of each family: trained, asked, evaluated, merged, converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.tiny import write_model
+from safetensors.torch import load_file
+
+from strop.cli import main
+from strop.export.layout import FAMILIES
+
+ALWAYS = ("qwen3", "qwen3_moe")
+OTHERS = (
+    *("llama", "mistral", "qwen2", "olmo2", "mixtral", "gemma2", "gemma3_text", "gemma4_text", "phi", "phi3", "olmo3"),
+    *("smollm3", "granite", "cohere2", "starcoder2", "gpt2", "gpt_neox", "opt", "exaone4", "seed_oss", "glm4_moe"),
+    *("ministral3", "gpt_oss", "qwen3_5_text", "qwen3_next", "nemotron_h", "granitemoehybrid", "falcon_h1", "lfm2"),
+    *("gemma3", "deepseek_v3", "minicpm3", "bloom", "falcon", "gptj", "gpt_neo", "mpt"),
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the architectures' own code
+@pytest.mark.parametrize("kind", [*ALWAYS, *(pytest.param(kind, marks=pytest.mark.nightly) for kind in OTHERS)])
+def test_every_command_takes_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(kind, tmp_path / "base")
+    prompt = [{"role": "user", "content": "Sort: b a"}]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "a b"}]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    base, rows, run, merged = (str(tmp_path / name) for name in ("base", "rows.jsonl", "out/run", "merged"))
+
+    def strop(*words: str) -> str:
+        capsys.readouterr()
+        assert main(list(words)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    settings = ["--lora.r", "4", "--max-steps", "2", "--learning-rate", "1e-2", "--max-seq-length", "128"]
+    places = ["--output-dir", str(tmp_path / "out"), "--models.0.name", "run"]
+    strop("train", "--model", base, "--train-file", rows, "--method", "sft", *settings, *places)
+    strop("merge", run, "--output-dir", merged)
+    asked = ("Sort: b a", "--max-new-tokens", "6")
+    assert strop("generate", run, *asked) == strop("generate", merged, *asked)
+    strop("eval", run, merged, "--data", rows, "--output", str(tmp_path / "numbers.json"))
+    losses = [
+        model["metrics"]["loss"]["value"] for model in json.loads((tmp_path / "numbers.json").read_text())["models"]
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    one, back = str(tmp_path / "one"), str(tmp_path / "back")
+    if kind not in FAMILIES:
+        assert main(["convert", merged, "--to", "consolidated", "--output-dir", one]) == 1
+        assert f"its family is {kind}" in capsys.readouterr().err and not Path(one).exists()
+        return
+    strop("convert", merged, "--to", "consolidated", "--output-dir", one)
+    strop("convert", one, "--to", "hf", "--output-dir", back)
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (merged, back))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], own) for name, own in before.items())
