@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from strop.config.sections import ModelSection
 from strop.durable import to_json
-from strop.errors import ModelError
+from strop.errors import ModelError, foreign_errors
 from strop.export.consolidated import Consolidated
 from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy_files, new_folder
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
@@ -142,9 +142,9 @@ def _check_whole(config: PreTrainedConfig, specs: Mapping[str, Spec], where: str
         specs: by transformers' names.
 
     Raises:
-        ModelError: names the first that is not.
+        ModelError: names the first that is not; or the configuration builds no model.
     """
-    with quiet():
+    with foreign_errors(lambda why: ModelError(f"its configuration builds no model: {why}", where=where)), quiet():
         module = meta_model(config, trust_remote_code=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if config.tie_word_embeddings:

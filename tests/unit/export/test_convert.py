@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,42 @@ def test_shards(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in plain.state_dict().items())
 
 
+CONVERTS = """
+import sys
+from strop.export.convert import to_consolidated, to_transformers
+
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+for source, there, back in (sys.argv[1:4], sys.argv[4:7]):  # the first imports what is needed
+    before, peaks = kib("VmRSS"), []
+    for convert, one, two in ((to_consolidated, source, there), (to_transformers, there, back)):
+        open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+        convert(one, two)
+        peaks.append(kib("VmHWM") - before)
+print(*peaks)
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads and resets the peak in /proc")
+def test_no_more_than_a_shard_is_in_memory(save: Any, tmp_path: Path) -> None:
+    """Files that are mapped count, too."""
+    folders = []
+    for name, config in (
+        ("small", FAMILIES["llama"]),
+        ("large", LlamaConfig(**{**TINY, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8})),
+    ):
+        save(config, shard="64MB").rename(tmp_path / name)
+        folders += [str(tmp_path / f"{name}{part}") for part in ("", "-one", "-back")]
+    command = [sys.executable, "-c", CONVERTS, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    there, back = (1024 * int(number) for number in done.stdout.split())
+    shards = [file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")]
+    assert len(shards) >= 4 and there < 1.3 * max(shards)
+    assert back < 1.3 * (tmp_path / "large-one/consolidated.00.pth").stat().st_size
+
+
 # ---- what is refused
 
 
@@ -241,6 +279,9 @@ def test_other_families_and_places(save: Any, make_model: Any, tmp_path: Path, m
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "model_type": "cohere"}))
     with pytest.raises(ModelError, match="its family is cohere"):
+        to_consolidated(str(source), tmp_path / "one")
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(ModelError, match="its weights are quantised"):
         to_consolidated(str(source), tmp_path / "one")
     (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(ModelError, match=r"down_proj\.weight"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -259,9 +259,15 @@ def test_an_adapter_of_another_base_is_refused(make: Any, make_model: Any, tmp_p
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("what", ["whole model", "no adapter", "base gone", "truncated", "other kind"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("whole model", "no adapter", "base gone", "truncated", "other kind", "another rank", "unknown tensor"),
+        *("missing shard of the base", "truncated base"),
+    ],
+)
 def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> None:
-    base, adapter = make(make_model())
+    base, adapter = make(make_model(), shard="60KB")
     config = adapter / "adapter_config.json"
     source, words = adapter, ""
     if what == "whole model":
@@ -276,6 +282,22 @@ def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> 
         weights = adapter / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
         words = "adapter_model.safetensors is damaged"
+    elif what == "another rank":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "r": 8}))
+        words = "it does not fit the model"
+    elif what == "unknown tensor":
+        weights = adapter / "adapter_model.safetensors"
+        other = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}
+        save_file({**load_file(weights), **other}, weights)
+        words = "1 of its weights have no place in the model, the first is base_model.model.model.layers.7"
+    elif what == "missing shard of the base":
+        gone = sorted(base.glob("model-*.safetensors"))[1]
+        gone.unlink()
+        words = f"{gone.name} is missing, which model.safetensors.index.json names"
+    elif what == "truncated base":
+        weights = sorted(base.glob("model-*.safetensors"))[1]
+        weights.write_bytes(weights.read_bytes()[:-100])
+        words = f"{weights.name} is damaged"
     else:
         config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "IA3"}))
         words = "it is of the kind IA3"
