@@ -1,4 +1,4 @@
-"""What strop says of a case before it loads a weight: peak memory and seconds a row.
+"""What strop says of a case before it loads a weight: peak memory and seconds per row.
 
 python -m benchmarks.predict FOLDER CASE_AS_JSON
 """
@@ -16,7 +16,7 @@ from .sides import strop_config
 
 
 def predict(folder: Path, case: Case) -> dict[str, float | dict[str, float] | None]:
-    """MiB above what the imports take, by part and in all; seconds a row of the measured steps, no reference."""
+    """MiB above what the imports take, by part and in all; seconds per row of the measured steps, no reference."""
     import torch
 
     from strop.config import resolve

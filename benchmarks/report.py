@@ -146,7 +146,7 @@ def section(results: Sequence[Result], wanted: Iterable[str]) -> Iterator[str]:
     for name in {**dict.fromkeys(wanted), **measured}:
         yield from targets(name, measured.get(name))
     yield "\n### Figures\n"
-    columns = "case|side|rows|rounds|seconds a row|by strop's|peak MiB|of it training|wall s|padding|share"
+    columns = "case|side|rows|rounds|seconds per row|by strop's|peak MiB|of it training|wall s|padding|share"
     yield f"| {columns.replace('|', ' | ')} |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for result in results:

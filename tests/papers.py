@@ -122,7 +122,7 @@ def f_prime(t_log: float, s: Any) -> float:
 
 
 def ratios(s: Any, step: Step) -> tuple[Array, Array, Array, Array]:
-    """c, r, and the policy's and the reference's lp(chosen) - lp(rejected), one number a pair each."""
+    """c, r, and the policy's and the reference's lp(chosen) - lp(rejected), one number per pair each."""
     rows = []
     for (pc, qc), (pr, qr) in step:
         lp_c, lp_r = total(pc, pr, s.ld_alpha), total(pr, pc, s.ld_alpha)

@@ -30,7 +30,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
-    """Runs `strop` with these arguments in so many processes.
+    """Runs `strop` with these arguments in this many processes.
 
     Returns:
         The exit code: 0 if all processes return 0, else that of the first process that failed. If a signal killed that

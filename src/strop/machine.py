@@ -105,8 +105,8 @@ BF16_CAPABILITY = 8.0
 
 @dataclass(frozen=True)
 class Machine:
-    """kind: cpu or cuda. memory: bytes, or None. bandwidth: bytes a second, or None. name: of a GPU, or "". held: bytes
-    that this process has of that memory before a run. has_bf16: whether a GPU computes bfloat16, or None."""
+    """kind: cpu or cuda. memory: bytes, or None. bandwidth: bytes per second, or None. name: of a GPU, or "". held:
+    bytes that this process has of that memory before a run. has_bf16: whether a GPU computes bfloat16, or None."""
 
     kind: str
     memory: int | None

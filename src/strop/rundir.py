@@ -63,7 +63,7 @@ class RunDir:
                 expected="a folder in training.output_dir, relative to the run's own, or an absolute path",
                 fix=f"if it is to be there, write it out: logging.logging_dir: {logs}",
             )
-        # a folder that several runs may share gets one folder a run
+        # a folder that several runs may share gets one folder per run
         self.logs = logs if logs.is_relative_to(self.path) else logs / self.path.name
         self.metrics = JsonLines(self.path / METRICS)
         self.ledger = JsonLines(self.path / LEDGER)

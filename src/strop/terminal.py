@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("strop")
 
 SECONDS_TO_SPEAK = 2.0
-"""When several processes end, one of them writes the message. The others leave so many seconds later, because a
+"""When several processes end, one of them writes the message. The others leave this many seconds later, because a
 launcher ends all processes as soon as one has left."""
 
 

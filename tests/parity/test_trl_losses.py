@@ -49,7 +49,7 @@ def pair_scores() -> Scores:
 
 
 def labelled_scores() -> Scores:
-    """Every completion a row of its own, two of three desirable; others for z0, likelier under the policy."""
+    """Every completion is a row of its own, two of three desirable; others for z0, likelier under the policy."""
     scores = pair_scores()
     lengths, sizes = scores.structure.tokens_per_completion, [1] * scores.structure.num_completions
     apart = make_scores(scores.logps.detach() / 2, lengths, sizes, ref_columns([scores["ref_logps"]]))

@@ -39,7 +39,7 @@ WORSE = {"method": "sft", "greater_is_better": True, "eval_steps": 1, "max_steps
 
 @pytest.fixture
 def updates(watched: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the optimizer is given, an entry a step."""
+    """What the optimizer is given, one entry per step."""
     seen: list[dict[str, Any]] = []
     step = torch.optim.AdamW.step
 

@@ -76,7 +76,7 @@ def test_weights_are_counted_as_they_are(lora: dict[str, Any], prepared: Callabl
 def test_what_a_layer_keeps_is_what_autograd_keeps(
     lora: dict[str, Any], bf16: bool, prepared: Callable[..., Prepared]
 ) -> None:
-    """Within a fifth: the table of bytes a token against the tensors saved by a forward pass."""
+    """Within a fifth: the table of bytes per token against the tensors saved by a forward pass."""
     found = prepared(bf16=bf16, **lora)
     policy = build_policy(found.config, found.model, torch.device("cpu"))
     groups = [found.data.train[i] for i in range(4)]

@@ -32,7 +32,7 @@ usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key o
   --output FILE      the numbers as JSON, too
   --config FILE      settings of data, method and precision from a configuration; its models are not looked at
 
-  --tasks NAME[,NAME]     tasks of lm-eval (the extra eval); in the place of --data, or beside it
+  --tasks NAME[,NAME]     tasks of lm-eval (the extra eval); in place of --data, or beside it
   --include-path DIR      a folder with tasks of your own, as lm-eval reads them
   --limit N               so many questions per task at most
   --num-fewshot N         examples before each question (default: as the task says)

@@ -28,7 +28,7 @@ Places = Mapping[KeyPath, str]
 """Path of a value -> where it was given, for messages: `FILE:LINE`, `preset NAME:LINE`, `--flag`."""
 
 MAX_LISTED = 20
-"""A message lists so many problems, and counts the rest."""
+"""A message lists this many problems, and counts the rest."""
 
 NO_MODEL = (
     "write into the configuration\n"

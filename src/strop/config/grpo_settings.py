@@ -84,7 +84,7 @@ def _bound(name: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 class GrpoSettings(ReferenceSettings):
-    """Group relative policy optimisation (arXiv 2402.03300) and its kin: completions, weighed by their rewards."""
+    """Group relative policy optimisation (arXiv 2402.03300) and related methods: completions, weighted by rewards."""
 
     LEARNING_RATE: ClassVar[float] = 1e-6
     OBJECTIVE: ClassVar[str] = "grpo:Grpo"
@@ -105,7 +105,7 @@ class GrpoSettings(ReferenceSettings):
     }
 
     method: Literal["grpo"] = "grpo"
-    """Group relative policy optimisation and its kin."""
+    """Group relative policy optimisation and related methods."""
     algorithm: Algorithm = "grpo"
     """A name for a value on each axis below; the dry run prints them. An axis that is given wins."""
     advantage: Advantage = Field(default_factory=_axis("advantage"), json_schema_extra=BY_ALGORITHM)

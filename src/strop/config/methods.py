@@ -101,8 +101,8 @@ class DpoSettings(ReferenceSettings):
     wpo_weighting: bool = False
     """Weight each pair's loss by how likely the policy itself is to write its completions (WPO, arXiv 2406.11827)."""
     ref_sync_steps: int | None = Field(default=None, ge=1)
-    """Every so many steps the reference moves towards the policy (TR-DPO, arXiv 2404.09656), which keeps a second model
-    in memory and scores it in every step; null: the reference stays as it is. Full training only."""
+    """Every this many steps the reference moves towards the policy (TR-DPO, arXiv 2404.09656). This keeps a second
+    model in memory, which scores every step; null: the reference stays as it is. Full training only."""
     ref_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
     """Read with ref_sync_steps: how far the reference moves; 1: all the way."""
     sft_weight: float = Field(default=0.0, ge=0)

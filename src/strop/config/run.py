@@ -306,7 +306,7 @@ class RunConfig(Section):
                 ("training.fp16", "gpu.fsdp"),
                 "training.fp16 scales its loss by what every process sees of the gradients, and gpu.fsdp is true",
                 "bf16, or float32",
-                "set training.bf16: true in the place of fp16, or leave gpu.fsdp out",
+                "set training.bf16: true in place of fp16, or leave gpu.fsdp out",
             )
         if self.rollout.enabled and self.rollout.sampler == "vllm":
             yield Problem(

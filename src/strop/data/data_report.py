@@ -163,7 +163,7 @@ class DataReport:
 def group_statistics(groups: Groups) -> dict[str, Any]:
     """Lengths in tokens, token counts and the fingerprint of groups in their order.
 
-    `saved_by_prefix_sharing` is the share of the tokens of plain rows that rows with one prompt a group do without.
+    `saved_by_prefix_sharing` is the share of the tokens of plain rows that rows with one prompt per group do without.
     """
     lengths = groups.lengths
     prompt, completion, counts = lengths.prompt, lengths.completions, lengths.counts

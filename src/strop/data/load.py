@@ -40,7 +40,7 @@ class LoadedData:
 
     chat_template: the template that rendered the rows, to be saved with the tokenizer; None if no row was rendered.
     rejected: the content of rejected.jsonl, one object per row: file, line, reason, raw. num_labels: how many desirable
-    (True) and undesirable (False) completions an epoch has.
+    (True) and undesirable (False) completions each epoch has.
     """
 
     train: Groups

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word, with a chat template."""
+    """One token per word, with a chat template."""
     words = [PAD, UNK, USER, ASSISTANT, END, ASK, *ITEMS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

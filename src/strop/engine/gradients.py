@@ -68,7 +68,7 @@ class Gradients:
         return self._cut.budget_tokens
 
     def cut_finer(self, budget_tokens: int) -> None:
-        """From now on, limits micro-batches to so many tokens."""
+        """From now on, limits micro-batches to this many tokens."""
         self._cut = replace(self._cut, budget_tokens=budget_tokens)
         self.fitting_tokens = budget_tokens
 

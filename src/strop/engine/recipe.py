@@ -216,8 +216,8 @@ def _refuse_finished(done: Checkpoint, what: str, differences: Sequence[str]) ->
 
 
 def _with_keys_of_now(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
-    """The recipe of a checkpoint. Keys that strop did not have when it was written get their values of now where nobody
-    has set them: under the default of a new key, runs are what they were without it."""
+    """The recipe of a checkpoint. Keys that strop did not have when it was written get their present values where
+    nobody has set them: under the default of a new key, runs are what they were without it."""
     before: dict[str, Any] = checkpoint.state["recipe"]
     added = {key: value for key, value in recipe_of(config).items() if key not in before and _is_default(config, key)}
     if added:

@@ -260,7 +260,7 @@ def _coefficients(
 
 
 def with_leaves(scores: Scores, wants: Set[str]) -> tuple[Scores, Columns]:
-    """The scores with leaves of a new graph in the place of all that the policy has given: the log-probs, and the
+    """The scores with leaves of a new graph instead of all that the policy has given: the log-probs, and the
     columns that it was asked for (`wants`); and these columns. A loss of them has derivatives by them alone."""
 
     def leaf(values: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class StepSource(Protocol):
         """What evaluates the policy where there is no `validation`; None: nothing does."""
 
     def epochs(self, step: int) -> float:
-        """How many epochs so many steps are, as a fraction."""
+        """How many epochs this many steps are, as a fraction."""
 
     def after(self, step: int) -> None:
         """Called after each step, when the weights have changed."""

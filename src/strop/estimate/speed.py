@@ -1,6 +1,6 @@
 """How fast this processor trains an architecture: measured on a model of it with few layers. Floor 5.
 
-In: a configuration, and the lengths of a micro-batch. Out: seconds a layer and for the rest. Two models with random
+In: a configuration, and the lengths of a micro-batch. Out: seconds per layer and for the rest. Two models with random
 weights, of one layer and of three, take the micro-batch forward and backward and an update; what the two more layers
 cost is the layers', what is left is the rest's: embedding, head, optimizer. Nothing is loaded.
 """

@@ -49,7 +49,7 @@ ROUNDINGS = 4
 SUMS = 64
 """The same for roundings of float32, of which every sum makes some."""
 TIE = 8
-"""Two tokens are as good as one another where their logits differ by less than so many times what rounding moves."""
+"""Two tokens are as good as one another where their logits differ by less than this many times what rounding moves."""
 
 
 @dataclass(frozen=True, slots=True)

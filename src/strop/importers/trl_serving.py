@@ -29,7 +29,7 @@ from strop.importers.key_answers import (
     translated,
 )
 
-START = "start it with `vllm serve MODEL --enable-lora` in the place of `trl vllm-serve`: see docs/methods/grpo.md"
+START = "start it with `vllm serve MODEL --enable-lora` in place of `trl vllm-serve`: see docs/methods/grpo.md"
 _NOT_SERVED = ("use_dora", "modules_to_save", "lora_modules_to_save", "target_parameters", "lora_target_parameters")
 LISTENS = "0.0.0.0"
 """TRL's default: where a server listens, not where it is asked."""

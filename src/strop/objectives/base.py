@@ -56,7 +56,7 @@ MISMATCHED = "mismatched"
 
 @dataclass(frozen=True, slots=True)
 class RefSync:
-    """Every so many steps, the weights of the reference become share x the policy's + (1 - share) x their own."""
+    """Every this many steps, the weights of the reference become share x the policy's + (1 - share) x their own."""
 
     every_steps: int
     share: float

@@ -38,7 +38,7 @@ Every variant is a sum over pairs, divided by the pairs of the step.
     wpo_weighting each pair's loss counts w(chosen) w(rejected) times, without gradient, w(y) = exp of the mean over y's
                   tokens of lp_pi - log(sum over the vocabulary of p_pi^2)   (2406.11827)
     ref_sync_steps, ref_mixup_alpha
-                  every so many steps the reference becomes alpha * policy + (1 - alpha) * reference (2404.09656)
+                  every this many steps the reference becomes alpha * policy + (1 - alpha) * reference (2404.09656)
     sft_weight    + sft_weight * (- the sum of lp_pi(chosen)) / (chosen tokens of the step)   (RPO, 2404.19733)
 
 Rewards, margins and log-probs are logged as they are, before these options.

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation and its kin: completions that were sampled, weighed by their rewards.
+"""Group relative policy optimisation and related methods: completions that were sampled, weighed by their rewards.
 
 One objective with axes; an `algorithm` is a name for a value on each. Per trained token t of a completion y, with the
 advantage A of y (from the rewards of the step) and the ratio of the policy to the one that sampled,

@@ -45,7 +45,7 @@ class Reward(Objective[RewardSettings]):
         )
 
     def sides(self, scores: Scores) -> Sides:
-        """The rewards of both completions of each pair, which stand in the place of log-probs."""
+        """The rewards of both completions of each pair, which stand in place of log-probs."""
         return Sides.of(scores.sums(scores.logps))
 
     def terms(self, scores: Scores) -> Mapping[str, Tensor]:

@@ -129,7 +129,7 @@ def _cut_many(sizes: tuple[Ints, Ints], counts: np.ndarray, budget: int, tokens:
     For each of the S steps, the last `OPEN` micro-batches are kept in as many columns, which are used in turn.
     """
     shares, num_steps, most = tokens.shares_prompts, len(counts), int(counts.max())
-    places = np.arange(most) < np.asarray(counts)[:, None]  # [S, most]: whether the step has so many groups
+    places = np.arange(most) < np.asarray(counts)[:, None]  # [S, most]: whether the step has this many groups
     count, width, part = (np.zeros((num_steps, most), np.int64) for _ in range(3))
     count[places], width[places] = sizes
     rows, longest, used = (np.zeros((num_steps, OPEN), np.int64) for _ in range(3))

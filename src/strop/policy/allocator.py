@@ -89,7 +89,7 @@ MANY_ROWS = 100_000
 
 
 def give_back_freed_memory(num_rows: int) -> None:
-    """After passes over so many rows, give back to the system what is free in the middle of the heap, where the C
+    """After passes over this many rows, give back to the system what is free in the middle of the heap, where the C
     library is glibc: it keeps blocks of up to 32 MiB there for what is allocated next."""
     if num_rows < MANY_ROWS:
         return

@@ -220,7 +220,7 @@ def _rows(policy: Policy) -> tuple[Group, Batch]:
 
 
 def _without(group: Group, token: int) -> Group:
-    """The group with the id before, or after 0, in the place of this token."""
+    """The group with the id before, or after 0, in place of this token."""
     other = token - 1 if token else 1
 
     def changed(ids: array[int]) -> array[int]:

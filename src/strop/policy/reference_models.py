@@ -31,7 +31,7 @@ class FrozenReference:
         self._weights = {name: weight.detach().clone() for name, weight in policy.strategy.trained.items()}
 
     def logps(self, micro_batches: Sequence[Sequence[Group]]) -> list[Tensor]:
-        """As `group_logps`, under the weights of then."""
+        """As `group_logps`, under the weights of that time."""
         self._swap()
         try:
             return group_logps(self._policy, micro_batches)
@@ -50,7 +50,7 @@ class SyncedReference:
 
     Args:
         policy: before its first step, trained in full.
-        every_steps, share: every so many steps, the weights become share x the policy's + (1 - share) x their own.
+        every_steps, share: every this many steps, the weights become share x the policy's + (1 - share) x their own.
     """
 
     def __init__(self, policy: Policy, every_steps: int, share: float) -> None:

@@ -1,4 +1,4 @@
-"""Text that others wrote, on its way to a page: nothing invisible, no credentials, not too long. Floor 2."""
+"""Text that others wrote, before it goes onto a page: nothing invisible, no credentials, not too long. Floor 2."""
 
 from __future__ import annotations
 

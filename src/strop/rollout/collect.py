@@ -48,7 +48,7 @@ class CompletionSampler(Protocol):
     """What draws completions: the policy itself, or a server."""
 
     def prepare(self) -> None:
-        """Called by all processes before they sample: from now on with the weights of now."""
+        """Called by all processes before they sample: from now on with the current weights."""
 
     def sample(self, step: int, prompts: Sequence[Prompt], /) -> list[list[Sampled]]:
         """The completions of each prompt, in the order of the prompts. What is drawn depends on the step, the prompt's

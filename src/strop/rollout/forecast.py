@@ -22,7 +22,7 @@ from strop.report.facts import wilson
 from strop.rollout.collect import Collected, Collector
 
 STEP = 0x70726F62
-"""The number that stands in the place of a step: no run has so many."""
+"""The number that stands in place of a step: no run has so many."""
 AT_ONCE = 16
 """Prompts between two looks at whether to stop."""
 MOST, FEWEST, SHARE = 64, 16, 0.02

@@ -1,7 +1,7 @@
 """Prompts to the groups of every step: sampled by the policy, rewarded, written to a file. Floor 4.
 
 A `StepSource`. The plan says which prompts make a step, and which steps form a round that is sampled before its first
-step; what is sampled follows from (seed, step, prompt, index) and the weights of then. So a checkpoint between two
+step; what is sampled follows from (seed, step, prompt, index) and the weights at that time. So a checkpoint between two
 rounds holds nothing of it: a resumed run samples the same again. Within a round it holds the groups of the round.
 
 With dynamic sampling, groups without signal are left out, and further prompts are drawn by the seed and the step. Where
@@ -99,7 +99,7 @@ class RolloutSource:
         return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop, self._losses)
 
     def after(self, step: int) -> None:
-        """Notes how long the step trained. The next one is sampled when it is asked for, with the weights of then."""
+        """Notes how long the step trained. The next one is sampled when it is asked for, with the weights it then has."""
         assert self._made is not None and self._made[0] == step
         self._made[2]["time/train"] = (time.perf_counter() - self._made_at, 1)
         self._last = step

@@ -83,7 +83,7 @@ class Sampler:
         self._batch_tokens = batch_tokens
 
     def prepare(self) -> None:
-        """There is nothing to do: the weights of now are those of the policy."""
+        """There is nothing to do: the policy's own weights are the current ones."""
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
         """The completions of each prompt, in the order of the prompts."""

@@ -26,7 +26,7 @@ class StopTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         self.texts = tuple(texts)
         self._tokenizer = tokenizer
-        # a token has at least one byte, so a text lies in its last so many tokens
+        # a token has at least one byte, so a text of n bytes lies in its last n tokens
         self._tail = LEAD + max(len(text.encode()) for text in texts)
         self._last_characters = frozenset(text[-1] for text in texts)
         self._can_complete: dict[int, bool] = {}

@@ -52,7 +52,7 @@ class VllmClient:
     """Asks one server.
 
     timeout: seconds that one answer may take. retry_seconds: how long what can pass is tried again. note: called with a
-    message when it is. pause: waits so many seconds.
+    message when it is. pause: waits this many seconds.
     """
 
     url: str

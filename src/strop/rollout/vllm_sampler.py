@@ -1,4 +1,4 @@
-"""Prompts to groups of completions, drawn by a vLLM server with the adapter of now. Floor 4.
+"""Prompts to groups of completions, drawn by a vLLM server with the current adapter. Floor 4.
 
 Before prompts are sampled for, the adapter is written to a folder and loaded by the server, under a name that is a hash
 of its weights. Requests name it, so no answer comes from older weights. What is drawn follows from a seed of (seed,
@@ -47,7 +47,7 @@ class ServedAdapter:
         self.name: str | None = None
 
     def publish(self) -> None:
-        """Has the server load the weights of now, if it has others; all processes call it."""
+        """Has the server load the current weights, if it has others; all processes call it."""
         self.name = self._world.on_main(self._publish)
 
     def _publish(self) -> str:
@@ -140,7 +140,7 @@ class VllmSampler:
         self._checks_log_probs = trains and (asked.is_truncated or asked.temperature != 1)
 
     def prepare(self) -> None:
-        """The server gets the weights of now; all processes call it."""
+        """The server gets the current weights; all processes call it."""
         self._served.publish()
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
@@ -170,7 +170,7 @@ class VllmSampler:
         return self._checked(answer, prompt)
 
     def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """An answer of the adapter of now. A server that was started anew gets it again, once."""
+        """An answer of the current adapter. A server that was started anew gets it again, once."""
         client, name = self._served.client, self._served.name
         try:
             try:

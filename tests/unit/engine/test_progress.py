@@ -155,7 +155,7 @@ def test_in_a_terminal_a_bar_with_lines_above_it() -> None:
     assert own <= lines  # each on a line of its own
     last = plain.rpartition("after")[0].rpartition("\x1b[2K")[2]
     assert "broken off" not in last  # no bar is left behind
-    assert text.count("\x1b[2K") < 30  # drawn a few times a second, not at every step
+    assert text.count("\x1b[2K") < 30  # drawn a few times per second, not at every step
 
 
 @pytest.mark.parametrize("columns", [60, 80, *(pytest.param(n, marks=pytest.mark.nightly) for n in (100, 160))])

@@ -67,7 +67,7 @@ class DatasetSection(Section):
 
     name: str | None = None
     """Hub data set, `save_to_disk` folder, or a .jsonl, .json, .csv or .parquet file; `jsonl:PATH`, `text:PATH` (a
-    row a line) and `local:PATH` say which it is."""
+    row per line) and `local:PATH` say which it is."""
     subset: str | None = None
     """Hub configuration of the data set. (A slice belongs in `split`.)"""
     split: str = "train"

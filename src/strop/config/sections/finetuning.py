@@ -32,14 +32,14 @@ class FinetuningSection(Section):
     )
     """null: false for losses (`loss`, `nll`, `perplexity`), true for everything else."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
-    """Stop after so many evaluations in a row that were not better; null: never."""
+    """Stop after this many evaluations in a row that were not better; null: never."""
     stop_on: ListOf[StopOn] = ()
     """Findings (docs/findings.md) that stop the run when one is `fail` or `warn`: with a checkpoint and exit code 3."""
     sample_prompts: int | str | None = Field(
         default=None, json_schema_extra={"x-type": "a number above 0, or a file as strop generate --prompts reads it"}
     )
-    """Answer these prompts before the first step, at every evaluation and at the end: a file of prompts, or so many of
-    the first validation rows. The answers go to samples.jsonl and the trackers; training is the same without."""
+    """Answer these prompts before the first step, at every evaluation and at the end: a file of prompts, or this many
+    of the first validation rows. The answers go to samples.jsonl and the trackers; training is the same without."""
     sample_max_new_tokens: int = Field(default=128, gt=0)
     """Tokens of such an answer at most."""
     score_samples: str | None = None

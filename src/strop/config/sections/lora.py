@@ -44,7 +44,7 @@ class LoraSection(Section):
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """Kind of model; strop tunes causal language models."""
     loraplus_lr_ratio: float | None = Field(default=None, gt=0, le=1000)
-    """LoRA+ (arXiv 2402.12354): the second matrix of each adapter (B, which begins at 0) learns so many times as fast
+    """LoRA+ (arXiv 2402.12354): the second matrix of each adapter (B, which begins at 0) learns this many times as fast
     as the first; null: as fast. The paper takes 16."""
     init_lora_weights: bool | str = Field(
         default=True, json_schema_extra={"x-type": "true, gaussian, pissa, pissa_niter_N, or olora"}

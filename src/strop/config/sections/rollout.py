@@ -35,7 +35,7 @@ class RolloutSection(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Logits are divided by it, in sampling and in training."""
     top_k: int = Field(default=0, ge=0)
-    """Draw from so many likeliest tokens; 0: from all."""
+    """Draw from this many of the likeliest tokens; 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the likeliest tokens that together have this probability; 1: from all."""
     min_p: float = Field(default=0.0, ge=0, lt=1)

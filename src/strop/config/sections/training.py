@@ -28,7 +28,7 @@ class TrainingSection(Section):
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many optimizer steps; wins over num_epochs; null: by num_epochs."""
     per_device_train_batch_size: int = Field(default=2, gt=0)
-    """Groups (rows) a device takes at once: so many times the longest one are the tokens of a micro-batch at most."""
+    """Groups (rows) a device takes at once: a micro-batch has at most this many times the tokens of the longest one."""
     per_device_eval_batch_size: int = Field(default=2, gt=0)
     """The same in evaluations."""
     gradient_accumulation_steps: int = Field(default=8, gt=0)
@@ -70,11 +70,11 @@ class TrainingSection(Section):
     """Tokens of a completion, cut at the right; null: max_seq_length alone decides. Default: half of max_seq_length;
     for sft null, since there everything after the first prompt is the completion."""
     logging_steps: int = Field(default=10, gt=0)
-    """Write metrics every so many steps."""
+    """Write metrics every this many steps."""
     save_steps: int = Field(default=500, gt=0)
-    """Write a checkpoint every so many steps."""
+    """Write a checkpoint every this many steps."""
     eval_steps: int = Field(default=500, gt=0)
-    """Evaluate every so many steps, and after the last."""
+    """Evaluate every this many steps, and after the last."""
     eval_at_start: bool = True
     """Evaluate before the first step too, where there are validation rows: what the end is compared with."""
     save_total_limit: int | None = Field(default=3, gt=0)

@@ -36,7 +36,7 @@ def sum_dtype(compute: torch.dtype) -> torch.dtype:
 
 
 def tile_shape(num_rows: int, vocabulary: int, device_type: str, compute: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of the largest tile of so many scored tokens."""
+    """Rows and columns of the largest tile of this many scored tokens."""
     if device_type == "cpu":
         return min(num_rows, CPU_ROWS), min(vocabulary, ROW_BYTES // compute.itemsize)
     return min(num_rows, max(GPU_ROWS, TILE_ELEMENTS // vocabulary)), vocabulary

@@ -200,7 +200,7 @@ class _Head:
     def slopes(
         self, z: Tensor, places: _Places, highest: Tensor, total: Tensor, logps: Tensor, *, keep: bool
     ) -> Tensor:
-        """- d logp / d z [R, C], valid until the next tile's; in the place of z, unless that is kept. highest, total,
+        """- d logp / d z [R, C], valid until the next tile's; in place of z, unless that is kept. highest, total,
         logps: [R, 1] of all columns."""
         slopes = _shaped(self._tile, *z.shape) if keep else z
         for rows, y in self._slabs(z):

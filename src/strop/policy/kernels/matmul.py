@@ -52,7 +52,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, buffer: Tensor | No
 
 
 def linear_add(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """total + x w^T, which may or may not be in the place of total."""
+    """total + x w^T, which may or may not be written into total."""
     if _widens(x):
         return total.copy_(linear_add(total.float(), x.float(), w.float()))
     if _by_onednn(x, w):

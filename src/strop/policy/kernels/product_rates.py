@@ -53,7 +53,7 @@ BATCH = (8, 256, 64, 512)
 ROUNDS = 5
 """Each way is timed so often, all in turn, and its fastest call counts. They take some 0.1 s together."""
 HOPELESS = 5.0
-"""A way whose first call takes so many times as long as the fastest is not called again (float16 where it is emulated
+"""A way whose first call takes this many times as long as the fastest is not called again (float16 where it is emulated
 takes a hundred times)."""
 FORMAT = 1
 

@@ -1,4 +1,4 @@
-"""What a model folder may not do to whoever reads it: lead elsewhere, be damaged, name sizes without end. Floor 2.
+"""What a model folder may not do to whoever reads it: link to other places, be damaged, claim endless sizes. Floor 2.
 
 A folder comes in; nothing goes out, or one error that names the file. No torch, and no weight is read but to compare
 its hash.

@@ -88,7 +88,7 @@ def num_weights(model: ModelSection, *, reward_model: bool = False) -> int:
 def random_model(
     model: ModelSection, *, layers: int, vocabulary: int, dtype: torch.dtype, reward_model: bool = False
 ) -> LoadedModel:
-    """A model of the same architecture with so many layers and at most so many tokens, whose weights mean nothing.
+    """A model of the same architecture with this many layers and at most this many tokens, whose weights mean nothing.
 
     Raises:
         CannotBuildError: the architecture cannot be built so.
@@ -156,7 +156,7 @@ class Shape:
     matrix_bytes: float | None = None
     teacher: int = 0
     new_rows: int = 0
-    """adapters: their weights. adapted: inputs of adapted layers, in elements a token a layer; distinct: those that
+    """adapters: their weights. adapted: inputs of adapted layers, in elements per token and layer; distinct: those that
     several of them share (q, k, v; gate, up) counted once. matrix_bytes: of each weight of `matrix`, with its scales,
     where the base is quantised; None: it is not. teacher: weights of a second model that reads every batch. new_rows:
     of embedding and head, which train beside adapters."""

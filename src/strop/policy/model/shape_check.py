@@ -22,7 +22,7 @@ from strop.policy.model.folder import ModelFiles, inspect_model, place_of
 from strop.policy.model.task import auto_class
 
 FAR = 2
-"""config.json is refused where it describes so many times the weights that the files hold, whatever their names."""
+"""config.json is refused where it describes this many times the weights that the files hold, whatever their names."""
 
 SAME_MODEL = "use the config.json and the weights of one and the same model"
 

@@ -86,7 +86,7 @@ class Reading:
         return Read(module, report)
 
     def _deferred(self) -> Read | None:
-        """With placeholders in the place of the weights; None where a weight is put together from several tensors of
+        """With placeholders in place of the weights; None where a weight is put together from several tensors of
         the files, as in most mixtures of experts."""
         outline, where = self._outline(), place_of(self.model)
         waiting = DeferredWeights(self.files.weights, where)
