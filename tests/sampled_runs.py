@@ -22,18 +22,21 @@ def odd(completions, answer, **_):
 """
 
 
-def sampling(folder: Path, model: Path, method: dict[str, Any], *rewards: Any, **keys: Any) -> RunConfig:
-    """The configuration of a run over six prompts, three per step, with four completions of each. A reward's name is a
-    function of REWARDS, or all that a reward may be."""
+def sampling(
+    folder: Path, model: Path, method: dict[str, Any], *rewards: Any, functions: str = REWARDS, **keys: Any
+) -> RunConfig:
+    """The configuration of a run over six prompts, three per step, with four completions of each. A reward's name is
+    one of `functions`, or all that a reward may be."""
     rows = [{"prompt": f"question {i}", "completion": "yes", "answer": i} for i in range(6)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "own.py").write_text(REWARDS)
+    (folder / "own.py").write_text(functions)
+    named = [f"{folder / 'own.py'}:{r}" if isinstance(r, str) and r.isidentifier() else r for r in rewards]
     overrides: dict[str, Any] = {
         "models": [{"huggingface_id": str(model), "name": "run"}],
         "dataset.train_file": str(folder / "rows.jsonl"),
-        "post_training": method,
+        **{f"post_training.{key}": value for key, value in method.items()},
         "rollout.num_generations": 4,
-        "rewards": [f"{folder / 'own.py'}:{r}" if isinstance(r, str) and r.isidentifier() else r for r in rewards],
+        **({"rewards": named} if named else {}),
         "training.output_dir": str(folder / "out"),
         "training.groups_per_step": 3,
         "training.max_steps": 4,
@@ -44,7 +47,7 @@ def sampling(folder: Path, model: Path, method: dict[str, Any], *rewards: Any, *
         "training.logging_steps": 1,
         **keys,
     }
-    return load_config(overrides={key: value for key, value in overrides.items() if value is not None})
+    return load_config(overrides=overrides)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

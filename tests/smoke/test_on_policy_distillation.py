@@ -39,7 +39,7 @@ def folders(tmp_path: Path, make_model: Callable[..., Any], make_tokenizer: Call
 
 def distilling(folders: tuple[Path, Path], way: str, **keys: Any) -> Any:
     method = {"method": "distill", "teacher_model_id": str(folders[1]), **WAYS[way]}
-    return sampling(folders[0].parent, folders[0], method, **{"rewards": None, "rollout.num_generations": 2, **keys})
+    return sampling(folders[0].parent, folders[0], method, **{"rollout.num_generations": 2, **keys})
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -19,6 +19,7 @@ import strop
 from commands import Command
 from conftest import build_tokenizer
 from same_runs import in_many
+from sampled_runs import sampling
 from strop.config import RunConfig, load_config, to_yaml
 from strop.dryrun import dry_run
 from strop.errors import ConfigError, DataError, TrainingError
@@ -57,27 +58,7 @@ def once(prompts, completions):
 
 
 def config(folder: Path, model_dir: Path, *rewards: Any, **keys: Any) -> RunConfig:
-    rows = [{"prompt": f"question {i}", "completion": "yes", "answer": i} for i in range(6)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "own.py").write_text(REWARDS)
-    named = [f"{folder / 'own.py'}:{r}" if isinstance(r, str) and r.isidentifier() else r for r in rewards]
-    overrides: dict[str, Any] = {
-        "models": [{"huggingface_id": str(model_dir), "name": "run"}],
-        "dataset.train_file": str(folder / "rows.jsonl"),
-        "post_training.method": "grpo",
-        "rollout.num_generations": 4,
-        "rewards": named or [f"{folder / 'own.py'}:vowels"],
-        "training.output_dir": str(folder / "out"),
-        "training.groups_per_step": 3,
-        "training.max_steps": 4,
-        "training.max_seq_length": 64,
-        "training.max_completion_length": 8,
-        "training.learning_rate": 1e-2,
-        "training.warmup_steps": 0,
-        "training.logging_steps": 1,
-        **keys,
-    }
-    return load_config(overrides=overrides)
+    return sampling(folder, model_dir, {"method": "grpo"}, *(rewards or ["vowels"]), functions=REWARDS, **keys)
 
 
 def lines(path: Path, split: str = "train") -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ class RolloutSource:
         return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop, self._losses)
 
     def after(self, step: int) -> None:
-        """Notes how long the step trained. The next one is sampled when it is asked for, with the weights it then has."""
+        """Notes how long the step trained. The next one is sampled with the weights it has when it is asked for."""
         assert self._made is not None and self._made[0] == step
         self._made[2]["time/train"] = (time.perf_counter() - self._made_at, 1)
         self._last = step
