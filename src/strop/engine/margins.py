@@ -3,8 +3,8 @@
     logs/margins/margins_log.jsonl          one object per step, fields below
     logs/margins/epoch_000/step_00000.npy   float32 [G], one margin per group of the step
 
-A margin is chosen minus rejected, without beta: of log-ratios to the reference, or, for methods without a reference,
-of the log-probs that they compare. Fields: epoch and step (both from 0, the step within its epoch), global_step (the
+A margin is what the objective gives for a group (`Objective.margins`): by how much one completion is ahead of the
+other, without beta. Fields: epoch and step (both from 0, the step within its epoch), global_step (the
 optimizer step, from 1), batch_size, mean, std (with ddof 0), min, p10, median, p90, max, pos_frac (share above 0), npy
 (the array's path from this folder), sample (the first values).
 """
