@@ -474,6 +474,32 @@ def test_a_changed_model_configuration_is_refused(
     assert strop.train(config, resume="auto")[0].final.is_dir()
 
 
+def test_another_seed_loss_template_or_tokenizer_is_refused(
+    tmp_path: Path, dead_run: Callable[[str, bool, int], None]
+) -> None:
+    dead_run("dpo", True, 5)
+    config = strop.load_config(overrides=settings(tmp_path, MODEL, "dpo", True))
+    for key, value, said in (
+        ("seed", 7, "seed: 42 then, 7 now"),
+        ("post_training.loss_type", "hinge", "post_training.loss_type: sigmoid then, hinge now"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            strop.train(config.with_values({key: value}, "test"), resume="auto")
+    template, tokenizer = (tmp_path / MODEL / name for name in ("chat_template.jinja", "tokenizer.json"))
+    without_merges = json.loads(tokenizer.read_text())
+    without_merges["model"]["merges"] = []
+    for file, changed in (
+        (template, template.read_text().replace("<|im_end|>\n", "<|im_end|>")),
+        (tokenizer, json.dumps(without_merges)),
+    ):
+        before = file.read_text()
+        assert changed != before
+        file.write_text(changed)
+        with pytest.raises(CheckpointError, match="data: the training or validation groups are not those of the run"):
+            strop.train(config, resume="auto")
+        file.write_text(before)
+
+
 def test_changed_weights_of_a_source_are_refused(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

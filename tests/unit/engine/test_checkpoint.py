@@ -310,13 +310,14 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: bytes) -> None
         open_checkpoint(tmp_path / "checkpoint-1")
 
 
-def test_every_bit_matters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num", [200, pytest.param(20_000, marks=pytest.mark.nightly)])
+def test_every_bit_matters(num: int, tmp_path: Path) -> None:
     for step in (1, 2):
         put(tmp_path, step)
     path = tmp_path / "checkpoint-2"
     files = sorted(path.iterdir())
     draw = random.Random(0)
-    for _ in range(200):
+    for _ in range(num):
         file = draw.choice(files)
         data = bytearray(file.read_bytes())
         bit = draw.randrange(8 * len(data))
