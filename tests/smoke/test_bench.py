@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import measure, step_ratio
+from benchmarks import grpo, measure, step_ratio
 from benchmarks.cases import TOY
 from benchmarks.report import main as make_report
 from benchmarks.sides import check_side
@@ -133,6 +133,27 @@ def test_steps_beside_those_of_another_commit_are_reported(tmp_path: Path) -> No
     table, _ = report(tmp_path)
     assert "## Steps and starts beside those of commit aaaaaaa" in table
     assert "| toy | step | 4 | 1.250 | 1.500 | 0.833 (0.500 - 1.500) |" in table
+
+
+@pytest.mark.parametrize(("slower", "met"), [(2.0, "no"), (3.5, "yes")])
+def test_grpo_beside_trl_is_reported_by_seed(slower: float, met: str) -> None:
+    """Ratios are of runs with the same seed, and leave the first step out."""
+
+    def run(side: str, seed: int, heldout: float, seconds: float) -> dict[str, Any]:
+        steps = [100.0, seconds, seconds]
+        return {"side": side, "seed": seed, "heldout": heldout, "busy_cores": 0.0, "rewards": [0.5] * 3} | {
+            "wall": steps, "processor": steps, "sample": [0.0, seconds / 2, seconds / 2], "reward": [0.0] * 3,
+            "train": [0.0, seconds / 4, seconds / 4],
+        }  # fmt: skip
+
+    runs = [run("trl", 1, 0.6, slower), run("strop", 2, 0.8, 2.0), run("strop", 1, 0.7, 1.0)]
+    runs.append(run("trl", 2, 0.6, 2 * slower))
+    settings = {"steps": 3, "prompts": 2, "room": 4, "rate": 1e-3}
+    machine = {"date": "2026-01-01", "processor": "a processor", "trl": "1"}
+    found = {"start": "demo", "settings": settings, "machine": machine, "commit": "a", "before": 0.4, "runs": runs}
+    *_, ours, theirs = grpo.lines([found])
+    assert ours == "| strop | 0.750 (0.115 - 1.385) | 0.700, 0.800 | 0.500 | 1.500 | - | - | 50 | 0 | 25 |"
+    assert f"| {1.5 * slower:.3f} | {slower:.2f} ({slower:.2f} - {slower:.2f}) | {met} |" in theirs
 
 
 @pytest.mark.nightly
