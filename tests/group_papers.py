@@ -1,12 +1,14 @@
 """The losses on groups of sampled completions in plain numpy and float64, one completion at a time, from their papers.
 
 A step is a list of groups, a group a list of completions, a completion a dict: `pi`, `old`, `ref`, `sampler` (log-probs
-per token), `r` (its reward), `each` and `weights` (its rewards one by one, what each counts) and `ended` (false: it was
-cut off). `still` is the step at which what carries no gradient is taken.
+per token), `r` (its reward), `each` and `weights` (its rewards one by one, what each counts), `ended` (false: it was
+cut off) and `p` ([tokens, vocabulary], the policy's distribution of each token). `still` is the step at which what
+carries no gradient is taken.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -178,4 +180,12 @@ def step_loss(s: Any, step: Step, still: Step) -> float:
     total = over_tokens(lambda y, z, own: token_losses(s, y, z, own))
     if s.beta and s.kl_in == "loss":
         total += s.beta * over_tokens(lambda y, z, _: divergence(s, y, z))
+    if s.entropy_coef:
+        told = [y["p"] for group in step for y in group if not s.mask_truncated_completions or y["ended"]]
+        total -= s.entropy_coef * float(np.mean([entropy(p) for of_tokens in told for p in of_tokens] or [0.0]))
     return total
+
+
+def entropy(p: Any) -> float:
+    """Of a distribution, in nats."""
+    return -sum(float(x) * math.log(x) for x in p if x > 0)

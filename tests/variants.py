@@ -62,6 +62,8 @@ GROUP_SETTINGS: list[GrpoSettings] = [
     *(grpo(sampler_correction=f"{c}_mask", sampler_correction_min=0.9) for c in ("token", "sequence", "geometric")),
     grpo("dapo", delta=1.5, epsilon=0.1, advantage="reinforce++_baseline", beta=0.1, kl_in="reward"),
     *(grpo(aggregation=a, beta=0.04, mask_truncated_completions=True) for a in get_args(Aggregation)),
+    grpo("gspo", entropy_coef=0.3),
+    grpo("dr_grpo", beta=0.1, entropy_coef=0.05, mask_truncated_completions=True),
 ]
 """Every algorithm, and every value of each axis."""
 
@@ -93,6 +95,7 @@ SETTINGS: list[MethodSettings] = [
     CpoSettings(label_smoothing=0.2, cpo_alpha=0.0),
     *(grpo(algorithm, beta=0.1) for algorithm in get_args(Algorithm)),
     grpo("dapo", advantage="batch", sampler_correction="sequence_mask", aggregation="prompt"),
+    grpo(entropy_coef=0.1),
 ]
 
 

@@ -318,7 +318,9 @@ def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> No
     options = config.finetuning
     decides = options.load_best_model_at_end or options.early_stopping_patience is not None
     name = options.metric_for_best_model.removeprefix("eval_")
-    evaluated = held_out_metrics(config.reward_names) if config.rollout.enabled else objective.evaluated
+    evaluated = objective.evaluated
+    if config.rollout.enabled:
+        evaluated = held_out_metrics(config.reward_names, has_entropy=config.rollout.sampler == "policy")
     if config.rollout.enabled and objective.scores_samples:
         evaluated += objective.evaluated
     if options.score_samples is not None:

@@ -155,7 +155,7 @@ def theirs(
     [
         ({}, {"loss_type": "grpo"}),
         ({"algorithm": "dapo"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
-        ({"beta": 0.5}, {"loss_type": "grpo", "beta": 0.5}),
+        ({"beta": 0.5, "entropy_coef": 0.2}, {"loss_type": "grpo", "beta": 0.5, "entropy_coef": 0.2}),
         (
             {"algorithm": "dr_grpo", "normalizer_length": 16},
             {"loss_type": "dr_grpo", "scale_rewards": "none"},
@@ -169,7 +169,7 @@ def theirs(
             },
         ),
     ],
-    ids=["grpo", "dapo", "grpo-beta", "dr_grpo", "gdpo"],
+    ids=["grpo", "dapo", "grpo-beta-entropy", "dr_grpo", "gdpo"],
 )
 def test_five_steps_are_those_of_trl(
     method: dict[str, Any],

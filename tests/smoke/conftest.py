@@ -274,10 +274,13 @@ def group_step(
         group = Group(prompt, tuple(Completion(own, b"\1" * len(own)) for own in ids), Origin("made", 1))
         by_hand = {name: [x.numpy() for x in _logps_by_hand(model, group)] for name, model in models.items()}
         completions = []
-        for pi, ref, r in zip(by_hand["pi"], by_hand["ref"], rewards, strict=True):
+        with torch.no_grad():
+            whole = [models["pi"](input_ids=torch.tensor([prompt + own])).logits[0, 2:-1] for own in ids]
+        distributions = [logits.double().softmax(-1).numpy() for logits in whole]
+        for pi, ref, p, r in zip(by_hand["pi"], by_hand["ref"], distributions, rewards, strict=True):
             old = np.minimum(pi + draw.normal(0, 0.4, len(pi)), -1e-3)
             sampler = np.minimum(old + draw.normal(0, 0.3, len(pi)), -1e-3)
-            completions.append({"pi": pi, "ref": ref, "old": old, "sampler": sampler, "r": r})
+            completions.append({"pi": pi, "ref": ref, "old": old, "sampler": sampler, "p": p, "r": r})
         step.append(completions)
         columns = {name: [y[key].tolist() for y in completions] for name, key in GROUP_COLUMNS.items()}
         rows.append({"prompt_ids": prompt, "completion_ids": ids, "rewards": list(rewards), **columns})

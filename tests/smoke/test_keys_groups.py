@@ -39,6 +39,7 @@ PLAIN = {
     "sampler_correction_max": 3.0,
     "sampler_correction_min": 0.0,
     "mask_truncated_completions": False,
+    "entropy_coef": 0.0,
 }
 """What algorithm grpo is, and the defaults."""
 
@@ -183,6 +184,16 @@ def test_post_training__algorithm(follow: Train) -> None:
 def test_post_training__advantage(follow: Train) -> None:
     names = ("group", "mean", "batch", "rloo", "maxrl", "opo", "reinforce++", "reinforce++_baseline", "none")
     assert are_apart([follow(advantage=name) for name in names])
+
+
+def test_post_training__entropy_coef(follow: Train) -> None:
+    """Of the distributions of the model, as it writes them by hand."""
+    none, some, more = (
+        follow(algorithm="dapo", entropy_coef=c, means={**BY_NAME["dapo"], "entropy_coef": c}) for c in (0.0, 0.1, 0.3)
+    )
+    assert are_apart([none, some, more])
+    assert "entropy" not in none.metrics[0] and 0 < some.series("entropy")[0] == more.series("entropy")[0]
+    assert some.series("loss/entropy")[0] == pytest.approx(-0.1 * some.series("entropy")[0])
 
 
 def test_post_training__gate(follow: Train) -> None:

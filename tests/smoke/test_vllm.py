@@ -243,3 +243,11 @@ def test_what_does_not_go_together_is_refused(
     nobody: Any = type("Nobody", (), {"url": "http://127.0.0.1:9"})
     with pytest.raises(ConfigError, match=found):
         config(tmp_path, model_dir, nobody, **keys)
+
+
+def test_what_the_server_does_not_say_decides_nothing(tmp_path: Path, model_dir: Path) -> None:
+    """Before anything is asked of it."""
+    nobody: Any = type("Nobody", (), {"url": "http://127.0.0.1:9"})
+    keys = {"finetuning.metric_for_best_model": "eval_entropy", "dataset.validation_split": 0.34}
+    with pytest.raises(ConfigError, match="no evaluation has a metric 'entropy'"):
+        strop.train(config(tmp_path, model_dir, nobody, **keys))

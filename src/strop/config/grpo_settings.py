@@ -152,6 +152,9 @@ class GrpoSettings(ReferenceSettings):
     mask_truncated_completions: bool = False
     """Leave completions that were cut off (`ended`) out of the loss (overlong filtering of DAPO, arXiv 2503.14476);
     their rewards still count in the advantages of the others."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus: this times the mean entropy of the policy's distribution over all trained tokens of
+    the step, in nats, is taken off the loss. 0: no entropy is computed in training."""
     sampler_correction: Correction = "none"
     """Weight for what sampled with other log-probs than the policy has (`sampler_logps`), by token or by completion:
     cut off above, or 0 outside of the bounds. `geometric_mask`: a token's weight, or 0 where the completion's geometric
@@ -188,7 +191,7 @@ class GrpoSettings(ReferenceSettings):
         kl = f"{self.beta:g} in the {self.kl_in}{how if self.kl_in == 'loss' else ''}" if self.beta else "none"
         return (
             f"advantage {self.advantage}, {level}gate {self.gate}{bounds}{sapo}, aggregation {self.aggregation}, "
-            f"KL {kl}, sampler correction {self.sampler_correction}"
+            f"KL {kl}, entropy bonus {self.entropy_coef:g}, sampler correction {self.sampler_correction}"
         )
 
     def problems(self) -> Iterator[Problem]:

@@ -116,13 +116,14 @@ SCORE, WIN_RATE = "samples/score", "samples/win_rate"
 answers of the start to the same prompts."""
 
 
-def held_out_metrics(reward_names: Sequence[str]) -> list[str]:
+def held_out_metrics(reward_names: Sequence[str], *, has_entropy: bool = True) -> list[str]:
     """Names of the numbers of an evaluation that samples: where there are rewards, the mean reward and where its 95 %
-    interval lies."""
+    interval lies. has_entropy: whether what samples knows the entropy of what it drew from."""
     of_completions = [f"completions/{name}" for name in ("mean_length", "mean_terminated_length", "clipped_ratio")]
     of_rewards = [f"rewards/{name}/{kind}" for name in reward_names for kind in ("mean", "std")]
     rewards = ["reward", "reward_low", "reward_high"] if reward_names else []
-    return [*rewards, "entropy", *of_completions, "rewards/failed", *of_rewards]
+    entropy = ["entropy"] if has_entropy else []
+    return [*rewards, *entropy, *of_completions, "rewards/failed", *of_rewards]
 
 
 def no_such_metric(name: str, known: Sequence[str]) -> ConfigError:

@@ -262,6 +262,7 @@ def _head(
             transform=shape.transform,
             collisions="collisions" in objective.reads,
             trains=trains,
+            entropies="entropies" in objective.reads,
         )
         for scored in counts.tolist()
     ]

@@ -137,5 +137,7 @@ RULES: Rules = {
         )
     },
     "shuffle_dataset": always("the seed decides the order"),
-    **absent("off_policy_mask_threshold entropy_coef use_adaptive_entropy", "strop has no such term"),
+    "entropy_coef": same("post_training.entropy_coef"),
+    **absent("off_policy_mask_threshold", "strop has no such term"),
+    **absent("use_adaptive_entropy", "the coefficient stays as it is"),
 }

@@ -17,9 +17,11 @@ Columns that are supplied today, and by whom:
     teacher_logps  [M]  the policy                log-probs under the teacher, without gradients
     collisions     [M]  the policy                log(sum over the vocabulary of p^2), the log-prob that two tokens
                                                   drawn there are the same; without gradients
+    entropies      [M]  the policy                entropy of its distribution, in nats, with gradients
     advantages     [M]  grpo derives them         from the rewards of the whole step
     counted        [M]  grpo derives them         0 for tokens that are left out of the loss, above 1 for the others,
                                                   so that the loss is the mean over these
+    explored       [M]  grpo derives them         the same for the mean of entropies, which is one over tokens
 
 and further groups (`also`):
 

@@ -28,9 +28,11 @@ and the step's loss, by aggregation (L: normalizer_length):
 gradient that of the plain policy gradient. `sampler_correction` multiplies the loss by v = old / sampler, cut off or
 masked. With beta, beta times the divergence from the reference is added, aggregated alike; with d = log ref(t) / pi(t)
 k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1, multiplied by w (k2 and k3+: by sg(w)); or, `kl_in: reward`, beta times the
-sum of log old(t) / ref(t) is taken off the reward. Advantages are those of `advantages.py`. All is counted over the
-whole step. With `mask_truncated_completions`, completions that were cut off are left out of all these sums and means,
-but for the fixed count of `constant`.
+sum of log old(t) / ref(t) is taken off the reward. entropy_coef times the mean over all tokens of the step of
+H(t) = - sum over the vocabulary of p log p, the policy's entropy, is taken off the loss, however that
+is aggregated. Advantages are those of `advantages.py`. All is counted over the whole step. With
+`mask_truncated_completions`, completions that were cut off are left out of all these sums and means, but for the fixed
+count of `constant`.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class Grpo(Objective[GrpoSettings]):
         "clip_ratio/high_mean": "share of tokens whose ratio is above the upper bound, at a positive advantage",
         "clip_ratio/region_mean": "both; 0 where every step samples again; above 0.3, samples are too old",
         "kl": "divergence from the reference per token, by its estimator; above 2: lower the rate or raise beta",
+        "entropy": "entropy of the policy's distribution per trained token, in nats, with entropy_coef; near 0, "
+        "completions of a prompt are all alike",
         "sampling/sampling_logp_difference/mean": "how far the sampler's log-probs are from old_logps, per token, "
         "before any correction; above 0.1, they are two different models",
         "sampling/importance_sampling_ratio/mean": "mean of old / sampler per token before any correction; far from 1: "
@@ -76,6 +80,8 @@ class Grpo(Objective[GrpoSettings]):
             names |= {"ref_logps"} | ({"old_logps"} if s.kl_in == "reward" else set())
         if s.sampler_correction != "none":
             names |= {"sampler_logps"}
+        if s.entropy_coef:
+            names |= {"entropies"}
         if s.mask_truncated_completions:
             names |= {"ended"}
         return frozenset(names | {self._compared})
@@ -87,7 +93,10 @@ class Grpo(Objective[GrpoSettings]):
 
     @property
     def derives(self) -> frozenset[str]:
-        return frozenset({"advantages"} | ({"counted"} if self.settings.mask_truncated_completions else set()))
+        s, names = self.settings, {"advantages"}
+        if s.mask_truncated_completions:
+            names |= {"counted"} | ({"explored"} if s.entropy_coef else set())
+        return frozenset(names)
 
     def derive(self, structure: Structure, columns: Columns) -> Columns:
         s, costs = self.settings, None
@@ -95,7 +104,10 @@ class Grpo(Objective[GrpoSettings]):
             costs = s.beta * (columns.find("old_logps").double() - columns.find("ref_logps").double())
         found = {"advantages": advantages(s.advantage, columns.find(self._compared), structure, costs)}
         if s.mask_truncated_completions:
-            found["counted"] = counted(s.aggregation, columns.find("ended") > 0, structure)
+            ended = columns.find("ended") > 0
+            found["counted"] = counted(s.aggregation, ended, structure)
+            if s.entropy_coef:
+                found["explored"] = counted("token", ended, structure)
         return Columns(per_token=found)
 
     def describe(self) -> Iterator[str]:
@@ -103,7 +115,8 @@ class Grpo(Objective[GrpoSettings]):
 
     @property
     def units(self) -> Mapping[str, Unit]:
-        return dict.fromkeys(("policy", "kl") if self._kl_is_a_term else ("policy",), self._unit)
+        found = dict.fromkeys(("policy", "kl") if self._kl_is_a_term else ("policy",), self._unit)
+        return {**found, "entropy": tokens} if self.settings.entropy_coef else found
 
     @property
     def _kl_is_a_term(self) -> bool:
@@ -128,6 +141,10 @@ class Grpo(Objective[GrpoSettings]):
         terms = {"policy": (weights * self.policy_losses(scores)).sum()}
         if self._kl_is_a_term:
             terms["kl"] = self.settings.beta * (weights * self.kl(scores)).sum()
+        if self.settings.entropy_coef:
+            entropies = scores["entropies"].double()
+            explored = entropies * scores["explored"] if self.settings.mask_truncated_completions else entropies
+            terms["entropy"] = -self.settings.entropy_coef * explored.sum()
         return terms
 
     def _weights(self, scores: Scores) -> Tensor | float:
@@ -231,6 +248,8 @@ class Grpo(Objective[GrpoSettings]):
             metrics["clip_ratio/region_mean"] = ((low | high).sum(), num_tokens)
         if self._kl_is_a_term:
             metrics["kl"] = (self.kl(scores).sum(), num_tokens)
+        if self.settings.entropy_coef:
+            metrics["entropy"] = (scores["entropies"].double().sum(), num_tokens)
         if "sampler_logps" in scores.columns.names:
             log_v = _log_corrections(scores)
             metrics["sampling/sampling_logp_difference/mean"] = (log_v.abs().sum(), num_tokens)

@@ -26,6 +26,7 @@ from strop.columns import NO_COLUMNS, Columns
 from strop.errors import ModelError
 from strop.policy import prefix_sharing
 from strop.policy.kernels.attention import NAME, AttentionPlan, best_kernel, register_attention
+from strop.policy.kernels.entropy import ENTROPIES, token_entropies
 from strop.policy.kernels.fused import forget_shared
 from strop.policy.kernels.logprobs import token_logps
 from strop.policy.kernels.weight_copies import WeightCopies
@@ -57,7 +58,7 @@ class Policy(nn.Module):
         weights_hash: `identity.weights_hash` of what was loaded, if it was asked for.
     """
 
-    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions", DIVERGENCE, TEACHER_LOGPS})
+    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions", ENTROPIES, DIVERGENCE, TEACHER_LOGPS})
     """Columns that the policy can compute in the same pass as the log-probs, if a batch wants them."""
 
     def __init__(
@@ -161,10 +162,24 @@ class Policy(nn.Module):
             cast=self.weight_copies,
             collisions=collisions,
         )
+        if ENTROPIES in batch.wants:
+            return batch.token_scores(scored, entropies=self._entropies(hidden[: batch.structure.num_tokens]))
         if TEACHER_LOGPS in batch.wants:
             assert self.teacher is not None
             return batch.token_scores(scored, teacher_logps=self.teacher.logps(batch))
         return batch.token_scores(scored[0], collisions=scored[1]) if collisions else batch.token_scores(scored)
+
+    def _entropies(self, hidden: Tensor) -> Tensor:
+        """[M] of the distributions after these hidden states, with gradients."""
+        head = head_of(self.base)
+        return token_entropies(
+            hidden,
+            head.weight,
+            getattr(head, "bias", None),
+            transform=self.transform,
+            compute=self.head_dtype,
+            cast=self.weight_copies,
+        )
 
     def own_pass(self, compute: Callable[[], T]) -> T:
         """The result of `compute`, which may call the model's own forward: its weights are whole meanwhile."""

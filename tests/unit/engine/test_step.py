@@ -39,7 +39,8 @@ class Bigram(nn.Module):
         before = batch.input_ids.flatten()[batch.scored_positions]
         everything = self.dropout(self.table[before]).log_softmax(-1)
         logps = everything.gather(1, batch.targets[:, None]).squeeze(1)
-        return batch.token_scores(logps, collisions=(2 * everything).logsumexp(-1).detach())
+        entropies = -(everything.exp() * everything).sum(-1)
+        return batch.token_scores(logps, collisions=(2 * everything).logsumexp(-1).detach(), entropies=entropies)
 
 
 def make_groups(rows: str) -> list[Group]:

@@ -506,8 +506,12 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], tuple[str, ...]]] = {
     "trl-gdpo": (
         "trl",
         "a.yaml",
-        TRL_GRPO + "multi_objective_aggregation: normalize_then_sum\n",
-        {"post_training.advantage": "gdpo", "post_training.aggregation": "constant"},
+        TRL_GRPO + "multi_objective_aggregation: normalize_then_sum\nentropy_coef: 0.01\n",
+        {
+            "post_training.advantage": "gdpo",
+            "post_training.aggregation": "constant",
+            "post_training.entropy_coef": 0.01,
+        },
         ("use_vllm", "vllm_mode"),
     ),
     "trl-grpo": (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from group_papers import Step, step_loss
+from group_papers import Step, entropy, step_loss
 from scored import make_scores
 from strop.batch import Scores
 from strop.columns import Columns, Structure
@@ -37,7 +37,8 @@ def make_step(seed: int) -> Step:
         reward = 0.5 if alike else float(draw.choice([0.0, 0.5, 1.0, 2.0]))
         ended = n not in cut_off
         numbers = {"pi": pi, "old": old, "ref": ref, "sampler": sampler, "r": reward, "ended": ended}
-        return {**numbers, "each": (reward, n % 3 / 3), "weights": (1.0, 0.5)}
+        apart = np.random.default_rng([seed, n]).dirichlet(np.ones(5), n)
+        return {**numbers, "p": apart, "each": (reward, n % 3 / 3), "weights": (1.0, 0.5)}
 
     return [[completion(n, i == 3) for n in lengths] for i, lengths in enumerate(LENGTHS)]
 
@@ -48,6 +49,7 @@ def to_scores(step: Step, objective: Objective[MethodSettings], drop: Sequence[s
     per_token = {
         column: torch.tensor(np.concatenate([y[key] for y in flat])) for key, column in names.items() if key not in drop
     }
+    per_token["entropies"] = torch.tensor([entropy(p) for y in flat for p in y["p"]], dtype=torch.float64)
     per_completion = {
         key: torch.tensor([float(y[of]) for y in flat]) for key, of in (("rewards", "r"), ("ended", "ended"))
     }
@@ -125,7 +127,7 @@ def test_an_axis_that_is_given_wins() -> None:
     (line,) = build_objective(GrpoSettings(algorithm="cispo", beta=0.1)).describe()
     assert line == (
         "algorithm cispo: advantage group, token ratios, gate cispo 1 / 4, aggregation token, KL 0.1 in the loss (k3, "
-        "times the ratio), sampler correction none"
+        "times the ratio), entropy bonus 0, sampler correction none"
     )
 
 

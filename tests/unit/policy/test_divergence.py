@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from divergences import naive_divergences
-from strop.policy.kernels import divergence
+from strop.policy.kernels import head_sizes
 from strop.policy.kernels.divergence import Head, divergences
 from strop.policy.model.logit_transform import LogitTransform
 
@@ -28,7 +28,7 @@ def heads(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "TILES", {"cpu": (4, 10)})
+    monkeypatch.setitem(head_sizes.SMALL_TILES, "cpu", (4, 10))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from peak import Peak
 from strop.policy.kernels import head_sizes, logprobs
 from strop.policy.kernels.logprobs import naive_token_logps, token_logps
 from strop.policy.model.logit_transform import LogitTransform
@@ -263,26 +263,6 @@ def test_the_weights_gradient_comes_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
 
 
-class _Peak(TorchDispatchMode):
-    """Bytes of the tensors that are made within and alive at once, at most."""
-
-    def __init__(self, *before: Tensor) -> None:
-        super().__init__()
-        self.before = {tensor.untyped_storage()._cdata for tensor in before}
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self.before:
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive = {key: found for key, found in self.alive.items() if not found[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
-        return out
-
-
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5), LogitTransform(softcap=30.0)], ids=str)
 @pytest.mark.parametrize("collisions", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
@@ -296,7 +276,7 @@ def test_its_memory_is_known(
     hidden = torch.empty(rows, width, device="meta", requires_grad=True)
     weight = torch.empty(vocabulary, width, dtype=compute, device="meta", requires_grad=trained)
     targets = torch.empty(rows, dtype=torch.long, device="meta")
-    with _Peak(hidden, weight, targets) as peak:
+    with Peak(hidden, weight, targets) as peak:
         out = token_logps(hidden, weight, None, targets, compute=compute, transform=transform, collisions=collisions)
         out.sum().backward()
     known = head_sizes.head_bytes(

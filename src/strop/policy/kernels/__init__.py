@@ -8,6 +8,8 @@ lora_products      products of linear layers with and without LoRA
 matmul             one product, the way that is fastest here
 product_rates      how fast each way is on this processor, measured once
 logprobs           the head: hidden states -> log-probs, tile by tile
+divergence         the head of two models: how far their distributions are apart, tile by tile
+entropy            the head: the entropy of its distributions, tile by tile
 head_sizes         sizes of these tiles
 weight_copies       weights in 16 bits, copied once per step
 quantised_weights  weights in 4 or 8 bits, dequantised for one product at a time

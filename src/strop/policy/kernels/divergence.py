@@ -18,7 +18,6 @@ of the two softmaxes, once for the divergence, and once in the backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,11 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from strop.policy.kernels.head_sizes import product_dtype, sum_dtype
+from strop.policy.kernels.head_sizes import parts, product_dtype, small_tile, sum_dtype
 from strop.policy.model.logit_transform import LogitTransform
-
-TILES = {"cpu": (512, 2048), "cuda": (2048, 8192)}
-"""Rows and columns of a tile, at most. Some six tiles are in memory at a time."""
 
 
 class Head(NamedTuple):
@@ -106,10 +102,6 @@ class _How:
         return head.transform(z if head.bias is None else z + head.bias[columns].to(self.stats))
 
 
-def _tiles(size: int, most: int) -> Iterator[slice]:
-    return (slice(start, min(start + most, size)) for start in range(0, size, most))
-
-
 def _added(total: Tensor, y: Tensor) -> Tensor:
     """log(exp(total) + the sum of exp(y)), [R, 1]."""
     return torch.logaddexp(total, y.logsumexp(-1, keepdim=True))
@@ -119,14 +111,14 @@ class _Divergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> tuple[Tensor, Tensor]:
         student = Head(hidden, weight, bias, how.transform)
-        num_rows, tile = len(hidden), TILES["cuda" if hidden.device.type == "cuda" else "cpu"]
+        num_rows, tile = len(hidden), small_tile(hidden.device.type)
         divergence, logps, of_student, sums_s, sums_t = (
             torch.zeros(num_rows, 1, dtype=how.stats, device=hidden.device) for _ in range(5)
         )
-        for rows in _tiles(num_rows, tile[0]):
+        for rows in parts(num_rows, tile[0]):
             sums = _sums(student, how, rows, tile[1])
             sums_s[rows], sums_t[rows], logps[rows] = sums
-            for columns in _tiles(len(weight), tile[1]):
+            for columns in parts(len(weight), tile[1]):
                 log_s = how.logits(student, rows, columns) - sums_s[rows]
                 log_t = how.logits(how.teacher, rows, columns) - sums_t[rows]
                 whole, own = _parts(log_s, log_t, how.beta)
@@ -147,8 +139,8 @@ class _Divergences(torch.autograd.Function):
         d_hidden = torch.zeros(hidden.shape, dtype=how.stats, device=hidden.device) if wants_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=how.stats, device=hidden.device) if wants_weight else None
         d_bias = torch.zeros(weight.shape[:1], dtype=how.stats, device=hidden.device) if wants_bias else None
-        for rows in _tiles(len(hidden), tile[0]):
-            for columns in _tiles(len(weight), tile[1]):
+        for rows in parts(len(hidden), tile[0]):
+            for columns in parts(len(weight), tile[1]):
                 y = how.logits(student, rows, columns)
                 log_t = how.logits(how.teacher, rows, columns) - sums_t[rows]
                 slopes = _slopes(y - sums_s[rows], log_t, of_student[rows], how.beta)
@@ -173,7 +165,7 @@ def _sums(student: Head, how: _How, rows: slice, most: int) -> tuple[Tensor, Ten
     targets = how.targets[rows, None]
     nothing = student.hidden.new_full((len(targets), 1), -torch.inf, dtype=how.stats)
     sum_s, sum_t, untempered, at_target = nothing, nothing, nothing, torch.zeros_like(nothing)
-    for columns in _tiles(len(student.weight), most):
+    for columns in parts(len(student.weight), most):
         y = how.logits(student, rows, columns)
         sum_s, sum_t = _added(sum_s, y), _added(sum_t, how.logits(how.teacher, rows, columns))
         plain = y if how.temperature == 1.0 else y * how.temperature

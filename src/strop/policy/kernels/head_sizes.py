@@ -5,6 +5,8 @@ Shapes: M scored tokens, D width, V vocabulary; R rows and C columns of one tile
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from strop.policy.kernels.matmul import widens
@@ -18,6 +20,9 @@ GPU_ROWS, TILE_ELEMENTS = 256, 2**26
 float32 beside them. As many elements of W's gradient are computed at once."""
 SLAB_ELEMENTS = 2**20
 """Logits that go through the softmax at once on a CPU: 4 MiB of float32."""
+
+SMALL_TILES = {"cpu": (512, 2048), "cuda": (2048, 8192)}
+"""Rows and columns of a tile, at most, where some six tiles are in memory at a time: divergences and entropies."""
 
 KEPT_GRADIENTS = 2
 """Memory for the logits of a head that trains, in gradients of its W: half of what W, its gradient and the optimizer's
@@ -42,6 +47,18 @@ def tile_shape(num_rows: int, vocabulary: int, device_type: str, compute: torch.
     return min(num_rows, max(GPU_ROWS, TILE_ELEMENTS // vocabulary)), vocabulary
 
 
+def small_tile(device_type: str) -> tuple[int, int]:
+    """Rows and columns of the largest tile of divergences and entropies."""
+    return SMALL_TILES["cuda" if device_type == "cuda" else "cpu"]
+
+
+def parts(size: int, most: int) -> list[slice]:
+    """As few parts as can be, about equal: a small one takes as much reading of W as a large one."""
+    num_parts = -(-size // most)
+    step = min(most, -(-size // (16 * num_parts)) * 16)  # whole vectors
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
 def gradient_columns(width: int) -> int:
     """Columns whose part of W's gradient is computed at once, at most."""
     return max(1, TILE_ELEMENTS // width)
@@ -63,10 +80,11 @@ def head_bytes(
     transform: LogitTransform,
     collisions: bool,
     trains: bool,
+    entropies: bool = False,
 ) -> int:
     """What the head takes beside W and its gradient: for every scored token its state and gradients, [M, D] each; what
     tiles share, which is their logits and what the softmax takes; where the head trains, the logits that are kept and a
-    part of W's gradient."""
+    part of W's gradient. entropies: what these take, too, of which W has another gradient."""
     tile = tile_shape(num_rows, vocabulary, device_type, compute)
     stats = sum_dtype(compute)
     temporary = collisions or transform.softcap is not None
@@ -75,6 +93,8 @@ def head_bytes(
     if trains:
         logits += min(tile[1], gradient_columns(width)) * width + kept_logits(num_rows, vocabulary, width, compute)
     wide = 5 * num_rows * width + slabs * slab_elements(tile, device_type)
+    if entropies:
+        wide += 6 * math.prod(small_tile(device_type)) + num_rows * width + trains * vocabulary * width
     return logits * compute.itemsize + wide * stats.itemsize
 
 

@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from strop.policy.kernels.head_sizes import (
     gradient_columns,
     kept_logits,
+    parts,
     product_dtype,
     slab_elements,
     sum_dtype,
@@ -114,13 +115,6 @@ def naive_token_logps(
     """The same through full logits [M, V] and autograd."""
     logits = transform(F.linear(hidden, weight, bias).to(sum_dtype(hidden.dtype)))
     return F.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
-
-
-def _parts(size: int, most: int) -> list[slice]:
-    """As few parts as can be, about equal: a small one takes as much reading of W as a large one."""
-    num_parts = -(-size // most)
-    step = min(most, -(-size // (16 * num_parts)) * 16)  # whole vectors
-    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
 @dataclass(slots=True)
@@ -215,7 +209,7 @@ class _Head:
 
     def add_weight_gradient(self, total: Tensor, z: Tensor, h: Tensor, *, is_first: bool) -> None:
         """z^T h of a tile [C, D], in parts, so that there is no second [V, D] where a tile has all columns."""
-        for columns in _parts(len(total), gradient_columns(h.shape[1])):
+        for columns in parts(len(total), gradient_columns(h.shape[1])):
             add = total[columns].copy_ if is_first else total[columns].add_
             add(linear(z.t()[columns], h.t()))
 
@@ -267,9 +261,9 @@ def _tiles(
 ) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
     """Rows, and for them columns and the room that `kept` has for the tile's logits, while it lasts."""
     end = 0
-    for rows in _parts(num_rows, tile[0]):
+    for rows in parts(num_rows, tile[0]):
         tiles: list[tuple[slice, Tensor | None]] = []
-        for columns in _parts(vocabulary, tile[1]):
+        for columns in parts(vocabulary, tile[1]):
             shape = rows.stop - rows.start, columns.stop - columns.start
             start, end = end, end + shape[0] * shape[1]
             tiles.append((columns, _shaped(kept[start:], *shape) if end <= len(kept) else None))
