@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
@@ -30,6 +31,7 @@ FORMAT = 1
 """Raised when an older strop could not read what this one writes."""
 MAX_BYTES = 2**24
 """A longer manifest is none: it would list some hundred thousand files."""
+_version = lru_cache(version)  # each reading takes milliseconds
 PARALLEL_BYTES = 2**28
 """From this size on, files are hashed side by side."""
 
@@ -63,7 +65,7 @@ class Manifest(_Strict):
 
     @classmethod
     def of(cls, step: int, files: Mapping[str, FileEntry], identity: Mapping[str, str]) -> Manifest:
-        versions = {"strop": version("strop"), "torch": version("torch"), "python": platform.python_version()}
+        versions = {"strop": _version("strop"), "torch": _version("torch"), "python": platform.python_version()}
         return cls(format=FORMAT, step=step, identity=dict(identity), versions=versions, files=dict(files))
 
     def to_text(self) -> str:

@@ -106,7 +106,7 @@ class Prepared:
                 "one had"
             ]
         try:
-            size = num_weights(self.model, reward_model=settings.REWARD_MODEL)
+            size = self._known.num_weights(self)
         except CannotBuildError:
             size = None
         return [*advice(self.config, size), *notes]
@@ -217,6 +217,14 @@ class _Known:
             self._shape = shape if teacher is None else replace(shape, teacher=num_weights(teacher))
             self._shape_key = key
         return self._shape
+
+    def num_weights(self, prepared: Prepared) -> int:
+        """Of the model, tied ones once; known for more architectures than the shape is."""
+        try:
+            shape = self.shape(prepared)
+        except CannotBuildError:
+            return num_weights(prepared.model, reward_model=prepared.config.post_training.REWARD_MODEL)
+        return shape.matrix + shape.others
 
     def work(self, prepared: Prepared, tokens: RowTokens) -> EpochWork:
         key = (prepared.plan, prepared.budget, tokens)

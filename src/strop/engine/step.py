@@ -295,7 +295,11 @@ def summarise(objective: Objective[MethodSettings], scores: Scores) -> StepScore
 
 
 def _seeded(policy: Forward, batch: Batch, seed: tuple[int, int], micro_batch: int) -> TokenScores:
-    torch.manual_seed(int(np.random.SeedSequence([*seed, micro_batch]).generate_state(1)[0]))
+    number = int(np.random.SeedSequence([*seed, micro_batch]).generate_state(1)[0])
+    # torch.manual_seed would also note the seed for devices that are not there, which takes a millisecond
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(number)
     return policy(batch)
 
 

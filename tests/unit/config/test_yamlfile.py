@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from yaml import SafeLoader
 
+from strop.config import yamlfile
 from strop.config.yamlfile import MAX_BYTES, MAX_DEPTH, parse, parse_value, read_file, scalar, write_value
 from strop.errors import ConfigError
 
@@ -172,3 +174,58 @@ def test_written_values_read_back(value: Any) -> None:
     assert found == value
     assert type(found) is type(value)
     assert parse_value(write_value(value), "f") == value
+
+
+PIECES = (
+    "a",
+    "b: 1",
+    "key:",
+    ": ",
+    "- ",
+    "\n",
+    "\n  ",
+    "\n- ",
+    "[",
+    "]",
+    "{",
+    "}",
+    ", ",
+    "'",
+    '"',
+    "#",
+    " # x",
+    "\\n",
+    "\t",
+)
+PIECES += (
+    "&x ",
+    "*x",
+    "!t ",
+    "| ",
+    "> ",
+    "? ",
+    "---\n",
+    "...\n",
+    "%",
+    "@",
+    "~",
+    "\u263a",
+    "\ufeff",
+    "\r\n",
+    "1e3",
+    "true",
+)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_the_parser_in_c_changes_nothing(text: str) -> None:
+    def found() -> object:
+        try:
+            return repr(parse(text.encode(), "c.yaml"))
+        except ConfigError as error:
+            return str(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        fast = found()
+        patch.setattr(yamlfile, "FAST", SafeLoader)
+        assert found() == fast

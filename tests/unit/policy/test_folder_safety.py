@@ -123,6 +123,14 @@ def test_how_results_are_handed_over_is_not_the_files_business(model_dir: Path) 
     assert model_config(changed(model_dir, return_dict=False)).return_dict
 
 
+def test_whoever_asks_for_a_configuration_may_change_it(model_dir: Path) -> None:
+    """It is kept by what stands in the file."""
+    first = model_config(section(model_dir))
+    first.vocab_size += 1
+    assert model_config(section(model_dir)).vocab_size == first.vocab_size - 1
+    assert model_config(changed(model_dir, vocab_size=77)).vocab_size == 77
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
 def test_a_folder_with_a_manifest_is_compared_with_it(name: str, model_dir: Path) -> None:
     import torch

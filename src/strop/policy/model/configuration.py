@@ -6,10 +6,12 @@ The classes are imported when the first one is built, which takes seconds.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -111,12 +113,18 @@ def build_config(model: ModelSection, files: ConfigFile, where: str) -> PreTrain
         with quiet():
             if has_code:
                 return AutoConfig.from_pretrained(files.source, revision=files.revision, trust_remote_code=True)
-            config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(files.config)))
-            config.return_dict = True  # how a forward hands its results over, which changes none
-            return config
+            return copy.deepcopy(_from_json(str(kind), json.dumps(dict(files.config))))
     except LOAD_ERRORS as error:
         detail = " ".join(str(error).split())
         raise ModelError(f"config.json does not describe a model: {detail}", where=where, fix=DOWNLOAD_AGAIN) from error
+
+
+@lru_cache(maxsize=8)
+def _from_json(kind: str, text: str) -> PreTrainedConfig:
+    """Kept, since a run asks for it some ten times and each takes milliseconds."""
+    config = CONFIG_MAPPING[kind].from_dict(json.loads(text))
+    config.return_dict = True  # how a forward hands its results over, which changes none
+    return config
 
 
 def check_kind(kind: Any, model: ModelSection, where: str) -> None:
