@@ -138,10 +138,11 @@ class Runs:
         self._num_folders += 1
         return self.folder / str(self._num_folders)
 
-    def __call__(self, keys: Mapping[str, Any] | None = None, *, fresh: bool = False, **bare: Any) -> Run:
-        """fresh: a run of its own, as all are in a test that watches what happens inside."""
+    def __call__(self, keys: Mapping[str, Any] | None = None, *, fresh: bool | None = None, **bare: Any) -> Run:
+        """fresh: a run of its own. Default: in a test that watches what happens inside; False is for one that such a
+        test compares with, before it changes anything."""
         name = json.dumps({**(keys or {}), **bare}, sort_keys=True)
-        known = {} if fresh or self.watched else self._made
+        known = {} if (self.watched if fresh is None else fresh) else self._made
         if name not in known:
             (result,) = strop.train(self.config(keys, **bare))
             known[name] = Run(result.run_dir)

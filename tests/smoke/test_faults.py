@@ -155,7 +155,7 @@ def test_a_final_model_that_is_damaged_is_written_again_without_training(
 def test_an_export_that_fails_is_taken_again_without_training(
     error: BaseException, runs: Any, watched: pytest.MonkeyPatch, no_step: Callable[[], None]
 ) -> None:
-    unbroken, config = runs(), runs.config()
+    unbroken, config = runs(fresh=False), runs.config()
     with watched.context() as patch:
         patch.setattr(Policy, "save_pretrained", fails(error))
         with pytest.raises(SaveError, match=r"the final model could not be written: .*\n.*--resume"):
@@ -181,7 +181,7 @@ def test_a_disk_too_small_for_the_export_is_told_before_it(
 
 
 def test_killed_in_the_export(runs: Any, watched: pytest.MonkeyPatch, no_step: Callable[[], None]) -> None:
-    unbroken, config = runs(), runs.config()
+    unbroken, config = runs(fresh=False), runs.config()
     with watched.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(durable, "sync_tree", fails(KeyboardInterrupt()))
         strop.train(config)
@@ -214,7 +214,7 @@ def test_a_save_that_fails_does_not_end_a_run(
     best: bool, numbers: set[int], kept: list[int], runs: Any, watched: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     keys = {"training.save_steps": 1, "training.save_total_limit": None, "finetuning.load_best_model_at_end": best}
-    unbroken = runs(keys)
+    unbroken = runs(keys, fresh=False)
     failing = Failing(checkpoint_writer.write_tensor_files, numbers, FULL)
     watched.setattr(checkpoint_writer, "write_tensor_files", failing)
     run = runs(keys, fresh=True)
@@ -226,7 +226,7 @@ def test_a_save_that_fails_does_not_end_a_run(
 
 
 def test_logs_that_cannot_be_written_do_not_end_a_run(runs: Any, watched: pytest.MonkeyPatch, capsys: Any) -> None:
-    unbroken = runs()
+    unbroken = runs(fresh=False)
     watched.setattr(JsonLines, "append", lambda_of(Failing(JsonLines.append, {2, 3, 5}, FULL)))
     watched.setattr(MarginsLog, "write", lambda_of(Failing(MarginsLog.write, {1, 3}, FULL)))
     run = runs(fresh=True)

@@ -474,9 +474,10 @@ def test_rollout__probe_prompts(sample: Train) -> None:
 
 
 def test_rollout__reward_memory_gib(sample: Train) -> None:
-    assert sample("hungry", reward_memory_gib=4).series("reward") == [1.0]
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}  # prompt, which takes a GiB
+    assert sample("hungry", reward_memory_gib=4, **one).series("reward") == [1.0]
     with pytest.raises(TrainingError, match=r"more than 0\.5 GiB of memory"):
-        sample("hungry", reward_memory_gib=0.5)
+        sample("hungry", reward_memory_gib=0.5, **one)
 
 
 # ---- reward and distill
