@@ -1,13 +1,13 @@
 """Whether findings are right: healthy runs of every method, and runs that are broken on purpose.
 
-    python -m benchmarks.findings [--only TEXT] [--seeds 0,1,2] [--write] [--picture FILE.png]
+    python -m benchmarks.findings [--only TEXT ...] [--seeds 0,1,2] [--write] [--picture FILE.png]
 
 Every run is trained here, by a tiny model on rows of words: the words of a chosen answer come from one half of the
 vocabulary more often than those of a rejected one, so there is something to learn, and it cannot be learnt wholly. A
 healthy run must raise no `fail`, and few of lesser weight; a broken one must raise the finding that it was made for
-first, with every seed, which draws other rows and other steps. `--write` puts the table into docs/findings.md, or, with
-`--only`, these rows of it. `--picture` takes one of the page that the README shows, with chromium. The exit code is 1
-where one of them does not do so.
+first, with every seed, which draws other rows and other steps. `--only` takes the runs whose name has one of these
+texts. `--write` puts each row into the table of docs/findings.md as soon as it is known. `--picture` takes one of the
+page that the README shows, with chromium. The exit code is 1 where one of them does not do so.
 """
 
 from __future__ import annotations
@@ -280,6 +280,10 @@ BROKEN: tuple[Scenario, ...] = (
     Scenario("a teacher that is the student", "distill", "teacher-is-student",
              {"post_training.teacher_model_id": STUDENT}),
     Scenario("numbers that are not finite", "dpo", "ended-by-error", {"training.learning_rate": 1e30}, fails=True),
+    Scenario("an answer of one word, again and again", "sft", "repetition",
+             {"finetuning.sample_prompts": 8, "finetuning.sample_max_new_tokens": 16},
+             train=lambda draw: [{**row, "chosen": " w7" * 12} for row in pairs(draw, NUM_TRAIN)],
+             held=lambda draw, train: [{**row, "chosen": " w7" * 12} for row in pairs(draw, NUM_EVAL)]),
 )  # fmt: skip
 
 
@@ -429,7 +433,7 @@ def picture(target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="+", default=[""])
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--picture", type=lambda name: Path(name).absolute())
@@ -445,11 +449,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         write_models(Path(name))
         for scenario in scenarios():
-            if options.only in scenario.name:
-                outcomes.append([outcome(scenario, trained(scenario, Path(name), seed)) for seed in options.seeds])
-                print(row(outcomes[-1]), flush=True)
-    if options.write:
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), outcomes), encoding="utf-8")
+            if not any(text in scenario.name for text in options.only):
+                continue
+            outcomes.append([outcome(scenario, trained(scenario, Path(name), seed)) for seed in options.seeds])
+            print(row(outcomes[-1]), flush=True)
+            if options.write:
+                PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), outcomes), encoding="utf-8")
     return int(not all(o.is_right for of_run in outcomes for o in of_run))
 
 

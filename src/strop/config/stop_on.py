@@ -26,6 +26,7 @@ OfTheStart = Literal[
 OfTheCourse = Literal[
     "gradient-zero",
     "weights-unmoved",
+    "repetition",
     "worse-than-start",
     "risen",
     "gradient-spikes",

@@ -121,7 +121,8 @@ class LineChart:
             ends.append((frame.y(points[-1].median), place, s.name))
         parts += [*words_of_levels, *_labels(ends)]  # words last, so that no line crosses them
         words = "; ".join(f"{s.name} from {number(p[0].median)} to {number(p[-1].median)}" for s, p in drawn)
-        return Chart(self.key, self.title, self.note, _svg(self.key, self.title, words, parts), *_table(drawn))
+        note = f"{words[:1].upper()}{words[1:]}. {self.note}".strip()
+        return Chart(self.key, self.title, note, _svg(self.key, self.title, words, parts), *_table(drawn))
 
 
 def number(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,12 +34,21 @@ def charts_of(examined: Sequence[Examined], labels: Sequence[str]) -> list[Chart
     for chart in drawn:
         found = [f for f in raised if f.chart == chart.key and f.steps is not None][:MOST_REGIONS]
         chart.regions = [Region(*f.steps, f"{f.id}: {f.claim}") for f in found if f.steps is not None]
+        if not many:
+            for f in raised:
+                if f.chart == chart.key and f.level is not None and not _is_drawn(f.level[0], chart.levels):
+                    chart.levels = [*chart.levels, f.level]
         if found and not many:
             begin, end = chart.regions[0].first, chart.regions[0].last
             chart.note = f"Shaded: steps {begin:,.0f} to {end:,.0f} ({found[0].id})"
     wanted = {f.chart: place for place, f in reversed(list(enumerate(raised)))}
     drawn.sort(key=lambda chart: wanted.get(chart.key, len(raised)))
     return [picture for chart in drawn if (picture := chart.draw()) is not None]
+
+
+def _is_drawn(value: float, levels: Sequence[tuple[float, str]]) -> bool:
+    """Whether there is a line at this value already, or so near that its words would stand over the others."""
+    return any(abs(value - other) <= 0.05 * max(abs(value), abs(other)) for other, _ in levels)
 
 
 def _named(series: Sequence[Series], label: str) -> Series:
@@ -182,10 +191,38 @@ MAKERS = (
     _gradient,
     _single("rate", "Learning rate", "learning_rate", "rate"),
     _single("update", "Size of an update against the weights", "update_ratio", "ratio"),
+    _single("moved", "Weights that an update changes", "changed_fraction", "share"),
     _lengths,
     _single("clipped", "Completions that reach the length limit", "completions/clipped_ratio", "share"),
+    _single("signal", "Groups whose rewards are all the same", "frac_reward_zero_std", "share"),
+    _single("ratios", "Tokens whose ratio is clipped", "clip_ratio/region_mean", "share"),
+    _single("sampler", "Sampler and trainer apart, nats per token", "sampling/sampling_logp_difference/mean", "mean"),
     _single("entropy", "Entropy, nats per token", "entropy", "entropy"),
     _single("speed", "Tokens per second", "tokens_per_second", "tokens/s"),
     _single("memory", "Most memory held so far, GiB", "peak_memory_gib", "GiB"),
 )
 """In this order where no finding is about one."""
+READING: Mapping[str, str] = {
+    "reward": "Should rise, and that of evaluations with it; where only training rises, what is learnt is not better.",
+    "loss": "Should fall. An evaluation that rises again says that rows are learnt by heart; losses of sampled groups "
+    "say nothing.",
+    "rewards": "How much likelier an answer has become than it is for the reference. The sides should part, and the "
+    "chosen one should not fall far.",
+    "likelihood": "The chosen side should rise, or fall less than the rejected one.",
+    "accuracy": "Pairs whose chosen side gains more; bars are 95 % intervals. Noisy labels keep it below 1.",
+    "kl": "How far the policy has gone. Beyond some nats per token, text falls apart.",
+    "gradient": "Should be steady or fall. Single spikes are rows unlike the others.",
+    "rate": "What warm-up and scheduler made of training.learning_rate.",
+    "update": "1e-5 to 1e-3 is usual in a step; far less moves nothing, far more destroys.",
+    "moved": "Where it is far below 1, updates are lost to rounding.",
+    "lengths": "Of sampled completions: should not grow without a gain in reward. Of rows: what the data has.",
+    "clipped": "Completions without an end. Should be near 0.",
+    "signal": "Such groups teach nothing: their prompts are too easy or too hard.",
+    "ratios": "Tokens without a gradient, since the policy has moved since they were sampled.",
+    "sampler": "Should be near 0: both are meant to be the same model.",
+    "entropy": "How undecided the policy is. Near 0 it samples the same again and again.",
+    "speed": "Differs with the lengths of the rows of a step.",
+    "memory": "Grows until the longest step has been taken.",
+    "margins": "Darker: more pairs. Those below 0 are lost. It should move up, and need not leave 0 behind wholly.",
+}
+"""How to read each chart, by its key."""

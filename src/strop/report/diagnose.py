@@ -50,8 +50,8 @@ class Diagnosis:
             tail = f" (and {more} more {'problem' if more == 1 else 'problems'})" if more else ""
             return f"Something is wrong: {_lower(failed[0].claim)}{tail}"
         if others:
-            many = f"{len(others)} things are" if len(others) > 1 else "One thing is"
-            return f"Nothing is clearly wrong. {many} worth a look, first: {_lower(others[0].claim)}"
+            many = f"{len(others)} things are worth a look, first" if len(others) > 1 else "One thing is worth a look"
+            return f"Nothing is clearly wrong. {many}: {_lower(others[0].claim)}"
         left = len(self.of(Severity.UNCHECKED))
         tail = f" {left} {'check' if left == 1 else 'checks'} could not be made." if left else ""
         if notes:

@@ -42,12 +42,17 @@ class Evidence(StrEnum):
     RULE = "rule of thumb"
 
 
+RUN = "RUN"
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """Something to try. settings: keys and their new values, for the command line; none: it is not a setting."""
+    """Something to try. settings: keys and their new values, for the command line; none: it is not a setting. look:
+    a command that shows something of the run, behind `strop`, with `RUN` for its folder."""
 
     words: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    look: Sequence[str] = ()
 
     @property
     def shown(self) -> str:
@@ -55,9 +60,12 @@ class Remedy:
         return ", ".join(f"{key.rpartition('.')[2]} {write_value(value)}" for key, value in self.settings.items())
 
     def command(self, run: Path) -> str:
-        """The command that trains the run again with these settings, in another folder; empty without settings."""
+        """The command that looks at the run, or that trains it again with these settings, in another folder; empty
+        without either."""
         if not self.settings:
-            return ""
+            return (
+                shlex.join(["strop", *(str(run) if word == RUN else word for word in self.look)]) if self.look else ""
+            )
         values = {**self.settings, "training.output_dir": f"{run.parent}-retry"}
         flags = [part for key, value in values.items() for part in ("--" + key, write_value(value))]
         return shlex.join(["strop", "train", "--config", str(run / "config.yaml"), *flags])
@@ -66,8 +74,8 @@ class Remedy:
 @dataclass(frozen=True)
 class Finding:
     """id: stable. claim: one sentence. numbers: what it rests on, by name. thresholds: names of those it was held
-    against. chart: the chart that shows it; steps: first and last step that it is about. explains: ids of findings that
-    follow from this one and are not listed beside it."""
+    against. chart: the chart that shows it; level: (value, words) of a line in it, such as a threshold; steps: first
+    and last step that it is about. explains: ids of findings that follow from this one and are not listed beside it."""
 
     id: str
     severity: Severity
@@ -78,6 +86,7 @@ class Finding:
     remedies: Sequence[Remedy] = ()
     thresholds: Sequence[str] = ()
     chart: str = ""
+    level: tuple[float, str] | None = None
     steps: tuple[float, float] | None = None
     explains: Sequence[str] = ()
 
@@ -185,6 +194,8 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "sampler_difference_warn": Threshold(0.02, "nats per token between sampler and trainer", RULE),
     "sampler_difference_fail": Threshold(0.1, "nats per token between sampler and trainer", RULE),
     "loss_rounding": Threshold(1e-4, "that rounding may move the loss of an evaluation", RULE),
+    "repeated_warn": Threshold(0.2, "share of an answer's runs of four words that stand in it before", RULE),
+    "repeated_fail": Threshold(0.5, "share of an answer's runs of four words that stand in it before", RULE),
     "no_signal_warn": Threshold(0.5, "share of groups whose rewards are all the same", RULE),
     "no_signal_fail": Threshold(0.8, "share of groups whose rewards are all the same", RULE),
 }

@@ -26,6 +26,8 @@ Column = NDArray[np.float64]
 
 BLOCK = 1 << 24
 """Bytes that are parsed at a time."""
+PARTS, LEAST_PART = 4, 1 << 20
+"""A block is parsed in so many parts at once, by as many threads as pyarrow has; a part has at least so many bytes."""
 LARGE = 1 << 26
 """Bytes. Of a larger file, numbers are held as float32: they are drawn and compared, not trained with."""
 NESTED = re.compile(rb"\[\s*\[")
@@ -74,7 +76,7 @@ class _Gathered:
         """
         if not is_flat(block):
             raise ValueError("not one flat object per line")
-        options = pa.json.ReadOptions(block_size=max(len(block) + 1, 1024))
+        options = pa.json.ReadOptions(block_size=max(len(block) // PARTS + 1, LEAST_PART))
         self.add_table(pa.json.read_json(BytesIO(block), read_options=options, parse_options=self.parsing))
 
     def add(self, num: int, columns: Mapping[str, np.ndarray], words: np.ndarray) -> None:
@@ -148,10 +150,12 @@ def read_lines(path: Path, numbers: Collection[str], *, text: str | None = None)
 def is_flat(block: bytes) -> bool:
     """Whether every line is between one pair of braces, with no list in a list: what logs have. pyarrow's parser ends
     the whole process at a line that is `null`, and at brackets nested some ten thousand deep."""
-    text = block if block.endswith(b"\n") else block + b"\n"
-    count = text.count(b"\n")
-    begin, end = text.startswith(b"{") + text.count(b"\n{"), text.count(b"}\n")
-    return begin == end == text.count(b"{") == text.count(b"}") == count and not NESTED.search(text)
+    text = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", np.uint8)
+    ends = np.flatnonzero(text == ord("\n"))
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    braces = [int(np.count_nonzero(text == ord(brace))) for brace in "{}"]
+    framed = bool((text[begins] == ord("{")).all() and (text[ends - 1] == ord("}")).all())
+    return framed and braces == [len(ends), len(ends)] and not (b"[" in block and NESTED.search(block))
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

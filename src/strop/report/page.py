@@ -6,6 +6,8 @@ of jinja2, with what cannot be seen made visible; the same run gives the same by
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -15,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from strop.readable import duration
 from strop.report.charts import number
-from strop.report.curves import charts_of, heat_maps
+from strop.report.curves import READING, charts_of, heat_maps
 from strop.report.diagnose import Examined
 from strop.report.escaping import Ours, excerpt, visible
 from strop.report.findings import THRESHOLDS, Finding, Severity, Thresholds
@@ -33,6 +35,8 @@ WORDS: Mapping[Severity, tuple[str, str]] = {
 MOST_CHARACTERS = 600
 """Of each text of a pair that are shown."""
 MOST_PAIRS = 10
+ALIKE = 0.6
+"""Sides of a pair that have this share of their words in common are shown with what tells them apart."""
 
 
 def page(examined: Sequence[Examined], *, reload: int = 0) -> str:
@@ -79,7 +83,10 @@ def _context(examined: Sequence[Examined]) -> dict[str, Any]:
         "charts": [c for c in charts if c.key not in embedded],
         "embedded": bool(embedded),
         "evaluations": evaluations(runs, labels),
-        "heats": heat_maps(runs, labels),
+        "heats": (heats := heat_maps(runs, labels)),
+        "reading": [
+            (c.title, READING[key]) for c in (*charts, *heats[:1]) if (key := c.key.partition("-")[0]) in READING
+        ],
     }
 
 
@@ -167,6 +174,7 @@ def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: 
         "remedies": [{"words": r.words, "shown": r.shown, "command": r.command(run.path)} for r in f.remedies],
         "section": f.section,
         "pairs": bool(run.pairs.get("worst")) and any("pairs below" in r.words for r in f.remedies),
+        "samples": bool(run.samples) and any("samples below" in r.words for r in f.remedies),
         "thresholds": Table("Thresholds", ("name", "value", "of what", "who says so"), tuple(rows)) if rows else None,
     }
 
@@ -178,18 +186,34 @@ def _pairs(run: RunRecord, which: str) -> Iterator[dict[str, Any]]:
         if not isinstance(pair, dict):
             continue
         margin = pair.get("margin")
-        texts = [(name, pair.get(name)) for name in ("prompt", "chosen", "rejected")]
+        texts = {name: pair.get(name) for name in ("prompt", "chosen", "rejected")}
+        shown = {name: excerpt(text[:MOST_CHARACTERS]) for name, text in texts.items() if isinstance(text, str)}
+        pieces = _told_apart(shown.get("chosen", ""), shown.get("rejected", ""))
         step = pair.get("step")
         yield {
             "margin": number(float(margin)) if isinstance(margin, int | float) else "unknown",
             "source": excerpt(pair.get("source", ""), 300),
             "about": f", as of step {step}" if isinstance(step, int) else "",
             "parts": [
-                {"name": name, "text": excerpt(text[:MOST_CHARACTERS]), "more": _more(pair, name, text)}
-                for name, text in texts
-                if isinstance(text, str)
+                {"name": name, "pieces": pieces.get(name, [(text, False)]), "more": _more(pair, name, text)}
+                for name, text in shown.items()
             ],
         }
+
+
+def _told_apart(chosen: str, rejected: str) -> dict[str, list[tuple[str, bool]]]:
+    """Both sides in pieces, each with whether it stands in this side alone; empty where they have little in common,
+    since nearly all of it would be marked."""
+    words = {side: re.findall(r"\s*\S+|\s+$", text) for side, text in (("chosen", chosen), ("rejected", rejected))}
+    matcher = difflib.SequenceMatcher(None, words["chosen"], words["rejected"], autojunk=False)
+    if matcher.ratio() < ALIKE:
+        return {}
+    found: dict[str, list[tuple[str, bool]]] = {"chosen": [], "rejected": []}
+    for what, first, last, start, stop in matcher.get_opcodes():
+        for side, begin, end in (("chosen", first, last), ("rejected", start, stop)):
+            if begin < end:
+                found[side].append(("".join(words[side][begin:end]), what != "equal"))
+    return found
 
 
 def _sample(sample: Sample) -> dict[str, Any]:

@@ -177,10 +177,11 @@ def read_run(path: Path | str) -> RunRecord:
     logs = _logs(folder, settings)
     margins = _margins(logs, gaps)
     return RunRecord(folder, settings, **parts, result=result, train=train, eval=evaluated, margins=margins,
-                     is_finished=finished, logs=logs, samples=_samples(folder, gaps), gaps=tuple(gaps))  # fmt: skip
+                     is_finished=finished, logs=logs, samples=samples_of(folder, gaps), gaps=tuple(gaps))  # fmt: skip
 
 
-def _samples(folder: Path, gaps: list[str]) -> tuple[Sample, ...]:
+def samples_of(folder: Path, gaps: list[str]) -> tuple[Sample, ...]:
+    """What the model has answered so far."""
     try:
         return read_samples(folder)
     except OSError as error:

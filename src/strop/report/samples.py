@@ -5,7 +5,7 @@ In: a run folder. Out: one `Sample` per prompt. Lines that are no such answers a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from strop.durable import json_object
 from strop.readable import is_number
 from strop.runfiles import SAMPLES
 
+NGRAM = 4
+"""Words; in text without spaces twice as many characters."""
 MOST_PROMPTS = 12
 """That are kept, the first ones."""
 MOST_BYTES = 1 << 25
@@ -28,6 +30,16 @@ class Answer:
     text: str
     ended: bool | None
     score: float | None
+
+    @property
+    def repeated(self) -> float | None:
+        """The share of its runs of `NGRAM` words that stand in it before; None where it is too short to repeat
+        itself."""
+        words = self.text.split()
+        units: Sequence[str] = words if len(words) > 1 else self.text
+        size = NGRAM if len(words) > 1 else 2 * NGRAM
+        runs = [tuple(units[i : i + size]) for i in range(len(units) - size + 1)]
+        return 1 - len(set(runs)) / len(runs) if len(runs) > size else None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from strop.readable import is_number
 from strop.report.diagnose import diagnose
 from strop.report.facts import Facts
 from strop.report.findings import Finding, Severity, Thresholds
-from strop.report.run_record import NUMBERS, Margins, RunRecord, Table, read_run
+from strop.report.run_record import NUMBERS, Margins, RunRecord, Table, read_run, samples_of
 
 EVERY_LINE = 20
 """So many lines of a split are each looked at; after that, whenever there are `GROWTH` times as many."""
@@ -76,6 +76,7 @@ class Watch:
             train=self._lines("train").table(),
             eval=self._lines("eval").table(),
             margins=Margins((), ()),
+            samples=samples_of(self._folder, []),
             failure={},
             result={},
         )

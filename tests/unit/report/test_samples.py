@@ -46,3 +46,38 @@ def test_of_a_long_file_the_beginning_and_the_end_are_read(
     assert len(found) == samples.MOST_PROMPTS
     assert {s.first.step for s in found} == {0}
     assert max(s.last.step for s in found) == 49
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", None),
+        ("one two three four five six seven", None),  # too short to repeat itself
+        ("one two three four five six seven eight nine", 0.0),
+        ("yes yes yes yes yes yes yes yes yes", 5 / 6),
+        ("one two three four one two three four one two three four", 5 / 9),
+        ("好的" * 12, 15 / 17),  # without spaces: by characters
+        ("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往", 0.0),
+    ],
+)
+def test_how_much_of_an_answer_is_repeated(text: str, share: float | None) -> None:
+    assert samples.Answer(0, text, True, None).repeated == (None if share is None else pytest.approx(share))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "severity"),
+    [
+        ("none of these words is there more than once", "yes " * 20, "fail"),
+        ("yes " * 20, "yes " * 20, "ok"),  # as before training
+        ("none of these words is there more than once", "none of these words is there more than once at all", "ok"),
+        ("yes", "no", "ok"),
+        ("yes " * 20, None, "unchecked"),
+    ],
+)
+def test_answers_that_repeat_themselves(before: str, now: str | None, severity: str, make: Callable[..., Any]) -> None:
+    made = make()
+    lines = [line(step, 0, text) for step, text in ((0, before), (100, now)) if text is not None]
+    made.write()
+    (made.path / "samples.jsonl").write_text("".join(lines))
+    found = made.finding("repetition")
+    assert found.severity == severity, found.claim

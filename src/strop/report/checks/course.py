@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from strop.report.checks.remedies import longer_run, lower
+from strop.report.checks.remedies import FEWER_STEPS, longer_run, look_at_step, lower
 from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
@@ -63,7 +64,7 @@ def finite(facts: Facts) -> Iterator[Finding]:
             numbers,
             harmless_if="" if severe else "it is a single step, and the row that caused it is known",
             remedies=[
-                Remedy("look at the rows that the log names at this step"),
+                Remedy("look at the rows that the log names at this step") if first is None else look_at_step(first),
                 *_wider(facts),
                 lower(facts, 2),
             ],
@@ -122,12 +123,13 @@ def spikes(facts: Facts) -> Iterator[Finding]:
             {"logged steps with a spike": len(places), "share": share},
             harmless_if="they are single and clipped: a clipped step moves the weights no further than others",
             remedies=[
-                Remedy("look at the rows of that step"),
+                look_at_step(float(at[worst])),
                 Remedy("clip lower", {"training.max_grad_norm": 0.3}),
                 lower(facts, 2),
             ],
             thresholds=("spike_size", "spikes_share"),
             chart="gradient",
+            level=(facts.thresholds["spike_size"] * float(medians[worst]), "a spike, from here"),
             steps=(float(at[worst]), float(at[worst])),
         )
     else:
@@ -234,6 +236,7 @@ def worse_than_start(facts: Facts) -> Iterator[Finding]:
             remedies=[lower(facts, 10), Remedy("train fewer steps", _fewer(facts, at[int(values.argmin())]))],
             thresholds=("worse_fail",),
             chart="loss",
+            level=(first, "before training"),
             steps=(float(at[int(values.argmin())]), float(at[-1])),
             explains=() if low < first - t["risen_note"] * size else ("risen",),
         )
@@ -290,22 +293,27 @@ def risen(facts: Facts) -> Iterator[Finding]:
     if above > t["risen_note"] and is_seen and best > 0 and not by_chance:
         learnt = first - low > t["risen_note"] * size  # there was something before it was lost again
         bad = at[0] == 0 and learnt and end > first + t["worse_fail"] * size
+        epoch = facts.run.plan.get("steps_per_epoch")
+        seen_once = isinstance(epoch, int) and facts.run.last_step <= epoch  # nothing can be known by heart
+        compare = Remedy("compare rows of both files: are they of one kind, and do both call the better answer chosen?")
         yield Finding(
             "risen",
             Severity.FAIL if bad else Severity.WARN if above > t["risen_warn"] else Severity.NOTE,
-            f"The evaluation loss was lowest at step {best:.0f} ({low:.4g}) and has risen to {end:.4g} since: the "
-            "model learns its rows by heart",
+            f"The evaluation loss was lowest at step {best:.0f} ({low:.4g}) and has risen to {end:.4g} since: "
+            + ("what the rows teach does not hold here" if seen_once else "the model learns its rows by heart"),
             Evidence.RULE,
             numbers,
             harmless_if="the final model is that of the best step (finetuning.load_best_model_at_end), or only "
             "its certainty grows while its accuracy holds",
             remedies=[
+                *([compare] if seen_once else []),
                 Remedy("stop where it was best", _fewer(facts, best)),
                 Remedy("return the best model", {"finetuning.load_best_model_at_end": True}),
                 lower(facts, 2),
             ],
             thresholds=("risen_note", "risen_warn"),
             chart="loss",
+            level=(low, "the lowest evaluation"),
             steps=(best, float(at[-1])),
             explains=("worse-than-start",) if learnt else (),
         )
@@ -322,6 +330,41 @@ def _fewer(facts: Facts, step: float) -> dict[str, int]:
     return {"training.max_steps": max(1, int(step))} if step >= 1 else {"training.num_epochs": 1}
 
 
+def repetition(facts: Facts) -> Iterator[Finding]:
+    """Answers that say the same again and again, and did not before training."""
+    shares = {
+        when: [share for s in facts.run.samples if (share := getattr(s, when).repeated) is not None]
+        for when in ("first", "last")
+    }
+    if not facts.run.samples or all(s.first is s.last for s in facts.run.samples):
+        yield unchecked(
+            "repetition", "whether answers repeat themselves: there are no samples (finetuning.sample_prompts)"
+        )
+        return
+    if not shares["last"]:
+        yield passed("repetition", "The samples are too short to repeat themselves")
+        return
+    before, now = (float(np.mean(found)) if found else 0.0 for found in shares.values())
+    has_risen = now > before + facts.thresholds["repeated_warn"] / 2
+    yield facts.thresholds.graded(
+        "repetition",
+        now if has_risen else -math.inf,  # a base model may repeat itself, too
+        ("repeated_warn", "repeated_fail"),
+        f"Answers repeat themselves: {now:.0%} of their runs of four words stand in them before, where it was "
+        f"{before:.0%} before training",
+        otherwise=f"{now:.0%} of the runs of four words in the samples are repeated, before training {before:.0%}",
+        evidence=Evidence.RULE,
+        numbers={"repeated before training": before, "repeated now": now, "samples": len(shares["last"])},
+        harmless_if="answers are meant to be repetitive, such as tables or code",
+        remedies=[
+            Remedy("read the samples below, and some rows: do the rows repeat themselves?"),
+            lower(facts, 3),
+            FEWER_STEPS,
+            Remedy("check that the rows end with an end token: strop train --dry-run shows it"),
+        ],
+    )
+
+
 CHECKS = (ended, finite)
-GENERAL = (worse_than_start, risen, spikes, clipping, steps, evaluation_size)
+GENERAL = (repetition, worse_than_start, risen, spikes, clipping, steps, evaluation_size)
 """Told behind what a method itself shows."""

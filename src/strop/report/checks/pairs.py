@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,7 @@ def likelihood_displacement(facts: Facts) -> Iterator[Finding]:
             remedies=[*anchored(facts), *weaker(facts), Remedy("remove pairs whose sides are nearly the same")],
             thresholds=("displaced_note", "displaced_warn", "displaced_fail"),
             chart="rewards",
+            level=(-t["displaced_warn"], "worth a look: chosen below"),
             steps=_second_half(facts),
         )
     else:
@@ -91,6 +93,7 @@ def drift(facts: Facts) -> Iterator[Finding]:
             remedies=weaker(facts),
             thresholds=levels,
             chart="rewards",
+            level=(math.copysign(facts.thresholds[f"drift_{severity}"], worst), "far beyond here"),
             explains=("likelihood-displacement",) if severity is Severity.FAIL else (),
         )
     else:
@@ -282,6 +285,7 @@ FOLLOW_A_HIGH_RATE = (
     "always-clipped",
     "gradient-spikes",
     "chosen-falls",
+    "repetition",
 )
 
 
@@ -315,6 +319,7 @@ def rate_high(facts: Facts) -> Iterator[Finding]:
             remedies=[lower(facts, 10), longer_warmup(0.2)],
             thresholds=("rate_high_loss",),
             chart="loss",
+            level=(start, "at the start"),
             steps=(float(at[worst]), float(at[min(worst + width, len(at) - 1)])),
             explains=FOLLOW_A_HIGH_RATE,
         )

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from strop.report.facts import Facts
-from strop.report.findings import Remedy
+from strop.report.findings import RUN, Remedy
 
 FEWER_STEPS = Remedy("train fewer steps", {"training.num_epochs": 1})
+
+
+def look_at_step(step: float) -> Remedy:
+    """What was trained on in this step."""
+    words = "look at the rows of that step, their log-probs and their shares of the gradient"
+    return Remedy(words, look=("replay", RUN, "--step", f"{step:.0f}", "--rows"))
 
 
 def lower(facts: Facts, factor: float) -> Remedy:

@@ -42,6 +42,7 @@ def completions_clipped(facts: Facts) -> Iterator[Finding]:
         harmless_if="the reward asks for nothing at the end of a completion",
         remedies=remedies,
         chart="clipped",
+        level=(facts.thresholds["clipped_ratio_warn"], "worth a look"),
         steps=(float(at[0]), float(at[-1])),
         explains=("gradient-zero", "weights-unmoved", "groups-without-signal") if nothing_left else (),
     )
@@ -68,6 +69,8 @@ def without_signal(facts: Facts) -> Iterator[Finding]:
             Remedy("sample more completions per prompt", {"rollout.num_generations": _more(facts)}),
             Remedy("leave such groups out and draw further prompts", {"rollout.dynamic_sampling": True}),
         ],
+        chart="signal",
+        level=(facts.thresholds["no_signal_warn"], "worth a look"),
         steps=(float(at[0]), float(at[-1])),
         explains=("gradient-zero", "weights-unmoved"),
     )
@@ -117,6 +120,7 @@ def entropy_collapse(facts: Facts) -> Iterator[Finding]:
         remedies=[lower(facts, 2), *_clip_higher(facts), Remedy("use prompts that are harder for this model")],
         thresholds=("entropy_left", "entropy_early"),
         chart="entropy",
+        level=(t["entropy_left"] * before, f"{t['entropy_left']:.0%} of the start"),
         steps=(low_from, float(at[-1])),
         explains=("groups-without-signal",),
     )
@@ -150,6 +154,8 @@ def ratios_clipped(facts: Facts) -> Iterator[Finding]:
         numbers={"share of tokens clipped": share, "updates per sampling": rounds[0] * rounds[1]},
         harmless_if="rows that another policy sampled are trained on knowingly",
         remedies=[*fewer, lower(facts, 2)],
+        chart="ratios",
+        level=(facts.thresholds["ratios_clipped_warn"], "worth a look"),
         steps=(float(at[0]), float(at[-1])),
     )
 
@@ -265,6 +271,7 @@ def divergence(facts: Facts) -> Iterator[Finding]:
         harmless_if="another format is meant to be learnt, and what it writes is good",
         remedies=[lower(facts, 3), *times_beta(facts, 3, "raise beta threefold")],
         chart="kl",
+        level=(facts.thresholds["kl_warn"], "worth a look"),
         steps=(float(at[0]), float(at[-1])),
     )
 
@@ -293,6 +300,8 @@ def sampler_mismatch(facts: Facts) -> Iterator[Finding]:
             Remedy("compute in one precision everywhere: are weights or kernels of the sampler others?"),
             Remedy("cut off what differs most", {"post_training.sampler_correction": "token_truncate"}),
         ],
+        chart="sampler",
+        level=(facts.thresholds["sampler_difference_warn"], "worth a look"),
         steps=(float(at[0]), float(at[-1])),
     )
 

@@ -144,6 +144,8 @@ def weights_stand_still(facts: Facts) -> Iterator[Finding]:
             },
             remedies=[higher(facts, 10)],
             thresholds=("moved_share",),
+            chart="moved",
+            level=(least, "worth a look: below"),
             explains=("rate-low", "sft-still", "accuracy-half", "accuracy-falls", "odds-idle"),
         )
     else:

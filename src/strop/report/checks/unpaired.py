@@ -147,7 +147,7 @@ def imitation(facts: Facts) -> Iterator[Finding]:
             remedies=[lower(facts, 10), longer_warmup(0.1)],
             chart="loss",
             steps=(float(at[0]), float(at[-1])),
-            explains=("worse-than-start", "risen", "always-clipped", "gradient-spikes"),
+            explains=("worse-than-start", "risen", "always-clipped", "gradient-spikes", "repetition"),
         )
     elif (before - after) / size < t["sft_still"] and facts.has_trend:
         yield Finding(
