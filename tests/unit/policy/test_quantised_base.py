@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import strop
@@ -26,6 +27,7 @@ from strop.policy.build import build_policy
 from strop.policy.kernels import quantised_weights
 from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.kernels.fused import FusedLinear, FusedMlp, unfuse
+from strop.policy.kernels.quantised_weights import QuantisedWeight
 from strop.policy.model import quantised_base
 from strop.policy.model.configuration import quiet
 from strop.policy.model.from_config import shape_of
@@ -275,6 +277,22 @@ def test_a_dequantised_weight_lives_for_one_product(
     logps.sum().backward()
     # of the first layer, q, k and v read what needs no gradient
     assert len(made) == 2 * 14 - 3 and not any(one() is not None for one in made)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_large_weight_is_made_in_memory_that_is_used_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as at once, whatever its rows are cut into; in the dtype that products are made in."""
+    monkeypatch.setattr(quantised_weights, "PART", 1000)
+    for rows, inside, double in ((37, 64, True), (19, 192, False)):
+        given = torch.randn(rows, inside, generator=torch.Generator().manual_seed(rows))
+        weight = Params4bit(given, requires_grad=False, quant_type=kind, compress_statistics=double).to("cpu")
+        packed = QuantisedWeight(weight.data, weight.quant_state, torch.bfloat16)
+        for widened in (True, False):
+            monkeypatch.setattr(quantised_weights, "widens", lambda dtype, own=widened: own)
+            dense, exact = packed.wide(), replace(packed, dtype=torch.float32).whole()
+            assert dense.dtype == (torch.float32 if widened else torch.bfloat16)
+            torch.testing.assert_close(dense, exact if widened else packed.whole(), rtol=0, atol=0)
+    assert packed.wide().data_ptr() == packed.wide().data_ptr()
 
 
 def test_a_layer_that_is_set_to_another_dtype_keeps_its_own_forward(build: Callable[..., Policy]) -> None:

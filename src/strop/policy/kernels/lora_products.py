@@ -39,7 +39,7 @@ class Weights:
 
     def whole(self) -> Tensor:
         """w as a tensor, in the dtype of `wide`. A quantised one is made anew: let go of it after its product."""
-        return wide(self.w if isinstance(self.w, Tensor) else self.w.whole())
+        return wide(self.w) if isinstance(self.w, Tensor) else self.w.wide()
 
     @property
     def rank(self) -> int:

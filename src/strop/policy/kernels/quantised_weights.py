@@ -6,6 +6,7 @@ time lies in memory in 16 or 32 bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,10 +63,50 @@ class QuantisedWeight:
         return int4_dense(self.packed, self.state, self.dtype)
 
     def wide(self) -> Tensor:
-        """The same in the dtype that `matmul.linear` multiplies in, which a CPU's may be float32 for 16 bits: made at
-        once, not rounded in between."""
-        widened = self.packed.device.type == "cpu" and widens(self.dtype)
-        return replace(self, dtype=torch.float32).whole() if widened else self.whole()
+        """The same in the dtype that `matmul.linear` multiplies in, which on a CPU may be float32 for 16 bits: made at
+        once, not rounded in between. On a CPU it may lie in memory that the next one is made in: for one product."""
+        if self.packed.device.type != "cpu":
+            return self.whole()
+        own = replace(self, dtype=torch.float32) if widens(self.dtype) else self
+        return own._in_parts() if own._has_parts else own.whole()
+
+    @property
+    def _has_parts(self) -> bool:
+        """Whether it is large, in bitsandbytes' 4 bits, and can be cut between rows."""
+        if self.state is None or isinstance(self.state, Tensor) or self.packed.dtype != torch.uint8:
+            return False
+        return (
+            self.packed.numel() > PART
+            and len(self.state.shape) == 2
+            and self.state.shape[1] % self.state.blocksize == 0
+        )
+
+    def _in_parts(self) -> Tensor:
+        """[O, I] in memory that is used again: a fresh block for every weight costs as much as dequantising it, since
+        the system clears its pages. Parts are small enough to lie in the heap."""
+        rows, inside = self.state.shape
+        dense = _reused(rows * inside, self.dtype).view(rows, inside)
+        packed, scales = self.packed.reshape(-1), scales_of(self.state)
+        step = max(1, PART // inside)
+        for first in range(0, rows, step):
+            some = slice(first, min(first + step, rows))
+            begin, end = some.start * inside, some.stop * inside
+            own = scales[begin // self.state.blocksize : end // self.state.blocksize]
+            shape = (some.stop - some.start, inside)
+            dense[some] = _dense(packed[begin // 2 : end // 2], own, self.state, shape, self.dtype)
+        return dense
+
+
+PART = 2**17
+"""Weights that are dequantised at once where a large weight is cut."""
+_MEMORY: dict[torch.dtype, Tensor] = {}
+
+
+def _reused(count: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers in memory that is kept, as large as the largest weight so far."""
+    if dtype not in _MEMORY or _MEMORY[dtype].numel() < count:
+        _MEMORY[dtype] = torch.empty(count, dtype=dtype)
+    return _MEMORY[dtype][:count]
 
 
 def quantised_weight(layer: nn.Module, dtype: torch.dtype) -> QuantisedWeight:
@@ -82,14 +123,21 @@ def quantised_weight(layer: nn.Module, dtype: torch.dtype) -> QuantisedWeight:
 
 def int4_dense(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """[O, I] of a weight in 4 bits; rounded once, to `dtype`. state: bitsandbytes' QuantState."""
-    scales = state.absmax
-    if state.nested:
-        from bitsandbytes.functional import dequantize_blockwise  # slow to import
+    return _dense(packed, scales_of(state), state, state.shape, dtype)
 
-        scales = dequantize_blockwise(scales, state.state2) + state.offset
-    kind, shape = state.quant_type, state.shape
+
+def scales_of(state: Any) -> Tensor:
+    """float32, one for each block of a weight in 4 bits, in its order."""
+    if not state.nested:
+        return state.absmax.float()  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_blockwise  # slow to import
+
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()  # type: ignore[no-any-return]
+
+
+def _dense(packed: Tensor, scales: Tensor, state: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, scales.float(), state.blocksize, kind, shape, dtype
+        packed, scales, state.blocksize, state.quant_type, shape, dtype
     )
     return dense
 
