@@ -183,6 +183,8 @@ def test_shards(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 CONVERTS = """
 import sys
+from pathlib import Path
+
 from strop.export.convert import to_consolidated, to_transformers
 
 def kib(name):
@@ -192,7 +194,7 @@ for source, there, back in (sys.argv[1:4], sys.argv[4:7]):  # the first imports 
     before, peaks = kib("VmRSS"), []
     for convert, one, two in ((to_consolidated, source, there), (to_transformers, there, back)):
         open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-        convert(one, two)
+        convert(one, Path(two))
         peaks.append(kib("VmHWM") - before)
 print(*peaks)
 """
