@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import signal
 import sys
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from strop.data.read.row import RowRefused
@@ -122,4 +125,66 @@ def test_what_a_template_reads_is_what_the_sandbox_lets_it_read(reads: str) -> N
     environment.getattr = quick
     assert rendered() == expected
     sandbox.has_generation_blocks(template)
-    assert sandbox._compile_jinja_template(template).environment.getattr.__qualname__ == quick.__qualname__
+    tuned = sandbox._compile_jinja_template(template).environment
+    assert tuned.getattr.__qualname__ == quick.__qualname__
+    assert tuned.filters["tojson"].__qualname__ == sandbox._remembered(str).__qualname__
+
+
+WITH_TOOLS = (
+    "{% for t in tools %}{{ t | tojson(indent=4) }}{{ t | tojson }}{{ t.function | tojson(sort_keys=true) }}"
+    "{% endfor %}"
+    "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.reasoning_content }}{{ m.thinking }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{{ c.when }}{% endfor %}{% endfor %}"
+)
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"b": None, "a": [1, 2.5, True]}}}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "add", "arguments": {"z": 1, "a": 2}}}],
+}
+UNLIKE_JSON: dict[str, tuple[dict[str, Any], list[dict[str, Any]] | None]] = {
+    "reasoning": ({"role": "assistant", "content": "x", "reasoning": "because"}, None),
+    "a date": ({**CALL, "tool_calls": [{**CALL["tool_calls"][0], "when": datetime.date(2025, 1, 2)}]}, None),
+    "a number of numpy": (CALL, [{"function": {"name": np.str_("add"), "n": np.int64(3)}}]),
+    "a number as a key": (CALL, [{"function": {1: 2}}]),
+    "a tuple": (CALL, [{"function": {"required": ("a", "b")}}]),
+}
+
+
+def test_rows_of_plain_json_are_written_as_transformers_writes_them() -> None:
+    messages = [{"role": "user", "content": "2 + 3?"}, CALL, {"role": "tool", "content": "5", "name": "add"}]
+    assert sandbox.are_plain(messages, [TOOL])
+    written = {
+        sandbox.render(WITH_TOOLS, messages, [TOOL], {}, is_plain=is_plain)[0] for is_plain in (True, False, True)
+    }
+    assert len(written) == 1 and '    "type": "function"' in written.pop()
+
+
+@pytest.mark.parametrize("what", UNLIKE_JSON)
+def test_what_transformers_would_change_is_not_plain(what: str) -> None:
+    message, tools = UNLIKE_JSON[what]
+    assert not sandbox.are_plain([message], tools)
+    renderer = sandbox.render(WITH_TOOLS, [message], tools, {})[0]
+    (expected,), _ = sandbox.render_jinja_template([[message]], tools, chat_template=WITH_TOOLS)
+    assert renderer == expected
+
+
+def test_json_is_remembered_by_object_and_by_options() -> None:
+    made: list[Any] = []
+
+    def tojson(value: Any, **options: Any) -> str:
+        made.append(value)
+        return json.dumps(value, **options)
+
+    remembered = sandbox._remembered(tojson)
+    one, other = {"a": 1}, {"a": 1}
+    for options in ({}, {"indent": 2}, {"separators": (",", ":")}):
+        assert [remembered(x, **options) for x in (one, other, one)] == [json.dumps(one, **options)] * 3
+    assert len(made) == 6
+    assert remembered(one, separators=[",", ":"]) == '{"a":1}'  # an option without a hash
+    texts = [remembered({"n": n}) for n in range(3 * sandbox.MOST_REMEMBERED)]  # each dies, and the next has its id
+    assert texts == [json.dumps({"n": n}) for n in range(3 * sandbox.MOST_REMEMBERED)]
+    listed = [1]
+    assert remembered(listed) == "[1]"
+    listed.append(2)
+    assert remembered(listed) == "[1, 2]"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from strop.config import DatasetSection
@@ -51,7 +52,7 @@ NAMED = ("prompt", "chosen", "rejected", "completion", "label")
 """Columns that may have other names: `dataset.prompt_column` and so on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Columns:
     """What the columns of a row are called, and what is done with rows that can be read in two ways.
 
@@ -80,10 +81,16 @@ class Columns:
             drops_trailing=dataset.on_trailing_user == "drop",
         )
 
-    @property
+    @cached_property
     def named(self) -> frozenset[str]:
         """The columns that are read under these names."""
         return frozenset(getattr(self, kind) for kind in NAMED)
+
+    @cached_property
+    def of_messages(self) -> frozenset[str]:
+        """The columns that may hold messages as JSON text."""
+        sides = (self.chosen, self.rejected, self.completion, *ANSWERS, *BETTER_AND_WORSE)
+        return frozenset(("messages", "conversations", self.prompt, *QUESTIONS, *sides))
 
     def completions(self, rows: RowShape) -> tuple[str, ...]:
         return (self.chosen, self.rejected) if rows == "pair" else (self.completion,)
@@ -145,10 +152,8 @@ class _Reader:
     def _read_json(self, row: dict[str, Any]) -> None:
         """Messages and tools that stand as JSON text, in place of the text."""
         columns = self._columns
-        sides = (columns.chosen, columns.rejected, columns.completion, *ANSWERS, *BETTER_AND_WORSE)
-        names = ("messages", "conversations", columns.prompt, *QUESTIONS, *sides)
         for name in [name for name, value in row.items() if isinstance(value, str)]:
-            if name in names and (turns := messages_in(row[name], name)) is not None:
+            if name in columns.of_messages and (turns := messages_in(row[name], name)) is not None:
                 row[name] = turns
                 self.notes[:] = ["messages_as_json"]
             elif name in (*JSON, "messages", "conversations", columns.label) and not row[name].strip():

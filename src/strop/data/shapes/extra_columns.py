@@ -121,7 +121,7 @@ def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     Raises:
         RowRefused: they are no list of objects.
     """
-    tools = row.get("tools") or _functions(row.get(FUNCTIONS))
+    tools = row.get("tools") or (_functions(row[FUNCTIONS]) if FUNCTIONS in row else None)
     if not tools:
         return None
     if isinstance(tools, list | tuple):

@@ -220,7 +220,7 @@ def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _content(value: Any, field: str, *, may_be_empty: bool) -> str:
-    if isinstance(value, list | tuple):
+    if not isinstance(value, str) and isinstance(value, list | tuple):
         value = "".join(_part(part, f"{field}[{i}]") for i, part in enumerate(value))
     return text_of(value, field, may_be_empty=may_be_empty)
 

@@ -259,7 +259,7 @@ class RowPipeline:
             file,
             prompt_words=_prompt_words(example, encoded),
             counts={
-                **Counter(notes),
+                **(Counter(notes) if notes else {}),
                 **(_kinds(example) if isinstance(example, Example) else {}),
                 **encoded.counts,
                 "prompts_cut": done.prompt_cut,
@@ -281,7 +281,7 @@ def _kept(row: Row, example: Example | Encoded) -> KeptRow:
 
 
 def _with_numbers_of(example: Example, encoded: Encoded | RowRefused) -> Encoded | RowRefused:
-    return replace(encoded, numbers=example.numbers) if isinstance(encoded, Encoded) else encoded
+    return replace(encoded, numbers=example.numbers) if example.numbers and isinstance(encoded, Encoded) else encoded
 
 
 def _unusable(tokenizer: PreTrainedTokenizerBase, why: str) -> ModelError:

@@ -120,12 +120,10 @@ class Conversation:
 
     def refuse_lost_arguments(self) -> None:
         """A template that writes calls without their arguments would train calls that nobody has made."""
+        if self._writer.names_arguments:
+            return
         bare = without_arguments(self._messages)
-        if (
-            bare != list(self._messages)
-            and not self._writer.names_arguments
-            and self._writer.text(bare) == self._rendered
-        ):
+        if bare != list(self._messages) and self._writer.text(bare) == self._rendered:
             raise RowRefused(
                 "dropped_by_template",
                 "the chat template leaves the arguments of tool calls out",
@@ -205,6 +203,8 @@ class Conversation:
         assert self._reading is not None and self._markers is not None
         i = len(self._messages) - 1
         thoughts = [p for p in self._markers.pieces if p.message == i and p.kind in ("thought", "reasoning")]
+        if not thoughts:
+            return
         seen = {id(place.piece) for place in self._reading.of(i)}
         if i < self._first or all(id(piece) in seen for piece in thoughts):
             return

@@ -237,8 +237,9 @@ class Encoder:
 
     def _last_added(self, text: str, tokens: Tokens, stop: int) -> int:
         """The number of the last added token in front of token `stop`; -1 where there is none."""
-        places = compress(range(stop), map(self._added.__contains__, tokens.ids))  # in C: a prompt can be long
-        return next((i for i in reversed(list(places)) if self._is_added(text, tokens, i)), -1)
+        backwards = map(self._added.__contains__, reversed(tokens.ids[:stop]))  # in C: a prompt can be long
+        places = compress(range(stop - 1, -1, -1), backwards)
+        return next((i for i in places if self._is_added(text, tokens, i)), -1)
 
     def _split(self, text: str, tokens: Tokens, boundary: int) -> tuple[Tokens, int, bool]:
         """The tokens with none across the boundary, how many stand before it, and whether one stood across."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 
 from strop.types import Message
 
@@ -27,6 +29,8 @@ under a key of its own for reasoning, or the name of a called tool."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys under which rows and templates have the reasoning of an assistant turn."""
 
+REASONING = frozenset(REASONING_KEYS)
+
 THINK_TAG = re.compile(r"(</?think>)")
 
 PLANES = ((0xF0000, re.compile("([\U000f0000-\U000ffffd])")), (0x100000, re.compile("([\U00100000-\U0010fffd])")))
@@ -35,8 +39,7 @@ PLANES = ((0xF0000, re.compile("([\U000f0000-\U000ffffd])")), (0x100000, re.comp
 MOST_PIECES = 0xFFFE // 2
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A marked text. message: number of its message."""
 
     message: int
@@ -44,8 +47,7 @@ class Piece:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a rendering has put a piece: [start, stop) in the text without marks. A piece can stand more than once."""
 
     start: int
@@ -66,7 +68,14 @@ class Reading:
 
     def of(self, message: int) -> list[Place]:
         """The places of one message's pieces, in order."""
-        return [place for place in self.places if place.piece.message == message]
+        return self._by_message.get(message, [])
+
+    @cached_property
+    def _by_message(self) -> dict[int, list[Place]]:
+        found: dict[int, list[Place]] = {}
+        for place in self.places:
+            found.setdefault(place.piece.message, []).append(place)
+        return found
 
 
 class Markers:
@@ -102,7 +111,7 @@ class Markers:
                 places.append(Place(opened.pop(number), position, self.pieces[number]))
             else:
                 opened[number] = position
-        places.sort(key=lambda place: (place.start, place.stop))
+        places.sort(key=itemgetter(0, 1))
         return Reading("".join(parts[::2]), tuple(places), is_whole and not opened)
 
     def _marked_message(self, i: int, message: Message) -> Message:
@@ -115,8 +124,8 @@ class Markers:
             changed["content"] = self._marked_thoughts(i, content)
         elif isinstance(content, str) and (content.strip() or (answers and "tool_calls" not in message)):
             changed["content"] = self._marked(i, "content", content)
-        for key in REASONING_KEYS:
-            if answers and isinstance(message.get(key), str) and message[key].strip():
+        for key in REASONING_KEYS if answers else ():
+            if isinstance(message.get(key), str) and message[key].strip():
                 changed[key] = self._marked(i, "reasoning", message[key])
         if "tool_calls" in message:
             changed["tool_calls"] = [self._marked_call(i, call) for call in message["tool_calls"]]
@@ -144,5 +153,7 @@ class Markers:
         start = self._base + 2 * len(self.pieces)
         core = text.strip()
         self.pieces.append(Piece(message, kind, core))
+        if len(core) == len(text):
+            return f"{chr(start)}{text}{chr(start + 1)}"
         left, right = text.split(core, 1) if core else ("", text)
         return f"{left}{chr(start)}{core}{chr(start + 1)}{right}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from strop.data.text.markers import REASONING_KEYS
+from strop.data.text.markers import REASONING, REASONING_KEYS
 from strop.types import Message
 
 TRAIN = "train"
@@ -44,7 +44,12 @@ def names_arguments(template: str) -> bool:
 
 def has_reasoning(message: Message) -> bool:
     """Whether a turn has reasoning under a key of its own."""
-    return message["role"] == "assistant" and any(message.get(key) for key in REASONING_KEYS)
+    # most turns have none of these keys, and every turn of every row is asked
+    return (
+        not REASONING.isdisjoint(message)
+        and message["role"] == "assistant"
+        and any(message.get(key) for key in REASONING_KEYS)
+    )
 
 
 def reasons(message: Message) -> bool:
@@ -62,6 +67,8 @@ def without_reasoning(message: Message) -> Message:
 
 def readable(message: Message, keys: Sequence[str]) -> Message:
     """The turn with its reasoning under the key that the template reads, and without strop's own key."""
+    if REASONING.isdisjoint(message):
+        return message if TRAIN not in message else {key: value for key, value in message.items() if key != TRAIN}
     found = next((key for key in REASONING_KEYS if message.get(key)), None)
     if found is not None and keys and found not in keys:
         message = {keys[0] if key == found else key: value for key, value in message.items()}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from strop.data.read.row import RowRefused
 from strop.data.text.answer_spans import Answer, Content, Conversation
 from strop.data.text.chat_template import choose_template, tokenizers_template
-from strop.data.text.markers import REASONING_KEYS, Span
+from strop.data.text.markers import REASONING, Span
 from strop.data.text.message_forms import (
     TRAIN,
     Form,
@@ -32,10 +32,13 @@ from strop.data.text.message_forms import (
     writes_python,
 )
 from strop.data.text.refusals import dropped_reasoning, refuse_lost_parts, unverified
-from strop.data.text.sandbox import NOW, bounded, bounded_memory, variables
+from strop.data.text.sandbox import NOW, are_plain, bounded, bounded_memory, variables
 from strop.data.text.template_writer import Ends, Writer
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
+
+TOLD_APART = REASONING | {"role", "content"}
+"""Keys of a message whose text is told apart from the template's own."""
 
 TrainOn = Literal["all", "last", "last_and_tools"]
 """Which assistant turns of a completion are trained: see `dataset.train_on`."""
@@ -175,8 +178,10 @@ class Renderer:
         template = self._template_for(example.tools)
         own = example.template_kwargs or {}
         more = {**self._rules.chat_template_kwargs, **own, **self._special_tokens}
-        writer = Writer(template, self._ends, more, example.tools, self._rules.date)
-        with bounded(str(example.origin), len(prompt) + sum(map(len, completions))):
+        turns = [turn for part in (prompt, *completions) for turn in part]
+        is_plain = are_plain(turns, example.tools)
+        writer = Writer(template, self._ends, more, example.tools, self._rules.date, is_plain=is_plain)
+        with bounded(str(example.origin), len(turns)):
             unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
             openings: dict[Form, str | None] = {}
             rendered = tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
@@ -302,11 +307,11 @@ class Renderer:
     def _refuse_controls_elsewhere(self, messages: Sequence[Message], tools: Tools) -> None:
         """Tool calls and the like are not told apart from the template's own text, so a control token in them would
         pass for the template's. The tokenizer says what is one: a normaliser makes control tokens of look-alikes."""
-        told_apart = ("role", "content", *REASONING_KEYS)
-        parts: list[tuple[Any, bool]] = [(list(tools or ()), False)]
+        parts: list[tuple[Any, bool]] = [(list(tools), False)] if tools else []
         for message in messages:
-            others = [value for key, value in message.items() if key not in told_apart]
-            parts.append((others, message["role"] == "assistant"))
+            if not message.keys() <= TOLD_APART:
+                others = [value for key, value in message.items() if key not in TOLD_APART]
+                parts.append((others, message["role"] == "assistant"))
         for part, by_assistant in parts:
             for words in _texts(part):
                 if control := self._control_in(words, by_assistant):

@@ -27,7 +27,7 @@ from jinja2.utils import Namespace
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from strop.data.read.row import RowRefused
-from strop.data.text.markers import Span
+from strop.data.text.markers import REASONING, Span
 from strop.errors import ModelError
 from strop.types import Message
 
@@ -39,6 +39,9 @@ AGAIN = 0.2
 
 BYTES = 4 << 30
 """Memory for one row, above what the process had before its batch."""
+
+MOST_REMEMBERED = 256
+"""Objects whose JSON is remembered: tools and calls of some rows."""
 
 NOW = "strftime_now"
 """The function that tells templates the day."""
@@ -57,6 +60,7 @@ TEMPLATE_ERRORS = (
 """What a template can raise on a row it was not written for."""
 
 
+SCALARS = frozenset({str, int, float, bool, type(None)})
 OF_DICT = frozenset(dir(dict))
 SAFE_OF_STR = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
 """Attributes of a text that Jinja's sandbox hands on as they are; it wraps the two others."""
@@ -86,12 +90,14 @@ def render(
     *,
     generation_prompt: bool = False,
     track: bool = False,
+    is_plain: bool = False,
     date: datetime.date | None = None,
 ) -> tuple[str, list[Span] | None]:
     """The rendering and, where `track` asks for them, the spans of its generation blocks; None: there are none.
 
     Args:
         more: what else the template may read: special tokens by name, variables of the configuration and the row.
+        is_plain: messages and tools are (`are_plain`).
         date: what the template takes for today; None: the day it is.
 
     Raises:
@@ -104,9 +110,10 @@ def render(
         # transformers hands on no variable that is no JSON, so the day stands among the template's globals
         compiled = _compile_jinja_template(template)
         compiled.globals[NOW] = compiled.environment.globals[NOW] if date is None else date.strftime
-        if not track and not tools and all(map(_is_plain, messages)):
-            # what transformers does to messages before it renders them would change nothing, but takes longer
-            return compiled.render(messages=list(messages), tools=None, documents=None, **how), None
+        if is_plain and not track:
+            # what transformers does to messages and tools before it renders them would change nothing, but takes longer
+            given = {"messages": list(messages), "tools": list(tools) if tools else None, "documents": None}
+            return compiled.render(**given, **how), None
         texts, spans = render_jinja_template(
             conversations=[list(messages)],
             tools=list(tools) if tools else None,
@@ -129,8 +136,24 @@ def render(
     return texts[0], [(start, stop) for start, stop in spans[0]] if track else None
 
 
-def _is_plain(message: Message) -> bool:
-    return len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str
+def are_plain(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether transformers hands these to a template as they are: plain JSON, and no reasoning, which it hands on under
+    further keys."""
+    try:
+        return (
+            all(map(REASONING.isdisjoint, messages))
+            and all(map(_is_json, messages))
+            and all(map(_is_json, tools or ()))
+        )
+    except RecursionError:
+        return False
+
+
+def _is_json(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return all(type(key) is str for key in value) and all(map(_is_json, value.values()))
+    return all(map(_is_json, value)) if kind is list else kind in SCALARS
 
 
 @lru_cache
@@ -140,7 +163,31 @@ def has_generation_blocks(template: str) -> bool:
     # a chain of dictionaries, which Jinja would walk at every rendering: a third of its time
     compiled.globals = dict(compiled.globals)
     compiled.environment.getattr = _quick(compiled.environment.getattr)
+    compiled.environment.filters["tojson"] = _remembered(compiled.environment.filters["tojson"])
     return GENERATION.search(template) is not None
+
+
+def _remembered(tojson: Callable[..., str]) -> Callable[..., str]:
+    """The filter `tojson`, which writes an object once: the renderings of a row repeat its tools and calls, and with an
+    indent Python's own encoder writes them, which is slow. The sandbox lets no template change an object."""
+    known: dict[tuple[Any, ...], tuple[Any, str]] = {}
+
+    def quick(value: Any, *args: Any, **options: Any) -> str:
+        key = (id(value), args, *options.items())
+        try:
+            found = known.get(key) if type(value) is dict else None
+        except TypeError:  # an option that has no hash
+            return tojson(value, *args, **options)
+        if found is not None:
+            return found[1]
+        text = tojson(value, *args, **options)
+        if type(value) is dict:
+            if len(known) >= MOST_REMEMBERED:
+                known.clear()
+            known[key] = value, text  # with the object, so that its id is no other's
+        return text
+
+    return quick
 
 
 def _quick(getattr_of_sandbox: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:

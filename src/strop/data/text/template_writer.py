@@ -81,6 +81,7 @@ class Writer:
         tools: those of the row.
         date: what the template takes for today.
         form: how the template takes messages.
+        is_plain: messages and tools are (`are_plain`).
 
     `asks_for_answers`: the template knows a generation prompt. `reasoning_keys`: where it looks for reasoning.
     `names_arguments`: it speaks of the arguments of calls.
@@ -94,16 +95,20 @@ class Writer:
         tools: Tools = None,
         date: datetime.date | None = None,
         form: Form = PLAIN_FORM,
+        *,
+        is_plain: bool = False,
     ) -> None:
         self._template, self.ends, self.tools, self._form = template, ends, tools, form
         self._variables = dict(variables)
-        self._date = date
+        self._date, self._is_plain = date, is_plain
         self.reasoning_keys = reasoning_keys(template)
         self.names_arguments = names_arguments(template)
         self.asks_for_answers = "add_generation_prompt" in template
 
     def in_form(self, form: Form) -> Writer:
-        """The same writer for another form of messages."""
+        """The same writer for this form of messages."""
+        if form == self._form:
+            return self
         other = copy(self)
         other._form = form
         return other
@@ -119,7 +124,7 @@ class Writer:
     def _render(self, messages: Sequence[Message], **how: bool) -> tuple[str, list[Span] | None]:
         formed = self._form.of(messages)
         tools = self._form.of_tools(self.tools)
-        return render(self._template, formed, tools, self._variables, date=self._date, **how)
+        return render(self._template, formed, tools, self._variables, is_plain=self._is_plain, date=self._date, **how)
 
     def opening(self, messages: Sequence[Message]) -> str | None:
         """The prompt that inference sees; None where the template cannot write one for these messages."""

@@ -149,4 +149,6 @@ def _cut_left(prompt: list[int], room: int, bos: int | None) -> list[int]:
 def _cut_right(side: EncodedSide, room: int) -> EncodedSide:
     """At most `room` tokens, and none after the last trained one."""
     stop = side.mask.rfind(1, 0, room) + 1
+    if stop == len(side.ids):
+        return side
     return EncodedSide(side.ids[:stop], side.mask[:stop])
