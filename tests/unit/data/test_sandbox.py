@@ -131,7 +131,7 @@ def test_what_a_template_reads_is_what_the_sandbox_lets_it_read(reads: str) -> N
 
 
 WITH_TOOLS = (
-    "{% for t in tools %}{{ t | tojson(indent=4) }}{{ t | tojson }}{{ t.function | tojson(sort_keys=true) }}"
+    "{% for t in tools or [] %}{{ t | tojson(indent=4) }}{{ t | tojson }}{{ t.function | tojson(sort_keys=true) }}"
     "{% endfor %}"
     "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.reasoning_content }}{{ m.thinking }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{{ c.when }}{% endfor %}{% endfor %}"

@@ -6,8 +6,6 @@ with the answer behind it, where this is provably the text that inference comes 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from strop.data.text.markers import Place, Reading
 
 
@@ -36,7 +34,7 @@ def behind_prompt(whole: Reading, prompt: Reading, number: int) -> Reading | Non
     if start > own[0].start or not whole.text.startswith(tail, before.stop):
         return None
     by = len(prompt.text) - start
-    moved = tuple(replace(place, start=place.start + by, stop=place.stop + by) for place in own)
+    moved = tuple(place._replace(start=place.start + by, stop=place.stop + by) for place in own)
     return Reading(prompt.text + whole.text[start:], prompt.places + moved, is_whole=True)
 
 
@@ -66,6 +64,6 @@ def with_thoughts(probe: Reading, content: str, opening: str, number: int) -> Re
             return None
         start += len(written)
     before = tuple(place for place in probe.places if place.stop <= words[0].start and place is not words[0])
-    place = replace(words[0], start=start, stop=start + len(content))
+    place = words[0]._replace(start=start, stop=start + len(content))
     text = (opening if start == len(opening) else probe.text[:start]) + content + probe.text[stop:]
     return Reading(text, (*before, place), is_whole=True)
