@@ -20,6 +20,7 @@ from strop.config.sections import (
     RewardSection,
     RolloutSection,
     TrainingSection,
+    reward_names,
 )
 from strop.types import RowShape
 
@@ -122,10 +123,7 @@ class RunConfig(Section):
     @property
     def reward_names(self) -> tuple[str, ...]:
         """What the rewards are called in metrics: their names, numbered where one occurs twice."""
-        names = [reward.name for reward in self.rewards]
-        return tuple(
-            name if names.count(name) == 1 else f"{name}#{names[:i].count(name) + 1}" for i, name in enumerate(names)
-        )
+        return reward_names([reward.name for reward in self.rewards])
 
     def _rollout_problems(self) -> Iterator[Problem]:
         method, rollout = self.post_training, self.rollout

@@ -41,8 +41,12 @@ OfTheCourse = Literal[
     "completions-clipped",
     "entropy-collapse",
     "ratios-clipped",
+    "worse-grow-longer",
     "longer-not-better",
+    "one-reward-wins",
     "reward-hacking",
+    "length-rewarded",
+    "forecast-exceeded",
     "kl-high",
     "sampler-mismatch",
 ]
@@ -51,6 +55,6 @@ AT_ONCE = frozenset(get_args(OfTheStart))
 """Findings that are told as soon as they are seen: identities, and what is wrong with the rows."""
 AT_THE_END = frozenset(
     {"ended-by-error", "rate-low", "sft-still", "odds-idle", "accuracy-half", "few-steps", "eval-size", "saturated"}
-    | {"always-clipped", "kl-zero"}
+    | {"always-clipped", "kl-zero", "ratios-never-clipped"}
 )
 """Findings that say something about a whole run, or are never worse than a note. They stop none."""

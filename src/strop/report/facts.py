@@ -93,8 +93,7 @@ class Facts:
         _, values = table.series(name)
         if not len(values):
             return None
-        most = 1 if table is self.run.eval else min(FIRST_LINES, max(1, len(values) // 10))
-        return float(np.median(values[:most]))
+        return float(np.median(self.beginning(values, table)))
 
     def last(self, name: str, table: Table | None = None) -> float | None:
         """The median of the last `WINDOW` of the logged lines. Of evaluations, the last."""
@@ -104,10 +103,25 @@ class Facts:
             return None
         return float(np.median(self.end(values, table)))
 
+    def beginning(self, values: Column, table: Table) -> Column:
+        """The first values of a series: a tenth of them, from 1 to `FIRST_LINES`; of evaluations, the first value."""
+        count = 1 if table is self.run.eval else min(FIRST_LINES, max(1, len(values) // 10))
+        return values[:count]
+
     def end(self, values: Column, table: Table) -> Column:
         """The last `WINDOW` of the values of a series, at least one; of evaluations, the last value."""
         count = 1 if table is self.run.eval else max(1, round(WINDOW * len(values)))
         return values[-count:]
+
+    def noise(self, name: str) -> float:
+        """Half the width of the 95 % interval of the change of a series of the training from its beginning to its end,
+        by how much a logged line differs from the one before it; 0 where there are no two."""
+        table = self.run.train
+        _, values = table.series(name)
+        if len(values) < 2:
+            return 0.0
+        spread = float(np.sqrt(np.mean(np.diff(values) ** 2) / 2))
+        return 1.96 * spread * math.hypot(*(len(x(values, table)) ** -0.5 for x in (self.beginning, self.end)))
 
     @cached_property
     def watched(self) -> Table:

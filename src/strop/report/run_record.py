@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strop.config.guidance import is_default
+from strop.config.sections.rollout import reward_names
 from strop.config.yamlfile import parse
 from strop.errors import ConfigError, first_line
 from strop.log_arrays import read_floats
@@ -37,11 +38,12 @@ NUMBERS = (
     *("num_groups", "num_zero_signal_groups", "num_skipped_steps", "kl", "kl_unclamped"),
     *("rewards/margins", "rewards/accuracies", "lengths/completion"),
     *("reward", "reward_low", "reward_high", "frac_reward_zero_std", "entropy", "clip_ratio/region_mean"),
-    *("completions/clipped_ratio", "completions/mean_length"),
+    *("completions/clipped_ratio", "completions/mean_length", "completions/mean_length_better"),
+    *("completions/mean_length_worse", "rewards/length_correlation"),
     *("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean"),
     *(f"{name}/{side}" for name in ("rewards", "logps_per_token", "lengths") for side in SIDES),
 )
-"""What charts and checks read of a line of metrics.jsonl."""
+"""What charts and checks read of a line of metrics.jsonl, beside the numbers of each reward."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ class RunRecord:
         return str(self.value("post_training.method", ""))
 
     @cached_property
+    def rewards(self) -> Mapping[str, float]:
+        """What each of the rewards counts in the sum, by its name in metrics."""
+        return _rewards(self.settings)
+
+    @cached_property
     def last_step(self) -> int:
         """The last step that anything is known of."""
         ends = [float(t.step[-1]) for t in (self.train, self.eval) if len(t)]
@@ -168,7 +175,8 @@ def read_run(path: Path | str) -> RunRecord:
         for name in ("environment", "data", "plan", "pairs", "failure", "forecast")
     }
     settings = _settings(folder / "config.yaml", gaps)
-    lines = _lines(folder / "metrics.jsonl", NUMBERS, gaps, text="split")
+    of_rewards = [f"rewards/{name}/{kind}" for name in _rewards(settings) for kind in ("mean", "std")]
+    lines = _lines(folder / "metrics.jsonl", [*dict.fromkeys((*NUMBERS, *of_rewards))], gaps, text="split")
     train, evaluated = _split(lines, "train"), _split(lines, "eval")
     finished = (folder / "final").is_dir()
     if not finished:
@@ -272,6 +280,15 @@ def _origins(text: str) -> Iterator[tuple[str, str]]:
             continue
         key = body.strip().removeprefix("- ").partition(":")[0]
         yield (f"{section}{key}" if line.startswith(" ") else key), origin.strip()
+
+
+def _rewards(settings: Mapping[str, Setting]) -> Mapping[str, float]:
+    """Weights by name; nothing where one of the rewards is not as a configuration has it."""
+    found = settings["rewards"].value if "rewards" in settings else None
+    entries = found if isinstance(found, list) else []
+    if not all(isinstance(e, dict) and isinstance(e.get("name"), str) and is_number(e.get("weight")) for e in entries):
+        return {}
+    return dict(zip(reward_names([e["name"] for e in entries]), (float(e["weight"]) for e in entries), strict=True))
 
 
 def _lines(path: Path, numbers: Sequence[str], gaps: list[str], *, text: str | None = None) -> Lines:

@@ -79,6 +79,11 @@ class Rewarded:
         return len(set(self.rewards.compared)) > 1
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(c.ids) for c in self.completions]
+
+    @property
     def group(self) -> Group:
         """The prompt with the completions that are trained, and the numbers beside them."""
         places = range(len(self.completions)) if self.trained is None else self.trained

@@ -65,7 +65,7 @@ class HeldOut:
     def _numbers(self, whole: Collected) -> dict[str, Any]:
         names = self._collector.reward_names
         metrics = measured(whole.rewarded, whole.failures, names)
-        lengths = [len(c.ids) for r in whole.rewarded for c in r.completions]
+        lengths = [n for r in whole.rewarded for n in r.lengths]
         metrics["completions/mean_length"] = (float(sum(lengths)), len(lengths))
         found = means({n: total for n, (total, _) in metrics.items()}, {n: count for n, (_, count) in metrics.items()})
         return {

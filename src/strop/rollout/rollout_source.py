@@ -28,9 +28,9 @@ from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.rollout.collect import Collected, Collector, Rewarded, joined, measured
+from strop.rollout.comparing import by_length, compared
 from strop.rollout.forecast import Probe
 from strop.rollout.held_out import HeldOut, Losses
-from strop.rollout.pairs import compared
 from strop.rollout.rewarding import Failures
 from strop.world import World
 
@@ -174,12 +174,13 @@ class RolloutSource:
                 fix="look at rollouts.jsonl; choose other rewards or prompts, or raise rollout.num_generations",
             )
         found = measured(done.rewarded, done.failures, self._collector.reward_names)
+        found |= by_length([r.rewards.compared for r in done.rewarded], [r.lengths for r in done.rewarded])
         if self._refills is not None:
             dropped = sum(not r.has_signal for r in done.rewarded)
             found |= {"rollout/groups_without_signal": (float(dropped), 1), "rollout/refilled": (float(refilled), 1)}
         if self._collector.pairs:
             found |= compared([r.rewards.total for r in done.rewarded])
-            lengths = [len(c.ids) for r in done.rewarded for c in r.completions]
+            lengths = [n for r in done.rewarded for n in r.lengths]
             found["completions/mean_length"] = (float(sum(lengths)), len(lengths))
         for name, seconds in done.seconds.items():
             found[name] = (seconds, 0)  # there is one already, of this step
@@ -228,10 +229,9 @@ class RolloutSource:
             "prompt_ids": list(prompt.prompt_ids),
             "completion_ids": [list(c.ids) for c in completions],
         }
-        lengths = [len(c.ids) for c in completions]
         for name in ("old_logps", "sampler_logps"):
             if name in group.numbers:
-                line[name] = _split(group.numbers[name], lengths)
+                line[name] = _split(group.numbers[name], rewarded.lengths)
         if rewarded.trained is not None:
             line["pair"] = list(rewarded.trained) or None
         return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from strop.cli.run_config import parse, parser_of_run
 from strop.report import findings
-from strop.report.checks import course, data, pairs, sampled_groups, start, unpaired
+from strop.report.checks import course, data, pairs, sampled_groups, sampled_rewards, start, unpaired
 from strop.report.findings import THRESHOLDS, Severity, Thresholds
 from strop.report.run_record import read_run
 from strop.report.write import examine
@@ -102,6 +103,9 @@ def test_a_finding_is_raised_by_what_it_looks_for(
         assert found.numbers and found.remedies
 
 
+LENGTH = "completions/mean_length"
+
+
 def sampled(line: dict[str, Any]) -> dict[str, Any]:
     """A line of a run of grpo that goes well."""
     done = line["step"] / STEPS
@@ -109,7 +113,10 @@ def sampled(line: dict[str, Any]) -> dict[str, Any]:
     if line["split"] == "eval":
         return {**of_both, "reward_high": of_both["reward"] + 0.03, "num_groups": 800, "loss": None}
     of_training = {"entropy": 2.0 - 0.8 * done, "frac_reward_zero_std": 0.1, "clip_ratio/region_mean": 0.01, "kl": 0.1}
-    return {**of_both, **of_training, "sampling/sampling_logp_difference/mean": 0.001}
+    by_length = {"rewards/length_correlation": 0.2, f"{LENGTH}_better": 38.0, f"{LENGTH}_worse": 42.0}
+    each = {"rewards/format/mean": 0.3 + 0.6 * done, "rewards/format/std": 0.45 - 0.4 * done}
+    each |= {"rewards/own.py:right/mean": 0.4 + 0.1 * done, "rewards/own.py:right/std": 0.5}
+    return {**of_both, **of_training, **by_length, **each, "sampling/sampling_logp_difference/mean": 0.001}
 
 
 def towards(name: str, end: float, split: str = "train") -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -124,11 +131,17 @@ def towards(name: str, end: float, split: str = "train") -> Callable[[dict[str, 
     return change
 
 
+def noisy(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A number of a run of grpo that ends lower than it began, by less than chance from line to line makes likely."""
+    return lambda line: {name: 0.5 + 0.3 * float(np.random.default_rng(29_000 + line["step"]).normal())}
+
+
 def both(*changes: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda line: {name: value for change in changes for name, value in change(line).items()}
 
 
-LENGTH, FLAT = "completions/mean_length", towards("reward", 0.41, "eval")
+FLAT, LONG_WRONG = towards("reward", 0.41, "eval"), towards(f"{LENGTH}_worse", 60.0)
+RIGHT_FALLS = towards("rewards/own.py:right/mean", 0.1)
 GROUPS: list[tuple[str, Severity, Callable[[dict[str, Any]], dict[str, Any]]]] = [
     ("completions-clipped", NOTE, constant(completions__clipped_ratio=0.2)),
     ("completions-clipped", WARN, constant(completions__clipped_ratio=0.5)),
@@ -143,11 +156,26 @@ GROUPS: list[tuple[str, Severity, Callable[[dict[str, Any]], dict[str, Any]]]] =
     ("longer-not-better", OK, towards(LENGTH, 90.0)),
     ("longer-not-better", WARN, both(towards(LENGTH, 90.0), FLAT)),
     ("longer-not-better", WARN, both(towards(LENGTH, 90.0), towards("completions/clipped_ratio", 0.38))),
+    ("worse-grow-longer", WARN, LONG_WRONG),
+    ("worse-grow-longer", WARN, both(LONG_WRONG, towards(LENGTH, 90.0), FLAT)),
+    ("worse-grow-longer", OK, both(LONG_WRONG, towards(f"{LENGTH}_better", 62.0))),
+    ("worse-grow-longer", OK, both(LONG_WRONG, towards(f"{LENGTH}_better", 50.0))),
+    ("length-rewarded", WARN, constant(rewards__length_correlation=0.6)),
+    ("length-rewarded", OK, constant(rewards__length_correlation=-0.6)),
+    ("one-reward-wins", WARN, RIGHT_FALLS),
+    ("one-reward-wins", FAIL, both(RIGHT_FALLS, towards("reward", 0.3, "eval"))),
+    ("one-reward-wins", OK, both(RIGHT_FALLS, constant(**{"rewards/format/std": 0.45}))),
+    ("one-reward-wins", OK, both(RIGHT_FALLS, towards("rewards/format/mean", 0.2))),
+    ("one-reward-wins", OK, noisy("rewards/own.py:right/mean")),
+    ("ratios-never-clipped", NOTE, constant(clip_ratio__region_mean=0.0)),
     ("reward-hacking", WARN, FLAT),
     ("reward-hacking", FAIL, towards("reward", 0.3, "eval")),
     ("worse-than-start", FAIL, both(towards("reward", 0.3), towards("reward", 0.3, "eval"))),
     ("groups-without-signal", WARN, constant(frac_reward_zero_std=0.6)),
 ]
+
+
+REWARDS = [{"name": "format", "weight": 0.5}, {"name": "own.py:right", "weight": 1.0}]
 
 
 @pytest.fixture
@@ -156,7 +184,13 @@ def make_sampled(make: Callable[..., Any]) -> Callable[..., Any]:
         found = make(lambda line: {**sampled(line), **change({**line, **sampled(line)})})
         found.settings |= {"post_training.method": "grpo", "rollout.enabled": True, "rollout.num_generations": 4}
         found.settings |= {"rollout.dynamic_sampling": False, "training.max_completion_length": 64}
-        found.settings |= {"rollout.num_iterations": 2, "post_training.epsilon_high": 0.2, **settings}
+        found.settings |= {"rollout.num_iterations": 2, "post_training.epsilon_high": 0.2}
+        found.settings |= {
+            "post_training.entropy_coef": 0.0,
+            "rollout.temperature": 0.7,
+            "rewards": REWARDS,
+            **settings,
+        }
         return found
 
     return made
@@ -169,11 +203,47 @@ def test_a_finding_about_groups_is_raised_by_what_it_looks_for(
     found = make_sampled(change)
     assert [f.id for f in found.diagnose().raised][:1] == ([] if severity is OK else [id_])
     assert found.finding(id_).severity == severity
-    assert found.finding(id_).numbers and (severity is OK or found.finding(id_).remedies)
+    assert severity is OK or (found.finding(id_).numbers and found.finding(id_).remedies)
 
 
 def test_a_run_of_groups_that_goes_well_raises_nothing(make_sampled: Callable[..., Any]) -> None:
     assert make_sampled(lambda line: {}).diagnose().raised == []
+
+
+def test_a_penalty_that_is_paid_less_has_not_fallen(make_sampled: Callable[..., Any]) -> None:
+    """A reward of negative weight: what it counts is to become rare."""
+    penalty = [REWARDS[0], {**REWARDS[1], "weight": -1.0}]
+    assert make_sampled(RIGHT_FALLS, rewards=penalty).finding("one-reward-wins").severity is OK
+
+
+def test_ratios_of_one_update_per_sampling_are_never_clipped(make_sampled: Callable[..., Any]) -> None:
+    made = make_sampled(constant(clip_ratio__region_mean=0.0), **{"rollout.num_iterations": 1})
+    assert "ratios-never-clipped" not in [f.id for f in made.diagnose().findings]
+
+
+def test_a_policy_that_becomes_sure_is_advised_an_entropy_bonus(make_sampled: Callable[..., Any]) -> None:
+    for weight, advised in ((0.0, 0.001), (0.01, 0.02)):
+        made = make_sampled(constant(), **{"post_training.entropy_coef": weight})
+        made.lines = [{**line, "entropy": 2.0 if line["step"] < 20 else 0.2} for line in made.lines]
+        found = [dict(r.settings) for r in made.finding("entropy-collapse").remedies]
+        assert {"post_training.entropy_coef": advised} in found
+
+
+@pytest.mark.parametrize(
+    ("share", "high", "raised"),
+    [(0.9, 0.4, "forecast-exceeded"), (0.45, 0.4, None), (0.9, 0.95, "groups-without-signal")],
+)
+def test_a_forecast_that_is_exceeded_is_told_in_place_of_what_it_explains(
+    share: float, high: float, raised: str | None, make_sampled: Callable[..., Any]
+) -> None:
+    made = make_sampled(constant(frac_reward_zero_std=share))
+    forecast = {"without_signal": high - 0.1, "low": high - 0.2, "high": high, "num_prompts": 32}
+    (made.write() / "forecast.json").write_text(json.dumps(forecast))
+    found = made.diagnose()
+    assert [(f.id, f.severity) for f in found.raised] == ([(raised, FAIL)] if raised else [])
+    assert {"forecast-exceeded", "groups-without-signal"} >= {f.id for f in found.raised}
+    if raised == "forecast-exceeded":
+        assert {"rollout.temperature": 1.0} in [dict(r.settings) for r in found.raised[0].remedies]
 
 
 def test_completions_that_are_cut_and_left_out_are_the_cause_of_a_gradient_of_zero(
@@ -372,7 +442,7 @@ ID = r'(?:Finding|passed|unchecked|graded)\(\s*"([a-z-]+)"'
 def source_of_checks() -> str:
     return "".join(
         Path(m.__file__ or "").read_text(encoding="utf-8")
-        for m in (course, data, pairs, sampled_groups, start, unpaired)
+        for m in (course, data, pairs, sampled_groups, sampled_rewards, start, unpaired)
     )
 
 

@@ -14,13 +14,19 @@ import pytest
 import torch
 
 from conftest import build_tokenizer
+from group_papers import advantages as papers_advantages
+from strop.batch import own_columns, structure_of
+from strop.config.methods import GrpoSettings
 from strop.config.sections import RolloutSection
 from strop.data.store.table import KeptRow
 from strop.engine.step_source import Cut
 from strop.errors import TrainingError
+from strop.objectives.advantages import normalised_sum
+from strop.objectives.base import build_objective
 from strop.plan.order import Plan
 from strop.plan.row_tokens import packed_tokens
 from strop.rollout.collect import Collector, Rewarded
+from strop.rollout.comparing import by_length
 from strop.rollout.rewarding import Failures, Scored
 from strop.rollout.rollout_source import RolloutSource
 from strop.rollout.sampler import Prompt, Sampled
@@ -116,6 +122,23 @@ def test_processes_share_the_prompts_and_all_get_all_groups(tmp_path: Path, fail
     )
     assert [list(g.completions[1].ids) for g in groups] == [[1, i, 41] for i in indices]
     assert metrics["rewards/a/mean"] == (sum(map(float, indices)), 2 * len(groups))
+    better = len([i for i in indices if i])  # the first of two; those of prompt 0 are the same
+    assert (
+        metrics["completions/mean_length_better"] == metrics["completions/mean_length_worse"] == (3.0 * better, better)
+    )
+    assert metrics["rewards/length_correlation"] == (0.0, 0), "all are as long"
+
+
+def test_reward_and_length_are_compared_within_groups() -> None:
+    rewards = [(0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (5.0, 3.0, 4.0), (0.1, 0.1, 0.4), (1e300, 0.0, -1e300)]
+    lengths = [(2, 4, 6), (9, 1, 5), (1, 2, 9), (3, 3, 3), (2, 4, 6)]
+    found = by_length(rewards, lengths)
+    total, count = found["rewards/length_correlation"]
+    between = np.corrcoef(rewards[2], lengths[2])[0, 1]
+    assert count == 3 and total == pytest.approx(1 + between - 1)
+    assert found["completions/mean_length_better"] == (6 + 1 + 3 + 2, 4)
+    assert found["completions/mean_length_worse"] == (2 + 2 + 6 + 6, 5)
+    assert by_length([(1e-300, 0.0)], [(1, 2)])["rewards/length_correlation"] == (pytest.approx(-1), 1)
 
 
 def test_every_group_has_its_own_log_probs_of_the_reference(tmp_path: Path) -> None:
@@ -171,6 +194,56 @@ def test_groups_without_signal_give_way_to_others(refills: int, size: int, tmp_p
             log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
             assert {n for n in planned if not n % 2} <= {row["prompt_number"] for row in log}, "all are written down"
             assert metrics["rollout/groups_without_signal"][0] >= len(planned) - len(with_signal)
+
+
+class Several(Scoring):
+    """Two rewards, each normalised by itself. Prompts of an even number have no signal; the third has the same sum for
+    both completions, and rewards that differ."""
+
+    names, normalises, weights = ("a", "b"), True, (1.0, 2.0)
+
+    def score(
+        self, prompt: str, completions: Any, num: Any, row: KeptRow, origin: Origin, failures: Failures
+    ) -> Scored:
+        values = self.each(row.columns["value"])
+        total = tuple(sum(w * v for w, v in zip(self.weights, of, strict=True)) for of in zip(*values, strict=True))
+        return Scored(total, dict(zip(self.names, values, strict=True)), normalised_sum(values, self.weights))
+
+    @staticmethod
+    def each(number: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        return (0.0, 2.0 * (number % 2)), {1: (0.0, 1.0), 3: (1.0, 0.0), 5: (0.5, 0.0)}.get(number, (1.0, 1.0))
+
+
+def test_gdpo_is_that_of_its_paper_in_any_number_of_processes_with_groups_drawn_anew(tmp_path: Path) -> None:
+    settings = GrpoSettings(algorithm="gdpo")
+    objective = build_objective(settings)
+
+    def asked(world: World) -> Any:
+        parts = (Plan.of(7, 4, 1, None, 0), collector(world, Several()), None)
+        source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, refills=9)
+        steps = [source.step(step) for step in (1, 2)]
+        source.close()
+        return [
+            (
+                step.indices,
+                objective.derive(structure_of(step.groups), own_columns(step.groups)).per_token["advantages"],
+            )
+            for step in steps
+        ]
+
+    alone, *shared = [found for size in (1, 2) for found in in_worlds(size, asked)]
+    for (indices, own), *others in zip(alone, *shared, strict=True):
+        assert set(indices) == {1, 3, 5}, "groups without signal give way; the third has one, though its sums are equal"
+        step = [
+            [
+                {"pi": np.zeros(3), "r": 0.0, "each": each, "weights": Several.weights}
+                for each in zip(*Several.each(number), strict=True)
+            ]
+            for number in indices
+        ]
+        told = np.concatenate([a for group in papers_advantages(settings, step) for a in group])
+        assert own.tolist() == pytest.approx(told.tolist(), rel=1e-12)
+        assert all(ids == indices and torch.equal(a, own) for ids, a in others)
 
 
 def test_a_step_without_any_signal_keeps_its_groups(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from strop.config.sections.gpu import GpuSection
 from strop.config.sections.logging import LoggingSection
 from strop.config.sections.lora import LoraSection
 from strop.config.sections.model import ModelSection
-from strop.config.sections.rollout import RewardSection, RolloutSection
+from strop.config.sections.rollout import RewardSection, RolloutSection, reward_names
 from strop.config.sections.training import LEARNING_RATES, TrainingSection
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "RolloutSection",
     "SourceSection",
     "TrainingSection",
+    "reward_names",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -20,6 +21,16 @@ class RewardSection(Section):
     """What it counts in the sum."""
     settings: MappingOf[Any] = Field(default_factory=JsonMapping)
     """Arguments of the function, by name."""
+
+
+def reward_names(names: Sequence[str]) -> tuple[str, ...]:
+    """What rewards are called in metrics: their names, numbered where one occurs twice."""
+    count, so_far = Counter(names), Counter[str]()
+    found = []
+    for name in names:
+        so_far[name] += 1
+        found.append(name if count[name] == 1 else f"{name}#{so_far[name]}")
+    return tuple(found)
 
 
 class RolloutSection(Section):

@@ -5,6 +5,7 @@ data       the data, as data.json counts it
 course     any method: numbers that are not finite, steps, gradients, evaluations
 pairs      methods on a chosen and a rejected completion
 unpaired   labelled completions and demonstrations
-sampled_groups   completions with rewards
+sampled_groups   sampled completions with rewards: lengths, ratios, entropy
+sampled_rewards  what their rewards say
 remedies   what several findings advise
 """

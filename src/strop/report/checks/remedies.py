@@ -5,6 +5,7 @@ from __future__ import annotations
 from strop.report.facts import Facts
 from strop.report.findings import RUN, Remedy
 
+COSTS_LENGTH = Remedy("add the reward length, which costs those that come near the limit")
 FEWER_STEPS = Remedy("train fewer steps", {"training.num_epochs": 1})
 
 

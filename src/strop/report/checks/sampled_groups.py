@@ -1,13 +1,20 @@
-"""Groups with rewards (grpo, and pairs that are sampled). Floor 2."""
+"""Sampled completions with rewards (grpo, and pairs that are sampled): lengths, ratios, entropy. Floor 2."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from strop.readable import is_number
-from strop.report.checks.remedies import lower, times_beta
+from strop.report.checks.remedies import COSTS_LENGTH, higher, lower, times_beta
+from strop.report.checks.sampled_rewards import (
+    length_rewarded,
+    more_than_forecast,
+    one_reward_wins,
+    reward_hacking,
+    without_signal,
+)
 from strop.report.facts import Facts
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
 
@@ -48,51 +55,6 @@ def completions_clipped(facts: Facts) -> Iterator[Finding]:
     )
 
 
-def without_signal(facts: Facts) -> Iterator[Finding]:
-    """A group whose completions all have the same reward has advantages of 0, or no pair, and teaches nothing."""
-    at, shares = facts.run.train.series("frac_reward_zero_std")
-    if not len(shares):
-        yield unchecked("groups-without-signal", "groups whose rewards are all the same: no training step is logged")
-        return
-    share = float(shares.mean())
-    yield facts.thresholds.graded(
-        "groups-without-signal",
-        share,
-        ("no_signal_fail", "no_signal_warn"),
-        f"In {share:.0%} of the groups all completions have the same reward, so they teach nothing{_forecast(facts)}",
-        otherwise=f"In {1 - share:.0%} of the groups the rewards differ{_forecast(facts)}",
-        evidence=Evidence.MEASURED,
-        numbers={"share of groups without signal": share, "logged steps": len(shares)},
-        harmless_if="the prompts are solved by now",
-        remedies=[
-            Remedy("look at rollouts.jsonl: are the prompts too hard or too easy, or do the rewards never apply?"),
-            Remedy("sample more completions per prompt", {"rollout.num_generations": _more(facts)}),
-            Remedy("leave such groups out and draw further prompts", {"rollout.dynamic_sampling": True}),
-        ],
-        chart="signal",
-        level=(facts.thresholds["no_signal_warn"], "worth a look"),
-        steps=(float(at[0]), float(at[-1])),
-        explains=("gradient-zero", "weights-unmoved"),
-    )
-
-
-def _forecast(facts: Facts) -> str:
-    """What was forecast before the first step, as the end of a sentence; nothing where nothing was."""
-    found = facts.run.forecast
-    numbers = [found.get(name) for name in ("without_signal", "low", "high", "num_prompts")]
-    if not all(is_number(x) and 0 <= x < 1e9 for x in numbers):
-        return ""
-    share, low, high, count = (float(x or 0) for x in numbers)
-    return (
-        f"; at the start, {share:.0%} were forecast to have the same reward throughout (95 %: {low:.0%} to {high:.0%}, "
-        f"from {count:.0f} prompts)"
-    )
-
-
-def _more(facts: Facts) -> int:
-    return 2 * int(facts.run.number("rollout.num_generations") or 8)
-
-
 def entropy_collapse(facts: Facts) -> Iterator[Finding]:
     """A policy that is sure of every token samples one completion again and again, and finds nothing new
     (arXiv 2505.22617)."""
@@ -117,13 +79,19 @@ def entropy_collapse(facts: Facts) -> Iterator[Finding]:
         Evidence.RULE,
         numbers,
         harmless_if="the prompts are solved by now",
-        remedies=[lower(facts, 2), *_clip_higher(facts), Remedy("use prompts that are harder for this model")],
+        remedies=[lower(facts, 2), *_clip_higher(facts), _entropy_bonus(facts), Remedy("use harder prompts")],
         thresholds=("entropy_left", "entropy_early"),
         chart="entropy",
         level=(t["entropy_left"] * before, f"{t['entropy_left']:.0%} of the start"),
         steps=(low_from, float(at[-1])),
-        explains=("groups-without-signal",),
+        explains=("groups-without-signal", "forecast-exceeded"),
     )
+
+
+def _entropy_bonus(facts: Facts) -> Remedy:
+    """A term of the loss, where the method has it, or twice as much of it."""
+    weight = facts.run.number("post_training.entropy_coef") or 0.0
+    return Remedy("add an entropy bonus", {"post_training.entropy_coef": 2 * weight or 0.001})
 
 
 def _clip_higher(facts: Facts) -> list[Remedy]:
@@ -141,7 +109,7 @@ def ratios_clipped(facts: Facts) -> Iterator[Finding]:
     if not len(shares) or not by_token:  # bounds of ratios of whole completions are narrow, and many are outside
         return
     share = float(facts.end(shares, facts.run.train).mean())
-    rounds = [facts.run.number(f"rollout.{name}") or 1 for name in ("num_iterations", "steps_per_generation")]
+    rounds = _rounds(facts)
     fewer = [Remedy("use what was sampled once", {"rollout.num_iterations": 1})] if rounds[0] > 1 else []
     fewer += [Remedy("sample before every step", {"rollout.steps_per_generation": 1})] if rounds[1] > 1 else []
     yield facts.thresholds.graded(
@@ -157,6 +125,83 @@ def ratios_clipped(facts: Facts) -> Iterator[Finding]:
         chart="ratios",
         level=(facts.thresholds["ratios_clipped_warn"], "worth a look"),
         steps=(float(at[0]), float(at[-1])),
+    )
+
+
+def _rounds(facts: Facts) -> tuple[float, float]:
+    """How many times what was sampled is trained on, and how many steps train on one sampling."""
+    iterations, steps = (
+        facts.run.number(f"rollout.{name}") or 1 for name in ("num_iterations", "steps_per_generation")
+    )
+    return iterations, steps
+
+
+def ratios_never_clipped(facts: Facts) -> Iterator[Finding]:
+    """Between updates on the same samples the policy moves, so some ratio leaves its bounds at some time."""
+    at, shares = facts.run.train.series("clip_ratio/region_mean")
+    updates = math.prod(_rounds(facts))
+    if updates <= 1 or len(shares) < facts.thresholds["trend_lines"]:
+        return
+    if shares.any():
+        words = "Some ratios are clipped: the policy moves between the updates of a sampling"
+        yield passed("ratios-never-clipped", words)
+        return
+    yield Finding(
+        "ratios-never-clipped",
+        Severity.NOTE,
+        f"No ratio was ever clipped, at {updates:g} updates per sampling: the policy hardly moves between them",
+        Evidence.MEASURED,
+        {"highest share of tokens clipped": 0.0, "updates per sampling": updates, "logged steps": len(shares)},
+        harmless_if="the reward rises all the same",
+        remedies=[higher(facts, 3)],
+        thresholds=("trend_lines",),
+        chart="ratios",
+        steps=(float(at[0]), float(at[-1])),
+    )
+
+
+def worse_grow_longer(facts: Facts) -> Iterator[Finding]:
+    """A mean over each completion costs a long wrong one less per token than a short one, so wrong ones grow
+    (arXiv 2503.20783)."""
+    t, (better, worse) = facts.thresholds, (f"{LENGTH}_better", f"{LENGTH}_worse")
+    at, lengths = facts.run.train.series(worse)
+    ends = [(facts.first(name), facts.last(name)) for name in (better, worse)]
+    if len(lengths) < t["trend_lines"] or not all(before and after for before, after in ends):
+        if facts.samples:
+            why = f"{len(lengths)} logged steps have lengths of both are too few"
+            yield unchecked("worse-grow-longer", f"whether completions with low rewards grow more than others: {why}")
+        return
+    (better_before, better_after), (worse_before, worse_after) = [(a or 0.0, b or 0.0) for a, b in ends]
+    growth, other = worse_after / worse_before - 1, better_after / better_before - 1
+    noise = sum(facts.noise(name) / before for name, before in ((better, better_before), (worse, worse_before)))
+    numbers: Numbers = {
+        "tokens of worse ones at the start": worse_before,
+        "worse ones at the end": worse_after,
+        "better ones at the start": better_before,
+        "better ones at the end": better_after,
+    }
+    words = (
+        f"Completions with a reward below the mean of their group grew by {growth:+.0%}, those above by {other:+.0%}"
+    )
+    if min(growth, growth - other) < max(t["worse_growth"], noise) or worse_after <= better_after:
+        yield passed("worse-grow-longer", words, numbers=numbers)
+        return
+    yield Finding(
+        "worse-grow-longer",
+        Severity.WARN,
+        f"{words}: wrong answers become long",
+        Evidence.RULE,
+        numbers,
+        harmless_if="hard prompts need long answers, and the reward rises",
+        remedies=[
+            Remedy("divide by a length that is the same for all", {"post_training.algorithm": "dr_grpo"}),
+            Remedy("count every token alike", {"post_training.algorithm": "dapo"}),
+            COSTS_LENGTH,
+        ],
+        thresholds=("worse_growth",),
+        chart="lengths",
+        steps=(float(at[0]), float(at[-1])),
+        explains=("longer-not-better",),
     )
 
 
@@ -194,64 +239,14 @@ def longer_not_better(facts: Facts) -> Iterator[Finding]:
         harmless_if="longer completions are wanted",
         remedies=[
             Remedy("read rollouts.jsonl: which reward grows with the length?"),
-            Remedy("add the reward length, which costs those that come near the limit"),
+            COSTS_LENGTH,
             Remedy("divide by a length that is the same for all", {"post_training.algorithm": "dr_grpo"}),
         ],
         thresholds=("length_growth", "clipped_ratio_note"),
         chart="lengths",
         steps=(float(at[0]), float(at[-1])),
-        explains=("reward-hacking", "worse-than-start"),
+        explains=("reward-hacking", "worse-than-start", "length-rewarded"),
     )
-
-
-def reward_hacking(facts: Facts) -> Iterator[Finding]:
-    """The reward rises where it trains, and not where it does not."""
-    at, rewards = facts.run.train.series("reward")
-    before, after = facts.first("reward"), facts.last("reward")
-    if not facts.samples or before is None or after is None:
-        return
-    gain = facts.held_out_gain
-    if gain is None or len(rewards) < facts.thresholds["trend_lines"]:
-        why = "it is not measured on held-out prompts twice" if gain is None else f"{len(rewards)} steps are too few"
-        yield unchecked("reward-hacking", f"whether the reward rises on prompts that are not trained on: {why}")
-        return
-    own, (held, half) = after - before, gain
-    numbers: Numbers = {
-        "reward at the start": before,
-        "reward at the end": after,
-        "change of the held-out reward": f"{held:+.3g} ± {half:.2g} (95 %)",
-    }
-    is_flat = own > half and held < facts.thresholds["held_out_share"] * own
-    if not is_flat:
-        words = f"The reward changed by {own:+.3g}, that of held-out prompts by {held:+.3g}"
-        yield passed("reward-hacking", words, numbers=numbers)
-        return
-    greedy = facts.run.number("rollout.temperature_eval") == 0 and held > -half
-    yield Finding(
-        "reward-hacking",
-        Severity.FAIL if held < -half else Severity.NOTE if greedy else Severity.WARN,
-        f"The reward rose from {before:.3g} to {after:.3g} in training, and changed by {held:+.3g} on held-out "
-        "prompts: what is learnt earns the reward and is not better",
-        Evidence.RULE,
-        numbers,
-        harmless_if="evaluations take the likeliest token (temperature_eval 0), which was right before the training"
-        if greedy
-        else "held-out prompts are of another kind, or are rewarded otherwise",
-        remedies=[
-            Remedy("read completions with the highest rewards in rollouts.jsonl: what do they have in common?"),
-            *(_stay_near(facts)),
-            lower(facts, 3),
-        ],
-        thresholds=("held_out_share",),
-        chart="reward",
-        steps=(float(at[0]), float(at[-1])),
-        explains=("worse-than-start",),
-    )
-
-
-def _stay_near(facts: Facts) -> list[Remedy]:
-    words = "hold the policy closer to its reference"
-    return times_beta(facts, 3, words) or [Remedy(words, {"post_training.beta": 0.02})]
 
 
 def divergence(facts: Facts) -> Iterator[Finding]:
@@ -310,10 +305,15 @@ ALL = (
     completions_clipped,
     sampler_mismatch,
     divergence,
+    worse_grow_longer,
     longer_not_better,
+    one_reward_wins,
     reward_hacking,
+    length_rewarded,
     entropy_collapse,
     ratios_clipped,
+    ratios_never_clipped,
+    more_than_forecast,
     without_signal,
 )
 """In the order in which findings of one severity are listed: what is behind the others first."""

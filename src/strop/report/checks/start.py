@@ -43,6 +43,7 @@ def rate_is_zero(facts: Facts) -> Iterator[Finding]:
                 "sft-still",
                 "few-steps",
                 "odds-idle",
+                "ratios-never-clipped",
             ),
         )
     else:
@@ -75,6 +76,7 @@ def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
                 "accuracy-falls",
                 "sft-still",
                 "odds-idle",
+                "ratios-never-clipped",
             ),
         )
     elif zero:
@@ -146,7 +148,7 @@ def weights_stand_still(facts: Facts) -> Iterator[Finding]:
             thresholds=("moved_share",),
             chart="moved",
             level=(least, "worth a look: below"),
-            explains=("rate-low", "sft-still", "accuracy-half", "accuracy-falls", "odds-idle"),
+            explains=("rate-low", "sft-still", "accuracy-half", "accuracy-falls", "odds-idle", "ratios-never-clipped"),
         )
     else:
         yield passed("weights-unmoved", f"An update changes {moved:.0%} of the weights")
