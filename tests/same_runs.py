@@ -52,6 +52,9 @@ def assert_same_run(one: Any, two: Any) -> None:
     for before, after in zip(one.untimed, two.untimed, strict=True):
         assert before.keys() == after.keys()
         before.pop("weights_digest", None)  # of the bits, which sums in another order move
+        if before["step"] <= 1:
+            # the policy is still its reference: the signs of the rewards are those of rounding
+            before.pop("rewards/accuracies", None)
         for name, value in before.items():
             close = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
             assert after[name] == close, (name, before["step"])

@@ -47,6 +47,8 @@ def sampling(
         "training.logging_steps": 1,
         **keys,
     }
+    if overrides["rollout.num_generations"] is None:  # nothing is sampled
+        del overrides["rollout.num_generations"]
     return load_config(overrides=overrides)
 
 

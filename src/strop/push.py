@@ -99,9 +99,9 @@ def _as_published(folder: Path, base: str | None) -> Iterator[Path]:
             f"--base {base}: it is a whole model, which has no base", where=str(folder), fix="leave --base out"
         )
     named = base or settings.get(BASE)
-    if base is not None and not _is_id(base):
+    if base is not None and not _may_be_id(base):
         raise ModelError(f"--base {base} is no id", expected="the id of the base at the hub: OWNER/NAME")
-    if isinstance(named, str) and not _is_id(named):
+    if base is None and isinstance(named, str) and (not _may_be_id(named) or os.path.exists(named)):
         raise ModelError(
             "the adapter names its base by a folder of this computer, where nobody else finds it",
             where=str(file),
@@ -119,8 +119,8 @@ def _as_published(folder: Path, base: str | None) -> Iterator[Path]:
         yield copy
 
 
-def _is_id(name: str) -> bool:
-    """Whether a name is that of a model at the hub, and of nothing on this computer."""
+def _may_be_id(name: str) -> bool:
+    """Whether a model at the hub may have this name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is only not declared
 
@@ -128,7 +128,7 @@ def _is_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not os.path.exists(name)
+    return True
 
 
 def _name_base(card: Path, base: str) -> None:

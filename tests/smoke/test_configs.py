@@ -9,7 +9,7 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from strop import cli
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 PRESETS = ("cpu", "gpu-bf16", "gpu-fp16", "memory-efficient")
+OF_EACH_KIND = ("dpo", "grpo", "sft")
+"""Files with pairs, groups and single answers. The suite joins each with every preset and times the processor for
+them; nightly tests do so for all files."""
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +79,27 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 # ---- configurations
 
 
-@pytest.mark.parametrize("preset", [None, *PRESETS])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def together() -> Iterator[Any]:
+    """Configurations, presets and whether the processor is timed: once for each file is enough."""
+    for path in CONFIGS:
+        often = path.stem in OF_EACH_KIND
+        yield pytest.param(path, None, often, id=path.stem)
+        nightly = () if often else (pytest.mark.nightly,)
+        yield from (pytest.param(path, p, False, id=f"{path.stem}-{p}", marks=nightly) for p in PRESETS)
+        if not often:
+            yield pytest.param(path, None, True, id=f"{path.stem}-timed", marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(("path", "preset", "timed"), list(together()))
 def test_a_shipped_configuration_dry_runs_and_touches_nothing(
-    path: Path, preset: str | None, here: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, preset: str | None, timed: bool, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = with_local_files(path.read_text(encoding="utf-8"))
     assert "trl-lib/" not in re.sub("#.*", "", text) and "data/splits" in text
     Path("local.yaml").write_text(text, encoding="utf-8")
     before = tree(here)
-    how = ["--preset", preset, "--no-time"] if preset else []  # the processor is timed once for each file
-    assert cli.main(["train", "--config", "local.yaml", "--dry-run", *how]) == 0
+    how = ["--preset", preset] if preset else []
+    assert cli.main(["train", "--config", "local.yaml", "--dry-run", *how, *([] if timed else ["--no-time"])]) == 0
     shown = capsys.readouterr().out
     assert "nothing was trained" in shown
     assert "«" in shown  # an example with its trained tokens marked
@@ -144,15 +157,24 @@ def test_the_commands_of_the_published_guides_are_understood(
     assert (reached.count("train"), reached.count("dry_run")) == (num_train, num_dry)
 
 
-@pytest.mark.parametrize("gains", [False, True])
+SCRIPT = (
+    "--preset cpu --config configs/sft.yaml --splits-dir ./data/splits --output-dir ./results",
+    "--preset gpu-fp16 --bf16 --config configs/sft.yaml --splits-dir ./data/splits --output-dir ./results",
+    "--config configs/dpo.yaml --splits-dir ./data/splits --output-dir ./results",
+    "--config configs/dpo.yaml --output-dir ./results --dpo-train-file data/splits/train.dpo.jsonl "
+    "--dpo-val-file data/splits/val.dpo.jsonl --auto-precision",
+)
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("line", "gains"),
     [
-        "--preset cpu --config configs/sft.yaml --splits-dir ./data/splits --output-dir ./results",
-        "--preset gpu-fp16 --bf16 --config configs/sft.yaml --splits-dir ./data/splits --output-dir ./results",
-        "--config configs/dpo.yaml --splits-dir ./data/splits --output-dir ./results",
-        "--config configs/dpo.yaml --output-dir ./results --dpo-train-file data/splits/train.dpo.jsonl "
-        "--dpo-val-file data/splits/val.dpo.jsonl --auto-precision",
+        *((SCRIPT[0], True), (SCRIPT[1], False), (SCRIPT[2], True), (SCRIPT[3], False), (SCRIPT[3], True)),
+        # where nobody asks for it, the processor has no say in the other direction either
+        *(
+            pytest.param(line, gains, marks=pytest.mark.nightly)
+            for line, gains in zip(SCRIPT, (False, True, False), strict=False)
+        ),
     ],
 )
 def test_the_script_trains(

@@ -496,7 +496,8 @@ def test_post_training__teacher_model_id(runs: Any) -> None:
 def test_post_training__distill_loss(runs: Any, sample: Train) -> None:
     keys = {"method": "distill", "epsilon": None, "teacher_model_id": str(runs.files["other"])}
     whole, sampled = (sample(**keys, distill_loss=name) for name in ("divergence", "policy_gradient"))
-    assert whole.series("divergence")[0] > 0 and sampled.series("reverse_kl") == pytest.approx(sampled.series("loss"))
+    assert whole.series("divergence")[0] > 0
+    assert sampled.series("reverse_kl") == pytest.approx(sampled.series("loss"), rel=1e-5)
     assert [r["completion_ids"] for r in rollouts(whole)] == [r["completion_ids"] for r in rollouts(sampled)]
 
 

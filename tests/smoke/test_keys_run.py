@@ -162,7 +162,7 @@ def test_finetuning__load_best_model_at_end(runs: Any) -> None:
 
 
 def test_finetuning__metric_for_best_model(runs: Any) -> None:
-    keys = {"load_best_model_at_end": True, "eval_steps": 2}
+    keys = {"load_best_model_at_end": True, "greater_is_better": None}
     for name, best in (("eval_loss", 4), ("rewards/margins", 4), ("eval_lengths/chosen", 2), ("lengths/chosen", 2)):
         run = runs(keys, metric_for_best_model=name)  # lengths never change: the first one stays the best
         assert best in run.checkpoints
@@ -179,7 +179,7 @@ def test_finetuning__metric_for_best_model_that_is_none(runs: Any, forwards: lis
 def test_finetuning__greater_is_better(runs: Any) -> None:
     loss, margin = "eval_loss", "rewards/margins"  # the loss falls and the margin rises
     for name, given, best in ((loss, None, 4), (loss, True, 2), (margin, None, 4), (margin, False, 2)):
-        run = runs(metric_for_best_model=name, greater_is_better=given, load_best_model_at_end=True)
+        run = runs(load_best_model_at_end=True, greater_is_better=given, metric_for_best_model=name)
         assert run.config["finetuning"]["greater_is_better"] is (name == margin if given is None else given)
         assert runs.same(run.final, run.weights(best))
 

@@ -332,7 +332,7 @@ def test_an_estimate_that_fails_costs_only_the_prediction(
     """Whatever the code of an architecture raises; what is wrong with the run is still an error."""
     found = with_budget(prepared(), packed_tokens, "cpu")
     precision = planned_precision(found.config, CPU)
-    for module in ("fitting", "words"):
+    for module in ("fitting", "run_estimate"):
         monkeypatch.setattr(f"strop.estimate.{module}.peak_memory", lambda *_: [1] / 2)  # type: ignore[operator]
     lines = prediction(found, CPU, precision, packed_tokens)
     assert len(lines) == 1 and "TypeError" in lines[0] and lines[0].startswith("no prediction of memory and time")

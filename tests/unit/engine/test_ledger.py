@@ -10,7 +10,7 @@ from strop.durable import to_json
 from strop.engine.ledger import ledger_line, row_hash
 from strop.types import Completion, Group, Origin
 
-from .test_records import RECORD
+from .test_step_records import RECORD
 
 GROUP = Group(
     array("i", [1, 2, 3]),
