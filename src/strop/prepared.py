@@ -255,6 +255,7 @@ def prepare(
     config = of_model(config, model)
     objective = build_objective(config.post_training)
     require_optimizer(config.training)
+    _check_draws_ahead(config, num_processes)
     day = checkpoint.state["recipe"].get("dataset.date") if checkpoint is not None else None
     rows = ModelRows.of(config, model, kept_day=day) if read is None else read[0]
     config, tokenizer = rows.config, rows.tokenizer
@@ -274,6 +275,17 @@ def prepare(
         config = _without_validation(config)
     config = _with_size_of_steps(config, checkpoint, num_processes)
     return Prepared(config, model, tokenizer, data, objective, _plan(config, data), num_processes)
+
+
+def _check_draws_ahead(config: RunConfig, num_processes: int) -> None:
+    """Refuses to draw for later steps beside the training of several processes."""
+    if config.rollout.staleness and num_processes > 1:
+        raise ConfigError(
+            f"rollout.staleness is {config.rollout.staleness}, and {num_processes} processes train",
+            where="rollout.staleness",
+            expected="one process, whose requests run beside its training",
+            fix="train with one process, or set staleness: 0",
+        )
 
 
 def _with_size_of_steps(config: RunConfig, checkpoint: Checkpoint | None, num_processes: int) -> RunConfig:

@@ -108,6 +108,58 @@ def test_a_server_that_dies_in_the_middle_costs_nothing(tmp_path: Path, model_di
         assert (again.run_dir / name).read_bytes() == (kept / name).read_bytes(), name
 
 
+def test_rollout__staleness(tmp_path: Path, model_dir: Path) -> None:
+    """The server draws for the next step while this one trains, with weights that are a step older; log-probs are those
+    of the weights that drew. A run that goes on ends where an unbroken one ends, bit for bit."""
+    keys = {"rollout.staleness": 1, "training.max_steps": 4, "training.save_steps": 1, "post_training.epsilon": 1e-4}
+    keys |= {"finetuning.load_best_model_at_end": False, "dataset.validation_split": 0.34, "training.eval_steps": 2}
+    # the server is in this process and draws from the same random state as dropout would
+    keys |= {"training.groups_per_step": 2, "lora.lora_dropout": 0.0}
+    file, late = tmp_path / "out" / "run" / "metrics.jsonl", []
+
+    def drawn(server: FakeVllm) -> list[dict[str, Any]]:
+        return [body for body in server.asked("/v1/completions") if body["temperature"] == 1]
+
+    with FakeVllm(model_dir) as server:
+
+        def waits(path: str, body: dict[str, Any]) -> None:
+            if path == "/v1/completions" and body["temperature"] == 1 and len(drawn(server)) == 5:
+                until = time.monotonic() + 60
+                while not file.exists() or not any(r["step"] == 2 and r["split"] == "train" for r in lines(file)):
+                    late.append(time.monotonic() > until)
+                    assert not late[-1], "step 2 waits for what step 3 draws"
+                    time.sleep(0.01)
+
+        server.before = waits
+        (whole,) = strop.train(config(tmp_path, model_dir, server, **keys))
+        assert late and not any(late) and not server.adapters and not (whole.run_dir / "served").exists()
+        by_step = [{body["model"] for body in drawn(server)[i : i + 2]} for i in range(0, 8, 2)]
+        assert by_step[0] == by_step[1] and len(set.union(*by_step)) == 3 and all(len(own) == 1 for own in by_step)
+        kept = shutil.copytree(whole.run_dir, tmp_path / "kept")
+        num_before = len(drawn(server))
+
+        def dies(path: str, body: dict[str, Any]) -> None:
+            if len(drawn(server)) > num_before + 6:  # what step 4 draws, after step 2
+                raise GoneError
+
+        server.before = dies
+        given = config(tmp_path, model_dir, server, **keys)
+        with pytest.raises(TrainingError, match="cannot be reached"):
+            strop.train(given, overwrite=True)
+        assert not (whole.run_dir / "checkpoint-3").exists(), "it would have to hold what could not be drawn"
+        server.before = lambda path, body: None
+        (again,) = strop.train(given, resume="auto")
+    for name in ("rollouts.jsonl", "final/adapter_model.safetensors"):
+        assert (again.run_dir / name).read_bytes() == (kept / name).read_bytes(), name
+    rollouts = lines(kept / "rollouts.jsonl")
+    assert [row["step"] for row in rollouts] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for row in rollouts:
+        for own, scored in zip(row["sampler_logps"], row["old_logps"], strict=True):
+            assert own == pytest.approx(scored, abs=1e-4), "of the weights that drew"
+    clipped = [r["clip_ratio/region_mean"] for r in lines(kept / "metrics.jsonl") if r["split"] == "train"]
+    assert clipped[0] == 0 < min(clipped[1:]), "the ratio sees how old they are"
+
+
 def test_rollout__vllm_max_logp_difference(tmp_path: Path, model_dir: Path) -> None:
     """A server that goes on with its first adapter under every name is found."""
     with FakeVllm(model_dir) as server:
@@ -229,6 +281,15 @@ def test_rollout__vllm_model(tmp_path: Path, model_dir: Path) -> None:
             "vllm_url is given, and sampler policy does not read it",
         ),
         ({"rollout.vllm_url": "localhost:8000"}, "vllm_url is localhost:8000"),
+        (
+            {
+                "rollout.sampler": "policy",
+                "rollout.vllm_retry_seconds": ...,
+                "rollout.vllm_url": ...,
+                "rollout.staleness": 1,
+            },
+            "staleness is 1, and sampler policy samples and trains on one device",
+        ),
         ({"rollout.temperature": 0.7, "rollout.top_p": 0.9}, "before both or behind both"),
         (
             {"rollout.top_p": 0.9, "post_training.sampler_correction": "token_mask"},

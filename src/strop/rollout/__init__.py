@@ -12,6 +12,7 @@ comparing  how the completions of a group compare, in numbers
 collect    prompts to groups with rewards and log-probs, shared among processes
 held_out   how good the policy is at prompts that it does not train on
 forecast   how many groups will teach nothing, before the first step
+drawn_ahead      steps that are drawn while earlier ones train
 rollout_source   prompts to the groups of every step
 build      the source of a run, from its configuration
 """

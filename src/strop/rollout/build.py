@@ -95,6 +95,8 @@ def rollout_source(
         losses=_losses(config, policy, objective, cut, world) if objective.scores_samples else None,
         probe=forecast.Probe.of(Collector(prompts, training, *rest), num_probed, config.seed) if num_probed else None,
         also_close=close,
+        staleness=how.staleness,
+        policy=policy,
     )
 
 

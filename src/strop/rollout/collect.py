@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,8 +48,9 @@ class Prompts(Protocol):
 class CompletionSampler(Protocol):
     """What draws completions: the policy itself, or a server."""
 
-    def prepare(self) -> None:
-        """Called by all processes before they sample: from now on with the current weights."""
+    def prepare(self) -> Callable[[], None]:
+        """Called by all processes while the weights are those to sample with. What it returns is called before
+        sampling, which may be later, in another thread."""
 
     def sample(self, step: int, prompts: Sequence[Prompt], /) -> list[list[Sampled]]:
         """The completions of each prompt, in the order of the prompts. What is drawn depends on the step, the prompt's
@@ -148,6 +150,17 @@ class Collected:
         self.failures.add(more.failures)
         self.seconds = {name: self.seconds.get(name, 0.0) + more.seconds[name] for name in more.seconds}
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the prompts themselves, for a checkpoint."""
+        failures = [dict(self.failures.counts), self.failures.first]
+        return {"rewarded": [r.as_json() for r in self.rewarded], "failures": failures, "seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], prompts: Prompts) -> Collected:
+        rewarded = [Rewarded.from_json(of, prompts[of["number"]]) for of in found["rewarded"]]
+        counts, first = found["failures"]
+        return cls(rewarded, Failures(Counter(counts), first), dict(found["seconds"]))
+
 
 class Collector:
     """Samples, rewards and scores.
@@ -213,26 +226,63 @@ class Collector:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def collect(self, step: int, numbers: Sequence[int]) -> Collected:
-        """Every process samples for its share of these prompts, and all get everything.
+        """Samples, rewards and scores with the current weights. Every process takes a share, and all get everything.
 
         Raises:
-            TrainingError, ConfigError: as `Scorer.score` and the sampler; or the sampler draws from another model.
+            TrainingError, ConfigError: as `draw` and `score`.
         """
-        shares = self._world.gather(self._share(step, self._world.own_share(numbers)))
+        done = self.draw(step, numbers, self.prepare())
+        self.score(step, done)
+        return done
+
+    def prepare(self) -> Callable[[], None]:
+        """What `draw` needs to sample with the current weights."""
+        return self._sampler.prepare()
+
+    def draw(self, step: int, numbers: Sequence[int], use: Callable[[], None]) -> Collected:
+        """Samples and rewards, and passes through no model of this process but reward models.
+
+        Args:
+            use: of `prepare`.
+
+        Raises:
+            TrainingError, ConfigError: as `Scorer.score` and the sampler.
+        """
+        shares = self._world.gather(self._share(step, self._world.own_share(numbers), use))
         whole = Collected(seconds={name: max(s.seconds[name] for s in shares) for name in shares[0].seconds})
         for share in shares:
             whole.failures.add(share.failures)
         place = {number: i for i, number in enumerate(numbers)}
         whole.rewarded = sorted((r for s in shares for r in s.rewarded), key=lambda r: place[r.number])
-        if self._most_apart is not None:
-            _check_agreement(whole.rewarded, self._most_apart, step)
         return whole
 
-    def _share(self, step: int, numbers: Sequence[int]) -> Collected:
+    def score(self, step: int, done: Collected, sampled_with: Scoring | None = None) -> None:
+        """Adds the log-probs under the reference, and under the training forward, where these are compared.
+
+        Args:
+            sampled_with: the training forward with the weights that sampled; None: the current ones.
+
+        Raises:
+            TrainingError: the sampler draws from another model.
+        """
+        if "time/score" not in self.phases:
+            return
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "time/score"):
+            own = self._world.own_share(range(len(done.rewarded)))
+            scored = self._scored([done.rewarded[i] for i in own], sampled_with)
+        shares = self._world.gather((dict(zip(own, scored, strict=True)), seconds["time/score"]))
+        by_place = {i: rewarded for share, _ in shares for i, rewarded in share.items()}
+        done.rewarded = [by_place[i] for i in range(len(done.rewarded))]
+        done.seconds["time/score"] = max(took for _, took in shares)
+        if self._most_apart is not None:
+            _check_agreement(done.rewarded, self._most_apart, step)
+
+    def _share(self, step: int, numbers: Sequence[int], use: Callable[[], None]) -> Collected:
         done = Collected()
         prompts = [self._prompts[number] for number in numbers]
         with _timed(done.seconds, "time/sample"):
-            self._sampler.prepare()
+            use()
             asked = [Prompt(n, p.prompt_ids, int(self._rooms[n])) for n, p in zip(numbers, prompts, strict=True)]
             sampled = self._sampler.sample(step, asked)
         with _timed(done.seconds, "time/reward"):
@@ -244,12 +294,9 @@ class Collector:
                 if scored is not None:
                     trained = best_and_worst(scored.total) if self.pairs else None
                     done.rewarded.append(Rewarded(number, prompt, completions, texts, scored, trained))
-        if "time/score" in self.phases:
-            with _timed(done.seconds, "time/score"):
-                done.rewarded = self._scored(done.rewarded)
         return done
 
-    def _scored(self, rewarded: Sequence[Rewarded]) -> list[Rewarded]:
+    def _scored(self, rewarded: Sequence[Rewarded], sampled_with: Scoring | None) -> list[Rewarded]:
         """With the log-probs under the reference, and under the forward pass of training. A process without groups
         takes part in the passes of the others."""
         trained = [i for i, r in enumerate(rewarded) if r.trained != ()]
@@ -260,7 +307,8 @@ class Collector:
         old: dict[int, Tensor] = {}
         ref: dict[int, Tensor] = {}
         if self._policy is not None:
-            old = dict(zip(places, group_logps(self._policy, micro_batches), strict=True))
+            again = group_logps(self._policy, micro_batches) if sampled_with is None else sampled_with(micro_batches)
+            old = dict(zip(places, again, strict=True))
         if self._reference is not None:
             ref = dict(zip(places, self._reference(micro_batches), strict=True))
         return [replace(r, old_logps=old.get(i), ref_logps=ref.get(i)) for i, r in enumerate(rewarded)]

@@ -34,20 +34,27 @@ class HeldOut:
     time, so two evaluations differ by the policy alone.
 
     Args:
-        collector: of the held-out prompts.
+        collector: of the held-out prompts. settle: waits until nothing else is drawn.
         should_stop: whether to end an evaluation without a result. All processes call it together.
     """
 
     row_losses = None
 
     def __init__(
-        self, collector: Collector, watcher: Watcher, should_stop: Callable[[], bool], losses: Losses | None = None
+        self,
+        collector: Collector,
+        watcher: Watcher,
+        should_stop: Callable[[], bool],
+        losses: Losses | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
+        self._settle = settle
         self._collector, self._watcher, self._should_stop = collector, watcher, should_stop
         self._losses = losses
         self.names = [*held_out_metrics(collector.reward_names), *(losses.names if losses is not None else ())]
 
     def line(self, where: str) -> Mapping[str, Any] | None:
+        self._settle()
         started, whole = time.perf_counter(), Collected()
         numbers = range(len(self._collector.prompts))
         with self._watcher.evaluating(len(numbers)) as done:

@@ -2,7 +2,8 @@
 
 A `StepSource`. The plan says which prompts make a step, and which steps form a round that is sampled before its first
 step; what is sampled follows from (seed, step, prompt, index) and the weights at that time. So a checkpoint between two
-rounds holds nothing of it: a resumed run samples the same again. Within a round it holds the groups of the round.
+rounds holds nothing of it: a resumed run samples the same again. Within a round it holds the groups of the round. With
+`staleness`, rounds are drawn while earlier steps train (`drawn_ahead.py`).
 
 With dynamic sampling, groups without signal are left out, and further prompts are drawn by the seed and the step. Where
 pairs are trained, a group without signal has no pair and is always left out; a step without any pair draws further
@@ -12,10 +13,10 @@ prompts until it has one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -27,12 +28,28 @@ from strop.engine.step_records import Sum
 from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
-from strop.rollout.collect import Collected, Collector, Rewarded, joined, measured
+from strop.policy.policy import Policy
+from strop.rollout.collect import Collected, Collector, Prompts, Rewarded, Scoring, joined, measured
 from strop.rollout.comparing import by_length, compared
+from strop.rollout.drawn_ahead import DrawnAhead
 from strop.rollout.forecast import Probe
 from strop.rollout.held_out import HeldOut, Losses
 from strop.rollout.rewarding import Failures
 from strop.world import World
+
+
+class Drawn(NamedTuple):
+    """What was sampled for a step, and how many prompts of it in place of groups without signal."""
+
+    done: Collected
+    refilled: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.done.as_json(), "refilled": self.refilled}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], prompts: Prompts) -> Drawn:
+        return cls(Collected.from_json(found, prompts), found["refilled"])
 
 
 class RolloutSource:
@@ -45,7 +62,8 @@ class RolloutSource:
             or, where pairs are trained, leaves them out.
         wants: names of the columns that the policy has to supply. losses: the loss of what is sampled for held-out
             prompts, where it is measured. probe: what forecasts the groups without signal, where that is asked for.
-        also_close: called when nothing is sampled any more.
+        also_close: called when nothing is sampled any more. staleness: how many steps old the weights are that sample;
+            above 0, while the steps between train, by `policy`.
     """
 
     validation: GroupSet | None = None
@@ -66,6 +84,8 @@ class RolloutSource:
         losses: Losses | None = None,
         probe: Probe | None = None,
         also_close: Callable[[], None] = lambda: None,
+        staleness: int = 0,
+        policy: Policy | None = None,
     ) -> None:
         self._also_close, self.probe = also_close, probe
         self.plan, self.num_steps = plan, plan.num_steps
@@ -73,6 +93,10 @@ class RolloutSource:
         self.supplies, self._wants, self._losses = collector.supplies, wants, losses
         self._note, self._log, self._world = note, JsonLines(log), world
         self._refills = 0 if refills is None and collector.pairs else refills
+        self._ahead: DrawnAhead[Drawn] | None = None
+        if staleness:
+            assert policy is not None and world.size == 1
+            self._ahead = DrawnAhead(plan, staleness, policy, collector.prepare, self._draw, self._score)
         self._round: dict[int, list[Rewarded]] = {}  # by the step that they are trained on first
         self._made: tuple[int, GroupSet, dict[str, Sum]] | None = None
         self._made_at = 0.0
@@ -96,25 +120,34 @@ class RolloutSource:
         return step / self.plan.steps_per_epoch
 
     def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:
-        return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop, self._losses)
+        settle = self._ahead.settle if self._ahead is not None else lambda: None
+        return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop, self._losses, settle)
 
     def after(self, step: int) -> None:
-        """Notes how long the step trained. The next one is sampled with the weights it has when it is asked for."""
+        """Notes how long the step trained. The next one is sampled when it is asked for, with its weights then; with
+        staleness, a later one is begun with the current weights."""
         assert self._made is not None and self._made[0] == step
         self._made[2]["time/train"] = (time.perf_counter() - self._made_at, 1)
         self._last = step
+        if self._ahead is not None:
+            self._ahead.begin(step)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """The groups of the round, if a step of it is still to come."""
-        if not self._last or not self._is_within_round(self._last):
+        """The groups of the round, if a step of it is still to come, and what was drawn by weights that are no more."""
+        if not self._last or (self._ahead is None and not self._is_within_round(self._last)):
             return {}
-        return {
+        groups = self._round if self._is_within_round(self._last) else {}
+        found: dict[str, Any] = {
             "after": self._last,
-            "round": {str(step): [r.as_json() for r in rewarded] for step, rewarded in self._round.items()},
+            "round": {str(step): [r.as_json() for r in rewarded] for step, rewarded in groups.items()},
         }
+        if self._ahead is not None:
+            self._ahead.finish_older(self._last)
+            found["ahead"] = {str(first): [d.as_json() for d in drawn] for first, drawn in self._ahead.done.items()}
+        return found
 
     def restore(self, state: Mapping[str, Any]) -> None:
         prompts, self._last = self._collector.prompts, state.get("after", 0)
@@ -122,6 +155,9 @@ class RolloutSource:
             int(step): [Rewarded.from_json(of, prompts[of["number"]]) for of in rewarded]
             for step, rewarded in state.get("round", {}).items()
         }
+        if self._ahead is not None:
+            for first, drawn in state.get("ahead", {}).items():
+                self._ahead.done[int(first)] = [Drawn.from_json(one, prompts) for one in drawn]
 
     def rewind(self, step: int) -> None:
         """Removes the groups that a run resumed after `step` samples again from the log."""
@@ -134,6 +170,8 @@ class RolloutSource:
         return step < self.num_steps and self.plan.round(step) == self.plan.round(step + 1)
 
     def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
         self._also_close()
         self._collector.close()
         self._log.close()
@@ -145,16 +183,42 @@ class RolloutSource:
         first = self.plan.first_time(step)
         if first not in self._round:
             steps = [s for s in self.plan.round(step) if s <= self.num_steps]
-            self._round = {s: self._sampled(s, metrics) for s in steps}
+            self._round = {
+                s: self._noted(s, drawn, metrics) for s, drawn in zip(steps, self._sampled(steps), strict=True)
+            }
         return _group_set(self._round[first], self._wants), metrics
 
-    def _sampled(self, step: int, metrics: dict[str, Sum]) -> list[Rewarded]:
-        """The groups of a step, sampled anew. metrics: those of the step that waits for it; these are added."""
+    def _sampled(self, steps: Sequence[int]) -> Iterator[Drawn]:
+        """What is sampled for the steps of a round."""
+        if self._ahead is not None:
+            self._ahead.begin(self._last)  # what is due before the first step, or after that of a checkpoint
+            yield from self._ahead.take(steps[0])
+            return
+        for step in steps:
+            drawn = self._draw(step, self._collector.prepare())
+            self._score(step, drawn)
+            yield drawn
+
+    def _draw(self, step: int, use: Callable[[], None]) -> Drawn:
+        """What is sampled and rewarded for a step; in a thread, where it is drawn ahead."""
         numbers = self.plan.groups(step)
-        done = self._collector.collect(step, numbers)
-        trained, refilled = done.rewarded, 0
-        if self._refills is not None:
-            trained, refilled = self._with_signal(step, numbers, done)
+        done = self._collector.draw(step, numbers, use)
+        return Drawn(done, 0 if self._refills is None else self._refill(step, numbers, done, use))
+
+    def _score(self, step: int, drawn: Drawn, sampled_with: Scoring | None = None) -> None:
+        self._collector.score(step, drawn.done, sampled_with)
+
+    def _trained(self, rewarded: list[Rewarded]) -> list[Rewarded]:
+        """The groups that teach something; if none does, all groups, or none where pairs are trained."""
+        if self._refills is None:
+            return rewarded
+        return [r for r in rewarded if r.has_signal] or ([] if self._collector.pairs else rewarded)
+
+    def _noted(self, step: int, drawn: Drawn, metrics: dict[str, Sum]) -> list[Rewarded]:
+        """The groups that a step trains, after all that was drawn is written down. metrics: those of the step that
+        waits for it; these are added."""
+        done, refilled = drawn
+        trained = self._trained(done.rewarded)
         self._warn_once(step, done.failures)
         if not done.rewarded:
             raise TrainingError(
@@ -189,9 +253,8 @@ class RolloutSource:
             metrics[name] = (before[0] + total, before[1] + count)
         return trained
 
-    def _with_signal(self, step: int, numbers: Sequence[int], done: Collected) -> tuple[list[Rewarded], int]:
-        """The groups that teach something, and how many prompts were sampled to fill their number up; if none does, all
-        groups, or none where pairs are trained. What is sampled is added to `done`."""
+    def _refill(self, step: int, numbers: Sequence[int], done: Collected, use: Callable[[], None]) -> int:
+        """Samples further prompts in place of those without signal, and adds them to `done`. Returns how many."""
         assert self._refills is not None
         own = set(numbers)
         order = np.random.default_rng([self.plan.seed, 0x66696C6C, step]).permutation(len(self._collector.prompts))
@@ -201,10 +264,10 @@ class RolloutSource:
             some = spare[used : used + len(numbers) - len(kept)]
             if not some:
                 break
-            done.add(self._collector.collect(step, some))
+            done.add(self._collector.draw(step, some, use))
             used, refills = used + len(some), refills + 1
             kept = [r for r in done.rewarded if r.has_signal]
-        return kept or ([] if self._collector.pairs else done.rewarded), used
+        return used
 
     def _warn_once(self, step: int, failures: Failures) -> None:
         if failures.counts and not self._has_warned:

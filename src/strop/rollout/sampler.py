@@ -11,7 +11,7 @@ temperature included. So the recorded log-probs are those that training computes
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,9 @@ class Sampler:
         self._ends, self._stops = frozenset(ends), stops
         self._batch_tokens = batch_tokens
 
-    def prepare(self) -> None:
-        """There is nothing to do: the policy's own weights are the current ones."""
+    def prepare(self) -> Callable[[], None]:
+        """There is nothing to do: the weights are those of the policy, whenever it samples."""
+        return lambda: None
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
         """The completions of each prompt, in the order of the prompts."""

@@ -12,9 +12,10 @@ import hashlib
 import math
 import shutil
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,35 @@ class ServedAdapter:
         self.client, self._policy, self._folder = client, policy, folder
         self._salt, self._world = salt, world
         self.name: str | None = None
+        self._written: set[str] = set()
 
-    def publish(self) -> None:
-        """Has the server load the current weights, if it has others; all processes call it."""
-        self.name = self._world.on_main(self._publish)
+    def write(self) -> str:
+        """Writes the current weights down, for `use`; all processes call it. Returns their name."""
+        return self._world.on_main(self._write)
 
-    def _publish(self) -> str:
+    def _write(self) -> str:
         digest = hashlib.sha256(self._salt.encode())
         for name, weight in sorted(self._policy.trainable().items()):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         name = f"strop-{digest.hexdigest()[:24]}"
-        if name != self.name:
-            self.withdraw()
+        if not self._written:
+            shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+        if name not in self._written:
             self._policy.save_adapter(self._folder / name)
+            self._written.add(name)
+        return name
+
+    def use(self, name: str) -> None:
+        """Has the server load what was written under this name, in place of what it has; all processes call it."""
+        self.name = self._world.on_main(lambda: self._use(name))
+
+    def _use(self, name: str) -> str:
+        if name != self.name:
+            if self.name is not None:
+                self.client.unload(self.name)
+                shutil.rmtree(self._folder / self.name, ignore_errors=True)
+                self._written.discard(self.name)
             self.client.load(name, str((self._folder / name).resolve()))
         return name
 
@@ -67,21 +83,17 @@ class ServedAdapter:
         assert self.name is not None
         self.client.load(self.name, str((self._folder / self.name).resolve()))
 
-    def withdraw(self) -> None:
-        """Removes what was published last, here and in the server."""
-        if self.name is not None:
-            self.client.unload(self.name)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def close(self) -> None:
-        """As `withdraw`, when the run ends; a server that is gone is not waited for."""
+        """Removes what is loaded or written when the run ends; a server that is gone is not waited for."""
         if not self._world.is_main:
             return
         self.client = replace(self.client, retry_seconds=0.0, timeout=min(self.client.timeout, 10.0))
         try:
-            self.withdraw()
+            if self.name is not None:
+                self.client.unload(self.name)
         except TrainingError as error:
             self.client.note(f"{self.name} may still be loaded: {error.found}")
+        finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -139,9 +151,9 @@ class VllmSampler:
         self._seed, self._requests = seed, requests
         self._checks_log_probs = trains and (asked.is_truncated or asked.temperature != 1)
 
-    def prepare(self) -> None:
-        """The server gets the current weights; all processes call it."""
-        self._served.publish()
+    def prepare(self) -> Callable[[], None]:
+        """Writes the current weights down; the server gets them when it is to sample with them."""
+        return partial(self._served.use, self._served.write())
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
         """The completions of each prompt, in the order of the prompts.

@@ -316,7 +316,7 @@ def test_other_log_probs_are_found(asked: Asked, mode: str, found: str | None, t
     policy = make_policy(tmp_path, **{"lora.r": 4})
     with FakeVllm(tmp_path / "dense", mode=mode) as server:
         served = ServedAdapter(client(server), policy, tmp_path / "served", "", World.alone("cpu"))
-        served.publish()
+        served.use(served.write())
         for trains in (False, True):
             made = VllmSampler(served, 2, asked, seed=1, requests=4, trains=trains)
             if found is None or not trains:
@@ -341,8 +341,8 @@ def test_the_server_has_the_adapter_of_now(tmp_path: Path) -> None:
             with torch.no_grad():
                 for weight in policy.trainable().values():
                     weight.add_(torch.randn(weight.shape, generator=draws) * 0.3)
-            made.prepare()
-            made.prepare()
+            made.prepare()()
+            made.prepare()()
             found = made.sample(1, prompts(room=6))
             recorded = torch.tensor([x for own in found for c in own for x in c.logps])
             with policy.scoring():
@@ -354,7 +354,7 @@ def test_the_server_has_the_adapter_of_now(tmp_path: Path) -> None:
         server.adapters.clear()  # it is started anew
         assert made.sample(1, prompts(room=6)) == found
         other = ServedAdapter(client(server), policy, folder, "lora_alpha 3", World.alone("cpu"))
-        other.publish()
+        other.use(other.write())
         assert other.name not in names
         served.close()
         other.close()
@@ -367,7 +367,7 @@ def test_one_process_publishes_and_all_know_the_name(tmp_path: Path) -> None:
 
         def published(world: World) -> str | None:
             served = ServedAdapter(client(server), policy, tmp_path / "served", "", world)
-            served.publish()
+            served.use(served.write())
             return served.name
 
         names = in_worlds(3, published)
@@ -379,7 +379,7 @@ def test_a_server_that_is_gone_at_the_end_stops_nothing(tmp_path: Path) -> None:
     with FakeVllm(tmp_path / "dense") as server:
         of = client(server, retry=60.0)
         served = ServedAdapter(of, policy, tmp_path / "served", "", World.alone("cpu"))
-        served.publish()
+        served.use(served.write())
     served.close()
     notes: Any = of.notes  # type: ignore[attr-defined]
     assert "may still be loaded" in notes[-1] and not (tmp_path / "served").exists()

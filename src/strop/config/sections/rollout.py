@@ -65,6 +65,9 @@ class RolloutSection(Section):
     what an older policy sampled."""
     num_iterations: int = Field(default=1, gt=0)
     """How many times these steps are gone through before prompts are sampled again."""
+    staleness: int = Field(default=0, ge=0, le=64)
+    """Sampler vllm: how many steps old the weights are that sample, so that the server samples for the next steps while
+    this one trains. 0: each step waits for what the current weights sample."""
     dynamic_sampling: bool = False
     """Leave out prompts whose completions all have the same reward, and sample further prompts in their place (DAPO,
     arXiv 2503.14476)."""
@@ -112,6 +115,14 @@ class RolloutSection(Section):
                 (unread[0], "sampler"),
                 f"{unread[0]} is given, and sampler {self.sampler} does not read it",
                 fix=f"remove {unread[0]}, or choose the other sampler",
+            )
+        if self.staleness and self.sampler == "policy":
+            yield Problem(
+                ("staleness", "sampler"),
+                f"staleness is {self.staleness}, and sampler policy samples and trains on one device: completions of "
+                "older weights would save no time",
+                "staleness: 0, or sampler: vllm",
+                "remove staleness; steps_per_generation and num_iterations train several steps on one sampling",
             )
         if not self.vllm_url.startswith(("http://", "https://")):
             yield Problem(("vllm_url",), f"vllm_url is {self.vllm_url}", "http://HOST:PORT")

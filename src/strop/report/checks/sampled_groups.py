@@ -112,6 +112,8 @@ def ratios_clipped(facts: Facts) -> Iterator[Finding]:
     rounds = _rounds(facts)
     fewer = [Remedy("use what was sampled once", {"rollout.num_iterations": 1})] if rounds[0] > 1 else []
     fewer += [Remedy("sample before every step", {"rollout.steps_per_generation": 1})] if rounds[1] > 1 else []
+    if facts.run.number("rollout.staleness"):
+        fewer.append(Remedy("wait for what the current weights sample", {"rollout.staleness": 0}))
     yield facts.thresholds.graded(
         "ratios-clipped",
         share,
