@@ -23,7 +23,7 @@ class FrozenReference:
     holds of them: for the passes of the reference they take the place of the policy's own.
 
     Args:
-        policy: before its first step, and before a checkpoint is loaded into it.
+        policy: as it is now. A reference that stays is made before a checkpoint is loaded into the policy.
     """
 
     def __init__(self, policy: Policy) -> None:

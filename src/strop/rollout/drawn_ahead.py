@@ -1,42 +1,52 @@
-"""Rounds of steps that are drawn while earlier steps train, with the weights that were there when it began. Floor 4.
+"""Rounds of steps that are drawn while earlier steps train. Floor 4.
 
-With staleness S, the round that begins with step f is drawn with the weights after step f - 1 - S, in a thread, one
-round after the other. What is drawn is scored when it is asked for, by the weights that drew it: a copy of those that
-train takes their place for that pass. So ratios compare with the policy that sampled, however old it is.
+With staleness S, the round that begins with step f is drawn from the time when step f - S begins, so with the weights
+after step f - S - 1 (the first rounds: with those of the start), in one thread, one round after the other. What is
+drawn is scored by the weights that drew it: a copy of those that train takes their place for that pass. So ratios
+compare with the policy that sampled, however old it is.
 
-After a step n, rounds that were begun before cannot be drawn again, since their weights are gone: a checkpoint waits
-for them and holds them. The one that was begun after step n is drawn again from the weights of the checkpoint.
+What was begun cannot be drawn again later, since its weights are gone: a checkpoint waits for it and holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from strop.plan.order import Plan
 from strop.policy.policy import Policy
 from strop.policy.reference_models import FrozenReference
-from strop.rollout.collect import Scoring
-
-Drawn = TypeVar("Drawn")
-Use = Callable[[], None]
+from strop.rollout.collect import Collected, Prompts, Scoring
 
 
-class _Begun(NamedTuple, Generic[Drawn]):
-    """A round that is being drawn with the weights after step `after`."""
+class Drawn(NamedTuple):
+    """What was sampled for a step, and how many prompts of it in place of groups without signal."""
 
-    after: int
+    done: Collected
+    refilled: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.done.as_json(), "refilled": self.refilled}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], prompts: Prompts) -> Drawn:
+        return cls(Collected.from_json(found, prompts), found["refilled"])
+
+
+class _Begun(NamedTuple):
+    """A round that is being drawn, and the weights that draw it."""
+
     future: Future[list[Drawn]]
     weights: FrozenReference
 
 
-class DrawnAhead(Generic[Drawn]):
+class DrawnAhead:
     """Draws rounds ahead.
 
     Args:
-        staleness: S, at least 1. prepare: gives what lets `draw` sample with the current weights. draw: a step, drawn.
-        score: adds the log-probs of a step that is drawn, under the weights that are given.
+        staleness: S, at least 1. prepare: gives what lets `draw` sample with the current weights. draw: draws a step;
+            called in the thread. score: adds the log-probs of a step that is drawn, under the weights that are given.
     """
 
     def __init__(
@@ -44,32 +54,33 @@ class DrawnAhead(Generic[Drawn]):
         plan: Plan,
         staleness: int,
         policy: Policy,
-        prepare: Callable[[], Use],
-        draw: Callable[[int, Use], Drawn],
+        prepare: Callable[[], Callable[[], None]],
+        draw: Callable[[int, Callable[[], None]], Drawn],
         score: Callable[[int, Drawn, Scoring], None],
     ) -> None:
         self._plan, self._staleness, self._policy = plan, staleness, policy
         self._prepare, self._draw, self._score = prepare, draw, score
         self._pool = ThreadPoolExecutor(1, "strop-rollouts")
-        self._begun: dict[int, _Begun[Drawn]] = {}  # by the first step of their round
-        self.done: dict[int, list[Drawn]] = {}
-        """Rounds that are drawn and scored, and not taken yet."""
-        self._began_after: int | None = None
+        self._newest: Future[list[Drawn]] | None = None
+        self._begun: dict[int, _Begun] = {}  # by the first step of their round
+        self._done: dict[int, list[Drawn]] = {}  # drawn and scored, and not taken yet
 
-    def begin(self, after: int) -> None:
-        """Begins to draw what is due with the current weights, which are those after this step; once for each step."""
-        if self._began_after == after:
+    def begin(self, step: int) -> None:
+        """Begins, when this step does, with all that is due and not begun."""
+        last = min(step + self._staleness, self._plan.num_steps)
+        starts = [f for f in range(step, last + 1) if self._plan.round(f).start == f]
+        due = [first for first in starts if first not in self._begun and first not in self._done]
+        if not due:
             return
-        self._began_after = after
-        newest = after + 1 + self._staleness
-        due = [newest] if after else range(1, newest + 1)
-        for first in (f for f in due if f <= self._plan.num_steps and self._plan.round(f).start == f):
-            if first == self._plan.first_time(first) and first not in self.done:
-                use, weights = self._prepare(), FrozenReference(self._policy)
-                steps = [s for s in self._plan.round(first) if s <= self._plan.num_steps]
-                self._begun[first] = _Begun(after, self._pool.submit(self._all, steps, use), weights)
+        use, weights = self._prepare(), FrozenReference(self._policy)
+        for first in due:
+            steps = [s for s in self._plan.round(first) if s <= self._plan.num_steps]
+            self._newest = self._pool.submit(self._all, steps, use, self._newest)
+            self._begun[first] = _Begun(self._newest, weights)
 
-    def _all(self, steps: Sequence[int], use: Use) -> list[Drawn]:
+    def _all(self, steps: Sequence[int], use: Callable[[], None], before: Future[list[Drawn]] | None) -> list[Drawn]:
+        if before is not None:
+            before.result()  # there by now; where it failed, the server is not waited for a second time
         return [self._draw(step, use) for step in steps]
 
     def take(self, first: int) -> list[Drawn]:
@@ -79,26 +90,34 @@ class DrawnAhead(Generic[Drawn]):
             TrainingError, ConfigError: as `draw` and `score`.
         """
         self._finish(first)
-        return self.done.pop(first)
-
-    def finish_older(self, than: int) -> None:
-        """Waits for all rounds that are drawn with weights from before this step, and scores them."""
-        for first in [f for f, begun in self._begun.items() if begun.after < than]:
-            self._finish(first)
+        return self._done.pop(first)
 
     def settle(self) -> None:
-        """Waits until nothing is drawn."""
+        """Waits until nothing is being drawn."""
         wait([begun.future for begun in self._begun.values()])
 
     def close(self) -> None:
         """Draws nothing any more, and waits for what is being drawn."""
         self._pool.shutdown(cancel_futures=True)
 
+    def state(self) -> dict[str, Any]:
+        """Waits for all that is begun, and gives what is not taken yet, for a checkpoint.
+
+        Raises:
+            TrainingError, ConfigError: as `take`.
+        """
+        for first in list(self._begun):
+            self._finish(first)
+        return {str(first): [one.as_json() for one in drawn] for first, drawn in self._done.items()}
+
+    def restore(self, state: Mapping[str, Any], prompts: Prompts) -> None:
+        self._done = {int(first): [Drawn.from_json(one, prompts) for one in drawn] for first, drawn in state.items()}
+
     def _finish(self, first: int) -> None:
-        if first in self.done:
+        if first in self._done:
             return
         begun = self._begun.pop(first)
         drawn = begun.future.result()
-        for step, one in zip(self._plan.round(first), drawn, strict=False):
+        for step, one in zip(self._plan.round(first), drawn, strict=False):  # the last round may be cut short
             self._score(step, one, begun.weights.logps)
-        self.done[first] = drawn
+        self._done[first] = drawn

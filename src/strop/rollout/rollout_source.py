@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,27 +29,14 @@ from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.policy.policy import Policy
-from strop.rollout.collect import Collected, Collector, Prompts, Rewarded, Scoring, joined, measured
+from strop.policy.policy import Policy
+from strop.rollout.collect import Collected, Collector, Rewarded, Scoring, joined, measured
 from strop.rollout.comparing import by_length, compared
-from strop.rollout.drawn_ahead import DrawnAhead
+from strop.rollout.drawn_ahead import Drawn, DrawnAhead
 from strop.rollout.forecast import Probe
 from strop.rollout.held_out import HeldOut, Losses
 from strop.rollout.rewarding import Failures
 from strop.world import World
-
-
-class Drawn(NamedTuple):
-    """What was sampled for a step, and how many prompts of it in place of groups without signal."""
-
-    done: Collected
-    refilled: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {**self.done.as_json(), "refilled": self.refilled}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any], prompts: Prompts) -> Drawn:
-        return cls(Collected.from_json(found, prompts), found["refilled"])
 
 
 class RolloutSource:
@@ -93,7 +80,7 @@ class RolloutSource:
         self.supplies, self._wants, self._losses = collector.supplies, wants, losses
         self._note, self._log, self._world = note, JsonLines(log), world
         self._refills = 0 if refills is None and collector.pairs else refills
-        self._ahead: DrawnAhead[Drawn] | None = None
+        self._ahead: DrawnAhead | None = None
         if staleness:
             assert policy is not None and world.size == 1
             self._ahead = DrawnAhead(plan, staleness, policy, collector.prepare, self._draw, self._score)
@@ -124,30 +111,25 @@ class RolloutSource:
         return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop, self._losses, settle)
 
     def after(self, step: int) -> None:
-        """Notes how long the step trained. The next one is sampled when it is asked for, with its weights then; with
-        staleness, a later one is begun with the current weights."""
+        """Notes how long the step trained. The next one is sampled with the weights it has when it is asked for."""
         assert self._made is not None and self._made[0] == step
         self._made[2]["time/train"] = (time.perf_counter() - self._made_at, 1)
         self._last = step
-        if self._ahead is not None:
-            self._ahead.begin(step)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """The groups of the round, if a step of it is still to come, and what was drawn by weights that are no more."""
-        if not self._last or (self._ahead is None and not self._is_within_round(self._last)):
+        """The groups of the round, if a step of it is still to come, and what was drawn ahead."""
+        groups = self._round if self._last and self._is_within_round(self._last) else {}
+        ahead = {} if self._ahead is None else self._ahead.state()
+        if not groups and not ahead:
             return {}
-        groups = self._round if self._is_within_round(self._last) else {}
-        found: dict[str, Any] = {
+        return {
             "after": self._last,
             "round": {str(step): [r.as_json() for r in rewarded] for step, rewarded in groups.items()},
+            "ahead": ahead,
         }
-        if self._ahead is not None:
-            self._ahead.finish_older(self._last)
-            found["ahead"] = {str(first): [d.as_json() for d in drawn] for first, drawn in self._ahead.done.items()}
-        return found
 
     def restore(self, state: Mapping[str, Any]) -> None:
         prompts, self._last = self._collector.prompts, state.get("after", 0)
@@ -156,8 +138,7 @@ class RolloutSource:
             for step, rewarded in state.get("round", {}).items()
         }
         if self._ahead is not None:
-            for first, drawn in state.get("ahead", {}).items():
-                self._ahead.done[int(first)] = [Drawn.from_json(one, prompts) for one in drawn]
+            self._ahead.restore(state.get("ahead", {}), prompts)
 
     def rewind(self, step: int) -> None:
         """Removes the groups that a run resumed after `step` samples again from the log."""
@@ -181,6 +162,8 @@ class RolloutSource:
     def _make(self, step: int) -> tuple[GroupSet, dict[str, Sum]]:
         metrics: dict[str, Sum] = dict.fromkeys(self._collector.phases, (0.0, 1))
         first = self.plan.first_time(step)
+        if self._ahead is not None:
+            self._ahead.begin(step)
         if first not in self._round:
             steps = [s for s in self.plan.round(step) if s <= self.num_steps]
             self._round = {
@@ -191,7 +174,6 @@ class RolloutSource:
     def _sampled(self, steps: Sequence[int]) -> Iterator[Drawn]:
         """What is sampled for the steps of a round."""
         if self._ahead is not None:
-            self._ahead.begin(self._last)  # what is due before the first step, or after that of a checkpoint
             yield from self._ahead.take(steps[0])
             return
         for step in steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations, product
 from math import prod
 from typing import Any
@@ -88,7 +88,8 @@ def test_processes_share_it_and_forecast_the_same() -> None:
     asked = []
 
     class Sampling:
-        def prepare(self) -> None: ...
+        def prepare(self) -> Callable[[], None]:
+            return lambda: None
 
         def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
             asked.extend((step, p.number) for p in prompts)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +51,8 @@ class Prompts(list[Group]):
 class Sampling:
     """Two completions that say for what they were sampled."""
 
-    def prepare(self) -> None: ...
+    def prepare(self) -> Callable[[], None]:
+        return lambda: None
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
         return [
@@ -88,8 +91,8 @@ def make(world: World, folder: Path, fails: Sequence[int] = ()) -> RolloutSource
     )
 
 
-def collector(world: World, scoring: Any, **more: Any) -> Collector:
-    parts: Any = (Prompts(PROMPTS), Sampling(), scoring, build_tokenizer(), world, Cut(10, packed_tokens))
+def collector(world: World, scoring: Any, sampling: Any = None, **more: Any) -> Collector:
+    parts: Any = (Prompts(PROMPTS), sampling or Sampling(), scoring, build_tokenizer(), world, Cut(10, packed_tokens))
     return Collector(*parts, **more)
 
 
@@ -292,6 +295,76 @@ def test_a_round_is_sampled_once_and_survives_a_checkpoint(tmp_path: Path) -> No
         resumed.rewind(step)
         assert (tmp_path / "log.jsonl").read_text() == lines, "nothing of the round is sampled again"
         resumed.close()
+
+
+class Aging(Sampling):
+    """The last token says after which step the weights were there that sampled it."""
+
+    def __init__(self, now: int) -> None:
+        self.now, self.used = now, -1
+
+    def prepare(self) -> Callable[[], None]:
+        return partial(setattr, self, "used", self.now)
+
+    def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
+        return [
+            [Sampled(array("i", [*c.ids, self.used]), array("d", [*c.logps, -1.0]), c.ended) for c in own]
+            for own in super().sample(step, prompts)
+        ]
+
+
+def ahead(plan: Plan, sampling: Sampling, folder: Path, staleness: int) -> RolloutSource:
+    world, policy = World.alone("cpu"), SimpleNamespace(strategy=SimpleNamespace(trained={}))
+    own = (plan, collector(world, Scoring(), sampling), None, folder / "log.jsonl", lambda note: None, world)
+    return RolloutSource(*own, staleness=staleness, policy=policy)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("staleness", "together", "again"), [(1, 1, 1), (3, 1, 1), (1, 2, 1), (3, 2, 2)])
+def test_rounds_are_drawn_ahead_and_every_resume_has_the_same(
+    staleness: int, together: int, again: int, tmp_path: Path
+) -> None:
+    plan = Plan.of(7, 2, 2, None, 0, together=together, again=again)
+    steps, whole, states = range(1, plan.num_steps + 1), {}, {}
+
+    def trained(source: RolloutSource, sampling: Aging, step: int) -> list[Group]:
+        groups = [*source.step(step).groups]
+        source.after(step)
+        sampling.now = step
+        return groups
+
+    first = Aging(0)
+    source = ahead(plan, first, tmp_path, staleness)
+    for step in steps:
+        whole[step] = trained(source, first, step)
+        states[step] = json.loads(json.dumps(source.state()))
+        used = {c.ids[-1] for group in whole[step] for c in group.completions}
+        assert used == {max(0, plan.round(step).start - 1 - staleness)}
+    source.close()
+    for step in steps[:-1]:
+        own = Aging(step)
+        source = ahead(plan, own, tmp_path, staleness)
+        source.restore(states[step])
+        for later in steps[step:]:
+            assert trained(source, own, later) == whole[later]
+        source.close()
+
+
+def test_where_a_round_fails_those_behind_it_are_not_tried(tmp_path: Path) -> None:
+    """A server that is gone is waited for once."""
+    asked = []
+
+    class Gone(Sampling):
+        def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
+            asked.append(step)
+            raise TrainingError("it is gone", where="the server")
+
+    source = ahead(Plan.of(7, 2, 2, None, 0), Gone(), tmp_path, staleness=2)
+    with pytest.raises(TrainingError, match="it is gone"):
+        source.step(1)
+    with pytest.raises(TrainingError, match="it is gone"):
+        source.state()
+    source.close()
+    assert asked == [1]
 
 
 class Watching:
