@@ -19,6 +19,7 @@ from fake_vllm import FakeVllm, GoneError
 from same_runs import in_many
 from strop.config import RunConfig, load_config
 from strop.errors import ConfigError, TrainingError
+from strop.prepared import prepare
 
 REWARD = """
 def codes(completions):
@@ -115,7 +116,7 @@ def test_rollout__staleness(tmp_path: Path, model_dir: Path) -> None:
     keys |= {"finetuning.load_best_model_at_end": False, "dataset.validation_split": 0.34, "training.eval_steps": 2}
     # the server is in this process and draws from the same random state as dropout would
     keys |= {"training.groups_per_step": 2, "lora.lora_dropout": 0.0}
-    file, late = tmp_path / "out" / "run" / "metrics.jsonl", []
+    file = tmp_path / "out" / "run" / "metrics.jsonl"
 
     def drawn(server: FakeVllm) -> list[dict[str, Any]]:
         return [body for body in server.asked("/v1/completions") if body["temperature"] == 1]
@@ -123,16 +124,16 @@ def test_rollout__staleness(tmp_path: Path, model_dir: Path) -> None:
     with FakeVllm(model_dir) as server:
 
         def waits(path: str, body: dict[str, Any]) -> None:
-            if path == "/v1/completions" and body["temperature"] == 1 and len(drawn(server)) == 5:
-                until = time.monotonic() + 60
-                while not file.exists() or not any(r["step"] == 2 and r["split"] == "train" for r in lines(file)):
-                    late.append(time.monotonic() > until)
-                    assert not late[-1], "step 2 waits for what step 3 draws"
-                    time.sleep(0.01)
+            until = time.monotonic() + 60
+            while path == "/v1/completions" and len(drawn(server)) > 4:  # what step 3 draws, by the weights of step 1
+                if file.exists() and any(line["step"] == 2 and line["split"] == "train" for line in lines(file)):
+                    return
+                assert time.monotonic() < until, "step 2 waits for what step 3 draws"
+                time.sleep(0.01)
 
         server.before = waits
         (whole,) = strop.train(config(tmp_path, model_dir, server, **keys))
-        assert late and not any(late) and not server.adapters and not (whole.run_dir / "served").exists()
+        assert not server.adapters and not (whole.run_dir / "served").exists()
         by_step = [{body["model"] for body in drawn(server)[i : i + 2]} for i in range(0, 8, 2)]
         assert by_step[0] == by_step[1] and len(set.union(*by_step)) == 3 and all(len(own) == 1 for own in by_step)
         kept = shutil.copytree(whole.run_dir, tmp_path / "kept")
@@ -151,6 +152,8 @@ def test_rollout__staleness(tmp_path: Path, model_dir: Path) -> None:
         (again,) = strop.train(given, resume="auto")
     for name in ("rollouts.jsonl", "final/adapter_model.safetensors"):
         assert (again.run_dir / name).read_bytes() == (kept / name).read_bytes(), name
+    with pytest.raises(ConfigError, match=r"rollout\.staleness is 1, and 2 processes train"):
+        prepare(given, given.models[0], num_processes=2)
     rollouts = lines(kept / "rollouts.jsonl")
     assert [row["step"] for row in rollouts] == [1, 1, 2, 2, 3, 3, 4, 4]
     for row in rollouts:
