@@ -29,7 +29,6 @@ from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.policy.policy import Policy
-from strop.policy.policy import Policy
 from strop.rollout.collect import Collected, Collector, Rewarded, Scoring, joined, measured
 from strop.rollout.comparing import by_length, compared
 from strop.rollout.drawn_ahead import Drawn, DrawnAhead
