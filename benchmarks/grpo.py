@@ -26,21 +26,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 from .inputs import ROOT
+from .measure import busy_cores, call, commit, describe_machine
 
 OUT = ROOT / "benchmarks" / "results"
+GRPO = "grpo.json"
 SIZE = 8
 """Completions of each prompt."""
 PHASES = ("sample", "reward", "train")
@@ -52,34 +52,32 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 @dataclass(frozen=True)
-class Start:
-    """prompts, steps: of GRPO. room: tokens of a completion at most. rate: constant."""
+class Settings:
+    """prompts: of each step. room: tokens of a completion at most. rate: of GRPO, constant. demonstrations, sft_rate,
+    sft_epochs: of the SFT stage before it."""
 
-    prompts: int
-    steps: int
-    room: int
-    rate: float
-    demonstrations: int
-    sft_rate: float
-    sft_epochs: int
+    prompts: int = 32
+    steps: int = 20
+    room: int = 10
+    rate: float = 1e-4
+    demonstrations: int = 10_000
+    sft_rate: float = 2e-3
+    sft_epochs: int = 4
 
 
-STARTS = {
-    "demo": Start(prompts=32, steps=20, room=10, rate=1e-4, demonstrations=10_000, sft_rate=2e-3, sft_epochs=4),
-}
+SETTINGS = Settings()
 
 
 # -- what both sides start from ---------------------------------------------------------------------------------------
 
 
-def make(folder: Path, name: str) -> None:
+def make(folder: Path) -> None:
     """`folder` gets start/, the demo's data and held-out rows."""
     import strop
     from strop.demo.model import write_base
     from strop.demo.task import Size, write_data
 
-    start = STARTS[name]
-    write_data(folder / "data", 0, Size(num_demonstrations=start.demonstrations))
+    write_data(folder / "data", 0, Size(num_demonstrations=SETTINGS.demonstrations))
     base = folder / "base"
     write_base(base, 0)
     (result,) = strop.train(
@@ -91,9 +89,9 @@ def make(folder: Path, name: str) -> None:
                 "post_training": {"method": "sft"},
                 "training": {
                     "output_dir": str(folder),
-                    "num_epochs": start.sft_epochs,
+                    "num_epochs": SETTINGS.sft_epochs,
                     "groups_per_step": 64,
-                    "learning_rate": start.sft_rate,
+                    "learning_rate": SETTINGS.sft_rate,
                     "warmup_steps": 20,
                     "max_seq_length": 64,
                     "max_prompt_length": None,
@@ -106,10 +104,10 @@ def make(folder: Path, name: str) -> None:
         )
     )
     result.final.rename(folder / "start")
-    (folder / "before.json").write_text(json.dumps(heldout_accuracy(folder / "start", folder, start.room)))
+    (folder / "before.json").write_text(json.dumps(heldout_accuracy(folder / "start", folder)))
 
 
-def heldout_accuracy(model: Path, folder: Path, room: int) -> float:
+def heldout_accuracy(model: Path, folder: Path) -> float:
     """Share of the held-out lists that the model in `model` answers rightly, by greedy decoding."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,7 +128,7 @@ def heldout_accuracy(model: Path, folder: Path, room: int) -> float:
             return_tensors="pt",
         )
         with torch.inference_mode():
-            ids = policy.generate(**inputs, do_sample=False, max_new_tokens=room)
+            ids = policy.generate(**inputs, do_sample=False, max_new_tokens=SETTINGS.room)
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(exact_match(texts, {"answer": [row["answer"] for row in some]}, column="answer"))
     return right / len(rows)
@@ -166,7 +164,7 @@ class Clock:
         return {name: [b[i] - a[i] for a, b in pairwise(self.marks)] for i, name in enumerate(("wall", "processor"))}
 
 
-def by_strop(folder: Path, start: Start, seed: int, out: Path) -> dict[str, Any]:
+def by_strop(folder: Path, seed: int, out: Path) -> dict[str, Any]:
     import strop
     from strop.engine.loop import Loop
 
@@ -190,16 +188,16 @@ def by_strop(folder: Path, start: Start, seed: int, out: Path) -> dict[str, Any]
                 "rewards": [{"name": "exact_match", "settings": {"column": "answer"}}],
                 "training": {
                     "output_dir": str(out),
-                    "max_steps": start.steps,
-                    "groups_per_step": start.prompts,
-                    "learning_rate": start.rate,
+                    "max_steps": SETTINGS.steps,
+                    "groups_per_step": SETTINGS.prompts,
+                    "learning_rate": SETTINGS.rate,
                     "lr_scheduler": "constant",
                     "warmup_steps": 0,
                     "weight_decay": 0.0,
                     "max_grad_norm": 1.0,
                     "max_seq_length": 64,
                     "max_prompt_length": 32,
-                    "max_completion_length": start.room,
+                    "max_completion_length": SETTINGS.room,
                     "bf16": False,
                     "logging_steps": 1,
                     "save_steps": 10**6,
@@ -214,22 +212,15 @@ def by_strop(folder: Path, start: Start, seed: int, out: Path) -> dict[str, Any]
         **{phase: [r[f"time/{phase}"] for r in records] for phase in PHASES},
         "rewards": [r["reward"] for r in records],
         "lengths": [r["completions/mean_length"] for r in records],
-        "heldout": heldout_accuracy(result.final, folder, start.room),
+        "heldout": heldout_accuracy(result.final, folder),
     }
 
 
-def by_trl(folder: Path, start: Start, seed: int, out: Path) -> dict[str, Any]:
+def by_trl(folder: Path, seed: int, out: Path) -> dict[str, Any]:
     import torch
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
-    from strop.plan.order import Plan
-    from strop.rewards.shipped import exact_match
-
-    rows = read(folder / "data" / "grpo.train.jsonl")
-    plan = Plan.of(len(rows), start.prompts, 1, start.steps, seed)
-    ordered = [rows[i] for step in range(1, start.steps + 1) for i in plan.groups(step)]
     clock, phases = Clock(), defaultdict[str, list[float]](list)
 
     class Watch(TrainerCallback):  # type: ignore[misc]
@@ -239,30 +230,46 @@ def by_trl(folder: Path, start: Start, seed: int, out: Path) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **options: Any) -> None:
             clock.mark()
 
-    def timed(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            found = call(*args, **options)
-            phases[phase].append(time.perf_counter() - began)
-            return found
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32),
+        reward_funcs=[sorted_right],
+        args=trl_settings(seed, out),
+        train_dataset=in_strops_order(folder, seed),
+        processing_class=AutoTokenizer.from_pretrained(folder / "start"),
+        callbacks=[Watch()],
+    )
+    trainer._generate_single_turn = timed(trainer._generate_single_turn, phases["sample"])
+    trainer._calculate_rewards = timed(trainer._calculate_rewards, phases["reward"])
+    trainer.train()
+    trainer.save_model(str(out / "final"))
+    records = [r for r in trainer.state.log_history if "reward" in r]
+    steps = clock.steps()
+    phases["train"] = [a - b - c for a, b, c in zip(steps["wall"], phases["sample"], phases["reward"], strict=True)]
+    return {
+        **steps,
+        **phases,
+        "rewards": [r["reward"] for r in records],
+        "lengths": [r["completions/mean_length"] for r in records],
+        "heldout": heldout_accuracy(out / "final", folder),
+    }
 
-        return wrapped
 
-    def reward(completions: Sequence[Sequence[Mapping[str, str]]], answer: Sequence[str], **_: Any) -> list[float]:
-        return exact_match([turns[-1]["content"] for turns in completions], {"answer": answer}, column="answer")
+def trl_settings(seed: int, out: Path) -> Any:
+    """TRL's configuration with what `by_strop` sets."""
+    from trl import GRPOConfig
 
-    args = GRPOConfig(
+    return GRPOConfig(
         output_dir=str(out),
         seed=seed,
-        max_steps=start.steps,
-        per_device_train_batch_size=start.prompts * SIZE,
+        max_steps=SETTINGS.steps,
+        per_device_train_batch_size=SETTINGS.prompts * SIZE,
         gradient_accumulation_steps=1,
         num_generations=SIZE,
-        max_completion_length=start.room,
+        max_completion_length=SETTINGS.room,
         loss_type="grpo",
         beta=0.0,
         temperature=1.0,
-        learning_rate=start.rate,
+        learning_rate=SETTINGS.rate,
         lr_scheduler_type="constant",
         warmup_steps=0,
         weight_decay=0.0,
@@ -278,83 +285,79 @@ def by_trl(folder: Path, start: Start, seed: int, out: Path) -> dict[str, Any]:
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32),
-        reward_funcs=[reward],
-        args=args,
-        train_dataset=Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in ordered]),
-        processing_class=AutoTokenizer.from_pretrained(folder / "start"),
-        callbacks=[Watch()],
-    )
-    trainer._generate_single_turn = timed("sample", trainer._generate_single_turn)
-    trainer._calculate_rewards = timed("reward", trainer._calculate_rewards)
-    trainer.train()
-    trainer.save_model(str(out / "final"))
-    records = [r for r in trainer.state.log_history if "reward" in r]
-    steps = clock.steps()
-    phases["train"] = [a - b - c for a, b, c in zip(steps["wall"], phases["sample"], phases["reward"], strict=True)]
-    return {
-        **steps,
-        **phases,
-        "rewards": [r["reward"] for r in records],
-        "lengths": [r["completions/mean_length"] for r in records],
-        "heldout": heldout_accuracy(out / "final", folder, start.room),
-    }
 
 
-def run_side(folder: Path, name: str, side: str, seed: int) -> dict[str, Any]:
+def in_strops_order(folder: Path, seed: int) -> Any:
+    """The prompts of all steps, as strop deals them, for a trainer that does not shuffle."""
+    from datasets import Dataset
+
+    from strop.plan.order import Plan
+
+    rows = read(folder / "data" / "grpo.train.jsonl")
+    plan = Plan.of(len(rows), SETTINGS.prompts, 1, SETTINGS.steps, seed)
+    ordered = [rows[i] for step in range(1, SETTINGS.steps + 1) for i in plan.groups(step)]
+    return Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in ordered])
+
+
+def sorted_right(completions: Sequence[Sequence[Mapping[str, str]]], answer: Sequence[str], **_: Any) -> list[float]:
+    """strop's `exact_match`, as TRL calls rewards."""
+    from strop.rewards.shipped import exact_match
+
+    return exact_match([turns[-1]["content"] for turns in completions], {"answer": answer}, column="answer")
+
+
+def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The same, which also notes how many seconds each call took."""
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        found = call(*args, **options)
+        seconds.append(time.perf_counter() - began)
+        return found
+
+    return wrapped
+
+
+def run_side(folder: Path, side: str, seed: int) -> dict[str, Any]:
     """One run; what it found."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
-        found = (by_strop if side == "strop" else by_trl)(folder, STARTS[name], seed, Path(out))
+        found = (by_strop if side == "strop" else by_trl)(folder, seed, Path(out))
     for what in ("wall", *PHASES, "rewards"):
-        if len(found[what]) != STARTS[name].steps:
-            raise SystemExit(f"{side}: {what} of {len(found[what])} steps, not of {STARTS[name].steps}")
+        if len(found[what]) != SETTINGS.steps:
+            raise SystemExit(f"{side}: {what} of {len(found[what])} steps, not of {SETTINGS.steps}")
     return found
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def child(*words: str) -> None:
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    env = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.grpo", *words], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-
-def compare(name: str, seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> dict[str, Any]:
-    from .measure import busy_cores, commit, describe_machine
-
+def compare(seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="strop-bench-") as scratch:
-        folder = (place or Path(scratch)) / name
+        folder = place or Path(scratch, "made")
         os.environ["STROP_CACHE"] = f"{scratch}/cache"
         if not (folder / "before.json").exists():
-            child("--make", str(folder), "--start", name)
+            call("grpo", "--make", str(folder), threads=1)
         before = json.loads((folder / "before.json").read_text())
-        print(f"{name}: held-out accuracy {before:.3f} before", flush=True)
+        print(f"held-out accuracy {before:.3f} before", flush=True)
         runs: list[dict[str, Any]] = []
         for seed in seeds:
             for side in sides if seed % 2 else tuple(reversed(sides)):
                 busy = busy_cores()
                 found_at = f"{scratch}/found.json"
-                words = ("--start", name, "--sides", side, "--seeds", str(seed), "--out", found_at)
-                child("--run", str(folder), *words)
+                words = ("--sides", side, "--seeds", str(seed), "--out", found_at)
+                call("grpo", "--run", str(folder), *words, threads=1)
                 found = json.loads(Path(found_at).read_text())
                 runs.append({"side": side, "seed": seed, "busy_cores": busy, **found})
                 print(
-                    f"{name}, seed {seed}: {side:5s} held-out accuracy {found['heldout']:.3f}; per step "
+                    f"seed {seed}: {side:5s} held-out accuracy {found['heldout']:.3f}; per step "
                     f"{per_step(runs[-1], 'processor'):.3f} s of the processor, {per_step(runs[-1], 'wall'):.3f} s",
                     flush=True,
                 )
     return {
-        "start": name,
-        "settings": vars(STARTS[name]),
+        "settings": asdict(SETTINGS),
         "machine": describe_machine(),
         "commit": commit(),
         "before": before,
@@ -365,7 +368,7 @@ def compare(name: str, seeds: Sequence[int], sides: Sequence[str], place: Path |
 def store(result: dict[str, Any], folder: Path) -> None:
     """Beside the runs of other seeds and sides with the same settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, done = folder / f"grpo-{result['start']}.json", {(r["side"], r["seed"]) for r in result["runs"]}
+    path, done = folder / GRPO, {(r["side"], r["seed"]) for r in result["runs"]}
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if all(earlier.get(name) == result[name] for name in ("settings", "before")):
         result["runs"] += [r for r in earlier["runs"] if (r["side"], r["seed"]) not in done]
@@ -383,7 +386,7 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     return fmean(numbers) - half, fmean(numbers) + half
 
 
-def lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def lines(result: Mapping[str, Any]) -> Iterator[str]:
     """For the page of results."""
     yield (
         f"`python -m benchmarks.grpo`: the demo's task, sorting lists of words, rewarded for the whole sorted list "
@@ -394,11 +397,11 @@ def lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         "TRL's by strop's with the same seed, in brackets the least and the most; the target is "
         f"{1 / MOST_OF_TIME:.0f}. Phases: shares of the step by the wall; TRL's training is what is left of its step."
     )
-    for result in found:
-        yield from section(result)
+    yield from table(result)
 
 
-def section(result: Mapping[str, Any]) -> Iterator[str]:
+def table(result: Mapping[str, Any]) -> Iterator[str]:
+    """When and how it was measured, and a line per side."""
     s, machine = result["settings"], result["machine"]
     by_side: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for run in result["runs"]:
@@ -407,7 +410,7 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
         runs.sort(key=lambda run: int(run["seed"]))
     busy = median(run["busy_cores"] or 0.0 for run in result["runs"])
     yield (
-        f"\n{result['start']}: {machine['date']}, {machine['processor']}, trl {machine['trl']}, commit "
+        f"\n{machine['date']}, {machine['processor']}, trl {machine['trl']}, commit "
         f"{result['commit']}; {s['steps']} steps of {s['prompts']} prompts, completions of at most {s['room']} tokens, "
         f"learning rate {s['rate']:g}. Held-out accuracy before: {result['before']:.3f}. Other processes kept "
         f"{busy:.1f} cores busy (median).\n"
@@ -433,15 +436,8 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """What is stored, in the order of STARTS."""
-    paths = (folder / f"grpo-{name}.json" for name in STARTS)
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", nargs="+", choices=list(STARTS), default=["demo"])
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--folder", type=Path)
@@ -451,15 +447,14 @@ def main() -> None:
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.make:
-        make(args.make, args.start[0])
+        make(args.make)
     elif args.run:
-        found = run_side(args.run, args.start[0], args.sides[0], seeds[0])
+        found = run_side(args.run, args.sides[0], seeds[0])
         args.out.write_text(json.dumps(found))
     else:
-        for name in args.start:
-            found = compare(name, seeds, args.sides, args.folder)
-            store(found, args.out)
-            print("\n".join(section(found)))
+        found = compare(seeds, args.sides, args.folder)
+        store(found, args.out)
+        print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -70,11 +70,9 @@ def ratio(result: Result, target: Target) -> float:
     return median(theirs / ours for theirs, ours in pairs)
 
 
-def table(
-    results: Sequence[Sequence[Result]], others: Mapping[str, Mapping[str, Any]], sampled: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
+def table(results: Sequence[Sequence[Result]], others: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """RESULTS.md, line by line. results: by machine, the one with the most rounds first. others: what stands beside
-    them, by the file's name. sampled: of GRPO, by what it starts from."""
+    them, by the file's name."""
     yield HEAD
     yield "| side | what it is |\n|---|---|"
     yield from (f"| {name} | {text} |" for name, text in SIDES.items())
@@ -90,9 +88,9 @@ def table(
     if QUANTISED in others:
         yield "\n## A base in 4 bits\n"
         yield from quantised.lines(others[QUANTISED])
-    if sampled:
+    if grpo.GRPO in others:
         yield "\n## GRPO beside TRL\n"
-        yield from grpo.lines(sampled)
+        yield from grpo.lines(others[grpo.GRPO])
     if REWARDS in others:
         yield "\n## Reward models beside TRL\n"
         yield from reward_models(others[REWARDS])
@@ -307,10 +305,10 @@ def main() -> None:
         raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
     others = {
         name: json.loads(path.read_text(encoding="utf-8"))
-        for name in (STEPS, PROCESSES, QUANTISED, REWARDS)
+        for name in (STEPS, PROCESSES, QUANTISED, grpo.GRPO, REWARDS)
         if (path := args.results / name).exists()
     }
-    written = table(results, others, grpo.load(args.results))
+    written = table(results, others)
     args.table.write_text("\n".join(written) + "\n", encoding="utf-8")
     args.plot.write_text(plot(results[0]), encoding="utf-8")
     print(f"{sum(map(len, results))} cases: {args.table}, {args.plot}")

@@ -58,7 +58,7 @@ class Gradients:
     ) -> None:
         self._config, self._policy, self._objective = config, policy, objective
         self._source, self._cut, self._world, self._note = source, cut, world, note
-        self._ahead = Prefetch(self._micro_batches, threaded=source.ahead and world.device.type != "cpu")
+        self._prefetch = Prefetch(self._micro_batches, threaded=source.ahead and world.device.type != "cpu")
         self.fitting_tokens: int | None = None
         """The size of micro-batches that fitted into memory; None as long as the first cut fits."""
 
@@ -74,7 +74,7 @@ class Gradients:
 
     def close(self) -> None:
         """Ends the thread that makes micro-batches."""
-        self._ahead.close()
+        self._prefetch.close()
 
     def take(self, step: int, scale: float | Tensor) -> Passes:
         """Computes the gradients of one step, times `scale`, summed over all processes.
@@ -108,9 +108,9 @@ class Gradients:
         return MicroBatches.of(groups, cut, self._policy, self._world)
 
     def _passes(self, step: int, scale: float | Tensor) -> tuple[StepScores, MicroBatches]:
-        own = self._ahead.take((step, self._cut))
+        own = self._prefetch.take((step, self._cut))
         if step < self._source.num_steps:
-            self._ahead.begin((step + 1, self._cut))
+            self._prefetch.begin((step + 1, self._cut))
         seed = (self._config.seed, step)
         with self._policy.weights_fixed():
             parts = (self._policy, self._objective, own.batches, own.also)

@@ -79,10 +79,10 @@ class RolloutSource:
         self.supplies, self._wants, self._losses = collector.supplies, wants, losses
         self._note, self._log, self._world = note, JsonLines(log), world
         self._refills = 0 if refills is None and collector.pairs else refills
-        self._ahead: DrawnAhead | None = None
+        self._drawn_ahead: DrawnAhead | None = None
         if staleness:
             assert policy is not None and world.size == 1
-            self._ahead = DrawnAhead(plan, staleness, policy, collector.prepare, self._draw, self._score)
+            self._drawn_ahead = DrawnAhead(plan, staleness, policy, collector.prepare, self._draw, self._score)
         self._round: dict[int, list[Rewarded]] = {}  # by the step that they are trained on first
         self._made: tuple[int, GroupSet, dict[str, Sum]] | None = None
         self._made_at = 0.0
@@ -106,7 +106,7 @@ class RolloutSource:
         return step / self.plan.steps_per_epoch
 
     def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:
-        settle = self._ahead.settle if self._ahead is not None else lambda: None
+        settle = self._drawn_ahead.settle if self._drawn_ahead is not None else lambda: None
         return None if self._held_out is None else HeldOut(self._held_out, watcher, should_stop, self._losses, settle)
 
     def after(self, step: int) -> None:
@@ -121,7 +121,7 @@ class RolloutSource:
     def state(self) -> Mapping[str, Any]:
         """The groups of the round, if a step of it is still to come, and what was drawn ahead."""
         groups = self._round if self._last and self._is_within_round(self._last) else {}
-        ahead = {} if self._ahead is None else self._ahead.state()
+        ahead = {} if self._drawn_ahead is None else self._drawn_ahead.state()
         if not groups and not ahead:
             return {}
         return {
@@ -136,8 +136,8 @@ class RolloutSource:
             int(step): [Rewarded.from_json(of, prompts[of["number"]]) for of in rewarded]
             for step, rewarded in state.get("round", {}).items()
         }
-        if self._ahead is not None:
-            self._ahead.restore(state.get("ahead", {}), prompts)
+        if self._drawn_ahead is not None:
+            self._drawn_ahead.restore(state.get("ahead", {}), prompts)
 
     def rewind(self, step: int) -> None:
         """Removes the groups that a run resumed after `step` samples again from the log."""
@@ -150,8 +150,8 @@ class RolloutSource:
         return step < self.num_steps and self.plan.round(step) == self.plan.round(step + 1)
 
     def close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._drawn_ahead is not None:
+            self._drawn_ahead.close()
         self._also_close()
         self._collector.close()
         self._log.close()
@@ -161,8 +161,8 @@ class RolloutSource:
     def _make(self, step: int) -> tuple[GroupSet, dict[str, Sum]]:
         metrics: dict[str, Sum] = dict.fromkeys(self._collector.phases, (0.0, 1))
         first = self.plan.first_time(step)
-        if self._ahead is not None:
-            self._ahead.begin(step)
+        if self._drawn_ahead is not None:
+            self._drawn_ahead.begin(step)
         if first not in self._round:
             steps = [s for s in self.plan.round(step) if s <= self.num_steps]
             self._round = {
@@ -172,8 +172,8 @@ class RolloutSource:
 
     def _sampled(self, steps: Sequence[int]) -> Iterator[Drawn]:
         """What is sampled for the steps of a round."""
-        if self._ahead is not None:
-            yield from self._ahead.take(steps[0])
+        if self._drawn_ahead is not None:
+            yield from self._drawn_ahead.take(steps[0])
             return
         for step in steps:
             drawn = self._draw(step, self._collector.prepare())
