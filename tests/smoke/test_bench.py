@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import grpo, measure, step_ratio
+from benchmarks import grpo, measure, step_ratio, tokenising
 from benchmarks.cases import TOY
 from benchmarks.report import main as make_report
 from benchmarks.sides import check_side
@@ -154,6 +154,27 @@ def test_grpo_beside_trl_is_reported_by_seed(slower: float, met: str) -> None:
     *_, ours, theirs = grpo.lines(found)
     assert ours == "| strop | 0.750 (0.115 - 1.385) | 0.700, 0.800 | 0.500 | 1.500 | - | - | 50 | 0 | 25 |"
     assert f"| {1.5 * slower:.3f} | {slower:.2f} ({slower:.2f} - {slower:.2f}) | {met} |" in theirs
+
+
+def test_tokenising_beside_another_commit_is_reported() -> None:
+    """Where that commit refused most rows there is no ratio."""
+    new, old = ({"seconds": s, "rows": 300, "tokens": t} for s, t in ((2.0, 1010), (1.6, 1000)))
+    found = [{"rows": "pref_mix-chatml", "new": new, "old": old, "ratio": 1.25}]
+    found.append({"rows": "sft_toolcalls-qwen3", "new": new, "old": old | {"rows": 8}, "ratio": 40.0})
+    head, _, read, refused = tokenising.table(found, "a" * 40)
+    assert "those of aaaaaaa" in head
+    assert read == "| 300 pairs | ChatML | 2.00 | 1.25 | 1.010 |"
+    assert refused == "| 300 conversations with tool calls | qwen3 | 2.00 | 292 rows refused then | |"
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not tokenising.SHARED.is_dir(), reason="needs the rows of ../shared")
+def test_two_trees_read_rows_in_turn() -> None:
+    """This tree beside itself."""
+    (rows,) = (rows for rows in tokenising.ROWS if rows.name == "sft_toolcalls-llama3_1")
+    found = tokenising.compare((ROOT, ROOT), rows, rounds=1)
+    assert found["new"]["rows"] == found["old"]["rows"] > 200
+    assert found["new"]["tokens"] == found["old"]["tokens"] and found["ratio"] > 0
 
 
 @pytest.mark.nightly

@@ -95,6 +95,11 @@ class RowPipeline:
         self._encoder = Encoder(tokenizer, self.renderer.template, whole=self._judged)
         self._tokenizer = tokenizer
         self._made_of = (config, tokenizer, rows, stop_tokens)
+        whole = _whole(tokenizer)
+        self.may_run_away = RUNS_AWAY.search(whole) is not None
+        """Whether rows may take the tokenizer for ever, where no signal ends it."""
+        parts = (whole, str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
+        self._tokenizer_hashes = [hashlib.sha256(part.encode(errors="surrogatepass")).hexdigest() for part in parts]
 
     def __reduce__(self) -> tuple[object, ...]:
         # another process makes its own: compiled templates cannot be sent
@@ -122,15 +127,8 @@ class RowPipeline:
         with foreign_errors(partial(_unusable, tokenizer)):
             return cls(config, tokenizer, rows, stop_tokens)
 
-    @property
-    def may_run_away(self) -> bool:
-        """Whether rows may take the tokenizer for ever, where no signal ends it."""
-        return may_run_away(self._tokenizer)
-
     def identity(self) -> dict[str, Any]:
         """Everything but the rows themselves that decides what becomes of them."""
-        tokenizer = self._tokenizer
-        parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
         return {
             "rows": self._rows,
             "kept": self._keeps_rows,
@@ -138,7 +136,7 @@ class RowPipeline:
             "columns": repr(self._columns),
             "limits": repr(self.limits),
             "text": self.renderer.identity(),
-            "tokenizer": [hashlib.sha256(part.encode(errors="surrogatepass")).hexdigest() for part in parts],
+            "tokenizer": self._tokenizer_hashes,
             "code": _code(),
             "versions": [tokenizers.__version__, transformers.__version__],
         }
@@ -299,7 +297,13 @@ RUNS_AWAY = re.compile('"type":"(?:Replace|Precompiled|Prepend)"|"Regex":')
 
 def may_run_away(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer has parts that a text can keep busy for ever, or that make texts longer."""
-    return RUNS_AWAY.search(tokenizer.backend_tokenizer.to_str()) is not None
+    return RUNS_AWAY.search(_whole(tokenizer)) is not None
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of its tokenizer.json, which takes a twentieth of a second and more to be written."""
+    text: str = tokenizer.backend_tokenizer.to_str()
+    return text
 
 
 def _kinds(example: Example) -> dict[str, bool]:
