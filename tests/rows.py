@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from strop.data.read.row import RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.types import Example, Origin, RowShape
 
 HERE = Origin("rows.jsonl", 7)
@@ -31,8 +31,8 @@ def s(content: Any) -> Row:
 
 
 def read(row: Mapping[str, Any], rows: RowShape = "single", **columns: Any) -> Example:
-    """The example of a row. columns: their names, as in `Columns`."""
-    return to_example(row, HERE, rows, Columns(**columns))
+    """The example of a row. columns: their names, as in `RowColumns`."""
+    return to_example(row, HERE, rows, RowColumns(**columns))
 
 
 def refused(row: Mapping[str, Any], rows: RowShape = "single", **columns: Any) -> RowRefused:

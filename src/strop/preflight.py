@@ -17,7 +17,7 @@ from strop.config.sections import ModelSection
 from strop.data.read.files import file_kind
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import Source, choose_sources
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.errors import CheckpointError, ConfigError, StropError, first_line
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.consolidated_files import consolidated_folder
@@ -185,7 +185,7 @@ def _check_data(dataset: DatasetSection, rows: RowShape) -> None:
     sources = choose_sources(dataset, rows)
     if dataset.on_error != "error":
         return
-    columns = Columns.of(dataset)
+    columns = RowColumns.of(dataset)
     for source in (*sources.train, *([sources.eval] if sources.eval is not None else [])):
         if _is_quickly_read(source):
             for row in islice(source.read(), ROWS):
@@ -197,7 +197,7 @@ def _is_quickly_read(source: Source) -> bool:
     return path.isfile(name) and (file_kind(name) in (".jsonl", ".csv", ".txt") or path.getsize(name) < LARGE)
 
 
-def _check_row(row: Row, rows: RowShape, columns: Columns) -> None:
+def _check_row(row: Row, rows: RowShape, columns: RowColumns) -> None:
     if row.refusal is not None:
         raise row.refusal.at(row.origin)
     if row.data is None or {"input_ids", "completion_ids"} & row.data.keys():

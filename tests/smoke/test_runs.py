@@ -30,7 +30,7 @@ from strop import cli
 from strop.engine import loop
 from strop.engine.outputs import RunOutputs
 from strop.engine.recipe import recipe_of
-from strop.engine.validation import Evaluation
+from strop.engine.validation import Validation
 from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, StropError, TrainingError
 from strop.policy.policy import Policy
 from strop.rundir import RunDir
@@ -105,16 +105,16 @@ def test_the_margins_of_every_step(runs: Any) -> None:
 
 
 def test_an_evaluation_that_is_not_finite_is_not_the_best(runs: Any, watched: pytest.MonkeyPatch) -> None:
-    scores, num = Evaluation.scores, 0
+    scores, num = Validation.scores, 0
 
-    def broken_once(self: Evaluation, where: str) -> Any:
+    def broken_once(self: Validation, where: str) -> Any:
         nonlocal num
         num += 1
         found = scores(self, where)
         assert found is not None
         return replace(found, terms={t: x * (math.nan if num == 2 else 1) for t, x in found.terms.items()})
 
-    watched.setattr(Evaluation, "scores", broken_once)
+    watched.setattr(Validation, "scores", broken_once)
     run = runs(load_best_model_at_end=True, eval_steps=1, max_steps=3)
     assert run.series("loss", "eval")[1] is None
     assert run.checkpoints == [2, 3]

@@ -19,7 +19,7 @@ from strop.columns import Unit, groups
 from strop.config import RunConfig, load_config, resolve
 from strop.config.methods import MethodSettings
 from strop.data.read.row import RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.text.show import show_group
 from strop.engine.step import forward_backward
 from strop.estimate import estimate, fitted, planned_precision
@@ -114,7 +114,7 @@ def test_the_file_comes_back_whole(prepared: Prepared) -> None:
 )
 def test_what_is_no_group_is_refused(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowRefused) as refused:
-        to_example(row, Origin("rows", 1), "group", Columns())
+        to_example(row, Origin("rows", 1), "group", RowColumns())
     assert refused.value.reason == reason
 
 
@@ -123,7 +123,7 @@ def test_texts_messages_and_json_are_one() -> None:
     turns = [[{"role": "assistant", "content": words}] for words in ("x", "x")]
     prompt = [{"role": "user", "content": "q"}]
     found = [
-        to_example({"prompt": prompt, "completions": completions}, Origin("rows", 1), "group", Columns())
+        to_example({"prompt": prompt, "completions": completions}, Origin("rows", 1), "group", RowColumns())
         for completions in (["x", "x"], turns, json.dumps(turns))
     ]
     assert found[0] == found[1] == found[2] and len(found[0].completions) == 2

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from strop import cli
 from strop.data.read.row import RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.terminal import escaped, log_to_terminal, session
 from strop.types import Origin
 
@@ -83,7 +83,7 @@ def test_complaints_that_quote_a_row_are_escaped(
         def read(arguments: list[str], row: dict[str, Any] = row) -> int:
             origin = Origin(f"{NASTY}.jsonl", 1)
             with pytest.raises(RowRefused) as refusal:
-                to_example(row, origin, "single", Columns())
+                to_example(row, origin, "single", RowColumns())
             raise refusal.value.at(origin)
 
         monkeypatch.setattr("strop.cli.train.run", read)

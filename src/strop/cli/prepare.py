@@ -71,7 +71,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> list[str]:
     """Writes the files. Returns what became of the rows, in words."""
-    from strop.data.shapes.examples import Columns
+    from strop.data.shapes.examples import RowColumns
     from strop.data.split_files import write_example_files, write_split_files
 
     method, folder = options.example or options.method, Path(options.output_dir)
@@ -80,7 +80,7 @@ def _prepare(options: argparse.Namespace) -> list[str]:
         result = write_example_files(method, folder, **share)
     else:
         named = {name: getattr(options, f"{name}_column") for name in COLUMNS}
-        columns = Columns(**named, drops_trailing=options.on_trailing_user == "drop")
+        columns = RowColumns(**named, drops_trailing=options.on_trailing_user == "drop")
         rows = METHODS[method].ROWS
         result = write_split_files(options.input, folder, rows, val_inputs=options.val_input, columns=columns, **share)
     return [*result.lines(), f"train on it with: dataset.splits_dir: {folder} and post_training.method: {method}"]

@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from strop.data.read.files import jsonl_rows, read_jsonl
 from strop.data.read.row import Row, RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.errors import DataError
 from strop.types import Turns
 
@@ -34,7 +34,7 @@ def load_preference_jsonl(path_or_file: str | Path | IO[bytes] | IO[str]) -> dat
             raise row.refusal.at(row.origin)
         if row.data is not None:
             try:
-                examples.append(to_example(row.data, row.origin, "pair", Columns()))
+                examples.append(to_example(row.data, row.origin, "pair", RowColumns()))
             except RowRefused as refusal:
                 raise refusal.at(row.origin) from refusal
     if not examples:

@@ -23,7 +23,7 @@ from strop.config.methods import METHODS
 from strop.data.data_report import length_summary
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import SPLIT_FILES, file_source
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.split import held_out
 from strop.data.text.token_rows import is_tokenised, is_tokenised_group
 from strop.durable import published
@@ -104,7 +104,7 @@ def write_split_files(
     val_inputs: Sequence[str] = (),
     val_fraction: float = 0.1,
     seed: int = 42,
-    columns: Columns | None = None,
+    columns: RowColumns | None = None,
     keep_duplicates: bool = False,
 ) -> SplitStatistics:
     """Writes the split files of `inputs` (and of `val_inputs`, whose rows all become validation rows).
@@ -115,14 +115,14 @@ def write_split_files(
     sources, val_sources = ([file_source(name) for name in names] for names in (inputs, val_inputs))
     read = (row for source in sources for row in source.read())
     given = (row for source in val_sources for row in source.read()) if val_inputs else None
-    how = _How(rows, columns or Columns(), val_fraction, seed, keep_duplicates)
+    how = _How(rows, columns or RowColumns(), val_fraction, seed, keep_duplicates)
     return _publish(output_dir, read, given, how, ", ".join(inputs))
 
 
 @dataclass(frozen=True)
 class _How:
     rows: RowShape
-    columns: Columns
+    columns: RowColumns
     val_fraction: float
     seed: int
     keeps_duplicates: bool
@@ -189,7 +189,7 @@ def write_example_files(
     rows = METHODS[method].ROWS
     name, example = f"example.{method}.jsonl", EXAMPLES[rows]
     read = (Row(Origin(name, line), data) for line, data in enumerate(example, start=1))
-    how = _How(rows, Columns(), val_fraction, seed, keep_duplicates)
+    how = _How(rows, RowColumns(), val_fraction, seed, keep_duplicates)
     return _publish(output_dir, read, None, how, name, (name, example))
 
 

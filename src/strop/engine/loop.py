@@ -41,7 +41,7 @@ from strop.engine.step import StepNumbers, StepScores, check_columns, suspect_ro
 from strop.engine.step_records import StepRecord, Sum, WeightsDigest
 from strop.engine.step_source import Cut, StepSource
 from strop.engine.train_state import TrainState
-from strop.engine.validation import Evaluation
+from strop.engine.validation import Validation
 from strop.errors import Interrupted, TrainingError
 from strop.objectives.base import Objective
 from strop.policy.policy import Policy
@@ -139,7 +139,7 @@ class Loop:
         self.evaluation: Evaluator | None = source.evaluator(outputs, self.should_stop)
         if source.validation is not None:
             parts = (config, policy, objective, source.validation, cuts.evaluation, outputs, world)
-            self.evaluation = Evaluation(*parts, self.should_stop)
+            self.evaluation = Validation(*parts, self.should_stop)
         self._stop_asked = should_stop
         self._mark = (0.0, 0)  # seconds and tokens at the last log line
         self._stood_still = self._looked_for_gradients = False

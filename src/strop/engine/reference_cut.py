@@ -59,7 +59,7 @@ class Wanted:
         )
 
 
-class MicroBatches:
+class ReferenceCut:
     """The wanted completions, cut into micro-batches. Equal completions of equal prompts are scored once, where the
     first of them stands.
 
@@ -74,7 +74,7 @@ class MicroBatches:
         self._run_of[by_key] = np.repeat(np.arange(len(key_starts) - 1), np.diff(key_starts))
 
     @classmethod
-    def of(cls, wanted: Wanted, cut_into: CutInto) -> MicroBatches:
+    def of(cls, wanted: Wanted, cut_into: CutInto) -> ReferenceCut:
         low, high = wanted.keys[:, 0], wanted.keys[:, 1]
         by_key = np.lexsort((high, low))  # stable: among equal keys, the first completion comes first
         changes = (low[by_key][1:] != low[by_key][:-1]) | (high[by_key][1:] != high[by_key][:-1])

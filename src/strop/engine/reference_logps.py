@@ -27,7 +27,7 @@ from torch import Tensor
 from strop.columns import Columns
 from strop.disk import unusable
 from strop.engine.progress import Progress
-from strop.engine.reference_cut import CutInto, Ints, MicroBatches, Wanted
+from strop.engine.reference_cut import CutInto, Ints, ReferenceCut, Wanted
 from strop.engine.step import ALONE
 from strop.engine.step_source import Cut, GroupSet, Part
 from strop.plan.cutting import cut
@@ -179,7 +179,7 @@ def reference_logps_of(
         ConfigError: the store has to be written and cannot be.
     """
     wanted = Wanted.of(groups, numbers)
-    parts = MicroBatches.of(wanted, cut_into)
+    parts = ReferenceCut.of(wanted, cut_into)
     dtype = np.dtype(np.float64 if reference.precision.master == torch.float64 else np.float32)
     results = ReferenceLogps(wanted.numbers, wanted.token_starts[wanted.starts], dtype, folder)
     done = np.zeros(len(parts), bool)
@@ -209,7 +209,7 @@ def reference_logps_of(
     return results
 
 
-def _share(parts: MicroBatches, results: ReferenceLogps, done: NDArray[np.bool_], world: World) -> NDArray[np.bool_]:
+def _share(parts: ReferenceCut, results: ReferenceLogps, done: NDArray[np.bool_], world: World) -> NDArray[np.bool_]:
     """Gives the log-probs that rank 0 has to all processes. Returns which micro-batches are done then, for all.
 
     done: which micro-batches this process has.
@@ -225,7 +225,7 @@ def _share(parts: MicroBatches, results: ReferenceLogps, done: NDArray[np.bool_]
     return done
 
 
-def _values(results: ReferenceLogps, parts: MicroBatches, numbers: Iterable[int]) -> list[NDArray[Any]]:
+def _values(results: ReferenceLogps, parts: ReferenceCut, numbers: Iterable[int]) -> list[NDArray[Any]]:
     """The log-probs of the micro-batches with these numbers."""
     return [results.joined(parts.spans(n)) for n in numbers]
 
@@ -234,7 +234,7 @@ def _read(
     reference: Policy,
     store: ReferenceStore,
     groups: Sequence[Group],
-    parts: MicroBatches,
+    parts: ReferenceCut,
     results: ReferenceLogps,
     done: NDArray[np.bool_],
 ) -> None:

@@ -1,6 +1,6 @@
 """Loss and metrics on the validation groups: one evaluation counts as one step. Floor 3.
 
-An `Evaluator` measures the policy between two steps. `Evaluation` scores groups that are there; a step source may bring
+An `Evaluator` measures the policy between two steps. `Validation` scores groups that are there; a step source may bring
 another one (`StepSource.evaluator`).
 """
 
@@ -60,7 +60,7 @@ class _StoppedError(Exception):
     """A signal stopped an evaluation before its end."""
 
 
-class Evaluation:
+class Validation:
     """Evaluates a policy on one set of groups, repeatedly.
 
     Args:
@@ -87,7 +87,7 @@ class Evaluation:
         self.row_losses: NDArray[np.float64] | None = None
 
     def line(self, where: str) -> Mapping[str, Any] | None:
-        """Loss, terms and metrics over all groups, as `Evaluator.line`."""
+        """Loss, terms and metrics over all groups, as `Validation.line`."""
         started = time.perf_counter()
         result = self.scores(where)
         if result is None:

@@ -26,7 +26,7 @@ from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
 from strop.export.params_json import layout_of, params_of
 from strop.export.pth import write_pth
-from strop.export.shards import SINGLE, Shard, read_header, write_index
+from strop.export.shards import SINGLE, SafetensorsFile, read_header, write_index
 from strop.manifest import seal
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.consolidated_files import FIRST, PARAMS
@@ -74,11 +74,11 @@ def to_consolidated(source: str, target: Path) -> None:
 
 
 def _as_consolidated(
-    shards: Sequence[Shard], specs: Mapping[str, Spec], layout: Layout
+    shards: Sequence[SafetensorsFile], specs: Mapping[str, Spec], layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors in the order of `specs`: that of the shards, and at the end the head of a tied model."""
     written: set[str] = set()
-    embedding: tuple[Shard, str] | None = None
+    embedding: tuple[SafetensorsFile, str] | None = None
     for shard in shards:
         for name, tensor in shard.tensors([name for name in shard.specs if not name.endswith(DERIVED)]):
             theirs = layout.consolidated_name(name)

@@ -38,7 +38,15 @@ from strop.export.proof import (
     move_weights,
     refuse,
 )
-from strop.export.shards import Shard, memory_dtype, num_weights, quantised_part, read_header, rewrite, write_index
+from strop.export.shards import (
+    SafetensorsFile,
+    memory_dtype,
+    num_weights,
+    quantised_part,
+    read_header,
+    rewrite,
+    write_index,
+)
 from strop.manifest import seal
 from strop.policy.model.adapter_base import adapter_of, is_of_reward_model
 from strop.policy.model.adapter_targets import head_names
@@ -126,7 +134,7 @@ def merge(
     return found
 
 
-def _bytes(shards: Sequence[Shard], usual: torch.dtype, kept: bool, config: PreTrainedConfig) -> int:
+def _bytes(shards: Sequence[SafetensorsFile], usual: torch.dtype, kept: bool, config: PreTrainedConfig) -> int:
     """Of all weights of the merged model, at most. usual: dtype of its files; kept: what is not quantised stays in its
     own. A head that is the embedding may get weights of its own."""
     specs, total = {name: spec for shard in shards for name, spec in shard.specs.items()}, 0
@@ -139,7 +147,9 @@ def _bytes(shards: Sequence[Shard], usual: torch.dtype, kept: bool, config: PreT
     return total
 
 
-def _merged(model: ModelSection, files: ModelFiles, shards: Sequence[Shard], folder: Path, where: str) -> Merged:
+def _merged(
+    model: ModelSection, files: ModelFiles, shards: Sequence[SafetensorsFile], folder: Path, where: str
+) -> Merged:
     """Load the adapter's model, note what it answers, and merge it in memory. folder: has the tokenizer, and gets the
     configuration."""
     assert model.adapter is not None
@@ -195,7 +205,9 @@ def _asked(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
         return encode(tokenizer, PROMPTS, rows)
 
 
-def _write(made: Merged, shards: Sequence[Shard], folder: Path, dtype: torch.dtype | None, usual: torch.dtype) -> None:
+def _write(
+    made: Merged, shards: Sequence[SafetensorsFile], folder: Path, dtype: torch.dtype | None, usual: torch.dtype
+) -> None:
     """The base's files with merged weights in them, and the configuration that belongs to them. usual: dtype of what
     was quantised, where `dtype` says nothing."""
     config, judges = made.loaded.config, is_reward_model(made.loaded.module)

@@ -26,7 +26,7 @@ INDEX, SINGLE = SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class SafetensorsFile:
     """A safetensors file by its header: its tensors in the order in which they lie in it."""
 
     path: Path
@@ -47,7 +47,7 @@ class Shard:
             raise _damaged(self.path, error) from error
 
 
-def read_header(path: Path) -> Shard:
+def read_header(path: Path) -> SafetensorsFile:
     """A file's tensors, of which none is read.
 
     Raises:
@@ -64,10 +64,10 @@ def read_header(path: Path) -> Shard:
         if dtype not in DTYPES:
             raise ModelError(f"{path.name}: {name} is of the dtype {dtype}, which is not known here", where=str(path))
     specs = {name: Spec(shape, DTYPES[dtype]) for name, (shape, dtype) in stored.items()}
-    return _of_torchao(Shard(path, specs, metadata))
+    return _of_torchao(SafetensorsFile(path, specs, metadata))
 
 
-def _of_torchao(shard: Shard) -> Shard:
+def _of_torchao(shard: SafetensorsFile) -> SafetensorsFile:
     """A shard whose weights torchao quantised: x._weight_qdata stands for x.weight, and the scales beside it are left
     out. Such a weight can be replaced, not read."""
     bytes_of = {name.removesuffix(BYTES_OF_TORCHAO) for name in shard.specs if name.endswith(BYTES_OF_TORCHAO)}
@@ -80,10 +80,10 @@ def _of_torchao(shard: Shard) -> Shard:
         if name.endswith(BYTES_OF_TORCHAO) or not (layer in bytes_of and part.startswith("_weight_"))
     }
     # what the metadata says of each tensor is true of this file alone
-    return Shard(shard.path, specs, {key: value for key, value in shard.metadata.items() if key == "format"})
+    return SafetensorsFile(shard.path, specs, {key: value for key, value in shard.metadata.items() if key == "format"})
 
 
-def memory_dtype(shards: Sequence[Shard], stored: torch.dtype) -> torch.dtype:
+def memory_dtype(shards: Sequence[SafetensorsFile], stored: torch.dtype) -> torch.dtype:
     """What a model is held in, on a CPU: float32, unless the memory of this computer is too small for it.
 
     Args:
@@ -102,7 +102,7 @@ def _damaged(path: Path, error: Exception) -> ModelError:
     )
 
 
-def num_weights(shards: Sequence[Shard]) -> dict[str, int]:
+def num_weights(shards: Sequence[SafetensorsFile]) -> dict[str, int]:
     """Of each tensor of a model, by name, however they are stored; scales of quantised weights are none."""
     specs = {name: spec for shard in shards for name, spec in shard.specs.items()}
     return {
@@ -122,7 +122,7 @@ def quantised_part(name: str, names: Container[str]) -> bool:
 
 
 def rewrite(
-    shard: Shard,
+    shard: SafetensorsFile,
     target: Path,
     replaced: Mapping[str, Tensor],
     added: Mapping[str, Tensor],

@@ -11,7 +11,7 @@ from typing import Any
 from strop.config.yamlfile import KeyPath
 from strop.importers import axolotl_data, transformers_trainer, trl, trl_groups
 from strop.importers.key_answers import (
-    Answer,
+    KeyAnswer,
     Rules,
     View,
     absent,
@@ -105,7 +105,7 @@ def _grpo(view: View) -> Iterator[tuple[str, Any]]:
     for name in ("num_generations", "max_completion_length", "epsilon", "loss_type"):
         if name not in values:
             answer = trl.RULES[name](inner.get(name), inner)
-            yield from answer.values.items() if isinstance(answer, Answer) else ()
+            yield from answer.values.items() if isinstance(answer, KeyAnswer) else ()
 
 
 def notes(view: View) -> Iterator[str]:
@@ -127,53 +127,53 @@ def notes(view: View) -> Iterator[str]:
 # ---- rules
 
 
-def _adapter(value: Any, view: View) -> Answer:
+def _adapter(value: Any, view: View) -> KeyAnswer:
     if value not in ("lora", "qlora"):
         raise refused("adapter", value, "adapter", "lora, qlora or nothing", "add --lora.enabled true or false")
     return translated({"lora.enabled": True})
 
 
-def _rl(value: Any, view: View) -> Answer:
+def _rl(value: Any, view: View) -> KeyAnswer:
     if value == "ipo" and view.method == "dpo":
         return translated({"post_training.loss_type": "ipo"}, "dpo with the loss ipo, per token as TRL has it")
     return idle(f"it is method {view.method}")
 
 
-def _beta(value: Any, view: View) -> Answer:
+def _beta(value: Any, view: View) -> KeyAnswer:
     return trl.RULES["beta"](value, view)  # type: ignore[return-value]
 
 
-def _length(value: Any, view: View) -> Answer:
+def _length(value: Any, view: View) -> KeyAnswer:
     return idle("the trl block says it") if view.method == "grpo" else carried("training.max_seq_length", value)
 
 
-def _excess(value: Any, view: View) -> Answer:
+def _excess(value: Any, view: View) -> KeyAnswer:
     if view.method == "grpo":
         return idle("rows are prompts")
     return translated({"dataset.filter_overlength_samples": value != "truncate"})
 
 
-def _target_linear(value: Any, view: View) -> Answer:
+def _target_linear(value: Any, view: View) -> KeyAnswer:
     return translated({"lora.target_modules": "all-linear"}) if is_on(value) else idle("lora_target_modules names them")
 
 
-def _block(value: Any, view: View) -> Mapping[KeyPath, Answer]:
+def _block(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     """`trl:`, settings of TRL's GRPOConfig."""
     values = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
     inner = View("trl", values, trl.defaults(view.method, values, ""), view.method, view.folder)
-    found: dict[KeyPath, Answer] = {}
+    found: dict[KeyPath, KeyAnswer] = {}
     for name, item in values.items():
         answer = trl.RULES[name](item, inner) if name in trl.RULES else None
-        if isinstance(answer, Answer):
+        if isinstance(answer, KeyAnswer):
             found[name,] = answer
     return found
 
 
-def _warmup_ratio(value: Any, view: View) -> Answer:
+def _warmup_ratio(value: Any, view: View) -> KeyAnswer:
     return transformers_trainer.RULES["warmup_ratio"](value, view)  # type: ignore[return-value]
 
 
-def _evaluations(value: Any, view: View) -> Answer:
+def _evaluations(value: Any, view: View) -> KeyAnswer:
     return carried("training.eval_steps", value)
 
 
@@ -183,7 +183,7 @@ def _trackers(view: View) -> list[str]:
     return names if "wandb" in names or not view.get("wandb_project") else [*names, "wandb"]
 
 
-def _tracker(value: Any, view: View) -> Answer:
+def _tracker(value: Any, view: View) -> KeyAnswer:
     return translated({"logging.report_to": _trackers(view)}) if is_on(value) else idle("it is off")
 
 

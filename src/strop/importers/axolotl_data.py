@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers.key_answers import Answer, View, idle, left, translated
+from strop.importers.key_answers import KeyAnswer, View, idle, left, translated
 
 TEMPLATES: Mapping[str, str] = {
     "llama3": "llama3_instruct",
@@ -46,7 +46,7 @@ TURNS_OF_PAIRS = (
 READ_TYPES = ("alpaca", "chat_template", "sharegpt", "completion", "input_output", "pretrain", "chat_template.default")
 
 
-def template(value: Any, view: View) -> Answer:
+def template(value: Any, view: View) -> KeyAnswer:
     if value == "tokenizer_default" or str(value).startswith("tokenizer_default"):
         return idle("the tokenizer's own is the default")
     if str(value) in TEMPLATES:
@@ -54,9 +54,9 @@ def template(value: Any, view: View) -> Answer:
     return left("the model's own chat template is taken; name another in dataset.template (docs/templates.md)")
 
 
-def datasets(value: Any, view: View) -> Mapping[KeyPath, Answer]:
+def datasets(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     """`datasets:`, a list of mappings with path, type, split, name, data_files and names of fields."""
-    found: dict[KeyPath, Answer] = {}
+    found: dict[KeyPath, KeyAnswer] = {}
     sources: list[dict[str, Any]] = []
     for i, item in enumerate(value if isinstance(value, list) else []):
         if isinstance(item, Mapping):
@@ -70,7 +70,7 @@ def datasets(value: Any, view: View) -> Mapping[KeyPath, Answer]:
     return found
 
 
-def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, Answer], view: View) -> dict[str, Any]:
+def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, KeyAnswer], view: View) -> dict[str, Any]:
     """One of the sources; answers its keys."""
     source: dict[str, Any] = {}
     files = item.get("data_files")
@@ -103,7 +103,7 @@ def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, Answer], view:
     return source
 
 
-def _type(told: Any, item: Mapping[str, Any], view: View) -> Answer:
+def _type(told: Any, item: Mapping[str, Any], view: View) -> KeyAnswer:
     if str(told).startswith("chat_template") and view.method in PAIRS and item.get("field_messages") is None:
         return left(f"there the turns of the prompt are in the column messages; {TURNS_OF_PAIRS}")
     if told in READ_TYPES or told is None:
@@ -111,7 +111,7 @@ def _type(told: Any, item: Mapping[str, Any], view: View) -> Answer:
     return left("strop reads rows by the names of their columns (docs/data.md); rename those that it does not find")
 
 
-def _field(key: str, told: Any, view: View) -> Answer:
+def _field(key: str, told: Any, view: View) -> KeyAnswer:
     if key == "field_messages" and view.method in PAIRS and told not in ("conversations", None):
         return left(TURNS_OF_PAIRS)
     if told in (NATIVE[key], "conversations", None):
@@ -121,14 +121,14 @@ def _field(key: str, told: Any, view: View) -> Answer:
     return left(f"strop reads {NATIVE[key]}: rename the column (docs/data.md)")
 
 
-def test_datasets(value: Any, view: View) -> Mapping[KeyPath, Answer]:
+def test_datasets(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     items = value if isinstance(value, list) else []
     if len(items) == 1 and isinstance(items[0], Mapping):
         files = items[0].get("data_files")
         file = files[0] if isinstance(files, list) and len(files) == 1 else files or items[0].get("path")
         key = "data_files" if files else "path"
         if isinstance(file, str) and Path(file).suffix in FILES:
-            found: dict[KeyPath, Answer] = {(0, str(name)): idle("as for datasets") for name in items[0]}
+            found: dict[KeyPath, KeyAnswer] = {(0, str(name)): idle("as for datasets") for name in items[0]}
             found[0, key] = translated({"dataset.val_file": file})
             return found
     return {}

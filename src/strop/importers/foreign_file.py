@@ -18,7 +18,7 @@ from strop.importers.python_calls import calls
 
 
 @dataclass(frozen=True)
-class Source:
+class ForeignFile:
     """A file that was read. groups: whether the names at the top are those of calls, each with its arguments."""
 
     path: Path
@@ -28,7 +28,7 @@ class Source:
     """The packages that a Python file imports."""
 
 
-def read(path: Path) -> Source:
+def read(path: Path) -> ForeignFile:
     """Reads a YAML, JSON or Python file.
 
     Raises:
@@ -39,10 +39,10 @@ def read(path: Path) -> Source:
         path.suffix.lower() not in (".yaml", ".yml", ".json") and _looks_like_call(text)
     ):
         found, imported = calls(text, str(path))
-        return Source(path, found, True, imported)
+        return ForeignFile(path, found, True, imported)
     if path.suffix.lower() == ".json":
-        return Source(path, _json(text, str(path)), False)
-    return Source(path, parse(text.encode(), str(path)).data, False)
+        return ForeignFile(path, _json(text, str(path)), False)
+    return ForeignFile(path, parse(text.encode(), str(path)).data, False)
 
 
 def _text(path: Path) -> str:

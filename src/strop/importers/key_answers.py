@@ -1,6 +1,6 @@
 """What becomes of a key of another tool, and the ways in which most keys are answered. Floor 2, no torch.
 
-In: a value, and a view of the whole file. Out: an `Answer`: the keys of strop that it sets, and what is said about it.
+In: a value, and a view of the whole file. Out: a `KeyAnswer`: the keys of strop that it sets, and what is said of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Fate(StrEnum):
 
 
 @dataclass(frozen=True)
-class Answer:
+class KeyAnswer:
     """What becomes of one key. values: dotted keys of strop, and what they are set to. why: said to the reader."""
 
     fate: Fate
@@ -86,32 +86,32 @@ class View:
         return str(self.get("eval_strategy", self.get("evaluation_strategy", "no"))).lower() not in ("no", "false")
 
 
-Rule = Callable[[Any, View], "Answer | Mapping[KeyPath, Answer]"]
+Rule = Callable[[Any, View], "KeyAnswer | Mapping[KeyPath, KeyAnswer]"]
 """Answers a key; a key with keys below it may be answered one by one, by their paths below it."""
 Rules = Mapping[str, Rule]
 
 
-def carried(key: str, value: Any) -> Answer:
+def carried(key: str, value: Any) -> KeyAnswer:
     """The same value, if strop's key takes it."""
     return _set(Fate.CARRIED, {key: value})
 
 
-def translated(values: Mapping[str, Any], why: str = "") -> Answer:
+def translated(values: Mapping[str, Any], why: str = "") -> KeyAnswer:
     """Other values, if strop's keys take them."""
     return _set(Fate.TRANSLATED, values, why)
 
 
-def left(why: str) -> Answer:
+def left(why: str) -> KeyAnswer:
     """Not carried over. why: what differs without it."""
-    return Answer(Fate.LEFT, {}, why)
+    return KeyAnswer(Fate.LEFT, {}, why)
 
 
-def idle(why: str) -> Answer:
+def idle(why: str) -> KeyAnswer:
     """Nothing to set: strop does so anyway, or it changes no result."""
-    return Answer(Fate.TRANSLATED, {}, why)
+    return KeyAnswer(Fate.TRANSLATED, {}, why)
 
 
-def _set(fate: Fate, values: Mapping[str, Any], why: str = "") -> Answer:
+def _set(fate: Fate, values: Mapping[str, Any], why: str = "") -> KeyAnswer:
     fitted = {}
     for key, value in values.items():
         if isinstance(value, Code):
@@ -121,7 +121,7 @@ def _set(fate: Fate, values: Mapping[str, Any], why: str = "") -> Answer:
             fitted[key] = coerced(key, value)
         except ValueError as error:
             return left(f"{key} of strop takes {error}")
-    return Answer(fate, fitted, why)
+    return KeyAnswer(fate, fitted, why)
 
 
 # ---- rules
@@ -140,7 +140,7 @@ def straight(names: str) -> Rules:
 def of_4_bits(name: str) -> Rule:
     """The rule of a setting of bitsandbytes that is read with 4 bits alone."""
 
-    def rule(value: Any, view: View) -> Answer:
+    def rule(value: Any, view: View) -> KeyAnswer:
         four = is_on(view.get("load_in_4bit")) or whole(view.get("quantization_bit")) == 4
         return carried(key_of(name), value) if four else idle("the base is not in 4 bits")
 
@@ -150,7 +150,7 @@ def of_4_bits(name: str) -> Rule:
 def of_methods(name: str, *methods: str) -> Rule:
     """The rule of a setting of `post_training` that the tool reads for these methods alone."""
 
-    def rule(value: Any, view: View) -> Answer:
+    def rule(value: Any, view: View) -> KeyAnswer:
         if view.method in methods:
             return carried(f"post_training.{name}", value)
         return idle(f"method {view.method} does not read it")
@@ -165,7 +165,7 @@ def simpo_gamma(beta_name: str) -> Rule:
         beta_name: what the tool calls beta.
     """
 
-    def rule(value: Any, view: View) -> Answer:
+    def rule(value: Any, view: View) -> KeyAnswer:
         beta, gamma = real(view.get(beta_name)), real(value)
         if view.method != "simpo" or not beta or gamma is None:
             return idle(f"method {view.method} does not read it")
@@ -174,12 +174,12 @@ def simpo_gamma(beta_name: str) -> Rule:
     return rule
 
 
-def packing(value: Any, view: View) -> Answer:
+def packing(value: Any, view: View) -> KeyAnswer:
     """The rule of a switch for packing, which strop has for sft."""
     return carried("training.packing", value) if view.method == "sft" else idle("pairs share their prompts unpadded")
 
 
-def validation_size(value: Any, view: View) -> Answer:
+def validation_size(value: Any, view: View) -> KeyAnswer:
     """The rule of what is held out: a share of the rows, or from 1 on a number of them."""
     size = real(value)
     if size is not None and size >= 1:
@@ -190,7 +190,7 @@ def validation_size(value: Any, view: View) -> Answer:
 def chosen(key: str, choices: Mapping[Any, Any], otherwise: str) -> Rule:
     """The rule of a name whose values have other names. otherwise: said where there is no such value."""
 
-    def rule(value: Any, _: View) -> Answer:
+    def rule(value: Any, _: View) -> KeyAnswer:
         text = value.lower() if isinstance(value, str) else value
         if isinstance(text, list | dict) or text not in choices:
             return left(otherwise)
@@ -209,7 +209,7 @@ def only(wanted: Iterable[Any], why: str, otherwise: str) -> Rule:
     """The rule of a name for which strop has no key: for the wanted values it does so anyway."""
     accepted = list(wanted)
 
-    def rule(value: Any, _: View) -> Answer:
+    def rule(value: Any, _: View) -> KeyAnswer:
         text = value.lower() if isinstance(value, str) else value
         return (
             idle(why)
@@ -233,7 +233,7 @@ def absent(names: str, otherwise: str) -> Rules:
 def listed(key: str, names: Mapping[str, Any] | None = None) -> Rule:
     """The rule of a list of names, given as a list or as `a,b,c`; a name in `names` stands for the whole value."""
 
-    def rule(value: Any, _: View) -> Answer:
+    def rule(value: Any, _: View) -> KeyAnswer:
         words = [w.strip() for w in value.split(",") if w.strip()] if isinstance(value, str) else value
         if isinstance(words, list) and len(words) == 1 and str(words[0]) in (names or {}):
             return translated({key: (names or {})[str(words[0])]})

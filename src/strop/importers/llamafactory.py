@@ -14,7 +14,7 @@ from strop.config.yamlfile import MAX_BYTES
 from strop.errors import ConfigError
 from strop.importers import transformers_trainer
 from strop.importers.key_answers import (
-    Answer,
+    KeyAnswer,
     Rules,
     View,
     absent,
@@ -125,23 +125,23 @@ def notes(view: View) -> Iterator[str]:
 # ---- rules
 
 
-def _stage(value: Any, view: View) -> Answer:
+def _stage(value: Any, view: View) -> KeyAnswer:
     return idle(f"it is method {view.method}")
 
 
-def _finetuning(value: Any, view: View) -> Answer:
+def _finetuning(value: Any, view: View) -> KeyAnswer:
     if value not in ("lora", "full"):
         raise refused("finetuning_type", value, "finetuning_type", "lora or full", "add --lora.enabled true or false")
     return translated({"lora.enabled": value == "lora"})
 
 
-def _beta(value: Any, view: View) -> Answer:
+def _beta(value: Any, view: View) -> KeyAnswer:
     if view.method not in ("dpo", "ipo", "kto", "orpo", "cpo", "simpo"):
         return idle(f"method {view.method} has no beta of preferences")
     return translated({"post_training.simpo_beta" if view.method == "simpo" else "post_training.beta": value})
 
 
-def _loss(value: Any, view: View) -> Answer:
+def _loss(value: Any, view: View) -> KeyAnswer:
     if view.method in ("orpo", "simpo"):
         return idle(f"it is method {view.method}")
     if view.method != "dpo":
@@ -151,7 +151,7 @@ def _loss(value: Any, view: View) -> Answer:
     return carried("post_training.loss_type", value)
 
 
-def _template(value: Any, view: View) -> Answer:
+def _template(value: Any, view: View) -> KeyAnswer:
     if str(value) in TEMPLATES:
         return translated({"dataset.template": TEMPLATES[str(value)]})
     if value in ("default", "empty"):
@@ -159,12 +159,12 @@ def _template(value: Any, view: View) -> Answer:
     return left("the model's own chat template is taken; name another in dataset.template (docs/templates.md)")
 
 
-def _bits(value: Any, view: View) -> Answer:
+def _bits(value: Any, view: View) -> KeyAnswer:
     bits = whole(value)
     return translated({"models.0.quant": f"{bits}bit"}) if bits in (4, 8) else left("strop quantises to 4 or 8 bits")
 
 
-def _adapters(value: Any, view: View) -> Answer:
+def _adapters(value: Any, view: View) -> KeyAnswer:
     names = [n.strip() for n in str(value).split(",")]
     return (
         carried("models.0.adapter", names[0])
@@ -173,7 +173,7 @@ def _adapters(value: Any, view: View) -> Answer:
     )
 
 
-def _pissa(value: Any, view: View) -> Answer:
+def _pissa(value: Any, view: View) -> KeyAnswer:
     rounds = whole(view.get("pissa_iter", 16)) or 16
     name = "pissa" if rounds < 0 else f"pissa_niter_{rounds}"
     return translated({"lora.init_lora_weights": name}) if is_on(value) else idle("adapters begin as plain LoRA does")
@@ -186,12 +186,12 @@ def _names(value: Any) -> list[str]:
     return [name.strip() for name in str(value).split(",") if name.strip()]
 
 
-def _dataset(value: Any, view: View) -> Answer:
+def _dataset(value: Any, view: View) -> KeyAnswer:
     values, why = _sources(_names(value), view)
     return translated(values, why) if values else left(why)
 
 
-def _eval_dataset(value: Any, view: View) -> Answer:
+def _eval_dataset(value: Any, view: View) -> KeyAnswer:
     values, why = _sources(_names(value), view)
     file = values.get("dataset.train_file")
     if file is None:

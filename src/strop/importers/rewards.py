@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strop.importers.key_answers import Answer, Code, Fate, View, idle, left, real, translated
+from strop.importers.key_answers import Code, Fate, KeyAnswer, View, idle, left, real, translated
 
 SHIPPED: Mapping[str, Mapping[str, Any]] = {
     "think_format_reward": {"name": "format", "settings": {"pattern": r"<think>(?!.*<think>).*?</think>.*"}},
@@ -14,7 +14,7 @@ SHIPPED: Mapping[str, Mapping[str, Any]] = {
 """Rewards of TRL that strop has under other names, with the settings of `trl grpo`."""
 
 
-def reward_functions(value: Any, view: View) -> Answer:
+def reward_functions(value: Any, view: View) -> KeyAnswer:
     """`reward_funcs`: names of TRL's own, dotted import paths, hub ids of reward models, or functions of a script."""
     names = value.parts() if isinstance(value, Code) else value if isinstance(value, list) else [value]
     weights = view.get("reward_weights")
@@ -42,7 +42,7 @@ def reward_functions(value: Any, view: View) -> Answer:
         # what could be carried over is, but the run would have other rewards than the script
         kept = translated({"rewards": rewards}).values if rewards else {}
         why = f"{', '.join(code)} is code, which is not run: add it to rewards as file.py:function"
-        return Answer(Fate.LEFT, kept, why)
+        return KeyAnswer(Fate.LEFT, kept, why)
     return translated({"rewards": rewards}, "a function gets completions as texts")
 
 
@@ -58,6 +58,6 @@ def reward(name: str) -> dict[str, Any] | None:
     return {"name": f"{module}:{function}"} if dot else None
 
 
-def reward_weights(value: Any, view: View) -> Answer:
+def reward_weights(value: Any, view: View) -> KeyAnswer:
     """`reward_weights` stand beside the rewards they are for."""
     return idle("each reward has its weight")

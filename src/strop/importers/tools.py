@@ -9,7 +9,7 @@ from typing import Any
 from strop.config.schema import SECTIONS
 from strop.errors import ConfigError
 from strop.importers import axolotl, llamafactory, trl, unsloth
-from strop.importers.foreign_file import Source
+from strop.importers.foreign_file import ForeignFile
 from strop.importers.key_answers import Rules, View
 
 
@@ -61,7 +61,7 @@ LITTLE = 3
 """Keys that a file must share with a tool to be taken for one of its files, or half of its keys if they are fewer."""
 
 
-def recognised(source: Source, names: Sequence[str]) -> str:
+def recognised(source: ForeignFile, names: Sequence[str]) -> str:
     """The tool that a file is for.
 
     Raises:

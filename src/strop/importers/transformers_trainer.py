@@ -12,8 +12,8 @@ from typing import Any
 
 from strop.config.schema import SECTIONS
 from strop.importers.key_answers import (
-    Answer,
     Code,
+    KeyAnswer,
     Rule,
     Rules,
     View,
@@ -72,7 +72,7 @@ PER_EPOCH = "strop counts steps: {key} says after how many, so set it to the ste
 WARM_UP = "the first step of a warm-up has rate 0 there; in strop it has the peak divided by the steps of the warm-up"
 
 
-def _epochs(value: Any, view: View) -> Answer:
+def _epochs(value: Any, view: View) -> KeyAnswer:
     if (whole(view.get("max_steps")) or 0) > 0:
         return idle("max_steps decides")
     number = real(value)
@@ -84,12 +84,12 @@ def _epochs(value: Any, view: View) -> Answer:
     )
 
 
-def _max_steps(value: Any, _: View) -> Answer:
+def _max_steps(value: Any, _: View) -> KeyAnswer:
     number = whole(value)
     return idle("num_epochs decides") if number is not None and number <= 0 else carried("training.max_steps", value)
 
 
-def _warmup_steps(value: Any, view: View) -> Answer:
+def _warmup_steps(value: Any, view: View) -> KeyAnswer:
     number = real(value)
     if str(view.get("lr_scheduler_type", "")).lower() == "constant":
         return translated({"training.warmup_steps": 0}, "the scheduler constant does not warm up")
@@ -100,7 +100,7 @@ def _warmup_steps(value: Any, view: View) -> Answer:
     return carried("training.warmup_steps", value)
 
 
-def _warmup_ratio(value: Any, view: View) -> Answer:
+def _warmup_ratio(value: Any, view: View) -> KeyAnswer:
     if (real(view.get("warmup_steps")) or 0) > 0:
         return idle("warmup_steps decides")
     if real(value) == 0 or str(view.get("lr_scheduler_type", "")).lower() == "constant":
@@ -108,7 +108,7 @@ def _warmup_ratio(value: Any, view: View) -> Answer:
     return carried("training.warmup_ratio", value)
 
 
-def _norm(value: Any, _: View) -> Answer:
+def _norm(value: Any, _: View) -> KeyAnswer:
     return (
         translated({"training.max_grad_norm": None}, "0: no clipping")
         if real(value) == 0
@@ -119,7 +119,7 @@ def _norm(value: Any, _: View) -> Answer:
 def precision(name: str) -> Rule:
     """The rule of `bf16` or `fp16`: a switch, `auto`, or a question to the device."""
 
-    def rule(value: Any, view: View) -> Answer:
+    def rule(value: Any, view: View) -> KeyAnswer:
         if (isinstance(value, Code) and "bf" in value.text.lower()) or value == "auto":
             return translated({"training.auto_precision": True}, "bf16 where the device has it")
         if name == "fp16" and isinstance(value, Code):
@@ -131,7 +131,7 @@ def precision(name: str) -> Rule:
     return rule
 
 
-def _eval_strategy(value: Any, view: View) -> Answer:
+def _eval_strategy(value: Any, view: View) -> KeyAnswer:
     if not view.evaluates():
         if view.given.get("eval_strategy") is None and view.given.get("evaluation_strategy") is None:
             return translated(_no_validation(view))
@@ -148,7 +148,7 @@ def _no_validation(view: View) -> Mapping[str, Any]:
 def every(key: str, strategy: str, unit: str) -> Rule:
     """The rule of a number of steps that counts under the strategy `steps`."""
 
-    def rule(value: Any, view: View) -> Answer:
+    def rule(value: Any, view: View) -> KeyAnswer:
         kind = str(view.get(strategy, "steps")).lower()
         if kind in ("no", "false", "epoch"):
             return idle(f"{strategy} is {kind}, so it is not read")
@@ -160,7 +160,7 @@ def every(key: str, strategy: str, unit: str) -> Rule:
     return rule
 
 
-def _save_strategy(value: Any, _: View) -> Answer:
+def _save_strategy(value: Any, _: View) -> KeyAnswer:
     word = str(value).lower()
     if word == "steps":
         return idle("save_steps says how often")
@@ -171,7 +171,7 @@ def _save_strategy(value: Any, _: View) -> Answer:
     )
 
 
-def _report_to(value: Any, _: View) -> Answer:
+def _report_to(value: Any, _: View) -> KeyAnswer:
     names = [str(v) for v in (value if isinstance(value, list) else [value])]
     key = schema_key("logging.report_to")
     choices = key.choices if key else ()
@@ -187,18 +187,18 @@ def _report_to(value: Any, _: View) -> Answer:
     return carried("logging.report_to", value) if wanted == value else translated({"logging.report_to": wanted}, why)
 
 
-def _run_name(value: Any, view: View) -> Answer:
+def _run_name(value: Any, view: View) -> KeyAnswer:
     named = _report_to(view.get("report_to", []), view)
     return carried("logging.run_name", value) if named.values.get("logging.report_to") else idle("there is no tracker")
 
 
-def _log_level(value: Any, _: View) -> Answer:
+def _log_level(value: Any, _: View) -> KeyAnswer:
     key = schema_key("logging.log_level")
     fits = key is not None and value in key.choices
     return carried("logging.log_level", value) if fits else idle("it changes what is printed")
 
 
-def _checkpointing(value: Any, _: View) -> Answer:
+def _checkpointing(value: Any, _: View) -> KeyAnswer:
     if value == "unsloth":
         return translated({"training.gradient_checkpointing": True})
     return carried("training.gradient_checkpointing", value)
@@ -209,7 +209,7 @@ def _of_hub(key: str) -> Rule:
     return lambda value, view: carried(key, value) if is_on(view.get("push_to_hub")) else idle("push_to_hub is off")
 
 
-def _metric(value: Any, _: View) -> Answer:
+def _metric(value: Any, _: View) -> KeyAnswer:
     return carried("finetuning.metric_for_best_model", value)
 
 

@@ -17,8 +17,8 @@ from strop.config import RunConfig, load_config
 from strop.config.foreign import NEEDLESS, RENAMED, instead_of
 from strop.config.yamlfile import KeyPath, dotted, write_value
 from strop.errors import ConfigError
-from strop.importers.foreign_file import Source, leaves, read
-from strop.importers.key_answers import Answer, Code, Fate, Rule, View, coerced, idle, left, schema_key
+from strop.importers.foreign_file import ForeignFile, leaves, read
+from strop.importers.key_answers import Code, Fate, KeyAnswer, Rule, View, coerced, idle, left, schema_key
 from strop.importers.tools import TOOLS, Tool, recognised
 from strop.importers.trl import model_type
 
@@ -31,7 +31,7 @@ class Entry:
 
     key: str
     value: Any
-    answer: Answer
+    answer: KeyAnswer
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _imported(path: Path, tool: str | None, overrides: dict[str, Any]) -> Import
 # ---- the file
 
 
-def _items(source: Source) -> Iterator[tuple[KeyPath, str, Any]]:
+def _items(source: ForeignFile) -> Iterator[tuple[KeyPath, str, Any]]:
     """(path, name to look up, value) of every key at the top, or of every argument of every call."""
     if source.groups:
         for call, arguments in source.data.items():
@@ -100,7 +100,7 @@ def _items(source: Source) -> Iterator[tuple[KeyPath, str, Any]]:
 
 
 def _view(
-    name: str, tool: Tool, source: Source, items: list[tuple[KeyPath, str, Any]], overrides: Mapping[str, Any]
+    name: str, tool: Tool, source: ForeignFile, items: list[tuple[KeyPath, str, Any]], overrides: Mapping[str, Any]
 ) -> View:
     given: dict[str, Any] = {}
     for _, key, value in items:
@@ -134,7 +134,7 @@ def _answered(
                 answer = left("other rows are named beside the file")
             elif any(k in overrides for k in answer.values):
                 kept = {k: v for k, v in answer.values.items() if k not in overrides}
-                answer = Answer(Fate.LEFT, kept, "another value is given beside the file")
+                answer = KeyAnswer(Fate.LEFT, kept, "another value is given beside the file")
             elif twice := [k for k in answer.values if said.get(k, key) != key and not _same(entries, k, answer)]:
                 answer = left(f"{said[twice[0]]} says {twice[0]} already")
             for k in answer.values:
@@ -143,28 +143,28 @@ def _answered(
     return entries
 
 
-def _same(entries: list[Entry], key: str, answer: Answer) -> bool:
+def _same(entries: list[Entry], key: str, answer: KeyAnswer) -> bool:
     return all(e.answer.values[key] == answer.values[key] for e in entries if key in e.answer.values)
 
 
 def _answers(
     path: KeyPath, name: str, value: Any, rule: Rule | None, view: View
-) -> Iterator[tuple[KeyPath, Any, Answer]]:
+) -> Iterator[tuple[KeyPath, Any, KeyAnswer]]:
     """Every key at or below a path, with its answer."""
-    found: Answer | Mapping[KeyPath, Answer] = {}
+    found: KeyAnswer | Mapping[KeyPath, KeyAnswer] = {}
     if value is not None and rule is not None:
         found = rule(value, view)
-    if isinstance(found, Answer):
+    if isinstance(found, KeyAnswer):
         below = list(leaves(value, path)) if isinstance(value, Mapping | list) else [(path, value)]
         first, *others = below
         yield first[0], first[1], found
-        yield from ((leaf, item, Answer(found.fate, {}, found.why)) for leaf, item in others)
+        yield from ((leaf, item, KeyAnswer(found.fate, {}, found.why)) for leaf, item in others)
         return
     for leaf, item in leaves(value, path):
         yield leaf, item, found.get(leaf[len(path) :]) or _unknown(leaf, item)
 
 
-def _unknown(path: KeyPath, value: Any) -> Answer:
+def _unknown(path: KeyPath, value: Any) -> KeyAnswer:
     """The answer to a key without a rule."""
     if value is None:
         return idle("nothing is said")
@@ -212,7 +212,7 @@ def _gathered(entries: list[Entry], tool: Tool, view: View) -> tuple[dict[str, A
         if name in view.given or rule is None:
             continue
         answer = rule(value, view)
-        for key, ours in answer.values.items() if isinstance(answer, Answer) else ():
+        for key, ours in answer.values.items() if isinstance(answer, KeyAnswer) else ():
             if key not in values and not _default_here(key, ours, view.method) and not _ruled_out(key, values):
                 values[key], origins[key] = ours, f"{tool.title}'s default"
     for key, value in tool.decided(view):

@@ -12,8 +12,8 @@ from typing import Any
 from strop.config.yamlfile import KeyPath
 from strop.importers import transformers_trainer, trl_data, trl_groups
 from strop.importers.key_answers import (
-    Answer,
     Code,
+    KeyAnswer,
     Rules,
     View,
     always,
@@ -173,7 +173,7 @@ def notes(view: View) -> Iterator[str]:
 # ---- rules
 
 
-def _loss_type(value: Any, view: View) -> Answer:
+def _loss_type(value: Any, view: View) -> KeyAnswer:
     match view.method:
         case "dpo":
             return _loss_of_dpo(value, view)
@@ -192,7 +192,7 @@ def _loss_type(value: Any, view: View) -> Answer:
     raise refused("loss_type", value, view.method, "sigmoid or simpo", "add --method and --loss-type")
 
 
-def _loss_of_dpo(value: Any, view: View) -> Answer:
+def _loss_of_dpo(value: Any, view: View) -> KeyAnswer:
     names = value if isinstance(value, list) else [value]
     weights = view.get("loss_weights") or [1.0] * len(names)
     first = str(names[0]) if names else ""
@@ -210,7 +210,7 @@ def _loss_of_dpo(value: Any, view: View) -> Answer:
     return carried("post_training.loss_type", first)
 
 
-def _beta(value: Any, view: View) -> Answer:
+def _beta(value: Any, view: View) -> KeyAnswer:
     match view.method:
         case "sft" | "reward" | "distill":
             return left(f"method {view.method} has no such beta")
@@ -219,23 +219,23 @@ def _beta(value: Any, view: View) -> Answer:
     return carried("post_training.beta", value)
 
 
-def _cpo_alpha(value: Any, view: View) -> Answer:
+def _cpo_alpha(value: Any, view: View) -> KeyAnswer:
     return carried("post_training.sft_weight" if view.method == "simpo" else "post_training.cpo_alpha", value)
 
 
-def _max_length(value: Any, view: View) -> Answer:
+def _max_length(value: Any, view: View) -> KeyAnswer:
     if value is None:
         return left("strop needs a limit, training.max_seq_length")
     return carried("training.max_seq_length", value)
 
 
-def _sync_steps(value: Any, view: View) -> Answer:
+def _sync_steps(value: Any, view: View) -> KeyAnswer:
     if view.method == "dpo" and is_on(view.get("sync_ref_model")):
         return carried("post_training.ref_sync_steps", value)
     return idle("sync_ref_model is off")
 
 
-def _sync(value: Any, view: View) -> Answer:
+def _sync(value: Any, view: View) -> KeyAnswer:
     if not is_on(value):
         return idle("the reference stays as it is")
     if view.method != "dpo":
@@ -244,30 +244,30 @@ def _sync(value: Any, view: View) -> Answer:
 
 
 def _bits(bits: str) -> Any:
-    def rule(value: Any, view: View) -> Answer:
+    def rule(value: Any, view: View) -> KeyAnswer:
         return translated({"models.0.quant": bits}) if is_on(value) else idle("it is off")
 
     return rule
 
 
-def _dtype(value: Any, view: View) -> Answer:
+def _dtype(value: Any, view: View) -> KeyAnswer:
     if str(value) in ("float32", "auto", "None"):
         return idle("weights that train are float32 in any case")
     return left("weights that train are float32 in strop; training.bf16 or fp16 computes in 16 bits")
 
 
-def _use_peft(value: Any, view: View) -> Answer:
+def _use_peft(value: Any, view: View) -> KeyAnswer:
     return carried("lora.enabled", value)
 
 
-def _model_init(value: Any, view: View) -> Mapping[KeyPath, Answer]:
+def _model_init(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     known = {"trust_remote_code": same("models.0.trust_remote_code"), "revision": same("models.0.revision")}
     known |= {"attn_implementation": same("models.0.attn_implementation"), "dtype": _dtype, "torch_dtype": _dtype}
     items = value.items() if isinstance(value, Mapping) else ()
     return {(name,): known[name](item, view) for name, item in items if name in known and item is not None}  # type: ignore[misc]
 
 
-def _model(value: Any, view: View) -> Answer:
+def _model(value: Any, view: View) -> KeyAnswer:
     if isinstance(value, Code):
         if "model_name" in view.given:
             return idle("it is the model of from_pretrained")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers.key_answers import Answer, View, idle, left, translated
+from strop.importers.key_answers import KeyAnswer, View, idle, left, translated
 
 
-def evaluation_split(value: Any, view: View) -> Answer:
+def evaluation_split(value: Any, view: View) -> KeyAnswer:
     if not view.evaluates():
         return idle("nothing is evaluated")
     return left(
@@ -17,9 +17,9 @@ def evaluation_split(value: Any, view: View) -> Answer:
     )
 
 
-def mixture(value: Any, view: View) -> Mapping[KeyPath, Answer]:
+def mixture(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     """`datasets:` of TRL, a list of mappings with path, name, split, data_files, columns."""
-    found: dict[KeyPath, Answer] = {}
+    found: dict[KeyPath, KeyAnswer] = {}
     items = value if isinstance(value, list) else []
     sources = []
     for i, item in enumerate(items):
@@ -35,7 +35,7 @@ def mixture(value: Any, view: View) -> Mapping[KeyPath, Answer]:
     return found
 
 
-def data_files(value: Any, view: View) -> Answer:
+def data_files(value: Any, view: View) -> KeyAnswer:
     if isinstance(value, dict):
         value = value.get("train")
     if isinstance(value, list) and len(value) == 1:
@@ -43,7 +43,7 @@ def data_files(value: Any, view: View) -> Answer:
     return translated({"dataset.train_file": value}) if isinstance(value, str) else left("name it as dataset.sources")
 
 
-def path(value: Any, view: View) -> Answer:
+def path(value: Any, view: View) -> KeyAnswer:
     if view.get("data_files") is not None and value in ("json", "csv", "parquet", "text"):
         return idle("data_files names the file")
     return translated({"dataset.name": value})

@@ -7,7 +7,7 @@ from typing import Any
 
 from strop.importers import trl_serving
 from strop.importers.key_answers import (
-    Answer,
+    KeyAnswer,
     Rules,
     View,
     absent,
@@ -45,7 +45,7 @@ def sampling(view: View) -> Iterator[tuple[str, Any]]:
     yield "training.groups_per_step", max(1, completions // (whole(view.get("num_generations")) or 8))
 
 
-def loss(value: Any, view: View) -> Answer:
+def loss(value: Any, view: View) -> KeyAnswer:
     scale = str(view.get("scale_rewards", "group")).lower()
     advantage = {"group": "group", "true": "group", "batch": "batch", "none": "mean", "false": "mean"}.get(
         scale, "group"
@@ -71,13 +71,13 @@ def loss(value: Any, view: View) -> Answer:
     return translated(axes)
 
 
-def _epsilon(value: Any, view: View) -> Answer:
+def _epsilon(value: Any, view: View) -> KeyAnswer:
     if view.get("loss_type") in ("cispo", "sapo"):
         return idle(f"{view.get('loss_type')} has no such bound")
     return carried("post_training.epsilon", value)
 
 
-def _epsilon_high(value: Any, view: View) -> Answer:
+def _epsilon_high(value: Any, view: View) -> KeyAnswer:
     if view.get("loss_type") == "sapo":
         return idle("sapo has no such bound")
     if view.get("loss_type") == "cispo":
@@ -88,7 +88,7 @@ def _epsilon_high(value: Any, view: View) -> Answer:
     return carried("post_training.epsilon_high", value)
 
 
-def _max_completion(value: Any, view: View) -> Answer:
+def _max_completion(value: Any, view: View) -> KeyAnswer:
     return carried("training.max_completion_length", value)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from strop.config.yamlfile import KeyPath
 from strop.importers.foreign_file import leaves
 from strop.importers.key_answers import (
-    Answer,
     Code,
     Fate,
+    KeyAnswer,
     Rule,
     Rules,
     View,
@@ -67,7 +67,7 @@ def _is_served(view: View) -> bool:
     return is_on(view.get("use_vllm")) and not why_not_served(view)
 
 
-def _use_vllm(value: Any, view: View) -> Answer:
+def _use_vllm(value: Any, view: View) -> KeyAnswer:
     if not is_on(value):
         return (
             left(f"it is {value!r}, and not true or false") if isinstance(value, Code) else idle("the policy samples")
@@ -76,7 +76,7 @@ def _use_vllm(value: Any, view: View) -> Answer:
     return left(why) if why else translated({"rollout.sampler": "vllm"}, START)
 
 
-def _mode(value: Any, view: View) -> Answer:
+def _mode(value: Any, view: View) -> KeyAnswer:
     if not is_on(view.get("use_vllm")):
         return idle("use_vllm is off")
     why = why_not_served(view)
@@ -88,11 +88,11 @@ def _of_server(rule: Rule) -> Rule:
     return lambda value, view: rule(value, view) if _is_served(view) else idle("no server samples")
 
 
-def _base_url(value: Any, view: View) -> Answer:
+def _base_url(value: Any, view: View) -> KeyAnswer:
     return carried("rollout.vllm_url", value.rstrip("/") if isinstance(value, str) else value)
 
 
-def _host_or_port(value: Any, view: View) -> Answer:
+def _host_or_port(value: Any, view: View) -> KeyAnswer:
     """Either sets the whole address."""
     if view.get("vllm_server_base_url") is not None:
         return idle("vllm_server_base_url is read")
@@ -103,7 +103,7 @@ def _host_or_port(value: Any, view: View) -> Answer:
     return translated({"rollout.vllm_url": f"http://{asked}:{port}"})
 
 
-def _correction(value: Any, view: View) -> Answer:
+def _correction(value: Any, view: View) -> KeyAnswer:
     """TRL weighs what a server samples by what the policy makes of it, unless that is switched off."""
     if not is_on(value):
         return idle("there is none, unless post_training.sampler_correction says so")
@@ -113,7 +113,7 @@ def _correction(value: Any, view: View) -> Answer:
 
 
 def _bound(key: str) -> Rule:
-    def rule(value: Any, view: View) -> Answer:
+    def rule(value: Any, view: View) -> KeyAnswer:
         if key.endswith("_min") and str(view.get("vllm_importance_sampling_mode", "")).endswith("_truncate"):
             return left("a weight that is cut off above has no lower bound in strop")
         corrects = is_on(view.get("vllm_importance_sampling_correction", True)) and not _from_a_part(view)
@@ -122,7 +122,7 @@ def _bound(key: str) -> Rule:
     return _of_server(rule)
 
 
-def _generation_kwargs(value: Any, view: View) -> Answer | Mapping[KeyPath, Answer]:
+def _generation_kwargs(value: Any, view: View) -> KeyAnswer | Mapping[KeyPath, KeyAnswer]:
     """Arguments of vLLM's SamplingParams, or of transformers' GenerationConfig: a mapping, or one written as JSON."""
     if not value:
         return idle("there are none")
@@ -137,11 +137,11 @@ def _generation_kwargs(value: Any, view: View) -> Answer | Mapping[KeyPath, Answ
     answers = [_generation(str(name), item) for name, item in settings.items()]
     values = {key: item for answer in answers for key, item in answer.values.items()}
     if lost := [f"{name}: {a.why}" for name, a in zip(settings, answers, strict=True) if a.fate is Fate.LEFT]:
-        return Answer(Fate.LEFT, values, "; ".join(lost))
+        return KeyAnswer(Fate.LEFT, values, "; ".join(lost))
     return translated(values)
 
 
-def _generation(name: str, value: Any) -> Answer:
+def _generation(name: str, value: Any) -> KeyAnswer:
     if name in ("stop", "stop_strings"):
         return translated({"rollout.stop": value})
     if name == "stop_token_ids":

@@ -10,7 +10,7 @@ from typing import Any
 
 from strop.importers import trl
 from strop.importers.key_answers import (
-    Answer,
+    KeyAnswer,
     Rules,
     View,
     absent,
@@ -78,18 +78,18 @@ def defaults_of_opensloth(method: str, given: Mapping[str, Any], folder_type: st
     }
 
 
-def _random_state(value: Any, view: View) -> Answer:
+def _random_state(value: Any, view: View) -> KeyAnswer:
     return idle("seed decides the weights of adapters too")
 
 
-def _cache(value: Any, view: View) -> Answer:
+def _cache(value: Any, view: View) -> KeyAnswer:
     return translated(
         {"dataset.name": value},
         "it must hold rows as they were before tokenisation: prompt, chosen, rejected, or messages",
     )
 
 
-def _full(value: Any, view: View) -> Answer:
+def _full(value: Any, view: View) -> KeyAnswer:
     return translated({"lora.enabled": False}) if is_on(value) else idle("adapters train")
 
 

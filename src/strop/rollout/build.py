@@ -15,7 +15,7 @@ from strop.config.sections import ModelSection
 from strop.data.prompt_groups import PromptGroups
 from strop.engine.evaluation_contract import Watcher
 from strop.engine.step_source import Cut, GroupSet
-from strop.engine.validation import Evaluation
+from strop.engine.validation import Validation
 from strop.errors import ConfigError
 from strop.objectives.base import Objective
 from strop.plan.order import Plan
@@ -32,7 +32,7 @@ from strop.rollout.rollout_source import RolloutSource
 from strop.rollout.sampler import Sampler
 from strop.rollout.stop_texts import StopTexts
 from strop.rollout.vllm_client import VllmClient
-from strop.rollout.vllm_sampler import Asked, ServedAdapter, VllmSampler
+from strop.rollout.vllm_sampler import DrawSettings, ServedAdapter, VllmSampler
 from strop.runfiles import ROLLOUTS, SERVED
 from strop.types import Group
 from strop.world import World
@@ -114,7 +114,7 @@ def _losses(config: RunConfig, policy: Policy, objective: Objective[MethodSettin
 
     def of(groups: Sequence[Group], watcher: Watcher, where: str) -> Mapping[str, Any]:
         given = GroupSet(groups, wants=objective.reads & Policy.SUPPLIES)
-        evaluation = Evaluation(config, policy, objective, given, cut, watcher, world, should_stop=lambda: False)
+        evaluation = Validation(config, policy, objective, given, cut, watcher, world, should_stop=lambda: False)
         return evaluation.line(where) or {}
 
     return Losses(objective.evaluated, of)
@@ -173,7 +173,7 @@ def _served(
 
     def sampler(num_completions: int, temperature: float, trains: bool) -> VllmSampler:
         limits = (how.top_k, how.top_p, how.min_p) if temperature else (0, 1.0, 0.0)
-        asked = Asked(temperature, *limits, ends, tuple(how.stop), len(tokenizer), model_vocabulary)
+        asked = DrawSettings(temperature, *limits, ends, tuple(how.stop), len(tokenizer), model_vocabulary)
         return VllmSampler(served, num_completions, asked, seed=config.seed, requests=how.vllm_requests, trains=trains)
 
     training = sampler(how.num_generations, how.temperature, True)

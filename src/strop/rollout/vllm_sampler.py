@@ -98,7 +98,7 @@ class ServedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DrawSettings:
     """How a server is to draw. ends: tokens that end a completion. stop: texts that do. vocabulary: tokens that the
     tokenizer has; model_vocabulary: those that the model has logits for, which may be more."""
 
@@ -145,7 +145,14 @@ class VllmSampler:
     """
 
     def __init__(
-        self, served: ServedAdapter, num_completions: int, asked: Asked, *, seed: int, requests: int, trains: bool
+        self,
+        served: ServedAdapter,
+        num_completions: int,
+        asked: DrawSettings,
+        *,
+        seed: int,
+        requests: int,
+        trains: bool,
     ) -> None:
         self._served, self._num, self._asked = served, num_completions, asked
         self._seed, self._requests = seed, requests

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from strop.data.read.arrow import NOT_READ
 from strop.data.read.sources import choose_sources
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.store.row_pipeline import RowPipeline
 from strop.types import Example, Origin, RowShape
 
@@ -112,7 +112,7 @@ def examples(name: str, shape: RowShape, make_config: Make) -> list[Example]:
     found = []
     for row in source.read():
         assert row.data is not None
-        found.append(to_example(row.data, Origin("", 0), shape, Columns()))
+        found.append(to_example(row.data, Origin("", 0), shape, RowColumns()))
     return found
 
 
@@ -303,7 +303,7 @@ def test_images_and_sounds_that_nobody_reads_are_not_decoded(
     (row,) = source.read()
     assert row.data == {"prompt": "q", "completion": "x", kind: NOT_READ}
     expected = Example("q", ("x",), Origin("", 0), notes=("media_unread",))
-    assert to_example(row.data, Origin("", 0), "single", Columns()) == expected
+    assert to_example(row.data, Origin("", 0), "single", RowColumns()) == expected
 
 
 def test_a_column_of_bytes_is_no_text(tmp_path: Path, make_config: Make) -> None:

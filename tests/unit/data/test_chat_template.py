@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from strop.data.load import load_data
 from strop.data.read.row import RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.text.chat_template import choose_template, shipped_templates
 from strop.data.text.encode import Encoder
 from strop.data.text.render import Renderer, TextRules
@@ -260,7 +260,7 @@ def test_b8_ids_are_those_of_the_exported_template_and_the_mask_is_the_answer(
         tokenizer.chat_template = renderer.template  # the export
         for label, turns in CONVERSATIONS.items():
             where = (name, kind, label)
-            example = to_example({"messages": turns}, Origin("x", 1), "single", Columns())
+            example = to_example({"messages": turns}, Origin("x", 1), "single", RowColumns())
             (encoded,) = encoder.encode([renderer.render(example)])
             assert not isinstance(encoded, RowRefused), (where, encoded)
             ids = [*encoded.prompt_ids, *encoded.sides[0].ids]
@@ -297,7 +297,7 @@ def test_b8_rows_with_tools_have_the_ids_of_the_exported_template(kind: str, sha
     tokenizer.chat_template = renderer.template
     num_calls = 0
     for line in (shared / "data" / "sft_toolcalls.train.jsonl").read_text(encoding="utf-8").splitlines()[:60]:
-        example = to_example(json.loads(line), Origin("x", 1), "single", Columns())
+        example = to_example(json.loads(line), Origin("x", 1), "single", RowColumns())
         (encoded,) = encoder.encode([renderer.render(example)])
         assert not isinstance(encoded, RowRefused), encoded
         turns, tools = [*example.prompt, *example.completions[0]], list(example.tools or ()) or None
@@ -341,7 +341,7 @@ def test_b8_what_a_template_has_no_place_for_is_refused(name: str, tokenizers: d
 
     def reason(*turns: dict[str, Any], **more: Any) -> str | None:
         try:
-            renderer.render(to_example({"messages": list(turns), **more}, Origin("x", 1), "single", Columns()))
+            renderer.render(to_example({"messages": list(turns), **more}, Origin("x", 1), "single", RowColumns()))
         except RowRefused as refusal:
             return refusal.reason
         return None

@@ -12,18 +12,18 @@ import pytest
 from rows import HERE, a, s, u
 from strop.data.read.files import read_jsonl
 from strop.data.read.row import RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.types import Example, RowShape
 
 PARTS = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
 CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
-def read(row: Mapping[str, Any], rows: RowShape = "pair", columns: Columns | None = None) -> Example:
-    return to_example(row, HERE, rows, columns or Columns())
+def read(row: Mapping[str, Any], rows: RowShape = "pair", columns: RowColumns | None = None) -> Example:
+    return to_example(row, HERE, rows, columns or RowColumns())
 
 
-def reason(row: Mapping[str, Any], rows: RowShape = "pair", columns: Columns | None = None) -> str:
+def reason(row: Mapping[str, Any], rows: RowShape = "pair", columns: RowColumns | None = None) -> str:
     with pytest.raises(RowRefused) as refusal:
         read(row, rows, columns)
     assert refusal.value.found
@@ -111,7 +111,7 @@ def test_pair_shapes(row: dict[str, Any], prompt: Any, chosen: Any, rejected: An
 
 
 def test_columns_can_have_other_names() -> None:
-    columns = Columns("question", "good", "bad")
+    columns = RowColumns("question", "good", "bad")
     assert read({"question": "q", "good": "x", "bad": "y"}, columns=columns) == Example("q", ("x", "y"), HERE)
     assert read({"question": "q", "completion": "x"}, "single", columns) == Example("q", ("x",), HERE)
     # a configured prompt column that is not there is an error, not a row without a prompt
@@ -230,7 +230,7 @@ def test_messy_rows_line_by_line(shared: Path) -> None:
             verdict = (False, row.refusal.reason)
         elif row.data is not None:
             try:
-                to_example(row.data, row.origin, "pair", Columns())
+                to_example(row.data, row.origin, "pair", RowColumns())
                 verdict = (True, "")
             except RowRefused as refusal:
                 verdict = (False, refusal.reason)

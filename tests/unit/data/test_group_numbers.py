@@ -14,7 +14,7 @@ import pytest
 from strop.batch import own_columns, pack
 from strop.config import RunConfig, load_config, resolve
 from strop.data.read.row import RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.text.token_rows import group_from_tokens
 from strop.errors import DataError
 from strop.prepared import Prepared, prepare
@@ -91,7 +91,7 @@ def test_log_probs_after_a_prompt_that_is_cut_are_dropped(tmp_path: Path, model_
 def test_numbers_that_are_none_are_refused(numbers: dict[str, Any], found: str) -> None:
     row = {"prompt": "q", "completions": ["x", "y"], **numbers}
     with pytest.raises(RowRefused) as refused:
-        to_example(row, Origin("rows", 1), "group", Columns())
+        to_example(row, Origin("rows", 1), "group", RowColumns())
     assert re.search(found, refused.value.found)
 
 

@@ -15,7 +15,7 @@ from strop.columns import Columns
 from strop.config import RunConfig
 from strop.config.methods import SftSettings
 from strop.engine.step_source import Cut, GroupSet
-from strop.engine.validation import AGREED_EVERY, Evaluation
+from strop.engine.validation import AGREED_EVERY, Validation
 from strop.objectives.base import build_objective
 from strop.plan.row_tokens import packed_tokens
 from strop.types import Completion, Group, Origin
@@ -67,7 +67,7 @@ def evaluated(world: World, stops_rank: int | None, after: int = 0) -> tuple[boo
     objective = build_objective(SftSettings())
     parts = (RunConfig(models=[{"huggingface_id": "model"}]), policy, objective, GroupSet(GROUPS))  # type: ignore[list-item]
     cut = Cut(1, packed_tokens)  # every group is a micro-batch
-    scores = Evaluation(*parts, cut, Watching(), world, should_stop).scores("evaluation")
+    scores = Validation(*parts, cut, Watching(), world, should_stop).scores("evaluation")
     return scores is not None, policy.num_scored, num_asked
 
 

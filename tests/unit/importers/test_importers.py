@@ -21,7 +21,7 @@ from strop.config.yamlfile import parse, write_value
 from strop.errors import ConfigError
 from strop.importers import import_file, to_text, transformers_trainer
 from strop.importers.foreign_file import leaves, read
-from strop.importers.key_answers import Answer, Fate, View
+from strop.importers.key_answers import Fate, KeyAnswer, View
 from strop.importers.tools import TOOLS
 from strop.importers.translate import PREFIXES
 from strop.preflight import check
@@ -691,7 +691,7 @@ def test_names_mean_the_same_in_hints_and_in_files() -> None:
                         answer = tool.rules[key](value, view)
                     except ConfigError:
                         continue
-                    if isinstance(answer, Answer) and answer.fate is Fate.CARRIED and answer.values:
+                    if isinstance(answer, KeyAnswer) and answer.fate is Fate.CARRIED and answer.values:
                         assert list(answer.values) == [RENAMED[key].replace(".N.", ".0.")], (name, key)
                         checked += 1
     assert checked > 100

@@ -21,13 +21,13 @@ from strop.errors import ConfigError, StropError, TrainingError
 from strop.rollout import vllm_client
 from strop.rollout.sampler import Prompt
 from strop.rollout.vllm_client import VllmClient
-from strop.rollout.vllm_sampler import Asked, ServedAdapter, VllmSampler
+from strop.rollout.vllm_sampler import DrawSettings, ServedAdapter, VllmSampler
 from strop.world import World
 from worlds import in_worlds
 
 NAME = "strop-now"
 PROMPT = Prompt(7, [5, 6, 7], 4)
-ASKED = Asked(1.0, 0, 1.0, 0.0, (3,), ("END",), 400, 400)
+ASKED = DrawSettings(1.0, 0, 1.0, 0.0, (3,), ("END",), 400, 400)
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -47,7 +47,7 @@ def client(server: FakeVllm, **keys: Any) -> VllmClient:
     return made
 
 
-def sampler(of: VllmClient, asked: Asked = ASKED, num: int = 2, **keys: Any) -> VllmSampler:
+def sampler(of: VllmClient, asked: DrawSettings = ASKED, num: int = 2, **keys: Any) -> VllmSampler:
     loaded: list[str] = []
     served: Any = SimpleNamespace(client=of, name=NAME, load_again=lambda: loaded.append(NAME), loaded=loaded)
     made = VllmSampler(served, num, asked, **{"seed": 1, "requests": 8, "trains": True, **keys})
@@ -312,7 +312,7 @@ COLD = replace(ASKED, temperature=0.7)
     ],
     ids=str,
 )
-def test_other_log_probs_are_found(asked: Asked, mode: str, found: str | None, tmp_path: Path) -> None:
+def test_other_log_probs_are_found(asked: DrawSettings, mode: str, found: str | None, tmp_path: Path) -> None:
     policy = make_policy(tmp_path, **{"lora.r": 4})
     with FakeVllm(tmp_path / "dense", mode=mode) as server:
         served = ServedAdapter(client(server), policy, tmp_path / "served", "", World.alone("cpu"))

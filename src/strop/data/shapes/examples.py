@@ -53,7 +53,7 @@ NAMED = ("prompt", "chosen", "rejected", "completion", "label")
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowColumns:
     """What the columns of a row are called, and what is done with rows that can be read in two ways.
 
     keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`. drops_trailing: turns behind the
@@ -70,7 +70,7 @@ class Columns:
     reads_margin: bool = False
 
     @classmethod
-    def of(cls, dataset: DatasetSection) -> Columns:
+    def of(cls, dataset: DatasetSection) -> RowColumns:
         return cls(
             dataset.prompt_column,
             dataset.chosen_column,
@@ -96,7 +96,7 @@ class Columns:
         return (self.chosen, self.rejected) if rows == "pair" else (self.completion,)
 
 
-def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns: Columns) -> Example:
+def to_example(data: Mapping[str, Any], origin: Origin, rows: RowShape, columns: RowColumns) -> Example:
     """The row as an example of the shape that the method needs.
 
     Raises:
@@ -121,7 +121,7 @@ class _Reader:
     nulls: columns that are null. notes: what was done to it, by the names of `COUNTERS`.
     """
 
-    def __init__(self, data: Mapping[str, Any], rows: RowShape, columns: Columns) -> None:
+    def __init__(self, data: Mapping[str, Any], rows: RowShape, columns: RowColumns) -> None:
         self._columns, self._rows, self._whole = columns, rows, data
         self.notes: list[str] = []
         self._nulls = frozenset(key for key, value in data.items() if value is None)

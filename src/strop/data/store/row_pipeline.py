@@ -27,7 +27,7 @@ from strop.config import RunConfig
 from strop.data.counters import LEFT_OUT
 from strop.data.read.files import parse_line
 from strop.data.read.row import Row, RowRefused
-from strop.data.shapes.examples import Columns, to_example
+from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.store.group_numbers import checked_numbers, with_numbers
 from strop.data.store.table import KeptRow, Record, to_table
 from strop.data.text.date import day_of
@@ -75,7 +75,7 @@ class RowPipeline:
         dataset = config.dataset
         self._rows = rows
         self._keeps_rows = config.rollout.enabled  # for the rewards
-        self._columns = Columns.of(dataset)
+        self._columns = RowColumns.of(dataset)
         self.stops_at_errors = dataset.on_error == "error"
         self._bos: int | None = tokenizer.bos_token_id
         self._vocabulary = len(tokenizer)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from strop.data.read.row import RowRefused
 from strop.data.text.generation_prompt import behind_prompt, with_thoughts
-from strop.data.text.markers import REASONING_KEYS, THINK_TAG, Markers, Piece, Place, Reading, Span
+from strop.data.text.markers import REASONING_KEYS, THINK_TAG, MarkedRendering, MarkedSpan, MarkedText, Markers, Span
 from strop.data.text.message_forms import without_arguments, without_reasoning
 from strop.data.text.refusals import dropped, dropped_reasoning, unverified
 from strop.data.text.template_writer import Writer
@@ -36,7 +36,7 @@ MOST_TURNS = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerSpan:
     """One assistant turn of the completion. message: its number. start, stop: in the rendering. earliest: where a
     generation block of it may begin.
 
@@ -139,7 +139,7 @@ class Conversation:
         except RowRefused:
             return False
 
-    def spans(self, answer: Answer) -> list[Span]:
+    def spans(self, answer: AnswerSpan) -> list[Span]:
         """What is trained of an answer: its generation blocks, or else all of it."""
         if self.blocks is None:
             return [(answer.start, answer.stop)]
@@ -168,11 +168,11 @@ class Conversation:
         answer ends."""
         return self.blocks is not None and bool(self.text[stop:].strip())
 
-    def _owner(self, stop: int) -> Answer | None:
+    def _owner(self, stop: int) -> AnswerSpan | None:
         """The last answer that starts before `stop`, where the block ends."""
         return next((answer for answer in reversed(self.answers) if answer.start < stop), None)
 
-    def _read(self) -> Reading | None:
+    def _read(self) -> MarkedRendering | None:
         """The rendering with marks; None where marks change what the template writes."""
         if self._markers is None:
             return None
@@ -188,7 +188,7 @@ class Conversation:
             seen = {id(place.piece) for place in self._reading.places}
             self._refuse_if_dropped([piece for piece in self._markers.pieces if id(piece) not in seen])
 
-    def _refuse_if_dropped(self, gone: Sequence[Piece]) -> None:
+    def _refuse_if_dropped(self, gone: Sequence[MarkedText]) -> None:
         if piece := next((piece for piece in gone if piece.kind in ("content", "call")), None):
             raise dropped(self._messages, piece)
 
@@ -239,7 +239,7 @@ class Conversation:
             self._openings[i] = self._writer.opening(self._messages[:i])
         return self._openings[i]
 
-    def _answer(self, i: int) -> Answer:
+    def _answer(self, i: int) -> AnswerSpan:
         opening = self._opening_at(i)
         alone = self._alone(i)
         own = self._reading.of(i) if self._reading is not None else []
@@ -267,9 +267,9 @@ class Conversation:
         # inference comes further along its prompt than the rendering of the whole does
         is_other = not as_generated and _num_common(opening, alone.text) > common
         is_history = not is_same or not is_whole or is_other
-        return Answer(i, start, end + length, earliest, as_generated, is_history)
+        return AnswerSpan(i, start, end + length, earliest, as_generated, is_history)
 
-    def _lead(self, i: int, first: Place) -> str:
+    def _lead(self, i: int, first: MarkedSpan) -> str:
         """What a content has in front of its first piece, a tag or white space, if the rendering has it there too."""
         content = self._messages[i].get("content") or ""
         own = first.piece.kind in ("content", "thought")
@@ -281,7 +281,7 @@ class Conversation:
         """How many of the characters behind an answer's last words are the answer's too."""
         return self._ends.closing(behind, ends_with_a_header=not self._writer.asks_for_answers)
 
-    def _alone(self, i: int) -> Reading | None:
+    def _alone(self, i: int) -> MarkedRendering | None:
         """The marked rendering that ends with turn `i`, as inference would write it; None where there is none."""
         if i == len(self._messages) - 1:
             return self._reading
@@ -306,7 +306,7 @@ class Conversation:
         words = self._ends.first_control(wanted)
         return max(self._ends.last_control(wanted[:length]), min(words, length)), length >= words
 
-    def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[Place]) -> None:
+    def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[MarkedSpan]) -> None:
         assert self._markers is not None
         seen = {id(place.piece) for place in own_alone}
         is_last = i == len(self._messages) - 1
@@ -314,7 +314,7 @@ class Conversation:
         if any(p.message == i and p.kind in kinds and id(p) not in seen for p in self._markers.pieces):
             raise dropped_reasoning(i, self._opening_at(i))
 
-    def _answer_without_marks(self, i: int, opening: str | None) -> Answer:
+    def _answer_without_marks(self, i: int, opening: str | None) -> AnswerSpan:
         """An answer in which nothing could be marked, as what its turn adds to the generation prompt."""
         is_last = i == len(self._messages) - 1
         pieces = self._markers.pieces if self._markers is not None else []
@@ -330,9 +330,9 @@ class Conversation:
                 content = self._messages[i].get("content") or ""
                 # without a prompt there is no generation prompt, and the header is no part of the answer
                 start = len(opening) if i else max(self.text.find(content.strip(), 0, stop), 0)
-                return Answer(i, start, stop, start, as_generated=True, is_history=False)
+                return AnswerSpan(i, start, stop, start, as_generated=True, is_history=False)
         if i != self._numbers[-1]:
-            return Answer(i, 0, 0, 0, as_generated=False, is_history=True)
+            return AnswerSpan(i, 0, 0, 0, as_generated=False, is_history=True)
         raise unverified(f"turn {i + 1} is not rendered behind its generation prompt")
 
     def _following_header(self) -> str:
@@ -349,7 +349,7 @@ class Conversation:
             return ""
         return long[len(short) :][: self._ends.next_header(long[len(short) :])]
 
-    def _closed_by_next_header(self, answer: Answer) -> Answer:
+    def _closed_by_next_header(self, answer: AnswerSpan) -> AnswerSpan:
         """The answer up to the first token of the next turn, where it has no end token and generation stops there."""
         if answer.is_history or self._ends.is_closed(self.text[answer.start : answer.stop]):
             return answer
@@ -369,7 +369,7 @@ def _without_thoughts(message: Message) -> Message:
     return {**without_reasoning(message), "content": words}
 
 
-def _with_history(answers: Sequence[Answer]) -> list[Answer]:
+def _with_history(answers: Sequence[AnswerSpan]) -> list[AnswerSpan]:
     """The answers, where those that do not follow their generation prompt are history if others do follow theirs."""
     if not any(answer.as_generated for answer in answers):
         return list(answers)

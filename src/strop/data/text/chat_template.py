@@ -49,7 +49,7 @@ class Envelope(_Strict):
     last: str = ""
 
 
-class Answer(_Strict):
+class AssistantEnvelope(_Strict):
     """The envelope of an assistant turn. Trained are `lead` (what the model writes before the content), the content
     and `end`; `begin` is the generation prompt."""
 
@@ -88,7 +88,7 @@ class YamlTemplate(_Strict):
     merge_separator: str = "\n\n"
     system: Envelope | None = None
     user: Envelope
-    assistant: Answer
+    assistant: AssistantEnvelope
     tool: Envelope | None = None
     tools: Tools | None = None
 
@@ -265,7 +265,7 @@ class _Compiler:
             content = f"(system if loop.index0 == found.at else '') + {content}"
         return self._around(envelope, content)
 
-    def _assistant(self, envelope: Answer) -> str:
+    def _assistant(self, envelope: AssistantEnvelope) -> str:
         trained = "{{ " + self._literal(envelope.lead) + " + " + _content(self._template) + " }}" + self._calls()
         end = envelope.end + ("" if self._closes(envelope.end) else "{{ eos_token }}")
         return (

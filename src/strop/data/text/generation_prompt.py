@@ -6,10 +6,10 @@ with the answer behind it, where this is provably the text that inference comes 
 
 from __future__ import annotations
 
-from strop.data.text.markers import Place, Reading
+from strop.data.text.markers import MarkedRendering, MarkedSpan
 
 
-def behind_prompt(whole: Reading, prompt: Reading, number: int) -> Reading | None:
+def behind_prompt(whole: MarkedRendering, prompt: MarkedRendering, number: int) -> MarkedRendering | None:
     """The generation prompt, with what the rendering of the whole has behind it.
 
     Templates leave things of earlier turns out once an answer follows, and inference has seen them: gpt-oss the
@@ -35,14 +35,14 @@ def behind_prompt(whole: Reading, prompt: Reading, number: int) -> Reading | Non
         return None
     by = len(prompt.text) - start
     moved = tuple(place._replace(start=place.start + by, stop=place.stop + by) for place in own)
-    return Reading(prompt.text + whole.text[start:], prompt.places + moved, is_whole=True)
+    return MarkedRendering(prompt.text + whole.text[start:], prompt.places + moved, is_whole=True)
 
 
-def _stop(place: Place) -> int:
+def _stop(place: MarkedSpan) -> int:
     return place.stop
 
 
-def with_thoughts(probe: Reading, content: str, opening: str, number: int) -> Reading | None:
+def with_thoughts(probe: MarkedRendering, content: str, opening: str, number: int) -> MarkedRendering | None:
     """The content of the last turn, whose thoughts the template drops, behind the generation prompt.
 
     That is the text that inference comes to: the template puts an answer without thoughts into the same place, and the
@@ -66,4 +66,4 @@ def with_thoughts(probe: Reading, content: str, opening: str, number: int) -> Re
     before = tuple(place for place in probe.places if place.stop <= words[0].start and place is not words[0])
     place = words[0]._replace(start=start, stop=start + len(content))
     text = (opening if start == len(opening) else probe.text[:start]) + content + probe.text[stop:]
-    return Reading(text, (*before, place), is_whole=True)
+    return MarkedRendering(text, (*before, place), is_whole=True)

@@ -39,7 +39,7 @@ PLANES = ((0xF0000, re.compile("([\U000f0000-\U000ffffd])")), (0x100000, re.comp
 MOST_PIECES = 0xFFFE // 2
 
 
-class Piece(NamedTuple):
+class MarkedText(NamedTuple):
     """A marked text. message: number of its message."""
 
     message: int
@@ -47,32 +47,32 @@ class Piece(NamedTuple):
     text: str
 
 
-class Place(NamedTuple):
+class MarkedSpan(NamedTuple):
     """Where a rendering has put a piece: [start, stop) in the text without marks. A piece can stand more than once."""
 
     start: int
     stop: int
-    piece: Piece
+    piece: MarkedText
 
 
 @dataclass(frozen=True)
-class Reading:
+class MarkedRendering:
     """A marked rendering, read.
 
     text: without marks. places: in order of their starts. is_whole: every mark that opens is closed.
     """
 
     text: str
-    places: tuple[Place, ...]
+    places: tuple[MarkedSpan, ...]
     is_whole: bool
 
-    def of(self, message: int) -> list[Place]:
+    def of(self, message: int) -> list[MarkedSpan]:
         """The places of one message's pieces, in order."""
         return self._by_message.get(message, [])
 
     @cached_property
-    def _by_message(self) -> dict[int, list[Place]]:
-        found: dict[int, list[Place]] = {}
+    def _by_message(self) -> dict[int, list[MarkedSpan]]:
+        found: dict[int, list[MarkedSpan]] = {}
         for place in self.places:
             found.setdefault(place.piece.message, []).append(place)
         return found
@@ -86,7 +86,7 @@ class Markers:
 
     def __init__(self, base: int, pattern: re.Pattern[str], messages: Sequence[Message]) -> None:
         self._base, self._pattern = base, pattern
-        self.pieces: list[Piece] = []
+        self.pieces: list[MarkedText] = []
         self.messages = tuple(self._marked_message(i, message) for i, message in enumerate(messages))
 
     @classmethod
@@ -96,10 +96,10 @@ class Markers:
         markers = None if plane is None else cls(*plane, messages)
         return None if markers is None or len(markers.pieces) > MOST_PIECES else markers
 
-    def read(self, rendered: str) -> Reading:
+    def read(self, rendered: str) -> MarkedRendering:
         """Reads a rendering of (the first of) the marked messages."""
         parts = self._pattern.split(rendered)  # text, mark, text, mark, ..., text
-        places: list[Place] = []
+        places: list[MarkedSpan] = []
         opened: dict[int, int] = {}
         position, is_whole = 0, True
         for text, mark in zip(parts[::2], parts[1::2], strict=False):
@@ -108,11 +108,11 @@ class Markers:
             if number >= len(self.pieces) or bool(closes) != (number in opened):
                 is_whole = False
             elif closes:
-                places.append(Place(opened.pop(number), position, self.pieces[number]))
+                places.append(MarkedSpan(opened.pop(number), position, self.pieces[number]))
             else:
                 opened[number] = position
         places.sort(key=itemgetter(0, 1))
-        return Reading("".join(parts[::2]), tuple(places), is_whole and not opened)
+        return MarkedRendering("".join(parts[::2]), tuple(places), is_whole and not opened)
 
     def _marked_message(self, i: int, message: Message) -> Message:
         """The message with marks; what is empty stays as it is, for templates ask for that. Only an empty answer is
@@ -152,7 +152,7 @@ class Markers:
     def _marked(self, message: int, kind: Kind, text: str) -> str:
         start = self._base + 2 * len(self.pieces)
         core = text.strip()
-        self.pieces.append(Piece(message, kind, core))
+        self.pieces.append(MarkedText(message, kind, core))
         if len(core) == len(text):
             return f"{chr(start)}{text}{chr(start + 1)}"
         left, right = text.split(core, 1) if core else ("", text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from strop.data.read.row import RowRefused
-from strop.data.text.markers import Piece
+from strop.data.text.markers import MarkedText
 from strop.types import Message
 
 PARTS_OF_A_TURN = {
@@ -41,7 +41,7 @@ def refuse_lost_parts(messages: Sequence[Message], unread: Sequence[tuple[int, s
             )
 
 
-def dropped(messages: Sequence[Message], piece: Piece) -> RowRefused:
+def dropped(messages: Sequence[Message], piece: MarkedText) -> RowRefused:
     """The refusal of a row of which the template leaves a turn or a call out."""
     number, role = piece.message + 1, messages[piece.message]["role"]
     if piece.kind == "call":

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from strop.data.read.row import RowRefused
-from strop.data.text.answer_spans import Answer, Content, Conversation
+from strop.data.text.answer_spans import AnswerSpan, Content, Conversation
 from strop.data.text.chat_template import choose_template, tokenizers_template
 from strop.data.text.markers import REASONING, Span
 from strop.data.text.message_forms import (
@@ -322,7 +322,7 @@ class Renderer:
                     )
 
 
-def _nothing_trained(conversation: Conversation, wanted: Sequence[Answer]) -> RowRefused:
+def _nothing_trained(conversation: Conversation, wanted: Sequence[AnswerSpan]) -> RowRefused:
     if not wanted:
         return RowRefused(
             "nothing_trained",

@@ -48,7 +48,7 @@ _HARMLESS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class AttentionLengths:
     """The sequences of a row in the form that flash attention takes.
 
     queries, keys: [sequences + 1] int32, where each sequence begins among the queries and among the gathered keys.
@@ -75,7 +75,7 @@ class AttentionPlan:
         self._biases: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
         self._dense: dict[int | None, Tensor] = {}
         self._tiles: dict[tuple[int | None, int, torch.dtype], tuple[Tile, ...]] = {}
-        self._lengths: Lengths | None = None
+        self._lengths: AttentionLengths | None = None
 
     def mask(self, group: int, window: int | None) -> Tensor:
         """[T, T] of one group's own tokens."""
@@ -107,7 +107,7 @@ class AttentionPlan:
         return self._tiles[key]
 
     @property
-    def lengths(self) -> Lengths:
+    def lengths(self) -> AttentionLengths:
         """The row's sequences, for flash attention."""
         if self._lengths is None:
             found = tuple(sequences(self.layout))
@@ -120,7 +120,7 @@ class AttentionPlan:
                 parts += [span.prompt, *span.completions]
                 gathered += [first, first + 1]
                 gathered += [i for j, n in enumerate(span.completions[1:], first + 2) if n for i in (first, j)]
-            self._lengths = Lengths(
+            self._lengths = AttentionLengths(
                 to_device(_starts(own), self.device),
                 to_device(_starts(seen), self.device),
                 max(own),

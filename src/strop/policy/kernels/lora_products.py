@@ -93,7 +93,7 @@ def _beside(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Gradients:
+class ProductGradients:
     """Of x, and of w, bias, a, b of every layer."""
 
     x: Tensor | None
@@ -109,7 +109,7 @@ def gradients(
     left_out: LeftOut,
     *,
     wants_x: bool,
-) -> Gradients:
+) -> ProductGradients:
     """Back through `products`. trains: of w, bias, a, b of every layer; x may be None where neither w nor a does."""
     dtype = grads[0].dtype
     x = None if x is None else wide(x)
@@ -130,7 +130,7 @@ def gradients(
     read = x if any(trains[2::4]) else None
     through = _through_each_a if _apart(left_out) else _through_all_a
     d_x, weights[2::4] = through(layers, d_lows, d_x, read, left_out)
-    return Gradients(None if d_x is None else d_x.to(dtype), weights)
+    return ProductGradients(None if d_x is None else d_x.to(dtype), weights)
 
 
 def _through_all_a(

@@ -36,7 +36,7 @@ _COPIED = ".original_module."
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorSource:
     """What a parameter is read from. key: of the tensor in the files. dtype: what it is rounded to when it is read, as
     when a model is loaded whole."""
 
@@ -88,7 +88,7 @@ class DeferredWeights:
 
     def __init__(self, files: Sequence[Path], where: str) -> None:
         self.where = where
-        self.names: dict[str, Source] = {}
+        self.names: dict[str, TensorSource] = {}
         """Names of the parameters that are to be read, in the module that was last given to `follow`; all names of
         tied ones."""
         self._stored: dict[str, Stored] = {}
@@ -147,15 +147,15 @@ class DeferredWeights:
             self.names |= {copy: self.names[name] for copy, name in originals.items() if name in self.names}
         return all(tuple(weights[name].shape) == self._stored[s.key].shape for name, s in self.names.items())
 
-    def _source(self, tensor: Tensor) -> Source | None:
+    def _source(self, tensor: Tensor) -> TensorSource | None:
         """What a placeholder stands for; None: it is none."""
         if tensor.untyped_storage().data_ptr() != self._buffer.untyped_storage().data_ptr():
             return None
-        return Source(self._keys[tensor.storage_offset()], tensor.dtype)
+        return TensorSource(self._keys[tensor.storage_offset()], tensor.dtype)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def read(self, source: Source, start: int, stop: int) -> Tensor:
+    def read(self, source: TensorSource, start: int, stop: int) -> Tensor:
         """Rows of a tensor, on the CPU; no more of the file than these is read. Of a scalar: itself.
 
         Raises:
@@ -192,15 +192,15 @@ class DeferredWeights:
         }
         return {name: found[pair] for name, pair in wanted.items()}
 
-    def _size(self, source: Source) -> int:
+    def _size(self, source: TensorSource) -> int:
         return torch.Size(self._stored[source.key].shape).numel()
 
-    def _digest(self, source: Source, dtype: torch.dtype) -> str:
+    def _digest(self, source: TensorSource, dtype: torch.dtype) -> str:
         shape = self._stored[source.key].shape
         parts = (rows.to(dtype) for rows in self._in_parts(source, shape))
         return digest_line(dtype, shape, parts)
 
-    def _in_parts(self, source: Source, shape: Sequence[int]) -> Iterable[Tensor]:
+    def _in_parts(self, source: TensorSource, shape: Sequence[int]) -> Iterable[Tensor]:
         if not shape:
             return [self.read(source, 0, 0)]
         per_row = max(1, 4 * self._size(source) // max(1, shape[0]))

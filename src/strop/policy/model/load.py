@@ -33,7 +33,7 @@ from strop.policy.model.random_parts import silence_config, silence_modules
 from strop.policy.model.shape_check import check_config_against_files, other_shape
 from strop.policy.model.task import SCORE, WRITING_HEADS, with_one_label
 from strop.policy.model.tokenizer import new_tokens
-from strop.policy.model.weight_reading import Reading
+from strop.policy.model.weight_reading import ModelReading
 from strop.policy.precision import nonfinite
 from strop.readable import short_name
 
@@ -127,7 +127,7 @@ def load_model(
         # transformers draws the weights of a new head; the caller's random numbers stay as they were
         with quiet(), torch.random.fork_rng(devices=[]):
             quantising = quantised_base.loading(bits, dtype, sharded=sharded)
-            reading = Reading(model, files, config, dtype, attention, quantising, reward_model)
+            reading = ModelReading(model, files, config, dtype, attention, quantising, reward_model)
             module, report, waiting = reading.read(defer=defer)
     except LOAD_ERRORS as error:
         raise ModelError(

@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModelReading:
     """A model that is to be read.
 
     dtype: of its weights. attention, quantising: what else `from_pretrained` is given, and with what it quantises.
