@@ -143,7 +143,7 @@ def test_held_out_prompts_are_rewarded_and_the_report_is_whole(tmp_path: Path, m
     [
         ({"method": "dpo"}, ("odd",), {}, "method dpo trains on those of the rows without online: true"),
         (ONLINE, (), {}, "no reward is given"),
-        (ONLINE, ("odd",), {"rollout.num_generations": 1}, "a pair is made of two completions"),
+        (ONLINE, ("odd",), {"rollout.num_generations": 1}, "online true compares the completions of a prompt"),
         (ONLINE, ("odd",), {"rollout.enabled": False}, "online is true, and nothing is sampled"),
         ({**ONLINE, "ref_sync_steps": 2}, ("odd",), {}, "a reference that stays as it is"),
         ({"method": "ipo", "online": True}, ("odd",), {}, "method ipo does not read it"),

@@ -6,15 +6,20 @@ over the algorithm's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 from pydantic.config import JsonDict
 
 from strop.config.base_section import Problem
-from strop.config.method_settings import Comparison, Readers, ReferenceSettings
+from strop.config.method_settings import Choice, Readers, ReferenceSettings
+from strop.config.sections import RolloutSection
 from strop.types import RowShape
+
+if TYPE_CHECKING:
+    from strop.config.run import RunConfig
 
 Algorithm = Literal[
     "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce++", "maxrl", "gdpo"
@@ -90,6 +95,7 @@ class GrpoSettings(ReferenceSettings):
     OBJECTIVE: ClassVar[str] = "grpo:Grpo"
     ROWS: ClassVar[RowShape] = "group"
     READS_OLD_LOGPS: ClassVar[bool] = True
+    USUAL_BETA: ClassVar[tuple[float, float]] = (0.0, math.inf)
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "importance_sampling_level": Readers("gate", tuple(g for g in get_args(Gate) if g != "gmpo")),
         "epsilon": Readers("gate", tuple(_BOUNDS)),
@@ -165,12 +171,13 @@ class GrpoSettings(ReferenceSettings):
     """Masks: lower bound of that weight."""
 
     @property
-    def compares(self) -> Comparison | None:
-        return (
-            None
-            if self.advantage in ("reinforce++", "none")
-            else Comparison("advantage", self.advantage, "reinforce++")
-        )
+    def compares(self) -> Choice | None:
+        alone = self.advantage in ("reinforce++", "none")
+        return None if alone else Choice("advantage", self.advantage, "reinforce++")
+
+    @property
+    def samples(self) -> bool:
+        return True
 
     @model_validator(mode="before")
     @classmethod
@@ -222,4 +229,16 @@ class GrpoSettings(ReferenceSettings):
                 ("epsilon",),
                 f"epsilon is {self.epsilon:g}, so that the lower bound of the ratio is not above 0",
                 "a number between 0 and 1",
+            )
+
+    def problems_in(self, config: RunConfig) -> Iterator[Problem]:
+        rollout, defaults = config.rollout, RolloutSection.model_fields
+        left_out = [name for name in ("top_k", "top_p", "min_p") if getattr(rollout, name) != defaults[name].default]
+        if rollout.enabled and self.sampler_correction != "none" and left_out:
+            yield Problem(
+                ("post_training.sampler_correction", f"rollout.{left_out[0]}"),
+                f"sampler_correction is {self.sampler_correction}, and with rollout.{left_out[0]} the sampler draws "
+                "from a part of the vocabulary, while log-probs are those under all of it",
+                "sampling from the whole vocabulary",
+                f"remove rollout.{left_out[0]}, or sampler_correction",
             )

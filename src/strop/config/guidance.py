@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from strop.config.methods import METHODS, DistillSettings, GrpoSettings, ReferenceSettings, SimpoSettings
+from strop.config.methods import METHODS, GrpoSettings
 from strop.config.run import RunConfig
 from strop.config.schema import key_at
 from strop.config.sections import FinetuningSection, ModelSection
@@ -51,7 +51,7 @@ def resolve(config: RunConfig) -> RunConfig:
         and length is not None
     ):
         found["post_training.normalizer_length"] = length
-    is_rewarded = config.rollout.enabled and not isinstance(method, DistillSettings)
+    is_rewarded = config.rollout.enabled and method.REWARDED
     if is_rewarded and "metric_for_best_model" not in finetuning.model_fields_set:
         found["finetuning.metric_for_best_model"] = "eval_reward"
         finetuning = finetuning.model_copy(update={"metric_for_best_model": "eval_reward"})
@@ -97,24 +97,9 @@ def advice(config: RunConfig, num_weights: int | None = None) -> list[str]:
 
 
 def _advice(config: RunConfig, num_weights: int | None) -> Iterator[str]:
-    method, training = config.post_training, config.training
+    training = config.training
     yield from _about_the_rate(config, num_weights)
-    if isinstance(method, ReferenceSettings) and not isinstance(method, GrpoSettings) and not 0.01 <= method.beta <= 1:
-        effect = "leaves the policy almost free of" if method.beta < 0.01 else "holds the policy to"
-        yield (
-            f"post_training.beta {method.beta:g} lies outside 0.01 to 1: it {effect} the reference; 0.1 to 0.3 is a "
-            "usual start"
-        )
-    if isinstance(method, SimpoSettings) and method.simpo_beta < 1:
-        yield (
-            f"post_training.simpo_beta {method.simpo_beta:g} is low: it scales a margin per token, and 2 to 10 is "
-            "usual; the beta of dpo scales one per completion"
-        )
-    if isinstance(method, ReferenceSettings) and not method.use_ref_model and config.lora.enabled:
-        yield (
-            "post_training.use_ref_model false changes nothing under LoRA: the reference is the model without its new "
-            "adapter, and takes no memory of its own"
-        )
+    yield from config.post_training.advice(config)
     options = config.finetuning
     if options.greater_is_better not in (None, _greater_is_better(options)):
         best = "highest" if options.greater_is_better else "lowest"

@@ -7,12 +7,15 @@ A setting that the chosen method or loss does not read is an error, never ignore
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
 
 from strop.config.base_section import Problem, Section, SectionError
 from strop.types import RowShape
+
+if TYPE_CHECKING:
+    from strop.config.run import RunConfig
 
 NEUTRAL: Mapping[str, Any] = {
     "label_smoothing": 0.0,
@@ -59,13 +62,12 @@ def either(names: Sequence[str]) -> str:
     return f"{', '.join(front)} or {last}" if front else last
 
 
-class Comparison(NamedTuple):
-    """A setting of a method by which the completions of a group are compared with each other, so that a group needs at
-    least two. alone: the value of that setting under which one is enough."""
+class Choice(NamedTuple):
+    """A setting of a method that needs something of the data or of other sections. without: its value that does not."""
 
     setting: str
     value: str
-    alone: str
+    without: str
 
 
 class MethodSettings(Section):
@@ -86,6 +88,13 @@ class MethodSettings(Section):
     PACKS: ClassVar[bool] = False
     """Whether `training.packing` is for it."""
 
+    SAMPLES_WITH: ClassVar[str] = ""
+    """`setting: value` under which it trains on completions that the policy samples, where only some of its variants
+    do."""
+
+    REWARDED: ClassVar[bool] = True
+    """Whether completions that the policy samples have to be rewarded."""
+
     READS_OLD_LOGPS: ClassVar[bool] = False
     """Whether it weighs completions of rows by the policy that sampled them, where rows have its `old_logps`."""
 
@@ -95,14 +104,32 @@ class MethodSettings(Section):
     method: str
 
     @property
-    def compares(self) -> Comparison | None:
-        """What compares the completions of a group with each other, if anything does."""
+    def compares(self) -> Choice | None:
+        """What compares the completions of a group with each other, so that it needs at least two; None: nothing."""
+        return None
+
+    @property
+    def samples(self) -> bool:
+        """Whether it can train on completions that the policy samples (a rollout section)."""
+        return False
+
+    @property
+    def only_samples(self) -> Choice | None:
+        """What can train on nothing but completions that the policy samples; None: nothing."""
         return None
 
     @property
     def label_weights(self) -> Mapping[bool, float] | None:
         """Weight of the loss of desirable (True) and undesirable completions, for a method whose rows have labels."""
         return None
+
+    def problems_in(self, config: RunConfig) -> Iterator[Problem]:
+        """What of the other sections this method cannot be combined with. Keys are those of the whole configuration."""
+        yield from ()
+
+    def advice(self, config: RunConfig) -> Iterator[str]:
+        """Warnings about values of this section that are allowed and likely to disappoint."""
+        yield from ()
 
     def unread(self) -> Mapping[str, Readers]:
         """Settings that stand in this class but not for this variant of the method, and who reads them."""
@@ -157,6 +184,9 @@ class MethodSettings(Section):
 class ReferenceSettings(MethodSettings):
     """What methods that hold the policy to a reference have in common."""
 
+    USUAL_BETA: ClassVar[tuple[float, float]] = (0.01, 1.0)
+    """Between these nobody is warned of `beta`."""
+
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to the reference; higher stays closer."""
     use_ref_model: bool = True
@@ -172,4 +202,18 @@ class ReferenceSettings(MethodSettings):
                 ("ref_model_id", "use_ref_model"),
                 f"ref_model_id names the reference model {self.ref_model_id!r} while use_ref_model is false",
                 fix="set use_ref_model: true, or remove ref_model_id",
+            )
+
+    def advice(self, config: RunConfig) -> Iterator[str]:
+        low, high = self.USUAL_BETA
+        if not low <= self.beta <= high:
+            effect = "leaves the policy almost free of" if self.beta < low else "holds the policy to"
+            yield (
+                f"post_training.beta {self.beta:g} lies outside {low:g} to {high:g}: it {effect} the reference; 0.1 to "
+                "0.3 is a usual start"
+            )
+        if not self.use_ref_model and config.lora.enabled:
+            yield (
+                "post_training.use_ref_model false changes nothing under LoRA: the reference is the model without its "
+                "new adapter, and takes no memory of its own"
             )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from strop.config.base_section import Problem
 from strop.config.grpo_settings import GrpoSettings as GrpoSettings
 from strop.config.method_settings import NEUTRAL as NEUTRAL
+from strop.config.method_settings import Choice
 from strop.config.method_settings import MethodSettings as MethodSettings
 from strop.config.method_settings import Readers as Readers
 from strop.config.method_settings import ReferenceSettings as ReferenceSettings
 from strop.config.method_settings import either as either
 from strop.config.method_settings import is_neutral as is_neutral
 from strop.types import RowShape
+
+if TYPE_CHECKING:
+    from strop.config.run import RunConfig
 
 
 class SftSettings(MethodSettings):
@@ -60,6 +64,7 @@ class DpoSettings(ReferenceSettings):
     """Direct preference optimisation (arXiv 2305.18290) and its loss variants on pairs."""
 
     OBJECTIVE: ClassVar[str] = "dpo:Dpo"
+    SAMPLES_WITH: ClassVar[str] = "online: true"
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "label_smoothing": Readers("loss_type", ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")),
         "ipo_norm": Readers("loss_type", ("ipo",)),
@@ -111,6 +116,18 @@ class DpoSettings(ReferenceSettings):
     """Train on pairs that the policy samples itself: of the completions of each prompt, the one with the highest reward
     against the one with the lowest. Needs the sections rollout and rewards."""
 
+    @property
+    def compares(self) -> Choice | None:
+        return self.only_samples
+
+    @property
+    def samples(self) -> bool:
+        return self.online
+
+    @property
+    def only_samples(self) -> Choice | None:
+        return Choice("online", "true", "false") if self.online else None
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.online and self.ref_sync_steps:
@@ -134,6 +151,26 @@ class DpoSettings(ReferenceSettings):
                 "label_smoothing is 0, and loss_type exo_pair takes its logarithm",
                 "a number above 0 and below 0.5",
                 "set label_smoothing: 0.001, as the paper does",
+            )
+
+    def problems_in(self, config: RunConfig) -> Iterator[Problem]:
+        if not self.ref_sync_steps:
+            return
+        if config.gpu.fsdp:
+            yield Problem(
+                ("post_training.ref_sync_steps", "gpu.fsdp"),
+                "post_training.ref_sync_steps keeps a second whole model, and gpu.fsdp is true",
+                "one of the two",
+                "leave gpu.fsdp or ref_sync_steps out",
+            )
+        adapters = ["lora.enabled: true"] if config.lora.enabled else []
+        adapters += [f"models.{i}.adapter" for i, model in enumerate(config.models) if model.adapter is not None]
+        if adapters:
+            yield Problem(
+                ("post_training.ref_sync_steps",),
+                f"post_training.ref_sync_steps mixes whole models, and {adapters[0]} trains adapters",
+                "full training",
+                "remove ref_sync_steps, or train in full (lora.enabled: false, no adapter)",
             )
 
 
@@ -196,6 +233,13 @@ class SimpoSettings(MethodSettings):
     sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the chosen completions' negative log-likelihood per token, added to the loss."""
 
+    def advice(self, config: RunConfig) -> Iterator[str]:
+        if self.simpo_beta < 1:
+            yield (
+                f"post_training.simpo_beta {self.simpo_beta:g} is low: it scales a margin per token, and 2 to 10 is "
+                "usual; the beta of dpo scales one per completion"
+            )
+
 
 class CpoSettings(MethodSettings):
     """Contrastive preference optimisation (arXiv 2401.08417): DPO with a uniform reference, and likelihood."""
@@ -232,6 +276,7 @@ class DistillSettings(MethodSettings):
     LEARNING_RATE: ClassVar[float] = 1e-5
     OBJECTIVE: ClassVar[str] = "distill:Distill"
     ROWS: ClassVar[RowShape] = "single"
+    REWARDED: ClassVar[bool] = False
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "beta": Readers("distill_loss", ("divergence",)),
         "temperature": Readers("distill_loss", ("divergence",)),
@@ -248,6 +293,24 @@ class DistillSettings(MethodSettings):
     """Between the forward divergence from the teacher (0) and the reverse one (1)."""
     temperature: float = Field(default=1.0, gt=0)
     """Both models' logits are divided by it before they are compared; with rollout, by rollout.temperature as well."""
+
+    @property
+    def samples(self) -> bool:
+        return True
+
+    @property
+    def only_samples(self) -> Choice | None:
+        on_policy = self.distill_loss == "policy_gradient"
+        return Choice("distill_loss", self.distill_loss, "divergence") if on_policy else None
+
+    def problems_in(self, config: RunConfig) -> Iterator[Problem]:
+        if config.rollout.dynamic_sampling:
+            yield Problem(
+                ("rollout.dynamic_sampling", "post_training.method"),
+                "rollout.dynamic_sampling leaves out prompts by their rewards, and method distill trains on none",
+                "false",
+                "remove dynamic_sampling",
+            )
 
 
 PostTraining = Annotated[

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from strop.config.base_section import ListOf, NamedOf, Problem, Section
-from strop.config.methods import DistillSettings, DpoSettings, GrpoSettings, PostTraining, SftSettings
+from strop.config.methods import PostTraining, SftSettings
 from strop.config.sections import (
     DatasetSection,
     FinetuningSection,
@@ -126,49 +126,48 @@ class RunConfig(Section):
         return reward_names([reward.name for reward in self.rewards])
 
     def _rollout_problems(self) -> Iterator[Problem]:
+        if self.rollout.enabled:
+            yield from self._sampling_problems()
+        elif (only := self.post_training.only_samples) is not None:
+            yield Problem(
+                (f"post_training.{only.setting}", "rollout"),
+                f"post_training.{only.setting} is {only.value}, and nothing is sampled",
+                "a rollout section",
+                f"add rollout: {{enabled: true}}, or set {only.setting}: {only.without}",
+            )
+        elif self.rewards:
+            yield Problem(
+                ("rewards",),
+                "rewards are given, and nothing is sampled that they could reward",
+                "a rollout section beside them",
+                "add rollout: {enabled: true}, or remove rewards",
+            )
+
+    def _sampling_problems(self) -> Iterator[Problem]:
         method, rollout = self.post_training, self.rollout
-        is_online = isinstance(method, DpoSettings) and method.online
-        if not rollout.enabled:
-            if is_online:
-                yield Problem(
-                    ("post_training.online", "rollout"),
-                    "post_training.online is true, and nothing is sampled",
-                    "a rollout section and rewards",
-                    "add rollout: {enabled: true} and rewards, or remove online",
-                )
-            elif isinstance(method, DistillSettings) and method.distill_loss == "policy_gradient":
-                yield Problem(
-                    ("post_training.distill_loss", "rollout"),
-                    "distill_loss policy_gradient is of tokens that the policy samples, and nothing is sampled",
-                    "a rollout section",
-                    "add rollout: {enabled: true}, or set distill_loss: divergence",
-                )
-            elif self.rewards:
-                yield Problem(
-                    ("rewards",),
-                    "rewards are given, and nothing is sampled that they could reward",
-                    "a rollout section beside them",
-                    "add rollout: {enabled: true}, or remove rewards",
-                )
-            return
-        if isinstance(method, DistillSettings):
-            yield from self._distilled_problems()
-        elif not isinstance(method, GrpoSettings) and not is_online:
-            own = isinstance(method, DpoSettings)
+        if not method.samples:
+            variant = method.SAMPLES_WITH
             yield Problem(
                 ("rollout", "post_training.method"),
                 f"completions are to be sampled, and method {method.method} trains on those of the rows"
-                + (" without online: true" if own else ""),
+                + (f" without {variant}" if variant else ""),
                 "method grpo or distill, or dpo with online: true",
-                f"set post_training.{'online: true' if own else 'method: grpo'}, or remove rollout",
+                f"set post_training.{variant or 'method: grpo'}, or remove rollout",
             )
             return
-        elif not self.rewards:
+        if method.REWARDED and not self.rewards:
             yield Problem(
                 ("rewards", "rollout"), "completions are to be sampled, and no reward is given", "at least one"
             )
         yield from self._probe_problems()
-        yield from self._compared_problems()
+        if rollout.num_generations < 2 and (compares := method.compares) is not None:
+            name, value, without = compares
+            yield Problem(
+                ("rollout.num_generations", f"post_training.{name}"),
+                f"rollout.num_generations is 1, and {name} {value} compares the completions of a prompt",
+                "at least 2",
+                f"raise it, or set post_training.{name}: {without}",
+            )
         yield from self._served_problems()
         if rollout.num_generations_eval > 1 and rollout.temperature_eval == 0:
             yield Problem(
@@ -177,16 +176,6 @@ class RunConfig(Section):
                 "the same",
                 "1, or a temperature above 0",
                 "set temperature_eval: 1.0, or remove num_generations_eval",
-            )
-
-    def _distilled_problems(self) -> Iterator[Problem]:
-        """What compares rewards, which distillation does not train on."""
-        if self.rollout.dynamic_sampling:
-            yield Problem(
-                ("rollout.dynamic_sampling", "post_training.method"),
-                "rollout.dynamic_sampling leaves out prompts by their rewards, and method distill trains on none",
-                "false",
-                "remove dynamic_sampling",
             )
 
     def _probe_problems(self) -> Iterator[Problem]:
@@ -199,37 +188,6 @@ class RunConfig(Section):
                 + ("there is no reward" if not self.rewards else "one completion per prompt is compared with no other"),
                 "rewards, and at least 2 completions per prompt",
                 "remove probe_prompts",
-            )
-
-    def _compared_problems(self) -> Iterator[Problem]:
-        """What compares the completions of a prompt, and what weighs them."""
-        method, rollout = self.post_training, self.rollout
-        if not isinstance(method, GrpoSettings):
-            if rollout.num_generations < 2 and isinstance(method, DpoSettings):
-                yield Problem(
-                    ("rollout.num_generations", "post_training.online"),
-                    "rollout.num_generations is 1, and a pair is made of two completions of a prompt",
-                    "at least 2",
-                )
-            return
-        compares = method.compares
-        if rollout.num_generations < 2 and compares is not None:
-            name, value, alone = compares
-            yield Problem(
-                ("rollout.num_generations", f"post_training.{name}"),
-                f"rollout.num_generations is 1, and {name} {value} compares the completions of a prompt",
-                "at least 2",
-                f"raise it, or set post_training.{name}: {alone}",
-            )
-        defaults = {name: RolloutSection.model_fields[name].default for name in ("top_k", "top_p", "min_p")}
-        left_out = [name for name, default in defaults.items() if getattr(rollout, name) != default]
-        if method.sampler_correction != "none" and left_out:
-            yield Problem(
-                ("post_training.sampler_correction", f"rollout.{left_out[0]}"),
-                f"sampler_correction is {method.sampler_correction}, and with rollout.{left_out[0]} the sampler draws "
-                "from a part of the vocabulary, while log-probs are those under all of it",
-                "sampling from the whole vocabulary",
-                f"remove rollout.{left_out[0]}, or sampler_correction",
             )
 
     def _served_problems(self) -> Iterator[Problem]:
@@ -313,16 +271,10 @@ class RunConfig(Section):
                 "sampler: policy, or gpu.use_ddp",
                 "set rollout.sampler: policy, or leave gpu.fsdp out",
             )
-        if isinstance(self.post_training, DpoSettings) and self.post_training.ref_sync_steps:
-            yield Problem(
-                ("post_training.ref_sync_steps", "gpu.fsdp"),
-                "post_training.ref_sync_steps keeps a second whole model, and gpu.fsdp is true",
-                "one of the two",
-                "leave gpu.fsdp or ref_sync_steps out",
-            )
 
     def problems(self) -> Iterator[Problem]:
         yield from self._rollout_problems()
+        yield from self.post_training.problems_in(self)
         yield from self._sharding_problems()
         names = [model.name for model in self.models]
         for i, name in enumerate(names):
@@ -364,13 +316,3 @@ class RunConfig(Section):
                 "auto, or full training",
                 "remove save_dtype",
             )
-        if isinstance(self.post_training, DpoSettings) and self.post_training.ref_sync_steps:
-            adapters = ["lora.enabled: true"] if self.lora.enabled else []
-            adapters += [f"models.{i}.adapter" for i, model in enumerate(self.models) if model.adapter is not None]
-            if adapters:
-                yield Problem(
-                    ("post_training.ref_sync_steps",),
-                    f"post_training.ref_sync_steps mixes whole models, and {adapters[0]} trains adapters",
-                    "full training",
-                    "remove ref_sync_steps, or train in full (lora.enabled: false, no adapter)",
-                )

@@ -102,9 +102,8 @@ def rollout_source(
 
 def _num_probed(config: RunConfig, plan: Plan, num_prompts: int) -> int:
     """How many prompts forecast the groups without signal: none where rewards within a group are not compared."""
-    compares = getattr(config.post_training, "advantage", "") not in ("reinforce++", "none")
     asked = config.rollout.probe_prompts
-    if not config.rewards or (asked is None and not compares):
+    if not config.rewards or (asked is None and config.post_training.compares is None):
         return 0
     return forecast.num_probed(asked, plan, num_prompts)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from strop.config.method_settings import Comparison
+from strop.config.method_settings import Choice
 from strop.data.read.row import RowRefused
 from strop.data.store.table import NUMBERS, Groups
 from strop.data.text.encode import Encoded
@@ -47,7 +47,7 @@ def with_numbers(group: Group, numbers: Mapping[str, tuple[Any, ...]]) -> Group:
     return replace(group, numbers=found) if found else group
 
 
-def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], compares: Comparison | None) -> None:
+def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], compares: Choice | None) -> None:
     """Refuse groups that lack what the objective reads, that have it in part, or that have nothing to compare.
 
     Args:
@@ -67,7 +67,7 @@ def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], compar
             "the group has one completion, and there is nothing to compare it with",
             where=str(groups[int(sizes.argmin())].origin),
             expected=f"at least two completions per prompt (post_training.{compares.setting}: {compares.value})",
-            fix=f"sample more completions per prompt, or set post_training.{compares.setting}: {compares.alone}",
+            fix=f"sample more completions per prompt, or set post_training.{compares.setting}: {compares.without}",
         )
 
 
