@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -26,6 +27,23 @@ OURS = ("strop.cli.entry", "strop.training", "strop.distributed", "torch.distrib
 OTHERS = ("transformers.models.llama.modeling_llama", "pandas")
 """What the first run of a process imports beside."""
 FORKED.set_forkserver_preload([*OURS, *OTHERS])
+
+
+def start_program(code: str, stderr: str, environment: Mapping[str, str]) -> ForkServerProcess:
+    """A process that runs `code` with these environment variables. stderr: path of the file or terminal that it writes
+    its standard error to; standard output is dropped."""
+    process = FORKED.Process(target=_run_program, args=(code, stderr, dict(environment)))
+    process.start()
+    return process
+
+
+def _run_program(code: str, stderr: str, environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
+    exec(code, {})
 
 
 def in_processes(size: int, work: Callable[..., T], *args: Any) -> list[T]:

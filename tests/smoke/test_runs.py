@@ -345,11 +345,19 @@ def test_from_python_no_library_has_a_say(runs: Any, tmp_path: Path) -> None:
     config = runs.config({"output_dir": str(tmp_path / "out"), "max_steps": 1, **LORA})
     file = tmp_path / "c.json"
     file.write_text(json.dumps(config.model_dump(mode="json")))
-    script = f"import strop; (result,) = strop.train({str(file)!r}); print(result.reason)"
+    script = f"""
+import logging, strop
+(result,) = strop.train({str(file)!r})
+print(result.reason)
+logging.getLogger("bitsandbytes.backends").warning("no kernels")
+logging.basicConfig()
+logging.getLogger("peft.x").error("mine")
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "the one step is done\n"), done.stderr
     ours = re.compile(r"(train|eval) step |training: |reference log-probs: ")
-    assert [line for line in done.stderr.splitlines() if not ours.match(line)] == []
+    said = [line for line in done.stderr.splitlines() if not ours.match(line)]
+    assert said == ["ERROR:peft.x:mine"], "a caller's own handlers get it, and nobody else"
 
 
 def test_training_twice_in_a_row(runs: Any) -> None:

@@ -21,7 +21,9 @@ print(found.cores, found.name, product_rates.measured(torch.bfloat16))
 """
 
 
-@pytest.mark.parametrize("name", ["plain", "cores-8", "bf16+cores-1"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.nightly) for n in ("plain", "cores-8")), "bf16+cores-1"]
+)
 def test_started_processes_see_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STROP_TESTS_PRETEND", name)
     chosen = surroundings(name)

@@ -109,14 +109,15 @@ import strop.policy.model.adapters
 """
 LISTEN = "logging.basicConfig(); logging.getLogger('peft.x').error('mine')"
 CASES = [
-    pytest.param("", LISTEN, id="nobody listens, then the caller does"),
+    pytest.param("", LISTEN, id="nobody listens, then the caller does", marks=pytest.mark.nightly),
     pytest.param(LISTEN, "", id="the caller listens", marks=pytest.mark.nightly),
 ]
 
 
 @pytest.mark.parametrize(("listens", "then"), CASES)
 def test_libraries_do_not_speak_in_strops_place(listens: str, then: str) -> None:
-    """Nor does what they say when they are imported reach the terminal; a caller's own handlers get it."""
+    """Nor does what they say when they are imported reach the terminal; a caller's own handlers get it. In the suite
+    a whole run shows it (`test_runs.py::test_from_python_no_library_has_a_say`)."""
     code = SPEAK.format(listens=listens, then=then)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0 and done.stdout == ""

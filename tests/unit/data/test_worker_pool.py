@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from processes import start_program
 from strop import time_limit
 from strop.data.load import load_data
 from strop.data.read.files import read_lines
@@ -77,14 +77,16 @@ time.sleep(1000)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_processes_end_with_their_parent(number: int, tmp_path: Path) -> None:
     text = LOADS.format(paths=sys.path, folder=str(tmp_path))
-    parent = subprocess.Popen([sys.executable, "-c", text])
+    parent = start_program(text, os.devnull, os.environ)
+    assert parent.pid is not None
     try:
         until = time.monotonic() + 120
         while len(list(tmp_path.iterdir())) < 3:
-            assert time.monotonic() < until and parent.poll() is None
+            assert time.monotonic() < until and parent.is_alive()
             time.sleep(0.05)
         os.kill(parent.pid, number)
-        parent.wait()
+        parent.join()
+        assert parent.exitcode == -number
         left = [int(p.name) for p in tmp_path.iterdir()]
         while left:
             assert time.monotonic() < until, "processes are left behind"
@@ -92,7 +94,7 @@ def test_processes_end_with_their_parent(number: int, tmp_path: Path) -> None:
             time.sleep(0.05)
     finally:
         parent.kill()
-        parent.wait()
+        parent.join()
 
 
 def _runs(pid: int) -> bool:

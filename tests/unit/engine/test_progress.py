@@ -7,16 +7,17 @@ import logging
 import os
 import pty
 import re
+import select
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 
+from processes import start_program
 from strop.engine import progress
 from strop.engine.progress import Progress, StopSignal
 from strop.errors import Interrupted
@@ -125,23 +126,22 @@ logging.info("after")
 
 def run_in_a_terminal(term: str, columns: int = 160) -> str:
     leader, follower = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stderr=follower, stdout=subprocess.DEVNULL,
-        env={**os.environ, "TERM": term, "COLUMNS": str(columns)},
-    ) as process:  # fmt: skip
+    process = start_program(SCRIPT, os.ttyname(follower), {**os.environ, "TERM": term, "COLUMNS": str(columns)})
+    written = b"".join(said_by(process, leader, follower))
+    assert process.exitcode == 0
+    return written.decode()
+
+
+def said_by(process: ForkServerProcess, leader: int, follower: int) -> Iterator[bytes]:
+    """What it writes to its terminal, until it ends; closes the terminal."""
+    try:
+        while (alive := process.is_alive()) or select.select([leader], [], [], 0)[0]:
+            if select.select([leader], [], [], 0.05 if alive else 0)[0]:
+                yield os.read(leader, 65536)
+        process.join()
+    finally:
         os.close(follower)
-        chunks = []
-        while True:
-            try:
-                chunk = os.read(leader, 65536)
-            except OSError:  # how a terminal says that its other end is closed
-                break
-            if not chunk:
-                break
-            chunks.append(chunk)
-        assert process.wait() == 0
-    os.close(leader)
-    return b"".join(chunks).decode()
+        os.close(leader)
 
 
 def test_in_a_terminal_a_bar_with_lines_above_it() -> None:
@@ -205,18 +205,14 @@ def test_control_c_leaves_no_bar_behind(columns: int) -> None:
     """The terminal writes ^C where the cursor is, behind the bar."""
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns)}
-    written = b""
-    with subprocess.Popen([sys.executable, "-c", PRESSED], stderr=follower, env=environment) as process:
-        os.close(follower)
-        pressed = 0
-        with suppress(OSError):  # how a terminal says that its other end is closed
-            while chunk := os.read(leader, 65536):
-                written += chunk
-                if pressed < 3 and written.count(b"training") > 2 * pressed:
-                    os.write(leader, b"\x03")
-                    pressed += 1
-        assert process.wait() == 0
-    os.close(leader)
+    process = start_program(PRESSED, os.ttyname(follower), environment)
+    written, pressed = b"", 0
+    for chunk in said_by(process, leader, follower):
+        written += chunk
+        if pressed < 3 and written.count(b"training") > 2 * pressed:
+            os.write(leader, b"\x03")
+            pressed += 1
+    assert process.exitcode == 0
     assert pressed == 3 and written.count(b"^C") == 3
     assert [row for row in screen(written.decode(), columns) if row] == ["a note", "after"]
 

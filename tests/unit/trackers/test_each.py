@@ -1,4 +1,7 @@
-"""Each tracker holds every metric once, also after a kill and a resume, as its own reader says."""
+"""Each tracker holds every metric once, also after a kill and a resume, as its own reader says.
+
+One run with each is looked at from all sides, since some of them take seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,8 +34,7 @@ def read_tensorboard(run: Path) -> Series:
 
 def read_wandb(run: Path) -> Series:
     rows = [r["history"]["item"] for r in wandb_records(run / "logs") if r["type"] == "history"]
-    numbers = [(name, row["step"], v) for row in rows for name, v in row.items() if name.partition("/")[1]]
-    return sorted_series(numbers)
+    return sorted_series([(name, row["step"], v) for row in rows for name, v in row.items() if is_metric(name)])
 
 
 def read_mlflow(run: Path) -> Series:
@@ -48,7 +51,11 @@ def read_trackio(run: Path) -> Series:
 
     own = course.identity(run, "trackio")
     logs = SQLiteStorage.get_logs(own["project"], own["name"])
-    return sorted_series([(n, line["step"], v) for line in logs for n, v in line.items() if n.partition("/")[1]])
+    return sorted_series([(n, line["step"], v) for line in logs for n, v in line.items() if is_metric(n)])
+
+
+def is_metric(name: str) -> bool:
+    return "/" in name and not name.startswith("report/")
 
 
 TABLES = (
@@ -64,33 +71,63 @@ READERS: dict[str, Reader] = {
 }
 
 
-@pytest.fixture(params=["tensorboard", "wandb", "mlflow", "trackio"])
+SECRET = "s3cr3t" * 6
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run that was stopped, went on from a checkpoint and reported; what trackers said when it began, what was
+    written down about it then, and the name that it was given."""
+
+    run: Path
+    said: list[str]
+    before: dict[str, str] | None
+    name: str
+
+
+@pytest.fixture(scope="module", params=["tensorboard", "wandb", "mlflow", "trackio"])
 def kind(request: pytest.FixtureRequest) -> str:
     pytest.importorskip(request.param, reason="install the extra of this name")
     return str(request.param)
 
 
-def test_a_resumed_run_holds_every_metric_once(
-    kind: str, tmp_path: Path, places: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = tmp_path / "run"
-    with caplog.at_level(logging.INFO, "strop"):
-        first = course.process(run, course.config(kind), last=course.KILLED)
-    there = run / "logs" if kind in ("tensorboard", "wandb") else places
-    assert [r.message for r in caplog.records if r.message.startswith(f"{kind}: ") and str(there) in r.message]
-    before = course.identity(run, kind) if kind != "tensorboard" else None
-    first.close("stopped")
-    course.process(run, course.config(kind), resumed=True).close("finished")
-    assert READERS[kind](run) == course.expected()
-    assert before is None or course.identity(run, kind) == before
+@pytest.fixture(scope="module")
+def tracked(kind: str, places: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """Where a run begins, secrets are in the environment."""
+    folder = tmp_path_factory.mktemp(kind)
+    run, name = folder / "run", f"run-named-{folder.name}"
+    chosen = course.config(kind, **{"logging.run_name": name})
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("strop")
+    level = log.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", SECRET[:40].ljust(40, "0"))
+        patch.setenv("MY_TOKEN", SECRET)
+        patch.setattr(sys, "argv", ["strop", "train", "--mark-of-the-command-line"])
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        first = course.process(run, chosen, last=course.KILLED)
+        before = course.identity(run, kind) if kind != "tensorboard" else None
+        first.close("stopped")
+        trackers = course.process(run, chosen, resumed=True)
+        trackers.report(course.STEPS, TABLES)
+        trackers.close("finished")
+    log.removeHandler(handler)
+    log.setLevel(level)
+    return Tracked(run, said, before, name)
 
 
-def test_samples_and_the_tables_of_the_report_are_there(kind: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    course.process(run, course.config(kind), last=course.KILLED).close("stopped")
-    trackers = course.process(run, course.config(kind), resumed=True)
-    trackers.report(course.STEPS, TABLES)
-    trackers.close("finished")
+def test_a_resumed_run_holds_every_metric_once(kind: str, tracked: Tracked, places: Path) -> None:
+    there = tracked.run / "logs" if kind in ("tensorboard", "wandb") else places
+    assert [line for line in tracked.said if line.startswith(f"{kind}: ") and str(there) in line]
+    assert READERS[kind](tracked.run) == course.expected()
+    assert tracked.before is None or course.identity(tracked.run, kind) == tracked.before
+
+
+def test_samples_and_the_tables_of_the_report_are_there(kind: str, tracked: Tracked) -> None:
+    run = tracked.run
     if kind == "wandb":
         rows = [r["history"]["item"] for r in wandb_records(run / "logs") if r["type"] == "history"]
         tables = [(row["step"], row["samples.nrows"], row["samples.ncols"]) for row in rows if "samples.path" in row]
@@ -165,24 +202,15 @@ def test_a_run_without_a_checkpoint_begins_again_in_the_same_place(kind: str, tm
     assert READERS[kind](run) == course.expected()
 
 
-def test_no_secret_and_no_command_line_is_written(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = "s3cr3t" * 6
-    monkeypatch.setenv("WANDB_API_KEY", secret[:40].ljust(40, "0"))
-    monkeypatch.setenv("MY_TOKEN", secret)
-    monkeypatch.setattr(sys, "argv", ["strop", "train", "--mark-of-the-command-line"])
-    run = tmp_path / "run"
-    chosen = course.config(kind, **{"logging.run_name": f"name-of-{kind}"})
-    course.process(run, chosen, last=2).close("finished")
-    for path in run.rglob("*"):
+def test_no_secret_and_no_command_line_is_written(tracked: Tracked) -> None:
+    for path in tracked.run.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             assert b"s3cr3t" not in content and b"mark-of-the-command-line" not in content, path
 
 
-def test_the_configuration_is_there_as_values(kind: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    name = f"run-named-{tmp_path.name}"
-    course.process(run, course.config(kind, **{"logging.run_name": name}), last=1).close("finished")
+def test_the_configuration_is_there_as_values(kind: str, tracked: Tracked) -> None:
+    run, name = tracked.run, tracked.name
     if kind == "wandb":
         (own,) = [r["run"] for r in wandb_records(run / "logs") if r["type"] == "run"][:1]
         assert own["config"]["update"]["training"]["learning_rate"] == 0.25
