@@ -13,7 +13,7 @@ from strop.garbage_collection import paused
 
 if TYPE_CHECKING:
     from strop.config import RunConfig, load_config
-    from strop.data.preference import load_preference_jsonl
+    from strop.data.to_datasets import load_preference_jsonl
     from strop.training import train
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ __all__ = ["RunConfig", "__version__", "load_config", "load_preference_jsonl", "
 _HOMES = {
     "RunConfig": "strop.config",
     "load_config": "strop.config",
-    "load_preference_jsonl": "strop.data.preference",
+    "load_preference_jsonl": "strop.data.to_datasets",
     "train": "strop.training",
 }
 

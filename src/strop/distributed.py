@@ -86,7 +86,7 @@ def is_restarted(environment: Mapping[str, str] | None = None) -> bool:
     return "RANK" in variables and count.isdecimal() and int(count) > 0
 
 
-OTHER_LAUNCHERS = {
+REFUSED_LAUNCHERS = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "mpiexec": ("PMI_SIZE", "PMI_RANK"),
@@ -95,7 +95,7 @@ OTHER_LAUNCHERS = {
 
 
 def _refuse_other_launchers(variables: Mapping[str, str]) -> None:
-    for launcher, (size, rank) in OTHER_LAUNCHERS.items():
+    for launcher, (size, rank) in REFUSED_LAUNCHERS.items():
         if (count := variables.get(size, "")).isdecimal() and int(count) > 1:
             raise ConfigError(
                 f"{launcher} has started {count} processes, of which this is number {variables.get(rank, '?')}",

@@ -92,16 +92,17 @@ class Prepared:
 
     def advice(self) -> list[str]:
         """Warnings about the configuration, given these rows and the model's size, if that is known."""
-        settings, notes = self.config.post_training, []
+        settings = self.config.post_training
+        notes: list[str] = []
         if (weights := settings.label_weights) is not None:
             note = imbalance(self.data.num_labels, weights[True], weights[False])
-            notes = [note] if note is not None else []
+            notes += [note] if note is not None else []
         if (
             settings.READS_OLD_LOGPS
             and not self.config.rollout.enabled
             and not self.data.train.counts("old_logps").any()
         ):
-            notes = [
+            notes += [
                 "the rows have no old_logps: every ratio is 1, and what another policy sampled is trained as if this "
                 "one had"
             ]
@@ -341,7 +342,7 @@ def _check_metric(config: RunConfig, objective: Objective[MethodSettings]) -> No
     evaluated = objective.evaluated
     if config.rollout.enabled:
         evaluated = held_out_metrics(config.reward_names, has_entropy=config.rollout.sampler == "policy")
-    if config.rollout.enabled and objective.scores_samples:
+    if config.rollout.enabled and objective.has_loss_on_samples:
         evaluated += objective.evaluated
     if options.score_samples is not None:
         evaluated = [*evaluated, SCORE, WIN_RATE]

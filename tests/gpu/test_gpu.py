@@ -23,7 +23,7 @@ from strop.config.sections import ModelSection
 from strop.machine import machine_of
 from strop.policy.build import assemble
 from strop.policy.gradient_checkpointing import checkpoint_layers
-from strop.policy.kernels.attention import KERNELS, AttentionPlan, Scoring, best_kernel, dense_mask
+from strop.policy.kernels.attention import KERNELS, AttentionPlan, SoftmaxRules, best_kernel, dense_mask
 from strop.policy.kernels.logprobs import naive_token_logps, token_logps
 from strop.policy.model.load import LoadedModel
 from strop.policy.model.logit_transform import LogitTransform
@@ -106,7 +106,7 @@ def test_attention_rounds_no_worse_than_the_naive(
     for kernel in {best_kernel(device, dtype), "groups", "dense"}:
         plan = AttentionPlan(LAYOUT, device, kernel)
         ours = with_gradients(
-            lambda *qkv, p=plan, name=kernel: KERNELS[name](*qkv, p, Scoring(0.2, window, softcap)),
+            lambda *qkv, p=plan, name=kernel: KERNELS[name](*qkv, p, SoftmaxRules(0.2, window, softcap)),
             inputs,
             dtype,
             device,

@@ -109,9 +109,9 @@ def _help() -> str:
 def _instead_of(command: str, arguments: list[str]) -> str:
     """What to type instead of a command that there is not; empty where nothing is near."""
     from strop.config.flags import is_file
-    from strop.config.foreign import instead_of
     from strop.config.methods import METHODS
     from strop.config.names import did_you_mean
+    from strop.config.other_tools import instead_of
 
     if command.startswith("--") or is_file(command):
         return f"did you mean strop train {shlex.join(arguments)}?"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from typing import get_args
 
-from strop.config.foreign import instead_of
 from strop.config.methods import METHODS, LossType
 from strop.config.names import did_you_mean
+from strop.config.other_tools import instead_of
 from strop.errors import ConfigError
 from strop.terminal import show
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from strop.config.foreign import instead_of
 from strop.config.names import did_you_mean
+from strop.config.other_tools import instead_of
 from strop.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 In: a path, a preset, overrides. Out: a validated, frozen `RunConfig` that knows where each value came from.
 
     base_section, sections/         what a section is; one file per section
-    method_settings, methods        `post_training`: what methods share; one class per method; grpo_settings for GRPO
+    method_base, methods            `post_training`: what methods share; one class per method; grpo_settings for GRPO
     run                             all sections together, and the rules that cross them
     schema, names, unread_keys      keys in words; names as people write them; which keys a run does not read
     yamlfile, layers                reading, and merging defaults < preset < file < overrides

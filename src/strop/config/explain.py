@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from strop.config.base_section import Section, SectionError
-from strop.config.foreign import instead_of
 from strop.config.methods import METHODS, LossType, MethodSettings
 from strop.config.names import did_you_mean, nearest
+from strop.config.other_tools import instead_of
 from strop.config.run import RunConfig
 from strop.config.schema import SECTIONS, Key, key_at
 from strop.config.sections import ModelSection, SourceSection

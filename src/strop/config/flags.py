@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from strop.config.foreign import RENAMED, instead_of
 from strop.config.layers import CommandLine
 from strop.config.names import closest, matches, numbered
+from strop.config.other_tools import RENAMED, instead_of
 from strop.config.schema import KEYS, SECTIONS, Key, key_at
 from strop.config.yamlfile import KeyPath, dotted, scalar
 from strop.errors import ConfigError

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pydantic.config import JsonDict
 
 from strop.config.base_section import Problem
-from strop.config.method_settings import Choice, Readers, ReferenceSettings
+from strop.config.method_base import Choice, Readers, ReferenceSettings
 from strop.config.sections import RolloutSection
 from strop.types import RowShape
 
@@ -94,6 +94,7 @@ class GrpoSettings(ReferenceSettings):
     LEARNING_RATE: ClassVar[float] = 1e-6
     OBJECTIVE: ClassVar[str] = "grpo:Grpo"
     ROWS: ClassVar[RowShape] = "group"
+    SAMPLES: ClassVar[bool] = True
     READS_OLD_LOGPS: ClassVar[bool] = True
     USUAL_BETA: ClassVar[tuple[float, float]] = (0.0, math.inf)
     READ_BY: ClassVar[Mapping[str, Readers]] = {
@@ -174,10 +175,6 @@ class GrpoSettings(ReferenceSettings):
     def compares(self) -> Choice | None:
         alone = self.advantage in ("reinforce++", "none")
         return None if alone else Choice("advantage", self.advantage, "reinforce++")
-
-    @property
-    def samples(self) -> bool:
-        return True
 
     @model_validator(mode="before")
     @classmethod

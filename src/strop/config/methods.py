@@ -9,13 +9,13 @@ from pydantic import Field
 
 from strop.config.base_section import Problem
 from strop.config.grpo_settings import GrpoSettings as GrpoSettings
-from strop.config.method_settings import NEUTRAL as NEUTRAL
-from strop.config.method_settings import Choice
-from strop.config.method_settings import MethodSettings as MethodSettings
-from strop.config.method_settings import Readers as Readers
-from strop.config.method_settings import ReferenceSettings as ReferenceSettings
-from strop.config.method_settings import either as either
-from strop.config.method_settings import is_neutral as is_neutral
+from strop.config.method_base import NEUTRAL as NEUTRAL
+from strop.config.method_base import Choice
+from strop.config.method_base import MethodSettings as MethodSettings
+from strop.config.method_base import Readers as Readers
+from strop.config.method_base import ReferenceSettings as ReferenceSettings
+from strop.config.method_base import either as either
+from strop.config.method_base import is_neutral as is_neutral
 from strop.types import RowShape
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class DpoSettings(ReferenceSettings):
     """Direct preference optimisation (arXiv 2305.18290) and its loss variants on pairs."""
 
     OBJECTIVE: ClassVar[str] = "dpo:Dpo"
+    SAMPLES: ClassVar[bool] = True
     SAMPLES_WITH: ClassVar[str] = "online: true"
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "label_smoothing": Readers("loss_type", ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")),
@@ -276,6 +277,7 @@ class DistillSettings(MethodSettings):
     LEARNING_RATE: ClassVar[float] = 1e-5
     OBJECTIVE: ClassVar[str] = "distill:Distill"
     ROWS: ClassVar[RowShape] = "single"
+    SAMPLES: ClassVar[bool] = True
     REWARDED: ClassVar[bool] = False
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "beta": Readers("distill_loss", ("divergence",)),
@@ -293,10 +295,6 @@ class DistillSettings(MethodSettings):
     """Between the forward divergence from the teacher (0) and the reverse one (1)."""
     temperature: float = Field(default=1.0, gt=0)
     """Both models' logits are divided by it before they are compared; with rollout, by rollout.temperature as well."""
-
-    @property
-    def samples(self) -> bool:
-        return True
 
     @property
     def only_samples(self) -> Choice | None:
@@ -330,3 +328,7 @@ METHODS: Mapping[str, type[MethodSettings]] = {
     settings.model_fields["method"].default: settings for settings in get_args(get_args(PostTraining)[0])
 }
 """Every method by its name."""
+SAMPLING: Mapping[str, type[MethodSettings]] = {
+    name: settings for name, settings in METHODS.items() if settings.SAMPLES
+}
+"""Those that can train on completions that the policy samples, or a variant of which can."""

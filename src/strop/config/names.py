@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from strop.config.foreign import RENAMED, instead_of
+from strop.config.other_tools import RENAMED, instead_of
 from strop.config.schema import KEYS, SECTIONS, Key
 from strop.config.yamlfile import KeyPath, dotted
 from strop.errors import ConfigError

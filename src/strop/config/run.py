@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from strop.config.base_section import ListOf, NamedOf, Problem, Section
-from strop.config.methods import PostTraining, SftSettings
+from strop.config.methods import SAMPLING, PostTraining, SftSettings, either
 from strop.config.sections import (
     DatasetSection,
     FinetuningSection,
@@ -151,7 +151,7 @@ class RunConfig(Section):
                 ("rollout", "post_training.method"),
                 f"completions are to be sampled, and method {method.method} trains on those of the rows"
                 + (f" without {variant}" if variant else ""),
-                "method grpo or distill, or dpo with online: true",
+                "method " + either([f"{n} with {m.SAMPLES_WITH}".removesuffix(" with ") for n, m in SAMPLING.items()]),
                 f"set post_training.{variant or 'method: grpo'}, or remove rollout",
             )
             return

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from strop.config.base_section import Section
-from strop.config.methods import METHODS
+from strop.config.methods import METHODS, SAMPLING
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection
 from strop.config.yamlfile import KeyPath, write_value
@@ -119,8 +119,8 @@ def _range(whole: bool, metadata: Iterable[Any]) -> Iterator[str]:
         yield " and ".join(f"{words[name]} {bounds[name]}" for name in words if name in bounds)
 
 
-READ_BY: Mapping[str, tuple[str, ...]] = dict.fromkeys(("rollout", "rewards"), ("grpo", "dpo", "distill"))
-"""Sections and keys at the top that only some methods read."""
+READERS: Mapping[str, tuple[str, ...]] = dict.fromkeys(("rollout", "rewards"), tuple(SAMPLING))
+"""Sections and keys at the top that only some methods read, and these methods."""
 
 
 def _all_keys() -> Iterable[Key]:
@@ -132,9 +132,9 @@ def _all_keys() -> Iterable[Key]:
             names = dict.fromkeys(key for settings in METHODS.values() for key in settings.model_fields)
             yield from (setting(key) for key in names)
         elif isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from (Key(name, key, f, READ_BY.get(name, ())) for key, f in annotation.model_fields.items())
+            yield from (Key(name, key, f, READERS.get(name, ())) for key, f in annotation.model_fields.items())
         else:
-            yield Key("", name, field, READ_BY.get(name, ()))
+            yield Key("", name, field, READERS.get(name, ()))
 
 
 def setting(name: str, method: str | None = None) -> Key:

@@ -10,8 +10,8 @@ In: a file of TRL, LLaMA-Factory, axolotl, unsloth or opensloth. Out: commented 
     translate               a file's keys, answered one by one
     written_yaml            the YAML
 
-Names that mean the same as a key of strop stand in `strop.config.foreign`, from which the hints of error messages come
-too.
+Names that mean the same as a key of strop stand in `strop.config.other_tools`, from which error messages have their
+hints, too.
 """
 
 from strop.importers.translate import Imported, import_file

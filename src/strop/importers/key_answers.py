@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from strop.config.foreign import key_of
+from strop.config.other_tools import key_of
 from strop.config.schema import Key, key_at
 from strop.config.yamlfile import KeyPath, scalar
 from strop.errors import ConfigError
@@ -133,7 +133,7 @@ def same(key: str) -> Rule:
 
 
 def straight(names: str) -> Rules:
-    """The rules of names that mean the same as the key of strop to which `strop.config.foreign` leads them."""
+    """The rules of names that mean the same as the key of strop to which `strop.config.other_tools` leads them."""
     return {name: same(key_of(name)) for name in names.split()}
 
 

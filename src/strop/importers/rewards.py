@@ -7,7 +7,7 @@ from typing import Any
 
 from strop.importers.key_answers import Code, Fate, KeyAnswer, View, idle, left, real, translated
 
-SHIPPED: Mapping[str, Mapping[str, Any]] = {
+TRL_REWARDS: Mapping[str, Mapping[str, Any]] = {
     "think_format_reward": {"name": "format", "settings": {"pattern": r"<think>(?!.*<think>).*?</think>.*"}},
     "get_soft_overlong_punishment": {"name": "length", "settings": {"max_length": 1280, "cache": 256}},
 }
@@ -50,8 +50,8 @@ def reward(name: str) -> dict[str, Any] | None:
     """One reward of TRL; None: strop has none for it."""
     if name.startswith("model:"):
         return {"name": name}
-    if name in SHIPPED:
-        return dict(SHIPPED[name])
+    if name in TRL_REWARDS:
+        return dict(TRL_REWARDS[name])
     if "/" in name:
         return {"name": f"model:{name}"}
     module, dot, function = name.rpartition(".")

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from strop.config import RunConfig, load_config
-from strop.config.foreign import NEEDLESS, RENAMED, instead_of
+from strop.config.other_tools import NEEDLESS, RENAMED, instead_of
 from strop.config.yamlfile import KeyPath, dotted, write_value
 from strop.errors import ConfigError
 from strop.importers.foreign_file import ForeignFile, leaves, read

@@ -125,7 +125,7 @@ class Objective(ABC, Generic[S]):
         return None
 
     @property
-    def scores_samples(self) -> bool:
+    def has_loss_on_samples(self) -> bool:
         """Whether its loss of held-out completions that the policy samples itself says how good the policy is. Losses
         that compare rewards do not: these are measured in their place."""
         return False

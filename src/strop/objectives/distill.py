@@ -55,7 +55,7 @@ class Distill(Objective[DistillSettings]):
         return self.settings.distill_loss == "policy_gradient"
 
     @property
-    def scores_samples(self) -> bool:
+    def has_loss_on_samples(self) -> bool:
         return True
 
     @property

@@ -28,7 +28,7 @@ from strop.policy import prefix_sharing
 from strop.policy.kernels.attention import NAME, AttentionPlan, best_kernel, register_attention
 from strop.policy.kernels.entropy import ENTROPIES, token_entropies
 from strop.policy.kernels.fused import forget_shared
-from strop.policy.kernels.logprobs import token_logps
+from strop.policy.kernels.logprobs import COLLISIONS, token_logps
 from strop.policy.kernels.weight_copies import WeightCopies
 from strop.policy.model.adapter_init import Initial
 from strop.policy.model.adapters import trainable_names
@@ -55,10 +55,10 @@ class Policy(nn.Module):
         share_prefix: whether groups become shared-prefix rows, not plain padded rows.
         fp32_logits: compute the products of the head in float32, whatever the precision.
         where: how messages name the model.
-        weights_hash: `identity.weights_hash` of what was loaded, if it was asked for.
+        weights_hash: `model_hashes.weights_hash` of what was loaded, if it was asked for.
     """
 
-    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, "collisions", ENTROPIES, DIVERGENCE, TEACHER_LOGPS})
+    SUPPLIES: ClassVar[frozenset[str]] = frozenset({PROMPT_LOGPS, COLLISIONS, ENTROPIES, DIVERGENCE, TEACHER_LOGPS})
     """Columns that the policy can compute in the same pass as the log-probs, if a batch wants them."""
 
     def __init__(
@@ -151,7 +151,6 @@ class Policy(nn.Module):
         if DIVERGENCE in batch.wants:
             assert self.teacher is not None
             return self.teacher.compared(self, batch, hidden)
-        collisions = "collisions" in batch.wants
         scored = token_logps(
             hidden,
             head.weight,
@@ -160,14 +159,17 @@ class Policy(nn.Module):
             transform=self.transform,
             compute=self.head_dtype,
             cast=self.weight_copies,
-            collisions=collisions,
+            collisions=COLLISIONS in batch.wants,
         )
+        columns: dict[str, Tensor] = {}
+        if COLLISIONS in batch.wants:
+            scored, columns[COLLISIONS] = scored
         if ENTROPIES in batch.wants:
-            return batch.token_scores(scored, entropies=self._entropies(hidden[: batch.structure.num_tokens]))
+            columns[ENTROPIES] = self._entropies(hidden[: batch.structure.num_tokens])
         if TEACHER_LOGPS in batch.wants:
             assert self.teacher is not None
-            return batch.token_scores(scored, teacher_logps=self.teacher.logps(batch))
-        return batch.token_scores(scored[0], collisions=scored[1]) if collisions else batch.token_scores(scored)
+            columns[TEACHER_LOGPS] = self.teacher.logps(batch)
+        return batch.token_scores(scored, **columns)
 
     def _entropies(self, hidden: Tensor) -> Tensor:
         """[M] of the distributions after these hidden states, with gradients."""

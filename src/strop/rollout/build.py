@@ -24,7 +24,7 @@ from strop.policy.model.end_tokens import end_tokens
 from strop.policy.policy import Policy
 from strop.policy.reference_models import FrozenReference
 from strop.rollout import forecast
-from strop.rollout.collect import Collector, CompletionSampler, Scoring
+from strop.rollout.collect import Collector, CompletionSampler, ScoreGroups
 from strop.rollout.drawing import Drawing
 from strop.rollout.held_out import Losses
 from strop.rollout.rewarding import Scorer
@@ -52,7 +52,7 @@ def rollout_source(
     note: Callable[[str], None],
     world: World,
     *,
-    reference: Scoring | None = None,
+    reference: ScoreGroups | None = None,
 ) -> RolloutSource:
     """Has completions sampled by the policy and rewarded.
 
@@ -92,7 +92,7 @@ def rollout_source(
         world,
         refills=how.max_refills if how.dynamic_sampling else None,
         wants=objective.reads & Policy.SUPPLIES,
-        losses=_losses(config, policy, objective, cut, world) if objective.scores_samples else None,
+        losses=_losses(config, policy, objective, cut, world) if objective.has_loss_on_samples else None,
         probe=forecast.Probe.of(Collector(prompts, training, *rest), num_probed, config.seed) if num_probed else None,
         also_close=close,
         staleness=how.staleness,
@@ -202,7 +202,7 @@ def stop_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> StopTex
     return StopTexts(tokenizer, config.rollout.stop) if config.rollout.stop else None
 
 
-def scores_of(reference: Policy | FrozenReference) -> Scoring:
+def scores_of(reference: Policy | FrozenReference) -> ScoreGroups:
     """Log-probs under the policy as it was, or under another model that stays in memory."""
     if isinstance(reference, FrozenReference):
         return reference.logps

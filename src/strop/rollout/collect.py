@@ -28,7 +28,7 @@ from strop.rollout.sampler import Prompt, Sampled
 from strop.types import Completion, Group
 from strop.world import World
 
-Scoring = Callable[[Sequence[Sequence[Group]]], list[Tensor]]
+ScoreGroups = Callable[[Sequence[Sequence[Group]]], list[Tensor]]
 """Micro-batches of groups to one tensor [scored tokens] per group, in their order: their log-probs under some model."""
 
 
@@ -183,7 +183,7 @@ class Collector:
         world: World,
         cut: Cut,
         *,
-        reference: Scoring | None = None,
+        reference: ScoreGroups | None = None,
         policy: Policy | None = None,
         pairs: bool = False,
         most_apart: float | None = None,
@@ -256,7 +256,7 @@ class Collector:
         whole.rewarded = sorted((r for s in shares for r in s.rewarded), key=lambda r: place[r.number])
         return whole
 
-    def score(self, step: int, done: Collected, sampled_with: Scoring | None = None) -> None:
+    def score(self, step: int, done: Collected, sampled_with: ScoreGroups | None = None) -> None:
         """Adds the log-probs under the reference, and under the training forward, where these are compared.
 
         Args:
@@ -296,7 +296,7 @@ class Collector:
                     done.rewarded.append(Rewarded(number, prompt, completions, texts, scored, trained))
         return done
 
-    def _scored(self, rewarded: Sequence[Rewarded], sampled_with: Scoring | None) -> list[Rewarded]:
+    def _scored(self, rewarded: Sequence[Rewarded], sampled_with: ScoreGroups | None) -> list[Rewarded]:
         """With the log-probs under the reference, and under the forward pass of training. A process without groups
         takes part in the passes of the others."""
         trained = [i for i, r in enumerate(rewarded) if r.trained != ()]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from strop.plan.order import Plan
 from strop.policy.policy import Policy
 from strop.policy.reference_models import FrozenReference
-from strop.rollout.collect import Collected, Prompts, Scoring
+from strop.rollout.collect import Collected, Prompts, ScoreGroups
 
 
 class Drawn(NamedTuple):
@@ -56,7 +56,7 @@ class DrawnAhead:
         policy: Policy,
         prepare: Callable[[], Callable[[], None]],
         draw: Callable[[int, Callable[[], None]], Drawn],
-        score: Callable[[int, Drawn, Scoring], None],
+        score: Callable[[int, Drawn, ScoreGroups], None],
     ) -> None:
         self._plan, self._staleness, self._policy = plan, staleness, policy
         self._prepare, self._draw, self._score = prepare, draw, score

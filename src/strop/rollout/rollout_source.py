@@ -29,7 +29,7 @@ from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
 from strop.plan.order import Plan
 from strop.policy.policy import Policy
-from strop.rollout.collect import Collected, Collector, Rewarded, Scoring, joined, measured
+from strop.rollout.collect import Collected, Collector, Rewarded, ScoreGroups, joined, measured
 from strop.rollout.comparing import by_length, compared
 from strop.rollout.drawn_ahead import Drawn, DrawnAhead
 from strop.rollout.forecast import Probe
@@ -186,7 +186,7 @@ class RolloutSource:
         done = self._collector.draw(step, numbers, use)
         return Drawn(done, 0 if self._refills is None else self._refill(step, numbers, done, use))
 
-    def _score(self, step: int, drawn: Drawn, sampled_with: Scoring | None = None) -> None:
+    def _score(self, step: int, drawn: Drawn, sampled_with: ScoreGroups | None = None) -> None:
         self._collector.score(step, drawn.done, sampled_with)
 
     def _trained(self, rewarded: list[Rewarded]) -> list[Rewarded]:

@@ -11,9 +11,9 @@ from strop.cli import COMMANDS
 from strop.cli.entry import dispatch
 from strop.config import load_config
 from strop.config.flags import ALIASES, split_flags
-from strop.config.foreign import ABSENT, RENAMED
 from strop.config.methods import METHODS
 from strop.config.names import closest, nearest
+from strop.config.other_tools import ABSENT, RENAMED
 from strop.config.schema import KEYS, SECTIONS
 from strop.errors import ConfigError
 

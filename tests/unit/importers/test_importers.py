@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from strop.cli import main
 from strop.config import RunConfig, load_config
-from strop.config.foreign import RENAMED
+from strop.config.other_tools import RENAMED
 from strop.config.schema import KEYS
 from strop.config.yamlfile import parse, write_value
 from strop.errors import ConfigError

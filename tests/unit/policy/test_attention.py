@@ -14,7 +14,7 @@ from strop.policy.kernels import tiled_attention
 from strop.policy.kernels.attention import (
     KERNELS,
     AttentionPlan,
-    Scoring,
+    SoftmaxRules,
     dense_mask,
     group_mask,
     shared_prefix_attention,
@@ -103,7 +103,7 @@ def test_what_would_change_the_result_is_refused(extra: dict[str, object]) -> No
     assert torch.isfinite(out).all()
 
 
-def attend(kernel: str, inputs: tuple[Tensor, ...], scoring: Scoring) -> list[Tensor]:
+def attend(kernel: str, inputs: tuple[Tensor, ...], scoring: SoftmaxRules) -> list[Tensor]:
     """Output and gradients of q, k, v, and of the sinks where there are some, of one kernel."""
     plan = AttentionPlan(LAYOUT, CPU, kernel)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
@@ -137,7 +137,7 @@ def test_every_kernel_is_the_oracle(
     monkeypatch.setattr(tiled_attention, "WIDE_TILE_ROWS", rows)
     monkeypatch.setattr(tiled_attention, "KEPT_BYTES", {1: 60, 2: 0}.get(rows, 2**24))
     inputs = draw(heads, key_heads, torch.float64)
-    scoring = Scoring(0.3, window, softcap, torch.linspace(-1, 2, heads, dtype=torch.float64) if sinks else None)
+    scoring = SoftmaxRules(0.3, window, softcap, torch.linspace(-1, 2, heads, dtype=torch.float64) if sinks else None)
     want = attend("dense", inputs, scoring)
     for kernel in KERNELS:
         for ours, theirs in zip(attend(kernel, inputs, scoring), want, strict=True):
@@ -153,7 +153,7 @@ def test_tiles_round_no_worse_than_plain_products(
     """float64 is the truth; the naive way is q k^T, a mask, a softmax, a product, in the dtype."""
     monkeypatch.setattr(tiled_attention, "KEPT_BYTES", kept)
     monkeypatch.setattr(tiled_attention, "SHARED_WASTE", 0 if kept == 300 else 2**11)
-    exact = attend("dense", draw(6, 2, torch.float64, 32), Scoring(0.3, window))
+    exact = attend("dense", draw(6, 2, torch.float64, 32), SoftmaxRules(0.3, window))
     inputs = draw(6, 2, dtype, 32)
     q, k, v, g = (x.detach().requires_grad_() for x in inputs)
     scores = (q @ k.repeat_interleave(3, 1).transpose(2, 3) * 0.3).masked_fill(
@@ -162,7 +162,7 @@ def test_tiles_round_no_worse_than_plain_products(
     out = scores.softmax(-1) @ v.repeat_interleave(3, 1)
     out.backward(g)
     naive = [out.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
-    for ours, theirs, truth in zip(attend("tiles", inputs, Scoring(0.3, window)), naive, exact, strict=True):
+    for ours, theirs, truth in zip(attend("tiles", inputs, SoftmaxRules(0.3, window)), naive, exact, strict=True):
         error, allowed = (ours.double() - truth).norm(), (theirs.double() - truth).norm()
         assert ours.dtype == dtype and 0 < error <= 1.5 * allowed
 

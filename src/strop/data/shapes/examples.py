@@ -2,7 +2,7 @@
 
 In: one row as a mapping. Out: an Example, validated: every text is there, can be encoded and is not blank; roles are
 known and in order; a pair's sides share their prompt and differ after it; a completion ends with an assistant turn.
-`docs/data.md` shows each shape. `own` takes a prompt and its completions apart.
+`docs/data.md` shows each shape. `prompt_and_completions` takes a prompt and its completions apart.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from strop.data.shapes.foreign import ANSWERS, BETTER_AND_WORSE, QUESTIONS, is_a
 from strop.data.shapes.json_columns import messages_in, parsed
 from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
 from strop.data.shapes.number_columns import Numbers, margin_of, numbers_of
-from strop.data.shapes.own import equal, explicit, implicit, same_kind
+from strop.data.shapes.prompt_and_completions import equal, explicit, implicit, same_kind
 from strop.types import Example, Message, Origin, RowShape, Turns
 
-PAIR_METHODS = "post_training.method: dpo"
-LABELLED_METHODS = "post_training.method: kto"
-SINGLE_METHODS = "post_training.method: sft"
+FOR_PAIRS = "post_training.method: dpo"
+FOR_LABELLED = "post_training.method: kto"
+FOR_SINGLE = "post_training.method: sft"
 
 JSON = ("tools", TEMPLATE_KWARGS)
 """Columns that may stand as JSON text."""
@@ -130,8 +130,9 @@ class _Reader:
         if rows == "group":
             self.data: Mapping[str, Any] = given
             return
-        labelled = rows == "labelled" and columns.label in given
-        kind: RowShape = "single" if rows in ("single", "prompt") or labelled else "pair"
+        is_pair = columns.chosen in given and columns.rejected in given
+        has_label = rows == "labelled" and columns.label in given and not is_pair
+        kind: RowShape = "single" if rows in ("single", "prompt") or has_label else "pair"
         self.data = self._own_shape(given, kind)
         if rows == "prompt" and not self._has_answer():
             self.data = self._own_shape({**given, columns.completion: STAND_IN}, kind)
@@ -188,7 +189,7 @@ class _Reader:
                 "wrong_shape",
                 f"the row has 'messages' and no {columns.label!r}: nothing says whether it is desirable",
                 expected=expected,
-                fix=f"name the column with the label (--label-column); set {SINGLE_METHODS} only if every answer of "
+                fix=f"name the column with the label (--label-column); set {FOR_SINGLE} only if every answer of "
                 "the file is one to imitate",
             )
         self._require((columns.label,) if talk else (columns.prompt, columns.completion, columns.label), expected)
@@ -215,7 +216,7 @@ class _Reader:
                 "wrong_shape",
                 f"the row has {columns.chosen!r} and {columns.rejected!r}: it is a preference pair",
                 expected=expected,
-                fix=f"set {PAIR_METHODS}",
+                fix=f"set {FOR_PAIRS}",
             )
         if "messages" in self._nulls and columns.completion not in data:
             raise is_null("messages")
@@ -232,7 +233,7 @@ class _Reader:
                     "wrong_shape",
                     f"the row has a true/false {name}: it is an unpaired preference row",
                     expected="a conversation or a prompt with a completion to imitate",
-                    fix=f"set {LABELLED_METHODS}, or keep the rows to imitate and remove the column {name} (or rename "
+                    fix=f"set {FOR_LABELLED}, or keep the rows to imitate and remove the column {name} (or rename "
                     "it, if it says something else)",
                 )
 
@@ -276,7 +277,7 @@ class _Reader:
                 "wrong_shape",
                 f"the row has {found!r} and no {columns.chosen!r} and {columns.rejected!r}: it has nothing to compare",
                 expected=expected,
-                fix=f"set {LABELLED_METHODS if columns.label in data else SINGLE_METHODS}",
+                fix=f"set {FOR_LABELLED if columns.label in data else FOR_SINGLE}",
             )
         self._require(sides, expected)
         same_kind(data, sides)

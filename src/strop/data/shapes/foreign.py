@@ -2,7 +2,7 @@
 
 In: a row without its nulls. Out: the same row, or one with `messages`, `prompt` and the completion columns that
 `examples` validates. Nothing is decided here that `examples` would have to trust: what cannot be rewritten is left for
-it to refuse. A `system` column stays where it is; `beside` knows what it means for every shape.
+it to refuse. A `system` column stays where it is; `extra_columns` knows what it means for every shape.
 
     DataRecord        {"inputs": {"question", "context"?}, "outputs": {"answer"}, "schema_version", "meta", "id"}
     question rows     {"question"} or {"instruction"}, with "input" or "context" and "history"?; an answer, a pair, or
@@ -89,7 +89,7 @@ def _without(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _data_record(data: Mapping[str, Any], prompt: str, completion: str) -> Mapping[str, Any]:
-    """S0's record: the prompt is the question, a blank line and the context."""
+    """A DataRecord (docs/data.md): the prompt is the question, a blank line and the context."""
     inputs, outputs = data["inputs"], data["outputs"]
     for place, part, key in (("inputs", inputs, "question"), ("outputs", outputs, "answer")):
         if key not in part:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from strop.config.method_settings import Choice
+from strop.config.method_base import Choice
 from strop.data.read.row import RowRefused
 from strop.data.store.table import NUMBERS, Groups
 from strop.data.text.encode import Encoded

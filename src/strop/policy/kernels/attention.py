@@ -137,7 +137,7 @@ def _starts(lengths: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
+class SoftmaxRules:
     """How a layer weighs its keys. scaling: the factor of q k. window: None, or how many positions back a token sees,
     itself included. softcap: None, or c of c tanh(score / c). sinks: None, or [H], the score of one more key per head
     whose value is 0 (gpt-oss)."""
@@ -175,15 +175,15 @@ def dense_mask(layout: tuple[GroupSpan, ...], device: torch.device, window: int 
     return mask
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, Scoring], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, SoftmaxRules], Tensor]
 
 
-def by_dense_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
+def by_dense_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
     """The oracle: one dense mask, groups x groups of it wasted."""
     return _attend(q, k, v, plan.dense(scoring.window), scoring)
 
 
-def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
+def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
     """One call a group, so that the work grows with the sum of the groups' squares."""
     sizes = [span.stop - span.start for span in plan.layout]
     # split, not slices: its backward pass is one cat, and theirs a whole row of zeros each
@@ -196,7 +196,7 @@ def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Sco
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def by_tiles(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
+def by_tiles(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
     """Matrix products over tiles of queries (tiled_attention.py); scores without a cap or sinks."""
     if not scoring.is_plain:
         return by_groups(q, k, v, plan, scoring)
@@ -204,7 +204,7 @@ def by_tiles(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scor
     return tiled_attention(q, k, v, tiles, scoring.scaling)
 
 
-def by_flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring) -> Tensor:
+def by_flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
     """Flash attention over sequences of unlike length, on CUDA in 16 bits: the keys of each prompt are copied before
     those of every completion but the first, which lie after it anyway."""
     if not scoring.is_plain or not _flash_takes(q, v):
@@ -251,7 +251,7 @@ def best_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return "tiles"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: SoftmaxRules) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     if scoring.is_plain:
         grouped = repeats > 1 and q.device.type == "cpu"
@@ -301,7 +301,7 @@ def shared_prefix_attention(
     if scaling is None:
         scaling = float(query.shape[-1]) ** -0.5
     kernel = KERNELS[strop_plan.kernel or best_kernel(query.device, value.dtype)]
-    scoring = Scoring(scaling, sliding_window, softcap, s_aux)
+    scoring = SoftmaxRules(scaling, sliding_window, softcap, s_aux)
     out = kernel(*_in_one_dtype(query, key, value), strop_plan, scoring)
     return out.transpose(1, 2).contiguous(), None
 

@@ -44,6 +44,9 @@ from strop.policy.kernels.matmul import linear, takes_buffer
 from strop.policy.kernels.weight_copies import WeightCopies
 from strop.policy.model.logit_transform import UNCHANGED, LogitTransform
 
+COLLISIONS = "collisions"
+"""Name of the column of log(sum of p^2), the probability that two draws of a token are the same."""
+
 Cast = Callable[[Tensor, torch.dtype], Tensor]
 """A weight in a dtype, without gradients."""
 

@@ -179,7 +179,7 @@ class DeferredWeights:
     # -- hashing -------------------------------------------------------------------------------------------------------
 
     def digests(self, module: nn.Module, world: World) -> dict[str, str]:
-        """`identity.digest_line` of the weights that are to be read, by their names in the module. Collective: the
+        """`model_hashes.digest_line` of the weights that are to be read, by their names in the module. Collective: the
         processes of a machine take turns, so that each file is hashed once per machine."""
         weights = dict(module.named_parameters(remove_duplicate=False))
         wanted = {name: (source, weights[name].dtype) for name, source in self.names.items()}

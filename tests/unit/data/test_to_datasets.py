@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import strop
-from strop.data.preference import load_preference_jsonl
+from strop.data.to_datasets import load_preference_jsonl
 from strop.errors import DataError
 
 TEXTS = [{"prompt": "q", "chosen": "x", "rejected": "y", "id": 1}, {"prompt": "r", "chosen": "x", "rejected": "z"}]

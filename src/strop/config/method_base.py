@@ -88,9 +88,11 @@ class MethodSettings(Section):
     PACKS: ClassVar[bool] = False
     """Whether `training.packing` is for it."""
 
+    SAMPLES: ClassVar[bool] = False
+    """Whether it, or a variant of it, can train on completions that the policy samples (a rollout section)."""
+
     SAMPLES_WITH: ClassVar[str] = ""
-    """`setting: value` under which it trains on completions that the policy samples, where only some of its variants
-    do."""
+    """`setting: value` of the variants that can, where not all do."""
 
     REWARDED: ClassVar[bool] = True
     """Whether completions that the policy samples have to be rewarded."""
@@ -110,8 +112,8 @@ class MethodSettings(Section):
 
     @property
     def samples(self) -> bool:
-        """Whether it can train on completions that the policy samples (a rollout section)."""
-        return False
+        """Whether this variant can train on completions that the policy samples."""
+        return self.SAMPLES
 
     @property
     def only_samples(self) -> Choice | None:
