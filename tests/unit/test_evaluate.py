@@ -152,21 +152,34 @@ def test_an_adapter_is_scored_on_the_tokens_it_was_trained_on(
     assert alone != pytest.approx(bases)
 
 
-def test_a_run_is_scored_by_its_own_method(place: Path) -> None:
-    """With its settings, over which flags win; another method that is named has nothing of them."""
+def test_a_run_is_scored_as_it_evaluated_itself(place: Path) -> None:
+    """By its own method, on its own columns, cut where it cut them; flags win over what it says, and another method
+    that is named has none of its method's settings."""
+    file = place / "schön und gut.jsonl"
+    long = [
+        {**row, "good": row["chosen"], "prompt": [{**row["prompt"][0], "content": "hello " * 40}]} for row in rows(True)
+    ]
+    file.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "chosen"}) + "\n" for row in long))
     keys = {
         "models": [{"huggingface_id": str(place / "base"), "name": "run"}],
-        "dataset": {"train_file": str(place / "pairs.jsonl")},
+        "dataset": {"train_file": str(file), "val_file": str(file), "chosen_column": "good"},
         "post_training": {"method": "dpo", "loss_type": "hinge", "beta": 0.25},
         "training": {"max_steps": 1, "output_dir": str(place), "learning_rate": 1e-2, "warmup_steps": 0},
         "lora": {"r": 2},
     }
+    keys["training"] |= {"max_seq_length": 40, "max_prompt_length": 36, "max_completion_length": 3}
     strop.train(strop.load_config(overrides=keys))
-    own = evaluated(place, ["run"], "pairs")
-    named = evaluated(place, ["run"], "pairs", "--method", "dpo", "--loss-type", "hinge", "--beta", "0.25")
-    assert own == named and "rewards/margins" in own["models"][0]["metrics"]
-    flag = evaluated(place, ["run"], "pairs", "--beta", "0.5")["models"][0]["metrics"]["rewards/margins"]["value"]
-    assert flag == pytest.approx(2 * own["models"][0]["metrics"]["rewards/margins"]["value"])
+    lines = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["split"] == "eval"][-1]
+    own = evaluated(place, ["run"], file.stem)
+    metrics = own["models"][0]["metrics"]
+    assert metrics["loss"]["value"] == pytest.approx(last["loss"], rel=1e-5)
+    assert metrics["rewards/margins"]["value"] == pytest.approx(last["rewards/margins"], rel=1e-5)
+    assert own == evaluated(place, ["run"], file.stem, "--method", "dpo", "--loss-type", "hinge", "--beta", "0.25")
+    flag = evaluated(place, ["run"], file.stem, "--beta", "0.5")["models"][0]["metrics"]["rewards/margins"]["value"]
+    assert flag == pytest.approx(2 * metrics["rewards/margins"]["value"])
+    whole = evaluated(place, ["run"], file.stem, "--max-seq-length", "512")
+    assert whole["models"][0]["metrics"]["loss"]["value"] != metrics["loss"]["value"]
     other = evaluated(place, ["run"], "singles", "--method", "sft")["models"][0]["metrics"]
     assert "nll" in other and "rewards/margins" not in other
 
@@ -198,6 +211,7 @@ def test_other_methods(method: str, place: Path) -> None:
     [
         (["--data", "pairs.jsonl"], "no model and no run is given"),
         (["other", "--data", "pairs.jsonl", "--method", "dpo"], "what it was trained from is not known"),
+        (["other"], "no rows are named"),
         (["other", "--data", "singles.jsonl", "--reference", "base"], "compares with no reference"),
         (["other", "--data", "gone.jsonl"], "there is no such file"),
         (["./gone", "--data", "singles.jsonl"], "there is no such folder"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from strop.cli.run_config import parse, parser_of_run
 from strop.config import load_config
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 OF_TASKS = ("--include-path", "--limit", "--num-fewshot")
 CHAT = "--apply-chat-template"
+LENGTHS = ("max_seq_length", "max_prompt_length", "max_completion_length")
+OF_ROWS = (
+    *(("dataset", f"{name}_column") for name in ("prompt", "chosen", "rejected", "completion", "label")),
+    *(("dataset", name) for name in ("render", "chat_template_kwargs", "date", "train_on")),
+    *(("dataset", name) for name in ("on_dropped_reasoning", "on_trailing_user", "filter_overlength_samples")),
+    *(("training", name) for name in LENGTHS),
+)
+"""Which tokens become of a row; the chat template lies in the run's final/."""
 HELP = """\
 usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key of the configuration]
        strop eval MODEL|RUN ... --tasks NAME[,NAME] [options]
@@ -27,7 +35,8 @@ usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key o
   MODEL|RUN ...      run folders, adapters, model folders, or hub ids; the first is what others are compared with
   --data FILE        the rows, as of dataset.train_file; all of them are scored
   --method NAME      by whose objective; its settings as flags, such as --beta 0.1 (default: of --config; without it,
-                     the method and the settings that the first model was trained by, if it is a run; else sft)
+                     the method and the settings that the first model was trained by, if it is a run; else sft).
+                     If it is a run, its columns are taken, too, and its limits of length, unless a flag gives one
   --reference MODEL  what a method with a reference compares with (default: what the first model was trained from)
   --output FILE      the numbers as JSON, too
   --config FILE      settings of data, method and precision from a configuration; its models are not looked at
@@ -63,9 +72,13 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"{given[0]} belongs to tasks, and --tasks is missing", fix="strop eval MODEL --tasks NAME")
     has_rows = options.tasks is None or options.data is not None or options.config is not None
 
+    if has_rows and options.config is None and options.data is None and not _names_rows(overrides):
+        raise ConfigError(
+            "no rows are named", expected="--data FILE, or --tasks NAME", fix="strop eval MODEL --data FILE"
+        )
     overrides = _with_rows(overrides, sources[0], options.data)
-    if options.config is None and options.preset is None and not _names_method(overrides):
-        overrides = _with_method_of(Path(sources[0]).expanduser(), overrides)
+    if options.config is None and options.preset is None:
+        overrides = _with_settings_of(Path(sources[0]).expanduser(), overrides)
     config = load_config(options.config, preset=options.preset, overrides=overrides) if has_rows else None
     log_to_terminal("info" if config is None else config.logging.log_level)
 
@@ -114,19 +127,30 @@ def _with_rows(overrides: CommandLine, source: str, data: str | None) -> Command
     return overrides
 
 
+def _names_rows(overrides: CommandLine) -> bool:
+    return any(target(name, name)[0] in ("dataset", "preset") for name in overrides)
+
+
 def _names_method(overrides: CommandLine) -> bool:
     return bool({"method", "post_training.method"} & overrides.keys())
 
 
-def _with_method_of(run: Path, overrides: CommandLine) -> CommandLine:
-    """With the method of a run and its settings, where `run` is one that did not sample its own rows; flags win over
-    them."""
+def _with_settings_of(run: Path, overrides: CommandLine) -> CommandLine:
+    """With what a run says of its rows and, unless a method is named or it sampled its own rows, with its method and
+    its settings; flags win over them."""
     file = run / "config.yaml"
-    if not file.is_file() or (trained := load_config(file)).rollout.enabled:
+    if not file.is_file():
         return overrides
-    given = {path[-1] for path in (target(name, name) for name in overrides) if path[0] == "post_training"}
-    for name, value in trained.post_training:
-        if value is not None and name not in given:
-            key = f"post_training.{name}"
-            overrides[key], overrides.flags[key] = write_value(value), f"the run {run}"
+    trained = load_config(file)
+    values: dict[str, Any] = {f"{section}.{key}": getattr(getattr(trained, section), key) for section, key in OF_ROWS}
+    if not trained.rollout.enabled and not _names_method(overrides):
+        values |= {f"post_training.{name}": value for name, value in trained.post_training if value is not None}
+    given = {target(name, name) for name in overrides}
+    if any(("training", name) in given for name in LENGTHS):  # the other two follow from what is given
+        given |= {("training", name) for name in LENGTHS}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if not given & {(section,), (section, name)}:
+            overrides[key] = value if isinstance(value, str) else write_value(value)
+            overrides.flags[key] = f"the run {run}"
     return overrides

@@ -65,7 +65,7 @@ class Source:
                 "what it was trained from is not known",
                 where=self.model.huggingface_id,
                 expected="a run folder, or an adapter, which names its base",
-                fix="leave --base out, and generate with the base itself",
+                fix="strop eval: name it with --reference MODEL; strop generate: leave --base out",
             )
         return Source(ModelSection(huggingface_id=self.trained_from))
 
