@@ -103,6 +103,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     for flag, (value, holds, expected) in ranges.items():
         if not holds:
             raise ConfigError(f"{flag} is {value}", expected=expected)
+    if "" in options.stop:
+        raise ConfigError("--stop is empty, which ends every answer before it begins", expected="a text")
     chats = options.prompt is None and options.prompts is None
     given = {
         "--base": options.base,

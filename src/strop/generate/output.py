@@ -17,7 +17,7 @@ def check_target(target: Path) -> None:
     Raises:
         CheckpointError: it is, or cannot.
     """
-    refuse_in_the_way(target.parent)
+    refuse_in_the_way(target.parent, "--output")
     if os.path.lexists(target):
         raise CheckpointError("it is there already", where=str(target), fix="choose another --output, or remove it")
 

@@ -35,7 +35,7 @@ def read_prompts(path: str) -> list[Prompt]:
         DataError: a row has neither, or there is none.
     """
     found = []
-    for row in file_source(path).read():
+    for row in file_source(f"text:{path}" if path.endswith(".txt") else path).read():
         if row.refusal is not None:
             raise row.refusal.at(row.origin)
         if row.data is not None:
@@ -46,7 +46,7 @@ def read_prompts(path: str) -> list[Prompt]:
                     f"{refusal.found} [{refusal.reason}]", where=str(row.origin), expected=refusal.expected
                 ) from refusal
     if not found:
-        raise DataError("there are no prompts in the file", where=path)
+        raise DataError("there are no prompts in the file", where=path, expected="one or more", fix="give another file")
     return found
 
 
@@ -98,5 +98,14 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Messages, where: str
     Raises:
         DataError: the chat template refuses it.
     """
-    with foreign_errors(lambda why: DataError(f"the chat template refuses the prompt: {why}", where=where)):
+    with foreign_errors(lambda why: _refused(why, where)):
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+
+def _refused(why: str, where: str) -> DataError:
+    return DataError(
+        f"the chat template refuses the prompt: {why}",
+        where=where,
+        expected="turns with role and content, in the order that the template takes",
+        fix="mend the prompt; --raw leaves the template out",
+    )

@@ -86,6 +86,7 @@ def _generate(
     model: Loaded, prompts: Sequence[Sequence[int]], settings: Sampling, streamer: Any, seed: int
 ) -> list[Answer]:
     width = max(map(len, prompts))
+    together = max(1, BATCH_TOKENS // (width + settings.max_new_tokens)) if len(prompts) == 1 else settings.num_samples
     rows = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     drawn = settings.temperature > 0
@@ -93,7 +94,6 @@ def _generate(
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=drawn,
-        num_return_sequences=settings.num_samples,
         eos_token_id=list(model.stops),
         pad_token_id=0,
         use_cache=True,
@@ -105,14 +105,19 @@ def _generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet():
         torch.manual_seed(seed)
-        out = model.module.generate(
-            input_ids=rows,
-            attention_mask=mask,
-            generation_config=config,
-            streamer=streamer,
-            **({"tokenizer": model.tokenizer} if settings.stop else {}),
-        )
-    return [_answer(model, row[width:], settings) for row in out.tolist()]
+        out = [
+            row[width:]
+            for done in range(0, settings.num_samples, together)
+            for row in model.module.generate(
+                input_ids=rows,
+                attention_mask=mask,
+                generation_config=config,
+                num_return_sequences=min(together, settings.num_samples - done),
+                streamer=streamer,
+                **({"tokenizer": model.tokenizer} if settings.stop else {}),
+            ).tolist()
+        ]
+    return [_answer(model, row, settings) for row in out]
 
 
 def _answer(model: Loaded, row: list[int], settings: Sampling) -> Answer:

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from strop.cli import main
 from strop.errors import DataError, ModelError
-from strop.generate import output
+from strop.generate import output, sampling
 from strop.generate.loading import Source, load
+from strop.generate.prompts import read_prompts
 from strop.generate.sampling import Sampling, sample
 from strop.policy.model.configuration import quiet
 
@@ -92,12 +93,15 @@ def test_a_seed_gives_the_same_samples_and_another_one_others(model_dir: Path) -
     assert texts(top_p=1e-9) == [some * 3 for some in likeliest] == texts(temperature=1e-4)
 
 
-def test_temperature_is_the_distribution_s(model_dir: Path) -> None:
-    """First tokens of many samples, against the probabilities of the model's own logits."""
+def test_temperature_is_the_distribution_s(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First tokens of more samples than fit into a batch, against the probabilities of the model's own logits."""
+    monkeypatch.setattr(sampling, "BATCH_TOKENS", 1000)
     model = load(Source.of(str(model_dir)))
     ids = model.tokenizer("hello")["input_ids"]
     settings = Sampling(max_new_tokens=1, temperature=0.5, num_samples=2000)
     ((_, answers),) = sample(model, [ids], settings)
+    assert len(answers) == 2000
+    assert len({tuple(answer.text for answer in answers[n : n + 400]) for n in range(0, 2000, 400)}) == 5
     with torch.no_grad():
         expected = (model.module(input_ids=torch.tensor([ids])).logits[0, -1] / 0.5).softmax(-1)
     best = int(expected.argmax())
@@ -184,6 +188,8 @@ def test_a_chat_has_all_turns_before_it(
         (["M", "hi", "--top-p", "0"], "--top-p is 0"),
         (["M", "hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["M", "hi", "--num-samples", "2"], "which gives the same answer each time"),
+        (["M", "hi", "--stop", ""], "--stop is empty"),
+        (["M", "hi", "--temperature", "nan"], "--temperature is nan"),
         (["M", "--base"], "--base without a prompt"),
         (["M", "hi", "--max-new-tokens", "600"], "600 more may follow"),
         (["M", "hi", "--base"], "what it was trained from is not known"),
@@ -232,6 +238,14 @@ def test_a_disk_that_fills_up_while_answers_are_written(
     ):
         assert main([*command, "--output", str(target)]) == 1
         assert "No space left on device" in capsys.readouterr().err
+
+
+def test_lines_of_a_text_file_are_prompts(tmp_path: Path) -> None:
+    (tmp_path / "fünf.txt").write_text("hello\n\nyes: no\n", encoding="utf-8")
+    assert [prompt.given for prompt in read_prompts(str(tmp_path / "fünf.txt"))] == ["hello", "yes: no"]
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match="there are no prompts in the file"):
+        read_prompts(str(tmp_path / "empty.txt"))
 
 
 def test_rows_without_a_prompt_are_named(model_dir: Path, tmp_path: Path) -> None:
