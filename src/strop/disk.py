@@ -111,17 +111,20 @@ def ensure_space(path: Path, needed: int, fix: str = ROOM_FOR_A_RUN) -> None:
         )
 
 
-def refuse_in_the_way(path: Path) -> None:
+def refuse_in_the_way(path: Path, key: str = "training.output_dir") -> None:
     """Say, without making it, that a folder cannot be made because something else is there, or nobody may.
+
+    Args:
+        key: the setting that decides where `path` is.
 
     Raises:
         CheckpointError: it, or a folder that it would lie in, is no folder, or cannot be written.
     """
     nearest = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
     if nearest is not None and not nearest.is_dir():
-        raise unusable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        raise unusable(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), key)
     if nearest is not None and not os.access(nearest, os.W_OK | os.X_OK):
-        raise unusable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        raise unusable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)), key)
 
 
 def unusable(path: Path, error: OSError, key: str = "training.output_dir") -> CheckpointError:

@@ -127,8 +127,11 @@ def foreign_errors(as_error: Callable[[str], StropError]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message: what other libraries say below it is advice about their own API."""
+    """The first line of an exception's message, and the one below it where it ends with a colon: what other libraries
+    say further below is advice about their own API."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1].strip()}"
     if isinstance(error, KeyError) and lines:
         return f"{lines[0].strip()} is missing"
     if isinstance(error, OSError) and error.strerror:

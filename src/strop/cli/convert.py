@@ -11,7 +11,8 @@ from strop.terminal import log_to_terminal, show
 HELP = """\
 usage: strop convert SRC --to consolidated|hf --output-dir DIR
 
-  SRC                to consolidated: a model folder or hub id; to hf: a folder with consolidated.NN.pth and params.json
+  SRC                to consolidated: a model folder, a run or a hub id; to hf: a folder with consolidated.NN.pth and
+                     params.json
   --to LAYOUT        consolidated: consolidated.00.pth, params.json, tokenizer files
                      hf: safetensors, config.json, tokenizer files, as transformers loads them
   --output-dir DIR   gets them; must be empty, or not there yet

@@ -53,9 +53,19 @@ class Consolidated:
         wanted = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
         if not names or names != wanted:
             missing = next((name for name in wanted if name not in names), FIRST)
-            raise ModelError(f"there is no {missing}", where=where, expected="all files of the model, from 00 on")
+            raise ModelError(
+                f"there is no {missing}",
+                where=where,
+                expected="all files of the model, from 00 on",
+                fix="copy what is missing; a folder of transformers needs no conversion",
+            )
         if not (folder / PARAMS).is_file():
-            raise ModelError(f"there is no {PARAMS}", where=where, expected="it stands beside the weights")
+            raise ModelError(
+                f"there is no {PARAMS}",
+                where=where,
+                expected="it stands beside the weights",
+                fix="copy it from where the weights come from",
+            )
         params = read_json(folder / PARAMS, where)
         files = [
             {name: tensor for name, tensor in read_pth(folder / name).items() if not name.endswith(DERIVED)}

@@ -18,7 +18,6 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from strop.config.sections import ModelSection
 from strop.durable import to_json
 from strop.errors import ModelError, foreign_errors
 from strop.export.consolidated import Consolidated
@@ -28,6 +27,7 @@ from strop.export.params_json import layout_of, params_of
 from strop.export.pth import write_pth
 from strop.export.shards import SINGLE, SafetensorsFile, read_header, write_index
 from strop.manifest import seal
+from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.consolidated_files import FIRST, PARAMS
 from strop.policy.model.end_tokens import GENERATION
@@ -42,13 +42,20 @@ SHARD_BYTES = 5 * 10**9
 
 
 def to_consolidated(source: str, target: Path) -> None:
-    """A transformers folder, or a model on the hub, to the consolidated layout.
+    """A transformers folder, the final model of a run, or a model on the hub, to the consolidated layout.
 
     Raises:
         ModelError: it is none of these families, or not whole.
         SaveError, CheckpointError: the folder cannot be written.
     """
-    model = ModelSection(huggingface_id=source)
+    model = saved_model(source)
+    if model.adapter is not None:
+        raise ModelError(
+            "it is an adapter, which has no weights of its own to convert",
+            where=source,
+            expected="a whole model",
+            fix="merge it first: strop merge ADAPTER --output-dir DIR",
+        )
     files, config, where = inspect_model(model), model_config(model), place_of(model)
     layout = layout_of(config, where)
     if files.config.get("quantization_config"):
@@ -71,6 +78,7 @@ def to_consolidated(source: str, target: Path) -> None:
         write_pth(folder / FIRST, specs, _as_consolidated(shards, specs, layout))
         (folder / PARAMS).write_text(to_json(params_of(config, files.config), indent=2), encoding="utf-8")
         copy_files(SMALL_FILES, files.source, files.revision, where, folder)
+    _tell_tokenizer(target, where)
 
 
 def _as_consolidated(
@@ -119,8 +127,12 @@ def to_transformers(source: str, target: Path) -> None:
         write_index(folder, parts)
         copy_files(SMALL_FILES, str(found.folder), None, found.where, folder)
         seal(folder, 0, {})
-    if not (target / "tokenizer.json").exists():
-        log.warning("%s: there is no tokenizer.json to copy; add the model's tokenizer to %s", found.where, target)
+    _tell_tokenizer(target, found.where)
+
+
+def _tell_tokenizer(target: Path, where: str) -> None:
+    if not any((target / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        log.warning("%s: there is no tokenizer to copy; add the model's own to %s", where, target)
 
 
 def _shards(specs: Mapping[str, Spec]) -> dict[str, dict[str, Spec]]:

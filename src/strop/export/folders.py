@@ -37,7 +37,7 @@ def check_output(target: Path, sources: Sequence[str]) -> None:
     Raises:
         CheckpointError: it cannot be written, or holds files.
     """
-    refuse_in_the_way(target)
+    refuse_in_the_way(target, "--output-dir")
     real = Path(os.path.realpath(target))
     for source in sources:
         if os.path.isdir(source) and real == Path(os.path.realpath(source)):

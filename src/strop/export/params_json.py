@@ -33,6 +33,7 @@ def layout_of(config: PreTrainedConfig, where: str) -> Layout:
             f"its family is {family}, which has no consolidated layout here",
             where=where,
             expected=f"one of {', '.join(FAMILIES)}",
+            fix="use the folder as it is: transformers, vLLM and llama.cpp read that layout",
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -278,6 +278,12 @@ def test_other_families_and_places(save: Any, make_model: Any, tmp_path: Path, m
         patch.setattr("strop.disk.free_bytes", lambda path: 1000)
         with pytest.raises(SaveError, match="the disk is too full"):
             to_consolidated(str(source), tmp_path / "one")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(source)}))
+    (tmp_path / "adapter/adapter_model.safetensors").touch()
+    with pytest.raises(ModelError, match="it is an adapter") as refused:
+        to_consolidated(str(tmp_path / "adapter"), tmp_path / "one")
+    assert "strop merge" in refused.value.fix
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "model_type": "cohere"}))
     with pytest.raises(ModelError, match="its family is cohere"):

@@ -254,16 +254,27 @@ def test_an_adapter_of_another_base_is_refused(make: Any, make_model: Any, tmp_p
     make_model(hidden_size=64).save_pretrained(other)
     (tmp_path / "base/tokenizer.json").rename(other / "tokenizer.json")
     (tmp_path / "base/tokenizer_config.json").rename(other / "tokenizer_config.json")
-    with pytest.raises(ModelError, match="does not fit the model"):
+    with pytest.raises(ModelError, match=r"does not fit the model: .*size mismatch for .*lora_") as found:
         merge.merge(str(adapter), tmp_path / "merged", base=str(other))
-    assert not (tmp_path / "merged").exists()
+    assert "that it was made on" in found.value.expected and not (tmp_path / "merged").exists()
+
+
+def test_a_base_of_another_name_is_told(
+    make: Any, make_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter = make(make_model())
+    merge.merge(str(adapter), tmp_path / "merged")
+    assert "it was made on" not in caplog.text
+    base.rename(tmp_path / "other")
+    merge.merge(str(adapter), tmp_path / "again", base=str(tmp_path / "other"))
+    assert f"it was made on {base}; it is used on {tmp_path / 'other'}" in caplog.text
 
 
 @pytest.mark.parametrize(
     "what",
     [
         *("whole model", "no adapter", "base gone", "truncated", "other kind", "another rank", "unknown tensor"),
-        *("missing shard of the base", "truncated base"),
+        *("missing shard of the base", "truncated base", "no alpha", "missing tensor"),
     ],
 )
 def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> None:
@@ -284,7 +295,14 @@ def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> 
         words = "adapter_model.safetensors is damaged"
     elif what == "another rank":
         config.write_text(json.dumps({**json.loads(config.read_text()), "r": 8}))
-        words = "it does not fit the model"
+        words = "it does not fit the model: .*size mismatch for .*lora_A"
+    elif what == "no alpha":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": None}))
+        words = "lora_alpha is None"
+    elif what == "missing tensor":
+        weights = adapter / "adapter_model.safetensors"
+        save_file(dict(sorted(load_file(weights).items())[1:]), weights)
+        words = "1 of its weights are missing"
     elif what == "unknown tensor":
         weights = adapter / "adapter_model.safetensors"
         other = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}
@@ -301,8 +319,9 @@ def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> 
     else:
         config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "IA3"}))
         words = "it is of the kind IA3"
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=words) as found:
         merge.merge(str(source), tmp_path / "merged")
+    assert found.value.where and found.value.fix
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -311,6 +330,9 @@ def test_folders_in_use(make: Any, make_model: Any, tmp_path: Path, monkeypatch:
     for taken in (base, adapter, tmp_path):
         with pytest.raises(CheckpointError, match=r"in use|is read"):
             merge.merge(str(adapter), taken)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="choose another --output-dir"):
+        merge.merge(str(adapter), tmp_path / "file/merged")
     monkeypatch.setattr("strop.disk.free_bytes", lambda path: 1000)
     with pytest.raises(SaveError, match="the disk is too full"):
         merge.merge(str(adapter), tmp_path / "merged")

@@ -79,7 +79,9 @@ def adapter_of(source: str, base: str | None = None) -> ModelSection:
         )
     if base is None and os.path.isabs(named) and not os.path.isdir(named):
         raise ModelError(
-            f"its base is not there any more: {named}", where=where, fix="name where the base is now: --base MODEL"
+            f"its base is not there any more: {named}",
+            where=where,
+            fix="put the base back there, or merge the two: strop merge ADAPTER --base MODEL --output-dir DIR",
         )
     revision = settings.get("revision") if base is None else None
     return ModelSection(huggingface_id=named, revision=revision, adapter=adapter, **_quantisation(Path(folder)))

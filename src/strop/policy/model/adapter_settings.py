@@ -29,6 +29,8 @@ _FOREIGN = (
 )
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
 """Settings that are names of modules; peft takes them as they are and fails on others where it uses them."""
+AGAIN = "copy or download the adapter again"
+"""What to do about an adapter that is not as it was saved."""
 _INITS = (True, False, "gaussian", "orthogonal")
 _SHARED = ("r", "lora_alpha", "bias", "use_rslora", "use_dora", "init_lora_weights")
 
@@ -147,7 +149,21 @@ def _known(settings: Mapping[str, Any], what: str, where: str) -> dict[str, Any]
         ModelError: it is no LoRA adapter, or of a kind that can be neither.
     """
     if settings.get("peft_type") != "LORA":
-        raise ModelError(f"it is of the kind {settings.get('peft_type')}", where=where, expected="LORA")
+        raise ModelError(
+            f"it is of the kind {settings.get('peft_type')}",
+            where=where,
+            expected="LORA",
+            fix="merge it into the model with peft, and use that",
+        )
+    for name in ("r", "lora_alpha"):
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, int if name == "r" else int | float) or value <= 0:
+            raise ModelError(
+                f"adapter_config.json: {name} is {value!r:.80}",
+                where=where,
+                expected="a number above 0" if name == "lora_alpha" else "a whole number above 0",
+                fix=AGAIN,
+            )
     for name in _NAMES:
         if not _are_names(settings.get(name)):
             raise ModelError(f"{name} is {settings[name]!r:.80}", where=where, expected="names of modules, or null")

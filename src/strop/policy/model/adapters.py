@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from transformers.pytorch_utils import Conv1D
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
 from strop.policy.kernels.quantised_weights import is_quantised
-from strop.policy.model.adapter_settings import adapter_config, as_list, mergeable_config, read_adapter, try_patterns
+from strop.policy.model.adapter_settings import (
+    AGAIN,
+    adapter_config,
+    as_list,
+    mergeable_config,
+    read_adapter,
+    try_patterns,
+)
 from strop.policy.model.adapter_targets import (
     head_names,
     linear_layers,
@@ -137,7 +145,7 @@ def continue_adapters(
     where = adapter_place_of(model)
     settings, weights = read_adapter(model.adapter, where)
     config = adapter_config(settings, lora, where)
-    with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
+    with foreign_errors(partial(_does_not_fit, where)), quiet():
         return _continued(module, config, settings, weights, model, master)
 
 
@@ -158,14 +166,10 @@ def _continued(
             where=where,
             fix="merge an adapter of a language model into it first, and train the result",
         )
-    made_from = settings.get("base_model_name_or_path")
-    source = source_of(model.huggingface_id)
-    if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
-        logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
-    config.base_model_name_or_path, config.revision = source, model.revision
+    _tell_other_base(settings, model, where)
+    config.base_model_name_or_path, config.revision = source_of(model.huggingface_id), model.revision
     try_patterns(settings, [name for name, _ in module.named_modules()], where)
-    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
-        stored = load_file(weights)
+    stored = _read_weights(weights, where)
     before = sizes(module)
     adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
     check_loaded(adapted, stored, where)
@@ -200,14 +204,41 @@ def with_adapter(module: PreTrainedModel, model: ModelSection) -> PeftModel:
             expected="the adapter of a reward model",
             fix="train one (method reward), or name a reward model",
         )
+    _tell_other_base(settings, model, where)
     config = mergeable_config(settings, [n for n, _ in module.named_modules()], where)
-    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=where)):
-        stored = load_file(weights)
-    with foreign_errors(lambda why: ModelError(f"it does not fit the model: {why}", where=where)), quiet():
+    stored = _read_weights(weights, where)
+    with foreign_errors(partial(_does_not_fit, where)), quiet():
         adapted = PeftModel.from_pretrained(module, str(weights.parent), config=config)
     # beside the adapter of an embedding, peft saves the embedding
     check_loaded(adapted, {n: t for n, t in stored.items() if not n.endswith(".base_layer.weight")}, where)
     return adapted.eval()
+
+
+def _tell_other_base(settings: Mapping[str, Any], model: ModelSection, where: str) -> None:
+    """Say that a model has another name than the base that the adapter names."""
+    made_from, source = settings.get("base_model_name_or_path"), source_of(model.huggingface_id)
+    if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
+        logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
+
+
+def _read_weights(file: Path, where: str) -> dict[str, Tensor]:
+    """The tensors of an adapter.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    with foreign_errors(lambda why: ModelError(f"{file.name} is damaged: {why}", where=where, fix=AGAIN)):
+        stored: dict[str, Tensor] = load_file(file)
+        return stored
+
+
+def _does_not_fit(where: str, why: str) -> ModelError:
+    return ModelError(
+        f"it does not fit the model: {why}",
+        where=where,
+        expected="the model that it was made on, and weights of the rank and the layers that adapter_config.json names",
+        fix=f"name that model, or {AGAIN}",
+    )
 
 
 def trainable_names(module: nn.Module) -> dict[str, str]:
@@ -288,7 +319,9 @@ def check_loaded(adapted: PeftModel, stored: Mapping[str, Tensor], where: str) -
     """
     inside = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if missing := sorted(set(inside) - set(stored)):
-        raise ModelError(f"{len(missing)} of its weights are missing, the first is {missing[0]}", where=where)
+        raise ModelError(
+            f"{len(missing)} of its weights are missing, the first is {missing[0]}", where=where, fix=AGAIN
+        )
     if left := sorted(set(stored) - set(inside)):
         raise ModelError(
             f"{len(left)} of its weights have no place in the model, the first is {left[0]}",
@@ -297,7 +330,12 @@ def check_loaded(adapted: PeftModel, stored: Mapping[str, Tensor], where: str) -
         )
     for name, tensor in inside.items():
         if not torch.equal(tensor, stored[name].to(tensor.dtype)) or not torch.isfinite(tensor).all():
-            raise ModelError(f"{name} was not read as it is stored, or is not finite", where=where)
+            raise ModelError(
+                f"{name} was not read as it is stored, or is not finite",
+                where=where,
+                expected="numbers",
+                fix=f"{AGAIN}; where it was saved so, take an earlier checkpoint of its run",
+            )
 
 
 def _adapted_parts(adapted: PeftModel) -> list[tuple[str, nn.Module]]:
