@@ -52,6 +52,7 @@ def test_a_run_is_generated_with_and_merged_on_the_numbers_it_was_trained_on(
     assert run.series("loss", "eval")[0] == pytest.approx(0.6931, abs=1e-3)  # the reference is the same quantised model
     proof = merge(str(run.path), tmp_path / "merged", dtype=torch.float32)
     assert not proof.failed and proof.rounded < 1e-3 * proof.moved
+    assert any(line.what == "greedy texts: 20 of 20 equal" for line in proof.lines)
     asked = ["hello", "--max-new-tokens", "8"]
     answers = []
     for source in (run.path, tmp_path / "merged"):
