@@ -1,15 +1,13 @@
 """What is known of a run before any weight is loaded. Floor 4.
 
 In: the configuration and one of its models. Out: a `Prepared` run: tokenizer, groups, objective and plan, and the
-configuration with the values that depend on the data filled in. A run continues from it; the dry run describes it.
+configuration with the values that depend on the data filled in. A run continues from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from strop.batch import PROMPT_LOGPS
@@ -24,7 +22,7 @@ from strop.data.store.group_numbers import check_groups
 from strop.data.store.table import Groups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import SCORE, WIN_RATE, held_out_metrics, no_such_metric
-from strop.engine.optim import learning_rate, require_optimizer, warmup_steps
+from strop.engine.optim import require_optimizer
 from strop.errors import ConfigError, DataError
 from strop.lengths import Sized
 from strop.modelrows import ModelRows
@@ -33,12 +31,11 @@ from strop.plan.cutting import cut
 from strop.plan.micro_batch_size import CPU_TOKENS, batch_budget, default_budget
 from strop.plan.order import Plan
 from strop.plan.packing import filled_rows
-from strop.plan.row_tokens import RowTokens, padded_tokens
+from strop.plan.row_tokens import RowTokens
 from strop.plan.work import EpochWork
 from strop.policy.allocator import give_back_freed_memory
 from strop.policy.model.from_config import CannotBuildError, Shape, num_weights, shape_of
 from strop.policy.other_models import check_others, teacher_section
-from strop.readable import plain
 from strop.rewards.calls import check_rewards
 
 
@@ -111,92 +108,6 @@ class Prepared:
         except CannotBuildError:
             size = None
         return [*advice(self.config, size), *notes]
-
-    def describe(self, tokens: RowTokens) -> Iterator[str]:
-        """Lines of text: what the run will be. It needs the size of micro-batches. tokens: those that groups take."""
-        plan, training, lengths = self.plan, self.config.training, self.data.train.lengths
-        yield from self.objective.describe()
-        yield from self._describe_rollout()
-        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-        devices = "1 device" if self.num_processes == 1 else f"{self.num_processes} devices"
-        made = f" = {batch} per device x {accumulation} accumulation steps x {devices}"
-        own = training.groups_per_step != batch * accumulation * self.num_processes
-        what = "rows filled with groups" if training.packing else "groups"
-        if self.num_processes > 1:
-            gpu = self.config.gpu
-            size = gpu.shard_size or self.num_processes
-            has = f"a part of the model, which lies on {size} of them," if gpu.fsdp else "the whole model"
-            yield f"processes: {self.num_processes}, each with {has} and a share of every step"
-        yield f"effective batch: {training.groups_per_step} {what} per step{'' if own else made}"
-        if training.packing:
-            fill = int(lengths.num_tokens.sum()) / (plan.num_rows * training.max_seq_length)
-            yield f"packing: {len(lengths)} groups in {plan.num_rows} rows, {100 * fill:.0f} % full"
-        if plan.steps_per_epoch == 1:
-            yield "note: a step takes every row there is, so it is a whole epoch"
-        steps, warmup = plan.num_steps, warmup_steps(plan.num_steps, training)
-        epochs = steps / plan.steps_per_epoch
-        many = "1 epoch" if epochs == 1 else f"{plain(epochs)} epochs"
-        yield f"steps: {steps:,} ({plan.steps_per_epoch:,} per epoch, {many}), {warmup:,} of them warm-up"
-        if warmup >= steps > 1:
-            last = learning_rate(steps, steps, training)
-            yield (
-                f"note: the warm-up takes the whole run: the learning rate ends at {last:g} of "
-                f"{training.learning_rate:g}; lower training.warmup_steps, or use warmup_ratio"
-            )
-        budget, sizes = self.budget, self.whole_epoch(tokens).work.tokens
-        total = int(sizes.sum())
-        yield (
-            f"tokens: {total:,} per epoch, in {len(sizes)} micro-batches of at most {budget:,}, "
-            f"{100 * total / int(np.maximum(sizes, budget).sum()):.0f} % full"
-        )
-        if tokens is padded_tokens:
-            prompts = lengths.prompt.astype(np.int64)
-            again = int((prompts * (lengths.counts - 1)).sum())
-            fed = int((prompts * lengths.counts).sum() + lengths.completions.sum(dtype=np.int64))
-            if again:
-                yield f"plain rows: {100 * again / fed:.0f} % of the tokens are prompts that are computed once more"
-        if training.recomputed:
-            why = self.config.origins.get("training.gradient_checkpointing", "asked for")
-            yield f"activations of {training.recomputed:.0%} of the layers are computed again on the way back ({why})"
-        if MISMATCHED in self.objective.also:
-            yield f"mismatched completions: about {total:,} tokens more per epoch, scored without gradients"
-        if self.objective.whole_step and len(sizes) > plan.steps_per_epoch:
-            yield "steps of several micro-batches are scored twice: the loss holds a statistic of the whole step"
-        if (sync := self.objective.ref_sync) is not None:
-            yield f"the reference is a second model, scored in every step; it moves every {sync.every_steps} steps"
-
-    def _describe_rollout(self) -> Iterator[str]:
-        """What is sampled, and what scores it."""
-        rollout = self.config.rollout
-        if not rollout.enabled:
-            return
-        rewards = ", ".join(f"{reward.weight:g} x {reward.name}" for reward in self.config.rewards)
-        rewarded = (
-            f"rewarded by {rewards}; the rows' own answers are for the rewards alone" if rewards else "no rewards"
-        )
-        yield (
-            f"sampling: {rollout.num_generations} completions per prompt at temperature {rollout.temperature:g}, "
-            f"{rewarded}, and lengths below are the longest there can be"
-        )
-        if self.objective.rows == "pair":
-            yield (
-                "pairs: of each prompt's completions the one with the highest reward against the one with the lowest; "
-                "prompts whose rewards are all the same give none, and are counted"
-            )
-        if rollout.sampler == "vllm":
-            yield (
-                f"the completions are drawn by vLLM at {rollout.vllm_url}, which loads the adapter from the run folder "
-                "before each step; every completion is scored again by the training forward"
-            )
-        together, passes = rollout.steps_per_generation, rollout.num_iterations
-        if together * passes > 1:
-            yield f"rounds: the prompts of {together} steps are sampled at once, and gone through {passes} times"
-        if self.objective.needs_reference:
-            yield "the reference scores every group when it is sampled: " + (
-                "another model that stays in memory"
-                if getattr(self.config.post_training, "ref_model_id", None)
-                else "the policy with a copy of the weights that train, as they were before the first step"
-            )
 
 
 class _Known:

@@ -63,6 +63,7 @@ from strop.policy.reference_store import ReferenceStore
 from strop.prepared import Prepared, prepare, with_budget
 from strop.rollout.build import rollout_source, scores_of
 from strop.rollout.rollout_source import RolloutSource
+from strop.run_description import describe
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -86,7 +87,7 @@ class Settled:
 
     def describe(self) -> Iterator[str]:
         """Lines of text: what the run will be."""
-        return self.prepared.describe(self.tokens)
+        return describe(self.prepared, self.tokens)
 
     def prediction(self) -> list[str]:
         """Lines of text: the memory that the run will take."""

@@ -55,6 +55,7 @@ FLOORS = {
     "rollout": 4,
     "estimate": 5,
     "disk_estimate": 5,
+    "run_description": 5,
     "session": 6,
     "method_catalogue": 6,
     "push": 6,

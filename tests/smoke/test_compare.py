@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from strop.cli.entry import main
 from strop.report.compare import Parting, compare
@@ -37,8 +38,8 @@ def base(runs: Any) -> Path:
 
 
 def rows_of(base: Path) -> Path:
-    (line,) = [x for x in (base / "config.yaml").read_text().splitlines() if x.strip().startswith("train_file:")]
-    return Path(line.split()[1].strip('"'))
+    config = yaml.safe_load((base / "config.yaml").read_text(encoding="utf-8"))
+    return Path(config["dataset"]["train_file"])
 
 
 SHARE = ("another learning rate", "another beta", "another seed", "other micro-batches")

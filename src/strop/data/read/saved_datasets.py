@@ -103,7 +103,7 @@ def read_hub(name: str, subset: str | None, split: str, streaming: bool) -> Iter
     """
     import datasets
 
-    with _hub_errors(name, subset, split):
+    with _hub_errors(name, subset, split), _without_shared_memory():
         how = {"streaming": True} if streaming else {}
         loaded: Any = datasets.load_dataset(name, subset, split=split, **how)
         yield from _rows(loaded, f"{name}[{split}]", 0)
@@ -119,6 +119,19 @@ def _rows(data: Any, label: str, before: int) -> Iterator[Row]:
         for row in maker.rows(batch):
             number += 1
             yield Row(Origin(label, number), row)
+
+
+@contextmanager
+def _without_shared_memory() -> Iterator[None]:
+    """A stream of the package datasets counts its epochs in shared memory where torch is there, for the workers of
+    torch's loaders. Nothing here has such workers, and a container may have no /dev/shm."""
+    import datasets
+
+    before, datasets.config.TORCH_AVAILABLE = datasets.config.TORCH_AVAILABLE, False
+    try:
+        yield
+    finally:
+        datasets.config.TORCH_AVAILABLE = before
 
 
 @contextmanager
