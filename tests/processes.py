@@ -46,6 +46,22 @@ def _run_program(code: str, stderr: str, environment: Mapping[str, str]) -> None
     exec(code, {})
 
 
+def apart(work: Callable[..., T], *args: Any) -> T:
+    """What `work(*args)` gives in a process of its own, or the error that it raises. Needs no semaphores, as pools do,
+    which stand in /dev/shm."""
+    here, there = FORKED.Pipe()
+    process = FORKED.Process(target=_answered, args=(there, work, args))
+    process.start()
+    there.close()
+    try:
+        result: Any = here.recv()
+    finally:
+        process.join()
+    if isinstance(result, BaseException):
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
 def in_processes(size: int, work: Callable[..., T], *args: Any) -> list[T]:
     """`work(*args)` in each process of a world of this size: what each gives, by rank. An error in one is raised here.
 
@@ -93,6 +109,10 @@ def _run(answer: Connection, rank: int, size: int, port: int, work: Callable[...
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "CUDA_VISIBLE_DEVICES": "",  # they are compared with float32 on the CPU
     }
+    _answered(answer, work, args)
+
+
+def _answered(answer: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
         result = work(*args)
     except BaseException as error:  # noqa: BLE001 (raised in the test)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -26,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
-from processes import FORKED
+from processes import apart
 from strop.config import RunConfig, load_config
 from strop.estimate.devices import Devices
 from strop.estimate.memory import peak_memory
@@ -130,8 +129,7 @@ def test_its_checkpoint_is_laid_out_without_holding_it(ranks: tuple[int, ...], t
     shape = shape_of(config.lora, config.models[0])
     total = 3 * 4 * (shape.matrix + shape.others)  # weights and two states, in float32
     assert total > 80e9
-    with ProcessPoolExecutor(2, FORKED, max_tasks_per_child=1) as pool:
-        found = list(pool.map(written_by, ranks, [config] * len(ranks)))
+    found = [apart(written_by, rank, config) for rank in ranks]
     layout = {rank: written for rank, (written, _) in zip(ranks, found, strict=True)}
     assert all(held < MOST_BYTES for _, held in found)
     sizes = {rank: 4 * sum(prod(size) for _, size in parts.values()) for rank, parts in layout.items()}

@@ -12,7 +12,6 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from benchmarks.cases import TOY
 from benchmarks.report import main as make_report
 from benchmarks.sides import check_side
 
-from processes import FORKED
+from processes import apart
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,8 +195,7 @@ def measured_forked(out: Path) -> None:
     def call(module: str, *arguments: str, threads: int) -> str:
         if module == "flops":
             return alone(module, *arguments, threads=threads)
-        with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
-            return pool.submit(_printed, module, arguments, threads).result()
+        return apart(_printed, module, arguments, threads)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("STROP_TESTS_PRETEND")

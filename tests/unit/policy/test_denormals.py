@@ -2,14 +2,13 @@
 
 import io
 import textwrap
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
-from processes import FORKED
+from processes import apart
 
 COUNT = """
 import torch
@@ -32,8 +31,7 @@ onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="th
 
 def run(code: str) -> str:
     """What is printed last in a process that has computed nothing yet, in which nothing is switched."""
-    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
-        return pool.submit(_printed, COUNT + textwrap.dedent(code)).result().strip().splitlines()[-1]
+    return apart(_printed, COUNT + textwrap.dedent(code)).strip().splitlines()[-1]
 
 
 def _printed(code: str) -> str:
