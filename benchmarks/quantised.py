@@ -1,13 +1,11 @@
-"""Peak memory and time of DPO with LoRA on a base in 4 bits (NF4), beside the same base in bf16, by strop and by TRL.
+"""Peak memory of DPO with LoRA on a base in 4 bits (NF4), beside the same base in bf16, by strop and by TRL.
 
-    python -m benchmarks.quantised [--rounds 3] [--out benchmarks/results/quantised.json]
+    python -m benchmarks.quantised [--out benchmarks/results/quantised.json]
 
 The model is made here, with random weights; the rows are the same for all. Every side is a process of its own with one
-thread, and a round has each side once, in turn. What is compared is the processor time of training, from loading the
-model to the last step (strop: to the saved model), and the memory that a process has at its peak (polled 50 times per
-second) beyond what it has once its packages are imported: all that is resident, and the part of it that is no file. A
-frozen base in bf16 is read from its file as it is used, so it is resident and no memory of the process's own; one in 4
-bits is.
+thread. What is compared is the memory that a process has at its peak (polled 50 times per second) beyond what it has
+once its packages are imported: all that is resident, and the part of it that is no file. A frozen base in bf16 is read
+from its file as it is used, so it is resident and no memory of the process's own; one in 4 bits is.
 """
 
 from __future__ import annotations
@@ -21,10 +19,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +70,7 @@ def resident_mib() -> tuple[float, float]:
 
 
 def one_side(folder: Path, side: str) -> dict[str, float]:
-    """Trains; the memory that it took, in MiB, and the seconds."""
+    """Trains; what memory it took, in MiB."""
     import torch
 
     torch.set_num_threads(1)
@@ -89,13 +85,11 @@ def one_side(folder: Path, side: str) -> dict[str, float]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    began = time.process_time()
     loss = start()
-    seconds = time.process_time() - began
     stop.set()
     thread.join()
     total, anonymous = (most - first for most, first in zip(peak, before, strict=True))
-    return {"peak": total, "anonymous": anonymous, "seconds": seconds, "loss": loss}
+    return {"peak": total, "anonymous": anonymous, "loss": loss}
 
 
 def of_strop(folder: Path, four: bool) -> Any:
@@ -186,45 +180,35 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"{found['date']}, commit {found['commit']}, `python -m benchmarks.quantised`. DPO with LoRA (rank 16, all "
         f"linear layers) on a Llama of {found['weights'] / 1e6:.0f} million random weights, on a CPU with one thread: "
         f"{STEPS} steps of {PAIRS} pairs, bf16. Memory at its peak, without what the imports take: all that is "
-        "resident, and what is no file. 4 bits: NF4, double quantisation. Seconds: processor time of loading and "
-        "training. Medians of rounds that have each side in turn; TRL's seconds by strop's with the same base, in "
-        "brackets the least and the most.\n"
+        "resident, and what is no file. 4 bits: NF4, double quantisation.\n"
     )
-    yield "| side | resident, MiB | to its bf16 | no file, MiB | seconds | TRL's by strop's | loss of the first step |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| side | resident, MiB | to its bf16 | no file, MiB | loss of the first step |"
+    yield "|---|---|---|---|---|"
     for side, own in found["sides"].items():
-        tool, base = side.split()
-        peak, anonymous, seconds, loss = (median(own[name]) for name in ("peak", "anonymous", "seconds", "loss"))
-        beside = peak / median(found["sides"][f"{tool} bf16"]["peak"])
-        both = zip(own["seconds"], found["sides"][f"strop {base}"]["seconds"], strict=True)
-        times = sorted(theirs / ours for theirs, ours in both)
-        ratio = "-" if tool == "strop" else f"{median(times):.2f} ({times[0]:.2f} - {times[-1]:.2f})"
-        yield f"| {side} | {peak:.0f} | {beside:.2f} | {anonymous:.0f} | {seconds:.1f} | {ratio} | {loss:.4f} |"
+        ratio = own["peak"] / found["sides"][f"{side.split()[0]} bf16"]["peak"]
+        yield f"| {side} | {own['peak']:.0f} | {ratio:.2f} | {own['anonymous']:.0f} | {own['loss']:.4f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         print(json.dumps(one_side(options.folder, options.side)))
         return
-    found: dict[str, dict[str, list[float]]] = {side: {} for side in SIDES}
+    found = {}
     with tempfile.TemporaryDirectory() as place:
         weights = make(Path(place))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "STROP_CACHE": f"{place}/cache"}
-        for side in [side for _ in range(options.rounds) for side in SIDES]:
+        for side in SIDES:
             command = [sys.executable, "-m", "benchmarks.quantised", "--side", side, "--folder", place]
             said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             if said.returncode:
                 sys.exit(f"{side}: {said.stderr[-2000:]}")
-            measured = json.loads(said.stdout.splitlines()[-1])
-            for name, value in measured.items():
-                found[side].setdefault(name, []).append(round(value, 4))
-            print(f"{side}: {measured}", flush=True)
+            found[side] = json.loads(said.stdout.splitlines()[-1])
+            print(f"{side}: {found[side]}", flush=True)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
