@@ -172,9 +172,14 @@ def theirs(
     [
         {"method": "sft"},
         {"method": "dpo"},
-        {"method": "dpo", "loss_type": "hinge", "beta": 0.3},
-        {"method": "dpo", "loss_type": "ipo"},
-        {"method": "dpo", "wpo_weighting": True},
+        *(
+            pytest.param(method, marks=pytest.mark.nightly)
+            for method in (
+                {"method": "dpo", "loss_type": "hinge", "beta": 0.3},
+                {"method": "dpo", "loss_type": "ipo"},
+                {"method": "dpo", "wpo_weighting": True},
+            )
+        ),
         {"method": "dpo", "ref_sync_steps": 2, "ref_mixup_alpha": 0.4},
         {"method": "orpo", "orpo_nll": "full"},
         {"method": "simpo"},
@@ -185,6 +190,8 @@ def theirs(
 def test_losses_and_first_gradient_are_those_of_trl(
     method: dict[str, Any], folder: Path, make_model: Callable[..., Any]
 ) -> None:
+    """The losses of dpo have one road in common; that of each is compared by `test_trl_losses.py`, and as a run by
+    `make nightly`."""
     our_losses, our_gradient = ours(config_of(folder, method))
     their_losses, their_gradient = theirs(folder, method, make_model)
     assert len(our_losses) == len(their_losses) == STEPS

@@ -207,9 +207,19 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "kept"), [({1}, [2, 3, 4]), ({2, 3}, [1, 4]), ({4}, [1, 2, 3]), ({1, 2, 3, 4}, [])], ids=str
+    ("best", "numbers", "kept"),
+    [
+        (False, {1}, [2, 3, 4]),
+        (False, {2, 3}, [1, 4]),
+        (False, {4}, [1, 2, 3]),
+        (False, {1, 2, 3, 4}, []),
+        pytest.param(True, {1}, [2, 3, 4], marks=pytest.mark.nightly),
+        (True, {2, 3}, [1, 4]),
+        pytest.param(True, {4}, [1, 2, 3], marks=pytest.mark.nightly),
+        (True, {1, 2, 3, 4}, []),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("best", [False, True])
 def test_a_save_that_fails_does_not_end_a_run(
     best: bool, numbers: set[int], kept: list[int], runs: Any, watched: pytest.MonkeyPatch, capsys: Any
 ) -> None:

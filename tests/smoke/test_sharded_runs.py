@@ -140,8 +140,9 @@ def judge(tmp_path: Path) -> Path:
     return tmp_path / "judge"
 
 
-OFTEN = {"grpo, another reference, fewer prompts than processes", "online dpo", "reward", "distill", "samples"}
+OFTEN = {"grpo, another reference, fewer prompts than processes", "reward", "distill", "samples"}
 OTHERS = (
+    "online dpo",
     "grpo",
     "grpo lora, two steps per round, scored again",
     "grpo, rewarded by a model",

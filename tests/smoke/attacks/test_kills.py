@@ -46,7 +46,7 @@ def killer_of_runs(runs: Any, keys: dict[str, Any] = TRAINED) -> Killer:
     return Killer(partial(strop.train, config), partial(shutil.rmtree, config.training.output_dir))
 
 
-@few_or(500)
+@few_or(500, few=1)
 @pytest.mark.parametrize("beside", [False, True], ids=["at once", "asynchronous"])
 def test_kills(beside: bool, num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
     keys = {**TRAINED, "training.async_save": beside}
@@ -70,7 +70,7 @@ METHODS = ("sft", "dpo", "kto", "orpo", "simpo")
 
 @pytest.mark.parametrize(
     ("method", "stride"),
-    [("dpo", 40), *(pytest.param(method, 1, marks=pytest.mark.nightly) for method in METHODS)],
+    [("dpo", 60), *(pytest.param(method, 1, marks=pytest.mark.nightly) for method in METHODS)],
 )
 def test_killed_at_every_change_to_a_file(
     method: str, stride: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch
@@ -89,7 +89,7 @@ def test_killed_at_every_change_to_a_file(
     tally.tell(len(changes))
 
 
-@few_or(200)
+@few_or(200, few=1)
 def test_kills_of_an_overwriting_run(num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
     unbroken, other = runs(TRAINED), runs(TRAINED, learning_rate=3e-3)
     tally = Tally("kills of an overwriting run", record_property)
@@ -119,7 +119,7 @@ def _has_begun(folder: Path, old: Path) -> bool:
     return not file.exists() or file.read_bytes() != (old / "config.yaml").read_bytes()
 
 
-@few_or(150)
+@few_or(150, few=1)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_kills_in_the_export(
     lora: bool, num: int, record_property: Any, runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch
@@ -226,7 +226,7 @@ SAMPLED: dict[str, Any] = {
 """A run that samples; its steps come in pairs that train on the same completions."""
 
 
-@few_or(20)
+@few_or(20, few=1)
 def test_kills_of_a_run_that_samples(num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
     """While sampling, rewarding, training and saving."""
     keys = {**SAMPLED, "dataset.train_file": str(runs.files["singles"])}

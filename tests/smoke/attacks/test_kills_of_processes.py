@@ -145,7 +145,6 @@ CHANGING: tuple[tuple[int, dict[str, Any]], ...] = ((2, {}), (2, SHARDED), (1, {
 @pytest.mark.parametrize(
     ("keys", "num", "victims"),
     [
-        pytest.param({}, 1, ("one in a call",), id="few, replicated"),
         pytest.param({**SHARDED, **ASYNC}, 1, ("rank 0 in a change", "all"), id="few, sharded, asynchronous"),
         pytest.param({}, 500, VICTIMS, id="replicated", marks=pytest.mark.nightly),
         pytest.param(ASYNC, 250, VICTIMS, id="replicated, asynchronous", marks=pytest.mark.nightly),
@@ -161,7 +160,8 @@ def test_kills_of_several_processes(
     runs: Any,
     watched: pytest.MonkeyPatch,
 ) -> None:
-    """Resumed by as many processes: bit for bit the unbroken run's."""
+    """Resumed by as many processes: bit for bit the unbroken run's. In the suite, sharded; one of replicated processes
+    is killed by `test_processes.py::test_whatever_is_killed_the_same_command_goes_on`."""
     num = int(os.environ.get("STROP_ATTACKS", num))
     keys = {**KEYS, **keys}
     config = runs.config(keys)

@@ -106,12 +106,27 @@ def test_each_group_has_its_own(policy: Policy, rows: list[Group], tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-model"]  # the file has no name
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_was_stored_before_changes_no_bit(
     data: st.DataObject, policy: Policy, rows: list[Group], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Other runs over any of the rows, in any order and cut, some of them killed."""
+    check_that_the_store_changes_no_bit(data, policy, rows, tmp_path_factory)
+
+
+@pytest.mark.nightly
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_was_stored_before_changes_no_bit_however_often(
+    data: st.DataObject, policy: Policy, rows: list[Group], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    check_that_the_store_changes_no_bit(data, policy, rows, tmp_path_factory)
+
+
+def check_that_the_store_changes_no_bit(
+    data: st.DataObject, policy: Policy, rows: list[Group], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("store")
     cold = taken(policy, None, rows, folder).values(range(len(rows)))
     store = ReferenceStore(folder / "some.logps")
