@@ -46,6 +46,8 @@ class StalledLoss:
         noise = statistics.stdev(self._recent) / math.sqrt(len(self._recent))
         fallen = self._first - now
         so_far, all_of_them = self._rates_up_to(step), self._rates_up_to(self._num_steps)
+        if sum(so_far) == 0:
+            return None  # nothing to extrapolate from; the report says that the rate is 0
         ends = fallen * sum(all_of_them) * self._num_steps / len(all_of_them) / (sum(so_far) * step / len(so_far))
         peak = max(all_of_them)
         if fallen > 2 * noise and ends > 0:

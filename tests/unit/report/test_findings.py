@@ -278,6 +278,24 @@ def test_labels_that_are_learnt_by_heart_are_not_exchanged(
     assert len({"accuracy-half", "splits-disagree"} & {f.id for f in made.diagnose().raised}) == 1
 
 
+@pytest.mark.parametrize(
+    ("held_out", "told"), [(0.40, "splits-disagree"), (0.48, "accuracy-half")], ids=["exchanged", "a coin"]
+)
+def test_few_validation_pairs_are_held_against_training_pairs_at_first_sight(
+    held_out: float, told: str, make: Callable[..., Any]
+) -> None:
+    """Of 60 pairs, 0.40 may be a coin by itself (0.29 to 0.53)."""
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        if line["split"] == "eval":
+            return {"rewards/accuracies": held_out if line["step"] else 0.0, "num_groups": 60}
+        return {"rewards/accuracies": 0.6}
+
+    made = make(change)
+    made.plan["steps_per_epoch"] = STEPS // 2
+    assert {f.id for f in made.diagnose().raised} & {"splits-disagree", "accuracy-half"} == {told}
+
+
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_teacher_that_is_the_student_is_told_in_place_of_what_rounding_does(
     is_same: bool, make: Callable[..., Any]
@@ -318,7 +336,9 @@ DATA: list[tuple[str, Severity, str, Any]] = [
     ("completions-cut", WARN, "train.completions_cut", 200),
     ("completions-cut", FAIL, "train.completions_cut", 800),
     ("rows-lost", WARN, "train.refused", {"no prompt": 100}),
-    ("rows-lost", FAIL, "train.dropped", {"equal_after_truncation": 600}),
+    ("rows-lost", FAIL, "train.dropped", {"prompt_too_long": 600}),
+    ("same-pairs", FAIL, "train.dropped", {"equal_after_truncation": 600}),
+    ("same-pairs", WARN, "train.dropped", {"equal_tokens": 20}),
     ("length-bias", NOTE, "train.findings.length", {"mean_chosen": 40, "mean_rejected": 20, "chosen_is_longer": 0.65}),
     ("length-bias", WARN, "train.findings.length", {"mean_chosen": 40, "mean_rejected": 20, "chosen_is_longer": 0.95}),
 ]

@@ -16,23 +16,29 @@ def has_data(facts: Facts) -> Iterator[Finding]:
         yield unchecked("rows", "the rows: data.json is missing or cannot be read")
 
 
+EQUAL = ("equal_tokens", "equal_after_truncation")
+"""Why a pair is dropped whose sides are the same tokens, before and after the cut."""
+
+
 def same_pairs(facts: Facts) -> Iterator[Finding]:
-    """A pair whose sides are the same has no gradient."""
+    """A pair whose sides are the same has no gradient: strop drops it when it reads it, other programs train on it."""
     if not facts.is_pairs or not facts.split("train"):
         return
-    same, groups = facts.run.train.total("num_zero_signal_groups"), facts.run.train.total("num_groups")
+    dropped = int(sum(facts.count("train", "dropped", reason) or 0 for reason in EQUAL))
+    trained, groups = facts.run.train.total("num_zero_signal_groups"), facts.run.train.total("num_groups")
     if not groups:
         yield unchecked("same-pairs", "pairs whose sides are the same: no training step is logged")
         return
-    share = same / groups
+    kept = facts.count("train", "num_groups") or 0
+    share = max(trained / groups, dropped / (dropped + kept) if dropped else 0.0)
     yield facts.thresholds.graded(
         "same-pairs",
         share,
         ("same_pair_warn", "same_pair_fail"),
         f"In {share:.0%} of the pairs both sides are the same tokens: nothing can be learnt from them",
-        otherwise=f"{int(same):,} of {int(groups):,} pairs have the same tokens on both sides",
+        otherwise=f"{share:.1%} of the pairs have the same tokens on both sides",
         evidence=Evidence.EXACT,
-        numbers={"pairs whose sides are the same": int(same), "pairs seen": int(groups)},
+        numbers={"such pairs left out": dropped, "such pairs trained on": int(trained), "pairs kept": int(kept)},
         remedies=[
             longer_rows(facts, "raise the length limits, if the sides differ only behind the cut"),
             Remedy("remove such pairs from the data"),
@@ -40,15 +46,21 @@ def same_pairs(facts: Facts) -> Iterator[Finding]:
         explains=(
             "no-end-token",
             "completions-cut",
-            "accuracy-falls",
-            "gradient-zero",
-            "rate-low",
-            "accuracy-half",
             "duplicates",
-            "weights-unmoved",
-            "odds-idle",
+            *(("rows-lost",) if 2 * dropped > sum(_lost(facts).values()) else ()),
+            *(NOTHING_TO_LEARN if trained else ()),
         ),
     )
+
+
+NOTHING_TO_LEARN = (
+    "accuracy-falls",
+    "gradient-zero",
+    "rate-low",
+    "accuracy-half",
+    "weights-unmoved",
+    "odds-idle",
+)
 
 
 def leakage(facts: Facts) -> Iterator[Finding]:
@@ -161,19 +173,24 @@ def ends(facts: Facts) -> Iterator[Finding]:
     )
 
 
-def losses(facts: Facts) -> Iterator[Finding]:
-    """Rows that are read and not trained on."""
-    read = facts.count("train", "rows_read")
-    if not read:
-        return
+def _lost(facts: Facts) -> dict[str, int]:
+    """How many rows of the training split were refused or dropped, by reason."""
     split = facts.split("train")
-    reasons = {
+    return {
         str(reason)[:200]: n
         for kind in ("refused", "dropped")
         if isinstance(split.get(kind), dict)
         for reason, n in split[kind].items()
         if isinstance(n, int)
     }
+
+
+def losses(facts: Facts) -> Iterator[Finding]:
+    """Rows that are read and not trained on."""
+    read = facts.count("train", "rows_read")
+    if not read:
+        return
+    reasons = _lost(facts)
     lost, most = sum(reasons.values()), sorted(reasons.items(), key=lambda item: -item[1])[:5]
     share = lost / read
     yield facts.thresholds.graded(

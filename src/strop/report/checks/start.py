@@ -278,6 +278,7 @@ def _first_loss_holds(facts: Facts) -> Iterator[Finding]:
             thresholds=("first_loss",),
             chart="loss",
             steps=(0, 1),
+            explains=("rate-high",),
         )
     else:
         yield passed("first-loss", f"The loss at the start is {found:.4g}, as it must be", numbers=numbers)

@@ -137,10 +137,11 @@ def imitation(facts: Facts) -> Iterator[Finding]:
     numbers: Numbers = {"loss at the start": before, "loss at the end": after, "learning rate": facts.rate or 0.0}
     size = max(abs(before), 1e-9)
     peak = float(np.median(values[: max(5, len(values) // 4)]).max())
-    if after > before * 1.02 or peak > before * 1.5 + 0.5:
+    rises = after - before > max(0.02 * before, facts.noise("loss"))
+    if rises or peak > before * 1.5 + 0.5:
         yield Finding(
             "rate-high",
-            Severity.FAIL if after > before * 1.02 else Severity.WARN,
+            Severity.FAIL if rises and facts.has_trend else Severity.WARN,
             f"The training loss rises, from {before:.3g} to {max(after, peak):.3g}: the learning rate is too high",
             Evidence.RULE,
             numbers,
