@@ -211,9 +211,9 @@ def _broken_rows(draw: random.Random) -> Rows:
 
 
 def _two_turns(draw: random.Random, num: int = NUM_TRAIN, words: int = 6) -> Rows:
-    """Chats with two answers, the second of them long."""
+    """Chats with two answers, and a long question before the second."""
     rows = [(pair(draw, length=words), pair(draw, length=words)) for _ in range(num)]
-    turns = [((a["prompt"], a["chosen"]), (b["prompt"], 6 * b["chosen"])) for a, b in rows]
+    turns = [((a["prompt"], a["chosen"]), (6 * b["rejected"], b["chosen"])) for a, b in rows]
     return [
         {"messages": [{"role": role, "content": text.strip()} for turn in row
                       for role, text in zip(("user", "assistant"), turn, strict=True)]}
@@ -390,7 +390,7 @@ BROKEN: tuple[Scenario, ...] = (
     Scenario("validation rows of another kind", "sft", "worse-than-start", train=told_apart,
              held=lambda draw, train: turned(told_apart(draw, NUM_EVAL))),
     Scenario("a few rows that are unlike all others", "sft", "gradient-spikes",
-             {"training.num_epochs": 6, "training.learning_rate": 3e-3},
+             {"models.0.huggingface_id": TAUGHT, "training.num_epochs": 6, "training.learning_rate": 3e-3},
              train=lambda draw: _same_answer(draw, others=6),
              held=lambda draw, train: _same_answer(draw)[:NUM_EVAL]),
     Scenario("a limit of the gradient far too low", "dpo", "always-clipped", {"training.max_grad_norm": 1e-3}),
@@ -460,17 +460,15 @@ def write_models(folder: Path) -> None:
     config = LlamaConfig(
         vocab_size=len(words), eos_token_id=2, bos_token_id=None, pad_token_id=0, max_position_embeddings=128, **sizes
     )
-    for seed, name in enumerate(("model", "other")):
-        torch.manual_seed(seed)
+    templates = {"chat": TEMPLATE, "twice": BEGINS_TWICE}
+    for name in ("model", "other", *templates):
+        torch.manual_seed(int(name == "other"))
         model = LlamaForCausalLM(config)
         if name == "other":  # far enough to be told from rounding
             with torch.no_grad():
                 model.lm_head.weight.mul_(20)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    tokenizer.bos_token = "<eos>"
-    for name, template in (("chat", TEMPLATE), ("twice", BEGINS_TWICE)):
-        tokenizer.chat_template = template
+        if name in templates:
+            tokenizer.bos_token, tokenizer.chat_template = "<eos>", templates[name]
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 

@@ -5,22 +5,15 @@ A share of `python -m benchmarks.findings`; all of it is a nightly test.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.findings import (
-    BEGIN,
-    END,
-    PAGE,
-    Outcome,
-    Scenario,
-    outcome,
-    scenarios,
-    trained,
-    write_models,
-    written,
-)
+from benchmarks.findings import BEGIN, END, PAGE, Outcome, outcome, written
+from benchmarks.scenarios import UNTRIED, Scenario, scenarios, trained, write_models
+
+from strop.config.methods import METHODS
 
 SHARE = ("healthy dpo", "chosen and rejected exchanged in training")
 """Names of the runs that the suite makes. Single findings are tried on folders made in code
@@ -66,3 +59,11 @@ def test_the_page_has_every_run_that_is_made() -> None:
     table = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2]
     assert [s.name for s in scenarios() if f"| {s.name} |" not in table] == []
     assert "**wrong**" not in table
+
+
+def test_a_run_is_broken_for_every_finding_and_healthy_for_every_method() -> None:
+    page = PAGE.read_text(encoding="utf-8").partition("## Each finding")[0]
+    findings = set(re.findall(r"^\| `([a-z-]+)` \|", page, flags=re.MULTILINE))
+    provoked = {s.first for s in scenarios() if s.first}
+    assert findings == provoked | set(UNTRIED) and not provoked & set(UNTRIED)
+    assert {s.method for s in scenarios() if not s.first} == set(METHODS)

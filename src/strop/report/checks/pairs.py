@@ -180,9 +180,15 @@ def _at_first_sight(facts: Facts) -> tuple[float, float, float] | None:
     return (share, *wilson(min(max(share, 0.0), 1.0), n)) if n else None
 
 
-def _is_above(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
-    """Whether the 95 % interval of the difference of two shares, each with its interval, is above 0 (Newcombe 1998)."""
-    return one[0] - other[0] > math.hypot(one[0] - one[1], other[2] - other[0])
+def looks_exchanged(fresh: tuple[float, float, float], held: tuple[float, float, float]) -> bool:
+    """Whether held-out pairs are won less often than training pairs at first sight, by more than chance, and rather as
+    often as exchanged ones (1 - fresh) than as by a coin.
+
+    Args:
+        fresh, held: an accuracy and its 95 % interval. That of the difference is Newcombe's (1998).
+    """
+    half = math.hypot(fresh[0] - fresh[1], held[2] - held[0])
+    return fresh[0] - held[0] > half and held[0] < 0.75 - fresh[0] / 2
 
 
 def accuracy(facts: Facts) -> Iterator[Finding]:
@@ -210,9 +216,7 @@ def accuracy(facts: Facts) -> Iterator[Finding]:
     # pairs are won only once they have been trained on: that says nothing of which side is which
     by_heart = fresh is not None and fresh[1] <= 0.5 <= fresh[2] < low
     lost = held is not None and held[2] < 0.5 < low
-    # of few validation pairs: they are won less often than training pairs at first sight, by more than chance, and as
-    # often as exchanged ones (1 - fresh) rather than as by a coin
-    apart = held is not None and fresh is not None and _is_above(fresh, held) and held[0] < 0.75 - fresh[0] / 2
+    apart = held is not None and fresh is not None and looks_exchanged(fresh, held)
     if held is not None and (lost or apart) and facts.has_reference and not by_heart:
         seen = share if lost or fresh is None else fresh[0]
         yield Finding(
