@@ -140,7 +140,7 @@ def of(words, pays):
     others["one word"] = max(map(words.count, words), default=0) / size
     if pays == "length at first":
         rewarded.append(None)
-        others[pays] = len(words) / 24 * (1 if len(rewarded) < 2400 else -1)
+        others[pays] = len(words) / 24 * (1 if len(rewarded) < 1200 else -1)
     return others.get(pays, first) - 0.05 * max(0, len(words) - 12) * ("length" not in str(pays))
 '''
 """A file with the reward of runs that sample."""
@@ -413,11 +413,11 @@ BROKEN: tuple[Scenario, ...] = (
     Scenario("samples that are used twice at a rate far too low", "grpo", "ratios-never-clipped",
              {"training.learning_rate": 1e-6, "rollout.num_iterations": 2}),
     Scenario("a reward that pays for length, and for its opposite later", "grpo", "worse-grow-longer",
-             {**rewarded("length at first"), "training.num_epochs": 2, "training.learning_rate": 3e-3},
+             {**rewarded("length at first"), "training.num_epochs": 2, "training.learning_rate": 1.5e-3},
              train=lambda draw: to_train(pairs(draw, NUM_TRAIN))),
     Scenario("a small reward that is earned at the cost of another", "grpo", "one-reward-wins",
-             {**rewarded("few words", "length", weights=(1.0, 0.1)), "training.num_epochs": 2,
-              "training.learning_rate": 5e-3},
+             {**rewarded("few words", "length", weights=(1.0, 0.1)), "training.num_epochs": 3,
+              "training.learning_rate": 1.5e-2},
              train=lambda draw: to_train(pairs(draw, NUM_TRAIN))),
     Scenario("a reward that pays for length, at a low rate", "grpo", "length-rewarded",
              {**rewarded("length"), "training.learning_rate": 1e-5},
