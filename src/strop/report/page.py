@@ -28,7 +28,7 @@ from strop.report.tables import Table, differences, evaluations, tables_of
 WORDS: Mapping[Severity, tuple[str, str]] = {
     Severity.FAIL: ("✗", "wrong"),
     Severity.WARN: ("!", "worth a look"),
-    Severity.NOTE: ("ⓘ", "note"),
+    Severity.NOTE: ("•", "note"),
     Severity.OK: ("✓", "passed"),
     Severity.UNCHECKED: ("?", "not checked"),
 }
