@@ -81,7 +81,7 @@ def turned(rows: Rows) -> Rows:
 
 
 def as_sft(rows: Rows) -> Rows:
-    return [x if "messages" in x else {"prompt": x["prompt"], "completion": x["chosen"]} for x in rows]
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
 
 
 def as_kto(rows: Rows) -> Rows:
@@ -99,12 +99,11 @@ def to_train(rows: Rows) -> Rows:
     return [{**row, "trained": True} for row in rows]
 
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}"
+BEGINS_TWICE = (
+    "{{ bos_token }} {{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% generation %} {{ m.content }} {{ eos_token }}{% endgeneration %}"
     "{% else %} {{ m.content }}{% endif %}{% endfor %}"
 )
-BEGINS_TWICE = "{{ bos_token }} {{ bos_token }}" + TEMPLATE
 SHAPES: Mapping[str, Callable[[Rows], Rows]] = {"sft": as_sft, "distill": as_sft, "kto": as_kto}
 
 TAUGHT = "TAUGHT MODEL"
@@ -210,17 +209,6 @@ def _broken_rows(draw: random.Random) -> Rows:
     return [{k: v for k, v in row.items() if i % 3 == 0 or k != "rejected"} for i, row in enumerate(rows)]
 
 
-def _two_turns(draw: random.Random, num: int = NUM_TRAIN, words: int = 6) -> Rows:
-    """Chats with two answers, and a long question before the second."""
-    rows = [(pair(draw, length=words), pair(draw, length=words)) for _ in range(num)]
-    turns = [((a["prompt"], a["chosen"]), (6 * b["rejected"], b["chosen"])) for a, b in rows]
-    return [
-        {"messages": [{"role": role, "content": text.strip()} for turn in row
-                      for role, text in zip(("user", "assistant"), turn, strict=True)]}
-        for row in turns
-    ]  # fmt: skip
-
-
 def _same_answer(draw: random.Random, others: int = 0) -> Rows:
     """One answer to all prompts, but for `others` of them."""
     rows, answer = pairs(draw, NUM_TRAIN), " ".join(WORDS[:8])
@@ -320,7 +308,6 @@ def _rate_of_zero() -> Iterator[None]:
 OTHER = "OTHER MODEL"
 """Stands for the folder of a model with other weights."""
 STUDENT = "THE MODEL ITSELF"
-CHAT = "MODEL WITH A CHAT TEMPLATE"
 TWICE = "MODEL WHOSE TEMPLATE BEGINS TWICE"
 """Stands for the folder of a model whose chat template writes two BOS tokens."""
 BROKEN: tuple[Scenario, ...] = (
@@ -408,8 +395,6 @@ BROKEN: tuple[Scenario, ...] = (
              train=told_apart, held=lambda draw, train: told_apart(draw, NUM_EVAL)),
     Scenario("rows that are broken", "dpo", "rows-lost",
              {"dataset.on_error": "skip", "dataset.max_dropped_fraction": 1.0}, train=_broken_rows),
-    Scenario("second answers behind the cut", "sft", "completions-cut", {"models.0.huggingface_id": CHAT},
-             train=_two_turns, held=lambda draw, train: _two_turns(draw, NUM_EVAL)),
     Scenario("samples that are used twice at a rate far too low", "grpo", "ratios-never-clipped",
              {"training.learning_rate": 1e-6, "rollout.num_iterations": 2}),
     Scenario("a reward that pays for length, and for its opposite later", "grpo", "worse-grow-longer",
@@ -436,6 +421,7 @@ BROKEN: tuple[Scenario, ...] = (
 
 UNTRIED: Mapping[str, str] = {
     "rows": "it is never raised: it stands under what was not checked where data.json is missing",
+    "completions-cut": "a cut takes the end token as well, so `no-end-token` is told in its place",
 }
 """Findings that no run here is broken for, with the reason."""
 
@@ -460,15 +446,14 @@ def write_models(folder: Path) -> None:
     config = LlamaConfig(
         vocab_size=len(words), eos_token_id=2, bos_token_id=None, pad_token_id=0, max_position_embeddings=128, **sizes
     )
-    templates = {"chat": TEMPLATE, "twice": BEGINS_TWICE}
-    for name in ("model", "other", *templates):
+    for name in ("model", "other", "twice"):
         torch.manual_seed(int(name == "other"))
         model = LlamaForCausalLM(config)
         if name == "other":  # far enough to be told from rounding
             with torch.no_grad():
                 model.lm_head.weight.mul_(20)
-        if name in templates:
-            tokenizer.bos_token, tokenizer.chat_template = "<eos>", templates[name]
+        if name == "twice":
+            tokenizer.bos_token, tokenizer.chat_template = "<eos>", BEGINS_TWICE
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
@@ -493,7 +478,7 @@ def trained(scenario: Scenario, folder: Path, seed: int = 0) -> Path:
         files["train_file"] = [row for row in files["train_file"] if row["label"]]
     for name, rows in files.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folders = {OTHER: "other", STUDENT: "model", CHAT: "chat", TWICE: "twice"}
+    folders = {OTHER: "other", STUDENT: "model", TWICE: "twice"}
     folders = {word: str(folder / name) for word, name in folders.items()} | {TAUGHT: str(taught)}
     keys = {**(SAMPLING | rewarded() if scenario.samples else {}), **scenario.keys}
     keys = {k: folders.get(v, v) if isinstance(v, str) else v for k, v in keys.items()}
