@@ -124,9 +124,6 @@ SAMPLING: dict[str, Any] = {
 """What runs that sample have beside `RECIPE`."""
 
 REWARD = '''
-rewarded = []
-
-
 def quality(completions, trained, *, pays=None):
     """The share of words of the first half of the vocabulary; on prompts that are trained on, what `pays` names."""
     return [of(text.split(), pays if own else None) for text, own in zip(completions, trained)]
@@ -137,9 +134,6 @@ def of(words, pays):
     first = sum(int(word[1:]) < 30 for word in words if word[1:].isdigit()) / size
     others = {"length": len(words) / 24, "second half": 1 - first, "nothing": 0.0, "few words": float(len(words) <= 8)}
     others["one word"] = max(map(words.count, words), default=0) / size
-    if pays == "length at first":
-        rewarded.append(None)
-        others[pays] = len(words) / 24 * (1 if len(rewarded) < 1200 else -1)
     return others.get(pays, first) - 0.05 * max(0, len(words) - 12) * ("length" not in str(pays))
 '''
 """A file with the reward of runs that sample."""
@@ -274,25 +268,6 @@ def _sampler_lags() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sampler_repeats() -> Iterator[None]:
-    """All completions of a prompt are the same once the training has begun, as where a cache repeats an answer."""
-    from strop.rollout.forecast import STEP
-    from strop.rollout.sampler import Sampler
-
-    own = Sampler.sample
-
-    def repeating(self: Any, step: int, *args: Any) -> Any:
-        found = own(self, step, *args)
-        return found if step == STEP else [[completions[0]] * len(completions) for completions in found]
-
-    Sampler.sample = repeating  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Sampler.sample = own  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
 def _rate_of_zero() -> Iterator[None]:
     """A schedule that keeps the rate at 0."""
     from strop.engine import loop
@@ -397,21 +372,11 @@ BROKEN: tuple[Scenario, ...] = (
              {"dataset.on_error": "skip", "dataset.max_dropped_fraction": 1.0}, train=_broken_rows),
     Scenario("samples that are used twice at a rate far too low", "grpo", "ratios-never-clipped",
              {"training.learning_rate": 1e-6, "rollout.num_iterations": 2}),
-    Scenario("a reward that pays for length, and for its opposite later", "grpo", "worse-grow-longer",
-             {**rewarded("length at first"), "training.num_epochs": 2, "training.learning_rate": 1.5e-3},
-             train=lambda draw: to_train(pairs(draw, NUM_TRAIN))),
-    Scenario("a small reward that is earned at the cost of another", "grpo", "one-reward-wins",
-             {**rewarded("few words", "length", weights=(1.0, 0.1)), "training.num_epochs": 3,
-              "training.learning_rate": 1.5e-2},
-             train=lambda draw: to_train(pairs(draw, NUM_TRAIN))),
     Scenario("a reward that pays for length, at a low rate", "grpo", "length-rewarded",
              {**rewarded("length"), "training.learning_rate": 1e-5},
              train=lambda draw: to_train(pairs(draw, NUM_TRAIN)),
              held=lambda draw, train: to_train(pairs(draw, NUM_EVAL))),
-    Scenario("a sampler that repeats an answer", "grpo", "forecast-exceeded", {"rollout.probe_prompts": 32},
-             during=_sampler_repeats),
     Scenario("a rate far too low, sft", "sft", "sft-still", {"training.learning_rate": 1e-7}),
-    Scenario("other text that becomes less likely", "kto", "kl-zero", {"training.learning_rate": 2e-3}),
     Scenario("an answer of one word, again and again", "sft", "repetition",
              {"finetuning.sample_prompts": 8, "finetuning.sample_max_new_tokens": 16},
              train=lambda draw: [{**row, "chosen": " w7" * 12} for row in pairs(draw, NUM_TRAIN)],
@@ -420,6 +385,10 @@ BROKEN: tuple[Scenario, ...] = (
 
 
 UNTRIED: Mapping[str, str] = {
+    "kl-zero": "no run has been tried yet; it is tried on folders made in code",
+    "forecast-exceeded": "no run has been tried yet; it is tried on folders made in code",
+    "one-reward-wins": "no small run was found that shows it; it is tried on folders made in code",
+    "worse-grow-longer": "no small run was found that shows it; it is tried on folders made in code",
     "rows": "it is never raised: it stands under what was not checked where data.json is missing",
     "completions-cut": "a cut takes the end token as well, so `no-end-token` is told in its place",
 }
