@@ -15,8 +15,7 @@ import pytest
 from strop.cli.run_config import parse, parser_of_run
 from strop.report import findings
 from strop.report.checks import course, data, pairs, sampled_groups, sampled_rewards, start, unpaired
-from strop.report.checks.pairs import looks_exchanged
-from strop.report.facts import LN2, wilson
+from strop.report.facts import LN2, looks_exchanged, wilson
 from strop.report.findings import THRESHOLDS, Severity, Thresholds
 from strop.report.run_record import read_run
 from strop.report.write import examine

@@ -20,7 +20,7 @@ from strop.report.checks.remedies import (
     weaker,
 )
 from strop.report.checks.start import first_loss
-from strop.report.facts import LN2, Facts, wilson
+from strop.report.facts import LN2, Facts, looks_exchanged, wilson
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
 from strop.report.run_record import Table
 
@@ -180,17 +180,6 @@ def _at_first_sight(facts: Facts) -> tuple[float, float, float] | None:
     return (share, *wilson(min(max(share, 0.0), 1.0), n)) if n else None
 
 
-def looks_exchanged(fresh: tuple[float, float, float], held: tuple[float, float, float]) -> bool:
-    """Whether held-out pairs are won less often than training pairs at first sight, by more than chance, and rather as
-    often as exchanged ones (1 - fresh) than as by a coin.
-
-    Args:
-        fresh, held: an accuracy and its 95 % interval. That of the difference is Newcombe's (1998).
-    """
-    half = math.hypot(fresh[0] - fresh[1], held[2] - held[0])
-    return fresh[0] - held[0] > half and held[0] < 0.75 - fresh[0] / 2
-
-
 def accuracy(facts: Facts) -> Iterator[Finding]:
     """Pairs are told apart; both splits agree on which way."""
     if not facts.is_pairs:
@@ -295,8 +284,7 @@ def saturated(facts: Facts) -> Iterator[Finding]:
 
 
 FOLLOW_A_HIGH_RATE = (
-    "drift",
-    "likelihood-displacement",
+    *("drift", "likelihood-displacement"),
     "worse-than-start",
     "risen",
     "accuracy-half",
