@@ -73,6 +73,7 @@ def read_again_and_again(config: Path, cache: Path) -> None:
     from strop.data.load import load_data
     from strop.objectives.base import build_objective
     from strop.policy.load import load_tokenizer
+    from strop.types import Group
 
     resolved = resolve(strop.load_config(config))
     tokenizer = load_tokenizer(resolved.models[0])
@@ -81,9 +82,9 @@ def read_again_and_again(config: Path, cache: Path) -> None:
         shutil.rmtree(cache, ignore_errors=True)
         began = time.process_time()
         try:
-            groups = list(load_data(resolved, tokenizer, shape).train)
+            groups: Sequence[Group] = load_data(resolved, tokenizer, shape).train
         except strop.StropError:  # all rows are refused
-            groups = []
+            groups = ()
         seconds = time.process_time() - began
         tokens = sum(len(g.prompt_ids) + sum(len(c.ids) for c in g.completions) for g in groups)
         print(json.dumps({"seconds": seconds, "rows": len(groups), "tokens": tokens}), flush=True)

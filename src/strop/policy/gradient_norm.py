@@ -36,9 +36,11 @@ def clip(weights: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
 
 def _norm(gradient: Tensor) -> Tensor:
     flat = gradient.detach().reshape(-1)
+    norm: Tensor
     if flat.numel() <= ROW:
-        return vector_norm(flat).double()
+        norm = vector_norm(flat).double()
+        return norm
     whole = flat.numel() - flat.numel() % ROW
     rows = vector_norm(flat[:whole].view(-1, ROW), dim=1)
-    norm: Tensor = vector_norm(torch.cat([rows, vector_norm(flat[whole:])[None]]).double())
+    norm = vector_norm(torch.cat([rows, vector_norm(flat[whole:])[None]]).double())
     return norm

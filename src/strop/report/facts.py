@@ -218,14 +218,3 @@ def wilson(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(max(0.0, share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
     return middle - half, middle + half
-
-
-def looks_exchanged(fresh: tuple[float, float, float], held: tuple[float, float, float]) -> bool:
-    """Whether held-out pairs are won less often than training pairs at first sight, by more than chance, and rather as
-    often as exchanged ones (1 - fresh) than as by a coin.
-
-    Args:
-        fresh, held: an accuracy and its 95 % interval. That of the difference is Newcombe's (1998).
-    """
-    half = math.hypot(fresh[0] - fresh[1], held[2] - held[0])
-    return fresh[0] - held[0] > half and held[0] < 0.75 - fresh[0] / 2

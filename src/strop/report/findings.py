@@ -48,11 +48,13 @@ RUN = "RUN"
 @dataclass(frozen=True)
 class Remedy:
     """Something to try. settings: keys and their new values, for the command line; none: it is not a setting. look:
-    a command that shows something of the run, behind `strop`, with `RUN` for its folder."""
+    a command that shows something of the run, behind `strop`, with `RUN` for its folder. reads: a part of the page that
+    the reader is sent to, `pairs` or `samples`."""
 
     words: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     look: Sequence[str] = ()
+    reads: str = ""
 
     @property
     def shown(self) -> str:

@@ -173,8 +173,8 @@ def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: 
         "harmless_if": f.harmless_if,
         "remedies": [{"words": r.words, "shown": r.shown, "command": r.command(run.path)} for r in f.remedies],
         "section": f.section,
-        "pairs": bool(run.pairs.get("worst")) and any("pairs below" in r.words for r in f.remedies),
-        "samples": bool(run.samples) and any("samples below" in r.words for r in f.remedies),
+        "pairs": bool(run.pairs.get("worst")) and any(r.reads == "pairs" for r in f.remedies),
+        "samples": bool(run.samples) and any(r.reads == "samples" for r in f.remedies),
         "thresholds": Table("Thresholds", ("name", "value", "of what", "who says so"), tuple(rows)) if rows else None,
     }
 

@@ -15,8 +15,9 @@ import pytest
 from strop.cli.run_config import parse, parser_of_run
 from strop.report import findings
 from strop.report.checks import course, data, pairs, sampled_groups, sampled_rewards, start, unpaired
-from strop.report.facts import LN2, looks_exchanged, wilson
+from strop.report.facts import LN2
 from strop.report.findings import THRESHOLDS, Severity, Thresholds
+from strop.report.pair_accuracy import Accuracy, looks_exchanged
 from strop.report.run_record import read_run
 from strop.report.write import examine
 from strop.runfiles import EVALUATIONS, row_losses_array
@@ -301,8 +302,8 @@ def test_few_validation_pairs_are_held_against_training_pairs_at_first_sight(
 def test_how_often_an_exchange_is_told_is_as_the_page_says(share: float, of_hundred: dict[int, int]) -> None:
     """By the binomial distribution, for validation pairs that are won at 1 - share."""
 
-    def counted(n: int, p: float) -> list[tuple[float, tuple[float, float, float]]]:
-        found = [(math.comb(n, k) * p**k * (1 - p) ** (n - k), (k / n, *wilson(k / n, n))) for k in range(n + 1)]
+    def counted(n: int, p: float) -> list[tuple[float, Accuracy]]:
+        found = [(math.comb(n, k) * p**k * (1 - p) ** (n - k), Accuracy.of(k / n, n)) for k in range(n + 1)]
         return [(chance, accuracy) for chance, accuracy in found if chance > 1e-7]
 
     fresh = counted(200, share)
@@ -311,7 +312,7 @@ def test_how_often_an_exchange_is_told_is_as_the_page_says(share: float, of_hund
             a * b
             for a, held in counted(rows, 1 - share)
             for b, seen in fresh
-            if held[2] < 0.5 or looks_exchanged(seen, held)
+            if held.high < 0.5 or looks_exchanged(seen, held)
         )
         assert round(100 * chance) == told
     page = (Path(__file__).parents[3] / "docs" / "findings.md").read_text(encoding="utf-8")

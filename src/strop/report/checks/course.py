@@ -357,7 +357,7 @@ def repetition(facts: Facts) -> Iterator[Finding]:
         numbers={"repeated before training": before, "repeated now": now, "samples": len(shares["last"])},
         harmless_if="answers are meant to be repetitive, such as tables or code",
         remedies=[
-            Remedy("read the samples below, and some rows: do the rows repeat themselves?"),
+            Remedy("read the samples below, and some rows: do the rows repeat themselves?", reads="samples"),
             lower(facts, 3),
             FEWER_STEPS,
             Remedy("check that the rows end with an end token: strop train --dry-run shows it"),

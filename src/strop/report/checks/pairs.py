@@ -20,9 +20,9 @@ from strop.report.checks.remedies import (
     weaker,
 )
 from strop.report.checks.start import first_loss
-from strop.report.facts import LN2, Facts, looks_exchanged, wilson
+from strop.report.facts import LN2, Facts
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
-from strop.report.run_record import Table
+from strop.report.pair_accuracy import at_first_sight, at_the_end, looks_exchanged
 
 
 def likelihood_displacement(facts: Facts) -> Iterator[Finding]:
@@ -157,34 +157,11 @@ def learnt_too_little(facts: Facts) -> Iterator[Finding]:
         yield passed("rate-low", f"The sides of a pair are {size:.2g} nats apart at the end", numbers=numbers)
 
 
-def _accuracy(facts: Facts, table: Table) -> tuple[float, float, float] | None:
-    """(accuracy at the end, its 95 % interval) over the pairs that it was measured on."""
-    share, groups = facts.last("rewards/accuracies", table), table.series("num_groups")[1]
-    if share is None or not len(groups):
-        return None
-    n = float(facts.end(groups, table).sum())
-    return (share, *wilson(min(max(share, 0.0), 1.0), n))
-
-
-def _at_first_sight(facts: Facts) -> tuple[float, float, float] | None:
-    """(accuracy, its 95 % interval) on training pairs that were not trained on before: of the second half of the first
-    epoch, or of what was done of it. None where the run does not say."""
-    steps, table = facts.run.plan.get("steps_per_epoch"), facts.run.train
-    accuracies, groups = (table.columns.get(name) for name in ("rewards/accuracies", "num_groups"))
-    if not isinstance(steps, int) or accuracies is None or groups is None:
-        return None
-    end = min(steps, facts.run.last_step)
-    fresh = (table.step > end / 2) & (table.step <= end) & np.isfinite(accuracies) & np.isfinite(groups)
-    n = float(groups[fresh].sum())
-    share = float((accuracies[fresh] * groups[fresh]).sum()) / n if n else 0.0
-    return (share, *wilson(min(max(share, 0.0), 1.0), n)) if n else None
-
-
 def accuracy(facts: Facts) -> Iterator[Finding]:
     """Pairs are told apart; both splits agree on which way."""
     if not facts.is_pairs:
         return
-    train, held = _accuracy(facts, facts.run.train), _accuracy(facts, facts.run.eval)
+    train, held = at_the_end(facts, facts.run.train), at_the_end(facts, facts.run.eval)
     if train is None:
         yield unchecked("accuracy-half", "whether pairs are told apart: no accuracy is logged")
         return
@@ -194,25 +171,26 @@ def accuracy(facts: Facts) -> Iterator[Finding]:
         "95 % interval": f"{low:.2f} to {high:.2f}",
     }
     if held is not None:
-        numbers |= {"accuracy on validation pairs": held[0], "its interval": f"{held[1]:.2f} to {held[2]:.2f}"}
+        numbers |= {"accuracy on validation pairs": held.share, "its interval": f"{held.low:.2f} to {held.high:.2f}"}
     judged, where = (train, "training pairs") if held is None else (held, "validation pairs")
     look = Remedy(
         "read the pairs below: is the chosen side the better one? If not, exchange the two in that file, or name them "
-        "the other way round (dataset.chosen_column, dataset.rejected_column)"
+        "the other way round (dataset.chosen_column, dataset.rejected_column)",
+        reads="pairs",
     )
     common: dict[str, Any] = {"numbers": numbers, "chart": "accuracy", "steps": _second_half(facts)}
-    fresh = _at_first_sight(facts)
+    fresh = at_first_sight(facts)
     # pairs are won only once they have been trained on: that says nothing of which side is which
-    by_heart = fresh is not None and fresh[1] <= 0.5 <= fresh[2] < low
-    lost = held is not None and held[2] < 0.5 < low
+    by_heart = fresh is not None and fresh.low <= 0.5 <= fresh.high < low
+    lost = held is not None and held.high < 0.5 < low
     apart = held is not None and fresh is not None and looks_exchanged(fresh, held)
     if held is not None and (lost or apart) and facts.has_reference and not by_heart:
-        seen = share if lost or fresh is None else fresh[0]
+        seen = share if lost or fresh is None else fresh.share
         yield Finding(
             "splits-disagree",
             Severity.FAIL if lost else Severity.WARN,
-            f"Training pairs are won (accuracy {seen:.2f}), validation pairs are lost ({held[0]:.2f}): in one of the "
-            "two files, chosen and rejected are exchanged" + ("" if lost else ", or the pairs are of another kind"),
+            f"Training pairs are won (accuracy {seen:.2f}), validation pairs are lost ({held.share:.2f}): in one of "
+            "the two files, chosen and rejected are exchanged" + ("" if lost else ", or the pairs are of another kind"),
             Evidence.MEASURED,
             remedies=[look],
             explains=("worse-than-start", "risen", "accuracy-half", "likelihood-displacement", "drift", "rate-high"),
@@ -227,18 +205,18 @@ def accuracy(facts: Facts) -> Iterator[Finding]:
             remedies=[look, lower(facts, 10)],
             **common,
         )
-    elif judged[1] <= 0.5 and (judged[2] >= 0.5 or by_heart) and facts.has_reference:
+    elif judged.low <= 0.5 and (judged.high >= 0.5 or by_heart) and facts.has_reference:
         yield Finding(
             "accuracy-half",
-            Severity.WARN if facts.has_trend and judged[2] - judged[1] < 0.2 else Severity.NOTE,
-            f"Pairs are not told apart: accuracy {judged[0]:.2f} on {where}, as by tossing a coin",
+            Severity.WARN if facts.has_trend and judged.high - judged.low < 0.2 else Severity.NOTE,
+            f"Pairs are not told apart: accuracy {judged.share:.2f} on {where}, as by tossing a coin",
             Evidence.MEASURED,
             harmless_if="the labels are noisy and the run is short",
             remedies=[look, higher(facts, 3), *smoothed(facts, 0.1)],
             **common,
         )
     else:
-        yield passed("accuracy-half", f"Accuracy on {where}: {judged[0]:.2f}", numbers=numbers)
+        yield passed("accuracy-half", f"Accuracy on {where}: {judged.share:.2f}", numbers=numbers)
 
 
 def saturated(facts: Facts) -> Iterator[Finding]:
@@ -256,11 +234,11 @@ def saturated(facts: Facts) -> Iterator[Finding]:
     if share >= t["saturated_share"]:
         begins = float(at[int(np.argmax(won)) + 4])
         early = begins < facts.run.last_step / 3
-        held = _accuracy(facts, facts.run.eval)
+        held = at_the_end(facts, facts.run.eval)
         numbers: dict[str, float | int | str] = {"share of the run": share, "from step": begins}
         if held is not None:
-            numbers["accuracy on validation pairs"] = held[0]
-        alike = held is not None and held[0] >= t["saturated_at"] - 0.05
+            numbers["accuracy on validation pairs"] = held.share
+        alike = held is not None and held.share >= t["saturated_at"] - 0.05
         yield Finding(
             "saturated",
             Severity.NOTE,
@@ -270,7 +248,7 @@ def saturated(facts: Facts) -> Iterator[Finding]:
             numbers,
             harmless_if="what tells them apart is what is wanted, and held-out pairs are won as well",
             remedies=[
-                Remedy("read the best pairs below: what tells the sides apart?"),
+                Remedy("read the best pairs below: what tells the sides apart?", reads="pairs"),
                 FEWER_STEPS,
                 lower(facts, 3),
                 *smoothed(facts, 0.1),
@@ -284,7 +262,8 @@ def saturated(facts: Facts) -> Iterator[Finding]:
 
 
 FOLLOW_A_HIGH_RATE = (
-    *("drift", "likelihood-displacement"),
+    "drift",
+    "likelihood-displacement",
     "worse-than-start",
     "risen",
     "accuracy-half",

@@ -98,7 +98,7 @@ def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
 def _flat_loss(facts: Facts) -> list[Remedy]:
     """Where to look for what makes a loss flat, by what the method trains on."""
     if facts.is_pairs:
-        return [Remedy("look at the pairs below: are both sides the same after the cut?")]
+        return [Remedy("look at the pairs below: are both sides the same after the cut?", reads="pairs")]
     if facts.trains_on_rewards:
         return [Remedy("look at the rewards of each group: do they differ, and are completions left out of the loss?")]
     return [Remedy("look at a rendered row: is any token trained? strop train --dry-run")]
