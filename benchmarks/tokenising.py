@@ -4,9 +4,10 @@
 
 Rows come from ../shared/data and the tokenizer from ../shared/tokenizers/gpt2, both beside the project; chat templates
 are those that the installed package trl carries. Each tree has a process of its own, which reads a file from its start
-(nothing cached, one thread, no workers), while the other waits. Of each side the least time of the rounds counts. The
-first round warms both up. Figures are processor time, which other processes do not count in, though they slow memory
-and caches down for all. Tokens are those of all rows that a side keeps.
+(nothing cached, one thread, no workers), while the other waits. The first round warms both up; a ratio is the median of
+those of the others, since a processor's speed changes from second to second. Figures are processor time, which other
+processes do not count in, though they slow memory and caches down for all. Tokens are those of all rows that a side
+keeps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .golden import checked_out
@@ -189,18 +191,22 @@ def compare(trees: Sequence[Path], rows: Rows, rounds: int) -> dict[str, Any]:
         for number in range(rounds + 1):
             for side in (0, 1) if number % 2 == 0 else (1, 0):
                 found[side].append(sides[side].read())
-    new, old = ({**times[0], "seconds": min(t["seconds"] for t in times[1:])} for times in found)
-    return {"rows": rows.name, "new": new, "old": old, "ratio": new["seconds"] / old["seconds"]}
+    new, old = ({**times[0], "seconds": median(t["seconds"] for t in times[1:])} for times in found)
+    ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(found[0][1:], found[1][1:], strict=True))
+    return {"rows": rows.name, "new": new, "old": old, "ratios": ratios, "ratio": median(ratios)}
 
 
 def table(found: Sequence[Mapping[str, Any]], against: str) -> Iterator[str]:
     """Lines of Markdown."""
-    yield f"| rows | template | processor seconds | divided by those of {against[:7]} | tokens, divided |"
+    yield f"| rows | template | processor seconds | divided by those of {against[:7]} (least, most) | tokens, divided |"
     yield "|---|---|---|---|---|"
     known = {rows.name: rows for rows in ROWS}
     for result in found:
         rows, new, old = known[result["rows"]], result["new"], result["old"]
-        beside = f"{result['ratio']:.2f} | {new['tokens'] / max(1, old['tokens']):.3f}"
+        ratios = result["ratios"]
+        beside = (
+            f"{result['ratio']:.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f}) | {new['tokens'] / max(1, old['tokens']):.3f}"
+        )
         if old["rows"] < new["rows"] / 2:
             beside = f"{new['rows'] - old['rows']:,} rows refused then |"
         yield f"| {new['rows']:,} {rows.what} | {rows.template} | {new['seconds']:.2f} | {beside} |"

@@ -158,11 +158,11 @@ def test_grpo_beside_trl_is_reported_by_seed(slower: float, met: str) -> None:
 def test_tokenising_beside_another_commit_is_reported() -> None:
     """Where that commit refused most rows there is no ratio."""
     new, old = ({"seconds": s, "rows": 300, "tokens": t} for s, t in ((2.0, 1010), (1.6, 1000)))
-    found = [{"rows": "pref_mix-chatml", "new": new, "old": old, "ratio": 1.25}]
-    found.append({"rows": "sft_toolcalls-qwen3", "new": new, "old": old | {"rows": 8}, "ratio": 40.0})
+    found = [{"rows": "pref_mix-chatml", "new": new, "old": old, "ratios": [1.0, 1.25, 1.5], "ratio": 1.25}]
+    found.append({"rows": "sft_toolcalls-qwen3", "new": new, "old": old | {"rows": 8}, "ratios": [40.0], "ratio": 40.0})
     head, _, read, refused = tokenising.table(found, "a" * 40)
     assert "those of aaaaaaa" in head
-    assert read == "| 300 pairs | ChatML | 2.00 | 1.25 | 1.010 |"
+    assert read == "| 300 pairs | ChatML | 2.00 | 1.25 (1.00 - 1.50) | 1.010 |"
     assert refused == "| 300 conversations with tool calls | qwen3 | 2.00 | 292 rows refused then | |"
 
 
