@@ -19,6 +19,7 @@ from strop.errors import DataError
 from strop.objectives.base import build_objective
 from strop.plan.row_tokens import packed_tokens
 from strop.prepared import prepare, with_budget
+from strop.run_description import describe
 
 ROWS = 6
 
@@ -171,7 +172,7 @@ def test_what_costs_more_is_said_before(
     }
     config = strop.load_config(overrides=overrides)
     prepared = with_budget(prepare(config, config.models[0]), packed_tokens, "cpu")
-    lines = list(prepared.describe(packed_tokens))
+    lines = list(describe(prepared, packed_tokens))
     costs = [x for x in lines if re.search("mismatched|scored twice|second model", x)]
     assert len(costs) == (said is not None)
     assert said is None or re.search(said, costs[0])

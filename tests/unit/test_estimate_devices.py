@@ -28,6 +28,7 @@ from strop.plan.work import Work
 from strop.policy.model.from_config import shape_of
 from strop.policy.precision import Precision
 from strop.prepared import Prepared, prepare, with_budget
+from strop.run_description import describe
 from strop.types import GroupLengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -278,7 +279,7 @@ def test_sharding_is_named_where_it_fits(prepared: Callable[..., Prepared]) -> N
 def test_a_sharded_run_is_predicted_sharded(prepared: Callable[..., Prepared]) -> None:
     found = prepared(4, **{"gpu.fsdp": True, "gpu.shard_size": 2})
     assert estimate(found, H100, BF16, packed_tokens).parts == peak(found, Devices(4, 2))
-    described = "\n".join(found.describe(packed_tokens))
+    described = "\n".join(describe(found, packed_tokens))
     assert "processes: 4, each with a part of the model, which lies on 2 of them," in described
     with pytest.raises(ConfigError, match="3 does not divide the number of processes, 4"):
         dry_run(found.config.with_values({"gpu.shard_size": 3}, "test"), device="h100", devices=4)

@@ -29,6 +29,7 @@ from strop.plan.cutting import cut
 from strop.plan.row_tokens import packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.prepared import Prepared, prepare
+from strop.run_description import describe
 from strop.types import Origin, RowShape
 
 CPU = Machine("cpu", 2**34, None)
@@ -147,7 +148,7 @@ def test_plan_and_estimate_know_their_lengths(prepared: Prepared) -> None:
         assert int(work.scored.sum()) == sum(len(c.ids) for g in groups for c in g.completions)
         found = estimate(settled, CPU, precision, tokens)
         assert found.fits and found.flops > 0
-        assert np.isfinite(found.peak) and any("effective batch" in line for line in settled.describe(tokens))
+        assert np.isfinite(found.peak) and any("effective batch" in line for line in describe(settled, tokens))
 
 
 def test_a_step_is_the_same_however_it_is_cut(prepared: Prepared) -> None:
