@@ -33,6 +33,12 @@ RECIPE: dict[str, Any] = {
     "logging.log_level": "error",
 }
 Rows = list[dict[str, Any]]
+OTHER = "OTHER MODEL"
+"""Stands for the folder of a model with other weights."""
+STUDENT = "THE MODEL ITSELF"
+"""Stands for the folder of the model that trains."""
+TWICE = "MODEL WHOSE TEMPLATE BEGINS TWICE"
+"""Stands for the folder of a model whose chat template writes two BOS tokens."""
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "sft": {},
     "dpo": {},
@@ -49,7 +55,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "grpo with a reference": {"post_training.beta": 0.05, "rollout.num_iterations": 2},
     "dpo online": {"post_training.online": True, "rollout.num_generations": 6},
     "reward": {},
-    "distill": {"post_training.teacher_model_id": "OTHER MODEL"},
+    "distill": {"post_training.teacher_model_id": OTHER},
 }
 """Healthy runs: the method, a word about the variant, and its settings."""
 
@@ -104,6 +110,7 @@ BEGINS_TWICE = (
     "{% generation %} {{ m.content }} {{ eos_token }}{% endgeneration %}"
     "{% else %} {{ m.content }}{% endif %}{% endfor %}"
 )
+"""A chat template that writes two BOS tokens."""
 SHAPES: Mapping[str, Callable[[Rows], Rows]] = {"sft": as_sft, "distill": as_sft, "kto": as_kto}
 
 TAUGHT = "TAUGHT MODEL"
@@ -280,11 +287,6 @@ def _rate_of_zero() -> Iterator[None]:
         loop.learning_rate = own
 
 
-OTHER = "OTHER MODEL"
-"""Stands for the folder of a model with other weights."""
-STUDENT = "THE MODEL ITSELF"
-TWICE = "MODEL WHOSE TEMPLATE BEGINS TWICE"
-"""Stands for the folder of a model whose chat template writes two BOS tokens."""
 BROKEN: tuple[Scenario, ...] = (
     Scenario("a rate that rounding swallows", "dpo", "weights-unmoved", {"training.learning_rate": 1e-13}),
     Scenario("a rate far too low", "dpo", "rate-low", {"training.learning_rate": 1e-7}),

@@ -27,14 +27,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .data import CHATML
 from .golden import checked_out
 from .inputs import ROOT, SHARED
 
 BEGIN, END = "<!-- tokenising: begin -->", "<!-- tokenising: end -->"
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 ENDS = {"llama3_1": "<|eot_id|>"}
 """Token that ends a turn, by template; <|im_end|> for all others."""
 
@@ -80,6 +77,7 @@ def read_again_and_again(config: Path, cache: Path) -> None:
     resolved = resolve(strop.load_config(config))
     tokenizer = load_tokenizer(resolved.models[0])
     shape = build_objective(resolved.post_training).rows
+    tokens: int | None = None
     for _ in sys.stdin:
         shutil.rmtree(cache, ignore_errors=True)
         began = time.process_time()
@@ -88,7 +86,8 @@ def read_again_and_again(config: Path, cache: Path) -> None:
         except strop.StropError:  # all rows are refused
             groups = ()
         seconds = time.process_time() - began
-        tokens = sum(len(g.prompt_ids) + sum(len(c.ids) for c in g.completions) for g in groups)
+        if tokens is None:  # the same in every round
+            tokens = sum(len(g.prompt_ids) + sum(len(c.ids) for c in g.completions) for g in groups)
         print(json.dumps({"seconds": seconds, "rows": len(groups), "tokens": tokens}), flush=True)
 
 
@@ -203,12 +202,11 @@ def table(found: Sequence[Mapping[str, Any]], against: str) -> Iterator[str]:
     known = {rows.name: rows for rows in ROWS}
     for result in found:
         rows, new, old = known[result["rows"]], result["new"], result["old"]
-        ratios = result["ratios"]
-        beside = (
-            f"{result['ratio']:.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f}) | {new['tokens'] / max(1, old['tokens']):.3f}"
-        )
         if old["rows"] < new["rows"] / 2:
             beside = f"{new['rows'] - old['rows']:,} rows refused then |"
+        else:
+            span = f"{min(result['ratios']):.2f} - {max(result['ratios']):.2f}"
+            beside = f"{result['ratio']:.2f} ({span}) | {new['tokens'] / old['tokens']:.3f}"
         yield f"| {new['rows']:,} {rows.what} | {rows.template} | {new['seconds']:.2f} | {beside} |"
 
 

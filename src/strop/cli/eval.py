@@ -21,13 +21,24 @@ if TYPE_CHECKING:
 OF_TASKS = ("--include-path", "--limit", "--num-fewshot")
 CHAT = "--apply-chat-template"
 LENGTHS = ("max_seq_length", "max_prompt_length", "max_completion_length")
-OF_ROWS = (
-    *(("dataset", f"{name}_column") for name in ("prompt", "chosen", "rejected", "completion", "label")),
-    *(("dataset", name) for name in ("render", "chat_template_kwargs", "date", "train_on")),
-    *(("dataset", name) for name in ("on_dropped_reasoning", "on_trailing_user", "filter_overlength_samples")),
-    *(("training", name) for name in LENGTHS),
-)
-"""Which tokens become of a row; the chat template lies in the run's final/."""
+OF_ROWS = {
+    "dataset": (
+        "prompt_column",
+        "chosen_column",
+        "rejected_column",
+        "completion_column",
+        "label_column",
+        "render",
+        "chat_template_kwargs",
+        "date",
+        "train_on",
+        "on_dropped_reasoning",
+        "on_trailing_user",
+        "filter_overlength_samples",
+    ),
+    "training": LENGTHS,
+}
+"""Section -> keys that decide which tokens a row becomes, beside the chat template, which lies in the run's final/."""
 HELP = """\
 usage: strop eval MODEL|RUN ... --data FILE [--method NAME] [options] [any key of the configuration]
        strop eval MODEL|RUN ... --tasks NAME[,NAME] [options]
@@ -142,7 +153,9 @@ def _with_settings_of(run: Path, overrides: CommandLine) -> CommandLine:
     if not file.is_file():
         return overrides
     trained = load_config(file)
-    values: dict[str, Any] = {f"{section}.{key}": getattr(getattr(trained, section), key) for section, key in OF_ROWS}
+    values: dict[str, Any] = {
+        f"{section}.{key}": getattr(getattr(trained, section), key) for section, keys in OF_ROWS.items() for key in keys
+    }
     if not trained.rollout.enabled and not _names_method(overrides):
         values |= {f"post_training.{name}": value for name, value in trained.post_training if value is not None}
     given = {target(name, name) for name in overrides}

@@ -7,7 +7,7 @@ The function is registered with transformers under `NAME`, which is not in its m
 masks of its own. The layout of the row travels as the keyword `strop_plan` through the model's call; a plan outlives
 the call (gradient checkpointing binds it), and holds every mask once a batch, not once a layer.
 
-A kernel is a function of (q, k, v, plan, scoring); `KERNELS` names those there are, `best_kernel`
+A kernel is a function of (q, k, v, plan, rules); `KERNELS` names those there are, `best_kernel`
 chooses. A kernel that cannot do what a layer asks for hands on to `groups`, which can do everything. The oracle `dense`
 is one mask over the whole row. Windows count positions, which restart at the prompt's length in every completion:
 transformers lets a query see keys with q_pos - k_pos < window.
@@ -178,37 +178,37 @@ def dense_mask(layout: tuple[GroupSpan, ...], device: torch.device, window: int 
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, SoftmaxRules], Tensor]
 
 
-def by_dense_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
+def by_dense_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rules: SoftmaxRules) -> Tensor:
     """The oracle: one dense mask, groups x groups of it wasted."""
-    return _attend(q, k, v, plan.dense(scoring.window), scoring)
+    return _attend(q, k, v, plan.dense(rules.window), rules)
 
 
-def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
+def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rules: SoftmaxRules) -> Tensor:
     """One call a group, so that the work grows with the sum of the groups' squares."""
     sizes = [span.stop - span.start for span in plan.layout]
     # split, not slices: its backward pass is one cat, and theirs a whole row of zeros each
     groups = zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True)
-    added = q.device.type == "cuda" and scoring.is_plain
+    added = q.device.type == "cuda" and rules.is_plain
     parts = []
     for i, (own_q, own_k, own_v) in enumerate(groups):
-        mask = plan.bias(i, scoring.window, q.dtype) if added else plan.mask(i, scoring.window)
-        parts.append(_attend(own_q, own_k, own_v, mask, scoring))
+        mask = plan.bias(i, rules.window, q.dtype) if added else plan.mask(i, rules.window)
+        parts.append(_attend(own_q, own_k, own_v, mask, rules))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def by_tiles(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
+def by_tiles(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rules: SoftmaxRules) -> Tensor:
     """Matrix products over tiles of queries (tiled_attention.py); scores without a cap or sinks."""
-    if not scoring.is_plain:
-        return by_groups(q, k, v, plan, scoring)
-    tiles = plan.tiles(scoring.window, q.shape[1] // k.shape[1], q.dtype)
-    return tiled_attention(q, k, v, tiles, scoring.scaling)
+    if not rules.is_plain:
+        return by_groups(q, k, v, plan, rules)
+    tiles = plan.tiles(rules.window, q.shape[1] // k.shape[1], q.dtype)
+    return tiled_attention(q, k, v, tiles, rules.scaling)
 
 
-def by_flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: SoftmaxRules) -> Tensor:
+def by_flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rules: SoftmaxRules) -> Tensor:
     """Flash attention over sequences of unlike length, on CUDA in 16 bits: the keys of each prompt are copied before
     those of every completion but the first, which lie after it anyway."""
-    if not scoring.is_plain or not _flash_takes(q, v):
-        return by_groups(q, k, v, plan, scoring)
+    if not rules.is_plain or not _flash_takes(q, v):
+        return by_groups(q, k, v, plan, rules)
     lengths = plan.lengths
     # split and cat, whose backward pass is a cat and sums of parts; an index would add row by row, slices whole rows
     cut = (torch.split(x[0].transpose(0, 1), lengths.parts) for x in (k, v))
@@ -221,8 +221,8 @@ def by_flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Soft
         lengths.keys,
         lengths.longest_queries,
         lengths.longest_keys,
-        scale=scoring.scaling,
-        window_size=(-1 if scoring.window is None else scoring.window - 1, 0),  # queries stand at the end of their keys
+        scale=rules.scaling,
+        window_size=(-1 if rules.window is None else rules.window - 1, 0),  # queries stand at the end of their keys
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)
@@ -251,21 +251,21 @@ def best_kernel(device: torch.device, dtype: torch.dtype) -> str:
     return "tiles"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: SoftmaxRules) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rules: SoftmaxRules) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
-    if scoring.is_plain:
+    if rules.is_plain:
         grouped = repeats > 1 and q.device.type == "cpu"
         if repeats > 1 and not grouped:  # on CUDA, a mask and enable_gqa together leave only the slowest kernel
             k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scoring.scaling, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rules.scaling, enable_gqa=grouped)
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * scoring.scaling
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = q @ k.transpose(2, 3) * rules.scaling
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
     stats = torch.promote_types(scores.dtype, torch.float32)
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.to(stats).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    if rules.sinks is not None:
+        sinks = rules.sinks.to(stats).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         return F.softmax(torch.cat([scores.to(stats), sinks], dim=-1), dim=-1)[..., :-1].to(v.dtype) @ v
     return F.softmax(scores, dim=-1, dtype=stats).to(v.dtype) @ v
 
@@ -301,8 +301,8 @@ def shared_prefix_attention(
     if scaling is None:
         scaling = float(query.shape[-1]) ** -0.5
     kernel = KERNELS[strop_plan.kernel or best_kernel(query.device, value.dtype)]
-    scoring = SoftmaxRules(scaling, sliding_window, softcap, s_aux)
-    out = kernel(*_in_one_dtype(query, key, value), strop_plan, scoring)
+    rules = SoftmaxRules(scaling, sliding_window, softcap, s_aux)
+    out = kernel(*_in_one_dtype(query, key, value), strop_plan, rules)
     return out.transpose(1, 2).contiguous(), None
 
 
