@@ -18,7 +18,8 @@ import torch
 from strop.policy.allocator import give_back_large_blocks, keep_freed_memory
 
 def resident():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
+    "MiB without files: how much of a library comes in with its first pages depends on the machine."
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) // 1024
 
 def fresh_pages():
     "Of four tensors of 64 MiB, after one of that size came and went."
