@@ -59,4 +59,4 @@ golden: setup
 	$(BIN)/python -m benchmarks.golden --against $(AGAINST)
 
 nightly: setup
-	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly" --timeout 3600
+	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly" --hypothesis-profile nightly --timeout 3600

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from strop.policy.kernels.denormals import flush_denormals
 
 REAL_FSYNC = os.fsync
 
-# a busy machine is no failure
-hypothesis.settings.register_profile("strop", deadline=None)
+# a busy machine is no failure; `make nightly` draws three times as many examples
+hypothesis.settings.register_profile("strop", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=120)
 hypothesis.settings.load_profile("strop")
 
 CHATML = (
@@ -45,6 +47,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pretend", default="plain", help="the surroundings that tests see, by the names of tests/pretend.py"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.share(n)`: of the cases of this test, n are in the suite, and all in `make nightly`. Which ones is
+    decided by their names alone, so that a new case moves no more than one other out."""
+    cases: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        share = item.get_closest_marker("share")
+        if share is not None and item.get_closest_marker("nightly") is None:
+            cases.setdefault((item.nodeid.partition("[")[0], share.args[0]), []).append(item)
+    for (_, count), same_test in cases.items():
+        for item in sorted(same_test, key=lambda item: zlib.crc32(item.name.encode()))[count:]:
+            item.add_marker(pytest.mark.nightly)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -117,6 +117,7 @@ def with_adapter(folder: Path, model: Path) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 def test_rows_from_the_files_are_those_of_the_whole_model(tmp_path: Path) -> None:
     """Of files in two dtypes and in many parts, of weights that are stored the other way round (GPT-2), and under an
     adapter with a module of its own; experts, which are put together, are read whole. `make nightly` reads more."""
@@ -221,6 +222,7 @@ def peak_of(config: RunConfig, small: RunConfig) -> tuple[int, int, int]:
 NIGHTLY_LORA = pytest.param({**LORA, "training.bf16": True}, marks=pytest.mark.nightly, id="lora")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("how", [pytest.param({}, id="full"), NIGHTLY_LORA])
 def test_a_process_holds_its_part_and_one_tensor(how: dict[str, Any], tmp_path: Path) -> None:
     if not Path("/proc/self/clear_refs").exists():

@@ -138,6 +138,7 @@ def test_two_processes() -> None:
         assert_small(found)
 
 
+@pytest.mark.nightly
 def test_replicas_of_two_processes() -> None:
     cases = [Case("orpo", "full tied", 2, 60), Case("sft", "recomputed", None, 60)]
     for found in in_processes(4, all_errors, cases):

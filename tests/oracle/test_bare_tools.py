@@ -33,6 +33,7 @@ def _bare(row: dict[str, Any], *, tools: bool, calls: bool) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.share(12)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bare_tools_and_calls_are_trained_as_wrapped_ones(name: str) -> None:
     one = family(name)

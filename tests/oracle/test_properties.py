@@ -111,6 +111,7 @@ def split(one: Family, record: dict[str, Any]) -> tuple[list[int], list[int], li
     return [i for i in record["ids"] if i in special], [i for i in trained if i in special], trained
 
 
+@pytest.mark.share(4)
 @everyhow
 @every
 @some
@@ -128,6 +129,7 @@ def test_every_control_token_was_written_by_the_template(name: str, normalizer: 
     assert found["ids"][-1] == neutral["ids"][-1] and found["mask"][-1] == 1  # it ends as it should
 
 
+@pytest.mark.share(4)
 @everyhow
 @every
 @some
@@ -158,6 +160,7 @@ def test_what_a_row_says_is_in_its_tokens(name: str, data: Any) -> None:
         assert bare(text) in bare(one.tokenizer().decode(found["ids"]))
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("token", ["<|im_end|>", "<think>"])
 def test_time_grows_with_the_row_and_no_faster(token: str) -> None:
     one = family("qwen3")

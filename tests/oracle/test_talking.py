@@ -21,6 +21,7 @@ SOME = ("deepseek_r1_distill", "glm4moe")
 pytestmark = pytest.mark.skipif(not TALKING, reason="the package trl, whose templates are the measure, is not there")
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in SOME else [pytest.mark.nightly]) for name in TALKING]
 )

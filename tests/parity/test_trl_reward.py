@@ -44,6 +44,7 @@ def reward_model(seed: int = 0) -> Any:
     return AutoModelForSequenceClassification.from_config(LlamaConfig(**WITH_ENDS, num_labels=1))
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(("margin", "coefficient"), [(False, 0.0), (True, 0.01)])
 def test_losses_accuracies_and_gradients_are_those_of_trl(
     margin: bool, coefficient: float, tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]

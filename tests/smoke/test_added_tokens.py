@@ -43,6 +43,7 @@ def keys(runs: Any, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.nightly
 def test_models__add_tokens(
     keys: dict[str, Any], runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

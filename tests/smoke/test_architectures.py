@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("kind", "result", "reason"),
     [

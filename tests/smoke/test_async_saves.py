@@ -47,12 +47,14 @@ def contents(run: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_the_same_bytes_as_a_save_at_once(runs: Any) -> None:
     one, two = runs({**OFTEN, **LORA}), runs({**OFTEN, **LORA, **ASYNC})
     assert two.checkpoints == [1, 2, 3, 4] and contents(one.path) == contents(two.path)
     assert runs.same_run(one, two)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("gpu", [{}, {"gpu.fsdp": True}], ids=["replicated", "sharded"])
 def test_the_same_bytes_of_several_processes(gpu: dict[str, Any], runs: Any) -> None:
     """Sharded: each process writes its own part, in a thread of its own."""
@@ -135,6 +137,7 @@ def test_a_stop_waits_for_what_is_being_written(writing: Callable[[Write], None]
 SOME_FAIL = [pytest.param(numbers, marks=pytest.mark.nightly) for numbers in ({1}, {2, 3}, {4})]
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("numbers", [{1, 4}, {1, 2, 3, 4}, *SOME_FAIL], ids=str)
 def test_a_save_that_fails_is_that_of_a_run_that_saves_at_once(
     numbers: set[int], writing: Callable[[Write], None], runs: Any, capsys: Any
@@ -214,6 +217,7 @@ def _fails_in_a_thread(config: RunConfig) -> tuple[str, str]:
     return "", "trained"
 
 
+@pytest.mark.nightly
 def test_a_thread_that_fails_ends_all_processes_with_its_message(runs: Any) -> None:
     first, second = in_processes(2, _fails_in_a_thread, runs.config({**OFTEN, **CUT, **ASYNC}))
     assert first[0] == "PeerError" and first[1].startswith("process 1 of 2 failed: ")

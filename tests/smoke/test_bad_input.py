@@ -611,6 +611,7 @@ def test_text_that_the_terminal_cannot_show(
     assert "\\xfc \\u65e5" in Path("shown").read_text()
 
 
+@pytest.mark.nightly
 def test_a_bare_environment(here: Path) -> None:
     """No home, locale C, both outputs closed, a path with blanks, umlauts and a line break."""
     folder = here / "a b\n\u00fc"

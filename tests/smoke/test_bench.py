@@ -216,6 +216,7 @@ def _printed(module: str, arguments: Sequence[str], threads: int) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "measured", [measured_forked, pytest.param(measured_alone, marks=pytest.mark.nightly)], ids=lambda f: f.__name__
 )

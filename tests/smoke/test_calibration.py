@@ -32,6 +32,7 @@ def check(scenario: Scenario, models: Path, seed: int) -> None:
     assert found.is_right, (scenario.name, found.raised)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("name", SHARE)
 def test_findings_are_right(name: str, models: Path) -> None:
     (scenario,) = (s for s in scenarios() if s.name == name)

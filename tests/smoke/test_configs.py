@@ -90,6 +90,7 @@ def together() -> Iterator[Any]:
             yield pytest.param(path, None, True, id=f"{path.stem}-timed", marks=pytest.mark.nightly)
 
 
+@pytest.mark.share(8)
 @pytest.mark.parametrize(("path", "preset", "timed"), list(together()))
 def test_a_shipped_configuration_dry_runs_and_touches_nothing(
     path: Path, preset: str | None, timed: bool, here: Path, capsys: pytest.CaptureFixture[str]
@@ -166,6 +167,7 @@ SCRIPT = (
 )
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("line", "gains"),
     [

@@ -65,6 +65,7 @@ def records_of(config: RunConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(("beta", "lora"), [(0.0, False), (0.5, True), (1.0, False)])
 def test_the_held_out_divergence_falls(beta: float, lora: bool, folders: tuple[Path, Path]) -> None:
     config = config_of(folders, **{"post_training.beta": beta, "lora.enabled": lora, "training.learning_rate": 1e-2})
@@ -127,6 +128,7 @@ def test_a_resume_goes_on_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path
     assert "teacher" in json.dumps(state)
 
 
+@pytest.mark.nightly
 def test_eval_compares_students(folders: tuple[Path, Path]) -> None:
     config = config_of(folders)
     found = evaluate(config, [str(folder) for folder in folders])

@@ -37,6 +37,7 @@ def test_messages_of_the_troubleshooting_page_are_messages() -> None:
             assert part.strip() in code, message
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is not installed: the extra `docs`")
 def test_the_site_is_built_without_a_warning_and_asks_nobody(tmp_path: Path) -> None:
     for name in ("docs", "mkdocs.yml"):

@@ -44,6 +44,7 @@ def no_step(watched: pytest.MonkeyPatch) -> Callable[[], None]:
 # ---- overwriting
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     "stop",
     [KeyboardInterrupt(), pytest.param(SystemExit(1), marks=pytest.mark.nightly), RuntimeError("a bug")],
@@ -111,6 +112,7 @@ def test_a_finished_run_is_compared_by_rows_and_weights(runs: Any, tmp_path: Pat
         strop.train(config, resume="auto")
 
 
+@pytest.mark.nightly
 def test_a_final_model_that_is_damaged_is_written_again_without_training(
     runs: Any, no_step: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_final_model_that_is_damaged_is_written_again_without_training(
 # ---- the final export
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     "error",
     [
@@ -206,6 +209,7 @@ class Failing:
         return self.real(*arguments, **named)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("best", "numbers", "kept"),
     [

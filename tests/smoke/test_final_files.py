@@ -90,6 +90,7 @@ def saved_by_all(configs: list[RunConfig], folders: list[Path], size: str) -> No
                 policy.help_to_save()
 
 
+@pytest.mark.nightly
 def test_files_of_several_processes_are_those_of_one(
     runs: Any, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def failing(config: RunConfig, rank: int) -> str:
     return "no error"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("rank", "said"), [(0, "No space left"), (1, "it fails")])
 def test_a_process_that_fails_leaves_nothing(runs: Any, rank: int, said: str) -> None:
     config = runs.config({**FSDP, "training.max_steps": 1})

@@ -172,6 +172,7 @@ def drawn(make_model: Callable[..., Any], make_tokenizer: Callable[..., Any]) ->
 # ---- post_training
 
 
+@pytest.mark.nightly
 def test_post_training__algorithm(follow: Train) -> None:
     for name, axes in BY_NAME.items():
         known = {"normalizer_length": 9} if axes.get("aggregation") == "constant" else {}
@@ -181,6 +182,7 @@ def test_post_training__algorithm(follow: Train) -> None:
     assert loss(run) != loss(follow(algorithm="dapo", means=BY_NAME["dapo"]))
 
 
+@pytest.mark.nightly
 def test_post_training__advantage(follow: Train) -> None:
     names = ("group", "mean", "batch", "rloo", "maxrl", "opo", "reinforce++", "reinforce++_baseline", "none")
     assert are_apart([follow(advantage=name) for name in names])
@@ -196,6 +198,7 @@ def test_post_training__entropy_coef(follow: Train) -> None:
     assert some.series("loss/entropy")[0] == pytest.approx(-0.1 * some.series("entropy")[0])
 
 
+@pytest.mark.nightly
 def test_post_training__gate(follow: Train) -> None:
     """Bounds that are not given are those of the gate."""
     bounds: dict[str, dict[str, float]] = {
@@ -253,12 +256,14 @@ def test_post_training__normalizer_length(follow: Train) -> None:
     assert loss(none) == loss(nine) and loss(three) == pytest.approx(3 * loss(nine))
 
 
+@pytest.mark.nightly
 def test_post_training__kl_in(follow: Train) -> None:
     in_loss, in_reward = (follow(beta=0.2, kl_in=place) for place in ("loss", "reward"))
     assert are_apart([follow(), in_loss, in_reward])
     assert "kl" in in_loss.metrics[0] and "kl" not in in_reward.metrics[0]
 
 
+@pytest.mark.nightly
 def test_post_training__kl_estimator(follow: Train) -> None:
     k1, k2, k3, both = (follow(beta=0.2, kl_estimator=name) for name in ("k1", "k2", "k3", "k3+"))
     assert are_apart([k1, k2, k3])
@@ -270,10 +275,12 @@ def test_post_training__kl_estimator(follow: Train) -> None:
     assert slopes[2] == pytest.approx(slopes[0], rel=1e-5) and slopes[2] != pytest.approx(slopes[1], rel=1e-3)
 
 
+@pytest.mark.nightly
 def test_post_training__use_bias_correction_kl(follow: Train) -> None:
     assert are_apart([follow(beta=0.2, use_bias_correction_kl=wanted) for wanted in (True, False)])
 
 
+@pytest.mark.nightly
 def test_post_training__sampler_correction(follow: Train) -> None:
     bounds = {"sampler_correction_max": 1.25}
     kinds = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask")
@@ -284,6 +291,7 @@ def test_post_training__sampler_correction_max(follow: Train) -> None:
     assert are_apart([follow(sampler_correction="token_truncate", sampler_correction_max=v) for v in (1.1, 1.25, 3.0)])
 
 
+@pytest.mark.nightly
 def test_post_training__sampler_correction_min(follow: Train) -> None:
     assert are_apart([follow(sampler_correction="token_mask", sampler_correction_min=v) for v in (0.0, 0.7, 0.9)])
 
@@ -291,6 +299,7 @@ def test_post_training__sampler_correction_min(follow: Train) -> None:
 # ---- rollout
 
 
+@pytest.mark.nightly
 def test_rollout__enabled(runs: Any, sample: Train, follow: Train) -> None:
     run = sample(enabled=True)
     assert {len(row["completion_ids"]) for row in rollouts(run)} == {3}, "not those of the file, which has one each"
@@ -302,6 +311,7 @@ def test_rollout__enabled(runs: Any, sample: Train, follow: Train) -> None:
     assert loss(off) == loss(follow()) and not (off.path / "rollouts.jsonl").exists()
 
 
+@pytest.mark.nightly
 def test_rollout__num_generations(sample: Train) -> None:
     two, three = (rollouts(sample(num_generations=n)) for n in (2, 3))
     assert {len(row["completion_ids"]) for row in three} == {3}
@@ -316,11 +326,13 @@ def test_rollout__temperature(sample: Train, drawn: Drawn) -> None:
     assert rollouts(run)[0]["completion_ids"] != rollouts(sample())[0]["completion_ids"]
 
 
+@pytest.mark.nightly
 def test_rollout__top_k(sample: Train, drawn: Drawn) -> None:
     ranks = [[int((probs > probs[token]).sum()) for probs, token, _ in drawn(sample(top_k=k))] for k in (0, 1, 3)]
     assert max(ranks[0]) > 2 and max(ranks[1]) == 0 and max(ranks[2]) == 2
 
 
+@pytest.mark.nightly
 def test_rollout__top_p(sample: Train, drawn: Drawn) -> None:
     likelier = [
         [float(probs[probs > probs[token]].sum() / probs.sum()) for probs, token, _ in drawn(sample(top_p=p))]
@@ -329,11 +341,13 @@ def test_rollout__top_p(sample: Train, drawn: Drawn) -> None:
     assert max(likelier[0]) > 0.6 and 0.1 < max(likelier[1]) < 0.3
 
 
+@pytest.mark.nightly
 def test_rollout__min_p(sample: Train, drawn: Drawn) -> None:
     shares = [[float(probs[token] / probs.max()) for probs, token, _ in drawn(sample(min_p=p))] for p in (0.0, 0.4)]
     assert min(shares[0]) < 0.2 and 0.4 < min(shares[1]) < 0.9
 
 
+@pytest.mark.nightly
 def test_rollout__stop(sample: Train) -> None:
     free, stopped = (sample(stop=stop, max_completion_length=16) for stop in ([], ["e", "a"]))
     cut = 0
@@ -380,12 +394,14 @@ def test_rollout__batch_tokens(sample: Train, watched: pytest.MonkeyPatch) -> No
     assert max(found[150][1]) <= 150 < found[10_000][1][0]
 
 
+@pytest.mark.nightly
 def test_rollout__reward_timeout(sample: Train) -> None:
     assert sample("slow", reward_timeout=30).series("reward") == [1.0]
     with pytest.raises(TrainingError, match=r"more than 0\.2 seconds"):
         sample("slow", reward_timeout=0.2)
 
 
+@pytest.mark.nightly
 def test_rollout__on_reward_error(sample: Train) -> None:
     with pytest.raises(TrainingError, match="no finite number for 1 of 3 completions"):
         sample("first_fails")
@@ -446,6 +462,7 @@ def test_rollout__num_iterations(sample: Train) -> None:
     assert len(rollouts(once)) == 2 * len(rollouts(twice)), "the second step trains on what the first one sampled"
 
 
+@pytest.mark.nightly
 def test_rollout__dynamic_sampling(sample: Train) -> None:
     as_drawn, refilled = (sample("half_dead", dynamic_sampling=wanted) for wanted in (False, True))
     assert refilled.series("rollout/groups_without_signal")[0] > 0
@@ -460,6 +477,7 @@ def test_post_training__online(sample: Train) -> None:
     assert any(row["pair"] for row in rollouts(run))
 
 
+@pytest.mark.nightly
 def test_rollout__max_refills(sample: Train) -> None:
     few, more = (sample("half_dead", dynamic_sampling=True, max_refills=n) for n in (1, 4))
     assert few.series("rollout/refilled")[0] <= more.series("rollout/refilled")[0]
@@ -473,6 +491,7 @@ def test_rollout__probe_prompts(sample: Train) -> None:
     assert rollouts(none) == rollouts(some)
 
 
+@pytest.mark.nightly
 def test_rollout__reward_memory_gib(sample: Train) -> None:
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}  # prompt, which takes a GiB
     assert sample("hungry", reward_memory_gib=4, **one).series("reward") == [1.0]
@@ -493,6 +512,7 @@ def test_post_training__teacher_model_id(runs: Any) -> None:
     assert loss(own) == pytest.approx(0, abs=1e-6) and loss(other) > 1e-4, "a model is its own best pupil"
 
 
+@pytest.mark.nightly
 def test_post_training__distill_loss(runs: Any, sample: Train) -> None:
     keys = {"method": "distill", "epsilon": None, "teacher_model_id": str(runs.files["other"])}
     whole, sampled = (sample(**keys, distill_loss=name) for name in ("divergence", "policy_gradient"))
@@ -501,6 +521,7 @@ def test_post_training__distill_loss(runs: Any, sample: Train) -> None:
     assert [r["completion_ids"] for r in rollouts(whole)] == [r["completion_ids"] for r in rollouts(sampled)]
 
 
+@pytest.mark.nightly
 def test_post_training__temperature(runs: Any) -> None:
     distill = {
         **DISTILL,

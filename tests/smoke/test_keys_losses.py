@@ -22,12 +22,14 @@ def slope(run: Any) -> float:
     return value
 
 
+@pytest.mark.nightly
 def test_post_training__bco_delta(runs: Any) -> None:
     mean, zero = (runs(loss_type="bco_pair", bco_delta=delta) for delta in ("mean", "zero"))
     assert first(mean) == first(zero) == pytest.approx(2 * LN2)
     assert mean.series("loss")[0] == zero.series("loss")[0] and mean.series("loss")[-1] != zero.series("loss")[-1]
 
 
+@pytest.mark.nightly
 def test_post_training__discopop_tau(runs: Any) -> None:
     for tau in (0.05, 0.5):
         # at z = 0: -ls(z) (1 - m) + exp(-z) m with m' = 1 / (4 tau)
@@ -45,6 +47,7 @@ def test_post_training__f_divergence(runs: Any) -> None:
     assert forward.series("loss")[-1] != pytest.approx(plain.series("loss")[-1], rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_post_training__f_alpha(runs: Any) -> None:
     for alpha, same in ((1.0, "reverse_kl"), (0.0, "forward_kl")):
         assert runs(f_divergence="alpha", f_alpha=alpha).untimed == runs(f_divergence=same).untimed
@@ -76,6 +79,7 @@ def test_post_training__ref_sync_steps(runs: Any) -> None:
     assert all(r["rewards/margins"] == 0 for r in evaluations)
 
 
+@pytest.mark.nightly
 def test_post_training__ref_mixup_alpha(runs: Any) -> None:
     last = [runs(ref_sync_steps=1, ref_mixup_alpha=alpha).metrics[-1] for alpha in (0.01, 0.6, 1.0)]
     away = [abs(r["rewards/margins"]) for r in last]

@@ -62,6 +62,7 @@ def test_post_training__beta(runs: Any) -> None:
         assert rewards[-1] != 0
 
 
+@pytest.mark.nightly
 def test_post_training__loss_type(runs: Any) -> None:
     # at margin 0: ln 2; relu(1); (1 / (2 beta))^2; sigmoid(0) twice
     for name, start in (("sigmoid", LN2), ("hinge", 1.0), ("ipo", 25.0), ("kto_pair", 1.0)):
@@ -99,6 +100,7 @@ def test_post_training__use_ref_model(runs: Any) -> None:
         runs.config(use_ref_model=False, ref_model_id=str(runs.files["other"]))
 
 
+@pytest.mark.nightly
 def test_post_training__ref_model_id(runs: Any, logps_by_hand: ByHand, forwards: list[Any]) -> None:
     model, other = (str(runs.files[name]) for name in ("model", "other"))
     one = runs({"models.0.huggingface_id": model, "ref_model_id": other}, max_steps=1)

@@ -31,6 +31,7 @@ WORSE = {"method": "sft", "greater_is_better": True, "eval_steps": 1, "max_steps
 # ---- the top
 
 
+@pytest.mark.nightly
 def test_top__seed(runs: Any) -> None:
     keys = {"r": 2, "lora_dropout": 0.3}
     one, again, other = runs(keys, seed=1), runs(keys, seed=1, fresh=True), runs(keys, seed=2)
@@ -133,6 +134,7 @@ def die_at(step: int, monkeypatch: pytest.MonkeyPatch, runs: Any, **keys: Any) -
         runs(keys, fresh=True)
 
 
+@pytest.mark.nightly
 def test_finetuning__resume_from_checkpoint(
     runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,6 +163,7 @@ def test_finetuning__load_best_model_at_end(runs: Any) -> None:
         runs(load_best_model_at_end=True, validation_split=0)
 
 
+@pytest.mark.nightly
 def test_finetuning__metric_for_best_model(runs: Any) -> None:
     keys = {"load_best_model_at_end": True, "greater_is_better": None}
     for name, best in (("eval_loss", 4), ("rewards/margins", 4), ("eval_lengths/chosen", 2), ("lengths/chosen", 2)):
@@ -176,6 +179,7 @@ def test_finetuning__metric_for_best_model_that_is_none(runs: Any, forwards: lis
     assert not any(with_gradients for with_gradients, _ in forwards)  # said before anything is trained
 
 
+@pytest.mark.nightly
 def test_finetuning__greater_is_better(runs: Any) -> None:
     loss, margin = "eval_loss", "rewards/margins"  # the loss falls and the margin rises
     for name, given, best in ((loss, None, 4), (loss, True, 2), (margin, None, 4), (margin, False, 2)):
@@ -184,6 +188,7 @@ def test_finetuning__greater_is_better(runs: Any) -> None:
         assert runs.same(run.final, run.weights(best))
 
 
+@pytest.mark.nightly
 def test_finetuning__early_stopping_patience(runs: Any) -> None:
     for patience, last in ((1, 2), (3, 4), (None, 6)):
         run = runs(WORSE, early_stopping_patience=patience)
@@ -192,6 +197,7 @@ def test_finetuning__early_stopping_patience(runs: Any) -> None:
         runs(early_stopping_patience=2, validation_split=0)
 
 
+@pytest.mark.nightly
 def test_finetuning__sample_prompts(runs: Any) -> None:
     lines = runs(sample_prompts=2, max_steps=1).path / "samples.jsonl"
     assert [json.loads(line)["step"] for line in lines.read_text().splitlines()] == [0, 0, 1, 1]
@@ -202,6 +208,7 @@ def test_finetuning__sample_max_new_tokens(runs: Any) -> None:
     assert {json.loads(line)["tokens"] for line in lines.read_text().splitlines()} == {1}
 
 
+@pytest.mark.nightly
 def test_finetuning__score_samples(runs: Any, tmp_path: Path) -> None:
     (tmp_path / "score.py").write_text("def seven(completions):\n    return [7] * len(completions)\n")
     run = runs(sample_prompts=2, score_samples=f"{tmp_path}/score.py:seven", max_steps=1)
@@ -278,6 +285,7 @@ def test_logging__logging_dir(runs: Any, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "margins" / "margins_log.jsonl").is_file()
 
 
+@pytest.mark.nightly
 def test_logging__log_level(runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {}
     for level in ("debug", "info", "warning", "error"):
@@ -298,6 +306,7 @@ def test_logging__margins(runs: Any) -> None:
     assert runs.same(off.final, runs().final)
 
 
+@pytest.mark.nightly
 def test_finetuning__stop_on(runs: Any) -> None:
     """Weights that leave the reference far behind: how a run stops is in test_stop_on.py."""
     keys = {"learning_rate": 3.0, "max_steps": 40, "eval_steps": 5, "save_steps": 1000}

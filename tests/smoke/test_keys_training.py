@@ -135,6 +135,7 @@ def test_training__groups_per_step(runs: Any) -> None:
     assert [line["batch_size"] for line in run.margins] == [5, 5, 2]  # the last step of an epoch takes what is left
 
 
+@pytest.mark.nightly
 def test_training__packing(runs: Any, forwards: list[Any]) -> None:
     keys = {"method": "sft", "max_prompt_length": None, "max_completion_length": None, "max_steps": 2}
     groups = runs.prepare(max_seq_length=500, **keys).data.train
@@ -156,6 +157,7 @@ def test_training__packing(runs: Any, forwards: list[Any]) -> None:
         runs(packing=True)
 
 
+@pytest.mark.nightly
 def test_training__micro_batch_tokens(runs: Any, forwards: list[Any]) -> None:
     whole = runs(micro_batch_tokens=100_000)
     assert {groups for groups, _ in sizes(forwards)} == {4}
@@ -180,6 +182,7 @@ def test_margins_stand_in_the_order_of_the_plan(runs: Any) -> None:
 # ---- training: rates
 
 
+@pytest.mark.nightly
 def test_training__learning_rate(runs: Any, updates: list[Any]) -> None:
     before = runs.policy().trainable()
     for rate in (1e-2, 1e-3):
@@ -207,6 +210,7 @@ def test_training__lr_scheduler(name: str, shares: list[float], runs: Any, updat
     assert [list(update["lr"]) for update in updates] == [[rate] for rate in run.series("learning_rate")]
 
 
+@pytest.mark.nightly
 def test_training__warmup_steps(runs: Any) -> None:
     rates = runs(warmup_steps=2, lr_scheduler="constant").series("learning_rate")
     assert rates == pytest.approx([0.5e-2, 1e-2, 1e-2, 1e-2])
@@ -269,6 +273,7 @@ def test_training__save_steps(runs: Any) -> None:
     assert runs().checkpoints == [4]  # the last step always
 
 
+@pytest.mark.nightly
 def test_training__save_total_limit(runs: Any) -> None:
     every = {"save_steps": 1, "max_steps": 5}
     assert runs(every, save_total_limit=2).checkpoints == [4, 5]
@@ -303,6 +308,7 @@ def test_training__mount_dir(runs: Any, tmp_path: Path) -> None:
 # ---- training: numbers
 
 
+@pytest.mark.nightly
 def test_training__bf16(runs: Any, attention: list[torch.dtype], built: list[Policy]) -> None:
     run = runs(bf16=True)
     assert set(attention) == {torch.bfloat16}
@@ -394,6 +400,7 @@ def test_training__torch_compile(runs: Any, watched: pytest.MonkeyPatch, request
         runs(torch_compile=True)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(("share", "layers"), [(False, 2), (0.5, 3), (True, 4)])
 def test_training__gradient_checkpointing(
     share: bool | float, layers: int, runs: Any, attention: list[torch.dtype], forwards: list[Any]
@@ -403,6 +410,7 @@ def test_training__gradient_checkpointing(
     assert runs.same(run.final, runs().final)
 
 
+@pytest.mark.nightly
 def test_training__reference_store(
     runs: Any, forwards: list[Any], own_store: Path, watched: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +437,7 @@ def test_training__reference_store(
     assert len(list(own_store.glob("*.logps"))) == 2
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -499,6 +508,7 @@ def poison(watched: pytest.MonkeyPatch) -> Callable[[str, range], None]:
     return set_up
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_training__on_nonfinite(
     what: str, runs: Any, poison: Any, built: list[Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -86,6 +86,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], Exce
     return failed
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("loss", "in_backward", "error"),
     [
@@ -118,6 +119,7 @@ def test_it_is_the_same_run(
         torch.testing.assert_close(cut_weights[name], weight, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.nightly), 0.3])
 def test_auto_recomputes_everything_before_it_gives_up(
     dropout: float,
@@ -198,6 +200,7 @@ def test_the_prediction_is_said_before_anything_is_loaded(
     assert "predicted peak memory" in caplog.text
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("method", "most"), [pytest.param("dpo", 60, marks=pytest.mark.nightly), ("kto", 35)])
 def test_a_resume_keeps_what_fitted(
     method: str, most: int, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,6 +217,7 @@ def test_a_resume_keeps_what_fitted(
     assert after == [r["loss"] for r in metrics][-len(after) :]
 
 
+@pytest.mark.nightly
 def test_a_resume_on_a_smaller_machine_cuts_alike(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

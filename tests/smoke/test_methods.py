@@ -104,6 +104,7 @@ def test_a_reference_that_becomes_the_policy_starts_again_at_ln_2(tmp_path: Path
         assert synced == (step % 2 == 0), step
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("loss_type", "checkpointing"),
     [
@@ -125,6 +126,7 @@ def test_a_reference_that_never_moves_is_the_one_scored_before(
     assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-3)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -186,6 +188,7 @@ def test_kto_starts_where_policy_and_reference_agree(tmp_path: Path, model_dir: 
     assert any(r["kl_unclamped"] != 0 for r in records if r["split"] == "train")
 
 
+@pytest.mark.nightly
 def test_kto_does_not_depend_on_the_batch(tmp_path: Path, model_dir: Path) -> None:
     runs = []
     for batch, accumulation in ((1, 4), (4, 1)):

@@ -42,6 +42,7 @@ def distilling(folders: tuple[Path, Path], way: str, **keys: Any) -> Any:
     return sampling(folders[0].parent, folders[0], method, **{"rollout.num_generations": 2, **keys})
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_first_step_is_that_of_whole_logits(way: str, folders: tuple[Path, Path]) -> None:
     keys = {"training.max_steps": 1, "training.max_grad_norm": None, "rollout.temperature": 0.9}
@@ -71,6 +72,7 @@ def test_the_first_step_is_that_of_whole_logits(way: str, folders: tuple[Path, P
         assert record["reverse_kl"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("way", "length", "asked"),
     [("reverse", 3, (7, 8, 9)), ("policy_gradient", 1, range(6))],
@@ -90,6 +92,7 @@ def test_the_divergence_falls(way: str, length: int, asked: Sequence[int], folde
     assert after < 0.95 * before
 
 
+@pytest.mark.nightly
 def test_held_out_prompts_are_sampled_and_compared(folders: tuple[Path, Path]) -> None:
     keys = {"dataset.validation_split": 0.34, "training.eval_steps": 2}
     for way, name in (("reverse", "divergence"), ("policy_gradient", "reverse_kl")):
@@ -99,6 +102,7 @@ def test_held_out_prompts_are_sampled_and_compared(folders: tuple[Path, Path]) -
         assert all(r["loss"] == pytest.approx(r[name], rel=1e-6) and r["num_groups"] == 2 for r in found)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("way", ["between", "policy_gradient"])
 def test_how_a_step_is_cut_changes_nothing(way: str, folders: tuple[Path, Path]) -> None:
     runs = []
@@ -111,6 +115,7 @@ def test_how_a_step_is_cut_changes_nothing(way: str, folders: tuple[Path, Path])
         assert [r[name] for r in runs[0][0]] == pytest.approx([r[name] for r in runs[1][0]], rel=1e-3)
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_within_a_round_and_is_taken_again(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Ratios of the second pass are not 1: the student has moved since it sampled."""
     keys = {

@@ -47,6 +47,7 @@ def test_it_trains_on_the_best_and_the_worst(tmp_path: Path, model_dir: Path) ->
             assert record[f"logps/{side}"] == pytest.approx(sum(logps) / len(pairs), rel=1e-4), "it trains what it drew"
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
@@ -83,6 +84,7 @@ def test_how_a_step_is_cut_changes_nothing(
         assert [r[name] for r in records] == pytest.approx([r[name] for r in others], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_prompts_without_a_difference_are_dropped(tmp_path: Path, model_dir: Path) -> None:
     """Three of six prompts have rewards that are all 0: no pair is made of them, and every step still has one."""
     (result,) = strop.train(sampling(tmp_path, model_dir, ONLINE, "odd"))
@@ -106,6 +108,7 @@ def test_where_no_prompt_has_a_pair_the_run_stops(tmp_path: Path, model_dir: Pat
     assert len(lines(tmp_path / "out" / "run" / "rollouts.jsonl")) == 6, "they can be looked at"
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_within_a_round(tmp_path: Path, model_dir: Path) -> None:
     keys = {
         "training.save_steps": 1,
@@ -118,6 +121,7 @@ def test_a_run_goes_on_within_a_round(tmp_path: Path, model_dir: Path) -> None:
     check_resumes(given.model_copy(update={"training": training}), tmp_path, (2, 3))
 
 
+@pytest.mark.nightly
 def test_a_step_is_taken_again(tmp_path: Path, model_dir: Path) -> None:
     keys = {"training.save_steps": 2, "lora.r": 4}
     (result,) = strop.train(sampling(tmp_path, model_dir, ONLINE, "odd", **keys))

@@ -90,8 +90,11 @@ DPO = {
 THEIRS = {"model_name_or_path": "org/model", "beta": 0.2, "learning_rate": 1e-6, "loss_type": "sigmoid"}
 DATA_OF_TRL = {"dataset_name": "trl-lib/ultrafeedback_binarized"}
 MESSAGES = [{"role": "user", "content": "question 1"}, {"role": "assistant", "content": "yes"}]
-NIGHTLY = r"AGENTS|gsm8k|configs/(?:cpo|dpo_example|ipo|multi_model_dpo|orpo|simple_dpo|simpo)"
-"""Pages whose commands are much like those of others; `make nightly` runs them."""
+NIGHTLY = (
+    "What it looks like|using-your-model|AGENTS|gsm8k|"
+    "configs/(?:cpo|dpo_example|ipo|multi_model_dpo|orpo|simple_dpo|simpo)"
+)
+"""Pages whose commands take long or are much like those of others; `make nightly` runs them."""
 GOOD = {"doctor": (0, 1), "compare": (0, 2)}
 """Exit codes that are no error: this computer lacks things, two runs differ."""
 LIKE = {"sft": "data/splits/train.jsonl", "distill": "data/splits/train.jsonl", "grpo": "data/splits/train.jsonl"}
@@ -255,6 +258,7 @@ def stories() -> Iterator[Any]:
             yield pytest.param(name_of(page), story, id=name_of(page) + (f":{name[:60]}" if name else ""), marks=marks)
 
 
+@pytest.mark.share(14)
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft, in a page's Python

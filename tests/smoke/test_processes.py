@@ -56,6 +56,7 @@ def _cases() -> Iterator[Any]:
         yield pytest.param(kind, keys, size, id=name, marks=() if name in OFTEN else pytest.mark.nightly)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(("kind", "keys", "size"), list(_cases()))
 def test_the_run_of_several_processes_is_that_of_one(kind: str, keys: dict[str, Any], size: int, runs: Any) -> None:
     settings = {**KINDS[kind], **keys, **CUT}
@@ -84,6 +85,7 @@ def test_a_run_goes_on_in_another_number_of_processes(runs: Any, tmp_path: Path)
         assert_close(alone.final, run.final)
 
 
+@pytest.mark.nightly
 def test_a_run_in_several_processes_is_resumed_and_finished_once(runs: Any) -> None:
     """Every step stands once in its files, and what is finished says so in all processes."""
     keys = {**CUT, "training.save_steps": 2}
@@ -110,6 +112,7 @@ def _train_in(folders: list[Path], config: RunConfig, settings: Mapping[str, Any
     return "trained"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("differs", "settings", "main_says", "other_says"),
     [
@@ -136,6 +139,7 @@ def test_processes_that_do_not_train_the_same_are_refused(
     assert other.startswith(("PeerError", "ConfigError"))
 
 
+@pytest.mark.nightly
 def test_only_rank_0_needs_the_run_folder(runs: Any, tmp_path: Path) -> None:
     """As on two machines without a shared disk: begun, resumed, and with the weights of the best evaluation."""
     folders = [tmp_path / "first", tmp_path / "second"]
@@ -171,6 +175,7 @@ def _line(folder: Path, config: RunConfig, flags: Sequence[str]) -> tuple[list[s
     return ["train", str(folder / "c.yaml"), *flags], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.nightly
 def test_processes_are_started_by_a_python_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
     """Which the other tests that launch in the suite do without, for it takes seconds to import what a run needs."""
     log = logging.getLogger("torch.distributed")
@@ -296,6 +301,7 @@ def _hang_in_rank_1(config: RunConfig, limit_seconds: float, said: Path) -> None
     strop.train(config)
 
 
+@pytest.mark.nightly
 def test_a_process_that_hangs_ends_all(runs: Any, tmp_path: Path) -> None:
     started = start_processes(2, _hang_in_rank_1, runs.config(CUT), 4.0, tmp_path / "said")
     main, other = (process for process, _ in started)
@@ -326,6 +332,7 @@ def _restarted(config: RunConfig, keys: dict[str, Any]) -> list[Path]:
     return [result.run_dir for result in strop.train(config, **keys)]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("keys", [pytest.param({}, marks=pytest.mark.nightly), {"overwrite": True}], ids=str)
 def test_an_attempt_that_torchrun_restarts_goes_on_by_itself(keys: dict[str, Any], runs: Any) -> None:
     """From the newest whole checkpoint, and it overwrites nothing of the attempt before."""

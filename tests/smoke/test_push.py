@@ -195,6 +195,7 @@ def is_private(made: dict[str, Any]) -> bool:
     return found in (True, "private")
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("status", [401, 403, 500])
 def test_a_failed_upload_ends_no_run_and_is_told_with_the_command(
     status: int, runs: Any, hub: Hub, caplog: pytest.LogCaptureFixture

@@ -18,6 +18,7 @@ from strop.export.merge import merge
 from strop.policy.model.configuration import quiet
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("method", [name for name, settings in METHODS.items() if settings.ROWS != "group"])
 def test_every_method_trains_on_four_bits(method: str, runs: Any) -> None:
     keys = {"models.0.quant": "4bit", "post_training.method": method}
@@ -43,6 +44,7 @@ def stored(runs: Any, tmp_path: Path) -> Path:
     return tmp_path / "stored"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("quant", ["4bit", "8bit", "stored"])
 def test_a_run_is_generated_with_and_merged_on_the_numbers_it_was_trained_on(
     quant: str, runs: Any, stored: Path, tmp_path: Any, capsys: pytest.CaptureFixture[str]

@@ -47,6 +47,7 @@ CASES = [
 ]
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(("name", "method", "flags"), CASES)
 def test_a_real_file_loads(
     name: str, method: str, flags: list[str], shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -77,6 +78,7 @@ def test_a_real_file_loads(
     assert [row["line"] for row in rejected] == bad
 
 
+@pytest.mark.nightly
 def test_a_template_without_tools_names_one_that_has_them(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_record_says_what_the_step_was(runs: Any, records: list[StepRecord]) -
     assert len({record.weights for record in records}) == len(records)  # every step moves something
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_has_the_records_of_an_unbroken_one(runs: Any, records: list[StepRecord]) -> None:
     keys = {"lora.lora_dropout": 0.2, "training.save_steps": 2}
     run = runs(keys, max_steps=5)

@@ -31,6 +31,7 @@ def config(runs: Any, own_store: Path, tmp_path: Path, watched: pytest.MonkeyPat
     return path
 
 
+@pytest.mark.nightly
 def test_it_is_filled_ahead_and_elsewhere(
     runs: Any,
     config: Path,
@@ -76,6 +77,7 @@ def test_a_killed_pass_goes_on(
     assert runs.same_run(again, whole)
 
 
+@pytest.mark.nightly
 def test_a_resume_reads_what_the_start_has_scored(runs: Any, own_store: Path, forwards: list[Any]) -> None:
     whole = runs(reference_store=True, save_steps=2)
     metrics, final = whole.untimed, whole.final
@@ -98,6 +100,7 @@ def repeated(runs: Any, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("keys", [{}, {"method": "kto", "max_steps": 8}], ids=["dpo", "kto"])
 def test_a_completion_that_comes_again_is_scored_once_and_resumed_exactly(
     runs: Any, own_store: Path, repeated: Path, forwards: list[Any], keys: dict[str, Any]
@@ -144,6 +147,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "strop reference [--config] FILE" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_memory_that_runs_out_is_explained(
     config: Path, watched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

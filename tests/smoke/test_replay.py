@@ -83,6 +83,7 @@ def test_a_step_that_was_sampled_is_sampled_again(runs: Any, tmp_path: Path) -> 
     assert all(len(row.completions) == 3 for row in found.rows)
 
 
+@pytest.mark.nightly
 def test_the_rows_of_a_step_add_up_to_what_was_logged(runs: Any) -> None:
     run = runs({"training.max_steps": 3, "dataset.validation_split": 0.0, "training.save_steps": 1})
     logged = [line for line in run.metrics if line["split"] == "train" and line["step"] == 3]
@@ -104,6 +105,7 @@ def test_the_rows_of_a_step_add_up_to_what_was_logged(runs: Any) -> None:
         assert math.isclose(row.share, weight / sum(weights), rel_tol=1e-5)
 
 
+@pytest.mark.nightly
 def test_the_rows_of_a_distillation_are_weighed_by_their_divergence(runs: Any) -> None:
     """Its loss is of a column that the policy gives, not of log-probs: each token counts alike."""
     keys = {"post_training.method": "distill", "post_training.teacher_model_id": str(runs.files["other"])}
@@ -113,6 +115,7 @@ def test_the_rows_of_a_distillation_are_weighed_by_their_divergence(runs: Any) -
     assert [row.share for row in rows] == pytest.approx([n / sum(tokens) for n in tokens])
 
 
+@pytest.mark.nightly
 def test_the_scores_of_a_reward_model_are_no_log_probs(runs: Any) -> None:
     run = runs({"training.max_steps": 2, "dataset.validation_split": 0.0, "post_training.method": "reward"})
     found = replay(run.path, 2, with_rows=True)
@@ -139,6 +142,7 @@ def _differences(run: Path, step: int) -> tuple[bool, bool, float]:
     return found.first_difference is None, found.masks_differ, sum(row.share for row in found.rows)
 
 
+@pytest.mark.nightly
 def test_as_many_processes_take_a_step_of_several_again(runs: Any) -> None:
     """To the last bit, the masks of dropout included; one process says that its masks are others."""
     run = in_many(2, runs.config({**DROPOUT, "training.groups_per_step": 4, "training.micro_batch_tokens": 64}))

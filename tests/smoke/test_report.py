@@ -16,6 +16,7 @@ def read(path: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"])
 def test_a_run_leaves_its_report(runs: Any, method: str) -> None:
     run = runs({"post_training.method": method}, max_steps=3, logging_steps=1)
@@ -52,6 +53,7 @@ def test_the_pairs_of_the_page_are_those_of_the_rows(runs: Any) -> None:
     assert margins == sorted(margins)
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_has_the_pairs_of_an_unbroken_one(runs: Any) -> None:
     whole = runs(max_steps=4, logging_steps=1, save_steps=2)
     import strop

@@ -148,6 +148,7 @@ SOME_STEPS = (1, 3, 4, 7)
 ALL_STEPS = range(1, STEPS + 1)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("method", "lora", "training", "steps"),
     [
@@ -196,6 +197,7 @@ def test_dying_in_any_step_changes_nothing(
         assert_same_run(run(f"died-{at}", resume="auto"), unbroken)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("keys", "speeds"),
     [
@@ -236,6 +238,7 @@ def test_a_resumed_run_multiplies_as_it_began(
     assert records[0]["products"] == records[1]["products"]
 
 
+@pytest.mark.nightly
 def test_dying_again_and_again(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(name: str, resume: str | None) -> Path:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -261,6 +264,7 @@ def test_a_finished_run_says_so(tmp_path: Path, model_dir: Path) -> None:
         strop.train(config)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("changes", "resume", "said"),
     [
@@ -283,6 +287,7 @@ def test_a_finished_run_takes_no_other_settings(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -304,6 +309,7 @@ def test_changes_of_the_recipe_are_refused(
     assert strop.train(changed, resume="auto", allow_changes=True)[0].final.is_dir()
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("key", "method", "lora", "said"),
     [
@@ -369,6 +375,7 @@ def _edited(lines: list[str]) -> list[str]:
     return [lines[0].replace("question", "answer"), *lines[1:]]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("change", "is_refused"),
     [
@@ -451,6 +458,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("method", "lora", "change"),
     [
@@ -474,6 +482,7 @@ def test_a_changed_model_configuration_is_refused(
     assert strop.train(config, resume="auto")[0].final.is_dir()
 
 
+@pytest.mark.nightly
 def test_another_seed_loss_template_or_tokenizer_is_refused(
     tmp_path: Path, dead_run: Callable[[str, bool, int], None]
 ) -> None:
@@ -529,6 +538,7 @@ def test_lengths_that_cut_other_rows_completions_belong_to_the_recipe() -> None:
     assert recipe("dpo", 100) == recipe("dpo", 200)  # seen in the groups
 
 
+@pytest.mark.nightly
 def test_another_environment_is_told_and_the_launchs_record_stays(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -551,6 +561,7 @@ def test_another_environment_is_told_and_the_launchs_record_stays(
     assert after == launch and resume["after_step"] == 4 and resume["packages"]["torch"] == torch.__version__
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(("method", "lora"), [("sft", False), ("dpo", True)])
 def test_a_finished_run_is_extended(
     method: str, lora: bool, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -581,6 +592,7 @@ def test_a_finished_run_is_extended(
     assert [m["step"] for m in metrics(long.run_dir) if m["split"] == "eval"] == [0, 6, 9]
 
 
+@pytest.mark.nightly
 def test_a_finished_run_is_extended_by_epochs(tmp_path: Path, model_dir: Path) -> None:
     def run(epochs: int, resume: str | None = None) -> int:
         keys = settings(tmp_path, model_dir, "sft", False, num_epochs=epochs, max_steps=None)
@@ -590,6 +602,7 @@ def test_a_finished_run_is_extended_by_epochs(tmp_path: Path, model_dir: Path) -
     assert run(3, "auto") == 3 * once
 
 
+@pytest.mark.nightly
 def test_a_run_of_epochs_is_extended_by_steps(tmp_path: Path, model_dir: Path) -> None:
     """Up to more steps than its epochs came to; as many or fewer extend nothing."""
 

@@ -87,6 +87,7 @@ def final_of(config: RunConfig) -> Path:
     return run_of(config) / "final"
 
 
+@pytest.mark.share(1)
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks by that name
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_transformers_and_peft_load_the_same_rewards(kind: str, ran: dict[str, RunConfig]) -> None:
@@ -256,6 +257,7 @@ def scores(model: Any, chats: list[list[dict[str, str]]], tokenizer: Any) -> tor
 CHATS = [[*row(i)["prompt"], *row(i)[side]] for i in range(4) for side in ("chosen", "rejected")]
 
 
+@pytest.mark.share(1)
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks by that name
 @pytest.mark.parametrize("tied", [False, True])
 def test_its_adapter_is_merged_and_rewards_as_before(
@@ -281,6 +283,7 @@ def test_its_adapter_is_merged_and_rewards_as_before(
         assert why == "" and values == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_tampered_merge_of_a_reward_model_is_refused(
     ran: dict[str, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,11 +300,13 @@ def test_a_tampered_merge_of_a_reward_model_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.nightly
 def test_an_adapter_of_a_language_model_rewards_nothing(runs: Any) -> None:
     with pytest.raises(ModelError, match="gives no rewards"):
         RewardModel(str(runs(max_steps=1, r=4).path), CPU)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("method", "kind"), [("sft", "lora"), ("reward", "sft")])
 def test_an_adapter_of_the_other_kind_is_refused(
     method: str, kind: str, ran: dict[str, RunConfig], tmp_path: Path
@@ -334,6 +339,7 @@ def replace_models(config: RunConfig, section: Any) -> RunConfig:
     return config.model_copy(update={"models": (section,)})
 
 
+@pytest.mark.nightly
 def test_a_dry_run_says_what_it_will_be(ran: dict[str, RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
     config = ran["full"]
     arguments = ["--huggingface-id", config.models[0].huggingface_id, "--train-file", str(config.dataset.train_file)]

@@ -96,6 +96,7 @@ def test_it_samples_rewards_trains_and_writes_down(tmp_path: Path, model_dir: Pa
         )
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     "keys",
     [
@@ -205,6 +206,7 @@ def test_what_was_sampled_trains_again_from_its_file(tmp_path: Path, model_dir: 
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("changes", [{"training.micro_batch_tokens": 1}, {"rollout.batch_tokens": 1}], ids=str)
 def test_how_a_step_is_cut_or_decoded_changes_nothing(changes: dict[str, Any], tmp_path: Path, model_dir: Path) -> None:
     runs = []
@@ -291,6 +293,7 @@ def test_a_run_goes_on_within_a_round(tmp_path: Path, model_dir: Path) -> None:
         assert digests[0] == digests[1]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("reward", "found"),
     [
@@ -309,6 +312,7 @@ def test_a_reward_that_fails_stops_the_run_and_names_the_row(
     assert "rows.jsonl:" in str(stopped.value)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("reward", ["fails", "hangs", "dies"])
 def test_a_value_stands_in_for_a_reward_that_fails(reward: str, tmp_path: Path, model_dir: Path) -> None:
     keys = {"rollout.on_reward_error": "value", "rollout.reward_error_value": -1.0, "rollout.reward_timeout": 0.5}
@@ -330,6 +334,7 @@ def test_a_group_whose_reward_fails_is_left_out(tmp_path: Path, model_dir: Path)
         strop.train(config(other, model_dir, "fails", **{"rollout.on_reward_error": "skip_group"}))
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("reward", "found"),
     [
@@ -392,6 +397,7 @@ def test_the_configuration_comes_back(tmp_path: Path, model_dir: Path) -> None:
     assert load_config(tmp_path / "again.yaml") == given
 
 
+@pytest.mark.nightly
 def test_a_forecast_changes_no_step_and_is_made_once(
     tmp_path: Path, model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ LORA = {"r": 4, "lora_dropout": 0.5}
 # ---- evaluations and records
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("keys", [{}, LORA, {"bf16": True}, {"attn_implementation": "sdpa"}], ids=str)
 def test_dpo_starts_at_ln_2(keys: dict[str, Any], runs: Any) -> None:
     start = runs(keys).metrics[0]
@@ -123,6 +124,7 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best(runs: Any, watched: py
 # ---- what is left behind
 
 
+@pytest.mark.share(1)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("keys", [{"method": "sft"}, {"bf16": True}, LORA], ids=["full", "bf16", "lora"])
 def test_final_is_the_policy_for_everybody(
@@ -147,6 +149,7 @@ def test_final_is_the_policy_for_everybody(
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "keys", [{"auto_precision": True}, {**LORA, "load_best_model_at_end": True}], ids=["full", "lora"]
 )
@@ -208,6 +211,7 @@ def test_a_signal_stops_after_the_step_and_the_rest_follows(
     assert all(runs.same_run(runs.at(result.run_dir), unbroken) for result in results)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_signal_ends_an_evaluation_and_the_resume_makes_up_for_it(
     at: int, runs: Any, monkeypatch: pytest.MonkeyPatch
@@ -341,6 +345,7 @@ def test_a_path_trains_as_its_configuration_does(runs: Any, tmp_path: Path) -> N
         strop.train(tmp_path / "gone.yaml")
 
 
+@pytest.mark.nightly
 def test_from_python_no_library_has_a_say(runs: Any, tmp_path: Path) -> None:
     config = runs.config({"output_dir": str(tmp_path / "out"), "max_steps": 1, **LORA})
     file = tmp_path / "c.json"
@@ -433,6 +438,7 @@ def test_a_mirror_that_failed_is_made_up_for(runs: Any, tmp_path: Path, monkeypa
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.nightly
 def test_the_best_model_may_be_from_before_the_resume(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
     keys = {"save_steps": 1, "save_total_limit": None, "load_best_model_at_end": True, "greater_is_better": True}
     first = runs(keys)  # the first evaluation is the best one
@@ -471,6 +477,7 @@ def test_a_bad_mount_dir_is_found_before_training(tmp_path: Path, model_dir: Pat
     assert not list((tmp_path / "out").rglob("data.json"))
 
 
+@pytest.mark.nightly
 def test_overwriting_keeps_the_charts_of_the_run_that_is_under_way_and_its_report(tmp_path: Path, runs: Any) -> None:
     config = runs.config(output_dir=str(tmp_path), report_to=["tensorboard"], max_steps=1)
     strop.train(config)

@@ -29,6 +29,7 @@ def samples(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_training_is_the_same_with_samples_and_without(runs: Any, method: str) -> None:
     keys = {"method": method, "r": 2, "lora_dropout": 0.3}
@@ -41,6 +42,7 @@ def test_training_is_the_same_with_samples_and_without(runs: Any, method: str) -
     assert not (plain.path / "samples.jsonl").exists()
 
 
+@pytest.mark.nightly
 def test_the_last_samples_are_the_answers_of_the_final_model(runs: Any, tmp_path: Path) -> None:
     """Those that `strop generate` gives, which has transformers decode."""
     prompts = tmp_path / "prompts.jsonl"
@@ -87,6 +89,7 @@ def test_a_score_that_fails_is_told_once_and_ends_nothing(
     assert capfd.readouterr().err.count("an answer has no score: RuntimeError: no") == 1
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_has_each_sample_once(runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch) -> None:
     whole = runs(sample_prompts=2, sample_max_new_tokens=4)
     config = runs.config(sample_prompts=2, sample_max_new_tokens=4, output_dir=str(tmp_path), save_steps=1)

@@ -45,6 +45,7 @@ def test_a_sharded_run_is_that_of_one_process_and_goes_on_anywhere(runs: Any) ->
         train(runs.config(settings), resume=str(last / "checkpoint-6"))
 
 
+@pytest.mark.nightly
 def test_sharded_adapters(runs: Any) -> None:
     """Also adapters and modules that train whole are gathered for final/ and found again by a resume."""
     settings = {**KINDS["kto"], **LORA, **CUT, **SAVED, "lora.modules_to_save": ["lm_head"]}
@@ -59,6 +60,7 @@ def test_sharded_adapters(runs: Any) -> None:
     assert_same_run(alone, run)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["dpo", pytest.param("sft", marks=pytest.mark.nightly)])
 def test_sharded_adapters_of_a_base_in_4_bits(runs: Any, kind: str) -> None:
     """The reference is the base without adapters; a checkpoint goes on in one process, whose base lies in bytes."""
@@ -154,6 +156,7 @@ OTHERS = (
 )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", [*sorted(OFTEN), *(pytest.param(k, marks=pytest.mark.nightly) for k in OTHERS)])
 def test_what_needs_more_than_the_passes_of_a_step_is_sharded_too(kind: str, runs: Any, tmp_path: Path) -> None:
     settings = of_kind(kind, runs, tmp_path)

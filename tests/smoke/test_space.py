@@ -34,6 +34,7 @@ def size(folder: Path, suffix: str) -> int:
     return sum(file.stat().st_size for file in folder.rglob(f"*{suffix}") if file.is_file())
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     "keys",
     [{"lora.enabled": True, "lora.r": 8}, {}, {"save_dtype": "bfloat16"}, {"method": "orpo"}],

@@ -52,6 +52,7 @@ def test_a_run_stops_where_the_finding_is_raised(runs: Any, capsys: Any) -> None
     assert (run / "final").is_dir() and not (run / "failure.json").exists()
 
 
+@pytest.mark.nightly
 def test_without_it_the_finding_is_told_once_and_the_run_goes_on(
     runs: Any, watched: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -24,6 +24,7 @@ import strop
 ANSWERS = {"one": "hello world", "two": "no maybe yes", "three": "The quick brown fox"}
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_trained_model_says_its_answers_and_stops(

@@ -32,6 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], N
     return put
 
 
+@pytest.mark.nightly
 def test_the_page_generates(runs: Any, place: Callable[[Path], None], capsys: pytest.CaptureFixture[str]) -> None:
     place(runs(max_steps=1).path)
     Path("prompts.jsonl").write_text('{"prompt": "hello"}\n{"messages": [{"role": "user", "content": "yes"}]}\n')

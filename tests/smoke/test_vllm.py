@@ -85,6 +85,7 @@ def test_rollout__sampler(tmp_path: Path, model_dir: Path) -> None:
     assert len({line["weights_digest"] for line in train}) == 4
 
 
+@pytest.mark.nightly
 def test_a_server_that_dies_in_the_middle_costs_nothing(tmp_path: Path, model_dir: Path) -> None:
     """The run stops with a message; resumed with a server, it ends where an unbroken one ends, bit for bit."""
     keys = {"training.save_steps": 1, "finetuning.load_best_model_at_end": False, "lora.lora_dropout": 0.1}
@@ -109,6 +110,7 @@ def test_a_server_that_dies_in_the_middle_costs_nothing(tmp_path: Path, model_di
         assert (again.run_dir / name).read_bytes() == (kept / name).read_bytes(), name
 
 
+@pytest.mark.nightly
 def test_rollout__staleness(tmp_path: Path, model_dir: Path) -> None:
     """The server draws for the next step while this one trains, with weights that are a step older; log-probs are those
     of the weights that drew. A run that goes on ends where an unbroken one ends, bit for bit."""
@@ -163,6 +165,7 @@ def test_rollout__staleness(tmp_path: Path, model_dir: Path) -> None:
     assert clipped[0] == 0 < min(clipped[1:]), "the ratio sees how old they are"
 
 
+@pytest.mark.nightly
 def test_rollout__vllm_max_logp_difference(tmp_path: Path, model_dir: Path) -> None:
     """A server that goes on with its first adapter under every name is found."""
     with FakeVllm(model_dir) as server:
@@ -202,6 +205,7 @@ def test_processes_share_a_server(tmp_path: Path, model_dir: Path) -> None:
     assert alone == many
 
 
+@pytest.mark.nightly
 def test_a_server_draws_pairs_for_online_dpo(tmp_path: Path, model_dir: Path) -> None:
     keys = {"post_training.method": "dpo", "post_training.online": True, "training.max_steps": 2}
     with FakeVllm(model_dir) as server:
@@ -225,6 +229,7 @@ def test_rollout__vllm_timeout(tmp_path: Path, model_dir: Path) -> None:
             strop.train(config(tmp_path, model_dir, server, **{"rollout.vllm_timeout": 0.4}))
 
 
+@pytest.mark.nightly
 def test_rollout__vllm_retry_seconds(tmp_path: Path, model_dir: Path) -> None:
     """A server that is starting, and one that never does."""
     with FakeVllm(model_dir) as server:
@@ -236,6 +241,7 @@ def test_rollout__vllm_retry_seconds(tmp_path: Path, model_dir: Path) -> None:
         strop.train(config(tmp_path, model_dir, server, **{"rollout.vllm_retry_seconds": 0.1}), overwrite=True)
 
 
+@pytest.mark.nightly
 def test_rollout__vllm_requests(tmp_path: Path, model_dir: Path) -> None:
     def most_at_once(allowed: int) -> int:
         lock, now, most = threading.Lock(), [0], [0]
@@ -262,6 +268,7 @@ def test_rollout__vllm_requests(tmp_path: Path, model_dir: Path) -> None:
     assert most_at_once(1) == 1 and most_at_once(3) > 1
 
 
+@pytest.mark.nightly
 def test_rollout__vllm_model(tmp_path: Path, model_dir: Path) -> None:
     with FakeVllm(model_dir) as server:
         with pytest.raises(ConfigError, match="and not another") as other:

@@ -52,6 +52,7 @@ def the_only(folder: Path, ending: str) -> Path:
     return found
 
 
+@pytest.mark.nightly
 def test_the_wheel_holds_every_file_of_the_package(made: Path) -> None:
     with zipfile.ZipFile(the_only(made, ".whl")) as wheel:
         names = set(wheel.namelist())

@@ -81,6 +81,7 @@ HEAVY = (
 )
 
 
+@pytest.mark.nightly
 def test_the_example_needs_no_model_classes_and_no_adapters(config: RunConfig) -> None:
     """They take as long to import as all before them, and the example is shown without."""
     script = f"""

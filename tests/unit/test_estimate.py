@@ -270,6 +270,7 @@ def test_this_machine_is_known() -> None:
     assert machine.rate(torch.float32) is None  # a CPU is timed instead
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("keys", [{}, {"r": 4}, {"method": "kto"}, {"micro_batch_tokens": 100}], ids=str)
 def test_a_cpu_is_timed_with_layers_of_the_model(keys: dict[str, Any], prepared: Callable[..., Prepared]) -> None:
     drawn = torch.random.get_rng_state()

@@ -62,6 +62,7 @@ def evaluated(place: Path, models: list[str], data: str, *flags: str) -> dict[st
     return json.loads(target.read_text())
 
 
+@pytest.mark.share(1)
 @pytest.mark.filterwarnings("ignore")  # TRL and its dependencies warn of their own future
 @pytest.mark.parametrize(("method", "trained_by"), [("sft", "TRL"), ("dpo", "TRL"), ("dpo", "strop")])
 def test_the_numbers_are_those_of_trl_s_own_evaluation(method: str, trained_by: str, place: Path) -> None:
@@ -128,6 +129,7 @@ def test_a_base_against_itself_and_an_adapter_against_its_base(place: Path) -> N
     assert alone["models"][0]["metrics"]["loss"]["value"] == pytest.approx(adapter["loss"]["value"], rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_an_adapter_and_the_merged_model_are_the_same(place: Path) -> None:
     assert main(["merge", str(place / "adapter"), "--output-dir", str(place / "merged")]) == 0
     found = evaluated(place, ["adapter", "merged"], "singles")
@@ -135,6 +137,7 @@ def test_an_adapter_and_the_merged_model_are_the_same(place: Path) -> None:
     assert one["value"] == pytest.approx(two["value"], rel=1e-5) and abs(two["difference"]) < 1e-5
 
 
+@pytest.mark.nightly
 def test_an_adapter_is_scored_on_the_tokens_it_was_trained_on(
     place: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +155,7 @@ def test_an_adapter_is_scored_on_the_tokens_it_was_trained_on(
     assert alone != pytest.approx(bases)
 
 
+@pytest.mark.nightly
 def test_a_run_is_scored_as_it_evaluated_itself(place: Path) -> None:
     """By its own method, on its own columns, cut where it cut them; flags win over what it says, and another method
     that is named has none of its method's settings."""
@@ -184,6 +188,7 @@ def test_a_run_is_scored_as_it_evaluated_itself(place: Path) -> None:
     assert "nll" in other and "rewards/margins" not in other
 
 
+@pytest.mark.nightly
 def test_tokens_that_mean_something_else_to_a_model_are_refused(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +203,7 @@ def test_tokens_that_mean_something_else_to_a_model_are_refused(
     assert "of the rows is" in capsys.readouterr().err
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("method", ["kto", "simpo", "orpo"])
 def test_other_methods(method: str, place: Path) -> None:
     flags = ["--reference", str(place / "base")] if method == "kto" else []

@@ -105,6 +105,7 @@ def test_all_of_it_is_told_at_once(given: dict[str, Any]) -> None:
         check(config, model_index=1)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("command", ["train", "train --dry-run", "reference"])
 def test_a_wrong_path_is_refused_before_anything_slow_is_imported(
     command: str, given: dict[str, Any], tmp_path: Path

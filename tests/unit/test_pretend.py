@@ -21,6 +21,7 @@ print(found.cores, found.name, product_rates.measured(torch.bfloat16))
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name", [*(pytest.param(n, marks=pytest.mark.nightly) for n in ("plain", "cores-8")), "bf16+cores-1"]
 )
@@ -33,6 +34,7 @@ def test_started_processes_see_it(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert done.stdout.strip() == expected, done.stderr
 
 
+@pytest.mark.nightly
 def test_none_is_put_in_place_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STROP_TESTS_PRETEND")
     code = "from strop import machine; print(machine.processor().name)"

@@ -62,6 +62,7 @@ def test_passwords_under_their_names_are_masked(text: str, secret: str, wrap: Ca
     assert found == wrap(text.format(MASK)) == redact(found)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     "piece", ["-----BEGIN PRIVATE KEY-----", "password=", "a-", "://", "://a:", "eyJaaaaaaa.", "password: '", "pwd:\\"]
 )

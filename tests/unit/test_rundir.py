@@ -405,6 +405,7 @@ def test_a_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path: Path) -
         os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.nightly
 def test_lines_are_not_held_in_memory(tmp_path: Path) -> None:
     rows = ({"line": n, "raw": "x" * 2000} for n in range(8000))
     with RunDir.open(tmp_path, resume=False, overwrite=False) as run:

@@ -46,6 +46,7 @@ def killer_of_runs(runs: Any, keys: dict[str, Any] = TRAINED) -> Killer:
     return Killer(partial(strop.train, config), partial(shutil.rmtree, config.training.output_dir))
 
 
+@pytest.mark.share(1)
 @few_or(500, few=1)
 @pytest.mark.parametrize("beside", [False, True], ids=["at once", "asynchronous"])
 def test_kills(beside: bool, num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
@@ -119,6 +120,7 @@ def _has_begun(folder: Path, old: Path) -> bool:
     return not file.exists() or file.read_bytes() != (old / "config.yaml").read_bytes()
 
 
+@pytest.mark.share(1)
 @few_or(150, few=1)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_kills_in_the_export(
@@ -165,6 +167,7 @@ ANSWERS: dict[RowShape, Callable[[int], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.share(2)
 @few_or(150, few=8)
 @pytest.mark.parametrize("shape", sorted(ANSWERS))
 def test_kills_of_prepare(shape: RowShape, num: int, record_property: Any, tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_kills_of_several_processes(
     tally.tell(num)
 
 
+@pytest.mark.nightly
 @few_or(250, few=1)
 def test_kills_of_a_run_that_changes_its_processes(
     num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch

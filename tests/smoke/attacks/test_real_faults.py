@@ -224,6 +224,7 @@ STRANGE = (fifo, endless, full, listens, Path.mkdir)
 FILES = ("run.yaml", "rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.txt", "rows.parquet")
 
 
+@pytest.mark.share(1)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("strange", STRANGE, ids=lambda make: make.__name__)
 def test_what_is_no_file_in_the_place_of_one(strange: Callable[[Path], None], runs: Any, tmp_path: Path) -> None:
@@ -247,6 +248,7 @@ def test_what_is_no_file_in_the_place_of_one(strange: Callable[[Path], None], ru
         assert launch.said.count("\n") <= 6, launch.said
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_log_that_takes_nothing_does_not_end_a_run(runs: Any, tmp_path: Path) -> None:
     unbroken, config = runs(TRAINED), runs.config(TRAINED)

@@ -65,7 +65,7 @@ ANY = TEXTS.map(lambda text: text.encode(errors="surrogatepass")) | st.binary(ma
 CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
-@settings(CALM, max_examples=300)
+@settings(CALM, max_examples=100)
 @given(ANY)
 @example(b"models:\n  - huggingface_id: org/model\npost_training:\n  loss_type: {}\n")
 def test_a_configuration_or_an_error(data: bytes) -> None:

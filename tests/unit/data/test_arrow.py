@@ -220,6 +220,7 @@ def test_the_same_rows_are_the_same_tokens_in_every_format(
     assert tokens(FORMATS[kind](rows, folder), shape, make_config, tokenizer) == expected
 
 
+@pytest.mark.nightly
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_nulls_that_json_wrote_are_the_same_tokens_as_json_text(

@@ -203,6 +203,7 @@ def trained_words(tokenizer: Any, encoded: Any) -> str:
     return str(tokenizer.decode([t for t, m in zip(side.ids, side.mask, strict=True) if m]))
 
 
+@pytest.mark.nightly
 def test_b8_chatml_says_nothing_that_no_row_said(tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["byte_level"]
     source = choose_template("chatml", tokenizer).source
@@ -289,6 +290,7 @@ def test_b8_ids_are_those_of_the_exported_template_and_the_mask_is_the_answer(
             assert got == want, where
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["gpt2", "mistral-tekken-131k", "mistral-v3-32k"])
 def test_b8_rows_with_tools_have_the_ids_of_the_exported_template(kind: str, shared: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / kind)

@@ -72,6 +72,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) ->
     return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options))
 
 
+@pytest.mark.share(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["chatml", "generation_blocks", "trimming", "mistral", "role_tokens"])
 @given(contents=st.lists(plain, min_size=4, max_size=4), system=st.none() | plain)
@@ -311,6 +312,7 @@ def test_a_tokenizer_that_truncates_by_itself_does_not(make_tokenizer: Make) -> 
     assert tokenizer.decode(encoded.prompt_ids).count("dog") == 3
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("folder", ["tokenizers/gpt2", "tokenizers/mistral-tekken-131k", "tokenizers/mistral-v3-32k"])
 def test_real_tokenizers(folder: str, shared: Path) -> None:
     check_real_tokenizer(AutoTokenizer.from_pretrained(shared / folder))

@@ -159,6 +159,7 @@ def test_b6_a_split_without_rows_is_said(
     assert "1 row read" in said and ": 0 rows\n" in said
 
 
+@pytest.mark.nightly
 def test_b6_refused_rows_are_not_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     bad = json.dumps({"prompt": "q", "note": "x" * 2000}) + "\n"

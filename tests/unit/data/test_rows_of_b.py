@@ -175,6 +175,7 @@ CALLING = (
 )
 
 
+@pytest.mark.nightly
 def test_b3_tools_and_tool_calls(shared: Path, make_config: Make, make_tokenizer: Make) -> None:
     path = str(shared / "data" / "sft_toolcalls.train.jsonl")
     config = make_config(
@@ -190,6 +191,7 @@ def test_b3_tools_and_tool_calls(shared: Path, make_config: Make, make_tokenizer
     assert '\\"' not in json.dumps(calls[0]["arguments"]) or calls[0]["name"] + calls[0]["arguments"][:2] in trained
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("name", "shape", "dataset", "kept", "refused"),
     [
@@ -273,6 +275,7 @@ LARGEST = "mistral-tekken-131k"
 """Reading it takes seconds: the suite does so with its family's template alone."""
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("template", "name"),
     [

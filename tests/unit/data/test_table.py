@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +36,7 @@ def groups(draw: st.DrawFn, sides: int) -> Group:
     return Group(draw(ids), tuple(completions), origin, draw(st.sampled_from([None, True, False])))
 
 
+@pytest.mark.nightly
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 8).flatmap(groups), min_size=1, max_size=9), st.integers(1, 4))
 def test_groups_come_back(tmp_path_factory: Any, given_: list[Group], rows_a_batch: int) -> None:

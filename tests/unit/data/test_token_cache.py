@@ -165,6 +165,7 @@ def test_b13_without_shared_memory_one_process_does_it(
     assert caplog.text.count("in one process") == 1
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("limit", [None, 5, 61])
 def test_b13_processes_change_nothing(
     limit: int | None, tmp_path: Path, make_config: Make, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch

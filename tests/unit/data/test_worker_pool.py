@@ -159,6 +159,7 @@ def test_a_tokenizer_that_fills_the_memory_with_a_word_is_refused_before_any_row
         load_data(make_config(train_file=str(path)), tokenizer, "single")
 
 
+@pytest.mark.nightly
 @linux
 def test_work_that_is_tried_leaves_nothing_here() -> None:
     time_limit.tried(os._exit, 0)

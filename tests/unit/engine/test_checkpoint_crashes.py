@@ -323,6 +323,7 @@ def check_kills(run_dir: Path, times: int, seconds: float, make: Callable[[Path]
 HOW = pytest.mark.parametrize("make", [at_once, beside])
 
 
+@pytest.mark.nightly
 @HOW
 def test_killed_at_random(make: Callable[[Path], Put], tmp_path: Path) -> None:
     check_kills(tmp_path, 20, 0.15, make)

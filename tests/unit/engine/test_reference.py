@@ -106,6 +106,7 @@ def test_each_group_has_its_own(policy: Policy, rows: list[Group], tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-model"]  # the file has no name
 
 
+@pytest.mark.share(1)
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_was_stored_before_changes_no_bit(
@@ -239,6 +240,7 @@ def test_a_killed_pass_goes_on(
     assert len(scored) - min(3, 4) == whole - 3
 
 
+@pytest.mark.nightly
 def test_what_comes_in_halves_is_not_kept(
     policy: Policy, rows: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepNum
     return result.fetch(), policy.table.grad, policy.num_calls
 
 
+@pytest.mark.share(200)
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 3, 4, 5, 6, 7], [3, 4]], ids=str)
 @pytest.mark.parametrize("layout", [pack, pad])
@@ -129,6 +130,7 @@ class Marked(torch.autograd.Function):
         return grad
 
 
+@pytest.mark.share(30)
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
 def test_no_graph_lives_on_into_the_next_micro_batch(settings: MethodSettings) -> None:
     nodes: list[weakref.ref[Any]] = []
@@ -251,6 +253,7 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch() -> None:
     assert loss((0, 1)) != loss((0, 2)) != loss((1, 2))
 
 
+@pytest.mark.share(60)
 @pytest.mark.parametrize("cuts", [[], [3]], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
 def test_no_value_is_needed_during_a_step(settings: MethodSettings, cuts: list[int]) -> None:

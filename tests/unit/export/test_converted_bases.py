@@ -32,6 +32,7 @@ def place(tmp_path: Path, make_model: Any, make_tokenizer: Callable[..., Any], m
     return tmp_path
 
 
+@pytest.mark.nightly
 def test_it_trains_as_its_twin_and_is_converted_once(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -88,6 +88,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_merged_model_is_the_adapters(
@@ -106,6 +107,7 @@ def test_the_merged_model_is_the_adapters(
         assert torch.equal(stored["model.norm.weight"], before["model.norm.weight"])
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("lora", "parts"),
     [
@@ -140,6 +142,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, make: Any, tmp_path: Path) -> None:
     """Layers that are stored transposed, biases that are trained, experts that are stacked on loading."""
@@ -223,6 +226,7 @@ def test_a_layer_that_is_not_a_number_does_not_hold_and_is_the_worst() -> None:
     assert not line.holds and line.note == "2 do not" and line.what.endswith("the worst: 0")
 
 
+@pytest.mark.nightly
 def test_a_model_that_does_not_fit_into_memory_in_float32(
     make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -649,6 +649,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("tool", TOOLS)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

@@ -200,6 +200,7 @@ def test_only_length_normalised_losses_ignore_repetition(settings: MethodSetting
 # -- corners: exact, or not finite; never a wrong number
 
 
+@pytest.mark.share(250)
 @pytest.mark.parametrize("beta", [1e-8, 0.1, 1e8])
 @pytest.mark.parametrize("size", [1e4, 1e-30, 0.0])
 @pytest.mark.parametrize("settings", PAIR_SETTINGS, ids=name)
@@ -214,6 +215,7 @@ def test_extreme_log_probs_stay_finite(settings: MethodSettings, size: float, be
     assert math.isfinite(value) and torch.isfinite(gradient).all()
 
 
+@pytest.mark.share(30)
 @pytest.mark.parametrize("settings", PAIR_SETTINGS, ids=name)
 def test_very_long_completions_lose_no_digit(settings: MethodSettings) -> None:
     """A million tokens, their log-probs in float32: a margin of 2 is the difference of sums of 16,384 each."""

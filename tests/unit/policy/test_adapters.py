@@ -58,6 +58,7 @@ def logps_of(model: nn.Module, groups: list[Group]) -> Tensor:
     return torch.stack(parts)
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(
     ("lora", "others"),
     [
@@ -308,6 +309,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -333,6 +335,7 @@ def test_broken_adapters(damage: Callable[[Path], object], said: str, adapter_di
         build(adapter=str(adapter_dir))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save", "layers_pattern", "r", "bias"])
 def test_values_that_are_of_no_use_are_refused(key: str, adapter_dir: Path, build: MakePolicy) -> None:
     for value in (5, 1.5, [[]], [None], [{}], ["q_proj", 0], {"a": None}, "\ud800", 10**30):
@@ -389,6 +392,7 @@ def test_a_router_is_no_linear_layer() -> None:
 # --- what is adapted ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r"model\.layers\.1\.mlp\..*_proj"])
 def test_a_regular_expression_is_saved_as_one(
     pattern: str, build: MakePolicy, model_dir: Path, groups: list[Group], tmp_path: Path
@@ -480,6 +484,7 @@ def test_how_much_adapters_reach_is_said(build: MakePolicy, caplog: pytest.LogCa
     assert "adapters on 14 of 14 linear layers, 100.0 %" in caplog.text and "without adapters" not in caplog.text
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("training", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("modules", [[], "auto"])
 def test_fused_experts_are_adapted_by_name(

@@ -176,6 +176,7 @@ def test_new_rows_begin_as_the_mean(kind: str, base: Callable[..., Path]) -> Non
     assert policy.base.config.get_text_config().vocab_size == text.vocab_size
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("kind", "lora"),
     [

@@ -95,6 +95,7 @@ def test_large_blocks_are_given_back(pages_and_held: list[int]) -> None:
     assert called < 25 and not_called > 30
 
 
+@pytest.mark.nightly
 @glibc
 def test_what_the_environment_says_stands() -> None:
     """Blocks of this size come from the system and go back to it, as the C library has it by itself; or they do not."""

@@ -46,6 +46,7 @@ def _can_flush() -> None:
         pytest.skip("this processor cannot flush denormal numbers")
 
 
+@pytest.mark.share(1)
 @onednn
 @pytest.mark.parametrize("before", ["", "denormal()"], ids=["no thread runs yet", "threads run already"])
 def test_every_thread_flushes(before: str) -> None:

@@ -23,6 +23,7 @@ def as_mask(left_out: Tensor, shape: torch.Size) -> Tensor:
     return zero_(torch.ones(shape), left_out) == 0
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("p", [0.02, 0.1, FEW, 0.5, 0.9])
 def test_every_element_is_left_out_with_probability_p_and_by_itself(p: float) -> None:
     torch.manual_seed(0)

@@ -143,6 +143,7 @@ def test_fused_rounds_no_worse_than_plain(
         assert error <= 1.5 * allowed + 1e-7 * value.norm(), name
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own, of its own
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -384,6 +385,7 @@ def test_copies_are_made_once_while_weights_stand_still() -> None:
     assert weight_copies(weight, torch.float32).data_ptr() == weight.data_ptr()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("lora", [None, {"lora_dropout": 0.0}, {"use_dora": True, "lora_dropout": 0.0}], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_policy_trains_as_without(

@@ -387,6 +387,7 @@ def test_no_tokenizer(content: str | None, model_dir: Path) -> None:
 EXPLODES = "(?i)" + "strasse" * 6000
 
 
+@pytest.mark.share(1)
 @pytest.mark.skipif(not time_limit.CAN_FORK, reason="nothing is tried where processes cannot be copied")
 @pytest.mark.parametrize("key", ["Regex", "\\u0052egex"])
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
@@ -449,6 +450,7 @@ def test_the_tokenizer_is_the_one_that_transformers_chooses(kind: str, named: st
     assert found("the fox jumps").input_ids == expected("the fox jumps").input_ids
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     "larger",
     [

@@ -35,6 +35,7 @@ def make_head(dtype: torch.dtype = torch.float64, bias: bool = True, spread: flo
     return (spread * hidden).to(dtype), weight.to(dtype), b.to(dtype) if bias else None, targets  # type: ignore[return-value]
 
 
+@pytest.mark.share(24)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("tile", [(1, 1), (5, 7), (13, 31), (100, 100)])
 @pytest.mark.parametrize("trained", ["hidden", "weight bias", "hidden weight bias", "hidden bias"])
@@ -73,6 +74,7 @@ def test_collisions_are_the_log_of_the_sum_of_squares(transform: LogitTransform,
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_by_finite_differences(transform: LogitTransform, frozen: bool) -> None:

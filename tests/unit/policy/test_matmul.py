@@ -30,6 +30,7 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
+@pytest.mark.share(120)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 @pytest.mark.parametrize("w_layout", LAYOUTS)

@@ -212,6 +212,7 @@ def test_collate_follows_the_rows(build: MakePolicy, groups: list[Group], caplog
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize(
     ("stored", "training", "saved"),
     [

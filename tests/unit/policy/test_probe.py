@@ -66,6 +66,7 @@ def soft_cap(cap: float, scale: float = 1.0) -> Change:
 PRECISIONS = [Precision(torch.float32), Precision(torch.bfloat16)]
 
 
+@pytest.mark.share(10)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p.compute))
 @pytest.mark.parametrize("adapted", [False, True], ids=["float32 weights", "16-bit weights"])
 @pytest.mark.parametrize(
@@ -159,6 +160,7 @@ def test_names_in_configurations(kind: str, keys: dict[str, Any], want: LogitTra
     assert logit_transform(CONFIG_MAPPING[kind](**keys)) == want
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -176,6 +176,7 @@ def test_on_another_processor_it_decides_anew_and_says_so(
     assert "bfloat16 linear: own then, widened now" in caplog.text
 
 
+@pytest.mark.nightly
 def test_two_processes_decide_alike(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the computer is: the second reads what the first has found."""
     monkeypatch.delenv("STROP_TESTS_PRETEND")

@@ -144,6 +144,7 @@ def plain_logps(policy: Policy) -> torch.Tensor:
     return torch.cat(parts)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dpo_is_as_near_to_float64_as_the_plain_model_is(kind: str, build: Callable[..., Policy]) -> None:
     """Loss and gradients on a quantised base against the dequantised model in float64: no further away than those of
@@ -203,6 +204,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str, build: Callable[
     torch.testing.assert_close(padded, together, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_the_weights_hash_knows_the_quantisation(build: Callable[..., Policy]) -> None:
     others = [{}, {"quant": "4bit", "bnb_double_quant": False}]
     hashes = {build(quant).weights_hash for quant in [*KINDS.values(), *others]}
@@ -419,6 +421,7 @@ def stored_dir(model_dir: Path, tmp_path: Path) -> Callable[[str], Path]:
     return made
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_that_are_quantised_are_trained_on_as_they_are(
     kind: str, stored_dir: Callable[[str], Path], build: Callable[..., Policy], tmp_path: Path

@@ -199,6 +199,7 @@ def identity_of(policy: Policy) -> dict[str, object]:
     return model_identity(policy, weights_hash(policy.model))
 
 
+@pytest.mark.nightly
 def test_the_identity_is_of_what_decides_the_numbers(build: Callable[..., Policy]) -> None:
     plain = identity_of(build())
     assert identity_of(build(lora={"r": 4})) == plain  # adapters that add nothing yet

@@ -72,6 +72,7 @@ def run(browser: str, tmp_path: Path, file: Path, *flags: str) -> subprocess.Com
     return done
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_accessible_and_hostile_text_is_text(
     scheme: str, sick: str, browser: str, axe: str, tmp_path: Path

@@ -166,7 +166,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_json_in_any_place_gives_a_page(data: st.DataObject, make: Callable[..., Any]) -> None:
     """A value of any kind in the place of any value of data.json, result.json, plan.json, pairs.json, config.yaml."""

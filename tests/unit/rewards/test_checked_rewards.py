@@ -55,6 +55,7 @@ def test_code_is_run_only_where_that_is_asked_for() -> None:
         python_tests(["x = 1"], {"tests": ["assert x == 1"]})
 
 
+@pytest.mark.nightly
 def test_the_share_of_tests_that_pass(tmp_path: Path) -> None:
     """And nothing that the code does gives it more: an early exit, another process, a file, a flood of text."""
     add = "def add(a, b):\n    return a + b\n"

@@ -300,6 +300,7 @@ LIMITED = replace(ASKED, top_p=0.9)
 COLD = replace(ASKED, temperature=0.7)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("asked", "mode", "found"),
     [

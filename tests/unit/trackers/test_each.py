@@ -169,7 +169,7 @@ def test_samples_and_the_tables_of_the_report_are_there(kind: str, tracked: Trac
 
 
 @pytest.mark.parametrize(
-    "killed", ["wandb", "trackio", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("mlflow", "tensorboard"))]
+    "killed", ["trackio", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("wandb", "mlflow", "tensorboard"))]
 )
 def test_a_killed_run_too(killed: str, tmp_path: Path) -> None:
     pytest.importorskip(killed, reason="install the extra of this name")
