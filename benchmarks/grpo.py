@@ -1,9 +1,12 @@
 """GRPO beside TRL's GRPOTrainer: a task learned from sampled completions, and the time of its steps.
 
-    python -m benchmarks.grpo [--seeds 1,2,3] [--folder FOLDER] [--out benchmarks/results]
+    python -m benchmarks.grpo [--case short|long] [--seeds 1,2,3] [--folder FOLDER] [--out benchmarks/results]
 
 Runs of other seeds that are stored with the same settings stay. The model that both start from is made anew, or once
 in `--folder`, where later calls find it.
+
+Cases differ in their prompts: of `short` each is a question of some ten tokens; in front of that of `long` stand 20
+others with their answers, some 270 tokens. Prompts of people are longer, and a group shares its prompt.
 
 Both sides have the same first weights, prompts in the same order, rewards, optimizer and steps, in float32 with one
 thread, a process of its own for each run. What they sample differs, as their random numbers do. The task is the demo's:
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import tempfile
 import time
 from collections import defaultdict
@@ -40,7 +44,7 @@ from .inputs import ROOT
 from .measure import busy_cores, call, commit, describe_machine
 
 OUT = ROOT / "benchmarks" / "results"
-GRPO = "grpo.json"
+FILES = ("grpo-short.json", "grpo-long.json")
 SIZE = 8
 """Completions of each prompt."""
 PHASES = ("sample", "reward", "train")
@@ -53,10 +57,11 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 @dataclass(frozen=True)
 class Settings:
-    """prompts: of each step. room: tokens of a completion at most. rate: of GRPO, constant. demonstrations, sft_rate,
-    sft_epochs: of the SFT stage before it."""
+    """prompts: of each step. turns: questions with their answers in front of each. room: tokens of a completion at
+    most. rate: of GRPO, constant. demonstrations, sft_rate, sft_epochs: of the SFT stage before it."""
 
     prompts: int = 32
+    turns: int = 0
     steps: int = 20
     room: int = 10
     rate: float = 1e-4
@@ -64,22 +69,29 @@ class Settings:
     sft_rate: float = 2e-3
     sft_epochs: int = 4
 
+    @property
+    def prompt_room(self) -> int:
+        """Tokens of a prompt at most."""
+        return 32 + 32 * self.turns
 
-SETTINGS = Settings()
+
+SETTINGS = {"short": Settings(), "long": Settings(turns=20)}
 
 
 # -- what both sides start from ---------------------------------------------------------------------------------------
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, s: Settings) -> None:
     """`folder` gets start/, the demo's data and held-out rows."""
     import strop
     from strop.demo.model import write_base
     from strop.demo.task import Size, write_data
 
-    write_data(folder / "data", 0, Size(num_demonstrations=SETTINGS.demonstrations))
+    write_data(folder / "data", 0, Size(num_demonstrations=s.demonstrations))
+    put_turns_in_front(folder / "data", s)
     base = folder / "base"
     write_base(base, 0)
+    lengthen(base, s)
     (result,) = strop.train(
         strop.load_config(
             overrides={
@@ -89,11 +101,11 @@ def make(folder: Path) -> None:
                 "post_training": {"method": "sft"},
                 "training": {
                     "output_dir": str(folder),
-                    "num_epochs": SETTINGS.sft_epochs,
-                    "groups_per_step": 64,
-                    "learning_rate": SETTINGS.sft_rate,
+                    "num_epochs": s.sft_epochs,
+                    "groups_per_step": max(64 // (s.turns + 1), 1),
+                    "learning_rate": s.sft_rate,
                     "warmup_steps": 20,
-                    "max_seq_length": 64,
+                    "max_seq_length": s.prompt_room + 32,
                     "max_prompt_length": None,
                     "max_completion_length": None,
                     "bf16": False,
@@ -104,10 +116,37 @@ def make(folder: Path) -> None:
         )
     )
     result.final.rename(folder / "start")
-    (folder / "before.json").write_text(json.dumps(heldout_accuracy(folder / "start", folder)))
+    (folder / "before.json").write_text(json.dumps(heldout_accuracy(folder / "start", folder, s)))
 
 
-def heldout_accuracy(model: Path, folder: Path) -> float:
+def put_turns_in_front(data: Path, s: Settings) -> None:
+    """Demonstrations become conversations of several; every question gets the same ones in front, all sorted."""
+    from strop.demo.task import ITEMS, NUM_ITEMS, completion_of, prompt_of
+
+    if not s.turns:
+        return
+    shown = read(data / "sft.train.jsonl")
+    joined = [shown[i : i + s.turns + 1] for i in range(0, len(shown), s.turns + 1)]
+    write(
+        data / "sft.train.jsonl", [{"messages": [turn for row in some for turn in row["messages"]]} for some in joined]
+    )
+    draw = random.Random(1)
+    lists = [draw.sample(ITEMS, draw.choice(NUM_ITEMS)) for _ in range(s.turns)]
+    front = [turn for items in lists for turn in (*prompt_of(items), *completion_of(sorted(items)))]
+    for name in ("grpo.train.jsonl", "heldout.jsonl"):
+        write(data / name, [{**row, "prompt": front + row["prompt"]} for row in read(data / name)])
+
+
+def lengthen(base: Path, s: Settings) -> None:
+    """The demo's model has as many positions as a prompt of this case needs; none of them has weights."""
+    if not s.turns:
+        return
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        path = base / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: s.prompt_room + 32}))
+
+
+def heldout_accuracy(model: Path, folder: Path, s: Settings) -> float:
     """Share of the held-out lists that the model in `model` answers rightly, by greedy decoding."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,7 +167,7 @@ def heldout_accuracy(model: Path, folder: Path) -> float:
             return_tensors="pt",
         )
         with torch.inference_mode():
-            ids = policy.generate(**inputs, do_sample=False, max_new_tokens=SETTINGS.room)
+            ids = policy.generate(**inputs, do_sample=False, max_new_tokens=s.room)
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(exact_match(texts, {"answer": [row["answer"] for row in some]}, column="answer"))
     return right / len(rows)
@@ -136,6 +175,10 @@ def heldout_accuracy(model: Path, folder: Path) -> float:
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
@@ -164,7 +207,7 @@ class Clock:
         return {name: [b[i] - a[i] for a, b in pairwise(self.marks)] for i, name in enumerate(("wall", "processor"))}
 
 
-def by_strop(folder: Path, seed: int, out: Path) -> dict[str, Any]:
+def by_strop(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
     import strop
     from strop.engine.loop import Loop
 
@@ -188,16 +231,16 @@ def by_strop(folder: Path, seed: int, out: Path) -> dict[str, Any]:
                 "rewards": [{"name": "exact_match", "settings": {"column": "answer"}}],
                 "training": {
                     "output_dir": str(out),
-                    "max_steps": SETTINGS.steps,
-                    "groups_per_step": SETTINGS.prompts,
-                    "learning_rate": SETTINGS.rate,
+                    "max_steps": s.steps,
+                    "groups_per_step": s.prompts,
+                    "learning_rate": s.rate,
                     "lr_scheduler": "constant",
                     "warmup_steps": 0,
                     "weight_decay": 0.0,
                     "max_grad_norm": 1.0,
-                    "max_seq_length": 64,
-                    "max_prompt_length": 32,
-                    "max_completion_length": SETTINGS.room,
+                    "max_seq_length": s.prompt_room + 32,
+                    "max_prompt_length": s.prompt_room,
+                    "max_completion_length": s.room,
                     "bf16": False,
                     "logging_steps": 1,
                     "save_steps": 10**6,
@@ -212,11 +255,11 @@ def by_strop(folder: Path, seed: int, out: Path) -> dict[str, Any]:
         **{phase: [r[f"time/{phase}"] for r in records] for phase in PHASES},
         "rewards": [r["reward"] for r in records],
         "lengths": [r["completions/mean_length"] for r in records],
-        "heldout": heldout_accuracy(result.final, folder),
+        "heldout": heldout_accuracy(result.final, folder, s),
     }
 
 
-def by_trl(folder: Path, seed: int, out: Path) -> dict[str, Any]:
+def by_trl(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOTrainer
@@ -233,8 +276,8 @@ def by_trl(folder: Path, seed: int, out: Path) -> dict[str, Any]:
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32),
         reward_funcs=[sorted_right],
-        args=trl_settings(seed, out),
-        train_dataset=in_strops_order(folder, seed),
+        args=trl_settings(seed, out, s),
+        train_dataset=in_strops_order(folder, seed, s),
         processing_class=AutoTokenizer.from_pretrained(folder / "start"),
         callbacks=[Watch()],
     )
@@ -250,26 +293,26 @@ def by_trl(folder: Path, seed: int, out: Path) -> dict[str, Any]:
         **phases,
         "rewards": [r["reward"] for r in records],
         "lengths": [r["completions/mean_length"] for r in records],
-        "heldout": heldout_accuracy(out / "final", folder),
+        "heldout": heldout_accuracy(out / "final", folder, s),
     }
 
 
-def trl_settings(seed: int, out: Path) -> Any:
+def trl_settings(seed: int, out: Path, s: Settings) -> Any:
     """TRL's configuration with what `by_strop` sets."""
     from trl import GRPOConfig
 
     return GRPOConfig(
         output_dir=str(out),
         seed=seed,
-        max_steps=SETTINGS.steps,
-        per_device_train_batch_size=SETTINGS.prompts * SIZE,
+        max_steps=s.steps,
+        per_device_train_batch_size=s.prompts * SIZE,
         gradient_accumulation_steps=1,
         num_generations=SIZE,
-        max_completion_length=SETTINGS.room,
+        max_completion_length=s.room,
         loss_type="grpo",
         beta=0.0,
         temperature=1.0,
-        learning_rate=SETTINGS.rate,
+        learning_rate=s.rate,
         lr_scheduler_type="constant",
         warmup_steps=0,
         weight_decay=0.0,
@@ -287,15 +330,15 @@ def trl_settings(seed: int, out: Path) -> Any:
     )
 
 
-def in_strops_order(folder: Path, seed: int) -> Any:
+def in_strops_order(folder: Path, seed: int, s: Settings) -> Any:
     """The prompts of all steps, as strop deals them, for a trainer that does not shuffle."""
     from datasets import Dataset
 
     from strop.plan.order import Plan
 
     rows = read(folder / "data" / "grpo.train.jsonl")
-    plan = Plan.of(len(rows), SETTINGS.prompts, 1, SETTINGS.steps, seed)
-    ordered = [rows[i] for step in range(1, SETTINGS.steps + 1) for i in plan.groups(step)]
+    plan = Plan.of(len(rows), s.prompts, 1, s.steps, seed)
+    ordered = [rows[i] for step in range(1, s.steps + 1) for i in plan.groups(step)]
     return Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in ordered])
 
 
@@ -318,28 +361,28 @@ def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
     return wrapped
 
 
-def run_side(folder: Path, side: str, seed: int) -> dict[str, Any]:
+def run_side(folder: Path, side: str, seed: int, s: Settings) -> dict[str, Any]:
     """One run; what it found."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
-        found = (by_strop if side == "strop" else by_trl)(folder, seed, Path(out))
+        found = (by_strop if side == "strop" else by_trl)(folder, seed, Path(out), s)
     for what in ("wall", *PHASES, "rewards"):
-        if len(found[what]) != SETTINGS.steps:
-            raise SystemExit(f"{side}: {what} of {len(found[what])} steps, not of {SETTINGS.steps}")
+        if len(found[what]) != s.steps:
+            raise SystemExit(f"{side}: {what} of {len(found[what])} steps, not of {s.steps}")
     return found
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def compare(seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> dict[str, Any]:
+def compare(case: str, seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="strop-bench-") as scratch:
         folder = place or Path(scratch, "made")
         os.environ["STROP_CACHE"] = f"{scratch}/cache"
         if not (folder / "before.json").exists():
-            call("grpo", "--make", str(folder), threads=1)
+            call("grpo", "--make", str(folder), "--case", case, threads=1)
         before = json.loads((folder / "before.json").read_text())
         print(f"held-out accuracy {before:.3f} before", flush=True)
         runs: list[dict[str, Any]] = []
@@ -347,7 +390,7 @@ def compare(seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> d
             for side in sides if seed % 2 else tuple(reversed(sides)):
                 busy = busy_cores()
                 found_at = f"{scratch}/found.json"
-                words = ("--sides", side, "--seeds", str(seed), "--out", found_at)
+                words = ("--case", case, "--sides", side, "--seeds", str(seed), "--out", found_at)
                 call("grpo", "--run", str(folder), *words, threads=1)
                 found = json.loads(Path(found_at).read_text())
                 runs.append({"side": side, "seed": seed, "busy_cores": busy, **found})
@@ -357,7 +400,7 @@ def compare(seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> d
                     flush=True,
                 )
     return {
-        "settings": asdict(SETTINGS),
+        "settings": asdict(SETTINGS[case]),
         "machine": describe_machine(),
         "commit": commit(),
         "before": before,
@@ -365,10 +408,10 @@ def compare(seeds: Sequence[int], sides: Sequence[str], place: Path | None) -> d
     }
 
 
-def store(result: dict[str, Any], folder: Path) -> None:
+def store(result: dict[str, Any], path: Path) -> None:
     """Beside the runs of other seeds and sides with the same settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, done = folder / GRPO, {(r["side"], r["seed"]) for r in result["runs"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {(r["side"], r["seed"]) for r in result["runs"]}
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if all(earlier.get(name) == result[name] for name in ("settings", "before")):
         result["runs"] += [r for r in earlier["runs"] if (r["side"], r["seed"]) not in done]
@@ -386,8 +429,8 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     return fmean(numbers) - half, fmean(numbers) + half
 
 
-def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """For the page of results."""
+def lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """For the page of results: what is measured, and a table for each case."""
     yield (
         f"`python -m benchmarks.grpo`: the demo's task, sorting lists of words, rewarded for the whole sorted list "
         f"alone; {SIZE} completions of each prompt at temperature 1, all weights, float32, one thread, no reference. "
@@ -397,7 +440,12 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         "TRL's by strop's with the same seed, in brackets the least and the most; the target is "
         f"{1 / MOST_OF_TIME:.0f}. Phases: shares of the step by the wall; TRL's training is what is left of its step."
     )
-    yield from table(result)
+    for result in results:
+        yield from table(result)
+
+
+def in_front(turns: int) -> str:
+    return f"{turns} questions with their answers (some {14 * turns} tokens)" if turns else "nothing"
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
@@ -411,7 +459,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     busy = median(run["busy_cores"] or 0.0 for run in result["runs"])
     yield (
         f"\n{machine['date']}, {machine['processor']}, trl {machine['trl']}, commit "
-        f"{result['commit']}; {s['steps']} steps of {s['prompts']} prompts, completions of at most {s['room']} tokens, "
+        f"{result['commit']}; {s['steps']} steps of {s['prompts']} prompts, {in_front(s['turns'])} in front of each; "
+        f"completions of at most {s['room']} tokens, "
         f"learning rate {s['rate']:g}. Held-out accuracy before: {result['before']:.3f}. Other processes kept "
         f"{busy:.1f} cores busy (median).\n"
     )
@@ -438,6 +487,7 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=list(SETTINGS), default="short")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--folder", type=Path)
@@ -447,13 +497,13 @@ def main() -> None:
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.make:
-        make(args.make)
+        make(args.make, SETTINGS[args.case])
     elif args.run:
-        found = run_side(args.run, args.sides[0], seeds[0])
+        found = run_side(args.run, args.sides[0], seeds[0], SETTINGS[args.case])
         args.out.write_text(json.dumps(found))
     else:
-        found = compare(seeds, args.sides, args.folder)
-        store(found, args.out)
+        found = compare(args.case, seeds, args.sides, args.folder)
+        store(found, args.out / f"grpo-{args.case}.json")
         print("\n".join(table(found)))
 
 

@@ -147,10 +147,10 @@ def test_grpo_beside_trl_is_reported_by_seed(slower: float, met: str) -> None:
 
     runs = [run("trl", 1, 0.6, slower), run("strop", 2, 0.8, 2.0), run("strop", 1, 0.7, 1.0)]
     runs.append(run("trl", 2, 0.6, 2 * slower))
-    settings = {"steps": 3, "prompts": 2, "room": 4, "rate": 1e-3}
+    settings = {"steps": 3, "prompts": 2, "turns": 0, "room": 4, "rate": 1e-3}
     machine = {"date": "2026-01-01", "processor": "a processor", "trl": "1"}
     found = {"settings": settings, "machine": machine, "commit": "a", "before": 0.4, "runs": runs}
-    *_, ours, theirs = grpo.lines(found)
+    *_, ours, theirs = grpo.lines([found])
     assert ours == "| strop | 0.750 (0.115 - 1.385) | 0.700, 0.800 | 0.500 | 1.500 | - | - | 50 | 0 | 25 |"
     assert f"| {1.5 * slower:.3f} | {slower:.2f} ({slower:.2f} - {slower:.2f}) | {met} |" in theirs
 
