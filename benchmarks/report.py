@@ -100,16 +100,18 @@ def beside(steps: Mapping[str, Any]) -> Iterator[str]:
     """What `benchmarks.step_ratio` has measured."""
     yield f"\n## Steps and starts beside those of commit {steps['against'][:7]}\n"
     yield (
-        f"{steps['date']}, commit {steps['commit'][:7]}, one thread. Seconds of processor time, the least of the "
-        "rounds; in brackets the quartiles of the ratios of all pairs that were taken in turn.\n"
+        "`python -m benchmarks.step_ratio`, one thread. Seconds of processor time, the least of the rounds, and their "
+        "ratio; beside it the median of the ratios of all pairs that were taken in turn, and its quartiles.\n"
     )
-    yield "| case | what | pairs | seconds | before | ratio |\n|---|---|---|---|---|---|"
+    yield "| case | date | commit | what | pairs | seconds | before | ratio | of pairs |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for result in steps["cases"]:
         for what in ("step", "start"):
             if (found := result.get(what)) is not None:
                 low, high = found["quartiles"]
-                seconds = f"{found['times']} | {found['seconds']:.3f} | {found['before']:.3f}"
-                yield f"| {result['case']} | {what} | {seconds} | {found['ratio']:.3f} ({low:.3f} - {high:.3f}) |"
+                measured = f"{result['case']} | {result['date']} | {result['commit'][:7]} | {what} | {found['times']}"
+                seconds = f"{found['seconds']:.3f} | {found['before']:.3f} | {found['ratio']:.3f}"
+                yield f"| {measured} | {seconds} | {found['median']:.3f} ({low:.3f} - {high:.3f}) |"
 
 
 def reward_models(found: Mapping[str, Any]) -> Iterator[str]:

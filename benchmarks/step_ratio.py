@@ -170,6 +170,14 @@ def figures_of(new: Sequence[float], old: Sequence[float], pairs: Sequence[tuple
     }
 
 
+def store(against: str, found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Beside the cases that are stored already, where they are compared with the same commit."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    cases = before["cases"] if before.get("against") == against else []
+    by_name = {result["case"]: result for result in (*cases, *found)}
+    path.write_text(json.dumps({"against": against, "cases": list(by_name.values())}, indent=1) + "\n", "utf-8")
+
+
 def lines(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The figures for a person."""
     for result in found:
@@ -200,17 +208,17 @@ def main() -> int:
         parser.error("--against is missing")
     known, found = {**CASES, TOY.name: TOY, START.name: START}, []
     ours = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
-    facts = {"against": args.against, "commit": ours.stdout.strip(), "date": date.today().isoformat()}
+    facts = {"commit": ours.stdout.strip(), "date": date.today().isoformat()}
     with checked_out(args.against) as tree:
         for name in args.case:
             case = known[name] if args.steps is None or name == START.name else replace(known[name], steps=args.steps)
             if why := missing(case):
                 print(f"{name}: {why}")
                 continue
-            found.append(compare((ROOT, tree), case, args.rounds))
+            found.append({**compare((ROOT, tree), case, args.rounds), **facts})
             print(*lines(found[-1:]), sep="\n", flush=True)
             if args.out:
-                args.out.write_text(json.dumps({**facts, "cases": found}, indent=1) + "\n", encoding="utf-8")
+                store(args.against, found, args.out)
     slow = [r["case"] for r in found if max(r[what]["ratio"] for what in ("step", "start") if what in r) > MOST]
     print(f"above {MOST}: {', '.join(slow) or 'none'}")
     return 1 if slow else 0

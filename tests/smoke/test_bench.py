@@ -125,13 +125,16 @@ def test_steps_beside_those_of_another_commit_are_reported(tmp_path: Path) -> No
     found = [{"case": "toy", "rounds": 2, "start": figures, "step": figures}]
     (line, other) = step_ratio.lines(found)
     assert line.startswith("toy, step: 1.250 s, 1.500 s before; ratio 0.833; of 4 pairs") and "start" in other
-    steps = {"against": "a" * 40, "commit": "b" * 40, "date": "2026-01-02", "cases": found}
-    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    measured = {"commit": "b" * 40, "date": "2026-01-02"}
+    for case in ("other", "toy"):
+        step_ratio.store("a" * 40, [{**found[0], **measured, "case": case}], tmp_path / "steps.json")
     (tmp_path / "a-processor").mkdir()
     (tmp_path / "a-processor" / "made-up.json").write_text(json.dumps(stored({"strop": 2.0, "G": 4.0})))
     table, _ = report(tmp_path)
     assert "## Steps and starts beside those of commit aaaaaaa" in table
-    assert "| toy | step | 4 | 1.250 | 1.500 | 0.833 (0.500 - 1.500) |" in table
+    for case in ("other", "toy"):
+        figures = "1.250 | 1.500 | 0.833 | 1.000 (0.500 - 1.500)"
+        assert f"| {case} | 2026-01-02 | bbbbbbb | step | 4 | {figures} |" in table
 
 
 @pytest.mark.parametrize(("slower", "met"), [(2.0, "no"), (3.5, "yes")])
