@@ -246,6 +246,29 @@ def test_nulls_that_json_wrote_are_the_same_tokens_as_json_text(
         assert tokens(write(as_text, folder), "single", make_config, tokenizer) == expected
 
 
+def test_maps_are_objects(tmp_path: Path, make_config: Make) -> None:
+    """DuckDB writes objects whose keys differ as maps."""
+    arguments = pa.map_(pa.string(), pa.string())
+    call = pa.struct([("name", pa.string()), ("arguments", arguments)])
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))])
+    turns = [
+        {"role": "user", "content": "q"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"name": "f", "arguments": [("city", "Bern"), ("n", None)]}],
+        },
+        {"role": "assistant", "content": "x"},
+    ]
+    schema = pa.schema([("messages", pa.list_(turn)), ("picture", pa.map_(pa.string(), pa.binary()))])
+    pq.write_table(
+        pa.Table.from_pylist([{"messages": turns, "picture": [("a", b"x")]}], schema=schema), tmp_path / "r.parquet"
+    )
+    (example,) = examples(str(tmp_path / "r.parquet"), "single", make_config)
+    assert example.completions[0][0]["tool_calls"] == [{"name": "f", "arguments": {"city": "Bern"}}]
+    assert example.notes == ("media_unread",)
+
+
 def test_a_null_that_json_wrote_stays(tmp_path: Path, make_config: Make) -> None:
     call = {"function": {"name": "f", "arguments": {"a": None}}}
     tool = {"name": "f", "parameters": {"default": None}}

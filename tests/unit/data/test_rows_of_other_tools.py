@@ -14,7 +14,7 @@ from strop.data.counters import COUNTERS
 from strop.data.read.arrow import RowMaker
 from strop.data.read.row import RowRefused
 from strop.data.text.render import Renderer
-from strop.types import Example
+from strop.types import Example, RowShape
 
 PLAIN = {"messages": [u("q"), a("x")]}
 
@@ -61,6 +61,42 @@ def test_messages_as_text_are_never_trained_as_text_under_any_name(names: tuple[
     assert refusal.reason == "missing_field" and "--prompt-column" in refusal.fix
     named = {"prompt": asked, "completion": answered}
     assert read({asked: json.dumps([u("q")]), answered: turns}, **named).prompt == (u("q"),)
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_answers_of_a_group_as_json_text_are_messages(write: Callable[[Any], str]) -> None:
+    row = {"prompt": [u("q")], "completions": [[a("x")], [a("y")]], "rewards": [1, 0]}
+    written = {"prompt": write(row["prompt"]), "completions": [write(turns) for turns in row["completions"]]}
+    for columns in (written, {**written, "completions": json.dumps(written["completions"])}):
+        example = read({**row, **columns}, "group")
+        assert example.completions == ((a("x"),), (a("y"),)) and example.notes == ("messages_as_json",)
+    words = {**row, "completions": ["[1]", '[{"name": "x"}]']}
+    assert [turns[0]["content"] for turns in read(words, "group").completions] == words["completions"]
+    assert refused({**row, "completions": [str([a("x")])[:-2] + "}", "y"]}, "group").reason == "invalid_json"
+
+
+def test_tools_and_calls_as_python_prints_them_are_read() -> None:
+    """As pandas writes lists into a CSV file."""
+    call, tool = {"name": "f", "arguments": {"b": None}}, {"name": "f", "parameters": {}}
+    row = {"messages": [u("q"), a("", tool_calls=[call]), a("x")], "tools": [tool]}
+    printed = {"messages": str([u("q"), a("", tool_calls=str([call])), a("x")]), "tools": str([tool])}
+    example, plain = read(printed), read(row)
+    assert (example.prompt, example.completions, example.tools) == (plain.prompt, plain.completions, plain.tools)
+    assert refused({**row, "tools": "[f(x)]"}).reason == "wrong_type"
+
+
+@pytest.mark.parametrize(
+    ("rows", "row", "expected"),
+    [
+        ("labelled", {"messages": [u("q"), a("x")], "label": None}, "true or 1"),
+        ("labelled", {"prompt": "q", "completion": None, "label": True}, "a text or a list"),
+        ("single", {"messages": [u("q"), a(None)]}, "a text"),
+        ("group", {"prompt": "q", "completions": None, "rewards": [1]}, "list of answers"),
+    ],
+)
+def test_a_null_says_what_should_be_there(rows: RowShape, row: Row, expected: str) -> None:
+    refusal = refused(row, rows)
+    assert refusal.reason == "null_field" and expected in refusal.expected
 
 
 # ---- labels

@@ -139,6 +139,30 @@ def test_a_folder_without_named_splits_is_one_split(own: str | None, tmp_path: P
         read("train[")
 
 
+@pytest.mark.parametrize("own", ["test", "train_sft"])
+def test_a_dictionary_of_one_split_is_that_split(own: str, tmp_path: Path, make_config: Make) -> None:
+    table = datasets.Dataset.from_list([{"prompt": str(i), "completion": "x"} for i in range(10)])
+    datasets.DatasetDict({own: table}).save_to_disk(tmp_path / "one")
+
+    def read(split: str) -> list[str]:
+        return prompts(choose_sources(make_config(name=str(tmp_path / "one"), split=split).dataset, "single"))[0]
+
+    assert read("train") == read(own) == [str(i) for i in range(10)]
+    assert read("train[2:4]") == read(f"{own}[2:4]") == ["2", "3"]
+    with pytest.raises(DataError, match=f"holds one split, '{own}'"):
+        read("other")
+
+
+def test_files_of_a_folder_that_do_not_fit_together_say_why(tmp_path: Path, make_config: Make) -> None:
+    for name, arguments in (("a", {"x": 1}), ("b", {"y": "z"})):
+        row = {"prompt": "q", "completion": "x", "meta": arguments}
+        (tmp_path / f"train-{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    source = choose_sources(make_config(name=str(tmp_path)).dataset, "single").train[0]
+    with pytest.raises(DataError, match="cast") as problem:
+        list(source.read())
+    assert "dataset.sources" in problem.value.fix
+
+
 def test_named_splits_are_named_where_another_is_asked_for(tmp_path: Path, make_config: Make) -> None:
     table = datasets.Dataset.from_list([{"prompt": "q", "completion": "x"}])
     datasets.DatasetDict({"test": table, "extra": table}).save_to_disk(tmp_path / "two")

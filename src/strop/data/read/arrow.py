@@ -5,6 +5,7 @@ keys of all others, null where a row had none; and it holds the bytes of images 
 
     nulls below WITHOUT_NULLS              taken out: a schema or an argument that a row does not have is not null
     JSON (the type of Arrow)               read; a null that it holds is the row's own
+    maps                                   objects; `to_pylist` gives pairs
     columns of bytes                       not read: `NOT_READ` stands in their place
 """
 
@@ -63,6 +64,8 @@ def _look(kind: Any, leaves: set[bool], names: set[str]) -> None:
             _look(field.type, leaves, names)
     elif _is_list(kind):
         _look(kind.value_type, leaves, names)
+    elif pa.types.is_map(kind):
+        _look(kind.item_type, leaves, names)
     else:
         leaves.add(
             pa.types.is_binary(kind)
@@ -83,6 +86,8 @@ def _convert(kind: Any, drops_nulls: bool) -> Convert | None:
     if _is_list(kind):
         item = _convert(kind.value_type, drops_nulls)
         return None if item is None else _each(item)
+    if pa.types.is_map(kind):
+        return _map(_convert(kind.item_type, drops_nulls), drops_nulls)
     if not pa.types.is_struct(kind):
         return None
     found = {field.name: _convert(field.type, drops_nulls or field.name in WITHOUT_NULLS) for field in kind}
@@ -92,6 +97,17 @@ def _convert(kind: Any, drops_nulls: bool) -> Convert | None:
 
 def _each(item: Convert) -> Convert:
     return lambda values: [None if value is None else item(value) for value in values]
+
+
+def _map(item: Convert | None, drops_nulls: bool) -> Convert:
+    def convert(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        return {
+            str(key): item(value) if item is not None and value is not None else value
+            for key, value in pairs
+            if value is not None or not drops_nulls
+        }
+
+    return convert
 
 
 def _object(converts: dict[str, Convert], drops_nulls: bool) -> Convert:

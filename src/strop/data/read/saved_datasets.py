@@ -55,7 +55,11 @@ def read_saved(folder: str, split: str) -> Iterator[Row]:
         fix="set dataset.train_file for plain files; check dataset.split",
     ):
         loaded = datasets.load_from_disk(folder)
-        parts = _of_several(loaded, split) if isinstance(loaded, datasets.DatasetDict) else _of_one(loaded, split)
+        parts = (
+            _of_several(loaded, split)
+            if isinstance(loaded, datasets.DatasetDict)
+            else _of_one(loaded, str(loaded.split or "train"), split)
+        )
         for name, data, start, stop in parts:
             chosen = data if (start, stop) == (0, len(data)) else data.select(range(start, stop))
             yield from _rows(chosen, f"{folder}[{name}]", start)
@@ -68,13 +72,15 @@ Part = tuple[str, Any, int, int]
 def _of_several(loaded: Any, split: str) -> list[Part]:
     if split in loaded:
         return [(split, loaded[split], 0, len(loaded[split]))]
+    if len(loaded) == 1:
+        (own,) = loaded
+        return _of_one(loaded[own], own, split)
     lengths = {name: len(data) for name, data in loaded.items()}
     return [(name, loaded[name], start, stop) for name, start, stop in _absolute(split, lengths)]
 
 
-def _of_one(data: Any, split: str) -> list[Part]:
-    """Of a folder without named splits. It is one split, whatever it was a part of when it was saved."""
-    own = str(data.split or "train")
+def _of_one(data: Any, own: str, split: str) -> list[Part]:
+    """Of a folder with one split. All of it is meant, whatever the split was called when it was saved."""
     if split == own:
         return [(own, data, 0, len(data))]
     names = _split_names(split)
@@ -144,7 +150,8 @@ def _hub_errors(name: str, subset: str | None, split: str) -> Iterator[None]:
         "the data set cannot be loaded",
         where=f"dataset.name: {name}" + (f", subset {subset}" if subset else "") + f", split {split}",
         expected="an existing file or folder, or a data set of the Hugging Face hub that can be reached from here",
-        fix="check the name, dataset.subset and dataset.split; offline, download it first and name its files",
+        fix="check the name, dataset.subset and dataset.split; offline, download it first and name its files; list "
+        "files whose columns do not fit together one by one in dataset.sources",
     ):
         yield
 
@@ -160,5 +167,7 @@ def _errors(found: str, *, where: str, expected: str, fix: str) -> Iterator[None
 
 
 def _first_line(error: BaseException) -> str:
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__  # the error itself says that one occurred
     text = re.split(r"[\r\n]", str(error).strip(), maxsplit=1)[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

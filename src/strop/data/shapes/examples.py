@@ -39,6 +39,12 @@ JSON = ("tools", TEMPLATE_KWARGS)
 LABEL = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 """What a label says, by its text."""
 
+LABELS = "true or 1 (desirable), false or 0"
+"""What a label should be, for messages to people."""
+
+TURNS = "a text or a list of messages"
+"""What a column of turns should be."""
+
 KTO_TAG = "kto_tag"
 """Column that can only say whether an answer is desirable, whatever `dataset.label_column` names."""
 
@@ -162,6 +168,16 @@ class _Reader:
                 self._nulls |= {name}
             elif name in JSON or (name == GROUP and self._rows == "group"):
                 row[name] = parsed(row[name], name)
+        answers = row.get(GROUP) if self._rows == "group" else None
+        if isinstance(answers, list | tuple):
+            row[GROUP] = [self._answer_of_group(answer, f"{GROUP}[{i}]") for i, answer in enumerate(answers)]
+
+    def _answer_of_group(self, answer: Any, field: str) -> Any:
+        turns = messages_in(answer, field) if isinstance(answer, str) else None
+        if turns is None:
+            return answer
+        self.notes[:] = ["messages_as_json"]
+        return turns
 
     def parts(self) -> tuple[Turns, tuple[Turns, ...], bool | None]:
         """Prompt, completions and label."""
@@ -195,7 +211,7 @@ class _Reader:
         self._require((columns.label,) if talk else (columns.prompt, columns.completion, columns.label), expected)
         label = _label(data[columns.label])
         if label is None:
-            raise wrong_type(columns.label, data[columns.label], "true or 1 (desirable), false or 0")
+            raise wrong_type(columns.label, data[columns.label], LABELS)
         if talk:
             turns = self._ended(self._conversation(), "messages")
             return turns[:-1], (turns[-1:],), label
@@ -219,7 +235,7 @@ class _Reader:
                 fix=f"set {FOR_PAIRS}",
             )
         if "messages" in self._nulls and columns.completion not in data:
-            raise is_null("messages")
+            raise is_null("messages", TURNS)
         if "text" in data and columns.prompt not in data and columns.completion not in data:
             return "", (text_of(data["text"], "text"),)
         self._require((columns.prompt, columns.completion), expected)
@@ -243,7 +259,7 @@ class _Reader:
         expected = f"{prompt} and {GROUP}, a list of answers to it"
         self._require((prompt,), expected)
         if GROUP in self._nulls:
-            raise is_null(GROUP)
+            raise is_null(GROUP, expected)
         if GROUP not in self.data:
             raise RowRefused(
                 "missing_field",
@@ -292,7 +308,7 @@ class _Reader:
             if field in self.data:
                 continue
             if field in self._nulls:
-                raise is_null(field)
+                raise is_null(field, LABELS if field == self._columns.label else TURNS)
             names = ", ".join(repr(str(key)[:40]) for key in list(self._whole)[:12]) or "none"
             kinds = {getattr(self._columns, kind): kind for kind in NAMED}
             missing = [kinds[name] for name in fields if name not in self.data]

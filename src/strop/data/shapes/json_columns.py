@@ -84,12 +84,12 @@ def _value(text: str) -> Any:
 
 
 def parsed(value: Any, field: str) -> Any:
-    """What a JSON text says.
+    """What a text says that is JSON, or a value as Python prints it.
 
     Raises:
         RowRefused: it is no JSON.
     """
-    try:
-        return json.loads(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RowRefused("wrong_type", f"{field} is not JSON", expected="JSON") from error
+    found = _value(value) if isinstance(value, str) else _NO_VALUE
+    if found is _NO_VALUE:
+        raise RowRefused("wrong_type", f"{field} is not JSON", expected="JSON")
+    return found

@@ -111,7 +111,7 @@ def _message(message: Any, field: str) -> Message:
         turn["content"] = _content(turn["content"], f"{field}.content", may_be_empty=calls or role in MAY_BE_EMPTY)
     elif not calls:
         if "content" in message:
-            raise is_null(f"{field}.content")
+            raise is_null(f"{field}.content", "a text")
         raise RowRefused("missing_field", f"{field} has no content", expected="an object with role and content")
     return turn
 
@@ -288,6 +288,6 @@ def wrong_type(field: str, value: Any, expected: str) -> RowRefused:
     return RowRefused("wrong_type", f"{field} is {in_words(value)}", expected=expected)
 
 
-def is_null(field: str) -> RowRefused:
+def is_null(field: str, expected: str) -> RowRefused:
     """The refusal of a null."""
-    return RowRefused("null_field", f"{field} is null", expected="a text or a list of messages")
+    return RowRefused("null_field", f"{field} is null", expected=expected)
