@@ -109,6 +109,12 @@ def start(folder: Path) -> dict[str, float]:
         from strop.plan.cutting import cut
     except ImportError:  # commits before the room
         from strop.data.plan import cut
+    try:
+        from strop.run_description import describe
+    except ImportError:  # commits that had it as a method
+
+        def describe(run: Any, tokens: Any) -> Any:
+            return run.describe(tokens)
 
     config = resolve(load_config(overrides=_overrides(folder)))
     model, device = config.models[0], torch.device("cpu")
@@ -122,7 +128,7 @@ def start(folder: Path) -> dict[str, float]:
     precision = resolve_precision(prepared.config.training, device)
     settled = fitted(prepared, machine, precision, tokens)
     prediction(settled, machine, precision, tokens)
-    list(settled.describe(tokens))
+    list(describe(settled, tokens))
     budget = settled.config.training.micro_batch_tokens
     cut(settled.data.train, settled.plan.groups(1), budget, tokens)
     seconds["all"] = time.perf_counter() - began

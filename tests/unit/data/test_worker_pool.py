@@ -19,7 +19,7 @@ from strop import time_limit
 from strop.data.load import load_data
 from strop.data.read.files import read_lines
 from strop.data.store import worker_pool
-from strop.data.store.row_pipeline import RowPipeline, may_run_away
+from strop.data.store.row_pipeline import RowPipeline, json_of, may_run_away
 from strop.data.store.worker_pool import work_all
 from strop.errors import DataError, ModelError
 
@@ -121,8 +121,8 @@ def slow(tokenizer: Any) -> Any:
 
 
 def test_what_may_run_away_is_known(make_tokenizer: Make) -> None:
-    assert not may_run_away(make_tokenizer())
-    assert may_run_away(growing(make_tokenizer(), 1)) and may_run_away(slow(make_tokenizer()))
+    assert not may_run_away(json_of(make_tokenizer()))
+    assert all(may_run_away(json_of(tokenizer)) for tokenizer in (growing(make_tokenizer(), 1), slow(make_tokenizer())))
 
 
 @linux

@@ -22,7 +22,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from strop import time_limit
+from strop import garbage_collection, time_limit
 from strop.config import RunConfig
 from strop.data.counters import LEFT_OUT
 from strop.data.read.files import parse_line
@@ -34,7 +34,7 @@ from strop.data.text.date import day_of
 from strop.data.text.encode import Encoded, Encoder
 from strop.data.text.message_forms import reasons
 from strop.data.text.render import Rendered, Renderer, TextRules
-from strop.data.text.sandbox import bounded_memory
+from strop.data.text.sandbox import bounded_memory, time_is_watched
 from strop.data.text.token_rows import from_tokens, group_from_tokens, is_tokenised, is_tokenised_group
 from strop.data.text.truncate import Limits, shorten_prompts, truncate
 from strop.errors import DataError, ModelError, foreign_errors
@@ -71,7 +71,9 @@ class RowPipeline:
         tokenizer: PreTrainedTokenizerBase,
         rows: RowShape,
         stop_tokens: Sequence[int] = (),
+        tokenizer_json: str | None = None,
     ) -> None:
+        """tokenizer_json: what `json_of` writes of the tokenizer, where the caller has it."""
         dataset = config.dataset
         self._rows = rows
         self._keeps_rows = config.rollout.enabled  # for the rewards
@@ -95,8 +97,8 @@ class RowPipeline:
         self._encoder = Encoder(tokenizer, self.renderer.template, whole=self._judged)
         self._tokenizer = tokenizer
         self._made_of = (config, tokenizer, rows, stop_tokens)
-        whole = _whole(tokenizer)
-        self.may_run_away = RUNS_AWAY.search(whole) is not None
+        whole = tokenizer_json or json_of(tokenizer)
+        self.may_run_away = may_run_away(whole)
         """Whether rows may take the tokenizer for ever, where no signal ends it."""
         parts = (whole, str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
         self._tokenizer_hashes = [hashlib.sha256(part.encode(errors="surrogatepass")).hexdigest() for part in parts]
@@ -114,7 +116,8 @@ class RowPipeline:
         Raises:
             ModelError: it takes too much time or memory to be made.
         """
-        if may_run_away(tokenizer):
+        tokenizer_json = json_of(tokenizer)
+        if may_run_away(tokenizer_json):
             try:
                 time_limit.tried(cls, config, tokenizer, rows, stop_tokens)
             except time_limit.TooMuch as limit:
@@ -125,7 +128,7 @@ class RowPipeline:
                     fix="look at the normalizer and pre_tokenizer in tokenizer.json before you trust it",
                 ) from limit
         with foreign_errors(partial(_unusable, tokenizer)):
-            return cls(config, tokenizer, rows, stop_tokens)
+            return cls(config, tokenizer, rows, stop_tokens, tokenizer_json)
 
     def identity(self) -> dict[str, Any]:
         """Everything but the rows themselves that decides what becomes of them."""
@@ -147,6 +150,10 @@ class RowPipeline:
         Args:
             file: number of the file that the rows are from.
         """
+        with garbage_collection.paused():  # what a batch makes stays until its end
+            return self._work(rows, file)
+
+    def _work(self, rows: Sequence[Row], file: int) -> PipelineResult:
         done = PipelineResult()
         rows = [_parsed(row) for row in rows]
         examples = [self._example(row) for row in rows]
@@ -196,7 +203,7 @@ class RowPipeline:
     def _encode(self, examples: Sequence[Example]) -> list[Encoded | RowRefused]:
         results: list[Encoded | RowRefused | None] = []
         rendered: list[tuple[Rendered, ...]] = []
-        with bounded_memory():
+        with bounded_memory(), time_is_watched():
             for example in examples:
                 try:
                     rendered.append(self.renderer.render(example))
@@ -295,12 +302,12 @@ RUNS_AWAY = re.compile('"type":"(?:Replace|Precompiled|Prepend)"|"Regex":')
 """What a tokenizer.json can make endless: its own regular expressions, and texts that grow."""
 
 
-def may_run_away(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer has parts that a text can keep busy for ever, or that make texts longer."""
-    return RUNS_AWAY.search(_whole(tokenizer)) is not None
+def may_run_away(tokenizer_json: str) -> bool:
+    """Whether a tokenizer has parts that a text can keep busy for ever, or that make texts longer."""
+    return RUNS_AWAY.search(tokenizer_json) is not None
 
 
-def _whole(tokenizer: PreTrainedTokenizerBase) -> str:
+def json_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of its tokenizer.json, which takes a twentieth of a second and more to be written."""
     text: str = tokenizer.backend_tokenizer.to_str()
     return text

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from strop import garbage_collection
 from strop.data.read.row import RowRefused
 from strop.data.text.chat_template import leading_tokens
 from strop.data.text.render import Rendered
@@ -345,8 +344,7 @@ class Encoder:
             encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         finally:
             backend.encode_special_tokens = False
-        with garbage_collection.paused():
-            return [Tokens.of(encoding, self._added) for encoding in encodings]
+        return [Tokens.of(encoding, self._added) for encoding in encodings]
 
 
 def _joined(sides: Sequence[_Side]) -> Encoded:

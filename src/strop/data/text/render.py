@@ -32,7 +32,7 @@ from strop.data.text.message_forms import (
     writes_python,
 )
 from strop.data.text.refusals import dropped_reasoning, refuse_lost_parts, unverified
-from strop.data.text.sandbox import NOW, are_plain, bounded, bounded_memory, variables
+from strop.data.text.sandbox import NOW, Bounded, are_plain, bounded_memory, variables
 from strop.data.text.template_writer import Ends, Writer
 from strop.errors import ConfigError
 from strop.types import Example, Message, Turns
@@ -150,7 +150,7 @@ class Renderer:
         if not self._rules.chat_template_kwargs:
             return []
         templates = {self._template_for(None), self._template_for(({},))}
-        with bounded(self.chosen.name, 1), bounded_memory():
+        with Bounded(self.chosen.name, 1), bounded_memory():
             known = frozenset[str]().union(*map(variables, templates))
         return [name for name in self._rules.chat_template_kwargs if name not in known]
 
@@ -181,7 +181,7 @@ class Renderer:
         turns = [turn for part in (prompt, *completions) for turn in part]
         is_plain = are_plain(turns, example.tools)
         writer = Writer(template, self._ends, more, example.tools, self._rules.date, is_plain=is_plain)
-        with bounded(str(example.origin), len(turns)):
+        with Bounded(example.origin, len(turns)):
             unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
             openings: dict[Form, str | None] = {}
             rendered = tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)

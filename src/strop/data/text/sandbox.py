@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,6 +60,7 @@ TEMPLATE_ERRORS = (
 """What a template can raise on a row it was not written for."""
 
 
+TEXT = {str}
 SCALARS = frozenset({str, int, float, bool, type(None)})
 OF_DICT = frozenset(dir(dict))
 SAFE_OF_STR = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
@@ -152,6 +153,8 @@ def are_plain(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | 
 def _is_json(value: Any) -> bool:
     kind = type(value)
     if kind is dict:
+        if {*map(type, value), *map(type, value.values())} == TEXT:
+            return True  # most messages hold texts alone
         return all(type(key) is str for key in value) and all(map(_is_json, value.values()))
     return all(map(_is_json, value)) if kind is list else kind in SCALARS
 
@@ -214,8 +217,28 @@ def _quick(getattr_of_sandbox: Callable[[Any, str], Any]) -> Callable[[Any, str]
     return quick
 
 
+_watched_by: int | None = None
+"""The thread in which the signal that ends a row's time is handled."""
+
+
 @contextmanager
-def bounded(where: str, num_messages: int) -> Iterator[None]:
+def time_is_watched() -> Iterator[None]:
+    """The signal that ends a row's time is handled in here: for a batch of rows, as saying so takes longer than to set
+    the time of one."""
+    global _watched_by
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread() or _watched_by:
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _stop)
+    _watched_by = threading.get_ident()
+    try:
+        yield
+    finally:
+        _watched_by = None
+        signal.signal(signal.SIGVTALRM, before)
+
+
+class Bounded:
     """Rendering that takes too much processor time, or memory within `bounded_memory`, is an error in here.
 
     Args:
@@ -224,32 +247,33 @@ def bounded(where: str, num_messages: int) -> Iterator[None]:
     Raises:
         ModelError: it did.
     """
-    seconds = SECONDS * (1 + num_messages // 100)
-    try:
-        with _bounded_time(seconds):
-            yield
-    except (_Overtime, MemoryError) as error:
-        limit = f"{seconds:g} seconds" if isinstance(error, _Overtime) else f"{BYTES >> 30} GiB of memory"
+
+    def __init__(self, where: object, num_messages: int) -> None:
+        self._where, self._seconds = where, SECONDS * (1 + num_messages // 100)
+        self._watch = ExitStack()
+
+    def __enter__(self) -> None:
+        if _watched_by is None:
+            self._watch.enter_context(time_is_watched())
+        if _watched_by == threading.get_ident():
+            signal.setitimer(signal.ITIMER_VIRTUAL, self._seconds, AGAIN)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if _watched_by == threading.get_ident():
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        except _Overtime as late:
+            error = error or late
+        self._watch.close()
+        if not isinstance(error, _Overtime | MemoryError):
+            return
+        limit = f"{self._seconds:g} seconds" if isinstance(error, _Overtime) else f"{BYTES >> 30} GiB of memory"
         raise ModelError(
             f"the chat template takes more than {limit} for one row",
-            where=where,
+            where=str(self._where),
             expected="some milliseconds and little memory",
             fix="look at the template before you trust it, or set dataset.template to one that is shipped",
         ) from error
-
-
-@contextmanager
-def _bounded_time(seconds: float) -> Iterator[None]:
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _stop(number: int, frame: object) -> NoReturn:
