@@ -88,7 +88,7 @@ def test_reasoning_before_a_call_is_trained_and_seen_by_the_answer(render: Calla
     ],
 )
 def test_what_is_not_provably_the_same_text_is_refused(template: str, render: Callable[..., Any]) -> None:
-    with pytest.raises(RowRefused, match="leaves turn 1, a system turn, out"):
+    with pytest.raises(RowRefused, match=r"leaves turn 1 \(system\) out"):
         render(template, [s("b"), u("q")], [a("x")])
 
 
@@ -99,3 +99,45 @@ def test_a_content_that_begins_inside_of_its_thoughts(content: str, render: Call
     assert trained(found) == ["so\n</think>\n\nx</s>"]
     with pytest.raises(RowRefused, match="leaves the reasoning"):
         render(OPEN_THOUGHT, [u("q")], [a("<think>so</think>x")])  # another line end than the prompt has
+
+
+@pytest.mark.parametrize(
+    "tags", [("<think>", "<tool_call>"), ("<|channel>", "<|tool_call>"), ("[THINK]", "[TOOL_CALLS]")]
+)
+def test_a_prompt_never_ends_inside_of_a_tag(tags: tuple[str, str], render: Callable[..., Any]) -> None:
+    """A generation prompt opens one tag where the rendering has another that begins alike."""
+    thought, calling = tags
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] or '') }}{% for c in m.tool_calls or [] %}"
+        f"{{{{ '{calling}' + (c.function | tojson) }}}}{{% endfor %}}{{{{ '</s>' }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '<|assistant|>{thought}' }}}}{{% endif %}}"
+    )
+    call = a("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    result = {"role": "tool", "content": "r <t"}
+    (found,) = render(template, [u("q <t")], [call, result, a("x")])
+    assert found.text[: found.boundary] == "<|user|>q <t</s><|assistant|>" and not found.is_generation_prompt
+    assert trained(found) == [calling + '{"name": "f", "arguments": {}}</s>', "x</s>"]
+
+
+CLOSED_THOUGHT = OPEN_THOUGHT.replace("'<|assistant|>' +", "'<|assistant|><think></think>' +").replace(
+    "'<|assistant|><think>\n'", "'<|assistant|><think></think>'"
+)
+"""Every answer has an empty thought in front, which the generation prompt writes."""
+
+
+def test_no_thoughts_are_put_behind_a_prompt_that_has_closed_them(render: Callable[..., Any]) -> None:
+    with pytest.raises(RowRefused, match="leaves the reasoning of turn 2 out"):
+        render(CLOSED_THOUGHT, [u("q")], [a("<think>so</think>x")])
+    for content in ("x", "<think>\n</think>x"):
+        (found,) = render(CLOSED_THOUGHT, [u("q")], [a(content)])
+        assert found.text[: found.boundary] == "<|user|>q<|assistant|><think></think>" and trained(found) == ["x</s>"]
+
+
+def test_earlier_answers_that_a_template_never_writes_with_their_thoughts_are_history(
+    render: Callable[..., Any],
+) -> None:
+    template = OPEN_THOUGHT.replace("<think>\n", "")
+    (found,) = render(template, [u("q")], [a("<think>so</think>x"), u("r"), a("<think>no</think>y")])
+    assert found.text == "<|user|>q<|assistant|>x</s><|user|>r<|assistant|><think>no</think>y</s>"
+    assert trained(found) == ["<think>no</think>y</s>"] and found.num_history == 1
+    assert "the reasoning of turn 2" in found.left_out

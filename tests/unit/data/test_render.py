@@ -424,6 +424,20 @@ def test_a_call_that_the_template_leaves_out_is_told(make_tokenizer: Make) -> No
         render(make_tokenizer(template=only_the_first), turn("user", "q"), turn("assistant", None, tool_calls=calls))
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_tools_that_the_template_leaves_out_are_told_though_their_names_are_in_calls(
+    described: bool, make_tokenizer: Make
+) -> None:
+    function = {"name": "search", "parameters": {}, **({"description": 'Looks "it" up.'} if described else {})}
+    calls = [{"function": {"name": "search", "arguments": {"q": "x"}}}]
+    messages = turn("user", "q"), turn("assistant", None, tool_calls=calls)
+    example = Example(messages[:1], (messages[1:],), HERE, ({"type": "function", "function": function},))
+    with pytest.raises(RowRefused, match="leaves the tools of the row out"):
+        Renderer(make_tokenizer(template=CALLING.replace("{% if tools %}", "{% if tools and false %}"))).render(example)
+    (rendered,) = Renderer(make_tokenizer(template=CALLING)).render(example)
+    assert words(rendered, rendered.trained)
+
+
 def test_no_token_lies_across_a_later_generation_prompt(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(template=READS_REASONING.replace("'<think>' +", "'<think>\n' +"))
     renderer = Renderer(tokenizer)
@@ -452,3 +466,17 @@ def test_contents_reach_templates_that_want_parts(make_tokenizer: Make) -> None:
     rendered = render(make_tokenizer(template=template), turn("user", "a </s> b"), turn("assistant", "x"))
     assert words(rendered, rendered.trained) == ["x<|end|>"]
     assert words(rendered, rendered.contents) == ["a </s> b", "x"]
+
+
+def test_contents_in_parts_are_never_written_as_python_has_them(make_tokenizer: Make) -> None:
+    """A template that drops something of a text writes all of it where the content is a list that it prints."""
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% set c = m['content'] %}"
+        "{% if c is string and '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+        "{{ c | WRITE }}{{ '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant\n<think></think>' }}{% endif %}"
+    )
+    for write in ("string", "tojson"):
+        tokenizer = make_tokenizer(template=template.replace("WRITE", write))
+        with pytest.raises(RowRefused, match="leaves the reasoning of turn 2 out"):
+            render(tokenizer, turn("user", "q"), turn("assistant", "<think>hm</think>x"))

@@ -11,6 +11,7 @@ instead, cut at the end of the generation prompt.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ Content = tuple[int, int, bool]
 
 KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id"})
 """Keys of any message that are looked after one by one; an id says nothing but what belongs together."""
+
+OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
+"""A tag that is not closed."""
 
 EMPTY: tuple[object, ...] = ("", [], {})
 
@@ -215,6 +219,8 @@ class Conversation:
         probe = markers.read(self._writer.text(markers.messages))
         content = self._messages[i].get("content", "")
         restored = with_thoughts(probe, content, opening, i)
+        if restored is None and not any(piece.text for piece in thoughts):
+            return
         if restored is None:
             raise dropped_reasoning(i, opening)
         self.text, self._reading, self._markers = restored.text, restored, markers
@@ -255,7 +261,7 @@ class Conversation:
         floor = max(others, default=0)
         as_generated = opening is not None and self.text.startswith(opening)
         opening = opening or ""
-        common = len(opening) if as_generated else _num_common(opening, self.text)
+        common = len(opening) if as_generated else _num_alike(opening, self.text, floor)
         if as_generated and opening:
             start = earliest = len(opening)
         else:
@@ -265,9 +271,19 @@ class Conversation:
         if not floor <= start <= end + length:
             raise unverified(f"turn {i + 1} does not follow its generation prompt")
         # inference comes further along its prompt than the rendering of the whole does
-        is_other = not as_generated and _num_common(opening, alone.text) > common
-        is_history = not is_same or not is_whole or is_other
+        is_other = not as_generated and _num_alike(opening, alone.text, floor) > common
+        is_history = not is_same or not is_whole or is_other or self._lacks_thoughts(i, own_alone)
         return AnswerSpan(i, start, end + length, earliest, as_generated, is_history)
+
+    def _lacks_thoughts(self, i: int, own_alone: Sequence[MarkedSpan]) -> bool:
+        """Whether the template drops thoughts of an earlier turn, though it ends with them: inference wrote them."""
+        assert self._markers is not None
+        if i == len(self._messages) - 1:
+            return False
+        seen = {id(place.piece) for place in own_alone}
+        return any(
+            p.message == i and p.kind == "thought" and p.text and id(p) not in seen for p in self._markers.pieces
+        )
 
     def _lead(self, i: int, first: MarkedSpan) -> str:
         """What a content has in front of its first piece, a tag or white space, if the rendering has it there too."""
@@ -311,7 +327,7 @@ class Conversation:
         seen = {id(place.piece) for place in own_alone}
         is_last = i == len(self._messages) - 1
         kinds = ("reasoning", "thought") if is_last else ("reasoning",)
-        if any(p.message == i and p.kind in kinds and id(p) not in seen for p in self._markers.pieces):
+        if any(p.message == i and p.kind in kinds and p.text and id(p) not in seen for p in self._markers.pieces):
             raise dropped_reasoning(i, self._opening_at(i))
 
     def _answer_without_marks(self, i: int, opening: str | None) -> AnswerSpan:
@@ -376,6 +392,17 @@ def _with_history(answers: Sequence[AnswerSpan]) -> list[AnswerSpan]:
     return [
         answer if answer.as_generated or answer.is_history else replace(answer, is_history=True) for answer in answers
     ]
+
+
+def _num_alike(opening: str, text: str, least: int) -> int:
+    """How much of a generation prompt a rendering begins with, in whole tags: `<think>` is not like `<tool_call>`.
+
+    Args:
+        least: where somebody's words end; they may hold anything.
+    """
+    length = _num_common(opening, text)
+    tag = OPEN_TAG.search(text, min(least, length), length)
+    return tag.start() if tag is not None and length < len(opening) else length
 
 
 def _num_common(one: str, other: str) -> int:

@@ -59,11 +59,13 @@ def with_thoughts(probe: MarkedRendering, content: str, opening: str, number: in
     written = opening[start:]
     if not opening.startswith(probe.text[:start]):
         return None
+    before = tuple(place for place in probe.places if place.stop <= start and place is not words[0])
+    if "</think>" in opening[max(map(_stop, before), default=0) :]:
+        return None  # the generation prompt has closed the thoughts: inference writes none behind them
     if not content.startswith(written):
         if "<think>" not in written or "<think>" in content.partition("</think>")[0]:
             return None
         start += len(written)
-    before = tuple(place for place in probe.places if place.stop <= words[0].start and place is not words[0])
     place = words[0]._replace(start=start, stop=start + len(content))
     text = (opening if start == len(opening) else probe.text[:start]) + content + probe.text[stop:]
     return MarkedRendering(text, (*before, place), is_whole=True)

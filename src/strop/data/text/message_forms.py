@@ -170,11 +170,19 @@ def without_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def writes_python(messages: Sequence[Message], text: str) -> bool:
-    """Whether a rendering holds arguments of a call as Python writes them, which no model is to learn."""
+    """Whether a rendering holds arguments of a call, or a content in parts, as Python or JSON writes an object, which no
+    model is to learn.
+
+    Args:
+        messages: in the form that the template was given.
+    """
     for message in messages:
         for call in message.get("tool_calls", ()):
             function = call.get("function", call)
             arguments = function.get("arguments") if isinstance(function, Mapping) else None
             if isinstance(arguments, Mapping) and arguments and str(arguments) in text:
                 return True
+        parts = message.get("content")
+        if isinstance(parts, list) and any(str(part) in text or json.dumps(part) in text for part in parts):
+            return True
     return False

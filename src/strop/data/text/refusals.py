@@ -52,7 +52,7 @@ def dropped(messages: Sequence[Message], piece: MarkedText) -> RowRefused:
         )
     return RowRefused(
         "dropped_by_template",
-        f"the chat template leaves turn {number}, a {role} turn, out",
+        f"the chat template leaves turn {number} ({role}) out",
         expected=f"a chat template that renders {role} turns, or rows without them",
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -288,9 +289,10 @@ class Renderer:
                 conversation = Conversation(formed, messages, first, openings[form])
                 _refuse_lone_surrogates(conversation.text)
                 _refuse_dropped_calls(messages, writer.tools, conversation.text)
-                if not writes_python(messages, conversation.text):
+                _refuse_dropped_tools(formed, messages, conversation.text)
+                if not writes_python(form.of(messages), conversation.text):
                     return conversation
-                refusals.append(unverified("the template writes the arguments of a call as Python does"))
+                refusals.append(unverified("the template writes the arguments of a call or a content as Python does"))
             except RowRefused as refusal:
                 refusals.append(refusal)
                 if refusal.reason not in ("template_error", "dropped_by_template"):
@@ -379,6 +381,30 @@ def _refuse_dropped_calls(messages: Sequence[Message], tools: Tools, text: str) 
                     f"the chat template leaves {kind}, {name[:40]!r}, out",
                     expected="a chat template that knows tools, or rows without them",
                 )
+
+
+def _refuse_dropped_tools(writer: Writer, messages: Sequence[Message], text: str) -> None:
+    """The name of a tool is in the text of its calls, too: where no description is there, a rendering without the tools
+    says whether they are."""
+    if not writer.tools or any(_is_described(tool, text) for tool in writer.tools):
+        return
+    try:
+        if writer.without_tools().text(messages) != writer.text(messages):
+            return
+    except RowRefused:
+        return
+    raise RowRefused(
+        "dropped_by_template",
+        "the chat template leaves the tools of the row out",
+        expected="a chat template that writes tools, or rows without them",
+        fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes tools",
+    )
+
+
+def _is_described(tool: Mapping[str, Any], text: str) -> bool:
+    function = tool.get("function", tool)
+    words = function.get("description") if isinstance(function, Mapping) else None
+    return isinstance(words, str) and bool(words) and (words in text or json.dumps(words)[1:-1] in text)
 
 
 def _refuse_lone_surrogates(text: str) -> None:

@@ -113,6 +113,12 @@ class Writer:
         other._form = form
         return other
 
+    def without_tools(self) -> Writer:
+        """The same writer for a row without tools."""
+        other = copy(self)
+        other.tools = None
+        return other
+
     def text(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """The rendering."""
         return self._render(messages, generation_prompt=generation_prompt)[0]
