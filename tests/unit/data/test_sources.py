@@ -153,6 +153,17 @@ def test_a_dictionary_of_one_split_is_that_split(own: str, tmp_path: Path, make_
         read("other")
 
 
+def test_the_subsets_that_there_are_are_named(tmp_path: Path, make_config: Make) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text('{"prompt": "q", "completion": "x"}\n', encoding="utf-8")
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"\['one', 'two'\]") as problem:
+        prompts(choose_sources(make_config(name=str(tmp_path)).dataset, "single"))
+    assert "dataset.subset" in problem.value.fix
+
+
 def test_files_of_a_folder_that_do_not_fit_together_say_why(tmp_path: Path, make_config: Make) -> None:
     for name, arguments in (("a", {"x": 1}), ("b", {"y": "z"})):
         row = {"prompt": "q", "completion": "x", "meta": arguments}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,8 @@ from strop.types import Origin
 logger = logging.getLogger("strop")
 
 ROWS_AT_ONCE = 256
+LONGEST = 240
+"""Characters of what a package says of an error, at most."""
 
 
 def saved_identity(folder: str, split: str) -> str:
@@ -163,11 +164,12 @@ def _errors(found: str, *, where: str, expected: str, fix: str) -> Iterator[None
     except StropError:
         raise
     except Exception as error:  # a package with dozens of its own, and those of each file format
-        raise DataError(f"{found}: {_first_line(error)}", where=where, expected=expected, fix=fix) from error
+        raise DataError(f"{found}: {_said(error)}", where=where, expected=expected, fix=fix) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _said(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__  # the error itself says that one occurred
-    text = re.split(r"[\r\n]", str(error).strip(), maxsplit=1)[0]
+    text = " ".join(str(error).split())  # what is available often stands in the second line
+    text = text if len(text) <= LONGEST else text[:LONGEST].rstrip() + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

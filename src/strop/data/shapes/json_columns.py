@@ -91,5 +91,5 @@ def parsed(value: Any, field: str) -> Any:
     """
     found = _value(value) if isinstance(value, str) else _NO_VALUE
     if found is _NO_VALUE:
-        raise RowRefused("wrong_type", f"{field} is not JSON", expected="JSON")
+        raise RowRefused("wrong_type", f"{field} is not JSON", expected="JSON", fix="write it by json.dumps")
     return found

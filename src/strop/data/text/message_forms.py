@@ -170,8 +170,8 @@ def without_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def writes_python(messages: Sequence[Message], text: str) -> bool:
-    """Whether a rendering holds arguments of a call, or a content in parts, as Python or JSON writes an object, which no
-    model is to learn.
+    """Whether a rendering holds arguments of a call as Python writes them, or the parts of a content as Python or JSON
+    does: no model is to learn that.
 
     Args:
         messages: in the form that the template was given.
