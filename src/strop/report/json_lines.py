@@ -24,7 +24,7 @@ from strop.readable import is_number
 
 Column = NDArray[np.float64]
 
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 """Bytes that are parsed at a time."""
 PARTS, LEAST_PART = 4, 1 << 20
 """A block is parsed in so many parts at once, by as many threads as pyarrow has; a part has at least so many bytes."""
@@ -101,7 +101,7 @@ class _Gathered:
                 known = np.array([self.place_of(w) for w in encoded.dictionary.to_pylist()] + [-1], np.int32)
                 words = known[encoded.indices.fill_null(len(known) - 1).to_numpy(zero_copy_only=False)]
             elif column.null_count < found.num_rows:
-                columns[name] = column.to_numpy()
+                columns[name] = column.combine_chunks().to_numpy(zero_copy_only=False)  # that of chunks imports pandas
         self.add(found.num_rows, columns, words)
 
     def parse_by_line(self, block: bytes) -> None:
@@ -140,6 +140,8 @@ def read_lines(path: Path, numbers: Collection[str], *, text: str | None = None)
     """
     gathered = _Gathered(numbers, text, np.float32 if path.stat().st_size > LARGE else np.float64)
     for block in _blocks(path):
+        if block.isspace():
+            continue
         try:
             gathered.parse(block)
         except (pa.ArrowException, ValueError, KeyError):
@@ -159,22 +161,11 @@ def is_flat(block: bytes) -> bool:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The file in blocks that end with a line's end, but for the last."""
+    """The file in blocks that end with a line's end, but for the last. A line that is longer than a block, which no log
+    has, comes in pieces."""
     with path.open("rb") as file:
-        rest = b""
-        while more := file.read(BLOCK):
-            whole, newline, rest_of = more.rpartition(b"\n")
-            if not newline:
-                rest += more
-                if len(rest) > 4 * BLOCK:  # no line of a log is that long
-                    rest = b""
-                continue
-            block = rest + whole + newline
-            rest = rest_of
-            if block.strip():
-                yield block
-        if rest.strip():
-            yield rest
+        while block := file.read(BLOCK):
+            yield block + file.readline(BLOCK)
 
 
 def _number(value: object) -> float:
