@@ -141,3 +141,22 @@ def test_earlier_answers_that_a_template_never_writes_with_their_thoughts_are_hi
     assert found.text == "<|user|>q<|assistant|>x</s><|user|>r<|assistant|><think>no</think>y</s>"
     assert trained(found) == ["<think>no</think>y</s>"] and found.num_history == 1
     assert "the reasoning of turn 2" in found.left_out
+
+
+def test_the_last_answer_is_never_history(render: Callable[..., Any]) -> None:
+    """A template that writes two answers in a row as one turn, or thoughts behind a prompt without them."""
+    merging = (
+        "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ '<|user|>' + m['content'] }}{% else %}"
+        "{% if not loop.first and loop.previtem['role'] != 'assistant' %}{{ '<|assistant|>' }}{% endif %}"
+        "{{ m['content'] }}{% if loop.last or loop.nextitem['role'] != 'assistant' %}{{ '</s>' }}{% endif %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    with pytest.raises(RowRefused, match="turn 3 does not follow its generation prompt"):
+        render(merging, [u("q")], [a("x"), a("y")])
+    (found,) = render(merging, [u("q")], [a("x"), u("r"), a("y")])
+    assert trained(found) == ["x</s>", "y</s>"]
+
+
+def test_a_conversation_that_begins_with_an_answer_trains_those_behind_it(render: Callable[..., Any]) -> None:
+    (found,) = render(OPEN_THOUGHT, [], [a("x"), u("q"), a("y")])
+    assert trained(found) == ["x</s>", "y</s>"]

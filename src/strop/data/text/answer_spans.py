@@ -84,9 +84,9 @@ class Conversation:
             self._restore_thoughts()
             self._begin_with_the_prompt()
         self._refuse_dropped()
-        self.answers = _with_history([self._answer(i) for i in self._numbers])
+        self.answers = [self._answer(i) for i in self._numbers]
         if self.blocks is None:
-            self.answers = [self._closed_by_next_header(answer) for answer in self.answers]
+            self.answers = [self._closed_by_next_header(answer) for answer in _with_history(self.answers)]
         else:
             self.answers = [replace(a, is_history=False) if a.is_history else a for a in self.answers]
 
@@ -386,9 +386,16 @@ def _without_thoughts(message: Message) -> Message:
 
 
 def _with_history(answers: Sequence[AnswerSpan]) -> list[AnswerSpan]:
-    """The answers, where those that do not follow their generation prompt are history if others do follow theirs."""
-    if not any(answer.as_generated for answer in answers):
+    """The answers, where those that do not follow their generation prompt are history if others do follow theirs.
+
+    Raises:
+        RowRefused: the last one would be history, though nothing follows it.
+    """
+    # an answer at the very beginning has no generation prompt to follow
+    if not any(answer.as_generated and answer.message for answer in answers):
         return list(answers)
+    if not answers[-1].as_generated:
+        raise unverified(f"turn {answers[-1].message + 1} does not follow its generation prompt, and earlier ones do")
     return [
         answer if answer.as_generated or answer.is_history else replace(answer, is_history=True) for answer in answers
     ]
