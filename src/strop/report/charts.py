@@ -152,8 +152,10 @@ def _frame(points: Iterable[Bucket], levels: Sequence[float]) -> Frame:
     for level in levels:  # drawn where it is near
         if low - (high - low) <= level <= high + (high - low):
             low, high = min(low, level), max(high, level)
-    if low == high:
-        low, high = low - max(abs(low) * 0.05, 1e-9), high + max(abs(high) * 0.05, 1e-9)
+    if low == high == 0:
+        high = 1.0
+    elif low == high:
+        low, high = low - abs(low) * 0.05, high + abs(high) * 0.05
     pad = 0.04 * (high - low)
     return Frame(min(b.step for b in found), max(b.step for b in found), low - pad, high + pad)
 
@@ -261,7 +263,10 @@ def _labels(ends: Sequence[tuple[float, int, str]]) -> list[str]:
         y = max(y, taken + 17)
         taken = y
         shown = name if len(name) <= 14 else name[:13] + "…"
-        parts.append(f'<text class="name c{number_}" x="{WIDTH - RIGHT + 6}" y="{y + 4:.1f}">{escape(shown)}</text>')
+        fit = f' textLength="{RIGHT - 8}" lengthAdjust="spacingAndGlyphs"' if len(shown) > 8 else ""  # on a phone, too
+        parts.append(
+            f'<text class="name c{number_}" x="{WIDTH - RIGHT + 6}" y="{y + 4:.1f}"{fit}>{escape(shown)}</text>'
+        )
     overflow = taken + 4 - (HEIGHT - 2)
     if overflow > 0:
         return [f'<g transform="translate(0 {-overflow:.1f})">', *parts, "</g>"]

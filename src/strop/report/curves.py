@@ -89,7 +89,8 @@ def _loss(facts: Facts) -> LineChart | None:
     levels = []
     if facts.method == "dpo" and facts.loss_type in ("sigmoid", "robust", "aot", "sigmoid_norm"):
         levels = [(math.log(2), "ln 2: no preference")]
-    return LineChart("loss", "Loss", series, levels=levels) if series else None
+    note = "Of sampled groups it says nothing: read the reward." if facts.method == "grpo" else ""
+    return LineChart("loss", "Loss", series, note, levels) if series else None
 
 
 def _rewards(facts: Facts) -> LineChart | None:

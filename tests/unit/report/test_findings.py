@@ -208,6 +208,15 @@ def test_a_finding_about_groups_is_raised_by_what_it_looks_for(
     assert severity is OK or (found.finding(id_).numbers and found.finding(id_).remedies)
 
 
+def test_a_reward_that_is_hacked_is_shown_where_it_is_highest(make_sampled: Callable[..., Any]) -> None:
+    found = make_sampled(
+        both(towards("reward", 0.3, "eval"), lambda line: {"reward": 9.0} if line["step"] == 70 else {})
+    )
+    finding = found.finding("reward-hacking")
+    assert " and fell by " in finding.claim
+    assert finding.remedies[0].command(found.path).endswith("run --step 70 --rows")
+
+
 def test_a_run_of_groups_that_goes_well_raises_nothing(make_sampled: Callable[..., Any]) -> None:
     assert make_sampled(lambda line: {}).diagnose().raised == []
 

@@ -245,6 +245,13 @@ def test_the_csv_of_a_chart_is_for_programs() -> None:
         assert {len(row) for row in rows} == {len(names)}
 
 
+def test_a_line_of_zeros_stands_on_the_axis_and_long_names_are_made_to_fit() -> None:
+    chart = LineChart("clipped", "Cut", [Series("undesirable", np.arange(9.0), np.zeros(9))]).draw()
+    assert chart is not None
+    assert re.findall(r'text-anchor="end">([^<]+)<', chart.picture) == ["0", "0.5", "1"]
+    assert 'textLength="88"' in chart.picture
+
+
 def test_a_threshold_can_be_replaced(make: Callable[..., Any]) -> None:
     path = make().write()
     (before,), (after,) = examine([path]), examine([path], {"drift_warn": 0.01, "drift_note": 0.01})

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from strop.readable import is_number
 from strop.report.checks.remedies import COSTS_LENGTH, lower, times_beta
 from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
-from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
+from strop.report.findings import RUN, Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
 
 
 def without_signal(facts: Facts) -> Iterator[Finding]:
@@ -119,18 +121,23 @@ def reward_hacking(facts: Facts) -> Iterator[Finding]:
         yield passed("reward-hacking", words, numbers=numbers)
         return
     greedy = facts.run.number("rollout.temperature_eval") == 0 and held > -half
+    elsewhere = f"fell by {-held:.3g}" if held < -half else f"changed by {held:+.3g} ± {half:.2g}"
     yield Finding(
         "reward-hacking",
         Severity.FAIL if held < -half else Severity.NOTE if greedy else Severity.WARN,
-        f"The reward rose from {before:.3g} to {after:.3g} in training, and changed by {held:+.3g} on held-out "
-        "prompts: what is learnt earns the reward and is not better",
+        f"The reward rose from {before:.3g} to {after:.3g} in training, and {elsewhere} on held-out prompts: what is "
+        "learnt earns the reward and is not better",
         Evidence.RULE,
         numbers,
         harmless_if="evaluations take the likeliest token (temperature_eval 0), which was right before the training"
         if greedy
         else "held-out prompts are of another kind, or are rewarded otherwise",
         remedies=[
-            Remedy("read completions with the highest rewards in rollouts.jsonl: what do they have in common?"),
+            Remedy(
+                "read the completions of the step with the highest reward (rollouts.jsonl has all): what do they have "
+                "in common?",
+                look=("replay", RUN, "--step", f"{at[int(np.argmax(rewards))]:.0f}", "--rows"),
+            ),
             *(_stay_near(facts)),
             lower(facts, 3),
         ],
