@@ -27,6 +27,8 @@ MANIFEST = "MANIFEST.json"
 """Makes a folder one that strop wrote."""
 RECIPE = "recipe"
 """Key of a final model's identity under which the settings of its run are stored, as JSON."""
+BASE = "base"
+"""Key of an adapter's identity: the files of the base that it was trained on, as `model_hashes.files_hash` has them."""
 FORMAT = 1
 """Raised when an older strop could not read what this one writes."""
 MAX_BYTES = 2**24

@@ -19,9 +19,11 @@ from pathlib import Path
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, StropError, foreign_errors
-from strop.manifest import MANIFEST
+from strop.manifest import MANIFEST, carries_manifest, read_manifest
+from strop.policy.model.adapter_settings import AGAIN, read_adapter
 from strop.policy.model.folder import read_json
 from strop.policy.model.folder_safety import check_sealed
+from strop.policy.model.shape_check import check_same_shapes, tensor_shapes
 from strop.redact import redact
 from strop.rundir import FINAL
 
@@ -46,8 +48,8 @@ def push(run: str, repo: str, *, private: bool = True, base: str | None = None) 
     from huggingface_hub import HfApi  # takes a while
 
     folder = _model_of(run)
-    check_sealed(folder, run, weights=True)
     with _as_published(folder, base) as published, foreign_errors(lambda why: _failed(why, repo)):
+        _check_weights(folder, run)
         api = HfApi(library_name="strop")
         made = api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(
@@ -87,6 +89,40 @@ def _model_of(run: str) -> Path:
             fix="let the run end, or go on with strop train --resume",
         )
     return folder
+
+
+def _check_weights(folder: Path, run: str) -> None:
+    """Refuse weights that nobody could load, before anything is sent. Those of a run are compared with what was
+    written; of others, only the headers are read.
+
+    Raises:
+        ModelError: they are not what was written; or missing, damaged, pickles, or of another model than the
+            configuration beside them.
+    """
+    check_sealed(folder, run, weights=True)
+    if carries_manifest(folder):
+        listed = (name for name in read_manifest(folder).files if name.endswith(".safetensors"))
+        if gone := [name for name in listed if not (folder / name).is_file()]:
+            raise ModelError(f"there is no {gone[0]}", where=run, fix="copy the folder again, completely")
+        return
+    if not (folder / ADAPTER).is_file():
+        check_same_shapes(ModelSection(huggingface_id=str(folder), name=folder.name))
+        return
+    settings, weights = read_adapter(str(folder), run)
+    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=run, fix=AGAIN)):
+        found = dict(tensor_shapes([weights]))
+    ranks = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
+    wrong = [n for n, shape in found.items() if n.endswith(".lora_A.weight") and shape[0] not in ranks]
+    if wrong or not any(name.startswith("base_model.") for name in found):
+        raise ModelError(
+            f"{weights.name} does not belong to {ADAPTER}: "
+            + (f"{wrong[0]} has the rank {found[wrong[0]][0]}" if wrong else "it holds no weights of an adapter"),
+            where=run,
+            expected=f"weights of the rank {settings.get('r')}"
+            if wrong
+            else "tensors base_model..., as peft saves them",
+            fix=AGAIN,
+        )
 
 
 @contextmanager

@@ -45,6 +45,7 @@ from strop.estimate import (
     with_precision,
 )
 from strop.machine import Machine, machine_of
+from strop.manifest import BASE
 from strop.modelrows import ModelRows
 from strop.objectives.base import MISMATCHED
 from strop.plan.dealing import BY_TOKENS, GroupCost
@@ -52,9 +53,9 @@ from strop.plan.micro_batch_size import default_budget
 from strop.plan.row_tokens import RowTokens, packed_tokens, padded_tokens
 from strop.policy.build import build_policy
 from strop.policy.kernels import product_rates
-from strop.policy.model.folder import source_of
+from strop.policy.model.folder import inspect_model, source_of
 from strop.policy.model.from_config import CannotBuildError
-from strop.policy.model.model_hashes import configuration_hash
+from strop.policy.model.model_hashes import configuration_hash, files_hash
 from strop.policy.other_models import attach_teacher, reference_policy, teacher_section
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
@@ -244,6 +245,13 @@ class Session:
         if self.policy.teacher is not None:
             found["teacher"] = self.policy.teacher.model.weights_hash
         return found | {"weights": self.policy.weights_hash} if self._is_hashed else found
+
+    @cached_property
+    def base_files(self) -> dict[str, str]:
+        """What `final/` says of the files of an adapter's base, so that it is used on no other; {} in full training."""
+        if not self._config.adapts(self.model):
+            return {}
+        return {BASE: files_hash(inspect_model(self.model).weights)}
 
     @property
     def teacher_is_student(self) -> bool:

@@ -202,6 +202,7 @@ class _Run:
     """Trains one model into its run folder, from the first step or from the checkpoint `saved`.
 
     made_from: hashes of everything that the result depends on. Those of a reference are added once it is scored.
+    base: what tells the base of an adapter from others.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class _Run:
     ) -> None:
         self.session, self.run, self.progress = session, run, progress
         self.saved, self.allow_changes = saved, allow_changes
-        self.made_from = session.made_from
+        self.made_from, self.base = session.made_from, session.base_files
         self.processes = session.world.gather(device_facts(session.world.device))
         self.resumed_at = saved.step if saved else 0
 
@@ -374,7 +375,8 @@ class _Run:
             save(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-        final_model.export(run, write, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=self.made_from)
+        made_from = self.made_from | self.base
+        final_model.export(run, write, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=made_from)
         mirror(session.config, run)
         _tell(session.model, ending.lines())
         if warning := ending.warning():

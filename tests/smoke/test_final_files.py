@@ -20,9 +20,12 @@ from strop import RunConfig
 from strop.config.sections import GpuSection
 from strop.device import start_world
 from strop.errors import StropError
+from strop.manifest import BASE, read_manifest
 from strop.policy import saving
 from strop.policy.build import build_policy
+from strop.policy.model.adapter_base import base_files
 from strop.policy.model.configuration import quiet
+from strop.policy.model.model_hashes import files_hash
 from strop.policy.model.shard_writer import IN_FILES, ShardWriter, Spec
 from strop.policy.policy import Policy
 from strop.policy.sharding import Sharded
@@ -129,6 +132,13 @@ def failing(config: RunConfig, rank: int) -> str:
     except StropError as error:
         return str(error)
     return "no error"
+
+
+def test_an_adapter_knows_the_files_of_its_base(runs: Any) -> None:
+    final = runs(max_steps=1, r=4).path / "final"
+    (files,) = runs.files["model"].glob("*.safetensors")
+    assert read_manifest(final).identity[BASE] == base_files(str(final)) == files_hash([files])
+    assert BASE not in read_manifest(runs(max_steps=1).path / "final").identity
 
 
 @pytest.mark.nightly

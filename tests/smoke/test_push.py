@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -162,6 +163,42 @@ def test_what_is_damaged_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest.
     weights.write_bytes(b"weights of")
     assert main(["push", str(tmp_path), "--repo", "me/model"]) == 1
     assert "it is not what was written" in capsys.readouterr().err and not hub.made
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("truncated", "model.safetensors is damaged"),
+        ("of another model", "weights have another shape than config.json says, the first is"),
+        ("no weights", "there are no weights"),
+        ("truncated adapter", "adapter_model.safetensors is damaged"),
+        ("adapter of another rank", "has the rank 4"),
+        ("a model as an adapter", "it holds no weights of an adapter"),
+        ("a run without its weights", "there is no model.safetensors"),
+    ],
+)
+def test_weights_that_nobody_could_load_are_not_pushed(
+    what: str, words: str, runs: Any, hub: Hub, make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_adapter = "adapter" in what
+    folder = tmp_path / "model"
+    shutil.copytree(runs(max_steps=1, **({"r": 4} if is_adapter else {})).path / "final", folder)
+    if "run" not in what.split():
+        (folder / "MANIFEST.json").unlink()
+    weights = folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
+    config = folder / "adapter_config.json"
+    if "truncated" in what:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "adapter of another rank":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "r": 8}))
+    elif "with" in what or "no" in what.split():
+        weights.unlink()
+    else:
+        make_model(hidden_size=64).save_pretrained(tmp_path / "other")
+        shutil.copyfile(tmp_path / "other/model.safetensors", weights)
+    base = ("--base", "org/base") if is_adapter else ()
+    assert main(["push", str(folder), "--repo", "me/model", *base]) == 1
+    assert words in capsys.readouterr().err and not hub.made and not hub.files
 
 
 PUSHED = {"training.push_to_hub": True, "training.max_steps": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from transformers import (
 
 from conftest import TINY
 from strop.cli import main
+from strop.config import load_config
 from strop.errors import CheckpointError, ModelError, SaveError
 from strop.export import merge, merged_weights, proof, shards
 from strop.machine import Machine
+from strop.manifest import BASE, seal
+from strop.policy.build import build_policy
 from strop.policy.model.configuration import quiet
 from strop.policy.model.load import load_model
+from strop.policy.model.model_hashes import files_hash, have_other_numbers
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -272,6 +277,47 @@ def test_a_base_of_another_name_is_told(
     base.rename(tmp_path / "other")
     merge.merge(str(adapter), tmp_path / "again", base=str(tmp_path / "other"))
     assert f"it was made on {base}; it is used on {tmp_path / 'other'}" in caplog.text
+
+
+def test_a_base_of_the_same_shapes_with_other_numbers_is_refused_where_it_is_known(
+    make: Any, make_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter = make(make_model())
+    seal(adapter, 1, {BASE: files_hash(base.glob("*.safetensors"))})  # as a run does
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    merge.merge(str(adapter), tmp_path / "merged", base=str(other))
+    assert "it was made on" not in caplog.text  # it is the base, whatever it is called
+    weights = load_file(base / "model.safetensors")
+    changed = weights | {"model.norm.weight": weights["model.norm.weight"] + 1e-3}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    for again in (
+        lambda: merge.merge(str(adapter), tmp_path / "again", base=str(other)),
+        lambda: build_policy(
+            config := load_config(overrides={"models": [{"huggingface_id": str(other), "adapter": str(adapter)}]}),
+            config.models[0],
+            torch.device("cpu"),
+        ),
+    ):
+        with pytest.raises(ModelError, match=r"another model than .*/other, one with the same tensors") as found:
+            again()
+        assert str(base) in str(found.value.expected)
+    assert not (tmp_path / "again").exists()
+    save_file({n: t.bfloat16() for n, t in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    merge.merge(str(adapter), tmp_path / "again", base=str(other))  # the same in another dtype: nothing is known
+    assert "it was made on" in caplog.text
+
+
+def test_the_hash_of_files_is_of_the_tensors_and_not_of_their_files(make_model: Any, tmp_path: Path) -> None:
+    one, many, other = (tmp_path / name for name in ("one", "many", "other"))
+    make_model().save_pretrained(one)
+    make_model().save_pretrained(many, max_shard_size="60KB")
+    make_model(1).save_pretrained(other)
+    hashes = [files_hash(sorted(folder.glob("*.safetensors"), reverse=True)) for folder in (one, many, other)]
+    assert len(list(many.glob("*.safetensors"))) > 1 and hashes[0] == hashes[1]
+    assert have_other_numbers(hashes[0], hashes[2]) and not have_other_numbers(hashes[0], hashes[1])
+    make_model(hidden_size=64).save_pretrained(other)
+    assert not have_other_numbers(hashes[0], files_hash(other.glob("*.safetensors")))
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
-from strop.manifest import MANIFEST, RECIPE, carries_manifest, read_manifest
+from strop.manifest import BASE, MANIFEST, RECIPE, carries_manifest, read_manifest
 from strop.policy.model.folder import adapter_files, fetch, read_json, source_of
 from strop.rundir import FINAL
 
@@ -87,11 +88,30 @@ def adapter_of(source: str, base: str | None = None) -> ModelSection:
     return ModelSection(huggingface_id=named, revision=revision, adapter=adapter, **_quantisation(Path(folder)))
 
 
+def base_files(adapter: str) -> str | None:
+    """The files of the base that an adapter was trained on, as `model_hashes.files_hash` has them; None: not known.
+
+    Raises:
+        ModelError: its manifest cannot be read.
+    """
+    return _identity(Path(source_of(_finished(adapter)))).get(BASE)
+
+
 def _quantisation(adapter: Path) -> dict[str, Any]:
     """How the base was quantised that a run trained the adapter on, as its manifest says; {}: it has none."""
-    if not carries_manifest(adapter):
-        return {}
-    with foreign_errors(lambda why: ModelError(f"its {MANIFEST} cannot be read: {why}", where=str(adapter))):
-        recipe = json.loads(read_manifest(adapter).identity.get(RECIPE, "{}"))
+    with foreign_errors(lambda why: _unreadable(why, adapter)):
+        recipe = json.loads(_identity(adapter).get(RECIPE, "{}"))
     keys = ("quant", "bnb_quant_type", "bnb_double_quant", "bnb_compute_dtype")
     return {key: recipe[f"models.0.{key}"] for key in keys if f"models.0.{key}" in recipe}
+
+
+def _identity(adapter: Path) -> Mapping[str, str]:
+    """What a run wrote down of what it made the adapter from; {}: it is not of a run."""
+    if not carries_manifest(adapter):
+        return {}
+    with foreign_errors(lambda why: _unreadable(why, adapter)):
+        return read_manifest(adapter).identity
+
+
+def _unreadable(why: str, adapter: Path) -> ModelError:
+    return ModelError(f"its {MANIFEST} cannot be read: {why}", where=str(adapter))

@@ -24,7 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
+from strop.manifest import MANIFEST
 from strop.policy.kernels.quantised_weights import is_quantised
+from strop.policy.model.adapter_base import base_files
 from strop.policy.model.adapter_settings import (
     AGAIN,
     adapter_config,
@@ -45,7 +47,8 @@ from strop.policy.model.adapter_targets import (
 )
 from strop.policy.model.added_tokens import trained_rows
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
-from strop.policy.model.folder import adapter_place_of, place_of, source_of
+from strop.policy.model.folder import adapter_place_of, inspect_model, place_of, source_of
+from strop.policy.model.model_hashes import files_hash, have_other_numbers
 from strop.policy.model.task import SCORE, auto_class, head_of, is_reward_model
 
 logger = logging.getLogger("strop")
@@ -166,7 +169,7 @@ def _continued(
             where=where,
             fix="merge an adapter of a language model into it first, and train the result",
         )
-    _tell_other_base(settings, model, where)
+    _check_base(settings, model, where)
     config.base_model_name_or_path, config.revision = source_of(model.huggingface_id), model.revision
     try_patterns(settings, [name for name, _ in module.named_modules()], where)
     stored = _read_weights(weights, where)
@@ -204,7 +207,7 @@ def with_adapter(module: PreTrainedModel, model: ModelSection) -> PeftModel:
             expected="the adapter of a reward model",
             fix="train one (method reward), or name a reward model",
         )
-    _tell_other_base(settings, model, where)
+    _check_base(settings, model, where)
     config = mergeable_config(settings, [n for n, _ in module.named_modules()], where)
     stored = _read_weights(weights, where)
     with foreign_errors(partial(_does_not_fit, where)), quiet():
@@ -214,10 +217,26 @@ def with_adapter(module: PreTrainedModel, model: ModelSection) -> PeftModel:
     return adapted.eval()
 
 
-def _tell_other_base(settings: Mapping[str, Any], model: ModelSection, where: str) -> None:
-    """Say that a model has another name than the base that the adapter names."""
+def _check_base(settings: Mapping[str, Any], model: ModelSection, where: str) -> None:
+    """Refuse a model that is not the base that a run of strop trained the adapter on. Where that is not known, say that
+    it has another name than the base that the adapter names.
+
+    Raises:
+        ModelError: its tensors are those of the base, with other numbers in them.
+    """
+    assert model.adapter is not None
     made_from, source = settings.get("base_model_name_or_path"), source_of(model.huggingface_id)
-    if made_from and os.path.basename(str(made_from).rstrip("/")) != os.path.basename(source):
+    known = base_files(model.adapter)
+    found = None if known is None else files_hash(inspect_model(model).weights)
+    if known is not None and found is not None and have_other_numbers(known, found):
+        raise ModelError(
+            f"it was trained on another model than {source}, one with the same tensors and other numbers in them",
+            where=where,
+            expected=f"the weights of {made_from}, as they were when the adapter was trained",
+            fix=f"name that model; to use it on this one all the same, remove {MANIFEST} from the adapter's folder",
+        )
+    named_alike = os.path.basename(str(made_from).rstrip("/")) == os.path.basename(source)
+    if made_from and not named_alike and (known is None or found != known):
         logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
 
 

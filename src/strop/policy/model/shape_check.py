@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from strop.config.sections import ModelSection
-from strop.errors import ModelError
+from strop.errors import ModelError, first_line
 from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
 from strop.policy.model.folder import ModelFiles, inspect_model, place_of
 from strop.policy.model.task import auto_class
@@ -48,6 +48,31 @@ def check_shapes(model: ModelSection) -> None:
     check_config_against_files(model_config(model), inspect_model(model), model, place_of(model))
 
 
+def check_same_shapes(model: ModelSection) -> None:
+    """Refuse a folder whose config.json and weights are not of one model, as far as shapes tell; no weight is read.
+
+    Raises:
+        ModelError: they are not; or the model is not one that may be loaded.
+    """
+    where, files = place_of(model), inspect_model(model)
+    if "auto_map" in files.ignored:  # code of its own says what it consists of
+        return
+    config = model_config(model)
+    judges = any("SequenceClassification" in name for name in config.architectures or ())
+    check_config_against_files(config, files, model, where, reward_model=judges)
+    if files.config.get("quantization_config"):
+        return
+    try:
+        with quiet():
+            module = meta_model(config, trust_remote_code=False, reward_model=judges)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"its configuration builds no model: {first_line(error)}", where=where) from error
+    wanted = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
+    stored = dict(tensor_shapes(files.weights))
+    if wrong := sorted((n, stored[n], size) for n, size in wanted.items() if stored.get(n, size) != size):
+        raise other_shape(wrong, where)
+
+
 def check_config_against_files(
     config: PreTrainedConfig, files: ModelFiles, model: ModelSection, where: str, *, reward_model: bool = False
 ) -> None:
@@ -65,7 +90,7 @@ def check_config_against_files(
             module = meta_model(own, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
     except LOAD_ERRORS:
         return  # loading it says what is wrong
-    stored = dict(_shapes(files.weights))
+    stored = dict(tensor_shapes(files.weights))
     wanted = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
     packed = {name for name in stored if f"{name}.absmax" in stored}  # 4 bits, whose shapes are not those of weights
     stored = {name: size for name, size in stored.items() if not any(name.startswith(part) for part in packed)}
@@ -94,7 +119,8 @@ def other_shape(wrong: Sequence[Mismatch], where: str) -> ModelError:
     )
 
 
-def _shapes(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all tensors, by the headers of the files. Raises whatever safetensors does."""
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
