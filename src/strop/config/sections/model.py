@@ -83,7 +83,7 @@ class ModelSection(Section):
         if tokens and self.adapter is not None:
             yield Problem(
                 ("add_tokens", "adapter"),
-                "an adapter that is continued has its own tokens, and peft cannot add rows to them",
+                "add_tokens: an adapter that is continued has its own tokens, and peft cannot add rows to them",
                 fix="leave add_tokens out if the adapter was trained with them; else merge it (strop merge), and train "
                 "the merged model",
             )
