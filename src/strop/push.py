@@ -20,10 +20,12 @@ from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, StropError, foreign_errors
 from strop.manifest import MANIFEST, carries_manifest, read_manifest
+from strop.policy.model.adapter_files import read_weights
 from strop.policy.model.adapter_settings import AGAIN, read_adapter
 from strop.policy.model.folder import read_json
 from strop.policy.model.folder_safety import check_sealed
-from strop.policy.model.shape_check import check_same_shapes, tensor_shapes
+from strop.policy.model.load import check_finite
+from strop.policy.model.shape_check import check_same_shapes
 from strop.redact import redact
 from strop.rundir import FINAL
 
@@ -93,7 +95,7 @@ def _model_of(run: str) -> Path:
 
 def _check_weights(folder: Path, run: str) -> None:
     """Refuse weights that nobody could load, before anything is sent. Those of a run are compared with what was
-    written; of others, only the headers are read.
+    written; of other models, only the headers are read.
 
     Raises:
         ModelError: they are not what was written; or missing, damaged, pickles, or of another model than the
@@ -109,8 +111,9 @@ def _check_weights(folder: Path, run: str) -> None:
         check_same_shapes(ModelSection(huggingface_id=str(folder), name=folder.name))
         return
     settings, weights = read_adapter(str(folder), run)
-    with foreign_errors(lambda why: ModelError(f"{weights.name} is damaged: {why}", where=run, fix=AGAIN)):
-        found = dict(tensor_shapes([weights]))
+    stored = read_weights(weights, run)
+    check_finite(stored, run)
+    found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     ranks = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
     wrong = [n for n, shape in found.items() if n.endswith(".lora_A.weight") and shape[0] not in ranks]
     if wrong or not any(name.startswith("base_model.") for name in found):

@@ -1,5 +1,5 @@
-"""Every command that takes a model, on a tiny one of each family: trained, asked, converted; merged or evaluated, which in
-turn are in the suite, and both in make nightly."""
+"""Every command that takes a model, on a tiny one of each family: trained, asked, converted; merged or evaluated in
+turn, and both in make nightly."""
 
 from __future__ import annotations
 

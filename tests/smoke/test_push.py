@@ -14,6 +14,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from strop.cli import main
 from strop.config.layers import load_config
@@ -172,6 +174,7 @@ def test_what_is_damaged_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest.
         ("of another model", "weights have another shape than config.json says, the first is"),
         ("no weights", "there are no weights"),
         ("truncated adapter", "adapter_model.safetensors is damaged"),
+        ("adapter of numbers that are none", "holds NaN or infinity"),
         ("adapter of another rank", "has the rank 4"),
         ("a model as an adapter", "it holds no weights of an adapter"),
         ("a run without its weights", "there is no model.safetensors"),
@@ -189,6 +192,8 @@ def test_weights_that_nobody_could_load_are_not_pushed(
     config = folder / "adapter_config.json"
     if "truncated" in what:
         weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "adapter of numbers that are none":
+        save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights)
     elif what == "adapter of another rank":
         config.write_text(json.dumps({**json.loads(config.read_text()), "r": 8}))
     elif "with" in what or "no" in what.split():

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
+from strop.export.converted_bases import in_transformers
 from strop.export.folders import check_output, check_room, copy_tokenizer, new_folder
 from strop.export.merged_weights import in_files, linear_products, merged_weights, parted_head
 from strop.export.proof import (
@@ -98,7 +99,7 @@ def merge(
     Args:
         source: a run folder, or an adapter.
         target: is made; must not be there yet, or be empty.
-        base: the adapter's base; None: as it says itself.
+        base: the adapter's base, in transformers' layout or a consolidated one; None: as it says itself.
         dtype: of the merged model's files; None: that of the base's, tensor by tensor.
         proof: write the table into the folder, too.
 
@@ -106,7 +107,7 @@ def merge(
         ModelError: they cannot be merged, or the merged model is not the adapter's; nothing is written then.
         SaveError, CheckpointError: the folder cannot be written.
     """
-    model = adapter_of(source, base)
+    model = adapter_of(source, None if base is None else in_transformers(base))
     assert model.adapter is not None
     where = adapter_place_of(model)
     files = inspect_model(model)

@@ -69,7 +69,8 @@ def config_of(params: Mapping[str, Any], specs: Mapping[str, Spec], *, tied: boo
         ModelError: it describes no model of these families.
     """
     written = params.get(OURS)
-    with foreign_errors(lambda why: ModelError(f"{PARAMS} does not describe a model: {why}", where=where)):
+    fix = f"use the {PARAMS} and the weights of one and the same model"
+    with foreign_errors(lambda why: ModelError(f"{PARAMS} does not describe a model: {why}", where=where, fix=fix)):
         if isinstance(written, dict):
             check_numbers(written, where)
             config = CONFIG_MAPPING[written["model_type"]].from_dict(copy.deepcopy(written))

@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -38,8 +39,13 @@ def read_pth(path: Path) -> dict[str, Tensor]:
             fix="download or copy the file again, from a source that you trust",
         )
 
-    with foreign_errors(refused):
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        with foreign_errors(lambda why: refused(why.partition(". ")[0])):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except ModelError as error:
+        if isinstance(error.__cause__, UnpicklingError):  # torch's own words advise to run the code
+            raise refused("it holds more than tensors, which could run code") from error.__cause__
+        raise
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) and isinstance(n, str) for n, t in found.items()):
         raise refused("it holds something else")
     return dict(found)

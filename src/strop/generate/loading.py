@@ -47,8 +47,6 @@ class Source:
         ended = (run / FINAL).is_dir()
         given = in_transformers(given)
         check_exists(given, given)
-        if not ended and (run / "config.yaml").is_file():
-            raise ModelError("the run has no final/ yet", where=given, fix="let it end, or strop train --resume")
         model = saved_model(source_of(str(run / FINAL) if ended else given))
         return cls(model, _trained_from(run) if ended and model.adapter is None else None)
 

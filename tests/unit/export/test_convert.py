@@ -264,8 +264,9 @@ def test_bad_folders(how: str, words: str, tmp_path: Path, monkeypatch: pytest.M
     elif how == "no params":
         (folder / "params.json").unlink()
     source = tmp_path / "gone" if how == "no folder" else folder
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=words) as refused:
         to_transformers(str(source), tmp_path / "hf")
+    assert refused.value.fix and "weights_only" not in str(refused.value)  # torch advises to run the code
     assert not (tmp_path / "hf").exists() and not (tmp_path / "evil-was-here").exists()
     assert not list(tmp_path.glob(".*"))
 

@@ -28,6 +28,7 @@ from strop.cli import main
 from strop.config import load_config
 from strop.errors import CheckpointError, ModelError, SaveError
 from strop.export import merge, merged_weights, proof, shards
+from strop.export.convert import to_consolidated
 from strop.machine import Machine
 from strop.manifest import BASE, seal
 from strop.policy.build import build_policy
@@ -321,10 +322,48 @@ def test_the_hash_of_files_is_of_the_tensors_and_not_of_their_files(make_model: 
 
 
 @pytest.mark.parametrize(
+    ("files", "words"),
+    [(("config.yaml",), "the run has no final/ yet"), (("MANIFEST.json", "state.json"), "it is a checkpoint")],
+)
+def test_what_is_no_model_yet_is_told_by_each_command(
+    files: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", str(tmp_path / "out")
+    run.mkdir()
+    for name in files:
+        (run / name).write_text("{}")
+    for words_of in (
+        ("generate", "{}", "hi"),
+        ("merge", "{}", "--output-dir", out),
+        ("convert", "{}", "--to", "consolidated", "--output-dir", out),
+    ):
+        assert main([word.format(run) for word in words_of]) == 1
+        assert words in capsys.readouterr().err, words_of
+    assert not Path(out).exists()
+
+
+def test_the_base_may_be_a_consolidated_folder(
+    make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path / "cache"))
+    base, adapter = make(make_model(), target_modules=["q_proj"])
+    to_consolidated(str(base), tmp_path / "one")
+    merge.merge(str(adapter), tmp_path / "merged", base=str(tmp_path / "one"))
+    same_answers(base, adapter, tmp_path / "merged", 1e-5)
+
+
+@pytest.mark.parametrize(
     "what",
     [
         *("whole model", "no adapter", "base gone", "truncated", "other kind", "another rank", "unknown tensor"),
-        *("missing shard of the base", "truncated base", "no alpha", "missing tensor"),
+        *(
+            "missing shard of the base",
+            "truncated base",
+            "no alpha",
+            "missing tensor",
+            "integers",
+            "integers in the base",
+        ),
     ],
 )
 def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> None:
@@ -358,6 +397,15 @@ def test_bad_adapters(what: str, make: Any, make_model: Any, tmp_path: Path) -> 
         other = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}
         save_file({**load_file(weights), **other}, weights)
         words = "1 of its weights have no place in the model, the first is base_model.model.model.layers.7"
+    elif what == "integers":
+        weights = adapter / "adapter_model.safetensors"
+        save_file({name: tensor.int() for name, tensor in load_file(weights).items()}, weights)
+        words = "lora_A.weight is in int32"
+    elif what == "integers in the base":
+        weights = sorted(base.glob("model-*.safetensors"))[0]
+        found = {n: t.to(torch.int8) if "q_proj" in n else t for n, t in load_file(weights).items()}
+        save_file(found, weights, metadata={"format": "pt"})
+        words = "q_proj.weight is stored as I8, and config.json does not say how it is quantised"
     elif what == "missing shard of the base":
         gone = sorted(base.glob("model-*.safetensors"))[1]
         gone.unlink()

@@ -16,6 +16,7 @@ from_config        sizes of a model from its configuration alone
 quantisation_settings   how many bits the section asks for, or the files have
 quantised_base     bases in 4 or 8 bits
 adapters           LoRA adapters: new ones, and continuing old ones
+adapter_files      the weights of a saved adapter, and whether a model is their base
 adapter_settings   what adapter_config.json says, and whether such an adapter can be used here
 adapter_targets    which layers get adapters, and how much of the model they reach
 random_parts       what a model draws at random while it trains, switched off

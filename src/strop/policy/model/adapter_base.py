@@ -33,9 +33,25 @@ def saved_model(given: str) -> ModelSection:
 
 
 def _finished(given: str) -> str:
-    """The finished model of a run folder; anything else as it is."""
-    final = Path(given).expanduser() / FINAL
-    return str(final) if final.is_dir() else given
+    """The finished model of a run folder; anything else as it is.
+
+    Raises:
+        ModelError: the run has not ended, or it is a checkpoint.
+    """
+    place = Path(given).expanduser()
+    if (place / FINAL).is_dir():
+        return str(place / FINAL)
+    is_model = any((place / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
+    if (place / "config.yaml").is_file() and not is_model:
+        raise ModelError("the run has no final/ yet", where=given, fix="let it end, or strop train --resume")
+    if carries_manifest(place) and not is_model:
+        raise ModelError(
+            "it is a checkpoint, which holds no more than what was trained",
+            where=given,
+            expected="a run that has ended, an adapter or a model",
+            fix="name the run; one that was interrupted is ended by strop train --resume",
+        )
+    return given
 
 
 def is_of_reward_model(adapter: str, where: str) -> bool:

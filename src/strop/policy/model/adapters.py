@@ -8,7 +8,6 @@ it can be trained in full (`modules_to_save`) but not adapted.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.config.sections import LoraSection, ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
-from strop.manifest import MANIFEST
 from strop.policy.kernels.quantised_weights import is_quantised
-from strop.policy.model.adapter_base import base_files
+from strop.policy.model.adapter_files import check_base, read_weights
 from strop.policy.model.adapter_settings import (
     AGAIN,
     adapter_config,
@@ -47,8 +45,7 @@ from strop.policy.model.adapter_targets import (
 )
 from strop.policy.model.added_tokens import trained_rows
 from strop.policy.model.configuration import LOAD_ERRORS, quiet
-from strop.policy.model.folder import adapter_place_of, inspect_model, place_of, source_of
-from strop.policy.model.model_hashes import files_hash, have_other_numbers
+from strop.policy.model.folder import adapter_place_of, place_of, source_of
 from strop.policy.model.task import SCORE, auto_class, head_of, is_reward_model
 
 logger = logging.getLogger("strop")
@@ -169,10 +166,10 @@ def _continued(
             where=where,
             fix="merge an adapter of a language model into it first, and train the result",
         )
-    _check_base(settings, model, where)
+    check_base(settings, model, where)
     config.base_model_name_or_path, config.revision = source_of(model.huggingface_id), model.revision
     try_patterns(settings, [name for name, _ in module.named_modules()], where)
-    stored = _read_weights(weights, where)
+    stored = read_weights(weights, where)
     before = sizes(module)
     adapted = PeftModel.from_pretrained(module, str(weights.parent), is_trainable=True, config=config)
     check_loaded(adapted, stored, where)
@@ -207,48 +204,14 @@ def with_adapter(module: PreTrainedModel, model: ModelSection) -> PeftModel:
             expected="the adapter of a reward model",
             fix="train one (method reward), or name a reward model",
         )
-    _check_base(settings, model, where)
+    check_base(settings, model, where)
     config = mergeable_config(settings, [n for n, _ in module.named_modules()], where)
-    stored = _read_weights(weights, where)
+    stored = read_weights(weights, where)
     with foreign_errors(partial(_does_not_fit, where)), quiet():
         adapted = PeftModel.from_pretrained(module, str(weights.parent), config=config)
     # beside the adapter of an embedding, peft saves the embedding
     check_loaded(adapted, {n: t for n, t in stored.items() if not n.endswith(".base_layer.weight")}, where)
     return adapted.eval()
-
-
-def _check_base(settings: Mapping[str, Any], model: ModelSection, where: str) -> None:
-    """Refuse a model that is not the base that a run of strop trained the adapter on. Where that is not known, say that
-    it has another name than the base that the adapter names.
-
-    Raises:
-        ModelError: its tensors are those of the base, with other numbers in them.
-    """
-    assert model.adapter is not None
-    made_from, source = settings.get("base_model_name_or_path"), source_of(model.huggingface_id)
-    known = base_files(model.adapter)
-    found = None if known is None else files_hash(inspect_model(model).weights)
-    if known is not None and found is not None and have_other_numbers(known, found):
-        raise ModelError(
-            f"it was trained on another model than {source}, one with the same tensors and other numbers in them",
-            where=where,
-            expected=f"the weights of {made_from}, as they were when the adapter was trained",
-            fix=f"name that model; to use it on this one all the same, remove {MANIFEST} from the adapter's folder",
-        )
-    named_alike = os.path.basename(str(made_from).rstrip("/")) == os.path.basename(source)
-    if made_from and not named_alike and (known is None or found != known):
-        logger.warning("%s: it was made on %s; it is used on %s", where, made_from, source)
-
-
-def _read_weights(file: Path, where: str) -> dict[str, Tensor]:
-    """The tensors of an adapter.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    with foreign_errors(lambda why: ModelError(f"{file.name} is damaged: {why}", where=where, fix=AGAIN)):
-        stored: dict[str, Tensor] = load_file(file)
-        return stored
 
 
 def _does_not_fit(where: str, why: str) -> ModelError:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("strop")
 
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Dtypes of weights that are not quantised: safetensors' names -> torch's."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _STRIPPED = ("auto_map", "trust_remote_code", "custom_pipelines")
 _DROPPED = ("attn_implementation", "experts_implementation", "fusion_config", "distributed_config", "kernel_config")
@@ -382,10 +383,10 @@ def _stored_dtype(files: tuple[Path, ...], where: str) -> torch.dtype:
             raise ModelError(
                 f"{file.name} is damaged: {first_line(error)}", where=where, fix="download or copy the file again"
             ) from error
-    known = [name for name, _ in elements.most_common() if name in _STORED]
+    known = [name for name, _ in elements.most_common() if name in STORED]
     if not known:
         raise ModelError(f"{files[0].name} holds no floating point weights", where=where)
     import torch
 
-    dtype: torch.dtype = getattr(torch, _STORED[known[0]])
+    dtype: torch.dtype = getattr(torch, STORED[known[0]])
     return dtype

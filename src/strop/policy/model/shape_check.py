@@ -7,7 +7,7 @@ config.json of a much larger model would fill the memory before anything is comp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line
 from strop.policy.model.configuration import LOAD_ERRORS, model_config, quiet
-from strop.policy.model.folder import ModelFiles, inspect_model, place_of
+from strop.policy.model.folder import STORED, ModelFiles, inspect_model, place_of
 from strop.policy.model.task import auto_class
 
 FAR = 2
@@ -68,7 +68,7 @@ def check_same_shapes(model: ModelSection) -> None:
     except LOAD_ERRORS as error:
         raise ModelError(f"its configuration builds no model: {first_line(error)}", where=where) from error
     wanted = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
-    stored = dict(tensor_shapes(files.weights))
+    stored = {name: shape for name, shape, _ in _headers(files.weights)}
     if wrong := sorted((n, stored[n], size) for n, size in wanted.items() if stored.get(n, size) != size):
         raise other_shape(wrong, where)
 
@@ -90,8 +90,11 @@ def check_config_against_files(
             module = meta_model(own, trust_remote_code=model.trust_remote_code, reward_model=reward_model)
     except LOAD_ERRORS:
         return  # loading it says what is wrong
-    stored = dict(tensor_shapes(files.weights))
+    headers = list(_headers(files.weights))
+    stored = {name: shape for name, shape, _ in headers}
     wanted = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
+    if not files.config.get("quantization_config"):
+        _check_floats(headers, wanted, module.base_model_prefix, where)
     packed = {name for name in stored if f"{name}.absmax" in stored}  # 4 bits, whose shapes are not those of weights
     stored = {name: size for name, size in stored.items() if not any(name.startswith(part) for part in packed)}
     wanted = {name: size for name, size in wanted.items() if name not in packed}
@@ -119,9 +122,27 @@ def other_shape(wrong: Sequence[Mismatch], where: str) -> ModelError:
     )
 
 
-def tensor_shapes(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all tensors, by the headers of the files. Raises whatever safetensors does."""
+def _check_floats(
+    headers: Sequence[tuple[str, tuple[int, ...], str]], wanted: Container[str], prefix: str, where: str
+) -> None:
+    """Refuse weights that are stored as integers or in 8 bits: what they stand for, nothing beside them says.
+
+    wanted: names of the weights of the model. prefix: which files may leave out.
+    """
+    for name, _, dtype in headers:
+        if dtype not in STORED and (name in wanted or f"{prefix}.{name}" in wanted):
+            raise ModelError(
+                f"{name} is stored as {dtype}, and config.json does not say how it is quantised",
+                where=where,
+                expected=f"one of {', '.join(STORED)}; or a quantization_config",
+                fix="download or copy config.json again, or name the model that it was made from",
+            )
+
+
+def _headers(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of all tensors, by the headers of the files."""
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                yield name, tuple(tensors.get_slice(name).get_shape())
+                part = tensors.get_slice(name)
+                yield name, tuple(part.get_shape()), part.get_dtype()
