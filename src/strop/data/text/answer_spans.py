@@ -11,13 +11,12 @@ instead, cut at the end of the generation prompt.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from strop.data.read.row import RowRefused
-from strop.data.text.generation_prompt import behind_prompt, with_thoughts
+from strop.data.text.generation_prompt import behind_prompt, num_alike, num_common, with_thoughts
 from strop.data.text.markers import REASONING_KEYS, THINK_TAG, MarkedRendering, MarkedSpan, MarkedText, Markers, Span
 from strop.data.text.message_forms import without_arguments, without_reasoning
 from strop.data.text.refusals import dropped, dropped_reasoning, unverified
@@ -29,9 +28,6 @@ Content = tuple[int, int, bool]
 
 KNOWN = frozenset({"role", "content", "tool_calls", "tool_call_id"})
 """Keys of any message that are looked after one by one; an id says nothing but what belongs together."""
-
-OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
-"""A tag that is not closed."""
 
 EMPTY: tuple[object, ...] = ("", [], {})
 
@@ -261,7 +257,7 @@ class Conversation:
         floor = max(others, default=0)
         as_generated = opening is not None and self.text.startswith(opening)
         opening = opening or ""
-        common = len(opening) if as_generated else _num_alike(opening, self.text, floor)
+        common = len(opening) if as_generated else num_alike(opening, self.text, floor)
         if as_generated and opening:
             start = earliest = len(opening)
         else:
@@ -271,7 +267,7 @@ class Conversation:
         if not floor <= start <= end + length:
             raise unverified(f"turn {i + 1} does not follow its generation prompt")
         # inference comes further along its prompt than the rendering of the whole does
-        is_other = not as_generated and _num_alike(opening, alone.text, floor) > common
+        is_other = not as_generated and num_alike(opening, alone.text, floor) > common
         is_history = not is_same or not is_whole or is_other or self._lacks_thoughts(i, own_alone)
         return AnswerSpan(i, start, end + length, earliest, as_generated, is_history)
 
@@ -316,7 +312,7 @@ class Conversation:
                 by other control tokens; what inference would not write is not trained.
         """
         wanted = alone[: self._closing(alone)]
-        length = _num_common(behind, wanted)
+        length = num_common(behind, wanted)
         if length == len(wanted):
             return length, True
         words = self._ends.first_control(wanted)
@@ -399,23 +395,3 @@ def _with_history(answers: Sequence[AnswerSpan]) -> list[AnswerSpan]:
     return [
         answer if answer.as_generated or answer.is_history else replace(answer, is_history=True) for answer in answers
     ]
-
-
-def _num_alike(opening: str, text: str, least: int) -> int:
-    """How much of a generation prompt a rendering begins with, in whole tags: `<think>` is not like `<tool_call>`.
-
-    Args:
-        least: where somebody's words end; they may hold anything.
-    """
-    length = _num_common(opening, text)
-    tag = OPEN_TAG.search(text, min(least, length), length)
-    return tag.start() if tag is not None and length < len(opening) else length
-
-
-def _num_common(one: str, other: str) -> int:
-    """How many characters both texts begin with, by bisection: slices are compared faster than characters."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low

@@ -1,4 +1,4 @@
-"""A last answer behind its generation prompt, where the template renders the conversation otherwise. Floor 2.
+"""How much of a generation prompt a rendering has, and a last answer behind its prompt where it has not all. Floor 2.
 
 In: a rendering, read by its marks, which does not begin with the generation prompt of its last answer. Out: that prompt
 with the answer behind it, where this is provably the text that inference comes to; else nothing.
@@ -6,7 +6,12 @@ with the answer behind it, where this is provably the text that inference comes 
 
 from __future__ import annotations
 
+import re
+
 from strop.data.text.markers import MarkedRendering, MarkedSpan
+
+OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
+"""A tag that is not closed."""
 
 
 def behind_prompt(whole: MarkedRendering, prompt: MarkedRendering, number: int) -> MarkedRendering | None:
@@ -69,3 +74,23 @@ def with_thoughts(probe: MarkedRendering, content: str, opening: str, number: in
     place = words[0]._replace(start=start, stop=start + len(content))
     text = (opening if start == len(opening) else probe.text[:start]) + content + probe.text[stop:]
     return MarkedRendering(text, (*before, place), is_whole=True)
+
+
+def num_alike(opening: str, text: str, least: int) -> int:
+    """How much of a generation prompt a rendering begins with, in whole tags: `<think>` is not like `<tool_call>`.
+
+    Args:
+        least: where somebody's words end; they may hold anything.
+    """
+    length = num_common(opening, text)
+    tag = OPEN_TAG.search(text, min(least, length), length)
+    return tag.start() if tag is not None and length < len(opening) else length
+
+
+def num_common(one: str, other: str) -> int:
+    """How many characters both texts begin with, by bisection: slices are compared faster than characters."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
