@@ -221,6 +221,7 @@ def test_other_methods(method: str, place: Path) -> None:
         (["other", "--data", "singles.jsonl", "--reference", "base"], "compares with no reference"),
         (["other", "--data", "gone.jsonl"], "there is no such file"),
         (["./gone", "--data", "singles.jsonl"], "there is no such folder"),
+        (["other", "./gone", "--data", "singles.jsonl"], "there is no such folder"),
     ],
 )
 def test_what_is_refused(
@@ -229,7 +230,7 @@ def test_what_is_refused(
     monkeypatch.chdir(place)
     assert main(["eval", *words]) == 1
     told = capsys.readouterr().err
-    assert said in told and "Traceback" not in told
+    assert said in told and "Traceback" not in told and "scoring" not in told
 
 
 # ---- intervals

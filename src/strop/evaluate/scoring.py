@@ -82,20 +82,21 @@ def evaluate(config: RunConfig, sources: Sequence[str], reference: str | None = 
     with start_world(config.gpu) as world, tempfile.TemporaryDirectory() as folder, Progress() as progress:
         if world.size > 1:
             raise ConfigError(f"started as {world.size} processes", expected="one", fix="start strop eval by itself")
-        first, groups = Source.of(sources[0]), None
+        named = [Source.of(given) for given in sources]  # a wrong name is told before anything is scored
+        first, groups = named[0], None
         rows = ModelRows.of(_of_all_rows(config, first.model), first.model)
         data = rows.load()
         if objective.needs_reference:
-            named = reference or getattr(config.post_training, "ref_model_id", None)
-            base = first.base() if named is None else Source.of(named)
+            other = reference or getattr(config.post_training, "ref_model_id", None)
+            base = first.base() if other is None else Source.of(other)
             with _session(rows, data, base.model, world) as session:
                 groups, _ = session.score(session.policy, progress, Path(folder))
             reference = base.model.adapter or base.model.huggingface_id
         found = []
-        for given in sources:
+        for given, source in zip(sources, named, strict=True):
             gc.collect()
             log.info("scoring %s", given)
-            with _session(rows, data, Source.of(given).model, world) as session:
+            with _session(rows, data, source.model, world) as session:
                 if session.policy.has_new_head:
                     raise ModelError(
                         "it has no head of a reward model, and a new one would give random numbers",
