@@ -158,7 +158,7 @@ QUICK = {
 }
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("case", QUICK)
 def test_no_torch_is_loaded_for(case: str) -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'peft', 'numpy'}"

@@ -107,7 +107,7 @@ CUTS: dict[str, Callable[..., list[Batch]]] = {
 }
 
 
-@pytest.mark.share(5)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
 def test_every_cut_and_layout_is_the_same_step(settings: MethodSettings, model: nn.Module) -> None:
     loss, gradients = one_step(PlainTransformers(copy.deepcopy(model)), settings, in_parts([8], pad))
@@ -135,7 +135,7 @@ def test_a_completion_does_not_see_its_sibling(model: nn.Module) -> None:
     assert not torch.equal(before[:n], after[:n])
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(2)
 @pytest.mark.parametrize("size", [2, 9])
 @pytest.mark.parametrize(
     "settings", [SftSettings(), dpo(), dpo("kto_pair"), KtoSettings(), OrpoSettings(), SimpoSettings()], ids=name

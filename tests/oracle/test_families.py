@@ -41,7 +41,7 @@ def test_there_are_some_thirty_families() -> None:
     assert sorted(name for kind in KINDS.values() for name in kind) == sorted(CONVERSATIONS)
 
 
-@pytest.mark.share(14)
+@pytest.mark.share(10)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_template_as_shipped(name: str, page: ModuleType) -> None:
     found = cells(name, twin=False)
@@ -50,7 +50,7 @@ def test_the_template_as_shipped(name: str, page: ModuleType) -> None:
     assert line in page.PAGE.read_text(encoding="utf-8").splitlines(), f"{line}\nwrite it by python docs/templates.py"
 
 
-@pytest.mark.share(10)
+@pytest.mark.share(6)
 @pytest.mark.parametrize("name", TWINS)
 def test_the_training_twin(name: str) -> None:
     found = cells(name, twin=True)

@@ -137,7 +137,7 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(families, "family", lambda _: family(name.params["name"]))
 
 
-@pytest.mark.share(6)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", tuple(TEMPLATES))
 def test_what_is_trained_is_what_transformers_says(name: str) -> None:
     wrong = {}

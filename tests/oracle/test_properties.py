@@ -111,7 +111,7 @@ def split(one: Family, record: dict[str, Any]) -> tuple[list[int], list[int], li
     return [i for i in record["ids"] if i in special], [i for i in trained if i in special], trained
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(2)
 @everyhow
 @every
 @some

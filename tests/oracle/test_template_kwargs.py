@@ -39,7 +39,7 @@ KINDS = ("one_turn", "several_turns_with_system", "reasoning", "reasoning_in_eve
 HERE = Origin("rows.jsonl", 1)
 
 
-@pytest.mark.share(12)
+@pytest.mark.share(6)
 @pytest.mark.parametrize("name", names())
 def test_what_is_trained_is_what_transformers_writes_with_the_same_variable(name: str) -> None:
     for variable in sorted(variables(family(name).template) & VALUES.keys()):

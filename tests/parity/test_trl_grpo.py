@@ -150,7 +150,7 @@ def theirs(
     return [r["loss"] for r in trainer.state.log_history if "loss" in r], norms.norms, trainer.model
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("method", "settings"),
     [

@@ -46,7 +46,7 @@ SHARE = ("another learning rate", "another beta", "another seed", "other micro-b
 """What the suite tries; all of it is nightly."""
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("name", [n if n in SHARE else pytest.param(n, marks=pytest.mark.nightly) for n in PLANTED])
 def test_a_planted_setting_is_named(name: str, base: Path, runs: Any) -> None:
     keys, step, kind, words = PLANTED[name]

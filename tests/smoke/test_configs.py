@@ -167,7 +167,7 @@ SCRIPT = (
 )
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("line", "gains"),
     [

@@ -85,7 +85,7 @@ def test_every_shape_stands_there_with_a_command() -> None:
     assert len({rows for _, rows, _ in COMMANDS if rows}) >= 17 and len(COMMANDS) >= 30
 
 
-@pytest.mark.share(12)
+@pytest.mark.share(6)
 @pytest.mark.parametrize(("title", "rows", "line"), COMMANDS, ids=[f"{n}" for n in range(len(COMMANDS))])
 def test_a_command_of_the_page(
     title: str, rows: str, line: str, here: Path, capsys: pytest.CaptureFixture[str]

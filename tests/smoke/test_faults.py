@@ -209,7 +209,7 @@ class Failing:
         return self.real(*arguments, **named)
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("best", "numbers", "kept"),
     [

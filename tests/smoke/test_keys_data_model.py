@@ -88,6 +88,7 @@ def test_models__trust_remote_code(
     assert type(built[-1].base).__name__ == "HouseForCausalLM"
 
 
+@pytest.mark.nightly
 def test_models__revision(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "hub" / "models--org--tiny"
     (cache / "snapshots").mkdir(parents=True)
@@ -138,12 +139,14 @@ def test_models__quant(runs: Any, built: list[Any]) -> None:
         assert {type(layer).__name__ for layer in quantised_layers(policy)} == kind
 
 
+@pytest.mark.nightly
 def test_models__bnb_quant_type(runs: Any, built: list[Any]) -> None:
     for kind in ("nf4", "fp4"):
         runs({**LORA, "quant": "4bit", "bnb_quant_type": kind})
         assert {layer.weight.quant_type for layer in quantised_layers(built[-1])} == {kind}
 
 
+@pytest.mark.nightly
 def test_models__bnb_double_quant(runs: Any, built: list[Any]) -> None:
     for double in (True, False):
         runs({**LORA, "quant": "4bit", "bnb_double_quant": double})

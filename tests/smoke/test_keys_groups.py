@@ -241,12 +241,14 @@ def test_post_training__sapo_temperature_neg(follow: Train) -> None:
     assert are_apart([follow(gate="sapo", sapo_temperature_neg=k) for k in (1.05, 4.0)])
 
 
+@pytest.mark.nightly
 def test_post_training__aggregation(follow: Train) -> None:
     runs = [follow(aggregation=name) for name in ("sequence", "token", "sequence_sum", "prompt")]
     runs.append(follow(aggregation="constant", means={"aggregation": "constant", "normalizer_length": 9}))
     assert are_apart(runs)
 
 
+@pytest.mark.nightly
 def test_post_training__normalizer_length(follow: Train) -> None:
     """Null is training.max_completion_length, which is 9 here."""
     none, nine, three = (
@@ -375,6 +377,7 @@ def test_rollout__stop_token_ids(sample: Train) -> None:
         sample(stop_token_ids=[100_000])
 
 
+@pytest.mark.nightly
 def test_rollout__batch_tokens(sample: Train, watched: pytest.MonkeyPatch) -> None:
     tokens: list[int] = []
     decode = sampler._Rows.decode
@@ -413,6 +416,7 @@ def test_rollout__on_reward_error(sample: Train) -> None:
     assert [row["rewards"] for row in rollouts(skipped)] == [[1, 2, 3]] * int(4 - failed)
 
 
+@pytest.mark.nightly
 def test_rollout__reward_error_value(sample: Train) -> None:
     for value in (0.0, -2.5):
         run = sample("first_fails", on_reward_error="value", reward_error_value=value)
@@ -439,17 +443,20 @@ def test_top__rewards(sample: Train) -> None:
     assert len(set(totals)) > 1
 
 
+@pytest.mark.nightly
 def test_rollout__num_generations_eval(sample: Train) -> None:
     held = {**HELD_OUT, "temperature_eval": 1.0}
     one, three = (sample(num_generations_eval=n, **held).series("reward", "eval") for n in (1, 3))
     assert one != three, "more completions of the same prompts"
 
 
+@pytest.mark.nightly
 def test_rollout__temperature_eval(sample: Train) -> None:
     greedy, drawn_at_one = (sample(temperature_eval=t, **HELD_OUT).series("reward", "eval") for t in (0.0, 1.0))
     assert greedy != drawn_at_one
 
 
+@pytest.mark.nightly
 def test_rollout__steps_per_generation(sample: Train) -> None:
     """Two steps of one sampling: both are taken on completions that the weights before the first one sampled."""
     one, two = (sample(steps_per_generation=n, max_steps=2, learning_rate=0.05) for n in (1, 2))
@@ -457,6 +464,7 @@ def test_rollout__steps_per_generation(sample: Train) -> None:
     assert one.series("clip_ratio/region_mean")[1] == 0 < two.series("clip_ratio/region_mean")[1]
 
 
+@pytest.mark.nightly
 def test_rollout__num_iterations(sample: Train) -> None:
     once, twice = (sample(num_iterations=n, max_steps=2, learning_rate=0.05) for n in (1, 2))
     assert len(rollouts(once)) == 2 * len(rollouts(twice)), "the second step trains on what the first one sampled"
@@ -531,6 +539,7 @@ def test_post_training__temperature(runs: Any) -> None:
     assert are_apart([runs({**distill, "post_training.temperature": t}) for t in (0.5, 1.0, 2.0)])
 
 
+@pytest.mark.nightly
 def test_post_training__mask_truncated_completions(runs: Any, sample: Train) -> None:
     cut = sample(max_completion_length=2, **{"post_training.mask_truncated_completions": True})
     assert not any(any(group["ended"]) for group in rollouts(cut)) and cut.series("grad_norm") == [0.0]

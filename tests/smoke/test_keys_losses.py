@@ -38,6 +38,7 @@ def test_post_training__discopop_tau(runs: Any) -> None:
         assert ratio == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_post_training__f_divergence(runs: Any) -> None:
     plain, js, forward = runs(), runs(f_divergence="js"), runs(f_divergence="forward_kl")
     assert first(js) == first(forward) == pytest.approx(LN2)
@@ -54,6 +55,7 @@ def test_post_training__f_alpha(runs: Any) -> None:
     assert runs(f_divergence="alpha", f_alpha=0.3).untimed != runs().untimed
 
 
+@pytest.mark.nightly
 def test_post_training__ld_alpha(runs: Any) -> None:
     plain, cut = runs(), runs(ld_alpha=0.0)
     assert runs(ld_alpha=1.0).untimed == plain.untimed
@@ -109,6 +111,7 @@ def test_post_training__cpo_alpha(runs: Any) -> None:
     assert "loss/nll" in some.metrics[0] and "loss/nll" not in none.metrics[0]
 
 
+@pytest.mark.nightly
 def test_post_training__kto_loss(runs: Any) -> None:
     kto, apo = (runs(method="kto", kto_loss=loss) for loss in ("kto", "apo_zero_unpaired"))
     assert first(kto) == first(apo) == 0.5

@@ -140,6 +140,7 @@ def test_lora__lora_alpha(runs: Any) -> None:
     assert double.series("grad_norm")[0] == pytest.approx(2 * default.series("grad_norm")[0], rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_lora__lora_dropout(runs: Any) -> None:
     none, some = runs({**LORA, "max_steps": 3}), runs({**LORA, "max_steps": 3, "lora_dropout": 0.5})
     assert some.adapter["lora_dropout"] == 0.5
@@ -147,6 +148,7 @@ def test_lora__lora_dropout(runs: Any) -> None:
     assert some.series("loss", "eval")[0] == none.series("loss", "eval")[0]  # evaluations are without it
 
 
+@pytest.mark.nightly
 def test_lora__bias(runs: Any, tmp_path: Path, make_model: Any, make_tokenizer: Any) -> None:
     make_model(attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -205,6 +207,7 @@ def test_lora__loraplus_lr_ratio(runs: Any) -> None:
         torch.testing.assert_close(faster.final[name], factor * weight, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.nightly
 def test_lora__init_lora_weights(runs: Any, tmp_path: Path) -> None:
     """The reference is the model before the initialisation moved it; the result loads on the base as it is, with twice
     the rank, and is merged into it; a resumed run is an unbroken one."""

@@ -152,6 +152,7 @@ def test_finetuning__resume_from_checkpoint(
         runs(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.nightly
 def test_finetuning__load_best_model_at_end(runs: Any) -> None:
     best, last = (runs(WORSE, load_best_model_at_end=wanted) for wanted in (True, False))
     losses = best.series("loss", "eval")
@@ -277,6 +278,7 @@ def test_logging__report_to_without_the_package(runs: Any, watched: pytest.Monke
         runs(report_to=["mlflow"])
 
 
+@pytest.mark.nightly
 def test_logging__logging_dir(runs: Any, tmp_path: Path) -> None:
     inside = runs(logging_dir="./elsewhere")
     assert (inside.path / "elsewhere" / "margins" / "margins_log.jsonl").is_file()

@@ -196,6 +196,7 @@ def test_training__learning_rate(runs: Any, updates: list[Any]) -> None:
         assert adapted.series("learning_rate") == [pytest.approx(10 * rate)]
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("name", "shares"),
     [
@@ -218,6 +219,7 @@ def test_training__warmup_steps(runs: Any) -> None:
     assert default == pytest.approx([0.5e-2, *[1e-2] * 10])  # a tenth of the steps, rounded up
 
 
+@pytest.mark.nightly
 def test_training__warmup_ratio(runs: Any) -> None:
     run = runs(warmup_ratio=0.5, warmup_steps=None, lr_scheduler="constant")
     assert run.series("learning_rate") == pytest.approx([0.5e-2, 1e-2, 1e-2, 1e-2])
@@ -329,6 +331,7 @@ def test_training__fp16(runs: Any, attention: list[torch.dtype], built: list[Pol
     assert run.series("grad_norm")[0] == pytest.approx(runs().series("grad_norm")[0], rel=0.05)  # unscaled
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("low", [False, True])
 def test_training__auto_precision(
     low: bool,
@@ -371,6 +374,7 @@ def test_training__save_dtype(runs: Any) -> None:
         runs({"lora.enabled": True}, save_dtype="bfloat16", max_steps=1)
 
 
+@pytest.mark.nightly
 def test_training__torch_compile(runs: Any, watched: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     elementwise.compiled.cache_clear()
     request.addfinalizer(elementwise.compiled.cache_clear)
@@ -437,7 +441,7 @@ def test_training__reference_store(
     assert len(list(own_store.glob("*.logps"))) == 2
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -508,7 +512,7 @@ def poison(watched: pytest.MonkeyPatch) -> Callable[[str, range], None]:
     return set_up
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_training__on_nonfinite(
     what: str, runs: Any, poison: Any, built: list[Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -86,7 +86,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], Exce
     return failed
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("loss", "in_backward", "error"),
     [

@@ -77,6 +77,7 @@ OF_OTHERS = {"reverse_kl", "entropy"}
 """Metrics of runs that sample while they train, or that ask for an entropy bonus, which these do not."""
 
 
+@pytest.mark.share(6)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains(method: str, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = build_objective(METHODS[method]())

@@ -254,11 +254,11 @@ def stories() -> Iterator[Any]:
         for block in shown:
             parts.setdefault(block.section if alone else "", []).append(block)
         for name, story in parts.items():
-            marks = [pytest.mark.nightly] if re.search(NIGHTLY, name_of(page)) else []
+            marks = [pytest.mark.nightly] if re.search(NIGHTLY, f"{name_of(page)}:{name}") else []
             yield pytest.param(name_of(page), story, id=name_of(page) + (f":{name[:60]}" if name else ""), marks=marks)
 
 
-@pytest.mark.share(14)
+@pytest.mark.share(10)
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft, in a page's Python

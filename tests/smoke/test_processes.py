@@ -436,6 +436,7 @@ def _with_other_version(config: RunConfig, package: str) -> str:
     return _refusal(config)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("package", ["strop", "torch"])
 def test_other_versions_on_another_machine_are_refused(package: str, runs: Any) -> None:
     refused = in_processes(2, _with_other_version, runs.config(CUT), package)

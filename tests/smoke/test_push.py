@@ -167,6 +167,7 @@ def test_what_is_damaged_is_not_pushed(tmp_path: Path, hub: Hub, capsys: pytest.
     assert "it is not what was written" in capsys.readouterr().err and not hub.made
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("what", "words"),
     [

@@ -18,7 +18,7 @@ from strop.export.merge import merge
 from strop.policy.model.configuration import quiet
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(2)
 @pytest.mark.parametrize("method", [name for name, settings in METHODS.items() if settings.ROWS != "group"])
 def test_every_method_trains_on_four_bits(method: str, runs: Any) -> None:
     keys = {"models.0.quant": "4bit", "post_training.method": method}

@@ -83,7 +83,7 @@ CASES = [
 ]
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "method", "weights", "precision"), CASES)
 def test_a_run_leaves_a_model_that_generates(
     name: str, method: str, weights: str, precision: str, shared: Path, models: dict[str, Path], tmp_path: Path

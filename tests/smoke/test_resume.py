@@ -375,7 +375,7 @@ def _edited(lines: list[str]) -> list[str]:
     return [lines[0].replace("question", "answer"), *lines[1:]]
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("change", "is_refused"),
     [
@@ -561,7 +561,7 @@ def test_another_environment_is_told_and_the_launchs_record_stays(
     assert after == launch and resume["after_step"] == 4 and resume["packages"]["torch"] == torch.__version__
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize(("method", "lora"), [("sft", False), ("dpo", True)])
 def test_a_finished_run_is_extended(
     method: str, lora: bool, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,7 +87,7 @@ def final_of(config: RunConfig) -> Path:
     return run_of(config) / "final"
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks by that name
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_transformers_and_peft_load_the_same_rewards(kind: str, ran: dict[str, RunConfig]) -> None:

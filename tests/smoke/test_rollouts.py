@@ -128,6 +128,7 @@ def test_what_samples_is_compared_with_what_trains(tmp_path: Path, model_dir: Pa
     assert row["sampler_logps"] != row["old_logps"]
 
 
+@pytest.mark.nightly
 def test_held_out_prompts_decide_which_model_is_best(tmp_path: Path, model_dir: Path) -> None:
     keys = {
         "dataset.validation_split": 0.34,
@@ -206,7 +207,7 @@ def test_what_was_sampled_trains_again_from_its_file(tmp_path: Path, model_dir: 
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("changes", [{"training.micro_batch_tokens": 1}, {"rollout.batch_tokens": 1}], ids=str)
 def test_how_a_step_is_cut_or_decoded_changes_nothing(changes: dict[str, Any], tmp_path: Path, model_dir: Path) -> None:
     runs = []
@@ -232,6 +233,7 @@ def test_two_processes_sample_what_one_samples(tmp_path: Path, model_dir: Path) 
     assert found[0] == found[1] and {step for step, *_ in found[0]} == {1, 2}
 
 
+@pytest.mark.nightly
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> None:
     """Killed in the middle, resumed: the same completions, rewards and weights as a run that nobody killed."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -71,6 +71,7 @@ def test_the_wheel_holds_every_file_of_the_package(made: Path) -> None:
     assert about["Requires-Python"] == ">=3.11"
 
 
+@pytest.mark.nightly
 def test_the_archive_holds_what_builds_and_tests_it(made: Path) -> None:
     with tarfile.open(the_only(made, ".tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

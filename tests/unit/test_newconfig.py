@@ -118,6 +118,7 @@ SHAPES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_of_every_shape_dry_run(
     shape: str, write: Callable[..., Path], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

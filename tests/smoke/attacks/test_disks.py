@@ -22,7 +22,7 @@ from strop.policy.policy import Policy
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@few_or(200, few=4)
+@few_or(200, few=2)
 def test_full_disks(num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
     unbroken, tally = runs(TRAINED), Tally("full disks", record_property)
     for seed in range(num):

@@ -229,7 +229,11 @@ SAMPLED: dict[str, Any] = {
 """A run that samples; its steps come in pairs that train on the same completions."""
 
 
-@few_or(580, few=12)
+KILLS = 5
+"""Of each run that samples."""
+
+
+@few_or(200, few=4)
 def test_kills_of_a_run_that_samples(num: int, record_property: Any, runs: Any, watched: pytest.MonkeyPatch) -> None:
     """While sampling, rewarding, training and saving: 20 kills in the suite, 1,000 by `make nightly`."""
     keys = {**SAMPLED, "dataset.train_file": str(runs.files["singles"])}
@@ -242,14 +246,14 @@ def test_kills_of_a_run_that_samples(num: int, record_property: Any, runs: Any, 
         rng = random.Random(seed)
         config = runs.config(keys)
         go_on = partial(strop.train, config, resume="auto")
-        for _ in range(kills := rng.choice((1, 1, 2, 3))):
+        for _ in range(KILLS):
             killer.kill(go_on, rng)
         assert outcome(go_on) == "done", seed
         folder = Path(config.training.output_dir) / "run"
         assert runs.same(runs.at(folder).final, unbroken.final), seed
         assert _rollouts(folder) == rollouts, seed
         shutil.rmtree(config.training.output_dir)
-        tally.add(f"the same after {kills}")
+        tally.add(f"the same after {KILLS}")
     tally.tell(num)
 
 

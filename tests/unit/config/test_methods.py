@@ -94,6 +94,7 @@ def test_what_a_loss_reads_is_named(loss_type: str) -> None:
         assert listed and not any(dead in listed.split(": ")[1].split(", ") for dead in unread if dead != name)
 
 
+@pytest.mark.share(40)
 @pytest.mark.parametrize("settings", SETTINGS, ids=label)
 def test_a_resolved_configuration_reproduces_its_settings(settings: MethodSettings, tmp_path: Any) -> None:
     config = load_config(overrides={"models": [{"huggingface_id": "org/model"}], "post_training": settings})

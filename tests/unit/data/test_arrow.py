@@ -200,6 +200,7 @@ def tokens(name: str, shape: RowShape, make_config: Make, tokenizer: Any) -> lis
     return [*kept, {"refused": dict(done.refused), "dropped": dict(done.dropped)}]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(("shape", "make"), [("single", nested_rows), ("pair", pair_rows)])
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

@@ -103,6 +103,7 @@ def line(rng: random.Random) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("num_rows", [NUM_ROWS // 4, pytest.param(25_000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("rows", ["single", "pair"])
 @pytest.mark.parametrize(("kind", "template"), [("byte_level", "chatml"), ("sentence_piece", None)])

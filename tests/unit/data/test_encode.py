@@ -72,7 +72,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) ->
     return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options))
 
 
-@pytest.mark.share(8)
+@pytest.mark.share(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["chatml", "generation_blocks", "trimming", "mistral", "role_tokens"])
 @given(contents=st.lists(plain, min_size=4, max_size=4), system=st.none() | plain)
@@ -168,6 +168,7 @@ def test_white_space_before_the_end_token_is_trained(make_tokenizer: Make, templ
     assert runs(tokenizer, encoded) == [" a dog </s>", " the fox </s>"]
 
 
+@pytest.mark.share(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["chatml", "generation_blocks", "mistral", "system_into_user", "no_end_token"])
 def test_control_tokens_in_contents_are_text(
@@ -246,6 +247,7 @@ def test_a_token_across_the_boundary_is_split_and_counted(make_tokenizer: Make) 
     assert runs(chat, encoded) == ["\n\nx<|end|>"]
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["chatml", "mistral", "no_end_token"])
 @given(prompt=plain, chosen=plain, rejected=plain)

@@ -275,7 +275,7 @@ LARGEST = "mistral-tekken-131k"
 """Reading it takes seconds: the suite does so with its family's template alone."""
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("template", "name"),
     [

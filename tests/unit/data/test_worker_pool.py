@@ -38,6 +38,7 @@ def rows(path: Path, texts: list[str]) -> Path:
     return path
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("start", ["spawn", *(["fork"] if time_limit.CAN_FORK else [])])
 def test_processes_of_any_start_give_the_same_rows(
     start: str, tmp_path: Path, make_config: Make, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +148,7 @@ def test_a_tokenizer_that_takes_for_ever_is_one_error(
         load_data(make_config(train_file=str(path)), slow(make_tokenizer()), "single")
 
 
+@pytest.mark.nightly
 @linux
 def test_a_tokenizer_that_fills_the_memory_with_a_word_is_refused_before_any_row(
     tmp_path: Path, make_config: Make, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch

@@ -455,6 +455,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     assert loaded(tmp_path) == 1 and steps(tmp_path) == {"checkpoint-1"}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT])
 def test_a_disk_that_fails_at_any_call_costs_at_most_this_checkpoint(
     tmp_path: Path, on_disk: Callable[..., Any], code: int

@@ -46,6 +46,7 @@ def loaded(run_dir: Path) -> int | None:
 # ---- killed at every call
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("before", [[1], [1, 2], [2]], ids=["rotating", "rotating two", "replacing itself"])
 def test_killed_at_every_call_of_a_save(tmp_path: Path, on_disk: Callable[..., Any], before: list[int]) -> None:
     """[2] saves step 2 over step 2, whose content is the same here: it must be there whatever happens."""

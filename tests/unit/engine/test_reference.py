@@ -106,7 +106,7 @@ def test_each_group_has_its_own(policy: Policy, rows: list[Group], tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-model"]  # the file has no name
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_was_stored_before_changes_no_bit(

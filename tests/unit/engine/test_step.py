@@ -94,7 +94,7 @@ def run(settings: MethodSettings, cuts: list[int], layout=pack) -> tuple[StepNum
     return result.fetch(), policy.table.grad, policy.num_calls
 
 
-@pytest.mark.share(200)
+@pytest.mark.share(100)
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 3, 4, 5, 6, 7], [3, 4]], ids=str)
 @pytest.mark.parametrize("layout", [pack, pad])
@@ -200,6 +200,7 @@ def test_an_evaluation_is_one_step(settings: MethodSettings) -> None:
         assert one_by_one.metrics["kl"][1] == 1
 
 
+@pytest.mark.share(40)
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if s.method != "grpo"], ids=name)
 def test_the_gradient_of_the_weights_is_that_of_the_loss(settings: MethodSettings) -> None:
     objective = build_objective(settings)
@@ -253,7 +254,7 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch() -> None:
     assert loss((0, 1)) != loss((0, 2)) != loss((1, 2))
 
 
-@pytest.mark.share(60)
+@pytest.mark.share(20)
 @pytest.mark.parametrize("cuts", [[], [3]], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS, ids=name)
 def test_no_value_is_needed_during_a_step(settings: MethodSettings, cuts: list[int]) -> None:

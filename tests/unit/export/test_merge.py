@@ -94,7 +94,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.share(5)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_merged_model_is_the_adapters(
@@ -113,7 +113,7 @@ def test_the_merged_model_is_the_adapters(
         assert torch.equal(stored["model.norm.weight"], before["model.norm.weight"])
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize(
     ("lora", "parts"),
     [
@@ -148,7 +148,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, make: Any, tmp_path: Path) -> None:
     """Layers that are stored transposed, biases that are trained, experts that are stacked on loading."""
@@ -176,6 +176,7 @@ def test_shards_stay_as_they_were(make: Any, make_model: Any, tmp_path: Path) ->
         assert all(("q_proj" in key) != torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.share(1)
 @pytest.mark.parametrize("how", ["left out", "doubled", "transposed head"])
 def test_a_wrong_merge_is_refused_and_nothing_is_left(
     how: str, make: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -352,6 +353,7 @@ def test_the_base_may_be_a_consolidated_folder(
     same_answers(base, adapter, tmp_path / "merged", 1e-5)
 
 
+@pytest.mark.share(6)
 @pytest.mark.parametrize(
     "what",
     [

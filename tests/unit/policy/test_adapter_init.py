@@ -49,7 +49,7 @@ def move(policy: Policy) -> None:
             weight += 0.05 * torch.randn(weight.shape, generator=random)
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize(
     "lora", [{"r": 4}, {"r": 3, "use_rslora": True, "modules_to_save": ["norm"]}], ids=["lora", "rslora and a norm"]

@@ -58,7 +58,7 @@ def logps_of(model: nn.Module, groups: list[Group]) -> Tensor:
     return torch.stack(parts)
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("lora", "others"),
     [
@@ -254,6 +254,7 @@ def adapter_dir(build: MakePolicy, model_dir: Path, groups: list[Group], tmp_pat
     return tmp_path / "adapter"
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("lora", [None, {}, {"r": 4, "lora_dropout": 0.3}, {"target_modules": ["up_proj", "q_proj"]}])
 def test_goes_on_from_an_adapter(
     lora: dict[str, Any] | None,
@@ -277,6 +278,7 @@ def test_goes_on_from_an_adapter(
     assert load_file(tmp_path / "next" / "adapter_model.safetensors").keys() == saved.keys()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("lora", "said"),
     [
@@ -309,7 +311,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.share(5)
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -335,7 +337,7 @@ def test_broken_adapters(damage: Callable[[Path], object], said: str, adapter_di
         build(adapter=str(adapter_dir))
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save", "layers_pattern", "r", "bias"])
 def test_values_that_are_of_no_use_are_refused(key: str, adapter_dir: Path, build: MakePolicy) -> None:
     for value in (5, 1.5, [[]], [None], [{}], ["q_proj", 0], {"a": None}, "\ud800", 10**30):
@@ -344,6 +346,7 @@ def test_values_that_are_of_no_use_are_refused(key: str, adapter_dir: Path, buil
             build(adapter=str(adapter_dir))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     "key", ["target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern"]
 )

@@ -58,7 +58,7 @@ def forwards(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("lora", [None, {"lora_dropout": 0.3}], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
 def test_gradients_are_the_same(

@@ -95,6 +95,7 @@ def test_a_policy_has_the_hash_of_what_was_loaded(configure: Callable[..., RunCo
         assert policy.weights_hash != weights_hash(policy.model)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("training", [{}, {"bf16": True}, {"bf16": True, "fp32_logits": True}, {"fp16": True}], ids=str)
 @pytest.mark.parametrize("lora", [None, {}], ids=["full", "lora"])
 def test_low_precision_stays_near_float32(

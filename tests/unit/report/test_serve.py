@@ -56,6 +56,7 @@ def test_the_page_is_the_newest_that_could_be_made(server: PageServer, pages: li
     assert get(server, method="HEAD") == (200, b"")
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("path", ["/metrics.jsonl", "/../config.yaml", "/..%2fconfig.yaml", "//etc/passwd", "/?x", "*"])
 def test_nothing_else_is_served(path: str, server: PageServer) -> None:
     assert get(server, path)[0] == 404

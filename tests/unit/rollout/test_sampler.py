@@ -40,7 +40,7 @@ def test_recorded_log_probs_are_those_of_the_training_forward(family: str, tmp_p
         assert not set(ENDS).intersection(completion.ids[:-1])
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batches_and_neighbours_change_nothing(family: str, tmp_path: Path) -> None:
     policy = make_policy(tmp_path, family)

@@ -330,6 +330,7 @@ def test_other_log_probs_are_found(asked: DrawSettings, mode: str, found: str | 
         assert len(server.asked("/v1/completions")) == 3 + probes + (3 if found is None else 0), "asked once"
 
 
+@pytest.mark.nightly
 def test_the_server_has_the_adapter_of_now(tmp_path: Path) -> None:
     """Its log-probs are those of the training forward, after every change of the weights; nothing stays behind."""
     policy = make_policy(tmp_path, **{"lora.r": 4})

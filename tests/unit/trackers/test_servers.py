@@ -37,6 +37,7 @@ def test_wandb_without_a_login_is_kept_offline(
     assert [r["type"] for r in course.wandb_records(tmp_path / "run" / "logs")].count("history") == 2
 
 
+@pytest.mark.nightly
 def test_wandb_without_its_server_is_kept_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
