@@ -90,16 +90,20 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(parsed(path)))
+
+
 def imports(path: Path, top_level_only: bool = False) -> list[str]:
     """Absolute names of what a module imports; imports for type checkers only are left out."""
-    tree = parsed(path)
     checking = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in nodes_of(path)
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    nodes = parsed(path).body if top_level_only else nodes_of(path)
     names: list[str] = []
     for node in nodes:
         if id(node) in checking:

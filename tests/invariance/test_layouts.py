@@ -215,7 +215,7 @@ def assert_same(
         assert (got[1][name] - gradient).norm() <= tolerance * (gradient.norm() + 0.01 * size), name
 
 
-@pytest.mark.share(12)
+@pytest.mark.share(6)
 @pytest.mark.parametrize(
     ("kind", "changes"), [*((kind, None) for kind in sorted(prefix_sharing.ARCHITECTURES)), *VARIANTS]
 )

@@ -83,6 +83,7 @@ def test_models__add_tokens(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.nightly
 def test_another_model_beside_the_policy_gets_the_same_tokens(keys: dict[str, Any], runs: Any) -> None:
     run = runs({**keys, "post_training.ref_model_id": str(runs.files["other"]), "training.max_steps": 1})
     assert run.steps() == [1]

@@ -114,6 +114,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(
     assert [names for _, names in seen[1:]] == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
 
 
+@pytest.mark.nightly
 def test_a_stop_waits_for_what_is_being_written(writing: Callable[[Write], None], runs: Any) -> None:
     """Both checkpoints are whole, and a resume ends as the unbroken run does."""
     unbroken, config = runs({**OFTEN, "training.save_steps": 1}), runs.config({**OFTEN, **ASYNC})
@@ -137,7 +138,7 @@ def test_a_stop_waits_for_what_is_being_written(writing: Callable[[Write], None]
 SOME_FAIL = [pytest.param(numbers, marks=pytest.mark.nightly) for numbers in ({1}, {2, 3}, {4})]
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("numbers", [{1, 4}, {1, 2, 3, 4}, *SOME_FAIL], ids=str)
 def test_a_save_that_fails_is_that_of_a_run_that_saves_at_once(
     numbers: set[int], writing: Callable[[Write], None], runs: Any, capsys: Any

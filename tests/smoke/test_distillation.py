@@ -112,6 +112,7 @@ def test_a_step_does_not_depend_on_its_cut(folders: tuple[Path, Path]) -> None:
     assert all(p.grad is None for p in policy.teacher.model.model.parameters())  # type: ignore[union-attr]
 
 
+@pytest.mark.nightly
 def test_a_resume_goes_on_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path) -> None:
     config = config_of(folders)
     strop.train(config)

@@ -14,6 +14,7 @@ pytest.importorskip("math_verify", reason="the reward math_equal needs it; insta
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "gsm8k" / "gsm8k.yaml"
 
 
+@pytest.mark.nightly
 def test_it_trains(tmp_path: Path, model_dir: Path) -> None:
     rows = [
         {"prompt": f"{i} + {i} = ?", "answer": f"{i} and {i} are {2 * i}.\n#### {2 * i}", "final": str(2 * i)}

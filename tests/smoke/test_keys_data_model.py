@@ -107,6 +107,7 @@ def test_models__revision(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         runs({**keys, "models.0.revision": "v3"})
 
 
+@pytest.mark.nightly
 def test_models__adapter(runs: Any) -> None:
     first = runs({**LORA, "max_steps": 4, "method": "sft"})
     for method in ("sft", "dpo"):
@@ -131,6 +132,7 @@ def quantised_layers(policy: Any) -> list[Any]:
     return [part for part in policy.model.modules() if is_quantised(part)]
 
 
+@pytest.mark.nightly
 def test_models__quant(runs: Any, built: list[Any]) -> None:
     kinds = {"none": set(), "4bit": {"Linear4bit"}, "8bit": {"Linear8bitLt"}}
     for quant in kinds:
@@ -153,6 +155,7 @@ def test_models__bnb_double_quant(runs: Any, built: list[Any]) -> None:
         assert {layer.weight.quant_state.nested for layer in quantised_layers(built[-1])} == {double}
 
 
+@pytest.mark.nightly
 def test_models__bnb_compute_dtype(runs: Any, built: list[Any]) -> None:
     wanted = {"auto": torch.float32, "bfloat16": torch.bfloat16}
     for name, dtype in wanted.items():

@@ -320,6 +320,7 @@ def test_rollout__num_generations(sample: Train) -> None:
     assert [row["completion_ids"] for row in two] == [row["completion_ids"][:2] for row in three]
 
 
+@pytest.mark.nightly
 def test_rollout__temperature(sample: Train, drawn: Drawn) -> None:
     run = sample(temperature=0.5)
     for probs, token, logp in drawn(run, temperature=0.5):

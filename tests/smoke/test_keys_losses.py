@@ -95,6 +95,7 @@ def test_post_training__orpo_nll(runs: Any) -> None:
     assert first(full, "loss/nll") != pytest.approx(first(completion, "loss/nll"), rel=1e-3)
 
 
+@pytest.mark.nightly
 def test_post_training__simpo_beta(runs: Any) -> None:
     one, two = (runs(method="simpo", simpo_beta=beta) for beta in (1.0, 3.0))
     assert first(two, "rewards/margins") == pytest.approx(3 * first(one, "rewards/margins"))

@@ -45,6 +45,7 @@ def test_post_training__method(runs: Any) -> None:
     assert not (sft.path / "logs" / "margins").exists()
 
 
+@pytest.mark.nightly
 def test_post_training__loss_reduction(runs: Any, logps_by_hand: ByHand) -> None:
     names = ("tokens", "sequences")
     found = {name: runs(method="sft", loss_reduction=name).series("loss", "eval")[0] for name in names}
@@ -176,6 +177,7 @@ def test_lora__target_parameters(runs: Any, tmp_path: Path, make_tokenizer: Any)
     assert any(".experts." in name for name in run.final)
 
 
+@pytest.mark.nightly
 def test_lora__target_modules(runs: Any) -> None:
     def adapted(wanted: Any) -> set[str]:
         return {name.split(".")[-3] for name in runs({**LORA, "target_modules": wanted}).final}

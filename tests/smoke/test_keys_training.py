@@ -404,7 +404,7 @@ def test_training__torch_compile(runs: Any, watched: pytest.MonkeyPatch, request
         runs(torch_compile=True)
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize(("share", "layers"), [(False, 2), (0.5, 3), (True, 4)])
 def test_training__gradient_checkpointing(
     share: bool | float, layers: int, runs: Any, attention: list[torch.dtype], forwards: list[Any]
@@ -472,6 +472,7 @@ def test_training__optim(name: str, kind: type, runs: Any, watched: pytest.Monke
     assert run.series("loss")[-1] < run.series("loss")[0]
 
 
+@pytest.mark.nightly
 def test_training__weight_decay(runs: Any, updates: list[Any]) -> None:
     before = runs.policy().trainable()
     plain, decayed = (runs(weight_decay=decay, max_steps=1).final for decay in (0.0, 0.1))

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import strop
 
 
@@ -24,6 +26,7 @@ def test_every_step_has_its_line_whatever_is_logged(runs: Any) -> None:
     assert all(sorted(place for part in line["cut"] for place in part) == [0, 1, 2, 3] for line in lines)
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_has_the_ledger_of_an_unbroken_one(runs: Any) -> None:
     keys = {"lora.lora_dropout": 0.2, "training.save_steps": 2, "training.logging_steps": 2}
     run = runs(keys, max_steps=5, fresh=True)

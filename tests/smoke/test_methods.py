@@ -233,6 +233,7 @@ def test_kto_trains_on_one_label(label: bool, tmp_path: Path, model_dir: Path) -
         assert not any(name.endswith(f"/{missing}") for name in record), "the mean of nothing is no number"
 
 
+@pytest.mark.nightly
 def test_kto_resumes_bit_for_bit(tmp_path: Path, model_dir: Path) -> None:
     """The completions of z0 are a function of seed and epoch: a resume draws the same ones."""
     sizes: dict[str, Any] = {"num_epochs": 3, "save_steps": 1, "save_total_limit": None}

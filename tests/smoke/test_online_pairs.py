@@ -47,7 +47,7 @@ def test_it_trains_on_the_best_and_the_worst(tmp_path: Path, model_dir: Path) ->
             assert record[f"logps/{side}"] == pytest.approx(sum(logps) / len(pairs), rel=1e-4), "it trains what it drew"
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
@@ -130,6 +130,7 @@ def test_a_step_is_taken_again(tmp_path: Path, model_dir: Path) -> None:
         assert found.first_difference is None and found.start == (2 if step == 3 else 0)
 
 
+@pytest.mark.nightly
 def test_held_out_prompts_are_rewarded_and_the_report_is_whole(tmp_path: Path, model_dir: Path) -> None:
     keys = {"dataset.validation_split": 0.34, "training.eval_steps": 2}
     (result,) = strop.train(sampling(tmp_path, model_dir, ONLINE, "vowels", **keys))

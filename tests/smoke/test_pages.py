@@ -258,7 +258,7 @@ def stories() -> Iterator[Any]:
             yield pytest.param(name_of(page), story, id=name_of(page) + (f":{name[:60]}" if name else ""), marks=marks)
 
 
-@pytest.mark.share(10)
+@pytest.mark.share(6)
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft, in a page's Python

@@ -64,6 +64,7 @@ def test_a_run_is_generated_with_and_merged_on_the_numbers_it_was_trained_on(
     assert answers[0] == answers[1]
 
 
+@pytest.mark.nightly
 def test_a_resumed_run_is_an_unbroken_one(runs: Any, tmp_path: Path) -> None:
     keys = {"models.0.quant": "4bit", "training.save_steps": 2}
     run = runs(keys, r=4)

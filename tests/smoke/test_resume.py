@@ -458,7 +458,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("method", "lora", "change"),
     [

@@ -219,6 +219,7 @@ def test_how_a_step_is_cut_or_decoded_changes_nothing(changes: dict[str, Any], t
     assert [r["completion_ids"] for r in runs[0]] == [r["completion_ids"] for r in runs[1]]
 
 
+@pytest.mark.nightly
 def test_two_processes_sample_what_one_samples(tmp_path: Path, model_dir: Path) -> None:
     """Rounding apart, by which gradients are summed in another order: two steps do not show it."""
     found = []
@@ -265,6 +266,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model_dir: Path) -> No
     assert weights[0] == weights[1]
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_within_a_round(tmp_path: Path, model_dir: Path) -> None:
     """What was sampled before the checkpoint is trained on after it, bit for bit: old log-probs, reference and all."""
     keys = {

@@ -121,6 +121,7 @@ def alone(made: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProce
     return run
 
 
+@pytest.mark.nightly
 def test_the_wheel_alone_answers(alone: Callable[..., Any], tmp_path: Path) -> None:
     shown = alone("--version")
     assert shown.stdout == f"strop {strop.__version__}\n", shown.stderr

@@ -314,6 +314,7 @@ def _processor_seconds(*arguments: str) -> float:
     return end.children_user + end.children_system - start.children_user - start.children_system
 
 
+@pytest.mark.nightly
 def test_three_roads_to_the_same_place(tmp_path: Path) -> None:
     script = str(ROOT / "scripts" / "train.py")
     answers = [

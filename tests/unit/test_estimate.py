@@ -395,6 +395,7 @@ def test_the_gpu_that_torch_counts_is_asked_for(
     assert found.memory == 81559 * 2**20 and found.rate(torch.bfloat16) and found.has_bf16
 
 
+@pytest.mark.nightly
 def test_the_dry_run_knows_which_rows_there_will_be(
     prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]
 ) -> None:

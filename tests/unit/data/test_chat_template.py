@@ -215,7 +215,7 @@ def test_b8_all_are_there() -> None:
     assert shipped_templates() == sorted(NAMES)
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_b8_the_same_text_as_the_published_template(name: str, tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers["byte_level"]

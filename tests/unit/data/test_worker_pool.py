@@ -126,6 +126,7 @@ def test_what_may_run_away_is_known(make_tokenizer: Make) -> None:
     assert all(may_run_away(json_of(tokenizer)) for tokenizer in (growing(make_tokenizer(), 1), slow(make_tokenizer())))
 
 
+@pytest.mark.nightly
 @linux
 def test_a_tokenizer_that_fills_the_memory_is_one_error(
     tmp_path: Path, make_config: Make, make_tokenizer: Make, monkeypatch: pytest.MonkeyPatch

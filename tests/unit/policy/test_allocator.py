@@ -84,11 +84,13 @@ def test_running_out_of_memory_is_recognised(error: Exception, is_one: bool) -> 
     assert is_out_of_memory(error) is is_one
 
 
+@pytest.mark.nightly
 @glibc
 def test_freed_blocks_are_used_again(pages_and_held: list[int]) -> None:
     assert pages_and_held[0] < PAGES // 10
 
 
+@pytest.mark.nightly
 @glibc
 def test_large_blocks_are_given_back(pages_and_held: list[int]) -> None:
     _, called, not_called = pages_and_held

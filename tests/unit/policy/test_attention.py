@@ -121,6 +121,7 @@ def draw(heads: int, key_heads: int, dtype: torch.dtype, width: int = 8) -> tupl
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2) for s in shapes)
 
 
+@pytest.mark.share(80)
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 6, 100])
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, False), (None, True)])

@@ -60,6 +60,7 @@ def test_the_count_sees_threads_that_do_not() -> None:
     assert int(run("denormal()\ntorch.set_flush_denormal(True)\nprint(denormal())")) > 100_000
 
 
+@pytest.mark.nightly
 @onednn
 def test_a_run_from_python_flushes(model_dir: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"

@@ -154,7 +154,7 @@ def test_a_folder_with_a_manifest_is_compared_with_it(name: str, model_dir: Path
 EXPLODES = r"(([a-z_.0-9]+)+)+!"
 
 
-@pytest.mark.share(1)
+@pytest.mark.nightly
 @pytest.mark.skipif(not time_limit.CAN_FORK, reason="nothing is tried where no process can be copied")
 @pytest.mark.parametrize("where", ["target_modules", "rank_pattern", "exclude_modules"])
 def test_expressions_of_an_adapter_that_never_end_are_refused(
