@@ -286,14 +286,16 @@ def plot(results: Sequence[Result]) -> str:
 
 
 def load(folder: Path) -> list[list[Result]]:
-    """Stored results by machine, the one with the most rounds first, in the order of the cases."""
+    """Stored results by machine, the one with the most rounds of cases that have targets first, in the order of the
+    cases."""
     machines: dict[Path, list[Result]] = {}
     for path in sorted(folder.glob("*/*.json")):
         machines.setdefault(path.parent, []).append(json.loads(path.read_text(encoding="utf-8")))
     order = {name: i for i, name in enumerate(CASES)}
     for results in machines.values():
         results.sort(key=lambda result: order.get(result["case"]["name"], len(order)))
-    return sorted(machines.values(), key=lambda results: sum(len(r["rounds"]) for r in results), reverse=True)
+    rounds = {name: sum(len(r["rounds"]) for r in found if r["case"]["targets"]) for name, found in machines.items()}
+    return [machines[name] for name in sorted(rounds, key=lambda name: rounds[name], reverse=True)]
 
 
 def main() -> None:
