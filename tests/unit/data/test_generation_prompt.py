@@ -143,8 +143,8 @@ def test_earlier_answers_that_a_template_never_writes_with_their_thoughts_are_hi
     assert "the reasoning of turn 2" in found.left_out
 
 
-def test_the_last_answer_is_never_history(render: Callable[..., Any]) -> None:
-    """A template that writes two answers in a row as one turn, or thoughts behind a prompt without them."""
+def test_a_last_answer_that_the_one_before_goes_on_into_is_refused(render: Callable[..., Any]) -> None:
+    """Of a template that writes two answers in a row as one turn: the first would get an end token of its own."""
     merging = (
         "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ '<|user|>' + m['content'] }}{% else %}"
         "{% if not loop.first and loop.previtem['role'] != 'assistant' %}{{ '<|assistant|>' }}{% endif %}"

@@ -83,6 +83,7 @@ class Conversation:
         self.answers = [self._answer(i) for i in self._numbers]
         if self.blocks is None:
             self.answers = [self._closed_by_next_header(answer) for answer in _with_history(self.answers)]
+            self._refuse_an_open_end()
         else:
             self.answers = [replace(a, is_history=False) if a.is_history else a for a in self.answers]
 
@@ -361,9 +362,20 @@ class Conversation:
             return ""
         return long[len(short) :][: self._ends.next_header(long[len(short) :])]
 
+    def _refuse_an_open_end(self) -> None:
+        """Where the last answer is not trained, since it does not follow its generation prompt, the one before it needs
+        an end token of its own: the tokenizer's would teach it to stop where the template goes on."""
+        trained = [answer for answer in self.answers if not answer.is_history]
+        if trained and self.answers[-1].is_history and not self._is_closed(trained[-1]):
+            number = self.answers[-1].message + 1
+            raise unverified(f"turn {number} does not follow its generation prompt, and earlier ones do")
+
+    def _is_closed(self, answer: AnswerSpan) -> bool:
+        return self._ends.is_closed(self.text[answer.start : answer.stop])
+
     def _closed_by_next_header(self, answer: AnswerSpan) -> AnswerSpan:
         """The answer up to the first token of the next turn, where it has no end token and generation stops there."""
-        if answer.is_history or self._ends.is_closed(self.text[answer.start : answer.stop]):
+        if answer.is_history or self._is_closed(answer):
             return answer
         if answer.message == len(self._messages) - 1 and self._ends.stops_elsewhere:
             self.text = self.text[: answer.stop] + self._following_header()
@@ -382,16 +394,10 @@ def _without_thoughts(message: Message) -> Message:
 
 
 def _with_history(answers: Sequence[AnswerSpan]) -> list[AnswerSpan]:
-    """The answers, where those that do not follow their generation prompt are history if others do follow theirs.
-
-    Raises:
-        RowRefused: the last one would be history, though nothing follows it.
-    """
+    """The answers, where those that do not follow their generation prompt are history if others do follow theirs."""
     # an answer at the very beginning has no generation prompt to follow
     if not any(answer.as_generated and answer.message for answer in answers):
         return list(answers)
-    if not answers[-1].as_generated:
-        raise unverified(f"turn {answers[-1].message + 1} does not follow its generation prompt, and earlier ones do")
     return [
         answer if answer.as_generated or answer.is_history else replace(answer, is_history=True) for answer in answers
     ]
