@@ -6,7 +6,7 @@ Runs of other seeds that are stored with the same settings stay. The model that 
 in `--folder`, where later calls find it.
 
 Cases differ in their prompts: of `short` each is a question of some ten tokens; in front of that of `long` stand 20
-others with their answers, some 270 tokens. Prompts of people are longer, and a group shares its prompt.
+others with their answers, some 280 tokens. Prompts of people are longer, and a group shares its prompt.
 
 Both sides have the same first weights, prompts in the same order, rewards, optimizer and steps, in float32 with one
 thread, a process of its own for each run. What they sample differs, as their random numbers do. The task is the demo's:
@@ -44,7 +44,6 @@ from .inputs import ROOT
 from .measure import busy_cores, call, commit, describe_machine
 
 OUT = ROOT / "benchmarks" / "results"
-FILES = ("grpo-short.json", "grpo-long.json")
 SIZE = 8
 """Completions of each prompt."""
 PHASES = ("sample", "reward", "train")
@@ -74,24 +73,30 @@ class Settings:
         """Tokens of a prompt at most."""
         return 32 + 32 * self.turns
 
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt and its completion at most."""
+        return self.prompt_room + 32
+
 
 SETTINGS = {"short": Settings(), "long": Settings(turns=20)}
+FILES = {case: f"grpo-{case}.json" for case in SETTINGS}
 
 
 # -- what both sides start from ---------------------------------------------------------------------------------------
 
 
-def make(folder: Path, s: Settings) -> None:
+def make(folder: Path, settings: Settings) -> None:
     """`folder` gets start/, the demo's data and held-out rows."""
     import strop
     from strop.demo.model import write_base
     from strop.demo.task import Size, write_data
 
-    write_data(folder / "data", 0, Size(num_demonstrations=s.demonstrations))
-    put_turns_in_front(folder / "data", s)
+    write_data(folder / "data", 0, Size(num_demonstrations=settings.demonstrations))
+    put_turns_in_front(folder / "data", settings)
     base = folder / "base"
     write_base(base, 0)
-    lengthen(base, s)
+    lengthen(base, settings)
     (result,) = strop.train(
         strop.load_config(
             overrides={
@@ -101,11 +106,11 @@ def make(folder: Path, s: Settings) -> None:
                 "post_training": {"method": "sft"},
                 "training": {
                     "output_dir": str(folder),
-                    "num_epochs": s.sft_epochs,
-                    "groups_per_step": max(64 // (s.turns + 1), 1),
-                    "learning_rate": s.sft_rate,
+                    "num_epochs": settings.sft_epochs,
+                    "groups_per_step": max(64 // (settings.turns + 1), 1),  # 64 answers
+                    "learning_rate": settings.sft_rate,
                     "warmup_steps": 20,
-                    "max_seq_length": s.prompt_room + 32,
+                    "max_seq_length": settings.length,
                     "max_prompt_length": None,
                     "max_completion_length": None,
                     "bf16": False,
@@ -116,37 +121,37 @@ def make(folder: Path, s: Settings) -> None:
         )
     )
     result.final.rename(folder / "start")
-    (folder / "before.json").write_text(json.dumps(heldout_accuracy(folder / "start", folder, s)))
+    (folder / "before.json").write_text(json.dumps(heldout_accuracy(folder / "start", folder, settings)))
 
 
-def put_turns_in_front(data: Path, s: Settings) -> None:
+def put_turns_in_front(data: Path, settings: Settings) -> None:
     """Demonstrations become conversations of several; every question gets the same ones in front, all sorted."""
     from strop.demo.task import ITEMS, NUM_ITEMS, completion_of, prompt_of
 
-    if not s.turns:
+    if not settings.turns:
         return
     shown = read(data / "sft.train.jsonl")
-    joined = [shown[i : i + s.turns + 1] for i in range(0, len(shown), s.turns + 1)]
+    joined = [shown[i : i + settings.turns + 1] for i in range(0, len(shown), settings.turns + 1)]
     write(
         data / "sft.train.jsonl", [{"messages": [turn for row in some for turn in row["messages"]]} for some in joined]
     )
     draw = random.Random(1)
-    lists = [draw.sample(ITEMS, draw.choice(NUM_ITEMS)) for _ in range(s.turns)]
+    lists = [draw.sample(ITEMS, draw.choice(NUM_ITEMS)) for _ in range(settings.turns)]
     front = [turn for items in lists for turn in (*prompt_of(items), *completion_of(sorted(items)))]
     for name in ("grpo.train.jsonl", "heldout.jsonl"):
         write(data / name, [{**row, "prompt": front + row["prompt"]} for row in read(data / name)])
 
 
-def lengthen(base: Path, s: Settings) -> None:
+def lengthen(base: Path, settings: Settings) -> None:
     """The demo's model has as many positions as a prompt of this case needs; none of them has weights."""
-    if not s.turns:
+    if not settings.turns:
         return
     for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
         path = base / name
-        path.write_text(json.dumps({**json.loads(path.read_text()), key: s.prompt_room + 32}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: settings.length}))
 
 
-def heldout_accuracy(model: Path, folder: Path, s: Settings) -> float:
+def heldout_accuracy(model: Path, folder: Path, settings: Settings) -> float:
     """Share of the held-out lists that the model in `model` answers rightly, by greedy decoding."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,7 +172,7 @@ def heldout_accuracy(model: Path, folder: Path, s: Settings) -> float:
             return_tensors="pt",
         )
         with torch.inference_mode():
-            ids = policy.generate(**inputs, do_sample=False, max_new_tokens=s.room)
+            ids = policy.generate(**inputs, do_sample=False, max_new_tokens=settings.room)
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(exact_match(texts, {"answer": [row["answer"] for row in some]}, column="answer"))
     return right / len(rows)
@@ -207,7 +212,7 @@ class Clock:
         return {name: [b[i] - a[i] for a, b in pairwise(self.marks)] for i, name in enumerate(("wall", "processor"))}
 
 
-def by_strop(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
+def by_strop(folder: Path, seed: int, out: Path, settings: Settings) -> dict[str, Any]:
     import strop
     from strop.engine.loop import Loop
 
@@ -231,16 +236,16 @@ def by_strop(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
                 "rewards": [{"name": "exact_match", "settings": {"column": "answer"}}],
                 "training": {
                     "output_dir": str(out),
-                    "max_steps": s.steps,
-                    "groups_per_step": s.prompts,
-                    "learning_rate": s.rate,
+                    "max_steps": settings.steps,
+                    "groups_per_step": settings.prompts,
+                    "learning_rate": settings.rate,
                     "lr_scheduler": "constant",
                     "warmup_steps": 0,
                     "weight_decay": 0.0,
                     "max_grad_norm": 1.0,
-                    "max_seq_length": s.prompt_room + 32,
-                    "max_prompt_length": s.prompt_room,
-                    "max_completion_length": s.room,
+                    "max_seq_length": settings.length,
+                    "max_prompt_length": settings.prompt_room,
+                    "max_completion_length": settings.room,
                     "bf16": False,
                     "logging_steps": 1,
                     "save_steps": 10**6,
@@ -255,11 +260,11 @@ def by_strop(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
         **{phase: [r[f"time/{phase}"] for r in records] for phase in PHASES},
         "rewards": [r["reward"] for r in records],
         "lengths": [r["completions/mean_length"] for r in records],
-        "heldout": heldout_accuracy(result.final, folder, s),
+        "heldout": heldout_accuracy(result.final, folder, settings),
     }
 
 
-def by_trl(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
+def by_trl(folder: Path, seed: int, out: Path, settings: Settings) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOTrainer
@@ -276,8 +281,8 @@ def by_trl(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32),
         reward_funcs=[sorted_right],
-        args=trl_settings(seed, out, s),
-        train_dataset=in_strops_order(folder, seed, s),
+        args=trl_settings(seed, out, settings),
+        train_dataset=in_strops_order(folder, seed, settings),
         processing_class=AutoTokenizer.from_pretrained(folder / "start"),
         callbacks=[Watch()],
     )
@@ -293,26 +298,26 @@ def by_trl(folder: Path, seed: int, out: Path, s: Settings) -> dict[str, Any]:
         **phases,
         "rewards": [r["reward"] for r in records],
         "lengths": [r["completions/mean_length"] for r in records],
-        "heldout": heldout_accuracy(out / "final", folder, s),
+        "heldout": heldout_accuracy(out / "final", folder, settings),
     }
 
 
-def trl_settings(seed: int, out: Path, s: Settings) -> Any:
+def trl_settings(seed: int, out: Path, settings: Settings) -> Any:
     """TRL's configuration with what `by_strop` sets."""
     from trl import GRPOConfig
 
     return GRPOConfig(
         output_dir=str(out),
         seed=seed,
-        max_steps=s.steps,
-        per_device_train_batch_size=s.prompts * SIZE,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.prompts * SIZE,
         gradient_accumulation_steps=1,
         num_generations=SIZE,
-        max_completion_length=s.room,
+        max_completion_length=settings.room,
         loss_type="grpo",
         beta=0.0,
         temperature=1.0,
-        learning_rate=s.rate,
+        learning_rate=settings.rate,
         lr_scheduler_type="constant",
         warmup_steps=0,
         weight_decay=0.0,
@@ -330,15 +335,15 @@ def trl_settings(seed: int, out: Path, s: Settings) -> Any:
     )
 
 
-def in_strops_order(folder: Path, seed: int, s: Settings) -> Any:
+def in_strops_order(folder: Path, seed: int, settings: Settings) -> Any:
     """The prompts of all steps, as strop deals them, for a trainer that does not shuffle."""
     from datasets import Dataset
 
     from strop.plan.order import Plan
 
     rows = read(folder / "data" / "grpo.train.jsonl")
-    plan = Plan.of(len(rows), s.prompts, 1, s.steps, seed)
-    ordered = [rows[i] for step in range(1, s.steps + 1) for i in plan.groups(step)]
+    plan = Plan.of(len(rows), settings.prompts, 1, settings.steps, seed)
+    ordered = [rows[i] for step in range(1, settings.steps + 1) for i in plan.groups(step)]
     return Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in ordered])
 
 
@@ -361,16 +366,16 @@ def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
     return wrapped
 
 
-def run_side(folder: Path, side: str, seed: int, s: Settings) -> dict[str, Any]:
+def run_side(folder: Path, side: str, seed: int, settings: Settings) -> dict[str, Any]:
     """One run; what it found."""
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
-        found = (by_strop if side == "strop" else by_trl)(folder, seed, Path(out), s)
+        found = (by_strop if side == "strop" else by_trl)(folder, seed, Path(out), settings)
     for what in ("wall", *PHASES, "rewards"):
-        if len(found[what]) != s.steps:
-            raise SystemExit(f"{side}: {what} of {len(found[what])} steps, not of {s.steps}")
+        if len(found[what]) != settings.steps:
+            raise SystemExit(f"{side}: {what} of {len(found[what])} steps, not of {settings.steps}")
     return found
 
 
@@ -503,7 +508,7 @@ def main() -> None:
         args.out.write_text(json.dumps(found))
     else:
         found = compare(args.case, seeds, args.sides, args.folder)
-        store(found, args.out / f"grpo-{args.case}.json")
+        store(found, args.out / FILES[args.case])
         print("\n".join(table(found)))
 
 

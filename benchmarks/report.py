@@ -88,7 +88,7 @@ def table(results: Sequence[Sequence[Result]], others: Mapping[str, Mapping[str,
     if QUANTISED in others:
         yield "\n## A base in 4 bits\n"
         yield from quantised.lines(others[QUANTISED])
-    if sampled := [others[name] for name in grpo.FILES if name in others]:
+    if sampled := [others[name] for name in grpo.FILES.values() if name in others]:
         yield "\n## GRPO beside TRL\n"
         yield from grpo.lines(sampled)
     if REWARDS in others:
@@ -309,7 +309,7 @@ def main() -> None:
         raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
     others = {
         name: json.loads(path.read_text(encoding="utf-8"))
-        for name in (STEPS, PROCESSES, QUANTISED, *grpo.FILES, REWARDS)
+        for name in (STEPS, PROCESSES, QUANTISED, *grpo.FILES.values(), REWARDS)
         if (path := args.results / name).exists()
     }
     written = table(results, others)

@@ -5,7 +5,7 @@
 The rows are made up here and put into the token cache, so that nothing is tokenised; the model is tiny and is not
 loaded. What is left is what grows with the rows: reading their lengths, the report, the split, the plan, the estimate.
 Memory is anonymous memory alone (Linux), which leaves out pages of files. That of a start on a thousand rows is taken
-off. Under `--against` the code of COMMIT runs on the same rows, in turn with this one.
+off. Under `--against` the code of COMMIT runs on the same rows; it has to have the rooms that are imported here.
 """
 
 from __future__ import annotations
@@ -102,13 +102,10 @@ def start(folder: Path) -> dict[str, float]:
     from strop.config import load_config, resolve
     from strop.estimate import fitted, planned_rows, prediction, with_precision
     from strop.machine import machine_of
+    from strop.plan.cutting import cut
     from strop.policy.precision import resolve_precision
     from strop.prepared import prepare
 
-    try:
-        from strop.plan.cutting import cut
-    except ImportError:  # commits before the room
-        from strop.data.plan import cut
     try:
         from strop.run_description import describe
     except ImportError:  # commits that had it as a method

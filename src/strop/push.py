@@ -110,22 +110,22 @@ def _check_weights(folder: Path, run: str) -> None:
     if not (folder / ADAPTER).is_file():
         check_same_shapes(ModelSection(huggingface_id=str(folder), name=folder.name))
         return
+    _check_adapter(folder, run)
+
+
+def _check_adapter(folder: Path, run: str) -> None:
     settings, weights = read_adapter(str(folder), run)
     stored = read_weights(weights, run)
     check_finite(stored, run)
-    found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    foreign = f"{weights.name} does not belong to {ADAPTER}: "
+    if not any(name.startswith("base_model.") for name in stored):
+        why, expected = "it holds no weights of an adapter", "tensors base_model..., as peft saves them"
+        raise ModelError(foreign + why, where=run, expected=expected, fix=AGAIN)
     ranks = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
-    wrong = [n for n, shape in found.items() if n.endswith(".lora_A.weight") and shape[0] not in ranks]
-    if wrong or not any(name.startswith("base_model.") for name in found):
-        raise ModelError(
-            f"{weights.name} does not belong to {ADAPTER}: "
-            + (f"{wrong[0]} has the rank {found[wrong[0]][0]}" if wrong else "it holds no weights of an adapter"),
-            where=run,
-            expected=f"weights of the rank {settings.get('r')}"
-            if wrong
-            else "tensors base_model..., as peft saves them",
-            fix=AGAIN,
-        )
+    for name, tensor in stored.items():
+        if name.endswith(".lora_A.weight") and tensor.shape[0] not in ranks:
+            why, expected = f"{name} has the rank {tensor.shape[0]}", f"weights of the rank {settings.get('r')}"
+            raise ModelError(foreign + why, where=run, expected=expected, fix=AGAIN)
 
 
 @contextmanager

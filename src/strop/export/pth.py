@@ -39,13 +39,11 @@ def read_pth(path: Path) -> dict[str, Tensor]:
             fix="download or copy the file again, from a source that you trust",
         )
 
-    try:
-        with foreign_errors(lambda why: refused(why.partition(". ")[0])):
+    with foreign_errors(lambda why: refused(why.partition(". ")[0])):
+        try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ModelError as error:
-        if isinstance(error.__cause__, UnpicklingError):  # torch's own words advise to run the code
-            raise refused("it holds more than tensors, which could run code") from error.__cause__
-        raise
+        except UnpicklingError as error:  # torch's own words advise to run the code
+            raise refused("it holds more than tensors, which could run code") from error
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) and isinstance(n, str) for n, t in found.items()):
         raise refused("it holds something else")
     return dict(found)

@@ -70,7 +70,7 @@ class Conversation:
         self._messages, self._first = messages, first
         self._numbers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         self.text, self.blocks = writer.tracked(messages)
-        self._rendered = self.text
+        self.rendered = self.text
         self._markers = Markers.put(messages, self.text)
         self._openings: dict[int, str | None] = {} if opening is None else {first: opening}
         self._reading = self._read()
@@ -124,7 +124,7 @@ class Conversation:
         if self._writer.names_arguments:
             return
         bare = without_arguments(self._messages)
-        if bare != list(self._messages) and self._writer.text(bare) == self._rendered:
+        if bare != list(self._messages) and self._writer.text(bare) == self.rendered:
             raise RowRefused(
                 "dropped_by_template",
                 "the chat template leaves the arguments of tool calls out",
@@ -136,7 +136,7 @@ class Conversation:
         gone = set(keys)
         messages = [{k: v for k, v in m.items() if (i, k) not in gone} for i, m in enumerate(self._messages)]
         try:
-            return self._writer.text(messages) == self._rendered
+            return self._writer.text(messages) == self.rendered
         except RowRefused:
             return False
 
@@ -216,10 +216,10 @@ class Conversation:
         probe = markers.read(self._writer.text(markers.messages))
         content = self._messages[i].get("content", "")
         restored = with_thoughts(probe, content, opening, i)
-        if restored is None and not any(piece.text for piece in thoughts):
-            return
         if restored is None:
-            raise dropped_reasoning(i, opening)
+            if any(piece.text for piece in thoughts):
+                raise dropped_reasoning(i, opening)
+            return
         self.text, self._reading, self._markers = restored.text, restored, markers
 
     def _begin_with_the_prompt(self) -> None:
@@ -274,13 +274,13 @@ class Conversation:
 
     def _lacks_thoughts(self, i: int, own_alone: Sequence[MarkedSpan]) -> bool:
         """Whether the template drops thoughts of an earlier turn, though it ends with them: inference wrote them."""
+        return i != len(self._messages) - 1 and self._lacks(i, own_alone, "thought")
+
+    def _lacks(self, i: int, places: Sequence[MarkedSpan], *kinds: str) -> bool:
+        """Whether a piece of turn `i` that is of these kinds and no empty one stands in none of these places."""
         assert self._markers is not None
-        if i == len(self._messages) - 1:
-            return False
-        seen = {id(place.piece) for place in own_alone}
-        return any(
-            p.message == i and p.kind == "thought" and p.text and id(p) not in seen for p in self._markers.pieces
-        )
+        seen = {id(place.piece) for place in places}
+        return any(p.message == i and p.kind in kinds and p.text and id(p) not in seen for p in self._markers.pieces)
 
     def _lead(self, i: int, first: MarkedSpan) -> str:
         """What a content has in front of its first piece, a tag or white space, if the rendering has it there too."""
@@ -320,11 +320,8 @@ class Conversation:
         return max(self._ends.last_control(wanted[:length]), min(words, length)), length >= words
 
     def _refuse_lost_reasoning(self, i: int, own_alone: Sequence[MarkedSpan]) -> None:
-        assert self._markers is not None
-        seen = {id(place.piece) for place in own_alone}
         is_last = i == len(self._messages) - 1
-        kinds = ("reasoning", "thought") if is_last else ("reasoning",)
-        if any(p.message == i and p.kind in kinds and p.text and id(p) not in seen for p in self._markers.pieces):
+        if self._lacks(i, own_alone, "reasoning", *(("thought",) if is_last else ())):
             raise dropped_reasoning(i, self._opening_at(i))
 
     def _answer_without_marks(self, i: int, opening: str | None) -> AnswerSpan:

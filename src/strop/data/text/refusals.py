@@ -57,6 +57,15 @@ def dropped(messages: Sequence[Message], piece: MarkedText) -> RowRefused:
     )
 
 
+def dropped_tools(found: str) -> RowRefused:
+    return RowRefused(
+        "dropped_by_template",
+        found,
+        expected="a chat template that writes tools, or rows without them",
+        fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes tools",
+    )
+
+
 def dropped_reasoning(i: int, opening: str | None) -> RowRefused:
     """The refusal of a row whose reasoning in turn `i` the template leaves out. opening: its generation prompt."""
     other = (

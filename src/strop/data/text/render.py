@@ -32,7 +32,7 @@ from strop.data.text.message_forms import (
     without_reasoning,
     writes_python,
 )
-from strop.data.text.refusals import dropped_reasoning, refuse_lost_parts, unverified
+from strop.data.text.refusals import dropped_reasoning, dropped_tools, refuse_lost_parts, unverified
 from strop.data.text.sandbox import NOW, Bounded, are_plain, bounded_memory, variables
 from strop.data.text.template_writer import Ends, Writer
 from strop.errors import ConfigError
@@ -199,11 +199,8 @@ class Renderer:
         template = self._template_for(example.tools)
         for there, key, what in ((calls, "tool_calls", "tool calls"), (bool(example.tools), "tools", "tools")):
             if there and key not in template:
-                raise RowRefused(
-                    "dropped_by_template",
-                    f"the row has {what}, and the chat template ({self.chosen.name}) has no place for them",
-                    expected="a chat template that writes tools, or rows without them",
-                    fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes tools",
+                raise dropped_tools(
+                    f"the row has {what}, and the chat template ({self.chosen.name}) has no place for them"
                 )
 
     def _conversation(
@@ -289,7 +286,7 @@ class Renderer:
                 conversation = Conversation(formed, messages, first, openings[form])
                 _refuse_lone_surrogates(conversation.text)
                 _refuse_dropped_calls(messages, writer.tools, conversation.text)
-                _refuse_dropped_tools(formed, messages, conversation.text)
+                _refuse_dropped_tools(formed, messages, conversation.rendered)
                 if not writes_python(form.of(messages), conversation.text):
                     return conversation
                 refusals.append(unverified("the template writes the arguments of a call or a content as Python does"))
@@ -389,16 +386,11 @@ def _refuse_dropped_tools(writer: Writer, messages: Sequence[Message], text: str
     if not writer.tools or any(_is_described(tool, text) for tool in writer.tools):
         return
     try:
-        if writer.without_tools().text(messages) != writer.text(messages):
+        if writer.without_tools().text(messages) != text:
             return
     except RowRefused:
         return
-    raise RowRefused(
-        "dropped_by_template",
-        "the chat template leaves the tools of the row out",
-        expected="a chat template that writes tools, or rows without them",
-        fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes tools",
-    )
+    raise dropped_tools("the chat template leaves the tools of the row out")
 
 
 def _is_described(tool: Mapping[str, Any], text: str) -> bool:
