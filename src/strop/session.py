@@ -5,7 +5,7 @@ Each part is built once, when it is first asked for, from the parts above it:
     prepared   tokenizer, groups, objective, recipe; no weights are loaded
     settled    precision, micro-batch size and recomputation that fit the device; no weights are loaded
     policy     the model, ready to train
-    final      `settled` again, for the row layout that the policy really uses
+    as_built   `settled` again, for the row layout that the policy really uses
     source     the groups of every step, with the reference's log-probs
 
 `strop train`, `strop reference` and `--dry-run` each go down this list as far as they need.
@@ -131,6 +131,7 @@ class Session:
         self._config, self.model, self._world, self._machine = config, model, world, machine
         self._num_processes = num_processes or (world.size if world is not None else 1)
         self._resumed, self._read, self._backward = resumed, read, backward
+        self._decided: Prepared | None = None  # of the last `Settled` that was made
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -149,11 +150,7 @@ class Session:
     @property
     def config(self) -> RunConfig:
         """The configuration with everything that has been decided so far."""
-        for name in ("final", "settled"):
-            if name in self.__dict__:
-                found: Settled = self.__dict__[name]
-                return found.prepared.config
-        return self.prepared.config
+        return (self._decided or self.prepared).config
 
     # -- before any weight is loaded ---------------------------------------------------------------------------------
 
@@ -201,7 +198,8 @@ class Session:
             prepared = fitted(prepared, self.machine, precision, tokens)
         else:
             prepared = with_budget(prepared, tokens, self.machine.kind)
-        return Settled(self._agreed(prepared), self.machine, precision, tokens)
+        self._decided = self._agreed(prepared)
+        return Settled(self._decided, self.machine, precision, tokens)
 
     def _agreed(self, prepared: Prepared) -> Prepared:
         """With the configuration of the main process: each measured its own device, and all must cut steps alike."""

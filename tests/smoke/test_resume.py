@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import strop
@@ -21,6 +22,8 @@ from commands import Command
 from strop.engine.loop import Loop
 from strop.engine.recipe import recipe_of
 from strop.errors import CheckpointError
+from strop.plan import micro_batch_size
+from strop.policy import build
 
 STEPS = 7
 TIMINGS = {"seconds", "tokens_per_second", "peak_memory_gib"}
@@ -195,6 +198,35 @@ def test_dying_in_any_step_changes_nothing(
             with pytest.raises(Died):
                 run(f"died-{at}")
         assert_same_run(run(f"died-{at}", resume="auto"), unbroken)
+
+
+def test_where_sharing_is_refused_a_run_keeps_the_micro_batches_that_it_really_used(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout draws its masks per micro-batch, so the size of these belongs to the recipe."""
+    monkeypatch.setattr(build, "probe", lambda policy, own: "refused by this test")
+    monkeypatch.setattr(micro_batch_size, "CPU_TOKENS", 1)  # so that the longest group decides
+    cuts: list[int] = []
+    init = Loop.__init__
+
+    def watched(self: Loop, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        cuts.append(self.gradients.budget_tokens)
+
+    monkeypatch.setattr(Loop, "__init__", watched)
+    folders = [tmp_path / "unbroken", tmp_path / "died"]
+    for folder in folders:
+        folder.mkdir()
+    whole, broken = (strop.load_config(overrides=settings(folder, model_dir, "dpo", True)) for folder in folders)
+    (unbroken,) = strop.train(whole)
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        die_in_step(patch, 4)
+        strop.train(broken)
+    (resumed,) = strop.train(broken, resume="auto")
+
+    written = yaml.safe_load((unbroken.run_dir / "config.yaml").read_text())
+    assert cuts == [written["training"]["micro_batch_tokens"]] * 3
+    assert_same_run(unbroken.run_dir, resumed.run_dir)
 
 
 @pytest.mark.nightly
