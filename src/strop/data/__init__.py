@@ -8,7 +8,8 @@ load               runs all of these, from the configuration to groups
 split              which rows are held out
 mismatch           pairs every prompt with a completion of another row
 counters           the table of everything that may be done to a row, with the words of the report
-data_report, problems   what became of every row; what may be wrong with rows that can be trained on
+data_report, problems  what became of every row; what may be wrong with rows that can be trained on
 split_files        `strop prepare`: files into split files
-preference         preference files for other tools
+to_datasets        preference files for other tools, as a data set of the package datasets
+prompt_groups      rows for whose prompts completions will be sampled
 """

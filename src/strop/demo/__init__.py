@@ -1,8 +1,8 @@
 """`strop demo`: a small model learns a small task for real, by SFT and then DPO, without a download. Floor 9.
 
-task.py   the lists, the demonstrators, the pairs, the check of an answer
-model.py  the model and tokenizer, and their answers
-run.py    the whole demo
+task      the lists, the demonstrators, the pairs, the check of an answer
+model     the model and tokenizer, and their answers
+run       the whole demo
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ In: a file of TRL, LLaMA-Factory, axolotl, unsloth or opensloth. Out: commented 
     transformers_trainer    the keys of transformers' Trainer, which most tools take
     trl, trl_groups, trl_serving, trl_data, llamafactory, axolotl, axolotl_data, unsloth
                             the other keys of each tool, its defaults
+    rewards                 the rewards of TRL
+    tools                   the tools that are known, and how a file is told to be of one
     translate               a file's keys, answered one by one
     written_yaml            the YAML
 

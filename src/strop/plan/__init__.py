@@ -2,7 +2,7 @@
 
 order      which groups make which optimizer step
 packing    `training.packing`: rows filled with groups
-row_tokens how many tokens groups take in each row layout
+row_tokens  how many tokens groups take in each row layout
 micro_batch_size   the default size of a micro-batch
 dealing    which groups of a step each process takes
 cutting    cuts steps into micro-batches

@@ -9,7 +9,9 @@ saving             writes `final/`
 group_logps        log-probs of groups under a policy
 reference_models   references whose weights are kept beside the policy's
 other_models       loads the models beside the policy: that of `ref_model_id`, the teacher
-teacher, strategy  the teacher in a forward pass; how weights lie over processes
+teacher            the teacher in a forward pass
+strategy, sharding  how weights lie over processes: whole in each, or sharded by torch's FSDP
+gradient_norm      the norm of all gradients, by which they are clipped
 reference_store    reference log-probs on disk
 prefix_sharing     which models may share a prompt among its completions
 probe              checks at load that strop computes the log-probs that the model itself computes

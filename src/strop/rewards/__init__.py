@@ -2,7 +2,7 @@
 torch.
 
 shipped    functions by name
-code_tests tests on code that a model wrote, in a process with limits
+code_tests, code_tests_process  tests on code that a model wrote, in a process with limits
 lookup     a name to a function
 worker     the process that calls them
 calls      one call with a time limit, from this side

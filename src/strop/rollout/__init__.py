@@ -1,7 +1,7 @@
 """Completions that the policy itself samples, with their rewards. Floor 4.
 
 drawing    distributions to tokens
-stop_texts texts that end a completion
+stop_texts  texts that end a completion
 sampler    prompts to groups of completions
 vllm_client    a vLLM server, over HTTP
 vllm_sampler   prompts to groups of completions, drawn by a vLLM server

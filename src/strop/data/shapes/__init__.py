@@ -2,7 +2,7 @@
 
 examples           row -> Example, or the reason why not
 foreign            shapes of other tools, rewritten as strop's own
-own                prompts and completions in strop's own shape
+prompt_and_completions  prompts and completions in strop's own shape
 messages           messages and texts of a row, validated
 extra_columns      what stands beside the turns: system text, tools, media, reasoning
 number_columns     the numbers of a row beside its completions: rewards, log-probs

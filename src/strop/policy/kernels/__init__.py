@@ -2,7 +2,7 @@
 
 attention          attention over shared-prefix rows: the registry of kernels, and the dense oracle
 tiled_attention    the same by matrix products over tiles of queries
-fused, elementwise layers with fewer passes over memory
+fused, elementwise  layers with fewer passes over memory
 plain_layers       which linear layers can be fused
 lora_products      products of linear layers with and without LoRA
 matmul             one product, the way that is fastest here
