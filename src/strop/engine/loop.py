@@ -238,7 +238,7 @@ class Loop:
                 metrics={**numbers.metrics, **self.source.metrics(step)},
                 margins=None if margins is None else _in_order(margins, passes.order).numpy(),
                 num_groups=len(groups.groups),
-                num_zero_signal_groups=sum(_has_no_signal(group) for group in groups.groups),
+                num_zero_signal_groups=sum(not self.objective.has_signal(group) for group in groups.groups),
                 num_scored_tokens=passes.result.scores.structure.num_tokens,
                 num_tokens=passes.num_tokens,
                 seconds=seconds,
@@ -371,12 +371,3 @@ def _in_order(values: Tensor, order: Sequence[int]) -> Tensor:
     ordered = torch.empty_like(values)
     ordered[list(order)] = values
     return ordered
-
-
-def _has_no_signal(group: Group) -> bool:
-    """Whether comparing a group's completions teaches nothing: all rewards are the same, or all tokens are."""
-    numbers = group.numbers
-    if (rewards := numbers.get("normalised_rewards", numbers.get("rewards"))) is not None:
-        return len(set(rewards)) == 1
-    first, *rest = group.completions
-    return bool(rest) and all(c == first for c in rest)

@@ -114,7 +114,7 @@ def check_columns(
             expected=f"a column of the policy ({_listed(by_policy)}) or of the step source ({_listed(by_source)})",
             fix="train on rows that have it, or with a step source that supplies it",
         )
-    if twice := sorted(objective.reads & by_policy & by_source):
+    if twice := sorted((objective.reads | objective.may_read) & by_policy & by_source):
         raise ConfigError(f"{', '.join(twice)}: supplied by both the policy and the step source", where=where)
     if unknown := sorted(objective.also - groups):
         raise ConfigError(

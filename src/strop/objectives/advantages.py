@@ -52,6 +52,11 @@ def advantages(kind: str, rewards: Tensor, structure: Structure, costs: Tensor |
     return _whitened(own) if kind == "reinforce++_baseline" else own
 
 
+def differ(rewards: Sequence[float]) -> bool:
+    """Whether the rewards of a group tell its completions apart; where they do not, the group teaches nothing."""
+    return len(set(rewards)) > 1
+
+
 def group_sizes(group_index: Tensor, num_groups: int) -> Tensor:
     """[C] float64: how many completions the group of each completion has."""
     return _group_sums(torch.ones_like(group_index, dtype=torch.float64), group_index, num_groups)

@@ -8,7 +8,10 @@ Columns that are supplied today, and by whom:
 
     ref_logps      [M]  the source of the steps   log-probs under the reference
     labels         [G]  the source of the steps   whether a completion is a desirable one
+    margin         [G]  the source of the steps   by how much the chosen completion of a pair is better
     rewards        [C]  the source of the steps   how good a completion is
+    normalised_rewards  [C]  the source of the steps   the same where each of several rewards is normalised over the
+                                                  group before they are added up
     ended          [C]  the source of the steps   1 where a completion came to its end, 0 where it was cut off
     old_logps      [M]  the source of the steps   log-probs under the policy that ratios are taken to
     sampler_logps  [M]  the source of the steps   log-probs as what sampled the tokens has them
@@ -43,7 +46,7 @@ from torch import Tensor
 from strop.batch import Scores
 from strop.columns import NO_COLUMNS, Columns, Structure, Unit
 from strop.config.methods import MethodSettings
-from strop.types import RowShape
+from strop.types import Group, RowShape
 
 S = TypeVar("S", bound=MethodSettings)
 
@@ -54,6 +57,9 @@ column is a tensor; the others follow from the structure."""
 
 MISMATCHED = "mismatched"
 """Further groups: the prompts of the step with completions of other rows."""
+
+OLD_LOGPS = "old_logps"
+"""The column that `old_logps` reads where it is supplied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +75,10 @@ class Objective(ABC, Generic[S]):
 
     The class declares `METRICS`: how to read each metric of its variants.
 
-    Declared by the instance, since variants differ: `reads`, the columns it needs beside the log-probs; `derives`, the
-    columns that it makes of those of a whole step before anything is scored (`derive`); `also`, further
-    groups that are scored first and without gradients, whose scores it finds in `scores.also`; `units`, what each term
-    is divided by; `whole_step`, whether the terms hold a statistic of the whole step: `terms` is then called once with
+    Declared by the instance, since variants differ: `reads`, the columns it needs beside the log-probs; `may_read`,
+    those that it reads only where they are supplied; `derives`, the columns that it makes of those of a whole step
+    before anything is scored (`derive`); `also`, further groups that are scored first and without gradients, whose
+    scores it finds in `scores.also`; `units`, what each term is divided by; `whole_step`, whether the terms hold a statistic of the whole step: `terms` is then called once with
     the scores of the whole step, else once per micro-batch; `ref_sync`, whether the reference follows the policy
     instead of staying as it is.
     """
@@ -93,7 +99,12 @@ class Objective(ABC, Generic[S]):
 
     @property
     def reads(self) -> frozenset[str]:
-        """Names of the columns that it reads."""
+        """Names of the columns that it needs."""
+        return frozenset()
+
+    @property
+    def may_read(self) -> frozenset[str]:
+        """Names of the columns that it reads where they are supplied, and does without where they are not."""
         return frozenset()
 
     @property
@@ -105,6 +116,11 @@ class Objective(ABC, Generic[S]):
         """Columns that follow from those beside the groups of a whole step. They do not depend on the policy, so a
         statistic of the step in them costs no second pass. On the CPU, without gradients."""
         return NO_COLUMNS
+
+    def has_signal(self, group: Group) -> bool:
+        """Whether comparing the completions of a group teaches anything: not all of them are the same."""
+        first, *rest = group.completions
+        return not rest or any(c != first for c in rest)
 
     def describe(self) -> Iterator[str]:
         """Lines of text: what the name of the method does not say."""
@@ -156,8 +172,8 @@ class Objective(ABC, Generic[S]):
 
 def old_logps(scores: Scores) -> Tensor:
     """[M] float64 without a gradient: under the policy that ratios are taken to, else under the policy itself."""
-    own = "old_logps" in scores.columns.names
-    return (scores["old_logps"] if own else scores.logps).detach().double()
+    supplied = OLD_LOGPS in scores.columns.names
+    return (scores[OLD_LOGPS] if supplied else scores.logps).detach().double()
 
 
 def build_objective(settings: MethodSettings) -> Objective[MethodSettings]:

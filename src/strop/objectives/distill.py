@@ -31,7 +31,7 @@ from torch import Tensor
 from strop.batch import Scores
 from strop.columns import Unit, tokens
 from strop.config.methods import DistillSettings
-from strop.objectives.base import Mean, Objective, old_logps
+from strop.objectives.base import OLD_LOGPS, Mean, Objective, old_logps
 
 
 class Distill(Objective[DistillSettings]):
@@ -49,6 +49,10 @@ class Distill(Objective[DistillSettings]):
     @property
     def reads(self) -> frozenset[str]:
         return frozenset({"teacher_logps" if self._samples else "divergence"})
+
+    @property
+    def may_read(self) -> frozenset[str]:
+        return frozenset({OLD_LOGPS} if self._samples else ())
 
     @property
     def _samples(self) -> bool:

@@ -47,9 +47,10 @@ from strop.batch import Scores
 from strop.columns import Columns, Structure, Unit, completions, groups, tokens
 from strop.config.methods import GrpoSettings
 from strop.errors import ConfigError
-from strop.objectives.advantages import advantages, group_sizes, group_stds
-from strop.objectives.base import Mean, Objective, old_logps
+from strop.objectives.advantages import advantages, differ, group_sizes, group_stds
+from strop.objectives.base import OLD_LOGPS, Mean, Objective, old_logps
 from strop.objectives.truncated import counted
+from strop.types import Group
 
 
 class Grpo(Objective[GrpoSettings]):
@@ -77,7 +78,7 @@ class Grpo(Objective[GrpoSettings]):
     def reads(self) -> frozenset[str]:
         s, names = self.settings, {"rewards"}
         if s.beta:
-            names |= {"ref_logps"} | ({"old_logps"} if s.kl_in == "reward" else set())
+            names |= {"ref_logps"} | ({OLD_LOGPS} if s.kl_in == "reward" else set())
         if s.sampler_correction != "none":
             names |= {"sampler_logps"}
         if s.entropy_coef:
@@ -85,6 +86,10 @@ class Grpo(Objective[GrpoSettings]):
         if s.mask_truncated_completions:
             names |= {"ended"}
         return frozenset(names | {self._compared})
+
+    @property
+    def may_read(self) -> frozenset[str]:
+        return frozenset({OLD_LOGPS, "sampler_logps"}) - self.reads
 
     @property
     def _compared(self) -> str:
@@ -101,7 +106,7 @@ class Grpo(Objective[GrpoSettings]):
     def derive(self, structure: Structure, columns: Columns) -> Columns:
         s, costs = self.settings, None
         if s.beta and s.kl_in == "reward":
-            costs = s.beta * (columns.find("old_logps").double() - columns.find("ref_logps").double())
+            costs = s.beta * (columns.find(OLD_LOGPS).double() - columns.find("ref_logps").double())
         found = {"advantages": advantages(s.advantage, columns.find(self._compared), structure, costs)}
         if s.mask_truncated_completions:
             ended = columns.find("ended") > 0
@@ -109,6 +114,9 @@ class Grpo(Objective[GrpoSettings]):
             if s.entropy_coef:
                 found["explored"] = counted("token", ended, structure)
         return Columns(per_token=found)
+
+    def has_signal(self, group: Group) -> bool:
+        return differ(group.numbers[self._compared])
 
     def describe(self) -> Iterator[str]:
         yield f"algorithm {self.settings.algorithm}: {self.settings.axes()}"

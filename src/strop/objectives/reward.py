@@ -39,6 +39,10 @@ class Reward(Objective[RewardSettings]):
     }
 
     @property
+    def may_read(self) -> frozenset[str]:
+        return frozenset({"margin"})
+
+    @property
     def units(self) -> Mapping[str, Unit]:
         return dict.fromkeys(
             ("preference", "centre") if self.settings.center_rewards_coefficient else ("preference",), groups

@@ -20,6 +20,7 @@ from strop.data.store.table import KeptRow
 from strop.engine.step_records import Sum
 from strop.engine.step_source import Cut, GroupSet
 from strop.errors import TrainingError
+from strop.objectives.advantages import differ
 from strop.policy.group_logps import group_logps
 from strop.policy.policy import Policy
 from strop.rollout.pairs import best_and_worst
@@ -78,7 +79,7 @@ class Rewarded:
     @property
     def has_signal(self) -> bool:
         """Whether comparing its completions teaches anything."""
-        return len(set(self.rewards.compared)) > 1
+        return differ(self.rewards.compared)
 
     @property
     def lengths(self) -> list[int]:
