@@ -95,7 +95,7 @@ class Prepared:
             note = imbalance(self.data.num_labels, weights[True], weights[False])
             notes += [note] if note is not None else []
         if (
-            settings.READS_OLD_LOGPS
+            "old_logps" in settings.NUMBERS
             and not self.config.rollout.enabled
             and not self.data.train.counts("old_logps").any()
         ):

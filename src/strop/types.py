@@ -20,16 +20,27 @@ RowShape = Literal["single", "pair", "labelled", "group", "prompt"]
 """What a method keeps together: one completion per row, a chosen and a rejected one, one with a label, any number, or
 none: completions are sampled, and one that stands in the row is for rewards."""
 
-OF_COMPLETIONS = ("rewards", "ended", "normalised_rewards")
-"""Numbers that a row of a group may have, one per completion: how good it is; whether it came to its end (1) or was cut
-off (0); and how good it is where each of several rewards is normalised over the group before they are added up."""
+OF_COMPLETIONS: Mapping[str, str] = {
+    "rewards": "a list with a number per completion",
+    "ended": "a list that says of each completion whether it came to its end (true) or was cut off",
+    "normalised_rewards": "a list with a number per completion: the weighted sum of its rewards, each normalised over "
+    "the group, as rollouts.jsonl of a run with advantage gdpo has it",
+}
+"""Columns of a row that hold a number per completion: name -> how it is written."""
 
-OF_GROUPS = ("margin",)
-"""Numbers that a row of a pair may have, one for the pair: by how much the chosen completion is better."""
+OF_GROUPS: Mapping[str, str] = {
+    "margin": "a number, by how much the chosen completion is better; 0 where that is not known",
+}
+"""Columns of a row that hold one number: name -> how it is written."""
 
-OF_TOKENS = ("old_logps", "sampler_logps")
-"""Numbers that a row of a group may have, one per trained token: log-probs under the policy that a ratio is taken to,
-and as what sampled the tokens has them."""
+OF_TOKENS: Mapping[str, str] = dict.fromkeys(
+    ("old_logps", "sampler_logps"), "a list per completion with the log-prob of each of its tokens when it was sampled"
+)
+"""Columns of a row that hold a log-prob per trained token: name -> how it is written. `old_logps`: under the policy that
+a ratio is taken to. `sampler_logps`: as what sampled the tokens has them."""
+
+NUMBERS: Mapping[str, str] = {**OF_COMPLETIONS, **OF_TOKENS, **OF_GROUPS}
+"""All columns of numbers that a row can have. The settings of a method name those that it takes from rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +161,3 @@ class Group:
     @property
     def num_scored(self) -> int:
         return sum(c.num_scored for c in self.completions)
-
-    def unpaired(self) -> tuple[Group, Group]:
-        """A pair as two labelled groups: chosen is desirable, rejected is not."""
-        chosen, rejected = self.completions
-        return replace(self, completions=(chosen,), label=True), replace(self, completions=(rejected,), label=False)

@@ -16,7 +16,7 @@ from pydantic.config import JsonDict
 from strop.config.base_section import Problem
 from strop.config.method_base import Choice, Readers, ReferenceSettings
 from strop.config.sections import RolloutSection
-from strop.types import RowShape
+from strop.types import OF_COMPLETIONS, OF_TOKENS, RowShape
 
 if TYPE_CHECKING:
     from strop.config.run import RunConfig
@@ -95,7 +95,7 @@ class GrpoSettings(ReferenceSettings):
     OBJECTIVE: ClassVar[str] = "grpo:Grpo"
     ROWS: ClassVar[RowShape] = "group"
     SAMPLES: ClassVar[bool] = True
-    READS_OLD_LOGPS: ClassVar[bool] = True
+    NUMBERS: ClassVar[tuple[str, ...]] = (*OF_COMPLETIONS, *OF_TOKENS)
     USUAL_BETA: ClassVar[tuple[float, float]] = (0.0, math.inf)
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "importance_sampling_level": Readers("gate", tuple(g for g in get_args(Gate) if g != "gmpo")),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from pydantic import Field, model_validator
 
 from strop.config.base_section import Problem, Section, SectionError
-from strop.types import RowShape
+from strop.types import NUMBERS, RowShape
 
 if TYPE_CHECKING:
     from strop.config.run import RunConfig
@@ -97,13 +97,22 @@ class MethodSettings(Section):
     REWARDED: ClassVar[bool] = True
     """Whether completions that the policy samples have to be rewarded."""
 
-    READS_OLD_LOGPS: ClassVar[bool] = False
-    """Whether it weighs completions of rows by the policy that sampled them, where rows have its `old_logps`."""
+    NUMBERS: ClassVar[tuple[str, ...]] = ()
+    """Columns of numbers (`strop.types.NUMBERS`) that it takes from rows that have them. Whether it can do without one is
+    said by its objective."""
 
     READ_BY: ClassVar[Mapping[str, Readers]] = {}
     """Settings that some variants of the method do not read, and which do."""
 
     method: str
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if unknown := [name for name in cls.NUMBERS if name not in NUMBERS]:
+            raise TypeError(
+                f"{cls.__name__}.NUMBERS names {', '.join(unknown)}: say in OF_COMPLETIONS, OF_TOKENS or OF_GROUPS of "
+                "strop/types.py what a row has of it"
+            )
 
     @property
     def compares(self) -> Choice | None:

@@ -263,6 +263,7 @@ class RewardSettings(MethodSettings):
     LEARNING_RATE: ClassVar[float] = 1e-5
     OBJECTIVE: ClassVar[str] = "reward:Reward"
     REWARD_MODEL: ClassVar[bool] = True
+    NUMBERS: ClassVar[tuple[str, ...]] = ("margin",)
 
     method: Literal["reward"] = "reward"
     """Reward models on pairs."""

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -28,7 +28,7 @@ from strop.data.split import held_out
 from strop.data.text.token_rows import is_tokenised, is_tokenised_group
 from strop.durable import published
 from strop.errors import DataError
-from strop.types import Example, Origin, RowShape
+from strop.types import NUMBERS, Example, Origin, RowShape
 
 _SUMS = [(a, b) for a in range(1, 6) for b in range(1, 9)]
 EXAMPLES: Mapping[RowShape, Sequence[Mapping[str, Any]]] = {
@@ -115,8 +115,14 @@ def write_split_files(
     sources, val_sources = ([file_source(name) for name in names] for names in (inputs, val_inputs))
     read = (row for source in sources for row in source.read())
     given = (row for source in val_sources for row in source.read()) if val_inputs else None
-    how = _How(rows, columns or RowColumns(), val_fraction, seed, keep_duplicates)
+    how = _How(rows, _with_numbers(columns or RowColumns(), rows), val_fraction, seed, keep_duplicates)
     return _publish(output_dir, read, given, how, ", ".join(inputs))
+
+
+def _with_numbers(columns: RowColumns, rows: RowShape) -> RowColumns:
+    """With the columns of numbers that every method on such rows takes, so that wrong ones are found now."""
+    taken = [settings.NUMBERS for settings in METHODS.values() if settings.ROWS == rows]
+    return replace(columns, numbers=tuple(n for n in NUMBERS if taken and all(n in names for names in taken)))
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ def write_example_files(
     rows = METHODS[method].ROWS
     name, example = f"example.{method}.jsonl", EXAMPLES[rows]
     read = (Row(Origin(name, line), data) for line, data in enumerate(example, start=1))
-    how = _How(rows, RowColumns(), val_fraction, seed, keep_duplicates)
+    how = _How(rows, _with_numbers(RowColumns(), rows), val_fraction, seed, keep_duplicates)
     return _publish(output_dir, read, None, how, name, (name, example))
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from strop.batch import own_columns, pack
 from strop.config import RunConfig, load_config, resolve
+from strop.config.methods import GrpoSettings
 from strop.data.read.row import RowRefused
 from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.text.token_rows import group_from_tokens
@@ -91,7 +92,7 @@ def test_log_probs_after_a_prompt_that_is_cut_are_dropped(tmp_path: Path, model_
 def test_numbers_that_are_none_are_refused(numbers: dict[str, Any], found: str) -> None:
     row = {"prompt": "q", "completions": ["x", "y"], **numbers}
     with pytest.raises(RowRefused) as refused:
-        to_example(row, Origin("rows", 1), "group", RowColumns())
+        to_example(row, Origin("rows", 1), "group", RowColumns(numbers=GrpoSettings.NUMBERS))
     assert re.search(found, refused.value.found)
 
 
@@ -108,7 +109,7 @@ def test_numbers_that_are_none_are_refused(numbers: dict[str, Any], found: str) 
 )
 def test_tokens_that_are_none_are_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowRefused) as refused:
-        group_from_tokens({**TOKENS, **change}, 12)
+        group_from_tokens({**TOKENS, **change}, 12, GrpoSettings.NUMBERS)
     assert refused.value.reason == reason
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from strop.config import RunConfig
 from strop.data.load import LoadedData, load_data
 from strop.data.store import worker_pool
+from strop.data.store.group_numbers import unpaired
 from strop.errors import ConfigError, DataError
 
 Make = Callable[..., Any]
@@ -259,7 +260,7 @@ def test_labelled_rows_and_pairs_become_labelled_groups(
     assert data.report.splits["train"].kept == 8
     pairs_alone = write(tmp_path / "pairs.jsonl", [pair(7)])
     (whole,) = load_data(make_config(train_file=pairs_alone, validation_split=0.0), make_tokenizer(), "pair").train
-    assert data.train[6:8] == tuple(replace(g, origin=data.train[6].origin) for g in whole.unpaired())
+    assert data.train[6:8] == tuple(replace(g, origin=data.train[6].origin) for g in unpaired(whole))
 
 
 def test_both_halves_of_a_pair_go_the_same_way(tmp_path: Path, make_config: Make, make_tokenizer: Make) -> None:

@@ -25,7 +25,7 @@ from strop.data.shapes.extra_columns import (
 from strop.data.shapes.foreign import ANSWERS, BETTER_AND_WORSE, QUESTIONS, is_answered, own_shape
 from strop.data.shapes.json_columns import messages_in, parsed
 from strop.data.shapes.messages import as_context, is_null, is_trained, text_of, turns_of, wrong_type
-from strop.data.shapes.number_columns import Numbers, margin_of, numbers_of
+from strop.data.shapes.number_columns import Numbers, numbers_of
 from strop.data.shapes.prompt_and_completions import equal, explicit, implicit, same_kind
 from strop.types import Example, Message, Origin, RowShape, Turns
 
@@ -63,7 +63,7 @@ class RowColumns:
     """What the columns of a row are called, and what is done with rows that can be read in two ways.
 
     keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`. drops_trailing: turns behind the
-    last assistant turn are left out; else such rows are refused. reads_margin: a pair may have the column `margin`.
+    last assistant turn are left out; else such rows are refused. numbers: names of the columns of numbers that are read.
     """
 
     prompt: str = "prompt"
@@ -73,7 +73,7 @@ class RowColumns:
     label: str = "label"
     keeps_transcripts: bool = False
     drops_trailing: bool = False
-    reads_margin: bool = False
+    numbers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dataset: DatasetSection) -> RowColumns:
@@ -350,10 +350,8 @@ class _Reader:
         return turns[:stop]
 
     def numbers(self, num_completions: int) -> Numbers:
-        """The numbers of a group beside its completions, or the margin of a pair; other rows have none."""
-        if self._columns.reads_margin:
-            return margin_of(self._whole)
-        return numbers_of(self.data, num_completions) if self._rows == "group" else {}
+        """The numbers beside its completions, in the columns that the method takes."""
+        return numbers_of(self._whole, num_completions, self._columns.numbers)
 
 
 def _label(value: Any) -> bool | None:

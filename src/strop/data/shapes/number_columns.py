@@ -1,6 +1,6 @@
 """The numbers of a row beside its completions: rewards, and log-probs of the tokens. Floor 2.
 
-In: a row of a group. Out: its numbers by name, one entry per completion. How many tokens each completion has is known
+In: a row, and the names of the columns that the method takes. Out: their numbers by name. How many tokens each completion has is known
 later only (`store/group_numbers.py`).
 """
 
@@ -13,24 +13,31 @@ from typing import Any
 from strop.data.read.row import RowRefused
 from strop.data.shapes.json_columns import parsed
 from strop.data.shapes.messages import wrong_type
-from strop.types import OF_COMPLETIONS, OF_GROUPS, OF_TOKENS
+from strop.types import OF_COMPLETIONS, OF_GROUPS
 
 Numbers = Mapping[str, tuple[Any, ...]]
 """Name -> per completion a number (`OF_COMPLETIONS`) or a tuple of one per trained token (`OF_TOKENS`); or one number
 (`OF_GROUPS`)."""
 
 
-def numbers_of(data: Mapping[str, Any], num_completions: int) -> Numbers:
-    """The numbers of a row; a column that is null or not there gives none. A reward may be true or false: 1 or 0.
+def numbers_of(data: Mapping[str, Any], num_completions: int, names: Sequence[str]) -> Numbers:
+    """The numbers of a row in the columns of these names; one that is null or not there gives none. A reward may be
+    true or false: 1 or 0.
 
     Raises:
         RowRefused: not as many as there are completions, or not finite numbers.
     """
     found: dict[str, tuple[Any, ...]] = {}
-    for name in (*OF_COMPLETIONS, *OF_TOKENS):
-        if (value := data.get(name)) is None:
+    for name in names:
+        value = data.get(name)
+        if isinstance(value, str):  # a CSV file has texts only
+            value = parsed(value, name) if value.strip() else None
+        if value is None:
             continue
-        values = _listed(parsed(value, name) if isinstance(value, str) else value, name)
+        if name in OF_GROUPS:
+            found[name] = (_number(value, name),)
+            continue
+        values = _listed(value, name)
         if len(values) != num_completions:
             raise RowRefused(
                 "wrong_shape",
@@ -41,23 +48,6 @@ def numbers_of(data: Mapping[str, Any], num_completions: int) -> Numbers:
             found[name] = tuple(_number(v, f"{name}[{i}]") for i, v in enumerate(values))
         else:
             found[name] = tuple(_logps(v, f"{name}[{i}]") for i, v in enumerate(values))
-    return found
-
-
-def margin_of(data: Mapping[str, Any]) -> Numbers:
-    """By how much the chosen completion of a pair is better (`OF_GROUPS`); a column that is null or not there gives
-    none.
-
-    Raises:
-        RowRefused: it is no finite number.
-    """
-    found: dict[str, tuple[Any, ...]] = {}
-    for name in OF_GROUPS:
-        value = data.get(name)
-        if isinstance(value, str):  # a CSV file has texts only
-            value = parsed(value, name) if value.strip() else None
-        if value is not None:
-            found[name] = (_number(value, name),)
     return found
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from strop.config.method_base import Choice
 from strop.data.read.row import RowRefused
-from strop.data.store.table import NUMBERS, Groups
+from strop.data.store.table import Groups
 from strop.data.text.encode import Encoded
 from strop.errors import DataError
-from strop.types import OF_GROUPS, OF_TOKENS, Group
+from strop.types import NUMBERS, OF_COMPLETIONS, OF_TOKENS, Group
 
 
 def checked_numbers(encoded: Encoded) -> Encoded | RowRefused:
@@ -45,6 +45,21 @@ def with_numbers(group: Group, numbers: Mapping[str, tuple[Any, ...]]) -> Group:
         else:
             found[name] = array("d", values)
     return replace(group, numbers=found) if found else group
+
+
+def unpaired(pair: Group) -> tuple[Group, Group]:
+    """A pair as two labelled groups, each with its own numbers: chosen is desirable, rejected is not."""
+
+    def side(i: int) -> Group:
+        first = sum(c.num_scored for c in pair.completions[:i])
+        own = slice(first, first + pair.completions[i].num_scored)
+        numbers = {
+            name: values[own] if name in OF_TOKENS else values[i : i + 1] if name in OF_COMPLETIONS else values
+            for name, values in pair.numbers.items()
+        }
+        return replace(pair, completions=(pair.completions[i],), label=i == 0, numbers=numbers)
+
+    return side(0), side(1)
 
 
 def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], compares: Choice | None) -> None:
@@ -81,16 +96,6 @@ def _check_complete(groups: Groups, reads: frozenset[str]) -> None:
                 f"the row has no {name}" + (f", and {int(has.sum())} of {len(has)} rows have it" if has.any() else ""),
                 where=str(row),
                 expected=f"{name} in every row" + ("" if name in reads else ", or in none"),
-                fix=f"add {name}: {HOW[name]}",
+                fix=f"add {name}: {NUMBERS[name]}",
             )
 
-
-HOW = {
-    "rewards": "a list with a number per completion",
-    "normalised_rewards": "a list with a number per completion: the weighted sum of its rewards, each normalised over "
-    "the group, as rollouts.jsonl of a run with advantage gdpo has it",
-    "ended": "a list that says of each completion whether it came to its end (true) or was cut off",
-    **dict.fromkeys(OF_GROUPS, "a number, by how much the chosen completion is better; 0 where that is not known"),
-    **dict.fromkeys(OF_TOKENS, "a list per completion with the log-prob of each of its tokens when it was sampled"),
-}
-"""What each column of numbers looks like in a row."""

@@ -28,7 +28,7 @@ from strop.data.counters import LEFT_OUT
 from strop.data.read.files import parse_line
 from strop.data.read.row import Row, RowRefused
 from strop.data.shapes.examples import RowColumns, to_example
-from strop.data.store.group_numbers import checked_numbers, with_numbers
+from strop.data.store.group_numbers import checked_numbers, unpaired, with_numbers
 from strop.data.store.table import KeptRow, Record, to_table
 from strop.data.text.date import day_of
 from strop.data.text.encode import Encoded, Encoder
@@ -77,7 +77,8 @@ class RowPipeline:
         dataset = config.dataset
         self._rows = rows
         self._keeps_rows = config.rollout.enabled  # for the rewards
-        self._columns = RowColumns.of(dataset)
+        numbers = () if rows == "prompt" else config.post_training.NUMBERS  # those of a sampled group are made
+        self._columns = replace(RowColumns.of(dataset), numbers=numbers)
         self.stops_at_errors = dataset.on_error == "error"
         self._bos: int | None = tokenizer.bos_token_id
         self._vocabulary = len(tokenizer)
@@ -92,8 +93,6 @@ class RowPipeline:
         )
         self.renderer = Renderer(tokenizer, rules, stop_tokens)
         self._judged = config.post_training.REWARD_MODEL
-        if self._judged:
-            self._columns = replace(self._columns, reads_margin=True)
         self._encoder = Encoder(tokenizer, self.renderer.template, whole=self._judged)
         self._tokenizer = tokenizer
         self._made_of = (config, tokenizer, rows, stop_tokens)
@@ -177,7 +176,7 @@ class RowPipeline:
                 if isinstance(record, str):
                     done.dropped[record] += 1
                 elif self._rows == "labelled" and record.group.label is None:
-                    first, second = record.group.unpaired()
+                    first, second = unpaired(record.group)
                     records += [replace(record, group=first), Record(second, file, record.prompt_words, again=1)]
                 else:
                     records.append(record)
@@ -191,9 +190,9 @@ class RowPipeline:
             return row.refusal
         try:
             if self._rows in ("single", "prompt") and is_tokenised(row.data):
-                return from_tokens(row.data, self._vocabulary)
+                return from_tokens(row.data, self._vocabulary, self._columns.numbers)
             if self._rows == "group" and is_tokenised_group(row.data):
-                return group_from_tokens(row.data, self._vocabulary)
+                return group_from_tokens(row.data, self._vocabulary, self._columns.numbers)
             return to_example(row.data, row.origin, self._rows, self._columns)
         except RowRefused as refusal:
             return refusal

@@ -27,11 +27,11 @@ def is_tokenised_group(data: Mapping[str, Any]) -> bool:
     return "completion_ids" in data and "completions" not in data
 
 
-def group_from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
+def group_from_tokens(data: Mapping[str, Any], vocabulary: int, numbers: Sequence[str] = ()) -> Encoded:
     """A prompt and its completions.
 
     Args:
-        vocabulary: ids lie below it.
+        vocabulary: ids lie below it. numbers: names of the columns of numbers that are read.
 
     Raises:
         RowRefused: ids or numbers are not what they should be.
@@ -42,15 +42,15 @@ def group_from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
     if not isinstance(listed, list | tuple) or not listed:
         raise wrong_type("completion_ids", listed, "a list with at least one list of token ids")
     sides = [_ids(ids, f"completion_ids[{i}]", vocabulary) for i, ids in enumerate(listed)]
-    numbers = numbers_of(data, len(sides))
-    return Encoded(prompt, tuple(EncodedSide(ids, b"\1" * len(ids)) for ids in sides), numbers=numbers)
+    found = numbers_of(data, len(sides), numbers)
+    return Encoded(prompt, tuple(EncodedSide(ids, b"\1" * len(ids)) for ids in sides), numbers=found)
 
 
-def from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
+def from_tokens(data: Mapping[str, Any], vocabulary: int, numbers: Sequence[str] = ()) -> Encoded:
     """The tokens before the first trained one are the prompt, the others the completion.
 
     Args:
-        vocabulary: ids lie below it.
+        vocabulary: ids lie below it. numbers: names of the columns of numbers that are read.
 
     Raises:
         RowRefused: ids or labels are not what they should be.
@@ -85,7 +85,8 @@ def from_tokens(data: Mapping[str, Any], vocabulary: int) -> Encoded:
     if first is None or 1 not in mask:
         raise RowRefused("nothing_labelled", "no label is a token to train", expected="at least one after the first")
     stop = first + mask.rfind(1) + 1
-    return Encoded(ids[:first], (EncodedSide(ids[first:stop], mask[: stop - first]),))
+    side = EncodedSide(ids[first:stop], mask[: stop - first])
+    return Encoded(ids[:first], (side,), numbers=numbers_of(data, 1, numbers))
 
 
 def _ids(value: Any, field: str, vocabulary: int) -> list[int]:
