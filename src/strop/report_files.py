@@ -106,10 +106,8 @@ def _last_margins(session: Session, run: RunDir) -> Iterator[tuple[int, tuple[fl
 def _texts(group: Group, session: Session) -> dict[str, Any]:
     """A pair as the text that its tokens stand for, and where it came from."""
     decode = session.prepared.tokenizer.decode
-    parts = {
-        "prompt": group.prompt_ids,
-        **dict(zip(("chosen", "rejected"), (c.ids for c in group.completions), strict=False)),
-    }
+    chosen, rejected = group.completions
+    parts = {"prompt": group.prompt_ids, "chosen": chosen.ids, "rejected": rejected.ids}
     texts = {name: str(decode(list(ids), skip_special_tokens=False)) for name, ids in parts.items()}
     cut = {name: text[:MOST_CHARACTERS] for name, text in texts.items()}
     return {**cut, **{f"{name}_characters": len(text) for name, text in texts.items()}, "source": str(group.origin)}

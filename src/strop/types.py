@@ -36,8 +36,8 @@ OF_GROUPS: Mapping[str, str] = {
 OF_TOKENS: Mapping[str, str] = dict.fromkeys(
     ("old_logps", "sampler_logps"), "a list per completion with the log-prob of each of its tokens when it was sampled"
 )
-"""Columns of a row that hold a log-prob per trained token: name -> how it is written. `old_logps`: under the policy that
-a ratio is taken to. `sampler_logps`: as what sampled the tokens has them."""
+"""Columns of a row that hold a log-prob per trained token: name -> how it is written. `old_logps`: under the policy
+that a ratio is taken to. `sampler_logps`: as what sampled the tokens has them."""
 
 NUMBERS: Mapping[str, str] = {**OF_COMPLETIONS, **OF_TOKENS, **OF_GROUPS}
 """All columns of numbers that a row can have. The settings of a method name those that it takes from rows."""

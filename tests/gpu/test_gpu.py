@@ -99,11 +99,12 @@ def test_attention_rounds_no_worse_than_the_naive(
     device: torch.device,
 ) -> None:
     """Also where flash attention stands aside: capped scores, a width that is no multiple of 8."""
-    assert best_kernel(device, dtype) == ("flash" if dtype in LOW else "groups")
+    on_gpu = [name for name, kernel in KERNELS.items() if "cuda" in kernel.devices]
+    assert best_kernel(device, dtype) in on_gpu
     inputs = draw(heads, key_heads, width)
     truth = with_gradients(lambda q, k, v: naive(q, k, v, window, softcap), inputs, torch.float64, "cpu")
     plain = with_gradients(lambda q, k, v: naive(q, k, v, window, softcap), inputs, dtype, device)
-    for kernel in {best_kernel(device, dtype), "groups", "dense"}:
+    for kernel in on_gpu:
         plan = AttentionPlan(LAYOUT, device, kernel)
         ours = with_gradients(
             lambda *qkv, p=plan, name=kernel: KERNELS[name](*qkv, p, SoftmaxRules(0.2, window, softcap)),

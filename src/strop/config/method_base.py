@@ -98,8 +98,8 @@ class MethodSettings(Section):
     """Whether completions that the policy samples have to be rewarded."""
 
     NUMBERS: ClassVar[tuple[str, ...]] = ()
-    """Columns of numbers (`strop.types.NUMBERS`) that it takes from rows that have them. Whether it can do without one is
-    said by its objective."""
+    """Columns of numbers (`strop.types.NUMBERS`) that it takes from rows that have them. Its objective says whether it
+    can do without one."""
 
     READ_BY: ClassVar[Mapping[str, Readers]] = {}
     """Settings that some variants of the method do not read, and which do."""

@@ -121,7 +121,7 @@ def write_split_files(
 
 def _with_numbers(columns: RowColumns, rows: RowShape) -> RowColumns:
     """With the columns of numbers that every method on such rows takes, so that wrong ones are found now."""
-    taken = [settings.NUMBERS for settings in METHODS.values() if settings.ROWS == rows]
+    taken = [settings.NUMBERS for settings in METHODS.values() if rows == settings.ROWS]
     return replace(columns, numbers=tuple(n for n in NUMBERS if taken and all(n in names for names in taken)))
 
 

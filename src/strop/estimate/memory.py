@@ -23,7 +23,7 @@ from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.plan.work import Work
 from strop.policy.allocator import KERNELS_KEPT
-from strop.policy.kernels.attention import best_kernel
+from strop.policy.kernels.attention import KERNELS, best_kernel
 from strop.policy.kernels.dropout import bytes_of_left_out
 from strop.policy.kernels.head_sizes import head_bytes, product_dtype, tile_shape
 from strop.policy.kernels.matmul import LARGE, keeps_kernels, widens
@@ -209,7 +209,8 @@ def _kept_layers(shape: Shape, config: RunConfig) -> tuple[int, int]:
 def _activations(shape: Shape, work: Work, config: RunConfig, precision: Precision, device: str) -> Numbers:
     """[B] of all layers, without probabilities of attention."""
     layer = saved_per_token(shape, config, precision, device) * work.tokens
-    if best_kernel(torch.device(device), precision.compute) == "flash" and not shape.capped:
+    kernel = KERNELS[best_kernel(torch.device(device), precision.compute)]
+    if kernel.copies_prompts and not shape.capped:
         layer = layer + 2 * shape.keys * precision.compute.itemsize * work.again
     kept, at_once = _kept_layers(shape, config)
     inputs: Numbers = (shape.layers - kept) * work.tokens * shape.width * _stream(shape, precision)

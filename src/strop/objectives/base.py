@@ -78,9 +78,9 @@ class Objective(ABC, Generic[S]):
     Declared by the instance, since variants differ: `reads`, the columns it needs beside the log-probs; `may_read`,
     those that it reads only where they are supplied; `derives`, the columns that it makes of those of a whole step
     before anything is scored (`derive`); `also`, further groups that are scored first and without gradients, whose
-    scores it finds in `scores.also`; `units`, what each term is divided by; `whole_step`, whether the terms hold a statistic of the whole step: `terms` is then called once with
-    the scores of the whole step, else once per micro-batch; `ref_sync`, whether the reference follows the policy
-    instead of staying as it is.
+    scores it finds in `scores.also`; `units`, what each term is divided by; `whole_step`, whether the terms hold a
+    statistic of the whole step: `terms` is then called once with the scores of the whole step, else once per
+    micro-batch; `ref_sync`, whether the reference follows the policy instead of staying as it is.
     """
 
     METRICS: ClassVar[Mapping[str, str]]

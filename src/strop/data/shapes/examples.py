@@ -63,7 +63,7 @@ class RowColumns:
     """What the columns of a row are called, and what is done with rows that can be read in two ways.
 
     keeps_transcripts: transcripts of hh-rlhf stay texts, for `dataset.render: raw`. drops_trailing: turns behind the
-    last assistant turn are left out; else such rows are refused. numbers: names of the columns of numbers that are read.
+    last assistant turn are left out; else such rows are refused. numbers: names of the columns of numbers to read.
     """
 
     prompt: str = "prompt"

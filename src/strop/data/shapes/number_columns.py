@@ -1,7 +1,7 @@
 """The numbers of a row beside its completions: rewards, and log-probs of the tokens. Floor 2.
 
-In: a row, and the names of the columns that the method takes. Out: their numbers by name. How many tokens each completion has is known
-later only (`store/group_numbers.py`).
+In: a row, and the names of the columns that the method takes. Out: their numbers by name. How many tokens each
+completion has is known later only (`store/group_numbers.py`).
 """
 
 from __future__ import annotations

@@ -98,4 +98,3 @@ def _check_complete(groups: Groups, reads: frozenset[str]) -> None:
                 expected=f"{name} in every row" + ("" if name in reads else ", or in none"),
                 fix=f"add {name}: {NUMBERS[name]}",
             )
-

@@ -5,12 +5,12 @@ k and v are [1, K, T, D], masks are [queries, keys] bool, True = may be seen.
 
 The function is registered with transformers under `NAME`, which is not in its mask interface, so that it builds no
 masks of its own. The layout of the row travels as the keyword `strop_plan` through the model's call; a plan outlives
-the call (gradient checkpointing binds it), and holds every mask once a batch, not once a layer.
+the call (gradient checkpointing binds it), and holds every mask once per batch, not once per layer.
 
-A kernel is a function of (q, k, v, plan, rules); `KERNELS` names those there are, `best_kernel`
-chooses. A kernel that cannot do what a layer asks for hands on to `groups`, which can do everything. The oracle `dense`
-is one mask over the whole row. Windows count positions, which restart at the prompt's length in every completion:
-transformers lets a query see keys with q_pos - k_pos < window.
+A kernel attends with (q, k, v, plan, rules); `KERNELS` names those there are, `best_kernel` chooses. A kernel that
+cannot do what a layer asks for hands on to `groups`, which can do everything. The oracle `dense` is one mask over the
+whole row. Windows count positions, which restart at the prompt's length in every completion: transformers lets a query
+see keys with q_pos - k_pos < window.
 """
 
 from __future__ import annotations
@@ -175,16 +175,16 @@ def dense_mask(layout: tuple[GroupSpan, ...], device: torch.device, window: int 
     return mask
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, SoftmaxRules], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan, SoftmaxRules], Tensor]
 
 
 def by_dense_mask(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rules: SoftmaxRules) -> Tensor:
-    """The oracle: one dense mask, groups x groups of it wasted."""
+    """The oracle: one mask over the whole row. Most of it is wasted, since groups do not see each other."""
     return _attend(q, k, v, plan.dense(rules.window), rules)
 
 
 def by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rules: SoftmaxRules) -> Tensor:
-    """One call a group, so that the work grows with the sum of the groups' squares."""
+    """One call per group, so that the work grows with the sum of the squares of the groups' lengths."""
     sizes = [span.stop - span.start for span in plan.layout]
     # split, not slices: its backward pass is one cat, and theirs a whole row of zeros each
     groups = zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True)
@@ -241,7 +241,25 @@ def _flash_takes(q: Tensor, v: Tensor) -> bool:
     )
 
 
-KERNELS: Mapping[str, Kernel] = {"groups": by_groups, "dense": by_dense_mask, "tiles": by_tiles, "flash": by_flash}
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to attend. devices: the types of those that it is for. copies_prompts: whether it copies the keys and
+    values of a prompt for each completion but the first, which takes memory."""
+
+    attend: Attend
+    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+    copies_prompts: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, rules: SoftmaxRules) -> Tensor:
+        return self.attend(q, k, v, plan, rules)
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "groups": Kernel(by_groups),
+    "dense": Kernel(by_dense_mask),
+    "tiles": Kernel(by_tiles, frozenset({"cpu"})),
+    "flash": Kernel(by_flash, frozenset({"cuda"}), copies_prompts=True),
+}
 
 
 def best_kernel(device: torch.device, dtype: torch.dtype) -> str:
