@@ -42,6 +42,10 @@ that a ratio is taken to. `sampler_logps`: as what sampled the tokens has them."
 NUMBERS: Mapping[str, str] = {**OF_COMPLETIONS, **OF_TOKENS, **OF_GROUPS}
 """All columns of numbers that a row can have. The settings of a method name those that it takes from rows."""
 
+LARGEST = 1e60
+"""The largest size of a reward, a margin or a log-prob. The squares of much larger ones, which standard deviations are
+made of, do not fit into a float64: every advantage of the group would be 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:

@@ -375,6 +375,10 @@ def test_a_reward_that_cannot_be_one_is_refused(reward: Any, found: str, tmp_pat
         ),
         ({"rollout.num_generations_eval": 2}, "at temperature_eval 0 all are the same"),
         ({"rollout.max_refills": 5}, "without dynamic_sampling nothing reads it"),
+        (
+            {"post_training.advantage": "none", "rollout.dynamic_sampling": True, "rollout.num_generations": 1},
+            "num_generations is 1: that would be every prompt",
+        ),
         ({"rollout.enabled": False}, "nothing is sampled that they could reward"),
         ({"rollout.reward_error_value": 1.0}, "on_reward_error stop does not read it"),
     ],

@@ -17,8 +17,8 @@ from strop.config.methods import METHODS, LossType, MethodSettings
 from strop.config.names import did_you_mean, nearest
 from strop.config.other_tools import instead_of
 from strop.config.run import RunConfig
-from strop.config.schema import SECTIONS, Key, key_at
-from strop.config.sections import ModelSection, SourceSection
+from strop.config.schema import LISTED, SECTIONS, Key, key_at, listed_section
+from strop.config.sections import ModelSection
 from strop.config.yamlfile import KeyPath, dotted, scalar, write_value
 from strop.errors import ConfigError, first_line
 from strop.readable import is_number
@@ -56,8 +56,8 @@ def _homes() -> dict[type, KeyPath]:
         for name, field in RunConfig.model_fields.items()
         if isinstance(kind := field.annotation, type) and issubclass(kind, Section)
     }
-    named |= {ModelSection: ("models", 0), SourceSection: ("dataset", "sources"), MethodSettings: ("post_training",)}
-    return named
+    named |= {kind: (*home, 0) for home, kind in LISTED.items()}
+    return {**named, ModelSection: ("models", 0), MethodSettings: ("post_training",)}
 
 
 def explain(error: ValidationError, data: Mapping[str, Any], places: Places, above: KeyPath = ()) -> list[ConfigError]:
@@ -100,7 +100,8 @@ def _path(loc: tuple[str | int, ...]) -> KeyPath:
     """Where the problem lies in the configuration: pydantic's location without the tags of unions."""
     if loc[:1] == ("post_training",) and len(loc) > 1 and loc[1] in METHODS:
         loc = ("post_training", *loc[2:])
-    return loc[:3] if loc[:1] == ("models",) else loc[:2]
+    depth = next((len(home) + 2 for home in LISTED if loc[: len(home)] == home), 2)
+    return loc[:3] if loc[:1] == ("models",) else loc[:depth]
 
 
 def _parts(key: str) -> KeyPath:
@@ -122,7 +123,7 @@ def _single(detail: ErrorDetails, path: KeyPath, data: Mapping[str, Any], places
     if kind == "extra_forbidden" and path == ("preset",):
         return ConfigError("a RunConfig has no preset", fix="strop.load_config(FILE, preset=NAME) lays it under a file")
     if kind == "extra_forbidden":
-        return ConfigError(f"unknown key {dotted(path)}", where=where, fix=nearest(str(path[-1]), section))
+        return ConfigError(f"unknown key {dotted(path)}", where=where, fix=_meant(path, section))
     if kind.startswith("union_tag"):
         path = ("post_training", "method")
         where = _place(path, places)
@@ -131,15 +132,25 @@ def _single(detail: ErrorDetails, path: KeyPath, data: Mapping[str, Any], places
     key = key_at(path, method if isinstance(method, str) else None)
     if path == ("models",) or (kind == "missing" and path[:1] == ("models",)):
         return _models(kind, path, detail["input"], where, places)
+    if key is not None and kind == "missing":
+        return ConfigError(f"{dotted(path)} is missing", where=where, expected=_expected(key, kind))
     value = value_at(data, path, detail["input"])
     if key is None and (cause := detail.get("ctx", {}).get("error")) is not None:  # what a check did not foresee
         return ConfigError(f"{dotted(path)} cannot be checked: {first_line(cause)}", where=where)
     if key is None:  # a section that is not a section
         keys = ", ".join(list(SECTIONS.get(str(path[0]), ()))[:4])
         return ConfigError(f"{dotted(path)} is {shown(value)}", where=where, expected=f"keys and values ({keys}, ...)")
-    return ConfigError(
-        f"{dotted(path)} is {shown(value)}", where=where, expected=_expected(key, kind), fix=_fix(key, value)
-    )
+    fix = "" if isinstance(path[-1], int) else _fix(key, value)  # an entry of a list is not what its key is
+    return ConfigError(f"{dotted(path)} is {shown(value)}", where=where, expected=_expected(key, kind), fix=fix)
+
+
+def _meant(path: KeyPath, section: str) -> str:
+    """What was probably meant by an unknown key."""
+    if (listed := listed_section(path)) is None:
+        return nearest(str(path[-1]), section)
+    keys = list(listed.model_fields)
+    hint = did_you_mean(str(path[-1]), keys, f"{dotted(path[:-1])}.")
+    return hint or f"the keys of an entry of {dotted(path[:-2])}: {', '.join(keys)}"
 
 
 def _models(kind: str, path: KeyPath, value: Any, where: str, places: Places) -> ConfigError:

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 from strop.config.base_section import Section
 from strop.config.methods import METHODS, SAMPLING
 from strop.config.run import RunConfig
-from strop.config.sections import ModelSection
+from strop.config.sections import ModelSection, RewardSection, SourceSection
 from strop.config.yamlfile import KeyPath, write_value
 
 PRESET = "A preset under this configuration: cpu, gpu-bf16, gpu-fp16, memory-efficient, or the path of a YAML file."
@@ -172,11 +172,25 @@ SECTIONS: Mapping[str, Mapping[str, Key]] = {
 """Section -> its keys by name; "" holds the keys that stand at the top."""
 
 
+LISTED: Mapping[KeyPath, type[Section]] = {("rewards",): RewardSection, ("dataset", "sources"): SourceSection}
+"""Keys whose values are lists of sections, and what these are."""
+
+
+def listed_section(path: KeyPath) -> type[Section] | None:
+    """What the key at a path such as ("rewards", 0, "weight") is a key of; None where it stands in no list."""
+    inside = (kind for home, kind in LISTED.items() if path[: len(home)] == home and len(path) == len(home) + 2)
+    return next(inside, None)
+
+
 def key_at(path: KeyPath, method: str | None = None) -> Key | None:
     """The key at a path such as ("training", "bf16"), ("models", 0, "name") or ("seed",); None: there is none.
 
     What lies below a key (the element of a list) counts as the key.
     """
+    if (section_of := listed_section(path)) is not None:
+        name = str(path[-1])
+        field = section_of.model_fields.get(name)
+        return None if field is None else Key(str(path[0]), name, field)
     match path:
         case ("models", int(), str(name), *_):
             return SECTIONS["models"].get(name)

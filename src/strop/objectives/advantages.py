@@ -74,23 +74,40 @@ def group_stds(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
         [C].
     """
     sizes = group_sizes(group_index, num_groups)
-    # around the group's first value: the mean of equal values need not be that value to the last bit
-    centred = values - values[torch.searchsorted(group_index, group_index)]
-    apart = centred - _group_sums(centred, group_index, num_groups) / sizes
+    apart = _from_mean(values, group_index, num_groups)
     return (_group_sums(apart**2, group_index, num_groups) / (sizes - 1).clamp(min=1)).sqrt()
+
+
+def _from_mean(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
+    """[C] -> [C] how far each is from the mean of its group: exactly 0 where all values of a group are the same, since
+    an optimiser may make a whole step of what rounding leaves."""
+    centred = _from_first(values, group_index)
+    return centred - _group_sums(centred, group_index, num_groups) / group_sizes(group_index, num_groups)
+
+
+def _from_mean_of_all(values: Tensor) -> Tensor:
+    """The same for one group of all values."""
+    centred = values - values[:1]
+    return centred - centred.mean()
+
+
+def _from_first(values: Tensor, group_index: Tensor) -> Tensor:
+    """[C] -> [C] how far each is from the first of its group: the mean of equal values need not be that value to the
+    last bit."""
+    return values - values[torch.searchsorted(group_index, group_index)]
 
 
 def _of_completions(kind: str, r: Tensor, structure: Structure) -> Tensor:
     groups = (structure.group_index(), structure.num_groups)
     sizes = group_sizes(*groups)
-    mean = _group_sums(r, *groups) / sizes
+    apart = _from_mean(r, *groups)
     match kind:
         case "group":
-            return (r - mean) / (group_stds(r, *groups) + EPSILON)
+            return apart / (group_stds(r, *groups) + EPSILON)
         case "batch":
-            return (r - mean) / ((r.std() if len(r) > 1 else r.new_zeros(())) + EPSILON)
+            return apart / ((r.std() if len(r) > 1 else r.new_zeros(())) + EPSILON)
         case "rloo":
-            return (r - mean) * sizes / (sizes - 1)
+            return apart * sizes / (sizes - 1)
         case "maxrl":
             if bool((r < 0).any()):
                 raise DataError(
@@ -99,14 +116,16 @@ def _of_completions(kind: str, r: Tensor, structure: Structure) -> Tensor:
                     expected="rewards of at least 0",
                     fix="shift the rewards, or choose another advantage",
                 )
-            return torch.where(mean > 0, (r - mean) / mean, 0.0)
+            mean = _group_sums(r, *groups) / sizes
+            return torch.where(mean > 0, apart / mean, 0.0)
         case "opo":
             lengths = torch.tensor(structure.tokens_per_completion, dtype=r.dtype)
-            return r - _group_sums(lengths * r, *groups) / _group_sums(lengths, *groups)
+            centred = _from_first(r, groups[0])
+            return centred - _group_sums(lengths * centred, *groups) / _group_sums(lengths, *groups)
         case "gdpo":
-            return (r - r.mean()) / ((r.std() if len(r) > 1 else r.new_zeros(())) + EPSILON)
+            return _from_mean_of_all(r) / ((r.std() if len(r) > 1 else r.new_zeros(())) + EPSILON)
         case "mean" | "reinforce++_baseline":
-            return r - mean
+            return apart
     return r
 
 
@@ -137,5 +156,5 @@ def _to_come(costs: Tensor, structure: Structure) -> Tensor:
 
 
 def _whitened(values: Tensor) -> Tensor:
-    apart = values - values.mean()
+    apart = _from_mean_of_all(values)
     return apart / (apart**2).mean().clamp(min=1e-8).sqrt()

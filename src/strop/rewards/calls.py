@@ -6,6 +6,7 @@ dies is replaced by a new one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -23,6 +24,9 @@ from strop.rewards.lookup import MODEL_PREFIX
 
 START_SECONDS = 120.0
 """What importing the modules of the rewards may take."""
+
+END_SECONDS = 5.0
+"""What a process may take to end by itself once its pipe is closed, so that its exit code is its own."""
 
 LOOK = 0.1
 """Seconds between two looks at the memory of the process."""
@@ -102,8 +106,7 @@ class RewardCaller:
                 return RewardCall((None,) * num, why)
             kind, answer = self._pipe.recv()
         except (EOFError, OSError):
-            code = self._restart()
-            return RewardCall((None,) * num, f"its process ended (exit code {code})")
+            return RewardCall((None,) * num, self._replace())
         if kind == "refused":
             raise answer
         if kind == "error":
@@ -122,7 +125,8 @@ class RewardCaller:
 
     def close(self) -> None:
         """End the process."""
-        self._end()
+        self._pipe.close()
+        self._finalizer()
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = socket.socketpair()
@@ -149,16 +153,18 @@ class RewardCaller:
             raise answer
         return process, pipe
 
-    def _restart(self) -> int | None:
-        """A new process in place of this one; the old one's exit code."""
-        code = self._end()
-        self._process, self._pipe = self._start()
-        return code
+    def _replace(self) -> str:
+        """A new process in place of one that has closed its pipe; how that one ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        code = self._process.returncode
+        self._restart()
+        return "its process closed its connection to strop" if code is None else f"its process ended (exit code {code})"
 
-    def _end(self) -> int | None:
-        self._pipe.close()
-        self._finalizer()
-        return self._process.returncode
+    def _restart(self) -> None:
+        """A new process in place of this one."""
+        self.close()
+        self._process, self._pipe = self._start()
 
 
 def _resident(pid: int) -> int:

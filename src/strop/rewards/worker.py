@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
+import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +20,7 @@ from strop import time_limit
 from strop.errors import ConfigError, StropError
 from strop.rewards.lookup import find_reward
 from strop.rewards.shipped import SHIPPED, columns_in_words
+from strop.types import LARGEST
 
 Answer = tuple[str, Any]
 
@@ -33,22 +34,23 @@ def call(
     columns: Mapping[str, Sequence[Any]],
     settings: Mapping[str, Any],
 ) -> Answer:
-    """The values of one reward, one per completion: finite numbers, or None where it gave none.
+    """The values of one reward, one per completion: numbers of a size of at most `LARGEST`, or None where it gave none.
 
     A setting wins over a column of the rows that has its name. A parameter that has the form of a setting (after `*`,
     with a default) gets no column. `columns` has all of them, whatever their names.
     """
+    num = len(given["completions"])  # before the function may change what it is given
     try:
         values = function(**_arguments(function, given, columns, settings))
-        values = asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
-        listed = list(values)
+        listed = _listed(asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values)
+        numbers = [_number(value) for value in listed]
     except StropError as error:
         return "refused", error
-    except Exception as error:  # noqa: BLE001 (a user's function may raise anything)
-        return "error", f"{type(error).__name__}: {error}"[:2000]
-    if len(listed) != len(given["completions"]):
-        return "refused", ConfigError(f"it gave {len(listed)} values for {len(given['completions'])} completions")
-    return "values", [_number(value) for value in listed]
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (a user's function may raise anything)
+        return "error", _in_words(error)
+    if len(numbers) != num:
+        return "refused", ConfigError(f"it gave {len(numbers)} values for {num} completions")
+    return "values", numbers
 
 
 def check(name: str, function: Callable[..., Any], columns: Sequence[str], settings: Mapping[str, Any]) -> None:
@@ -79,12 +81,31 @@ async def _awaited(values: Awaitable[Any]) -> Any:
     return await values
 
 
+def _listed(values: Any) -> list[Any]:
+    """What a function returned, as a list.
+
+    Raises:
+        TypeError: it has no order of the completions, though it could be gone through: letters of a text, keys.
+    """
+    if isinstance(values, str | bytes | bytearray | Mapping | Set):
+        raise TypeError(f"it returned a {type(values).__name__}, not a list with a number per completion")
+    return list(values)
+
+
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # NaN is not, either
+
+
+def _in_words(error: BaseException) -> str:
+    """The kind and the text of an error, whose class may be a user's own."""
+    try:
+        return f"{type(error).__name__}: {error}"[:2000]
+    except Exception:  # noqa: BLE001
+        return type(error).__name__
 
 
 def _arguments(
@@ -127,6 +148,7 @@ def find_rewards(
 def serve(pipe: Connection, parent: int) -> None:
     """Answer calls until the pipe is closed."""
     time_limit.enter(parent)
+    own = os.getpid()
     rewards, to_check = pipe.recv()
     try:
         functions = find_rewards(rewards, to_check)
@@ -141,6 +163,8 @@ def serve(pipe: Connection, parent: int) -> None:
             return
         name, settings = rewards[number]
         kind, answer = call(functions[number], given, columns, settings)
+        if os.getpid() != own:  # a copy of this process, made by the function, whose answer nobody has asked for
+            os._exit(0)
         pipe.send((kind, at_reward(name, answer) if kind == "refused" else answer))
 
 

@@ -57,7 +57,8 @@ class Drawing:
         total = reached[:, -1:]
         below = torch.nextafter(total, torch.zeros_like(total))
         at = torch.minimum(uniforms[:, None] * total, below)
-        tokens = torch.searchsorted(reached, at, right=True)
+        # where logits are not finite, none is found: the last one, whose log-prob is not finite, either, stands for it
+        tokens = torch.searchsorted(reached, at, right=True).clamp(max=reached.shape[-1] - 1)
         finite = logps.clamp(min=torch.finfo(logps.dtype).min)  # 0 x log 0 is 0
         return tokens.squeeze(1), logps.gather(1, tokens).squeeze(1), -(probs * finite).sum(-1)
 

@@ -17,7 +17,7 @@ from strop.objectives.advantages import normalised_sum
 from strop.rewards.calls import RewardCall, RewardCaller
 from strop.rewards.lookup import MODEL_PREFIX
 from strop.rollout.reward_model import RewardModel
-from strop.types import Origin
+from strop.types import LARGEST, Origin
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Scorer:
             raise TrainingError(
                 f"reward {name} fails: {why}",
                 where=str(origin),
-                expected="a finite number for every completion",
+                expected=f"a finite number for every completion, of a size of at most {LARGEST:g}",
                 fix="mend it, or set rollout.on_reward_error: skip_group or value, which count such completions",
             )
 

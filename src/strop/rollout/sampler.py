@@ -10,6 +10,7 @@ temperature included. So the recorded log-probs are those that training computes
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strop.errors import ConfigError
+from strop.errors import ConfigError, TrainingError
 from strop.policy.policy import Policy
 from strop.rollout.drawing import FROM_ALL, Drawing, uniforms
 from strop.rollout.stop_texts import StopTexts
@@ -87,7 +88,11 @@ class Sampler:
         return lambda: None
 
     def sample(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
-        """The completions of each prompt, in the order of the prompts."""
+        """The completions of each prompt, in the order of the prompts.
+
+        Raises:
+            TrainingError: the logits are not finite.
+        """
         found: dict[int, list[Sampled]] = {}
         with self._policy.generating():
             for batch in self._batches(prompts):
@@ -201,10 +206,22 @@ class _Rows:
         return policy.logits(out.last_hidden_state[:, -1]), out.past_key_values
 
     def groups(self) -> list[list[Sampled]]:
-        """What was drawn, by prompt."""
+        """What was drawn, by prompt.
+
+        Raises:
+            TrainingError: some of it was drawn from no distribution.
+        """
         tokens, logps = torch.stack(self._tokens, 1).tolist(), torch.stack(self._logps, 1).double().tolist()
-        rows = []
+        rows: list[Sampled] = []
         for ids, own, ended, entropy in zip(tokens, logps, self._ended.tolist(), self._entropy.tolist(), strict=True):
             n = ids.index(-1) if -1 in ids else len(ids)
+            if not all(map(math.isfinite, own[:n])):
+                raise TrainingError(
+                    "the model's logits are not finite where completions are sampled",
+                    where=f"prompt {self._prompts[len(rows) // self._num].number}",
+                    expected="finite logits, divided by a temperature that float32 can divide them by",
+                    fix="lower training.learning_rate and go on from an earlier checkpoint, or raise "
+                    "rollout.temperature or temperature_eval",
+                )
             rows.append(Sampled(array("i", ids[:n]), array("d", own[:n]), ended, entropy))
         return [rows[i : i + self._num] for i in range(0, len(rows), self._num)]

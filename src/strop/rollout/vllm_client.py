@@ -19,13 +19,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from strop.errors import ConfigError, TrainingError
+from strop.errors import ConfigError, TrainingError, foreign_errors
 
 OLDEST, NEWEST = (0, 15), (0, 33)
 """The versions of vLLM whose documentation this was written by."""
+MODELS = "/v1/models"
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 """Status codes of a server that may answer later."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -76,8 +78,9 @@ class VllmClient:
         """
         self.ask("/health")
         self._check_version(str(self.answer("/version").get("version")))
-        listed = self.answer("/v1/models").get("data") or []
-        served = [str(m.get("id")) for m in listed if not m.get("parent")]
+        listed = self.answer(MODELS).get("data") or []
+        with self.reading(MODELS):
+            served = [str(m["id"]) for m in listed if not m.get("parent")]
         if model is None and served:
             return served[0]
         if model not in served:
@@ -154,16 +157,27 @@ class VllmClient:
     def parsed(self, path: str, text: str) -> dict[str, Any]:
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise TrainingError(
-                f"its answer to {path} is no JSON object but {text[:60]!r}",
-                where=self.where,
-                expected="the routes of `vllm serve`",
-                fix="look at rollout.vllm_url: does another program listen there?",
-            )
+            raise self._foreign(path, f"is no JSON object but {text[:60]!r}")
         return found
+
+    def reading(self, path: str) -> AbstractContextManager[None]:
+        """While the parts of an answer are looked at: what goes wrong there is an answer of another form.
+
+        Raises:
+            TrainingError: the same, in words.
+        """
+        return foreign_errors(lambda why: self._foreign(path, f"has another form: {why}"))
+
+    def _foreign(self, path: str, why: str) -> TrainingError:
+        return TrainingError(
+            f"its answer to {path} {why}",
+            where=self.where,
+            expected="the routes of `vllm serve`",
+            fix="look at rollout.vllm_url: does another program listen there?",
+        )
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None, *, passing: frozenset[int] = PASSING) -> str:
         """What the server answers: to a POST with `body`, else to a GET.

@@ -186,7 +186,8 @@ class VllmSampler:
         key = hashlib.sha256(f"{self._seed} {step} {prompt.number}".encode()).digest()
         more = {"n": self._num, "max_tokens": prompt.room, "seed": int.from_bytes(key[:6]), "logprobs": 1}
         answer = self._ask({**self._asked.body(), "prompt": list(prompt.ids), **more})
-        return self._checked(answer, prompt)
+        with self._served.client.reading(COMPLETIONS):
+            return self._checked(answer, prompt)
 
     def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """An answer of the current adapter. A server that was started anew gets it again, once."""
@@ -269,12 +270,14 @@ class VllmSampler:
         """Nats between the two likeliest first tokens, as the server says it."""
         whole = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         body = {**self._asked.body(), **whole, "prompt": list(prompt.ids), "n": 1, "max_tokens": 1, "logprobs": 2}
-        (choice,) = self._ask(body).get("choices") or [{}]
-        top = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
-        values = sorted((top[0] or {}).values(), reverse=True)
-        if len(values) < 2:
-            raise self._wrong("no log-probs of the likeliest tokens", "2, by logprobs: 2")
-        return float(values[0] - values[1])
+        answer = self._ask(body)
+        with self._served.client.reading(COMPLETIONS):
+            (choice,) = answer.get("choices") or [{}]
+            top = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
+            values = sorted((top[0] or {}).values(), reverse=True)
+            if len(values) < 2:
+                raise self._wrong("no log-probs of the likeliest tokens", "2, by logprobs: 2")
+            return float(values[0] - values[1])
 
 
 LOG_PROBS = "start it with --logprobs-mode processed_logprobs"

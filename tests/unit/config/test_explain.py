@@ -112,6 +112,41 @@ CASES = {
         "training:\n  lr: 0.2\n",
         "c.yaml:4: unknown key training.lr\n  to do:    did you mean training.learning_rate?",
     ),
+    "a misspelt key of a reward": (
+        "rewards:\n  - exact_match\n  - {name: length, wieght: 2.0}\n",
+        "c.yaml:5: unknown key rewards.1.wieght\n  to do:    did you mean rewards.1.weight?",
+    ),
+    "an unknown key of a source": (
+        "dataset:\n  sources:\n    - name: a\n      xyz: 2.0\n",
+        "c.yaml:6: unknown key dataset.sources.0.xyz\n"
+        "  to do:    the keys of an entry of dataset.sources: name, subset, split, num_samples, fraction, weight, "
+        "streaming",
+    ),
+    "a value of a reward": (
+        "rewards:\n  - name: length\n    weight: '2'\n",
+        "c.yaml:5: rewards.0.weight is '2' (text)\n  expected: a number from -1e+30 to 1e+30\n"
+        "  to do:    write 2, without quotes, leading zeros or underscores",
+    ),
+    "an infinite weight": (
+        "rewards:\n  - name: length\n    weight: .inf\n",
+        "c.yaml:5: rewards.0.weight is inf\n  expected: a finite number from -1e+30 to 1e+30",
+    ),
+    "a list for settings": (
+        "rewards:\n  - name: length\n    settings: [1]\n",
+        "c.yaml:5: rewards.0.settings is the list [1]\n  expected: names and values",
+    ),
+    "a reward without a name": (
+        "rewards:\n  - weight: 1.0\n",
+        "c.yaml:4: rewards.0.name is missing\n  expected: text",
+    ),
+    "a number for a reward": (
+        "rewards: [3]\n",
+        "c.yaml:3: rewards.0 is 3\n  expected: a list of names, or of objects with name, weight and settings",
+    ),
+    "a value of a source": (
+        "dataset:\n  sources:\n    - name: a\n      fraction: 2\n",
+        "c.yaml:6: dataset.sources.0.fraction is 2\n  expected: a number above 0 and of at most 1",
+    ),
     "a key at the top": (
         "learning_rate: 0.2\n",
         "c.yaml:3: unknown key learning_rate\n  to do:    learning_rate belongs in training: training.learning_rate",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from strop.errors import ConfigError
 from strop.rewards.calls import RewardCaller, check_rewards
@@ -55,6 +62,12 @@ def own(tmp_path: Path) -> Path:
         "def where(completions): return [float(os.getpid())] * len(completions)\n"
         "def hangs(completions): time.sleep(60)\n"
         "def dies(completions): os._exit(3)\n"
+        "def exits(completions):\n"
+        "    import atexit, sys\n"
+        "    atexit.register(time.sleep, 0.3)\n"
+        "    sys.exit(4)\n"
+        "def copies(completions):\n"
+        "    return [float(os.fork() != 0 or 7)] * len(completions)\n"
         "def takes(completions, prompts, *, factor): return [factor * len(p) for p in prompts]\n"
         "def fills(completions):\n"
         "    kept = bytearray(os.urandom(1) * (300 << 20))\n"
@@ -117,6 +130,81 @@ def test_it_ends_with_the_process_that_calls_it(own: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the process that calls rewards outlives the one that started it")
+
+
+class Stubborn:
+    def __float__(self) -> float:
+        raise RuntimeError("no number")
+
+
+class Silent(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+async def _cancelled(completions: list[str]) -> list[float]:
+    raise asyncio.CancelledError("given up")
+
+
+def _silent(completions: list[str]) -> list[float]:
+    raise Silent
+
+
+@pytest.mark.parametrize(
+    ("reward", "found"),
+    [
+        (lambda completions: "01", "it returned a str"),
+        (lambda completions: b"01", "it returned a bytes"),
+        (lambda completions: {0: 1.0, 1: 2.0}, "it returned a dict"),
+        (lambda completions: {1.0, 2.0}, "it returned a set"),
+        (lambda completions: 1.0, "not iterable"),
+        (lambda completions: [Stubborn(), 1.0], "RuntimeError: no number"),
+        (_silent, "Silent"),
+        (_cancelled, "CancelledError: given up"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_said(reward: Callable[..., Any], found: str) -> None:
+    kind, said = call(reward, {"completions": ["a", "b"]}, {}, {})
+    assert kind == "error" and found in said
+
+
+@pytest.mark.parametrize("value", [10**400, 1e200, -1.7e308, math.inf, -math.inf, math.nan, None, "seven", 1j])
+def test_what_no_float_can_be_squared_of_is_no_reward(value: Any) -> None:
+    """Its deviation from the mean of a group would be infinite, and every advantage 0."""
+    assert call(lambda completions: [value, 1e60], {"completions": ["a", "b"]}, {}, {}) == ("values", [None, 1e60])
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 1), [Decimal("0"), Fraction(1)], [False, True], np.arange(2), torch.arange(2.0), iter([0, 1])]
+)
+def test_numbers_of_any_kind_are_rewards(values: Any) -> None:
+    assert call(lambda completions: values, {"completions": ["a", "b"]}, {}, {}) == ("values", [0.0, 1.0])
+
+
+def test_a_reward_may_use_up_what_it_is_given() -> None:
+    def reward(completions: list[str], answer: list[int]) -> list[float]:
+        values = [float(a) for a in answer]
+        completions.clear()
+        answer.clear()
+        return values
+
+    assert call(reward, {"completions": ["a", "b"]}, {"answer": [3, 4]}, {}) == ("values", [3.0, 4.0])
+
+
+def test_a_copy_of_the_process_answers_nothing(own: Path) -> None:
+    """Its answer would be taken for that of the next call."""
+    calls = RewardCaller([(f"{own}:copies", {}), (f"{own}:where", {})], 20.0)
+    for _ in range(2):
+        assert calls.values(0, {"completions": ["x", "y"]}).values == (1.0, 1.0)
+        assert calls.values(1, {"completions": ["x"]}).values != (1.0,)
+        time.sleep(0.1)
+    calls.close()
+
+
+def test_a_process_that_takes_its_time_to_end_says_how_it_ended(own: Path) -> None:
+    calls = RewardCaller([(f"{own}:exits", {})], 20.0)
+    assert calls.values(0, {"completions": ["x"]}).error == "its process ended (exit code 4)"
+    calls.close()
 
 
 def test_settings_that_do_not_fit_are_an_error(own: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rollout_policies import FAMILIES, as_group, make_policy, prompts, trained_logps
-from strop.errors import ConfigError
+from strop.errors import ConfigError, TrainingError
 from strop.policy.group_logps import group_logps
 from strop.policy.reference_models import FrozenReference
 from strop.rollout.drawing import Drawing, uniforms
@@ -122,6 +122,20 @@ def test_the_ends_of_the_unit_interval_draw_what_can_be_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]], dtype=torch.float64)
     for number, token in ((0.0, 1), (1 - 2**-53, 2)):
         assert Drawing().draw(logits, torch.tensor([number], dtype=torch.float64))[0].item() == token
+
+
+@pytest.mark.parametrize("vocabulary", [None, 300], ids=str)
+@pytest.mark.parametrize("where", ["nowhere", "everywhere"])
+def test_logits_that_are_not_finite_are_an_error(vocabulary: int | None, where: str, tmp_path: Path) -> None:
+    """After a step that went too far, or at a temperature that float32 cannot divide by."""
+    policy = make_policy(tmp_path)
+    sampler = Sampler(policy, 2, ENDS, drawing=Drawing(vocabulary=vocabulary))
+    if where == "nowhere":
+        policy.transform = policy.transform.at_temperature(1e-300)
+    else:
+        next(iter(policy.trainable().values())).data.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="logits are not finite"):
+        sampler.sample(1, prompts())
 
 
 def test_a_model_that_never_ends_is_refused(tmp_path: Path) -> None:

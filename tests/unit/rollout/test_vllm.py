@@ -125,6 +125,11 @@ WRONG: dict[str, tuple[Change, str]] = {
     "too long": (_with(token_ids=[8] * 5, logprobs={"token_logprobs": [-1] * 5}), "a completion of 5 tokens"),
     "goes on": (_with(token_ids=[3, 8], logprobs={"token_logprobs": [-1, -1]}), "goes on behind an end token"),
     "another prompt": (_with(prompt_token_ids=[5, 6]), "another prompt"),
+    "a number of 400 digits": (_logps(-1.0, -(10**400)), "has another form: int too large"),
+    "choices are a text": (lambda a: a.update(choices="none"), "has another form"),
+    "a choice is null": (lambda a: a["choices"].append(None), "has another form"),
+    "a place is null": (_with(index=None), "has another form"),
+    "log-probs are a list": (_with(logprobs=[-1.0, -1.0]), "has another form"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from strop.config.base_section import JsonMapping, ListOf, MappingOf, Problem, Section
+from strop.types import LARGEST
 
 
 class RewardSection(Section):
@@ -17,9 +18,9 @@ class RewardSection(Section):
     name: str
     """`exact_match`, `math_equal`, `regex`, `format`, `length`, `json_schema` or `python_tests`; a function of your
     own, `module:function` or `file.py:function`; or `model:ID`, a reward model (a folder or hub id)."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=-1e30, le=1e30)
     """What it counts in the sum."""
-    settings: MappingOf[Any] = Field(default_factory=JsonMapping)
+    settings: MappingOf[Any] = Field(default_factory=JsonMapping, json_schema_extra={"x-type": "names and values"})
     """Arguments of the function, by name."""
 
 
@@ -99,7 +100,7 @@ class RolloutSection(Section):
     on_reward_error: Literal["stop", "skip_group", "value"] = "stop"
     """A reward that fails, takes too long, or gives null or no number: stop, leave the prompt out of the step, or take
     reward_error_value. What is not stopped at is counted."""
-    reward_error_value: float = 0.0
+    reward_error_value: float = Field(default=0.0, ge=-LARGEST, le=LARGEST)
     """The reward of a completion whose own cannot be had, under on_reward_error value."""
 
     def problems(self) -> Iterator[Problem]:
@@ -109,6 +110,14 @@ class RolloutSection(Section):
                 ("max_refills", "dynamic_sampling"),
                 f"max_refills is {self.max_refills}, and without dynamic_sampling nothing reads it",
                 fix="set dynamic_sampling: true, or remove max_refills",
+            )
+        if self.dynamic_sampling and self.num_generations < 2:
+            yield Problem(
+                ("dynamic_sampling", "num_generations"),
+                "dynamic_sampling leaves out prompts whose completions all have the same reward, and num_generations "
+                "is 1: that would be every prompt",
+                "at least 2 completions per prompt",
+                "raise num_generations, or remove dynamic_sampling",
             )
         if unread := [name for name in NOT_READ[self.sampler] if self._is_changed(name)]:
             yield Problem(

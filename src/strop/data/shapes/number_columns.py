@@ -6,14 +6,13 @@ completion has is known later only (`store/group_numbers.py`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strop.data.read.row import RowRefused
 from strop.data.shapes.json_columns import parsed
 from strop.data.shapes.messages import wrong_type
-from strop.types import OF_COMPLETIONS, OF_GROUPS
+from strop.types import LARGEST, OF_COMPLETIONS, OF_GROUPS
 
 Numbers = Mapping[str, tuple[Any, ...]]
 """Name -> per completion a number (`OF_COMPLETIONS`) or a tuple of one per trained token (`OF_TOKENS`); or one number
@@ -59,8 +58,8 @@ def _listed(value: Any, name: str) -> Sequence[Any]:
 
 
 def _number(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise wrong_type(name, value, "a finite number")
+    if not isinstance(value, int | float) or not abs(value) <= LARGEST:  # NaN is not, either
+        raise wrong_type(name, value, f"a finite number, of a size of at most {LARGEST:g}")
     return float(value)
 
 
