@@ -40,7 +40,8 @@ BUCKET_BYTES = 2**26
 """Gradients are copied into one tensor of about this size and summed together; larger ones are summed in place."""
 ALIGNED = 16
 SECONDS_TO_TELL = 10.0
-"""After so long without an answer, a process that failed knows that the others are in a collective call of a mesh."""
+"""How long a process that failed waits for the others to take its message. If they do not, they are in a collective call
+of a device mesh, where it cannot reach them."""
 
 
 class Place(NamedTuple):
@@ -71,7 +72,7 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place | None:
     if not (place.rank < place.size and place.local_rank < place.local_size <= place.size):
         listed = ", ".join(f"{name}={value}" for name, value in found.items())
         raise ConfigError(
-            f"this is no process of a world: {listed}",
+            f"these variables of the launcher contradict each other: {listed}",
             where="environment",
             expected="RANK below WORLD_SIZE, LOCAL_RANK below LOCAL_WORLD_SIZE",
             fix=_by_torchrun(),

@@ -17,8 +17,14 @@ Turns = tuple[Message, ...] | str
 """A conversation (or its continuation) as messages, or raw text."""
 
 RowShape = Literal["single", "pair", "labelled", "group", "prompt"]
-"""What a method keeps together: one completion per row, a chosen and a rejected one, one with a label, any number, or
-none: completions are sampled, and one that stands in the row is for rewards."""
+"""The completions of a row that a method needs:
+
+    single     one
+    pair       two, chosen and rejected
+    labelled   one with a label
+    group      any number
+    prompt     none: they are sampled. One that stands in the row is given to the rewards.
+"""
 
 OF_COMPLETIONS: Mapping[str, str] = {
     "rewards": "a list with a number per completion",
@@ -109,8 +115,8 @@ class Completion:
 
 
 def judged(group: Group) -> Group:
-    """The group as a reward model reads it: every completion has one more place, which is scored, alone. What scores
-    it is the token before, the completion's last, as everywhere. The id there is that token's and means nothing."""
+    """The group as a reward model reads it. Adds one dummy token to each completion and makes it the only scored one, so
+    the reward is read at the completion's last real token."""
     completions = tuple(
         Completion(array(c.ids.typecode, [*c.ids, c.ids[-1]]), bytes(len(c.ids)) + b"\1") for c in group.completions
     )

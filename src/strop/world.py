@@ -182,7 +182,7 @@ class World(ABC):
                 such code could use, as in a world of one process.
         """
         raise ConfigError(
-            f"a world of {self.size} has no connection of torch.distributed, over which a model is sharded",
+            f"a model is sharded over processes that torch.distributed connects; it connects none of this run's {self.size}",
             where="gpu.fsdp",
             expected="several processes, started by `strop train` or torchrun",
             fix="leave gpu.fsdp out, or start several processes: --num-processes 2",

@@ -42,8 +42,8 @@ def is_neutral(name: str, value: Any) -> bool:
 
 
 class Readers(NamedTuple):
-    """Who reads a setting that not every variant of its method reads: `setting` must have one of `values`, or any
-    value but null where these are not listed."""
+    """Which variants of a method read a setting: those whose `setting` has one of `values`; where no values are listed,
+    those in which it is not null."""
 
     setting: str
     values: tuple[str, ...] = ()
@@ -63,7 +63,8 @@ def either(names: Sequence[str]) -> str:
 
 
 class Choice(NamedTuple):
-    """A setting of a method that needs something of the data or of other sections. without: its value that does not."""
+    """A setting of a method whose value makes a demand on the data or on other sections. without: the value of the same
+    setting that makes none."""
 
     setting: str
     value: str
@@ -116,7 +117,8 @@ class MethodSettings(Section):
 
     @property
     def compares(self) -> Choice | None:
-        """What compares the completions of a group with each other, so that it needs at least two; None: nothing."""
+        """The setting that makes a group need at least two completions, because they are compared with each other; None:
+        one is enough."""
         return None
 
     @property
@@ -126,7 +128,8 @@ class MethodSettings(Section):
 
     @property
     def only_samples(self) -> Choice | None:
-        """What can train on nothing but completions that the policy samples; None: nothing."""
+        """The setting with which it can train only on completions that the policy samples; None: it can train on those
+        of rows, too."""
         return None
 
     @property

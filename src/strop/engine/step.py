@@ -42,7 +42,8 @@ ALONE = World.alone("cpu")
 """One process. Its device is not used here: batches bring their own."""
 
 Idle = Callable[[bool], None]
-"""Takes part in a pass of other processes; its argument says whether there is a backward pass, too."""
+"""Takes part in a pass of the other processes where this one has no micro-batch for it. The argument says whether there
+is a backward pass, too."""
 
 Counts = Mapping[str, int]
 """Term name -> what its sum is divided by."""
@@ -260,8 +261,11 @@ def _coefficients(
 
 
 def with_leaves(scores: Scores, wants: Set[str]) -> tuple[Scores, Columns]:
-    """The scores with leaves of a new graph instead of all that the policy has given: the log-probs, and the
-    columns that it was asked for (`wants`); and these columns. A loss of them has derivatives by them alone."""
+    """Cuts the autograd graph at the policy's outputs, so that the loss can be differentiated by them alone.
+
+    Returns:
+        The scores, whose log-probs and columns of the policy (`wants`) are leaves of a new graph; and these columns.
+    """
 
     def leaf(values: Tensor) -> Tensor:
         return values.detach().requires_grad_()
@@ -277,7 +281,12 @@ def with_leaves(scores: Scores, wants: Set[str]) -> tuple[Scores, Columns]:
 
 
 def _carried(scored: TokenScores, slopes: TokenScores) -> Tensor:
-    """A scalar with the gradient of the loss of these slopes; what the policy gives without a gradient adds none."""
+    """A scalar whose gradient by the weights is that of the loss.
+
+    Args:
+        slopes: the derivatives of the loss by all that the policy gave in `scored`. Columns without a gradient are left
+            out.
+    """
     carried = (scored.logps * slopes.logps).sum()
     for level, own in zip(scored.columns, slopes.columns, strict=True):
         for name, column in level.items():

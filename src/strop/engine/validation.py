@@ -87,7 +87,7 @@ class Validation:
         self.row_losses: NDArray[np.float64] | None = None
 
     def line(self, where: str) -> Mapping[str, Any] | None:
-        """Loss, terms and metrics over all groups, as `Validation.line`."""
+        """Loss, terms and metrics over all groups, as `Evaluator.line`."""
         started = time.perf_counter()
         result = self.scores(where)
         if result is None:

@@ -55,8 +55,8 @@ MARKS: Mapping[str, frozenset[str]] = {
     "opensloth": frozenset({"OpenSlothConfig", "FastModelArgs", "fast_model_args", "opensloth_config"}),
     "unsloth": frozenset({"unsloth", "get_peft_model"}),
 }
-"""Packages, calls and keys that a tool alone has, by which it is recognised; the other tools are by how many keys of a
-file they know."""
+"""Packages, calls and keys that only one tool has, by which its files are recognised. Those of the other tools are
+recognised by how many of their keys a tool knows."""
 LITTLE = 3
 """Keys that a file must share with a tool to be taken for one of its files, or half of its keys if they are fewer."""
 

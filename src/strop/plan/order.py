@@ -24,8 +24,8 @@ class Plan:
     """Which groups each step takes: `groups_per_step` of `num_groups` groups, for `num_steps` steps.
 
     Every epoch has its own permutation; its last step takes what is left. rows: under `training.packing`, the groups in
-    each filled row; `groups_per_step` then counts rows. together, again: `together` steps, one after the other, form a
-    round, and every round is gone through `again` times before the next one.
+    each filled row; `groups_per_step` then counts rows. steps_per_round: so many steps, one after the other, form a
+    round. passes_per_round: how many times the steps of a round are taken before the next round.
     """
 
     num_groups: int
@@ -33,8 +33,8 @@ class Plan:
     num_steps: int
     seed: int
     rows: FilledRows | None = None
-    together: int = 1
-    again: int = 1
+    steps_per_round: int = 1
+    passes_per_round: int = 1
 
     @classmethod
     def of(
@@ -45,11 +45,11 @@ class Plan:
         max_steps: int | None,
         seed: int,
         rows: FilledRows | None = None,
-        together: int = 1,
-        again: int = 1,
+        steps_per_round: int = 1,
+        passes_per_round: int = 1,
     ) -> Plan:
         """`max_steps` decides the length of the run or, if it is None, `num_epochs`."""
-        found = cls(num_groups, groups_per_step, 0, seed, rows, together, again)
+        found = cls(num_groups, groups_per_step, 0, seed, rows, steps_per_round, passes_per_round)
         return replace(found, num_steps=max_steps or num_epochs * found.steps_per_epoch)
 
     @property
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self._different_steps * self.again
+        return self._different_steps * self.passes_per_round
 
     @property
     def _different_steps(self) -> int:
@@ -76,11 +76,11 @@ class Plan:
         return divmod(step - 1, self.steps_per_epoch)
 
     def round(self, step: int) -> range:
-        """The steps of the first time that the round of this step is gone through; it goes through them again."""
+        """The steps of the first pass through the round of this step. Further passes take the same groups again."""
         epoch, inside = self.position(step)
-        number = inside // (self.together * self.again)
-        size = min(self.together, self._different_steps - number * self.together)
-        first = 1 + epoch * self.steps_per_epoch + number * self.together * self.again
+        number = inside // (self.steps_per_round * self.passes_per_round)
+        size = min(self.steps_per_round, self._different_steps - number * self.steps_per_round)
+        first = 1 + epoch * self.steps_per_epoch + number * self.steps_per_round * self.passes_per_round
         return range(first, first + size)
 
     def first_time(self, step: int) -> int:
@@ -94,9 +94,9 @@ class Plan:
 
     def _groups(self, step: int) -> np.ndarray:
         epoch, inside = self.position(step)
-        if self.again > 1:
-            first, number = self.first_time(step), inside // (self.together * self.again)
-            inside = number * self.together + first - self.round(step).start
+        if self.passes_per_round > 1:
+            first, number = self.first_time(step), inside // (self.steps_per_round * self.passes_per_round)
+            inside = number * self.steps_per_round + first - self.round(step).start
         order = _epoch_order(self.seed, epoch, self.num_rows)
         chosen = order[inside * self.groups_per_step : (inside + 1) * self.groups_per_step]
         return chosen if self.rows is None else self.rows.groups_of(chosen)

@@ -131,7 +131,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> TokenScores:
         """Natural log-probs of the batch's scored tokens, in float32 (float64 on a float64 model), and the columns that
-        the batch wants. Of a reward model: in their place its rewards, of the tokens before those that are scored.
+        the batch wants. A reward model gives rewards in place of log-probs, each read at the token before a scored one.
 
         Between a forward pass and its backward pass, all batches must have the same row layout, as `collate` makes
         them: with gradient checkpointing, layers are recomputed with the attention of the latest batch.

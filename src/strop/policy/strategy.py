@@ -44,8 +44,8 @@ class Piece:
         return cls(weight, 0, weight.numel(), counts=True)
 
     def every(self, stride: int) -> tuple[Tensor, Tensor]:
-        """Every `stride`-th element of the whole weight, as far as it lies here: a view of the values, and their places
-        among all that are taken, [n] each."""
+        """Those of every `stride`-th element of the whole weight that lie here: [n] their values, as a view, and [n] their
+        numbers, where the elements that are taken from the whole weight are counted from 0."""
         flat = _flat(self.tensor.detach())
         first = -(-self.start // stride)
         values = flat[first * stride - self.start :: stride]
@@ -53,7 +53,7 @@ class Piece:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """A flat view; of a tensor with gaps, a view of a part of it."""
+    """The tensor as a flat view. Of a tensor that is not contiguous: its first part that is."""
     while not tensor.is_contiguous():
         tensor = tensor[0]
     return tensor.view(-1)

@@ -75,7 +75,8 @@ def _lower(sentence: str) -> str:
 
 
 def diagnose(run: RunRecord, thresholds: Thresholds | None = None) -> Diagnosis:
-    """All checks of a run. If finding A explains B, only A is shown; A becomes FAIL if B was."""
+    """Makes all checks of a run. Where one finding explains another, only the first is shown: as a FAIL, if the other was
+    one."""
     facts = Facts(run, thresholds or Thresholds())
     found = [_worth_trying(finding, run) for check in CHECKS for finding in check(facts)]
     explained = {id_ for f in found if f.severity in (Severity.FAIL, Severity.WARN) for id_ in f.explains}

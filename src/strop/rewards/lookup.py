@@ -40,7 +40,7 @@ def find_reward(name: str) -> Callable[..., Any]:
             fix="paths are relative to the folder where strop is started",
         ) from error
     if not callable(found):
-        raise ConfigError("it is no function")
+        raise ConfigError(f"it is no function, but of type {type(found).__name__}")
     return found
 
 

@@ -63,8 +63,9 @@ class Rewarded:
     """What was sampled for one prompt.
 
     number: of the prompt among all. texts: the completions, without special tokens. trained: places of the completions
-    that are trained, in this order; None: all, as they were sampled. ref_logps: [scored tokens] of these, where there
-    is a reference; old_logps: the same under the training forward, where that is scored, too.
+    that are trained, in this order; None: all, as they were sampled. ref_logps: [scored tokens] of the trained
+    completions under the reference, where there is one. old_logps: the same by the forward pass of training, where that
+    scores them, too.
     """
 
     number: int
@@ -241,7 +242,7 @@ class Collector:
         return self._sampler.prepare()
 
     def draw(self, step: int, numbers: Sequence[int], use: Callable[[], None]) -> Collected:
-        """Samples and rewards, and passes through no model of this process but reward models.
+        """Samples and rewards. Where a server samples, reward models are the only models that run in this process.
 
         Args:
             use: of `prepare`.

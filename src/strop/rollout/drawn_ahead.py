@@ -66,7 +66,7 @@ class DrawnAhead:
         self._done: dict[int, list[Drawn]] = {}  # drawn and scored, and not taken yet
 
     def begin(self, step: int) -> None:
-        """Begins, when this step does, with all that is due and not begun."""
+        """Starts to draw the rounds that are due when this step begins and have not been started."""
         last = min(step + self._staleness, self._plan.num_steps)
         starts = [f for f in range(step, last + 1) if self._plan.round(f).start == f]
         due = [first for first in starts if first not in self._begun and first not in self._done]

@@ -149,7 +149,7 @@ def num_probed(asked: int | None, plan: Plan, num_prompts: int) -> int:
     """
     if asked is not None:
         return min(asked, num_prompts)
-    sampled = plan.num_steps * min(plan.groups_per_step, plan.num_rows) // plan.again
+    sampled = plan.num_steps * min(plan.groups_per_step, plan.num_rows) // plan.passes_per_round
     found = min(MOST, int(SHARE * sampled), num_prompts)
     return found if found >= FEWEST else 0
 

@@ -267,7 +267,7 @@ class Conversation:
             earliest = start if common >= floor > 0 else floor
         if not floor <= start <= end + length:
             raise unverified(f"turn {i + 1} does not follow its generation prompt")
-        # inference comes further along its prompt than the rendering of the whole does
+        # the prompt at inference is like the rendering that ends with this turn for longer than like that of the whole
         is_other = not as_generated and num_alike(opening, alone.text, floor) > common
         is_history = not is_same or not is_whole or is_other or self._lacks_thoughts(i, own_alone)
         return AnswerSpan(i, start, end + length, earliest, as_generated, is_history)

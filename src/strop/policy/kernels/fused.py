@@ -206,7 +206,7 @@ class FusedLinear(Fused):
 
 
 def compute_dtype(device: torch.device) -> torch.dtype | None:
-    """That of autocast, where it is on."""
+    """The dtype of autocast; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 

@@ -13,8 +13,8 @@ from strop.policy.kernels.matmul import widens
 from strop.policy.model.logit_transform import LogitTransform
 
 CPU_ROWS, ROW_BYTES = 2048, 2**13
-"""R, and C x bytes of a logit, on a CPU: products as large as those of the layers, in memory that the process has. MKL
-copies W for every product, so that products of few rows with all of W take 1.3 times as long."""
+"""On a CPU: R, and the bytes of one row of a tile. Products are then as large as those of the layers, and need no more
+memory than these. MKL copies W for every product, so products of few rows with all of W take 1.3 times as long."""
 GPU_ROWS, TILE_ELEMENTS = 256, 2**26
 """R at least and R x C on other devices, where a tile has all columns: 128 MiB of 16-bit logits, and twice 256 MiB of
 float32 beside them. As many elements of W's gradient are computed at once."""
@@ -25,8 +25,8 @@ SMALL_TILES = {"cpu": (512, 2048), "cuda": (2048, 8192)}
 """Rows and columns of a tile, at most, where some six tiles are in memory at a time: divergences and entropies."""
 
 KEPT_GRADIENTS = 2
-"""Memory for the logits of a head that trains, in gradients of its W: half of what W, its gradient and the optimizer's
-state take. Training all of a model of 135 million weights takes 5 % less time with it."""
+"""Memory for the logits of a head that trains, as a multiple of that of W's gradient. It is half of what W, its gradient
+and the optimizer's state take. Training all of a model of 135 million weights takes 5 % less time with it."""
 
 
 def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:

@@ -47,7 +47,7 @@ class Weights:
         return 0 if self.a is None else len(self.a)
 
     def scaled(self, low: Tensor) -> Tensor:
-        """In place."""
+        """`low` times the scale, computed in place."""
         return low if self.scale == 1.0 else low.mul_(self.scale)
 
 

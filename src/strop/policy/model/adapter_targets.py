@@ -207,7 +207,8 @@ def _refused_by_peft(module: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def _is_renamed(module: PreTrainedModel, names: list[str]) -> bool:
-    """Whether peft takes one of the names for that of something else."""
+    """Whether peft reads one of the names as that of another weight: transformers joins some weights, such as those of
+    experts."""
     config = LoraConfig(target_modules=names)
     try:
         convert_peft_config_for_transformers(config, module, None)

@@ -85,7 +85,7 @@ def check_shardable(found: Quantisation | None, where: str) -> None:
 
 
 def packed_names(module: nn.Module) -> set[str]:
-    """Names of the weights whose numbers are not those of their dtype."""
+    """Names of the quantised weights, whose tensors hold packed bits and not the numbers that they stand for."""
     return {f"{name}.weight" for name, part in module.named_modules() if is_quantised(part)}
 
 

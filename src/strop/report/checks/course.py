@@ -367,4 +367,4 @@ def repetition(facts: Facts) -> Iterator[Finding]:
 
 CHECKS = (ended, finite)
 GENERAL = (repetition, worse_than_start, risen, spikes, clipping, steps, evaluation_size)
-"""Told behind what a method itself shows."""
+"""Listed after the checks of the method."""
