@@ -1,4 +1,8 @@
-"""Every method and loss with its settings: what tests of the contract of all objectives run over."""
+"""Every method and loss on the policy's log-probs with its settings: what tests of the contract of objectives run over.
+
+Reward models and distillation are not among them: their scores are rewards, and divergences from a teacher. They have
+tests of their own (`tests/smoke/test_reward_models.py`, `test_distillation.py`, `test_on_policy_distillation.py`).
+"""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ BUCKET_BYTES = 2**26
 """Gradients are copied into one tensor of about this size and summed together; larger ones are summed in place."""
 ALIGNED = 16
 SECONDS_TO_TELL = 10.0
-"""How long a process that failed waits for the others to take its message. If they do not, they are in a collective call
-of a device mesh, where it cannot reach them."""
+"""How long a process that failed waits for the others to take its message. If they do not, they are in a collective
+call of a device mesh, where it cannot reach them."""
 
 
 class Place(NamedTuple):

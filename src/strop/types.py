@@ -115,8 +115,8 @@ class Completion:
 
 
 def judged(group: Group) -> Group:
-    """The group as a reward model reads it. Adds one dummy token to each completion and makes it the only scored one, so
-    the reward is read at the completion's last real token."""
+    """The group as a reward model reads it. Adds one dummy token to each completion and makes it the only scored one,
+    so the reward is read at the completion's last real token."""
     completions = tuple(
         Completion(array(c.ids.typecode, [*c.ids, c.ids[-1]]), bytes(len(c.ids)) + b"\1") for c in group.completions
     )

@@ -182,7 +182,8 @@ class World(ABC):
                 such code could use, as in a world of one process.
         """
         raise ConfigError(
-            f"a model is sharded over processes that torch.distributed connects; it connects none of this run's {self.size}",
+            f"a model is sharded over processes that torch.distributed connects, and it connects none of the {self.size} of "
+            "this run",
             where="gpu.fsdp",
             expected="several processes, started by `strop train` or torchrun",
             fix="leave gpu.fsdp out, or start several processes: --num-processes 2",

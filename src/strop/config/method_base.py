@@ -117,8 +117,8 @@ class MethodSettings(Section):
 
     @property
     def compares(self) -> Choice | None:
-        """The setting that makes a group need at least two completions, because they are compared with each other; None:
-        one is enough."""
+        """The setting that makes a group need at least two completions, because they are compared with each other;
+        None: one is enough."""
         return None
 
     @property

@@ -38,12 +38,12 @@ from strop.engine.optim import build_optimizer, learning_rate, set_rate, without
 from strop.engine.snapshot import Snapshot
 from strop.engine.stalled_loss import StalledLoss
 from strop.engine.step import StepNumbers, StepScores, check_columns, suspect_rows
-from strop.engine.step_records import StepRecord, Sum, WeightsDigest
+from strop.engine.step_records import StepRecord, WeightsDigest
 from strop.engine.step_source import Cut, StepSource
 from strop.engine.train_state import TrainState
 from strop.engine.validation import Validation
 from strop.errors import Interrupted, TrainingError
-from strop.objectives.base import Objective
+from strop.objectives.base import FetchedMean, Objective
 from strop.policy.policy import Policy
 from strop.types import Group
 from strop.world import World
@@ -92,7 +92,7 @@ class _Update(NamedTuple):
     grad_norm: float
     clipped: bool
     skipped: bool
-    moved: Mapping[str, Sum] = {}
+    moved: Mapping[str, FetchedMean] = {}
 
 
 class Loop:
@@ -271,7 +271,7 @@ class Loop:
         numbers = result.fetch(norm=norm_there, weights=self.digest.sample())
         norm = numbers.more["norm"].item()
         finite = math.isfinite(numbers.loss) and math.isfinite(norm)
-        moved: Mapping[str, Sum] = {}
+        moved: Mapping[str, FetchedMean] = {}
         if finite:
             set_rate(self.optimizer, rate)
             probe = UpdateProbe(self.strategy) if self._is_logged(step) else None

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strop.engine.step_records import StepRecord, Sum
+from strop.engine.step_records import StepRecord
 from strop.errors import ConfigError
+from strop.objectives.base import FetchedMean
 from strop.policy.strategy import Strategy
 
 
@@ -46,7 +47,7 @@ class MetricWindow:
             self.add_totals(num_skipped_steps=1)
         self._weights = record.weights
 
-    def add_means(self, metrics: Mapping[str, Sum]) -> None:
+    def add_means(self, metrics: Mapping[str, FetchedMean]) -> None:
         for name, (total, count) in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + count
@@ -95,7 +96,7 @@ class UpdateProbe:
         self._views = [piece.every(max(1, piece.size // per_tensor))[0] for piece in counted]
         self._before = [v.clone() for v in self._views]
 
-    def measure(self) -> dict[str, Sum]:
+    def measure(self) -> dict[str, FetchedMean]:
         """Returns both measures; to be called after the step."""
         both = list(zip(self._views, self._before, strict=True))
         moved = torch.stack([(a - b).double().norm() for a, b in both]).norm()

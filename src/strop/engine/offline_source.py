@@ -11,8 +11,8 @@ from torch import Tensor
 
 from strop.columns import Columns
 from strop.engine.evaluation_contract import Evaluator, Watcher
-from strop.engine.step_records import Sum
 from strop.engine.step_source import GroupSet, Part, Supply
+from strop.objectives.base import FetchedMean
 from strop.plan.order import Plan
 from strop.policy.reference_models import SyncedReference
 
@@ -41,7 +41,7 @@ class OfflineSource:
     def place(self, step: int) -> tuple[int, int]:
         return self.plan.position(step)
 
-    def metrics(self, step: int) -> Mapping[str, Sum]:
+    def metrics(self, step: int) -> Mapping[str, FetchedMean]:
         return {}
 
     def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:

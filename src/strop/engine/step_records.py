@@ -15,10 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from strop.objectives.base import FetchedMean
 from strop.policy.strategy import Strategy
-
-Sum = tuple[float, int]
-"""A metric of a step as (sum, count)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class StepRecord:
     grad_norm: float
     clipped: bool
     skipped: bool
-    metrics: Mapping[str, Sum]
+    metrics: Mapping[str, FetchedMean]
     margins: NDArray[np.float64] | None
     num_groups: int
     num_zero_signal_groups: int
@@ -58,7 +56,7 @@ class StepRecord:
     num_tokens: int
     seconds: float
     weights: str
-    update: Mapping[str, Sum] = field(default_factory=dict)
+    update: Mapping[str, FetchedMean] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     budget_tokens: int = 0
 

@@ -20,9 +20,8 @@ from strop.batch import Batch, own_columns, own_names, structure_of
 from strop.columns import NO_COLUMNS, Columns
 from strop.config.methods import MethodSettings
 from strop.engine.evaluation_contract import Evaluator, Watcher
-from strop.engine.step_records import Sum
 from strop.lengths import Lengths, lengths_of
-from strop.objectives.base import Objective
+from strop.objectives.base import FetchedMean, Objective
 from strop.plan.cutting import cut
 from strop.plan.dealing import BY_TOKENS, GroupCost, deal
 from strop.plan.row_tokens import RowTokens
@@ -141,7 +140,7 @@ class StepSource(Protocol):
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, step in the epoch), both from 0, of a step from 1."""
 
-    def metrics(self, step: int) -> Mapping[str, Sum]:
+    def metrics(self, step: int) -> Mapping[str, FetchedMean]:
         """What the source itself measured when it made the step that was asked for last, as (sum, count)."""
 
     def evaluator(self, watcher: Watcher, should_stop: Callable[[], bool]) -> Evaluator | None:

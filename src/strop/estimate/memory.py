@@ -54,8 +54,8 @@ Numbers = np.ndarray
 
 
 def fits(parts: Mapping[str, int], memory: int | None) -> bool:
-    """Whether a device has room for these parts, in bytes by name. memory: that of the device; None: it is not known, and
-    everything fits."""
+    """Whether a device has room for these parts, in bytes by name. memory: that of the device; None: it is not known,
+    and everything fits."""
     return memory is None or sum(parts.values()) <= ROOM * memory
 
 

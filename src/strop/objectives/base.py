@@ -54,6 +54,9 @@ Mean = tuple[Tensor | float, Tensor | int]
 """A metric as (sum, count): the caller adds both up and divides at the end. A count that depends on the values of a
 column is a tensor; the others follow from the structure."""
 
+FetchedMean = tuple[float, int]
+"""A `Mean` on the host, as the record of a step has it."""
+
 
 MISMATCHED = "mismatched"
 """Further groups: the prompts of the step with completions of other rows."""

@@ -44,8 +44,8 @@ class Piece:
         return cls(weight, 0, weight.numel(), counts=True)
 
     def every(self, stride: int) -> tuple[Tensor, Tensor]:
-        """Those of every `stride`-th element of the whole weight that lie here: [n] their values, as a view, and [n] their
-        numbers, where the elements that are taken from the whole weight are counted from 0."""
+        """Those of every `stride`-th element of the whole weight that lie here: [n] their values, as a view, and [n]
+        their numbers, where the elements that are taken from the whole weight are counted from 0."""
         flat = _flat(self.tensor.detach())
         first = -(-self.start // stride)
         values = flat[first * stride - self.start :: stride]

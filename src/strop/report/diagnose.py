@@ -75,8 +75,8 @@ def _lower(sentence: str) -> str:
 
 
 def diagnose(run: RunRecord, thresholds: Thresholds | None = None) -> Diagnosis:
-    """Makes all checks of a run. Where one finding explains another, only the first is shown: as a FAIL, if the other was
-    one."""
+    """Makes all checks of a run. Where one finding explains another, only the first is shown: as a FAIL, if the other
+    was one."""
     facts = Facts(run, thresholds or Thresholds())
     found = [_worth_trying(finding, run) for check in CHECKS for finding in check(facts)]
     explained = {id_ for f in found if f.severity in (Severity.FAIL, Severity.WARN) for id_ in f.explains}

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from strop.data.store.table import KeptRow
-from strop.engine.step_records import Sum
 from strop.engine.step_source import Cut, GroupSet
 from strop.errors import TrainingError
 from strop.objectives.advantages import differ
+from strop.objectives.base import FetchedMean
 from strop.policy.group_logps import group_logps
 from strop.policy.policy import Policy
 from strop.rollout.pairs import best_and_worst
@@ -349,11 +349,11 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - started
 
 
-def measured(rewarded: Sequence[Rewarded], failures: Failures, names: Sequence[str]) -> dict[str, Sum]:
+def measured(rewarded: Sequence[Rewarded], failures: Failures, names: Sequence[str]) -> dict[str, FetchedMean]:
     """What sampling and rewards are measured by, as (sum, count)."""
     completions = [c for r in rewarded for c in r.completions]
     done = [len(c.ids) for c in completions if c.ended]
-    metrics: dict[str, Sum] = {
+    metrics: dict[str, FetchedMean] = {
         "completions/clipped_ratio": (float(len(completions) - len(done)), len(completions)),
         "completions/mean_terminated_length": (float(sum(done)), len(done)),
         "rewards/failed": (float(failures.counts.total()), 1),

@@ -7,10 +7,10 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from strop.engine.step_records import Sum
+from strop.objectives.base import FetchedMean
 
 
-def compared(rewards: Sequence[Sequence[float]]) -> dict[str, Sum]:
+def compared(rewards: Sequence[Sequence[float]]) -> dict[str, FetchedMean]:
     """How the rewards of each prompt's completions lie to each other, as (sum, count) over prompts.
 
     Args:
@@ -25,7 +25,7 @@ def compared(rewards: Sequence[Sequence[float]]) -> dict[str, Sum]:
     }
 
 
-def by_length(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> dict[str, Sum]:
+def by_length(rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> dict[str, FetchedMean]:
     """How reward and length of completions go together, as (sum, count): Pearson's correlation within each group in
     which both differ; the lengths of completions whose reward is above the mean of their group, and below it.
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from strop.columns import Columns
 from strop.durable import JsonLines
 from strop.engine.evaluation_contract import Evaluator, Watcher
-from strop.engine.step_records import Sum
 from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
+from strop.objectives.base import FetchedMean
 from strop.plan.order import Plan
 from strop.policy.policy import Policy
 from strop.rollout.collect import Collected, Collector, Rewarded, ScoreGroups, joined, measured
@@ -84,7 +84,7 @@ class RolloutSource:
             assert policy is not None and world.size == 1
             self._drawn_ahead = DrawnAhead(plan, staleness, policy, collector.prepare, self._draw, self._score)
         self._round: dict[int, list[Rewarded]] = {}  # by the step that they are trained on first
-        self._made: tuple[int, GroupSet, dict[str, Sum]] | None = None
+        self._made: tuple[int, GroupSet, dict[str, FetchedMean]] | None = None
         self._made_at = 0.0
         self._last = 0  # the last step that is done
         self._has_warned = False
@@ -95,7 +95,7 @@ class RolloutSource:
             self._made_at = time.perf_counter()
         return self._made[1]
 
-    def metrics(self, step: int) -> Mapping[str, Sum]:
+    def metrics(self, step: int) -> Mapping[str, FetchedMean]:
         assert self._made is not None and self._made[0] == step
         return self._made[2]
 
@@ -158,8 +158,8 @@ class RolloutSource:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _make(self, step: int) -> tuple[GroupSet, dict[str, Sum]]:
-        metrics: dict[str, Sum] = dict.fromkeys(self._collector.phases, (0.0, 1))
+    def _make(self, step: int) -> tuple[GroupSet, dict[str, FetchedMean]]:
+        metrics: dict[str, FetchedMean] = dict.fromkeys(self._collector.phases, (0.0, 1))
         first = self.plan.first_time(step)
         if self._drawn_ahead is not None:
             self._drawn_ahead.begin(step)
@@ -195,7 +195,7 @@ class RolloutSource:
             return rewarded
         return [r for r in rewarded if r.has_signal] or ([] if self._collector.pairs else rewarded)
 
-    def _noted(self, step: int, drawn: Drawn, metrics: dict[str, Sum]) -> list[Rewarded]:
+    def _noted(self, step: int, drawn: Drawn, metrics: dict[str, FetchedMean]) -> list[Rewarded]:
         """The groups that a step trains, after all that was drawn is written down. metrics: those of the step that
         waits for it; these are added."""
         done, refilled = drawn

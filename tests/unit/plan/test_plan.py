@@ -197,19 +197,19 @@ def _group(prompt: int, *answers: int) -> Group:
     )
 
 
-@pytest.mark.parametrize(("together", "again"), [(1, 3), (2, 1), (2, 2), (3, 2), (9, 2)])
-def test_rounds_go_through_their_steps_again(together: int, again: int) -> None:
+@pytest.mark.parametrize(("size", "passes"), [(1, 3), (2, 1), (2, 2), (3, 2), (9, 2)])
+def test_rounds_go_through_their_steps_again(size: int, passes: int) -> None:
     """In the order of a plan without rounds; every epoch meets every group as often as its rounds are gone through."""
     plain = Plan.of(10, 3, 2, None, 7)
-    plan = Plan.of(10, 3, 2, None, 7, together=together, again=again)
-    assert plan.num_steps == again * plain.num_steps and plan.num_epochs == 2
+    plan = Plan.of(10, 3, 2, None, 7, steps_per_round=size, passes_per_round=passes)
+    assert plan.num_steps == passes * plain.num_steps and plan.num_epochs == 2
     seen: list[tuple[int, ...]] = []
     for step in range(1, plan.num_steps + 1):
         steps, first = plan.round(step), plan.first_time(step)
-        assert first in steps and steps.start <= step < steps.start + len(steps) * again
+        assert first in steps and steps.start <= step < steps.start + len(steps) * passes
         assert plan.groups(step) == plan.groups(first) and plan.position(step)[0] == plan.position(first)[0]
         if step == first:
             seen.append(plan.groups(step))
     assert seen == [plain.groups(step) for step in range(1, plain.num_steps + 1)]
     counted = Counter(number for step in range(1, plan.steps_per_epoch + 1) for number in plan.groups(step))
-    assert counted == dict.fromkeys(range(10), again)
+    assert counted == dict.fromkeys(range(10), passes)

@@ -25,8 +25,8 @@ SMALL_TILES = {"cpu": (512, 2048), "cuda": (2048, 8192)}
 """Rows and columns of a tile, at most, where some six tiles are in memory at a time: divergences and entropies."""
 
 KEPT_GRADIENTS = 2
-"""Memory for the logits of a head that trains, as a multiple of that of W's gradient. It is half of what W, its gradient
-and the optimizer's state take. Training all of a model of 135 million weights takes 5 % less time with it."""
+"""Memory for the logits of a head that trains, as a multiple of that of W's gradient. It is half of what W, its
+gradient and the optimizer's state take. Training all of a model of 135 million weights takes 5 % less time with it."""
 
 
 def product_dtype(compute: torch.dtype, device_type: str) -> torch.dtype:
