@@ -182,8 +182,7 @@ class World(ABC):
                 such code could use, as in a world of one process.
         """
         raise ConfigError(
-            f"a model is sharded over processes that torch.distributed connects, and it connects none of the {self.size} of "
-            "this run",
+            f"the model cannot be sharded: torch.distributed connects no processes of this run, which has {self.size}",
             where="gpu.fsdp",
             expected="several processes, started by `strop train` or torchrun",
             fix="leave gpu.fsdp out, or start several processes: --num-processes 2",

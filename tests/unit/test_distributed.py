@@ -249,5 +249,5 @@ def test_one_process_meets_itself() -> None:
 
 
 def test_a_process_that_is_alone_has_no_mesh() -> None:
-    with pytest.raises(ConfigError, match="a world of 1 has no connection"):
+    with pytest.raises(ConfigError, match="connects no processes of this run, which has 1"):
         World.alone("cpu").mesh(None)

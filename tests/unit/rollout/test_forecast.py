@@ -72,7 +72,9 @@ def test_it_costs_at_most_two_percent_of_a_run_unless_more_is_asked_for() -> Non
         found = num_probed(None, Plan.of(10_000, 8, 1, steps, 0), 10_000)
         assert found == 0 or FEWEST <= found <= 0.02 * 8 * steps
     assert num_probed(None, Plan.of(10_000, 8, 1, 100, 0), 10_000) == 16
-    assert num_probed(None, Plan.of(10_000, 8, 1, 100, 0, together=2, again=2), 10_000) == 0, "half as many are sampled"
+    assert num_probed(None, Plan.of(10_000, 8, 1, 100, 0, steps_per_round=2, passes_per_round=2), 10_000) == 0, (
+        "half as many are sampled"
+    )
 
 
 class Prompts(list[Group]):

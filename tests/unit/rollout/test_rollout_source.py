@@ -261,7 +261,7 @@ def test_a_step_without_any_signal_keeps_its_groups(tmp_path: Path) -> None:
 
 
 def test_a_round_is_sampled_once_and_survives_a_checkpoint(tmp_path: Path) -> None:
-    world, plan = World.alone("cpu"), Plan.of(7, 2, 2, None, 0, together=2, again=2)
+    world, plan = World.alone("cpu"), Plan.of(7, 2, 2, None, 0, steps_per_round=2, passes_per_round=2)
 
     def reference(micro_batches: Sequence[Sequence[Group]]) -> list[torch.Tensor]:
         return [torch.rand(g.num_scored) for part in micro_batches for g in part]
@@ -319,11 +319,11 @@ def ahead(plan: Plan, sampling: Sampling, folder: Path, staleness: int) -> Rollo
     return RolloutSource(*own, staleness=staleness, policy=policy)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("staleness", "together", "again"), [(1, 1, 1), (3, 1, 1), (1, 2, 1), (3, 2, 2)])
+@pytest.mark.parametrize(("staleness", "size", "passes"), [(1, 1, 1), (3, 1, 1), (1, 2, 1), (3, 2, 2)])
 def test_rounds_are_drawn_ahead_and_every_resume_has_the_same(
-    staleness: int, together: int, again: int, tmp_path: Path
+    staleness: int, size: int, passes: int, tmp_path: Path
 ) -> None:
-    plan = Plan.of(7, 2, 2, None, 0, together=together, again=again)
+    plan = Plan.of(7, 2, 2, None, 0, steps_per_round=size, passes_per_round=passes)
     steps, whole, states = range(1, plan.num_steps + 1), {}, {}
 
     def trained(source: RolloutSource, sampling: Aging, step: int) -> list[Group]:
