@@ -219,6 +219,31 @@ def test_how_a_step_is_cut_or_decoded_changes_nothing(changes: dict[str, Any], t
     assert [r["completion_ids"] for r in runs[0]] == [r["completion_ids"] for r in runs[1]]
 
 
+def test_rows_train_at_the_temperature_that_they_were_sampled_at(tmp_path: Path, model_dir: Path) -> None:
+    keys = {"rollout.temperature": 0.25, "training.max_steps": 1}
+    (sampled,) = strop.train(config(tmp_path, model_dir, **keys))
+    file = {
+        "dataset.train_file": str(sampled.run_dir / "rollouts.jsonl"),
+        "training.output_dir": str(tmp_path / "more"),
+    }
+    (again,) = strop.train(
+        load_config(
+            overrides={
+                "models": [{"huggingface_id": str(model_dir), "name": "run"}],
+                "post_training.method": "grpo",
+                "training.groups_per_step": 3,
+                "training.max_seq_length": 64,
+                "dataset.validation_split": 0.0,
+                "rollout.enabled": False,
+                **keys,
+                **file,
+            }
+        )
+    )
+    (record,) = lines(again.run_dir / "metrics.jsonl")
+    assert record["clip_ratio/region_mean"] == 0 and abs(record["loss"]) < 1e-6, "the policy is that which sampled"
+
+
 @pytest.mark.nightly
 def test_two_processes_sample_what_one_samples(tmp_path: Path, model_dir: Path) -> None:
     """Rounding apart, by which gradients are summed in another order: two steps do not show it."""

@@ -165,8 +165,10 @@ def _loaded(
 
 
 def sampling_temperature(config: RunConfig) -> float:
-    """What the logits of the policy and of its reference are divided by: log-probs are those of what is sampled."""
-    return config.rollout.temperature if config.rollout.enabled else 1.0
+    """What the logits of the policy and of its reference are divided by: log-probs are those of what is sampled, or of
+    what was sampled for rows whose log-probs ratios compare with."""
+    is_sampled = config.rollout.enabled or "old_logps" in config.post_training.NUMBERS
+    return config.rollout.temperature if is_sampled else 1.0
 
 
 def _settle_reward_model(

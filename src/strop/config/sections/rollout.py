@@ -45,7 +45,8 @@ class RolloutSection(Section):
     num_generations: int = Field(default=8, gt=0, le=1024)
     """Completions of each prompt."""
     temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by it, in sampling and in training."""
+    """Logits are divided by it, in sampling and in training. With enabled false, grpo reads it, too: the temperature at
+    which the completions of rows were sampled."""
     top_k: int = Field(default=0, ge=0)
     """Draw from this many of the likeliest tokens; 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
