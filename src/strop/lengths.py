@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from strop.types import Completion, Group, GroupLengths
 
-CHUNK = 1 << 16
+CHUNK = 1 << 14
 """Groups that are looked at together where a pass over all of them needs more than a few bytes of each."""
 
 Sized = Group | GroupLengths

@@ -167,20 +167,20 @@ def group_statistics(groups: Groups) -> dict[str, Any]:
     """
     lengths = groups.lengths
     prompt, completion, counts = lengths.prompt, lengths.completions, lengths.counts
-    total = completion + np.repeat(prompt, counts)
-    plain = int(total.sum(dtype=np.int64))
-    shared = int((prompt.astype(np.int64) * (counts - 1)).sum())
+    prompts_once, prompts_each = int(prompt.sum(dtype=np.int64)), int(np.dot(prompt, counts.astype(np.int64)))
+    plain = prompts_each + int(completion.sum(dtype=np.int64))
+    shared = prompts_each - prompts_once
     return {
         "num_groups": len(groups),
         "num_completions": len(completion),
         "lengths": {
             "prompt": length_summary(prompt),
             "completion": length_summary(completion),
-            "total": length_summary(total),
+            "total": length_summary(completion + np.repeat(prompt, counts)),
         },
         "tokens": {
             "plain": plain,
-            "trained": int(groups.ragged("scored")[0].sum(dtype=np.int64)),
+            "trained": sum(int(some.ragged("scored")[0].sum(dtype=np.int64)) for some in groups.chunks()),
             "saved_by_prefix_sharing": shared / plain if plain else 0.0,
         },
         "fingerprint": fingerprint(groups),

@@ -155,8 +155,7 @@ def _splits(
         return {"train": _Split(groups, train), "eval": _Split(part.whole, [part])}
     if config.dataset.validation_split == 0:
         return {"train": _Split(groups, train)}
-    prompts = groups.column("prompt_hash")[groups.column("again") == 0]
-    is_held_out = held_out(prompts, config.dataset.validation_split, config.seed)[_row_numbers(groups)]
+    is_held_out = held_out(_prompts(groups), config.dataset.validation_split, config.seed)[_row_numbers(groups)]
     held = groups.taken(np.flatnonzero(is_held_out))
     used = held if most is None else held.taken(np.flatnonzero(_row_numbers(held) < most))
     return {
@@ -193,6 +192,11 @@ class _Tokeniser:
 def _num_rows(groups: Shard | Groups) -> int:
     """How many rows the groups come from: two labelled groups can come from one pair."""
     return len(groups) - int(groups.column("again").sum())
+
+
+def _prompts(groups: Groups) -> np.ndarray:
+    """[rows] hashes of the rows' prompts."""
+    return np.asarray(groups.column("prompt_hash")[groups.column("again") == 0])
 
 
 def _row_numbers(groups: Groups) -> np.ndarray:

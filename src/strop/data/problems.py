@@ -7,7 +7,7 @@ of their prompts and of their tokens, so no row is read again and memory stays s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,37 +71,46 @@ class Findings:
 
 def examine(splits: Mapping[str, Groups], *, pairs: bool) -> dict[str, Findings]:
     """Findings of every split; `eval` is compared with `train`. pairs: the groups are pairs."""
-    prompts = whole = None
+    prompts = trained = None
     found = {}
     for name in sorted(splits, key=lambda name: name != "train"):
         groups = splits[name]
-        found[name] = _of(groups, prompts, whole, pairs)
-        if name == "train" and len(splits) > 1:
-            prompts, whole = np.sort(groups.column("prompt_hash")), _sorted_keys(groups)
+        found[name], keys = _of(groups, pairs)
+        if prompts is not None and trained is not None:
+            leaked_prompts, leaked_rows = _leaked(groups, prompts, trained)
+            found[name] = replace(found[name], leaked_prompts=leaked_prompts, leaked_rows=leaked_rows)
+        elif name == "train" and len(splits) > 1:
+            prompts, trained = groups.column("prompt_hash"), keys
+            prompts.sort()
     return {name: found[name] for name in splits}
 
 
-def _of(groups: Groups, prompts: np.ndarray | None, trained: np.ndarray | None, pairs: bool) -> Findings:
-    """prompts, trained: sorted hashes of the training split's prompts and groups, where this is another split."""
-    whole = _sorted_keys(groups)
-    contradictions = leaked_prompts = leaked_rows = 0
-    for some in groups.chunks():
-        contradictions += _num_in(_contrary_keys(some, pairs), whole)
-        if prompts is not None and trained is not None:
-            leaked_prompts += _num_in(some.column("prompt_hash"), prompts)
-            leaked_rows += _num_in(_keys(some), trained)
+def _of(groups: Groups, pairs: bool) -> tuple[Findings, np.ndarray]:
+    """What is found in a split alone, and the sorted keys of its groups."""
+    length = _pair_lengths(groups) if pairs else {}  # before the keys are made: both take memory
+    keys = _sorted_keys(groups)
     labels = num_labels(groups)
-    return Findings(
-        duplicates=int((whole[1:] == whole[:-1]).sum()),
-        contradictions=contradictions,
+    findings = Findings(
+        duplicates=int((keys[1:] == keys[:-1]).sum()),
+        contradictions=sum(_num_in(_contrary_keys(some, pairs), keys) for some in groups.chunks()),
         missing_eos=int(groups.column("without_end_token").sum()),
         double_bos=int(groups.column("double_bos").sum()),
-        leaked_prompts=leaked_prompts,
-        leaked_rows=leaked_rows,
-        length=_pair_lengths(groups) if pairs else {},
+        leaked_prompts=0,
+        leaked_rows=0,
+        length=length,
         desirable=labels[True],
         undesirable=labels[False],
     )
+    return findings, keys
+
+
+def _leaked(groups: Groups, prompts: np.ndarray, trained: np.ndarray) -> tuple[int, int]:
+    """How many of the groups have a prompt of the training split, and how many are there as a whole.
+
+    prompts, trained: sorted hashes of the training split's prompts, and its sorted keys.
+    """
+    chunks = [(_num_in(some.column("prompt_hash"), prompts), _num_in(_keys(some), trained)) for some in groups.chunks()]
+    return sum(prompts for prompts, _ in chunks), sum(rows for _, rows in chunks)
 
 
 def _pair_lengths(groups: Groups) -> dict[str, float]:

@@ -23,18 +23,38 @@ def held_out(keys: Sequence[Any] | np.ndarray, share: float, seed: int) -> np.nd
     wanted = min(max(1, round(share * num_rows)), num_rows - 1) if share > 0 else 0
     if wanted <= 0:
         return np.zeros(num_rows, bool)
-    rows = np.argsort(np.asarray(keys), kind="stable")  # rows with one key side by side, the first of them first
-    values = np.asarray(keys)[rows]
-    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
-    sizes = np.diff(starts, append=num_rows)
-    by_appearance = np.argsort(rows[starts])
-    chosen = np.empty(len(starts), bool)
-    chosen[by_appearance] = _fill(sizes[by_appearance], wanted, seed)
+    bundle_of = _bundles(np.asarray(keys))
+    del keys  # often nobody else holds them
+    chosen = _fill(np.bincount(bundle_of).astype(bundle_of.dtype), wanted, seed)
     if not chosen.any():
-        return _fill(np.ones(num_rows, int), wanted, seed)
-    held = np.empty(num_rows, bool)
-    held[rows] = np.repeat(chosen, sizes)
-    return held
+        return _fill(np.ones(num_rows, bundle_of.dtype), wanted, seed)
+    return np.asarray(chosen[bundle_of])
+
+
+def _bundles(keys: np.ndarray) -> np.ndarray:
+    """[rows] for each row the number of its key; keys are numbered as they appear.
+
+    Numbers are 32 bits wide where that is enough, and arrays are given up early: with a million rows and more, this is
+    where a start takes the most memory.
+    """
+    narrow = np.int32 if len(keys) < 2**31 else np.int64
+    rows = np.argsort(keys, kind="stable").astype(narrow)  # rows with one key side by side, the first of them first
+    is_first_in_order = np.empty(len(rows), bool)
+    is_first_in_order[0] = True
+    in_order = keys[rows]
+    np.not_equal(in_order[1:], in_order[:-1], out=is_first_in_order[1:])
+    del in_order
+    first_rows = rows[is_first_in_order]
+    is_first = np.zeros(len(rows), bool)
+    is_first[first_rows] = True
+    numbers = np.cumsum(is_first, dtype=narrow)[first_rows]  # of the keys in order, from 1
+    numbers -= 1
+    del first_rows, is_first
+    places = np.cumsum(is_first_in_order, dtype=narrow)
+    places -= 1
+    bundle_of = np.empty(len(rows), narrow)
+    bundle_of[rows] = numbers[places]
+    return bundle_of
 
 
 def sample(num_rows: int, share: float, seed: int) -> np.ndarray:
@@ -44,14 +64,14 @@ def sample(num_rows: int, share: float, seed: int) -> np.ndarray:
 
 def _fill(sizes: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """Flags of bundles taken in a random order, as far as they fit."""
-    chosen = np.zeros(len(sizes), bool)
     order = np.argsort(_ranks(len(sizes), seed), kind="stable")
+    chosen = np.zeros(len(sizes), bool)
     totals = np.cumsum(sizes[order])
     num_first = int(np.searchsorted(totals, wanted, side="right"))  # up to the first that does not fit
     chosen[order[:num_first]] = True
     missing = wanted - (int(totals[num_first - 1]) if num_first else 0)
     rest = order[num_first:]
-    for n in rest[sizes[rest] <= missing].tolist():
+    for n in rest[sizes[rest] <= missing]:  # not as a list: it may be long, and few of it are looked at
         if sizes[n] <= missing:
             chosen[n] = True
             missing -= int(sizes[n])

@@ -21,7 +21,7 @@ from strop.plan.row_tokens import RowTokens, padded_width
 
 OPEN = 8
 """How many micro-batches are considered for a group. The limit keeps the time linear in the number of groups."""
-TOGETHER = 1 << 16
+TOGETHER = 1 << 14
 """How many groups `_cut_many` takes at once, which bounds its memory."""
 FEW = 16
 """Up to this many steps, `_cut_one` is faster than `_cut_many`."""
