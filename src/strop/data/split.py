@@ -47,13 +47,11 @@ def _bundles(keys: np.ndarray) -> np.ndarray:
     first_rows = rows[is_first_in_order]
     is_first = np.zeros(len(rows), bool)
     is_first[first_rows] = True
-    numbers = np.cumsum(is_first, dtype=narrow)[first_rows]  # of the keys in order, from 1
-    numbers -= 1
+    number_of_key = np.cumsum(is_first, dtype=narrow)[first_rows] - 1
     del first_rows, is_first
-    places = np.cumsum(is_first_in_order, dtype=narrow)
-    places -= 1
+    key_of_place = np.cumsum(is_first_in_order, dtype=narrow) - 1
     bundle_of = np.empty(len(rows), narrow)
-    bundle_of[rows] = numbers[places]
+    bundle_of[rows] = number_of_key[key_of_place]
     return bundle_of
 
 
