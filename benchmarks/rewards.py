@@ -61,6 +61,7 @@ def by_strop(model: Path, train: Path, val: Path, seed: int, folder: Path) -> di
             "training.max_seq_length": LENGTH,
             "training.max_prompt_length": None,
             "training.max_completion_length": None,
+            "training.eval_at_start": False,
             "training.eval_steps": 10**6,
             "training.save_steps": 10**6,
             "finetuning.load_best_model_at_end": False,

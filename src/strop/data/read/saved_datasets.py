@@ -55,7 +55,7 @@ def read_saved(folder: str, split: str) -> Iterator[Row]:
         expected="a folder that `save_to_disk` of the package datasets has written, and a split in it",
         fix="set dataset.train_file for plain files; check dataset.split",
     ):
-        loaded = datasets.load_from_disk(folder)
+        loaded = _loaded(folder)
         parts = (
             _of_several(loaded, split)
             if isinstance(loaded, datasets.DatasetDict)
@@ -64,6 +64,29 @@ def read_saved(folder: str, split: str) -> Iterator[Row]:
         for name, data, start, stop in parts:
             chosen = data if (start, stop) == (0, len(data)) else data.select(range(start, stop))
             yield from _rows(chosen, f"{folder}[{name}]", start)
+
+
+def _loaded(folder: str) -> Any:
+    """The data set or sets of a folder; splits without rows are left out.
+
+    A split without rows is saved without files, and `load_from_disk` takes the first of them to tell what it reads.
+    """
+    import datasets
+
+    listing = Path(folder, "dataset_dict.json")
+    if not listing.is_file():
+        if not _has_rows(Path(folder)):
+            raise ValueError("it was saved without rows")
+        return datasets.load_from_disk(folder)
+    names = [name for name in json.loads(listing.read_text())["splits"] if _has_rows(Path(folder, name))]
+    if not names:
+        raise ValueError("all of its splits were saved without rows")
+    return datasets.DatasetDict({name: datasets.load_from_disk(str(Path(folder, name))) for name in names})
+
+
+def _has_rows(folder: Path) -> bool:
+    state = folder / "state.json"
+    return not state.is_file() or bool(json.loads(state.read_text()).get("_data_files", True))
 
 
 Part = tuple[str, Any, int, int]
