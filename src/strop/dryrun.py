@@ -1,4 +1,4 @@
-"""`--dry-run`: builds a run up to the weights, and describes it instead of running it. Floor 7.
+"""`--dry-run`: builds a run up to the weights, and describes it instead of running it. Floor 8.
 
 Validates, reads and tokenises the data, shows one example as it is trained, every value with where it came from, and
 what the run would be. Loads no weights and touches no GPU; writes nothing but into the cache. What takes long to import
@@ -136,6 +136,7 @@ def _settle(
     say: Callable[[str], None],
 ) -> Settled:
     """Settles the run, and says what it will be and need."""
+    from strop.generate.while_training import prompts_of
     from strop.policy.model.from_config import reason_for_plain_rows
     from strop.policy.model.shape_check import check_shapes
     from strop.session import Session
@@ -150,6 +151,7 @@ def _settle(
             say(line)
         for note in settled.prepared.advice():
             say(f"note: {note}")
+        prompts_of(session)  # refuses what a run would refuse
     if (reason := reason_for_plain_rows(model)) is not None:
         say(f"plain padded rows, prompts are not shared: {reason}")
     for line in (*settled.prediction(), *settled.longest()):

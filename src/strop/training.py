@@ -138,7 +138,7 @@ def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _A
     ):
         done, saved, extended = world.on_main(lambda: _look(config, run, resume))
         with Session(config, model, world, resumed=done or saved) as session:
-            _build(session, None if done else run, saved.step if saved else 0)
+            prompts = _build(session, None if done else run, saved.step if saved else 0)
             session.policy.strategy.check_folder(run.path)
             check_alike(world, session.made_from)
             if done:
@@ -146,7 +146,7 @@ def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _A
             if saved:
                 check_recipe(saved, session.config, session.made_from, asked.allow_changes, extended=extended)
             _tell(model, session.as_built.describe())
-            return _Run(session, run, progress, saved, asked.allow_changes).whole()
+            return _Run(session, prompts, run, progress, saved, asked.allow_changes).whole()
 
 
 def _open(config: RunConfig, model: ModelSection, world: World, overwrite: bool, resume: str | None) -> RunDir:
@@ -171,8 +171,9 @@ def _look(config: RunConfig, run: RunDir, resume: str | None) -> _Before:
     return _Before(done, saved, extended)
 
 
-def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
+def _build(session: Session, run: RunDir | None, steps_done: int) -> Sequence[Asked]:
     """Builds the parts of the session in order, and logs what is known at each point before the next, slower one.
+    Returns the prompts of the samples that it will take.
 
     run: where the run will write; None if nothing will be trained.
     """
@@ -187,10 +188,12 @@ def _build(session: Session, run: RunDir | None, steps_done: int) -> None:
         found, freed = session.settled, run.replaced_bytes()
         for note in check_space(found.prepared, found.precision, run.path, steps_done=steps_done, freed=freed):
             log.warning("%s: %s", model.name, note)
+    prompts = prompts_of(session) if run is not None else ()
     session.world.doing("loading the model")
     _tell(model, session.policy.describe())
     if session.as_built is not session.settled:
         _tell(model, session.as_built.prediction())
+    return prompts
 
 
 def _tell(model: ModelSection, lines: Iterable[str]) -> None:
@@ -206,9 +209,15 @@ class _Run:
     """
 
     def __init__(
-        self, session: Session, run: RunDir, progress: Progress, saved: Checkpoint | None, allow_changes: bool
+        self,
+        session: Session,
+        prompts: Sequence[Asked],
+        run: RunDir,
+        progress: Progress,
+        saved: Checkpoint | None,
+        allow_changes: bool,
     ) -> None:
-        self.session, self.run, self.progress = session, run, progress
+        self.session, self.prompts, self.run, self.progress = session, prompts, run, progress
         self.saved, self.allow_changes = saved, allow_changes
         self.made_from, self.base = session.made_from, session.base_files
         self.processes = session.world.gather(device_facts(session.world.device))
@@ -217,7 +226,6 @@ class _Run:
     def whole(self) -> RunResult:
         """Scores the reference, trains, and writes the final model."""
         session, name = self.session, self.session.model.name
-        prompts = prompts_of(session)
         source = session.source(self._splits(), self.run.path)
         if not self.saved and session.world.is_main:
             self._write_records()  # from here on the folder holds a run; what failed before can be started anew
@@ -226,7 +234,7 @@ class _Run:
         ended: Ended = "failed"
         try:
             with StopSignal(outputs.note) as stop:
-                state, step = self._steps(source, prompts, outputs, stop)
+                state, step = self._steps(source, outputs, stop)
             result = self._finished(source.num_steps, state, step, trackers)
             ended = "finished"
             return result
@@ -244,9 +252,7 @@ class _Run:
         finally:
             trackers.close(ended)
 
-    def _steps(
-        self, source: StepSource, prompts: Sequence[Asked], outputs: RunOutputs, stop: StopSignal
-    ) -> tuple[TrainState, int]:
+    def _steps(self, source: StepSource, outputs: RunOutputs, stop: StopSignal) -> tuple[TrainState, int]:
         """Trains. Returns the state after the last step, and the step whose weights the policy holds."""
         session = self.session
         devices = [session.world.device] if session.world.device.type == "cuda" else []
@@ -255,7 +261,7 @@ class _Run:
             with torch.random.fork_rng(devices):
                 parts = (session.policy, session.prepared.objective, source, session.cuts, outputs, session.world)
                 self._forecast(source, stop)
-                samples = samples_of(session, prompts, outputs, self.run.samples)
+                samples = samples_of(session, self.prompts, outputs, self.run.samples)
                 asked = lambda: stop.requested or outputs.stopped_on is not None  # noqa: E731
                 loop = Loop(session.config, *parts, should_stop=asked, samples=samples)
                 return self._train(loop, outputs)

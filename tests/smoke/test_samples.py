@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import strop
+from strop import session
+from strop.dryrun import dry_run
 from strop.engine import loop
-from strop.errors import ConfigError
+from strop.errors import ConfigError, StropError
 from strop.generate.answers import answer
 from strop.generate.loading import Source
 from strop.generate.prompts import Prompt
@@ -115,3 +117,21 @@ def test_what_cannot_be_sampled_is_refused(runs: Any) -> None:
         runs(sample_prompts=0)
     with pytest.raises(ConfigError, match="no samples to score"):
         runs(score_samples="m:f")
+
+
+@pytest.mark.parametrize("wrong", ["sample_prompts", "score_samples"])
+def test_what_cannot_be_sampled_is_refused_before_a_model_is_loaded(
+    wrong: str, runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*arguments: Any, **names: Any) -> Any:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(session, "build_policy", loaded)
+    (tmp_path / "prompts.jsonl").write_text('{"question": "no such column"}\n')
+    given = {"sample_prompts": str(tmp_path / "prompts.jsonl"), "score_samples": "no_such_module:f"}
+    settings = {"sample_prompts": 2, wrong: given[wrong]}
+    match = {"sample_prompts": "prompts.jsonl", "score_samples": "no_such_module"}[wrong]
+    with pytest.raises(StropError, match=match):
+        runs(**settings)
+    with pytest.raises(StropError, match=match):
+        dry_run(runs.config(**settings), timed=False)

@@ -19,7 +19,7 @@ from strop.engine.metrics import SCORE, WIN_RATE
 from strop.engine.outputs import RunOutputs
 from strop.errors import ConfigError, DataError
 from strop.generate.prompts import encode, read_prompts
-from strop.rewards.calls import RewardCaller
+from strop.rewards.calls import RewardCaller, check_rewards
 from strop.rollout.build import completion_ends, stop_texts
 from strop.rollout.drawing import Drawing
 from strop.rollout.sampler import Prompt, Sampled, Sampler
@@ -165,14 +165,18 @@ def samples_of(
 
 
 def prompts_of(session: Session) -> list[Asked]:
-    """The prompts that `finetuning.sample_prompts` asks for: those of a file, or of the first validation rows.
+    """The prompts that `finetuning.sample_prompts` asks for: those of a file, or of the first validation rows. What
+    their answers are scored by is looked at, too. No model is needed.
 
     Raises:
-        ConfigError, DataError: there are none.
+        ConfigError, DataError: there are none, or `finetuning.score_samples` cannot be called.
     """
-    wanted, prepared = session.config.finetuning.sample_prompts, session.prepared
+    options, prepared = session.config.finetuning, session.prepared
+    wanted = options.sample_prompts
     if wanted is None:
         return []
+    if options.score_samples is not None:
+        check_rewards([(options.score_samples, {})], ["num_tokens"], SCORE_SECONDS)
     if isinstance(wanted, str):
         tokenizer, raw = prepared.tokenizer, prepared.data.chat_template is None
         prompts = read_prompts(wanted)
