@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from . import grpo, processes, quantised
+from . import grpo, long_run, processes, quantised
 from .cases import CASES, SIDES, Case, Target
 from .inputs import ROOT
 from .measure import IDLE_CORES, RESULTS
@@ -94,6 +94,9 @@ def table(results: Sequence[Sequence[Result]], others: Mapping[str, Mapping[str,
     if REWARDS in others:
         yield "\n## Reward models beside TRL\n"
         yield from reward_models(others[REWARDS])
+    if long_run.FILE in others:
+        yield "\n## The report of a long run\n"
+        yield from long_run.lines(others[long_run.FILE])
 
 
 def beside(steps: Mapping[str, Any]) -> Iterator[str]:
@@ -309,7 +312,7 @@ def main() -> None:
         raise SystemExit(f"there are no results in {args.results}; `make bench` measures them")
     others = {
         name: json.loads(path.read_text(encoding="utf-8"))
-        for name in (STEPS, PROCESSES, QUANTISED, *grpo.FILES.values(), REWARDS)
+        for name in (STEPS, PROCESSES, QUANTISED, *grpo.FILES.values(), REWARDS, long_run.FILE)
         if (path := args.results / name).exists()
     }
     written = table(results, others)
