@@ -56,12 +56,13 @@ def test_a_real_file_loads(
     rows = rows_of(path)
     good = [row for row in rows if not name.startswith("hh_raw") or hh_is_good(row)]
     config = tmp_path / "c.yaml"
-    config.write_text(
-        f"models: [{{huggingface_id: {shared / 'models' / 'base-12m'}}}]\n"
-        f"dataset: {{train_file: {path}, validation_split: 0, on_error: skip, max_dropped_fraction: 0.05}}\n"
-        f"post_training: {{method: {method}}}\n"
-        "training: {max_seq_length: 8192, max_prompt_length: null, max_completion_length: null}\n"
-    )
+    keys = {
+        "models": [{"huggingface_id": str(shared / "models" / "base-12m")}],
+        "dataset": {"train_file": str(path), "validation_split": 0, "on_error": "skip", "max_dropped_fraction": 0.05},
+        "post_training": {"method": method},
+        "training": {"max_seq_length": 8192, "max_prompt_length": None, "max_completion_length": None},
+    }
+    config.write_text(json.dumps(keys))
     assert cli.main(["train", "--config", str(config), *flags, "--dry-run", "--no-time"]) == 0
     shown = capsys.readouterr().out
     assert f"train: {len(good):,} of {len(rows):,} rows" in shown, shown
@@ -83,9 +84,9 @@ def test_a_template_without_tools_names_one_that_has_them(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "c.yaml"
+    rows = {"train_file": str(shared / "data" / "sft_toolcalls.train.jsonl"), "on_error": "skip"}
     config.write_text(
-        f"models: [{{huggingface_id: {shared / 'models' / 'base-12m'}}}]\n"
-        f"dataset: {{train_file: {shared / 'data' / 'sft_toolcalls.train.jsonl'}, on_error: skip}}\n"
+        json.dumps({"models": [{"huggingface_id": str(shared / "models" / "base-12m")}], "dataset": rows})
     )
     assert cli.main(["train", "--config", str(config), "--dry-run", "--no-time"]) == 1
     words = capsys.readouterr().err

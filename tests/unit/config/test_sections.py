@@ -267,10 +267,11 @@ def test_bytes_that_the_locale_cannot_read_are_said_so() -> None:
     assert "its locale knows no UTF-8" in said and "PYTHONUTF8=1" in said
 
 
-def in_ascii(code: str) -> str:
-    """What a process prints whose locale knows no UTF-8."""
+def in_ascii(code: str, folder: Path | None = None) -> str:
+    """What a process prints whose locale knows no UTF-8. folder: where it runs."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -295,15 +296,16 @@ def test_a_file_is_read_as_utf8_and_its_paths_are_refused_where_the_locale_has_n
 from strop.config import load_config
 from strop.errors import ConfigError
 for text in {chr(10).join(lines)!a}.split("\\n---\\n"):
-    with open({str(tmp_path / "c.yaml")!r}, "wb") as file:
+    with open("c.yaml", "wb") as file:
         file.write((text + "\\n").encode())
     try:
-        load_config({str(tmp_path / "c.yaml")!r})
+        load_config("c.yaml")
     except ConfigError as error:
         print(str(error).encode("ascii", "backslashreplace").decode())
 config = load_config(overrides={{"models.0.huggingface_id": "m", "dataset.prompt_column": "gr\\xf6\\xdfe"}})
 print(ascii(config.dataset.prompt_column))
-"""
+""",
+        tmp_path,
     )
     for key in PATHS:
         assert re.search(rf"c\.yaml:\d: \S*{key} is 'gr\\xf6\\xdfe', which cannot be a path in this process", told), key

@@ -593,7 +593,8 @@ def test_an_example_of_the_tool(case: str, place: Path, model_dir: Path) -> None
     """It is recognised, every key is in one list, and the values are those of the tool; what is lost is named."""
     tool, name, text, expected, lost = CASES[case]
     file = place / name
-    file.write_text(text.replace("MODEL", str(model_dir)))
+    model = str(model_dir).replace("'", r"\'") if name.endswith(".py") else str(model_dir)
+    file.write_text(text.replace("MODEL", model))
     found = import_file(file)
     assert found.tool == TOOLS[tool].title
     assert [e.key for e in found.of(Fate.LEFT)] == sorted(lost, key=[e.key for e in found.entries].index)

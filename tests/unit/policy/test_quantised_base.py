@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import weakref
@@ -371,9 +372,8 @@ def test_an_absent_package_is_told_before_anything_is_loaded(
     monkeypatch.setattr("strop.preflight.find_spec", lambda name: None)
     (model_dir / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     config = model_dir / "c.yaml"
-    config.write_text(
-        f"models: [{{huggingface_id: {model_dir}}}]\ndataset: {{train_file: {model_dir}/rows.jsonl}}\nlora: {{r: 4}}\n"
-    )
+    parts = {"dataset": {"train_file": str(model_dir / "rows.jsonl")}, "lora": {"r": 4}}
+    config.write_text(json.dumps({"models": [{"huggingface_id": str(model_dir)}], **parts}))
     assert main(["train", "--config", str(config), "--quant", "4bit"]) == 1
     assert "the extra `bnb`" in capsys.readouterr().err
 

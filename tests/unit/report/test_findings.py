@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,8 @@ def test_a_reward_that_is_hacked_is_shown_where_it_is_highest(make_sampled: Call
     )
     finding = found.finding("reward-hacking")
     assert " and fell by " in finding.claim
-    assert finding.remedies[0].command(found.path).endswith("run --step 70 --rows")
+    command = shlex.split(finding.remedies[0].command(found.path))
+    assert command == ["strop", "replay", str(found.path), "--step", "70", "--rows"]
 
 
 def test_a_run_of_groups_that_goes_well_raises_nothing(make_sampled: Callable[..., Any]) -> None:

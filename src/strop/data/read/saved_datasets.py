@@ -78,7 +78,8 @@ def _loaded(folder: str) -> Any:
         if not _has_rows(Path(folder)):
             raise ValueError("it was saved without rows")
         return datasets.load_from_disk(folder)
-    names = [name for name in json.loads(listing.read_text())["splits"] if _has_rows(Path(folder, name))]
+    splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
+    names = [name for name in splits if _has_rows(Path(folder, name))]
     if not names:
         raise ValueError("all of its splits were saved without rows")
     return datasets.DatasetDict({name: datasets.load_from_disk(str(Path(folder, name))) for name in names})
@@ -86,7 +87,7 @@ def _loaded(folder: str) -> Any:
 
 def _has_rows(folder: Path) -> bool:
     state = folder / "state.json"
-    return not state.is_file() or bool(json.loads(state.read_text()).get("_data_files", True))
+    return not state.is_file() or bool(json.loads(state.read_text(encoding="utf-8")).get("_data_files", True))
 
 
 Part = tuple[str, Any, int, int]
