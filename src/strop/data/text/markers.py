@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -99,11 +100,14 @@ class Markers:
     def read(self, rendered: str) -> MarkedRendering:
         """Reads a rendering of (the first of) the marked messages."""
         parts = self._pattern.split(rendered)  # text, mark, text, mark, ..., text
+        text, marks = "".join(parts[::2]), "".join(parts[1::2])
+        positions = list(accumulate(map(len, parts[:-1:2])))  # of each mark, in the text without marks
+        if self._in_order.startswith(marks) and len(marks) % 2 == 0:  # as most templates write them
+            return MarkedRendering(text, tuple(map(MarkedSpan, positions[::2], positions[1::2], self.pieces)), True)
         places: list[MarkedSpan] = []
         opened: dict[int, int] = {}
-        position, is_whole = 0, True
-        for text, mark in zip(parts[::2], parts[1::2], strict=False):
-            position += len(text)
+        is_whole = True
+        for position, mark in zip(positions, marks, strict=True):
             number, closes = divmod(ord(mark) - self._base, 2)
             if number >= len(self.pieces) or bool(closes) != (number in opened):
                 is_whole = False
@@ -112,7 +116,12 @@ class Markers:
             else:
                 opened[number] = position
         places.sort(key=itemgetter(0, 1))
-        return MarkedRendering("".join(parts[::2]), tuple(places), is_whole and not opened)
+        return MarkedRendering(text, tuple(places), is_whole and not opened)
+
+    @cached_property
+    def _in_order(self) -> str:
+        """All marks, each piece closed before the next one is opened."""
+        return "".join(map(chr, range(self._base, self._base + 2 * len(self.pieces))))
 
     def _marked_message(self, i: int, message: Message) -> Message:
         """The message with marks; what is empty stays as it is, for templates ask for that. Only an empty answer is
