@@ -77,7 +77,12 @@ PRETENDED: Mapping[str, Surroundings] = {
     "onednn": Surroundings(PLAIN, Multiplies(bf16=0.3, fp16=0.1, onednn=2.0)),
     "onednn-bf16": Surroundings(PLAIN, Multiplies(bf16=4.0, fp16=4.0, onednn=2.0)),
     "cores-1": Surroundings(Processor(1, "pretended"), EMULATES, environment={"OMP_NUM_THREADS": "1"}),
-    "cores-8": Surroundings(Processor(8, "pretended"), EMULATES, threads=8, environment={"OMP_NUM_THREADS": "8"}),
+    "cores-8": Surroundings(
+        Processor(8, "pretended"),
+        EMULATES,
+        threads=8,
+        environment={"OMP_NUM_THREADS": "8", "OMP_WAIT_POLICY": "PASSIVE"},  # there are fewer: who waits must not spin
+    ),
     "real": Surroundings(None, None, syncs=True),
     "locale": Surroundings(
         PLAIN,
