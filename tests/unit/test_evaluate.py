@@ -120,7 +120,8 @@ def test_the_numbers_are_those_of_trl_s_own_evaluation(method: str, trained_by: 
 def test_a_base_against_itself_and_an_adapter_against_its_base(place: Path) -> None:
     found = evaluated(place, ["base", "adapter"], "pairs", "--method", "dpo", "--reference", str(place / "base"))
     base, adapter = (model["metrics"] for model in found["models"])
-    assert base["loss"]["value"] == pytest.approx(0.693147, abs=1e-5) and base["rewards/margins"]["value"] == 0
+    assert base["loss"]["value"] == pytest.approx(0.693147, abs=1e-5)
+    assert base["rewards/margins"]["value"] == pytest.approx(0, abs=1e-6)  # the two may be cut otherwise, and round so
     assert adapter["rewards/margins"]["value"] != 0 and found["rows"] == 10
     assert adapter["loss"]["difference"] == pytest.approx(adapter["loss"]["value"] - base["loss"]["value"])
     low, high = adapter["loss"]["interval"]

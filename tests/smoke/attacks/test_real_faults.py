@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import strop
-from smoke.attacks.trials import LONGEST, TRAINED, Clock, Tally, few_or, outcome, posix
+from smoke.attacks.trials import LONGEST, TRAINED, Clock, Tally, few_or, fork, outcome, posix
 from strop import cli, disk
 from strop.cli.entry import RESUMABLE, STOPPED
 from strop.config import to_yaml
@@ -34,7 +34,7 @@ class Launch:
 
     def __init__(self, line: list[str], stderr: Path) -> None:
         self._stderr = stderr
-        self.pid = os.fork()
+        self.pid = fork()
         if self.pid == 0:
             self._be_child(line)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 
 from strop.errors import StropError
 
@@ -117,6 +118,13 @@ def num_changes(work: Callable[[], Any]) -> int:
         return int(file.read())
 
 
+def fork() -> int:
+    """As `os.fork`, where this process can be copied."""
+    if torch.get_num_threads() > 1:
+        pytest.skip("a copy of a process that has computed with several threads waits for them in OpenMP")
+    return os.fork()
+
+
 def run_apart(work: Callable[[], Any], *, at_change: int | None = None, after: float | None = None) -> int:
     """The exit code of a copy of this process that does the work: 0, 1 for an error of strop's, -9 where it was killed.
 
@@ -126,7 +134,7 @@ def run_apart(work: Callable[[], Any], *, at_change: int | None = None, after: f
         after: kill it after so many seconds.
     """
     told, tells = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         _be_child(work, tells, at_change)
     os.close(tells)
