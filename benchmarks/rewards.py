@@ -29,7 +29,7 @@ from .measure import RESULTS, commit, describe_machine
 from .report import REWARDS, reward_models
 
 OUT = RESULTS / REWARDS
-BATCH, RATE, LENGTH = 8, 3e-5, 2048  # as long that no row is: TRL drops longer ones, strop cuts them
+BATCH, RATE, LENGTH = 8, 3e-5, 2048  # longer than every row: TRL drops longer ones, strop cuts them
 
 
 def start(model: str, seed: int, folder: Path) -> Path:

@@ -71,17 +71,18 @@ class Findings:
 
 def examine(splits: Mapping[str, Groups], *, pairs: bool) -> dict[str, Findings]:
     """Findings of every split; `eval` is compared with `train`. pairs: the groups are pairs."""
-    prompts = trained = None
+    trained: tuple[np.ndarray, np.ndarray] | None = None
     found = {}
     for name in sorted(splits, key=lambda name: name != "train"):
         groups = splits[name]
         found[name], keys = _of(groups, pairs)
-        if prompts is not None and trained is not None:
-            leaked_prompts, leaked_rows = _leaked(groups, prompts, trained)
+        if trained is not None:
+            leaked_prompts, leaked_rows = _leaked(groups, *trained)
             found[name] = replace(found[name], leaked_prompts=leaked_prompts, leaked_rows=leaked_rows)
         elif name == "train" and len(splits) > 1:
-            prompts, trained = groups.column("prompt_hash"), keys
+            prompts = groups.column("prompt_hash")
             prompts.sort()
+            trained = prompts, keys
     return {name: found[name] for name in splits}
 
 
@@ -104,13 +105,16 @@ def _of(groups: Groups, pairs: bool) -> tuple[Findings, np.ndarray]:
     return findings, keys
 
 
-def _leaked(groups: Groups, prompts: np.ndarray, trained: np.ndarray) -> tuple[int, int]:
+def _leaked(groups: Groups, prompts: np.ndarray, keys: np.ndarray) -> tuple[int, int]:
     """How many of the groups have a prompt of the training split, and how many are there as a whole.
 
-    prompts, trained: sorted hashes of the training split's prompts, and its sorted keys.
+    prompts, keys: of the training split, sorted: hashes of its prompts, keys of its groups.
     """
-    chunks = [(_num_in(some.column("prompt_hash"), prompts), _num_in(_keys(some), trained)) for some in groups.chunks()]
-    return sum(prompts for prompts, _ in chunks), sum(rows for _, rows in chunks)
+    num_prompts = num_groups = 0
+    for some in groups.chunks():
+        num_prompts += _num_in(some.column("prompt_hash"), prompts)
+        num_groups += _num_in(_keys(some), keys)
+    return num_prompts, num_groups
 
 
 def _pair_lengths(groups: Groups) -> dict[str, float]:

@@ -24,7 +24,7 @@ def held_out(keys: Sequence[Any] | np.ndarray, share: float, seed: int) -> np.nd
     if wanted <= 0:
         return np.zeros(num_rows, bool)
     bundle_of = _bundles(np.asarray(keys))
-    del keys  # often nobody else holds them
+    del keys  # they take memory, and a caller may have passed its only reference on
     chosen = _fill(np.bincount(bundle_of).astype(bundle_of.dtype), wanted, seed)
     if not chosen.any():
         return _fill(np.ones(num_rows, bundle_of.dtype), wanted, seed)

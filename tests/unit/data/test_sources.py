@@ -174,22 +174,20 @@ def test_files_of_a_folder_that_do_not_fit_together_say_why(tmp_path: Path, make
     assert "dataset.sources" in problem.value.fix
 
 
-def test_splits_without_rows_are_left_out(tmp_path: Path, make_config: Make) -> None:
+def test_splits_without_rows_are_said_to_be_empty(tmp_path: Path, make_config: Make) -> None:
     table = datasets.Dataset.from_list([{"prompt": "q", "completion": "x"}])
     empty = table.select([])
     datasets.DatasetDict({"train": table, "test": empty}).save_to_disk(tmp_path / "half")
-    datasets.DatasetDict({"train": empty, "test": empty}).save_to_disk(tmp_path / "none")
+    datasets.DatasetDict({"train": empty, "test": table}).save_to_disk(tmp_path / "other half")
     empty.save_to_disk(tmp_path / "one")
 
     def read(name: str, split: str = "train") -> list[str]:
         return prompts(choose_sources(make_config(name=str(tmp_path / name), split=split).dataset, "single"))[0]
 
-    assert read("half") == ["q"]
-    with pytest.raises(DataError, match="holds one split"):
-        read("half", "test")
-    for name in ("none", "one"):
-        with pytest.raises(DataError, match="saved without rows"):
-            read(name)
+    assert read("half") == ["q"] == read("half", "train+test") == read("other half", "test")
+    for name, split in (("half", "test"), ("other half", "train"), ("one", "train")):
+        with pytest.raises(DataError, match="no rows were saved"):  # never those of another split
+            read(name, split)
 
 
 def test_named_splits_are_named_where_another_is_asked_for(tmp_path: Path, make_config: Make) -> None:

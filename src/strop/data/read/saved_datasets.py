@@ -55,39 +55,35 @@ def read_saved(folder: str, split: str) -> Iterator[Row]:
         expected="a folder that `save_to_disk` of the package datasets has written, and a split in it",
         fix="set dataset.train_file for plain files; check dataset.split",
     ):
-        loaded = _loaded(folder)
+        loaded = _loaded(Path(folder))
         parts = (
             _of_several(loaded, split)
             if isinstance(loaded, datasets.DatasetDict)
             else _of_one(loaded, str(loaded.split or "train"), split)
         )
+        if not any(stop > start for _, _, start, stop in parts):
+            raise ValueError("no rows were saved in it")
         for name, data, start, stop in parts:
             chosen = data if (start, stop) == (0, len(data)) else data.select(range(start, stop))
             yield from _rows(chosen, f"{folder}[{name}]", start)
 
 
-def _loaded(folder: str) -> Any:
-    """The data set or sets of a folder; splits without rows are left out.
+def _loaded(folder: Path) -> Any:
+    """The data set of a folder, or its data sets by split.
 
-    A split without rows is saved without files, and `load_from_disk` takes the first of them to tell what it reads.
+    One without rows is saved without files, and `load_from_disk` fails on it: it takes the first file to tell what it
+    reads.
     """
     import datasets
 
-    listing = Path(folder, "dataset_dict.json")
-    if not listing.is_file():
-        if not _has_rows(Path(folder)):
-            raise ValueError("it was saved without rows")
-        return datasets.load_from_disk(folder)
-    splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
-    names = [name for name in splits if _has_rows(Path(folder, name))]
-    if not names:
-        raise ValueError("all of its splits were saved without rows")
-    return datasets.DatasetDict({name: datasets.load_from_disk(str(Path(folder, name))) for name in names})
-
-
-def _has_rows(folder: Path) -> bool:
+    listing = folder / "dataset_dict.json"
+    if listing.is_file():
+        splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
+        return datasets.DatasetDict({name: _loaded(folder / name) for name in splits})
     state = folder / "state.json"
-    return not state.is_file() or bool(json.loads(state.read_text(encoding="utf-8")).get("_data_files", True))
+    if state.is_file() and not json.loads(state.read_text(encoding="utf-8")).get("_data_files", True):
+        return datasets.Dataset.from_dict({})
+    return datasets.load_from_disk(str(folder))
 
 
 Part = tuple[str, Any, int, int]
