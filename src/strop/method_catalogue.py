@@ -21,7 +21,8 @@ ROWS: Mapping[RowShape, str] = {
     "pair": "Pairs: prompt, chosen and rejected, or two conversations with a common beginning.",
     "labelled": "Labelled completions: prompt, completion and label (true: desirable). Or pairs; each becomes two.",
     "group": "Groups: prompt, completions (a list) and rewards (a list, one per completion); old_logps and "
-    "sampler_logps, per trained token, where they are known. Or tokens: prompt_ids, completion_ids, rewards.",
+    "sampler_logps, per trained token, and sampling_temperature where they are known. Or tokens: prompt_ids, "
+    "completion_ids, rewards.",
 }
 REFERENCE = {
     True: "The reference's log-probs are scored before the first step; no second model stays in memory.",

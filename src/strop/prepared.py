@@ -18,7 +18,7 @@ from strop.config.sections import LoraSection, ModelSection
 from strop.data.load import LoadedData
 from strop.data.problems import imbalance
 from strop.data.prompt_groups import PromptGroups
-from strop.data.store.group_numbers import check_groups
+from strop.data.store.group_numbers import check_groups, sampled_at
 from strop.data.store.table import Groups
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.metrics import SCORE, WIN_RATE, held_out_metrics, no_such_metric
@@ -181,12 +181,38 @@ def prepare(
     else:
         for groups in (data.train, data.eval):
             check_groups(groups, objective.reads, objective.settings.compares)
+            config = _with_temperature(config, sampled_at(groups))
     if data.eval:
         _check_metric(config, objective)
     else:
         config = _without_validation(config)
     config = _with_size_of_steps(config, checkpoint, num_processes)
     return Prepared(config, model, tokenizer, data, objective, _plan(config, data), num_processes)
+
+
+def _with_temperature(config: RunConfig, sampled_at: float | None) -> RunConfig:
+    """With the temperature that rows were sampled at, where they say it.
+
+    Raises:
+        DataError: it is none. ConfigError: another one was given, or was that of the training rows.
+    """
+    key, given = "rollout.temperature", config.rollout.temperature
+    if sampled_at is None or sampled_at == given:
+        return config
+    if sampled_at <= 0:
+        raise DataError(
+            f"sampling_temperature is {sampled_at:g} in every row",
+            expected="a number above 0: the likeliest token each time has no log-probs to compare with",
+            fix="leave the column out if the log-probs are those at temperature 1",
+        )
+    if not is_default(config.origins[key]):
+        raise ConfigError(
+            f"the rows were sampled at temperature {sampled_at:g} (sampling_temperature)",
+            where=f"{key}: {given:g} ({config.origins[key]})",
+            expected="the temperature of the rows, at which their log-probs are",
+            fix=f"remove {key}, or set it to {sampled_at:g}",
+        )
+    return config.with_values({key: sampled_at}, "sampling_temperature of the rows")
 
 
 def _check_draws_ahead(config: RunConfig, num_processes: int) -> None:

@@ -36,6 +36,7 @@ OF_COMPLETIONS: Mapping[str, str] = {
 
 OF_GROUPS: Mapping[str, str] = {
     "margin": "a number, by how much the chosen completion is better; 0 where that is not known",
+    "sampling_temperature": "a number above 0, what logits were divided by when the completions were sampled",
 }
 """Columns of a row that hold one number: name -> how it is written."""
 

@@ -233,14 +233,14 @@ def test_rows_train_at_the_temperature_that_they_were_sampled_at(tmp_path: Path,
                 "post_training.method": "grpo",
                 "training.groups_per_step": 3,
                 "training.max_seq_length": 64,
+                "training.max_steps": 1,
                 "dataset.validation_split": 0.0,
-                "rollout.enabled": False,
-                **keys,
                 **file,
             }
         )
     )
     (record,) = lines(again.run_dir / "metrics.jsonl")
+    assert "temperature: 0.25" in (again.run_dir / "config.yaml").read_text()
     assert record["clip_ratio/region_mean"] == 0 and abs(record["loss"]) < 1e-6, "the policy is that which sampled"
 
 

@@ -95,7 +95,7 @@ class GrpoSettings(ReferenceSettings):
     OBJECTIVE: ClassVar[str] = "grpo:Grpo"
     ROWS: ClassVar[RowShape] = "group"
     SAMPLES: ClassVar[bool] = True
-    NUMBERS: ClassVar[tuple[str, ...]] = (*OF_COMPLETIONS, *OF_TOKENS)
+    NUMBERS: ClassVar[tuple[str, ...]] = (*OF_COMPLETIONS, *OF_TOKENS, "sampling_temperature")
     USUAL_BETA: ClassVar[tuple[float, float]] = (0.0, math.inf)
     READ_BY: ClassVar[Mapping[str, Readers]] = {
         "importance_sampling_level": Readers("gate", tuple(g for g in get_args(Gate) if g != "gmpo")),

@@ -91,6 +91,7 @@ def rollout_source(
         note,
         world,
         refills=how.max_refills if how.dynamic_sampling else None,
+        temperature=how.temperature,
         wants=objective.reads & Policy.SUPPLIES,
         losses=_losses(config, policy, objective, cut, world) if objective.has_loss_on_samples else None,
         probe=forecast.Probe.of(Collector(prompts, training, *rest), num_probed, config.seed) if num_probed else None,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from strop.data.text.message_forms import Tools, forms_of
 from strop.errors import ConfigError, DataError, foreign_errors
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.adapters import with_adapter
@@ -35,7 +36,8 @@ class RewardModel:
         name: a folder or hub id of a model or an adapter, or a run folder.
 
     Raises:
-        ModelError: it cannot be loaded. ConfigError: it has another number of labels, or no chat template.
+        ModelError: it cannot be loaded. ConfigError: it is a language model, or has another number of labels, or no
+            chat template.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -55,7 +57,16 @@ class RewardModel:
 
     def _whole(self, source: str, dtype: torch.dtype) -> Any:
         with model_errors(source, "loading it as a reward model"), quiet():
-            model = AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype, use_safetensors=True)
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        if missing := sorted(found["missing_keys"]):
+            raise ConfigError(
+                f"it has no weights of {', '.join(missing[:3])}, as a language model has none",
+                where=self._where,
+                expected="a reward model: a sequence-classification model with one label",
+                fix="name a reward model, or train one (method: reward)",
+            )
         if model.config.num_labels != 1:
             raise ConfigError(
                 f"it has {model.config.num_labels} labels",
@@ -64,14 +75,16 @@ class RewardModel:
             )
         return model
 
-    def values(self, chats: Sequence[Chat]) -> tuple[list[float | None], str]:
+    def values(self, chats: Sequence[Chat], tools: Tools = None) -> tuple[list[float | None], str]:
         """The reward of each conversation, None where it is longer than the model takes or the logit is not finite; and
         what is wrong with these, in words.
+
+        tools: the schemas of those that the conversations had.
 
         Raises:
             DataError: its chat template refuses a conversation.
         """
-        ids = [self._ids(chat) for chat in chats]
+        ids = [self._ids(chat, tools) for chat in chats]
         found: list[float | None] = [None] * len(ids)
         fitting = [i for i, row in enumerate(ids) if self._limit is None or len(row) <= self._limit]
         for batch in _batches(fitting, [len(row) for row in ids]):
@@ -81,11 +94,13 @@ class RewardModel:
         why = f"{too_long} conversations have more than {self._limit} tokens" if too_long else ""
         return found, why
 
-    def _ids(self, chat: Chat) -> list[int]:
+    def _ids(self, chat: Chat, tools: Tools) -> list[int]:
+        form = forms_of(chat, tools)[0]  # as inference servers hand them to templates
+        messages, schemas = list(form.of(chat)), form.of_tools(tools)
         with foreign_errors(
             lambda why: DataError(f"its chat template refuses a conversation: {why}", where=self._where)
         ):
-            return list(self._tokenizer.apply_chat_template(list(chat), return_dict=False))
+            return list(self._tokenizer.apply_chat_template(messages, tools=schemas, return_dict=False))
 
     @torch.no_grad()
     def _logits(self, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 
 from strop.config.sections import RewardSection, RolloutSection
 from strop.data.store.table import KeptRow
+from strop.data.text.message_forms import Tools
 from strop.errors import TrainingError
 from strop.machine import installed_memory
 from strop.objectives.advantages import normalised_sum
@@ -117,7 +118,7 @@ class Scorer:
         each: dict[str, tuple[float, ...]] = {}
         left_out = False
         for number, name in enumerate(self.names):
-            call = self._call(number, given, columns)
+            call = self._call(number, given, columns, row.tools)
             missing = sum(value is None for value in call.values)
             if missing:
                 why = call.error or f"it gave no finite number for {missing} of {n} completions"
@@ -133,10 +134,12 @@ class Scorer:
         normalised = normalised_sum([*each.values()], self._weights) if self.normalises else None
         return Scored(total, each, normalised)
 
-    def _call(self, place: int, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> RewardCall:
+    def _call(
+        self, place: int, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]], tools: Tools
+    ) -> RewardCall:
         """The reward at this place of the list, for the completions of one prompt."""
         if place in self._models:
-            values, why = self._models[place].values(given["chats"])
+            values, why = self._models[place].values(given["chats"], tools)
             return RewardCall(tuple(values), why)
         assert self._caller is not None
         return self._caller.values(self._places.index(place), given, columns)

@@ -46,6 +46,7 @@ class RolloutSource:
         log: the file to which every sampled group is written. note: called with a message about rewards that fail.
         refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these,
             or, where pairs are trained, leaves them out.
+        temperature: that of sampling, which is written down beside the log-probs.
         wants: names of the columns that the policy has to supply. losses: the loss of what is sampled for held-out
             prompts, where it is measured. probe: what forecasts the groups without signal, where that is asked for.
         also_close: called when nothing is sampled any more. staleness: how many steps old the weights are that sample;
@@ -66,6 +67,7 @@ class RolloutSource:
         world: World,
         *,
         refills: int | None = None,
+        temperature: float,
         wants: frozenset[str] = frozenset(),
         losses: Losses | None = None,
         probe: Probe | None = None,
@@ -78,6 +80,7 @@ class RolloutSource:
         self._collector, self._held_out = collector, held_out
         self.supplies, self._wants, self._losses = collector.supplies, wants, losses
         self._note, self._log, self._world = note, JsonLines(log), world
+        self._temperature = temperature
         self._refills = 0 if refills is None and collector.pairs else refills
         self._drawn_ahead: DrawnAhead | None = None
         if staleness:
@@ -273,6 +276,7 @@ class RolloutSource:
             "prompt_ids": list(prompt.prompt_ids),
             "completion_ids": [list(c.ids) for c in completions],
         }
+        line["sampling_temperature"] = self._temperature
         for name in ("old_logps", "sampler_logps"):
             if name in group.numbers:
                 line[name] = _split(group.numbers[name], rewarded.lengths)

@@ -17,7 +17,7 @@ from strop.config.methods import GrpoSettings
 from strop.data.read.row import RowRefused
 from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.text.token_rows import group_from_tokens
-from strop.errors import DataError
+from strop.errors import ConfigError, DataError
 from strop.prepared import Prepared, prepare
 from strop.types import Group, Origin
 
@@ -136,6 +136,29 @@ def test_what_the_objective_needs_stands_in_every_row(tmp_path: Path, model_dir:
         prepared([{**tokens, "old_logps": LOGPS}, tokens], tmp_path, model_dir)
     with pytest.raises(DataError, match="the row has no sampler_logps"):
         prepared([tokens], tmp_path, model_dir, sampler_correction="token_truncate")
+
+
+def test_the_temperature_is_that_of_the_rows(tmp_path: Path, model_dir: Path) -> None:
+    row = {**TOKENS, "rewards": [1.0, 0.0], "old_logps": LOGPS}
+    at: list[dict[str, Any]] = [{**row, "sampling_temperature": value} for value in (0.7, 0.7, 1.0, 0.0)]
+    asked = {"rollout.enabled": False, "rollout.temperature": 0.7}
+
+    def temperature(rows: Sequence[dict[str, Any]], **keys: Any) -> tuple[float, str]:
+        config = prepared(rows, tmp_path, model_dir, **keys).config
+        return config.rollout.temperature, config.origins["rollout.temperature"]
+
+    assert temperature(at[:2]) == (0.7, "sampling_temperature of the rows")
+    assert temperature(at[:2], **asked)[0] == temperature([row], **asked)[0] == 0.7
+    assert temperature(at[2:3]) == temperature([row]) == (1.0, "default")
+    with pytest.raises(ConfigError, match=r"rollout.temperature: 0.7 \(python\): .* sampled at temperature 1 "):
+        temperature(at[2:3], **asked)
+    with pytest.raises(DataError, match=r"is 1, and that of the rows before is 0\.7") as differs:
+        temperature(at[:3])
+    assert "rows.jsonl:3" in str(differs.value)
+    with pytest.raises(DataError, match="sampling_temperature is 0 in every row"):
+        temperature(at[3:])
+    with pytest.raises(DataError, match="no sampling_temperature, and 1 of 2 rows have it"):
+        temperature([at[0], row])
 
 
 def test_a_group_of_one_has_nothing_to_be_compared_with(tmp_path: Path, model_dir: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from conftest import WITH_ENDS, build_tokenizer
 from strop.errors import ConfigError, ModelError
@@ -51,9 +51,24 @@ def test_a_conversation_that_is_too_long_has_no_reward(tmp_path: Path) -> None:
     assert values[0] is not None and values[1] is None and why == "1 conversations have more than 16 tokens"
 
 
+def test_it_reads_the_tools_of_the_row(tmp_path: Path) -> None:
+    template = "{% for t in tools or [] %}{{ t['function']['name'] }} {% endfor %}" + TEMPLATE
+    model = RewardModel(str(make(tmp_path / "rm", template=template)), CPU)
+    said = chat("yes")
+    as_text = [{**said[0], "content": "yes question"}, said[1]]
+    expected = model.values([as_text])[0]
+    tool = {"name": "yes", "parameters": {}}
+    assert model.values([said], [tool])[0] == model.values([said], [{"type": "function", "function": tool}])[0]
+    assert model.values([said], [tool])[0] == expected != model.values([said])[0]
+
+
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it has 2 labels"):
         RewardModel(str(make(tmp_path / "two", labels=2)), CPU)
+    language = make(tmp_path / "language")
+    LlamaForCausalLM(LlamaConfig(**WITH_ENDS, num_labels=1)).save_pretrained(language)
+    with pytest.raises(ConfigError, match=r"no weights of score\.weight, as a language model has none"):
+        RewardModel(str(language), CPU)
     with pytest.raises(ConfigError, match="no chat template"):
         RewardModel(str(make(tmp_path / "plain", template=None)), CPU)
     with pytest.raises(ModelError):

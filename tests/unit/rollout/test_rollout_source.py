@@ -88,6 +88,7 @@ def make(world: World, folder: Path, fails: Sequence[int] = ()) -> RolloutSource
         folder / "rollouts.jsonl",
         lambda note: None,
         world,
+        temperature=0.7,
     )
 
 
@@ -153,7 +154,9 @@ def test_every_group_has_its_own_log_probs_of_the_reference(tmp_path: Path) -> N
 
     def asked(world: World) -> Any:
         own = collector(world, Scoring([3]), reference=reference)
-        source = RolloutSource(Plan.of(7, 4, 1, None, 0), own, None, tmp_path / "log.jsonl", lambda note: None, world)
+        source = RolloutSource(
+            Plan.of(7, 4, 1, None, 0), own, None, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0
+        )
         assert "ref_logps" in source.supplies
         groups = source.step(1)
         assert source.metrics(1)["time/score"][0] > 0
@@ -180,7 +183,9 @@ class Varied(Scoring):
 def test_groups_without_signal_give_way_to_others(refills: int, size: int, tmp_path: Path) -> None:
     def asked(world: World) -> Any:
         parts = (Plan.of(7, 4, 1, None, 0), collector(world, Varied()), None)
-        source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, refills=refills)
+        source = RolloutSource(
+            *parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, refills=refills
+        )
         found = [(source.plan.groups(step), source.step(step).indices, source.metrics(step)) for step in (1, 2)]
         source.close()
         return found
@@ -223,7 +228,7 @@ def test_gdpo_is_that_of_its_paper_in_any_number_of_processes_with_groups_drawn_
 
     def asked(world: World) -> Any:
         parts = (Plan.of(7, 4, 1, None, 0), collector(world, Several()), None)
-        source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, refills=9)
+        source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, refills=9)
         steps = [source.step(step) for step in (1, 2)]
         source.close()
         return [
@@ -256,7 +261,7 @@ def test_a_step_without_any_signal_keeps_its_groups(tmp_path: Path) -> None:
 
     world = World.alone("cpu")
     parts = (Plan.of(7, 4, 1, None, 0), collector(world, Same()), None)
-    source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, refills=1)
+    source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, refills=1)
     assert len(source.step(1).groups) >= 4 and source.metrics(1)["rollout/groups_without_signal"][0] >= 4
 
 
@@ -268,7 +273,7 @@ def test_a_round_is_sampled_once_and_survives_a_checkpoint(tmp_path: Path) -> No
 
     def made() -> RolloutSource:
         own = collector(world, Scoring(), reference=reference)
-        return RolloutSource(plan, own, None, tmp_path / "log.jsonl", lambda note: None, world)
+        return RolloutSource(plan, own, None, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0)
 
     def content(source: RolloutSource, step: int) -> Any:
         found = source.step(step)
@@ -316,7 +321,7 @@ class Aging(Sampling):
 def ahead(plan: Plan, sampling: Sampling, folder: Path, staleness: int) -> RolloutSource:
     world, policy = World.alone("cpu"), SimpleNamespace(strategy=SimpleNamespace(trained={}))
     own = (plan, collector(world, Scoring(), sampling), None, folder / "log.jsonl", lambda note: None, world)
-    return RolloutSource(*own, staleness=staleness, policy=policy)  # type: ignore[arg-type]
+    return RolloutSource(*own, temperature=1.0, staleness=staleness, policy=policy)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("staleness", "size", "passes"), [(1, 1, 1), (3, 1, 1), (1, 2, 1), (3, 2, 2)])

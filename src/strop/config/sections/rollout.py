@@ -46,7 +46,7 @@ class RolloutSection(Section):
     """Completions of each prompt."""
     temperature: float = Field(default=1.0, gt=0)
     """Logits are divided by it, in sampling and in training. With enabled false, grpo reads it, too: the temperature at
-    which the completions of rows were sampled."""
+    which the completions of rows were sampled. Rows that say it (`sampling_temperature`) set it."""
     top_k: int = Field(default=0, ge=0)
     """Draw from this many of the likeliest tokens; 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -86,6 +86,28 @@ def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], compar
         )
 
 
+def sampled_at(groups: Groups | Sequence[Group]) -> float | None:
+    """The temperature that the rows say they were sampled at; None if they do not say.
+
+    Raises:
+        DataError: names the first row that was sampled at another one than the rows before.
+    """
+    if not isinstance(groups, Groups):
+        return None
+    values, _ = groups.ragged("sampling_temperature")
+    if not len(values):
+        return None
+    if (others := values != values[0]).any():
+        first = int(others.argmax())
+        raise DataError(
+            f"sampling_temperature is {values[first]:g}, and that of the rows before is {values[0]:g}",
+            where=str(groups[first].origin),
+            expected="one temperature for all rows, since log-probs are compared with those at it",
+            fix="train on the rows of each temperature in a run of their own",
+        )
+    return float(values[0])
+
+
 def _check_complete(groups: Groups, reads: frozenset[str]) -> None:
     """Refuse groups of which some have numbers that others lack, or all lack what the objective reads."""
     for name in NUMBERS:

@@ -280,8 +280,12 @@ class RowPipeline:
 
 def _kept(row: Row, example: Example | Encoded) -> KeptRow:
     assert row.data is not None
-    prompt = None if isinstance(example, Encoded) else example.prompt
-    return KeptRow(row.data, prompt if prompt is None or isinstance(prompt, str) else list(prompt))
+    if isinstance(example, Encoded):
+        return KeptRow(row.data, None)
+    prompt, tools = example.prompt, example.tools
+    return KeptRow(
+        row.data, prompt if isinstance(prompt, str) else list(prompt), None if tools is None else list(tools)
+    )
 
 
 def _with_numbers_of(example: Example, encoded: Encoded | RowRefused) -> Encoded | RowRefused:

@@ -88,17 +88,18 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class KeptRow:
     """A row as rewards see it. columns: by name, as they were read; dates and binary values are texts. prompt: the
-    turns of a conversation, a text, or None where the row was given as tokens."""
+    turns of a conversation, a text, or None where the row was given as tokens. tools: the tool schemas of the row."""
 
     columns: Mapping[str, Any]
     prompt: list[Mapping[str, Any]] | str | None
+    tools: list[Mapping[str, Any]] | None = None
 
     @classmethod
     def from_json(cls, text: str) -> KeptRow:
         return cls(*json.loads(text))
 
     def to_json(self) -> str:
-        return json.dumps([self.columns, self.prompt], default=str)
+        return json.dumps([self.columns, self.prompt, self.tools], default=str)
 
 
 def to_table(records: Sequence[Record]) -> Any:
