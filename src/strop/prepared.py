@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from strop.allocator import give_back_freed_memory
 from strop.batch import PROMPT_LOGPS
 from strop.config import RunConfig, advice, of_model
 from strop.config.guidance import is_default
@@ -33,7 +34,6 @@ from strop.plan.order import Plan
 from strop.plan.packing import filled_rows
 from strop.plan.row_tokens import RowTokens
 from strop.plan.work import EpochWork
-from strop.policy.allocator import give_back_freed_memory
 from strop.policy.model.from_config import CannotBuildError, Shape, num_weights, shape_of
 from strop.policy.other_models import check_others, teacher_section
 from strop.rewards.calls import check_rewards

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from strop import durable
+from strop import durable, garbage_collection
 from strop.config import RunConfig, load_config, of_model, resolve, to_yaml
 from strop.config.sections import ModelSection
 from strop.device import start_world
@@ -59,6 +59,7 @@ from strop.world import World
 log = logging.getLogger("strop")
 
 
+@garbage_collection.rare()
 def train(
     config: RunConfig | str | PathLike[str],
     *,

@@ -21,6 +21,7 @@ FLOORS = {
     "manifest": 0,
     "readable": 0,
     "garbage_collection": 0,
+    "allocator": 0,
     "packages": 0,
     "log_arrays": 0,
     "redact": 0,

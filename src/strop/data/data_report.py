@@ -7,16 +7,20 @@ rows_read = kept + not_used + refused + dropped; blank lines are counted separat
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from strop.allocator import give_back_freed_memory
 from strop.data.counters import COUNTERS
 from strop.data.problems import Findings, examine
 from strop.data.store.table import Groups
+from strop.lengths import CHUNK
 
 PERCENTILES = (50, 90, 99)
 
@@ -93,6 +97,7 @@ class DataReport:
         parts = [str(s["fingerprint"]) for s in statistics.values()]
         if trained is not None and trained is not groups["train"]:
             parts.append(fingerprint(trained))
+        give_back_freed_memory(len(groups["train"]))
         together = hashlib.sha256("".join(parts).encode())
         return cls(counts, statistics, examine(groups, pairs=pairs), together.hexdigest(), how)
 
@@ -166,17 +171,17 @@ def group_statistics(groups: Groups) -> dict[str, Any]:
     `saved_by_prefix_sharing` is the share of the tokens of plain rows that rows with one prompt per group do without.
     """
     lengths = groups.lengths
-    prompt, completion, counts = lengths.prompt, lengths.completions, lengths.counts
-    prompts_once, prompts_each = int(prompt.sum(dtype=np.int64)), int(np.dot(prompt, counts.astype(np.int64)))
-    plain = prompts_each + int(completion.sum(dtype=np.int64))
-    shared = prompts_each - prompts_once
+    prompts, completions = tally([lengths.prompt]), tally([lengths.completions])
+    rows = tally(some.completions + np.repeat(some.prompt, some.counts) for some in lengths.chunks())
+    plain = _sum(rows)
+    shared = plain - _sum(completions) - _sum(prompts)
     return {
         "num_groups": len(groups),
-        "num_completions": len(completion),
+        "num_completions": len(lengths.completions),
         "lengths": {
-            "prompt": length_summary(prompt),
-            "completion": length_summary(completion),
-            "total": length_summary(completion + np.repeat(prompt, counts)),
+            "prompt": length_summary(prompts),
+            "completion": length_summary(completions),
+            "total": length_summary(rows),
         },
         "tokens": {
             "plain": plain,
@@ -187,13 +192,29 @@ def group_statistics(groups: Groups) -> dict[str, Any]:
     }
 
 
-def length_summary(lengths: np.ndarray) -> dict[str, float]:
+def tally(lengths: Iterable[np.ndarray]) -> Counter[int]:
+    """How many there are of each length."""
+    found = Counter[int]()
+    for each in lengths:
+        for start in range(0, len(each), CHUNK):
+            values, counts = np.unique(each[start : start + CHUNK], return_counts=True)
+            found.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    return found
+
+
+def _sum(lengths: Counter[int]) -> int:
+    return sum(length * count for length, count in lengths.items())
+
+
+def length_summary(lengths: Counter[int]) -> dict[str, float]:
     """Mean, nearest-rank percentiles and maximum; empty for no lengths."""
-    if not len(lengths):
+    if not lengths:
         return {}
-    ordered = np.sort(lengths)
-    ranks = {f"p{p}": int(ordered[max(0, -(-len(ordered) * p // 100) - 1)]) for p in PERCENTILES}
-    return {"mean": int(ordered.sum(dtype=np.int64)) / len(ordered), **ranks, "max": int(ordered[-1])}
+    ordered = sorted(lengths)
+    up_to = list(accumulate(lengths[length] for length in ordered))
+    num = up_to[-1]
+    ranks = {f"p{p}": ordered[bisect_left(up_to, max(1, -(-num * p // 100)))] for p in PERCENTILES}
+    return {"mean": _sum(lengths) / num, **ranks, "max": ordered[-1]}
 
 
 def fingerprint(groups: Groups) -> str:

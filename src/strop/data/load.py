@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from strop.allocator import give_back_freed_memory
 from strop.config import RunConfig
 from strop.data.counters import COUNTERS
 from strop.data.data_report import DataReport, Rendering, SplitCounts
@@ -77,6 +78,7 @@ def load_data(
     weighed = _weighed(splits["train"].groups, [part.source.weight for part in train], config.seed)
     if not len(weighed):
         raise _nothing_left(train, pipeline.limits)
+    give_back_freed_memory(len(weighed))
     views = {name: split.groups for name, split in splits.items()}
     counts = {name: _counts(split, train) for name, split in splits.items()}
     rendering = _rendering(views, pipeline)
@@ -191,17 +193,20 @@ class _Tokeniser:
 
 def _num_rows(groups: Shard | Groups) -> int:
     """How many rows the groups come from: two labelled groups can come from one pair."""
-    return len(groups) - int(groups.column("again").sum())
+    return len(groups) - groups.sum("again")
 
 
 def _prompts(groups: Groups) -> np.ndarray:
     """[rows] hashes of the rows' prompts."""
-    return np.asarray(groups.column("prompt_hash")[groups.column("again") == 0])
+    hashes, is_first = groups.column("prompt_hash"), groups.column("again") == 0
+    return hashes if is_first.all() else np.asarray(hashes[is_first])
 
 
 def _row_numbers(groups: Groups) -> np.ndarray:
     """For each group the number of its row, from 0. The groups of a row are adjacent and stay together."""
-    return np.asarray(np.cumsum(groups.column("again") == 0) - 1)
+    numbers: np.ndarray = np.cumsum(groups.column("again") == 0, dtype=np.int32 if len(groups) < 2**31 else np.int64)
+    numbers -= 1
+    return numbers
 
 
 def _weighed(groups: Groups, weights: Sequence[float], seed: int) -> Groups:
@@ -230,13 +235,13 @@ def _counts(split: _Split, train: Sequence[_Part]) -> SplitCounts:
     counts.not_used += split.num_not_used
     counts.kept = _num_rows(split.groups)
     counts.rows_read = counts.kept + counts.not_used + counts.refused.total() + counts.dropped.total()
-    counts.changes = {name: int(split.groups.column(name).sum()) for name in COUNTERS}
+    counts.changes = {name: split.groups.sum(name) for name in COUNTERS}
     return counts
 
 
 def _rendering(views: Mapping[str, Groups], pipeline: RowPipeline) -> Rendering:
     num_rows = sum(_num_rows(view) for view in views.values())
-    num_raw = sum(int(view.column("raw").sum()) for view in views.values())
+    num_raw = sum(view.sum("raw") for view in views.values())
     if num_raw == num_rows:
         return Rendering(0, num_raw, None, None)
     renderer = pipeline.renderer

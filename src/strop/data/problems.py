@@ -6,7 +6,7 @@ of their prompts and of their tokens, so no row is read again and memory stays s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,75 +71,72 @@ class Findings:
 
 def examine(splits: Mapping[str, Groups], *, pairs: bool) -> dict[str, Findings]:
     """Findings of every split; `eval` is compared with `train`. pairs: the groups are pairs."""
-    trained: tuple[np.ndarray, np.ndarray] | None = None
-    found = {}
-    for name in sorted(splits, key=lambda name: name != "train"):
-        groups = splits[name]
-        found[name], keys = _of(groups, pairs)
-        if trained is not None:
-            leaked_prompts, leaked_rows = _leaked(groups, *trained)
-            found[name] = replace(found[name], leaked_prompts=leaked_prompts, leaked_rows=leaked_rows)
-        elif name == "train" and len(splits) > 1:
-            prompts = groups.column("prompt_hash")
-            prompts.sort()
-            trained = prompts, keys
-    return {name: found[name] for name in splits}
+    others = {name: groups for name, groups in splits.items() if name != "train"}
+    found, leaked_rows = {}, {}
+    for name, groups in splits.items():
+        keys = _sorted(_keys, groups)
+        found[name] = _of(groups, keys, pairs)
+        if name == "train":
+            leaked_rows = {other: _num_of(others[other], _keys, keys) for other in others}
+        del keys  # the next take as much memory
+    if "train" in splits and others:
+        prompts = _sorted(_prompts, splits["train"])
+        for name, groups in others.items():
+            leaked_prompts = _num_of(groups, _prompts, prompts)
+            found[name] = replace(found[name], leaked_prompts=leaked_prompts, leaked_rows=leaked_rows[name])
+    return found
 
 
-def _of(groups: Groups, pairs: bool) -> tuple[Findings, np.ndarray]:
-    """What is found in a split alone, and the sorted keys of its groups."""
-    length = _pair_lengths(groups) if pairs else {}  # before the keys are made: both take memory
-    keys = _sorted_keys(groups)
+def _of(groups: Groups, keys: np.ndarray, pairs: bool) -> Findings:
+    """What is found in a split alone. keys: of its groups, sorted."""
     labels = num_labels(groups)
-    findings = Findings(
+    return Findings(
         duplicates=int((keys[1:] == keys[:-1]).sum()),
-        contradictions=sum(_num_in(_contrary_keys(some, pairs), keys) for some in groups.chunks()),
-        missing_eos=int(groups.column("without_end_token").sum()),
-        double_bos=int(groups.column("double_bos").sum()),
+        contradictions=_num_of(groups, lambda some: _contrary_keys(some, pairs), keys),
+        missing_eos=groups.sum("without_end_token"),
+        double_bos=groups.sum("double_bos"),
         leaked_prompts=0,
         leaked_rows=0,
-        length=length,
+        length=_pair_lengths(groups) if pairs else {},
         desirable=labels[True],
         undesirable=labels[False],
     )
-    return findings, keys
-
-
-def _leaked(groups: Groups, prompts: np.ndarray, keys: np.ndarray) -> tuple[int, int]:
-    """How many of the groups have a prompt of the training split, and how many are there as a whole.
-
-    prompts, keys: of the training split, sorted: hashes of its prompts, keys of its groups.
-    """
-    num_prompts = num_groups = 0
-    for some in groups.chunks():
-        num_prompts += _num_in(some.column("prompt_hash"), prompts)
-        num_groups += _num_in(_keys(some), keys)
-    return num_prompts, num_groups
 
 
 def _pair_lengths(groups: Groups) -> dict[str, float]:
     """Mean tokens of both sides of pairs, and how often the chosen one is longer; nothing where there are none."""
-    lengths = groups.lengths
-    first = lengths.starts[:-1][lengths.counts == 2]
-    if not len(first):
-        return {}
-    chosen, rejected = lengths.completions[first], lengths.completions[first + 1]
-    return {
-        "mean_chosen": float(chosen.mean()),
-        "mean_rejected": float(rejected.mean()),
-        "chosen_is_longer": float((chosen > rejected).mean()),
-    }
+    num_pairs, sums = 0, np.zeros(3, np.int64)
+    for lengths in groups.lengths.chunks():
+        first = lengths.starts[:-1][lengths.counts == 2]
+        chosen, rejected = lengths.completions[first], lengths.completions[first + 1]
+        num_pairs += len(first)
+        sums += [chosen.sum(dtype=np.int64), rejected.sum(dtype=np.int64), (chosen > rejected).sum()]
+    names = ("mean_chosen", "mean_rejected", "chosen_is_longer")
+    return dict(zip(names, (sums / num_pairs).tolist(), strict=True)) if num_pairs else {}
 
 
-def _sorted_keys(groups: Groups) -> np.ndarray:
+Hashes = Callable[[Groups], np.ndarray]
+"""[rows] uint64 of groups."""
+
+
+def _sorted(hashes: Hashes, groups: Groups) -> np.ndarray:
     """[rows] hashes of all groups, sorted."""
-    keys = np.empty(len(groups), np.uint64)
+    found = np.empty(len(groups), np.uint64)
     done = 0
     for some in groups.chunks():
-        keys[done : done + len(some)] = _keys(some)
+        found[done : done + len(some)] = hashes(some)
         done += len(some)
-    keys.sort()
-    return keys
+    found.sort()
+    return found
+
+
+def _num_of(groups: Groups, hashes: Hashes, known: np.ndarray) -> int:
+    """How many of the groups have a hash that is among the sorted ones."""
+    return sum(_num_in(hashes(some), known) for some in groups.chunks())
+
+
+def _prompts(groups: Groups) -> np.ndarray:
+    return groups.column("prompt_hash")
 
 
 def _keys(groups: Groups) -> np.ndarray:
@@ -191,8 +188,12 @@ def _num_in(keys: np.ndarray, known: np.ndarray) -> int:
 
 def num_labels(groups: Groups) -> dict[bool, int]:
     """How many completions are desirable (True) and how many are not."""
-    labels = groups.column("label")
-    return {label: int((labels == label).sum()) for label in (True, False)}
+    found = {True: 0, False: 0}
+    for some in groups.chunks():
+        labels = some.column("label")
+        for label in found:
+            found[label] += int((labels == label).sum())
+    return found
 
 
 def imbalance(labels: Mapping[bool, int], desirable_weight: float, undesirable_weight: float) -> str | None:

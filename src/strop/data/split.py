@@ -23,34 +23,41 @@ def held_out(keys: Sequence[Any] | np.ndarray, share: float, seed: int) -> np.nd
     wanted = min(max(1, round(share * num_rows)), num_rows - 1) if share > 0 else 0
     if wanted <= 0:
         return np.zeros(num_rows, bool)
-    bundle_of = _bundles(np.asarray(keys))
+    by_key = _by_key(np.asarray(keys))
     del keys  # they take memory, and a caller may have passed its only reference on
+    bundle_of = _bundles(*by_key)
+    del by_key
     chosen = _fill(np.bincount(bundle_of).astype(bundle_of.dtype), wanted, seed)
     if not chosen.any():
         return _fill(np.ones(num_rows, bundle_of.dtype), wanted, seed)
     return np.asarray(chosen[bundle_of])
 
 
-def _bundles(keys: np.ndarray) -> np.ndarray:
-    """[rows] for each row the number of its key; keys are numbered as they appear.
-
-    Numbers are 32 bits wide where that is enough, and arrays are given up early: with a million rows and more, this is
-    where a start takes the most memory.
-    """
-    narrow = np.int32 if len(keys) < 2**31 else np.int64
-    rows = np.argsort(keys, kind="stable").astype(narrow)  # rows with one key side by side, the first of them first
-    is_first_in_order = np.empty(len(rows), bool)
-    is_first_in_order[0] = True
+def _by_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[rows] the numbers of the rows in the order of their keys, those with one key as they were; and a flag for each
+    of them that is the first with its key. Numbers are 32 bits wide where that is enough."""
+    rows = np.argsort(keys, kind="stable").astype(np.int32 if len(keys) < 2**31 else np.int64)
     in_order = keys[rows]
-    np.not_equal(in_order[1:], in_order[:-1], out=is_first_in_order[1:])
-    del in_order
+    is_first = np.empty(len(rows), bool)
+    is_first[0] = True
+    np.not_equal(in_order[1:], in_order[:-1], out=is_first[1:])
+    return rows, is_first
+
+
+def _bundles(rows: np.ndarray, is_first_in_order: np.ndarray) -> np.ndarray:
+    """[rows] for each row the number of its key; keys are numbered as they appear. rows, is_first_in_order: by key.
+
+    Arrays are given up early: with a million rows and more, this is where a start takes the most memory.
+    """
     first_rows = rows[is_first_in_order]
     is_first = np.zeros(len(rows), bool)
     is_first[first_rows] = True
-    number_of_key = np.cumsum(is_first, dtype=narrow)[first_rows] - 1
+    number_of_key = np.cumsum(is_first, dtype=rows.dtype)[first_rows]
+    number_of_key -= 1
     del first_rows, is_first
-    key_of_place = np.cumsum(is_first_in_order, dtype=narrow) - 1
-    bundle_of = np.empty(len(rows), narrow)
+    key_of_place = np.cumsum(is_first_in_order, dtype=rows.dtype)
+    key_of_place -= 1
+    bundle_of = np.empty(len(rows), rows.dtype)
     bundle_of[rows] = number_of_key[key_of_place]
     return bundle_of
 
@@ -62,9 +69,9 @@ def sample(num_rows: int, share: float, seed: int) -> np.ndarray:
 
 def _fill(sizes: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """Flags of bundles taken in a random order, as far as they fit."""
-    order = np.argsort(_ranks(len(sizes), seed), kind="stable")
+    order = np.argsort(_ranks(len(sizes), seed), kind="stable").astype(sizes.dtype)
     chosen = np.zeros(len(sizes), bool)
-    totals = np.cumsum(sizes[order])
+    totals = np.cumsum(sizes[order], dtype=sizes.dtype)
     num_first = int(np.searchsorted(totals, wanted, side="right"))  # up to the first that does not fit
     chosen[order[:num_first]] = True
     missing = wanted - (int(totals[num_first - 1]) if num_first else 0)

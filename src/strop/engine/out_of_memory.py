@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from strop.config import RunConfig
 from strop.errors import TrainingError
-from strop.policy.allocator import attempt, is_out_of_memory
+from strop.policy.memory_attempts import attempt, is_out_of_memory
 from strop.policy.strategy import Strategy
 from strop.world import PeerMemoryError
 

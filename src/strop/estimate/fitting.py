@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from strop.allocator import give_back_freed_memory
 from strop.config import ModelSection, RunConfig
 from strop.engine.checkpoint import Checkpoint
 from strop.estimate.devices import devices_of
@@ -11,7 +12,6 @@ from strop.estimate.memory import fits, peak_memory
 from strop.machine import Machine
 from strop.plan.micro_batch_size import longest_group
 from strop.plan.row_tokens import RowTokens, packed_tokens, padded_tokens
-from strop.policy.allocator import give_back_freed_memory
 from strop.policy.kernels.product_rates import bf16_gains
 from strop.policy.model.from_config import CannotBuildError, predicting, reason_for_plain_rows
 from strop.policy.precision import Precision, choose_precision

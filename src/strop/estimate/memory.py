@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from strop.allocator import KERNELS_KEPT
 from strop.config import RunConfig
 from strop.config.methods import MethodSettings
 from strop.distributed import BUCKET_BYTES
@@ -22,7 +23,6 @@ from strop.estimate.devices import ALONE, Devices, base_bytes, gathered_bytes, s
 from strop.machine import Machine
 from strop.objectives.base import Objective
 from strop.plan.work import Work
-from strop.policy.allocator import KERNELS_KEPT
 from strop.policy.kernels.attention import KERNELS, best_kernel
 from strop.policy.kernels.dropout import bytes_of_left_out
 from strop.policy.kernels.head_sizes import head_bytes, product_dtype, tile_shape

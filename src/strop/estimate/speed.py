@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from strop.allocator import keep_few_kernels, keep_freed_memory
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.engine.optim import build_optimizer
 from strop.lengths import Sized
-from strop.policy.allocator import keep_few_kernels, keep_freed_memory
 from strop.policy.build import elementwise_of
 from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.kernels.fused import fuse

@@ -17,7 +17,7 @@ prefix_sharing     which models may share a prompt among its completions
 probe              checks at load that strop computes the log-probs that the model itself computes
 precision          the dtypes in which weights are stored and products computed
 gradient_checkpointing   which layers recompute their activations in the backward pass
-allocator          settings of memory allocators, and what to do when memory runs out
+memory_attempts    how running out of memory is recognised and survived
 """
 
 from strop.terminal import take_over

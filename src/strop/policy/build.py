@@ -22,11 +22,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from strop.allocator import keep_few_kernels, keep_freed_memory
 from strop.config.run import RunConfig
 from strop.config.sections import ModelSection, TrainingSection
 from strop.errors import ConfigError, ModelError
 from strop.policy import prefix_sharing
-from strop.policy.allocator import keep_few_kernels, keep_freed_memory
 from strop.policy.gradient_checkpointing import checkpoint_layers
 from strop.policy.kernels.denormals import flush_denormals
 from strop.policy.kernels.elementwise import EAGER, Elementwise, compiled

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from strop.batch import TokenScores
-from strop.policy.allocator import in_halves
+from strop.policy.memory_attempts import in_halves
 from strop.policy.policy import Policy
 from strop.types import Group
 

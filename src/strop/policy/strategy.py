@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,13 +196,9 @@ class Replicated(Strategy):
     def idle(self, backward: bool, wants: Set[str] = frozenset()) -> None:
         pass
 
-    @property
+    @cached_property  # each step asks several times, and looks hundreds of weights up by their names
     def pieces(self) -> Mapping[str, Piece]:
         return {name: Piece.whole(weight) for name, weight in self.policy.trainable().items()}
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        return self.policy.trainable()
 
     def sum_gradients(self) -> None:
         self.world.sum_gradients(self.trained.values())

@@ -11,7 +11,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data.data_report import DataReport, Rendering, SplitCounts, fingerprint, group_statistics, length_summary
+from strop.data.data_report import (
+    DataReport,
+    Rendering,
+    SplitCounts,
+    fingerprint,
+    group_statistics,
+    length_summary,
+    tally,
+)
 from strop.types import Completion, Group, Origin
 
 Make = Callable[..., Any]
@@ -39,7 +47,7 @@ def test_the_fingerprint_is_of_tokens_masks_and_order_alone(on_disk: Make) -> No
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=300))
 def test_percentiles_are_lengths_that_occur(lengths: list[int]) -> None:
-    summary = length_summary(np.array(lengths))
+    summary = length_summary(tally([np.array(lengths)]))
     for percent in (50, 90, 99):
         value = summary[f"p{percent}"]
         assert sum(n <= value for n in lengths) >= percent / 100 * len(lengths)

@@ -12,6 +12,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from strop.config.method_base import Choice
 from strop.data.read.row import RowRefused
 from strop.data.store.table import Groups
@@ -71,7 +73,7 @@ def check_groups(groups: Groups | Sequence[Group], reads: frozenset[str], compar
     Raises:
         DataError: names the first row.
     """
-    if not isinstance(groups, Groups):
+    if not isinstance(groups, Groups) or not len(groups):
         return  # an empty validation set
     _check_complete(groups, reads)
     if compares is None:
@@ -92,9 +94,9 @@ def sampled_at(groups: Groups | Sequence[Group]) -> float | None:
     Raises:
         DataError: names the first row that was sampled at another one than the rows before.
     """
-    if not isinstance(groups, Groups):
+    if not isinstance(groups, Groups) or not len(groups):
         return None
-    values, _ = groups.ragged("sampling_temperature")
+    values = np.concatenate([some.ragged("sampling_temperature")[0] for some in groups.chunks()])
     if not len(values):
         return None
     if (others := values != values[0]).any():
@@ -111,7 +113,7 @@ def sampled_at(groups: Groups | Sequence[Group]) -> float | None:
 def _check_complete(groups: Groups, reads: frozenset[str]) -> None:
     """Refuse groups of which some have numbers that others lack, or all lack what the objective reads."""
     for name in NUMBERS:
-        has = groups.counts(name) > 0
+        has = np.concatenate([some.counts(name) > 0 for some in groups.chunks()])
         if not has.all() and (name in reads or has.any()):
             row = groups[int(has.argmin())].origin
             raise DataError(

@@ -177,9 +177,9 @@ class Shard:
     def __len__(self) -> int:
         return int(self._bounds[-1])
 
-    def column(self, name: str) -> np.ndarray:
-        """A column with one number per row."""
-        return Groups.of(self).column(name)
+    def sum(self, name: str) -> int:
+        """Over all rows, of a column with one number per row."""
+        return sum(int(part.column(name).sum()) for part in self.parts)
 
     def group(self, row: int) -> Group:
         n = bisect_right(self._bounds, row) - 1
@@ -320,6 +320,10 @@ class Groups(Sequence[Group]):
                 out = np.empty((len(self), *values.shape[1:]), values.dtype)
             out[where] = values[rows]
         return np.zeros(0, np.int64) if out is None else out
+
+    def sum(self, name: str) -> int:
+        """Over all rows, of a column with one number per row."""
+        return sum(int(part.column(name)[rows].sum()) for _, part, rows in self._by_part())
 
     def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A column of `PER_COMPLETION`: its numbers row after row, and [rows + 1] where those of each row begin."""

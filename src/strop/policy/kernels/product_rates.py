@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from strop import machine
+from strop.allocator import keep_few_kernels
 from strop.cachedir import cache_folder
 from strop.durable import hidden_name, remove, write_file
-from strop.policy.allocator import keep_few_kernels
 from strop.readable import short_name
 
 logger = logging.getLogger("strop")

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from strop.config.sections import ModelSection
 from strop.errors import ModelError, first_line, foreign_errors
-from strop.policy.allocator import is_out_of_memory
+from strop.policy.memory_attempts import is_out_of_memory
 from strop.policy.model import quantised_base
 from strop.policy.model.added_tokens import NewTokens, add_rows
 from strop.policy.model.configuration import LOAD_ERRORS, build_config, check_task, quiet

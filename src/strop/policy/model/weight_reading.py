@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
+from strop.allocator import give_back_large_blocks
 from strop.config.sections import ModelSection
-from strop.policy.allocator import give_back_large_blocks
 from strop.policy.model.deferred_weights import DeferredWeights
 from strop.policy.model.folder import ModelFiles, place_of
 from strop.policy.model.shape_check import meta_model

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-from strop.policy.allocator import is_out_of_memory
+from strop.policy.memory_attempts import is_out_of_memory
 
 PROGRAM = """
 import os, resource, sys
 import torch
-from strop.policy.allocator import give_back_large_blocks, keep_freed_memory
+from strop.allocator import give_back_large_blocks, keep_freed_memory
 
 def resident():
     "MiB without files: how much of a library comes in with its first pages depends on the machine."
