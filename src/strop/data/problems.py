@@ -79,7 +79,7 @@ def examine(splits: Mapping[str, Groups], *, pairs: bool) -> dict[str, Findings]
         if name == "train":
             leaked_rows = {other: _num_of(others[other], _keys, keys) for other in others}
         del keys  # the next take as much memory
-    if "train" in splits and others:
+    if others:
         prompts = _sorted(_prompts, splits["train"])
         for name, groups in others.items():
             leaked_prompts = _num_of(groups, _prompts, prompts)

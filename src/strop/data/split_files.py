@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from strop.config.methods import METHODS
-from strop.data.data_report import length_summary, tally
+from strop.data.data_report import length_summary
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import SPLIT_FILES, file_source
 from strop.data.shapes.examples import RowColumns, to_example
@@ -160,7 +160,7 @@ def _publish(
             held = list(sorter.good_rows(given)) if given is not None else None
         parts = _split(kept, held, how, result := sorter.result)
         for name, part in zip(names, parts, strict=True):
-            lengths = length_summary(tally([np.array([row.length for row in part], int)]))
+            lengths = length_summary(Counter(row.length for row in part))
             result.splits[name] = {"rows": len(part), "characters": lengths}
             _write(folder / name, (row.data for row in part))
         if example is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from strop.data.read.row import RowRefused
 from strop.data.text.generation_prompt import behind_prompt, num_alike, num_common, with_thoughts
@@ -87,7 +88,7 @@ class Conversation:
         else:
             self.answers = [replace(a, is_history=False) if a.is_history else a for a in self.answers]
 
-    @property
+    @cached_property
     def contents(self) -> tuple[Content, ...]:
         """What the row has written but for its calls, by start; all else is the template's."""
         places = self._reading.places if self._reading is not None else ()
@@ -100,7 +101,7 @@ class Conversation:
     @property
     def lost_reasoning(self) -> list[int]:
         """Numbers of the turns whose reasoning the template leaves out, as it does at inference."""
-        if self._reading is None or self._markers is None:
+        if self._reading is None or self._markers is None or not self._markers.has_thoughts:
             return []
         seen = {id(place.piece) for place in self._reading.places}
         kinds = ("thought", "reasoning")
@@ -187,7 +188,8 @@ class Conversation:
     def _refuse_dropped(self) -> None:
         if self._reading is not None and self._markers is not None:
             seen = {id(place.piece) for place in self._reading.places}
-            self._refuse_if_dropped([piece for piece in self._markers.pieces if id(piece) not in seen])
+            if len(seen) < len(self._markers.pieces):
+                self._refuse_if_dropped([piece for piece in self._markers.pieces if id(piece) not in seen])
 
     def _refuse_if_dropped(self, gone: Sequence[MarkedText]) -> None:
         if piece := next((piece for piece in gone if piece.kind in ("content", "call")), None):
@@ -202,6 +204,8 @@ class Conversation:
     def _restore_thoughts(self) -> None:
         """Puts the content of the last turn, whose thoughts the template drops, behind the generation prompt."""
         assert self._reading is not None and self._markers is not None
+        if not self._markers.has_thoughts:
+            return
         i = len(self._messages) - 1
         thoughts = [p for p in self._markers.pieces if p.message == i and p.kind in ("thought", "reasoning")]
         if not thoughts:
@@ -277,8 +281,11 @@ class Conversation:
         return i != len(self._messages) - 1 and self._lacks(i, own_alone, "thought")
 
     def _lacks(self, i: int, places: Sequence[MarkedSpan], *kinds: str) -> bool:
-        """Whether a piece of turn `i` that is of these kinds and no empty one stands in none of these places."""
+        """Whether a piece of turn `i` that is of these kinds, of thoughts, and no empty one stands in none of these
+        places."""
         assert self._markers is not None
+        if not self._markers.has_thoughts:
+            return False
         seen = {id(place.piece) for place in places}
         return any(p.message == i and p.kind in kinds and p.text and id(p) not in seen for p in self._markers.pieces)
 

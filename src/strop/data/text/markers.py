@@ -123,6 +123,11 @@ class Markers:
         """All marks, each piece closed before the next one is opened."""
         return "".join(map(chr, range(self._base, self._base + 2 * len(self.pieces))))
 
+    @cached_property
+    def has_thoughts(self) -> bool:
+        """Whether a piece is reasoning, between tags or under a key of its own."""
+        return any(piece.kind in ("thought", "reasoning") for piece in self.pieces)
+
     def _marked_message(self, i: int, message: Message) -> Message:
         """The message with marks; what is empty stays as it is, for templates ask for that. Only an empty answer is
         marked, to know where it stands."""
