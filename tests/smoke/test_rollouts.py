@@ -82,6 +82,8 @@ def test_it_samples_rewards_trains_and_writes_down(tmp_path: Path, model_dir: Pa
     for row in rollouts:
         assert len(row["completion_ids"]) == len(row["rewards"]) == len(row["old_logps"]) == 4
         assert [len(x) for x in row["completion_ids"]] == [len(x) for x in row["old_logps"]]
+        rewards = torch.tensor(row["rewards"], dtype=torch.float64)
+        assert row["advantages"] == pytest.approx(((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist())
         assert row["rewards"] == pytest.approx(
             [
                 sum(x)

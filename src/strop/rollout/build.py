@@ -92,7 +92,7 @@ def rollout_source(
         world,
         refills=how.max_refills if how.dynamic_sampling else None,
         temperature=how.temperature,
-        wants=objective.reads & Policy.SUPPLIES,
+        objective=objective,
         losses=_losses(config, policy, objective, cut, world) if objective.has_loss_on_samples else None,
         probe=forecast.Probe.of(Collector(prompts, training, *rest), num_probed, config.seed) if num_probed else None,
         also_close=close,

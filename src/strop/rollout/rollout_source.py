@@ -16,17 +16,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from strop.columns import Columns
+from strop.config.methods import MethodSettings
 from strop.durable import JsonLines
 from strop.engine.evaluation_contract import Evaluator, Watcher
 from strop.engine.step_source import GroupSet, Part, Supply
 from strop.errors import TrainingError
-from strop.objectives.base import FetchedMean
+from strop.objectives.base import FetchedMean, Objective
 from strop.plan.order import Plan
 from strop.policy.policy import Policy
 from strop.rollout.collect import Collected, Collector, Rewarded, ScoreGroups, joined, measured
@@ -36,6 +38,8 @@ from strop.rollout.forecast import Probe
 from strop.rollout.held_out import HeldOut, Losses
 from strop.rollout.rewarding import Failures
 from strop.world import World
+
+ADVANTAGES = "advantages"
 
 
 class RolloutSource:
@@ -47,8 +51,9 @@ class RolloutSource:
         refills: how many times a step samples further prompts in place of groups without signal; None: it keeps these,
             or, where pairs are trained, leaves them out.
         temperature: that of sampling, which is written down beside the log-probs.
-        wants: names of the columns that the policy has to supply. losses: the loss of what is sampled for held-out
-            prompts, where it is measured. probe: what forecasts the groups without signal, where that is asked for.
+        objective: says which columns the policy has to supply, and derives the advantages that are written down.
+        losses: the loss of what is sampled for held-out prompts, where it is measured. probe: what forecasts the groups
+            without signal, where that is asked for.
         also_close: called when nothing is sampled any more. staleness: how many steps old the weights are that sample;
             above 0, while the steps between train, by `policy`.
     """
@@ -68,7 +73,7 @@ class RolloutSource:
         *,
         refills: int | None = None,
         temperature: float,
-        wants: frozenset[str] = frozenset(),
+        objective: Objective[MethodSettings] | None = None,
         losses: Losses | None = None,
         probe: Probe | None = None,
         also_close: Callable[[], None] = lambda: None,
@@ -78,7 +83,9 @@ class RolloutSource:
         self._also_close, self.probe = also_close, probe
         self.plan, self.num_steps = plan, plan.num_steps
         self._collector, self._held_out = collector, held_out
-        self.supplies, self._wants, self._losses = collector.supplies, wants, losses
+        self.supplies, self._losses = collector.supplies, losses
+        self._objective = objective
+        self._wants = frozenset[str]() if objective is None else objective.reads & Policy.SUPPLIES
         self._note, self._log, self._world = note, JsonLines(log), world
         self._temperature = temperature
         self._refills = 0 if refills is None and collector.pairs else refills
@@ -210,9 +217,10 @@ class RolloutSource:
                 where=f"step {step}",
                 fix="mend the rewards, or set rollout.on_reward_error: value",
             )
+        advantages = self._advantages(trained)
         if self._world.is_main:
             for r in done.rewarded:
-                self._log.append(self._line(step, r))
+                self._log.append(self._line(step, r, advantages.get(id(r))))
         if not trained:
             raise TrainingError(
                 f"no pair can be made: the rewards of all completions of each of {len(done.rewarded)} prompts are the "
@@ -258,8 +266,20 @@ class RolloutSource:
             self._has_warned = True
             self._note(f"step {step}: {failures.first}; further ones are counted in rewards/failed")
 
-    def _line(self, step: int, rewarded: Rewarded) -> dict[str, Any]:
-        """A group as a row of a file that can be trained on as it is."""
+    def _advantages(self, trained: Sequence[Rewarded]) -> dict[int, list[float]]:
+        """Those of the completions of each group that a step trains, by its id; the mean where tokens have their own.
+        Nothing where the objective derives none."""
+        if self._objective is None or ADVANTAGES not in self._objective.derives or not trained:
+            return {}
+        found = _group_set(trained, self._wants).derived(self._objective).columns[ADVANTAGES]
+        of_groups = (found([place]).find(ADVANTAGES).tolist() for place in range(len(trained)))
+        return {
+            id(r): [fmean(own) for own in _split(values, r.lengths)]
+            for r, values in zip(trained, of_groups, strict=True)
+        }
+
+    def _line(self, step: int, rewarded: Rewarded, advantages: Sequence[float] | None) -> dict[str, Any]:
+        """A group as a row of a file that can be trained on as it is. advantages: null where it is not trained."""
         completions, prompt = rewarded.completions, rewarded.prompt
         whole = rewarded
         if rewarded.trained is not None:  # all completions; those of the pair, if there is one, alone were scored again
@@ -276,6 +296,8 @@ class RolloutSource:
             "prompt_ids": list(prompt.prompt_ids),
             "completion_ids": [list(c.ids) for c in completions],
         }
+        if self._objective is not None and ADVANTAGES in self._objective.derives:
+            line[ADVANTAGES] = advantages
         line["sampling_temperature"] = self._temperature
         for name in ("old_logps", "sampler_logps"):
             if name in group.numbers:

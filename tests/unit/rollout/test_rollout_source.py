@@ -183,9 +183,8 @@ class Varied(Scoring):
 def test_groups_without_signal_give_way_to_others(refills: int, size: int, tmp_path: Path) -> None:
     def asked(world: World) -> Any:
         parts = (Plan.of(7, 4, 1, None, 0), collector(world, Varied()), None)
-        source = RolloutSource(
-            *parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, refills=refills
-        )
+        limits = {"temperature": 1.0, "refills": refills, "objective": build_objective(GrpoSettings())}
+        source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, **limits)  # type: ignore[arg-type]
         found = [(source.plan.groups(step), source.step(step).indices, source.metrics(step)) for step in (1, 2)]
         source.close()
         return found
@@ -201,6 +200,9 @@ def test_groups_without_signal_give_way_to_others(refills: int, size: int, tmp_p
                 assert indices == with_signal and metrics["rollout/refilled"] == (0.0, 1)
             log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
             assert {n for n in planned if not n % 2} <= {row["prompt_number"] for row in log}, "all are written down"
+            for row in log:  # of two completions, the second is as far above the mean as the first is below
+                advantages = pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3) if row["prompt_number"] % 2 else None
+                assert row["advantages"] == advantages
             assert metrics["rollout/groups_without_signal"][0] >= len(planned) - len(with_signal)
 
 
