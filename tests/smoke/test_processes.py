@@ -260,7 +260,11 @@ def test_whatever_is_killed_the_same_command_goes_on(
     victims: str, start: Callable[..., Any], runs: Any, tmp_path: Path
 ) -> None:
     """All processes end, with one message that names the one that was killed, and the result is the unbroken run's."""
-    unbroken = runs.at(in_many(2, runs.config({**LONG, "training.save_steps": 1000})))
+    whole = runs.config({**LONG, "training.save_steps": 1000, "gpu.num_processes": 2})
+    started = start(tmp_path / "unbroken", whole)  # as the other is: its processes have as many threads
+    _, said = started.communicate(timeout=200)
+    assert started.returncode == 0, said
+    unbroken = runs.at(Path(whole.training.output_dir) / "run")
     config = runs.config({**LONG, "gpu.num_processes": 2})
     process = start(tmp_path, config)
     run = Path(config.training.output_dir) / "run"
