@@ -36,7 +36,7 @@ def resolve(config: RunConfig) -> RunConfig:
     found: dict[str, Any] = {}
     adapts = {config.adapts(model) for model in config.models}
     if training.learning_rate is None and len(adapts) == 1:
-        found["training.learning_rate"] = _usual_rate(config.post_training.method, True in adapts)
+        found["training.learning_rate"] = usual_rate(config.post_training.method, True in adapts)
     if training.warmup_steps is None and training.warmup_ratio is None:
         found["training.warmup_ratio"] = WARMUP_RATIO
     if config.post_training.method == "sft" and "max_completion_length" not in training.model_fields_set:
@@ -65,7 +65,8 @@ def of_model(config: RunConfig, model: ModelSection) -> RunConfig:
     return resolve(config.model_copy(update={"models": (model,)}))
 
 
-def _usual_rate(method: str, adapted: bool) -> float:
+def usual_rate(method: str, adapted: bool) -> float:
+    """The learning rate of a method that is given none. adapted: adapters are trained."""
     rate = METHODS[method].LEARNING_RATE * (ADAPTER_FACTOR if adapted else 1)
     return float(f"{rate:.6g}")  # 5e-6, not 4.9999999999999996e-06
 
@@ -124,7 +125,7 @@ def _about_the_rate(config: RunConfig, num_weights: int | None) -> Iterator[str]
     what = "adapters" if adapted else "all weights"
     if num_weights and num_weights < USUAL_SIZE:
         what += f" of a model with {in_millions(num_weights)} weights"
-    usual = f"{_usual_rate(method, adapted):g} is the default"
+    usual = f"{usual_rate(method, adapted):g} is the default"
     if rate > highest * 1.001:  # 1e-5 times ten is not quite 1e-4
         yield (
             f"training.learning_rate {rate:g} is high for {method} with {what}: above {highest:.2g} preference "

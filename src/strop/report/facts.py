@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from strop.config.guidance import usual_rate
 from strop.config.methods import METHODS, ReferenceSettings
 from strop.readable import is_number
 from strop.report.findings import Thresholds
@@ -76,6 +77,11 @@ class Facts:
         return self.run.number("training.learning_rate")
 
     @property
+    def usual_rate(self) -> float | None:
+        """The learning rate that the method has by default."""
+        return usual_rate(self.method, self.is_adapted) if self.method in METHODS else None
+
+    @property
     def is_adapted(self) -> bool:
         return bool(self.run.value("lora.enabled", False)) or self.run.value("models.adapter") is not None
 
@@ -84,6 +90,11 @@ class Facts:
         """Optimizer steps of the run: planned, or else done."""
         planned = self.run.plan.get("num_steps") or self.run.result.get("num_steps")
         return planned if isinstance(planned, int) and planned > 0 else self.run.last_step
+
+    @property
+    def second_half(self) -> tuple[float, float]:
+        """First and last step of the second half of what was done."""
+        return self.run.last_step / 2, float(self.run.last_step)
 
     # -- series ------------------------------------------------------------------------------------------------------
 

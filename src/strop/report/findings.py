@@ -56,19 +56,24 @@ class Remedy:
     look: Sequence[str] = ()
     reads: str = ""
 
-    @property
-    def shown(self) -> str:
-        """The settings in short; empty without any."""
-        return ", ".join(f"{key.rpartition('.')[2]} {write_value(value)}" for key, value in self.settings.items())
+    def shown(self, before: Mapping[str, Any]) -> str:
+        """The settings in short, each with the value before, if it had one; empty without any."""
+        parts = []
+        for key, value in self.settings.items():
+            old = before.get(key)
+            words = "" if old is None else f"{write_value(old)} → "
+            parts.append(f"{key.rpartition('.')[2]} {words}{write_value(value)}")
+        return ", ".join(parts)
 
-    def command(self, run: Path) -> str:
+    def command(self, run: Path, number: int = 1) -> str:
         """The command that looks at the run, or that trains it again with these settings, in another folder; empty
-        without either."""
+        without either. number: of the remedy, from 1; each has a folder of its own."""
         if not self.settings:
             return (
                 shlex.join(["strop", *(str(run) if word == RUN else word for word in self.look)]) if self.look else ""
             )
-        values = {**self.settings, "training.output_dir": f"{run.parent}-retry"}
+        folder = f"{run.parent}-retry" + (f"-{number}" if number > 1 else "")
+        values = {**self.settings, "training.output_dir": folder}
         flags = [part for key, value in values.items() for part in ("--" + key, write_value(value))]
         return shlex.join(["strop", "train", "--config", str(run / "config.yaml"), *flags])
 
@@ -108,7 +113,8 @@ class Finding:
             "numbers": dict(self.numbers),
             "harmless_if": self.harmless_if,
             "remedies": [
-                {"words": r.words, "settings": dict(r.settings), "command": r.command(run)} for r in self.remedies
+                {"words": r.words, "settings": dict(r.settings), "command": r.command(run, number)}
+                for number, r in enumerate(self.remedies, start=1)
             ],
             "thresholds": list(self.thresholds),
             "steps": list(self.steps) if self.steps else None,

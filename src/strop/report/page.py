@@ -153,6 +153,7 @@ def _findings(
 
 def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:
     mark, words = WORDS[f.severity]
+    before = {key: setting.value for key, setting in run.settings.items()}
     rows = [
         (name, number(thresholds[name]), THRESHOLDS[name].meaning,
          "given for this report" if name in thresholds.replaced else THRESHOLDS[name].source)
@@ -171,7 +172,10 @@ def _finding(f: Finding, run: RunRecord, charts: Mapping[str, Any], thresholds: 
         ],
         "chart": charts.get(f.chart),
         "harmless_if": f.harmless_if,
-        "remedies": [{"words": r.words, "shown": r.shown, "command": r.command(run.path)} for r in f.remedies],
+        "remedies": [
+            {"words": r.words, "shown": r.shown(before), "command": r.command(run.path, number)}
+            for number, r in enumerate(f.remedies, start=1)
+        ],
         "section": f.section,
         "pairs": bool(run.pairs.get("worst")) and any(r.reads == "pairs" for r in f.remedies),
         "samples": bool(run.samples) and any(r.reads == "samples" for r in f.remedies),

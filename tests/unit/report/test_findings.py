@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from strop.cli.run_config import parse, parser_of_run
+from strop.config.yamlfile import write_value
 from strop.report import findings
-from strop.report.checks import course, data, pairs, sampled_groups, sampled_rewards, start, unpaired
+from strop.report.checks import accuracy, course, data, pairs, sampled_groups, sampled_rewards, start, unpaired
 from strop.report.facts import LN2
 from strop.report.findings import THRESHOLDS, Severity, Thresholds
 from strop.report.pair_accuracy import Accuracy, looks_exchanged
@@ -483,6 +484,32 @@ def test_remedies_are_commands_that_the_command_line_takes(make: Callable[..., A
     assert len(seen) > 15
 
 
+@pytest.mark.parametrize("train", [0.5, 0.95], ids=["not told apart", "learnt by heart"])
+def test_more_is_not_advised_where_pairs_are_learnt_by_heart(train: float, make: Callable[..., Any]) -> None:
+    found = make(held(0.51, train)).finding("accuracy-half")
+    raised = [r for r in found.remedies if "training.learning_rate" in r.settings]
+    assert ("learnt by heart" in found.claim) == (train > 0.9) == (not raised)
+    assert found.remedies[0].reads == "pairs"
+
+
+@pytest.mark.parametrize(("rate", "advised"), [(0.5, 5e-7), (6e-5, 5e-7), (4e-5, 4e-6)])
+def test_a_rate_far_above_the_methods_own_gives_way_to_that(
+    rate: float, advised: float, make: Callable[..., Any]
+) -> None:
+    made = make(rising(LN2, 3.0))
+    made.settings["training.learning_rate"] = rate
+    first = made.finding("rate-high").remedies[0]
+    assert first.settings == {"training.learning_rate": advised}
+    before = {"training.learning_rate": rate}
+    assert first.shown(before) == f"learning_rate {write_value(rate)} → {write_value(advised)}"
+
+
+def test_each_remedy_has_a_folder_of_its_own(make: Callable[..., Any]) -> None:
+    made = make(rising(LN2, 3.0))
+    commands = [r.command(made.path, n) for n, r in enumerate(made.finding("rate-high").remedies, start=1)]
+    assert len(commands) > 1 and len({shlex.split(command)[-1] for command in commands}) == len(commands)
+
+
 def test_a_remedy_that_the_run_has_already_is_not_told(make: Callable[..., Any]) -> None:
     made = make(per_token(-0.55, -0.6))
     made.settings["training.num_epochs"] = 1
@@ -498,7 +525,7 @@ ID = r'(?:Finding|passed|unchecked|graded)\(\s*"([a-z-]+)"'
 def source_of_checks() -> str:
     return "".join(
         Path(m.__file__ or "").read_text(encoding="utf-8")
-        for m in (course, data, pairs, sampled_groups, sampled_rewards, start, unpaired)
+        for m in (accuracy, course, data, pairs, sampled_groups, sampled_rewards, start, unpaired)
     )
 
 

@@ -306,7 +306,7 @@ def risen(facts: Facts) -> Iterator[Finding]:
             harmless_if="the final model is that of the best step (finetuning.load_best_model_at_end), or only "
             "its certainty grows while its accuracy holds",
             remedies=[
-                *([compare] if seen_once else []),
+                compare if seen_once else Remedy("train on more rows, if there are some"),
                 Remedy("stop where it was best", _fewer(facts, best)),
                 Remedy("return the best model", {"finetuning.load_best_model_at_end": True}),
                 lower(facts, 2),

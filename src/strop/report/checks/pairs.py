@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
+from strop.report.checks.accuracy import accuracy, saturated
 from strop.report.checks.remedies import (
-    FEWER_STEPS,
     anchored,
     higher,
     longer_run,
     longer_warmup,
     lower,
-    smoothed,
     times_beta,
     weaker,
 )
 from strop.report.checks.start import first_loss
 from strop.report.facts import LN2, Facts
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
-from strop.report.pair_accuracy import at_first_sight, at_the_end, looks_exchanged
 
 
 def likelihood_displacement(facts: Facts) -> Iterator[Finding]:
@@ -58,15 +55,10 @@ def likelihood_displacement(facts: Facts) -> Iterator[Finding]:
             thresholds=("displaced_note", "displaced_warn", "displaced_fail"),
             chart="rewards",
             level=(-t["displaced_warn"], "worth a look: chosen below"),
-            steps=_second_half(facts),
+            steps=facts.second_half,
         )
     else:
         yield passed("likelihood-displacement", f"Chosen answers: {chosen:+.2f} nats per token", numbers=numbers)
-
-
-def _second_half(facts: Facts) -> tuple[float, float]:
-    last = float(facts.run.last_step)
-    return last / 2, last
 
 
 def drift(facts: Facts) -> Iterator[Finding]:
@@ -157,110 +149,6 @@ def learnt_too_little(facts: Facts) -> Iterator[Finding]:
         yield passed("rate-low", f"The sides of a pair are {size:.2g} nats apart at the end", numbers=numbers)
 
 
-def accuracy(facts: Facts) -> Iterator[Finding]:
-    """Pairs are told apart; both splits agree on which way."""
-    if not facts.is_pairs:
-        return
-    train, held = at_the_end(facts, facts.run.train), at_the_end(facts, facts.run.eval)
-    if train is None:
-        yield unchecked("accuracy-half", "whether pairs are told apart: no accuracy is logged")
-        return
-    share, low, high = train
-    numbers: dict[str, float | int | str] = {
-        "accuracy on training pairs": share,
-        "95 % interval": f"{low:.2f} to {high:.2f}",
-    }
-    if held is not None:
-        numbers |= {"accuracy on validation pairs": held.share, "its interval": f"{held.low:.2f} to {held.high:.2f}"}
-    judged, where = (train, "training pairs") if held is None else (held, "validation pairs")
-    look = Remedy(
-        "read the pairs below: is the chosen side the better one? If not, exchange the two in that file, or name them "
-        "the other way round (dataset.chosen_column, dataset.rejected_column)",
-        reads="pairs",
-    )
-    common: dict[str, Any] = {"numbers": numbers, "chart": "accuracy", "steps": _second_half(facts)}
-    fresh = at_first_sight(facts)
-    # pairs are won only once they have been trained on: that says nothing of which side is which
-    by_heart = fresh is not None and fresh.low <= 0.5 <= fresh.high < low
-    lost = held is not None and held.high < 0.5 < low
-    apart = held is not None and fresh is not None and looks_exchanged(fresh, held)
-    if held is not None and (lost or apart) and facts.has_reference and not by_heart:
-        seen = share if lost or fresh is None else fresh.share
-        yield Finding(
-            "splits-disagree",
-            Severity.FAIL if lost else Severity.WARN,
-            f"Training pairs are won (accuracy {seen:.2f}), validation pairs are lost ({held.share:.2f}): in one of "
-            "the two files, chosen and rejected are exchanged" + ("" if lost else ", or the pairs are of another kind"),
-            Evidence.MEASURED,
-            remedies=[look],
-            explains=("worse-than-start", "risen", "accuracy-half", "likelihood-displacement", "drift", "rate-high"),
-            **common,
-        )
-    elif high < 0.5 and facts.has_reference and facts.has_trend:
-        yield Finding(
-            "accuracy-falls",
-            Severity.FAIL,
-            f"The training makes the chosen sides less likely than the rejected ones: accuracy {share:.2f}",
-            Evidence.MEASURED,
-            remedies=[look, lower(facts, 10)],
-            **common,
-        )
-    elif judged.low <= 0.5 and (judged.high >= 0.5 or by_heart) and facts.has_reference:
-        yield Finding(
-            "accuracy-half",
-            Severity.WARN if facts.has_trend and judged.high - judged.low < 0.2 else Severity.NOTE,
-            f"Pairs are not told apart: accuracy {judged.share:.2f} on {where}, as by tossing a coin",
-            Evidence.MEASURED,
-            harmless_if="the labels are noisy and the run is short",
-            remedies=[look, higher(facts, 3), *smoothed(facts, 0.1)],
-            **common,
-        )
-    else:
-        yield passed("accuracy-half", f"Accuracy on {where}: {judged.share:.2f}", numbers=numbers)
-
-
-def saturated(facts: Facts) -> Iterator[Finding]:
-    """All pairs are won: a shallow cue, or learnt by heart."""
-    if not facts.is_pairs:
-        return
-    at, values = facts.run.train.series("rewards/accuracies")
-    if len(values) < facts.thresholds["trend_lines"]:
-        yield unchecked("saturated", f"saturation: {len(values)} logged accuracies are too few")
-        return
-    t = facts.thresholds
-    smooth = np.convolve(values, np.ones(5) / 5, "valid")
-    won = smooth >= t["saturated_at"]
-    share = float(won.mean())
-    if share >= t["saturated_share"]:
-        begins = float(at[int(np.argmax(won)) + 4])
-        early = begins < facts.run.last_step / 3
-        held = at_the_end(facts, facts.run.eval)
-        numbers: dict[str, float | int | str] = {"share of the run": share, "from step": begins}
-        if held is not None:
-            numbers["accuracy on validation pairs"] = held.share
-        alike = held is not None and held.share >= t["saturated_at"] - 0.05
-        yield Finding(
-            "saturated",
-            Severity.NOTE,
-            f"Nearly all training pairs are won from step {begins:.0f} on: "
-            + ("a shallow cue tells the sides apart" if early or alike else "they may be learnt by heart"),
-            Evidence.RULE,
-            numbers,
-            harmless_if="what tells them apart is what is wanted, and held-out pairs are won as well",
-            remedies=[
-                Remedy("read the best pairs below: what tells the sides apart?", reads="pairs"),
-                FEWER_STEPS,
-                lower(facts, 3),
-                *smoothed(facts, 0.1),
-            ],
-            thresholds=("saturated_at", "saturated_share"),
-            chart="accuracy",
-            steps=(begins, float(at[-1])),
-        )
-    else:
-        yield passed("saturated", "The training pairs are not all won")
-
-
 FOLLOW_A_HIGH_RATE = (
     "drift",
     "likelihood-displacement",
@@ -291,8 +179,13 @@ def rate_high(facts: Facts) -> Iterator[Finding]:
     smooth = np.array([np.median(losses[i : i + width]) for i in range(0, len(losses), width)])
     peak = float(smooth.max())
     scale = max(abs(start), LN2) / LN2
-    numbers: dict[str, float | int | str] = {
-        "loss at the start": start, "highest": peak, "at the end": end, "learning rate": facts.rate or 0.0}  # fmt: skip
+    over = f", median of {width} logged steps" if width > 1 else ""
+    numbers: Numbers = {
+        "loss at the start": start,
+        f"highest{over}": peak,
+        "median at the end": end,
+        "learning rate": facts.rate or 0.0,
+    }
     if peak > start + facts.thresholds["rate_high_loss"] * scale:
         still = end > start
         worst = int(smooth.argmax()) * width
@@ -334,7 +227,7 @@ def chosen_falls(facts: Facts) -> Iterator[Finding]:
             remedies=[*anchored(facts), lower(facts, 3), *softer],
             thresholds=("falls_warn", "falls_fail"),
             chart="likelihood",
-            steps=_second_half(facts),
+            steps=facts.second_half,
         )
     else:
         yield passed("chosen-falls", f"Chosen answers: {gain:+.2f} nats per token", numbers=numbers)

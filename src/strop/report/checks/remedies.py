@@ -15,10 +15,16 @@ def look_at_step(step: float) -> Remedy:
     return Remedy(words, look=("replay", RUN, "--step", f"{step:.0f}", "--rows"))
 
 
+FAR_ABOVE = 100
+"""Times the method's own learning rate from which that is advised, and not a smaller step towards it."""
+
+
 def lower(facts: Facts, factor: float) -> Remedy:
-    """Divide the learning rate."""
+    """Divide the learning rate, or take the method's own where it is far from that."""
     if not facts.rate:
         return Remedy("lower the learning rate")
+    if facts.usual_rate is not None and facts.rate > FAR_ABOVE * facts.usual_rate:
+        return Remedy("take the method's own learning rate", {"training.learning_rate": _rounded(facts.usual_rate)})
     rate = _rounded(facts.rate / factor)
     return Remedy(f"divide the learning rate by {factor:g}", {"training.learning_rate": rate})
 

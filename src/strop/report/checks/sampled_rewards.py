@@ -135,7 +135,7 @@ def reward_hacking(facts: Facts) -> Iterator[Finding]:
         remedies=[
             Remedy(
                 "read the completions of the step with the highest reward (rollouts.jsonl has all): what do they have "
-                "in common?",
+                "in common? Mend the reward that pays for it",
                 look=("replay", RUN, "--step", f"{at[int(np.argmax(rewards))]:.0f}", "--rows"),
             ),
             *(_stay_near(facts)),
