@@ -51,7 +51,7 @@ class Diagnosis:
             return f"Something is wrong: {_lower(failed[0].claim)}{tail}"
         if others:
             many = f"{len(others)} things are worth a look, first" if len(others) > 1 else "One thing is worth a look"
-            return f"Nothing is clearly wrong. {many}: {_lower(others[0].claim)}"
+            return f"{many}: {_lower(others[0].claim)}"
         left = len(self.of(Severity.UNCHECKED))
         tail = f" {left} {'check' if left == 1 else 'checks'} could not be made." if left else ""
         if notes:
