@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from strop.data.read.row import RowRefused
@@ -160,6 +160,36 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_control_token(templates: 
     assert encoded.counts["controls_as_text"] == 0
     written = encode(tokenizer, turns("a <unk>"), turns("", "a dog")[1:])
     assert written.counts["controls_as_text"] == 1
+
+
+def test_a_part_with_an_unknown_word_is_encoded_at_its_place() -> None:
+    """Behind a control token some tokenizers begin a word; an unknown word further on changes nothing of that."""
+    pieces = Tokenizer(models.Unigram([("<unk>", 0.0), *((piece, -1.0) for piece in "\u2581acdgo\n")], unk_id=0))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
+        "{{ ' ' if m['role'] == 'user' else eos_token }}{% endfor %}"
+    )
+    encoded = encode(tokenizer, turns("a cat"), turns("", "dog")[1:])
+    assert encoded.prompt_ids == ids_of(tokenizer, turns("a cat")) and 0 in encoded.prompt_ids
+
+
+@pytest.mark.parametrize("lead", ["", "  ", "\n"])
+def test_a_header_that_takes_in_white_space_is_never_trained(lead: str, templates: dict[str, str]) -> None:
+    """The control tokens of Phi 3 take in the white space behind them, also that of an answer."""
+    specials = ["<unk>", "</s>", "<|user|>", "<|assistant|>"]
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    words.add_special_tokens([AddedToken(text, special=True, rstrip=True) for text in specials])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = templates["role_tokens"].replace("m['content']", "m['content'] + '</s>'")
+    encoded = encode(tokenizer, turns("q"), turns("q", f"{lead}dog", "r", f"{lead}fox")[1:])
+    assert runs(tokenizer, encoded) == ["dog</s>", "fox</s>"]
+    assert encoded.prompt_ids == ids_of(tokenizer, turns("q"), add_generation_prompt=True)
 
 
 def test_white_space_before_the_end_token_is_trained(make_tokenizer: Make, templates: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from strop.data.read.row import RowRefused
 from strop.data.shapes.json_columns import parsed
+from strop.data.shapes.messages import text_of
 from strop.types import RowShape
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -102,7 +103,7 @@ def _data_record(data: Mapping[str, Any], prompt: str, completion: str) -> Mappi
     words = inputs["question"] + ("\n\n" + context if context and context.strip() else "")
     if not inputs["question"].strip():
         raise RowRefused("empty_field", "inputs.question is blank", expected="a text")
-    return {**data, prompt: words, completion: outputs["answer"]}
+    return {**data, prompt: words, completion: text_of(outputs["answer"], "outputs.answer")}
 
 
 def _question(data: Mapping[str, Any], rows: RowShape, prompt: str, completions: Sequence[str]) -> Mapping[str, Any]:
@@ -124,7 +125,7 @@ def _question(data: Mapping[str, Any], rows: RowShape, prompt: str, completions:
     history = _history(data.get("history"))
     row = {**data, prompt: [*history, {"role": "user", "content": text}] if history else text}
     if rows == "single" and completions[0] not in data:
-        row[completions[0]] = data[answer]
+        row[completions[0]] = text_of(data[answer], answer) if isinstance(data[answer], str) else data[answer]
     return row
 
 

@@ -18,8 +18,8 @@ from functools import cached_property
 
 from strop.data.read.row import RowRefused
 from strop.data.text.generation_prompt import behind_prompt, num_alike, num_common, with_thoughts
-from strop.data.text.markers import REASONING_KEYS, THINK_TAG, MarkedRendering, MarkedSpan, MarkedText, Markers, Span
-from strop.data.text.message_forms import without_arguments, without_reasoning
+from strop.data.text.markers import REASONING_KEYS, THOUGHTS, MarkedRendering, MarkedSpan, MarkedText, Markers, Span
+from strop.data.text.message_forms import without_arguments, without_thoughts
 from strop.data.text.refusals import dropped, dropped_reasoning, unverified
 from strop.data.text.template_writer import Writer
 from strop.types import Message
@@ -42,7 +42,8 @@ class AnswerSpan:
     generation block of it may begin.
 
     as_generated: the rendering up to `start` is the prompt that inference sees. is_history: the template renders it
-    otherwise than inference would, since other turns follow.
+    otherwise than inference would, since other turns follow. lost_thoughts: without thoughts that inference wrote
+    there, so it is history.
     """
 
     message: int
@@ -51,6 +52,7 @@ class AnswerSpan:
     earliest: int
     as_generated: bool
     is_history: bool
+    lost_thoughts: bool = False
 
 
 class Conversation:
@@ -72,9 +74,8 @@ class Conversation:
         self._numbers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         self.text, self.blocks = writer.tracked(messages)
         self.rendered = self.text
-        self._markers = Markers.put(messages, self.text)
         self._openings: dict[int, str | None] = {} if opening is None else {first: opening}
-        self._reading = self._read()
+        self._markers, self._reading = self._read()
         if self._reading is None:
             self._refuse_controls_in_contents()
         elif not self.blocks:
@@ -104,8 +105,7 @@ class Conversation:
         if self._reading is None or self._markers is None or not self._markers.has_thoughts:
             return []
         seen = {id(place.piece) for place in self._reading.places}
-        kinds = ("thought", "reasoning")
-        return sorted({p.message for p in self._markers.pieces if p.kind in kinds and p.text and id(p) not in seen})
+        return sorted({p.message for p in self._markers.pieces if p.kind in THOUGHTS and p.text and id(p) not in seen})
 
     def unread_keys(self) -> list[tuple[int, str]]:
         """Keys of messages, with the number of their message, without which the template writes the same."""
@@ -174,22 +174,33 @@ class Conversation:
         """The last answer that starts before `stop`, where the block ends."""
         return next((answer for answer in reversed(self.answers) if answer.start < stop), None)
 
-    def _read(self) -> MarkedRendering | None:
-        """The rendering with marks; None where marks change what the template writes."""
-        if self._markers is None:
-            return None
-        reading = self._markers.read(self._writer.text(self._markers.messages))
+    def _read(self) -> tuple[Markers | None, MarkedRendering | None]:
+        """Marks, and the rendering with them; no rendering where marks change what the template writes.
+
+        Raises:
+            RowRefused: the template leaves a content or a call out.
+        """
+        first: tuple[Markers, MarkedRendering] | None = None
+        for markers in Markers.ways(self._messages, self.text):
+            reading = markers.read(self._writer.text(markers.messages))
+            first = first or (markers, reading)
+            if (
+                reading.is_whole
+                and reading.text == self.text
+                and not any(p.kind == "call" for p in _unseen(markers, reading))
+            ):
+                return markers, reading
+        if first is None:
+            return None, None
+        markers, reading = first
         if reading.is_whole and reading.text == self.text:
-            return reading
-        seen = {id(place.piece) for place in reading.places}
-        self._refuse_if_dropped([p for p in self._markers.pieces if id(p) not in seen and p.text not in self.text])
-        return None
+            return first
+        self._refuse_if_dropped([piece for piece in _unseen(markers, reading) if piece.text not in self.text])
+        return markers, None
 
     def _refuse_dropped(self) -> None:
         if self._reading is not None and self._markers is not None:
-            seen = {id(place.piece) for place in self._reading.places}
-            if len(seen) < len(self._markers.pieces):
-                self._refuse_if_dropped([piece for piece in self._markers.pieces if id(piece) not in seen])
+            self._refuse_if_dropped(_unseen(self._markers, self._reading))
 
     def _refuse_if_dropped(self, gone: Sequence[MarkedText]) -> None:
         if piece := next((piece for piece in gone if piece.kind in ("content", "call")), None):
@@ -207,7 +218,7 @@ class Conversation:
         if not self._markers.has_thoughts:
             return
         i = len(self._messages) - 1
-        thoughts = [p for p in self._markers.pieces if p.message == i and p.kind in ("thought", "reasoning")]
+        thoughts = [p for p in self._markers.pieces if p.message == i and p.kind in THOUGHTS]
         if not thoughts:
             return
         seen = {id(place.piece) for place in self._reading.of(i)}
@@ -254,8 +265,9 @@ class Conversation:
         if not own or not own_alone or alone is None or self._reading is None:
             return self._answer_without_marks(i, opening)
         self._refuse_lost_reasoning(i, own_alone)
+        pieces, all_pieces = [place.piece for place in own], [place.piece for place in own_alone]
+        lost = self._lacks_thoughts(i, own_alone) or any(p.kind in THOUGHTS and p not in pieces for p in all_pieces)
         own = own[: len(own_alone)]  # templates repeat the name of a call where they write its result
-        is_same = [place.piece for place in own] == [place.piece for place in own_alone]
         end = own[-1].stop
         length, is_whole = self._ending(self.text[end:], alone.text[own_alone[-1].stop :])
         others = (p.stop for p in self._reading.places if p.piece.message != i and p.start < own[0].start)
@@ -273,8 +285,8 @@ class Conversation:
             raise unverified(f"turn {i + 1} does not follow its generation prompt")
         # the prompt at inference is like the rendering that ends with this turn for longer than like that of the whole
         is_other = not as_generated and num_alike(opening, alone.text, floor) > common
-        is_history = not is_same or not is_whole or is_other or self._lacks_thoughts(i, own_alone)
-        return AnswerSpan(i, start, end + length, earliest, as_generated, is_history)
+        is_history = pieces[: len(own)] != all_pieces or not is_whole or is_other or lost
+        return AnswerSpan(i, start, end + length, earliest, as_generated, is_history, lost)
 
     def _lacks_thoughts(self, i: int, own_alone: Sequence[MarkedSpan]) -> bool:
         """Whether the template drops thoughts of an earlier turn, though it ends with them: inference wrote them."""
@@ -356,7 +368,7 @@ class Conversation:
         """The first token of what would follow the last turn, where generation stops at it; else nothing."""
         role = "tool" if "tool_calls" in self._messages[-1] else "user"
         # with another turn behind them the last ones would lose their reasoning
-        messages = [_without_thoughts(m) if m["role"] == "assistant" else m for m in self._messages]
+        messages = [without_thoughts(m) if m["role"] == "assistant" else m for m in self._messages]
         try:
             short = self._writer.text(messages).rstrip()
             long = self._writer.text([*messages, {"role": role, "content": "x"}])
@@ -387,20 +399,20 @@ class Conversation:
         return replace(answer, stop=answer.stop + length) if length else answer
 
 
+def _unseen(markers: Markers, reading: MarkedRendering) -> list[MarkedText]:
+    """The pieces that stand nowhere in a rendering."""
+    seen = {id(place.piece) for place in reading.places}
+    return [piece for piece in markers.pieces if id(piece) not in seen] if len(seen) < len(markers.pieces) else []
+
+
 def _is_looked_after(key: str, role: str) -> bool:
     return key in KNOWN or (key in REASONING_KEYS if role == "assistant" else (key, role) == ("name", "tool"))
-
-
-def _without_thoughts(message: Message) -> Message:
-    content = message.get("content")
-    words = THINK_TAG.split(content)[-1].strip() if isinstance(content, str) else content
-    return {**without_reasoning(message), "content": words}
 
 
 def _with_history(answers: Sequence[AnswerSpan]) -> list[AnswerSpan]:
     """The answers, where those that do not follow their generation prompt are history if others do follow theirs."""
     # an answer at the very beginning has no generation prompt to follow
-    if not any(answer.as_generated and answer.message for answer in answers):
+    if not any(answer.as_generated and answer.message and not answer.lost_thoughts for answer in answers):
         return list(answers)
     return [
         answer if answer.as_generated or answer.is_history else replace(answer, is_history=True) for answer in answers

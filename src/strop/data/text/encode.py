@@ -243,8 +243,8 @@ class Encoder:
     def _split(self, text: str, tokens: Tokens, boundary: int) -> tuple[Tokens, int, bool]:
         """The tokens with none across the boundary, how many stand before it, and whether one stood across."""
         stop = bisect_right(tokens.ends, boundary)
-        if stop < len(tokens.ids) and tokens.starts[stop] < boundary and tokens.ids[stop] in self._strips_right:
-            return tokens, stop + 1, False  # it takes in the white space that follows it, at inference too
+        if stop < len(tokens.ids) and self._takes_in(tokens, stop, boundary):
+            return tokens, stop + 1, False  # at inference too
         start = self._last_added(text, tokens, stop) + 1
         left = tokens.ends[start - 1] if start else 0
         alone = self._part(text[left:boundary], "after added" if start else "start")
@@ -259,12 +259,18 @@ class Encoder:
         after = self._part(text[boundary:right], "inside").shifted(boundary) if across else tokens[:0]
         return tokens[:start] + alone.shifted(left) + after + tokens[end:], start + len(alone.ids), across
 
+    def _takes_in(self, tokens: Tokens, i: int, place: int) -> bool:
+        """Whether token `i` goes beyond this place only because it takes in the white space that follows it."""
+        return tokens.starts[i] < place and tokens.ids[i] in self._strips_right
+
     def _completion(self, rendered: Rendered, tokens: Tokens, start: int) -> tuple[list[int], bytes]:
         """Ids and mask from token `start` on, to the last trained token; the last answer ends with an end token."""
         mask = bytearray(len(tokens.ids))
         after = start
         for begin, stop in rendered.trained:
             first = bisect_right(tokens.ends, begin, start)
+            if first < len(tokens.ids) and self._takes_in(tokens, first, begin):
+                first += 1  # a header that takes in the white space at the answer's beginning
             after = max(bisect_left(tokens.starts, stop, first), first)
             mask[first:after] = bytes([1]) * (after - first)
         stop = mask.rfind(1) + 1
@@ -306,21 +312,27 @@ class Encoder:
         if not text:
             return Tokens([], [], [])
         tokens = self._at_place(text, place)
-        for token, start, stop in zip(tokens.ids, tokens.starts, tokens.ends, strict=True):
+        for start, stop in self._written_controls(text, tokens):
+            # not special, so the tokenizer always takes it for itself: break it up after its first character
             words = text[start:stop]
-            if token in self._controls and self._is_written(token, words):
-                # not special, so the tokenizer always takes it for itself: break it up after its first character
-                cut = stop - len(words.lstrip()) + 1
-                if cut >= stop:
-                    raise RowRefused("control_token", f"the tokenizer cannot write {words!r} as text")
-                return self._part(text[:cut], place) + self._part(text[cut:], "inside").shifted(cut)
+            cut = stop - len(words.lstrip()) + 1
+            if cut >= stop:
+                raise RowRefused("control_token", f"the tokenizer cannot write {words!r} as text")
+            return self._part(text[:cut], place) + self._part(text[cut:], "inside").shifted(cut)
         return tokens
+
+    def _written_controls(self, text: str, tokens: Tokens) -> list[tuple[int, int]]:
+        """Where the control tokens stand that come from their own text."""
+        if self._controls.isdisjoint(tokens.ids):
+            return []
+        places = zip(tokens.ids, tokens.starts, tokens.ends, strict=True)
+        return [(a, b) for token, a, b in places if token in self._controls and self._is_written(token, text[a:b])]
 
     def _at_place(self, text: str, place: Place) -> Tokens:
         inside = (*ANCHORS, "")
         prefixes = {"start": ("",), "after added": (self._anchor,), "inside": inside}[place]
         tokens = self._after(prefixes, text, as_text=False)
-        if self._controls.intersection(tokens.ids):
+        if self._written_controls(text, tokens):
             # it holds the text of a special token; added tokens are no anchors when special tokens are text
             tokens = self._after(("",) if place == "start" else inside, text, as_text=True)
         return tokens

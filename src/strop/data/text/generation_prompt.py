@@ -13,6 +13,9 @@ from strop.data.text.markers import MarkedRendering, MarkedSpan
 OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 """A tag that is not closed."""
 
+CLOSE = "</think>"
+"""What ends thoughts."""
+
 
 def behind_prompt(whole: MarkedRendering, prompt: MarkedRendering, number: int) -> MarkedRendering | None:
     """The generation prompt, with what the rendering of the whole has behind it.
@@ -52,6 +55,8 @@ def with_thoughts(probe: MarkedRendering, content: str, opening: str, number: in
 
     That is the text that inference comes to: the template puts an answer without thoughts into the same place, and the
     content begins with what the generation prompt writes there already, or where that ends: inside of the thoughts.
+    Where the generation prompt opens thoughts, a template may close them in front of an answer without any (DeepSeek
+    V3.1); the content closes them itself.
 
     Args:
         probe: the marked rendering with a short word in place of the content. content: the content.
@@ -61,14 +66,17 @@ def with_thoughts(probe: MarkedRendering, content: str, opening: str, number: in
     if not probe.is_whole or len(words) != 1:
         return None
     start, stop = words[0].start, words[0].stop
+    in_front = probe.text[:start].rstrip()
+    if in_front.endswith(CLOSE) and not opening.startswith(in_front):
+        start = len(in_front) - len(CLOSE)
     written = opening[start:]
     if not opening.startswith(probe.text[:start]):
         return None
     before = tuple(place for place in probe.places if place.stop <= start and place is not words[0])
-    if "</think>" in opening[max(map(_stop, before), default=0) :]:
+    if CLOSE in opening[max(map(_stop, before), default=0) :]:
         return None  # the generation prompt has closed the thoughts: inference writes none behind them
     if not content.startswith(written):
-        if "<think>" not in written or "<think>" in content.partition("</think>")[0]:
+        if "<think>" not in written or "<think>" in content.partition(CLOSE)[0]:
             return None
         start += len(written)
     place = words[0]._replace(start=start, stop=start + len(content))

@@ -11,7 +11,7 @@ of a piece, so that a template may trim the piece.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -31,6 +31,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys under which rows and templates have the reasoning of an assistant turn."""
 
 REASONING = frozenset(REASONING_KEYS)
+
+THOUGHTS = ("thought", "reasoning")
+"""Kinds of pieces that are reasoning."""
 
 THINK_TAG = re.compile(r"(</?think>)")
 
@@ -82,20 +85,48 @@ class MarkedRendering:
 class Markers:
     """One conversation with marks around its pieces.
 
-    messages: the marked messages. pieces: what is marked.
+    Args:
+        spares_empty: thoughts without a word get no marks, since templates ask whether there is a thought.
+        by_id: calls are marked in their ids, where these hold the names.
+
+    messages: the marked messages. pieces: what is marked, and thoughts that are spared.
     """
 
-    def __init__(self, base: int, pattern: re.Pattern[str], messages: Sequence[Message]) -> None:
+    def __init__(
+        self,
+        base: int,
+        pattern: re.Pattern[str],
+        messages: Sequence[Message],
+        *,
+        spares_empty: bool = False,
+        by_id: bool = False,
+    ) -> None:
         self._base, self._pattern = base, pattern
+        self._spares_empty, self._by_id = spares_empty, by_id
         self.pieces: list[MarkedText] = []
         self.messages = tuple(self._marked_message(i, message) for i, message in enumerate(messages))
 
     @classmethod
-    def put(cls, messages: Sequence[Message], text: str) -> Markers | None:
+    def put(
+        cls, messages: Sequence[Message], text: str, *, spares_empty: bool = False, by_id: bool = False
+    ) -> Markers | None:
         """The messages with marks that their rendering `text` does not hold; None where there are none to be had."""
         plane = next((plane for plane in PLANES if not plane[1].search(text)), None)
-        markers = None if plane is None else cls(*plane, messages)
+        markers = None if plane is None else cls(*plane, messages, spares_empty=spares_empty, by_id=by_id)
         return None if markers is None or len(markers.pieces) > MOST_PIECES else markers
+
+    @classmethod
+    def ways(cls, messages: Sequence[Message], text: str) -> Iterator[Markers]:
+        """The ways to mark the messages, to be tried in order: a template may ask for what a mark changes, or write
+        calls by their ids alone (Kimi K2)."""
+        first = cls.put(messages, text)
+        if first is None:
+            return
+        yield first
+        if any(piece.kind == "thought" and not piece.text for piece in first.pieces):
+            yield from filter(None, [cls.put(messages, text, spares_empty=True)])
+        if any(_has_name_in_id(call) for message in messages for call in message.get("tool_calls", ())):
+            yield from filter(None, [cls.put(messages, text, spares_empty=True, by_id=True)])
 
     def read(self, rendered: str) -> MarkedRendering:
         """Reads a rendering of (the first of) the marked messages."""
@@ -126,7 +157,7 @@ class Markers:
     @cached_property
     def has_thoughts(self) -> bool:
         """Whether a piece is reasoning, between tags or under a key of its own."""
-        return any(piece.kind in ("thought", "reasoning") for piece in self.pieces)
+        return any(piece.kind in THOUGHTS for piece in self.pieces)
 
     def _marked_message(self, i: int, message: Message) -> Message:
         """The message with marks; what is empty stays as it is, for templates ask for that. Only an empty answer is
@@ -152,14 +183,18 @@ class Markers:
             return self._marked(i, "content", content)  # tags that open nothing are all that it says
         for n in range(0, len(parts), 2):
             kind: Kind = "thought" if parts[n + 1 : n + 2] == ["</think>"] else "content"
-            if parts[n].strip() or kind == "thought":
+            if parts[n].strip() or (kind == "thought" and not self._spares_empty):
                 parts[n] = self._marked(i, kind, parts[n])
+            elif kind == "thought":
+                self.pieces.append(MarkedText(i, kind, ""))
         return "".join(parts)
 
     def _marked_call(self, i: int, call: Mapping[str, Any]) -> Mapping[str, Any]:
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             return call
+        if self._by_id and _has_name_in_id(call):
+            return {**call, "id": self._marked(i, "call", call["id"])}
         function = {**function, "name": self._marked(i, "call", function["name"])}
         return {**call, "function": function} if "function" in call else function
 
@@ -171,3 +206,10 @@ class Markers:
             return f"{chr(start)}{text}{chr(start + 1)}"
         left, right = text.split(core, 1) if core else ("", text)
         return f"{left}{chr(start)}{core}{chr(start + 1)}{right}"
+
+
+def _has_name_in_id(call: Mapping[str, Any]) -> bool:
+    """Whether the id of a call says which function it calls, as `functions.add:0` does."""
+    function, number = call.get("function", call), call.get("id")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return isinstance(name, str) and isinstance(number, str) and name in number

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from strop.data.text.markers import REASONING, REASONING_KEYS
+from strop.data.text.markers import REASONING, REASONING_KEYS, THINK_TAG
 from strop.types import Message
 
 TRAIN = "train"
@@ -43,12 +43,12 @@ def names_arguments(template: str) -> bool:
 
 
 def has_reasoning(message: Message) -> bool:
-    """Whether a turn has reasoning under a key of its own."""
+    """Whether a turn has reasoning under a key of its own; white space is none."""
     # most turns have none of these keys, and every turn of every row is asked
     return (
         not REASONING.isdisjoint(message)
         and message["role"] == "assistant"
-        and any(message.get(key) for key in REASONING_KEYS)
+        and any((message.get(key) or "").strip() for key in REASONING_KEYS)
     )
 
 
@@ -63,6 +63,13 @@ def reasons(message: Message) -> bool:
 def without_reasoning(message: Message) -> Message:
     """The turn without what stands under a key for reasoning."""
     return {key: value for key, value in message.items() if key not in REASONING_KEYS}
+
+
+def without_thoughts(message: Message) -> Message:
+    """The turn without reasoning, under a key of its own or between tags in its content."""
+    content = message.get("content")
+    words = THINK_TAG.split(content)[-1].strip() if isinstance(content, str) else content
+    return {**without_reasoning(message), "content": words}
 
 
 def readable(message: Message, keys: Sequence[str]) -> Message:

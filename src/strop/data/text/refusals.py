@@ -5,10 +5,14 @@ In: what was found. Out: the refusal, which says what is left out and what to do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from strop.data.read.row import RowRefused
 from strop.data.text.markers import MarkedText
+from strop.data.text.message_forms import Tools
+from strop.data.text.template_writer import Writer
 from strop.types import Message
 
 PARTS_OF_A_TURN = {
@@ -66,19 +70,60 @@ def dropped_tools(found: str) -> RowRefused:
     )
 
 
-def dropped_reasoning(i: int, opening: str | None) -> RowRefused:
+def refuse_dropped_calls(messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Tool calls and tools are not marked (templates serialise them), but their names have to be there."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    for kind, items in (("a tool call", calls), ("a tool", tools or ())):
+        for item in items:
+            function = item.get("function", item)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if isinstance(name, str) and name not in text:
+                raise RowRefused(
+                    "dropped_by_template",
+                    f"the chat template leaves {kind}, {name[:40]!r}, out",
+                    expected="a chat template that knows tools, or rows without them",
+                )
+
+
+def refuse_dropped_tools(writer: Writer, messages: Sequence[Message], text: str) -> None:
+    """The name of a tool is in the text of its calls, too: where no description is there, a rendering without the tools
+    says whether they are."""
+    if not writer.tools or any(_is_described(tool, text) for tool in writer.tools):
+        return
+    try:
+        if writer.without_tools().text(messages) != text:
+            return
+    except RowRefused:
+        return
+    raise dropped_tools("the chat template leaves the tools of the row out")
+
+
+def _is_described(tool: Mapping[str, Any], text: str) -> bool:
+    function = tool.get("function", tool)
+    words = function.get("description") if isinstance(function, Mapping) else None
+    return isinstance(words, str) and bool(words) and (words in text or json.dumps(words)[1:-1] in text)
+
+
+class LostReasoning(RowRefused):
+    """A row of which the template leaves the reasoning of turn `turn` out."""
+
+    def __init__(self, turn: int, expected: str) -> None:
+        super().__init__(
+            "dropped_by_template",
+            f"the chat template leaves the reasoning of turn {turn + 1} out",
+            expected=expected,
+            fix="set dataset.template to one that renders it, or dataset.on_dropped_reasoning: drop to train without "
+            "it",
+        )
+        self.turn = turn
+
+
+def dropped_reasoning(i: int, opening: str | None) -> LostReasoning:
     """The refusal of a row whose reasoning in turn `i` the template leaves out. opening: its generation prompt."""
-    other = (
-        ""
-        if opening is None
-        else f", or a content that begins with what the generation prompt ends with ({opening[-20:]!r})"
-    )
-    return RowRefused(
-        "dropped_by_template",
-        f"the chat template leaves the reasoning of turn {i + 1} out",
-        expected="a chat template that renders reasoning" + other,
-        fix="set dataset.template to one that renders it, or dataset.on_dropped_reasoning: drop to train without it",
-    )
+    asks_for_thoughts = opening is not None and opening.rstrip().endswith("<think>")
+    begins = f"what the generation prompt ends with ({opening[-20:]!r})" if opening is not None else ""
+    other = f", or a content that begins with {begins}" if asks_for_thoughts else ""
+    return LostReasoning(i, "a chat template that renders reasoning" + other)
 
 
 def unverified(problem: str) -> RowRefused:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,9 +29,18 @@ from strop.data.text.message_forms import (
     has_reasoning,
     readable,
     without_reasoning,
+    without_thoughts,
     writes_python,
 )
-from strop.data.text.refusals import dropped_reasoning, dropped_tools, refuse_lost_parts, unverified
+from strop.data.text.refusals import (
+    LostReasoning,
+    dropped_reasoning,
+    dropped_tools,
+    refuse_dropped_calls,
+    refuse_dropped_tools,
+    refuse_lost_parts,
+    unverified,
+)
 from strop.data.text.sandbox import NOW, Bounded, are_plain, bounded_memory, variables
 from strop.data.text.template_writer import Ends, Writer
 from strop.errors import ConfigError
@@ -185,7 +193,10 @@ class Renderer:
         with Bounded(example.origin, len(turns)):
             unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
             openings: dict[Form, str | None] = {}
-            rendered = tuple(self._conversation(writer, prompt, turns, openings) for turns in completions)
+            is_alone = len(completions) == 1
+            rendered = tuple(
+                self._conversation(writer, prompt, turns, openings, is_alone=is_alone) for turns in completions
+            )
         if not unread:
             return rendered
         return tuple(replace(r, left_out=(*r.left_out, *unread), has_unread_kwargs=True) for r in rendered)
@@ -209,13 +220,20 @@ class Renderer:
         prompt: tuple[Message, ...],
         completion: tuple[Message, ...],
         openings: dict[Form, str | None],
+        *,
+        is_alone: bool,
     ) -> Rendered:
-        """One completion after the prompt. openings: prompts as inference sees them, which the sides share."""
+        """One completion after the prompt. openings: prompts as inference sees them, which the sides share. is_alone:
+        there is no other side."""
         rows = prompt + completion
         wanted = self._wanted(rows, len(prompt))
-        messages, num_dropped_reasoning = self._readable(rows, writer)
+        if wanted and is_alone:
+            # what follows the last trained answer is no context of it, and would be history's reason; the sides of a
+            # pair stay whole, for a reward model reads them
+            rows = rows[: max(wanted) + 1]
+        messages, dropped = self._readable(rows, writer)
         self._refuse_controls_elsewhere(messages, writer.tools)
-        conversation = self._written(messages, len(prompt), writer, openings)
+        conversation = self._written_without_thoughts(messages, len(prompt), writer, openings, dropped)
         text = conversation.text
         answers = [answer for answer in conversation.answers if answer.message in wanted]
         spans = {answer: conversation.spans(answer) for answer in answers if not answer.is_history}
@@ -223,7 +241,6 @@ class Renderer:
         if not trained:
             raise _nothing_trained(conversation, answers)
         first = trained[0]
-        dropped = {i for i, row in enumerate(rows) if has_reasoning(row)} if num_dropped_reasoning else set[int]()
         lost = [f"the reasoning of turn {i + 1}" for i in sorted(dropped.union(conversation.lost_reasoning))]
         unread = conversation.unread_keys()
         conversation.refuse_lost_arguments()
@@ -239,7 +256,7 @@ class Renderer:
             num_prompt_turns=first.message,
             num_history=sum(answer.is_history for answer in answers),
             num_left_out=sum(row.get(TRAIN) is False for row in completion if row["role"] == "assistant"),
-            num_dropped_reasoning=num_dropped_reasoning,
+            num_dropped_reasoning=len(dropped),
             is_generation_prompt=first.as_generated,
             left_out=(*lost, *(f"{key!r} of turn {i + 1}" for i, key in unread)),
             has_unread_keys=bool(unread),
@@ -257,17 +274,38 @@ class Renderer:
             ]
         return {i for i in answers if messages[i].get(TRAIN) is not False}
 
-    def _readable(self, messages: Sequence[Message], writer: Writer) -> tuple[list[Message], int]:
-        """The messages with their reasoning where the template looks for it, and how many lost theirs."""
+    def _readable(self, messages: Sequence[Message], writer: Writer) -> tuple[list[Message], set[int]]:
+        """The messages with their reasoning where the template looks for it, and the numbers of those that lost
+        theirs."""
         keys = writer.reasoning_keys
-        thinking = next((i for i, message in enumerate(messages) if has_reasoning(message)), None)
-        num_dropped = 0
-        if thinking is not None and not keys:
+        dropped: set[int] = set()
+        if not keys and (dropped := {i for i, message in enumerate(messages) if has_reasoning(message)}):
             if self._rules.on_dropped_reasoning == "refuse":
-                raise dropped_reasoning(thinking, None)
-            num_dropped = sum(map(has_reasoning, messages))
+                raise dropped_reasoning(min(dropped), None)
             messages = [without_reasoning(message) for message in messages]
-        return [readable(message, keys) for message in messages], num_dropped
+        return [readable(message, keys) for message in messages], dropped
+
+    def _written_without_thoughts(
+        self,
+        messages: list[Message],
+        first: int,
+        writer: Writer,
+        openings: dict[Form, str | None],
+        dropped: set[int],
+    ) -> Conversation:
+        """The conversation, under `on_dropped_reasoning: drop` without the reasoning that the template leaves out.
+
+        Args:
+            dropped: numbers of the turns that lost theirs, to which the further ones are added.
+        """
+        while True:
+            try:
+                return self._written(messages, first, writer, openings)
+            except LostReasoning as lost:
+                if self._rules.on_dropped_reasoning == "refuse" or lost.turn in dropped:
+                    raise
+                dropped.add(lost.turn)
+                messages = [without_thoughts(m) if i == lost.turn else m for i, m in enumerate(messages)]
 
     def _written(
         self, messages: Sequence[Message], first: int, writer: Writer, openings: dict[Form, str | None]
@@ -285,8 +323,8 @@ class Renderer:
                     openings[form] = formed.opening(messages[:first])
                 conversation = Conversation(formed, messages, first, openings[form])
                 _refuse_lone_surrogates(conversation.text)
-                _refuse_dropped_calls(messages, writer.tools, conversation.text)
-                _refuse_dropped_tools(formed, messages, conversation.rendered)
+                refuse_dropped_calls(messages, writer.tools, conversation.text)
+                refuse_dropped_tools(formed, messages, conversation.rendered)
                 if not writes_python(form.of(messages), conversation.text):
                     return conversation
                 refusals.append(unverified("the template writes the arguments of a call or a content as Python does"))
@@ -294,7 +332,8 @@ class Renderer:
                 refusals.append(refusal)
                 if refusal.reason not in ("template_error", "dropped_by_template"):
                     break
-        raise refusals[0]
+        # a form on which the template fails says less than one that it writes without a part of the row
+        raise next((refusal for refusal in refusals if refusal.reason == "dropped_by_template"), refusals[0])
 
     def _find_control(self, words: str, by_assistant: bool) -> str | None:
         """A control token that the tokenizer finds in a text. by_assistant: only special ones are (see `Encoder`)."""
@@ -363,40 +402,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
-
-
-def _refuse_dropped_calls(messages: Sequence[Message], tools: Tools, text: str) -> None:
-    """Tool calls and tools are not marked (templates serialise them), but their names have to be there."""
-    calls = [call for message in messages for call in message.get("tool_calls", ())]
-    for kind, items in (("a tool call", calls), ("a tool", tools or ())):
-        for item in items:
-            function = item.get("function", item)
-            name = function.get("name") if isinstance(function, Mapping) else None
-            if isinstance(name, str) and name not in text:
-                raise RowRefused(
-                    "dropped_by_template",
-                    f"the chat template leaves {kind}, {name[:40]!r}, out",
-                    expected="a chat template that knows tools, or rows without them",
-                )
-
-
-def _refuse_dropped_tools(writer: Writer, messages: Sequence[Message], text: str) -> None:
-    """The name of a tool is in the text of its calls, too: where no description is there, a rendering without the tools
-    says whether they are."""
-    if not writer.tools or any(_is_described(tool, text) for tool in writer.tools):
-        return
-    try:
-        if writer.without_tools().text(messages) != text:
-            return
-    except RowRefused:
-        return
-    raise dropped_tools("the chat template leaves the tools of the row out")
-
-
-def _is_described(tool: Mapping[str, Any], text: str) -> bool:
-    function = tool.get("function", tool)
-    words = function.get("description") if isinstance(function, Mapping) else None
-    return isinstance(words, str) and bool(words) and (words in text or json.dumps(words)[1:-1] in text)
 
 
 def _refuse_lone_surrogates(text: str) -> None:
