@@ -262,3 +262,64 @@ def test_channels_that_the_template_writes_are_trained(make_tokenizer: Callable[
     assert "analysis" in rendered.text
     (rendered,) = Renderer(make_tokenizer(template=NAMES_ROLES)).render(read({"messages": row["messages"][::2]}))
     assert rendered.has_unread_keys  # an answer is final anyway
+
+
+def arguments_of(value: Any) -> Any:
+    turn = a("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": value}}])
+    (answer, *_) = read({"messages": [u("q"), turn]}).completions[0]
+    assert not isinstance(answer, str)
+    return answer["tool_calls"][0]["function"]["arguments"]
+
+
+@pytest.mark.parametrize("write", [json.dumps, str, lambda value: json.dumps(json.dumps(value))])
+def test_arguments_are_an_object_however_their_text_was_written(write: Callable[[Any], str]) -> None:
+    arguments = {"city": "Zürich", "of": {"it's": [1, None, True]}}
+    assert arguments_of(write(arguments)) == arguments
+
+
+@pytest.mark.parametrize("text", ["{bad}", '{"a": 1', '{"a": 1}}', "{1, 2}", '"{bad}"', "{'a': f(1)}"])
+def test_arguments_that_look_like_an_object_and_are_none_are_refused(text: str) -> None:
+    with pytest.raises(RowRefused) as refusal:
+        arguments_of(text)
+    assert refusal.value.reason == "invalid_json"
+    assert refusal.value.found.startswith("messages[1].tool_calls[0].arguments is a text that looks like an object")
+
+
+@pytest.mark.parametrize("text", ["print({'a': 1})", "1 + 1", "SELECT 1"])
+def test_arguments_that_are_code_stay_code(text: str) -> None:
+    assert arguments_of(text) == text
+
+
+TWICE = '{"role": "assistant", "content": "x", "content": "y"}'
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": f'[{{"role": "user", "content": "q"}}, {TWICE}]'},
+        {"prompt": "q", "completion": f"[{TWICE}]"},
+        {"messages": [u("q"), a("x")], "tools": '[{"name": "f", "name": "g"}]'},
+        {"messages": [u("q"), a("", tool_calls=[{"name": "f", "arguments": '{"a": 1, "a": 2}'}])]},
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "name": 1}'},
+            ]
+        },
+    ],
+)
+def test_a_key_twice_in_json_text_is_refused_as_in_the_row_itself(row: Row) -> None:
+    assert refused(row).reason == "duplicate_key"
+
+
+def test_a_key_twice_in_a_text_that_is_no_message_is_text() -> None:
+    text = '[{"role": "x", "role": "y"}]'
+    assert read({"prompt": "q", "completion": text}).completions == (text,)
+
+
+@pytest.mark.parametrize(
+    "more", [{"function_call": {"name": None, "arguments": None}}, {"audio": {"id": None}}, {"images": {"url": None}}]
+)
+def test_objects_of_nulls_alone_say_nothing(more: Row) -> None:
+    part = {"type": "text", "text": "q", "image_url": {"url": None}}
+    assert read({"messages": [u([part]), a("x", **more)]}) == read({"messages": [u("q"), a("x")]})

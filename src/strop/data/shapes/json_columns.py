@@ -41,7 +41,7 @@ def messages_in(text: str, field: str) -> Any:
     begins_as_messages = MESSAGES.match(text) is not None
     if not begins_as_messages and (OBJECT.match(text) is None or ROLE.search(text) is None):
         return None
-    found = _value(text)
+    found, repeated = _value(text)
     if isinstance(found, str):
         return messages_in(found, field)  # written as JSON twice
     if found is _NO_VALUE:
@@ -55,9 +55,10 @@ def messages_in(text: str, field: str) -> Any:
         )
     if isinstance(found, list):
         are_messages = bool(found) and all(map(_is_message, found))
-        return found if are_messages and (begins_as_messages or any(map(_has_known_role, found))) else None
-    # one object may be what an answer is meant to be, unless it is a turn by every sign
-    return found if _is_message(found) and _has_known_role(found) else None
+        are_messages = are_messages and (begins_as_messages or any(map(_has_known_role, found)))
+    else:  # one object may be what an answer is meant to be, unless it is a turn by every sign
+        are_messages = _is_message(found) and _has_known_role(found)
+    return _unique(found, repeated, field) if are_messages else None
 
 
 def _is_message(value: Any) -> bool:
@@ -74,13 +75,35 @@ LONGEST = 1 << 24
 """Characters of a Python list: its parser takes hundreds of bytes for each."""
 
 
-def _value(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval) if len(text) < LONGEST else (json.loads,):
+def _value(text: str) -> tuple[Any, list[str]]:
+    """What a text holds, and the keys that an object in it has more than once."""
+    repeated: list[str] = []
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated.extend(key for key in value if keys.count(key) > 1)
+        return value
+
+    decode = json.JSONDecoder(object_pairs_hook=as_object).decode
+    for read in (decode, ast.literal_eval) if len(text) < LONGEST else (decode,):
         try:
-            return read(text.strip().removeprefix("\ufeff").lstrip())
+            return read(text.strip().removeprefix("\ufeff").lstrip()), repeated
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return _NO_VALUE
+            repeated.clear()
+    return _NO_VALUE, []
+
+
+def _unique(found: Any, repeated: list[str], field: str) -> Any:
+    """What a text holds, where every key stands once."""
+    if repeated:
+        raise RowRefused(
+            "duplicate_key",
+            f"{field}: an object in this text has the key {repeated[0][:80]!r} twice",
+            expected="every key once; which of the two is meant cannot be known",
+        )
+    return found
 
 
 def parsed(value: Any, field: str) -> Any:
@@ -89,7 +112,28 @@ def parsed(value: Any, field: str) -> Any:
     Raises:
         RowRefused: it is no JSON.
     """
-    found = _value(value) if isinstance(value, str) else _NO_VALUE
+    found, repeated = _value(value) if isinstance(value, str) else (_NO_VALUE, [])
     if found is _NO_VALUE:
         raise RowRefused("wrong_type", f"{field} is not JSON", expected="JSON", fix="write it by json.dumps")
-    return found
+    return _unique(found, repeated, field)
+
+
+def object_in(text: str, field: str) -> dict[str, Any] | None:
+    """The object that a text holds; None where it does not look like one, but like code, say.
+
+    Raises:
+        RowRefused: it looks like an object and cannot be read.
+    """
+    if OBJECT.match(text) is None or text.lstrip().startswith("["):
+        return None
+    found, repeated = _value(text)
+    if isinstance(found, str):
+        return object_in(found, field)  # written as JSON twice
+    if not isinstance(found, dict):
+        raise RowRefused(
+            "invalid_json",
+            f"{field} is a text that looks like an object, and it is neither JSON nor a Python dict ({text[:40]!r})",
+            expected="an object, or its JSON as a text",
+            fix="write it by json.dumps",
+        )
+    return dict(_unique(found, repeated, field))

@@ -6,12 +6,11 @@ what is wrong and where. A turn that the row says is not to be trained has `"tra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from strop.data.read.row import RowRefused
-from strop.data.shapes.json_columns import parsed
+from strop.data.shapes.json_columns import object_in, parsed
 from strop.data.text.markers import REASONING_KEYS
 from strop.types import Message
 
@@ -119,7 +118,7 @@ def _message(message: Any, field: str) -> Message:
 def _check_keys(turn: dict[str, Any], field: str) -> None:
     """Settles whether the turn is trained, and refuses parts of it that would be lost."""
     for key in [key for key in NOT_TEXT if key in turn]:
-        if turn[key] not in ("", [], {}):
+        if not _says_nothing(turn[key]):
             raise RowRefused(
                 "unsupported_modality", f"{field} has {key!r}, which is not trained", expected=NOT_TEXT[key]
             )
@@ -191,10 +190,10 @@ def _settle_calls(turn: dict[str, Any], field: str) -> None:
     elif not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
         raise wrong_type(f"{field}.tool_calls", calls, "a list of objects")
     else:
-        turn["tool_calls"] = [_call(call) for call in calls]
+        turn["tool_calls"] = [_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(calls)]
 
 
-def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+def _call(call: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     """The call with its arguments as an object: templates write them as JSON, which would quote a text once more. A
     call without arguments has none."""
     function = call.get("function", call)
@@ -203,11 +202,8 @@ def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     key = "parameters" if "arguments" not in function and "parameters" in function else "arguments"
     found = function.get(key)
     if isinstance(found, str) and found.strip():
-        try:
-            arguments = json.loads(found)
-        except (ValueError, RecursionError):
-            return call
-        if not isinstance(arguments, dict):
+        arguments = object_in(found, f"{field}.{key}")
+        if arguments is None:
             return call
     elif found is None or isinstance(found, str):
         arguments = {}
@@ -233,11 +229,16 @@ def _part(part: Any, field: str) -> str:
         raise RowRefused("unsupported_modality", f"{field} is of type {kind!r}", expected="parts of type text")
     if not isinstance(part.get("text"), str):
         raise wrong_type(f"{field}.text", part.get("text"), "a text")
-    others = [key for key, item in part.items() if key not in ("type", "text") and item not in (None, "", [], {})]
+    others = [key for key, item in part.items() if key not in ("type", "text") and not _says_nothing(item)]
     if others:
         found = f"{field} has {str(others[0])[:40]!r}, which is not trained"
         raise RowRefused("unsupported_modality", found, expected="parts of type text with a text alone")
     return str(part["text"])
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a value is empty, or an object of nulls alone, as tables write what is not there."""
+    return value in (None, "", [], {}) or (isinstance(value, Mapping) and all(v is None for v in value.values()))
 
 
 def text_of(value: Any, field: str, *, may_be_empty: bool = False) -> str:
