@@ -146,6 +146,13 @@ def test_the_refusal_is_that_of_the_form_which_the_template_writes(render: Calla
         render(JSON_CALLS_WITHOUT_TOOLS, *turns, tools=tools)
 
 
+@pytest.mark.parametrize("written", ["c", "c.function", "c | string"])
+def test_no_call_is_trained_as_python_prints_it(written: str, render: Callable[..., Rendered]) -> None:
+    template = JSON_CALLS_WITHOUT_TOOLS.replace("c.function.name + c.function.arguments", written)
+    with pytest.raises(RowRefused, match="as Python does"):
+        render(template, u("q"), a("", tool_calls=[call("call_1")]))
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("blank", [" ", "\n", "\n\n"])
 def test_white_space_is_no_reasoning(

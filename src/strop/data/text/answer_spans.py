@@ -187,7 +187,7 @@ class Conversation:
             if (
                 reading.is_whole
                 and reading.text == self.text
-                and not any(p.kind == "call" for p in _unseen(markers, reading))
+                and not any(p.kind == "call" for p in markers.missing_in(reading))
             ):
                 return markers, reading
         if first is None:
@@ -195,12 +195,12 @@ class Conversation:
         markers, reading = first
         if reading.is_whole and reading.text == self.text:
             return first
-        self._refuse_if_dropped([piece for piece in _unseen(markers, reading) if piece.text not in self.text])
+        self._refuse_if_dropped([piece for piece in markers.missing_in(reading) if piece.text not in self.text])
         return markers, None
 
     def _refuse_dropped(self) -> None:
         if self._reading is not None and self._markers is not None:
-            self._refuse_if_dropped(_unseen(self._markers, self._reading))
+            self._refuse_if_dropped(self._markers.missing_in(self._reading))
 
     def _refuse_if_dropped(self, gone: Sequence[MarkedText]) -> None:
         if piece := next((piece for piece in gone if piece.kind in ("content", "call")), None):
@@ -266,7 +266,9 @@ class Conversation:
             return self._answer_without_marks(i, opening)
         self._refuse_lost_reasoning(i, own_alone)
         pieces, all_pieces = [place.piece for place in own], [place.piece for place in own_alone]
-        lost = self._lacks_thoughts(i, own_alone) or any(p.kind in THOUGHTS and p not in pieces for p in all_pieces)
+        lost = self._lacks_thoughts(i, own_alone) or (
+            pieces != all_pieces and any(p.kind in THOUGHTS and p not in pieces for p in all_pieces)
+        )
         own = own[: len(own_alone)]  # templates repeat the name of a call where they write its result
         end = own[-1].stop
         length, is_whole = self._ending(self.text[end:], alone.text[own_alone[-1].stop :])
@@ -397,12 +399,6 @@ class Conversation:
             self.text = self.text[: answer.stop] + self._following_header()
         length = self._ends.next_header(self.text[answer.stop :])
         return replace(answer, stop=answer.stop + length) if length else answer
-
-
-def _unseen(markers: Markers, reading: MarkedRendering) -> list[MarkedText]:
-    """The pieces that stand nowhere in a rendering."""
-    seen = {id(place.piece) for place in reading.places}
-    return [piece for piece in markers.pieces if id(piece) not in seen] if len(seen) < len(markers.pieces) else []
 
 
 def _is_looked_after(key: str, role: str) -> bool:

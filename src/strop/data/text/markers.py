@@ -149,6 +149,14 @@ class Markers:
         places.sort(key=itemgetter(0, 1))
         return MarkedRendering(text, tuple(places), is_whole and not opened)
 
+    def missing_in(self, reading: MarkedRendering) -> list[MarkedText]:
+        """The pieces that stand nowhere in a rendering."""
+        written = [place.piece for place in reading.places]
+        if written == self.pieces:
+            return []  # as most templates write them
+        seen = set(map(id, written))
+        return [piece for piece in self.pieces if id(piece) not in seen]
+
     @cached_property
     def _in_order(self) -> str:
         """All marks, each piece closed before the next one is opened."""

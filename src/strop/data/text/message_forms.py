@@ -177,8 +177,8 @@ def without_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def writes_python(messages: Sequence[Message], text: str) -> bool:
-    """Whether a rendering holds arguments of a call as Python writes them, or the parts of a content as Python or JSON
-    does: no model is to learn that.
+    """Whether a rendering holds a call or its arguments as Python writes them, or the parts of a content as Python or
+    JSON does: no model is to learn that.
 
     Args:
         messages: in the form that the template was given.
@@ -187,7 +187,7 @@ def writes_python(messages: Sequence[Message], text: str) -> bool:
         for call in message.get("tool_calls", ()):
             function = call.get("function", call)
             arguments = function.get("arguments") if isinstance(function, Mapping) else None
-            if isinstance(arguments, Mapping) and arguments and str(arguments) in text:
+            if any(isinstance(part, Mapping) and part and str(part) in text for part in (function, arguments)):
                 return True
         parts = message.get("content")
         if isinstance(parts, list) and any(str(part) in text or json.dumps(part) in text for part in parts):
