@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -348,3 +350,31 @@ def test_the_caller_gets_the_loggers_back(calls: Calls, config: Path, monkeypatc
     calls.error = DataError("no")
     assert cli.main(["train", "--config", str(config)]) == 1
     assert state() == before
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("error", [AttributeError("half imported"), Panic(), ConfigError("it cannot be read")])
+def test_ctrl_c_that_a_library_makes_an_error_of_its_own_of_is_ctrl_c(
+    error: BaseException, calls: Calls, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise error from None
+
+    calls.work = interrupted
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["train", "--config", str(config)]) == 130
+    assert capsys.readouterr().err.startswith("stopped; what is in no checkpoint is lost\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_without_ctrl_c_is_no_ctrl_c(calls: Calls, config: Path) -> None:
+    calls.error = AttributeError("a fault")
+    with pytest.raises(AttributeError, match="a fault"):
+        cli.main(["train", "--config", str(config)])

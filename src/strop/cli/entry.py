@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from strop import garbage_collection
 from strop.cli.commands import COMMANDS
@@ -32,12 +35,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
     """Runs a command and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
+    ctrl_c = _CtrlC()
     try:
-        with session(), garbage_collection.rare():
+        with ctrl_c, session(), garbage_collection.rare():
             return dispatch(arguments)
-    except StropError as error:
-        _tell(error)
-        return 1
     except StoppedByFinding as stop:
         if rank() == 0:
             complain(
@@ -51,14 +52,41 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
             way_on = f"go on with: {_resume(arguments, prog)}"
             complain(f"stopped after step {stop.step}; saved in {stop.checkpoint}\n{way_on}")
         return RESUMABLE
-    except KeyboardInterrupt:
-        message = "stopped"
-        if arguments[:1] == ["train"] and "--dry-run" not in arguments:
-            message += f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
-        complain(message)
-        return STOPPED
     except ReaderLeft:
         return 0
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or ctrl_c.pressed:
+            message = "stopped"
+            if arguments[:1] == ["train"] and "--dry-run" not in arguments:
+                message += f"; what is in no checkpoint is lost\ngo on with: {_resume(arguments, prog)}"
+            complain(message)
+            return STOPPED
+        if not isinstance(error, StropError):
+            raise
+        _tell(error)
+        return 1
+
+
+class _CtrlC:
+    """Whether Ctrl-C was pressed in a `with` block. A library that is just being imported makes errors of its own of it
+    (yaml: an AttributeError; pydantic: a SchemaError or a panic). Training has its own answer: `StopSignal`."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or a caller's
+        if handled and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._press)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        self.pressed = True
+        raise KeyboardInterrupt
 
 
 def dispatch(arguments: list[str]) -> int:
