@@ -18,13 +18,14 @@ from strop.data.read.files import file_kind
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import Source, choose_sources
 from strop.data.shapes.examples import RowColumns, to_example
-from strop.errors import CheckpointError, ConfigError, StropError, first_line
+from strop.errors import CheckpointError, ConfigError, StropError
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.consolidated_files import consolidated_folder
 from strop.policy.model.folder import check_adapter, check_files, source_of
 from strop.policy.model.quantisation_settings import BITSANDBYTES, EXTRAS, check_adapts, quantisation_of
 from strop.rewards.lookup import MODEL_PREFIX
 from strop.types import RowShape
+from strop.uploads import bad_names, no_hub
 
 ROWS = 8
 """Rows of each file that are looked at."""
@@ -108,7 +109,7 @@ def _problems(
     yield from _missing_trackers(config)
     yield from _not_uploaded(config, models)
     try:
-        _check_data(config.dataset, config.rows)
+        check_rows(config.dataset, config.rows)
     except StropError as error:
         yield error
 
@@ -135,10 +136,6 @@ def _not_uploaded(config: RunConfig, models: Sequence[ModelSection]) -> Iterator
     training = config.training
     if not training.push_to_hub:
         return
-    from huggingface_hub import constants, get_token  # here, because runs that upload nothing need not wait for it
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is only not declared
-
     where = "training.push_to_hub: true"
     later = "or remove push_to_hub and upload it later: strop push RUN --repo OWNER/NAME"
     if training.hub_model_id is not None and len(models) > 1:
@@ -148,12 +145,7 @@ def _not_uploaded(config: RunConfig, models: Sequence[ModelSection]) -> Iterator
             fix="remove hub_model_id: each goes to the repository of its name",
         )
     for model in models:
-        try:
-            validate_repo_id(training.hub_model_id or model.name)
-        except HFValidationError as error:
-            yield ConfigError(
-                f"a hub takes no such name: {first_line(error)}", where=where, fix="set training.hub_model_id"
-            )
+        yield from bad_names(training.hub_model_id or model.name, where, "set training.hub_model_id")
         if config.adapts(model) and path.isdir(source_of(model.huggingface_id)):
             yield ConfigError(
                 f"an adapter names its base, and {model.huggingface_id} is a folder of this computer, where nobody "
@@ -162,10 +154,7 @@ def _not_uploaded(config: RunConfig, models: Sequence[ModelSection]) -> Iterator
                 expected="the id of a base at the hub",
                 fix="name the base by its id in models[].huggingface_id; " + later + " --base OWNER/NAME",
             )
-    if constants.HF_HUB_OFFLINE:
-        yield ConfigError("HF_HUB_OFFLINE is set, so nothing can be uploaded", where=where, fix=f"unset it; {later}")
-    elif get_token() is None:
-        yield ConfigError("there is no login for the hub", where=where, fix=f"hf auth login, or set HF_TOKEN; {later}")
+    yield from no_hub(where, f"; {later}")
 
 
 def _missing_trackers(config: RunConfig) -> Iterator[StropError]:
@@ -180,8 +169,12 @@ def _missing_trackers(config: RunConfig) -> Iterator[StropError]:
             )
 
 
-def _check_data(dataset: DatasetSection, rows: RowShape) -> None:
-    """The files, and the first rows of each where a bad row stops a run."""
+def check_rows(dataset: DatasetSection, rows: RowShape) -> None:
+    """Refuse files that are not there, and, where a bad row stops a run, files whose first rows are bad.
+
+    Raises:
+        StropError: the file, or the row.
+    """
     sources = choose_sources(dataset, rows)
     if dataset.on_error != "error":
         return

@@ -27,11 +27,10 @@ from strop.policy.model.folder_safety import check_sealed
 from strop.policy.model.load import check_finite
 from strop.policy.model.shape_check import check_same_shapes
 from strop.redact import redact
-from strop.rundir import FINAL
+from strop.uploads import ADAPTER, finished_model
 
 log = logging.getLogger("strop")
 
-ADAPTER = "adapter_config.json"
 BASE = "base_model_name_or_path"
 
 
@@ -49,7 +48,7 @@ def push(run: str, repo: str, *, private: bool = True, base: str | None = None) 
     """
     from huggingface_hub import HfApi  # takes a while
 
-    folder = _model_of(run)
+    folder = finished_model(run)
     with _as_published(folder, base) as published, foreign_errors(lambda why: _failed(why, repo)):
         _check_weights(folder, run)
         api = HfApi(library_name="strop")
@@ -78,19 +77,6 @@ def push_finished(config: RunConfig, model: ModelSection, run: Path) -> None:
         log.warning("%s: to upload it: %s", model.name, again)
     else:
         log.info("%s: uploaded to %s", model.name, place)
-
-
-def _model_of(run: str) -> Path:
-    place = Path(run).expanduser()
-    folder = place / FINAL if (place / FINAL).is_dir() else place
-    if not any((folder / name).is_file() for name in (ADAPTER, "config.json")):
-        raise ModelError(
-            "there is no finished model",
-            where=run,
-            expected="a run folder with final/, or a folder with a model or an adapter",
-            fix="let the run end, or go on with strop train --resume",
-        )
-    return folder
 
 
 def _check_weights(folder: Path, run: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,19 +106,76 @@ def test_all_of_it_is_told_at_once(given: dict[str, Any]) -> None:
         check(config, model_index=1)
 
 
+REFUSED = (
+    "import sys; from strop.cli import main; code = main(sys.argv[1:]);"
+    "sys.exit(f'loaded {sorted(found)}' if (found := {'torch', 'transformers', 'peft', 'bitsandbytes', 'datasets'}"
+    " & set(sys.modules)) else code)"
+)
+
+
 @pytest.mark.share(1)
 @pytest.mark.parametrize("command", ["train", "train --dry-run", "reference"])
 def test_a_wrong_path_is_refused_before_anything_slow_is_imported(
     command: str, given: dict[str, Any], tmp_path: Path
 ) -> None:
-    code = (
-        "import sys; from strop.cli import main; code = main(sys.argv[1:]);"
-        "sys.exit(f'loaded {sorted(found)}' if (found := {'torch', 'transformers', 'peft', 'bitsandbytes', 'datasets'}"
-        " & set(sys.modules)) else code)"
-    )
     document = {"models": given["models"], "dataset": {"train_file": "none.jsonl"}, "post_training": {"method": "dpo"}}
     (tmp_path / "c.json").write_text(json.dumps(document))
     line = [*command.split(), "--config", str(tmp_path / "c.json")]
-    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, encoding="utf-8", timeout=60)
+    done = subprocess.run([sys.executable, "-c", REFUSED, *line], capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 1 and "none.jsonl: there is no such file" in done.stderr, done.stderr
     assert "loaded" not in done.stderr
+
+
+@pytest.mark.share(6)
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("generate ./none hello", "./none: there is no such folder"),
+        ("generate {model} --prompts none.txt", "none.txt: there is no such file"),
+        ("generate {model} hello --output {model}/config.json", "config.json: it is there already"),
+        ("eval ./none --data {rows}", "./none: there is no such folder"),
+        ("eval {model} ./none --data {rows}", "./none: there is no such folder"),
+        ("eval {model} --data {rows} --method dpo --reference ./none", "./none: there is no such folder"),
+        ("eval {model} --data none.jsonl", "none.jsonl: there is no such file"),
+        ("merge ./none --output-dir merged", "./none: there is no such folder"),
+        ("merge {model} --output-dir merged", "it is a whole model, without an adapter"),
+        ("merge {adapter} --output-dir merged --base ./none", "(./none): there is no such folder"),
+        ("merge {adapter} --output-dir {model}", "the folder is in use"),
+        ("convert ./none --to consolidated --output-dir other", "./none: there is no such folder"),
+        ("convert ./none --to hf --output-dir other", "./none: there is no such folder"),
+        ("convert {model} --to hf --output-dir other", "there is no consolidated.00.pth"),
+        ("convert {meta} --to consolidated --output-dir other", "it has this layout already"),
+        ("convert {adapter} --to consolidated --output-dir other", "it is an adapter"),
+        ("convert {model} --to consolidated --output-dir {model}", "it is the folder that is read"),
+        ("push ./none --repo me/x", "./none: there is no such folder"),
+        ("push {model} --repo a/b/c", "a hub takes no such name"),
+        ("push {model} --repo me/x", "there is no login for the hub"),
+        ("replay ./none --step 3", "none: there is no such folder"),
+    ],
+)
+def test_commands_on_models_refuse_a_wrong_path_before_anything_slow_is_imported(
+    line: str, told: str, model_dir: Path, tmp_path: Path
+) -> None:
+    places = {name: tmp_path / name for name in ("rows.jsonl", "adapter", "meta")}
+    places["rows.jsonl"].write_text(json.dumps({"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}))
+    for folder, files in {
+        "adapter": {"adapter_config.json": {"base_model_name_or_path": str(model_dir)}},
+        "meta": {"params.json": {}, "tokenizer.json": {}, "consolidated.00.pth": {}},
+    }.items():
+        places[folder].mkdir()
+        for name, content in files.items():
+            (places[folder] / name).write_text(json.dumps(content))
+    (places["adapter"] / "adapter_model.safetensors").write_bytes(b"")
+    paths = {name.partition(".")[0]: str(path) for name, path in places.items()}
+    words = [word.format(model=model_dir, **paths) for word in line.split()]
+    away = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, *words],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        cwd=tmp_path,
+        env=away,
+    )
+    assert told in done.stderr and "loaded" not in done.stderr, done.stderr
+    assert done.returncode == 1

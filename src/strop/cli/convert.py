@@ -6,6 +6,8 @@ from pathlib import Path
 
 from strop.cli.parser import Parser
 from strop.errors import ConfigError
+from strop.export.folders import check_output
+from strop.named_models import check_converts
 from strop.terminal import log_to_terminal, show
 
 HELP = """\
@@ -36,10 +38,12 @@ def run(arguments: list[str]) -> int:
         if not value:
             raise ConfigError(f"{name} is missing", fix="see strop convert --help")
     log_to_terminal("info")
+    target = Path(options.output_dir)
+    check_converts(options.source, options.to)  # before imports that take seconds
+    check_output(target, (options.source,))
 
     from strop.export.convert import to_consolidated, to_transformers
 
-    target = Path(options.output_dir)
     convert = to_consolidated if options.to == "consolidated" else to_transformers
     convert(options.source, target)
     show(f"{target} is the converted model\n")

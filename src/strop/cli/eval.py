@@ -12,7 +12,11 @@ from strop.config import load_config
 from strop.config.layers import CommandLine
 from strop.config.names import target
 from strop.config.yamlfile import write_value
+from strop.durable import to_json
 from strop.errors import ConfigError
+from strop.generate.output import check_target, write_target
+from strop.named_models import check_named
+from strop.preflight import check_rows
 from strop.terminal import log_to_terminal, show
 
 if TYPE_CHECKING:
@@ -92,14 +96,16 @@ def run(arguments: list[str]) -> int:
         overrides = _with_settings_of(Path(sources[0]).expanduser(), overrides)
     config = load_config(options.config, preset=options.preset, overrides=overrides) if has_rows else None
     log_to_terminal("info" if config is None else config.logging.log_level)
-
-    from strop.durable import to_json
-    from strop.evaluate.scoring import evaluate
-    from strop.evaluate.table import as_json, in_words
-    from strop.generate.output import check_target, write_target
-
+    for named in (*sources, *([options.reference] if options.reference else [])):  # before imports that take seconds
+        check_named(named)
     if target is not None:
         check_target(target)
+    if config is not None:
+        check_rows(config.dataset.model_copy(update={"val_file": None, "validation_split": 0.0}), config.rows)
+
+    from strop.evaluate.scoring import evaluate
+    from strop.evaluate.table import as_json, in_words
+
     rows = None if config is None else evaluate(config, sources, options.reference)
     if options.tasks is not None:
         from strop.evaluate.lm_eval_tasks import evaluate_tasks, joined

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from strop.cli.parser import Parser, check_seed
 from strop.errors import ConfigError
+from strop.generate.output import check_target
+from strop.generate.prompts import Prompt, read_prompts
+from strop.named_models import check_named
 from strop.terminal import log_to_terminal, show
 
 HELP = """\
@@ -35,16 +38,17 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     log_to_terminal("warning")
 
+    target = None if options.output is None else Path(options.output)
+    check_named(options.source)  # before imports that take seconds
+    if target is not None:
+        check_target(target)
+    prompts = _prompts(options)
+
     from strop.generate.answers import answer, in_words, stream, write_answers
     from strop.generate.chat import chat
     from strop.generate.loading import Source
-    from strop.generate.output import check_target
-    from strop.generate.prompts import Prompt, read_prompts
     from strop.generate.sampling import Sampling
 
-    target = None if options.output is None else Path(options.output)
-    if target is not None:
-        check_target(target)
     settings = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -53,14 +57,10 @@ def run(arguments: list[str]) -> int:
         num_samples=options.num_samples,
         stop=tuple(options.stop),
     )
-    if options.prompts is not None:
-        prompts = read_prompts(options.prompts)
-    elif options.prompt is not None:
-        prompts = [Prompt(options.prompt, "the prompt")]
-    else:
-        chat(Source.of(options.source), settings)
-        return 0
     source = Source.of(options.source)
+    if not prompts:
+        chat(source, settings)
+        return 0
     if options.prompt is not None and target is None and not options.base and options.num_samples == 1:
         stream(source, prompts[0], settings, raw=options.raw)
         return 0
@@ -71,6 +71,13 @@ def run(arguments: list[str]) -> int:
         write_answers(found, target)
         show(f"{sum(len(item.answers) for item in found)} answers are in {target}\n")
     return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[Prompt]:
+    """What is asked; empty for a chat."""
+    if options.prompts is not None:
+        return read_prompts(options.prompts)
+    return [] if options.prompt is None else [Prompt(options.prompt, "the prompt")]
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from strop.cli.parser import Parser
 from strop.errors import ConfigError
+from strop.export.folders import check_output
+from strop.named_models import check_merges
 from strop.terminal import log_to_terminal, show
 
 HELP = """\
@@ -40,12 +42,14 @@ def run(arguments: list[str]) -> int:
     if not options.output_dir:
         raise ConfigError("--output-dir is missing", fix="see strop merge --help")
     log_to_terminal("info")
+    target = Path(options.output_dir)
+    check_merges(options.source, options.base)  # before imports that take seconds
+    check_output(target, (options.source,))
 
     import torch
 
     from strop.export.merge import merge
 
-    target = Path(options.output_dir)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     proof = merge(options.source, target, base=options.base, dtype=dtype, proof=options.proof)
     show(f"{proof.table()}\n{target} is the merged model, and answers as the model with the adapter does\n")

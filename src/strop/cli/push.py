@@ -5,6 +5,7 @@ from __future__ import annotations
 from strop.cli.parser import Parser
 from strop.errors import ConfigError
 from strop.terminal import log_to_terminal, show
+from strop.uploads import bad_names, finished_model, no_hub
 
 HELP = """\
 usage: strop push RUN --repo OWNER/NAME [options]
@@ -34,6 +35,9 @@ def run(arguments: list[str]) -> int:
     if not options.repo:
         raise ConfigError("--repo is missing", fix="strop push outputs/NAME --repo OWNER/NAME")
     log_to_terminal("info")
+    finished_model(options.source)  # before imports that take seconds
+    for problem in (*bad_names(options.repo, "--repo", "--repo OWNER/NAME"), *no_hub(f"--repo {options.repo}")):
+        raise problem
 
     from strop.push import push
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from strop.cli.parser import Parser
 from strop.errors import ConfigError
+from strop.report.ledgers import ledger_path
 from strop.terminal import log_to_terminal, rank, show
 
 HELP = """\
@@ -43,6 +44,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("no step is given", expected="strop replay RUN --step N", fix="ledger.jsonl lists the steps")
     log_to_terminal("info")
     folder = Path(options.run[0]).expanduser().absolute()
+    ledger_path(folder)  # before imports that take seconds
 
     from strop.device import num_gpus
     from strop.distributed import find_place

@@ -6,7 +6,6 @@ come last in attention and feed-forward; norms are whole in each.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,8 @@ from strop.errors import ModelError
 from strop.export.layout import ACROSS, DERIVED, EMBEDDING, HEAD, Layout
 from strop.export.params_json import config_of, layout_of
 from strop.export.pth import read_pth
-from strop.policy.model.consolidated_files import FIRST, PARAMS
+from strop.policy.model.consolidated_files import PARAMS, consolidated_names
 from strop.policy.model.folder import read_json
-from strop.policy.model.folder_safety import check_links
 from strop.policy.model.shard_writer import Spec
 
 
@@ -45,27 +43,7 @@ class Consolidated:
         Raises:
             ModelError: a file is missing, damaged, or holds code; or they describe no model.
         """
-        where = str(folder)
-        if not folder.is_dir():
-            raise ModelError("there is no such folder", where=where, fix="check the path")
-        check_links(folder, where)
-        names = sorted(p.name for p in folder.iterdir() if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
-        wanted = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
-        if not names or names != wanted:
-            missing = next((name for name in wanted if name not in names), FIRST)
-            raise ModelError(
-                f"there is no {missing}",
-                where=where,
-                expected="all files of the model, from 00 on",
-                fix="copy what is missing; a folder of transformers needs no conversion",
-            )
-        if not (folder / PARAMS).is_file():
-            raise ModelError(
-                f"there is no {PARAMS}",
-                where=where,
-                expected="it stands beside the weights",
-                fix="copy it from where the weights come from",
-            )
+        where, names = str(folder), consolidated_names(str(folder))
         params = read_json(folder / PARAMS, where)
         files = [
             {name: tensor for name, tensor in read_pth(folder / name).items() if not name.endswith(DERIVED)}

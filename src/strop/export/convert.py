@@ -27,11 +27,11 @@ from strop.export.params_json import layout_of, params_of
 from strop.export.pth import write_pth
 from strop.export.shards import SINGLE, SafetensorsFile, read_header, write_index
 from strop.manifest import seal
+from strop.named_models import check_whole
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.consolidated_files import FIRST, PARAMS
-from strop.policy.model.end_tokens import GENERATION
-from strop.policy.model.folder import inspect_model, place_of
+from strop.policy.model.folder import GENERATION, inspect_model, place_of
 from strop.policy.model.shape_check import meta_model
 from strop.policy.model.shard_writer import ShardWriter, Spec
 
@@ -49,13 +49,7 @@ def to_consolidated(source: str, target: Path) -> None:
         SaveError, CheckpointError: the folder cannot be written.
     """
     model = saved_model(source)
-    if model.adapter is not None:
-        raise ModelError(
-            "it is an adapter, which has no weights of its own to convert",
-            where=source,
-            expected="a whole model",
-            fix="merge it first: strop merge ADAPTER --output-dir DIR",
-        )
+    check_whole(model, source)
     files, config, where = inspect_model(model), model_config(model), place_of(model)
     layout = layout_of(config, where)
     if files.config.get("quantization_config"):

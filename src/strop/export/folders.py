@@ -12,8 +12,7 @@ from strop.config.sections import ModelSection
 from strop.disk import ensure_space, refuse_in_the_way, unusable
 from strop.durable import published
 from strop.errors import CheckpointError
-from strop.policy.model.end_tokens import GENERATION
-from strop.policy.model.folder import fetch, place_of, source_of
+from strop.policy.model.folder import GENERATION, fetch, place_of, source_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from strop.errors import ModelError
+from strop.policy.model.folder_safety import check_links
 
 FIRST = "consolidated.00.pth"
 PARAMS = "params.json"
@@ -37,3 +38,33 @@ def check_consolidated(folder: Path, where: str) -> None:
                 if name != PARAMS
                 else "copy the file from where the weights come from",
             )
+
+
+def consolidated_names(given: str) -> list[str]:
+    """The names of the files with weights, in order.
+
+    Raises:
+        ModelError: there is no such folder, or a file of it is missing.
+    """
+    folder = Path(given)
+    if not folder.is_dir():
+        raise ModelError("there is no such folder", where=given, fix="check the path")
+    check_links(folder, given)
+    names = sorted(p.name for p in folder.iterdir() if re.fullmatch(r"consolidated\.\d+\.pth", p.name))
+    wanted = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
+    if not names or names != wanted:
+        missing = next((name for name in wanted if name not in names), FIRST)
+        raise ModelError(
+            f"there is no {missing}",
+            where=given,
+            expected="all files of the model, from 00 on",
+            fix="copy what is missing; a folder of transformers needs no conversion",
+        )
+    if not (folder / PARAMS).is_file():
+        raise ModelError(
+            f"there is no {PARAMS}",
+            where=given,
+            expected="it stands beside the weights",
+            fix="copy it from where the weights come from",
+        )
+    return names

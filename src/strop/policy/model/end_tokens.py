@@ -19,12 +19,19 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.model.configuration import model_config
-from strop.policy.model.folder import adapter_place_of, fetch, inspect_config, place_of, read_json, source_of
+from strop.policy.model.folder import (
+    GENERATION,
+    adapter_place_of,
+    fetch,
+    inspect_config,
+    place_of,
+    read_json,
+    source_of,
+)
 from strop.types import Completion, Group
 
 logger = logging.getLogger("strop")
 
-GENERATION = "generation_config.json"
 MOST = 10_000
 """Groups that are looked at, evenly spread."""
 SHARE = 0.01

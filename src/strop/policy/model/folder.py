@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("strop")
 
+GENERATION = "generation_config.json"
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Dtypes of weights that are not quantised: safetensors' names -> torch's."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
