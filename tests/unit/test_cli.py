@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from strop import cli
+from strop.engine.progress import StopSignal
 from strop.errors import ConfigError, DataError, Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -372,6 +374,20 @@ def test_ctrl_c_that_a_library_makes_an_error_of_its_own_of_is_ctrl_c(
     assert cli.main(["train", "--config", str(config)]) == 130
     assert capsys.readouterr().err.startswith("stopped; what is in no checkpoint is lost\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_that_python_drops_is_heard_when_training_begins(calls: Calls, config: Path) -> None:
+    def dropped() -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        with StopSignal():
+            raise AssertionError("it trains")
+
+    calls.work = dropped
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["train", "--config", str(config)]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_error_without_ctrl_c_is_no_ctrl_c(calls: Calls, config: Path) -> None:

@@ -18,6 +18,7 @@ import strop
 from strop.cli import main
 from strop.evaluate import intervals
 from strop.evaluate.intervals import Interval, Metric, Ratio
+from strop.evaluate.table import in_words
 from strop.policy.model.configuration import quiet
 
 CHATML = (
@@ -276,3 +277,19 @@ def test_differences_are_of_paired_rows() -> None:
     assert found is not None and found.low == pytest.approx(0.25) == pytest.approx(found.high)
     alone = interval([Ratio(sums, counts)], 0)
     assert alone is not None and alone.high - alone.low > 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0.692819, 0.693021, "[0.692819, 0.693021]"),  # the logarithm of 2 lies above it
+        (-316.8, -281.04, "[-316.8, -281]"),
+        (0.0002457, 0.0006561, "[0.0002457, 0.0006561]"),
+        (0.6931471806, 0.6931471806, "[0.6931, 0.6931]"),
+        (-1e-9, 1e-9, "[-1e-09, 1e-09]"),
+    ],
+)
+def test_the_ends_of_an_interval_have_the_digits_in_which_they_differ(low: float, high: float, shown: str) -> None:
+    entry = {"value": (low + high) / 2, "interval": [low, high]}
+    table = {"rows": 2, "reference": None, "level": 0.95, "models": [{"model": "m", "metrics": {"loss": entry}}]}
+    assert shown in list(in_words(table))[-1]

@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
 
 class _CtrlC:
     """Whether Ctrl-C was pressed in a `with` block. A library that is just being imported makes errors of its own of it
-    (yaml: an AttributeError; pydantic: a SchemaError or a panic). Training has its own answer: `StopSignal`."""
+    (yaml: an AttributeError; pydantic: a SchemaError or a panic), or it comes where Python drops errors (the end of an
+    object). Training has its own answer, `StopSignal`, which asks this handler when it begins."""
 
     def __init__(self) -> None:
         self.pressed = False
@@ -78,13 +79,13 @@ class _CtrlC:
     def __enter__(self) -> None:
         handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or a caller's
         if handled and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._press)
+            self._before = signal.signal(signal.SIGINT, self)
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def _press(self, *_: object) -> None:
+    def __call__(self, *_: object) -> None:
         self.pressed = True
         raise KeyboardInterrupt
 

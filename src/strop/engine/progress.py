@@ -308,8 +308,10 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
+                if getattr(before, "pressed", False):  # and what it raised was dropped somewhere
+                    raise KeyboardInterrupt
                 if before is not signal.SIG_IGN:
                     self._before[number] = before if before is not None else signal.SIG_DFL
                     signal.signal(number, self._receive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,4 +60,11 @@ def _pair(drawn: Numbers) -> list[float] | None:
 
 
 def _brackets(pair: list[float] | None) -> str:
-    return "" if pair is None else f"[{pair[0]:.4g}, {pair[1]:.4g}]"
+    """The two ends, with so many digits that they differ in three of them at least."""
+    if pair is None:
+        return ""
+    width = abs(pair[1] - pair[0])
+    digits = 4
+    if width:
+        digits = min(max(4, 3 + math.floor(math.log10(max(map(abs, pair)) / width))), 9)
+    return f"[{pair[0]:.{digits}g}, {pair[1]:.{digits}g}]"
