@@ -121,8 +121,11 @@ def report(session: Session, run: RunDir, trackers: Trackers) -> None:
     try:
         write_pairs(session, run)
         (examined,) = examine([run.path])
-        page, _ = write([examined], run.path)
+        page, _ = write([examined], run.path, "training.output_dir")
         tables = [Table(table.title.lower(), table.header, table.rows) for table in summary(examined)]
+    except StropError as error:
+        log.warning("the report could not be written: %s", error)
+        return
     except Exception as error:  # noqa: BLE001 (see above)
         log.warning("%s: the report could not be written: %s: %s", run.path, type(error).__name__, error)
         return
@@ -134,6 +137,7 @@ def _tell(name: str | None, diagnosis: Diagnosis, page: Path) -> None:
     for finding in diagnosis.of(Severity.FAIL, Severity.WARN)[:MOST_LOGGED]:
         numbers = ", ".join(f"{k} {plain(v) if isinstance(v, int | float) else v}" for k, v in finding.numbers.items())
         level = logging.WARNING if finding.severity is Severity.FAIL else logging.INFO
-        log.log(level, "%s: %s: %s (%s)", name, finding.severity, finding.claim, numbers or finding.id)
+        way = f". To try: {finding.remedies[0].words}" if finding.remedies else ""
+        log.log(level, "%s: %s: %s (%s)%s", name, finding.severity, finding.claim, numbers or finding.id, way)
     log.info("%s: %s", name, diagnosis.verdict)
     log.info("%s: the report is %s", name, page)

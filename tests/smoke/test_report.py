@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strop import report_files
 from strop.errors import TrainingError
+from strop.report_files import MOST_LOGGED
 from strop.runfiles import FINDINGS, PAIRS, PLAN, REPORT
 
 
@@ -73,6 +77,33 @@ def test_a_report_that_fails_is_told_and_fails_nothing(
     run = runs(max_steps=2)
     assert (run.path / "final").is_dir() and not (run.path / REPORT).exists()
     assert "the report could not be written: RecursionError: the page is too deep" in caplog.text
+
+
+def test_a_disk_that_is_full_for_the_report_is_told_with_a_setting_of_the_run(
+    runs: Any, watched: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    watched.setattr("strop.report.write.write_file", full)
+    run = runs(max_steps=2)
+    assert (run.path / "final").is_dir()
+    (told,) = [text for record in caplog.records if "report could not" in (text := record.getMessage())]
+    assert "No space left on device" in told and "choose another training.output_dir" in told
+    assert "--output" not in told and "CheckpointError" not in told
+
+
+def test_what_is_found_is_told_with_what_to_try(
+    runs: Any, watched: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "strop")
+    run = runs(max_steps=40, learning_rate=1e-9)
+    found = [f for f in read(run.path / FINDINGS)["findings"] if f["severity"] in ("warn", "fail") and f["remedies"]]
+    told = [record.getMessage() for record in caplog.records]
+    for finding in found[:MOST_LOGGED]:
+        (line,) = [text for text in told if f"{finding['severity']}: {finding['claim']}" in text]
+        assert line.endswith(f". To try: {finding['remedies'][0]['words']}")
+    assert found
 
 
 def test_a_run_that_ends_with_an_error_leaves_one_too(runs: Any, watched: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,8 @@ def findings(examined: Sequence[Examined]) -> dict[str, Any]:
     return runs[0] if len(runs) == 1 else {"runs": runs}
 
 
-def write(examined: Sequence[Examined], folder: Path) -> tuple[Path, Path]:
-    """Both files, in this folder.
+def write(examined: Sequence[Examined], folder: Path, key: str = "--output") -> tuple[Path, Path]:
+    """Both files, in this folder. key: the setting that decides where it is.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -66,5 +66,5 @@ def write(examined: Sequence[Examined], folder: Path) -> tuple[Path, Path]:
         write_file(folder / REPORT, text)
         write_file(folder / FINDINGS, listed)
     except OSError as error:
-        raise unusable(folder, error, "--output") from error
+        raise unusable(folder, error, key) from error
     return folder / REPORT, folder / FINDINGS
