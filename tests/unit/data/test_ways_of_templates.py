@@ -101,6 +101,12 @@ def test_a_call_that_its_id_names_is_written(content: str, thought: str, render:
     found = render(CALLS_BY_ID, u("q"), turn, {"role": "tool", "content": "2"}, a("Two."))
     words = '(functions.add:0|{"a": 1})(functions.mul:1|{"a": 1})<|end|>'
     assert trained(found) == [thought + content + words, "Two.<|end|>"]
+    assert trained(render(CALLS_BY_ID, u("q"), turn)) == [thought + content + words]
+
+
+def test_the_call_that_nothing_names_is_the_one_that_is_refused(render: Callable[..., Rendered]) -> None:
+    with pytest.raises(RowRefused, match="leaves a call of 'mul' in turn 2 out"):
+        render(CALLS_BY_ID, u("q"), a("", tool_calls=[call("functions.add:0"), call("call_2", "mul")]))
 
 
 @pytest.mark.parametrize("number", ["call_1", "functions.mul:0"])

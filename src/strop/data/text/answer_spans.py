@@ -15,12 +15,22 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 
 from strop.data.read.row import RowRefused
 from strop.data.text.generation_prompt import behind_prompt, num_alike, num_common, with_thoughts
-from strop.data.text.markers import REASONING_KEYS, THOUGHTS, MarkedRendering, MarkedSpan, MarkedText, Markers, Span
+from strop.data.text.markers import (
+    MOST_PIECES,
+    REASONING_KEYS,
+    THOUGHTS,
+    MarkedRendering,
+    MarkedSpan,
+    MarkedText,
+    Markers,
+    Span,
+)
 from strop.data.text.message_forms import without_arguments, without_thoughts
-from strop.data.text.refusals import dropped, dropped_reasoning, unverified
+from strop.data.text.refusals import dropped, dropped_arguments, dropped_reasoning, unverified
 from strop.data.text.template_writer import Writer
 from strop.types import Message
 
@@ -126,12 +136,7 @@ class Conversation:
             return
         bare = without_arguments(self._messages)
         if bare != list(self._messages) and self._writer.text(bare) == self.rendered:
-            raise RowRefused(
-                "dropped_by_template",
-                "the chat template leaves the arguments of tool calls out",
-                expected="a chat template that writes calls with their arguments",
-                fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes them",
-            )
+            raise dropped_arguments()
 
     def _writes_without(self, keys: Sequence[tuple[int, str]]) -> bool:
         gone = set(keys)
@@ -180,21 +185,19 @@ class Conversation:
         Raises:
             RowRefused: the template leaves a content or a call out.
         """
-        first: tuple[Markers, MarkedRendering] | None = None
+        found: list[tuple[int, Markers, MarkedRendering]] = []
         for markers in Markers.ways(self._messages, self.text):
             reading = markers.read(self._writer.text(markers.messages))
-            first = first or (markers, reading)
-            if (
-                reading.is_whole
-                and reading.text == self.text
-                and not any(p.kind == "call" for p in markers.missing_in(reading))
-            ):
+            is_right = reading.is_whole and reading.text == self.text
+            num_missing = sum(p.kind == "call" for p in markers.missing_in(reading)) if is_right else MOST_PIECES
+            if num_missing == 0:
                 return markers, reading
-        if first is None:
+            found.append((num_missing, markers, reading))
+        if not found:
             return None, None
-        markers, reading = first
-        if reading.is_whole and reading.text == self.text:
-            return first
+        num_missing, markers, reading = min(found, key=itemgetter(0))
+        if num_missing < MOST_PIECES:
+            return markers, reading
         self._refuse_if_dropped([piece for piece in markers.missing_in(reading) if piece.text not in self.text])
         return markers, None
 
@@ -225,7 +228,8 @@ class Conversation:
         if i < self._first or all(id(piece) in seen for piece in thoughts):
             return
         opening = self._opening_at(i)
-        markers = Markers.put([*self._messages[:-1], {**self._messages[i], "content": "x"}], self.text)
+        probed = [*self._messages[:-1], {**self._messages[i], "content": "x"}]
+        markers = Markers.put(probed, self.text, by_id=self._markers.by_id)
         if opening is None or markers is None or any(piece.kind == "reasoning" for piece in thoughts):
             raise dropped_reasoning(i, opening)
         probe = markers.read(self._writer.text(markers.messages))

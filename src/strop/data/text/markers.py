@@ -102,7 +102,7 @@ class Markers:
         by_id: bool = False,
     ) -> None:
         self._base, self._pattern = base, pattern
-        self._spares_empty, self._by_id = spares_empty, by_id
+        self._spares_empty, self.by_id = spares_empty, by_id
         self.pieces: list[MarkedText] = []
         self.messages = tuple(self._marked_message(i, message) for i, message in enumerate(messages))
 
@@ -123,10 +123,13 @@ class Markers:
         if first is None:
             return
         yield first
-        if any(piece.kind == "thought" and not piece.text for piece in first.pieces):
-            yield from filter(None, [cls.put(messages, text, spares_empty=True)])
-        if any(_has_name_in_id(call) for message in messages for call in message.get("tool_calls", ())):
-            yield from filter(None, [cls.put(messages, text, spares_empty=True, by_id=True)])
+        has_empty = any(piece.kind == "thought" and not piece.text for piece in first.pieces)
+        has_ids = any(_has_name_in_id(call) for message in messages for call in message.get("tool_calls", ()))
+        ways = [(True, False)] * has_empty + [(False, True)] * has_ids + [(True, True)] * (has_empty and has_ids)
+        for spares_empty, by_id in ways:
+            markers = cls.put(messages, text, spares_empty=spares_empty, by_id=by_id)
+            if markers is not None:
+                yield markers
 
     def read(self, rendered: str) -> MarkedRendering:
         """Reads a rendering of (the first of) the marked messages."""
@@ -201,7 +204,7 @@ class Markers:
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             return call
-        if self._by_id and _has_name_in_id(call):
+        if self.by_id and _has_name_in_id(call):
             return {**call, "id": self._marked(i, "call", call["id"])}
         function = {**function, "name": self._marked(i, "call", function["name"])}
         return {**call, "function": function} if "function" in call else function

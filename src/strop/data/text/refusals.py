@@ -61,6 +61,15 @@ def dropped(messages: Sequence[Message], piece: MarkedText) -> RowRefused:
     )
 
 
+def dropped_arguments() -> RowRefused:
+    return RowRefused(
+        "dropped_by_template",
+        "the chat template leaves the arguments of tool calls out",
+        expected="a chat template that writes calls with their arguments",
+        fix="set dataset.template: qwen2.5_instruct, or to a template of your own that writes them",
+    )
+
+
 def dropped_tools(found: str) -> RowRefused:
     return RowRefused(
         "dropped_by_template",
