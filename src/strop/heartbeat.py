@@ -1,9 +1,9 @@
 """Whether the other processes of a training still live, and what each did last. Floor 2.
 
 In every process, a thread writes a beat into the store of torch.distributed every `BEAT_SECONDS`, and reads the beats
-of the others. If the beats of a process stop, it hangs, or it or its machine is gone: then every other process ends,
-and the first of them prints which one it was and what it last did. A process also ends if the store does not answer,
-because then the launcher or the machine that holds the store is gone.
+of the others. If the beats of a process stop, it hangs, or it or its machine is gone; if they never begin, it died at
+its start. Then every other process ends, and the first of them prints which one it was and what it last did. A process
+also ends if the store does not answer, because then the launcher or the machine that holds the store is gone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from strop.terminal import SECONDS_TO_SPEAK, complain
 BEAT_SECONDS = 1.0
 LIMIT_SECONDS = 28.0
 """After so long without a beat a process counts as hung."""
+BEGIN_SECONDS = 300.0
+"""After so long without a first beat a process counts as one that never began. Imports can take minutes."""
 GONE_SECONDS = 3.0
 """After so long without a beat a process whose connection broke counts as gone."""
 STARTING = "starting"
@@ -70,6 +72,7 @@ class Heartbeat:
         self._rank, self._size, self._count = rank, size, 0
         self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LIMIT_SECONDS))
         self._beats: dict[int, Beat] = {}
+        self._began = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="strop-heartbeat", daemon=True)
         self._thread.start()
@@ -96,6 +99,12 @@ class Heartbeat:
             if rank != self._rank and now - beat.changed > seconds and not beat.has_left:
                 yield rank
 
+    def _absent(self) -> list[int]:
+        """Ranks that have not beaten at all, though there was time for it."""
+        if time.monotonic() - self._began <= BEGIN_SECONDS:
+            return []
+        return [rank for rank in range(self._size) if rank not in self._beats]
+
     def _run(self) -> None:
         while True:
             try:
@@ -106,6 +115,9 @@ class Heartbeat:
             if silent := list(self._silent(LIMIT_SECONDS)):
                 listed = "; ".join(f"process {rank} of {self._size} hangs. It {self._beats[rank]}" for rank in silent)
                 self._end(f"{listed}. Nothing was heard of it for {LIMIT_SECONDS:.0f} seconds", silent)
+            if absent := self._absent():
+                listed = ", ".join(map(str, absent))
+                self._end(f"process {listed} of {self._size} has not begun within {BEGIN_SECONDS:.0f} seconds", absent)
             if self._stopped.wait(BEAT_SECONDS):
                 return
 
