@@ -77,7 +77,7 @@ class AtCall(NamedTuple):
 
 
 def _train(config: RunConfig, doomed: AtChange | AtCall | None) -> None:
-    heartbeat.BEAT_SECONDS, heartbeat.GONE_SECONDS, heartbeat.BEGIN_SECONDS = 0.1, 0.4, 20.0  # the others notice soon
+    heartbeat.BEAT_SECONDS, heartbeat.GONE_SECONDS, heartbeat.BEGIN_SECONDS = 0.1, 0.4, 8.0  # the others notice soon
     if doomed is not None and os.environ["RANK"] == str(doomed.rank):
         doomed.watch()
     strop.train(config, resume="auto")
