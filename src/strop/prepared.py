@@ -181,7 +181,7 @@ def prepare(
     else:
         for groups in (data.train, data.eval):
             check_groups(groups, objective.reads, objective.settings.compares)
-            config = _with_temperature(config, sampled_at(groups))
+        config = _with_temperature(config, data)
     if data.eval:
         _check_metric(config, objective)
     else:
@@ -190,29 +190,34 @@ def prepare(
     return Prepared(config, model, tokenizer, data, objective, _plan(config, data), num_processes)
 
 
-def _with_temperature(config: RunConfig, sampled_at: float | None) -> RunConfig:
-    """With the temperature that rows were sampled at, where they say it.
+def _with_temperature(config: RunConfig, data: LoadedData) -> RunConfig:
+    """With the temperature that the training rows were sampled at, where they say it.
 
     Raises:
-        DataError: it is none. ConfigError: another one was given, or was that of the training rows.
+        DataError: it is none. ConfigError: another one was given, or the validation rows have another one.
     """
-    key, given = "rollout.temperature", config.rollout.temperature
-    if sampled_at is None or sampled_at == given:
-        return config
-    if sampled_at <= 0:
-        raise DataError(
-            f"sampling_temperature is {sampled_at:g} in every row",
-            expected="a number above 0: the likeliest token each time has no log-probs to compare with",
-            fix="leave the column out if the log-probs are those at temperature 1",
-        )
-    if not is_default(config.origins[key]):
-        raise ConfigError(
-            f"the rows were sampled at temperature {sampled_at:g} (sampling_temperature)",
-            where=f"{key}: {given:g} ({config.origins[key]})",
-            expected="the temperature of the rows, at which their log-probs are",
-            fix=f"remove {key}, or set it to {sampled_at:g}",
-        )
-    return config.with_values({key: sampled_at}, "sampling_temperature of the rows")
+    key = "rollout.temperature"
+    for split, groups in (("training", data.train), ("validation", data.eval)):
+        said, at = sampled_at(groups), config.rollout.temperature
+        if said is None or said == at:
+            continue
+        if said <= 0:
+            raise DataError(
+                f"sampling_temperature is {said:g} in every {split} row",
+                expected="a number above 0: the likeliest token each time has no log-probs to compare with",
+                fix="leave the column out if the log-probs are those at temperature 1",
+            )
+        if split == "validation" or not is_default(config.origins[key]):
+            raise ConfigError(
+                f"the {split} rows were sampled at temperature {said:g} (sampling_temperature)",
+                where=f"{key}: {at:g} ({config.origins[key]})",
+                expected="the temperature of all rows, at which their log-probs are",
+                fix=f"remove {key}, or set it to {said:g}"
+                if split == "training"
+                else "give validation rows of that temperature",
+            )
+        config = config.with_values({key: said}, "sampling_temperature of the rows")
+    return config
 
 
 def _check_draws_ahead(config: RunConfig, num_processes: int) -> None:

@@ -82,7 +82,6 @@ def rollout_source(
         most_apart=how.vllm_max_logp_difference if is_served else None,
     )
     rest = (scorer, tokenizer, world, cut)
-    num_probed = _num_probed(config, plan, len(prompts))
     return RolloutSource(
         plan,
         collector,
@@ -94,19 +93,21 @@ def rollout_source(
         temperature=how.temperature,
         objective=objective,
         losses=_losses(config, policy, objective, cut, world) if objective.has_loss_on_samples else None,
-        probe=forecast.Probe.of(Collector(prompts, training, *rest), num_probed, config.seed) if num_probed else None,
+        probe=_probe(config, plan, Collector(prompts, training, *rest)),
         also_close=close,
         staleness=how.staleness,
         policy=policy,
     )
 
 
-def _num_probed(config: RunConfig, plan: Plan, num_prompts: int) -> int:
-    """How many prompts forecast the groups without signal: none where rewards within a group are not compared."""
+def _probe(config: RunConfig, plan: Plan, collector: Collector) -> forecast.Probe | None:
+    """What forecasts the groups without signal; None where it is not asked for, or rewards of a group are not
+    compared."""
     asked = config.rollout.probe_prompts
     if not config.rewards or (asked is None and config.post_training.compares is None):
-        return 0
-    return forecast.num_probed(asked, plan, num_prompts)
+        return None
+    num_probed = forecast.num_probed(asked, plan, len(collector.prompts))
+    return forecast.Probe.of(collector, num_probed, config.seed) if num_probed else None
 
 
 def _losses(config: RunConfig, policy: Policy, objective: Objective[MethodSettings], cut: Cut, world: World) -> Losses:

@@ -155,8 +155,13 @@ def test_the_temperature_is_that_of_the_rows(tmp_path: Path, model_dir: Path) ->
     with pytest.raises(DataError, match=r"is 1, and that of the rows before is 0\.7") as differs:
         temperature(at[:3])
     assert "rows.jsonl:3" in str(differs.value)
-    with pytest.raises(DataError, match="sampling_temperature is 0 in every row"):
+    with pytest.raises(DataError, match="sampling_temperature is 0 in every training row"):
         temperature(at[3:])
+    held_out = tmp_path / "held_out.jsonl"
+    for value, rows in ((0.7, at[2:3]), (0.7, [row]), (1.0, at[:2])):
+        held_out.write_text(json.dumps({**row, "sampling_temperature": value}) + "\n")
+        with pytest.raises(ConfigError, match=f"the validation rows were sampled at temperature {value:g}"):
+            temperature(rows, **{"dataset.val_file": str(held_out)})
     with pytest.raises(DataError, match="no sampling_temperature, and 1 of 2 rows have it"):
         temperature([at[0], row])
 
