@@ -73,7 +73,7 @@ class RolloutSource:
         *,
         refills: int | None = None,
         temperature: float,
-        objective: Objective[MethodSettings] | None = None,
+        objective: Objective[MethodSettings],
         losses: Losses | None = None,
         probe: Probe | None = None,
         also_close: Callable[[], None] = lambda: None,
@@ -84,8 +84,8 @@ class RolloutSource:
         self.plan, self.num_steps = plan, plan.num_steps
         self._collector, self._held_out = collector, held_out
         self.supplies, self._losses = collector.supplies, losses
-        self._objective = objective
-        self._wants = frozenset[str]() if objective is None else objective.reads & Policy.SUPPLIES
+        self._objective, self._wants = objective, objective.reads & Policy.SUPPLIES
+        self._has_advantages = ADVANTAGES in objective.derives
         self._note, self._log, self._world = note, JsonLines(log), world
         self._temperature = temperature
         self._refills = 0 if refills is None and collector.pairs else refills
@@ -269,7 +269,7 @@ class RolloutSource:
     def _advantages(self, trained: Sequence[Rewarded]) -> dict[int, list[float]]:
         """Those of the completions of each group that a step trains, by its id; the mean where tokens have their own.
         Nothing where the objective derives none."""
-        if self._objective is None or ADVANTAGES not in self._objective.derives or not trained:
+        if not self._has_advantages or not trained:
             return {}
         found = _group_set(trained, self._wants).derived(self._objective).columns[ADVANTAGES]
         of_groups = (found([place]).find(ADVANTAGES).tolist() for place in range(len(trained)))
@@ -296,7 +296,7 @@ class RolloutSource:
             "prompt_ids": list(prompt.prompt_ids),
             "completion_ids": [list(c.ids) for c in completions],
         }
-        if self._objective is not None and ADVANTAGES in self._objective.derives:
+        if self._has_advantages:
             line[ADVANTAGES] = advantages
         line["sampling_temperature"] = self._temperature
         for name in ("old_logps", "sampler_logps"):

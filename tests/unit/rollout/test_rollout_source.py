@@ -61,6 +61,9 @@ class Sampling:
         ]
 
 
+GRPO = build_objective(GrpoSettings())
+
+
 class Scoring:
     names, normalises = ("a",), False
 
@@ -89,6 +92,7 @@ def make(world: World, folder: Path, fails: Sequence[int] = ()) -> RolloutSource
         lambda note: None,
         world,
         temperature=0.7,
+        objective=GRPO,
     )
 
 
@@ -155,7 +159,14 @@ def test_every_group_has_its_own_log_probs_of_the_reference(tmp_path: Path) -> N
     def asked(world: World) -> Any:
         own = collector(world, Scoring([3]), reference=reference)
         source = RolloutSource(
-            Plan.of(7, 4, 1, None, 0), own, None, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0
+            Plan.of(7, 4, 1, None, 0),
+            own,
+            None,
+            tmp_path / "log.jsonl",
+            lambda note: None,
+            world,
+            temperature=1.0,
+            objective=GRPO,
         )
         assert "ref_logps" in source.supplies
         groups = source.step(1)
@@ -183,7 +194,7 @@ class Varied(Scoring):
 def test_groups_without_signal_give_way_to_others(refills: int, size: int, tmp_path: Path) -> None:
     def asked(world: World) -> Any:
         parts = (Plan.of(7, 4, 1, None, 0), collector(world, Varied()), None)
-        limits = {"temperature": 1.0, "refills": refills, "objective": build_objective(GrpoSettings())}
+        limits = {"temperature": 1.0, "refills": refills, "objective": GRPO}
         source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, **limits)  # type: ignore[arg-type]
         found = [(source.plan.groups(step), source.step(step).indices, source.metrics(step)) for step in (1, 2)]
         source.close()
@@ -230,7 +241,9 @@ def test_gdpo_is_that_of_its_paper_in_any_number_of_processes_with_groups_drawn_
 
     def asked(world: World) -> Any:
         parts = (Plan.of(7, 4, 1, None, 0), collector(world, Several()), None)
-        source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, refills=9)
+        source = RolloutSource(
+            *parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, objective=GRPO, refills=9
+        )
         steps = [source.step(step) for step in (1, 2)]
         source.close()
         return [
@@ -263,7 +276,9 @@ def test_a_step_without_any_signal_keeps_its_groups(tmp_path: Path) -> None:
 
     world = World.alone("cpu")
     parts = (Plan.of(7, 4, 1, None, 0), collector(world, Same()), None)
-    source = RolloutSource(*parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, refills=1)
+    source = RolloutSource(
+        *parts, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, objective=GRPO, refills=1
+    )
     assert len(source.step(1).groups) >= 4 and source.metrics(1)["rollout/groups_without_signal"][0] >= 4
 
 
@@ -275,7 +290,9 @@ def test_a_round_is_sampled_once_and_survives_a_checkpoint(tmp_path: Path) -> No
 
     def made() -> RolloutSource:
         own = collector(world, Scoring(), reference=reference)
-        return RolloutSource(plan, own, None, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0)
+        return RolloutSource(
+            plan, own, None, tmp_path / "log.jsonl", lambda note: None, world, temperature=1.0, objective=GRPO
+        )
 
     def content(source: RolloutSource, step: int) -> Any:
         found = source.step(step)
@@ -323,7 +340,7 @@ class Aging(Sampling):
 def ahead(plan: Plan, sampling: Sampling, folder: Path, staleness: int) -> RolloutSource:
     world, policy = World.alone("cpu"), SimpleNamespace(strategy=SimpleNamespace(trained={}))
     own = (plan, collector(world, Scoring(), sampling), None, folder / "log.jsonl", lambda note: None, world)
-    return RolloutSource(*own, temperature=1.0, staleness=staleness, policy=policy)  # type: ignore[arg-type]
+    return RolloutSource(*own, temperature=1.0, objective=GRPO, staleness=staleness, policy=policy)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("staleness", "size", "passes"), [(1, 1, 1), (3, 1, 1), (1, 2, 1), (3, 2, 2)])
