@@ -142,6 +142,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     monkeypatch.setattr(PageServer, "serve_forever", interrupted)
     made = SimpleNamespace(repo_id="owner/name")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "a login")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: made)
     sent = SimpleNamespace(commit_url="https://hub/owner/name/commit/1")
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda *_, **__: sent)
