@@ -123,6 +123,7 @@ def join(place: Place, device: torch.device) -> World:
         store, _, _ = next(rendezvous("env://"))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         heartbeat = Heartbeat(address, port, place.rank, place.size)
+        store = heartbeat.attempt.keys_in(store)
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=FOREVER)
         control = dist.group.WORLD
         tensors = dist.new_group(backend="nccl") if device.type == "cuda" else control

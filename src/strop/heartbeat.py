@@ -18,8 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from strop.attempt import Attempt
 from strop.terminal import SECONDS_TO_SPEAK, complain
 
 BEAT_SECONDS = 1.0
@@ -29,6 +30,8 @@ BEGIN_SECONDS = 300.0
 """After so long without a first beat a process counts as one that never began. Imports can take minutes."""
 GONE_SECONDS = 3.0
 """After so long without a beat a process whose connection broke counts as gone."""
+MEETING_SECONDS = 0.05
+"""How often the store is read until every process has begun."""
 STARTING = "starting"
 LEFT = "left"
 
@@ -49,28 +52,31 @@ class Beat:
         return f"(pid {beat['pid']} on {beat['host']}) last did: {beat['doing']}"
 
 
-def last_beat(store: TCPStore, rank: int) -> str:
-    """What a process last did, as the end of a sentence that begins with it."""
+def last_beat(store: Store, rank: int) -> str:
+    """What a process of an attempt last did, as the end of a sentence that begins with it."""
     return str(Beat(store.get(_key(rank)).decode(), 0.0)) if store.check([_key(rank)]) else "had not begun"
 
 
 def _key(rank: int) -> str:
-    return f"strop/beat/{rank}"
+    return f"beat/{rank}"
 
 
 class Heartbeat:
     """The thread of one process.
 
     doing: what the process does now, in words. has_mesh: whether it makes collective calls beside those of its `World`.
+    attempt: the keys that the processes write to.
 
     Raises:
-        RuntimeError: the store cannot be reached.
+        RuntimeError: the store cannot be reached, or the process of rank 0 has not begun.
     """
 
     def __init__(self, host: str, port: int, rank: int, size: int) -> None:
         self.doing, self.has_mesh = STARTING, False
         self._rank, self._size, self._count = rank, size, 0
-        self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LIMIT_SECONDS))
+        launch = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LIMIT_SECONDS))
+        self.attempt = Attempt(launch, rank, BEGIN_SECONDS)
+        self._store = self.attempt.store
         self._beats: dict[int, Beat] = {}
         self._began = time.monotonic()
         self._stopped = threading.Event()
@@ -100,9 +106,7 @@ class Heartbeat:
                 yield rank
 
     def _absent(self) -> list[int]:
-        """Ranks that have not beaten at all, though there was time for it."""
-        if time.monotonic() - self._began <= BEGIN_SECONDS:
-            return []
+        """Ranks that have not beaten at all."""
         return [rank for rank in range(self._size) if rank not in self._beats]
 
     def _run(self) -> None:
@@ -115,10 +119,10 @@ class Heartbeat:
             if silent := list(self._silent(LIMIT_SECONDS)):
                 listed = "; ".join(f"process {rank} of {self._size} hangs. It {self._beats[rank]}" for rank in silent)
                 self._end(f"{listed}. Nothing was heard of it for {LIMIT_SECONDS:.0f} seconds", silent)
-            if absent := self._absent():
+            if (absent := self._absent()) and time.monotonic() - self._began > BEGIN_SECONDS:
                 listed = ", ".join(map(str, absent))
                 self._end(f"process {listed} of {self._size} has not begun within {BEGIN_SECONDS:.0f} seconds", absent)
-            if self._stopped.wait(BEAT_SECONDS):
+            if self._stopped.wait(MEETING_SECONDS if absent else BEAT_SECONDS):
                 return
 
     def _write(self) -> None:
@@ -129,6 +133,8 @@ class Heartbeat:
     def _read(self) -> None:
         for rank in range(self._size):
             if not self._store.check([_key(rank)]):
+                if self._rank == 0:
+                    self.attempt.answer(rank)
                 continue  # it has not begun
             text = self._store.get(_key(rank)).decode()
             known = self._beats.get(rank)

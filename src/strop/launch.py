@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult, SignalException
 
+from strop.attempt import newest
 from strop.heartbeat import last_beat
 from strop.machine import num_cores
 from strop.terminal import complain
@@ -92,6 +93,6 @@ def _exit_code(found: RunProcsResult, size: int, store: TCPStore) -> int:
     if killed_by not in ENDING:  # else it was asked to end before there was anything to save
         complain(
             f"process {first.local_rank} of {size} was killed by {killed_by.name}; the others were ended. "
-            f"It {last_beat(store, first.local_rank)}\n  to do:    start the same command again with --resume"
+            f"It {last_beat(newest(store), first.local_rank)}\n  to do:    start the same command again with --resume"
         )
     return 128 + killed_by
