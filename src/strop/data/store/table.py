@@ -6,8 +6,9 @@ and its lengths); the tokens stay in the file, and the operating system keeps of
 One row of the table is one group: ids (the prompt, then its completions), one byte an id (1 = trained), the prompt's
 length, the origin, what was done to the row, and hashes by which rows are compared: of the prompt's words, of its
 tokens (`prompt_key`), of each completion's tokens, and of all of them. What every completion has of its own
-(`PER_COMPLETION`) stands in lists, one entry per completion; so do the numbers of the row (`NUMBERS`). Where rewards
-will read them, the row's columns and the turns of its prompt stand there as JSON (`KeptRow`).
+(`PER_COMPLETION`) stands in lists, one entry per completion; so do the numbers of the row (`NUMBERS`), in empty lists
+where it has none. Where rewards will read them, the row's columns and the turns of its prompt stand there as JSON
+(`KeptRow`).
 """
 
 from __future__ import annotations
@@ -38,13 +39,10 @@ from strop.lengths import (
     starts_of,
     taken_ragged,
 )
-from strop.types import OF_COMPLETIONS, OF_GROUPS, OF_TOKENS, Completion, Group, Origin
+from strop.types import NUMBERS, Completion, Group, Origin
 
 PER_COMPLETION = {"completions": pa.int32(), "scored": pa.int32(), "hashes": pa.uint64()}
 """Of every completion: its tokens, how many of them are trained, and its key (`completion_key`)."""
-
-NUMBERS = (*OF_COMPLETIONS, *OF_TOKENS, *OF_GROUPS)
-"""What a row may have beside its tokens; an empty list where it has not."""
 
 SCHEMA = pa.schema(
     [

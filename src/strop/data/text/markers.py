@@ -125,8 +125,9 @@ class Markers:
         yield first
         has_empty = any(piece.kind == "thought" and not piece.text for piece in first.pieces)
         has_ids = any(_has_name_in_id(call) for message in messages for call in message.get("tool_calls", ()))
-        ways = [(True, False)] * has_empty + [(False, True)] * has_ids + [(True, True)] * (has_empty and has_ids)
-        for spares_empty, by_id in ways:
+        for spares_empty, by_id in ((True, False), (False, True), (True, True)):
+            if (spares_empty and not has_empty) or (by_id and not has_ids):
+                continue  # nothing would change
             markers = cls.put(messages, text, spares_empty=spares_empty, by_id=by_id)
             if markers is not None:
                 yield markers

@@ -62,17 +62,17 @@ def accuracy(facts: Facts) -> Iterator[Finding]:
             **common,
         )
     elif judged.low <= 0.5 and (judged.high >= 0.5 or by_heart) and facts.has_reference:
-        yield _not_told_apart(facts, train, held, look, common)
+        yield _not_told_apart(facts, train, held, where, look, common)
     else:
         yield passed("accuracy-half", f"Accuracy on {where}: {judged.share:.2f}", numbers=numbers)
 
 
 def _not_told_apart(
-    facts: Facts, train: Accuracy, held: Accuracy | None, look: Remedy, common: Mapping[str, Any]
+    facts: Facts, train: Accuracy, held: Accuracy | None, where: str, look: Remedy, common: Mapping[str, Any]
 ) -> Finding:
     """An accuracy as by tossing a coin: on validation pairs, where there are some. Training pairs may be won all the
     same, and then more training does not help."""
-    judged, where = (train, "training pairs") if held is None else (held, "validation pairs")
+    judged = train if held is None else held
     if held is not None and train.low > 0.5:
         claim = (
             f"What training pairs teach (accuracy {train.share:.2f}) does not hold for validation pairs "
