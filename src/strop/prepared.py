@@ -34,6 +34,7 @@ from strop.plan.order import Plan
 from strop.plan.packing import filled_rows
 from strop.plan.row_tokens import RowTokens
 from strop.plan.work import EpochWork
+from strop.policy.model.adapter_settings import adapters_of
 from strop.policy.model.from_config import CannotBuildError, Shape, num_weights, shape_of
 from strop.policy.other_models import check_others, teacher_section
 from strop.rewards.calls import check_rewards
@@ -167,6 +168,7 @@ def prepare(
     config = of_model(config, model)
     objective = build_objective(config.post_training)
     require_optimizer(config.training)
+    adapters_of(config.lora, model)  # refuses an adapter that cannot be continued as the configuration says
     _check_draws_ahead(config, num_processes)
     day = checkpoint.state["recipe"].get("dataset.date") if checkpoint is not None else None
     rows = ModelRows.of(config, model, kept_day=day) if read is None else read[0]

@@ -312,6 +312,17 @@ def test_a_continued_adapter_is_counted_with_its_own_rank(
     assert guess(continued, timed=True).steps
 
 
+def test_a_section_that_differs_from_a_continued_adapter_is_refused_before_rows_are_read(
+    prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepared(r=3)
+    policy = build_policy(first.config, first.model, torch.device("cpu"))
+    policy.save_pretrained(tmp_path / "adapter", first.tokenizer)
+    monkeypatch.setattr("strop.prepared.ModelRows", None)
+    with pytest.raises(ModelError, match="r: 4 here, 3 in the adapter"):
+        prepared(**{"models.0.adapter": str(tmp_path / "adapter"), "lora.r": 4})
+
+
 def test_a_model_that_cannot_be_described_costs_only_the_prediction(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
