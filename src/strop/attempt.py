@@ -23,7 +23,8 @@ class Attempt:
         seconds: how long to wait for the process of rank 0.
 
     Raises:
-        RuntimeError: it has not begun, or the store cannot be reached.
+        TimeoutError: it has not begun.
+        RuntimeError: the store cannot be reached.
     """
 
     def __init__(self, launch: TCPStore, rank: int, seconds: float) -> None:
@@ -57,7 +58,7 @@ def _ask(launch: TCPStore, rank: int, seconds: float) -> int:
     try:
         launch.wait([_reply(question)], timedelta(seconds=seconds))
     except DistStoreError as error:
-        raise RuntimeError(f"process 0 has not begun within {seconds:.0f} seconds") from error
+        raise TimeoutError(f"the process of rank 0 does not answer within {seconds:.0f} seconds") from error
     return int(launch.get(_reply(question)))
 
 

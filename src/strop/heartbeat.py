@@ -68,18 +68,21 @@ class Heartbeat:
     attempt: the keys that the processes write to.
 
     Raises:
-        RuntimeError: the store cannot be reached, or the process of rank 0 has not begun.
+        RuntimeError: the store cannot be reached.
     """
 
     def __init__(self, host: str, port: int, rank: int, size: int) -> None:
         self.doing, self.has_mesh = STARTING, False
         self._rank, self._size, self._count = rank, size, 0
         launch = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LIMIT_SECONDS))
-        self.attempt = Attempt(launch, rank, BEGIN_SECONDS)
-        self._store = self.attempt.store
         self._beats: dict[int, Beat] = {}
         self._began = time.monotonic()
         self._stopped = threading.Event()
+        try:
+            self.attempt = Attempt(launch, rank, BEGIN_SECONDS)
+        except TimeoutError:
+            self._end_without([0])
+        self._store = self.attempt.store
         self._thread = threading.Thread(target=self._run, name="strop-heartbeat", daemon=True)
         self._thread.start()
 
@@ -120,8 +123,7 @@ class Heartbeat:
                 listed = "; ".join(f"process {rank} of {self._size} hangs. It {self._beats[rank]}" for rank in silent)
                 self._end(f"{listed}. Nothing was heard of it for {LIMIT_SECONDS:.0f} seconds", silent)
             if (absent := self._absent()) and time.monotonic() - self._began > BEGIN_SECONDS:
-                listed = ", ".join(map(str, absent))
-                self._end(f"process {listed} of {self._size} has not begun within {BEGIN_SECONDS:.0f} seconds", absent)
+                self._end_without(absent)
             if self._stopped.wait(MEETING_SECONDS if absent else BEAT_SECONDS):
                 return
 
@@ -140,6 +142,11 @@ class Heartbeat:
             known = self._beats.get(rank)
             if known is None or known.text != text:
                 self._beats[rank] = Beat(text, time.monotonic())
+
+    def _end_without(self, absent: list[int]) -> None:
+        """Ends this process because others have not begun."""
+        listed = ", ".join(map(str, absent))
+        self._end(f"process {listed} of {self._size} has not begun within {BEGIN_SECONDS:.0f} seconds", absent)
 
     def _end(self, why: str, silent: list[int]) -> None:
         """Ends this process at once: its main thread may wait for what never comes. What is saved stays whole."""

@@ -316,21 +316,22 @@ def test_a_process_that_hangs_ends_all(runs: Any, tmp_path: Path) -> None:
     assert "process 1 of 2 hangs. It (pid" in said and "last did: step 3" in said and said.count("to do:") == 1
 
 
-def _die_at_once_in_rank_1(config: RunConfig, said: Path) -> None:
+def _die_at_once(config: RunConfig, doomed: int, said: Path) -> None:
     heartbeat.BEAT_SECONDS, heartbeat.BEGIN_SECONDS = 0.1, 1.0
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] == str(doomed):
         os.kill(os.getpid(), signal.SIGKILL)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     strop.train(config)
 
 
-def test_a_process_that_dies_before_it_says_anything_ends_all(runs: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("doomed", [0, 1])
+def test_a_process_that_dies_before_it_says_anything_ends_all(doomed: int, runs: Any, tmp_path: Path) -> None:
     """Here no launcher ends the others, which wait for it as they connect."""
-    (main, _), _ = start_processes(2, _die_at_once_in_rank_1, runs.config(CUT), tmp_path / "said")
-    main.join(100)
-    assert main.exitcode == 1
+    other, _ = start_processes(2, _die_at_once, runs.config(CUT), doomed, tmp_path / "said")[1 - doomed]
+    other.join(100)
+    assert other.exitcode == 1
     said = (tmp_path / "said").read_text()
-    assert "process 1 of 2 has not begun within 1 seconds" in said and said.count("to do:") == 1
+    assert f"process {doomed} of 2 has not begun within 1 seconds" in said and said.count("to do:") == 1
 
 
 def _die_in_rank_1(config: RunConfig, keys: dict[str, Any]) -> None:

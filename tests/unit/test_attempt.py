@@ -62,5 +62,5 @@ def test_a_question_of_a_dead_process_does_no_harm(server: TCPStore) -> None:
 
 
 def test_a_first_process_that_never_begins_is_named(server: TCPStore) -> None:
-    with pytest.raises(RuntimeError, match="process 0 has not begun within 0 seconds"):
+    with pytest.raises(TimeoutError, match="rank 0 does not answer within 0 seconds"):
         Attempt(_client(server), 1, 0.2)
