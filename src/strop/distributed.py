@@ -238,6 +238,7 @@ class _Joined(World):
                 fix="leave it out to shard over all of them",
             )
         assert self.heartbeat is not None
+        self.any(False)  # a process may come to `tell` instead, and the groups below wait for all
         self.heartbeat.has_mesh = True
         shape, names = (
             ((self.size,), ("shard",)) if size == self.size else ((self.size // size, size), ("replicate", "shard"))

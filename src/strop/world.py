@@ -51,9 +51,9 @@ class World(ABC):
     rank: its number, from 0. local_rank: its number on this machine, which has local_size of them. device: where it
     computes.
 
-    `sum`, `any`, `on_main`, `gather`, `tell`, `sum_gradients`, `share_tensors` and `beside` are collective: every
-    process must call the same ones in the same order. Only `tell` may stand for any other; it makes the others raise
-    `PeerError` or `PeerMemoryError`.
+    `sum`, `any`, `on_main`, `gather`, `tell`, `sum_gradients`, `share_tensors`, `beside` and `mesh` are collective:
+    every process must call the same ones in the same order. Only `tell` may stand for any other; it makes the others
+    raise `PeerError` or `PeerMemoryError`.
     """
 
     device: torch.device
@@ -173,6 +173,7 @@ class World(ABC):
 
     def mesh(self, shard_size: int | None) -> DeviceMesh:
         """The processes in replicas of `shard_size` (None: all), for code that makes collective calls of its own.
+        Collective.
 
         A process that fails after this may find the others in such a call, where `tell` does not reach them. Then it
         ends at once with its message, and they end because it is gone.

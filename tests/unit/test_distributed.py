@@ -130,6 +130,24 @@ def test_what_fails_in_one_process_fails_in_all_and_rank_0_says_what() -> None:
     ]
 
 
+def _before_a_mesh(failing: int) -> str:
+    try:
+        with start_world(GpuSection()) as world, world.together():
+            if world.rank == failing:
+                raise DataError("no such file", where="model")
+            world.mesh(None)
+    except (DataError, PeerError) as error:
+        return f"{type(error).__name__}: {error!s}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_before_the_others_make_a_mesh_is_heard(failing: int) -> None:
+    """Such as one that could not load the model; the groups of a mesh wait without end for those who are not there."""
+    main, _ = in_processes(2, _before_a_mesh, failing)
+    assert main == ("DataError: model: no such file", "PeerError: process 1 of 2 failed: model: no such file")[failing]
+
+
 @given(st.lists(st.tuples(st.sampled_from((torch.float32, torch.float64)), st.integers(0, 9))), st.integers(1, 60))
 def test_buckets_hold_all_gradients_in_their_order(sizes: list[tuple[torch.dtype, int]], limit: int) -> None:
     gradients = [torch.zeros(n, dtype=dtype) for dtype, n in sizes]
