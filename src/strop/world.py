@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+TOLD = "told"
+"""Attribute of an error that the other processes have heard of."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -118,14 +121,16 @@ class World(ABC):
         """A block that fails in all processes if it fails in one.
 
         Rank 0, which speaks to the user, raises its own error, or `PeerError` with the message of the process that
-        failed. The others raise `PeerError`.
+        failed. The others raise `PeerError`. Such blocks may be nested: an error is told once.
         """
         try:
             yield
         except PeerError:
             raise
         except Exception as error:
-            self.tell(error)
+            if not _was_told(error):  # else the others have left by now, and nobody would hear it
+                self.tell(error)
+                vars(error)[TOLD] = True
             if self.is_main or not isinstance(error, StropError):
                 raise
             raise PeerError(f"process 0 says what is wrong: {error}") from error
@@ -191,6 +196,11 @@ class World(ABC):
 
     def __deepcopy__(self, _: dict[int, Any]) -> World:
         return self
+
+
+def _was_told(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made of, has been told to the other processes."""
+    return error is not None and (TOLD in vars(error) or _was_told(error.__cause__))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from strop import device, distributed
 from strop.config.sections import GpuSection
 from strop.device import pick_device, start_world
 from strop.distributed import Place, buckets, find_place, is_restarted
-from strop.errors import ConfigError, DataError, PeerError
+from strop.errors import ConfigError, DataError, PeerError, foreign_errors
 from strop.world import PeerMemoryError, World
 
 CPU = torch.device("cpu")
@@ -128,6 +129,28 @@ def test_what_fails_in_one_process_fails_in_all_and_rank_0_says_what() -> None:
         "PeerError: process 0 says what is wrong: rows.jsonl:3: bad row 1",
         "[2]",
     ]
+
+
+def _nested(failing: Sequence[int]) -> str:
+    try:
+        with start_world(GpuSection()) as world, world.together(), foreign_errors(DataError), world.together():
+            if world.rank in failing:
+                raise ValueError("no such file")
+            world.any(False)
+    except (DataError, PeerError) as error:
+        return f"{type(error).__name__}: {error!s}"
+    return "nothing"
+
+
+@pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)], ids=str)
+def test_an_error_in_nested_blocks_is_told_once(failing: Sequence[int]) -> None:
+    """Also if it has become another one in between. Told again, it would be lost: the others have left by then."""
+    main, other = in_processes(2, _nested, failing)
+    if 0 in failing:
+        assert main == "DataError: no such file"
+    else:
+        assert main == "PeerError: process 1 of 2 failed: no such file"
+    assert other.startswith("PeerError: process 0 ") and "no such file" in other
 
 
 def _before_a_mesh(failing: int) -> str:
