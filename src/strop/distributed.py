@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from strop.errors import ConfigError, LostError, TrainingError
+from strop.errors import ConfigError, Interrupted, LostError, TrainingError
 from strop.heartbeat import Heartbeat
 from strop.terminal import complain
 from strop.world import World
@@ -258,14 +258,16 @@ class _Joined(World):
 
     def tell(self, error: BaseException, *, memory: bool = False) -> None:
         assert self.heartbeat is not None
-        if not self.heartbeat.has_mesh:
+        if not self.heartbeat.has_mesh or isinstance(error, Interrupted):  # all stop together, after the same step
             super().tell(error, memory=memory)
             return
         alone = Timer(SECONDS_TO_TELL, self._end_alone, [error])
         alone.daemon = True
         alone.start()
-        super().tell(error, memory=memory)
-        alone.cancel()
+        try:
+            super().tell(error, memory=memory)
+        finally:
+            alone.cancel()
 
     def beside(self) -> World:
         self.any(False)  # a process may come to `tell` instead

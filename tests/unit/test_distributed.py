@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from strop import device, distributed
 from strop.config.sections import GpuSection
 from strop.device import pick_device, start_world
 from strop.distributed import Place, buckets, find_place, is_restarted
-from strop.errors import ConfigError, DataError, PeerError, foreign_errors
+from strop.errors import ConfigError, DataError, Interrupted, PeerError, foreign_errors
 from strop.world import PeerMemoryError, World
 
 CPU = torch.device("cpu")
@@ -169,6 +170,22 @@ def test_a_process_that_fails_before_the_others_make_a_mesh_is_heard(failing: in
     """Such as one that could not load the model; the groups of a mesh wait without end for those who are not there."""
     main, _ = in_processes(2, _before_a_mesh, failing)
     assert main == ("DataError: model: no such file", "PeerError: process 1 of 2 failed: model: no such file")[failing]
+
+
+def _stopped_with_a_mesh() -> str:
+    distributed.SECONDS_TO_TELL = 0.2
+    try:
+        with start_world(GpuSection()) as world, world.together():
+            world.mesh(None)
+            if world.is_main:
+                time.sleep(1)  # as it may close trackers
+            raise Interrupted(3, "checkpoint-3")
+    except Interrupted as stop:
+        return str(stop.step)
+
+
+def test_processes_that_stop_together_wait_for_the_one_that_ends_later() -> None:
+    assert in_processes(2, _stopped_with_a_mesh) == ["3", "3"]
 
 
 @given(st.lists(st.tuples(st.sampled_from((torch.float32, torch.float64)), st.integers(0, 9))), st.integers(1, 60))
