@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from strop.errors import ConfigError, Interrupted, LostError, TrainingError
+from strop.errors import ConfigError, GoneError, Interrupted, LostError, TrainingError
 from strop.heartbeat import Heartbeat
+from strop.policy.memory_attempts import is_out_of_memory
 from strop.terminal import complain
 from strop.world import World
 
@@ -192,11 +193,11 @@ class _Joined(World):
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         own = list(parameters)
         somewhere = self.sum([int(p.grad is not None) for p in own])
-        for parameter, count in zip(own, somewhere, strict=True):
-            if count and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in own if p.grad is not None]
         with self.connected():
+            for parameter, count in zip(own, somewhere, strict=True):
+                if count and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [p.grad for p in own if p.grad is not None]
             for bucket in buckets(gradients):
                 self._sum(bucket)
 
@@ -283,11 +284,15 @@ class _Joined(World):
     def connected(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             assert self.heartbeat is not None
             first_line = str(error).strip().partition("\n")[0]
-            why = self.heartbeat.gone() or f"process {self.rank} has lost the others: {first_line}"
-            raise LostError(why, fix="start the same command again with --resume") from error
+            if is_out_of_memory(error):
+                self._end_alone(MemoryError(f"memory ran out while it exchanged values with the others: {first_line}"))
+            fix = "start the same command again with --resume"
+            if gone := self.heartbeat.gone():
+                raise GoneError(gone, fix=fix) from error
+            raise LostError(f"process {self.rank} has lost the others: {first_line}", fix=fix) from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@
     |  `- SaveError                     the disk did not take what was to be saved; what was there is untouched
     |- TrainingError    (RuntimeError)  a step that must not be taken
     `- PeerError                        another process of the same training failed, and this one ends with it
-       `- LostError                     the other process is gone
+       `- LostError                     the connection to the others broke
+          `- GoneError                  because one of them is gone
     Interrupted         (Exception)     not an error: stopped by a signal, saved, resumable
     `- StoppedByFinding                 the same, by a finding of finetuning.stop_on
 
@@ -83,7 +84,11 @@ class PeerError(StropError):
 
 
 class LostError(PeerError):
-    """Another process is gone, without a word: the connection to it broke."""
+    """The connection to the other processes broke."""
+
+
+class GoneError(LostError):
+    """Another process is gone, without a word."""
 
 
 class Interrupted(Exception):  # noqa: N818 (it is not an error)

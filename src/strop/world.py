@@ -169,10 +169,12 @@ class World(ABC):
         other processes while this one goes on. Collective."""
 
     def connected(self) -> AbstractContextManager[None]:
-        """A block in which an error of torch.distributed means that another process is gone.
+        """A block of collective calls, in which an error means that the connection to the other processes broke. Where
+        memory runs out in it, this process ends at once with its message: the others wait for it in the same call,
+        where `tell` does not reach them.
 
         Raises:
-            LostError: in place of that error.
+            LostError, GoneError: in place of that error.
         """
         return nullcontext()
 

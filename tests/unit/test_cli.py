@@ -18,7 +18,7 @@ import pytest
 
 from strop import cli
 from strop.engine.progress import StopSignal
-from strop.errors import ConfigError, DataError, Interrupted
+from strop.errors import ConfigError, DataError, GoneError, Interrupted, LostError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -269,6 +269,19 @@ def test_of_several_processes_the_first_one_speaks(
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(["train", "--config", "c.yaml", "--num-epochs", "0"]) == 1
     assert capsys.readouterr().err.startswith("[rank 1] --num-epochs"), "the first one of another machine"
+
+
+def test_a_broken_connection_is_said_where_the_launcher_has_nothing_to_say(
+    config: Path, calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("strop.cli.entry.SECONDS_TO_SPEAK", 0.0)
+    calls.error = LostError("process 0 has lost the others: NCCL error")
+    assert cli.main(["train", "--config", "c.yaml"]) == 1
+    assert "NCCL error" in capsys.readouterr().err
+    calls.error = GoneError("process 1 of 2 is gone")
+    assert cli.main(["train", "--config", "c.yaml"]) == 1
+    assert capsys.readouterr().err == "", "the launcher says it"
 
 
 # ---- help

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from processes import in_processes
-from strop import device, distributed
+from strop import device, distributed, heartbeat
 from strop.config.sections import GpuSection
 from strop.device import pick_device, start_world
 from strop.distributed import Place, buckets, find_place, is_restarted
-from strop.errors import ConfigError, DataError, Interrupted, PeerError, foreign_errors
+from strop.errors import ConfigError, DataError, Interrupted, PeerError, StropError, foreign_errors
 from strop.world import PeerMemoryError, World
 
 CPU = torch.device("cpu")
@@ -186,6 +187,46 @@ def _stopped_with_a_mesh() -> str:
 
 def test_processes_that_stop_together_wait_for_the_one_that_ends_later() -> None:
     assert in_processes(2, _stopped_with_a_mesh) == ["3", "3"]
+
+
+def _broken(error: Exception) -> str:
+    """What becomes of an error in a collective call of a process whose others still live."""
+    said: list[str] = []
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    def ends(code: int) -> None:
+        raise SystemExit(code)
+
+    try:
+        with start_world(GpuSection()) as world:
+            world.any(False)
+            if world.is_main:
+                return "well"
+            heartbeat.Heartbeat.gone = lambda self: ""  # type: ignore[method-assign]  # all give signs of life
+            distributed.complain, distributed.os._exit = said.append, ends  # type: ignore[assignment]
+            dist.all_gather = fails
+            world.any(False)
+    except (StropError, SystemExit) as end:
+        return f"{type(end).__name__}: {''.join(said) or end!s}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (RuntimeError("NCCL error\nlong"), "LostError: process 1 has lost the others: NCCL error"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes\nlong"),
+            "SystemExit: process 1 of 2 failed: memory ran out while it exchanged values with the others: "
+            "DefaultCPUAllocator: can't allocate memory: 8 bytes",
+        ),
+    ],
+)
+def test_an_error_in_a_collective_call_is_no_death_of_another_process(error: Exception, becomes: str) -> None:
+    main, other = in_processes(2, _broken, error)
+    assert main == "well" and other.startswith(becomes)
 
 
 @given(st.lists(st.tuples(st.sampled_from((torch.float32, torch.float64)), st.integers(0, 9))), st.integers(1, 60))

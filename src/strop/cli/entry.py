@@ -23,7 +23,7 @@ from typing import Any
 
 from strop import garbage_collection
 from strop.cli.commands import COMMANDS
-from strop.errors import ConfigError, Interrupted, LostError, PeerError, StoppedByFinding, StropError
+from strop.errors import ConfigError, GoneError, Interrupted, PeerError, StoppedByFinding, StropError
 from strop.terminal import SECONDS_TO_SPEAK, ReaderLeft, complain, open_standard_streams, rank, session, show
 
 FOUND = 3
@@ -119,9 +119,9 @@ def _tell(error: StropError) -> None:
     """Prints an error once, although several processes may meet it.
 
     Rank 0 prints it. An error that only this machine can know of is also printed by the first process on the machine.
-    A lost process is named by strop's own launcher, if that started this one.
+    A process that is gone is named by strop's own launcher, if that started this one.
     """
-    launcher_speaks = isinstance(error, LostError) and "TORCHELASTIC_RUN_ID" not in os.environ
+    launcher_speaks = isinstance(error, GoneError) and "TORCHELASTIC_RUN_ID" not in os.environ
     first = rank() == 0 or (os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, PeerError))
     if first and not launcher_speaks:
         complain(str(error))
