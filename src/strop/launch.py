@@ -1,7 +1,8 @@
 """Starts the processes of a training on this machine, and ends when they have. Floor 9.
 
 torch's own launcher does the work (torch.distributed.elastic). A signal to this process is passed on, as often as it
-comes, and then waited for as long as it takes: a save must not be cut off. One process that fails ends all.
+comes, and then waited for as long as it takes: a save must not be cut off. What this process was told to ignore (nohup)
+is ignored by all. One process that fails ends all.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
-from torch.distributed.elastic.multiprocessing.api import RunProcsResult, SignalException
+from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
 from strop.attempt import newest
 from strop.heartbeat import last_beat
@@ -28,6 +31,10 @@ PERIOD_SECONDS = 0.2
 HOST = "127.0.0.1"
 ENDING = (signal.SIGTERM, signal.SIGINT)
 """Signals by which processes are asked to end."""
+PASSED_ON = tuple(name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+"""Windows has only the first two."""
+HANDLED = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""The variable that tells torch's launcher for which signals to install its handlers."""
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
@@ -39,15 +46,17 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_exit_code` says what happened
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    heard = _heard()
     with tempfile.TemporaryDirectory(prefix="strop-") as folder:
-        processes = start_processes(
-            "strop",
-            sys.executable,
-            args=dict.fromkeys(range(num_processes), ("-m", "strop", *arguments)),
-            envs={rank: _environment(rank, num_processes, store.port) for rank in range(num_processes)},
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        return _exit_code(_watched(processes), num_processes, store)
+        with _handled_by_torch(heard):
+            processes = start_processes(
+                "strop",
+                sys.executable,
+                args=dict.fromkeys(range(num_processes), ("-m", "strop", *arguments)),
+                envs={rank: _environment(rank, num_processes, store.port) for rank in range(num_processes)},
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+            )
+        return _exit_code(_watched(processes, heard), num_processes, store)
 
 
 def _environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -64,18 +73,40 @@ def _environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _watched(processes: PContext) -> RunProcsResult:
-    while True:
-        try:
-            found = processes.wait(period=PERIOD_SECONDS)
-        except SignalException as stop:
-            _pass_on(processes, stop.sigval)
-            continue
-        assert found is not None, "it waits for ever"
-        return found
+def _heard() -> list[signal.Signals]:
+    """The signals that this process was not told to ignore."""
+    numbers = [signal.Signals[name] for name in PASSED_ON]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def _pass_on(processes: PContext, number: signal.Signals) -> None:
+@contextmanager
+def _handled_by_torch(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """A block in which torch's launcher installs handlers for these signals only: a process that begins under a handler
+    does not ignore the signal any more."""
+    before = os.environ.get(HANDLED)
+    os.environ[HANDLED] = ",".join(number.name for number in numbers)
+    try:
+        yield
+    finally:
+        os.environ.pop(HANDLED)
+        if before is not None:
+            os.environ[HANDLED] = before
+
+
+def _watched(processes: PContext, heard: Sequence[signal.Signals]) -> RunProcsResult:
+    """Waits until all processes have ended. Passes on these signals, here and until this process ends.
+
+    The handlers of torch raise an error instead, and a second signal raises one wherever this process is by then.
+    """
+    if threading.current_thread() is threading.main_thread():  # others cannot install handlers
+        for number in heard:
+            signal.signal(number, lambda number, _: _pass_on(processes, number))
+    found = processes.wait(period=PERIOD_SECONDS)
+    assert found is not None, "it waits for ever"
+    return found
+
+
+def _pass_on(processes: PContext, number: int) -> None:
     for pid in processes.pids().values():
         try:
             os.kill(pid, number)
