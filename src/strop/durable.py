@@ -132,9 +132,9 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Sync files that another library wrote: every file under `path`, then every folder."""
+    """Sync files that another library wrote: every file under `path`, then every folder. Links are names only."""
     for folder, _, files in os.walk(path, topdown=False):
-        for name in files:
+        for name in (name for name in files if not os.path.islink(os.path.join(folder, name))):
             fd = os.open(Path(folder) / name, os.O_RDWR | _NO_FOLLOW | _BINARY)
             try:
                 os.fsync(fd)

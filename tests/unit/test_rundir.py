@@ -323,6 +323,20 @@ def test_mirror_copies_final_and_logs_and_replaces_an_older_mirror(tmp_path: Pat
     }  # fmt: skip
 
 
+def test_a_mirror_has_the_links_among_the_logs(tmp_path: Path) -> None:
+    """W&B leaves links to its newest run and to the log of that."""
+    run = RunDir(tmp_path / "out" / "model")
+    fill(run.path)
+    wandb = run.logs / "wandb"
+    (wandb / "run-1").mkdir(parents=True)
+    (wandb / "run-1" / "debug.log").write_text("said")
+    (wandb / "latest-run").symlink_to("run-1")
+    (wandb / "debug.log").symlink_to("run-1/debug.log")
+    there = run.mirror(tmp_path / "mount") / "logs" / "wandb"
+    assert (there / "latest-run").is_symlink() and (there / "debug.log").is_symlink()
+    assert (there / "debug.log").read_text() == "said"
+
+
 @pytest.mark.parametrize("mount", ["out", "out/model", "out/model/logs", "out/model/logs/x"])
 def test_a_mirror_in_the_run_itself_is_refused(tmp_path: Path, mount: str) -> None:
     run = RunDir(tmp_path / "out" / "model")
