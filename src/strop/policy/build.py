@@ -250,7 +250,8 @@ def assemble(
     temperature: float = 1.0,
     place: Place | None = None,
 ) -> Policy:
-    """Wraps a model, chooses its row layout, moves it to its device, fuses its layers and probes the result.
+    """Wraps a model, chooses its row layout, moves it to its device, fuses its layers and probes the result. All
+    processes have the same layout: where the probe of one refuses shared rows, none shares.
 
     Args:
         temperature: what its logits are divided by.
@@ -280,7 +281,8 @@ def assemble(
         logger.info("%s: its logits, measured: %s", where, own.transform.describe())
         policy.transform = own.transform
     fuse(module, policy.weight_copies, policy.device, elementwise, policy.strategy.gathered)
-    refused = probe(policy, own)
+    found = policy.strategy.world.gather(probe(policy, own))  # what rounding does may differ by machine
+    refused = next((why for why in found if why is not None), None)
     if refused is not None:
         logger.warning(
             "%s: prompts are not shared, so each is computed again for every completion: %s; %s",

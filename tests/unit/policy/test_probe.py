@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from conftest import TINY
+from processes import in_processes
 from strop.batch import GroupSpan
-from strop.config.sections import ModelSection
+from strop.config import RunConfig
+from strop.config.sections import GpuSection, ModelSection
+from strop.device import start_world
 from strop.errors import ModelError
-from strop.policy.build import assemble
+from strop.policy import build as building
 from strop.policy.kernels import attention
 from strop.policy.kernels.tiled_attention import Tile, cut_tiles
 from strop.policy.model.load import LoadedModel
@@ -29,6 +32,7 @@ from strop.policy.probe import inference_mode
 from strop.types import Group
 
 SIZES = {**TINY, "pad_token_id": 0}
+MODELS = (ModelSection(huggingface_id="tiny"),)
 Change = Callable[[Tensor], Tensor]
 
 
@@ -50,13 +54,18 @@ def as_it_is(z: Tensor) -> Tensor:
 
 
 def policy_of(
-    precision: Precision, change: Change = as_it_is, before: float = 1.0, adapted: bool = False, **sizes: Any
+    precision: Precision,
+    change: Change = as_it_is,
+    before: float = 1.0,
+    adapted: bool = False,
+    place: building.Place | None = None,
+    **sizes: Any,
 ) -> Policy:
     torch.manual_seed(0)
     model = Changed(LlamaConfig(**SIZES | sizes), change, before)
     model.to(precision.compute if adapted else precision.master)
     loaded = LoadedModel(model, precision.master, copy.deepcopy(model.config))
-    return assemble(model, loaded, precision, ModelSection(huggingface_id="tiny"), fp32_logits=False)
+    return building.assemble(model, loaded, precision, MODELS[0], fp32_logits=False, place=place)
 
 
 def soft_cap(cap: float, scale: float = 1.0) -> Change:
@@ -90,6 +99,18 @@ def test_what_a_model_does_to_its_logits_is_measured(
     found = policy_of(precision, change, before, adapted).transform
     assert found.scale == pytest.approx(scale, rel=4e-3)
     assert found.softcap is None if cap is None else found.softcap == pytest.approx(cap, rel=1e-2)
+
+
+def _shares_where_rank_1_refuses() -> tuple[bool, str | None]:
+    with start_world(GpuSection()) as world:
+        building.probe = lambda policy, own: "rounding of this machine" if world.rank == 1 else None
+        policy = policy_of(Precision(torch.float32), place=building.strategy_of(RunConfig(models=MODELS), world))
+        return policy.share_prefix, policy.plain_reason
+
+
+def test_no_process_shares_prompts_where_the_probe_of_one_refuses() -> None:
+    """Else one would plan its micro-batches anew, together with the others, who do not."""
+    assert in_processes(2, _shares_where_rank_1_refuses) == [(False, "rounding of this machine")] * 2
 
 
 class Noisy(torch.nn.Module):
