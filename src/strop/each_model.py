@@ -1,6 +1,7 @@
 """The models of a configuration, one after the other. Floor 4.
 
 A model that fails does not stop the others: its error is logged at once, and in the end one error names all failures.
+Only where the connection to the other processes broke, there is nobody left to train the next ones with.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from strop.config import RunConfig
 from strop.config.sections import ModelSection
 from strop.engine.out_of_memory import explaining_memory
-from strop.errors import StropError, TrainingError
+from strop.errors import LostError, StropError, TrainingError
 from strop.world import World
 
 log = logging.getLogger("strop")
@@ -26,6 +27,7 @@ def for_each_model(
 
     Raises:
         StropError: that of the model, where there is only one.
+        LostError: the connection to the other processes broke.
         TrainingError: names those that failed, where there are several.
     """
     failures: list[tuple[str, StropError]] = []
@@ -36,7 +38,7 @@ def for_each_model(
             with world.together(), explaining_memory(config, model.name or model.huggingface_id):
                 work(model)
         except StropError as error:
-            if len(models) == 1:
+            if len(models) == 1 or isinstance(error, LostError):
                 raise
             log.error("%s failed: %s", model.name, error)
             failures.append((model.name, error))
