@@ -2,8 +2,9 @@
 
 In every process, a thread writes a beat into the store of torch.distributed every `BEAT_SECONDS`, and reads the beats
 of the others. If the beats of a process stop, it hangs, or it or its machine is gone; if they never begin, it died at
-its start. Then every other process ends, and the first of them prints which one it was and what it last did. A process
-also ends if the store does not answer, because then the launcher or the machine that holds the store is gone.
+its start. Then every other process ends, and the first of them prints which one it was and what it last did. The time
+in which this process stood still itself, as all do in a container that is paused, does not count. A process also ends
+if the store does not answer, because then the launcher or the machine that holds the store is gone.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Heartbeat:
         self._rank, self._size, self._count = rank, size, 0
         launch = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LIMIT_SECONDS))
         self._beats: dict[int, Beat] = {}
-        self._began = time.monotonic()
+        self._began = self._looked = time.monotonic()
         self._stopped = threading.Event()
         try:
             self.attempt = Attempt(launch, rank, BEGIN_SECONDS)
@@ -133,6 +134,11 @@ class Heartbeat:
         self._store.set(_key(self._rank), json.dumps(beat))
 
     def _read(self) -> None:
+        now = time.monotonic()
+        if (unseen := now - self._looked) > LIMIT_SECONDS / 2:  # this process stood still itself, perhaps all did
+            for beat in self._beats.values():
+                beat.changed += unseen
+        self._looked = now
         for rank in range(self._size):
             if not self._store.check([_key(rank)]):
                 if self._rank == 0:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from processes import in_processes
+from processes import in_processes, start_processes
 from strop import device, distributed, heartbeat
 from strop.config.sections import GpuSection
 from strop.device import pick_device, start_world
@@ -227,6 +230,39 @@ def _broken(error: Exception) -> str:
 def test_an_error_in_a_collective_call_is_no_death_of_another_process(error: Exception, becomes: str) -> None:
     main, other = in_processes(2, _broken, error)
     assert main == "well" and other.startswith(becomes)
+
+
+def _beats_until(begun: Path, stop: Path) -> str:
+    heartbeat.BEAT_SECONDS, heartbeat.LIMIT_SECONDS = 0.05, 2.0
+    with start_world(GpuSection()) as world:
+        world.any(False)
+        (begun / str(world.rank)).touch()
+        while not stop.exists():
+            time.sleep(0.05)
+        world.any(False)
+    return "well"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system stops no processes")
+def test_processes_that_all_stood_still_do_not_take_each_other_for_hung(tmp_path: Path) -> None:
+    """As in a container that was paused: the first one that goes on has seen no beat for long."""
+    started = start_processes(2, _beats_until, tmp_path, tmp_path / "stop")
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    pids = [process.pid for process, _ in started if process.pid is not None]
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.3)
+    time.sleep(3)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.3)
+    time.sleep(1)
+    (tmp_path / "stop").touch()
+    assert [here.recv() for _, here in started if here.poll(20)] == ["well", "well"]
 
 
 @given(st.lists(st.tuples(st.sampled_from((torch.float32, torch.float64)), st.integers(0, 9))), st.integers(1, 60))
