@@ -183,7 +183,7 @@ class World(ABC):
         Collective.
 
         A process that fails after this may find the others in such a call, where `tell` does not reach them. Then it
-        ends at once with its message, and they end because it is gone.
+        ends by itself after some seconds, with its message, and they end because it is gone.
 
         Raises:
             ConfigError: `shard_size` does not divide the number of processes, or there is nothing between them that
