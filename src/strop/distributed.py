@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from threading import Timer
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -262,19 +262,26 @@ class _Joined(World):
         if not self.heartbeat.has_mesh or isinstance(error, Interrupted):  # all stop together, after the same step
             super().tell(error, memory=memory)
             return
-        alone = Timer(SECONDS_TO_TELL, self._end_alone, [error])
-        alone.daemon = True
-        alone.start()
+        told = Event()
+        Thread(target=self._end_unheard, args=(error, told), daemon=True).start()
         try:
             super().tell(error, memory=memory)
         finally:
-            alone.cancel()
+            told.set()
 
     def beside(self) -> World:
         self.any(False)  # a process may come to `tell` instead
         control = dist.new_group(timeout=FOREVER, backend="gloo")
         place = (self.rank, self.size, self.local_rank, self.local_size)
         return _Beside(self.device, *place, self.heartbeat, control, control)
+
+    def _end_unheard(self, error: BaseException, told: Event) -> None:
+        """Ends this process if the others do not come. Rank 0 comes, however late, once it has said that it is
+        ending."""
+        assert self.heartbeat is not None
+        while not told.wait(SECONDS_TO_TELL):
+            if not self.heartbeat.main_is_ending():
+                self._end_alone(error)
 
     def _end_alone(self, error: BaseException) -> None:
         complain(f"process {self.rank} of {self.size} failed: {error}")

@@ -34,6 +34,8 @@ GONE_SECONDS = 3.0
 MEETING_SECONDS = 0.05
 """How often the store is read until every process has begun."""
 STARTING = "starting"
+ENDING = "ending"
+"""What rank 0 does when a run has failed or stopped: it writes the report and closes trackers, which may take long."""
 LEFT = "left"
 
 
@@ -44,9 +46,8 @@ class Beat:
     text: str
     changed: float
 
-    @property
-    def has_left(self) -> bool:
-        return bool(json.loads(self.text)["doing"] == LEFT)
+    def is_of(self, doing: str) -> bool:
+        return bool(json.loads(self.text)["doing"] == doing)
 
     def __str__(self) -> str:
         beat = json.loads(self.text)
@@ -102,11 +103,15 @@ class Heartbeat:
             time.sleep(BEAT_SECONDS / 4)
         return "; ".join(f"process {rank} of {self._size} is gone. It {self._beats[rank]}" for rank in found)
 
+    def main_is_ending(self) -> bool:
+        """Whether rank 0 has said so, and is another process."""
+        return self._rank != 0 and 0 in self._beats and self._beats[0].is_of(ENDING)
+
     def _silent(self, seconds: float) -> Iterator[int]:
         """Ranks that have not beaten for so long, and did not leave."""
         now = time.monotonic()
         for rank, beat in sorted(self._beats.items()):
-            if rank != self._rank and now - beat.changed > seconds and not beat.has_left:
+            if rank != self._rank and now - beat.changed > seconds and not beat.is_of(LEFT):
                 yield rank
 
     def _absent(self) -> list[int]:

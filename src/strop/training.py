@@ -37,6 +37,7 @@ from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingErr
 from strop.estimate import LEFT_OUT
 from strop.export.converted_bases import with_converted
 from strop.generate.while_training import Asked, prompts_of, samples_of
+from strop.heartbeat import ENDING
 from strop.modelcard import model_card
 from strop.policy.kernels import product_rates
 from strop.policy.model.end_tokens import trained_ends
@@ -247,10 +248,13 @@ class _Run:
             raise by_finding or stopped from None
         except TrainingError as error:
             if session.world.is_main:
+                session.world.doing(ENDING)
                 self.run.write_json(FAILURE, {"error": error.found, "where": error.where, "fix": error.fix})
                 report(session, self.run, trackers)
             raise
         finally:
+            if session.world.is_main:
+                session.world.doing(ENDING)
             trackers.close(ended)
 
     def _steps(self, source: StepSource, outputs: RunOutputs, stop: StopSignal) -> tuple[TrainState, int]:

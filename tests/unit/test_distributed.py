@@ -176,20 +176,49 @@ def test_a_process_that_fails_before_the_others_make_a_mesh_is_heard(failing: in
     assert main == ("DataError: model: no such file", "PeerError: process 1 of 2 failed: model: no such file")[failing]
 
 
-def _stopped_with_a_mesh() -> str:
-    distributed.SECONDS_TO_TELL = 0.2
+def _stopped_with_a_mesh(error: Exception, said: str) -> str:
+    distributed.SECONDS_TO_TELL, heartbeat.BEAT_SECONDS = 0.3, 0.05
     try:
         with start_world(GpuSection()) as world, world.together():
             world.mesh(None)
             if world.is_main:
-                time.sleep(1)  # as it may close trackers
-            raise Interrupted(3, "checkpoint-3")
-    except Interrupted as stop:
-        return str(stop.step)
+                world.doing(said)
+                time.sleep(1.5)  # as it may close trackers
+            raise error
+    except (Interrupted, StropError) as stop:
+        return type(stop).__name__
 
 
-def test_processes_that_stop_together_wait_for_the_one_that_ends_later() -> None:
-    assert in_processes(2, _stopped_with_a_mesh) == ["3", "3"]
+@pytest.mark.parametrize(
+    ("error", "said", "ends"),
+    [
+        (Interrupted(3, "checkpoint-3"), "step 3", ["Interrupted", "Interrupted"]),
+        (DataError("not finite"), heartbeat.ENDING, ["DataError", "PeerError"]),
+    ],
+    ids=["stopped", "failed"],
+)
+def test_processes_that_end_together_wait_for_the_one_that_ends_later(
+    error: Exception, said: str, ends: list[str]
+) -> None:
+    assert in_processes(2, _stopped_with_a_mesh, error, said) == ends
+
+
+def _unheard() -> str:
+    distributed.SECONDS_TO_TELL, heartbeat.BEAT_SECONDS = 0.3, 0.05
+    with start_world(GpuSection()) as world, world.together():
+        world.mesh(None)
+        if world.is_main:
+            time.sleep(3)  # as in a collective call of a layer
+            return "well"
+        raise DataError("bad row")
+
+
+def test_a_process_that_is_not_heard_ends_by_itself() -> None:
+    (main, from_main), (other, _) = start_processes(2, _unheard)
+    other.join(60)
+    assert other.exitcode == 1 and main.exitcode is None
+    assert from_main.poll(20)
+    main.join(20)
 
 
 def _broken(error: Exception) -> str:
