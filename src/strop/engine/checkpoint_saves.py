@@ -125,7 +125,8 @@ class Saves:
                 state.best_step, state.best_value = self._kept_best
             return None
         except PeerError:
-            self._world.any(False)  # where the process that failed tells it, too
+            if self._writers is not self._world:  # so far only a thread has told it; its process tells it, too
+                self._world.any(False)
             raise
         self._kept_best = pending.best
         return path
