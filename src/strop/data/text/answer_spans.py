@@ -112,10 +112,11 @@ class Conversation:
     @property
     def lost_reasoning(self) -> list[int]:
         """Numbers of the turns whose reasoning the template leaves out, as it does at inference."""
-        if self._reading is None or self._markers is None or not self._markers.has_thoughts:
+        if self._markers is None or not self._markers.has_thoughts:
             return []
-        seen = {id(place.piece) for place in self._reading.places}
-        return sorted({p.message for p in self._markers.pieces if p.kind in THOUGHTS and p.text and id(p) not in seen})
+        pieces, reading = self._markers.pieces, self._reading
+        gone = self._markers.missing_in(reading) if reading else [p for p in pieces if p.text not in self.text]
+        return sorted({piece.message for piece in gone if piece.kind in THOUGHTS and piece.text})
 
     def unread_keys(self) -> list[tuple[int, str]]:
         """Keys of messages, with the number of their message, without which the template writes the same."""
@@ -186,7 +187,7 @@ class Conversation:
             RowRefused: the template leaves a content or a call out.
         """
         found: list[tuple[int, Markers, MarkedRendering]] = []
-        for markers in Markers.ways(self._messages, self.text):
+        for markers in Markers.ways(self._messages, self.text, self._writer.outer_tags):
             reading = markers.read(self._writer.text(markers.messages))
             is_right = reading.is_whole and reading.text == self.text
             num_missing = sum(p.kind == "call" for p in markers.missing_in(reading)) if is_right else MOST_PIECES
@@ -229,7 +230,7 @@ class Conversation:
             return
         opening = self._opening_at(i)
         probed = [*self._messages[:-1], {**self._messages[i], "content": "x"}]
-        markers = Markers.put(probed, self.text, by_id=self._markers.by_id)
+        markers = self._markers.again(probed, self.text)
         if opening is None or markers is None or any(piece.kind == "reasoning" for piece in thoughts):
             raise dropped_reasoning(i, opening)
         probe = markers.read(self._writer.text(markers.messages))

@@ -23,6 +23,9 @@ from strop.types import Message
 Span = tuple[int, int]
 """[start, stop) in characters."""
 
+OuterTags = Sequence[tuple[str, str]]
+"""Texts at the beginning and the end of a content: see `Markers`."""
+
 Kind = Literal["content", "thought", "reasoning", "call"]
 """What a piece is: a content (or what of it stands outside of `<think>` tags), what stands between these tags, a text
 under a key of its own for reasoning, or the name of a called tool."""
@@ -88,6 +91,8 @@ class Markers:
     Args:
         spares_empty: thoughts without a word get no marks, since templates ask whether there is a thought.
         by_id: calls are marked in their ids, where these hold the names.
+        outer_tags: texts, opening and closing, by which a template knows a tool's result in the turn of a user. They
+            stay outside of the marks, and so they are the template's own.
 
     messages: the marked messages. pieces: what is marked, and thoughts that are spared.
     """
@@ -100,26 +105,39 @@ class Markers:
         *,
         spares_empty: bool = False,
         by_id: bool = False,
+        outer_tags: OuterTags = (),
     ) -> None:
         self._base, self._pattern = base, pattern
-        self._spares_empty, self.by_id = spares_empty, by_id
+        self._spares_empty, self._by_id, self._outer_tags = spares_empty, by_id, outer_tags
         self.pieces: list[MarkedText] = []
         self.messages = tuple(self._marked_message(i, message) for i, message in enumerate(messages))
 
     @classmethod
     def put(
-        cls, messages: Sequence[Message], text: str, *, spares_empty: bool = False, by_id: bool = False
+        cls,
+        messages: Sequence[Message],
+        text: str,
+        *,
+        spares_empty: bool = False,
+        by_id: bool = False,
+        outer_tags: OuterTags = (),
     ) -> Markers | None:
         """The messages with marks that their rendering `text` does not hold; None where there are none to be had."""
         plane = next((plane for plane in PLANES if not plane[1].search(text)), None)
-        markers = None if plane is None else cls(*plane, messages, spares_empty=spares_empty, by_id=by_id)
-        return None if markers is None or len(markers.pieces) > MOST_PIECES else markers
+        if plane is None:
+            return None
+        markers = cls(*plane, messages, spares_empty=spares_empty, by_id=by_id, outer_tags=outer_tags)
+        return None if len(markers.pieces) > MOST_PIECES else markers
+
+    def again(self, messages: Sequence[Message], text: str) -> Markers | None:
+        """Other messages marked in the same way, but for empty thoughts."""
+        return self.put(messages, text, by_id=self._by_id, outer_tags=self._outer_tags)
 
     @classmethod
-    def ways(cls, messages: Sequence[Message], text: str) -> Iterator[Markers]:
+    def ways(cls, messages: Sequence[Message], text: str, outer_tags: OuterTags) -> Iterator[Markers]:
         """The ways to mark the messages, to be tried in order: a template may ask for what a mark changes, or write
         calls by their ids alone (Kimi K2)."""
-        first = cls.put(messages, text)
+        first = cls.put(messages, text, outer_tags=outer_tags)
         if first is None:
             return
         yield first
@@ -128,7 +146,7 @@ class Markers:
         for spares_empty, by_id in ((True, False), (False, True), (True, True)):
             if (spares_empty and not has_empty) or (by_id and not has_ids):
                 continue  # nothing would change
-            markers = cls.put(messages, text, spares_empty=spares_empty, by_id=by_id)
+            markers = cls.put(messages, text, spares_empty=spares_empty, by_id=by_id, outer_tags=outer_tags)
             if markers is not None:
                 yield markers
 
@@ -179,6 +197,8 @@ class Markers:
         content = message.get("content")
         if isinstance(content, str) and answers and THINK_TAG.search(content):
             changed["content"] = self._marked_thoughts(i, content)
+        elif self._outer_tags and isinstance(content, str) and (tags := self._around(message["role"], content)):
+            changed["content"] = self._marked_inside(i, content, *tags)
         elif isinstance(content, str) and (content.strip() or (answers and "tool_calls" not in message)):
             changed["content"] = self._marked(i, "content", content)
         for key in REASONING_KEYS if answers else ():
@@ -187,6 +207,19 @@ class Markers:
         if "tool_calls" in message:
             changed["tool_calls"] = [self._marked_call(i, call) for call in message["tool_calls"]]
         return {**message, **changed}
+
+    def _around(self, role: str, content: str) -> tuple[str, str] | None:
+        """The tags around the content of a user's turn by which the template takes it for the result of a tool."""
+        words = content.strip() if role == "user" else ""
+        return next((tags for tags in self._outer_tags if words.startswith(tags[0]) and words.endswith(tags[1])), None)
+
+    def _marked_inside(self, i: int, content: str, opening: str, closing: str) -> str:
+        """A content marked between its tags, since a mark in front of them would hide them from the template. Several
+        results stand one behind the other."""
+        start, stop = content.index(opening) + len(opening), content.rindex(closing)
+        parts = re.split(rf"({re.escape(closing)}\s*{re.escape(opening)})", content[start:stop])
+        parts[::2] = [self._marked(i, "content", part) for part in parts[::2]]
+        return content[:start] + "".join(parts) + content[stop:]
 
     def _marked_thoughts(self, i: int, content: str) -> str:
         """An answer with `<think>` tags, each text between two tags marked by itself: a thought ends at `</think>`."""
@@ -205,7 +238,7 @@ class Markers:
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             return call
-        if self.by_id and _has_name_in_id(call):
+        if self._by_id and _has_name_in_id(call):
             return {**call, "id": self._marked(i, "call", call["id"])}
         function = {**function, "name": self._marked(i, "call", function["name"])}
         return {**call, "function": function} if "function" in call else function

@@ -37,6 +37,16 @@ def reasoning_keys(template: str) -> tuple[str, ...]:
 
 
 @lru_cache
+def outer_tags(template: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of tags that a template looks for at the beginning and the end of a content: Qwen3 takes the turn of a user
+    between `<tool_response>` and `</tool_response>` for the result of a tool, and so for no new question."""
+    source = COMMENT.sub("", template)
+    closing = dict.fromkeys(re.findall(r"""endswith\(\s*['"](</[^<>'"]+>)['"]""", source))
+    pairs = [(tag.replace("</", "<", 1), tag) for tag in closing]
+    return tuple(pair for pair in pairs if re.search(rf"""startswith\(\s*['"]{re.escape(pair[0])}['"]""", source))
+
+
+@lru_cache
 def names_arguments(template: str) -> bool:
     """Whether a template speaks of the arguments of calls, outside of its comments."""
     return "arguments" in COMMENT.sub("", template)

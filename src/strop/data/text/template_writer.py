@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.data.read.row import RowRefused
 from strop.data.text.markers import Span
-from strop.data.text.message_forms import PLAIN_FORM, Form, Tools, names_arguments, reasoning_keys
+from strop.data.text.message_forms import PLAIN_FORM, Form, Tools, names_arguments, outer_tags, reasoning_keys
 from strop.data.text.sandbox import render
 from strop.types import Message
 
@@ -84,7 +84,8 @@ class Writer:
         is_plain: messages and tools are (`are_plain`).
 
     `asks_for_answers`: the template knows a generation prompt. `reasoning_keys`: where it looks for reasoning.
-    `names_arguments`: it speaks of the arguments of calls.
+    `outer_tags`: tags by which it knows the result of a tool in a user's turn. `names_arguments`: it speaks of the
+    arguments of calls.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Writer:
         self._variables = dict(variables)
         self._date, self._is_plain = date, is_plain
         self.reasoning_keys = reasoning_keys(template)
+        self.outer_tags = outer_tags(template)
         self.names_arguments = names_arguments(template)
         self.asks_for_answers = "add_generation_prompt" in template
 
