@@ -176,7 +176,7 @@ class Oracle:
     def _form(self) -> list[dict[str, Any]]:
         """The messages in the first form that the template writes in full."""
         problems = []
-        for form in _forms(self.row["messages"]):
+        for form in (*self._forms_with_thoughts_moved(), *_forms(self.row["messages"])):
             try:
                 text = self._text(form)
             except Exception as error:  # noqa: BLE001 - whatever a template raises
@@ -187,6 +187,23 @@ class Oracle:
                 return form
             problems.append("the template leaves out " + ", ".join(missing))
         raise NotRenderedError(problems[-1])
+
+    def _forms_with_thoughts_moved(self) -> Iterator[list[dict[str, Any]]]:
+        """The forms in which thoughts of contents stand under a key, where the template speaks of one and tags in
+        contents mean nothing to it: it writes the same around others."""
+        if not any(re.search(rf"""[.'"]{key}\b""", self.template) for key in REASONING):
+            return
+        content = "<think>\nhm\n</think>\n\nx"
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}] * 2
+        texts = []
+        for tag in ("think", "thonk"):
+            form = [{**message, "content": message["content"].replace("think", tag)} for message in messages]
+            try:
+                texts.append(self.render(form).replace("thonk", "think"))
+            except Exception:  # noqa: BLE001 - whatever a template raises
+                return
+        if texts[0] == texts[1] and (moved := _moved(self.row["messages"])) is not None:
+            yield from _forms(moved)
 
     def _numbers(self) -> list[int]:
         return _numbers(self.messages)
@@ -270,6 +287,16 @@ class Oracle:
 
 def _numbers(messages: Sequence[Message]) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _moved(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
+    """The messages with thoughts of contents under a key; None where no content begins with one."""
+    moved = [dict(message) for message in messages]
+    for message in moved:
+        found = re.fullmatch(r"<think>(.*?)</think>\s*(.*)", words_of(message), re.DOTALL)
+        if found is not None and message["role"] == "assistant":
+            message.update({REASONING[0]: found[1].strip(), "content": found[2]})
+    return moved if moved != messages else None
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:

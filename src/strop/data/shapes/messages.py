@@ -11,7 +11,8 @@ from typing import Any
 
 from strop.data.read.row import RowRefused
 from strop.data.shapes.json_columns import object_in, parsed
-from strop.data.text.markers import REASONING_KEYS
+from strop.data.text.markers import REASONING, REASONING_KEYS
+from strop.data.text.message_forms import thought_and_words
 from strop.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -112,6 +113,8 @@ def _message(message: Any, field: str) -> Message:
         if "content" in message:
             raise is_null(f"{field}.content", "a text")
         raise RowRefused("missing_field", f"{field} has no content", expected="an object with role and content")
+    if role == "assistant" and "content" in turn and not REASONING.isdisjoint(turn):
+        _settle_thoughts(turn, field)
     return turn
 
 
@@ -170,6 +173,27 @@ def _settle_reasoning(turn: dict[str, Any], field: str) -> None:
     if said:  # the same once more, in the form of one provider or another
         turn.pop("reasoning_details", None)
         turn.pop("thinking_blocks", None)
+
+
+def _settle_thoughts(turn: dict[str, Any], field: str) -> None:
+    """A thought that stands under a key and once more between tags in the content is one thought: templates would write
+    it twice."""
+    key = next((key for key in REASONING_KEYS if turn.get(key, "").strip()), None)
+    parts = thought_and_words(turn["content"]) if key is not None else None
+    if key is None or parts is None:
+        return
+    thought, words = parts
+    if thought == turn[key].strip():
+        del turn[key]
+    elif turn["content"].lstrip().startswith("<think>"):
+        if thought:
+            raise RowRefused(
+                "wrong_shape",
+                f"{field} has reasoning under {key} and between <think> tags in its content, and the texts differ",
+                expected="the reasoning of a turn in one place",
+            )
+        if words.strip() or "tool_calls" in turn:
+            turn["content"] = words
 
 
 def _settle_function_call(turn: dict[str, Any]) -> None:

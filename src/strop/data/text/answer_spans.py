@@ -125,7 +125,7 @@ class Conversation:
             for i, message in enumerate(self._messages)
             if not message.keys() <= KNOWN
             for key, value in message.items()
-            if value not in EMPTY and not _is_looked_after(key, message["role"])
+            if value not in EMPTY and not self._is_looked_after(key, value, message["role"])
         ]
         if not more or self._writes_without(more):
             return more
@@ -138,6 +138,10 @@ class Conversation:
         bare = without_arguments(self._messages)
         if bare != list(self._messages) and self._writer.text(bare) == self.rendered:
             raise dropped_arguments()
+
+    def _is_looked_after(self, key: str, value: object, role: str) -> bool:
+        is_tools_name = (key, role) == ("name", "tool") and str(value) in self.text  # its call has it
+        return key in KNOWN or is_tools_name or (role == "assistant" and key in REASONING_KEYS)
 
     def _writes_without(self, keys: Sequence[tuple[int, str]]) -> bool:
         gone = set(keys)
@@ -404,10 +408,6 @@ class Conversation:
             self.text = self.text[: answer.stop] + self._following_header()
         length = self._ends.next_header(self.text[answer.stop :])
         return replace(answer, stop=answer.stop + length) if length else answer
-
-
-def _is_looked_after(key: str, role: str) -> bool:
-    return key in KNOWN or (key in REASONING_KEYS if role == "assistant" else (key, role) == ("name", "tool"))
 
 
 def _with_history(answers: Sequence[AnswerSpan]) -> list[AnswerSpan]:

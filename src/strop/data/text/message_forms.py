@@ -11,6 +11,7 @@ lists of parts, and in whether tools and calls stand in {"type": "function", "fu
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,13 @@ TRAIN = "train"
 Tools = Sequence[Mapping[str, Any]] | None
 """Tool schemas of a row."""
 
+THOUGHT_AT_THE_BEGINNING = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
+
+LOOKS_FOR_THOUGHTS = re.compile(
+    r"""['"]</?think>['"]\s*(?:not\s+)?in\b | \w\(\s*['"]</?think>['"] | =\s*['"]</?think>['"]""", re.VERBOSE
+)
+"""Templates with such a tag in a question, as what a function is given, or as the value of a variable."""
+
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
@@ -34,6 +42,12 @@ def reasoning_keys(template: str) -> tuple[str, ...]:
     """The keys under which a template looks for reasoning."""
     source = COMMENT.sub("", template)
     return tuple(key for key in REASONING_KEYS if re.search(rf"""(?:\.|['"]){key}\b(?!['"]?\s*:)""", source))
+
+
+@lru_cache
+def looks_for_thoughts(template: str) -> bool:
+    """Whether a template asks for `<think>` tags in contents; many write such tags and do not ask for any."""
+    return LOOKS_FOR_THOUGHTS.search(COMMENT.sub("", template)) is not None
 
 
 @lru_cache
@@ -80,6 +94,25 @@ def without_thoughts(message: Message) -> Message:
     content = message.get("content")
     words = THINK_TAG.split(content)[-1].strip() if isinstance(content, str) else content
     return {**without_reasoning(message), "content": words}
+
+
+def thought_and_words(content: str) -> tuple[str, str] | None:
+    """The thought with which a content begins, up to its only `</think>`, and the words behind it; else None."""
+    found = THOUGHT_AT_THE_BEGINNING.fullmatch(content)
+    return None if found is None or any(map(THINK_TAG.search, found.groups())) else (found[1].strip(), found[2])
+
+
+def with_thoughts_under(key: str, messages: Sequence[Message]) -> list[Message] | None:
+    """The messages, with the thoughts between `<think>` tags at the beginning of contents under a key; None where there
+    are none to move."""
+    moved = list(messages)
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] == "assistant" and isinstance(content, str) and content.lstrip().startswith("<think>"):
+            parts = None if key in message else thought_and_words(content)
+            if parts is not None:
+                moved[i] = {**message, key: parts[0], "content": parts[1]}
+    return moved if any(map(operator.is_not, moved, messages)) else None
 
 
 def readable(message: Message, keys: Sequence[str]) -> Message:

@@ -35,8 +35,8 @@ def refuse_lost_parts(messages: Sequence[Message], unread: Sequence[tuple[int, s
         unread: keys that the template does not read, each with the number of its message.
     """
     for i, key in unread:
-        value = messages[i][key]
-        if key in PARTS_OF_A_TURN and (key, value) != FINAL:
+        value, role = messages[i][key], messages[i]["role"]
+        if key in PARTS_OF_A_TURN and (key, value) != FINAL and (key, role) != ("name", "tool"):
             raise RowRefused(
                 "dropped_by_template",
                 f"the chat template leaves the {key} {str(value)[:40]!r} of turn {i + 1} out",
@@ -133,6 +133,18 @@ def dropped_reasoning(i: int, opening: str | None) -> LostReasoning:
     begins = f"what the generation prompt ends with ({opening[-20:]!r})" if opening is not None else ""
     other = f", or a content that begins with {begins}" if asks_for_thoughts else ""
     return LostReasoning(i, "a chat template that renders reasoning" + other)
+
+
+def refuse_lone_surrogates(text: str) -> None:
+    """Refuses a rendering that no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowRefused(
+            "lone_surrogate",
+            "the rendered conversation holds half a surrogate pair",
+            expected="text that can be written as UTF-8",
+        ) from error
 
 
 def unverified(problem: str) -> RowRefused:

@@ -28,6 +28,7 @@ from strop.data.text.message_forms import (
     forms_of,
     has_reasoning,
     readable,
+    with_thoughts_under,
     without_reasoning,
     without_thoughts,
     writes_python,
@@ -38,6 +39,7 @@ from strop.data.text.refusals import (
     dropped_tools,
     refuse_dropped_calls,
     refuse_dropped_tools,
+    refuse_lone_surrogates,
     refuse_lost_parts,
     unverified,
 )
@@ -310,6 +312,20 @@ class Renderer:
     def _written(
         self, messages: Sequence[Message], first: int, writer: Writer, openings: dict[Form, str | None]
     ) -> Conversation:
+        """The conversation, with thoughts of contents under the key that the template reads, if it writes them so."""
+        key = writer.key_of_thoughts
+        moved = with_thoughts_under(key, messages) if key is not None else None
+        if moved is not None:
+            try:
+                same_prompt = moved[:first] == messages[:first]
+                return self._in_some_form(moved, first, writer, openings if same_prompt else {})
+            except RowRefused:  # Gemma 4 writes none in an answer: there the tags are words of the content
+                pass
+        return self._in_some_form(messages, first, writer, openings)
+
+    def _in_some_form(
+        self, messages: Sequence[Message], first: int, writer: Writer, openings: dict[Form, str | None]
+    ) -> Conversation:
         """The conversation in the first form that the template writes as it should.
 
         Raises:
@@ -322,7 +338,7 @@ class Renderer:
                 if form not in openings:
                     openings[form] = formed.opening(messages[:first])
                 conversation = Conversation(formed, messages, first, openings[form])
-                _refuse_lone_surrogates(conversation.text)
+                refuse_lone_surrogates(conversation.text)
                 refuse_dropped_calls(messages, writer.tools, conversation.text)
                 refuse_dropped_tools(formed, messages, conversation.rendered)
                 if not writes_python(form.of(messages), conversation.text):
@@ -402,14 +418,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
-
-
-def _refuse_lone_surrogates(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowRefused(
-            "lone_surrogate",
-            "the rendered conversation holds half a surrogate pair",
-            expected="text that can be written as UTF-8",
-        ) from error

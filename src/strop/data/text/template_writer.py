@@ -15,7 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from strop.data.read.row import RowRefused
 from strop.data.text.markers import Span
-from strop.data.text.message_forms import PLAIN_FORM, Form, Tools, names_arguments, outer_tags, reasoning_keys
+from strop.data.text.message_forms import (
+    PLAIN_FORM,
+    Form,
+    Tools,
+    looks_for_thoughts,
+    names_arguments,
+    outer_tags,
+    reasoning_keys,
+)
 from strop.data.text.sandbox import render
 from strop.types import Message
 
@@ -84,8 +92,9 @@ class Writer:
         is_plain: messages and tools are (`are_plain`).
 
     `asks_for_answers`: the template knows a generation prompt. `reasoning_keys`: where it looks for reasoning.
-    `outer_tags`: tags by which it knows the result of a tool in a user's turn. `names_arguments`: it speaks of the
-    arguments of calls.
+    `key_of_thoughts`: where it wants thoughts that a row has between tags in a content; None where it may write them as
+    they are. `outer_tags`: tags by which it knows the result of a tool in a user's turn. `names_arguments`: it speaks
+    of the arguments of calls.
     """
 
     def __init__(
@@ -103,6 +112,7 @@ class Writer:
         self._variables = dict(variables)
         self._date, self._is_plain = date, is_plain
         self.reasoning_keys = reasoning_keys(template)
+        self.key_of_thoughts = None if looks_for_thoughts(template) else next(iter(self.reasoning_keys), None)
         self.outer_tags = outer_tags(template)
         self.names_arguments = names_arguments(template)
         self.asks_for_answers = "add_generation_prompt" in template
