@@ -295,7 +295,7 @@ def _moved(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
     for message in moved:
         found = re.fullmatch(r"<think>(.*?)</think>\s*(.*)", words_of(message), re.DOTALL)
         if found is not None and message["role"] == "assistant":
-            message.update({REASONING[0]: found[1].strip(), "content": found[2]})
+            message.update({"content": found[2]} | ({REASONING[0]: found[1].strip()} if found[1].strip() else {}))
     return moved if moved != messages else None
 
 

@@ -53,8 +53,19 @@ def test_a_thought_in_a_content_goes_where_the_template_has_reasoning(render: Ca
     assert trained(render(IN_TAGS, *two)) == ["<think>hm</think>x<|end|>", "<think>ha</think>y<|end|>"]
 
 
-def test_an_empty_thought_in_a_content_is_written_once(render: Callable[..., Rendered]) -> None:
-    assert trained(render(IN_TAGS, u("q"), a("<think>\n\n</think>\n\nx"))) == ["<think></think>x<|end|>"]
+def test_an_empty_thought_in_a_content_is_none(render: Callable[..., Rendered]) -> None:
+    empty = a("<think>\n\n</think>\n\nx")
+    assert trained(render(IN_TAGS, u("q"), empty)) == ["<think></think>x<|end|>"]
+    asks_for_the_key = IN_A_CHANNEL.replace("if m.thinking", "if 'thinking' in m")
+    assert trained(render(asks_for_the_key, u("q"), empty)) == ["x<|end|>"]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_of_a_user_is_a_key_that_no_template_needs(key: str, render: Callable[..., Rendered]) -> None:
+    found = render(
+        IN_A_CHANNEL.replace("if m.thinking", "if m.thinking and m.role == 'assistant'"), u("q", **{key: "hm"}), a("x")
+    )
+    assert trained(found) == ["x<|end|>"] and found.left_out == (f"{key!r} of turn 1",)
 
 
 def test_a_thought_that_the_template_has_no_place_for_stays_in_the_content(render: Callable[..., Rendered]) -> None:

@@ -104,14 +104,14 @@ def thought_and_words(content: str) -> tuple[str, str] | None:
 
 def with_thoughts_under(key: str, messages: Sequence[Message]) -> list[Message] | None:
     """The messages, with the thoughts between `<think>` tags at the beginning of contents under a key; None where there
-    are none to move."""
+    are none to move. An empty one says nothing: templates ask whether there is a thought."""
     moved = list(messages)
     for i, message in enumerate(messages):
         content = message.get("content")
         if message["role"] == "assistant" and isinstance(content, str) and content.lstrip().startswith("<think>"):
             parts = None if key in message else thought_and_words(content)
             if parts is not None:
-                moved[i] = {**message, key: parts[0], "content": parts[1]}
+                moved[i] = {**message, **({key: parts[0]} if parts[0] else {}), "content": parts[1]}
     return moved if any(map(operator.is_not, moved, messages)) else None
 
 
@@ -120,7 +120,7 @@ def readable(message: Message, keys: Sequence[str]) -> Message:
     if REASONING.isdisjoint(message):
         return message if TRAIN not in message else {key: value for key, value in message.items() if key != TRAIN}
     found = next((key for key in REASONING_KEYS if message.get(key)), None)
-    if found is not None and keys and found not in keys:
+    if found is not None and keys and found not in keys and message["role"] == "assistant":
         message = {keys[0] if key == found else key: value for key, value in message.items()}
     return {key: value for key, value in message.items() if key != TRAIN}
 

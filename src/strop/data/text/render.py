@@ -319,7 +319,7 @@ class Renderer:
             try:
                 same_prompt = moved[:first] == messages[:first]
                 return self._in_some_form(moved, first, writer, openings if same_prompt else {})
-            except RowRefused:  # Gemma 4 writes none in an answer: there the tags are words of the content
+            except LostReasoning:  # Gemma 4 writes none in an answer: there the tags are words of the content
                 pass
         return self._in_some_form(messages, first, writer, openings)
 
