@@ -73,6 +73,21 @@ def test_a_thought_that_the_template_has_no_place_for_stays_in_the_content(rende
     assert trained(found) == [THOUGHT + "x<|end|>"] and not found.left_out
 
 
+def test_the_sides_of_a_pair_have_the_same_prompt(make_tokenizer: Make) -> None:
+    prompt = u("q"), a(THOUGHT + "x"), u("r")
+    example = Example(prompt, ((a(THOUGHT + "y"),), (a("z"),)), HERE)
+    one, other = Renderer(make_tokenizer(template=IN_A_CHANNEL_BESIDE_CALLS), TextRules()).render(example)
+    assert one.text[: one.boundary] == other.text[: other.boundary] and THOUGHT in one.text[: one.boundary]
+    assert trained(one) == [THOUGHT + "y<|end|>"] and trained(other) == ["z<|end|>"]
+
+
+def test_or_it_is_dropped_where_the_configuration_says_so(make_tokenizer: Make) -> None:
+    rules = TextRules(on_dropped_reasoning="drop")
+    example = Example((u("q"),), ((a(THOUGHT + "x"),),), HERE)
+    (found,) = Renderer(make_tokenizer(template=IN_A_CHANNEL_BESIDE_CALLS), rules).render(example)
+    assert trained(found) == ["x<|end|>"] and found.num_dropped_reasoning == 1
+
+
 def test_a_thought_that_moves_and_is_dropped_later_is_history(render: Callable[..., Rendered]) -> None:
     found = render(ONLY_OF_THE_LAST, u("q"), a(THOUGHT + "x"), u("r"), a(THOUGHT + "y"))
     assert trained(found) == ["(hm)y<|end|>"]

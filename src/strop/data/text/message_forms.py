@@ -11,7 +11,6 @@ lists of parts, and in whether tools and calls stand in {"type": "function", "fu
 from __future__ import annotations
 
 import json
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -102,17 +101,21 @@ def thought_and_words(content: str) -> tuple[str, str] | None:
     return None if found is None or any(map(THINK_TAG.search, found.groups())) else (found[1].strip(), found[2])
 
 
-def with_thoughts_under(key: str, messages: Sequence[Message]) -> list[Message] | None:
-    """The messages, with the thoughts between `<think>` tags at the beginning of contents under a key; None where there
-    are none to move. An empty one says nothing: templates ask whether there is a thought."""
-    moved = list(messages)
-    for i, message in enumerate(messages):
-        content = message.get("content")
-        if message["role"] == "assistant" and isinstance(content, str) and content.lstrip().startswith("<think>"):
-            parts = None if key in message else thought_and_words(content)
-            if parts is not None:
-                moved[i] = {**message, **({key: parts[0]} if parts[0] else {}), "content": parts[1]}
-    return moved if any(map(operator.is_not, moved, messages)) else None
+def with_thoughts_under(key: str, messages: Sequence[Message]) -> list[Message]:
+    """The messages, with the thoughts between `<think>` tags at the beginning of contents under a key. An empty one
+    says nothing: templates ask whether there is a thought."""
+    return [_with_thought_under(key, message) if message["role"] == "assistant" else message for message in messages]
+
+
+def _with_thought_under(key: str, message: Message) -> Message:
+    content = message.get("content")
+    if key in message or not isinstance(content, str) or not content.lstrip().startswith("<think>"):
+        return message
+    parts = thought_and_words(content)
+    if parts is None:
+        return message
+    thought, words = parts
+    return {**message, **({key: thought} if thought else {}), "content": words}
 
 
 def readable(message: Message, keys: Sequence[str]) -> Message:

@@ -194,14 +194,23 @@ class Renderer:
         writer = Writer(template, self._ends, more, example.tools, self._rules.date, is_plain=is_plain)
         with Bounded(example.origin, len(turns)):
             unread = [f"chat_template_kwargs.{name}" for name in own if name not in variables(template)]
-            openings: dict[Form, str | None] = {}
-            is_alone = len(completions) == 1
-            rendered = tuple(
-                self._conversation(writer, prompt, turns, openings, is_alone=is_alone) for turns in completions
-            )
+            try:
+                rendered = self._sides(writer, prompt, completions)
+            except LostReasoning:
+                if writer.key_of_thoughts is None:
+                    raise
+                # Gemma 4 writes no reasoning into an answer: there the tags in contents are words, on all sides
+                rendered = self._sides(writer.with_thoughts_in_contents(), prompt, completions)
         if not unread:
             return rendered
         return tuple(replace(r, left_out=(*r.left_out, *unread), has_unread_kwargs=True) for r in rendered)
+
+    def _sides(
+        self, writer: Writer, prompt: tuple[Message, ...], completions: Sequence[tuple[Message, ...]]
+    ) -> tuple[Rendered, ...]:
+        openings: dict[Form, str | None] = {}
+        is_alone = len(completions) == 1
+        return tuple(self._conversation(writer, prompt, turns, openings, is_alone=is_alone) for turns in completions)
 
     def _refuse_unknown_tools(self, example: Example) -> None:
         """Templates without a branch for tools fail on them in words that help nobody, or leave them out."""
@@ -285,7 +294,9 @@ class Renderer:
             if self._rules.on_dropped_reasoning == "refuse":
                 raise dropped_reasoning(min(dropped), None)
             messages = [without_reasoning(message) for message in messages]
-        return [readable(message, keys) for message in messages], dropped
+        key = writer.key_of_thoughts
+        read = [readable(message, keys) for message in messages]
+        return read if key is None else with_thoughts_under(key, read), dropped
 
     def _written_without_thoughts(
         self,
@@ -310,20 +321,6 @@ class Renderer:
                 messages = [without_thoughts(m) if i == lost.turn else m for i, m in enumerate(messages)]
 
     def _written(
-        self, messages: Sequence[Message], first: int, writer: Writer, openings: dict[Form, str | None]
-    ) -> Conversation:
-        """The conversation, with thoughts of contents under the key that the template reads, if it writes them so."""
-        key = writer.key_of_thoughts
-        moved = with_thoughts_under(key, messages) if key is not None else None
-        if moved is not None:
-            try:
-                same_prompt = moved[:first] == messages[:first]
-                return self._in_some_form(moved, first, writer, openings if same_prompt else {})
-            except LostReasoning:  # Gemma 4 writes none in an answer: there the tags are words of the content
-                pass
-        return self._in_some_form(messages, first, writer, openings)
-
-    def _in_some_form(
         self, messages: Sequence[Message], first: int, writer: Writer, openings: dict[Form, str | None]
     ) -> Conversation:
         """The conversation in the first form that the template writes as it should.

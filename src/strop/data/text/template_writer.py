@@ -125,6 +125,12 @@ class Writer:
         other._form = form
         return other
 
+    def with_thoughts_in_contents(self) -> Writer:
+        """The same writer for a row whose contents keep their thoughts."""
+        other = copy(self)
+        other.key_of_thoughts = None
+        return other
+
     def without_tools(self) -> Writer:
         """The same writer for a row without tools."""
         other = copy(self)
