@@ -15,8 +15,8 @@ WARMUP_RATIO = 0.1
 """Share of the steps that warm up where neither `warmup_steps` nor `warmup_ratio` is given."""
 ADAPTER_FACTOR = 10
 """How much higher a rate adapters take than all weights do."""
-LOSSES = frozenset({"loss", "nll", "perplexity"})
-"""Last parts of metrics that are better when smaller."""
+LOSSES = frozenset({"loss", "nll", "perplexity", "divergence", "reverse_kl"})
+"""First or last parts of metrics that are better when smaller: `loss/preference` is one term of a loss."""
 HIGHEST, LOWEST = 1e-5, 1e-7
 """Learning rates of preference training, of all weights of a model of `USUAL_SIZE` or more, that are warned of."""
 USUAL_SIZE = 1e9
@@ -72,8 +72,8 @@ def usual_rate(method: str, adapted: bool) -> float:
 
 
 def _greater_is_better(finetuning: FinetuningSection) -> bool:
-    last = finetuning.metric_for_best_model.removeprefix("eval_").rpartition("/")[2]
-    return last not in LOSSES and not last.endswith("_loss")
+    parts = finetuning.metric_for_best_model.removeprefix("eval_").split("/")
+    return not LOSSES & {parts[0], parts[-1]} and not parts[-1].endswith("_loss")
 
 
 def default_origin(key: str) -> str:

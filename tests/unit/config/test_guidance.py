@@ -81,9 +81,14 @@ def test_nothing_stops_early_unless_it_is_asked_for() -> None:
         ("nll", False),
         ("eval_nll", False),
         ("eval_val_loss", False),
+        ("eval_loss/preference", False),
+        ("loss/kl", False),
+        ("eval_divergence", False),
+        ("reverse_kl", False),
         ("eval_rewards/accuracies", True),
         ("rewards/margins", True),
         ("accuracy", True),
+        ("eval_rewards/rewards/own.py:right/mean", True),  # as evaluations name a function of the user's own
     ],
 )
 def test_losses_are_better_when_smaller(metric: str, greater: bool) -> None:

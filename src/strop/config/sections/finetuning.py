@@ -19,7 +19,7 @@ class FinetuningSection(Section):
     """The final model is the one with the best evaluation; needs validation rows."""
     metric_for_best_model: str = Field(
         default="eval_loss",
-        pattern=r"^[A-Za-z]\w*(/\w+)*$",
+        pattern=r"^[A-Za-z]\w*(/\S+)?$",  # rewards are named by files and functions: rewards/own.py:right/mean
         json_schema_extra={
             "x-type": "the name of a metric, such as eval_loss or eval_rewards/accuracies",
             "x-default": "eval_loss; eval_reward with rollout, but for distill",
@@ -30,7 +30,8 @@ class FinetuningSection(Section):
     greater_is_better: bool | None = Field(
         default=None, json_schema_extra={"x-default": "by metric (false for losses)"}
     )
-    """null: false for losses (`loss`, `nll`, `perplexity`), true for everything else."""
+    """null: false for losses and their terms (`loss`, `loss/preference`, `nll`, `perplexity`, `divergence`,
+    `reverse_kl`), true for everything else."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
     """Stop after this many evaluations in a row that were not better; null: never."""
     stop_on: ListOf[StopOn] = ()
