@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 from strop.cli.run_config import parse, parser_of_run
+from strop.config import load_config
+from strop.config.dump import to_yaml
+from strop.config.grpo_settings import ALGORITHMS
+from strop.config.schema import KEYS
 from strop.config.yamlfile import write_value
 from strop.report import findings
 from strop.report.checks import accuracy, course, data, pairs, sampled_groups, sampled_rewards, start, unpaired
@@ -268,7 +272,8 @@ def test_completions_that_are_cut_and_left_out_are_the_cause_of_a_gradient_of_ze
     (found,) = made.diagnose().raised
     assert (found.id, found.severity) == ("completions-clipped", FAIL)
     assert "mask_truncated_completions" in found.claim
-    assert {"training.max_completion_length": 128} in [dict(r.settings) for r in found.remedies]
+    longer = {"training.max_completion_length": 128, "training.max_seq_length": 512 + 64}
+    assert longer in [dict(r.settings) for r in found.remedies]
     counted = make_sampled(change, **{"post_training.mask_truncated_completions": False})
     assert {"completions-clipped", "gradient-zero"} == {f.id for f in counted.diagnose().raised}
     assert not any("pair" in r.words or "beta" in r.words for r in counted.finding("gradient-zero").remedies)
@@ -450,11 +455,6 @@ def test_few_lines_are_no_trend(make: Callable[..., Any]) -> None:
 
 def test_remedies_are_commands_that_the_command_line_takes(make: Callable[..., Any], tmp_path: Path) -> None:
     """Every key of every remedy is one of the configuration, and its value one that the key takes."""
-    import shlex
-
-    from strop.config import load_config
-    from strop.config.dump import to_yaml
-
     seen = set()
     for number, (_, _, change, settings) in enumerate(BROKEN):
         made = make(change, name=f"run{number}")
@@ -517,6 +517,86 @@ def test_a_remedy_that_the_run_has_already_is_not_told(make: Callable[..., Any])
     assert "train fewer steps" not in words and words
     made.settings["training.num_epochs"] = 3
     assert "train fewer steps" in [r.words for r in made.finding("likelihood-displacement").remedies]
+
+
+def retried(remedy: Any, path: Path) -> Any:
+    """The configuration that the command of a remedy trains."""
+    options, overrides = parse(parser_of_run("train"), shlex.split(remedy.command(path))[2:])
+    return load_config(options.config, overrides=overrides)
+
+
+GRPO = {"post_training.method": "grpo", "rollout.enabled": True, "rewards": REWARDS}
+
+
+@pytest.mark.parametrize(
+    ("words", "algorithm", "keys"),
+    [
+        ("divide by a length", "dr_grpo", {}),
+        ("count every token", "dapo", {}),
+        ("count every token", "dapo", {"post_training.algorithm": "dr_grpo"}),
+        ("divide by a length", "dr_grpo", {"post_training.gate": "sapo"}),
+        ("count every token", "dapo", {"post_training.gate": "sapo"}),
+        ("normalise each reward", "gdpo", {}),
+    ],
+)
+def test_another_algorithm_is_trained_with_its_own_axes(
+    words: str, algorithm: str, keys: dict[str, Any], make_sampled: Callable[..., Any]
+) -> None:
+    """The configuration that a run leaves has a value on every axis, which would win over the algorithm's."""
+    path = make_sampled(both(LONG_WRONG, RIGHT_FALLS)).write()
+    own = {"models.0.huggingface_id": "org/model", "dataset.name": "org/data", **GRPO, **keys}
+    config = load_config(overrides=own)
+    (path / "config.yaml").write_text(to_yaml(config))
+    found = {r.words: r for f in examine([path])[0].diagnosis.findings for r in f.remedies}
+    (remedy,) = (r for text, r in found.items() if text.startswith(words))
+    axes = (*ALGORITHMS[algorithm], "normalizer_length")
+    fresh = load_config(overrides={**own, "post_training.algorithm": algorithm}).post_training
+    again = retried(remedy, path).post_training
+    assert [getattr(again, axis) for axis in axes] == [getattr(fresh, axis) for axis in axes]
+
+
+def test_longer_rows_are_cut_nowhere_earlier(make: Callable[..., Any]) -> None:
+    """Each limit stands in the configuration of the run, so one of them alone changes nothing."""
+    made = make()
+    made.train["completions_cut"] = 800
+    path = made.write()
+    config = load_config(overrides={"models.0.huggingface_id": "org/model", "dataset.name": "org/data",
+                                    "post_training.method": "dpo"})  # fmt: skip
+    (path / "config.yaml").write_text(to_yaml(config))
+    (cut,) = (f for f in examine([path])[0].diagnosis.findings if f.id == "completions-cut")
+    again = retried(cut.remedies[0], path).training
+    assert (again.max_seq_length, again.max_prompt_length, again.max_completion_length) == (1024, 512, 512)
+
+
+def test_fewer_steps_are_fewer_where_their_number_was_asked_for(make: Callable[..., Any]) -> None:
+    made = make(per_token(0.1, -0.9))
+    made.settings |= {"training.max_steps": 100, "training.num_epochs": 1}
+    fewer = [dict(r.settings) for r in made.finding("drift").remedies if r.words == "train fewer steps"]
+    assert fewer == [{"training.max_steps": 50}]
+
+
+@pytest.mark.parametrize("key", ["dataset.val_file", "dataset.splits_dir"])
+def test_rows_of_a_validation_file_are_not_held_out(key: str, make: Callable[..., Any]) -> None:
+    made = make(lambda line: {"num_groups": 100} if line["split"] == "eval" else {})
+    assert made.finding("eval-size").remedies[0].settings
+    made.settings[key] = "rows"
+    assert not made.finding("eval-size").remedies[0].settings
+
+
+def test_an_evaluation_of_samples_without_rewards_has_a_loss(make: Callable[..., Any]) -> None:
+    """Distillation on what the student samples has none, and its evaluations are none the worse for it."""
+    made = make(lambda line: {"loss": 0.5})
+    made.settings |= {"post_training.method": "distill", "rollout.enabled": True}
+    assert made.finding("not-finite").severity is OK
+    made.lines = [{**line, "loss": None} if line["split"] == "eval" else line for line in made.lines]
+    assert made.finding("not-finite").severity is FAIL
+
+
+def test_keys_that_findings_name_are_those_of_the_configuration() -> None:
+    sections = "training|rollout|post_training|dataset|lora|finetuning"
+    named = set(re.findall(rf"\b(?:{sections})\.[a-z_0-9]+", source_of_checks()))
+    known = {key.dotted for key in KEYS}
+    assert {name for name in named if name not in known and not name.endswith("_")} == set()
 
 
 ID = r'(?:Finding|passed|unchecked|graded)\(\s*"([a-z-]+)"'

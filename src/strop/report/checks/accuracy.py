@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.report.checks.remedies import FEWER_STEPS, higher, lower, smoothed
+from strop.report.checks.remedies import fewer_steps, higher, lower, smoothed
 from strop.report.facts import Facts
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
 from strop.report.pair_accuracy import Accuracy, at_first_sight, at_the_end, looks_exchanged
@@ -79,7 +79,7 @@ def _not_told_apart(
             f"({held.share:.2f}, as by tossing a coin): they are learnt by heart"
         )
         labels = Remedy("read the pairs below: is the chosen side the better one, in most of them?", reads="pairs")
-        harmless_if, remedies = "the validation pairs are of another kind", [labels, FEWER_STEPS]
+        harmless_if, remedies = "the validation pairs are of another kind", [labels, fewer_steps(facts)]
     else:
         claim = f"Pairs are not told apart: accuracy {judged.share:.2f} on {where}, as by tossing a coin"
         harmless_if, remedies = "the labels are noisy and the run is short", [look, higher(facts, 3)]
@@ -124,7 +124,7 @@ def saturated(facts: Facts) -> Iterator[Finding]:
             harmless_if="what tells them apart is what is wanted, and held-out pairs are won as well",
             remedies=[
                 Remedy("read the best pairs below: what tells the sides apart?", reads="pairs"),
-                FEWER_STEPS,
+                fewer_steps(facts),
                 lower(facts, 3),
                 *smoothed(facts, 0.1),
             ],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from strop.report.checks.remedies import FEWER_STEPS, longer_run, look_at_step, lower
+from strop.report.checks.remedies import fewer_steps, longer_run, look_at_step, lower
 from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
 from strop.report.findings import Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
@@ -38,7 +39,7 @@ def finite(facts: Facts) -> Iterator[Finding]:
         yield unchecked("not-finite", "whether all numbers are finite: metrics.jsonl has no line")
         return
     skipped = int(train.total("num_skipped_steps"))
-    of_evaluation = "reward" if facts.samples else "loss"
+    of_evaluation = "reward" if facts.samples and facts.trains_on_rewards else "loss"
     bad = [
         (float(table.step[i]), words)
         for table, words, name in ((train, "training", "loss"), (evaluated, "evaluation", of_evaluation))
@@ -197,7 +198,7 @@ def evaluation_size(facts: Facts) -> Iterator[Finding]:
 
 
 def _more_held_out(facts: Facts) -> Remedy:
-    if facts.run.value("dataset.val_file") is None:
+    if all(facts.run.value(f"dataset.{key}") is None for key in ("val_file", "splits_dir")):
         return Remedy("hold out more rows: about 400 for ± 5 %", {"dataset.validation_split": 0.2})
     return Remedy("use a larger validation file: about 400 rows for ± 5 %")
 
@@ -326,8 +327,8 @@ def _interval(change: Change | None) -> Numbers:
     return {} if change is None else {"change, by paired rows": f"{change.mean:+.3g} ± {change.half_width:.2g} (95 %)"}
 
 
-def _fewer(facts: Facts, step: float) -> dict[str, int]:
-    return {"training.max_steps": max(1, int(step))} if step >= 1 else {"training.num_epochs": 1}
+def _fewer(facts: Facts, step: float) -> Mapping[str, Any]:
+    return {"training.max_steps": int(step)} if step >= 1 else fewer_steps(facts).settings
 
 
 def repetition(facts: Facts) -> Iterator[Finding]:
@@ -359,7 +360,7 @@ def repetition(facts: Facts) -> Iterator[Finding]:
         remedies=[
             Remedy("read the samples below, and some rows: do the rows repeat themselves?", reads="samples"),
             lower(facts, 3),
-            FEWER_STEPS,
+            fewer_steps(facts),
             Remedy("check that the rows end with an end token: strop train --dry-run shows it"),
         ],
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from strop.config.grpo_settings import ALGORITHMS
 from strop.report.facts import Facts
 from strop.report.findings import RUN, Remedy
 
 COSTS_LENGTH = Remedy("add the reward length, which costs those that come near the limit")
-FEWER_STEPS = Remedy("train fewer steps", {"training.num_epochs": 1})
 
 
 def look_at_step(step: float) -> Remedy:
@@ -47,10 +47,27 @@ def longer_run(facts: Facts) -> Remedy:
     return Remedy("train longer", {"training.max_steps": None, "training.num_epochs": epochs})
 
 
+def fewer_steps(facts: Facts) -> Remedy:
+    """One epoch, or half of the steps where their number was asked for, which decides then."""
+    steps = facts.run.number("training.max_steps")
+    fewer = {"training.max_steps": max(1, int(steps) // 2)} if steps else {"training.num_epochs": 1}
+    return Remedy("train fewer steps", fewer)
+
+
 def longer_rows(facts: Facts, words: str) -> Remedy:
-    """Twice the length limit."""
-    limit = facts.run.number("training.max_seq_length")
-    return Remedy(words, {"training.max_seq_length": int(2 * limit)} if limit else {})
+    """Twice every length limit: the configuration of the run has them all, and the lowest one cuts."""
+    names = [f"training.max_{part}_length" for part in ("seq", "prompt", "completion")]
+    return Remedy(words, {name: int(2 * limit) for name in names if (limit := facts.run.number(name))})
+
+
+def by_algorithm(facts: Facts, words: str, algorithm: str) -> Remedy:
+    """Another algorithm of grpo, with what it stands for: the configuration of the run has a value on each axis, and
+    such a value wins over the algorithm's. What the run does not read stays unread."""
+    axes = {f"post_training.{axis}": value for axis, value in ALGORITHMS[algorithm].items()}
+    if axes.get("post_training.aggregation", "constant") != "constant":
+        axes["post_training.normalizer_length"] = None  # which other aggregations do not read
+    read = {key: value for key, value in axes.items() if facts.run.value(key) is not None}
+    return Remedy(words, {"post_training.algorithm": algorithm, **read})
 
 
 def times_beta(facts: Facts, factor: float, words: str) -> list[Remedy]:
@@ -61,7 +78,7 @@ def times_beta(facts: Facts, factor: float, words: str) -> list[Remedy]:
 def weaker(facts: Facts) -> list[Remedy]:
     """What holds the policy closer to where it began, in the order to try."""
     beta = times_beta(facts, 3, "raise beta threefold") if facts.has_reference else []
-    return [lower(facts, 3), *beta, FEWER_STEPS]
+    return [lower(facts, 3), *beta, fewer_steps(facts)]
 
 
 def anchored(facts: Facts) -> list[Remedy]:

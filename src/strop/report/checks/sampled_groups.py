@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from strop.report.checks.remedies import COSTS_LENGTH, higher, lower, times_beta
+from strop.report.checks.remedies import COSTS_LENGTH, by_algorithm, higher, lower, times_beta
 from strop.report.checks.sampled_rewards import (
     length_rewarded,
     more_than_forecast,
@@ -35,7 +35,10 @@ def completions_clipped(facts: Facts) -> Iterator[Finding]:
     left_out = ", and such completions are left out of the loss (mask_truncated_completions)" if is_masked else ""
     remedies = [Remedy("does the model know when to stop? Train it on answers that end first (method sft)")]
     if limit:
-        remedies.insert(0, Remedy("let completions be longer", {"training.max_completion_length": int(2 * limit)}))
+        rows = facts.run.number("training.max_seq_length")  # bounds prompt and completion together
+        longer = {"training.max_completion_length": int(2 * limit)}
+        longer |= {"training.max_seq_length": int(rows + limit)} if rows else {}
+        remedies.insert(0, Remedy("let completions be longer", longer))
     if is_masked:
         remedies.append(Remedy("let them count", {"post_training.mask_truncated_completions": False}))
     yield facts.thresholds.graded(
@@ -196,8 +199,8 @@ def worse_grow_longer(facts: Facts) -> Iterator[Finding]:
         numbers,
         harmless_if="hard prompts need long answers, and the reward rises",
         remedies=[
-            Remedy("divide by a length that is the same for all", {"post_training.algorithm": "dr_grpo"}),
-            Remedy("count every token alike", {"post_training.algorithm": "dapo"}),
+            by_algorithm(facts, "divide by a length that is the same for all", "dr_grpo"),
+            by_algorithm(facts, "count every token alike", "dapo"),
             COSTS_LENGTH,
         ],
         thresholds=("worse_growth",),
@@ -242,7 +245,7 @@ def longer_not_better(facts: Facts) -> Iterator[Finding]:
         remedies=[
             Remedy("read rollouts.jsonl: which reward grows with the length?"),
             COSTS_LENGTH,
-            Remedy("divide by a length that is the same for all", {"post_training.algorithm": "dr_grpo"}),
+            by_algorithm(facts, "divide by a length that is the same for all", "dr_grpo"),
         ],
         thresholds=("length_growth", "clipped_ratio_note"),
         chart="lengths",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from strop.readable import is_number
-from strop.report.checks.remedies import COSTS_LENGTH, lower, times_beta
+from strop.report.checks.remedies import COSTS_LENGTH, by_algorithm, lower, times_beta
 from strop.report.escaping import excerpt
 from strop.report.facts import Facts, wilson
 from strop.report.findings import RUN, Evidence, Finding, Numbers, Remedy, Severity, passed, unchecked
@@ -95,7 +95,7 @@ def more_than_forecast(facts: Facts) -> Iterator[Finding]:
 
 
 def _more(facts: Facts) -> int:
-    return 2 * int(facts.run.number("rollout.num_generations") or 8)
+    return min(1024, 2 * int(facts.run.number("rollout.num_generations") or 8))  # the most that there can be
 
 
 def reward_hacking(facts: Facts) -> Iterator[Finding]:
@@ -198,7 +198,7 @@ def one_reward_wins(facts: Facts) -> Iterator[Finding]:
         harmless_if="the reward that is won is the one that matters",
         remedies=[
             Remedy("give what fell more weight, and what is won less (the weight of each of rewards)"),
-            Remedy("normalise each reward by itself", {"post_training.algorithm": "gdpo"}),
+            by_algorithm(facts, "normalise each reward by itself", "gdpo"),
             *_stay_near(facts),
         ],
         thresholds=("reward_spread_left", "reward_fall"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.report.checks.remedies import FEWER_STEPS, higher
+from strop.report.checks.remedies import fewer_steps, higher
 from strop.report.escaping import excerpt
 from strop.report.facts import LN2, Facts
 from strop.report.findings import Evidence, Finding, Remedy, Severity, passed, unchecked
@@ -30,7 +30,7 @@ def rate_is_zero(facts: Facts) -> Iterator[Finding]:
             Evidence.EXACT,
             {"training.learning_rate": asked if asked is not None else 0.0, "logged steps": len(rates)},
             remedies=[
-                Remedy("look at the warm-up and at training.lr_scheduler_type: they keep the rate at 0")
+                Remedy("look at the warm-up and at training.lr_scheduler: they keep the rate at 0")
                 if asked
                 else Remedy("take the default learning rate", {"training.learning_rate": None})
             ],
@@ -88,7 +88,7 @@ def gradient_is_zero(facts: Facts) -> Iterator[Finding]:
             Evidence.EXACT,
             {"logged steps with gradient 0": zero},
             harmless_if="the loss cannot fall any further on these rows",
-            remedies=[FEWER_STEPS],
+            remedies=[fewer_steps(facts)],
             chart="gradient",
         )
     else:
