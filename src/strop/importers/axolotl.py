@@ -96,16 +96,29 @@ def decided(view: View) -> Iterator[tuple[str, Any]]:
 
 def _grpo(view: View) -> Iterator[tuple[str, Any]]:
     """Its `trl:` block is TRL's GRPOConfig."""
-    block = view.given.get("trl")
-    values = {k: v for k, v in block.items() if v is not None} if isinstance(block, Mapping) else {}
-    batch = {"per_device_train_batch_size": whole(view.get("micro_batch_size")) or 1}
-    batch["gradient_accumulation_steps"] = whole(view.get("gradient_accumulation_steps")) or 1
-    inner = View("trl", {**batch, **values}, trl.defaults("grpo", values, ""), "grpo", view.folder)
+    values, inner = _as_trl(view.given.get("trl"), view)
     yield from trl_groups.sampling(inner)
-    for name in ("num_generations", "max_completion_length", "epsilon", "loss_type"):
+    for name in OF_TRL:
         if name not in values:
             answer = trl.RULES[name](inner.get(name), inner)
             yield from answer.values.items() if isinstance(answer, KeyAnswer) else ()
+
+
+OF_TRL = ("num_generations", "max_completion_length", "epsilon", "loss_type", "vllm_importance_sampling_correction")
+"""Names that have TRL's defaults where its block has none."""
+BESIDE = {"adapter": "adapter", "peft_use_dora": "use_dora"} | {
+    name: name for name in ("lora_modules_to_save", "lora_target_parameters")
+}
+"""Names beside the block that rules of the block ask for -> what they are called there."""
+
+
+def _as_trl(block: Any, view: View) -> tuple[Mapping[str, Any], View]:
+    """(the names of the block that have a value, the block as TRL's rules see it: with what stands beside it)."""
+    values = {k: v for k, v in block.items() if v is not None} if isinstance(block, Mapping) else {}
+    beside = {theirs: view.given[ours] for ours, theirs in BESIDE.items() if ours in view.given}
+    beside["per_device_train_batch_size"] = whole(view.get("micro_batch_size")) or 1
+    beside["gradient_accumulation_steps"] = whole(view.get("gradient_accumulation_steps")) or 1
+    return values, View("trl", {**beside, **values}, trl.defaults(view.method, values, ""), view.method, view.folder)
 
 
 def notes(view: View) -> Iterator[str]:
@@ -159,8 +172,7 @@ def _target_linear(value: Any, view: View) -> KeyAnswer:
 
 def _block(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     """`trl:`, settings of TRL's GRPOConfig."""
-    values = {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
-    inner = View("trl", values, trl.defaults(view.method, values, ""), view.method, view.folder)
+    values, inner = _as_trl(value, view)
     found: dict[KeyPath, KeyAnswer] = {}
     for name, item in values.items():
         answer = trl.RULES[name](item, inner) if name in trl.RULES else None

@@ -16,10 +16,8 @@ TRL_REWARDS: Mapping[str, Mapping[str, Any]] = {
 
 def reward_functions(value: Any, view: View) -> KeyAnswer:
     """`reward_funcs`: names of TRL's own, dotted import paths, hub ids of reward models, or functions of a script."""
-    names = value.parts() if isinstance(value, Code) else value if isinstance(value, list) else [value]
-    weights = view.get("reward_weights")
-    judge = view.get("reward_model_name_or_path")
-    names = names if judge is None else [f"model:{judge}", *names]  # TRL puts the model first
+    names = _names(value, view)
+    weights = _weights(view, len(names))
     rewards: list[dict[str, Any]] = []
     missing: list[str] = []
     code: list[str] = []
@@ -28,11 +26,10 @@ def reward_functions(value: Any, view: View) -> KeyAnswer:
             code.append(name.text)
             continue
         found = reward(str(name))
-        weight = real(weights[i]) if isinstance(weights, list) and i < len(weights) else None
         if found is None:
             missing.append(str(name))
         else:
-            rewards.append(found if weight in (None, 1.0) else {**found, "weight": weight})
+            rewards.append(found if weights[i] == 1.0 else {**found, "weight": weights[i]})
     if missing:
         return left(
             f"strop has no reward {', '.join(missing)}: write a function that gives a number for each completion, and "
@@ -44,6 +41,21 @@ def reward_functions(value: Any, view: View) -> KeyAnswer:
         why = f"{', '.join(code)} is code, which is not run: add it to rewards as file.py:function"
         return KeyAnswer(Fate.LEFT, kept, why)
     return translated({"rewards": rewards}, "a function gets completions as texts")
+
+
+def _names(value: Any, view: View) -> list[Any]:
+    """The rewards in the order of TRL, which puts the model first: names, and `Code`."""
+    names = value.parts() if isinstance(value, Code) else value if isinstance(value, list) else [value]
+    judge = view.get("reward_model_name_or_path")
+    return [name for name in (judge and f"model:{judge}", *names) if name is not None]
+
+
+def _weights(view: View, count: int) -> list[float]:
+    """The weights of so many rewards; 1 for all where none are given, or not one number for each."""
+    given = view.get("reward_weights")
+    found = [real(weight) for weight in given] if isinstance(given, list) else []
+    numbers = [weight for weight in found if weight is not None]
+    return numbers if len(numbers) == len(found) == count else [1.0] * count
 
 
 def reward(name: str) -> dict[str, Any] | None:
@@ -60,4 +72,7 @@ def reward(name: str) -> dict[str, Any] | None:
 
 def reward_weights(value: Any, view: View) -> KeyAnswer:
     """`reward_weights` stand beside the rewards they are for."""
+    rewards = _names(view.get("reward_funcs"), view)
+    if not isinstance(value, list) or len(value) != len(rewards) or any(real(weight) is None for weight in value):
+        return left(f"it is no list of a number for each of the rewards ({len(rewards)}): give them weights in rewards")
     return idle("each reward has its weight")

@@ -130,8 +130,9 @@ def decided(view: View) -> Iterator[tuple[str, Any]]:
     if view.method != "grpo":
         yield "training.max_prompt_length", None
         yield "training.max_completion_length", None
-    loss = view.get("loss_type")
-    if view.method == "dpo" and (loss[:1] if isinstance(loss, list) else [loss]) == ["bco_pair"]:
+    losses = view.get("loss_type")
+    loss = losses[0] if isinstance(losses, list) and losses else losses
+    if view.method == "dpo" and loss == "bco_pair":
         yield "post_training.bco_delta", "zero"
     if view.method == "dpo" and loss == "exo_pair" and not real(view.get("label_smoothing")):
         yield "post_training.label_smoothing", 0.001
@@ -148,7 +149,10 @@ def notes(view: View) -> Iterator[str]:
     if view.method == "grpo":
         yield "rewards of strop get completions as texts, never as messages; TRL gives messages for chat prompts"
         yield "TRL cuts no prompts; strop cuts rows at training.max_seq_length, from the left, and counts what it cuts"
-        yield "a batch of TRL counts completions; training.groups_per_step counts prompts"
+        yield (
+            "a batch of TRL counts completions; training.groups_per_step counts prompts, here those of one process: "
+            "multiply it by the number of processes"
+        )
     else:
         yield (
             "TRL cuts prompt and completion together, by default at the end of the completion; strop cuts prompts at "

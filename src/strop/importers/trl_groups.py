@@ -88,6 +88,32 @@ def _epsilon_high(value: Any, view: View) -> KeyAnswer:
     return carried("post_training.epsilon_high", value)
 
 
+def _steps_per_generation(value: Any, view: View) -> KeyAnswer:
+    steps = whole(value)
+    return carried("rollout.steps_per_generation", value) if steps is None else _rounds(steps, view)
+
+
+def _generation_batch(value: Any, view: View) -> KeyAnswer:
+    """As many completions of one process as this are sampled at once."""
+    size, batch = whole(value), whole(view.get("per_device_train_batch_size")) or 8
+    if size is None or size % batch:
+        return left("set rollout.steps_per_generation: for how many optimizer steps is sampled at once?")
+    return _rounds(size // batch, view)
+
+
+def _rounds(micro_batches: int, view: View) -> KeyAnswer:
+    """So many micro-batches are sampled for at once, of which an optimizer step has gradient_accumulation_steps."""
+    of_step = whole(view.get("gradient_accumulation_steps")) or 1
+    if micro_batches > 0 and of_step % micro_batches == 0:
+        return idle("every step samples its own completions")
+    if micro_batches <= 0 or micro_batches % of_step:
+        return left(
+            f"it is {micro_batches} micro-batches, and an optimizer step has {of_step}: set "
+            "rollout.steps_per_generation, which counts optimizer steps"
+        )
+    return translated({"rollout.steps_per_generation": micro_batches // of_step}, "it counts optimizer steps in strop")
+
+
 def _max_completion(value: Any, view: View) -> KeyAnswer:
     return carried("training.max_completion_length", value)
 
@@ -102,17 +128,15 @@ RULES: Rules = {
     "top_k": lambda value, _: carried("rollout.top_k", value) if (whole(value) or 0) >= 0 else idle("from all tokens"),
     "max_completion_length": _max_completion,
     "temperature": same("rollout.temperature"),
-    "steps_per_generation": always("every step samples its own completions"),
-    "generation_batch_size": always("every step samples its own completions"),
+    "steps_per_generation": _steps_per_generation,
+    "generation_batch_size": _generation_batch,
     "epsilon": _epsilon,
     "epsilon_high": _epsilon_high,
     "scale_rewards": always("it is in post_training.advantage"),
     "reward_funcs": reward_functions,
     "reward_weights": reward_weights,
     "reward_model_name_or_path": lambda value, view: (
-        idle("it stands among the rewards")
-        if view.get("reward_funcs") is not None
-        else translated({"rewards": [{"name": f"model:{value}"}]})
+        idle("it stands among the rewards") if view.get("reward_funcs") is not None else reward_functions([], view)
     ),
     "repetition_penalty": only((1.0,), "there is none", "strop samples from the policy as it is"),
     "log_completions": always("every group is in rollouts.jsonl"),

@@ -807,6 +807,78 @@ def test_rewards_of_a_script_are_mapped_one_by_one(given: str, kept: list[str], 
     assert not code or lost["GRPOTrainer.reward_funcs"].startswith(f"{code} is code")
 
 
+SCRIPT = (
+    "from trl import GRPOConfig, GRPOTrainer\n"
+    "c = GRPOConfig({})\n"
+    "t = GRPOTrainer(model='a', reward_funcs=['m.f', 'o/rm'])\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "carried"),
+    [
+        ("reward_weights=[0.5, 0]", [0.5, 0.0], True),
+        ("reward_weights=[1.0, 2]", [1.0, 2.0], True),
+        ("reward_weights=[0.5]", [1.0, 1.0], False),
+        ("reward_weights=W * 2", [1.0, 1.0], False),
+        ("reward_weights=[0.5, 'x']", [1.0, 1.0], False),
+    ],
+)
+def test_weights_of_rewards_are_carried_over_or_said_to_be_lost(
+    given: str, weights: list[float], carried: bool, tmp_path: Path
+) -> None:
+    found, lost = lost_of(SCRIPT.format(given), "a.py", None, tmp_path, dataset__train_file="x.jsonl")
+    assert [reward.get("weight", 1.0) for reward in found.values["rewards"]] == weights
+    assert ("GRPOConfig.reward_weights" not in lost) == carried
+
+
+def test_a_reward_model_alone_has_its_weight(tmp_path: Path) -> None:
+    text = "model_name_or_path: a\nreward_model_name_or_path: o/rm\nreward_weights: [2.0]\nnum_generations: 4\n"
+    found, lost = lost_of(text, "a.yaml", "trl", tmp_path, dataset__train_file="x.jsonl")
+    assert found.values["rewards"] == [{"name": "model:o/rm", "weight": 2.0}] and not lost
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ("steps_per_generation=4", 1),
+        ("steps_per_generation=2", 1),
+        ("steps_per_generation=16", 4),
+        ("steps_per_generation=6", None),
+        ("generation_batch_size=32", 1),
+        ("generation_batch_size=64", 2),
+        ("generation_batch_size=20", None),
+    ],
+)
+def test_several_steps_of_one_sampling_are_so_many_here(given: str, steps: int | None, tmp_path: Path) -> None:
+    """TRL counts micro-batches, or completions of these, and strop optimizer steps."""
+    given += ", per_device_train_batch_size=8, gradient_accumulation_steps=4"
+    found, lost = lost_of(SCRIPT.format(given), "a.py", None, tmp_path, dataset__train_file="x.jsonl")
+    assert found.values.get("rollout.steps_per_generation", 1) == (steps or 1)
+    assert bool(lost) == (steps is None)
+
+
+def test_a_server_that_samples_for_axolotl_gets_the_adapter_that_stands_beside_its_block(tmp_path: Path) -> None:
+    block = "trl: {use_vllm: true, vllm_mode: server, vllm_server_host: h, reward_funcs: [m.f]}\n"
+    for text, lost_keys in (
+        ("adapter: lora\n", set()),
+        ("adapter: lora\npeft_use_dora: true\n", {"trl.use_vllm", "trl.vllm_mode"}),
+        ("", {"trl.use_vllm", "trl.vllm_mode"}),
+    ):
+        text = f"base_model: a\nrl: grpo\n{text}{block}"
+        found, lost = lost_of(text, "a.yaml", "axolotl", tmp_path, dataset__train_file="x.jsonl")
+        assert lost.keys() == lost_keys
+        samples = {key: found.values.get(key) for key in ("rollout.sampler", "post_training.sampler_correction")}
+        assert list(samples.values()) == ([None, None] if lost_keys else ["vllm", "sequence_mask"])
+
+
+@pytest.mark.parametrize("loss", ["exo_pair", "[exo_pair]", "[exo_pair, sft]"])
+def test_a_loss_in_a_list_has_what_trl_gives_it(loss: str, tmp_path: Path) -> None:
+    text = f"model_name_or_path: a\nloss_type: {loss}\nprecompute_ref_log_probs: true\n"
+    found, lost = lost_of(text, "a.yaml", "trl", tmp_path, dataset__train_file="x.jsonl")
+    assert found.values["post_training.label_smoothing"] == 0.001 and not lost
+
+
 def test_all_trackers_are_those_that_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_trainer, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
     text = json.dumps({"model_name_or_path": "a", "dataset_name": "b/c", "report_to": "all"})
