@@ -75,8 +75,8 @@ def math_equal(completions: Sequence[str], columns: Columns, *, column: str = "c
     return [value(c, w) for c, w in zip(completions, _column(columns, column), strict=True)]
 
 
-FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
-"""A block of code in Markdown."""
+FENCE = re.compile(r"```[^`\n]*\n(.*?)```", re.DOTALL)
+"""A block of code in Markdown, whatever stands behind its opening fence: python3, c++, python title=x."""
 
 
 def json_schema(

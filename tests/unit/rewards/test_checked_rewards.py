@@ -77,6 +77,13 @@ def test_the_share_of_tests_that_pass(tmp_path: Path) -> None:
     assert python_tests([add], {"tests": ["\n".join(tests[:1] * 2)]}, enabled=True) == [1.0]
 
 
+@pytest.mark.parametrize("language", ["", "python", "python3", "python title=x", "python \r"])
+def test_code_in_a_fence_is_found_whatever_stands_behind_it(language: str) -> None:
+    text = f"First:\n```bash\npip install x\n```\nThen:\n```{language}\nx = 1\n```\nThat is all."
+    assert python_tests([text], {"tests": ["assert x == 1"]}, enabled=True) == [1.0]
+    assert json_schema([f"```{language}\n4\n```"], {}, schema={"type": "integer"}) == [1.0]
+
+
 def test_what_the_code_starts_ends_with_it(tmp_path: Path) -> None:
     late = f"import time; time.sleep(1); open({str(tmp_path / 'late')!r}, 'w')"
     code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {late!r}])\n"
