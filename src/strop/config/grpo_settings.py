@@ -221,6 +221,14 @@ class GrpoSettings(ReferenceSettings):
                 "kl_in: loss",
                 "set kl_in: loss, or choose another advantage",
             )
+        if self.advantage == "maxrl" and self.beta and self.kl_in == "reward":
+            yield Problem(
+                ("kl_in", "advantage"),
+                "kl_in is reward, and advantage maxrl divides by the mean of rewards that are at least 0: a divergence "
+                "that is taken off a reward of 0 leaves less",
+                "kl_in: loss",
+                "set kl_in: loss, or choose another advantage",
+            )
         if self.epsilon is not None and self.epsilon >= 1 and self.gate == "clip":
             yield Problem(
                 ("epsilon",),

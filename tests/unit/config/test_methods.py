@@ -100,3 +100,12 @@ def test_a_resolved_configuration_reproduces_its_settings(settings: MethodSettin
     config = load_config(overrides={"models": [{"huggingface_id": "org/model"}], "post_training": settings})
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml").post_training == settings
+
+
+@pytest.mark.parametrize("algorithm", ["maxrl", "gdpo"])
+def test_a_divergence_in_the_reward_is_refused_where_the_advantage_cannot_have_it(algorithm: str) -> None:
+    keys = {"method": "grpo", "algorithm": algorithm, "kl_in": "reward"}
+    with pytest.raises(ConfigError, match=f"kl_in is reward, and advantage {algorithm}"):
+        METHODS["grpo"](**keys, beta=0.1)
+    METHODS["grpo"](**keys)  # without one, there is nothing to take off
+    METHODS["grpo"](**{**keys, "kl_in": "loss"}, beta=0.1)
