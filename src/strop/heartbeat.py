@@ -32,7 +32,7 @@ BEGIN_SECONDS = 300.0
 GONE_SECONDS = 3.0
 """After so long without a beat a process whose connection broke counts as gone."""
 MEETING_SECONDS = 0.05
-"""How often the store is read until every process has begun."""
+"""How often rank 0 reads the store until every process has begun: they wait for its answer."""
 STARTING = "starting"
 ENDING = "ending"
 """What rank 0 does when a run has failed or stopped: it writes the report and closes trackers, which may take long."""
@@ -130,7 +130,7 @@ class Heartbeat:
                 self._end(f"{listed}. Nothing was heard of it for {LIMIT_SECONDS:.0f} seconds", silent)
             if (absent := self._absent()) and time.monotonic() - self._began > BEGIN_SECONDS:
                 self._end_without(absent)
-            if self._stopped.wait(MEETING_SECONDS if absent else BEAT_SECONDS):
+            if self._stopped.wait(MEETING_SECONDS if absent and self._rank == 0 else BEAT_SECONDS):
                 return
 
     def _write(self) -> None:
@@ -144,15 +144,19 @@ class Heartbeat:
             for beat in self._beats.values():
                 beat.changed += unseen
         self._looked = now
-        for rank in range(self._size):
-            if not self._store.check([_key(rank)]):
-                if self._rank == 0:
-                    self.attempt.answer(rank)
-                continue  # it has not begun
-            text = self._store.get(_key(rank)).decode()
+        begun = [rank for rank in range(self._size) if rank in self._beats or self._has_begun(rank)]
+        texts = self._store.multi_get([_key(rank) for rank in begun])  # one request, however many they are
+        for rank, text in zip(begun, map(bytes.decode, texts), strict=True):
             known = self._beats.get(rank)
             if known is None or known.text != text:
                 self._beats[rank] = Beat(text, time.monotonic())
+
+    def _has_begun(self, rank: int) -> bool:
+        if self._store.check([_key(rank)]):
+            return True
+        if self._rank == 0:
+            self.attempt.answer(rank)
+        return False
 
     def _end_without(self, absent: list[int]) -> None:
         """Ends this process because others have not begun."""

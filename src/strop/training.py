@@ -33,7 +33,7 @@ from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
 from strop.engine.step_source import StepSource
 from strop.engine.train_state import TrainState
-from strop.errors import ConfigError, Interrupted, StoppedByFinding, TrainingError
+from strop.errors import ConfigError, Interrupted, PeerError, StoppedByFinding, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.export.converted_bases import with_converted
 from strop.generate.while_training import Asked, prompts_of, samples_of
@@ -246,7 +246,7 @@ class _Run:
             why = stop.name if by_finding is None else f"finetuning.stop_on ({by_finding.finding})"
             log.info("%s: stopped by %s after step %d of %d", name, why, stopped.step, source.num_steps)
             raise by_finding or stopped from None
-        except TrainingError as error:
+        except (TrainingError, PeerError) as error:
             if session.world.is_main:
                 session.world.doing(ENDING)
                 self.run.write_json(FAILURE, {"error": error.found, "where": error.where, "fix": error.fix})

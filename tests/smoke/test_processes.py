@@ -367,7 +367,10 @@ def test_an_attempt_that_torchrun_restarts_goes_on_by_itself(keys: dict[str, Any
     assert other[0].exitcode == -signal.SIGKILL
     run = runs.at(Path(config.training.output_dir) / "run")
     assert run.steps() == [1, 2]
+    failure = run.path / "failure.json"
+    assert "process 1 of 2 is gone" in json.loads(failure.read_text())["error"] and (run.path / "report.html").exists()
     in_processes(2, _restarted, config, keys)
+    assert not failure.exists()
     assert run.series("loss") == pytest.approx(unbroken.series("loss"), rel=RELATIVE) and run.steps() == [1, 2, 3, 4]
     assert_close(unbroken.final, run.final)
     assert json.loads((run.path / "environment.json").read_text())["resumes"][0]["after_step"] == 2
