@@ -193,7 +193,7 @@ class Collector:
         self._most_apart = most_apart
         self._prompts, self._rooms = prompts, prompts.rooms
         self._sampler, self._scorer, self._tokenizer = sampler, scorer, tokenizer
-        self._world, self._cut, self._reference, self._policy = world, cut, reference, policy
+        self.world, self._cut, self._reference, self._policy = world, cut, reference, policy
         self.pairs = pairs
 
     @property
@@ -250,7 +250,7 @@ class Collector:
         Raises:
             TrainingError, ConfigError: as `Scorer.score` and the sampler.
         """
-        shares = self._world.gather(self._share(step, self._world.own_share(numbers), use))
+        shares = self.world.gather(self._share(step, self.world.own_share(numbers), use))
         whole = Collected(seconds={name: max(s.seconds[name] for s in shares) for name in shares[0].seconds})
         for share in shares:
             whole.failures.add(share.failures)
@@ -271,9 +271,9 @@ class Collector:
             return
         seconds: dict[str, float] = {}
         with _timed(seconds, "time/score"):
-            own = self._world.own_share(range(len(done.rewarded)))
+            own = self.world.own_share(range(len(done.rewarded)))
             scored = self._scored([done.rewarded[i] for i in own], sampled_with)
-        shares = self._world.gather((dict(zip(own, scored, strict=True)), seconds["time/score"]))
+        shares = self.world.gather((dict(zip(own, scored, strict=True)), seconds["time/score"]))
         by_place = {i: rewarded for share, _ in shares for i, rewarded in share.items()}
         done.rewarded = [by_place[i] for i in range(len(done.rewarded))]
         done.seconds["time/score"] = max(took for _, took in shares)

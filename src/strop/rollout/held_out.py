@@ -56,18 +56,19 @@ class HeldOut:
     def line(self, where: str) -> Mapping[str, Any] | None:
         self._settle()
         started, whole = time.perf_counter(), Collected()
-        numbers = range(len(self._collector.prompts))
-        with self._watcher.evaluating(len(numbers)) as done:
-            for first in range(0, len(numbers), AT_ONCE):
+        prompts = range(len(self._collector.prompts))
+        with self._watcher.evaluating(len(prompts)) as done:
+            for first in range(0, len(prompts), AT_ONCE):
                 if self._should_stop():
                     return None
-                some = numbers[first : first + AT_ONCE]
+                some = prompts[first : first + AT_ONCE]
                 whole.add(self._collector.collect(0, some))  # steps of training count from 1
                 done(len(some))
         losses: Mapping[str, Any] = {}
         if self._losses is not None and whole.rewarded:
             losses = self._losses.of([without_old_logps(r.group) for r in whole.rewarded], self._watcher, where)
-        return {**losses, **self._numbers(whole), "seconds": time.perf_counter() - started}
+        numbers = self._collector.world.on_main(lambda: self._numbers(whole))  # the last bits may depend on the machine
+        return {**losses, **numbers, "seconds": time.perf_counter() - started}
 
     def _numbers(self, whole: Collected) -> dict[str, Any]:
         names = self._collector.reward_names
