@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import strop
-from strop import cli
+from strop import cli, session
 from strop.engine import loop
 from strop.engine.outputs import RunOutputs
 from strop.engine.recipe import recipe_of
@@ -319,6 +320,31 @@ def test_one_model_that_fails_stops_no_other(runs: Any, tmp_path: Path, capsys: 
     assert "model broken" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="there is no model 3"):
         strop.train(config, model_index=3)
+
+
+def test_of_several_models_one_is_in_memory_at_a_time(
+    runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch
+) -> None:
+    before: list[weakref.ref[Policy]] = []
+    build, step = session.build_policy, loop.Loop.step
+
+    def built(*args: Any, **kwargs: Any) -> Policy:
+        assert [one() for one in before] == [None] * len(before)
+        policy = build(*args, **kwargs)
+        before.append(weakref.ref(policy))
+        return policy
+
+    def fails(self: Any, number: int) -> None:
+        if len(before) == 2:
+            raise TrainingError("the loss is nan")
+        step(self, number)
+
+    watched.setattr(session, "build_policy", built)
+    watched.setattr(loop.Loop, "step", fails)
+    models = [{"name": name, "huggingface_id": str(runs.files["model"])} for name in ("one", "bad", "two")]
+    with pytest.raises(TrainingError, match="1 of 3 models failed: bad: "):
+        strop.train(runs.config({"models": models, "output_dir": str(tmp_path), "max_steps": 1}))
+    assert len(before) == 3 and not any(one() for one in before)
 
 
 def test_all_models_are_looked_at_before_the_first_trains(runs: Any, tmp_path: Path) -> None:

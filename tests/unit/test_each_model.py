@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from strop.config import RunConfig
@@ -31,3 +33,28 @@ def test_a_model_that_fails_does_not_stop_the_others() -> None:
 
 def test_a_broken_connection_stops_all() -> None:
     assert _tried(LostError("process 0 has lost the others"), LostError) == ["first"]
+
+
+class _Circle:
+    """Something that refers to itself, as a loop and its evaluation do."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_one_model_is_in_memory_at_a_time() -> None:
+    models = tuple(ModelSection(name=name, huggingface_id=name) for name in ("good", "bad", "last"))
+    held: list[weakref.ref[_Circle]] = []
+    alive: list[int] = []
+
+    def work(model: ModelSection) -> None:
+        alive.append(sum(one() is not None for one in held))
+        loaded = _Circle()
+        held.append(weakref.ref(loaded))
+        if model.name == "bad":
+            raise ModelError("bad", where=str(type(loaded)))
+
+    with pytest.raises(TrainingError, match="1 of 3 models failed: bad: "):
+        for_each_model(models, RunConfig(models=models), World.alone("cpu"), work)
+    alive.append(sum(one() is not None for one in held))
+    assert alive == [0, 0, 0, 0]
