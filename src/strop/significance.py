@@ -8,7 +8,7 @@ that got worse from noise (arXiv 2411.00640).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +34,19 @@ class Change:
         """Whether the whole interval is above 0."""
         return self.mean > self.half_width
 
+    def of(self, before: float, after: float) -> Change:
+        """The same interval around the change between these means, which are over all rows. Where the arrays are of a
+        sample, its own mean lies further from the truth than the interval is wide."""
+        return replace(self, mean=after - before)
+
 
 def change(before: NDArray[np.float64], after: NDArray[np.float64], num_rows: int | None = None) -> Change | None:
     """The change of a mean over rows, by Student's t.
 
     Args:
         before, after: [n] of the same rows in the same order.
-        num_rows: how many rows the mean is over, if these are an evenly spaced sample of them.
+        num_rows: how many rows the mean is over, if these are an evenly spaced sample of them: then the interval is one
+            of the mean over all, and belongs around that (`Change.of`).
 
     Returns:
         None where the rows are not the same ones or too few, or a number is not finite.

@@ -322,9 +322,7 @@ def test_one_model_that_fails_stops_no_other(runs: Any, tmp_path: Path, capsys: 
         strop.train(config, model_index=3)
 
 
-def test_of_several_models_one_is_in_memory_at_a_time(
-    runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch
-) -> None:
+def test_of_several_models_one_is_in_memory_at_a_time(runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch) -> None:
     before: list[weakref.ref[Policy]] = []
     build, step = session.build_policy, loop.Loop.step
 

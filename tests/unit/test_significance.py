@@ -36,6 +36,20 @@ def test_a_small_rise_of_every_row_is_seen_where_rows_differ_much() -> None:
     assert sample is not None and sample.half_width < found.half_width
 
 
+def test_the_rows_of_a_sample_say_how_far_rows_differ_and_not_how_far_all_have_moved() -> None:
+    draw, times, sampled, whole = np.random.default_rng(2), 1000, 0, 0
+    kept = np.linspace(0, 3999, 256).astype(int)
+    for _ in range(times):
+        before = draw.normal(2, 1, 4000)
+        after = before + draw.normal(0, 0.05, 4000)
+        found = change(before[kept], after[kept], num_rows=4000)
+        assert found is not None
+        sampled += found.is_rise
+        whole += found.of(before.mean(), after.mean()).is_rise
+    assert 0.01 < whole / times < 0.045
+    assert sampled / times > 0.2
+
+
 def test_nothing_is_said_of_other_rows_or_too_few() -> None:
     rows = np.arange(8.0)
     assert change(rows, rows[:-1]) is None and change(rows[:3], rows[:3]) is None

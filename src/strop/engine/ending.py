@@ -174,7 +174,7 @@ def _is_worse(metrics: Mapping[str, Mapping[str, Any]], change: Change | None) -
     if not _has(after, "loss"):
         return True  # null: it is not finite any more
     is_above = bool(after["loss"] > before["loss"] + VISIBLE * abs(before["loss"]))
-    return is_above and (change is None or change.is_rise)
+    return is_above and (change is None or change.of(before["loss"], after["loss"]).is_rise)
 
 
 def _decides(record: Mapping[str, Any]) -> str:

@@ -163,7 +163,9 @@ class Facts:
     def change(self, first: float, last: float) -> Change | None:
         """How far the evaluation loss changed between two steps, by paired rows; None where the run does not say."""
         rows = self.last("num_groups", self.run.eval)
-        return change_of_rows(self.run.logs, int(first), int(last), int(rows) if rows else None)
+        found = change_of_rows(self.run.logs, int(first), int(last), int(rows) if rows else None)
+        losses = dict(zip(*(column.tolist() for column in self.run.eval.series("loss")), strict=True))
+        return None if found is None else found.of(losses[first], losses[last])
 
     @property
     def held_out_gain(self) -> tuple[float, float] | None:

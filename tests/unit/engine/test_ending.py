@@ -80,3 +80,11 @@ def test_a_loss_that_rose_by_chance_is_no_worse_model() -> None:
         parts = {"num_steps": 10, "final_step": 10, "records": records}
         end = Ending.of(config, TrainState(step=10), **parts, change=Change(0.0069, half))
         assert end.worse is worse
+
+
+def test_of_many_rows_a_sample_that_rose_is_no_worse_model() -> None:
+    """The interval is that of the mean over all rows, which are in the records."""
+    records = [evaluation(0, 0.6931), evaluation(10, 0.6935)]
+    config = RunConfig(models=(ModelSection(huggingface_id="m"),))
+    parts = {"num_steps": 10, "final_step": 10, "records": records}
+    assert Ending.of(config, TrainState(step=10), **parts, change=Change(0.02, 0.001)).worse is False

@@ -668,3 +668,17 @@ def test_a_rise_that_the_rows_cannot_tell_from_chance_is_none(
     for step in (0, 20, 40, 60, 80, 100):
         np.save(folder / row_losses_array(step), 0.7 + 0.01 * (step > 0) + draw.normal(0, noise, 16))
     assert made.finding("worse-than-start").severity is severity
+
+
+def test_the_change_of_an_evaluation_is_that_of_all_its_rows(make: Callable[..., Any]) -> None:
+    """Of a large evaluation, the losses of some rows are kept; their own mean says less than the lines do."""
+    made = make(
+        lambda line: {"loss": 0.701 if line["step"] else 0.7, "num_groups": 1600} if line["split"] == "eval" else {}
+    )
+    folder = made.write() / "logs" / EVALUATIONS
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for step in (0, 20, 40, 60, 80, 100):
+        np.save(folder / row_losses_array(step), 0.7 + 0.05 * (step > 0) + draw.normal(0, 0.05, 16))
+    found = made.finding("worse-than-start")
+    assert found.severity is Severity.OK and found.numbers["change, by paired rows"].startswith("+0.001 ")
