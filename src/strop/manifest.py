@@ -27,6 +27,8 @@ MANIFEST = "MANIFEST.json"
 """Makes a folder one that strop wrote."""
 RECIPE = "recipe"
 """Key of a final model's identity under which the settings of its run are stored, as JSON."""
+NUM_STEPS = "num_steps"
+"""Key of a final model's identity: how many steps its run was to have."""
 BASE = "base"
 """Key of an adapter's identity: the files of the base that it was trained on, as `model_hashes.files_hash` has them."""
 FORMAT = 1
@@ -87,7 +89,7 @@ def seal(folder: Path, step: int, identity: Mapping[str, str]) -> Manifest:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.relative_to(folder).as_posix()] = FileEntry(bytes=path.stat().st_size, sha256=digest)
     manifest = Manifest.of(step, files, identity)
-    (folder / MANIFEST).write_text(manifest.to_text(), encoding="utf-8")
+    (folder / MANIFEST).write_bytes(manifest.to_text().encode())  # Windows would write other line ends into a text
     return manifest
 
 

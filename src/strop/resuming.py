@@ -34,6 +34,17 @@ def already_finished(done: Checkpoint, session: Session, run: RunDir) -> RunResu
     return RunResult(session.model.name, run.path, session.world.on_main(how))
 
 
+def steps_of(done: Checkpoint, run: RunDir) -> int:
+    """How many steps a finished run was to have. result.json may be of a longer course by now, whose model could not be
+    written; it says it for runs of earlier versions.
+
+    Raises:
+        CheckpointError: neither says it.
+    """
+    found: int | None = done.state["num_steps"]
+    return ending_of(run.path).num_steps if found is None else found
+
+
 def checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
     """The checkpoint that `--resume` asks for: the newest whole one of the folder, or the one at the given path.
 

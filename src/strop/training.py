@@ -25,7 +25,7 @@ from strop.engine import checkpoint, checkpoint_writer, final_model
 from strop.engine.agreement import check_alike, start_facts
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.device_memory import device_facts
-from strop.engine.ending import Ending, RunResult, ending_of
+from strop.engine.ending import Ending, RunResult
 from strop.engine.environment import write_environment
 from strop.engine.loop import Loop
 from strop.engine.outputs import RunOutputs
@@ -46,7 +46,7 @@ from strop.policy.reference_models import FrozenReference
 from strop.preflight import check, run_folder, select_models
 from strop.push import push_finished
 from strop.report_files import report, write_plan
-from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror
+from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror, steps_of
 from strop.rollout.rollout_source import RolloutSource
 from strop.rundir import RunDir
 from strop.runfiles import FAILURE, FORECAST, RESULT
@@ -163,7 +163,7 @@ def _look(config: RunConfig, run: RunDir, resume: str | None) -> _Before:
     """Look at what is in the run folder, and at where the mirror will be: now, not after hours."""
     done = final_model.finished(run) if resume else None
     extended = None
-    if done and resume == "auto" and extends(done, config, num_steps := ending_of(run.path).num_steps):
+    if done and resume == "auto" and extends(done, config, num_steps := steps_of(done, run)):
         done, extended = None, num_steps  # the old model stays until the new one is there
     if done:  # what can be seen at once; the rest later, as for a run that is not finished
         check_given(done, config, str(resume))
@@ -387,7 +387,8 @@ class _Run:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
         made_from = self.made_from | self.base
-        final_model.export(run, write, needed=policy.saved_bytes, step=step, recipe=recipe, made_from=made_from)
+        about = {"step": step, "num_steps": ending.num_steps}
+        final_model.export(run, write, needed=policy.saved_bytes, **about, recipe=recipe, made_from=made_from)
         mirror(session.config, run)
         _tell(session.model, ending.lines())
         if warning := ending.warning():

@@ -169,6 +169,22 @@ def test_an_export_that_fails_is_taken_again_without_training(
     assert not [p for p in result.run_dir.iterdir() if p.name.startswith(".tmp-")]
 
 
+def test_an_extension_whose_export_fails_is_taken_again_without_training(
+    runs: Any, watched: pytest.MonkeyPatch, no_step: Callable[[], None]
+) -> None:
+    """Its result.json is there by then, and the old model, too."""
+    config = runs.config(max_steps=None, num_epochs=1)
+    (short,) = strop.train(config)
+    longer = config.with_values({"training.max_steps": short.step + 1}, "given")
+    with watched.context() as patch:
+        patch.setattr(Policy, "save_pretrained", fails(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(SaveError, match=r"the final model could not be written: .*\n.*--resume"):
+            strop.train(longer, resume="auto")
+    no_step()
+    (long,) = strop.train(longer, resume="auto")
+    assert (long.step, long.ending.final_step) == (short.step + 1, short.step + 1)
+
+
 def test_a_disk_too_small_for_the_export_is_told_before_it(
     runs: Any, watched: pytest.MonkeyPatch, no_step: Callable[[], None]
 ) -> None:

@@ -52,7 +52,7 @@ def in_the_export(folder: Path, fault: Exception) -> None:
         raise fault
 
     with RunDir.open(folder / "run", resume=False, overwrite=False) as run:
-        final_model.export(run, write, needed=1, step=1, recipe={}, made_from={})
+        final_model.export(run, write, needed=1, step=1, num_steps=1, recipe={}, made_from={})
 
 
 @pytest.mark.parametrize("number", CAUSES, ids=errno.errorcode.get)

@@ -15,7 +15,7 @@ from typing import Any
 from strop.disk import ensure_space, remedy, room
 from strop.engine.checkpoint import Checkpoint
 from strop.errors import CheckpointError, SaveError, foreign_errors
-from strop.manifest import RECIPE, Damaged, read_manifest, seal, verify_listed
+from strop.manifest import NUM_STEPS, RECIPE, Damaged, read_manifest, seal, verify_listed
 from strop.rundir import RunDir
 
 log = logging.getLogger("strop")
@@ -27,6 +27,7 @@ def export(
     *,
     needed: int,
     step: int,
+    num_steps: int,
     recipe: Mapping[str, Any],
     made_from: Mapping[str, str],
 ) -> Path:
@@ -34,14 +35,14 @@ def export(
 
     Args:
         needed: bytes that the model will take.
-        step: the step that the model is of.
+        step: the step that the model is of, in a run that was to have `num_steps`.
         recipe: the settings that decide the result, as in checkpoints.
         made_from: hashes of what the run was made from, as in checkpoints.
 
     Raises:
         SaveError: the disk is full or cannot be written. An earlier `final/` is still there then.
     """
-    identity = {**made_from, RECIPE: json.dumps(recipe, sort_keys=True)}
+    identity = {**made_from, RECIPE: json.dumps(recipe, sort_keys=True), NUM_STEPS: str(num_steps)}
 
     def failed(why: str, to_do: str) -> SaveError:
         return SaveError(
@@ -66,15 +67,18 @@ def export(
 
 
 def finished(run: RunDir) -> Checkpoint | None:
-    """What a finished run was made from; None if `final/` is missing or damaged. The result holds no tensors."""
+    """What a finished run was made from; None if `final/` is missing or damaged. The result holds no tensors; its state
+    has `num_steps`, which runs of earlier versions did not write down."""
     if not run.is_finished:
         return None
     try:
         manifest = read_manifest(run.final)
         verify_listed(run.final, manifest.files)
         recipe = json.loads(manifest.identity[RECIPE])
+        num_steps = int(manifest.identity[NUM_STEPS]) if NUM_STEPS in manifest.identity else None
     except (Damaged, KeyError, ValueError) as damage:
         log.warning("%s is damaged: %s. It is written again", run.final, damage)
         return None
-    identity = {name: value for name, value in manifest.identity.items() if name != RECIPE}
-    return Checkpoint(run.final, manifest.step, {"recipe": recipe}, identity, manifest.versions)
+    identity = {name: value for name, value in manifest.identity.items() if name not in (RECIPE, NUM_STEPS)}
+    state = {"recipe": recipe, "num_steps": num_steps}
+    return Checkpoint(run.final, manifest.step, state, identity, manifest.versions)
