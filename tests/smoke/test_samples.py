@@ -110,6 +110,26 @@ def test_a_resumed_run_has_each_sample_once(runs: Any, tmp_path: Path, watched: 
     assert samples(result.run_dir) == samples(whole.path)
 
 
+def test_another_number_of_prompts_after_a_resume_takes_no_earlier_samples_away(
+    runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch
+) -> None:
+    keys = {"sample_max_new_tokens": 4, "output_dir": str(tmp_path), "save_steps": 1, "eval_steps": 2}
+    step = loop.Loop.step
+
+    def dies(self: Any, number: int) -> None:
+        if number == 4:
+            raise KeyboardInterrupt
+        step(self, number)
+
+    with watched.context() as patch:
+        patch.setattr(loop.Loop, "step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            strop.train(runs.config(keys, sample_prompts=2))
+    (result,) = strop.train(runs.config(keys, sample_prompts=3), resume="auto")
+    of = [(line["step"], line["prompt_number"]) for line in samples(result.run_dir)]
+    assert of == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2)]
+
+
 def test_what_cannot_be_sampled_is_refused(runs: Any) -> None:
     with pytest.raises(ConfigError, match="no validation row"):
         runs(sample_prompts=2, validation_split=0)

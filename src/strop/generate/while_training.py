@@ -69,7 +69,7 @@ class Samples:
 
     def take(self, step: int) -> Mapping[str, float]:
         """The answers after `step`, once for each step; all processes call it. Returns what is measured of them."""
-        if self._world.on_main(lambda: step in self._before()):
+        if self._world.on_main(lambda: len(self._before().get(step, ())) == len(self._asked)):
             return self._world.on_main(lambda: self._measured(step))
         self._world.doing(f"samples after step {step}")
         own = self._world.own_share(range(len(self._asked)))
@@ -79,17 +79,17 @@ class Samples:
         return self._world.on_main(lambda: self._write_down(step, {k: v for share in shares for k, v in share.items()}))
 
     def _before(self) -> dict[int, list[Mapping[str, Any]]]:
-        """By step, the lines of this process and of earlier ones. A process that died in between left fewer lines."""
+        """By step, the lines of this process and of earlier ones, which may have asked other prompts."""
         if self._taken is None:
-            found: dict[int, list[Mapping[str, Any]]] = {}
+            self._taken = {}
             for line in self._file.read():
-                found.setdefault(line["step"], []).append(line)
-            self._taken = {step: lines for step, lines in found.items() if len(lines) == len(self._asked)}
-            self._file.retain(lambda line: line["step"] in (self._taken or {}))
+                self._taken.setdefault(line["step"], []).append(line)
         return self._taken
 
     def _write_down(self, step: int, answers: Mapping[int, Sampled]) -> Mapping[str, float]:
         lines = [self._line(step, i, answers[i]) for i in range(len(self._asked))]
+        if step in self._before():  # a process that died in between left fewer lines
+            self._file.retain(lambda line: line["step"] != step)
         self._before()[step] = lines
         self._write(step, lines)
         return self._measured(step)
