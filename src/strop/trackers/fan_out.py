@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from strop.errors import first_line
+from strop.errors import StropError, first_line
 from strop.readable import is_number
 from strop.redact import redact
 from strop.trackers.tracker import REPORT, SAMPLES, Ended, Table, Tracker
@@ -31,7 +31,8 @@ class Trackers:
 
     Args:
         start: starts each tracker, by its name.
-        keep: called with the identities of the trackers that have started, by name, when one has.
+        keep: called with the identities of the trackers that have started, by name, when one has. Where it raises a
+            StropError, it is called again with the next line.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Trackers:
         self._outlets = {name: _Outlet(name, own) for name, own in start.items()}
         self._keep = keep
         self._kept: Mapping[str, Mapping[str, str]] = {}
+        self._has_warned = False
         for outlet in self._outlets.values():
             outlet.send()
         self._write_down()
@@ -77,9 +79,15 @@ class Trackers:
 
     def _write_down(self) -> None:
         found = {name: o.tracker.identity for name, o in self._outlets.items() if o.tracker is not None}
-        if found != self._kept:
+        if found == self._kept:
+            return
+        try:
             self._keep(found)
             self._kept = found
+        except StropError as error:  # a disk that is full now may have room at the next line
+            if not self._has_warned:
+                logger.warning("what trackers go on with after a resume could not be written yet: %s", error)
+            self._has_warned = True
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from strop.errors import CheckpointError
 from strop.trackers import fan_out
 from strop.trackers.fan_out import Trackers
 from strop.trackers.tracker import Ended, Table
@@ -150,3 +151,25 @@ def test_no_trackers_is_fine() -> None:
     trackers.catch_up([record(1)])
     trackers.log(record(1))
     trackers.close("finished")
+
+
+def test_a_disk_without_room_for_what_trackers_go_on_with_stops_nothing(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[Mapping[str, Mapping[str, str]]] = []
+    is_full = [True]
+
+    def keep(found: Mapping[str, Mapping[str, str]]) -> None:
+        if is_full[0]:
+            raise CheckpointError("cannot be written: No space left on device")
+        kept.append(found)
+
+    fake = Fake()
+    trackers = Trackers({"fake": lambda: fake}, keep)
+    trackers.log(record(1))
+    assert fake.steps == [1] and not kept
+    assert caplog.text.count("could not be written yet") == 1
+    is_full[0] = False
+    trackers.log(record(2))
+    trackers.log(record(3))
+    assert kept == [{"fake": {"id": "x"}}]
