@@ -83,13 +83,27 @@ def best_checkpoint(run: RunDir, saved: Checkpoint | None, step: int) -> Path:
 
 
 def look_for_best(loop: Loop, run: RunDir, saved: Checkpoint) -> None:
-    """Warns at the start, not after the training, if the checkpoint of the best model so far is missing."""
+    """Warns at the start, not after the training, if the checkpoint of the best model so far is missing or damaged."""
     best = loop.state.best_step
     if best is None or not loop.config.finetuning.load_best_model_at_end:
         return
-    if not loop.world.on_main(lambda: best_checkpoint(run, saved, best).is_dir()):
-        log.warning("the best model so far, %s, is gone: a later one will be final", best_checkpoint(run, saved, best))
+    path = best_checkpoint(run, saved, best)
+    if (why := loop.world.on_main(lambda: _what_is_wrong(path, saved))) is not None:
+        log.warning("the best model so far, %s, %s: a later one will be final", path, why)
         loop.state.best_step = None
+        loop.saves.resumed(loop.state)  # nor does the run come back to it where a later one cannot be saved
+
+
+def _what_is_wrong(path: Path, saved: Checkpoint) -> str | None:
+    """Why a checkpoint cannot be used; None: it can. saved: one that has been looked at."""
+    if not path.is_dir():
+        return "is gone"
+    try:
+        if path != saved.path:
+            checkpoint.open_checkpoint(path)
+    except CheckpointError as error:
+        return f"cannot be used ({error.found})"
+    return None
 
 
 def mirror(config: RunConfig, run: RunDir) -> None:

@@ -6,7 +6,7 @@ For each model: open the run folder, build the session, check a resume, run the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,7 @@ from strop.engine.progress import Progress, StopSignal
 from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
 from strop.engine.step_source import StepSource
 from strop.engine.train_state import TrainState
-from strop.errors import ConfigError, Interrupted, PeerError, StoppedByFinding, TrainingError
+from strop.errors import ConfigError, Interrupted, PeerError, StoppedByFinding, StropError, TrainingError
 from strop.estimate import LEFT_OUT
 from strop.export.converted_bases import with_converted
 from strop.generate.while_training import Asked, prompts_of, samples_of
@@ -249,7 +249,7 @@ class _Run:
         except (TrainingError, PeerError) as error:
             if session.world.is_main:
                 session.world.doing(ENDING)
-                self.run.write_json(FAILURE, {"error": error.found, "where": error.where, "fix": error.fix})
+                self._note_failure({"error": error.found, "where": error.where, "fix": error.fix})
                 report(session, self.run, trackers)
             raise
         finally:
@@ -316,12 +316,19 @@ class _Run:
             finding = outputs.stopped_on
             if finding is None:
                 return None
-            self.run.write_json(FAILURE, {"stopped_on": finding.id, "claim": finding.claim, "step": stopped.step})
+            self._note_failure({"stopped_on": finding.id, "claim": finding.claim, "step": stopped.step})
             report(self.session, self.run, outputs.trackers)
             return finding.id, finding.claim
 
         found = self.session.world.on_main(look)
         return None if found is None else StoppedByFinding(stopped.step, stopped.checkpoint, *found)
+
+    def _note_failure(self, what: Mapping[str, object]) -> None:
+        """Writes failure.json. Where the disk does not take it, what ended the run is still what is told."""
+        try:
+            self.run.write_json(FAILURE, what)
+        except StropError as error:
+            log.warning("%s: %s", self.session.model.name, error)
 
     def _splits(self) -> Splits:
         """The groups, with reference log-probs if the objective needs a reference that does not change."""

@@ -35,6 +35,7 @@ from strop.engine.validation import Validation
 from strop.errors import CheckpointError, ConfigError, DataError, Interrupted, ModelError, StropError, TrainingError
 from strop.policy.policy import Policy
 from strop.rundir import RunDir
+from strop.runfiles import FAILURE
 
 LORA = {"r": 4, "lora_dropout": 0.5}
 
@@ -476,6 +477,39 @@ def test_the_best_model_may_be_from_before_the_resume(runs: Any, caplog: pytest.
     (result,) = strop.train(runs.config(keys), resume=str(moved / "checkpoint-3"))  # it is gone: said at once
     assert "checkpoint-2, is gone" in caplog.text
     assert not runs.same(runs.at(result.run_dir).final, first.final)
+
+
+def test_a_best_model_that_is_damaged_is_told_before_the_training(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    keys = {"save_steps": 1, "save_total_limit": None, "load_best_model_at_end": True, "greater_is_better": True}
+    first = runs(keys)  # the first evaluation is the best one
+    moved = runs.new_folder()
+    moved.mkdir(parents=True)
+    for step in (2, 3):
+        shutil.copytree(first.path / f"checkpoint-{step}", moved / f"checkpoint-{step}")
+    (moved / "checkpoint-2" / "state.json").write_text("{}")
+    (result,) = strop.train(runs.config(keys), resume=str(moved / "checkpoint-3"))
+    assert re.search(r"checkpoint-2, cannot be used \(.*state.json.*\): a later one will be final", caplog.text)
+    assert result.ending.final_step == 4
+
+
+def test_a_failure_is_told_where_the_disk_does_not_take_its_record(
+    runs: Any, watched: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(self: Any, number: int) -> None:
+        raise TrainingError("the loss is nan", where=f"step {number}")
+
+    write = RunDir.write_json
+
+    def is_full(self: RunDir, name: str, value: object) -> Path:
+        if name == FAILURE:
+            raise CheckpointError("cannot be written: No space left on device")
+        return write(self, name, value)
+
+    watched.setattr(loop.Loop, "step", fails)
+    watched.setattr(RunDir, "write_json", is_full)
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        runs()
+    assert "No space left on device" in caplog.text
 
 
 def test_one_checkpoint_is_not_for_several_models(tmp_path: Path, model_dir: Path) -> None:
