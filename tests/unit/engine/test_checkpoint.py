@@ -26,7 +26,7 @@ from strop.engine import checkpoint_writer
 from strop.engine.checkpoint import newest, open_checkpoint, retire_newer
 from strop.engine.checkpoint_writer import save
 from strop.errors import CheckpointError
-from strop.manifest import MANIFEST
+from strop.manifest import MANIFEST, read_manifest, seal
 
 
 def everything(seed: int = 0) -> dict[str, Tensor]:
@@ -523,3 +523,17 @@ def test_the_log_names_what_was_wrong(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING, logger="strop"):
         assert newest(tmp_path) is None
     assert "state.json: 2 bytes, " in caplog.text and ".bad-checkpoint-1" in caplog.text
+
+
+def test_a_sealed_folder_is_whole_where_texts_get_other_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows. The manifest is compared byte for byte."""
+
+    def write_text(self: Path, text: str, **_: Any) -> int:
+        return self.write_bytes(text.replace("\n", "\r\n").encode())
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    (tmp_path / "config.json").write_text("{\n}")
+    sealed = seal(tmp_path, 3, {})
+    assert read_manifest(tmp_path) == sealed
