@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import strop
+from strop import session
 from strop.cli import main
 from strop.evaluate import intervals
 from strop.evaluate.intervals import Interval, Metric, Ratio
@@ -129,6 +131,21 @@ def test_a_base_against_itself_and_an_adapter_against_its_base(place: Path) -> N
     assert low < adapter["loss"]["value"] < high
     alone = evaluated(place, ["adapter"], "pairs", "--method", "dpo")  # its base is its reference
     assert alone["models"][0]["metrics"]["loss"]["value"] == pytest.approx(adapter["loss"]["value"], rel=1e-6)
+
+
+def test_one_model_is_in_memory_at_a_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[weakref.ref[Any]] = []
+    build = session.build_policy
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        assert [one() for one in before] == [None] * len(before)
+        policy = build(*args, **kwargs)
+        before.append(weakref.ref(policy))
+        return policy
+
+    monkeypatch.setattr(session, "build_policy", built)
+    evaluated(place, ["base", "adapter"], "pairs", "--method", "dpo", "--reference", str(place / "other"))
+    assert len(before) == 3
 
 
 @pytest.mark.nightly

@@ -89,24 +89,42 @@ def evaluate(config: RunConfig, sources: Sequence[str], reference: str | None = 
         if objective.needs_reference:
             other = reference or getattr(config.post_training, "ref_model_id", None)
             base = first.base() if other is None else Source.of(other)
-            with _session(rows, data, base.model, world) as session:
-                groups, _ = session.score(session.policy, progress, Path(folder))
+            groups = _against(base.model, rows, data, world, progress, Path(folder))
             reference = base.model.adapter or base.model.huggingface_id
         found = []
         for given, source in zip(sources, named, strict=True):
-            gc.collect()
+            gc.collect()  # of the model before this one
             log.info("scoring %s", given)
             with _session(rows, data, source.model, world) as session:
-                if session.policy.has_new_head:
-                    raise ModelError(
-                        "it has no head of a reward model, and a new one would give random numbers",
-                        where=given,
-                        expected="a model that was trained with method reward",
-                        fix="train one, or choose another method",
-                    )
-                scored = session.groups()[0] if groups is None else groups
-                found.append(_evaluated(given, session.policy, objective, scored.derived(objective), world))
-    return Evaluation(found, len(scored.groups), reference if objective.needs_reference else None)
+                found.append(_scored(given, session, objective, groups))
+            del session  # which holds the model
+    return Evaluation(found, len(data.train), reference if objective.needs_reference else None)
+
+
+def _against(
+    model: ModelSection, rows: ModelRows, data: LoadedData, world: World, progress: Progress, folder: Path
+) -> GroupSet:
+    """All rows with their log-probs under the reference, which is gone from memory afterwards."""
+    with _session(rows, data, model, world) as session:
+        groups, _ = session.score(session.policy, progress, folder)
+    return groups
+
+
+def _scored(given: str, session: Session, objective: Objective[MethodSettings], groups: GroupSet | None) -> Evaluated:
+    """The numbers of one model. groups: with log-probs of the reference, if there is one.
+
+    Raises:
+        ModelError: it has no weights for what the method asks of it.
+    """
+    if session.policy.has_new_head:
+        raise ModelError(
+            "it has no head of a reward model, and a new one would give random numbers",
+            where=given,
+            expected="a model that was trained with method reward",
+            fix="train one, or choose another method",
+        )
+    scored = session.groups()[0] if groups is None else groups
+    return _evaluated(given, session.policy, objective, scored.derived(objective), session.world)
 
 
 def _of_all_rows(config: RunConfig, model: ModelSection) -> RunConfig:
