@@ -290,6 +290,15 @@ def test_the_time_is_that_of_all_steps(prepared: Callable[..., Prepared]) -> Non
         assert any(f"{duration(seconds)} for all {steps} (" in line for line in found.lines())
 
 
+def test_a_prediction_says_that_it_leaves_sampling_out(prepared: Callable[..., Prepared]) -> None:
+    """Which takes most of the time of a run that samples."""
+    h100 = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
+    online = {"online": True, "rollout": {"num_generations": 2}, "rewards": ["format"]}
+    for keys, said in (({}, False), (online, True)):
+        [line] = [line for line in guess(prepared(**keys), h100).lines() if line.startswith("predicted time: ")]
+        assert line.endswith("without what sampling and rewards take)") == said
+
+
 def test_longer_rows_are_predicted_to_take_longer(prepared: Callable[..., Prepared]) -> None:
     h100 = Machine("cuda", 2**36, 2e12, "NVIDIA H100")
     short = guess(prepared(max_seq_length=40), h100).steps

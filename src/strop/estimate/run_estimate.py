@@ -30,11 +30,11 @@ from strop.prepared import Prepared
 from strop.readable import duration, plain
 
 LEFT_OUT = (
-    "the estimate leaves out: reading the data, the reference's pass before the first step, its log-probs (on the "
-    "CPU, 4 bytes per scored token and 0.6 kB per completion) and the model of ref_model_id, evaluations, "
-    "checkpoints, what a GPU's allocator leaves unused and what NCCL keeps between several GPUs, modules_to_save, what "
-    "layers that keep their own forward hold more than fused ones do (norms and MLPs of other kinds, eager attention), "
-    "and in TFLOP/s and in the time on a GPU the products of a mixture's experts"
+    "the estimate leaves out: reading the data, what sampling and rewards take, the reference's pass before the first "
+    "step, its log-probs (on the CPU, 4 bytes per scored token and 0.6 kB per completion) and the model of "
+    "ref_model_id, evaluations, checkpoints, what a GPU's allocator leaves unused and what NCCL keeps between several "
+    "GPUs, modules_to_save, what layers that keep their own forward hold more than fused ones do (norms and MLPs of "
+    "other kinds, eager attention), and in TFLOP/s and in the time on a GPU the products of a mixture's experts"
 )
 
 
@@ -127,6 +127,7 @@ def estimate(
         seconds = seconds * (1 + again / (2 if shape.adapters else 3))
         seconds = together(seconds, shape, epoch, precision, machine, devices)
         source = f"{source}{_exchanged(machine, devices)}"
+        source += "; without what sampling and rewards take" if config.rollout.enabled else ""
     flops = float(flops_of(shape, epoch.work, config).sum()) / epoch.num_steps
     memory = peak_memory(epoch.work, shape, config, objective, precision, machine, devices)
     ways: list[str] = []

@@ -176,7 +176,7 @@ def _cost(run: RunRecord) -> Table | None:
             (
                 "time of the steps",
                 duration(float(seconds[-1])),
-                "no prediction" if said is None else duration(said),
+                "no prediction" if said is None else duration(said) + _without_sampling(run),
             )
         )
         if len(tokens) and seconds[-1] > 0:
@@ -192,6 +192,11 @@ def _cost(run: RunRecord) -> Table | None:
         else ""
     )
     return Table("Time and memory", ("", "measured", "predicted"), tuple(rows), note)
+
+
+def _without_sampling(run: RunRecord) -> str:
+    """What a prediction of the time leaves out of what was measured."""
+    return " without sampling and rewards" if run.value("rollout.enabled", False) is True else ""
 
 
 def _size(value: Any) -> float | None:

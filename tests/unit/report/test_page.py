@@ -18,6 +18,8 @@ from strop.errors import CheckpointError, ConfigError
 from strop.report import write as writing
 from strop.report.charts import LineChart, Series, heat_map
 from strop.report.page import page
+from strop.report.run_record import read_run
+from strop.report.tables import tables_of
 from strop.report.write import examine, write
 from strop.runfiles import FINDINGS, REPORT
 
@@ -250,6 +252,17 @@ def test_a_line_of_zeros_stands_on_the_axis_and_long_names_are_made_to_fit() -> 
     assert chart is not None
     assert re.findall(r'text-anchor="end">([^<]+)<', chart.picture) == ["0", "0.5", "1"]
     assert 'textLength="88"' in chart.picture
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_a_prediction_without_sampling_says_so(samples: bool, make: Callable[..., Any]) -> None:
+    """The time of the steps, beside which it stands, has it."""
+    made = make()
+    made.settings["rollout.enabled"] = samples
+    made.plan["prediction"] = {"seconds": 120.0, "peak_memory_bytes": 2**30}
+    (cost,) = (table for table in tables_of(read_run(made.write())) if table.title == "Time and memory")
+    (time,) = (row for row in cost.rows if row[0] == "time of the steps")
+    assert time[2].endswith(" without sampling and rewards") == samples
 
 
 def test_a_threshold_can_be_replaced(make: Callable[..., Any]) -> None:
