@@ -114,9 +114,10 @@ def _advice(config: RunConfig, num_weights: int | None) -> Iterator[str]:
 
 
 def _about_the_rate(config: RunConfig, num_weights: int | None) -> Iterator[str]:
-    """Preference training collapses above some rate, which depends on what trains and on the size of the model."""
+    """Preference training collapses above some rate, which depends on what trains and on the size of the model. What
+    imitates rows, and a reward model, which writes nothing, stand higher ones."""
     method, rate = config.post_training.method, config.training.learning_rate
-    if method == "sft" or rate is None:
+    if METHODS[method].ROWS == "single" or METHODS[method].REWARD_MODEL or rate is None:
         return
     adapted = any(map(config.adapts, config.models))
     factor = ADAPTER_FACTOR if adapted else 1

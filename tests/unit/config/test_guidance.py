@@ -140,6 +140,8 @@ def test_values_that_are_warned_of(overrides: dict[str, Any], word: str) -> None
         {"method": "dpo", "learning_rate": 1e-4, "lora__r": 8},
         {"method": "dpo", "learning_rate": 1e-6, "lora__r": 8},
         {"method": "dpo", "learning_rate": 1e-7, "beta": 0.01},
+        {"method": "distill", "learning_rate": 2e-5},
+        {"method": "reward", "learning_rate": 1e-4},  # as TRL has it
         {"greater_is_better": False},
         {"method": "dpo", "metric_for_best_model": "rewards/accuracies", "greater_is_better": True},
         {"method": "dpo", "use_ref_model": False},
