@@ -32,13 +32,13 @@ def sampling(view: View) -> Iterator[tuple[str, Any]]:
     completion = whole(view.get("max_completion_length")) or 512
     yield "training.max_seq_length", completion + (whole(view.get("max_prompt_length")) or 512)
     yield "training.max_prompt_length", None
-    high = real(view.get("epsilon_high"))
+    high = real(view.get("epsilon_high")) or real(view.get("epsilon"))
     loss = view.get("loss_type")
     if loss == "cispo":
         if high is not None and high > 1:
             yield "post_training.epsilon_high", high - 1
     elif loss != "sapo":
-        yield "post_training.epsilon_high", high or real(view.get("epsilon")) or 0.2
+        yield "post_training.epsilon_high", high or 0.2
     completions = (whole(view.get("per_device_train_batch_size")) or 8) * (
         whole(view.get("gradient_accumulation_steps")) or 1
     )
@@ -72,6 +72,8 @@ def loss(value: Any, view: View) -> KeyAnswer:
 
 
 def _epsilon(value: Any, view: View) -> KeyAnswer:
+    if view.get("loss_type") == "cispo" and view.get("epsilon_high") is None:
+        return _epsilon_high(value, view)  # where that is not given, it is this one
     if view.get("loss_type") in ("cispo", "sapo"):
         return idle(f"{view.get('loss_type')} has no such bound")
     return carried("post_training.epsilon", value)

@@ -872,6 +872,23 @@ def test_a_server_that_samples_for_axolotl_gets_the_adapter_that_stands_beside_i
         assert list(samples.values()) == ([None, None] if lost_keys else ["vllm", "sequence_mask"])
 
 
+@pytest.mark.parametrize(
+    ("bounds", "high"),
+    [
+        ("epsilon_high: 5.0\n", 4.0),
+        ("epsilon: 5.0\n", 4.0),
+        ("epsilon: 0.2\nepsilon_high: 5.0\n", 4.0),
+        ("epsilon: 5.0\nepsilon_high: 0.2\n", None),
+        ("", None),
+    ],
+)
+def test_the_bound_of_cispo_is_epsilon_where_no_other_is_given(bounds: str, high: float | None, tmp_path: Path) -> None:
+    text = f"model_name_or_path: a\nloss_type: cispo\nnum_generations: 4\nreward_funcs: [m.f]\n{bounds}"
+    found, lost = lost_of(text, "a.yaml", "trl", tmp_path, dataset__train_file="x.jsonl")
+    assert found.values.get("post_training.epsilon_high") == high
+    assert bool(lost) == (high is None and bool(bounds))
+
+
 @pytest.mark.parametrize("loss", ["exo_pair", "[exo_pair]", "[exo_pair, sft]"])
 def test_a_loss_in_a_list_has_what_trl_gives_it(loss: str, tmp_path: Path) -> None:
     text = f"model_name_or_path: a\nloss_type: {loss}\nprecompute_ref_log_probs: true\n"
