@@ -7,7 +7,7 @@ left out and listed in `RunRecord.gaps`. Numbers come from metrics.jsonl and the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -141,6 +141,11 @@ class RunRecord:
         """What each of the rewards counts in the sum, by its name in metrics."""
         return _rewards(self.settings)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of what charts and checks read of a line of metrics.jsonl of this run."""
+        return _numbers(self.rewards)
+
     @cached_property
     def last_step(self) -> int:
         """The last step that anything is known of."""
@@ -175,8 +180,7 @@ def read_run(path: Path | str) -> RunRecord:
         for name in ("environment", "data", "plan", "pairs", "failure", "forecast")
     }
     settings = _settings(folder / "config.yaml", gaps)
-    of_rewards = [f"rewards/{name}/{kind}" for name in _rewards(settings) for kind in ("mean", "std")]
-    lines = _lines(folder / "metrics.jsonl", [*dict.fromkeys((*NUMBERS, *of_rewards))], gaps, text="split")
+    lines = _lines(folder / "metrics.jsonl", _numbers(_rewards(settings)), gaps, text="split")
     train, evaluated = _split(lines, "train"), _split(lines, "eval")
     finished = (folder / "final").is_dir()
     if not finished:
@@ -289,6 +293,12 @@ def _rewards(settings: Mapping[str, Setting]) -> Mapping[str, float]:
     if not all(isinstance(e, dict) and isinstance(e.get("name"), str) and is_number(e.get("weight")) for e in entries):
         return {}
     return dict(zip(reward_names([e["name"] for e in entries]), (float(e["weight"]) for e in entries), strict=True))
+
+
+def _numbers(rewards: Iterable[str]) -> tuple[str, ...]:
+    """`NUMBERS`, and those of each of these rewards."""
+    of_rewards = [f"rewards/{name}/{kind}" for name in rewards for kind in ("mean", "std")]
+    return tuple(dict.fromkeys((*NUMBERS, *of_rewards)))
 
 
 def _lines(path: Path, numbers: Sequence[str], gaps: list[str], *, text: str | None = None) -> Lines:

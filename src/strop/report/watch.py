@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from strop.readable import is_number
 from strop.report.diagnose import diagnose
 from strop.report.facts import Facts
 from strop.report.findings import Finding, Severity, Thresholds
-from strop.report.run_record import NUMBERS, Margins, RunRecord, Table, read_run, samples_of
+from strop.report.run_record import Margins, RunRecord, Table, read_run, samples_of
 
 EVERY_LINE = 20
 """So many lines of a split are each looked at; after that, whenever there are `GROWTH` times as many."""
@@ -58,8 +58,9 @@ class Watch:
         return self._look() if due else []
 
     def _lines(self, split: str) -> _Lines:
+        assert self._run is not None
         if split not in self._splits:
-            self._splits[split] = _Lines()
+            self._splits[split] = _Lines(self._run.numbers)
         return self._splits[split]
 
     def _begin(self, line: Mapping[str, Any]) -> None:
@@ -102,9 +103,10 @@ def _is_warm(facts: Facts) -> bool:
 
 
 class _Lines:
-    """The lines of one split as columns."""
+    """The lines of one split as columns. names: of the numbers that are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
         self._columns: dict[str, array[float]] = {}
         self._num_kept = self._num_seen = 0
         self._next = 1
@@ -119,7 +121,7 @@ class _Lines:
 
     def add(self, line: Mapping[str, Any]) -> bool:
         """Returns whether it is time to look."""
-        for name in NUMBERS:
+        for name in self._names:
             value = line.get(name)
             if name not in self._columns:
                 if value is None:

@@ -93,3 +93,23 @@ def test_every_finding_either_stops_a_run_or_does_not() -> None:
     page = (ROOT / "docs/findings.md").read_text(encoding="utf-8").partition("## Thresholds")[0]
     listed = set(re.findall(r"^\| `([a-z-]+)` \|", page, re.M))
     assert listed - {"rows"} == AT_ONCE | AT_THE_END | set(get_args(OfTheCourse))
+
+
+def test_the_numbers_of_each_reward_are_watched(make: Callable[..., Any]) -> None:
+    """Also by a process that goes on with the run, whose earlier lines have them."""
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        done = line["step"] / 100
+        won = {"reward": 0.7, "rewards/format/mean": 0.1 + 0.9 * done, "rewards/format/std": 0.4 * (1 - done)}
+        return {**won, "rewards/right/mean": 0.6 - 0.5 * done, "rewards/right/std": 0.4}
+
+    made = make(change)
+    rewards = [{"name": name, "weight": 1.0} for name in ("format", "right")]
+    made.settings |= {"post_training.method": "grpo", "rollout.enabled": True, "rewards": rewards}
+    assert "one-reward-wins" in dict(watched(made, ("one-reward-wins",)))
+    lines, made.lines = made.lines, made.lines[:-10]
+    watch = Watch(made.write(), ("one-reward-wins",))
+    told = [finding.id for line in lines[-10:] for finding in watch.line(line)]
+    assert told == ["one-reward-wins"]
+    columns = watch._lines("train").table().columns
+    assert {len(values) for values in columns.values()} == {50}
