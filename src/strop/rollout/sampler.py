@@ -10,6 +10,7 @@ temperature included. So the recorded log-probs are those that training computes
 
 from __future__ import annotations
 
+import logging
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.errors import ConfigError, TrainingError
+from strop.policy.memory_attempts import attempt
 from strop.policy.policy import Policy
 from strop.rollout.drawing import FROM_ALL, Drawing, uniforms
 from strop.rollout.stop_texts import StopTexts
+
+logger = logging.getLogger("strop")
 
 LEAVE = 0.75
 """Finished rows leave the cache once at most this share of its rows is still decoding; before that, copying the cache
@@ -59,7 +63,8 @@ class Sampler:
 
     Args:
         ends: ids of the tokens that end a completion. stops: texts that end one, too.
-        batch_tokens: prompts and completions that are decoded together at most.
+        batch_tokens: prompts and completions that are decoded together at most; fewer, for good, if memory does not
+            suffice.
     """
 
     def __init__(
@@ -91,15 +96,43 @@ class Sampler:
         """The completions of each prompt, in the order of the prompts.
 
         Raises:
-            TrainingError: the logits are not finite.
+            TrainingError: the logits are not finite, or memory does not suffice for one prompt.
         """
         found: dict[int, list[Sampled]] = {}
         with self._policy.generating():
             for batch in self._batches(prompts):
-                rows = _Rows(self._policy, [prompts[i] for i in batch], self._num, self._seed, step)
-                rows.decode(self._drawing, self._ends, self._stops)
-                found.update(zip(batch, rows.groups(), strict=True))
+                drawn = self._drawn(step, [prompts[i] for i in batch])
+                found.update(zip(batch, drawn, strict=True))
         return [found[i] for i in range(len(prompts))]
+
+    def _drawn(self, step: int, prompts: Sequence[Prompt]) -> list[list[Sampled]]:
+        """The completions of prompts that are decoded together or, if memory does not suffice, one half after the
+        other."""
+
+        def together() -> list[list[Sampled]]:
+            rows = _Rows(self._policy, prompts, self._num, self._seed, step)
+            rows.decode(self._drawing, self._ends, self._stops)
+            return rows.groups()
+
+        found, why = attempt(together)
+        if found is not None:
+            return found
+        if len(prompts) == 1:
+            raise TrainingError(
+                f"memory ran out where {self._num} completions of one prompt are sampled: {why}",
+                where=f"prompt {prompts[0].number}",
+                fix="lower rollout.num_generations or training.max_completion_length, or use a smaller model",
+            )
+        middle = len(prompts) // 2
+        tokens = middle * self._num * max(len(p.ids) + p.room for p in prompts)
+        if tokens < self._batch_tokens:
+            logger.warning(
+                "memory ran out (%s) while completions of %d prompts were sampled together; from now on "
+                "rollout.batch_tokens is %d instead of %d; what is drawn is the same, but for rounding",
+                *(why, len(prompts), tokens, self._batch_tokens),
+            )
+            self._batch_tokens = tokens
+        return self._drawn(step, prompts[:middle]) + self._drawn(step, prompts[middle:])
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         """Places of prompts of like length that are decoded together, the longest first."""

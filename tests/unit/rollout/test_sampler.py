@@ -53,6 +53,30 @@ def test_batches_and_neighbours_change_nothing(family: str, tmp_path: Path) -> N
         assert ids(Sampler(policy, 4, ENDS, seed=other.get("seed", 1)).sample(other.get("step", 3), prompts())) != whole
 
 
+def test_memory_that_does_not_suffice_is_survived_by_fewer_prompts_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, most = make_policy(tmp_path), 100
+    whole = ids(Sampler(policy, 4, ENDS, seed=1).sample(3, prompts()))
+    body = type(policy.body).forward
+
+    def short_of_memory(*arguments: Any, **given: Any) -> Any:
+        if len(given["input_ids"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return body(*arguments, **given)
+
+    monkeypatch.setattr(type(policy.body), "forward", short_of_memory)
+    sampler, most = Sampler(policy, 4, ENDS, seed=1), 8
+    assert ids(sampler.sample(3, prompts())) == whole
+    assert len(prompts()) * 4 > most and caplog.messages and "memory ran out" in caplog.messages[0]
+    told = len(caplog.messages)
+    assert ids(sampler.sample(3, prompts())) == whole
+    assert len(caplog.messages) == told, "it begins with fewer now"
+    most = 3
+    with pytest.raises(TrainingError, match=r"4 completions of one prompt.*\n.*lower rollout.num_generations"):
+        sampler.sample(3, prompts())
+
+
 def test_the_temperature_is_that_of_the_policy(tmp_path: Path) -> None:
     """Log-probs of both are divided alike, and a cold policy repeats itself."""
     policy = make_policy(tmp_path)

@@ -80,7 +80,8 @@ class RolloutSection(Section):
     completions; they are not trained on. Null: 2 % of the prompts that the run samples for, at most 64, and none where
     that is fewer than 16; 0: none."""
     batch_tokens: int = Field(default=32_768, gt=0)
-    """Tokens, prompts and completions, that are decoded together at most; changes memory and speed."""
+    """Tokens, prompts and completions, that are decoded together at most, and fewer where memory does not suffice;
+    changes memory and speed."""
     vllm_url: str = "http://127.0.0.1:8000"
     """Where the server of sampler vllm listens."""
     vllm_model: str | None = None
