@@ -55,7 +55,7 @@ def _prompt(row: Mapping[str, Any]) -> str | Messages:
     for name in ("prompt", "text"):
         if isinstance(value := row.get(name), str):
             return value
-    turns = row.get("prompt", row.get("messages"))
+    turns = row.get("messages") if row.get("prompt") is None else row["prompt"]  # null says that there is none
     expected = '{"prompt": "..."}, {"prompt": [turns]} or {"messages": [turns]}'
     if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         raise RowRefused("no_prompt", "the row has no prompt", expected=expected)

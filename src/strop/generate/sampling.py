@@ -6,6 +6,7 @@ users get. (Training samples by `rollout/sampler.py`, whose draws do not depend 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """finish: `stop`, or `length` where `max_new_tokens` cut it. tokens: how many there are, an end token too."""
+    """finish: `stop`, or `length` where `max_new_tokens` cut it. tokens: how many there are, an end token too, and those
+    of a text that ended it."""
 
     text: str
     tokens: int
@@ -123,8 +125,17 @@ def _generate(
 def _answer(model: Loaded, row: list[int], settings: Sampling) -> Answer:
     at = next((i for i, token in enumerate(row) if token in model.stops), None)
     ids = row if at is None else row[: at + 1]
-    text = str(model.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def text_of(count: int) -> str:
+        return str(model.tokenizer.decode(ids[:count], skip_special_tokens=True))
+
+    def has_ended(count: int) -> bool:
+        return any(stop in text_of(count) for stop in settings.stop)
+
+    text = text_of(len(ids))
     ends = [text.index(stop) for stop in settings.stop if stop in text]
-    if at is None and not ends:
-        return Answer(text, len(ids), "length")
-    return Answer(text[: min(ends)] if ends else text, len(ids), "stop")
+    if not ends:
+        return Answer(text, len(ids), "length" if at is None else "stop")
+    # up to the token with the end of the stop text; what follows is padding, while other answers go on
+    count = bisect_left(range(len(ids)), True, key=has_ended)
+    return Answer(text[: min(ends)], count, "stop")

@@ -117,6 +117,9 @@ def test_stop_texts_end_an_answer(model_dir: Path) -> None:
     stop = "he"  # which is in the answer, and is no token of its own there
     ((_, (cut,)),) = sample(model, [ids], Sampling(max_new_tokens=12, stop=(stop,)))
     assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish == "stop" and cut.tokens < whole.tokens
+    asked = [ids, model.tokenizer("2 + 2 =")["input_ids"]]
+    both = dict(sample(model, asked, Sampling(max_new_tokens=12, stop=(stop,))))
+    assert both[0] == [cut] and both[1][0].tokens == 12  # tokens that only fill up the shorter one are not counted
 
 
 def test_a_file_of_prompts_with_the_base_beside(
@@ -252,6 +255,8 @@ def test_rows_without_a_prompt_are_named(model_dir: Path, tmp_path: Path) -> Non
     from strop.generate.prompts import read_prompts
 
     file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": null, "messages": [{"role": "user", "content": "hi"}]}\n')
+    assert read_prompts(str(file))[0].given == [{"role": "user", "content": "hi"}]
     file.write_text('{"prompt": "good"}\n{"answer": "what?"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:2: the row has no prompt"):
         read_prompts(str(file))
