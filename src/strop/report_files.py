@@ -93,10 +93,13 @@ def write_pairs(session: Session, run: RunDir) -> None:
 
 
 def _last_margins(session: Session, run: RunDir) -> Iterator[tuple[int, tuple[float, int]]]:
-    """(number of the group, (its margin, the step)) of the last epoch; later steps come later."""
+    """(number of the group, (its margin, the step)) of as many of the last steps as an epoch has; later steps come
+    later. A run may have ended before its plan did: its last step is that of the last line of metrics.jsonl."""
     plan = session.prepared.plan
-    first = max(1, plan.num_steps - min(plan.steps_per_epoch, MOST_STEPS) + 1)
-    for step in range(first, plan.num_steps + 1):
+    logged = max((line["step"] for line in run.metrics.read() if isinstance(line.get("step"), int)), default=0)
+    last = min(plan.num_steps, logged)
+    first = max(1, last - min(plan.steps_per_epoch, MOST_STEPS) + 1)
+    for step in range(first, last + 1):
         epoch, inside = plan.position(step)
         values, indices = read_floats(run.logs / "margins" / margins_array(epoch, inside)), plan.groups(step)
         if values is not None and len(values) == len(indices):

@@ -287,6 +287,15 @@ def test_early_stopping_is_told(runs: Any, caplog: pytest.LogCaptureFixture) -> 
     assert "stopped early after step 2 of 4" in result.reason and result.reason in caplog.text
 
 
+def test_a_run_that_ended_early_has_its_pairs(runs: Any) -> None:
+    keys = {"num_epochs": 5, "max_steps": None, "eval_steps": 1, "greater_is_better": True}
+    run = runs(keys, early_stopping_patience=1)
+    assert run.margins[-1]["global_step"] == 2  # the first evaluation is the best one
+    listed = json.loads((run.path / "pairs.json").read_text())
+    assert len(listed["worst"]) == len(listed["best"]) > 0
+    assert {pair["step"] for pair in (*listed["worst"], *listed["best"])} == {1, 2}
+
+
 def test_writing_out_what_null_stands_for_is_no_change(runs: Any) -> None:
     plain = runs.config()
     written = runs.config(bf16=False, fp16=False, output_dir=plain.training.output_dir)

@@ -38,8 +38,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """finish: `stop`, or `length` where `max_new_tokens` cut it. tokens: how many there are, an end token too, and those
-    of a text that ended it."""
+    """finish: `stop`, or `length` where `max_new_tokens` cut it. tokens: how many there are, an end token or those of a
+    stop text too."""
 
     text: str
     tokens: int
