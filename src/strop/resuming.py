@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from strop.config import RunConfig
@@ -56,12 +57,13 @@ def checkpoint_to_resume(run: RunDir, resume: str | None) -> Checkpoint | None:
     """
     if resume is None:
         return None
-    named = None if resume == "auto" else Path(resume).expanduser()
-    if run.replaces and (named is None or named.absolute().is_relative_to(run.path)):
+    # what lies beside it is needed, too, so it has a folder around it whatever it is called: `.` names none
+    named = None if resume == "auto" else Path(os.path.abspath(Path(resume).expanduser()))
+    if run.replaces and (named is None or named.is_relative_to(run.path)):
         if named is not None:
             raise CheckpointError(
                 "the run here was going to be overwritten, so it cannot be resumed",
-                where=f"--resume {named}",
+                where=f"--resume {resume}",
                 fix=f"give --resume alone, or --overwrite; to keep the earlier run, remove {run.path / TO_BE_REPLACED}",
             )
         return None

@@ -488,6 +488,18 @@ def test_the_best_model_may_be_from_before_the_resume(runs: Any, caplog: pytest.
     assert not runs.same(runs.at(result.run_dir).final, first.final)
 
 
+def test_a_resume_from_the_working_folder_finds_what_lies_beside_it(
+    runs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"save_steps": 1, "save_total_limit": None, "load_best_model_at_end": True, "greater_is_better": True}
+    first = runs(keys)
+    monkeypatch.chdir(first.path / "checkpoint-3")
+    (result,) = strop.train(runs.config(keys), resume=".")
+    assert result.ending.final_step == 2 and "is gone" not in caplog.text
+    environment = json.loads((result.run_dir / "environment.json").read_text())
+    assert [resume["after_step"] for resume in environment["resumes"]] == [3]
+
+
 def test_a_best_model_that_is_damaged_is_told_before_the_training(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
     keys = {"save_steps": 1, "save_total_limit": None, "load_best_model_at_end": True, "greater_is_better": True}
     first = runs(keys)  # the first evaluation is the best one
