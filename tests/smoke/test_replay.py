@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import strop
 from processes import in_processes
 from same_runs import in_many
 from strop.cli.entry import main
@@ -177,6 +178,16 @@ def test_the_command_says_what_differs(runs: Any, tmp_path: Path, capsys: Any) -
     assert list(found["steps"][0]["recorded"]) == ["loss"] and found["steps"][1]["recorded"] == {}
     (run / "checkpoint-2" / "state.json").write_text("{}")  # a damaged one is passed over, and stays where it is
     assert replay(run, 3).start == 0 and (run / "checkpoint-2").is_dir()
+
+
+def test_a_step_from_before_an_extension_says_why_it_differs(runs: Any, tmp_path: Path) -> None:
+    """The learning rate falls to the end of the run, which is another one now."""
+    keys = {"num_epochs": 5, "max_steps": 2, "save_steps": 1, "output_dir": str(tmp_path)}
+    (result,) = strop.train(runs.config(keys))
+    strop.train(runs.config({**keys, "max_steps": 4}), resume="auto")
+    before, after = (" ".join(map(str, lines(replay(result.run_dir, step)))) for step in (2, 3))
+    assert "not the same" in before and "resumed after step 2, and config.yaml is of then" in before
+    assert "the same as in the run, to the last bit" in after and "resumed" not in after
 
 
 def test_what_is_gone_or_another_is_refused_in_words(runs: Any, tmp_path: Path, capsys: Any) -> None:

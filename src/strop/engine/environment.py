@@ -114,6 +114,14 @@ def processes_at(run_dir: Path, step: int) -> int:
     return size if isinstance(size, int) and size > 0 else 1
 
 
+def resumed_since(run_dir: Path, step: int) -> int | None:
+    """After which step the run was last resumed, if it had taken `step` by then: config.yaml is of that resume. None:
+    it was not, or that is not known."""
+    resumes = (launch_record(run_dir) or {}).get("resumes", ())
+    after = [resume.get("after_step") for resume in resumes if isinstance(resume, Mapping)]
+    return next((at for at in reversed(after) if isinstance(at, int) and at >= step), None)
+
+
 def changed_since(launch: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """One line for each version, count or device that differs from the launch."""
     for name in COMPARED:

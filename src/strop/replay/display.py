@@ -43,6 +43,11 @@ def lines(found: Replayed) -> Iterator[Text]:
             f"  {then} {'process' if then == 1 else 'processes'} took this step, and {now} did now: the masks of "
             "lora_dropout are others, so the numbers differ by more than rounding"
         )
+    if found.resumed is not None and found.first_difference is not None:
+        yield Text(
+            f"  the run was resumed after step {found.resumed}, and config.yaml is of then: a setting that had "
+            "changed, such as the length of the run, which decides the learning rate, is not that of this step"
+        )
     for change in found.environment:
         yield Text(f"  changed since the launch, so the last digits may differ: {escaped(change)}")
     for number, row in enumerate(found.rows, start=1):

@@ -25,7 +25,14 @@ from strop.device import start_world
 from strop.distributed import find_place
 from strop.durable import to_json
 from strop.engine.checkpoint import Checkpoint, open_checkpoint
-from strop.engine.environment import changed_since, describe_environment, launch_record, processes_at, record_at
+from strop.engine.environment import (
+    changed_since,
+    describe_environment,
+    launch_record,
+    processes_at,
+    record_at,
+    resumed_since,
+)
 from strop.engine.ledger import ledger_line
 from strop.engine.loop import Loop
 from strop.engine.progress import Progress
@@ -66,8 +73,8 @@ class Replayed:
     start: the step of the checkpoint that it began with; 0: the initial model. steps: every step that was taken and
     that the ledger has, the last one being the one asked for. line: what the ledger has of it. has_after: whether the
     weights after it could be compared. environment: what is not as it was when the run was launched. rows: of the step,
-    if they were asked for. processes: how many took the step then, and how many did now. masks_differ: these are not as
-    many, and the masks of dropout depend on it.
+    if they were asked for. resumed: after which step the run was resumed since. processes: how many took the step then,
+    and how many did now. masks_differ: these are not as many, and the masks of dropout depend on it.
     """
 
     step: int
@@ -77,6 +84,7 @@ class Replayed:
     has_after: bool
     environment: Sequence[str]
     rows: Sequence[RowScores]
+    resumed: int | None = None
     processes: tuple[int, int] = (1, 1)
     masks_differ: bool = False
 
@@ -114,7 +122,8 @@ def replay(folder: Path, step: int, *, with_rows: bool = False) -> Replayed:
                     loop.restore(saved)
                 taken = _taken(loop, recorded, lines, start, step, progress, session if with_rows else None)
         masks_differ = before != world.size and cut_matters(config)
-        return replace(taken, environment=environment, processes=(before, world.size), masks_differ=masks_differ)
+        taken = replace(taken, environment=environment, resumed=resumed_since(folder, step))
+        return replace(taken, processes=(before, world.size), masks_differ=masks_differ)
 
 
 def _taken(
