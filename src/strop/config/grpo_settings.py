@@ -32,6 +32,10 @@ Gate = Literal["clip", "cispo", "sapo", "gmpo", "none"]
 Aggregation = Literal["sequence", "token", "constant", "sequence_sum", "prompt"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
 
+ALONE = frozenset({"reinforce++", "none"})
+"""Values of `advantage` by which a completion counts without the others of its group: one is enough, and groups whose
+rewards are all the same teach something, too."""
+
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "grpo": {},
     "dr_grpo": {"advantage": "mean", "aggregation": "constant"},
@@ -173,8 +177,7 @@ class GrpoSettings(ReferenceSettings):
 
     @property
     def compares(self) -> Choice | None:
-        alone = self.advantage in ("reinforce++", "none")
-        return None if alone else Choice("advantage", self.advantage, "reinforce++")
+        return None if self.advantage in ALONE else Choice("advantage", self.advantage, "reinforce++")
 
     @model_validator(mode="before")
     @classmethod

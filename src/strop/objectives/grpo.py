@@ -116,7 +116,7 @@ class Grpo(Objective[GrpoSettings]):
         return Columns(per_token=found)
 
     def has_signal(self, group: Group) -> bool:
-        return differ(group.numbers[self._compared])
+        return self.settings.compares is None or differ(group.numbers[self._compared])
 
     def describe(self) -> Iterator[str]:
         yield f"algorithm {self.settings.algorithm}: {self.settings.axes()}"

@@ -99,6 +99,8 @@ def group(*ids: list[int], **numbers: list[float]) -> Group:
         (grpo(advantage="gdpo"), group([2], [3], rewards=[1.0, 1.0], normalised_rewards=[-1.0, 1.0]), True),
         (grpo(), group([2], [3], rewards=[1.0, 1.0], normalised_rewards=[-1.0, 1.0]), False),
         (grpo(), group([2], [3], rewards=[math.inf, 1.0]), True),
+        (grpo(advantage="reinforce++"), group([2], rewards=[1.0]), True),  # completions count by themselves
+        (grpo(advantage="none"), group([2], [3], rewards=[1.0, 1.0]), True),
     ],
 )
 def test_the_objective_says_whether_a_group_has_a_signal(settings: MethodSettings, of: Group, has_signal: bool) -> None:

@@ -364,6 +364,18 @@ def test_groups_without_signal_are_the_cause_of_a_gradient_of_zero(
         assert {"rollout.num_generations": 8} in [dict(r.settings) for r in found.remedies]
 
 
+@pytest.mark.parametrize(("advantage", "is_told"), [("group", True), ("reinforce++", False), ("none", False)])
+def test_groups_of_equal_rewards_teach_where_completions_count_by_themselves(
+    advantage: str, is_told: bool, make_sampled: Callable[..., Any]
+) -> None:
+    """As those of one completion do, which all have the same reward."""
+    made = make_sampled(constant(frac_reward_zero_std=1.0), **{"post_training.advantage": advantage})
+    assert ("groups-without-signal" in {f.id for f in made.diagnose().raised}) == is_told
+    forecast = {"without_signal": 0.3, "low": 0.2, "high": 0.4, "num_prompts": 32}
+    (made.write() / "forecast.json").write_text(json.dumps(forecast))
+    assert ("forecast-exceeded" in {f.id for f in made.diagnose().raised}) == is_told
+
+
 DATA: list[tuple[str, Severity, str, Any]] = [
     ("duplicates", NOTE, "train.findings.duplicates", 3),
     ("duplicates", WARN, "train.findings.duplicates", 80),

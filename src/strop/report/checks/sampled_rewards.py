@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from strop.config.grpo_settings import ALONE
 from strop.readable import is_number
 from strop.report.checks.remedies import COSTS_LENGTH, by_algorithm, lower, times_beta
 from strop.report.escaping import excerpt
@@ -16,6 +17,8 @@ from strop.report.findings import RUN, Evidence, Finding, Numbers, Remedy, Sever
 
 def without_signal(facts: Facts) -> Iterator[Finding]:
     """A group whose completions all have the same reward has advantages of 0, or no pair, and teaches nothing."""
+    if facts.run.value("post_training.advantage") in ALONE:
+        return
     at, shares = facts.run.train.series("frac_reward_zero_std")
     if not len(shares):
         yield unchecked("groups-without-signal", "groups whose rewards are all the same: no training step is logged")
@@ -65,7 +68,7 @@ def _forecast_numbers(facts: Facts) -> tuple[float, float, float, float] | None:
 def more_than_forecast(facts: Facts) -> Iterator[Finding]:
     """The forecast samples as the first steps do, so these should have as many groups without signal."""
     at, shares = facts.run.train.series("frac_reward_zero_std")
-    forecast = _forecast_numbers(facts)
+    forecast = None if facts.run.value("post_training.advantage") in ALONE else _forecast_numbers(facts)
     if forecast is None or not len(shares) or facts.run.value("rollout.dynamic_sampling") is True:
         return  # dynamic sampling leaves such groups out before they are counted
     expected, low, high, _ = forecast
