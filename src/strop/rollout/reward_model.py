@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from strop.data.text.message_forms import Tools, forms_of
-from strop.errors import ConfigError, DataError, foreign_errors
+from strop.errors import ConfigError, DataError, TrainingError, foreign_errors
+from strop.policy.memory_attempts import attempt
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.adapters import with_adapter
 from strop.policy.model.configuration import quiet
@@ -82,13 +83,13 @@ class RewardModel:
         tools: the schemas of those that the conversations had.
 
         Raises:
-            DataError: its chat template refuses a conversation.
+            DataError: its chat template refuses a conversation. TrainingError: memory does not suffice for one.
         """
         ids = [self._ids(chat, tools) for chat in chats]
         found: list[float | None] = [None] * len(ids)
         fitting = [i for i, row in enumerate(ids) if self._limit is None or len(row) <= self._limit]
         for batch in _batches(fitting, [len(row) for row in ids]):
-            for i, value in zip(batch, self._logits([ids[i] for i in batch]), strict=True):
+            for i, value in zip(batch, self._scored([ids[i] for i in batch]), strict=True):
                 found[i] = value if math.isfinite(value) else None
         too_long = len(ids) - len(fitting)
         why = f"{too_long} conversations have more than {self._limit} tokens" if too_long else ""
@@ -101,6 +102,20 @@ class RewardModel:
             lambda why: DataError(f"its chat template refuses a conversation: {why}", where=self._where)
         ):
             return list(self._tokenizer.apply_chat_template(messages, tools=schemas, return_dict=False))
+
+    def _scored(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """The rewards of rows that are scored together or, if memory does not suffice, one half after the other."""
+        found, why = attempt(lambda: self._logits(rows))
+        if found is not None:
+            return found
+        if len(rows) == 1:
+            raise TrainingError(
+                f"memory ran out where a conversation of {len(rows[0]):,} tokens is rewarded: {why}",
+                where=self._where,
+                fix="lower training.max_seq_length, or name a smaller reward model",
+            )
+        middle = len(rows) // 2
+        return self._scored(rows[:middle]) + self._scored(rows[middle:])
 
     @torch.no_grad()
     def _logits(self, rows: Sequence[Sequence[int]]) -> list[float]:

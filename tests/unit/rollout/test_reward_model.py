@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from conftest import WITH_ENDS, build_tokenizer
-from strop.errors import ConfigError, ModelError
+from strop.errors import ConfigError, ModelError, TrainingError
 from strop.rollout.reward_model import RewardModel
 
 CPU = torch.device("cpu")
@@ -49,6 +49,26 @@ def test_a_conversation_that_is_too_long_has_no_reward(tmp_path: Path) -> None:
     model = RewardModel(str(make(tmp_path / "rm", max_position_embeddings=16)), CPU)
     values, why = model.values([chat("yes"), chat("no " * 40)])
     assert values[0] is not None and values[1] is None and why == "1 conversations have more than 16 tokens"
+
+
+def test_memory_that_does_not_suffice_is_survived_by_fewer_conversations_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, most = RewardModel(str(make(tmp_path / "rm")), CPU), 100
+    chats = [chat(text) for text in ("a", "a much longer answer", "yes", "no and no and no", "no")]
+    expected, own = model.values(chats)[0], LlamaForSequenceClassification.forward
+
+    def short_of_memory(self: Any, **given: Any) -> Any:
+        if len(given["input_ids"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(self, **given)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", short_of_memory)
+    most = 2
+    assert model.values(chats)[0] == pytest.approx(expected, abs=1e-6)
+    most = 0
+    with pytest.raises(TrainingError, match="memory ran out where a conversation of"):
+        model.values(chats)
 
 
 def test_it_reads_the_tools_of_the_row(tmp_path: Path) -> None:
