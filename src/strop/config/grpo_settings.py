@@ -201,6 +201,13 @@ class GrpoSettings(ReferenceSettings):
             f"KL {kl}, entropy bonus {self.entropy_coef:g}, sampler correction {self.sampler_correction}"
         )
 
+    def advice(self, config: RunConfig) -> Iterator[str]:
+        yield from super().advice(config)
+        own = ALGORITHMS[self.algorithm]
+        if own and all(getattr(self, axis) != value for axis, value in own.items()):  # as in an edited config.yaml
+            given = ", ".join(f"{axis}: {getattr(self, axis)}" for axis in own)
+            yield f"post_training.algorithm {self.algorithm} changes nothing: what is given wins over it ({given})"
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.beta == 0 and self.ref_model_id is not None:

@@ -113,6 +113,11 @@ def test_resolving_is_idempotent_and_the_same_for_python_and_yaml() -> None:
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
+        ({"method": "grpo", "algorithm": "sapo", "gate": "clip"}, "changes nothing"),
+        (
+            {"method": "grpo", "algorithm": "dr_grpo", "advantage": "group", "aggregation": "sequence"},
+            "dr_grpo changes nothing: what is given wins over it (advantage: group, aggregation: sequence)",
+        ),
         ({"method": "dpo", "learning_rate": 2e-5}, "collapse"),
         ({"method": "dpo", "learning_rate": 2e-4, "lora.r": 8}, "collapse"),
         ({"method": "dpo", "learning_rate": 5e-8}, "very little"),
@@ -140,6 +145,9 @@ def test_values_that_are_warned_of(overrides: dict[str, Any], word: str) -> None
         {"method": "dpo", "learning_rate": 1e-4, "lora__r": 8},
         {"method": "dpo", "learning_rate": 1e-6, "lora__r": 8},
         {"method": "dpo", "learning_rate": 1e-7, "beta": 0.01},
+        {"method": "grpo", "algorithm": "dr_grpo", "advantage": "group"},
+        {"method": "grpo", "algorithm": "gspo", "epsilon": 0.1},
+        {"method": "grpo", "advantage": "mean"},
         {"method": "distill", "learning_rate": 2e-5},
         {"method": "reward", "learning_rate": 1e-4},  # as TRL has it
         {"greater_is_better": False},
