@@ -42,8 +42,8 @@ class Distill(Objective[DistillSettings]):
         "divergence; should fall",
         "divergence": "mean divergence from the teacher per token, of the kind that beta chooses; should fall, on "
         "held-out rows too",
-        "nll": "negative log-likelihood per token of the completions under the student, at temperature 1; with rollout, "
-        "at that of sampling",
+        "nll": "negative log-likelihood per token of the completions under the student, at temperature 1; with "
+        "rollout, at that of sampling",
         "lengths/completion": "trained tokens of a completion",
     }
 
