@@ -30,7 +30,14 @@ def already_finished(done: Checkpoint, session: Session, run: RunDir) -> RunResu
 
     def how() -> Ending:
         mirror(session.config, run)
-        return ending_of(run.path)
+        ending = ending_of(run.path)
+        if steps_of(done, run) != ending.num_steps:
+            log.warning(
+                "%s: result.json is of a course of %d steps, whose model could not be written; that in %s is of one "
+                "of %d steps. --resume with the settings of the longer one writes its model",
+                *(session.model.name, ending.num_steps, run.final, steps_of(done, run)),
+            )
+        return ending
 
     return RunResult(session.model.name, run.path, session.world.on_main(how))
 

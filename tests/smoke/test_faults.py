@@ -170,7 +170,7 @@ def test_an_export_that_fails_is_taken_again_without_training(
 
 
 def test_an_extension_whose_export_fails_is_taken_again_without_training(
-    runs: Any, watched: pytest.MonkeyPatch, no_step: Callable[[], None]
+    runs: Any, watched: pytest.MonkeyPatch, no_step: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its result.json is there by then, and the old model, too."""
     config = runs.config(max_steps=None, num_epochs=1)
@@ -181,6 +181,8 @@ def test_an_extension_whose_export_fails_is_taken_again_without_training(
         with pytest.raises(SaveError, match=r"the final model could not be written: .*\n.*--resume"):
             strop.train(longer, resume="auto")
     no_step()
+    strop.train(config, resume="auto")
+    assert f"result.json is of a course of {short.step + 1} steps, whose model could not be written" in caplog.text
     (long,) = strop.train(longer, resume="auto")
     assert (long.step, long.ending.final_step) == (short.step + 1, short.step + 1)
 

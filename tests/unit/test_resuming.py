@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from typing import Any, cast
 from strop.config import FinetuningSection
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.checkpoint_saves import Saves
+from strop.engine.ending import Ending
 from strop.engine.loop import Loop
 from strop.engine.snapshot import Snapshot
 from strop.engine.train_state import TrainState
 from strop.errors import SaveError
-from strop.resuming import look_for_best
+from strop.resuming import look_for_best, steps_of
 from strop.rundir import RunDir
 from strop.world import World
 
@@ -45,3 +47,12 @@ def test_a_run_does_not_come_back_to_a_best_model_that_is_gone(tmp_path: Path) -
     state.step, state.best_step, state.best_value = 4, 4, 0.4
     saves.save(state)
     assert "could not be saved" in notes[0] and state.best_step is None
+
+
+def test_the_number_of_steps_of_an_older_run_is_in_its_result(tmp_path: Path) -> None:
+    """Its manifest does not have it. Where it does, result.json may be of a longer course already."""
+    ending = Ending("all 9 steps are done", False, 9, 9, 9, {}, None)
+    (tmp_path / "result.json").write_text(json.dumps(ending.as_dict()))
+    for written, found in ((None, 9), (6, 6)):
+        done = Checkpoint(tmp_path / "final", 6, {"recipe": {}, "num_steps": written}, {}, {})
+        assert steps_of(done, RunDir(tmp_path)) == found
