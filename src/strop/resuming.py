@@ -5,18 +5,46 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from strop.config import RunConfig
-from strop.engine import checkpoint
+from strop.engine import checkpoint, final_model
 from strop.engine.checkpoint import Checkpoint
 from strop.engine.ending import Ending, RunResult, ending_of
 from strop.engine.loop import Loop
-from strop.engine.recipe import check_finished
+from strop.engine.recipe import check_finished, check_given, extends
 from strop.errors import CheckpointError
 from strop.rundir import TO_BE_REPLACED, RunDir
 from strop.session import Session, reference_made_from
 
 log = logging.getLogger("strop")
+
+
+class Before(NamedTuple):
+    """What a run continues from. done: the run is finished; its final model. saved: the checkpoint. extended: the steps
+    of the finished run that is to be longer."""
+
+    done: Checkpoint | None = None
+    saved: Checkpoint | None = None
+    extended: int | None = None
+
+
+def look_in(config: RunConfig, run: RunDir, resume: str | None) -> Before:
+    """Looks at what is in the run folder, and at where the mirror will be: now, not after hours.
+
+    Raises:
+        CheckpointError: what is there cannot be continued, a finished run had other settings, or the mirror cannot be
+            made.
+    """
+    done = final_model.finished(run) if resume else None
+    extended = None
+    if done and resume == "auto" and extends(done, config, num_steps := steps_of(done, run)):
+        done, extended = None, num_steps  # the old model stays until the new one is there
+    if done:  # what can be seen at once; the rest later, as for a run that is not finished
+        check_given(done, config, str(resume))
+    saved = None if done else checkpoint_to_resume(run, resume)
+    look_at_mirror(config, run, begins=not (done or saved))
+    return Before(done, saved, extended)
 
 
 def already_finished(done: Checkpoint, session: Session, run: RunDir) -> RunResult:
@@ -113,6 +141,15 @@ def _what_is_wrong(path: Path, saved: Checkpoint) -> str | None:
     except CheckpointError as error:
         return f"cannot be used ({error.found})"
     return None
+
+
+def look_at_mirror(config: RunConfig, run: RunDir, *, begins: bool) -> None:
+    """Refuses a `training.mount_dir` that cannot be used, before the run. begins: nothing of the run is there yet."""
+    if config.training.mount_dir is None:
+        return
+    final = run.mirror_target(config.training.mount_dir) / run.final.name
+    if begins and final.exists():  # perhaps of another run whose model has the same name
+        log.warning("training.mount_dir: %s is there already, and will be replaced at the end of this run", final)
 
 
 def mirror(config: RunConfig, run: RunDir) -> None:

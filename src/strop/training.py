@@ -30,7 +30,7 @@ from strop.engine.environment import write_environment
 from strop.engine.loop import Loop
 from strop.engine.outputs import RunOutputs
 from strop.engine.progress import Progress, StopSignal
-from strop.engine.recipe import check_given, check_made_from, check_recipe, extends, recipe_of
+from strop.engine.recipe import check_made_from, check_recipe, recipe_of
 from strop.engine.step_source import StepSource
 from strop.engine.train_state import TrainState
 from strop.errors import ConfigError, Interrupted, PeerError, StoppedByFinding, StropError, TrainingError
@@ -46,7 +46,7 @@ from strop.policy.reference_models import FrozenReference
 from strop.preflight import check, run_folder, select_models
 from strop.push import push_finished
 from strop.report_files import report, write_plan
-from strop.resuming import already_finished, best_checkpoint, checkpoint_to_resume, look_for_best, mirror, steps_of
+from strop.resuming import already_finished, best_checkpoint, look_for_best, look_in, mirror
 from strop.rollout.rollout_source import RolloutSource
 from strop.rundir import RunDir
 from strop.runfiles import FAILURE, FORECAST, RESULT
@@ -122,15 +122,6 @@ class _Asked(NamedTuple):
         return self._replace(resume=resume, overwrite=False)
 
 
-class _Before(NamedTuple):
-    """What a run continues from. done: the run is finished; its final model. saved: the checkpoint. extended: the steps
-    of the finished run that is to be longer."""
-
-    done: Checkpoint | None = None
-    saved: Checkpoint | None = None
-    extended: int | None = None
-
-
 def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _Asked) -> RunResult:
     config = of_model(config, model)
     resume = asked.resume or (None if asked.overwrite else config.finetuning.resume_from_checkpoint)
@@ -138,7 +129,7 @@ def _train_model(config: RunConfig, model: ModelSection, world: World, asked: _A
         _open(config, model, world, asked.overwrite, resume) as run,
         Progress.of_run(config, world) as progress,
     ):
-        done, saved, extended = world.on_main(lambda: _look(config, run, resume))
+        done, saved, extended = world.on_main(lambda: look_in(config, run, resume))
         with Session(config, model, world, resumed=done or saved) as session:
             prompts = _build(session, None if done else run, saved.step if saved else 0)
             session.policy.strategy.check_folder(run.path)
@@ -157,20 +148,6 @@ def _open(config: RunConfig, model: ModelSection, world: World, overwrite: bool,
     if not world.is_main:
         return RunDir(folder, logging_dir=logging_dir)
     return RunDir.open(folder, resume=resume is not None, overwrite=overwrite, logging_dir=logging_dir)
-
-
-def _look(config: RunConfig, run: RunDir, resume: str | None) -> _Before:
-    """Look at what is in the run folder, and at where the mirror will be: now, not after hours."""
-    done = final_model.finished(run) if resume else None
-    extended = None
-    if done and resume == "auto" and extends(done, config, num_steps := steps_of(done, run)):
-        done, extended = None, num_steps  # the old model stays until the new one is there
-    if done:  # what can be seen at once; the rest later, as for a run that is not finished
-        check_given(done, config, str(resume))
-    saved = None if done else checkpoint_to_resume(run, resume)
-    if config.training.mount_dir:
-        run.mirror_target(config.training.mount_dir)
-    return _Before(done, saved, extended)
 
 
 def _build(session: Session, run: RunDir | None, steps_done: int) -> Sequence[Asked]:

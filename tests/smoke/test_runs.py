@@ -472,6 +472,17 @@ def test_a_mirror_that_failed_is_made_up_for(runs: Any, tmp_path: Path, monkeypa
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
+def test_a_mirror_that_will_be_replaced_is_told(runs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    config = runs.config(output_dir=str(runs.new_folder()), mount_dir=str(tmp_path), max_steps=1)
+    said = f"{tmp_path / 'run' / 'final'} is there already, and will be replaced"
+    strop.train(config)
+    assert said in caplog.text
+    caplog.clear()
+    strop.train(config, resume="auto")
+    assert said not in caplog.text, "it is the mirror of this run"
+
+
 @pytest.mark.nightly
 def test_the_best_model_may_be_from_before_the_resume(runs: Any, caplog: pytest.LogCaptureFixture) -> None:
     keys = {"save_steps": 1, "save_total_limit": None, "load_best_model_at_end": True, "greater_is_better": True}
