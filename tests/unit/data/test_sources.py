@@ -217,3 +217,34 @@ def test_a_hub_data_set_out_of_reach_is_one_clear_error(make_config: Make) -> No
     source = choose_sources(make_config(name="nobody/nothing", subset="x").dataset, "single").train[0]
     with pytest.raises(DataError, match=r"dataset\.name: nobody/nothing, subset x, split train"):
         next(source.read())
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(
+    folder: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a shell replaces it in words of their own alone, and nobody in a file; paths of models and runs know it, too
+    monkeypatch.setenv("HOME", str(folder))
+    for given in ({"train_file": "~/own.jsonl"}, {"name": "~/own.jsonl"}, {"name": "jsonl:~/own.jsonl"}):
+        assert prompts(choose_sources(make_config(**given).dataset, "single")) == (["own"], None)
+    named = choose_sources(make_config(splits_dir="~", sources=["~/own.jsonl"]).dataset, "pair")
+    assert prompts(named) == (["train.dpo.jsonl"], ["val.dpo.jsonl"])
+
+
+def test_parts_of_a_file_that_nobody_reads_are_said(
+    folder: Path, make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = str(folder / "own.jsonl")
+    with caplog.at_level(logging.WARNING, logger="strop"):
+        warn_of_unread(make_config(name=own, split="train").dataset)
+        warn_of_unread(make_config(name="hub/rows", split="train[:10]", subset="main").dataset)
+        warn_of_unread(make_config(sources=["hub/rows", {"name": "hub/rows", "split": "test"}]).dataset)
+        assert not caplog.records
+        warn_of_unread(make_config(name=own, split="train[:10]").dataset)
+        warn_of_unread(make_config(train_file=own, subset="main").dataset)
+        warn_of_unread(make_config(sources=["hub/rows", {"name": own, "split": "train[:1%]"}], split="test").dataset)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"dataset.split: train[:10] is not read: {own} is a file, of which all rows are read",
+        "dataset.subset: main is not read: it belongs to dataset.name, and dataset.train_file names the rows",
+        f"dataset.sources.1.split: train[:1%] is not read: {own} is a file, of which all rows are read",
+        "dataset.split: test is not read: it belongs to dataset.name, and dataset.sources names the rows",
+    ]

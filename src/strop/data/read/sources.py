@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from os.path import exists, isdir, isfile
+from os.path import exists, expanduser, isdir, isfile
 from pathlib import Path
 
 from strop.config import DatasetSection
@@ -100,11 +100,31 @@ def choose_sources(dataset: DatasetSection, rows: RowShape) -> Sources:
 
 
 def warn_of_unread(dataset: DatasetSection) -> None:
-    """Tells which keys name sources that others win over."""
+    """Tells which keys name sources that others win over, and which say what part of a source is read where all is."""
     named = _named_sources(dataset)
     for key in named[1:]:
         if key != "splits_dir" or dataset.val_file is not None:  # else it still gives the validation rows
             logger.warning("dataset.%s is not read: dataset.%s wins over it", key, named[0])
+    if named[:1] in (["name"], ["sources"]):
+        parts = {f"dataset.sources.{i}": source for i, source in enumerate(dataset.sources)}
+        for where, part in (parts if named[0] == "sources" else {"dataset": dataset}).items():
+            if part.name is not None and _is_file(part.name):
+                _warn_of_parts(part, where, f"{part.name} is a file, of which all rows are read")
+    if named[:1] != ["name"]:
+        _warn_of_parts(dataset, "dataset", f"it belongs to dataset.name, and dataset.{named[0]} names the rows")
+
+
+def _warn_of_parts(section: DatasetSection | SourceSection, where: str, why: str) -> None:
+    """Tells of keys that say what part of a data set is read, and that nobody reads."""
+    for key in ("subset", "split"):
+        if getattr(section, key) != type(section).model_fields[key].default:
+            logger.warning("%s.%s: %s is not read: %s", where, key, getattr(section, key), why)
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a file, as `_named` decides."""
+    prefix, path = _prefix(name)
+    return prefix in ("jsonl:", "text:") or (not isdir(path) and (isfile(path) or file_kind(path) is not None))
 
 
 def _named_sources(dataset: DatasetSection) -> list[str]:
@@ -117,8 +137,8 @@ def _weighed(section: SourceSection) -> Source:
 
 
 def _split_file(folder: str, name: str, key: str) -> Source:
-    path = Path(folder) / name
-    if not isdir(folder):
+    path = Path(expanduser(folder)) / name
+    if not isdir(path.parent):
         raise DataError(
             "there is no such folder",
             where=f"dataset.splits_dir: {folder}",
@@ -173,8 +193,9 @@ def file_source(path: str) -> Source:
 
 
 def _prefix(name: str) -> tuple[str, str]:
+    """The prefix of a name, and the path behind it; `~` is the home folder, as in paths of models and runs."""
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    return prefix, name.removeprefix(prefix)
+    return prefix, expanduser(name.removeprefix(prefix))
 
 
 def _content(path: str, kind: str) -> str:
@@ -203,7 +224,7 @@ def _named(name: str, subset: str | None, split: str, streaming: bool) -> Source
         if prefix or any((Path(path) / name).is_file() for name in SAVED):
             return Source(path, partial(read_saved, path, split), partial(saved_identity, path, split))
         return _from_hub(path, subset, split, streaming)  # a folder of files, which the package datasets reads
-    if isfile(path) or file_kind(path) is not None:
+    if _is_file(name):
         return file_source(path)
     return _from_hub(path, subset, split, streaming)
 
