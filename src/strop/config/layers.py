@@ -209,6 +209,11 @@ def _typed(path: KeyPath, value: Any, place: Place, flag: bool) -> Any:
         return None if null else parse_value(value if value.startswith("[") else f"[{value}]", place.where)
     if Mapping in key.kinds:
         return parse_value(value, place.where)
+    if not value.strip() and not {str, tuple} & key.kinds:
+        # in a file nothing behind a key is null, the default; here it is a variable of the shell that is not set
+        raise ConfigError(
+            f"{dotted(numbered(path))} is empty", where=place.where, fix="write a value; null stands for the default"
+        )
     bare = scalar(value.strip())
     if str in key.kinds:
         # as in a file: what reads as another kind that the key takes is of that kind
