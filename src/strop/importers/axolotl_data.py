@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from strop.config.yamlfile import KeyPath
-from strop.importers.key_answers import KeyAnswer, View, idle, left, translated
+from strop.importers.key_answers import Fate, KeyAnswer, View, idle, left, translated
+from strop.importers.trl_data import FORMATS, PART_OF_A_SET, named_files, source_name, split_of_file
 
 TEMPLATES: Mapping[str, str] = {
     "llama3": "llama3_instruct",
@@ -60,31 +61,33 @@ def datasets(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     sources: list[dict[str, Any]] = []
     for i, item in enumerate(value if isinstance(value, list) else []):
         if isinstance(item, Mapping):
-            sources.append(_source(i, item, found, view))
+            sources += _sources(i, item, found, view)
     if not sources or any("name" not in source for source in sources):
-        return {path: answer for path, answer in found.items() if path[-1] not in ("path", "data_files")}
+        return {p: a for p, a in found.items() if p[-1] not in ("path", "data_files") or a.fate is Fate.LEFT}
     file = sources[0]["name"] if len(sources) == 1 and set(sources[0]) == {"name"} else ""
-    first = next(path for path in found if path[-1] in ("path", "data_files"))
+    first = next(p for p, a in found.items() if p[-1] in ("path", "data_files") and a.fate is not Fate.LEFT)
     values = {"dataset.train_file": file} if Path(file).suffix in FILES else {"dataset.sources": sources}
     found[first] = translated(values)
     return found
 
 
-def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, KeyAnswer], view: View) -> dict[str, Any]:
-    """One of the sources; answers its keys."""
+def _sources(i: int, item: Mapping[str, Any], found: dict[KeyPath, KeyAnswer], view: View) -> list[dict[str, Any]]:
+    """What one of the list names, of which each of several files is a source; answers its keys."""
     source: dict[str, Any] = {}
-    files = item.get("data_files")
-    files = files[0] if isinstance(files, list) and len(files) == 1 else files
+    files = _files(item, view)
     for key, told in item.items():
         match key:
-            case "path" if not isinstance(files, str):
+            case "path" if files:
+                found[i, key] = idle("data_files names the file")
+            case "path" if told not in FORMATS:
                 source["name"] = str(told)
                 found[i, key] = idle("in dataset.sources")
-            case "path":
-                found[i, key] = idle("data_files names the file")
-            case "data_files" if isinstance(files, str):
-                source["name"] = files
+            case "data_files" if files:
                 found[i, key] = idle("in dataset.sources")
+            case "data_files" if told is not None:
+                found[i, key] = left(PART_OF_A_SET)
+            case "split" if files or Path(str(item.get("path"))).suffix in FILES:
+                found[i, key] = split_of_file(told)
             case "name" | "split" if told is not None:
                 source["subset" if key == "name" else key] = told
                 found[i, key] = idle(f"in dataset.sources as {'subset' if key == 'name' else key}")
@@ -100,7 +103,18 @@ def _source(i: int, item: Mapping[str, Any], found: dict[KeyPath, KeyAnswer], vi
                 found[i, key] = idle("answers of the assistant are trained")
             case _ if key in NATIVE:
                 found[i, key] = _field(key, told, view)
-    return source
+    return [{**source, "name": file} for file in files] or [source]
+
+
+def _files(item: Mapping[str, Any], view: View) -> list[str]:
+    """The files that `data_files` names, which are relative to a folder that stands beside them. Files of a data set of
+    the hub are none that strop could read."""
+    files, home = named_files(item.get("data_files")), item.get("path")
+    if home in (*FORMATS, None):
+        return [source_name(file, str(home)) for file in files]
+    folder = str(home)
+    is_folder = folder.startswith((".", "/", "~")) or any((at / folder).is_dir() for at in (Path(), view.folder))
+    return [str(Path(folder) / file) for file in files] if is_folder else []
 
 
 def _type(told: Any, item: Mapping[str, Any], view: View) -> KeyAnswer:
@@ -124,8 +138,8 @@ def _field(key: str, told: Any, view: View) -> KeyAnswer:
 def test_datasets(value: Any, view: View) -> Mapping[KeyPath, KeyAnswer]:
     items = value if isinstance(value, list) else []
     if len(items) == 1 and isinstance(items[0], Mapping):
-        files = items[0].get("data_files")
-        file = files[0] if isinstance(files, list) and len(files) == 1 else files or items[0].get("path")
+        files = _files(items[0], view)
+        file = files[0] if len(files) == 1 else None if "data_files" in items[0] else items[0].get("path")
         key = "data_files" if files else "path"
         if isinstance(file, str) and Path(file).suffix in FILES:
             found: dict[KeyPath, KeyAnswer] = {(0, str(name)): idle("as for datasets") for name in items[0]}

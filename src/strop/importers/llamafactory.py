@@ -13,7 +13,9 @@ from typing import Any
 from strop.config.yamlfile import MAX_BYTES
 from strop.errors import ConfigError
 from strop.importers import transformers_trainer
+from strop.importers.axolotl_data import FILES
 from strop.importers.key_answers import (
+    Fate,
     KeyAnswer,
     Rules,
     View,
@@ -62,6 +64,17 @@ NATIVE: Mapping[str, tuple[str, ...]] = {
     "kto_tag": ("label", "kto_tag"),
 }
 """Its name of a column -> the names under which strop finds that column by itself."""
+
+TAGS: Mapping[str, tuple[str, ...]] = {
+    "role_tag": ("from", "role"),
+    "content_tag": ("value", "content"),
+    "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "chatgpt", "assistant"),
+    "observation_tag": ("observation", "function_response", "tool"),
+    "function_tag": ("function_call",),
+    "system_tag": ("system",),
+}
+"""Its name of a key of turns, or of a role -> the names under which strop finds it by itself."""
 
 
 def method_of(given: Mapping[str, Any], calls: tuple[str, ...]) -> str:
@@ -188,32 +201,44 @@ def _names(value: Any) -> list[str]:
 
 def _dataset(value: Any, view: View) -> KeyAnswer:
     values, why = _sources(_names(value), view)
-    return translated(values, why) if values else left(why)
+    return _with_lost_columns(values, why) if values else left(why)
 
 
 def _eval_dataset(value: Any, view: View) -> KeyAnswer:
-    values, why = _sources(_names(value), view)
+    trained = view.given.get("dataset")
+    known, _ = _sources(_names(trained), view) if trained is not None else ({}, "")
+    columns = {key.partition(".")[2]: told for key, told in known.items() if key.endswith("_column")}
+    values, why = _sources(_names(value), view, columns)
     file = values.get("dataset.train_file")
     if file is None:
         return left(
             why or "strop validates on one file: write the rows of all into it, and name it as dataset.val_file"
         )
-    return translated({"dataset.val_file": file}, why)
+    return _with_lost_columns({"dataset.val_file": file}, why)
 
 
-def _sources(names: list[str], view: View) -> tuple[dict[str, Any], str]:
-    """The keys of `dataset` for the data sets of these names, and what is to be said."""
+def _with_lost_columns(values: Mapping[str, Any], why: str) -> KeyAnswer:
+    """Data sets, and what is to be said of columns that strop would not find in them: they are not carried over."""
+    answer = translated(values)
+    return KeyAnswer(Fate.LEFT, answer.values, answer.why or why) if why else answer
+
+
+def _sources(names: list[str], view: View, known: Mapping[str, str] | None = None) -> tuple[dict[str, Any], str]:
+    """The keys of `dataset` for the data sets of these names, and what is to be said. known: columns that have a name
+    already, which holds for all data sets."""
     info, folder, trouble = _info(view)
-    sources, columns, unread = [], dict[str, str](), list[str]()
+    sources, columns, unread = [], dict(known or {}), list[str]()
     for name in names:
         entry = info.get(name)
         if not isinstance(entry, Mapping):
             return {}, trouble or f"{name} is not in {folder / 'dataset_info.json'}"
         sources.append(_source(entry, folder))
-        unread += _columns(entry, view, columns)
+        own = dict[str, str]()
+        unread += [*_columns(entry, view, own), *_tags(entry)]
+        unread += [f"{column} ({name})" for key, column in own.items() if columns.setdefault(key, column) != column]
     if any(not source for source in sources):
         return {}, "its rows come from a script or another hub"
-    only_file = len(sources) == 1 and set(sources[0]) == {"name"} and Path(sources[0]["name"]).suffix
+    only_file = len(sources) == 1 and set(sources[0]) == {"name"} and Path(sources[0]["name"]).suffix in FILES
     values: dict[str, Any] = {f"dataset.{key}": column for key, column in columns.items()}
     values["dataset.train_file" if only_file else "dataset.sources"] = sources[0]["name"] if only_file else sources
     why = f"strop does not find the columns {', '.join(unread)} by itself: rename them (docs/data.md)" if unread else ""
@@ -222,10 +247,10 @@ def _sources(names: list[str], view: View) -> tuple[dict[str, Any], str]:
 
 def _source(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if isinstance(entry.get("file_name"), str):
-        found["name"] = str(folder / entry["file_name"])
-    elif isinstance(entry.get("hf_hub_url"), str):
+    if isinstance(entry.get("hf_hub_url"), str):  # goes before a file there, too
         found["name"] = entry["hf_hub_url"]
+    elif isinstance(entry.get("file_name"), str):
+        found["name"] = str(folder / entry["file_name"])
     else:
         return {}
     pairs = (("subset", "subset"), ("split", "split"), ("num_samples", "num_samples"))
@@ -240,7 +265,9 @@ def _columns(entry: Mapping[str, Any], view: View, found: dict[str, str]) -> lis
     for theirs, column in given.items() if isinstance(given, Mapping) else ():
         if theirs in NATIVE and column in NATIVE[theirs] and theirs != "kto_tag":
             continue
-        if theirs in told:
+        if theirs == "prompt" and view.given.get("stage") == "pt":
+            unread += [f"{column} (text)"] if column != "text" else []
+        elif theirs in told:
             found[told[theirs]] = str(column)
         elif theirs == "prompt" and isinstance(given, Mapping) and "query" not in given:
             found["prompt_column"] = str(column)
@@ -249,6 +276,16 @@ def _columns(entry: Mapping[str, Any], view: View, found: dict[str, str]) -> lis
         else:
             unread.append(f"{column} ({theirs})")
     return unread
+
+
+def _tags(entry: Mapping[str, Any]) -> list[str]:
+    """The names of keys and roles of turns that strop would not find, of those that `tags` gives."""
+    given = entry.get("tags")
+    return [
+        f"{name} ({theirs})"
+        for theirs, name in (given.items() if isinstance(given, Mapping) else ())
+        if name not in TAGS.get(str(theirs), (name,))
+    ]
 
 
 def _info(view: View) -> tuple[Mapping[str, Any], Path, str]:

@@ -319,7 +319,7 @@ RULES: Rules = {
     "datasets": trl_data.mixture,
     "path": trl_data.path,
     "name": same("dataset.subset"),
-    "split": same("dataset.split"),
+    "split": trl_data.split,
     "data_files": trl_data.data_files,
     "max_length": _max_length,
     "max_seq_length": lambda value, view: (
