@@ -39,3 +39,15 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, on_disk: Callable[..., Any])
     with pytest.raises(DataError, match="No space left"):
         on_disk(3, full, lambda: write_split_files([str(path)], tmp_path / "out", "single"))
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_prompt_as_text_and_as_a_message_is_one_prompt(tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "other"}]}
+        for i in range(21)
+    ]
+    for name, rows in (("a", ROWS), ("b", talks)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs, others = [str(tmp_path / "a.jsonl")], [str(tmp_path / "b.jsonl")]
+    found = write_split_files(inputs, tmp_path / "out", "single", val_inputs=others)
+    assert (found.leaks, found.splits["val.jsonl"]["rows"]) == (20, 1)

@@ -24,6 +24,7 @@ from strop.data.data_report import length_summary
 from strop.data.read.row import Row, RowRefused
 from strop.data.read.sources import SPLIT_FILES, file_source
 from strop.data.shapes.examples import RowColumns, to_example
+from strop.data.shapes.messages import as_turns
 from strop.data.split import held_out
 from strop.data.text.token_rows import is_tokenised, is_tokenised_group
 from strop.durable import published
@@ -253,7 +254,7 @@ class _Sorter:
                 words = [row.data["input_ids"], row.data.get("labels")]
             else:
                 example = to_example(row.data, row.origin, shape, self._how.columns)
-                prompt, words = example.prompt or example.completions[0], _words(example)
+                prompt, words = as_turns(example.prompt) or example.completions[0], _words(example)
         except (RowRefused, RecursionError) as error:
             self._refuse(row, error if isinstance(error, RowRefused) else RowRefused("deep_nesting", DEEP))
             return None

@@ -109,3 +109,22 @@ def test_b1_sources_in_a_file_are_read_and_written_back(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config))
     assert load_config(again).dataset == config.dataset == DatasetSection(sources=config.dataset.sources)
+
+
+def test_a_prompt_as_text_and_as_a_message_is_one_prompt(
+    tmp_path: Path, make_config: Make, make_tokenizer: Make
+) -> None:
+    texts = [{"prompt": f"q {i}", "completion": "x"} for i in range(40)]
+    talks = [
+        {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "x"}]} for i in range(40)
+    ]
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, some in ((a, texts), (b, talks)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    config = make_config(sources=[str(a), str(b)], validation_split=0.3)
+    data = load_data(config, make_tokenizer(), "single")
+    trained, held = ({line for _, line in origins(groups)} for groups in (data.train, data.eval))
+    assert not trained & held and data.report.findings["eval"].leaked_prompts == 0
+    assert data.report.findings["train"].duplicates == len(trained)
+    beside = load_data(make_config(train_file=str(a), val_file=str(b)), make_tokenizer(), "single")
+    assert beside.report.findings["eval"].leaked_prompts == 40

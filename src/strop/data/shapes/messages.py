@@ -13,7 +13,7 @@ from strop.data.read.row import RowRefused
 from strop.data.shapes.json_columns import object_in, parsed
 from strop.data.text.markers import REASONING, REASONING_KEYS
 from strop.data.text.message_forms import thought_and_words
-from strop.types import Message
+from strop.types import Message, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
@@ -81,6 +81,13 @@ def as_context(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     if all(map(is_trained, turns)):
         return turns
     return tuple({key: value for key, value in turn.items() if key != "train"} for turn in turns)
+
+
+def as_turns(prompt: Turns) -> tuple[Message, ...]:
+    """A prompt by which rows are compared: as a text and as one turn of the user it is the same."""
+    if not isinstance(prompt, str):
+        return prompt
+    return ({"role": "user", "content": prompt},) if prompt else ()
 
 
 def _message(message: Any, field: str) -> Message:

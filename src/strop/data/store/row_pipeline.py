@@ -28,6 +28,7 @@ from strop.data.counters import LEFT_OUT
 from strop.data.read.files import parse_line
 from strop.data.read.row import Row, RowRefused
 from strop.data.shapes.examples import RowColumns, to_example
+from strop.data.shapes.messages import as_turns
 from strop.data.store.group_numbers import checked_numbers, unpaired, with_numbers
 from strop.data.store.table import KeptRow, Record, to_table
 from strop.data.text.date import day_of
@@ -360,7 +361,7 @@ def _prompt_words(example: Example | Encoded, encoded: Encoded) -> bytes:
     if isinstance(example, Encoded) or not example.prompt:
         ids = [*encoded.prompt_ids, *encoded.sides[0].ids] if not isinstance(example, Encoded) else encoded.prompt_ids
         return json.dumps(ids).encode()
-    return json.dumps(example.prompt, sort_keys=True, default=str).encode()
+    return json.dumps(as_turns(example.prompt), sort_keys=True, default=str).encode()
 
 
 def _code() -> str:
