@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from strop.data.read.arrow import NOT_READ
+from strop.data.read.arrow import NOT_READ, RowMaker
 from strop.data.read.sources import choose_sources
 from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.store.row_pipeline import RowPipeline
@@ -339,3 +340,23 @@ def test_a_column_of_bytes_is_no_text(tmp_path: Path, make_config: Make) -> None
     assert [row.data for row in choose_sources(
         make_config(name=str(tmp_path / "rows.parquet")).dataset, "single").train[0].read()
     ] == [{"prompt": NOT_READ}]  # fmt: skip
+
+
+def test_decimals_are_numbers() -> None:
+    tenths, wholes = pa.decimal128(4, 1), pa.decimal128(4, 0)
+    table = pa.table(
+        {
+            "rewards": pa.array([[Decimal("0.5"), None]], pa.list_(tenths)),
+            "label": pa.array([Decimal(1)], wholes),
+            "meta": pa.array([{"score": Decimal("2.5")}], pa.struct([("score", tenths)])),
+        }
+    )
+    (row,) = RowMaker(table.schema).rows(table)
+    assert row == {"rewards": [0.5, None], "label": 1, "meta": {"score": 2.5}}
+    assert not any(isinstance(value, Decimal) for value in (row["label"], *row["rewards"]))
+
+
+def test_views_of_lists_are_lists() -> None:
+    tool = pa.struct([("name", pa.string()), ("strict", pa.bool_())])
+    table = pa.table({"tools": pa.array([[{"name": "add", "strict": None}]], pa.list_view(tool))})
+    assert RowMaker(table.schema).rows(table) == [{"tools": [{"name": "add"}]}]

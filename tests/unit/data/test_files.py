@@ -135,3 +135,27 @@ def test_parquet_rows_come_as_they_were_written(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="cannot be read"):
         list(read_parquet(str(path)))
+
+
+def test_one_object_over_several_lines_is_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    # the last of these lines would be a row, and the others broken
+    path.write_text('{"version": 1, "data": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n")
+    with pytest.raises(DataError, match="one JSON object with 'version', 'data'"):
+        list(read_json(str(path)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.data for row in read_json(str(path))] == rows
+    path.write_text(json.dumps(rows[0], indent=1))
+    with pytest.raises(DataError, match="JSON Lines: one object on every line"):
+        list(read_json(str(path)))
+    path.write_text("{\n" + json.dumps(rows[0]))
+    assert [row.data for row in read_json(str(path))] == [None, rows[0]]
+
+
+def test_a_table_with_one_name_twice_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "rows.parquet")
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.table(columns, names=["prompt", "completion", "completion"]), path)
+    with pytest.raises(DataError, match="two columns are named 'completion'"):
+        list(read_parquet(path))

@@ -6,6 +6,7 @@ keys of all others, null where a row had none; and it holds the bytes of images 
     nulls below WITHOUT_NULLS              taken out: a schema or an argument that a row does not have is not null
     JSON (the type of Arrow)               read; a null that it holds is the row's own
     maps                                   objects; `to_pylist` gives pairs
+    decimals                               numbers, as JSON has them
     columns of bytes                       not read: `NOT_READ` stands in their place
 """
 
@@ -76,7 +77,9 @@ def _look(kind: Any, leaves: set[bool], names: set[str]) -> None:
 
 
 def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    types = pa.types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(is_list or types.is_list_view(kind) or types.is_large_list_view(kind))
 
 
 def _convert(kind: Any, drops_nulls: bool) -> Convert | None:
@@ -86,6 +89,8 @@ def _convert(kind: Any, drops_nulls: bool) -> Convert | None:
     if _is_list(kind):
         item = _convert(kind.value_type, drops_nulls)
         return None if item is None else _each(item)
+    if pa.types.is_decimal(kind):  # SQL engines write 0.5 as one
+        return float if kind.scale > 0 else int
     if pa.types.is_map(kind):
         return _map(_convert(kind.item_type, drops_nulls), drops_nulls)
     if not pa.types.is_struct(kind):

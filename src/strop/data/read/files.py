@@ -166,6 +166,7 @@ def read_json(path: str) -> Iterator[Row]:
     with _open(path) as file:
         content = file.read().removeprefix(BOM)
     if not content.lstrip().startswith(b"["):
+        _refuse_one_object(content, path)
         yield from jsonl_rows(io.BytesIO(content), path)
         return
     try:
@@ -176,6 +177,29 @@ def read_json(path: str) -> Iterator[Row]:
             "the file is not UTF-8", where=f"{path}:{line}", expected="UTF-8 text", fix="convert the file to UTF-8"
         ) from error
     yield from _array_rows(text, path)
+
+
+def _refuse_one_object(content: bytes, path: str) -> None:
+    """One object over several lines is no JSON Lines, whose lines would be refused one by one, or be rows by chance."""
+    first, end, _ = content.lstrip().partition(b"\n")
+    try:
+        if not end or isinstance(_ANY.decode(decoded(first)), dict):
+            return
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = _ANY.decode(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return  # its lines say what is wrong
+    if not isinstance(found, dict):
+        return
+    names = ", ".join(repr(str(name)[:40]) for name in list(found)[:8])
+    raise DataError(
+        "the file is one JSON object" + (f" with {names}" if names else ""),
+        where=path,
+        expected="a JSON array of objects, or JSON Lines: one object on every line",
+        fix="write the list of rows that is in it to a file of its own",
+    )
 
 
 def _array_rows(text: str, path: str) -> Iterator[Row]:
@@ -252,12 +276,7 @@ def _csv_rows(reader: Any, path: str) -> Iterator[Row]:
             last = reader.line_num
             if header is None:
                 header = values
-                if twice := next((name for name in header if header.count(name) > 1), None):
-                    raise DataError(
-                        f"two columns are named {twice!r}",
-                        where=f"{path}:{origin.line}",
-                        expected="a header line in which every name stands once",
-                    )
+                _refuse_doubles(header, f"{path}:{origin.line}", "a header line")
             elif not values:
                 yield Row(origin)
             elif len(values) != len(header):
@@ -275,6 +294,13 @@ def _csv_rows(reader: Any, path: str) -> Iterator[Row]:
         ) from error
 
 
+def _refuse_doubles(names: list[str], where: str, what: str) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(
+            f"two columns are named {twice!r}", where=where, expected=f"{what} in which every name stands once"
+        )
+
+
 def read_parquet(path: str) -> Iterator[Row]:
     """Parquet; the line of a row is its number, from 1."""
     import pyarrow
@@ -283,6 +309,7 @@ def read_parquet(path: str) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _refuse_doubles(file.schema_arrow.names, path, "a table")
             maker = RowMaker(file.schema_arrow)
             # a name with a dot would be taken for a path, so columns are named only where some are left out
             columns = maker.columns if len(maker.columns) < len(maker.schema) else None
