@@ -323,3 +323,9 @@ def test_a_key_twice_in_a_text_that_is_no_message_is_text() -> None:
 def test_objects_of_nulls_alone_say_nothing(more: Row) -> None:
     part = {"type": "text", "text": "q", "image_url": {"url": None}}
     assert read({"messages": [u([part]), a("x", **more)]}) == read({"messages": [u("q"), a("x")]})
+
+
+@pytest.mark.parametrize("column", ["answer", "response", "output"])
+def test_an_answer_that_is_no_text_is_named_as_the_row_names_it(column: str) -> None:
+    refusal = refused({"question": "1 + 1?", column: 2})
+    assert refusal.found.startswith(f"{column} is 2")

@@ -19,7 +19,7 @@ from typing import Any
 
 from strop.data.read.row import RowRefused
 from strop.data.shapes.json_columns import parsed
-from strop.data.shapes.messages import text_of
+from strop.data.shapes.messages import text_of, wrong_type
 from strop.types import RowShape
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -125,6 +125,8 @@ def _question(data: Mapping[str, Any], rows: RowShape, prompt: str, completions:
     history = _history(data.get("history"))
     row = {**data, prompt: [*history, {"role": "user", "content": text}] if history else text}
     if rows == "single" and completions[0] not in data:
+        if not isinstance(data[answer], str | list | tuple):
+            raise wrong_type(answer, data[answer], "a text or a list of messages")
         row[completions[0]] = text_of(data[answer], answer) if isinstance(data[answer], str) else data[answer]
     return row
 
