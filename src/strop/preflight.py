@@ -90,13 +90,14 @@ def _problems(
                 check_adapter(model)
         except StropError as error:
             yield error
-    reference = getattr(config.post_training, "ref_model_id", None)
-    if reference is not None:
-        try:
-            check_files(ModelSection(huggingface_id=reference))
-        except StropError as error:
-            where = f"reference {error.where}"
-            yield type(error)(error.found, where=where, expected=error.expected, fix=error.fix)
+    for key, role in (("ref_model_id", "reference"), ("teacher_model_id", "teacher")):
+        other = getattr(config.post_training, key, None)
+        if other is not None:
+            try:
+                check_files(ModelSection(huggingface_id=other))
+            except StropError as error:
+                where = f"{role} {error.where}"
+                yield type(error)(error.found, where=where, expected=error.expected, fix=error.fix)
     for reward in config.rewards:
         if reward.name.startswith(MODEL_PREFIX):
             try:

@@ -36,6 +36,11 @@ def adapter(folder: Path) -> Path:
     return folder
 
 
+def answers(file: Path) -> Path:
+    file.write_text(json.dumps({"prompt": "q", "completion": "yes"}) + "\n")
+    return file
+
+
 WRONG: dict[str, tuple[Any, type[StropError], str]] = {
     "a model": (lambda f, m: {"models": [{"huggingface_id": str(f / "none")}]}, ModelError, "there is no such folder"),
     "a model that is a file": (
@@ -53,6 +58,15 @@ WRONG: dict[str, tuple[Any, type[StropError], str]] = {
         "there is no adapter_model.safetensors",
     ),
     "a reference": (lambda f, m: {"post_training.ref_model_id": "./none"}, ModelError, "reference model none (./none)"),
+    "a teacher": (
+        lambda f, m: {
+            "post_training.method": "distill",
+            "post_training.teacher_model_id": "./none",
+            "dataset.train_file": str(answers(f / "answers.jsonl")),
+        },
+        ModelError,
+        "teacher model none (./none)",
+    ),
     "a file": (lambda f, m: {"dataset.train_file": "none.jsonl"}, DataError, "there is no such file"),
     "a validation file": (lambda f, m: {"dataset.val_file": "none.jsonl"}, DataError, "there is no such file"),
     "split files": (

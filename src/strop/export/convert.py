@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from strop.durable import to_json
 from strop.errors import ModelError, foreign_errors
 from strop.export.consolidated import Consolidated
-from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy_files, new_folder
+from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy_files, new_folder, templates
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
 from strop.export.params_json import layout_of, params_of
 from strop.export.pth import write_pth
@@ -71,7 +71,8 @@ def to_consolidated(source: str, target: Path) -> None:
     with new_folder(target) as folder, _named(where):
         write_pth(folder / FIRST, specs, _as_consolidated(shards, specs, layout))
         (folder / PARAMS).write_text(to_json(params_of(config, files.config), indent=2), encoding="utf-8")
-        copy_files(SMALL_FILES, files.source, files.revision, where, folder)
+        small = (*SMALL_FILES, *templates(files.source, files.revision))
+        copy_files(small, files.source, files.revision, where, folder)
     _tell_tokenizer(target, where)
 
 
@@ -119,7 +120,8 @@ def to_transformers(source: str, target: Path) -> None:
                 for name in part:
                     writer.write(name, layout.to_transformers(names[name], found.tensor(names[name])))
         write_index(folder, parts)
-        copy_files(SMALL_FILES, str(found.folder), None, found.where, folder)
+        small = (*SMALL_FILES, *templates(str(found.folder)))
+        copy_files(small, str(found.folder), None, found.where, folder)
         seal(folder, 0, {})
     _tell_tokenizer(target, found.where)
 

@@ -15,11 +15,13 @@ from filelock import FileLock
 
 from strop.cachedir import cache_folder
 from strop.config import RunConfig
+from strop.export.folders import templates
 from strop.policy.model.consolidated_files import PARAMS, check_consolidated, consolidated_folder
 
 log = logging.getLogger("strop")
 
-REFERENCE = "post_training.ref_model_id"
+BESIDE = ("ref_model_id", "teacher_model_id")
+"""Keys of `post_training` that name a model beside the one that trains."""
 
 
 def with_converted(config: RunConfig, model_index: int | None = None) -> RunConfig:
@@ -39,9 +41,10 @@ def with_converted(config: RunConfig, model_index: int | None = None) -> RunConf
     )
     if models != config.models:
         config = config.with_values({"models": models}, config.origins.get("models.0.huggingface_id", "given"))
-    reference = getattr(config.post_training, "ref_model_id", None)
-    if reference is not None and (found := in_transformers(reference)) != reference:
-        config = config.with_values({REFERENCE: found}, config.origins.get(REFERENCE, "given"))
+    for name in BESIDE:
+        other, key = getattr(config.post_training, name, None), f"post_training.{name}"
+        if other is not None and (found := in_transformers(other)) != other:
+            config = config.with_values({key: found}, config.origins.get(key, "given"))
     return config
 
 
@@ -54,7 +57,7 @@ def in_transformers(model_id: str) -> str:
     from strop.export.convert import SMALL_FILES, to_transformers  # imports peft and takes long; few models need it
 
     root = cache_folder("models", must_keep=True)
-    target = root / _digest(folder, SMALL_FILES)
+    target = root / _digest(folder, (*SMALL_FILES, *templates(str(folder))))
     with FileLock(root / f"{target.name}.lock"):
         if not target.is_dir():
             log.info("%s: converting it to transformers' layout, once; it is kept in %s", folder, target)

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from strop.config.sections import ModelSection
 from strop.disk import ensure_space, refuse_in_the_way, unusable
 from strop.durable import published
 from strop.errors import CheckpointError
 from strop.policy.model.folder import GENERATION, fetch, place_of, source_of
+from strop.policy.model.folder_safety import TEMPLATES
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,9 +26,20 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
     "chat_template.jinja",
 )
-"""What tokenizers of transformers consist of; a model has some of them."""
+"""What tokenizers of transformers consist of; a model has some of them, and the templates of `templates`."""
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+"""By which a model reads images and sound; the text model inside of it is trained, and the rest stays as it was."""
 SMALL_FILES = 2**24
 """Bytes for all files but the weights, at most."""
 
@@ -80,7 +94,22 @@ def copy_files(names: Iterable[str], source: str, revision: str | None, where: s
     """Copy those of these files that a model has. source: a folder or a hub id."""
     for name in names:
         if (file := fetch(source, name, revision, where, optional=True)) is not None:
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target / name)
+
+
+def templates(source: str, revision: str | None = None) -> list[str]:
+    """The files of the chat templates that a tokenizer has beside its default one, such as one for tools."""
+    if os.path.isdir(source):
+        found = [path.stem for path in Path(source, TEMPLATES).glob("*.jinja")]
+    else:
+        from transformers.utils.hub import list_repo_templates  # slow to import, and needed for the hub alone
+
+        try:
+            found = list_repo_templates(source, local_files_only=constants.HF_HUB_OFFLINE, revision=revision)
+        except (OSError, ValueError):  # as `fetch` has it: none can be had
+            found = []
+    return sorted(f"{TEMPLATES}/{name.removesuffix('.jinja')}.jinja" for name in found)
 
 
 def copy_tokenizer(model: ModelSection, target: Path) -> None:
@@ -90,6 +119,6 @@ def copy_tokenizer(model: ModelSection, target: Path) -> None:
     adapter, base = source_of(model.adapter), source_of(model.huggingface_id)
     has_own = fetch(adapter, "tokenizer.json", None, where, optional=True) is not None
     source, revision = (adapter, None) if has_own else (base, model.revision)
-    copy_files(TOKENIZER_FILES, source, revision, where, target)
-    copy_files([GENERATION], base, model.revision, where, target)
+    copy_files((*TOKENIZER_FILES, *templates(source, revision)), source, revision, where, target)
+    copy_files([*PROCESSOR_FILES, GENERATION], base, model.revision, where, target)
     copy_files([GENERATION], adapter, None, where, target)  # in place of the base's

@@ -17,7 +17,7 @@ import strop
 from strop.cli import main
 from strop.errors import ModelError
 from strop.export.convert import to_consolidated
-from strop.export.converted_bases import in_transformers
+from strop.export.converted_bases import in_transformers, with_converted
 
 
 @pytest.fixture
@@ -89,6 +89,23 @@ def test_the_reference_may_be_one(place: Path) -> None:
     strop.train(strop.load_config(overrides=keys))
     (first, *_) = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_another_template_is_another_model_and_is_copied(place: Path) -> None:
+    first = in_transformers(str(place / "meta"))
+    (place / "meta/additional_chat_templates").mkdir()
+    (place / "meta/additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    second = in_transformers(str(place / "meta"))
+    assert second != first and Path(second, "additional_chat_templates/tool_use.jinja").is_file()
+    to_consolidated(second, place / "again")
+    assert (place / "again/additional_chat_templates/tool_use.jinja").is_file()
+
+
+def test_the_teacher_may_be_one(place: Path) -> None:
+    settings = {"method": "distill", "teacher_model_id": str(place / "meta")}
+    keys = {"models": [{"huggingface_id": str(place / "hf")}], "post_training": settings}
+    found = with_converted(strop.load_config(overrides=keys))
+    assert Path(found.post_training.teacher_model_id, "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "params.json"])
