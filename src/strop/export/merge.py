@@ -24,7 +24,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError, foreign_errors
 from strop.export.converted_bases import in_transformers
 from strop.export.folders import check_output, check_room, copy_tokenizer, new_folder
-from strop.export.merged_weights import in_files, linear_products, merged_weights, parted_head
+from strop.export.merged_weights import effective, in_files, linear_products, merged_weights, parted_head, stored_head
 from strop.export.proof import (
     PROMPTS,
     Answers,
@@ -74,12 +74,13 @@ class Merged:
 
     weights: those that the adapter changed, by their names in the base's files. head: a head that the files lack, of a
     reward model whose base is a language model, or of a model that shared it with the embedding, where the adapter made
-    the two differ; else empty. products, answers: of the model with its adapter. moved: how far the adapter moves
-    logits. made_from: a hash of base and adapter."""
+    the two differ; else empty. parted: whether it made them differ. products, answers: of the model with its adapter.
+    moved: how far the adapter moves logits. made_from: a hash of base and adapter."""
 
     loaded: LoadedModel
     weights: dict[str, Tensor]
     head: Mapping[str, Tensor]
+    parted: bool
     products: dict[str, tuple[Tensor, Tensor]]
     answers: Answers
     moved: float
@@ -183,13 +184,18 @@ def _merged(
     weights |= merged_weights(adapted, where)
     parted = parted_head(adapted, was_tied)
     head_name = f"{(head_names(module) or ['lm_head'])[0]}.weight"
+    added = {}
     if was_tied:
         weights.pop(head_name, None)
-    added = {} if parted is None else {head_name: parted}
+        own = effective(module.get_output_embeddings())
+        if stored_head(module, head_name, own, names, where):  # some files hold the shared weights twice
+            weights[head_name] = own
+        elif parted is not None:
+            added = {head_name: parted}
     if judges and head_name not in names:  # its base is a language model
         added = {head_name: weights.pop(head_name)}
     placed = in_files(adapted.get_base_model(), weights, names, where)
-    return Merged(loaded, placed, added, products, answers, moved, digest)
+    return Merged(loaded, placed, added, parted is not None, products, answers, moved, digest)
 
 
 def _tokenizer(folder: Path, *, judges: bool, needs_weights: bool = True) -> PreTrainedTokenizerBase:
@@ -212,7 +218,7 @@ def _write(
     """The base's files with merged weights in them, and the configuration that belongs to them. usual: dtype of what
     was quantised, where `dtype` says nothing."""
     config, judges = made.loaded.config, is_reward_model(made.loaded.module)
-    if made.head and not judges:
+    if made.parted:
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
         log.info(

@@ -70,7 +70,8 @@ def merged_weights(adapted: PeftModel, where: str) -> dict[str, Tensor]:
                 changed[f"{name}.{key}"] = weight.detach()
     if adapted.peft_config[ADAPTER].bias != "none":
         biases = {plain_name(name): weight for name, weight in base.named_parameters() if name.endswith(".bias")}
-        changed |= {name: bias.detach() for name, bias in biases.items() if ".lora_" not in name}
+        not_here = (".lora_", ".modules_to_save.", ".original_module.")  # of parts that are saved whole: they are above
+        changed |= {n: bias.detach() for n, bias in biases.items() if not any(part in n for part in not_here)}
     return changed
 
 
@@ -108,16 +109,27 @@ def parted_head(adapted: PeftModel, was_tied: bool) -> Tensor | None:
     if not was_tied:
         return None
     base = adapted.get_base_model()
-    head, embedding = (_effective(part) for part in (base.get_output_embeddings(), base.get_input_embeddings()))
+    head, embedding = (effective(part) for part in (base.get_output_embeddings(), base.get_input_embeddings()))
     return None if head is embedding or torch.equal(head, embedding) else head
 
 
-def _effective(part: nn.Module) -> Tensor:
+def effective(part: nn.Module) -> Tensor:
+    """The weights of an embedding or a head, after `merged_weights`, whatever peft has put around it."""
     if isinstance(part, ModulesToSaveWrapper):
         part = part.modules_to_save[ADAPTER]
     weight = _innermost(_with_adapter(part)).weight
     assert isinstance(weight, Tensor)
     return weight.detach()
+
+
+def stored_head(module: PreTrainedModel, name: str, weight: Tensor, names: set[str], where: str) -> bool:
+    """Whether the files hold a head that is the embedding, as some do: both would have to change then.
+
+    Args:
+        name, weight: of the head in the module. names: of all tensors in its files.
+    """
+    with foreign_errors(lambda why: ModelError(f"its head cannot be named as in its files: {why}", where=where)):
+        return not names.isdisjoint(revert_weight_conversion(module, {name: weight}))
 
 
 def in_files(module: PreTrainedModel, weights: Mapping[str, Tensor], names: set[str], where: str) -> dict[str, Tensor]:

@@ -135,6 +135,42 @@ def test_a_tied_head_stays_tied_unless_the_adapter_parts_it(
     assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is not parts
 
 
+@pytest.mark.parametrize(
+    ("lora", "parts"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+    ],
+    ids=["embedding", "tokens", "saved"],
+)
+def test_files_that_hold_a_tied_head_beside_the_embedding(
+    lora: dict[str, Any], parts: bool, make: Any, make_model: Any, tmp_path: Path
+) -> None:
+    """As those of Qwen3-0.6B do: both change, and neither of another tensor's place."""
+    base, adapter = make(make_model(tie_word_embeddings=True), **lora)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert not merge.merge(str(adapter), tmp_path / "merged").failed
+    same_answers(base, adapter, tmp_path / "merged", 1e-5)
+    after = load_file(tmp_path / "merged/model.safetensors")
+    assert after.keys() == weights.keys()
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"]) is not parts
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is not parts
+
+
+def test_what_a_tokenizer_and_a_processor_consist_of_is_copied(make: Any, make_model: Any, tmp_path: Path) -> None:
+    base, adapter = make(make_model(), target_modules=["q_proj"])
+    small = ("additional_chat_templates/tool_use.jinja", "preprocessor_config.json", "spiece.model")
+    (base / "additional_chat_templates").mkdir()
+    for name in small:
+        (base / name).write_text("{}")
+    merge.merge(str(adapter), tmp_path / "merged")
+    assert all((tmp_path / "merged" / name).is_file() for name in small)
+    assert small[0] in json.loads((tmp_path / "merged/MANIFEST.json").read_text())["files"]
+
+
 FAMILIES = {
     "gpt2": (
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1)),
@@ -158,6 +194,14 @@ def test_families(family: str, make: Any, tmp_path: Path) -> None:
     assert not merge.merge(str(adapter), tmp_path / "merged").failed
     same_answers(base, adapter, tmp_path / "merged", 1e-5)
     assert load_file(tmp_path / "merged/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_biases_of_the_model_and_of_what_is_saved_whole(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    build, lora = FAMILIES["gpt2"]
+    base, adapter = make(build(), **lora, modules_to_save=["ln_f"], bias="all")
+    assert not merge.merge(str(adapter), tmp_path / "merged").failed
+    same_answers(base, adapter, tmp_path / "merged", 1e-5)
 
 
 def test_shards_stay_as_they_were(make: Any, make_model: Any, tmp_path: Path) -> None:
