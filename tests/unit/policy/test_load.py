@@ -33,6 +33,7 @@ from strop.config.sections import ModelSection
 from strop.errors import ModelError
 from strop.policy.build import build_policy
 from strop.policy.model import tokenizer_patterns
+from strop.policy.model.deferred_weights import DeferredWeights, TensorSource
 from strop.policy.model.folder import inspect_config
 from strop.policy.model.load import load_model
 from strop.policy.model.shape_check import check_shapes
@@ -60,6 +61,14 @@ def test_programs_load_a_tokenizer_and_a_model_by_one_short_name(model_dir: Path
     tokenizer, loaded = parts.load_tokenizer(section), parts.load_model(section, dtype=torch.float32)
     assert isinstance(loaded, parts.LoadedModel)
     check_vocabulary(tokenizer, loaded.module, "here")
+
+
+def test_no_rows_of_a_tensor_that_stays_in_its_file(tmp_path: Path) -> None:
+    """What the second process has of a matrix with one row, such as the head of a reward model."""
+    save_file({"score.weight": torch.ones(1, 4)}, tmp_path / "model.safetensors")
+    waiting = DeferredWeights([tmp_path / "model.safetensors"], "here")
+    assert waiting.read(TensorSource("score.weight", torch.float32), 1, 1).shape == (0, 4)
+    assert waiting.read(TensorSource("score.weight", torch.float32), 0, 1).tolist() == [[1.0] * 4]
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -189,6 +198,8 @@ class Canary:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_pickles_are_refused_and_not_opened(name: str, model_dir: Path, tmp_path: Path) -> None:
     (model_dir / "model.safetensors").unlink()
+    for other in ("training_args.bin", "optimizer.pt", "rng_state_0.pth"):  # of the Trainer, and none of the model
+        (model_dir / other).write_bytes(b"")
     assert "there are no weights" in refusal(lambda: load(model_dir))
     (model_dir / name).write_bytes(pickle.dumps(Canary(tmp_path / "PWNED")))
     assert "pickles" in refusal(lambda: load(model_dir))

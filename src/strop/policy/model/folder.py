@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ GENERATION = "generation_config.json"
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Dtypes of weights that are not quantised: safetensors' names -> torch's."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_OF_A_TRAINING = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.(bin|pt)|rng_state(_\d+)?\.pth")
+"""Names of pickles that transformers' Trainer leaves beside a model, which are none of its weights."""
 _STRIPPED = ("auto_map", "trust_remote_code", "custom_pipelines")
 _DROPPED = ("attn_implementation", "experts_implementation", "fusion_config", "distributed_config", "kernel_config")
 _MODEL_FOLDER = "a folder with config.json, *.safetensors and tokenizer.json"
@@ -168,8 +171,13 @@ def adapter_files(adapter: str, where: str) -> tuple[Path, Path]:
 def has_weights(folder: str) -> bool:
     """Whether any file of the folder is one of weights, or a list of such files."""
     return any(
-        f.suffix in (".safetensors", *_PICKLED) or f.name.endswith(".index.json") for f in Path(folder).iterdir()
+        f.suffix == ".safetensors" or f.name.endswith(".index.json") or _is_pickled(f) for f in Path(folder).iterdir()
     )
+
+
+def _is_pickled(file: Path) -> bool:
+    """Whether a file is one of weights that are pickles, by its name."""
+    return file.suffix in _PICKLED and _OF_A_TRAINING.fullmatch(file.name) is None
 
 
 def _in_cache(source: str, revision: str | None, where: str) -> bool:
@@ -353,7 +361,7 @@ def _weight_files(source: str, revision: str | None, where: str) -> tuple[Path, 
 
 def _no_safetensors(source: str, revision: str | None, where: str) -> ModelError:
     if os.path.isdir(source):
-        pickled = sorted(f.name for f in Path(source).iterdir() if f.suffix in _PICKLED)
+        pickled = sorted(f.name for f in Path(source).iterdir() if _is_pickled(f))
     else:
         names = ("pytorch_model.bin", "pytorch_model.bin.index.json")
         pickled = [n for n in names if fetch(source, n, revision, where, optional=True) is not None]
