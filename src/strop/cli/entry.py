@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "strop") -> int:
             complain(
                 f"stopped after step {stop.step} by finetuning.stop_on: {stop.finding}: {stop.claim}\n"
                 f"saved in {stop.checkpoint}; report.html beside it says what to try\n"
-                f"to go on all the same: {_resume(arguments, prog)} --finetuning.stop-on '[]'"
+                f"to go on all the same: {_resume(_without_stop_on(arguments), prog)} --finetuning.stop-on '[]'"
             )
         return FOUND
     except Interrupted as stop:
@@ -147,6 +147,19 @@ def _instead_of(command: str, arguments: list[str]) -> str:
     if (method := command.lower()) in METHODS:
         return f"strop train --config FILE --method {method} trains by it, strop methods {method} explains it"
     return instead_of(command) or did_you_mean(command, COMMANDS, "strop ")
+
+
+def _without_stop_on(arguments: Sequence[str]) -> list[str]:
+    """A command line without the key, which must not be given twice."""
+    kept: list[str] = []
+    follows = False  # whether a word without a dash would be its value
+    for token in arguments:
+        name, equals, _ = token.partition("=")
+        is_key = name.startswith("--") and name[2:].replace("-", "_") in ("stop_on", "finetuning.stop_on")
+        if not (is_key or (follows and not token.startswith("--"))):
+            kept.append(token)
+        follows = is_key and not equals
+    return kept
 
 
 def _resume(arguments: Sequence[str], prog: str) -> str:
