@@ -108,8 +108,13 @@ def _check_adapter(folder: Path, run: str) -> None:
         why, expected = "it holds no weights of an adapter", "tensors base_model..., as peft saves them"
         raise ModelError(foreign + why, where=run, expected=expected, fix=AGAIN)
     ranks = {settings.get("r"), *(settings.get("rank_pattern") or {}).values()}
+    holders = [name.rpartition(".")[0] for name in settings.get("target_parameters") or ()]
+    fused = tuple(f".{name}" if name else "" for name in holders)  # peft takes the name of the weight alone, too
     for name, tensor in stored.items():
-        if name.endswith(".lora_A.weight") and tensor.shape[0] not in ranks:
+        layer, of_a, _ = name.partition(".lora_A.weight")
+        if not of_a or layer.removesuffix(".base_layer").endswith(fused):  # of experts: the rank times their number
+            continue
+        if tensor.shape[0] not in ranks:
             why, expected = f"{name} has the rank {tensor.shape[0]}", f"weights of the rank {settings.get('r')}"
             raise ModelError(foreign + why, where=run, expected=expected, fix=AGAIN)
 

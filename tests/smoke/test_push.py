@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from strop.cli import main
 from strop.config.layers import load_config
-from strop.errors import ConfigError
+from strop.errors import ConfigError, ModelError
 from strop.manifest import seal
+from strop.push import _check_weights
 
 TOKEN = "hf_" + "a1B2c3D4e5" * 3
 
@@ -205,6 +206,21 @@ def test_weights_that_nobody_could_load_are_not_pushed(
     base = ("--base", "org/base") if is_adapter else ()
     assert main(["push", str(folder), "--repo", "me/model", *base]) == 1
     assert words in capsys.readouterr().err and not hub.made and not hub.files
+
+
+def test_weights_of_experts_have_the_rank_for_each(tmp_path: Path) -> None:
+    """As peft saves what lora.target_parameters names."""
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    names = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **names}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    layer = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 8)}
+    fused = {f"{experts}.lora_A.weight": torch.ones(16, 8), f"{experts}.base_layer.lora_A.weight": torch.ones(16, 8)}
+    save_file({**layer, **fused}, tmp_path / "adapter_model.safetensors")
+    _check_weights(tmp_path, "here")
+    save_file({name: torch.ones(3, 8) for name in layer} | fused, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="has the rank 3"):
+        _check_weights(tmp_path, "here")
 
 
 PUSHED = {"training.push_to_hub": True, "training.max_steps": 1}
