@@ -18,7 +18,7 @@ import pytest
 
 from strop import cli
 from strop.engine.progress import StopSignal
-from strop.errors import ConfigError, DataError, GoneError, Interrupted, LostError
+from strop.errors import ConfigError, DataError, GoneError, Interrupted, LostError, StoppedByFinding
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -214,6 +214,33 @@ def test_an_interrupted_run_says_how_to_go_on(
     calls.error = None
     assert cli.main(again.replace("'", "").split()[1:]) == 0  # what it says works
     assert calls[-1][2]["resume"] == "auto"
+
+
+@pytest.mark.parametrize("given", ["--finetuning.stop-on drift", "--stop-on=drift", "--finetuning.stop_on=drift"])
+def test_the_way_on_after_a_finding_names_the_key_once(
+    given: str, config: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls.error = StoppedByFinding(7, "outputs/a/checkpoint-7", "drift", "it drifts")
+    assert cli.main(["train", *given.split(), "--config", "c.yaml"]) == 3
+    way_on = capsys.readouterr().err.partition("all the same: strop ")[2].strip()
+    assert way_on == "train --config c.yaml --resume --finetuning.stop-on '[]'"
+    calls.error = None
+    assert cli.main(way_on.replace("'", "").split()) == 0
+
+
+@pytest.mark.parametrize("command", ["convert --to consolidated SRC", "prepare --input SRC"])
+def test_a_folder_of_the_home_directory(
+    command: str, tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves the ~ of --output-dir=~/models as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "q", "completion": "a"}\n' * 2)
+    (tmp_path / "taken").write_text("")
+    source = str(model_dir if "convert" in command else rows)
+    assert cli.main([*command.replace("SRC", source).split(), "--output-dir=~/taken"]) == 1
+    assert str(tmp_path / "taken") in capsys.readouterr().err
 
 
 def test_the_way_on_names_the_program(

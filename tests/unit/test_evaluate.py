@@ -310,3 +310,11 @@ def test_the_ends_of_an_interval_have_the_digits_in_which_they_differ(low: float
     entry = {"value": (low + high) / 2, "interval": [low, high]}
     table = {"rows": 2, "reference": None, "level": 0.95, "models": [{"model": "m", "metrics": {"loss": entry}}]}
     assert shown in list(in_words(table))[-1]
+
+
+@pytest.mark.parametrize("flag", ["--limit=3", "--num-fewshot=0", "--apply-chat-template"])
+def test_a_flag_of_tasks_without_tasks_is_refused_however_it_is_written(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "model", "--data", "rows.jsonl", flag]) == 1
+    assert f"{flag.partition('=')[0]} belongs to tasks, and --tasks is missing" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
         if not value:
             raise ConfigError(f"{name} is missing", fix="see strop convert --help")
     log_to_terminal("info")
-    target = Path(options.output_dir)
+    target = Path(options.output_dir).expanduser()
     check_converts(options.source, options.to)  # before imports that take seconds
     check_output(target, (options.source,))
 

@@ -82,8 +82,9 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("no model and no run is given", fix="strop eval outputs/NAME --data FILE")
     if options.model_index is not None:
         raise ConfigError("--model-index: the models are those that are named", fix="leave it out")
-    target = None if options.output is None else Path(options.output)
-    if options.tasks is None and (given := [flag for flag in (*OF_TASKS, CHAT) if flag in arguments]):
+    target = None if options.output is None else Path(options.output).expanduser()
+    of_tasks = [flag for flag in (*OF_TASKS, CHAT) if getattr(options, flag[2:].replace("-", "_")) not in (None, False)]
+    if options.tasks is None and (given := of_tasks):
         raise ConfigError(f"{given[0]} belongs to tasks, and --tasks is missing", fix="strop eval MODEL --tasks NAME")
     has_rows = options.tasks is None or options.data is not None or options.config is not None
 

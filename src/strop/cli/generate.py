@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     log_to_terminal("warning")
 
-    target = None if options.output is None else Path(options.output)
+    target = None if options.output is None else Path(options.output).expanduser()
     check_named(options.source)  # before imports that take seconds
     if target is not None:
         check_target(target)

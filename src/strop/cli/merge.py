@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
     if not options.output_dir:
         raise ConfigError("--output-dir is missing", fix="see strop merge --help")
     log_to_terminal("info")
-    target = Path(options.output_dir)
+    target = Path(options.output_dir).expanduser()
     check_merges(options.source, options.base)  # before imports that take seconds
     check_output(target, (options.source,))
 

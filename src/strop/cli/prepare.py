@@ -74,7 +74,7 @@ def _prepare(options: argparse.Namespace) -> list[str]:
     from strop.data.shapes.examples import RowColumns
     from strop.data.split_files import write_example_files, write_split_files
 
-    method, folder = options.example or options.method, Path(options.output_dir)
+    method, folder = options.example or options.method, Path(options.output_dir).expanduser()
     share = {"val_fraction": options.val_fraction, "seed": options.seed, "keep_duplicates": options.keep_duplicates}
     if options.example:
         result = write_example_files(method, folder, **share)
