@@ -14,7 +14,7 @@ from strop.config.sections import ModelSection
 from strop.disk import ensure_space, refuse_in_the_way, unusable
 from strop.durable import published
 from strop.errors import CheckpointError
-from strop.policy.model.folder import GENERATION, fetch, place_of, source_of
+from strop.policy.model.folder import GENERATION, PROCESSOR_FILES, fetch, place_of, source_of
 from strop.policy.model.folder_safety import TEMPLATES
 
 TOKENIZER_FILES = (
@@ -33,13 +33,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """What tokenizers of transformers consist of; a model has some of them, and the templates of `templates`."""
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.json",
-)
-"""By which a model reads images and sound; the text model inside of it is trained, and the rest stays as it was."""
 SMALL_FILES = 2**24
 """Bytes for all files but the weights, at most."""
 

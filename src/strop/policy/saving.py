@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from strop.policy.model.adapter_init import save_on_base
 from strop.policy.model.adapters import check_adapter
 from strop.policy.model.configuration import quiet
 from strop.policy.model.end_tokens import write_generation
+from strop.policy.model.folder import PROCESSOR_FILES, fetch
 from strop.policy.model.shard_writer import IN_FILES, ShardWriter, Spec
 from strop.readable import short_name
 
@@ -47,6 +49,7 @@ def save(
             _save_adapter(policy, policy.model, folder)
         else:
             _save_full(policy, folder)
+            _copy_processor(policy, folder)
         own = getattr(policy.base, "generation_config", None)
         write_generation(folder, own, tokenizer, None if ends is None else dict(ends), policy.where)
 
@@ -111,6 +114,17 @@ def _save_full(policy: Policy, folder: Path) -> None:
         _write(policy, folder, _files(written, dtype), dtype)
     policy.loaded_config.dtype = short_name(dtype)
     policy.loaded_config.save_pretrained(folder)
+
+
+def _copy_processor(policy: Policy, folder: Path) -> None:
+    """Copies what a model of several senses reads images and sound by: without it, servers do not load the model."""
+    config = policy.loaded_config
+    if config.get_text_config() is config:
+        return
+    for name in PROCESSOR_FILES:
+        file = fetch(policy.base.name_or_path, name, None, policy.where, optional=True)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _written(base: PreTrainedModel) -> dict[str, Tensor] | None:

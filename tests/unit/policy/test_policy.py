@@ -16,6 +16,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,6 +26,7 @@ from transformers import (
 
 from scored import ref_columns
 from strop.batch import GroupSpan, pack, pad
+from strop.config import load_config
 from strop.config.run import RunConfig
 from strop.errors import ConfigError, ModelError
 from strop.policy import policy as policy_module
@@ -479,3 +481,22 @@ def test_the_real_base_model(shared: Path, groups: list[Group]) -> None:
     with policy.scoring():
         shared_logps, plain = policy(pack(groups)).logps, policy(pad(groups)).logps
     torch.testing.assert_close(shared_logps, plain, rtol=0, atol=0.2)
+
+
+def test_what_reads_images_stays_beside_a_model_that_was_trained_in_full(
+    model_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Servers do not load a model of several senses without it."""
+    text = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=399)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
+    (model_dir / "preprocessor_config.json").write_text('{"image_size": 28}')
+    keys = {"models": [{"huggingface_id": str(model_dir)}], "lora.enabled": False, "training.max_seq_length": 64}
+    run = load_config(overrides=keys)
+    policy = build_policy(run, run.models[0], torch.device("cpu"))
+    policy.save_pretrained(tmp_path / "final", tokenizer)
+    assert (tmp_path / "final/preprocessor_config.json").read_text() == '{"image_size": 28}'

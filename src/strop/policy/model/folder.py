@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("strop")
 
 GENERATION = "generation_config.json"
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+"""By which a model reads images and sound; the text model inside of it is trained, and the rest stays as it was."""
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Dtypes of weights that are not quantised: safetensors' names -> torch's."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
