@@ -66,8 +66,8 @@ class Code:
 class View:
     """The whole file, as a rule may look at it.
 
-    given: values by the last part of their names, nulls left out. defaults: what the tool takes for names that are not
-    given. folder: where the file lies.
+    given: values by the last part of their names, nulls left out; and the names of a script's calls, true. defaults:
+    what the tool takes for names that are not given. folder: where the file lies.
     """
 
     tool: str

@@ -106,6 +106,8 @@ def _view(
     for _, key, value in items:
         if value is not None:
             given.setdefault(key, value)
+    if source.groups:
+        given |= {call.partition(" ")[0]: True for call in source.data}
     method = overrides.get(METHOD) or tool.method_of(given, tuple(source.data) if source.groups else ())
     if not method:
         raise ConfigError(

@@ -73,6 +73,9 @@ LORA_OF: Mapping[str, str] = {
 }
 """model_type -> the layers that peft adapts where none are named, if they are not q_proj and v_proj."""
 
+LORA_OF_PEFT: Mapping[str, Any] = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+"""What peft's own LoraConfig takes, which a script makes; the command takes other values."""
+
 
 def method_of(given: Mapping[str, Any], calls: tuple[str, ...]) -> str:
     """The method that a file is for; empty where it does not say."""
@@ -105,10 +108,12 @@ def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping
     if not is_on(given.get("fp16")) and given.get("bf16") is None:
         found["bf16"] = True
     if uses_lora(given):
-        found |= {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+        found |= LORA_OF_PEFT if "LoraConfig" in given else {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
         found["lora_target_modules"] = LORA_OF.get(folder_type, "q_proj,v_proj")
     if is_on(given.get("load_in_4bit")):
         found["use_bnb_nested_quant"] = False
+        if "BitsAndBytesConfig" in given:
+            found["bnb_4bit_quant_type"] = "fp4"
     if method in ("dpo", "kto", "orpo", "cpo", "simpo"):
         found["beta"] = 0.1
     if method == "dpo":

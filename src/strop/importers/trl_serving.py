@@ -38,7 +38,8 @@ _DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 def uses_lora(given: Mapping[str, Any]) -> bool:
     """Whether adapters train."""
-    return is_on(given.get("use_peft")) or any(name in given for name in ("r", "target_modules", "lora_args"))
+    names = ("r", "target_modules", "lora_args", "LoraConfig")
+    return is_on(given.get("use_peft")) or any(name in given for name in names)
 
 
 def why_not_served(view: View) -> str:
