@@ -37,6 +37,9 @@ POSITIONS: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name",),
     "get_peft_model": ("model",),
     "load_dataset": ("path", "name"),
+    "TrainingArguments": ("output_dir",),
+    **{f"{method}Config": ("output_dir",) for method in ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")},
+    **{f"{method}Trainer": ("model",) for method in ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")},
 }
 """What the arguments without a name are called."""
 OF_MODELS = ("AutoModelForCausalLM", "FastLanguageModel", "FastModel", "FastVisionModel")

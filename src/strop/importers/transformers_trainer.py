@@ -138,7 +138,11 @@ def _eval_strategy(value: Any, view: View) -> KeyAnswer:
         return translated(_no_validation(view), "no rows are held out, and nothing is evaluated")
     if str(value).lower() == "epoch":
         return left(PER_EPOCH.format(key="training.eval_steps"))
-    return translated({"training.eval_at_start": is_on(view.get("eval_on_start"))}, "eval_steps says how often")
+    found: dict[str, Any] = {"training.eval_at_start": is_on(view.get("eval_on_start"))}
+    steps = whole(view.get("logging_steps"))
+    if view.get("eval_steps") is not None or steps is None:
+        return translated(found, "eval_steps says how often")
+    return translated(found | {"training.eval_steps": steps}, "without eval_steps, as often as logging_steps says")
 
 
 def _no_validation(view: View) -> Mapping[str, Any]:

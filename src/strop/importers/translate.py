@@ -154,7 +154,7 @@ def _answers(
 ) -> Iterator[tuple[KeyPath, Any, KeyAnswer]]:
     """Every key at or below a path, with its answer."""
     found: KeyAnswer | Mapping[KeyPath, KeyAnswer] = {}
-    if value is not None and rule is not None:
+    if rule is not None and (value is not None or name in NULL_SAYS.get(view.tool, ())):
         found = rule(value, view)
     if isinstance(found, KeyAnswer):
         below = list(leaves(value, path)) if isinstance(value, Mapping | list) else [(path, value)]
@@ -185,6 +185,9 @@ def _unknown(path: KeyPath, value: Any) -> KeyAnswer:
         return left("it is code, which is not run")
     return left("strop has no such setting")
 
+
+NULL_SAYS: Mapping[str, tuple[str, ...]] = dict.fromkeys(("trl", "unsloth"), ("max_length",))
+"""Names by tool whose null is no default: null tokens at most are as many as there are."""
 
 PREFIXES: Mapping[str, str] = {
     "vllm_": "it is a setting of vLLM itself: give it to `vllm serve`, if rollout.sampler is vllm",

@@ -39,6 +39,8 @@ from strop.importers.key_answers import (
 )
 from strop.importers.trl_serving import uses_lora
 
+OF_CONFIGS = ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")
+"""How the names of its configuration classes begin."""
 CLASSES: Mapping[str, str] = {
     f"{method.upper()}{kind}": method
     for method in ("sft", "dpo", "kto", "grpo", "orpo", "cpo")
@@ -105,7 +107,10 @@ def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping
         "logging_steps": 10,
         "max_length": 1024,
     }
-    if not is_on(given.get("fp16")) and given.get("bf16") is None:
+    if "TrainingArguments" in given and not any(f"{name}Config" in given for name in OF_CONFIGS):
+        # a trainer of TRL takes what they hold, and they hold their own defaults
+        found |= {key: transformers_trainer.DEFAULTS[key] for key in ("learning_rate", "logging_steps")}
+    elif not is_on(given.get("fp16")) and given.get("bf16") is None:
         found["bf16"] = True
     if uses_lora(given):
         found |= LORA_OF_PEFT if "LoraConfig" in given else {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
@@ -234,7 +239,7 @@ def _cpo_alpha(value: Any, view: View) -> KeyAnswer:
 
 def _max_length(value: Any, view: View) -> KeyAnswer:
     if value is None:
-        return left("strop needs a limit, training.max_seq_length")
+        return left("nothing is cut there; strop needs a limit: set training.max_seq_length to the longest row")
     return carried("training.max_seq_length", value)
 
 

@@ -1,4 +1,4 @@
-"""Scripts that make their adapters and their bases in 4 bits by the classes of peft and transformers."""
+"""Scripts have the defaults of the classes that they use, of TRL, transformers and peft."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from strop.importers import import_file
+from strop.importers.key_answers import Fate
+from strop.importers.translate import Imported
 
 SCRIPT = """
 from trl import SFTConfig, SFTTrainer
@@ -52,3 +54,37 @@ def test_a_base_in_4_bits_has_what_transformers_gives_it(tmp_path: Path) -> None
     assert (found["models.0.quant"], found["models.0.bnb_quant_type"]) == ("4bit", "fp4")
     named = imported(tmp_path, adapter, 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
     assert named.get("models.0.bnb_quant_type", "nf4") == "nf4"
+
+
+ARGUMENTS = """
+from trl import SFTConfig, SFTTrainer
+rows = load_dataset("json", data_files="a.jsonl")
+arguments = {arguments}
+trainer = SFTTrainer("m", train_dataset=rows, args=arguments)
+"""
+
+
+def of_arguments(tmp_path: Path, arguments: str) -> Imported:
+    path = tmp_path / "a.py"
+    path.write_text(ARGUMENTS.format(arguments=arguments))
+    return import_file(path)
+
+
+def test_training_arguments_have_their_own_defaults(tmp_path: Path) -> None:
+    found = of_arguments(tmp_path, 'TrainingArguments("out")').values
+    assert (found["models.0.huggingface_id"], found["training.output_dir"]) == ("m", "out")
+    assert (found["training.learning_rate"], found["training.logging_steps"]) == (5e-5, 500)
+    assert "training.bf16" not in found
+    found = of_arguments(tmp_path, 'SFTConfig("out")').values
+    assert (found["training.learning_rate"], found["training.bf16"]) == (2e-5, True)
+
+
+def test_evaluations_without_steps_are_as_often_as_logs(tmp_path: Path) -> None:
+    text = 'SFTConfig("out", eval_strategy="steps", logging_steps=7{more})'
+    assert of_arguments(tmp_path, text.format(more="")).values["training.eval_steps"] == 7
+    assert of_arguments(tmp_path, text.format(more=", eval_steps=9")).values["training.eval_steps"] == 9
+
+
+def test_no_limit_is_said_to_be_lost(tmp_path: Path) -> None:
+    found = of_arguments(tmp_path, 'SFTConfig("out", max_length=None, eval_steps=None)')
+    assert [entry.key for entry in found.of(Fate.LEFT)] == ["SFTConfig.max_length"]
