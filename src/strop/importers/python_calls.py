@@ -35,7 +35,7 @@ WATCHED = frozenset(
 """Functions and classes whose arguments are settings of a run."""
 POSITIONS: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name",),
-    "get_peft_model": ("model",),
+    "get_peft_model": ("model", "peft_config"),
     "load_dataset": ("path", "name"),
     "TrainingArguments": ("output_dir",),
     **{f"{method}Config": ("output_dir",) for method in ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")},

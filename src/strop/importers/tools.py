@@ -68,6 +68,8 @@ def recognised(source: ForeignFile, names: Sequence[str]) -> str:
         ConfigError: it is for none, or could be for several.
     """
     seen = {*source.imported, *(call.partition(" ")[0] for call in source.data)}
+    if "peft" in source.imported:
+        seen.discard("get_peft_model")  # peft has a function of that name, too
     for tool, marks in MARKS.items():
         if marks & seen:
             return tool

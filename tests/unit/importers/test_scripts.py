@@ -88,3 +88,22 @@ def test_evaluations_without_steps_are_as_often_as_logs(tmp_path: Path) -> None:
 def test_no_limit_is_said_to_be_lost(tmp_path: Path) -> None:
     found = of_arguments(tmp_path, 'SFTConfig("out", max_length=None, eval_steps=None)')
     assert [entry.key for entry in found.of(Fate.LEFT)] == ["SFTConfig.max_length"]
+
+
+PEFT = """
+from peft import LoraConfig, get_peft_model
+from trl import SFTConfig, SFTTrainer
+rows = load_dataset("json", data_files="a.jsonl")
+adapter = LoraConfig(r=4)
+model = get_peft_model(AutoModelForCausalLM.from_pretrained("m"), adapter)
+trainer = SFTTrainer(model, train_dataset=rows, args=SFTConfig("out"))
+"""
+
+
+def test_a_function_of_peft_does_not_make_a_script_of_unsloth(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text(PEFT)
+    found = import_file(path)
+    assert found.tool == "TRL" and found.of(Fate.LEFT) == []
+    assert (found.values["lora.r"], found.values["lora.lora_alpha"]) == (4, 8)
+    assert "models.0.quant" not in found.values
