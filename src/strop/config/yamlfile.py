@@ -10,6 +10,7 @@ refused: nothing in a configuration runs code or grows.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ def read_file(path: Path, name: str) -> Document:
     Raises:
         ConfigError: no such file, not readable, or `parse` refuses it.
     """
+    path = Path(os.path.expanduser(path))
     try:
         if path.is_dir():
             raise ConfigError("this is a folder", where=name, expected="a YAML file", fix=_beside(path / "x"))

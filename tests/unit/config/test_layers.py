@@ -266,3 +266,12 @@ def test_a_python_configuration_and_its_yaml_twin_are_equal(write: Write) -> Non
         training=TrainingSection(learning_rate=1e-6, warmup_steps=5),
         finetuning={"greater_is_better": False},  # type: ignore[arg-type]
     )
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("training: {num_epochs: 7}\n")
+    assert load_config(write(MODEL + "preset: ~/own.yaml\n")).training.num_epochs == 7
+    assert load_config("~/own.yaml", overrides={"huggingface_id": "a/b"}).training.num_epochs == 7
