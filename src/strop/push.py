@@ -94,7 +94,7 @@ def _check_weights(folder: Path, run: str) -> None:
             raise ModelError(f"there is no {gone[0]}", where=run, fix="copy the folder again, completely")
         return
     if not (folder / ADAPTER).is_file():
-        check_same_shapes(ModelSection(huggingface_id=str(folder), name=folder.name))
+        check_same_shapes(ModelSection(huggingface_id=str(folder), name=folder.resolve().name))
         return
     _check_adapter(folder, run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import shutil
 import threading
@@ -21,6 +22,8 @@ from strop.cli import main
 from strop.config.layers import load_config
 from strop.errors import ConfigError, ModelError
 from strop.manifest import seal
+from strop.named_models import check_converts, check_named
+from strop.policy.model.adapter_base import saved_model
 from strop.push import _check_weights
 
 TOKEN = "hf_" + "a1B2c3D4e5" * 3
@@ -206,6 +209,18 @@ def test_weights_that_nobody_could_load_are_not_pushed(
     base = ("--base", "org/base") if is_adapter else ()
     assert main(["push", str(folder), "--repo", "me/model", *base]) == 1
     assert words in capsys.readouterr().err and not hub.made and not hub.files
+
+
+def test_the_model_of_the_working_directory(
+    model_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model_dir)
+    assert main(["push", ".", "--repo", "me/model"]) == 0, capsys.readouterr().err
+    assert "model.safetensors" in hub.files
+    for given in (".", "./"):
+        check_named(given)
+        check_converts(given, "consolidated")
+        assert saved_model(given).huggingface_id == os.getcwd()
 
 
 def test_weights_of_experts_have_the_rank_for_each(tmp_path: Path) -> None:

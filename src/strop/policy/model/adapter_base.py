@@ -29,7 +29,9 @@ def saved_model(given: str) -> ModelSection:
     place = _finished(given)
     if fetch(source_of(place), ADAPTER_CONFIG, None, given, optional=True) is not None:
         return adapter_of(place)
-    return ModelSection(huggingface_id=place)
+    # messages name it by its last part, which "." and ".." have not
+    is_nameless = bool(place) and os.path.basename(os.path.normpath(place)) in (os.curdir, os.pardir)
+    return ModelSection(huggingface_id=source_of(place) if is_nameless else place)
 
 
 def _finished(given: str) -> str:
