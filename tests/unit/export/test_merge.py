@@ -147,7 +147,7 @@ def test_a_tied_head_stays_tied_unless_the_adapter_parts_it(
 def test_files_that_hold_a_tied_head_beside_the_embedding(
     lora: dict[str, Any], parts: bool, make: Any, make_model: Any, tmp_path: Path
 ) -> None:
-    """As those of Qwen3-0.6B do: both change, and neither of another tensor's place."""
+    """Both change, and neither takes the place of another tensor."""
     base, adapter = make(make_model(tie_word_embeddings=True), **lora)
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
