@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from strop.data.read.arrow import NOT_READ, RowMaker
+from strop.data.read.files import read_parquet
 from strop.data.read.sources import choose_sources
 from strop.data.shapes.examples import RowColumns, to_example
 from strop.data.store.row_pipeline import RowPipeline
@@ -360,3 +361,16 @@ def test_views_of_lists_are_lists() -> None:
     tool = pa.struct([("name", pa.string()), ("strict", pa.bool_())])
     table = pa.table({"tools": pa.array([[{"name": "add", "strict": None}]], pa.list_view(tool))})
     assert RowMaker(table.schema).rows(table) == [{"tools": [{"name": "add"}]}]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [([2**62, 1], pa.timestamp("us")), ([1, None], pa.timestamp("us", tz="No/Where"))]
+)
+def test_a_time_that_python_does_not_know_costs_no_row(values: list[int], kind: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "rows.parquet")
+    table = pa.table({"prompt": ["a", "b"], "completion": ["x", "y"], "seen": pa.array(values, kind)})
+    pq.write_table(table, path)
+    assert [row.data for row in read_parquet(path)] == [
+        {"prompt": "a", "completion": "x", "seen": values[0]},
+        {"prompt": "b", "completion": "y", "seen": values[1]},
+    ]

@@ -42,13 +42,30 @@ class RowMaker:
 
     def rows(self, batch: Any) -> list[dict[str, Any]]:
         """The rows of a record batch or table, which has all columns of the schema or those of `columns`."""
-        rows: list[dict[str, Any]] = batch.select(self.columns).to_pylist() or [{} for _ in range(batch.num_rows)]
+        chosen = batch.select(self.columns)
+        try:
+            rows: list[dict[str, Any]] = chosen.to_pylist()
+        except (ValueError, OverflowError):
+            rows = _readable(chosen).to_pylist()
+        rows = rows or [{} for _ in range(batch.num_rows)]
         for row in rows:
             for name, convert in self._converts.items():
                 if row.get(name) is not None:
                     row[name] = convert(row[name])
             row.update(self._not_read)
         return rows
+
+
+def _readable(batch: Any) -> Any:
+    """The batch with times as numbers where Python has no such day or time zone: no column of times is trained."""
+    for i, field in enumerate(batch.schema):
+        if pa.types.is_temporal(field.type):
+            try:
+                batch.column(i).to_pylist()
+            except (ValueError, OverflowError):
+                width = pa.int64() if field.type.bit_width == 64 else pa.int32()
+                batch = batch.set_column(i, field.name, batch.column(i).cast(width))
+    return batch
 
 
 def _is_bytes(kind: Any) -> bool:
