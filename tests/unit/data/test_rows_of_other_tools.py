@@ -329,3 +329,13 @@ def test_objects_of_nulls_alone_say_nothing(more: Row) -> None:
 def test_an_answer_that_is_no_text_is_named_as_the_row_names_it(column: str) -> None:
     refusal = refused({"question": "1 + 1?", column: 2})
     assert refusal.found.startswith(f"{column} is 2")
+
+
+@pytest.mark.parametrize("column", ["answer", "solution", "completion"])
+@pytest.mark.parametrize("value", [7, 0.5])
+def test_a_number_that_rewards_compare_with_is_no_wrong_answer(column: str, value: float) -> None:
+    questions = ("question", "prompt") if column == "answer" else ("prompt",)
+    for question in questions:
+        assert read({question: "3 + 4?", column: value}, "prompt").prompt == "3 + 4?"
+    talk = {"messages": [u("3 + 4?")], column: value}
+    assert read(talk, "prompt").prompt == (u("3 + 4?"),)

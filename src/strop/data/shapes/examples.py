@@ -139,6 +139,9 @@ class _Reader:
         is_pair = columns.chosen in given and columns.rejected in given
         has_label = rows == "labelled" and columns.label in given and not is_pair
         kind: RowShape = "single" if rows in ("single", "prompt") or has_label else "pair"
+        if rows == "prompt":  # an answer is there for rewards alone, which take numbers, too
+            answers = (columns.completion, *ANSWERS)
+            given = {k: v for k, v in given.items() if k not in answers or not isinstance(v, int | float)}
         self.data = self._own_shape(given, kind)
         if rows == "prompt" and not self._has_answer():
             self.data = self._own_shape({**given, columns.completion: STAND_IN}, kind)
