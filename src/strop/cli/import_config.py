@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from strop.cli.parser import Parser
@@ -55,7 +56,7 @@ def run(arguments: list[str]) -> int:
         write_file(path, text.encode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror or error}", where=str(path), fix="--output") from error
-    show(f"{_lists(found)}\nwritten to {path}\nnext: strop train --config {path} --dry-run\n")
+    show(f"{_lists(found)}\nwritten to {path}\nnext: strop train --config {quote(str(path))} --dry-run\n")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 from strop.cli.parser import Parser
 from strop.config.methods import METHODS
@@ -52,7 +53,8 @@ def run(arguments: list[str]) -> int:
         write_file(path, text.encode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror or error}", where=str(path), fix="--output") from error
-    show(f"{text}\nwritten to {path}\nnext: strop train --config {path} --dry-run\nthen: strop train --config {path}\n")
+    command = f"strop train --config {quote(str(path))}"
+    show(f"{text}\nwritten to {path}\nnext: {command} --dry-run\nthen: {command}\n")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from strop.config.schema import SECTIONS
@@ -79,7 +80,7 @@ def recognised(source: ForeignFile, names: Sequence[str]) -> str:
         raise ConfigError(
             "this is a configuration of strop already",
             where=str(source.path),
-            fix=f"strop train --config {source.path}",
+            fix=f"strop train --config {quote(str(source.path))}",
         )
     scores = {tool: sum(name in TOOLS[tool].rules for name in names) for tool in TOOLS if tool not in MARKS}
     best = max(scores.values())

@@ -623,10 +623,10 @@ def test_what_is_written_dry_runs(
 ) -> None:
     _, name, text, _, _ = CASES[case]
     (place / name).write_text(text.replace("MODEL", str(model_dir)))
-    assert main(["import", name, "--output", "s.yaml"]) == 0
+    assert main(["import", name, "--output", "my run.yaml"]) == 0
     shown = capsys.readouterr().out
-    assert "not carried over" in shown and "next: strop train --config s.yaml --dry-run" in shown
-    line = ["train", "--config", "s.yaml", "--dry-run", "--no-time", "--optim", "adamw_torch"]
+    assert "not carried over" in shown and "next: strop train --config 'my run.yaml' --dry-run" in shown
+    line = ["train", "--config", "my run.yaml", "--dry-run", "--no-time", "--optim", "adamw_torch"]
     assert main(line) == 0, capsys.readouterr().err
     assert "nothing was trained" in capsys.readouterr().out
 
