@@ -21,7 +21,7 @@ from datetime import timedelta
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from strop.attempt import Attempt
+from strop.launch_attempt import LaunchAttempt
 from strop.terminal import SECONDS_TO_SPEAK, complain
 
 BEAT_SECONDS = 1.0
@@ -81,7 +81,7 @@ class Heartbeat:
         self._began = self._looked = time.monotonic()
         self._stopped = threading.Event()
         try:
-            self.attempt = Attempt(launch, rank, BEGIN_SECONDS)
+            self.attempt = LaunchAttempt(launch, rank, BEGIN_SECONDS)
         except TimeoutError:
             self._end_without([0])
         self._store = self.attempt.store

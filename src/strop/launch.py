@@ -21,15 +21,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
-from strop.attempt import newest
 from strop.heartbeat import last_beat
+from strop.launch_attempt import newest
 from strop.machine import num_cores
 from strop.terminal import complain
 
 PERIOD_SECONDS = 0.2
 """How often the processes are looked at."""
 HOST = "127.0.0.1"
-ENDING = (signal.SIGTERM, signal.SIGINT)
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals by which processes are asked to end."""
 PASSED_ON = tuple(name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 """Windows has only the first two."""
@@ -121,7 +121,7 @@ def _exit_code(found: RunProcsResult, size: int, store: TCPStore) -> int:
     if first.exitcode >= 0:
         return first.exitcode
     killed_by = signal.Signals(-first.exitcode)
-    if killed_by not in ENDING:  # else it was asked to end before there was anything to save
+    if killed_by not in END_SIGNALS:  # else it was asked to end before there was anything to save
         complain(
             f"process {first.local_rank} of {size} was killed by {killed_by.name}; the others were ended. "
             f"It {last_beat(newest(store), first.local_rank)}\n  to do:    start the same command again with --resume"

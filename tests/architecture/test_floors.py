@@ -27,7 +27,7 @@ FLOORS = {
     "redact": 0,
     "runfiles": 0,
     "world": 0,
-    "attempt": 0,
+    "launch_attempt": 0,
     "config": 1,
     "distributed": 3,
     "heartbeat": 2,

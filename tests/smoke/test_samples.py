@@ -91,10 +91,7 @@ def test_a_score_that_fails_is_told_once_and_ends_nothing(
     assert capfd.readouterr().err.count("an answer has no score: RuntimeError: no") == 1
 
 
-@pytest.mark.nightly
-def test_a_resumed_run_has_each_sample_once(runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch) -> None:
-    whole = runs(sample_prompts=2, sample_max_new_tokens=4)
-    config = runs.config(sample_prompts=2, sample_max_new_tokens=4, output_dir=str(tmp_path), save_steps=1)
+def _stopped_in_step_4(config: Any, watched: pytest.MonkeyPatch) -> None:
     step = loop.Loop.step
 
     def dies(self: Any, number: int) -> None:
@@ -106,6 +103,13 @@ def test_a_resumed_run_has_each_sample_once(runs: Any, tmp_path: Path, watched: 
         patch.setattr(loop.Loop, "step", dies)
         with pytest.raises(KeyboardInterrupt):
             strop.train(config)
+
+
+@pytest.mark.nightly
+def test_a_resumed_run_has_each_sample_once(runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch) -> None:
+    whole = runs(sample_prompts=2, sample_max_new_tokens=4)
+    config = runs.config(sample_prompts=2, sample_max_new_tokens=4, output_dir=str(tmp_path), save_steps=1)
+    _stopped_in_step_4(config, watched)
     (result,) = strop.train(config, resume="auto")
     assert samples(result.run_dir) == samples(whole.path)
 
@@ -114,17 +118,7 @@ def test_another_number_of_prompts_after_a_resume_takes_no_earlier_samples_away(
     runs: Any, tmp_path: Path, watched: pytest.MonkeyPatch
 ) -> None:
     keys = {"sample_max_new_tokens": 4, "output_dir": str(tmp_path), "save_steps": 1, "eval_steps": 2}
-    step = loop.Loop.step
-
-    def dies(self: Any, number: int) -> None:
-        if number == 4:
-            raise KeyboardInterrupt
-        step(self, number)
-
-    with watched.context() as patch:
-        patch.setattr(loop.Loop, "step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            strop.train(runs.config(keys, sample_prompts=2))
+    _stopped_in_step_4(runs.config(keys, sample_prompts=2), watched)
     (result,) = strop.train(runs.config(keys, sample_prompts=3), resume="auto")
     of = [(line["step"], line["prompt_number"]) for line in samples(result.run_dir)]
     assert of == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2)]

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from strop.durable import to_json
 from strop.errors import ModelError, foreign_errors
 from strop.export.consolidated import Consolidated
-from strop.export.folders import TOKENIZER_FILES, check_output, check_room, copy_files, new_folder, templates
+from strop.export.folders import TOKENIZER_FILES, check_output, check_room, new_folder, templates
 from strop.export.layout import DERIVED, EMBEDDING, HEAD, Layout
 from strop.export.params_json import layout_of, params_of
 from strop.export.pth import write_pth
@@ -31,7 +31,7 @@ from strop.named_models import check_whole
 from strop.policy.model.adapter_base import saved_model
 from strop.policy.model.configuration import model_config, quiet
 from strop.policy.model.consolidated_files import FIRST, PARAMS
-from strop.policy.model.folder import GENERATION, inspect_model, place_of
+from strop.policy.model.folder import GENERATION, copy_files, inspect_model, place_of
 from strop.policy.model.shape_check import meta_model
 from strop.policy.model.shard_writer import ShardWriter, Spec
 

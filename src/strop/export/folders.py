@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from strop.config.sections import ModelSection
 from strop.disk import ensure_space, refuse_in_the_way, unusable
 from strop.durable import published
 from strop.errors import CheckpointError
-from strop.policy.model.folder import GENERATION, PROCESSOR_FILES, fetch, place_of, source_of
+from strop.policy.model.folder import GENERATION, PROCESSOR_FILES, copy_files, fetch, place_of, source_of
 from strop.policy.model.folder_safety import TEMPLATES
 
 TOKENIZER_FILES = (
@@ -81,14 +80,6 @@ def new_folder(target: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise unusable(target, error, "--output-dir") from error
-
-
-def copy_files(names: Iterable[str], source: str, revision: str | None, where: str, target: Path) -> None:
-    """Copy those of these files that a model has. source: a folder or a hub id."""
-    for name in names:
-        if (file := fetch(source, name, revision, where, optional=True)) is not None:
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target / name)
 
 
 def templates(source: str, revision: str | None = None) -> list[str]:

@@ -33,13 +33,15 @@ WATCHED = frozenset(
     }
 )
 """Functions and classes whose arguments are settings of a run."""
+OF_TRL = ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")
+"""How the names of TRL's configurations and trainers begin."""
 POSITIONS: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name",),
     "get_peft_model": ("model", "peft_config"),
     "load_dataset": ("path", "name"),
     "TrainingArguments": ("output_dir",),
-    **{f"{method}Config": ("output_dir",) for method in ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")},
-    **{f"{method}Trainer": ("model",) for method in ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")},
+    **{f"{method}Config": ("output_dir",) for method in OF_TRL},
+    **{f"{method}Trainer": ("model",) for method in OF_TRL},
 }
 """What the arguments without a name are called."""
 OF_MODELS = ("AutoModelForCausalLM", "FastLanguageModel", "FastModel", "FastVisionModel")

@@ -37,10 +37,9 @@ from strop.importers.key_answers import (
     translated,
     whole,
 )
+from strop.importers.python_calls import OF_TRL
 from strop.importers.trl_serving import uses_lora
 
-OF_CONFIGS = ("SFT", "DPO", "KTO", "GRPO", "ORPO", "CPO", "Reward")
-"""How the names of its configuration classes begin."""
 CLASSES: Mapping[str, str] = {
     f"{method.upper()}{kind}": method
     for method in ("sft", "dpo", "kto", "grpo", "orpo", "cpo")
@@ -107,7 +106,7 @@ def defaults(method: str, given: Mapping[str, Any], folder_type: str) -> Mapping
         "logging_steps": 10,
         "max_length": 1024,
     }
-    if "TrainingArguments" in given and not any(f"{name}Config" in given for name in OF_CONFIGS):
+    if "TrainingArguments" in given and not any(f"{name}Config" in given for name in OF_TRL):
         # a trainer of TRL takes what they hold, and they hold their own defaults
         found |= {key: transformers_trainer.DEFAULTS[key] for key in ("learning_rate", "logging_steps")}
     elif not is_on(given.get("fp16")) and given.get("bf16") is None:

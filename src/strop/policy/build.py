@@ -44,7 +44,7 @@ from strop.policy.model.task import SCORE, draw_score, head_of, padding_id, with
 from strop.policy.model.tokenizer import check_model, check_vocabulary, read_tokenizer
 from strop.policy.policy import Policy
 from strop.policy.precision import Precision, resolve_precision
-from strop.policy.probe import own_logps, probe
+from strop.policy.probe import Own, own_logps, probe
 from strop.policy.sharding import Sharded
 from strop.policy.strategy import Replicated, Strategy
 from strop.readable import short_name
@@ -281,24 +281,29 @@ def assemble(
         logger.info("%s: its logits, measured: %s", where, own.transform.describe())
         policy.transform = own.transform
     fuse(module, policy.weight_copies, policy.device, elementwise, policy.strategy.gathered)
-    found = policy.strategy.world.gather(probe(policy, own))  # what rounding does may differ by machine
-    refused = next((why for why in found if why is not None), None)
-    if refused is not None:
-        logger.warning(
-            "%s: prompts are not shared, so each is computed again for every completion: %s; %s",
-            where,
-            refused,
-            "in float32 (bf16: false, fp16: false), where rounding is smaller, they may pass this check"
-            if precision.is_low
-            else "the result is the same, only slower",
-        )
-    reason = refused or reason
+    reason = _refused_by_probe(policy, own, precision) or reason
     if reason is not None:
         policy.share_prefix, policy.plain_reason = False, reason
         logger.info("%s: plain padded rows, prompts are not shared: %s", where, reason)
     if temperature != 1.0:
         policy.transform = policy.transform.at_temperature(temperature)
     return policy
+
+
+def _refused_by_probe(policy: Policy, own: Own, precision: Precision) -> str | None:
+    """Why the probe of any process refuses shared rows, with a warning; None: none does."""
+    found = policy.strategy.world.gather(probe(policy, own))  # what rounding does may differ by machine
+    refused = next((why for why in found if why is not None), None)
+    if refused is not None:
+        logger.warning(
+            "%s: prompts are not shared, so each is computed again for every completion: %s; %s",
+            policy.where,
+            refused,
+            "in float32 (bf16: false, fp16: false), where rounding is smaller, they may pass this check"
+            if precision.is_low
+            else "the result is the same, only slower",
+        )
+    return refused
 
 
 def _check_length(loaded: LoadedModel, max_seq_length: int, where: str, *, sharded: bool) -> None:

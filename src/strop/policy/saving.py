@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from strop.policy.model.adapter_init import save_on_base
 from strop.policy.model.adapters import check_adapter
 from strop.policy.model.configuration import quiet
 from strop.policy.model.end_tokens import write_generation
-from strop.policy.model.folder import PROCESSOR_FILES, fetch
+from strop.policy.model.folder import PROCESSOR_FILES, copy_files
 from strop.policy.model.shard_writer import IN_FILES, ShardWriter, Spec
 from strop.readable import short_name
 
@@ -119,12 +118,8 @@ def _save_full(policy: Policy, folder: Path) -> None:
 def _copy_processor(policy: Policy, folder: Path) -> None:
     """Copies what a model of several senses reads images and sound by: without it, servers do not load the model."""
     config = policy.loaded_config
-    if config.get_text_config() is config:
-        return
-    for name in PROCESSOR_FILES:
-        file = fetch(policy.base.name_or_path, name, None, policy.where, optional=True)
-        if file is not None:
-            shutil.copyfile(file, folder / name)
+    if config.get_text_config() is not config:
+        copy_files(PROCESSOR_FILES, policy.base.name_or_path, None, policy.where, folder)
 
 
 def _written(base: PreTrainedModel) -> dict[str, Tensor] | None:

@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,6 +247,14 @@ def fetch(source: str, name: str, revision: str | None, where: str, optional: bo
             return None
         raise _not_had(_why_not(source, error), where) from error
     return None if found is None else Path(found)
+
+
+def copy_files(names: Iterable[str], source: str, revision: str | None, where: str, target: Path) -> None:
+    """Copy those of these files that a model has. source: a folder or a hub id."""
+    for name in names:
+        if (file := fetch(source, name, revision, where, optional=True)) is not None:
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / name)
 
 
 def _not_had(why: str, where: str) -> ModelError:

@@ -16,7 +16,7 @@ from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # ty
 COUNT = "strop/attempts"
 
 
-class Attempt:
+class LaunchAttempt:
     """What the process of `rank` knows of its attempt. store: the keys of this attempt.
 
     Args:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from strop.attempt import Attempt, newest
+from strop.launch_attempt import LaunchAttempt, newest
 
 SECONDS = 20.0
 
@@ -22,17 +22,17 @@ def server() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
 
 
-def _asked_by(server: TCPStore, rank: int) -> tuple[threading.Thread, list[Attempt]]:
-    found: list[Attempt] = []
-    thread = threading.Thread(target=lambda: found.append(Attempt(_client(server), rank, SECONDS)))
+def _asked_by(server: TCPStore, rank: int) -> tuple[threading.Thread, list[LaunchAttempt]]:
+    found: list[LaunchAttempt] = []
+    thread = threading.Thread(target=lambda: found.append(LaunchAttempt(_client(server), rank, SECONDS)))
     thread.start()
     return thread, found
 
 
-def _whole(server: TCPStore) -> tuple[Attempt, Attempt]:
+def _whole(server: TCPStore) -> tuple[LaunchAttempt, LaunchAttempt]:
     """An attempt of two processes, as both know it. The other one may ask before the first begins."""
     thread, found = _asked_by(server, 1)
-    main = Attempt(_client(server), 0, SECONDS)
+    main = LaunchAttempt(_client(server), 0, SECONDS)
     while thread.is_alive():
         main.answer(1)
         thread.join(0.01)
@@ -50,8 +50,8 @@ def test_the_keys_of_an_attempt_are_its_own(server: TCPStore) -> None:
 def test_a_question_of_a_dead_process_does_no_harm(server: TCPStore) -> None:
     """It was ended before its answer came, and so was the first of its attempt, before or after it was counted."""
     server.set("strop/question/1", "of one that is dead")
-    Attempt(_client(server), 0, SECONDS)
-    main = Attempt(_client(server), 0, SECONDS)
+    LaunchAttempt(_client(server), 0, SECONDS)
+    main = LaunchAttempt(_client(server), 0, SECONDS)
     main.answer(1)
     thread, found = _asked_by(server, 1)
     while thread.is_alive():
@@ -63,4 +63,4 @@ def test_a_question_of_a_dead_process_does_no_harm(server: TCPStore) -> None:
 
 def test_a_first_process_that_never_begins_is_named(server: TCPStore) -> None:
     with pytest.raises(TimeoutError, match="rank 0 does not answer within 0 seconds"):
-        Attempt(_client(server), 1, 0.2)
+        LaunchAttempt(_client(server), 1, 0.2)
